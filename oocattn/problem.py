@@ -1,0 +1,166 @@
+"""What is asked: shapes, heads, mask, scale and dtypes of one attention problem, and the checks on all of them.
+
+Nothing here reads data: a `Problem` is made from the shapes and dtypes of the arrays alone, and everything that can be
+wrong about them is refused here, by name, before a byte is read or written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from oocattn.errors import ProblemError
+
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""Supported dtypes and their size in bytes."""
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Name, shape and dtype of one input array, as found."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def four_dimensional(self) -> tuple[int, int, int, int]:
+        """The shape as [B, H, N, D]; [H, N, D] is taken as B = 1. Raises ProblemError for any other rank."""
+        if len(self.shape) == 3:
+            heads, tokens, head_dim = self.shape
+            return 1, heads, tokens, head_dim
+        if len(self.shape) == 4:
+            batch, heads, tokens, head_dim = self.shape
+            return batch, heads, tokens, head_dim
+        raise ProblemError(
+            f"array {self.name!r} has shape {list(self.shape)}: expected [B, H, N, D] or [H, N, D]; "
+            "reshape it, or import it with --layout"
+        )
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """One (batch, KV head) with the query heads that share its keys and values."""
+
+    batch: int
+    kv_head: int
+    query_heads: range
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention call: `out = softmax(scale * q @ k.T) @ v` per head, with a causal mask or none.
+
+    Shapes: q [batch, query_heads, tokens, head_dim]; k and v [batch, kv_heads, tokens, head_dim]. `dtype` is that of the
+    inputs, `out_dtype` that of the output; the log-sum-exp is always float32.
+    """
+
+    batch: int
+    query_heads: int
+    kv_heads: int
+    tokens: int
+    head_dim: int
+    dtype: str
+    out_dtype: str
+    causal: bool
+    scale: float
+
+    @property
+    def group_size(self) -> int:
+        """g = Hq / Hkv, the query heads that share one K/V."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def head_groups(self) -> int:
+        """Number of (batch, KV head) problems."""
+        return self.batch * self.kv_heads
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one input element."""
+        return DTYPES[self.dtype]
+
+    def partial_bytes(self, rows: int) -> int:
+        """Bytes of the partial of `rows` query rows of one head group: num, den and max in float32, keys in int64."""
+        return self.group_size * rows * (self.head_dim + 2) * 4 + rows * 8
+
+    def __str__(self) -> str:
+        heads = f"{self.query_heads} heads" if self.group_size == 1 else f"{self.query_heads}/{self.kv_heads} heads"
+        batch = f"{self.batch} x " if self.batch > 1 else ""
+        cast = "" if self.out_dtype == self.dtype else f" to {self.out_dtype}"
+        mask = "causal" if self.causal else "full"
+        return f"{batch}{heads} x {self.tokens:,} tokens x D = {self.head_dim}, {self.dtype}{cast}, {mask}"
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs to be attended, over all query heads."""
+        per_head = self.tokens * (self.tokens + 1) // 2 if self.causal else self.tokens**2
+        return self.batch * self.query_heads * per_head
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of both products: 4 D a pair."""
+        return 4 * self.head_dim * self.pairs
+
+    def head_group(self, index: int) -> HeadGroup:
+        """Head group `index`, counted over the batch and then over the KV heads."""
+        batch, kv_head = divmod(index, self.kv_heads)
+        first = kv_head * self.group_size
+        return HeadGroup(batch, kv_head, range(first, first + self.group_size))
+
+
+def make_problem(
+    q: ArraySpec,
+    k: ArraySpec,
+    v: ArraySpec,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    out_dtype: str | None = None,
+) -> Problem:
+    """Check the three arrays against each other and return the problem they pose.
+
+    `scale` defaults to 1/sqrt(head_dim), `out_dtype` to the inputs' dtype. Raises ProblemError naming the array, what
+    was found and what was expected.
+    """
+    for spec in (q, k, v):
+        if spec.dtype not in DTYPES:
+            raise ProblemError(
+                f"array {spec.name!r} has dtype {spec.dtype}: expected one of {', '.join(DTYPES)}; convert it first"
+            )
+    batch, query_heads, tokens, head_dim = q.four_dimensional
+    kv_heads = k.four_dimensional[1]
+    expected = (batch, kv_heads, tokens, head_dim)
+    if 0 in q.four_dimensional or kv_heads == 0:
+        raise ProblemError(f"array {(q if 0 in q.shape else k).name!r} is empty: every dimension must be at least 1")
+    for spec in (k, v):
+        if spec.four_dimensional != expected:
+            raise ProblemError(
+                f"array {spec.name!r} has shape {list(spec.shape)}: expected {list(expected)} (B, Hkv, N, D) "
+                f"to go with q {list(q.shape)} and k {list(k.shape)}"
+            )
+        if spec.dtype != q.dtype:
+            raise ProblemError(f"array {spec.name!r} has dtype {spec.dtype}: expected {q.dtype}, the dtype of q")
+    if query_heads % kv_heads:
+        raise ProblemError(
+            f"q has {query_heads} heads and k has {kv_heads}: the query heads must be a multiple of the KV heads"
+        )
+    if head_dim > MAX_HEAD_DIM:
+        raise ProblemError(f"head dimension {head_dim} of q is larger than {MAX_HEAD_DIM}, the largest supported")
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise ProblemError(f"output dtype {out_dtype!r}: expected one of {', '.join(DTYPES)}")
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise ProblemError(f"scale {scale}: expected a positive finite number")
+    return Problem(
+        batch,
+        query_heads,
+        kv_heads,
+        tokens,
+        head_dim,
+        q.dtype,
+        out_dtype or q.dtype,
+        causal,
+        1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+    )

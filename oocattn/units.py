@@ -1,0 +1,60 @@
+"""Sizes, counts and durations as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from oocattn.errors import ProblemError
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtKMGT]?)(i?)([bB]?)")
+_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(text: str | int, unit: str = "size") -> int:
+    """Read `1M`, `64K`, `2GiB` or `500MB` as an integer.
+
+    Binary prefixes are those with an i (KiB) or without a B (64K tokens = 65,536); KB, MB, GB are decimal. Raises
+    ProblemError for anything else.
+    """
+    if isinstance(text, int):
+        number = float(text)
+    else:
+        match = _SIZE.fullmatch(text.strip())
+        if match is None or (match[3] and not match[2]):
+            raise ProblemError(f"{unit} {text!r} is not understood: write it as 65536, 64K, 500MB or 2GiB")
+        base = 1000 if match[4] and not match[3] else 1024
+        number = float(match[1]) * base ** _POWER[match[2].upper()]
+    if number < 1 or number != int(number):
+        raise ProblemError(f"{unit} {text!r} must be a whole number of at least 1")
+    return int(number)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes with a binary prefix: 1536 -> `1.5 KiB`."""
+    return _scaled(count, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+
+
+def format_count(count: float) -> str:
+    """A count with a decimal prefix, ready for its unit: 2.2e12 -> `2.2 T`."""
+    return _scaled(count, 1000.0, ("", "k", "M", "G", "T", "P", "E", "Z"))
+
+
+def _scaled(count: float, base: float, prefixes: tuple[str, ...]) -> str:
+    power = 0
+    while count >= 0.9995 * base and power < len(prefixes) - 1:
+        count /= base
+        power += 1
+    return f"{count:.3g} {prefixes[power]}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration: 0.53 -> `0.53 s`, 4000 -> `1 h 07 min`."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours / 24:.1f} days"
