@@ -1,0 +1,74 @@
+"""Exact recombination of partials, and the division that ends it. No attention is computed here.
+
+Both work through blocks of rows with `SCRATCH_BYTES` of temporaries at most, because the states themselves may fill
+most of a memory budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from oocattn.kernels.partial import Partial
+
+SCRATCH_BYTES = 1 << 20
+"""Bytes of temporaries that `merge` and `finalise` allocate at most (one row of all heads at least). 1 MiB stays in the
+second-level cache of a core."""
+
+_VECTORS = 8  # temporaries of one float32 per head and row that are alive at once, at most
+
+
+def merge(into: Partial, other: Partial) -> None:
+    """Add the keys of `other` to those of `into`, in place; both are states of the same query rows.
+
+    With m = max(m1, m2): num = num1 exp(m1 - m) + num2 exp(m2 - m), den likewise, keys = keys1 + keys2 (Milakov and
+    Gimelshein, arXiv 1805.02867, section 3.1). exp(lse) is never formed, for it overflows. A row with no key
+    contributes nothing; NaN and +Inf make their own row NaN. `other` is left as it is. Raises ValueError if the shapes
+    differ.
+    """
+    if into.num.shape != other.num.shape:
+        raise ValueError(f"cannot merge a partial {list(other.num.shape)} into one of {list(into.num.shape)}")
+    for start, stop in _row_blocks(into):
+        _merge_block(into.rows(start, stop), other.rows(start, stop))
+
+
+def finalise(state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Write out = num / den and the natural logarithm lse = max + log(den).
+
+    `out` [g, n, D] float16, bfloat16 or float32 and `lse` [g, n] float32 are overwritten whatever they hold. A row with
+    no key gives out = 0, as torch's attention has it, and lse = -inf. Raises ValueError if the shapes differ.
+    """
+    if out.shape != state.num.shape or lse.shape != state.den.shape:
+        raise ValueError(
+            f"cannot write a partial {list(state.num.shape)} to out {list(out.shape)} and lse {list(lse.shape)}"
+        )
+    for start, stop in _row_blocks(state):
+        block = state.rows(start, stop)
+        divisor = torch.where(block.den == 0, 1.0, block.den)
+        out[:, start:stop].copy_(block.num / divisor.unsqueeze(-1))
+        lse[:, start:stop].copy_(block.max + torch.log(block.den))
+
+
+def finite_shift(maximum: torch.Tensor) -> torch.Tensor:
+    """What to subtract before exp: the maximum, or 0 where it is -inf, for -inf - -inf would be NaN."""
+    return maximum.masked_fill(maximum == -math.inf, 0.0)
+
+
+def _row_blocks(state: Partial) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose temporaries fit SCRATCH_BYTES."""
+    group_size, rows, head_dim = state.num.shape
+    step = max(1, SCRATCH_BYTES // (4 * group_size * (head_dim + _VECTORS)))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _merge_block(into: Partial, other: Partial) -> None:
+    maximum = torch.maximum(into.max, other.max)
+    shift = finite_shift(maximum)
+    kept = torch.exp(into.max - shift)
+    added = torch.exp(other.max - shift)
+    into.num.mul_(kept.unsqueeze(-1)).add_(other.num * added.unsqueeze(-1))
+    into.den.mul_(kept).add_(other.den * added)
+    into.max.copy_(maximum)
+    into.keys.add_(other.keys)
