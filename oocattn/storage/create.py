@@ -1,0 +1,224 @@
+"""Our own kind of Zarr array, and how it is made: plain chunks of one head each, written whole and durably.
+
+Here live the chunk shape, the durable commit of one chunk (`write_chunk`), the creation of a dataset that appears under
+its name only when it is complete (`create_dataset`), and the loop that fills an array in parallel (`fill_array`).
+What is written comes from elsewhere: synth, importing and the results; reading is the business of dataset.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BytesCodec
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import LocalStore
+
+import oocattn.storage.bfloat16  # noqa: F401  registers the data type
+from oocattn.errors import ResultExistsError
+
+CHUNK_BYTES = 32 * 2**20
+"""Size aimed at for a chunk; 8 to 64 MiB read equally well."""
+
+ROW_MULTIPLE = 4096
+"""Chunks of longer arrays hold a multiple of this many rows, so that they start on page boundaries."""
+
+_PARTIAL = ".partial"
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype called `name` in a Problem: float16, bfloat16 (of ml_dtypes) or float32."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def default_chunk_rows(tokens: int, head_dim: int, itemsize: int) -> int:
+    """T, the rows of a chunk: all `tokens` where they fit 32 MiB, else level parts of 16 to 32 MiB (little padding)."""
+    most = CHUNK_BYTES // (head_dim * itemsize)
+    if tokens <= most:
+        return tokens
+    level = -(-tokens // -(-tokens // most))
+    return -(-level // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def create_array(
+    group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, chunk_rows: int | None = None
+) -> zarr.Array[Any]:
+    """Create array `name` of shape [B, H, N, D] or [B, H, N] with chunks (1, 1, T, D) or (1, 1, T).
+
+    Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks written. `chunk_rows` is T, by
+    default `default_chunk_rows`. Raises zarr's ContainsArrayError where the group has such an array.
+    """
+    tokens, row = shape[2], shape[3:]
+    numpy_type = numpy_dtype(dtype)
+    rows = chunk_rows or default_chunk_rows(tokens, int(np.prod(row)), numpy_type.itemsize)
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=numpy_type,
+        chunks=(1, 1, rows, *row),
+        serializer=BytesCodec(endian="little"),
+        compressors=None,
+        filters=None,
+        fill_value=0,
+        config={"write_empty_chunks": True},
+    )
+
+
+def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[slice, ...]:
+    """The part of `array` that chunk `coords` covers; at the edge it is shorter than a chunk."""
+    return tuple(
+        slice(i * size, min((i + 1) * size, length))
+        for i, size, length in zip(coords, array.chunks, array.shape, strict=True)
+    )
+
+
+# The durable commit of one chunk. After a crash at any step, what lies under the chunk's name is whole: the old bytes,
+# the new bytes, or nothing.
+#   1. Write the rows under a temporary name in the chunk's own folder. The name is unique, so that a writer given up
+#      for dead cannot tear the file of its successor.
+#   2. Extend the file with zeros to a full chunk, which is what Zarr demands of a chunk at the edge.
+#   3. fsync the file: its bytes are on disk before its name is.
+#   4. Rename it to the chunk's name; within a folder this is atomic.
+#   5. fsync the folders from the chunk's up to the array's, any of which may be new: now the name is on disk too.
+# A failure takes the temporary file with it; a kill leaves `*.partial`, as zarr's own writes do, and nobody reads it.
+def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[Any]) -> None:
+    """Write chunk `coords` of `array` whole; when this returns, it is on disk.
+
+    `data` has the shape of `chunk_selection(array, coords)` and the dtype of the array. Arrays that are not of the kind
+    made by `create_array`, or not in a local store, are written through Zarr, without that promise. Raises ValueError
+    for another shape or dtype, OSError as the file system does.
+    """
+    selection = chunk_selection(array, coords)
+    expected = tuple(part.stop - part.start for part in selection)
+    if data.shape != expected or data.dtype != array.dtype:
+        raise ValueError(
+            f"chunk {coords} of array {array.name!r} takes {list(expected)} {array.dtype}: "
+            f"found {list(data.shape)} {data.dtype}"
+        )
+    if not (isinstance(array.store, LocalStore) and _is_plain(array)):
+        array[selection] = data
+        return
+    folder = array.store.root / array.path
+    target = folder / array.metadata.encode_chunk_key(coords)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+            file.truncate(int(np.prod(array.chunks)) * array.dtype.itemsize)
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    for parent in itertools.takewhile(lambda parent: parent != folder.parent, target.parents):
+        _fsync(parent)
+
+
+def fill_array(
+    array: zarr.Array[Any], rows: Callable[[int, int, int, int], NDArray[Any]], workers: int | None = None
+) -> None:
+    """Write every chunk of `array` from `rows(batch, head, start, stop)`, [stop - start, D] in the dtype of the array.
+
+    Runs in `workers` threads (default: one a core), each with one chunk in memory. The heads of one range of rows are
+    asked for one after another, so that a source which interleaves them is read from disk once.
+    """
+    batch, heads, tokens = array.cdata_shape[:3]
+
+    def write(chunk: tuple[int, int, int]) -> None:
+        b, part, h = chunk
+        coords = (b, h, part, *(0 for _ in array.shape[3:]))
+        span = chunk_selection(array, coords)[2]
+        write_chunk(array, coords, rows(b, h, span.start, span.stop)[np.newaxis, np.newaxis])
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for _ in pool.map(write, itertools.product(range(batch), range(tokens), range(heads))):
+            pass
+
+
+@contextmanager
+def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: bool = False) -> Iterator[zarr.Group]:
+    """A new Zarr group with `attributes`, to be filled inside the `with`; it appears at `path` when that ends well.
+
+    Until then it grows under a temporary name beside `path`, and an exception removes it. (At a URL other than file://
+    it is made in place.) Raises ResultExistsError where something is at `path`, unless `overwrite` is given and that
+    something is a Zarr group or array.
+    """
+    local = local_path(path)
+    if local is None:
+        yield _create_remote(str(path), attributes, overwrite)
+        return
+    _refuse_to_destroy(local, overwrite)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    try:
+        yield zarr.create_group(LocalStore(temporary), attributes=attributes, zarr_format=3)
+        for metadata in temporary.rglob("zarr.json"):
+            _fsync(metadata)
+            _fsync(metadata.parent)
+        _refuse_to_destroy(local, overwrite)
+        move_into_place(temporary, local)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _is_plain(array: zarr.Array[Any]) -> bool:
+    """Whether a chunk of `array` is its rows, little-endian and nothing else, as `create_array` makes it."""
+    return (
+        isinstance(array.metadata, ArrayV3Metadata)
+        and array.metadata.codecs == (BytesCodec(endian="little"),)
+        and array.chunks[:2] == (1, 1)
+        and array.chunks[3:] == array.shape[3:]
+    )
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def local_path(path: str | Path) -> Path | None:
+    """`path` as a path, or None for the URL of a remote store."""
+    text = str(path).removeprefix("file://")
+    return None if "://" in text else Path(text).resolve()
+
+
+def _create_remote(url: str, attributes: dict[str, Any], overwrite: bool) -> zarr.Group:
+    try:
+        return zarr.open_group(url, mode="w" if overwrite else "w-", attributes=attributes, zarr_format=3)
+    except FileExistsError as error:
+        raise ResultExistsError(f"{url} exists already: choose another path, or overwrite it (--overwrite)") from error
+
+
+def _refuse_to_destroy(path: Path, overwrite: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise ResultExistsError(f"{path} exists already: choose another path, or overwrite it (--overwrite)")
+    if not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray")):
+        raise ResultExistsError(f"{path} is not a Zarr group: only those are overwritten; remove it or choose another path")
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; what was there is moved aside first and removed last."""
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    if os.path.lexists(path):
+        os.rename(path, old)
+    os.rename(temporary, path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)

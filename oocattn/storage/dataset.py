@@ -1,0 +1,164 @@
+"""A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL.
+
+Here a dataset is found, identified and checked to be whole; how rows are read is readers.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import zarr
+from zarr.core.sync import sync
+
+import oocattn.storage.bfloat16  # noqa: F401  registers the data type
+from oocattn.errors import ProblemError
+from oocattn.problem import ArraySpec
+from oocattn.storage.codecs import check_shard
+from oocattn.storage.direct import FastestReader
+from oocattn.storage.layout import chunk_key, missing_chunk, stored_bytes, stored_chunks, wrong_size
+from oocattn.storage.mapped_store import MappedStore
+from oocattn.storage.readers import InputArray
+
+NAMES = ("q", "k", "v")
+"""The arrays that a dataset has."""
+
+# What of an array's metadata says how its bytes are to be read, in Zarr v3 and v2.
+_IDENTITY = (
+    *("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs"),
+    *("dtype", "chunks", "dimension_separator", "compressor", "filters", "order"),
+)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The input of a run: `location` (an absolute path, or a URL) and its arrays by name, "q", "k" and "v".
+
+    Opening reads metadata alone, so that every process opens its own from `location`.
+    """
+
+    location: str
+    arrays: dict[str, InputArray]
+
+    @classmethod
+    def open(cls, path_or_url: str | Path) -> Dataset:
+        """Open a Zarr group, v3 or v2, for reading: a folder, or a URL that fsspec knows.
+
+        Raises ProblemError if there is no group, or no array q, k or v in it.
+        """
+        location = _location(path_or_url)
+        root = Path(location) if Path(location).is_dir() else None
+        try:
+            store = location if root is None else MappedStore(root, read_only=True)
+            group = zarr.open_group(store, mode="r", use_consolidated=False)
+        except (FileNotFoundError, NotADirectoryError, ValueError, ImportError) as error:
+            raise ProblemError(
+                f"no Zarr group at {location} ({error}): give the path or URL of a group with the arrays q, k and v; "
+                "`oocattn import` makes one from other files"
+            ) from error
+        found = {name: _array(group, name, location) for name in NAMES}
+        choose = FastestReader()
+        return cls(location, {name: InputArray(name, found[name], location, root, choose) for name in NAMES})
+
+    @property
+    def specs(self) -> tuple[ArraySpec, ArraySpec, ArraySpec]:
+        """Names, shapes and dtypes of q, k and v."""
+        q, k, v = (self.arrays[name].spec for name in NAMES)
+        return q, k, v
+
+    def check_complete(self) -> None:
+        """Check that every chunk of q, k and v is there. Raises IntegrityError naming array, chunk and key.
+
+        In a local folder each chunk file must exist and, where it is stored as it is (no compressor, no shards), have
+        exactly the size of a chunk: one `stat` a file. Elsewhere the keys are listed once, and those not listed are
+        asked for one by one. Of a shard the index is read as well (16 bytes a chunk): every chunk that lies within the
+        array's bounds must be in it and, in a local folder, within the file. What chunks decode to is not checked.
+        """
+        for array in (self.arrays[name].array for name in NAMES):
+            check = _check_files if isinstance(array.store, MappedStore) else _check_keys
+            check(array, self.location)
+
+    def fingerprint(self) -> str:
+        """A SHA-256 that changes when the dataset is changed.
+
+        It covers shapes, dtypes, chunk grids and codecs, and in a local folder the size and modification time of every
+        chunk file; of a remote dataset the metadata alone.
+        """
+        digest = hashlib.sha256()
+        for name in NAMES:
+            array = self.arrays[name].array
+            metadata = array.metadata.to_dict()
+            identity = {key: metadata[key] for key in _IDENTITY if key in metadata}
+            digest.update(json.dumps([name, identity], sort_keys=True, default=str).encode())
+            for _, key, status in _files(array):
+                state = (status.st_size, status.st_mtime_ns) if status else None
+                digest.update(f"\n{key} {state}".encode())
+        return digest.hexdigest()
+
+
+def _check_files(array: zarr.Array[Any], location: str) -> None:
+    expected = stored_bytes(array)
+    for coordinates, key, status in _files(array):
+        if status is None:
+            raise missing_chunk(location, key)
+        if expected is not None and status.st_size != expected:
+            raise wrong_size(location, key, status.st_size, expected)
+        if array.shards is not None:
+            check_shard(array, coordinates, location, status.st_size)
+
+
+def _check_keys(array: zarr.Array[Any], location: str) -> None:
+    listed = set(sync(_listed(array)))
+    for coordinates in stored_chunks(array):
+        key = chunk_key(array, coordinates)
+        if key not in listed and not sync(array.store.exists(key)):
+            raise missing_chunk(location, key)
+        if array.shards is not None:
+            check_shard(array, coordinates, location)
+
+
+async def _listed(array: zarr.Array[Any]) -> list[str]:
+    return [key async for key in array.store.list_prefix(array.path)]
+
+
+def _files(array: zarr.Array[Any]) -> Iterator[tuple[tuple[int, ...], str, os.stat_result | None]]:
+    """Coordinates, key and status of the file of every stored chunk of a local array; None where there is no file."""
+    if not isinstance(array.store, MappedStore):
+        return
+    for coordinates in stored_chunks(array):
+        key = chunk_key(array, coordinates)
+        try:
+            yield coordinates, key, os.stat(array.store.root / key)
+        except (FileNotFoundError, NotADirectoryError):
+            yield coordinates, key, None
+
+
+def _location(path_or_url: str | Path) -> str:
+    """An absolute path, also for a `file:` URL, or the URL as it is."""
+    text = str(path_or_url)
+    if text.startswith("file:"):
+        text = url2pathname(urlsplit(text).path)
+    return text if "://" in text or "::" in text else str(Path(text).absolute())
+
+
+def _array(group: zarr.Group, name: str, location: str) -> zarr.Array[Any]:
+    try:
+        found = group[name]
+    except KeyError:
+        raise ProblemError(
+            f"no array {name!r} in {location}: found {sorted(group.array_keys())}; a dataset has the arrays q, k and "
+            "v: rename the array, or import the tensors with `oocattn import`"
+        ) from None
+    except ValueError as error:  # metadata that this zarr does not know: data type, codec, extension
+        version = zarr.__version__
+        raise ProblemError(f"array {name!r} of {location} cannot be opened by zarr {version}: {error}") from error
+    if not isinstance(found, zarr.Array):
+        raise ProblemError(f"{name!r} in {location} is a group: expected an array [B, H, N, D] or [H, N, D]")
+    return found

@@ -1,0 +1,152 @@
+"""How an input array's chunks lie in its store: their extents, keys, files and offsets, and what to say of a bad one.
+
+Pure arithmetic over an array's metadata, for arrays of rank 3 [H, N, D] and 4 [B, H, N, D]; nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from oocattn.errors import IntegrityError
+
+_OTHER_ORDER = "big" if sys.byteorder == "little" else "little"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The bytes of a request that lie in one chunk file.
+
+    They start at `offset` of the file, which must be `file_bytes` long, and fill [begin, end) of the request's buffer.
+    """
+
+    key: str
+    path: Path
+    offset: int
+    file_bytes: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ChunkFiles:
+    """The chunk files of a directly readable array under the folder `root`; `location` is what messages call it."""
+
+    array: zarr.Array[Any]
+    root: Path
+    location: str
+
+    def parts(self, batch: int, head: int, start: int, stop: int) -> Iterator[Part]:
+        """Tokens [start, stop) of one head, `start` < `stop`, split at chunk boundaries, in order."""
+        *grouped, rows, head_dim = self.array.chunks
+        row_bytes = head_dim * self.array.dtype.itemsize
+        outer: list[int] = []
+        before = 0  # heads that come before this one in the same chunk
+        for position, extent in zip(leading(self.array, batch, head), grouped, strict=True):
+            outer.append(position // extent)
+            before = before * extent + position % extent
+        for number in range(start // rows, -(-stop // rows)):
+            low, high = max(start, number * rows), min(stop, (number + 1) * rows)
+            key = chunk_key(self.array, (*outer, number, 0))
+            offset = (before * rows + low - number * rows) * row_bytes
+            begin, end = (low - start) * row_bytes, (high - start) * row_bytes
+            yield Part(key, self.root / key, offset, chunk_bytes(self.array), begin, end)
+
+
+def leading(array: zarr.Array[Any], batch: int, head: int) -> tuple[int, ...]:
+    """The indices of the dimensions before N and D: (batch, head), or (head,) where the array has no batch."""
+    return (batch, head)[4 - array.ndim :]
+
+
+def chunk_bytes(array: zarr.Array[Any]) -> int:
+    """Bytes of one decoded chunk."""
+    return math.prod(array.chunks) * array.dtype.itemsize
+
+
+def stored_bytes(array: zarr.Array[Any]) -> int | None:
+    """Bytes of a chunk as it is stored, or None where that depends on its content."""
+    if codec_names(array) or array.shards is not None or not _serialization(array).endswith("-endian"):
+        return None
+    return chunk_bytes(array)
+
+
+def chunk_key(array: zarr.Array[Any], coordinates: tuple[int, ...]) -> str:
+    """The store key of the stored object (chunk, or shard) at `coordinates`, from the root of the store."""
+    key = array.metadata.encode_chunk_key(coordinates)
+    return f"{array.store_path.path}/{key}" if array.store_path.path else key
+
+
+def stored_chunks(array: zarr.Array[Any]) -> Iterator[tuple[int, ...]]:
+    """Coordinates of every stored object (chunk, or shard) that the array must have."""
+    extents = array.shards or array.chunks
+    counts = (-(-size // extent) for size, extent in zip(array.shape, extents, strict=True))
+    return itertools.product(*map(range, counts))
+
+
+def codec_names(array: zarr.Array[Any]) -> list[str]:
+    """The names of the filters and compressors that a chunk passes through."""
+    names = []
+    for codec in (*array.filters, *array.compressors):
+        config = codec.to_dict() if hasattr(codec, "to_dict") else codec.get_config()
+        names.append(str(config.get("name", config.get("id"))))
+    return names
+
+
+def obstacles(array: zarr.Array[Any]) -> list[str]:
+    """Why a chunk file is not simply the little-endian rows of its heads; empty where it is."""
+    found = []
+    if names := codec_names(array):
+        found.append(f"{'+'.join(names)}-compressed")
+    if array.shards is not None:
+        found.append("sharded")
+    if array.metadata.zarr_format == 2 and array.order != "C":
+        found.append("column-major")
+    if array.chunks[-1] != array.shape[-1]:
+        found.append("chunked along D")
+    if (serialized := _serialization(array)) != "little-endian":
+        found.append(serialized)
+    return found
+
+
+def _serialization(array: zarr.Array[Any]) -> str:
+    """How the elements of a decoded chunk are stored."""
+    if array.metadata.zarr_format == 2:
+        native = array.dtype == array.dtype.newbyteorder("=")
+        return f"{sys.byteorder if native else _OTHER_ORDER}-endian"
+    serializer: Any = array.serializer
+    config = serializer.to_dict()
+    if config["name"] != "bytes":
+        return f"{config['name']}-encoded"
+    return f"{config.get('configuration', {}).get('endian', 'little')}-endian"
+
+
+def missing_chunk(location: str, key: str) -> IntegrityError:
+    """The error for a chunk that is not there; `key` starts with the array's name."""
+    return IntegrityError(
+        f"{_name(location, key)} is missing: Zarr would read it as the fill value; copy the dataset again, or write "
+        "the chunk (with write_empty_chunks=True if it is all fill value)"
+    )
+
+
+def wrong_size(location: str, key: str, found: int, expected: int) -> IntegrityError:
+    """The error for a chunk file of `found` bytes that must have `expected`."""
+    return IntegrityError(
+        f"{_name(location, key)} has {found} bytes, expected {expected}: it is torn or of another array; copy it again"
+    )
+
+
+def undecodable(location: str, key: str, error: object) -> IntegrityError:
+    """The error for a chunk that its codecs refuse."""
+    return IntegrityError(f"{_name(location, key)} cannot be decoded ({error}): it is damaged; copy it again")
+
+
+def _name(location: str, key: str) -> str:
+    array, _, chunk = key.partition("/")
+    return f"array {array!r} of {location}: chunk {chunk!r} (key {key!r})"

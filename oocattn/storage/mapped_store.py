@@ -1,0 +1,100 @@
+"""A Zarr store over a local folder whose reads are views of memory-mapped files; writing is LocalStore's.
+
+Zarr decodes uncompressed chunks without a copy, so that over this store `array.get_basic_selection(..., out=...)`
+copies once, from the page cache into the caller's buffer. A view stays valid while its file is replaced by renaming or
+removed, because the map holds the old inode; a file that is *truncated in place* under a live view kills the process
+(SIGBUS). Zarr, TensorStore and this package replace files; use LocalStore where other writers change them in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+# Python's mmap keeps a file descriptor, and one read of a shard asks for thousands of ranges of one file: they share
+# its map while any of them lives. A live map holds its inode, so the number cannot come to mean another file.
+_live_maps: WeakValueDictionary[tuple[int, int, int], mmap.mmap] = WeakValueDictionary()
+
+
+def _map(path: Path) -> memoryview:
+    """The whole file, mapped read-only. Raises OSError as `open` does."""
+    with path.open("rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if status.st_size == 0:  # cannot be mapped
+            return memoryview(b"")
+        identity = (status.st_dev, status.st_ino, status.st_size)
+        mapped = _live_maps.get(identity)
+        if mapped is None:
+            mapped = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ)
+            _live_maps[identity] = mapped
+        return memoryview(mapped)
+
+
+def _window(byte_range: ByteRequest | None) -> slice:
+    match byte_range:
+        case None:
+            return slice(None)
+        case RangeByteRequest(start, end):
+            return slice(start, end)
+        case OffsetByteRequest(offset):
+            return slice(offset, None)
+        case SuffixByteRequest(suffix):
+            return slice(-suffix, None) if suffix else slice(0)
+    raise TypeError(f"Unexpected byte_range, got {byte_range}.")
+
+
+class MappedStore(LocalStore):
+    """A `zarr.storage.LocalStore` that reads by memory map; `root` and `read_only` are LocalStore's.
+
+    The buffers that its reads return are read-only views of the files, valid for as long as they are held.
+    """
+
+    def get_sync(
+        self,
+        key: str,
+        *,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """The value of `key`, or the part of it in `byte_range`; None if there is none."""
+        self._ensure_open_sync()
+        window = _window(byte_range)
+        try:
+            content = _map(self.root / key)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+        return (prototype or default_buffer_prototype()).buffer.from_bytes(content[window])
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """The value of `key`, or the part of it in `byte_range`; None if there is none."""
+        return await asyncio.to_thread(self.get_sync, key, prototype=prototype, byte_range=byte_range)
+
+    async def get_partial_values(
+        self,
+        prototype: BufferPrototype,
+        key_ranges: Iterable[tuple[str, ByteRequest | None]],
+    ) -> list[Buffer | None]:
+        """The values of several (key, range), in their order; None where a key does not exist."""
+        return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))
+
+    def __repr__(self) -> str:
+        return f"MappedStore('{self}')"

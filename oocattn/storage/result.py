@@ -1,0 +1,137 @@
+"""Where a run's bytes lie: the result group, and the folder of job state beside it.
+
+While it runs, everything is in `RESULT.oocattn/`: the growing result, scratch, the lock and the status. When it is
+complete the result is renamed to `RESULT`, and only the report stays behind: what lies at `RESULT` is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.storage import LocalStore
+
+from oocattn.errors import IntegrityError, ProblemError
+from oocattn.storage.create import create_array, local_path, move_into_place, write_chunk
+from oocattn.storage.mapped_store import MappedStore
+
+ATTRIBUTES = "oocattn"
+"""The one attribute of a result group: what it is the answer to."""
+
+
+@dataclass(frozen=True)
+class ResultPaths:
+    """The places of one result."""
+
+    result: Path
+
+    @classmethod
+    def at(cls, path: str | Path) -> ResultPaths:
+        """The places of the result at `path`. Raises ProblemError for a URL: results are local."""
+        local = local_path(path)
+        if local is None:
+            raise ProblemError(f"result {path}: results are written to a local path, not to a URL")
+        return cls(local)
+
+    @property
+    def state(self) -> Path:
+        """The folder of job state."""
+        return self.result.with_name(self.result.name + ".oocattn")
+
+    @property
+    def growing(self) -> Path:
+        """The result while it is not complete."""
+        return self.state / "result.zarr"
+
+    @property
+    def scratch(self) -> Path:
+        """The folder of partials."""
+        return self.state / "partials"
+
+    @property
+    def lock(self) -> Path:
+        return self.state / "lock"
+
+    @property
+    def status(self) -> Path:
+        return self.state / "status.json"
+
+    @property
+    def report(self) -> Path:
+        return self.state / "report.json"
+
+    def attributes(self) -> dict[str, Any] | None:
+        """What the complete result at this path is the answer to; None where there is none."""
+        if not os.path.lexists(self.result):
+            return None
+        try:
+            found = zarr.open_group(LocalStore(self.result), mode="r").attrs.get(ATTRIBUTES)
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
+        return dict(found) if isinstance(found, Mapping) else {}
+
+    def begin(self, *, shape: tuple[int, int, int, int], dtype: str, chunk_rows: int, attributes: Mapping[str, Any]) -> None:
+        """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an earlier run left."""
+        for leftover in (self.growing, self.scratch):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+        group = zarr.create_group(LocalStore(self.growing), attributes={ATTRIBUTES: dict(attributes)}, zarr_format=3)
+        create_array(group, "out", shape, dtype, chunk_rows)
+        create_array(group, "lse", shape[:3], "float32", chunk_rows)
+
+    def commit(self) -> None:
+        """Give the complete result its name and leave nothing but the report beside it."""
+        move_into_place(self.growing, self.result)
+        shutil.rmtree(self.scratch)
+        self.status.unlink(missing_ok=True)
+
+
+class ResultArrays:
+    """The arrays of a result that grows: written chunk by chunk, each by one writer."""
+
+    def __init__(self, out: zarr.Array[Any], lse: zarr.Array[Any]) -> None:
+        self.out = out
+        self.lse = lse
+
+    @classmethod
+    def open(cls, path: Path) -> ResultArrays:
+        """The arrays of the result at `path`, read through memory maps. Raises IntegrityError where one is missing."""
+        group = zarr.open_group(MappedStore(path), mode="r+")
+        out, lse = group.get("out"), group.get("lse")
+        if not (isinstance(out, zarr.Array) and isinstance(lse, zarr.Array)):
+            raise IntegrityError(f"{path}: expected the arrays out and lse of a result, found {sorted(group.keys())}")
+        return cls(out, lse)
+
+    def write(self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]) -> int:
+        """Write chunk `part` of one head, out [n, D] and lse [n]; return the bytes written."""
+        write_chunk(self.out, (batch, head, part, 0), out[np.newaxis, np.newaxis])
+        write_chunk(self.lse, (batch, head, part), lse[np.newaxis, np.newaxis])
+        return out.nbytes + lse.nbytes
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a small JSON file at once, so that readers see the old text or the new."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file. Raises IntegrityError for anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise IntegrityError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

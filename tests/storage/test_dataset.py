@@ -1,0 +1,192 @@
+"""A dataset is found at paths and URLs, in Zarr v2 and v3, and says what is wrong with it before a run finds out."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import ml_dtypes
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import ZstdCodec
+
+from oocattn.errors import IntegrityError, ProblemError
+from oocattn.problem import ArraySpec, make_problem
+from oocattn.storage.dataset import Dataset
+
+SHAPE, CHUNKS = (1, 2, 40, 8), (1, 1, 16, 8)
+DATA = np.arange(1, 641, dtype="float16").reshape(SHAPE)
+
+
+def write(store: Any, names: str = "qkv", data: np.ndarray = DATA, **storage: Any) -> zarr.Group:
+    """Write a dataset of equal arrays, uncompressed unless asked otherwise."""
+    group = zarr.open_group(store, mode="w", zarr_format=storage.pop("zarr_format", 3))
+    storage = {"compressors": None, "chunks": CHUNKS[-data.ndim :], **storage}
+    for name in names:
+        group.create_array(name, shape=data.shape, dtype=data.dtype, **storage)[...] = data
+    return group
+
+
+@pytest.fixture
+def memory_url() -> str:
+    fsspec.filesystem("memory").store.clear()
+    return "memory://folder/dataset.zarr"
+
+
+def assert_holds_the_data(dataset: Dataset) -> None:
+    for array in dataset.arrays.values():
+        out = np.empty((40, 8), array.dtype)
+        for head in range(2):
+            array.read_rows(0, head, 0, 40, out)
+            np.testing.assert_array_equal(out, DATA[0, head])
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("kind", ["path", "relative", "file URL", "memory URL", "chained URL"])
+def test_datasets_open_from_paths_and_urls(
+    tmp_path: Path, memory_url: str, monkeypatch: pytest.MonkeyPatch, kind: str, zarr_format: int
+) -> None:
+    path = tmp_path / "data set.zarr"
+    where = memory_url if kind == "memory URL" else path
+    write(str(where), zarr_format=zarr_format)
+    if kind == "relative":
+        monkeypatch.chdir(tmp_path)
+        where = path.name
+    elif kind == "file URL":
+        where = path.as_uri()
+    elif kind == "chained URL":
+        where = f"zip::{shutil.make_archive(str(tmp_path / 'archived'), 'zip', path)}"
+    dataset = Dataset.open(where)
+    dataset.check_complete()
+    assert_holds_the_data(dataset)
+    local = kind in ("path", "relative", "file URL")
+    assert all(array.direct == local for array in dataset.arrays.values())
+    assert dataset.location == (str(path) if local else str(where))
+    assert dataset.specs == tuple(ArraySpec(name, SHAPE, "float16") for name in "qkv")
+    monkeypatch.chdir("/")
+    assert_holds_the_data(Dataset.open(dataset.location))  # as workers in other folders do
+
+
+def test_arrays_of_rank_three_are_one_batch(tmp_path: Path) -> None:
+    write(tmp_path, data=DATA[0])
+    dataset = Dataset.open(tmp_path)
+    dataset.check_complete()
+    assert dataset.specs[0].four_dimensional == SHAPE
+    assert_holds_the_data(dataset)
+
+
+def test_specs_name_dtypes_as_problems_do_and_leave_judgement_to_them(tmp_path: Path) -> None:
+    for dtype in ("float16", "float32", ml_dtypes.bfloat16):
+        write(tmp_path, data=DATA.astype(dtype))
+        assert make_problem(*Dataset.open(tmp_path).specs).dtype == np.dtype(dtype).name
+    for data in (DATA.astype("int8"), DATA.astype("complex64"), DATA[0, 0], DATA[:, :, :0], DATA[None]):
+        chunks = tuple(max(1, size) for size in data.shape)
+        write(tmp_path, data=data, chunks=chunks)
+        with pytest.raises(ProblemError, match="array 'q'"):
+            make_problem(*Dataset.open(tmp_path).specs)
+
+
+def test_what_is_not_a_dataset_is_refused_with_what_was_found(tmp_path: Path, memory_url: str) -> None:
+    for nowhere in (tmp_path / "none", tmp_path, "memory://none", "no-such-protocol://x", Path(__file__)):
+        with pytest.raises(ProblemError, match=r"no Zarr group at .*q, k and v"):
+            Dataset.open(nowhere)
+    for where in (str(tmp_path / "partial"), memory_url):
+        write(where, names="qv")
+        with pytest.raises(ProblemError, match=r"no array 'k' in .*: found \['q', 'v'\]"):
+            Dataset.open(where)
+    write(tmp_path / "group", names="qk").create_group("v")
+    with pytest.raises(ProblemError, match=r"'v' in .* is a group: expected an array"):
+        Dataset.open(tmp_path / "group")
+    with pytest.raises(ProblemError, match="no Zarr group"):
+        Dataset.open(tmp_path / "group" / "q")
+    write(tmp_path / "unknown")
+    metadata = tmp_path / "unknown/k/zarr.json"
+    metadata.write_text(metadata.read_text().replace('"float16"', '"float8_e5m2"'))
+    with pytest.raises(ProblemError, match=r"array 'k' of .* cannot be opened by zarr .*float8_e5m2"):
+        Dataset.open(tmp_path / "unknown")
+
+
+STORAGE = {
+    "plain": {},
+    "plain v2": {"zarr_format": 2},
+    "nested v2": {"zarr_format": 2, "chunk_key_encoding": {"name": "v2", "separator": "/"}},
+    "zstd": {"compressors": ZstdCodec()},
+    "sharded": {"shards": (1, 1, 32, 8)},
+}
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("storage", STORAGE.values(), ids=STORAGE)
+def test_a_missing_chunk_is_found_and_named(tmp_path: Path, memory_url: str, storage: dict[str, Any], remote: bool) -> None:
+    where = memory_url if remote else str(tmp_path)
+    group = write(where, **storage)
+    dataset = Dataset.open(where)
+    dataset.check_complete()
+    filesystem, root = fsspec.url_to_fs(where)
+    key = "k/" + group["k"].metadata.encode_chunk_key((0, 1, 1, 0))
+    filesystem.rm(f"{root}/{key}")
+    with pytest.raises(IntegrityError, match=f"array 'k' of {where}: chunk .*{key}.* is missing"):
+        dataset.check_complete()
+
+
+@pytest.mark.parametrize("storage", [{}, {"zarr_format": 2}, {"chunks": (1, 1, 16, 4)}, {"shards": (1, 1, 32, 8)}])
+@pytest.mark.parametrize("change", [-1, -200, 1])
+def test_a_local_chunk_of_the_wrong_size_is_found(tmp_path: Path, storage: dict[str, Any], change: int) -> None:
+    group = write(tmp_path, data=np.random.default_rng(0).random(SHAPE, dtype="f4"), **storage)
+    dataset = Dataset.open(tmp_path)
+    key = "v/" + group["v"].metadata.encode_chunk_key((0, 1, 0, 0))
+    os.truncate(tmp_path / key, (tmp_path / key).stat().st_size + change)
+    with pytest.raises(IntegrityError, match=key):
+        dataset.check_complete()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_chunk_missing_within_a_shard_is_found(tmp_path: Path, memory_url: str, remote: bool) -> None:
+    where = memory_url if remote else str(tmp_path)
+    group = write(where, shards=(1, 2, 32, 8))
+    Dataset.open(where).check_complete()
+    group["q"][0, 1, 32:] = 0  # zarr drops chunks that are all fill value
+    with pytest.raises(IntegrityError, match=r"array 'q' .*q/c/0/0/1/0, chunk 0/1/0/0 of the shard"):
+        Dataset.open(where).check_complete()
+
+
+def test_the_fingerprint_follows_data_and_layout_alone(tmp_path: Path) -> None:
+    write(tmp_path)
+    dataset = Dataset.open(tmp_path)
+    first = dataset.fingerprint()
+    zarr.open_group(tmp_path)["q"].attrs["note"] = "read"
+    moved = tmp_path.with_name("moved")
+    tmp_path.rename(moved)
+    assert Dataset.open(moved).fingerprint() == first
+    moved.rename(tmp_path)
+    chunk = tmp_path / "v/c/0/0/0/0"
+    status = chunk.stat()
+    os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    seen = {first, dataset.fingerprint()}
+    chunk.unlink()
+    seen.add(dataset.fingerprint())
+    for storage in ({"chunks": (1, 1, 8, 8)}, {"compressors": ZstdCodec()}, {"data": DATA.astype("f4")}):
+        write(tmp_path, **storage)
+        seen.add(Dataset.open(tmp_path).fingerprint())
+    assert len(seen) == 6
+
+
+def test_a_remote_fingerprint_needs_metadata_alone(memory_url: str) -> None:
+    write(memory_url)
+    first = Dataset.open(memory_url).fingerprint()
+    fsspec.filesystem("memory").rm(f"{memory_url}/q/c/0/0/0/0")
+    assert Dataset.open(memory_url).fingerprint() == first
+    write(memory_url, chunks=(1, 1, 8, 8))
+    assert Dataset.open(memory_url).fingerprint() != first
+
+
+def test_another_process_opens_the_same_dataset(tmp_path: Path) -> None:
+    write(tmp_path)
+    dataset = Dataset.open(tmp_path)
+    script = "import sys; from oocattn.storage.dataset import Dataset; print(Dataset.open(sys.argv[1]).fingerprint())"
+    command = [sys.executable, "-c", script, dataset.location]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == dataset.fingerprint()

@@ -1,0 +1,332 @@
+"""Rows read by every way equal what plain zarr reads, to the bit; a chunk that is missing or damaged is an error."""
+
+import math
+import shutil
+import tempfile
+import threading
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import ml_dtypes
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ZstdCodec
+
+import oocattn.storage.bfloat16  # noqa: F401  registers the data type
+from oocattn.errors import IntegrityError
+from oocattn.storage.codecs import CodecReader
+from oocattn.storage.direct import FastestReader, read_mapped, read_preadv
+from oocattn.storage.layout import ChunkFiles
+from oocattn.storage.mapped_store import MappedStore
+from oocattn.storage.readers import InputArray
+
+CODECS = {"none": None, "zstd": ZstdCodec(), "blosc": BloscCodec(), "gzip": GzipCodec(level=1)}
+V2_CODECS = {"none": None, "zstd": {"id": "zstd"}, "blosc": {"id": "blosc"}, "gzip": {"id": "gzip", "level": 1}}
+DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("float32")}
+
+
+def write(store: Any, data: np.ndarray, name: str = "q", **storage: Any) -> zarr.Array:
+    """Write `data` as array `name` of a group in `store`, uncompressed unless asked otherwise."""
+    zarr_format = storage.pop("zarr_format", 3)
+    group = zarr.open_group(store, mode="a", zarr_format=zarr_format)
+    storage = {"compressors": None, **storage}
+    array = group.create_array(name, shape=data.shape, dtype=data.dtype, **storage)
+    array[...] = data
+    return array
+
+
+def opened(root: Path, name: str = "q") -> InputArray:
+    group = zarr.open_group(MappedStore(root, read_only=True), mode="r")
+    return InputArray(name, group[name], str(root), root)
+
+
+def random_data(shape: tuple[int, ...], dtype: str = "float16") -> np.ndarray:
+    bits = np.random.default_rng(0).integers(1, 256, (*shape, DTYPES[dtype].itemsize), dtype=np.uint8)
+    return bits.view(DTYPES[dtype])[..., 0]  # any bits, NaNs among them, but no zero: zero chunks are not written
+
+
+def buffer_for(array: InputArray, rows: int) -> np.ndarray:
+    return np.ones((rows, array.spec.four_dimensional[-1]), array.dtype)
+
+
+def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
+
+
+@st.composite
+def stored_arrays(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
+    """An array of rank 3 or 4 and a way to store it."""
+    sizes = [st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 6)][draw(st.integers(0, 1)) :]
+    shape = tuple(draw(size) for size in sizes)
+    chunks = [draw(st.integers(1, size)) for size in shape]
+    if draw(st.booleans()):
+        chunks[-1] = shape[-1]
+    storage: dict[str, Any] = {"chunks": tuple(chunks), "zarr_format": draw(st.sampled_from([2, 3]))}
+    dtype = draw(st.sampled_from(["float16", "float32", *(["bfloat16"] * (storage["zarr_format"] == 3))]))
+    codec = draw(st.sampled_from(list(CODECS)))
+    data = random_data(shape, dtype)
+    if storage["zarr_format"] == 2:
+        storage["compressors"] = V2_CODECS[codec]
+        storage["order"] = draw(st.sampled_from("CF"))
+        data = data.astype(data.dtype.newbyteorder(draw(st.sampled_from("<>"))))
+        storage["chunk_key_encoding"] = {"name": "v2", "separator": draw(st.sampled_from("./"))}
+    else:
+        storage["compressors"] = CODECS[codec]
+        storage["serializer"] = BytesCodec(endian=draw(st.sampled_from(["little", "big"])))
+        storage["chunk_key_encoding"] = {"name": "default", "separator": draw(st.sampled_from("./"))}
+        if draw(st.booleans()):
+            storage["shards"] = tuple(chunk * draw(st.integers(1, 3)) for chunk in chunks)
+    return data, storage
+
+
+@settings(max_examples=150, deadline=None)
+@given(stored=stored_arrays(), choice=st.data())
+def test_every_way_reads_what_plain_zarr_reads(stored: tuple[np.ndarray, dict[str, Any]], choice: st.DataObject) -> None:
+    data, storage = stored
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, data, **storage)
+        array = opened(Path(folder))
+        batches, heads, tokens, _ = array.spec.four_dimensional
+        batch, head = choice.draw(st.integers(0, batches - 1)), choice.draw(st.integers(0, heads - 1))
+        start = choice.draw(st.integers(0, tokens - 1))
+        stop = choice.draw(st.integers(start + 1, tokens))
+        plain = zarr.open_group(folder, mode="r")["q"][...]
+        expected = plain.reshape(array.spec.four_dimensional)[batch, head, start:stop].astype(array.dtype)
+        ways = [CodecReader(array.array, "dataset").read, array.read_rows]
+        if array.direct:
+            files = ChunkFiles(array.array, Path(folder), "dataset")
+            ways += [lambda *rows, read=read: read(files, *rows) for read in (read_preadv, read_mapped)]
+        for read in ways:
+            out = buffer_for(array, stop - start)
+            read(batch, head, start, stop, out)
+            assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("storage", "description"),
+    [
+        ({}, "uncompressed, read directly"),
+        ({"zarr_format": 2}, "uncompressed, read directly"),
+        ({"chunks": (2, 2, 16, 8)}, "uncompressed, read directly"),
+        ({"compressors": ZstdCodec()}, "zstd-compressed: read through Zarr's codecs"),
+        ({"zarr_format": 2, "compressors": {"id": "gzip", "level": 1}}, "gzip-compressed: read through Zarr's codecs"),
+        ({"compressors": ZstdCodec(), "shards": (1, 1, 32, 8)}, "zstd-compressed, sharded: read through Zarr's codecs"),
+        ({"serializer": BytesCodec(endian="big")}, "big-endian: read through Zarr's codecs"),
+        ({"zarr_format": 2, "order": "F"}, "column-major: read through Zarr's codecs"),
+        ({"chunks": (1, 2, 16, 4)}, "chunked along D, 2 heads to a chunk: read through Zarr's codecs"),
+    ],
+)
+def test_the_description_says_how_an_array_is_read(tmp_path: Path, storage: dict[str, Any], description: str) -> None:
+    write(tmp_path, random_data((2, 2, 40, 8)), **{"chunks": (1, 1, 16, 8), **storage})
+    array = opened(tmp_path)
+    assert array.describe() == description
+    assert array.direct == (description == "uncompressed, read directly")
+    assert array.reader == ("preadv" if array.direct else "zarr")
+    assert (array.decode_bytes == 0) == array.direct
+    assert array.chunk_rows == 16
+
+
+def chunk_files(root: Path) -> list[Path]:
+    return sorted(path for path in (root / "q").rglob("*") if path.is_file() and not path.name.startswith((".z", "zarr")))
+
+
+@pytest.fixture(params=["preadv", "map", "chunked along D", "zstd", "blosc", "gzip", "sharded", "v2 gzip"])
+def reading(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """A way to read [1, 1, 64, 8] float16 in four chunks of rows (two shards) under `tmp_path`: (root, read)."""
+    storage: dict[str, Any] = {
+        "chunked along D": {"chunks": (1, 1, 16, 4)},
+        "sharded": {"shards": (1, 1, 32, 8), "compressors": ZstdCodec()},
+        "v2 gzip": {"zarr_format": 2, "compressors": V2_CODECS["gzip"]},
+    }.get(request.param, {"compressors": CODECS.get(request.param)})
+    write(tmp_path, random_data((1, 1, 64, 8)), **{"chunks": (1, 1, 16, 8), **storage})
+
+    def read(start: int, stop: int) -> None:
+        array = opened(tmp_path)
+        out = buffer_for(array, stop - start)
+        if array.direct:
+            files = ChunkFiles(array.array, tmp_path, "the dataset")
+            (read_preadv if request.param == "preadv" else read_mapped)(files, 0, 0, start, stop, out)
+        else:
+            CodecReader(array.array, "the dataset").read(0, 0, start, stop, out)
+
+    return tmp_path, read
+
+
+def test_a_missing_chunk_is_an_error_and_not_fill_values(reading: Any) -> None:
+    root, read = reading
+    last = chunk_files(root)[-1]
+    last.unlink()
+    read(0, 32)
+    key = str(last.relative_to(root))
+    with pytest.raises(IntegrityError, match=rf"array 'q' of the dataset: .*{key}.* is missing"):
+        read(0, 64)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_a_truncated_chunk_is_an_error(reading: Any, kept: float) -> None:
+    root, read = reading
+    last = chunk_files(root)[-1]
+    content = last.read_bytes()
+    last.write_bytes(content[: int(kept * len(content))])
+    read(0, 32)
+    with pytest.raises(IntegrityError, match=r"array 'q' of the dataset: chunk .*/1|3"):
+        read(0, 64)
+
+
+def test_a_damaged_chunk_among_many_is_named(tmp_path: Path) -> None:
+    write(tmp_path, random_data((1, 1, 64, 8)), chunks=(1, 1, 16, 8), compressors=ZstdCodec(checksum=True))
+    damaged = tmp_path / "q/c/0/0/2/0"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(IntegrityError, match="key 'q/c/0/0/2/0'"):
+        opened(tmp_path).read_rows(0, 0, 0, 64, np.empty((64, 8), "float16"))
+
+
+def test_a_chunk_missing_within_a_shard_is_an_error(tmp_path: Path) -> None:
+    data = random_data((1, 1, 56, 8))  # the last shard is partly out of bounds: those chunks may be missing
+    written = write(tmp_path, data, chunks=(1, 1, 16, 8), shards=(1, 1, 32, 8), compressors=ZstdCodec())
+    opened(tmp_path).read_rows(0, 0, 0, 56, np.empty((56, 8), "float16"))
+    written[0, 0, 16:32] = 0  # zarr drops chunks that are all fill value
+    array = opened(tmp_path)
+    with pytest.raises(IntegrityError, match=r"q/c/0/0/0/0, chunk 0/0/1/0 of the shard.* is missing"):
+        array.read_rows(0, 0, 0, 8, np.empty((8, 8), "float16"))
+    array.read_rows(0, 0, 32, 56, np.empty((24, 8), "float16"))
+
+
+@pytest.mark.skipif(not hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"), reason="zarr 3.1 has one pipeline")
+def test_the_fused_pipeline_of_zarr_is_no_way_around(tmp_path: Path) -> None:
+    data = random_data((1, 1, 64, 8))
+    with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}):
+        write(tmp_path, data, chunks=(1, 1, 16, 8), compressors=ZstdCodec())
+        out = np.empty((64, 8), "float16")
+        opened(tmp_path).read_rows(0, 0, 0, 64, out)
+        assert same_bits(out, data[0, 0])
+        chunk_files(tmp_path)[1].unlink()
+        with pytest.raises(IntegrityError, match="is missing"):
+            opened(tmp_path).read_rows(0, 0, 0, 64, out)
+
+
+def test_rows_and_buffers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, random_data((1, 2, 64, 8)), chunks=(1, 1, 16, 8))
+    array = opened(tmp_path)
+    read_only = np.empty((4, 8), "float16")
+    read_only.flags.writeable = False
+    for out in (
+        np.empty((5, 8), "float16"),
+        np.empty((4, 8), "float32"),
+        np.empty((4, 8), "float16", order="F"),
+        np.empty((4, 16), "float16")[:, ::2],
+        read_only,
+    ):
+        with pytest.raises(ValueError, match=r"buffer of .*'q'.*expected float16 \[4, 8\]"):
+            array.read_rows(0, 0, 0, 4, out)
+    for rows in ((1, 0, 0, 4), (0, 2, 0, 4), (0, 0, 61, 65), (0, 0, -1, 3), (0, 0, 4, 4)):
+        with pytest.raises(ValueError, match="2 heads and 64 tokens"):
+            array.read_rows(*rows, np.empty((4, 8), "float16"))
+        with pytest.raises(ValueError, match="2 heads and 64 tokens"):
+            array.will_need(*rows)
+
+
+def test_will_need_is_advice_and_changes_nothing(tmp_path: Path) -> None:
+    data = random_data((1, 2, 64, 8))
+    write(tmp_path, data, chunks=(1, 1, 16, 8))
+    write(tmp_path, data, name="k", chunks=(1, 1, 16, 8), compressors=ZstdCodec())
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    for name in "qk":
+        array = opened(tmp_path, name)
+        for _ in range(100):
+            array.will_need(0, 1, 5, 60)
+        out = buffer_for(array, 55)
+        array.read_rows(0, 1, 5, 60, out)
+        assert same_bits(out, data[0, 1, 5:60])
+    chunk_files(tmp_path)[-1].unlink()
+    opened(tmp_path).will_need(0, 1, 0, 64)  # what is missing is for the read to report
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
+
+
+def test_threads_share_an_array(tmp_path: Path) -> None:
+    data = random_data((1, 4, 4096, 8))
+    write(tmp_path, data, chunks=(1, 1, 512, 8))
+    write(tmp_path, data, name="k", chunks=(1, 1, 512, 8), compressors=ZstdCodec(), shards=(1, 1, 1024, 8))
+    arrays = [opened(tmp_path), opened(tmp_path, "k")]
+    wrong = []
+
+    def work(head: int) -> None:
+        for array in arrays * 5:
+            out = buffer_for(array, 4000)
+            array.read_rows(0, head, 50, 4050, out)
+            if not same_bits(out, data[0, head, 50:4050]):
+                wrong.append(head)
+
+    threads = [threading.Thread(target=work, args=(head,)) for head in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_reader_of_a_large_array_is_measured_on_its_chunks(tmp_path: Path) -> None:
+    shape, chunks = (2, 2, 2**18, 64), (1, 1, 2**18, 64)
+    array = zarr.open_group(tmp_path, mode="w").create_array("q", shape=shape, chunks=chunks, dtype="f2", compressors=None)
+    files = [tmp_path / "q" / "c" / str(batch) / str(head) / "0" / "0" for batch in (0, 1) for head in (0, 1)]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as handle:
+            handle.truncate(math.prod(chunks) * array.dtype.itemsize)  # a hole: no bytes on disk
+    before = tracemalloc_peak(lambda: None)
+    chosen = []
+    peak = tracemalloc_peak(lambda: chosen.append(FastestReader()(ChunkFiles(opened(tmp_path).array, tmp_path, "d"))))
+    assert chosen[0] in (read_preadv, read_mapped)
+    assert peak - before < 9 * 2**20
+    assert opened(tmp_path).reader in ("preadv", "map")
+    files[3].unlink()
+    with pytest.raises(IntegrityError, match="q/c/1/1/0/0"):
+        _ = opened(tmp_path).reader
+
+
+def tracemalloc_peak(work: Any) -> int:
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    "storage",
+    [
+        {"compressors": ZstdCodec()},
+        {"compressors": GzipCodec(level=1)},
+        {"compressors": BloscCodec()},
+        {"serializer": BytesCodec(endian="big")},
+        {"chunks": (1, 1, 2**16, 16)},
+        {"chunks": (1, 2, 2**14, 64), "compressors": ZstdCodec()},
+        {"shards": (1, 1, 2**18, 64)},
+        {"shards": (1, 1, 2**18, 64), "compressors": ZstdCodec()},
+        {"zarr_format": 2, "compressors": V2_CODECS["blosc"], "filters": [numcodecs.Shuffle(2)]},
+        {"zarr_format": 2, "order": "F", "compressors": V2_CODECS["zstd"]},
+    ],
+)
+def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any], remote: bool) -> None:
+    data = np.random.default_rng(0).standard_normal((1, 2, 2**18, 64), dtype="f4").astype("f2")  # 64 MiB, incompressible
+    if remote:
+        fsspec.filesystem("memory").store.clear()
+    write("memory://bound" if remote else tmp_path, data, **{"chunks": (1, 1, 2**16, 64), **storage})
+    if remote:
+        array = InputArray("q", zarr.open_group("memory://bound", mode="r")["q"], "memory://bound", None)
+    else:
+        array = opened(tmp_path)
+    out = buffer_for(array, 2**18)
+    peak = tracemalloc_peak(lambda: array.read_rows(0, 1, 0, 2**18, out))
+    print(storage, remote, f"{peak / 2**20:.1f} MiB of {array.decode_bytes / 2**20:.1f}")
+    assert same_bits(out, data[0, 1])
+    assert peak <= array.decode_bytes
+    shutil.rmtree(tmp_path)
