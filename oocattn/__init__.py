@@ -1,0 +1,40 @@
+"""Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
+
+from oocattn.api import Result, attention, plan, status, verify
+from oocattn.errors import (
+    BudgetError,
+    IntegrityError,
+    LockedError,
+    OocattnError,
+    ProblemError,
+    ResultExistsError,
+)
+from oocattn.pipelines.events import Callback, Event
+from oocattn.pipelines.report import RunReport
+from oocattn.pipelines.status import Status
+from oocattn.plan import Plan
+from oocattn.storage.bfloat16 import BFloat16
+from oocattn.verification import Certificate
+from oocattn.version import __version__
+
+__all__ = [
+    "BFloat16",
+    "BudgetError",
+    "Callback",
+    "Certificate",
+    "Event",
+    "IntegrityError",
+    "LockedError",
+    "OocattnError",
+    "Plan",
+    "ProblemError",
+    "Result",
+    "ResultExistsError",
+    "RunReport",
+    "Status",
+    "__version__",
+    "attention",
+    "plan",
+    "status",
+    "verify",
+]

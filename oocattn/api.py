@@ -1,0 +1,233 @@
+"""The public functions: plan, run, look at and verify exact attention over a dataset on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+from distributed import Client
+
+from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.hardware import default_host_memory, describe_hardware, input_cost
+from oocattn.pipelines.cluster import local_client, worker_addresses
+from oocattn.pipelines.events import Callback
+from oocattn.pipelines.report import RunReport
+from oocattn.pipelines.run import run
+from oocattn.pipelines.status import Status, StatusFile, read_status
+from oocattn.plan import Plan
+from oocattn.planner import make_plan
+from oocattn.problem import Problem, make_problem
+from oocattn.storage.dataset import Dataset
+from oocattn.storage.lock import Lock
+from oocattn.storage.result import ResultArrays, ResultPaths, read_json, write_json
+from oocattn.units import parse_size
+from oocattn.verification import Certificate, verify_result
+from oocattn.version import versions
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished result: `out` [B, Hq, N, D] in the output's dtype, `lse` [B, Hq, N] float32, and how it came about."""
+
+    path: Path
+    out: zarr.Array[Any]
+    lse: zarr.Array[Any]
+    report: RunReport
+
+
+def plan(
+    dataset: str | Path,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dtype: str | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    chunks: int | None = None,
+    decomposition: str = "auto",
+    kernel: str | None = None,
+    lanes: int = 1,
+    result: str | Path | None = None,
+) -> Plan:
+    """Decide everything about a run of exact attention over `dataset`, and predict its bytes, memory and seconds.
+
+    `dataset` is the path or URL of a Zarr group with q [B, Hq, N, D], k and v [B, Hkv, N, D] (or three-dimensional, as
+    B = 1) in float16, bfloat16 or float32. `scale` defaults to 1/sqrt(D), `dtype` of the output to the inputs'.
+    `device_memory` and `host_memory` are hard limits in bytes, as numbers or like "2GiB", on all that the run allocates
+    (default: half of the free memory). `chunks` pins the number of chunks c, `decomposition` is "auto", "cqs" or
+    "strips", `kernel` pins a kernel. `lanes` is the number of workers that will share the run; `result` tells on which
+    file system partials would lie.
+
+    Raises ProblemError for input that is no attention problem and BudgetError, with the smallest budget that works.
+    """
+    opened = Dataset.open(str(dataset))
+    problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
+    scratch = None if result is None else ResultPaths.at(result).state
+    default = default_host_memory()
+    return make_plan(
+        problem,
+        describe_hardware(problem, kernel=kernel, lanes=lanes, scratch=scratch),
+        device_memory=default if device_memory is None else parse_size(device_memory, "device memory"),
+        host_memory=default if host_memory is None else parse_size(host_memory, "host memory"),
+        inputs=input_cost(opened, problem),
+        chunks=chunks,
+        decomposition=decomposition,
+    )
+
+
+def attention(
+    dataset: str | Path,
+    result: str | Path,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dtype: str | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    chunks: int | None = None,
+    decomposition: str = "auto",
+    kernel: str | None = None,
+    client: Client | None = None,
+    dashboard_address: str = "127.0.0.1:0",
+    callbacks: Sequence[Callback] = (),
+    overwrite: bool = False,
+) -> Result:
+    """Run exact attention over `dataset` and write `out` and `lse` as the Zarr group `result`, a local path.
+
+    The options up to `kernel` are those of `plan`. The run uses the workers of `client`, which must see the same paths,
+    or a cluster of its own in this process with its dashboard at `dashboard_address`. `callbacks` are called with every
+    `Event`. A finished result of the same problem, dataset and plan is returned as it is; an unfinished one is begun
+    anew.
+
+    Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a Zarr
+    group), LockedError (another run writes it), IntegrityError (the dataset or a partial is damaged) and OSError. After
+    an error nothing has appeared at `result`.
+    """
+    paths = ResultPaths.at(result)
+    opened = Dataset.open(str(dataset))
+    make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)  # refuse bad input before a cluster starts
+    with local_client(dashboard_address) if client is None else nullcontext(client) as connected:
+        chosen = plan(
+            dataset,
+            causal=causal,
+            scale=scale,
+            dtype=dtype,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            chunks=chunks,
+            decomposition=decomposition,
+            kernel=kernel,
+            lanes=len(worker_addresses(connected)),
+            result=result,
+        )
+        return run_plan(chosen, opened, paths, connected, callbacks=callbacks, overwrite=overwrite)
+
+
+def run_plan(
+    plan: Plan,
+    dataset: Dataset,
+    paths: ResultPaths,
+    client: Client,
+    *,
+    callbacks: Sequence[Callback] = (),
+    overwrite: bool = False,
+) -> Result:
+    """Carry out a plan made for `dataset`: the part of `attention` after planning, for callers who plan themselves."""
+    attributes = {
+        "problem": asdict(plan.problem),
+        "plan": {
+            "digest": plan.digest,
+            "decomposition": plan.decomposition,
+            "chunks": plan.chunks,
+            "span": plan.span,
+            "chunk_rows": plan.chunk_rows,
+            "out_chunk_rows": plan.out_chunk_rows,
+            "kernel": plan.kernel,
+        },
+        "dataset": {"location": dataset.location, "fingerprint": dataset.fingerprint()},
+        "versions": versions(),
+    }
+    if _is_finished(paths, attributes, overwrite):
+        return open_result(paths.result)
+    dataset.check_complete()
+    paths.state.mkdir(parents=True, exist_ok=True)
+    with Lock(paths.lock):
+        problem = plan.problem
+        paths.begin(
+            shape=(problem.batch, problem.query_heads, problem.tokens, problem.head_dim),
+            dtype=problem.out_dtype,
+            chunk_rows=plan.out_chunk_rows,
+            attributes=attributes,
+        )
+        report = run(plan, dataset, paths, client, (StatusFile(paths.status), *callbacks))
+        write_json(paths.report, report.to_json())
+    return open_result(paths.result)
+
+
+def _is_finished(paths: ResultPaths, attributes: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the result is there already. Raises ResultExistsError if something else is and may not be replaced."""
+    found = paths.attributes()
+    if found is None or overwrite:
+        return False
+    ours = ("problem", "plan", "dataset")
+    if all(found.get(name) == attributes[name] for name in ours):
+        return True
+    differs = next((name for name in ours if found and found.get(name) != attributes[name]), "content")
+    raise ResultExistsError(
+        f"{paths.result} exists and is not the result of this run (its {differs} differs): choose another path, or "
+        "replace it with overwrite=True (--overwrite)"
+    )
+
+
+def open_result(result: str | Path) -> Result:
+    """A finished result, its arrays open for reading. Raises IntegrityError where there is none."""
+    paths = ResultPaths.at(result)
+    report = read_json(paths.report)
+    if paths.attributes() is None or report is None:
+        raise IntegrityError(f"{paths.result}: no finished result here; `oocattn status` says whether one is under way")
+    arrays = ResultArrays.open(paths.result)
+    return Result(paths.result, arrays.out, arrays.lse, RunReport.from_json(report))
+
+
+def status(result: str | Path) -> Status:
+    """How far the run to `result` is: from any process, whether or not a run is alive."""
+    return read_status(ResultPaths.at(result))
+
+
+def verify(result: str | Path, *, rows: int = 64, seed: int = 0, dataset: str | Path | None = None) -> Certificate:
+    """Recompute sampled rows of a finished result in float64, streaming K and V, and compare.
+
+    Always among the `rows`: the first and the last token, and rows on both sides of chunk borders; the rest, and their
+    heads, follow from `seed`. `dataset` names the dataset if it was moved. Raises IntegrityError where there is no
+    finished result and ProblemError where the dataset is not the one of the result.
+    """
+    paths = ResultPaths.at(result)
+    found = open_result(result)
+    attributes = paths.attributes() or {}
+    problem = _recorded_problem(attributes, paths)
+    opened = Dataset.open(str(dataset or attributes["dataset"]["location"]))
+    posed = make_problem(*opened.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
+    if posed != problem:
+        raise ProblemError(f"{opened.location} poses another problem ({posed}) than the result's ({problem})")
+    chunk_rows = int(attributes["plan"]["chunk_rows"])
+    error, checks = verify_result(
+        problem,
+        opened,
+        ResultArrays(found.out, found.lse),
+        borders=range(chunk_rows, problem.tokens, chunk_rows),
+        rows=rows,
+        seed=seed,
+    )
+    unchanged = opened.fingerprint() == attributes["dataset"]["fingerprint"]
+    return Certificate(str(paths.result), opened.location, seed, unchanged, error, checks)
+
+
+def _recorded_problem(attributes: dict[str, Any], paths: ResultPaths) -> Problem:
+    try:
+        return Problem(**attributes["problem"])
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({error})") from None

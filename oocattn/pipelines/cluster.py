@@ -1,0 +1,38 @@
+"""The Dask cluster of a run: an in-process one by default, or whatever the caller's client is connected to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dask
+from distributed import Client, LocalCluster
+
+THREADS = 4
+"""Task threads of a worker: one attends, the others stage, merge and write meanwhile."""
+
+
+@contextmanager
+def local_client(dashboard_address: str = "127.0.0.1:0") -> Iterator[Client]:
+    """A client of a new cluster in this process: one worker for the CPU, and the dashboard on the loopback.
+
+    The cluster itself opens no port but the dashboard's. Dask's own memory limit is off: it counts mapped pages, and the
+    plan bounds what is allocated.
+    """
+    with (
+        dask.config.set({"distributed.worker.memory.spill": False}),
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=THREADS,
+            processes=False,
+            memory_limit=0,
+            dashboard_address=dashboard_address,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def worker_addresses(client: Client) -> list[str]:
+    """The addresses of the client's workers, in a fixed order: one lane each."""
+    return sorted(client.scheduler_info(n_workers=-1)["workers"])

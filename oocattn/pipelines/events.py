@@ -1,0 +1,33 @@
+"""What happens in a run, as records: the one interface between a run and all that watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["started", "staged", "attended", "merged", "written", "committed", "failed", "ended"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of a run.
+
+    `kind` is what happened: the run started, a subproblem was staged or attended, a query chunk was merged or written, the
+    result was committed under its final name, the run failed or ended. `index` counts subproblems (staged, attended) or
+    chunks (merged, written) within `head_group`; `start` and `stop` are seconds since the epoch on `worker`; `amount` is
+    bytes (staged, written) or query-key pairs (attended, merged). `detail` holds what only one kind has.
+    """
+
+    kind: Kind
+    start: float
+    stop: float
+    head_group: int = -1
+    index: int = -1
+    worker: str = ""
+    amount: int = 0
+    detail: Mapping[str, object] = field(default_factory=dict)
+
+
+Callback = Callable[[Event], None]
+"""A listener: called with every event of a run, in the order of completion, on the thread that drives the run."""

@@ -1,0 +1,125 @@
+"""The Dask graph of a run: layers stage, attend, merge and write, with the edges that bound its memory.
+
+    stage(i)   waits for attend(i - 2) of its lane: there are two staging slots
+    attend(i)  waits for stage(i), for attend(i - 1) of its lane, and, with accumulators in memory, for the writes that
+               free those which its partials are the first to use
+    merge(a)   waits for every attend that hands back a partial of chunk a and, with partials on disk, for the write
+               that frees its accumulator
+    write(a)   waits for merge(a)
+
+The graph is made and submitted piece by piece, so its size does not grow with the problem; an edge may lead to a task
+of an earlier piece.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.task_spec import Task, TaskRef
+
+from oocattn.pipelines import tasks
+from oocattn.pipelines.events import Event
+from oocattn.pipelines.schedule import Schedule
+from oocattn.planner import STAGING_SLOTS
+
+Key = tuple[str, int, int]
+
+LAYERS = {"stage": set[str](), "attend": {"stage"}, "merge": {"attend"}, "write": {"merge"}}
+"""The layers, and those that each takes data from."""
+
+
+@dataclass
+class _Tail:
+    """The end of what a lane was given: subproblems, the attends that hold its slots, the writes that free accumulators."""
+
+    count: int
+    attends: deque[Key]
+    writes: deque[Key]
+
+
+class GraphBuilder:
+    """Makes the pieces of one run's graph, in the order of submission, for the workers at `addresses`, one a lane.
+
+    `unfinished` is the caller's: the keys that were submitted and have not finished. Nothing needs to wait for others.
+    """
+
+    def __init__(self, run: str, schedule: Schedule, addresses: Sequence[str], unfinished: Container[Key]) -> None:
+        self._run = run
+        self._schedule = schedule
+        self._addresses = addresses
+        self._unfinished = unfinished
+        self._tails = [_Tail(0, deque(maxlen=STAGING_SLOTS), deque(maxlen=schedule.plan.accumulators)) for _ in addresses]
+        self._layers: dict[str, dict[Key, Task]] = {}
+        self._workers: dict[Key, str] = {}
+
+    def piece(self, subproblems: Iterable[tuple[int, int]]) -> tuple[HighLevelGraph, list[Key]]:
+        """The tasks of these (head group, subproblem)s and of the chunks that they complete, and the keys of all."""
+        self._layers = {name: {} for name in LAYERS}
+        workers: dict[Key, str] = {}
+        self._workers = workers
+        for head_group, index in subproblems:
+            self._add_subproblem(head_group, index)
+            for chunk in self._chunks(index):
+                contributors = self._schedule.plan.division.contributors(chunk)
+                if contributors[-1] == index:
+                    self._add_chunk(head_group, chunk, contributors)
+        annotations = {"workers": lambda key: [workers[key]]}
+        layers = {name: MaterializedLayer(layer, annotations=annotations) for name, layer in self._layers.items()}
+        return HighLevelGraph(layers, LAYERS), list(workers)
+
+    def _add_subproblem(self, head_group: int, index: int) -> None:
+        lane = self._schedule.subproblem_lane(head_group, index)
+        tail = self._tails[lane]
+        slot = tail.count % STAGING_SLOTS
+        before = [tail.attends[0]] if len(tail.attends) == STAGING_SLOTS else []
+        stage = self._add(lane, "stage", tasks.stage, head_group, index, (slot, head_group, index), before)
+        before = [stage, *list(tail.attends)[-1:]]
+        if self._schedule.plan.partials == "memory":
+            contributors = self._schedule.plan.division.contributors
+            for chunk in self._chunks(index):
+                if contributors(chunk)[0] == index:
+                    before += self._take_accumulator(head_group, chunk)
+        tail.attends.append(self._add(lane, "attend", tasks.attend, head_group, index, (slot,), before))
+        tail.count += 1
+
+    def _add_chunk(self, head_group: int, chunk: int, contributors: Iterable[int]) -> None:
+        lane = self._schedule.chunk_lane(head_group, chunk)
+        before = [self._key("attend", head_group, index) for index in contributors]
+        if self._schedule.plan.partials == "disk":
+            before += self._take_accumulator(head_group, chunk)
+        merge = self._add(lane, "merge", tasks.merge, head_group, chunk, (head_group, chunk), before)
+        self._add(lane, "write", tasks.write, head_group, chunk, (head_group, chunk), [merge])
+
+    def _add(
+        self,
+        lane: int,
+        layer: str,
+        function: Callable[..., Event],
+        head_group: int,
+        index: int,
+        numbers: tuple[int, ...],
+        before: Iterable[Key],
+    ) -> Key:
+        key = self._key(layer, head_group, index)
+        waits = [TaskRef(other) for other in before if other in self._workers or other in self._unfinished]
+        self._layers[layer][key] = Task(key, function, self._run, *numbers, *waits)
+        self._workers[key] = self._addresses[lane]
+        return key
+
+    def _take_accumulator(self, head_group: int, chunk: int) -> list[Key]:
+        """The write that must free an accumulator before this chunk can take one: that of the one so many chunks ago."""
+        writes = self._tails[self._schedule.chunk_lane(head_group, chunk)].writes
+        freed = [writes[0]] if len(writes) == writes.maxlen else []
+        writes.append(self._key("write", head_group, chunk))
+        return freed
+
+    def _chunks(self, index: int) -> list[int]:
+        """The query chunks of a subproblem that hold tokens."""
+        plan = self._schedule.plan
+        return [chunk for chunk in plan.division.subproblem(index).query_chunks if plan.tokens(chunk)]
+
+    def _key(self, layer: str, head_group: int, index: int) -> Key:
+        return f"{layer}-{self._run}", head_group, index

@@ -1,0 +1,149 @@
+"""Where the partials of a run wait until all of their query chunk are there.
+
+Both stores fold a chunk's partials in one fixed order, that of the subproblems, so the merged state is the same bit for
+bit in either of them, whatever computed the partials and when. A store for another place is one more class here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from oocattn.errors import IntegrityError
+from oocattn.kernels import Partial, merge
+from oocattn.plan import Plan
+from oocattn.storage.blockfile import read_blocks, write_blocks
+
+BLOCK_ROWS = 4096
+"""Rows of a block of a partial's file: some megabytes, so that merging streams through little memory."""
+
+
+class PartialStore(Protocol):
+    """Takes partials as they are computed and gives back the merged state of a query chunk.
+
+    A chunk holds one of the lane's accumulators from its first partial (in memory) or its merge (on disk) to its release.
+    """
+
+    def add(self, head_group: int, chunk: int, subproblem: int, partial: Partial) -> int:
+        """Take one partial (its memory is the caller's again afterwards); return the bytes written to disk."""
+
+    def collect(self, head_group: int, chunk: int) -> Partial:
+        """Merge every partial of the chunk; the state is valid until `release`. Raises IntegrityError if one is lost."""
+
+    def release(self, head_group: int, chunk: int) -> None:
+        """Forget the chunk: its output is written."""
+
+
+class _Accumulators:
+    """The chunk states of a lane, allocated once. The edges of the graph see to it that one is free when it is needed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._free = deque(_empty(plan, plan.chunk_rows) for _ in range(plan.accumulators))
+        self._held: dict[tuple[int, int], Partial] = {}
+
+    def take(self, head_group: int, chunk: int) -> Partial:
+        """An accumulator for a chunk, with no key attended."""
+        self._held[head_group, chunk] = state = self._free.popleft()
+        state.reset()
+        return self.get(head_group, chunk)
+
+    def get(self, head_group: int, chunk: int) -> Partial:
+        """The rows of the accumulator that a chunk holds."""
+        return self._held[head_group, chunk].rows(0, len(self._plan.tokens(chunk)))
+
+    def give_back(self, head_group: int, chunk: int) -> None:
+        self._free.append(self._held.pop((head_group, chunk)))
+
+
+class MemoryPartials:
+    """Each partial is folded into its chunk's accumulator as it comes, and they come in order."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._division = plan.division
+        self._accumulators = _Accumulators(plan)
+        self._folded: dict[tuple[int, int], list[int]] = {}
+
+    def add(self, head_group: int, chunk: int, subproblem: int, partial: Partial) -> int:
+        folded = self._folded.setdefault((head_group, chunk), [])
+        take = self._accumulators.get if folded else self._accumulators.take
+        state = take(head_group, chunk)
+        expected = self._division.contributors(chunk)[len(folded)]
+        if subproblem != expected:
+            raise IntegrityError(
+                f"head group {head_group}, chunk {chunk}: the partial of subproblem {subproblem} came, expected {expected}"
+            )
+        merge(state, partial)
+        folded.append(subproblem)
+        return 0
+
+    def collect(self, head_group: int, chunk: int) -> Partial:
+        folded = self._folded.get((head_group, chunk), [])
+        missing = set(self._division.contributors(chunk)) - set(folded)
+        if missing:
+            raise IntegrityError(f"head group {head_group}, chunk {chunk}: no partial of subproblems {sorted(missing)}")
+        return self._accumulators.get(head_group, chunk)
+
+    def release(self, head_group: int, chunk: int) -> None:
+        del self._folded[head_group, chunk]
+        self._accumulators.give_back(head_group, chunk)
+
+
+class DiskPartials:
+    """A file a partial, merged when the last of a chunk is there: for accumulators that do not fit, or several lanes."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self._division = plan.division
+        self._folder = folder
+        self._accumulators = _Accumulators(plan)
+        self._block = _empty(plan, min(BLOCK_ROWS, plan.chunk_rows))
+        self._reading = threading.Lock()
+
+    def add(self, head_group: int, chunk: int, subproblem: int, partial: Partial) -> int:
+        blocks = [_arrays(partial.rows(start, stop)) for start, stop in _row_blocks(partial)]
+        return write_blocks(self._path(head_group, chunk, subproblem), blocks)
+
+    def collect(self, head_group: int, chunk: int) -> Partial:
+        state = self._accumulators.take(head_group, chunk)
+        row_blocks = list(_row_blocks(state))
+        with self._reading:
+            buffers = [self._block.rows(0, stop - start) for start, stop in row_blocks]
+            for subproblem in self._division.contributors(chunk):
+                path = self._path(head_group, chunk, subproblem)
+                for index in read_blocks(path, [_arrays(buffer) for buffer in buffers]):
+                    merge(state.rows(*row_blocks[index]), buffers[index])
+        return state
+
+    def release(self, head_group: int, chunk: int) -> None:
+        self._accumulators.give_back(head_group, chunk)
+        for subproblem in self._division.contributors(chunk):
+            self._path(head_group, chunk, subproblem).unlink()
+
+    def _path(self, head_group: int, chunk: int, subproblem: int) -> Path:
+        return self._folder / f"partial-{head_group}-{chunk}-{subproblem}"
+
+
+def make_partials(plan: Plan, folder: Path) -> PartialStore:
+    """The store that the plan names; `folder` is where it may keep files."""
+    return MemoryPartials(plan) if plan.partials == "memory" else DiskPartials(plan, folder)
+
+
+def _empty(plan: Plan, rows: int) -> Partial:
+    return Partial.empty(plan.problem.group_size, rows, plan.problem.head_dim)
+
+
+def _row_blocks(partial: Partial) -> Iterator[tuple[int, int]]:
+    rows = len(partial.keys)
+    return ((start, min(start + BLOCK_ROWS, rows)) for start in range(0, rows, BLOCK_ROWS))
+
+
+def _arrays(partial: Partial) -> list[npt.NDArray[np.generic]]:
+    """The contiguous arrays of a partial's rows: num, den and max of each head, and the keys."""
+    heads = [tensor[head].numpy() for tensor in (partial.num, partial.den, partial.max) for head in range(len(tensor))]
+    return [*heads, partial.keys.numpy()]

@@ -1,0 +1,94 @@
+"""What a run did, in numbers: gathered from its events, kept beside its result."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from oocattn.pipelines.events import Event
+from oocattn.units import format_bytes, format_count, format_seconds
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Figures of one finished run.
+
+    `seconds` is wall time from the first task to the committed result; `busy` the seconds spent in each kind of task,
+    over all lanes; `pairs` the query-key pairs that the ledger confirmed; `not_finite` the NaN and Inf found in the
+    inputs.
+    """
+
+    seconds: float
+    predicted_seconds: float
+    tokens: int
+    subproblems: int
+    lanes: int
+    pairs: int
+    bytes_read: int
+    bytes_partials: int
+    bytes_written: int
+    not_finite: int
+    busy: Mapping[str, float]
+    finished: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RunReport:
+        """The report that `to_json` wrote."""
+        return cls(**content)
+
+    def __str__(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        lines = [
+            f"finished     {self.finished} in {format_seconds(self.seconds)} "
+            f"(predicted {format_seconds(self.predicted_seconds)}), {rate:,.0f} tokens/s",
+            f"work         {self.subproblems:,} subproblems on {self.lanes} lane{'s' * (self.lanes > 1)}, "
+            f"{format_count(self.pairs)}pairs, every one counted",
+            f"bytes        {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_partials)} of partials, "
+            f"{format_bytes(self.bytes_written)} written",
+            "busy         " + ", ".join(f"{kind} {format_seconds(seconds)}" for kind, seconds in self.busy.items()),
+        ]
+        if self.not_finite:
+            lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
+        return "\n".join(lines)
+
+
+class Tally:
+    """A listener that adds a run's events up."""
+
+    def __init__(self) -> None:
+        self.counts: defaultdict[str, int] = defaultdict(int)
+        self.amounts: defaultdict[str, int] = defaultdict(int)
+        self.busy: defaultdict[str, float] = defaultdict(float)
+        self.details: defaultdict[str, int] = defaultdict(int)
+
+    def __call__(self, event: Event) -> None:
+        self.counts[event.kind] += 1
+        self.amounts[event.kind] += event.amount
+        self.busy[event.kind] += event.stop - event.start
+        for name, value in event.detail.items():
+            if isinstance(value, int):
+                self.details[name] += value
+
+    def report(self, *, seconds: float, predicted_seconds: float, tokens: int, lanes: int) -> RunReport:
+        """The figures so far."""
+        return RunReport(
+            seconds=seconds,
+            predicted_seconds=predicted_seconds,
+            tokens=tokens,
+            subproblems=self.counts["attended"],
+            lanes=lanes,
+            pairs=self.amounts["merged"],
+            bytes_read=self.amounts["staged"],
+            bytes_partials=self.details["partial_bytes"],
+            bytes_written=self.amounts["written"],
+            not_finite=self.details["not_finite"],
+            busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
+            finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )

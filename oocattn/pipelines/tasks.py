@@ -1,0 +1,78 @@
+"""The functions that Dask tasks call, and the worker plugin that holds the lane they work on.
+
+Tasks carry numbers only: which slot, head group, subproblem or chunk. Arrays stay in the lane and in the stores. The
+further arguments of a task are the results of those it waits for, and say nothing to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+from distributed import Worker, WorkerPlugin, get_worker
+
+from oocattn.pipelines.events import Event
+from oocattn.pipelines.lane import Job, Lane
+
+
+class LanePlugin(WorkerPlugin):
+    """Gives every worker of a run its lane."""
+
+    idempotent = True
+    lane: Lane
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.stopped = False
+        self.name = plugin_name(job.run)
+
+    def setup(self, worker: Worker) -> None:
+        self.lane = Lane(self.job)
+
+    def teardown(self, worker: Worker) -> None:
+        del self.lane
+
+
+class StoppedError(Exception):
+    """The run was stopped before this task began."""
+
+
+def stop(run: str, dask_worker: Worker) -> None:
+    """Let no further task of the run begin on this worker."""
+    cast(LanePlugin, dask_worker.plugins[plugin_name(run)]).stopped = True
+
+
+def plugin_name(run: str) -> str:
+    """Name under which the lane of a run is registered on its workers."""
+    return f"oocattn-{run}"
+
+
+def stage(run: str, slot: int, head_group: int, index: int, *after: Event) -> Event:
+    """Read a subproblem's chunks into a staging slot of this worker's lane."""
+    return _here(_lane(run).stage(slot, head_group, index))
+
+
+def attend(run: str, slot: int, *after: Event) -> Event:
+    """Attend the subproblem that is staged in a slot."""
+    return _here(_lane(run).attend(slot))
+
+
+def merge(run: str, head_group: int, chunk: int, *after: Event) -> Event:
+    """Merge the partials of a query chunk."""
+    return _here(_lane(run).merge(head_group, chunk))
+
+
+def write(run: str, head_group: int, chunk: int, *after: Event) -> Event:
+    """Write a merged query chunk to the result."""
+    return _here(_lane(run).write(head_group, chunk))
+
+
+def _lane(run: str) -> Lane:
+    plugin = cast(LanePlugin, get_worker().plugins[plugin_name(run)])
+    if plugin.stopped:
+        raise StoppedError(run)
+    return plugin.lane
+
+
+def _here(event: Event) -> Event:
+    return replace(event, worker=str(get_worker().name))
