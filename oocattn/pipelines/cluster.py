@@ -16,17 +16,19 @@ THREADS = 4
 def local_client(dashboard_address: str = "127.0.0.1:0") -> Iterator[Client]:
     """A client of a new cluster in this process: one worker for the CPU, and the dashboard on the loopback.
 
-    The cluster itself opens no port but the dashboard's. Dask's own memory limit is off: it counts mapped pages, and the
+    The cluster itself opens no port but those of the dashboard and of the worker's pages. Dask's own memory limit is off: it counts mapped pages, and the
     plan bounds what is allocated.
     """
+    host = dashboard_address.rpartition(":")[0] or "127.0.0.1"
     with (
-        dask.config.set({"distributed.worker.memory.spill": False}),
+        dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status"}),
         LocalCluster(
             n_workers=1,
             threads_per_worker=THREADS,
             processes=False,
             memory_limit=0,
             dashboard_address=dashboard_address,
+            worker_dashboard_address=f"{host}:0",  # left out, a worker listens on every interface
         ) as cluster,
         Client(cluster) as client,
     ):

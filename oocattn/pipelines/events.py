@@ -14,7 +14,8 @@ class Event:
     """One step of a run.
 
     `kind` is what happened: the run started, a subproblem was staged or attended, a query chunk was merged or written, the
-    result was committed under its final name, the run failed or ended. `index` counts subproblems (staged, attended) or
+    result was committed under its final name, a subproblem failed and is computed again (`head_group` and `index` say
+    which) or the run failed (-1), or it ended. `index` counts subproblems (staged, attended) or
     chunks (merged, written) within `head_group`; `start` and `stop` are seconds since the epoch on `worker`; `amount` is
     bytes (staged, written) or query-key pairs (attended, merged). `detail` holds what only one kind has.
     """

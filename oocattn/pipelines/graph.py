@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import Task, TaskRef
@@ -25,7 +26,8 @@ from oocattn.pipelines.events import Event
 from oocattn.pipelines.schedule import Schedule
 from oocattn.planner import STAGING_SLOTS
 
-Key = tuple[str, int, int]
+Key = tuple[str, int, int] | tuple[str, int, int, int]
+"""Layer and run, head group, and index of the subproblem or chunk; of what is done again, the attempt too."""
 
 LAYERS = {"stage": set[str](), "attend": {"stage"}, "merge": {"attend"}, "write": {"merge"}}
 """The layers, and those that each takes data from."""
@@ -54,66 +56,92 @@ class GraphBuilder:
         self._tails = [_Tail(0, deque(maxlen=STAGING_SLOTS), deque(maxlen=schedule.plan.accumulators)) for _ in addresses]
         self._layers: dict[str, dict[Key, Task]] = {}
         self._workers: dict[Key, str] = {}
+        self._retries = 0
 
     def piece(self, subproblems: Iterable[tuple[int, int]]) -> tuple[HighLevelGraph, list[Key]]:
         """The tasks of these (head group, subproblem)s and of the chunks that they complete, and the keys of all."""
         self._layers = {name: {} for name in LAYERS}
-        workers: dict[Key, str] = {}
-        self._workers = workers
+        self._workers = {}
         for head_group, index in subproblems:
             self._add_subproblem(head_group, index)
             for chunk in self._chunks(index):
                 contributors = self._schedule.plan.division.contributors(chunk)
                 if contributors[-1] == index:
                     self._add_chunk(head_group, chunk, contributors)
+        return self._graph()
+
+    def again(self, head_group: int, index: int, attempt: int) -> tuple[HighLevelGraph, list[Key]]:
+        """The tasks that stage and attend a subproblem once more, because a partial of it was lost from disk."""
+        self._layers = {name: {} for name in LAYERS}
+        self._workers = {}
+        self._add_subproblem(head_group, index, attempt)
+        return self._graph()
+
+    def chunks_again(self, failed: Sequence[Key]) -> tuple[HighLevelGraph, list[Key]]:
+        """The tasks that merge and write the chunks whose tasks failed, in their first order; their keys are new."""
+        self._layers = {name: {} for name in LAYERS}
+        self._workers = {}
+        for tail in self._tails:
+            kept = [key for key in tail.writes if key in self._unfinished]
+            tail.writes.clear()
+            tail.writes.extend(kept)
+        self._retries += 1
+        for head_group, chunk in dict.fromkeys((key[1], key[2]) for key in failed):
+            contributors = self._schedule.plan.division.contributors(chunk)
+            self._add_chunk(head_group, chunk, contributors, self._retries)
+        return self._graph()
+
+    def _graph(self) -> tuple[HighLevelGraph, list[Key]]:
+        workers = self._workers
         annotations = {"workers": lambda key: [workers[key]]}
         layers = {name: MaterializedLayer(layer, annotations=annotations) for name, layer in self._layers.items()}
         return HighLevelGraph(layers, LAYERS), list(workers)
 
-    def _add_subproblem(self, head_group: int, index: int) -> None:
+    def _add_subproblem(self, head_group: int, index: int, *attempt: int) -> None:
         lane = self._schedule.subproblem_lane(head_group, index)
         tail = self._tails[lane]
         slot = tail.count % STAGING_SLOTS
         before = [tail.attends[0]] if len(tail.attends) == STAGING_SLOTS else []
-        stage = self._add(lane, "stage", tasks.stage, head_group, index, (slot, head_group, index), before)
+        key = self._key("stage", head_group, index, *attempt)
+        stage = self._add(lane, "stage", key, tasks.stage, (slot, head_group, index), before)
         before = [stage, *list(tail.attends)[-1:]]
         if self._schedule.plan.partials == "memory":
             contributors = self._schedule.plan.division.contributors
             for chunk in self._chunks(index):
                 if contributors(chunk)[0] == index:
-                    before += self._take_accumulator(head_group, chunk)
-        tail.attends.append(self._add(lane, "attend", tasks.attend, head_group, index, (slot,), before))
+                    before += self._take_accumulator(lane, self._key("write", head_group, chunk))
+        key = self._key("attend", head_group, index, *attempt)
+        tail.attends.append(self._add(lane, "attend", key, tasks.attend, (slot,), before))
         tail.count += 1
 
-    def _add_chunk(self, head_group: int, chunk: int, contributors: Iterable[int]) -> None:
+    def _add_chunk(self, head_group: int, chunk: int, contributors: Iterable[int], *attempt: int) -> None:
         lane = self._schedule.chunk_lane(head_group, chunk)
         before = [self._key("attend", head_group, index) for index in contributors]
+        merge, write = (self._key(layer, head_group, chunk, *attempt) for layer in ("merge", "write"))
         if self._schedule.plan.partials == "disk":
-            before += self._take_accumulator(head_group, chunk)
-        merge = self._add(lane, "merge", tasks.merge, head_group, chunk, (head_group, chunk), before)
-        self._add(lane, "write", tasks.write, head_group, chunk, (head_group, chunk), [merge])
+            before += self._take_accumulator(lane, write)
+        self._add(lane, "merge", merge, tasks.merge, (head_group, chunk), before)
+        self._add(lane, "write", write, tasks.write, (head_group, chunk), [merge])
 
     def _add(
         self,
         lane: int,
         layer: str,
+        key: Key,
         function: Callable[..., Event],
-        head_group: int,
-        index: int,
         numbers: tuple[int, ...],
         before: Iterable[Key],
     ) -> Key:
-        key = self._key(layer, head_group, index)
         waits = [TaskRef(other) for other in before if other in self._workers or other in self._unfinished]
         self._layers[layer][key] = Task(key, function, self._run, *numbers, *waits)
         self._workers[key] = self._addresses[lane]
         return key
 
-    def _take_accumulator(self, head_group: int, chunk: int) -> list[Key]:
-        """The write that must free an accumulator before this chunk can take one: that of the one so many chunks ago."""
-        writes = self._tails[self._schedule.chunk_lane(head_group, chunk)].writes
+    def _take_accumulator(self, lane: int, write: Key) -> list[Key]:
+        """The write that must end before the chunk of `write` can take an accumulator: the one so many chunks before."""
+        writes = self._tails[lane].writes
         freed = [writes[0]] if len(writes) == writes.maxlen else []
-        writes.append(self._key("write", head_group, chunk))
+        writes.append(write)
         return freed
 
     def _chunks(self, index: int) -> list[int]:
@@ -121,5 +149,5 @@ class GraphBuilder:
         plan = self._schedule.plan
         return [chunk for chunk in plan.division.subproblem(index).query_chunks if plan.tokens(chunk)]
 
-    def _key(self, layer: str, head_group: int, index: int) -> Key:
-        return f"{layer}-{self._run}", head_group, index
+    def _key(self, layer: str, head_group: int, index: int, *attempt: int) -> Key:
+        return cast(Key, (f"{layer}-{self._run}", head_group, index, *attempt))

@@ -24,6 +24,18 @@ BLOCK_ROWS = 4096
 """Rows of a block of a partial's file: some megabytes, so that merging streams through little memory."""
 
 
+class DamagedPartialError(IntegrityError):
+    """A partial is lost or damaged: compute its subproblem again, and then merge."""
+
+    def __init__(self, message: str, head_group: int, subproblem: int) -> None:
+        super().__init__(message, head_group, subproblem)
+        self.head_group = head_group
+        self.subproblem = subproblem
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class PartialStore(Protocol):
     """Takes partials as they are computed and gives back the merged state of a query chunk.
 
@@ -34,7 +46,10 @@ class PartialStore(Protocol):
         """Take one partial (its memory is the caller's again afterwards); return the bytes written to disk."""
 
     def collect(self, head_group: int, chunk: int) -> Partial:
-        """Merge every partial of the chunk; the state is valid until `release`. Raises IntegrityError if one is lost."""
+        """Merge every partial of the chunk; the state is valid until `release`.
+
+        Raises DamagedPartialError, and holds nothing, if one is not whole.
+        """
 
     def release(self, head_group: int, chunk: int) -> None:
         """Forget the chunk: its output is written."""
@@ -111,14 +126,21 @@ class DiskPartials:
 
     def collect(self, head_group: int, chunk: int) -> Partial:
         state = self._accumulators.take(head_group, chunk)
+        for subproblem in self._division.contributors(chunk):
+            try:
+                self._fold(state, self._path(head_group, chunk, subproblem))
+            except IntegrityError as error:
+                self._accumulators.give_back(head_group, chunk)
+                raise DamagedPartialError(str(error), head_group, subproblem) from error
+        return state
+
+    def _fold(self, state: Partial, path: Path) -> None:
+        """Merge a partial's file into the state, block by block: a damaged one leaves it half merged."""
         row_blocks = list(_row_blocks(state))
         with self._reading:
             buffers = [self._block.rows(0, stop - start) for start, stop in row_blocks]
-            for subproblem in self._division.contributors(chunk):
-                path = self._path(head_group, chunk, subproblem)
-                for index in read_blocks(path, [_arrays(buffer) for buffer in buffers]):
-                    merge(state.rows(*row_blocks[index]), buffers[index])
-        return state
+            for index in read_blocks(path, [_arrays(buffer) for buffer in buffers]):
+                merge(state.rows(*row_blocks[index]), buffers[index])
 
     def release(self, head_group: int, chunk: int) -> None:
         self._accumulators.give_back(head_group, chunk)

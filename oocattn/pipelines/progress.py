@@ -28,6 +28,6 @@ class ProgressBar:
             self._bar.update()
             rate = self._bar.n * self._tokens_each / max(time.time() - self._bar.start_t, 1e-9)
             self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        elif self._bar is not None and event.kind in ("failed", "ended"):
+        elif self._bar is not None and event.kind in ("failed", "ended") and event.head_group < 0:
             self._bar.close()
             self._bar = None

@@ -18,7 +18,7 @@ class RunReport:
 
     `seconds` is wall time from the first task to the committed result; `busy` the seconds spent in each kind of task,
     over all lanes; `pairs` the query-key pairs that the ledger confirmed; `not_finite` the NaN and Inf found in the
-    inputs.
+    inputs; `recomputed` the subproblems that were computed again because a partial on disk was damaged.
     """
 
     seconds: float
@@ -31,6 +31,7 @@ class RunReport:
     bytes_partials: int
     bytes_written: int
     not_finite: int
+    recomputed: int
     busy: Mapping[str, float]
     finished: str
 
@@ -56,6 +57,10 @@ class RunReport:
         ]
         if self.not_finite:
             lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
+        if self.recomputed:
+            lines.append(
+                f"partials     {self.recomputed} subproblems were computed again: their partials were damaged on disk"
+            )
         return "\n".join(lines)
 
 
@@ -89,6 +94,7 @@ class Tally:
             bytes_partials=self.details["partial_bytes"],
             bytes_written=self.amounts["written"],
             not_finite=self.details["not_finite"],
+            recomputed=self.details["recomputed"],
             busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import cast
 
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future, as_completed, wait
@@ -18,6 +20,7 @@ from oocattn.pipelines.cluster import worker_addresses
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.lane import Job
+from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.tasks import LanePlugin, plugin_name, stop
@@ -30,6 +33,9 @@ PIECE = 16
 
 WINDOW = 32
 """Subproblems of a lane that the scheduler may know of before more are submitted: enough to hide a round trip."""
+
+ATTEMPTS = 3
+"""Times that a subproblem is computed again because a partial of it was lost from disk."""
 
 
 def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback] = ()) -> RunReport:
@@ -81,6 +87,11 @@ class _Driver:
         self._client = client
         self._callbacks = callbacks
         self._unfinished: dict[Key, Future[Event]] = {}
+        self._finished = as_completed()
+        self._attending = 0
+        self._recomputing: set[tuple[int, int]] = set()
+        self._attempts: defaultdict[tuple[int, int], int] = defaultdict(int)
+        self._stalled: list[Key] = []
 
     def emit(self, event: Event) -> None:
         for callback in self._callbacks:
@@ -91,28 +102,59 @@ class _Driver:
         schedule = Schedule(self._plan, len(self._addresses))
         builder = GraphBuilder(self.name, schedule, self._addresses, self._unfinished)
         order = schedule.order()
-        finished = as_completed()
-        attending = 0
         while True:
-            while attending < WINDOW * schedule.lanes:
+            while not self._recomputing and self._attending < WINDOW * schedule.lanes:
                 subproblems = list(itertools.islice(order, PIECE * schedule.lanes))
                 if not subproblems:
                     break
-                attending += len(subproblems)
-                finished.update(self._submit(*builder.piece(subproblems)))
+                self._attending += len(subproblems)
+                self._submit(*builder.piece(subproblems))
             if not self._unfinished:
                 return
-            batch = finished.next_batch()
-            for event in self._client.gather(batch):
-                attending -= event.kind == "attended"
-                self.emit(event)
+            batch = self._finished.next_batch()
             for future in batch:
-                del self._unfinished[future.key]
+                if future.status == "error":
+                    self._recompute(future, builder)
+            self._done([future for future in batch if future.status == "finished"], builder)
 
-    def _submit(self, graph: HighLevelGraph, keys: list[Key]) -> list[Future[Event]]:
-        futures: list[Future[Event]] = self._client.get(graph, keys, sync=False)
+    def _done(self, futures: list[Future[Event]], builder: GraphBuilder) -> None:
+        """Pass on what happened, and merge anew what waited for a partial to be computed again."""
+        for future, event in zip(futures, self._client.gather(futures), strict=True):
+            del self._unfinished[cast(Key, future.key)]
+            self.emit(event)
+            if event.kind == "attended":
+                self._attending -= 1
+                self._recomputing.discard((event.head_group, event.index))
+        if self._stalled and not self._recomputing:
+            stalled, self._stalled = self._stalled, []
+            for key in stalled:
+                del self._unfinished[key]
+            self._submit(*builder.chunks_again(stalled))
+
+    def _recompute(self, future: Future[Event], builder: GraphBuilder) -> None:
+        """Have a damaged partial computed again; what failed for want of it is submitted anew then. Raises other errors.
+
+        Dask's own retry will not do: it would also repeat finished tasks whose results it has let go, such as writes.
+        """
+        error = future.exception()
+        if not isinstance(error, DamagedPartialError):
+            raise error
+        self._stalled.append(cast(Key, future.key))
+        work = error.head_group, error.subproblem
+        if work not in self._recomputing:
+            self._attempts[work] += 1
+            if self._attempts[work] > ATTEMPTS:
+                raise error
+            now = time.time()
+            self.emit(Event("failed", now, now, *work, detail={"error": str(error), "recomputed": 1}))
+            self._recomputing.add(work)
+            self._attending += 1
+            self._submit(*builder.again(*work, self._attempts[work]))
+
+    def _submit(self, graph: HighLevelGraph, keys: list[Key]) -> None:
+        futures = self._client.get(graph, keys, sync=False)
         self._unfinished.update(zip(keys, futures, strict=True))
-        return futures
+        self._finished.update(futures)
 
     def stop(self) -> None:
         """Let what is executing end, let nothing else begin, and take the lanes down."""

@@ -72,7 +72,7 @@ class StatusFile:
             self._status = self._advanced(self._status.subproblems_done + 1)
             if time.time() - self._written >= INTERVAL:
                 self._write()
-        elif event.kind == "failed":
+        elif event.kind == "failed" and event.head_group < 0:
             self._status = Status(**{**asdict(self._status), "error": str(event.detail["error"])})
             self._write()
 

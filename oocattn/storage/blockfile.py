@@ -64,7 +64,7 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
                 found += file.readinto(_raw(array))
                 checksum = zlib.crc32(_raw(array), checksum)
             if found != size or checksum != expected:
-                raise IntegrityError(f"{path}: block {index} is damaged (checksum {checksum:08x}, expected {expected})")
+                raise IntegrityError(f"{path}: block {index} is damaged (checksum {checksum:08x}, expected {expected:08x})")
             yield index
 
 
