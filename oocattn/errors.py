@@ -23,3 +23,7 @@ class IntegrityError(OocattnError, RuntimeError):
 
 class LockedError(OocattnError, RuntimeError):
     """Another live run holds the result."""
+
+
+class WorkerLostError(OocattnError, RuntimeError):
+    """A worker died in the middle of a run."""

@@ -6,6 +6,7 @@ The window bounds what the scheduler knows of at a time, the edges of the graph 
 from __future__ import annotations
 
 import itertools
+import queue
 import time
 import uuid
 from collections import defaultdict
@@ -13,9 +14,9 @@ from collections.abc import Sequence
 from typing import cast
 
 from dask.highlevelgraph import HighLevelGraph
-from distributed import Client, Future, as_completed, wait
+from distributed import Client, Future
 
-from oocattn.errors import IntegrityError
+from oocattn.errors import IntegrityError, WorkerLostError
 from oocattn.pipelines.cluster import worker_addresses
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.graph import GraphBuilder, Key
@@ -33,6 +34,9 @@ PIECE = 16
 
 WINDOW = 32
 """Subproblems of a lane that the scheduler may know of before more are submitted: enough to hide a round trip."""
+
+PATIENCE = 5.0
+"""Seconds without the end of a task after which it is checked whether the workers still live."""
 
 ATTEMPTS = 3
 """Times that a subproblem is computed again because a partial of it was lost from disk."""
@@ -87,7 +91,7 @@ class _Driver:
         self._client = client
         self._callbacks = callbacks
         self._unfinished: dict[Key, Future[Event]] = {}
-        self._finished = as_completed()
+        self._ended: queue.SimpleQueue[Future[Event]] = queue.SimpleQueue()
         self._attending = 0
         self._recomputing: set[tuple[int, int]] = set()
         self._attempts: defaultdict[tuple[int, int], int] = defaultdict(int)
@@ -111,11 +115,27 @@ class _Driver:
                 self._submit(*builder.piece(subproblems))
             if not self._unfinished:
                 return
-            batch = self._finished.next_batch()
+            batch = self._next_batch()
             for future in batch:
                 if future.status == "error":
                     self._recompute(future, builder)
             self._done([future for future in batch if future.status == "finished"], builder)
+
+    def _next_batch(self) -> list[Future[Event]]:
+        """Wait for tasks to end. Raises WorkerLostError when a worker is gone, for its tasks can end nowhere else."""
+        while True:
+            try:
+                batch = [self._ended.get(timeout=PATIENCE)]
+                while not self._ended.empty():
+                    batch.append(self._ended.get())
+            except queue.Empty:
+                lost = set(self._addresses) - set(worker_addresses(self._client))
+                if lost:
+                    raise WorkerLostError(
+                        f"worker {', '.join(sorted(lost))} is gone with what it held in memory; start it and run again"
+                    ) from None
+            else:
+                return batch
 
     def _done(self, futures: list[Future[Event]], builder: GraphBuilder) -> None:
         """Pass on what happened, and merge anew what waited for a partial to be computed again."""
@@ -154,11 +174,12 @@ class _Driver:
     def _submit(self, graph: HighLevelGraph, keys: list[Key]) -> None:
         futures = self._client.get(graph, keys, sync=False)
         self._unfinished.update(zip(keys, futures, strict=True))
-        self._finished.update(futures)
+        for future in futures:
+            future.add_done_callback(self._ended.put)
 
     def stop(self) -> None:
         """Let what is executing end, let nothing else begin, and take the lanes down."""
-        if self._unfinished:
-            self._client.run(stop, self.name)
-            wait(list(self._unfinished.values()))
+        self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
+        while any(self._client.run(stop, self.name).values()):
+            time.sleep(0.05)
         self._client.unregister_worker_plugin(plugin_name(self.name))

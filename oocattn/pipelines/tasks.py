@@ -6,6 +6,9 @@ further arguments of a task are the results of those it waits for, and say nothi
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -23,8 +26,9 @@ class LanePlugin(WorkerPlugin):
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.stopped = False
         self.name = plugin_name(job.run)
+        self.stopped = False
+        self.active: set[int] = set()
 
     def setup(self, worker: Worker) -> None:
         self.lane = Lane(self.job)
@@ -37,41 +41,54 @@ class StoppedError(Exception):
     """The run was stopped before this task began."""
 
 
-def stop(run: str, dask_worker: Worker) -> None:
-    """Let no further task of the run begin on this worker."""
-    cast(LanePlugin, dask_worker.plugins[plugin_name(run)]).stopped = True
-
-
 def plugin_name(run: str) -> str:
     """Name under which the lane of a run is registered on its workers."""
     return f"oocattn-{run}"
 
 
+def stop(run: str, dask_worker: Worker) -> int:
+    """Let no further task of the run begin on this worker; return how many are still executing."""
+    plugin = cast(LanePlugin, dask_worker.plugins[plugin_name(run)])
+    plugin.stopped = True
+    return len(plugin.active)
+
+
 def stage(run: str, slot: int, head_group: int, index: int, *after: Event) -> Event:
     """Read a subproblem's chunks into a staging slot of this worker's lane."""
-    return _here(_lane(run).stage(slot, head_group, index))
+    with _lane(run) as lane:
+        return _here(lane.stage(slot, head_group, index))
 
 
 def attend(run: str, slot: int, *after: Event) -> Event:
     """Attend the subproblem that is staged in a slot."""
-    return _here(_lane(run).attend(slot))
+    with _lane(run) as lane:
+        return _here(lane.attend(slot))
 
 
 def merge(run: str, head_group: int, chunk: int, *after: Event) -> Event:
     """Merge the partials of a query chunk."""
-    return _here(_lane(run).merge(head_group, chunk))
+    with _lane(run) as lane:
+        return _here(lane.merge(head_group, chunk))
 
 
 def write(run: str, head_group: int, chunk: int, *after: Event) -> Event:
     """Write a merged query chunk to the result."""
-    return _here(_lane(run).write(head_group, chunk))
+    with _lane(run) as lane:
+        return _here(lane.write(head_group, chunk))
 
 
-def _lane(run: str) -> Lane:
+@contextmanager
+def _lane(run: str) -> Iterator[Lane]:
+    """The lane of this task's worker, which counts the task as executing meanwhile."""
     plugin = cast(LanePlugin, get_worker().plugins[plugin_name(run)])
-    if plugin.stopped:
-        raise StoppedError(run)
-    return plugin.lane
+    thread = threading.get_ident()
+    plugin.active.add(thread)  # before looking: whoever stops the lane sees either the task or its refusal
+    try:
+        if plugin.stopped:
+            raise StoppedError(f"run {run} was stopped")
+        yield plugin.lane
+    finally:
+        plugin.active.discard(thread)
 
 
 def _here(event: Event) -> Event:

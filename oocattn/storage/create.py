@@ -22,6 +22,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec
+from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import LocalStore
 
@@ -56,7 +57,8 @@ def create_array(
 ) -> zarr.Array[Any]:
     """Create array `name` of shape [B, H, N, D] or [B, H, N] with chunks (1, 1, T, D) or (1, 1, T).
 
-    Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks written. `chunk_rows` is T, by
+    Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks written, all chunk files in one folder
+    (a durable write then syncs that folder and no others). `chunk_rows` is T, by
     default `default_chunk_rows`. Raises zarr's ContainsArrayError where the group has such an array.
     """
     tokens, row = shape[2], shape[3:]
@@ -67,6 +69,7 @@ def create_array(
         shape=shape,
         dtype=numpy_type,
         chunks=(1, 1, rows, *row),
+        chunk_key_encoding={"name": "default", "separator": "."},
         serializer=BytesCodec(endian="little"),
         compressors=None,
         filters=None,
@@ -90,7 +93,7 @@ def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[sl
 #   2. Extend the file with zeros to a full chunk, which is what Zarr demands of a chunk at the edge.
 #   3. fsync the file: its bytes are on disk before its name is.
 #   4. Rename it to the chunk's name; within a folder this is atomic.
-#   5. fsync the folders from the chunk's up to the array's, any of which may be new: now the name is on disk too.
+#   5. fsync the array's folder, which holds all its chunks: now the name is on disk too.
 # A failure takes the temporary file with it; a kill leaves `*.partial`, as zarr's own writes do, and nobody reads it.
 def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[Any]) -> None:
     """Write chunk `coords` of `array` whole; when this returns, it is on disk.
@@ -111,7 +114,6 @@ def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[A
         return
     folder = array.store.root / array.path
     target = folder / array.metadata.encode_chunk_key(coords)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}{_PARTIAL}")
     try:
         with open(temporary, "xb") as file:
@@ -122,8 +124,7 @@ def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[A
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    for parent in itertools.takewhile(lambda parent: parent != folder.parent, target.parents):
-        _fsync(parent)
+    _fsync(folder)
 
 
 def fill_array(
@@ -164,9 +165,6 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex}{_PARTIAL}")
     try:
         yield zarr.create_group(LocalStore(temporary), attributes=attributes, zarr_format=3)
-        for metadata in temporary.rglob("zarr.json"):
-            _fsync(metadata)
-            _fsync(metadata.parent)
         _refuse_to_destroy(local, overwrite)
         move_into_place(temporary, local)
     except BaseException:
@@ -175,10 +173,11 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
 
 
 def _is_plain(array: zarr.Array[Any]) -> bool:
-    """Whether a chunk of `array` is its rows, little-endian and nothing else, as `create_array` makes it."""
+    """Whether a chunk of `array` is a file of its rows, little-endian and nothing else, as `create_array` makes it."""
     return (
         isinstance(array.metadata, ArrayV3Metadata)
         and array.metadata.codecs == (BytesCodec(endian="little"),)
+        and array.metadata.chunk_key_encoding == DefaultChunkKeyEncoding(separator=".")
         and array.chunks[:2] == (1, 1)
         and array.chunks[3:] == array.shape[3:]
     )
@@ -215,7 +214,13 @@ def _refuse_to_destroy(path: Path, overwrite: bool) -> None:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; what was there is moved aside first and removed last."""
+    """Give the group at `temporary`, whose chunks are on disk, the name `path`: its metadata is synced, and then it moves.
+
+    What was at `path` is moved aside first and removed last.
+    """
+    for metadata in temporary.rglob("zarr.json"):
+        _fsync(metadata)
+        _fsync(metadata.parent)
     old = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
     if os.path.lexists(path):
         os.rename(path, old)

@@ -64,8 +64,8 @@ class Dataset:
                 "`oocattn import` makes one from other files"
             ) from error
         found = {name: _array(group, name, location) for name in NAMES}
-        choose = FastestReader()
-        return cls(location, {name: InputArray(name, found[name], location, root, choose) for name in NAMES})
+        fastest = FastestReader()
+        return cls(location, {name: InputArray(name, found[name], location, root, fastest) for name in NAMES})
 
     @property
     def specs(self) -> tuple[ArraySpec, ArraySpec, ArraySpec]:

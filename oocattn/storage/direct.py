@@ -1,7 +1,7 @@
 """Reading rows straight from uncompressed chunk files into the caller's buffer, by `preadv` or by memory map.
 
 Both readers take the same arguments and give the same bytes; which is faster depends on the machine, the file system
-and how much of the files is in the page cache, so `FastestReader` measures it on the dataset's own chunks. Neither keeps
+and how much of the files is in the page cache, so `FastestReader` measures it on the dataset's own reads. Neither keeps
 a file open or mapped beyond its call, and each file is checked against the size that it must have. (A file cut short in
 place *while* it is copied from a map kills the process, where `preadv` raises. Writers that replace files by renaming,
 as Zarr's do, cannot bring that about.)
@@ -9,7 +9,7 @@ as Zarr's do, cannot bring that about.)
 
 from __future__ import annotations
 
-import math
+import itertools
 import mmap
 import os
 import statistics
@@ -30,12 +30,9 @@ Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]
 READ_AHEAD = 2
 """Chunks that `read_preadv` asks the kernel for ahead of the one that it copies."""
 
-SAMPLES = 8
-SAMPLE_BYTES = 8 * 2**20
-"""Samples of 8 MiB separate the two as chunks of 64 MiB do; below 4 MiB the processor's caches decide."""
-
-SMALL_ARRAY_BYTES = SAMPLES * SAMPLE_BYTES
-"""Arrays below this size are not measured: nothing is to be gained."""
+TRIALS = 4
+TRIAL_BYTES = 4 * 2**20
+"""Each reader is timed on its first 4 reads of 4 MiB or more; of smaller reads the processor's caches decide."""
 
 
 def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
@@ -79,39 +76,33 @@ def will_need(files: ChunkFiles, batch: int, head: int, start: int, stop: int) -
 
 
 class FastestReader:
-    """Chooses the reader for the arrays of one dataset, measuring once, when an array of 64 MiB or more is first read."""
+    """Reads by the faster of two readers, which it learns from the first eight large reads of a dataset.
 
-    def __init__(self) -> None:
-        self._measured: Reader | None = None
-
-    def __call__(self, files: ChunkFiles) -> Reader:
-        """The reader for this array; `read_preadv` for a small one. Raises what the readers raise."""
-        if files.array.nbytes < SMALL_ARRAY_BYTES:
-            return read_preadv
-        if self._measured is None:
-            self._measured = _measure(files)
-        return self._measured
-
-
-def _measure(files: ChunkFiles) -> Reader:
-    """The reader that is faster on this array as it lies there now, cold or warm.
-
-    Eight samples of 8 MiB, spread over the array, are read once each, the readers taking turns; the medians decide. The
-    map must win by a tenth, since `preadv` is the one that no truncation can kill.
+    Until then the readers take turns, and their median seconds a byte decide: at the size of the reads that are made,
+    into the buffers that are used, on files as cold or warm as they are, and without reading a byte for it. The second
+    reader must win by a tenth, since no truncation can kill `read_preadv`. Small reads are left to the first.
     """
-    _, heads, tokens, head_dim = shape = (1, *files.array.shape)[-4:]
-    rows = min(tokens, SAMPLE_BYTES // (head_dim * files.array.dtype.itemsize))
-    buffer = np.ones((rows, head_dim), files.array.dtype)
-    seconds: dict[Reader, list[float]] = {read_preadv: [], read_mapped: []}
-    for sample, first in enumerate(np.linspace(0, math.prod(shape[:3]) - 1, SAMPLES, dtype=np.int64)):
-        group, token = divmod(int(first), tokens)
-        start = min(token, tokens - rows)
-        reader = (read_preadv, read_mapped)[sample % 2]
+
+    def __init__(self, usual: Reader = read_preadv, other: Reader = read_mapped) -> None:
+        self._readers = (usual, other)
+        self._seconds_a_byte: dict[Reader, list[float]] = {usual: [], other: []}
+        self._turn = itertools.count()
+        self.learned: Reader | None = None
+
+    def read(self, files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Read tokens [start, stop) of one head into `out`, as `read_preadv` does."""
+        trial = self.learned is None and out.nbytes >= TRIAL_BYTES
+        reader = self._readers[next(self._turn) % 2] if trial else self.learned or self._readers[0]
         began = time.perf_counter()
-        reader(files, *divmod(group, heads), start, start + rows, buffer)
-        seconds[reader].append(time.perf_counter() - began)
-    mapped, read = (statistics.median(seconds[reader]) for reader in (read_mapped, read_preadv))
-    return read_mapped if mapped < 0.9 * read else read_preadv
+        reader(files, batch, head, start, stop, out)
+        if trial:
+            self._learn(reader, (time.perf_counter() - began) / out.nbytes)
+
+    def _learn(self, reader: Reader, seconds_a_byte: float) -> None:
+        self._seconds_a_byte[reader].append(seconds_a_byte)
+        usual, other = self._seconds_a_byte.values()
+        if min(len(usual), len(other)) >= TRIALS:
+            self.learned = self._readers[statistics.median(other) < 0.9 * statistics.median(usual)]
 
 
 def _bytes_of(out: NDArray[Any]) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from oocattn.problem import ArraySpec
 from oocattn.storage.codecs import CodecReader
-from oocattn.storage.direct import FastestReader, Reader, read_mapped, will_need
+from oocattn.storage.direct import FastestReader, read_mapped, will_need
 from oocattn.storage.layout import ChunkFiles, obstacles
 
 
@@ -25,18 +25,18 @@ class InputArray:
     """An array [B, H, N, D] or [H, N, D] of a dataset, read by rows of one head.
 
     `root` is the dataset's folder, or None where it is not local; `location` is what messages call the dataset; the
-    arrays of a dataset share one `choose`. Every read fills a buffer that the caller owns; reads may run in several
+    arrays of a dataset share one `fastest`. Every read fills a buffer that the caller owns; reads may run in several
     threads at once.
     """
 
     def __init__(
-        self, name: str, array: zarr.Array[Any], location: str, root: Path | None, choose: FastestReader | None = None
+        self, name: str, array: zarr.Array[Any], location: str, root: Path | None, fastest: FastestReader | None = None
     ) -> None:
         self.name = name
         self.array = array
         self._location = location
         self._root = root
-        self._choose = choose or FastestReader()
+        self._fastest = fastest or FastestReader()
 
     @property
     def spec(self) -> ArraySpec:
@@ -65,10 +65,10 @@ class InputArray:
 
     @property
     def reader(self) -> str:
-        """How rows are read: "preadv" or "map" (measured on first use, on 64 MiB), or "zarr"."""
+        """How rows are read: "preadv" or "map", as the dataset's first large reads have shown, or "zarr"."""
         if not self.direct:
             return "zarr"
-        return "map" if self._fastest_reader is read_mapped else "preadv"
+        return "map" if self._fastest.learned is read_mapped else "preadv"
 
     def describe(self) -> str:
         """How the array is stored and therefore read, for the plan to print."""
@@ -95,7 +95,7 @@ class InputArray:
                 f"{list(expected)}, C-contiguous and writeable"
             )
         if self._files is not None:
-            self._fastest_reader(self._files, batch, head, start, stop, out)
+            self._fastest.read(self._files, batch, head, start, stop, out)
         else:
             self._codec_reader.read(batch, head, start, stop, out)
 
@@ -125,8 +125,3 @@ class InputArray:
     @cached_property
     def _codec_reader(self) -> CodecReader:
         return CodecReader(self.array, self._location)
-
-    @cached_property
-    def _fastest_reader(self) -> Reader:
-        assert self._files is not None
-        return self._choose(self._files)
