@@ -23,7 +23,7 @@ import torch
 from oocattn.kernels.kernel import MAX_KEYS, check_operands, count_keys
 from oocattn.kernels.merge import SCRATCH_BYTES, merge
 from oocattn.kernels.partial import Partial
-from oocattn.kernels.reference import ReferenceKernel
+from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
 
 # Tiles. The rates are of 2 cores (Zen 4, torch 2.13) on float32, D = 64, where no tile above 1,024 x 1,024 differs by
 # more than 5%: 158 to 169 GFLOP/s (D = 32: 134 to 140; D = 128: 171 to 185).
@@ -75,9 +75,9 @@ class CpuKernel:
         tiles = tile_rows * head_dim + 2 * min(keys, _KEY_TILE) * head_dim
         result = tile_rows * (head_dim + 1)
         block_rows, block_keys = _LIBRARY_BLOCK
-        library = torch.get_num_threads() * block_rows * (block_keys + head_dim + 2)
+        library = torch.get_num_threads() * (4 * block_rows * (block_keys + head_dim + 2) + PRODUCT_BYTES)
         reference = ReferenceKernel().scratch_bytes(group_size, rows, keys, head_dim, dtype)
-        return max(4 * (tiles + result + library) + SCRATCH_BYTES, reference)
+        return max(4 * (tiles + result) + library + SCRATCH_BYTES, reference)
 
 
 class _Call:

@@ -1,0 +1,307 @@
+"""The kernels against float64, through the public interface."""
+
+import itertools
+import math
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from exact import DTYPES, TOLERANCE, attention, operands, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oocattn.errors import ProblemError
+from oocattn.kernels import Partial, default_kernel, finalise, get_kernel, kernel_names
+
+KERNELS = ("cpu", "reference")
+
+
+def finished(state, dtype=torch.float32):
+    """out and lse of a state, written into poisoned buffers."""
+    out = torch.full(state.num.shape, math.nan, dtype=dtype)
+    lse = torch.full(state.den.shape, math.nan)
+    finalise(state, out, lse)
+    return out, lse
+
+
+def attend(name, query, key, value, *, scale=None, diagonal=False):
+    state = Partial.empty(*query.shape)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    get_kernel(name).attend(query, key, value, state, scale=scale, diagonal=diagonal)
+    return state
+
+
+def spans(total, cuts):
+    edges = sorted({0, total, *(cut for cut in cuts if cut < total)})
+    return list(itertools.pairwise(edges))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(KERNELS),
+    group_size=st.integers(1, 4),
+    rows=st.integers(1, 256),
+    keys=st.integers(1, 256),
+    head_dim=st.integers(1, 256),
+    dtype=st.sampled_from(DTYPES),
+    causal=st.booleans(),
+    cuts=st.lists(st.integers(1, 255), max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_any_call_in_any_spans_of_keys_is_attention(name, group_size, rows, keys, head_dim, dtype, causal, cuts, seed):
+    query, key, value = operands(group_size, rows, rows if causal else keys, head_dim, dtype, seed)
+    scale = head_dim**-0.5
+    state = Partial.empty(group_size, rows, head_dim)
+    kernel = get_kernel(name)
+    for first, last in spans(key.shape[0], cuts):
+        span = (key[first:last], value[first:last])
+        if causal:
+            kernel.attend(query[:, first:last], *span, state.rows(first, last), scale=scale, diagonal=True)
+            kernel.attend(query[:, last:], *span, state.rows(last, rows), scale=scale, diagonal=False)
+        else:
+            kernel.attend(query, *span, state, scale=scale, diagonal=False)
+    out, lse = finished(state, dtype)
+    expected_out, expected_lse = attention(query, key, value, scale, causal)
+    assert relative_error(out, expected_out) <= TOLERANCE[dtype]
+    assert np.abs(lse.numpy() - expected_lse).max() <= 1e-5
+    assert state.keys.tolist() == (list(range(1, rows + 1)) if causal else [keys] * rows)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("group_size", "rows", "keys", "head_dim", "diagonal"),
+    [(1, 5000, 8192 + 37, 8, False), (3, 1500, 2500, 16, False), (1, 9000, 9000, 8, True), (2, 1300, 1300, 64, True)],
+)
+def test_calls_beyond_the_tiles_are_attention(name, group_size, rows, keys, head_dim, diagonal):
+    query, key, value = operands(group_size, rows, keys, head_dim)
+    state = attend(name, query, key, value, diagonal=diagonal)
+    out, lse = finished(state)
+    sample = [*range(0, rows, 509), 511, 512, 1023, 1024, rows - 1]
+    visible = [row + 1 if diagonal else keys for row in sample]
+    expected = [
+        attention(query[:, row : row + 1], key[:count], value[:count], head_dim**-0.5, False)
+        for row, count in zip(sample, visible, strict=True)
+    ]
+    expected_out, expected_lse = (np.concatenate(parts, 1) for parts in zip(*expected, strict=True))
+    assert relative_error(out[:, sample], expected_out) <= 2e-6
+    assert np.abs(lse[:, sample].numpy() - expected_lse).max() <= 1e-5
+    assert state.keys[sample].tolist() == visible
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_16_bit_inputs_give_a_float32_state(dtype):
+    query, key, value = operands(2, 300, 700, 64, dtype)
+    out, lse = finished(attend("cpu", query, key, value))
+    expected_out, expected_lse = attention(query, key, value, 64**-0.5, False)
+    assert relative_error(out, expected_out) <= 2e-6
+    assert np.abs(lse.numpy() - expected_lse).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_operands_may_be_slices_of_larger_tensors(name):
+    query, key, value = operands(3, 200, 200, 24)
+    part = attend(name, query[:, 50:150], key[20:90], value[20:90])
+    copy = attend(name, query[:, 50:150].clone(), key[20:90].clone(), value[20:90].clone())
+    assert torch.equal(part.num, copy.num)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 7, 31, 33, 64, 200, 600, 800, 1100])
+def test_cpu_bits_depend_neither_on_threads_nor_on_alignment(rows, diagonal, dtype):
+    for group_size, keys, head_dim in ((1, 1, 64), (1, 5, 256), (1, 700, 80), (2, 513, 33), (7, 16, 1), (1, 3000, 64)):
+        given_operands = operands(group_size, rows, rows if diagonal else keys, head_dim, dtype)
+        states = []
+        before = torch.get_num_threads()
+        try:
+            for threads, offset in ((1, 0), (2, 0), (2, 3)):
+                torch.set_num_threads(threads)
+                moved = [torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape) for t in given_operands]
+                states.append(attend("cpu", *moved, diagonal=diagonal))
+        finally:
+            torch.set_num_threads(before)
+        for state in states[1:]:
+            assert torch.equal(state.num, states[0].num)
+            assert torch.equal(state.den, states[0].den)
+            assert torch.equal(state.max, states[0].max)
+
+
+def test_one_kernel_serves_threads_at_once():
+    kernel = get_kernel("cpu")
+    problems = [operands(1, 600, 900, 32, seed=seed) for seed in range(4)]
+    states = [Partial.empty(1, 600, 32) for _ in problems]
+    work = [
+        threading.Thread(target=kernel.attend, args=(*problem, state), kwargs={"scale": 0.2, "diagonal": False})
+        for problem, state in zip(problems, states, strict=True)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    for problem, state in zip(problems, states, strict=True):
+        assert torch.equal(state.num, attend("cpu", *problem, scale=0.2).num)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize(("rows", "keys"), [(0, 5), (5, 0), (0, 0)])
+def test_no_query_or_no_key_has_no_effect(name, diagonal, rows, keys):
+    rows, keys = (0, 0) if diagonal else (rows, keys)
+    state = attend(name, *operands(2, rows, keys, 8), diagonal=diagonal)
+    assert state.num.abs().sum() == 0
+    assert (state.max == -math.inf).all()
+    assert state.keys.tolist() == [0] * rows
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_scores_of_a_thousand(name, diagonal):
+    query, key, value = operands(1, 300, 300, 16)
+    query, key = query.sign() * 7.9, key.sign() * 7.9  # scores are +-1,000 at most, and many are
+    out, lse = finished(attend(name, query, key, value, scale=1.0, diagonal=diagonal))
+    expected_out, expected_lse = attention(query, key, value, 1.0, diagonal)
+    assert lse.abs().max() > 500
+    assert relative_error(out, expected_out) <= 1e-4  # a score of 1,000 is known to 6e-5 in float32
+    assert np.abs(lse.numpy() - expected_lse).max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_nan_and_inf_reach_the_rows_that_attend_them_and_no_others(name, bad, where):
+    query, key, value = operands(2, 90, 90, 8)
+    clean, _ = finished(attend("reference", query, key, value, diagonal=True))
+    spoilt = {"query": query[1, 40], "key": key[40], "value": value[40]}[where]
+    spoilt[:] = bad
+    state = attend(name, query, key, value, diagonal=True)
+    out, _ = finished(state)
+    expected = row_by_row(query, key, value)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert not out[:, :40].isnan().any()
+    assert (out[:, :40] - clean[:, :40]).abs().max() < 1e-5
+    assert not out[1, 40].isfinite().any()
+    assert state.keys.tolist() == list(range(1, 91))
+
+
+def row_by_row(query, key, value):
+    """Causal attention by torch without a mask, so that nothing flows that should not."""
+    out = torch.empty_like(query)
+    for row in range(query.shape[1]):
+        scores = (query[:, row : row + 1].double() @ key[: row + 1].double().T) * query.shape[-1] ** -0.5
+        out[:, row] = (scores.softmax(-1) @ value[: row + 1].double())[:, 0].float()
+    return out
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_scores_of_minus_infinity_weigh_nothing(name):
+    query, key, value = operands(1, 40, 30, 4)
+    query, key = query.abs() + 1, key.clone()
+    key[10:20] = -math.inf
+    state = Partial.empty(1, 40, 4)
+    kernel = get_kernel(name)
+    for first in (0, 10, 20):
+        span = slice(first, first + 10)
+        kernel.attend(query, key[span], value[span], state, scale=0.5, diagonal=False)
+    kept = [*range(10), *range(20, 30)]
+    out, lse = finished(state)
+    expected_out, expected_lse = attention(query, key[kept], value[kept], 0.5, False)
+    assert relative_error(out, expected_out) <= 2e-6
+    assert np.abs(lse.numpy() - expected_lse).max() <= 1e-5
+    assert state.keys.tolist() == [30] * 40
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_finite_inputs_whose_scores_overflow_behave_as_minus_infinity(name):
+    query, key, value = operands(1, 3, 6, 4)
+    query, key = query.abs() + 1, key.clone()
+    key[2:] = -3e38
+    state = Partial.empty(1, 3, 4)
+    for first in (0, 2, 4):
+        span = slice(first, first + 2)
+        get_kernel(name).attend(query, key[span], value[span], state, scale=2.0, diagonal=False)
+    out, _ = finished(state)
+    assert relative_error(out, attention(query, key[:2], value[:2], 2.0, False)[0]) <= 2e-6
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_misfits_are_refused(name):
+    query, key, value = operands(2, 6, 5, 8)
+    state = Partial.empty(2, 6, 8)
+    kernel = get_kernel(name)
+    for misfit in (
+        (query, key, value[:4], state, False),
+        (query, key[:, :7], value[:, :7], state, False),
+        (query, key, value, state.rows(0, 1), False),
+        (query, key.half(), value, state, False),
+        (query, key, value, state, True),
+    ):
+        with pytest.raises(ValueError, match=r"expected|fit|needs"):
+            kernel.attend(*misfit[:4], scale=1.0, diagonal=misfit[4])
+    assert state.keys.sum() == 0
+
+
+MEASURE = """
+import sys, torch
+from oocattn.kernels import Partial, get_kernel
+
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+name, dtype, diagonal = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
+group_size, rows, keys, head_dim = map(int, sys.argv[4:])
+kernel = get_kernel(name)
+
+def operands(rows, keys):
+    shapes = (group_size, rows, head_dim), (keys, head_dim), (keys, head_dim)
+    tensors = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape in shapes]
+    return *tensors, Partial.empty(group_size, rows, head_dim)
+
+kernel.attend(*operands(64, 64), scale=0.1, diagonal=diagonal)  # loads the code
+call = operands(rows, keys)
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
+before = status("VmRSS")
+kernel.attend(*call, scale=0.1, diagonal=diagonal)
+print(status("VmHWM") - before, kernel.scratch_bytes(group_size, rows, keys, head_dim, dtype))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("name", "dtype", "diagonal", "shape"),
+    [
+        ("cpu", "bfloat16", False, (1, 9000, 20000, 64)),
+        ("cpu", "float32", True, (4, 4000, 4000, 128)),
+        ("cpu", "float16", False, (1, 3000, 9000, 256)),
+        ("reference", "float32", False, (2, 500, 5000, 128)),
+    ],
+)
+def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, diagonal, shape):
+    command = [sys.executable, "-c", MEASURE, name, dtype, str(diagonal), *map(str, shape)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown, bound = map(int, done.stdout.split())
+    assert grown <= bound
+    assert bound <= 6 * grown
+
+
+def test_scratch_does_not_grow_with_the_call():
+    for name in KERNELS:
+        bound = get_kernel(name).scratch_bytes
+        assert bound(1, 10**6, 10**6, 64, "float32") == bound(1, 10**9, 10**9, 64, "float32") < 32 << 20
+
+
+def test_names_and_defaults():
+    assert set(KERNELS) <= set(kernel_names())
+    for name in KERNELS:
+        assert get_kernel(name).name == name
+        assert 1 <= get_kernel(name).max_keys <= 65_536
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert default_kernel("cpu", dtype) == "cpu"
+    with pytest.raises(ProblemError, match="expected one of cpu, "):
+        get_kernel("no such")
+    with pytest.raises(ProblemError, match="float64"):
+        default_kernel("cpu", "float64")
+    with pytest.raises(ProblemError, match="moon"):
+        default_kernel("moon:0", "float32")

@@ -1,0 +1,167 @@
+"""Partials: the state, its exact recombination and the division at the end."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from exact import DTYPES, TOLERANCE, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oocattn.kernels import Partial, finalise, merge
+
+
+def partial_of(scores, value):
+    """The state of rows with the scores [g, n, m] over value [m, D], by the definition, in float64."""
+    maximum = np.max(scores, -1, initial=-np.inf)
+    weights = np.exp(scores - np.where(np.isinf(maximum), 0, maximum)[..., None])
+    tensors = (weights @ value, weights.sum(-1), maximum)
+    keys = torch.full((scores.shape[1],), scores.shape[2], dtype=torch.int64)
+    return Partial(*(torch.from_numpy(array).float() for array in tensors), keys)
+
+
+def finished(state, dtype=torch.float32):
+    out = torch.full(state.num.shape, math.nan, dtype=dtype)
+    lse = torch.full(state.den.shape, math.nan)
+    finalise(state, out, lse)
+    return out, lse
+
+
+def softmax_product(scores, value):
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights @ value / weights.sum(-1, keepdims=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    group_size=st.integers(1, 3),
+    rows=st.integers(1, 50),
+    head_dim=st.integers(1, 40),
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    magnitude=st.sampled_from([1.0, 30.0, 1000.0]),
+    seed=st.integers(0, 99),
+)
+def test_merging_partials_of_any_split_is_the_whole(group_size, rows, head_dim, sizes, magnitude, seed):
+    sizes = [*sizes, 1]  # some key there must be
+    random = np.random.default_rng(seed)
+    scores = (magnitude * random.standard_normal((group_size, rows, sum(sizes)))).astype(np.float32).astype(float)
+    value = random.standard_normal((sum(sizes), head_dim))
+    state = Partial.empty(group_size, rows, head_dim)
+    for stop, size in zip(np.cumsum(sizes), sizes, strict=True):
+        span = slice(stop - size, stop)
+        merge(state, partial_of(scores[..., span], value[span]))
+    out, lse = finished(state)
+    expected_lse = scores.max(-1) + np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1))
+    assert relative_error(out, softmax_product(scores, value)) <= 1e-6
+    assert np.abs(lse.numpy() - expected_lse).max() <= 2e-7 * max(magnitude * 5, 10)
+    assert state.keys.tolist() == [sum(sizes)] * rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finalise_rounds_once_to_each_dtype_and_overwrites_poison(dtype):
+    random = np.random.default_rng(0)
+    scores, value = random.standard_normal((2, 5000, 9)), random.standard_normal((9, 64))
+    out, lse = finished(partial_of(scores, value), dtype)
+    assert relative_error(out, softmax_product(scores, value)) <= TOLERANCE[dtype]
+    assert lse.isfinite().all()
+
+
+def test_many_merges_do_not_add_up_errors():
+    random = np.random.default_rng(0)
+    scores, value = random.standard_normal((1, 200, 256 * 16)), random.standard_normal((256 * 16, 8)) + 1
+    state = Partial.empty(1, 200, 8)
+    for first in range(0, 256 * 16, 16):
+        merge(state, partial_of(scores[..., first : first + 16], value[first : first + 16]))
+    assert relative_error(finished(state)[0], softmax_product(scores, value)) <= 1e-6
+
+
+def test_rows_without_keys_contribute_nothing_and_finish_as_zero():
+    full = partial_of(np.random.default_rng(0).standard_normal((1, 4, 3)), np.ones((3, 2)))
+    for into, other in ((full, Partial.empty(1, 4, 2)), (Partial.empty(1, 4, 2), full)):
+        expected = full.num.clone()
+        merge(into, other)
+        assert torch.equal(into.num, expected)
+    nothing = Partial.empty(1, 4, 2)
+    merge(nothing, Partial.empty(1, 4, 2))
+    out, lse = finished(nothing)
+    assert out.abs().sum() == 0
+    assert (lse == -math.inf).all()
+    assert (nothing.max == -math.inf).all()
+    assert nothing.den.abs().sum() == 0
+
+
+def test_nan_stays_in_its_row():
+    state, spoilt = (partial_of(np.zeros((1, 4, 3)), np.ones((3, 2))) for _ in range(2))
+    spoilt.max[0, 1] = math.nan
+    spoilt.num[0, 2, 0] = math.nan
+    merge(state, spoilt)
+    out, lse = finished(state)
+    assert out.isnan().tolist() == [[[False, False], [True, True], [True, False], [False, False]]]
+    assert lse.isnan().tolist() == [[False, True, False, False]]
+
+
+def test_merge_works_in_place_through_views_and_leaves_the_other_as_it_is():
+    random = np.random.default_rng(0)
+    state, other = (partial_of(random.standard_normal((2, 10, 3)), random.standard_normal((3, 4))) for _ in range(2))
+    before = [tensor.clone() for tensor in (other.num, other.den, other.max, other.keys)]
+    outside = state.num[:, :3].clone()
+    merge(state.rows(3, 7), other.rows(3, 7))
+    assert all(torch.equal(a, b) for a, b in zip(before, (other.num, other.den, other.max, other.keys), strict=True))
+    assert torch.equal(state.num[:, :3], outside)
+    assert state.keys.tolist() == [3, 3, 3, 6, 6, 6, 6, 3, 3, 3]
+
+
+def test_bits_do_not_depend_on_threads():
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            random = np.random.default_rng(0)
+            a, b = (partial_of(random.standard_normal((1, 40_000, 2)), np.ones((2, 3))) for _ in range(2))
+            merge(a, b)
+            results.append((*finished(a), a.num))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_misfits_are_refused():
+    state = Partial.empty(2, 6, 8)
+    with pytest.raises(ValueError, match="cannot merge"):
+        merge(state, Partial.empty(2, 1, 8))
+    with pytest.raises(ValueError, match="cannot write"):
+        finalise(state, torch.empty(2, 1, 8), torch.empty(2, 6))
+    with pytest.raises(ValueError, match="expected den and max"):
+        Partial(state.num, state.den[:1], state.max, state.keys)
+
+
+def test_reset_and_nbytes():
+    state = partial_of(np.zeros((2, 5, 3)), np.ones((3, 7)))
+    assert (
+        state.nbytes
+        == Partial.nbytes_for(2, 5, 7)
+        == sum(tensor.nbytes for tensor in (state.num, state.den, state.max, state.keys))
+    )
+    state.reset()
+    fresh = Partial.empty(2, 5, 7)
+    assert torch.equal(state.num, fresh.num)
+    assert torch.equal(state.max, fresh.max)
+    assert state.keys.sum() == 0
+
+
+def peak_of_torch(work):
+    """Bytes that torch had allocated at most during `work`, by its profiler's record of every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(np.cumsum([0, *changes]))
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000, 64), (8, 20_000, 8), (1, 300_000, 1)])
+def test_temporaries_are_bounded_by_a_mebibyte(shape):
+    a, b = Partial.empty(*shape), Partial.empty(*shape)
+    out, lse = torch.empty(shape), torch.empty(shape[:2])
+    assert 1 << 18 < peak_of_torch(lambda: merge(a, b)) <= 1 << 20
+    assert 1 << 18 < peak_of_torch(lambda: finalise(a, out, lse)) <= 1 << 20
