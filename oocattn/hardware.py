@@ -20,6 +20,9 @@ from oocattn.storage.dataset import Dataset
 SAMPLE_BYTES = 16 << 20
 """How much of a dataset is read to measure how fast it reads."""
 
+MOMENT = 0.15
+"""Seconds for which a kernel is timed."""
+
 _DEVICE = "cpu"
 
 
@@ -44,14 +47,15 @@ def describe_hardware(problem: Problem, *, kernel: str | None, lanes: int, scrat
 
 @lru_cache
 def kernel_rate(name: str, head_dim: int, dtype: str, rows: int = 1024, keys: int = 4096) -> float:
-    """Floating-point operations per second of a kernel on random data: the best of three short calls."""
+    """Floating-point operations per second of a kernel on random data: the best of the short calls of a moment."""
     kernel = get_kernel(name)
     torch_dtype = getattr(torch, dtype)
     query = torch.randn(1, rows, head_dim).to(torch_dtype)
     key, value = (torch.randn(keys, head_dim).to(torch_dtype) for _ in range(2))
     state = Partial.empty(1, rows, head_dim)
     best = float("inf")
-    for _ in range(3):
+    began = time.perf_counter()
+    while time.perf_counter() - began < MOMENT:
         start = time.perf_counter()
         kernel.attend(query, key, value, state, scale=head_dim**-0.5, diagonal=False)
         best = min(best, time.perf_counter() - start)

@@ -16,8 +16,8 @@ THREADS = 4
 def local_client(dashboard_address: str = "127.0.0.1:0") -> Iterator[Client]:
     """A client of a new cluster in this process: one worker for the CPU, and the dashboard on the loopback.
 
-    The cluster itself opens no port but those of the dashboard and of the worker's pages. Dask's own memory limit is off: it counts mapped pages, and the
-    plan bounds what is allocated.
+    The cluster opens no port but those of the dashboard and of the worker's pages. Dask's own memory limit is off: it
+    counts mapped pages, and the plan bounds what is allocated.
     """
     host = dashboard_address.rpartition(":")[0] or "127.0.0.1"
     with (
