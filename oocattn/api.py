@@ -100,7 +100,7 @@ def attention(
 
     The options up to `kernel` are those of `plan`. The run uses the workers of `client`, which must see the same paths,
     or a cluster of its own in this process with its dashboard at `dashboard_address`. `callbacks` are called with every
-    `Event`. A finished result of the same problem, dataset and plan is returned as it is; an unfinished one is begun
+    `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one is begun
     anew.
 
     Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a Zarr
@@ -173,7 +173,7 @@ def _is_finished(paths: ResultPaths, attributes: dict[str, Any], overwrite: bool
     found = paths.attributes()
     if found is None or overwrite:
         return False
-    ours = ("problem", "plan", "dataset")
+    ours = ("problem", "dataset")
     if all(found.get(name) == attributes[name] for name in ours):
         return True
     differs = next((name for name in ours if found and found.get(name) != attributes[name]), "content")

@@ -31,6 +31,15 @@ OUT_CHUNK_BYTES = 32 << 20
 STAGING_SLOTS = 2
 """Subproblems staged on a lane at a time: one that is computed and one that is read."""
 
+PIECE = 16
+"""Subproblems of a lane that are submitted to the scheduler together."""
+
+WINDOW = 32
+"""Subproblems of a lane that may wait there before no more are submitted: enough to hide a round trip."""
+
+UNFINISHED = 4 * WINDOW
+"""Tasks of a lane, of any layer, that may wait there before no more are submitted."""
+
 PARTIAL_BLOCK_ROWS = 4096
 """Rows of a block of a partial's file: some megabytes, so that merging streams through little memory."""
 
@@ -120,9 +129,12 @@ def _cost(
     read = chunk_rows * row_bytes * (problem.group_size * query_reads + 2 * key_reads)
     out_row = problem.batch * problem.query_heads * (problem.head_dim * DTYPES[problem.out_dtype] + 4)
     written = problem.tokens * out_row
-    partials = 0
+    partials = scratch_disk = 0.0
     if candidate.partials == "disk":
-        partials = problem.head_groups * query_reads * problem.partial_bytes(chunk_rows)
+        of_head_group = query_reads * problem.partial_bytes(chunk_rows)
+        waiting = (UNFINISHED + 4 * PIECE) * lanes / candidate.chunks  # head groups whose chunks are not written yet
+        partials = problem.head_groups * of_head_group
+        scratch_disk = min(problem.head_groups, 2 + waiting) * of_head_group
 
     units = problem.head_groups * (division.subproblems if candidate.partials == "disk" else 1)
     balance = math.ceil(units / lanes) / units
@@ -157,7 +169,7 @@ def _cost(
         host_memory=host_memory,
         peak_device=memory.device * lanes,
         peak_host=memory.host * lanes,
-        scratch_disk=partials,
+        scratch_disk=math.ceil(scratch_disk),
         links=links,
         seconds=max(compute, disk, overhead) + fill,
         notes=inputs.notes,

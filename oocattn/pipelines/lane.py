@@ -59,7 +59,7 @@ class Lane:
         plan = job.plan
         self.plan = plan
         self.dataset = Dataset.open(job.dataset)
-        self.result = ResultArrays.open(job.result)
+        self.result = ResultArrays.open(job.result, writable=True)
         self.kernel = get_kernel(plan.kernel)
         self.partials = make_partials(plan, job.scratch)
         self._slots = [torch.empty(plan.slot_bytes, dtype=torch.uint8) for _ in range(STAGING_SLOTS)]

@@ -21,7 +21,8 @@ class ProgressBar:
     def __call__(self, event: Event) -> None:
         if event.kind == "started":
             plan = cast(Plan, event.detail["plan"])
-            tqdm.write(f"dashboard {event.detail['dashboard']}")
+            if event.detail["dashboard"]:
+                tqdm.write(f"dashboard {event.detail['dashboard']}")
             self._tokens_each = plan.problem.tokens * plan.problem.batch / plan.subproblems
             self._bar = tqdm(total=plan.subproblems, unit="subproblem", dynamic_ncols=True)
         elif self._bar is not None and event.kind == "attended":

@@ -5,6 +5,7 @@ The window bounds what the scheduler knows of at a time, the edges of the graph 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import queue
 import time
@@ -26,14 +27,9 @@ from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.tasks import LanePlugin, plugin_name, stop
 from oocattn.plan import Plan
+from oocattn.planner import PIECE, UNFINISHED, WINDOW
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.result import ResultPaths
-
-PIECE = 16
-"""Subproblems of a lane that are submitted together."""
-
-WINDOW = 32
-"""Subproblems of a lane that the scheduler may know of before more are submitted: enough to hide a round trip."""
 
 PATIENCE = 5.0
 """Seconds without the end of a task after which it is checked whether the workers still live."""
@@ -54,7 +50,7 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
     driver = _Driver(plan, addresses, client, (tally, *callbacks))
     job = Job(driver.name, plan, dataset.location, paths.growing, paths.scratch)
     fingerprint = dataset.fingerprint()
-    driver.emit(Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link}))
+    driver.emit(Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""}))
     try:
         client.register_plugin(LanePlugin(job))
         try:
@@ -68,6 +64,9 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
         paths.commit()
     except BaseException as error:
         driver.emit(Event("failed", start, time.time(), detail={"error": f"{type(error).__name__}: {error}"}))
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            words = "no space left for the result and its partials; make room and run again"
+            raise OSError(errno.ENOSPC, words, str(paths.state)) from error
         raise
     now = time.time()
     driver.emit(Event("committed", now, now, detail={"path": str(paths.result)}))
@@ -107,7 +106,7 @@ class _Driver:
         builder = GraphBuilder(self.name, schedule, self._addresses, self._unfinished)
         order = schedule.order()
         while True:
-            while not self._recomputing and self._attending < WINDOW * schedule.lanes:
+            while not self._recomputing and self._has_room(schedule.lanes):
                 subproblems = list(itertools.islice(order, PIECE * schedule.lanes))
                 if not subproblems:
                     break
@@ -120,6 +119,10 @@ class _Driver:
                 if future.status == "error":
                     self._recompute(future, builder)
             self._done([future for future in batch if future.status == "finished"], builder)
+
+    def _has_room(self, lanes: int) -> bool:
+        """Whether another piece may be submitted: both what is to be attended and what is to be written is bounded."""
+        return self._attending < WINDOW * lanes and len(self._unfinished) < UNFINISHED * lanes
 
     def _next_batch(self) -> list[Future[Event]]:
         """Wait for tasks to end. Raises WorkerLostError when a worker is gone, for its tasks can end nowhere else."""

@@ -102,9 +102,9 @@ class ResultArrays:
         self.lse = lse
 
     @classmethod
-    def open(cls, path: Path) -> ResultArrays:
+    def open(cls, path: Path, *, writable: bool = False) -> ResultArrays:
         """The arrays of the result at `path`, read through memory maps. Raises IntegrityError where one is missing."""
-        group = zarr.open_group(MappedStore(path), mode="r+")
+        group = zarr.open_group(MappedStore(path, read_only=not writable), mode="r+" if writable else "r")
         out, lse = group.get("out"), group.get("lse")
         if not (isinstance(out, zarr.Array) and isinstance(lse, zarr.Array)):
             raise IntegrityError(f"{path}: expected the arrays out and lse of a result, found {sorted(group.keys())}")
