@@ -21,9 +21,10 @@ from oocattn.pipelines.status import Status, StatusFile, read_status
 from oocattn.plan import Plan
 from oocattn.planner import make_plan
 from oocattn.problem import Problem, make_problem
+from oocattn.storage.create import refuse_to_destroy
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.lock import Lock
-from oocattn.storage.result import ResultArrays, ResultPaths, read_json, write_json
+from oocattn.storage.result import ResultArrays, ResultPaths, read_json
 from oocattn.units import parse_size
 from oocattn.verification import Certificate, verify_result
 from oocattn.version import versions
@@ -31,12 +32,15 @@ from oocattn.version import versions
 
 @dataclass(frozen=True)
 class Result:
-    """A finished result: `out` [B, Hq, N, D] in the output's dtype, `lse` [B, Hq, N] float32, and how it came about."""
+    """A finished result: `out` [B, Hq, N, D] in the output's dtype, `lse` [B, Hq, N] float32, and how it came about.
+
+    `report` is None for a result that was copied without the folder beside it.
+    """
 
     path: Path
     out: zarr.Array[Any]
     lse: zarr.Array[Any]
-    report: RunReport
+    report: RunReport | None
 
 
 def plan(
@@ -153,6 +157,8 @@ def run_plan(
     }
     if _is_finished(paths, attributes, overwrite):
         return open_result(paths.result)
+    refuse_to_destroy(paths.result, overwrite)
+    _refuse_to_replace_dataset(paths, dataset)
     dataset.check_complete()
     paths.state.mkdir(parents=True, exist_ok=True)
     with Lock(paths.lock):
@@ -163,8 +169,7 @@ def run_plan(
             chunk_rows=plan.out_chunk_rows,
             attributes=attributes,
         )
-        report = run(plan, dataset, paths, client, (StatusFile(paths.status), *callbacks))
-        write_json(paths.report, report.to_json())
+        run(plan, dataset, paths, client, (StatusFile(paths.status), *callbacks))
     return open_result(paths.result)
 
 
@@ -183,14 +188,24 @@ def _is_finished(paths: ResultPaths, attributes: dict[str, Any], overwrite: bool
     )
 
 
+def _refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:
+    """Raise ResultExistsError where the result's path is the dataset's, holds it, or is that of one of its arrays."""
+    location, result = Path(dataset.location).resolve(), paths.result.resolve()
+    inside = any(result.is_relative_to(location / name) for name in dataset.arrays)
+    if "://" not in dataset.location and (inside or location.is_relative_to(result)):
+        raise ResultExistsError(
+            f"{paths.result} belongs to the dataset {dataset.location}: choose another path for the result"
+        )
+
+
 def open_result(result: str | Path) -> Result:
     """A finished result, its arrays open for reading. Raises IntegrityError where there is none."""
     paths = ResultPaths.at(result)
     report = read_json(paths.report)
-    if paths.attributes() is None or report is None:
+    if paths.attributes() is None:
         raise IntegrityError(f"{paths.result}: no finished result here; `oocattn status` says whether one is under way")
     arrays = ResultArrays.open(paths.result)
-    return Result(paths.result, arrays.out, arrays.lse, RunReport.from_json(report))
+    return Result(paths.result, arrays.out, arrays.lse, RunReport.from_json(report) if report else None)
 
 
 def status(result: str | Path) -> Status:

@@ -87,7 +87,8 @@ class Problem:
         return self.group_size * rows * (self.head_dim + 2) * 4 + rows * 8
 
     def __str__(self) -> str:
-        heads = f"{self.query_heads} heads" if self.group_size == 1 else f"{self.query_heads}/{self.kv_heads} heads"
+        shared = "" if self.group_size == 1 else f"/{self.kv_heads}"
+        heads = f"{self.query_heads}{shared} head{'s' * (self.query_heads > 1)}"
         batch = f"{self.batch} x " if self.batch > 1 else ""
         cast = "" if self.out_dtype == self.dtype else f" to {self.out_dtype}"
         mask = "causal" if self.causal else "full"

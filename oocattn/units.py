@@ -44,7 +44,8 @@ def _scaled(count: float, base: float, prefixes: tuple[str, ...]) -> str:
     while count >= 0.9995 * base and power < len(prefixes) - 1:
         count /= base
         power += 1
-    return f"{count:.3g} {prefixes[power]}"
+    number = f"{count:.0f}" if count >= 999.5 else f"{count:.3g}"
+    return f"{number} {prefixes[power]}"
 
 
 def format_seconds(seconds: float) -> str:

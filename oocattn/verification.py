@@ -156,7 +156,8 @@ def _recompute(
         key, value = (_read64(dataset, name, batch, kv_head, start, stop, dtype) for name in ("k", "v"))
         scores = problem.scale * (query @ key.T)
         attended = np.full(scores.shape, True)
-        magnitude = np.maximum(magnitude, problem.scale * (np.abs(query) @ np.abs(key).T).max(axis=1))
+        sizes = np.nan_to_num(problem.scale * (np.abs(query) @ np.abs(key).T), nan=0.0, posinf=0.0)
+        magnitude = np.maximum(magnitude, sizes.max(axis=1))
         if problem.causal:
             attended = tokens[:, None] >= np.arange(start, stop)
             scores[~attended] = -np.inf

@@ -17,7 +17,8 @@ class Event:
     result was committed under its final name, a subproblem failed and is computed again (`head_group` and `index` say
     which) or the run failed (-1), or it ended. `index` counts subproblems (staged, attended) or
     chunks (merged, written) within `head_group`; `start` and `stop` are seconds since the epoch on `worker`; `amount` is
-    bytes (staged, written) or query-key pairs (attended, merged). `detail` holds what only one kind has.
+    bytes (staged, written) or query-key pairs (attended, merged). `attempt` is not 0 where a
+    subproblem was computed again; `detail` holds what only one kind has.
     """
 
     kind: Kind
@@ -27,6 +28,7 @@ class Event:
     index: int = -1
     worker: str = ""
     amount: int = 0
+    attempt: int = 0
     detail: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -29,6 +29,12 @@ from oocattn.planner import STAGING_SLOTS
 Key = tuple[str, int, int] | tuple[str, int, int, int]
 """Layer and run, head group, and index of the subproblem or chunk; of what is done again, the attempt too."""
 
+
+def attempt_of(key: Key) -> int:
+    """Which attempt a task is: 0 the first."""
+    return int(key[3]) if len(key) == 4 else 0
+
+
 LAYERS = {"stage": set[str](), "attend": {"stage"}, "merge": {"attend"}, "write": {"merge"}}
 """The layers, and those that each takes data from."""
 

@@ -83,6 +83,8 @@ class Lane:
         for name, tensor in (("k", staged.key), ("v", staged.value)):
             for chunk, rows_of_chunk in staged.key_rows.items():
                 tokens = self.plan.tokens(chunk)
+                if not tokens:
+                    continue
                 rows = tensor[rows_of_chunk.start : rows_of_chunk.stop]
                 self.dataset.arrays[name].read_rows(group.batch, group.kv_head, tokens.start, tokens.stop, as_numpy(rows))
         amount = sum(tensor.nbytes for tensor in (*staged.queries.values(), staged.key, staged.value))

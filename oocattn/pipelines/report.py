@@ -74,6 +74,9 @@ class Tally:
         self.details: defaultdict[str, int] = defaultdict(int)
 
     def __call__(self, event: Event) -> None:
+        if event.attempt and event.kind in ("staged", "attended"):  # what it amounts to was counted the first time
+            self.busy[event.kind] += event.stop - event.start
+            return
         self.counts[event.kind] += 1
         self.amounts[event.kind] += event.amount
         self.busy[event.kind] += event.stop - event.start

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from dask.highlevelgraph import HighLevelGraph
@@ -20,7 +21,7 @@ from distributed import Client, Future
 from oocattn.errors import IntegrityError, WorkerLostError
 from oocattn.pipelines.cluster import worker_addresses
 from oocattn.pipelines.events import Callback, Event
-from oocattn.pipelines.graph import GraphBuilder, Key
+from oocattn.pipelines.graph import GraphBuilder, Key, attempt_of
 from oocattn.pipelines.lane import Job
 from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
@@ -29,7 +30,7 @@ from oocattn.pipelines.tasks import LanePlugin, plugin_name, stop
 from oocattn.plan import Plan
 from oocattn.planner import PIECE, UNFINISHED, WINDOW
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.result import ResultPaths, write_json
 
 PATIENCE = 5.0
 """Seconds without the end of a task after which it is checked whether the workers still live."""
@@ -61,6 +62,13 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
             raise IntegrityError(
                 f"{dataset.location}: the dataset changed while the run read it; the result is discarded, run again"
             )
+        report = tally.report(
+            seconds=time.time() - start,
+            predicted_seconds=plan.seconds,
+            tokens=plan.problem.tokens * plan.problem.batch,
+            lanes=len(addresses),
+        )
+        write_json(paths.report, report.to_json())
         paths.commit()
     except BaseException as error:
         driver.emit(Event("failed", start, time.time(), detail={"error": f"{type(error).__name__}: {error}"}))
@@ -70,12 +78,6 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
         raise
     now = time.time()
     driver.emit(Event("committed", now, now, detail={"path": str(paths.result)}))
-    report = tally.report(
-        seconds=now - start,
-        predicted_seconds=plan.seconds,
-        tokens=plan.problem.tokens * plan.problem.batch,
-        lanes=len(addresses),
-    )
     driver.emit(Event("ended", start, now, detail={"report": report}))
     return report
 
@@ -144,7 +146,7 @@ class _Driver:
         """Pass on what happened, and merge anew what waited for a partial to be computed again."""
         for future, event in zip(futures, self._client.gather(futures), strict=True):
             del self._unfinished[cast(Key, future.key)]
-            self.emit(event)
+            self.emit(replace(event, attempt=attempt_of(cast(Key, future.key))))
             if event.kind == "attended":
                 self._attending -= 1
                 self._recomputing.discard((event.head_group, event.index))

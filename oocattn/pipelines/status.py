@@ -40,7 +40,7 @@ class Status:
         if self.state == "none":
             return "none: no run has begun here"
         if self.state == "finished":
-            return f"finished in {format_seconds(self.seconds)}"
+            return f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"
         share = self.subproblems_done / self.subproblems if self.subproblems else 0.0
         lines = [
             f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems ({share:.0%}) after "
@@ -100,16 +100,23 @@ def read_status(paths: ResultPaths) -> Status:
     text = read_json(paths.status)
     if text is None or (holder is None and not paths.growing.exists()):
         report = read_json(paths.report)
-        if paths.attributes() is None or report is None:
-            return Status("running", holder=str(holder)) if holder else Status("none")
-        return Status("finished", seconds=float(report["seconds"]))
+        if not paths.attributes():
+            return Status("none") if holder is None else Status("running", holder=str(holder))
+        return Status("finished", seconds=float(report["seconds"]) if report else 0.0)
     state = "interrupted" if holder is None else "running"
-    words = "" if holder is None else f"process {holder.process} on host {holder.host}"
+    words = "" if holder is None else str(holder)
     return _checked({**text, "state": state, "holder": words}, paths.status)
 
 
 def _checked(content: Mapping[str, Any], path: Path) -> Status:
+    """The status in a file, once its names, types and ranges are what `StatusFile` writes."""
     try:
-        return Status(**content)
+        status = Status(**content)
     except TypeError as error:
         raise IntegrityError(f"{path}: not the status of a run ({error})") from None
+    for name, value in asdict(status).items():
+        default = getattr(Status("none"), name)
+        right = value >= 0 if isinstance(value, int | float) else True
+        if not right or isinstance(value, str) != isinstance(default, str):
+            raise IntegrityError(f"{path}: not the status of a run ({name} is {value!r})")
+    return status

@@ -160,12 +160,12 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     if local is None:
         yield _create_remote(str(path), attributes, overwrite)
         return
-    _refuse_to_destroy(local, overwrite)
+    refuse_to_destroy(local, overwrite)
     local.parent.mkdir(parents=True, exist_ok=True)
     temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex}{_PARTIAL}")
     try:
         yield zarr.create_group(LocalStore(temporary), attributes=attributes, zarr_format=3)
-        _refuse_to_destroy(local, overwrite)
+        refuse_to_destroy(local, overwrite)
         move_into_place(temporary, local)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -204,7 +204,8 @@ def _create_remote(url: str, attributes: dict[str, Any], overwrite: bool) -> zar
         raise ResultExistsError(f"{url} exists already: choose another path, or overwrite it (--overwrite)") from error
 
 
-def _refuse_to_destroy(path: Path, overwrite: bool) -> None:
+def refuse_to_destroy(path: Path, overwrite: bool) -> None:
+    """Raise ResultExistsError where something is at `path`, unless `overwrite` is given and it is a Zarr group or array."""
     if not os.path.lexists(path):
         return
     if not overwrite:

@@ -25,6 +25,9 @@ class Holder:
     host: str
     process: int
 
+    def __str__(self) -> str:
+        return f"process {self.process} on host {self.host}"
+
 
 class Lock:
     """Exclusive use of a result, as a context manager. Raises LockedError with the holder's host and process."""
@@ -57,8 +60,7 @@ def _lock(file: TextIO, path: Path) -> bool:
         holder = _read(path)
         file.close()
         raise LockedError(
-            f"{path.parent}: the result is being written by process {holder.process} on host {holder.host}; "
-            "wait for it to end, or stop it"
+            f"{path.parent}: the result is being written by {holder}; wait for it to end, or stop it"
         ) from None
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 

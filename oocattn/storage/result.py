@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError
@@ -74,7 +75,7 @@ class ResultPaths:
             return None
         try:
             found = zarr.open_group(LocalStore(self.result), mode="r").attrs.get(ATTRIBUTES)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ContainsArrayError):
             found = None
         return dict(found) if isinstance(found, Mapping) else {}
 
@@ -107,7 +108,9 @@ class ResultArrays:
         group = zarr.open_group(MappedStore(path, read_only=not writable), mode="r+" if writable else "r")
         out, lse = group.get("out"), group.get("lse")
         if not (isinstance(out, zarr.Array) and isinstance(lse, zarr.Array)):
-            raise IntegrityError(f"{path}: expected the arrays out and lse of a result, found {sorted(group.keys())}")
+            raise IntegrityError(
+                f"{path}: no finished result here: expected the arrays out and lse, found {sorted(group.keys())}"
+            )
         return cls(out, lse)
 
     def write(self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]) -> int:

@@ -1,0 +1,5 @@
+"""`python -m oocattn`."""
+
+from oocattn.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,246 @@
+"""The `oocattn` command: it parses options and prints what comes back. What a command does is in `api`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from distributed import Client
+
+import oocattn
+from oocattn.doctor import examine
+from oocattn.errors import OocattnError, ProblemError
+from oocattn.kernels import kernel_names
+from oocattn.pipelines.events import Event
+from oocattn.pipelines.progress import ProgressBar
+from oocattn.planner import DECOMPOSITIONS
+from oocattn.problem import DTYPES
+from oocattn.storage.importing import LAYOUTS, import_arrays
+from oocattn.storage.synth import synthesise
+from oocattn.units import parse_size
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+"""Exit codes; argparse's own for bad usage is 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 130 interrupted. Bad usage exits with 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except KeyboardInterrupt:
+        print("oocattn: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (OocattnError, OSError) as error:
+        print(f"oocattn: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    return code
+
+
+def _synth(options: argparse.Namespace) -> int:
+    synthesise(
+        options.dataset,
+        tokens=options.tokens,
+        heads=options.heads,
+        kv_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        dtype=options.dtype,
+        batch=options.batch,
+        seed=options.seed,
+        mean=options.mean,
+        overwrite=options.overwrite,
+    )
+    return DONE
+
+
+def _import(options: argparse.Namespace) -> int:
+    import_arrays(
+        options.dataset,
+        q=options.q,
+        k=options.k,
+        v=options.v,
+        layout=options.layout,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    return DONE
+
+
+def _plan(options: argparse.Namespace) -> int:
+    plan = oocattn.plan(options.dataset, **_plan_options(options))
+    print(plan)
+    if options.draw:
+        print(f"drawn in {plan.visualize(options.draw)}")
+    return DONE
+
+
+def _run(options: argparse.Namespace) -> int:
+    progress = sys.stderr.isatty() if options.progress is None else options.progress
+    plan_printer = _PlanPrinter()
+    with nullcontext(None) if options.scheduler is None else Client(options.scheduler) as client:
+        result = oocattn.attention(
+            options.dataset,
+            options.result,
+            **_plan_options(options),
+            client=client,
+            dashboard_address=options.dashboard,
+            callbacks=[plan_printer, ProgressBar()] if progress else [plan_printer],
+            overwrite=options.overwrite,
+        )
+    if not plan_printer.printed:
+        print(f"{result.path} is there already, of the same dataset, problem and plan; nothing was run")
+    print(result.report)
+    return DONE
+
+
+class _PlanPrinter:
+    """A listener that prints the plan before the run's first task."""
+
+    printed = False
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "started":
+            print(event.detail["plan"], end="\n\n", flush=True)
+            self.printed = True
+
+
+def _status(options: argparse.Namespace) -> int:
+    print(oocattn.status(options.result))
+    return DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    certificate = oocattn.verify(options.result, rows=options.rows, seed=options.seed, dataset=options.dataset)
+    print(certificate)
+    return DONE if certificate.passed else FAILED
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    passed = True
+    for check in examine():
+        print(check, flush=True)
+        passed &= check.passed
+    return DONE if passed else FAILED
+
+
+def _plan_options(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("causal", "scale", "dtype", "device_memory", "host_memory", "chunks", "decomposition", "kernel")
+    return {name: getattr(options, name) for name in names}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oocattn",
+        description="Exact attention over tensors that do not fit in memory: Q, K and V in Zarr.",
+        epilog="Sizes are written 65536, 64K, 1M (binary), 500MB (decimal) or 2GiB. "
+        "Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"oocattn {oocattn.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(command=command)
+        return added
+
+    _add_synth(add("synth", _synth, "write a dataset of random normal numbers that a seed determines"))
+    _add_import(add("import", _import, "copy q, k and v from .npy, .safetensors or .pt files into a dataset"))
+    _add_plan(add("plan", _plan, "print what a run would do, and the bytes, memory and seconds it would take"))
+    _add_run(add("run", _run, "compute exact attention over a dataset and write out and lse"))
+    _add_status(add("status", _status, "print how far the run to a result is"))
+    _add_verify(add("verify", _verify, "recompute sampled rows of a result in float64 and compare; exit 1 if one is wrong"))
+    add(
+        "doctor", _doctor, "check this machine: kernels against float64, rates, memory, disk, dashboard; exit 1 if one fails"
+    )
+    return parser
+
+
+def _add_synth(parser: argparse.ArgumentParser) -> None:
+    _add_new_dataset(parser)
+    parser.add_argument("--tokens", type=_size, required=True, metavar="N", help="length of the sequence, like 65536 or 1M")
+    parser.add_argument("--heads", type=_size, required=True, metavar="HQ", help="query heads")
+    parser.add_argument("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
+    parser.add_argument("--head-dim", type=_size, required=True, metavar="D", help="head dimension, at most 256")
+    parser.add_argument("--dtype", choices=DTYPES, required=True, help="dtype of all three arrays")
+    parser.add_argument("--batch", type=_size, default=1, metavar="B", help="batch size (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the numbers (default: %(default)s)")
+    parser.add_argument("--mean", type=float, default=0.0, help="added to v (default: %(default)s)")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    _add_new_dataset(parser)
+    for name in ("q", "k", "v"):
+        parser.add_argument(
+            f"--{name}", required=True, metavar="FILE", help=f"file of {name}; FILE.safetensors:TENSOR names a tensor in it"
+        )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="bhnd", help="order of the axes in the files (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype in the dataset (default: that of the files)")
+
+
+def _add_new_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="path of the Zarr group to create")
+    parser.add_argument("--overwrite", action="store_true", help="replace the Zarr group if it exists")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_plan_options(parser)
+    parser.add_argument("--draw", metavar="FILE.svg", help="draw which subproblem owns which pair of chunks")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_plan_options(parser)
+    parser.add_argument("result", metavar="RESULT", help="local path of the Zarr group to create, with arrays out and lse")
+    parser.add_argument("--overwrite", action="store_true", help="replace RESULT if it is another run's")
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="progress bar and dashboard address (default: only when standard error is a terminal)",
+    )
+    cluster = parser.add_mutually_exclusive_group()
+    cluster.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler to run on (default: this process)")
+    cluster.add_argument(
+        "--dashboard",
+        metavar="HOST:PORT",
+        default="127.0.0.1:0",
+        help="address of the dashboard; port 0 takes any free one (default: %(default)s)",
+    )
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    half = "default: half of the memory that is free"
+    parser.add_argument("dataset", metavar="DATASET", help="path or URL of a Zarr group with arrays q, k and v")
+    parser.add_argument("--causal", action="store_true", help="attend no later tokens (default: attend all)")
+    parser.add_argument("--scale", type=float, help="factor of the scores (default: 1/sqrt(D))")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of out (default: that of q)")
+    parser.add_argument("--host-memory", type=_size, metavar="SIZE", help=f"hard limit on host memory, like 8GiB ({half})")
+    parser.add_argument(
+        "--device-memory", type=_size, metavar="SIZE", help=f"hard limit on device memory, like 2GiB ({half})"
+    )
+    parser.add_argument("--chunks", type=_size, metavar="C", help="number of chunks of tokens (default: the plan decides)")
+    parser.add_argument(
+        "--decomposition", choices=DECOMPOSITIONS, default="auto", help="how chunk pairs are divided (default: %(default)s)"
+    )
+    parser.add_argument("--kernel", choices=kernel_names(), help="kernel (default: the best for the dtype)")
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("result", metavar="RESULT", help="path that the run was given")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("result", metavar="RESULT", help="path of a finished result")
+    parser.add_argument("--rows", type=_size, default=64, metavar="R", help="rows to recompute (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of rows (default: %(default)s)")
+    parser.add_argument("--dataset", metavar="PATH", help="where the dataset is (default: where it was when it was run)")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ProblemError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,0 +1,139 @@
+"""Checks of this machine and installation: what is here, how fast it is, and whether its kernels compute what they must.
+
+Every check is independent of the others and leaves nothing behind; printing them and the exit code are `cli`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import entry_points
+
+import numpy as np
+import psutil
+import torch
+import zarr
+from zarr.storage import MemoryStore
+
+from oocattn.hardware import kernel_rate
+from oocattn.kernels import Partial, finalise, get_kernel, kernel_names
+from oocattn.pipelines.cluster import local_client
+from oocattn.problem import DTYPES
+from oocattn.storage.create import numpy_dtype
+from oocattn.units import format_bytes, format_count
+from oocattn.verification import UNIT_ROUNDOFF
+from oocattn.version import versions
+
+DISK_BYTES = 64 << 20
+"""Written and read to measure the disk."""
+
+ROWS, HEAD_DIM = 1000, 64
+"""Queries, keys and head dimension on which a kernel is compared: no multiple of any tile."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, whether it is as it must be, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+    def __str__(self) -> str:
+        return f"{'ok' if self.passed else 'FAILED':<6}  {self.name:<28}  {self.found}"
+
+
+def examine() -> Iterator[Check]:
+    """Look at everything, one check at a time."""
+    yield Check("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield Check("versions", True, ", ".join(f"{name} {version}" for name, version in versions().items()))
+    yield _attempt("cores and memory", _machine)
+    yield _attempt("disk in this folder", _disk)
+    for kernel in kernel_names():
+        for dtype in DTYPES:
+            yield _attempt(f"kernel {kernel}, {dtype}", partial(_kernel, kernel, dtype))
+    yield _attempt("bfloat16 in Zarr", _bfloat16)
+    yield _attempt("dashboard on the loopback", _dashboard)
+
+
+def _attempt(name: str, look: Callable[[], tuple[bool, str]]) -> Check:
+    """The outcome of a check; whatever it raises is a finding, and the checks after it still run."""
+    try:
+        return Check(name, *look())
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def _machine() -> tuple[bool, str]:
+    memory = psutil.virtual_memory()
+    return True, (
+        f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads; "
+        f"{format_bytes(memory.total)} of memory, {format_bytes(memory.available)} free"
+    )
+
+
+def _disk() -> tuple[bool, str]:
+    """Rates of the disk under the current folder: writing up to fsync, and reading what the page cache was told to drop."""
+    block = os.urandom(DISK_BYTES)
+    with tempfile.TemporaryFile(dir=".", buffering=0) as file:
+        start = time.perf_counter()
+        file.write(block)
+        os.fsync(file.fileno())
+        written = time.perf_counter()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        begun = time.perf_counter()
+        same = file.read(DISK_BYTES) == block
+        stop = time.perf_counter()
+    rates = f"write {format_count(DISK_BYTES / (written - start))}B/s, read {format_count(DISK_BYTES / (stop - begun))}B/s"
+    return same, rates if same else f"{rates}, but what was read is not what was written"
+
+
+def _kernel(name: str, dtype: str) -> tuple[bool, str]:
+    """A kernel against the formula in float64, over a rectangle and a causal triangle, and its rate on large tiles."""
+    errors = {shape: kernel_error(name, dtype, diagonal) for shape, diagonal in (("full", False), ("diagonal", True))}
+    allowed = UNIT_ROUNDOFF[dtype] + 2e-6
+    found = ", ".join(f"{shape} {error:.1e}" for shape, error in errors.items())
+    rate = format_count(kernel_rate(name, HEAD_DIM, dtype))
+    return all(error <= allowed for error in errors.values()), f"error {found} (allowed {allowed:.1e}), {rate}FLOP/s"
+
+
+def kernel_error(name: str, dtype: str, diagonal: bool) -> float:
+    """Relative error of the output of a kernel on random inputs of `dtype`, against the formula in float64."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(ROWS, HEAD_DIM, generator=generator).to(getattr(torch, dtype)) for _ in range(3))
+    state = Partial.empty(1, ROWS, HEAD_DIM)
+    get_kernel(name).attend(query[None], key, value, state, scale=HEAD_DIM**-0.5, diagonal=diagonal)
+    out = torch.empty(1, ROWS, HEAD_DIM, dtype=query.dtype)
+    finalise(state, out, torch.empty(1, ROWS))
+    scores = query.double() @ key.double().T * HEAD_DIM**-0.5
+    if diagonal:
+        scores.masked_fill_(torch.ones(ROWS, ROWS, dtype=torch.bool).triu(1), float("-inf"))
+    expected = scores.softmax(-1) @ value.double()
+    return float((out[0].double() - expected).norm() / expected.norm())
+
+
+def _bfloat16() -> tuple[bool, str]:
+    """Whether Zarr keeps bfloat16 arrays, and whether it finds the data type without this package being imported."""
+    data = np.arange(6, dtype=np.float32).astype(numpy_dtype("bfloat16"))
+    store = MemoryStore()
+    zarr.create_array(store, shape=data.shape, dtype=data.dtype, chunks=data.shape)[:] = data
+    same = np.array_equal(np.asarray(zarr.open_array(store, mode="r")[:]), data)
+    plain = "bfloat16" in {entry.name for entry in entry_points(group="zarr.data_type")}
+    found = "registered" if plain else "registered by `import oocattn` only: the package is not installed"
+    return same, found if same else "an array is not read as it was written"
+
+
+def _dashboard() -> tuple[bool, str]:
+    """Whether a cluster of this process serves its dashboard."""
+    with local_client() as client:
+        address = client.dashboard_link
+        loopback = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine
+        with loopback.open(address, timeout=10) as page:
+            return page.status == 200, f"served at {address}"

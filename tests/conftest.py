@@ -1,0 +1,33 @@
+"""Fixtures for all tests: one cluster in this process, and hypothesis without chance or deadlines."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Client
+from hypothesis import HealthCheck, settings
+
+from oocattn.pipelines.cluster import local_client
+
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    """A cluster like that of a run without a client, started once for all tests."""
+    with local_client() as connected:
+        yield connected
+
+
+@pytest.fixture
+def fast_path() -> Iterator[Path]:
+    """A fresh folder, in memory where there is such a place: hundreds of runs sync every file they write."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)

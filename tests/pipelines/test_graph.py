@@ -1,0 +1,121 @@
+"""Whatever order the graph lets its tasks run in, no buffer is used for two things at once and everything gets done."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from dask.task_spec import Task
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import GENEROUS, MACHINE, a_problem, with_partials
+
+from oocattn import Plan
+from oocattn.pipelines.graph import LAYERS, GraphBuilder, Key
+from oocattn.pipelines.schedule import Schedule
+from oocattn.planner import make_plan
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    decomposition = draw(st.sampled_from(["cqs", "strips"]))
+    problem = a_problem(
+        draw(st.integers(20, 200)), query_heads=4, kv_heads=draw(st.sampled_from([1, 2, 4])), causal=draw(st.booleans())
+    )
+    chunks = draw(st.integers(1, 20 if decomposition == "cqs" else 8))
+    options = {"chunks": chunks, "decomposition": decomposition}
+    plan = make_plan(problem, MACHINE, device_memory=GENEROUS, host_memory=GENEROUS, **options)
+    return with_partials(plan, draw(st.sampled_from(["memory", "disk"]))) if decomposition == "cqs" else plan
+
+
+class Lane:
+    """What a lane holds, and a refusal of everything that does not fit."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.slots: dict[int, tuple[int, int]] = {}
+        self.held: set[tuple[int, int]] = set()
+        self.folded: dict[tuple[int, int], list[int]] = {}
+        self.merged: set[tuple[int, int]] = set()
+
+    def take(self, chunk: tuple[int, int]) -> None:
+        self.held.add(chunk)
+        assert len(self.held) <= self.plan.accumulators
+
+    def stage(self, slot: int, head_group: int, index: int) -> None:
+        assert slot in (0, 1)
+        assert slot not in self.slots
+        self.slots[slot] = head_group, index
+
+    def attend(self, slot: int) -> None:
+        head_group, index = self.slots.pop(slot)
+        for chunk in self.plan.division.subproblem(index).query_chunks:
+            if self.plan.tokens(chunk):
+                place = head_group, chunk
+                if self.plan.partials == "memory" and place not in self.held:
+                    self.take(place)
+                self.folded.setdefault(place, []).append(index)
+
+    def merge(self, head_group: int, chunk: int) -> None:
+        if self.plan.partials == "disk":
+            self.take((head_group, chunk))
+        self.merged.add((head_group, chunk))
+
+    def write(self, head_group: int, chunk: int) -> None:
+        assert (head_group, chunk) in self.merged
+        self.held.remove((head_group, chunk))
+
+
+@given(plans(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 12), st.integers(0, 1000))
+@settings(max_examples=150)
+def test_any_order_that_the_edges_allow_is_safe(plan: Plan, lanes: int, size: int, window: int, seed: int) -> None:
+    chance = random.Random(seed)
+    schedule = Schedule(plan, lanes)
+    addresses = [f"worker {lane}" for lane in range(lanes)]
+    unfinished: dict[Key, None] = {}
+    builder = GraphBuilder("run", schedule, addresses, unfinished)
+    waiting: dict[Key, Task] = {}
+    finished: set[Key] = set()
+    state = [Lane(plan) for _ in range(lanes)]
+    order = list(schedule.order())
+    done: Counter[str] = Counter()
+    while order or waiting:
+        if order and (len(waiting) < window or not waiting):
+            graph, keys = builder.piece([order.pop(0) for _ in range(min(size, len(order)))])
+            tasks = dict(graph)
+            assert tasks.keys() == set(keys)
+            waiting.update(tasks)
+            unfinished.update(dict.fromkeys(keys))
+        ready = [key for key, task in waiting.items() if task.dependencies <= finished]
+        assert ready, "nothing can run: the graph waits for itself"
+        key = chance.choice(ready)
+        task = waiting.pop(key)
+        layer = key[0].partition("-")[0]
+        lane = schedule.subproblem_lane(*key[1:]) if layer in ("stage", "attend") else schedule.chunk_lane(*key[1:])
+        numbers = [number for number in task.args[1:] if isinstance(number, int)]
+        getattr(state[lane], layer)(*numbers)
+        finished.add(key)
+        del unfinished[key]
+        done[layer] += 1
+    chunks = sum(bool(plan.tokens(chunk)) for chunk in range(plan.chunks)) * plan.problem.head_groups
+    assert done == {"stage": plan.subproblems, "attend": plan.subproblems, "merge": chunks, "write": chunks}
+    assert not any(lane.slots or lane.held for lane in state)
+    for lane in state:
+        for (_, chunk), indices in lane.folded.items():
+            if plan.partials == "memory":
+                assert tuple(indices) == plan.division.contributors(chunk)
+
+
+@given(plans(), st.integers(1, 3))
+@settings(max_examples=20)
+def test_layers_are_named_and_every_task_is_pinned_to_its_lane(plan: Plan, lanes: int) -> None:
+    schedule = Schedule(plan, lanes)
+    addresses = [f"worker {lane}" for lane in range(lanes)]
+    graph, keys = GraphBuilder("run", schedule, addresses, {}).piece(schedule.order())
+    assert graph.layers.keys() == LAYERS.keys()
+    assert graph.dependencies == LAYERS
+    for name, layer in graph.layers.items():
+        for key in layer:
+            place = schedule.subproblem_lane if name in ("stage", "attend") else schedule.chunk_lane
+            assert layer.annotations["workers"](key) == [addresses[place(*key[1:])]]
+    assert len(keys) == len(set(keys))

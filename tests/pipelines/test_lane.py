@@ -1,0 +1,85 @@
+"""A lane by itself: its steps give attention, its ledger notices what is wrong, and its helpers count and join."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import attention64, relative_error
+from support import normal_arrays, plan_for, write_dataset
+
+from oocattn import IntegrityError, Plan
+from oocattn.pipelines.lane import Job, Lane, contiguous_runs, count_not_finite
+from oocattn.storage.result import ResultArrays, ResultPaths
+
+
+def lane_of(folder: Path, plan: Plan) -> Lane:
+    paths = ResultPaths.at(folder / "result.zarr")
+    problem = plan.problem
+    shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
+    paths.begin(shape=shape, dtype=problem.out_dtype, chunk_rows=plan.out_chunk_rows, attributes={})
+    return Lane(Job("run", plan, str(folder / "dataset.zarr"), paths.growing, paths.scratch))
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_stage_attend_merge_and_write_are_attention(fast_path: Path, causal: bool, partials: str) -> None:
+    arrays = normal_arrays(75, heads=2, kv_heads=1, head_dim=8)
+    dataset = write_dataset(fast_path / "dataset.zarr", arrays)
+    plan = plan_for(dataset, causal=causal, chunks=7, partials=partials)
+    lane = lane_of(fast_path, plan)
+    pairs = 0
+    for index in range(7):
+        assert lane.stage(index % 2, 0, index).amount <= plan.slot_bytes
+        pairs += lane.attend(index % 2).amount
+    for chunk in range(7):
+        lane.merge(0, chunk)
+        lane.write(0, chunk)
+    assert pairs == plan.problem.pairs
+    result = ResultArrays.open(fast_path / "result.zarr.oocattn" / "result.zarr")
+    expected, lse = attention64(*arrays, causal, plan.problem.scale)
+    assert relative_error(result.out[...], expected) < 2e-6
+    np.testing.assert_allclose(result.lse[...], lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("lie", [-1, 1])
+def test_the_ledger_notices_keys_that_are_lost_or_attended_twice(fast_path: Path, lie: int) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
+    lane = lane_of(fast_path, plan_for(dataset, causal=True, chunks=1))
+    lane.stage(0, 0, 0)
+    lane.attend(0)
+    lane.partials.collect(0, 0).keys[41] += lie
+    with pytest.raises(IntegrityError, match=rf"head group 0, token 41: {42 + lie} keys were attended, expected 42"):
+        lane.merge(0, 0)
+
+
+@given(st.lists(st.integers(0, 5), max_size=8), st.lists(st.integers(0, 2), min_size=8, max_size=8))
+def test_runs_join_what_touches_and_drop_what_is_empty(lengths: list[int], gaps: list[int]) -> None:
+    ranges, at = [], 0
+    for length, gap in zip(lengths, gaps, strict=False):
+        at += gap
+        ranges.append(range(at, at + length))
+        at += length
+    runs = contiguous_runs(ranges)
+    assert [row for run in runs for row in run] == [row for rows in ranges for row in rows]
+    assert all(runs)
+    assert all(before.stop < after.start for before, after in itertools.pairwise(runs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@given(places=st.sets(st.integers(0, 599_999), max_size=20))
+def test_not_finite_elements_are_counted(dtype: torch.dtype, places: set[int]) -> None:
+    tensor = torch.ones(600_000, dtype=dtype)
+    for number, place in enumerate(places):
+        tensor[place] = (float("nan"), float("inf"), -float("inf"))[number % 3]
+    assert count_not_finite(tensor.view(3, 200, 1000)) == len(places)
+
+
+def test_large_finite_elements_are_not_counted() -> None:
+    assert count_not_finite(torch.full((1000,), 6e4, dtype=torch.float16)) == 0
+    assert count_not_finite(torch.full((1000,), 3e38)) == 0

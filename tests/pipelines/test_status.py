@@ -1,0 +1,97 @@
+"""The state of a result is told from outside: none, running, interrupted, finished; a damaged file is an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from distributed import Client
+from support import carry_out, normal_arrays, plan_for, write_dataset
+
+import oocattn
+from oocattn import Event, IntegrityError, Status
+from oocattn.storage.result import ResultPaths
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(130))
+
+
+def test_from_none_over_running_to_finished(client: Client, dataset: Path, fast_path: Path) -> None:
+    result = fast_path / "result.zarr"
+    assert oocattn.status(result) == Status("none")
+    assert str(oocattn.status(result)) == "none: no run has begun here"
+    seen: list[tuple[str, Status]] = []
+    plan = plan_for(dataset, chunks=13)
+    carry_out(plan, dataset, result, client, callbacks=[lambda event: seen.append((event.kind, oocattn.status(result)))])
+    while_running = [status for kind, status in seen if kind not in ("committed", "ended")]
+    assert {status.state for status in while_running} == {"running"}
+    assert {status.subproblems for status in while_running} == {13}
+    first = while_running[0]
+    assert first.subproblems_done == 0
+    assert "process" in first.holder
+    assert first.dashboard == client.dashboard_link
+    assert all(0 <= status.subproblems_done <= 13 for status in while_running)
+    finished = oocattn.status(result)
+    assert finished.state == "finished"
+    assert str(finished).startswith("finished in ")
+
+
+def test_progress_is_written_down(client: Client, dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oocattn.pipelines.status.INTERVAL", 0.0)
+    result = fast_path / "result.zarr"
+    seen: list[Status] = []
+
+    def look(event: Event) -> None:
+        if event.kind == "attended":
+            seen.append(oocattn.status(result))
+
+    carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[look])
+    assert [status.subproblems_done for status in seen] == list(range(1, 14))
+    assert all(status.rate > 0 and status.seconds > 0 for status in seen)
+    assert seen[-1].seconds_left == 0
+    assert "13 of 13 subproblems (100%)" in str(seen[-1])
+    assert "tokens/s" in str(seen[0])
+
+
+def test_a_run_that_failed_is_interrupted_and_says_why(client: Client, dataset: Path, fast_path: Path) -> None:
+    result = fast_path / "result.zarr"
+
+    def refuse(event: Event) -> None:
+        if event.kind == "attended":
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[refuse])
+    status = oocattn.status(result)
+    assert status.state == "interrupted"
+    assert status.error == "RuntimeError: enough"
+    assert "it failed with RuntimeError: enough; run it again" in str(status)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"surprise": 1}', '{"subproblems": "many"}', '{"subproblems": 4, "subproblems_done": -1}']
+)
+def test_a_damaged_status_is_an_error(fast_path: Path, content: str) -> None:
+    paths = ResultPaths.at(fast_path / "result.zarr")
+    paths.growing.mkdir(parents=True)
+    paths.status.write_text(content)
+    with pytest.raises(IntegrityError, match=r"status\.json"):
+        str(oocattn.status(paths.result))
+
+
+def test_an_interrupted_second_run_does_not_hide_the_first_result(client: Client, dataset: Path, fast_path: Path) -> None:
+    result = fast_path / "result.zarr"
+    carry_out(plan_for(dataset), dataset, result, client)
+    report = json.loads(ResultPaths.at(result).report.read_text())
+
+    def refuse(event: Event) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        carry_out(plan_for(dataset, causal=True), dataset, result, client, callbacks=[refuse], overwrite=True)
+    assert oocattn.status(result).state == "interrupted"
+    assert json.loads(ResultPaths.at(result).report.read_text()) == report
+    assert oocattn.verify(result, rows=8).passed

@@ -1,0 +1,120 @@
+"""What several test modules need: datasets of a few kilobytes, runs of plans, and a machine that is made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from oocattn import Event, Plan, Result
+from oocattn.api import run_plan
+from oocattn.hardware import input_cost
+from oocattn.plan import Hardware
+from oocattn.planner import make_plan
+from oocattn.problem import Problem, make_problem
+from oocattn.storage.dataset import Dataset
+from oocattn.storage.result import ResultPaths
+
+Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+
+GENEROUS = 1 << 40
+
+
+def numpy_type(name: str) -> np.dtype[Any]:
+    """The numpy dtype of that name; bfloat16 is that of ml_dtypes."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def normal_arrays(
+    tokens: int,
+    *,
+    heads: int = 2,
+    kv_heads: int = 1,
+    head_dim: int = 8,
+    batch: int = 1,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Arrays:
+    """Unit-normal q [B, Hq, N, D] and k, v [B, Hkv, N, D]."""
+    random = np.random.default_rng(seed)
+    q = random.standard_normal((batch, heads, tokens, head_dim), np.float32)
+    k, v = (random.standard_normal((batch, kv_heads, tokens, head_dim), np.float32) for _ in range(2))
+    return q.astype(numpy_type(dtype)), k.astype(numpy_type(dtype)), v.astype(numpy_type(dtype))
+
+
+def write_dataset(path: Path, arrays: Arrays, chunk_rows: int | None = None, **storage: Any) -> Path:
+    """Write q, k and v as a Zarr group: one head to a chunk and uncompressed, unless `storage` says otherwise."""
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    for name, data in zip("qkv", arrays, strict=True):
+        chunks = (*(1 for _ in data.shape[:-2]), chunk_rows or data.shape[-2], data.shape[-1])
+        options = {"chunks": chunks, "compressors": None, "config": {"write_empty_chunks": True}, **storage}
+        group.create_array(name, shape=data.shape, dtype=data.dtype, **options)[...] = data
+    return path
+
+
+def no_scratch(group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
+    """The scratch of a kernel that needs none."""
+    return 0
+
+
+MACHINE = Hardware(kernel="cpu", kernel_flops=1e11, scratch_bytes=no_scratch)
+"""A machine that is made up, so that plans do not depend on the one that runs the tests."""
+
+
+def plan_for(dataset: Path, *, partials: str | None = None, lanes: int = 1, threads: int = 1, **options: Any) -> Plan:
+    """Plan without measuring speeds; `partials` overrides where they are kept."""
+    posed = {name: options.pop(name) for name in ("causal", "scale", "out_dtype") if name in options}
+    opened = Dataset.open(dataset)
+    problem = make_problem(*opened.specs, **posed)
+    machine = replace(MACHINE, lanes=lanes, threads=threads)
+    inputs = replace(input_cost(opened, problem), decode_rate=1e9)
+    budgets = {"device_memory": GENEROUS, "host_memory": GENEROUS}
+    plan = make_plan(problem, machine, inputs=inputs, **{**budgets, **options})
+    return plan if partials is None else with_partials(plan, partials)
+
+
+def with_partials(plan: Plan, partials: str) -> Plan:
+    """The plan with its partials kept in "memory" or on "disk"."""
+    return replace(plan, partials=partials, accumulators=plan.chunks if partials == "memory" else 2)
+
+
+def carry_out(
+    plan: Plan,
+    dataset: Path,
+    result: Path,
+    client: Client,
+    callbacks: Sequence[Callable[[Event], None]] = (),
+    overwrite: bool = False,
+) -> Result:
+    """Run a plan."""
+    return run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), client, callbacks=callbacks, overwrite=overwrite)
+
+
+def a_problem(tokens: int, **fields: Any) -> Problem:
+    """One causal head of 64 float16 dimensions, but for `fields`."""
+    defaults: dict[str, Any] = {
+        "batch": 1, "query_heads": 1, "kv_heads": 1, "tokens": tokens, "head_dim": 64, "dtype": "float16", "causal": True,
+    }  # fmt: skip
+    chosen = {**defaults, **fields}
+    return Problem(**{"out_dtype": chosen["dtype"], "scale": chosen["head_dim"] ** -0.5, **chosen})
+
+
+@dataclass
+class Recorder:
+    """A listener that keeps every event."""
+
+    events: list[Event]
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: str) -> list[Event]:
+        """The events of one kind, in the order in which they came."""
+        return [event for event in self.events if event.kind == kind]

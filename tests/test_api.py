@@ -1,0 +1,154 @@
+"""The public functions end to end: a cluster of their own, options, callbacks, budgets, and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import zarr
+from distributed import Client, LocalCluster
+from reference import attention64, relative_error
+from support import Recorder, carry_out, normal_arrays, plan_for, with_partials, write_dataset
+
+import oocattn
+from oocattn import Result
+from oocattn.storage.synth import synthesise
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(130, heads=4, kv_heads=2, head_dim=16), 40)
+
+
+def test_everything_public_is_there_and_said() -> None:
+    for name in oocattn.__all__:
+        assert getattr(oocattn, name) is not None
+    assert all(getattr(oocattn, name).__doc__ for name in oocattn.__all__ if name not in ("__version__", "Callback"))
+
+
+def test_a_run_with_a_cluster_of_its_own(dataset: Path, fast_path: Path) -> None:
+    recorder = Recorder([])
+    result = oocattn.attention(str(dataset), str(fast_path / "out.zarr"), causal=True, callbacks=[recorder])
+    expected, lse = attention64(*normal_arrays(130, heads=4, kv_heads=2, head_dim=16), True, 0.25)
+    assert relative_error(result.out[...], expected) < 2e-6
+    np.testing.assert_allclose(result.lse[...], lse, atol=1e-5)
+    assert (result.out.shape, result.out.dtype, result.lse.dtype) == ((1, 4, 130, 16), np.float32, np.float32)
+    dashboard = recorder.events[0].detail["dashboard"]
+    assert dashboard.startswith("http://127.0.0.1:")
+    assert oocattn.status(fast_path / "out.zarr").state == "finished"
+    assert oocattn.verify(fast_path / "out.zarr").passed
+
+
+def test_the_result_is_plain_zarr_beside_its_report(client: Client, dataset: Path, fast_path: Path) -> None:
+    result = oocattn.attention(dataset, fast_path / "deep" / "out.zarr", dtype="bfloat16", client=client)
+    group = zarr.open_group(fast_path / "deep" / "out.zarr", mode="r")
+    np.testing.assert_array_equal(group["out"][...], result.out[...])
+    assert group["out"].dtype == ml_dtypes.bfloat16
+    recorded = group.attrs["oocattn"]
+    assert recorded["problem"]["tokens"] == 130
+    assert recorded["problem"]["out_dtype"] == "bfloat16"
+    assert recorded["dataset"]["location"] == str(dataset)
+    assert recorded["versions"]["oocattn"] == oocattn.__version__
+    folder = fast_path / "deep"
+    assert sorted(path.name for path in folder.iterdir()) == ["out.zarr", "out.zarr.oocattn"]
+    assert [path.name for path in (folder / "out.zarr.oocattn").iterdir()] == ["report.json"]
+
+
+def test_options_reach_the_plan(client: Client, dataset: Path, fast_path: Path) -> None:
+    plan = oocattn.plan(
+        dataset, causal=True, scale=0.5, dtype="float16", device_memory="1GiB", host_memory=2 << 30, chunks=5,
+        decomposition="strips", kernel="reference", lanes=2, result=fast_path / "out.zarr",
+    )  # fmt: skip
+    problem = plan.problem
+    assert (problem.causal, problem.scale, problem.out_dtype) == (True, 0.5, "float16")
+    assert (plan.device_memory, plan.host_memory) == (1 << 30, 2 << 30)
+    assert (plan.chunks, plan.decomposition, plan.kernel, plan.lanes) == (5, "strips", "reference", 2)
+    result = oocattn.attention(
+        dataset, fast_path / "out.zarr", causal=True, scale=0.5, dtype="float16", chunks=5, kernel="reference", client=client
+    )
+    expected, _ = attention64(*normal_arrays(130, heads=4, kv_heads=2, head_dim=16), True, 0.5)
+    assert relative_error(result.out[...], expected) < 3e-4
+
+
+def test_planning_writes_nothing(dataset: Path, fast_path: Path) -> None:
+    oocattn.plan(dataset, result=fast_path / "no" / "such" / "out.zarr")
+    assert [path.name for path in fast_path.iterdir()] == ["dataset.zarr"]
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_run_reads_and_writes_what_its_plan_says(client: Client, fast_path: Path, dtype: str, partials: str) -> None:
+    dataset = fast_path / "dataset.zarr"
+    synthesise(dataset, tokens=2003, heads=4, kv_heads=2, head_dim=24, dtype=dtype)
+    strips = {"chunks": 9, "causal": True, "decomposition": "strips"}  # they keep nothing on disk
+    for options in ({"chunks": 13}, {"chunks": 7, "causal": True}, strips if partials == "memory" else {"chunks": 8}):
+        plan = plan_for(dataset, partials="disk" if partials == "disk" else None, **options)
+        report = carry_out(plan, dataset, fast_path / "result.zarr", client, overwrite=True).report
+        amounts = {link.name: link.amount for link in plan.links}
+        assert 0.85 * amounts["read"] <= report.bytes_read <= amounts["read"]
+        assert report.bytes_written == amounts["write"]
+        assert (report.bytes_partials > 0) == (partials == "disk")
+        assert report.subproblems == plan.subproblems
+        assert report.tokens == 2003
+
+
+# The same bits, whoever computes them
+
+
+def bits(result: Result) -> tuple[np.ndarray, np.ndarray]:
+    out = np.asarray(result.out[...])
+    return out.view(np.uint16 if out.itemsize == 2 else np.uint32), np.asarray(result.lse[...]).view(np.uint32)
+
+
+@pytest.fixture(scope="module")
+def clients() -> Iterator[dict[tuple[int, int], Client]]:
+    """Clusters in this process, by their workers and threads of each."""
+    with ExitStack() as stack:
+        yield {sizes: stack.enter_context(cluster_of(*sizes, processes=False)) for sizes in ((1, 1), (1, 4), (2, 2))}
+
+
+@contextmanager
+def cluster_of(workers: int, threads: int, processes: bool) -> Iterator[Client]:
+    options = {"n_workers": workers, "threads_per_worker": threads, "processes": processes, "memory_limit": 0}
+    with LocalCluster(**options, dashboard_address=None) as cluster, Client(cluster, set_as_default=False) as connected:
+        yield connected
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("options", [{"chunks": 7}, {"chunks": 8}, {"chunks": 5, "decomposition": "strips"}], ids=str)
+def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(
+    client: Client, clients: dict[tuple[int, int], Client], fast_path: Path, options: dict, causal: bool
+) -> None:
+    dataset = fast_path / "dataset.zarr"
+    synthesise(dataset, tokens=901, heads=4, kv_heads=2, head_dim=40, dtype="bfloat16")
+    plan = plan_for(dataset, causal=causal, **options)
+    plans = [plan] if plan.decomposition == "strips" else [plan, with_partials(plan, "disk")]
+    expected = bits(carry_out(plan, dataset, fast_path / "first.zarr", client))
+    before = torch.get_num_threads()
+    for (workers, threads), connected in clients.items():
+        for same in plans:
+            alone = replace(same, threads=threads, lanes=workers)
+            found = bits(carry_out(alone, dataset, fast_path / "result.zarr", connected, overwrite=True))
+            np.testing.assert_array_equal(found[0], expected[0])
+            np.testing.assert_array_equal(found[1], expected[1])
+    torch.set_num_threads(before)
+
+
+def test_bits_do_not_depend_on_processes(client: Client, fast_path: Path) -> None:
+    dataset = fast_path / "dataset.zarr"
+    synthesise(dataset, tokens=901, heads=6, kv_heads=3, head_dim=32, dtype="float32")
+    plan = plan_for(dataset, causal=True, chunks=7)
+    expected = bits(carry_out(plan, dataset, fast_path / "first.zarr", client))
+    with cluster_of(2, 2, processes=True) as connected:
+        for place in ("memory", "disk"):
+            same = replace(with_partials(plan, place), lanes=2)
+            result = carry_out(same, dataset, fast_path / "result.zarr", connected, overwrite=True)
+            np.testing.assert_array_equal(bits(result)[0], expected[0])
+            np.testing.assert_array_equal(bits(result)[1], expected[1])
+            assert result.report.lanes == 2

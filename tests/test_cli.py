@@ -1,0 +1,191 @@
+"""The command line: what it prints, its exit codes, and that its options reach the library."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import zarr
+from distributed import LocalCluster
+
+import oocattn
+from oocattn import cli
+from oocattn.doctor import Check
+
+SMALL = ["--tokens", "1K", "--heads", "2", "--head-dim", "16", "--dtype", "float32"]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    path = str(tmp_path / "qkv.zarr")
+    assert cli.main(["synth", path, *SMALL]) == 0
+    return path
+
+
+@pytest.fixture
+def result(tmp_path):
+    return str(tmp_path / "out.zarr")
+
+
+def test_from_synth_to_verify(dataset, result, capsys):
+    options = ["--causal", "--host-memory", "64MiB", "--chunks", "7", "--dtype", "float16", "--scale", "0.5"]
+    assert cli.main(["plan", dataset, *options]) == 0
+    plan = capsys.readouterr().out
+    assert "2 heads x 1,024 tokens x D = 16, float32 to float16, causal" in plan
+    assert "c = 7" in plan
+    assert "of 64 MiB" in plan
+    assert cli.main(["status", result]) == 0
+    assert capsys.readouterr().out.startswith("none")
+    assert cli.main(["run", dataset, result, *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("problem ") < printed.index("14 subproblems on 1 lane")
+    assert "nothing was run" not in printed
+    assert cli.main(["status", result]) == 0
+    assert capsys.readouterr().out.startswith("finished")
+    assert cli.main(["verify", result, "--rows", "8"]) == 0
+    assert capsys.readouterr().out.endswith("passed\n")
+    out = zarr.open_group(result, mode="r")["out"]
+    assert out.dtype == np.float16
+    problem = zarr.open_group(result, mode="r").attrs["oocattn"]["problem"]
+    assert (problem["scale"], problem["causal"]) == (0.5, True)
+
+
+def test_a_finished_result_is_neither_run_again_nor_replaced_unasked(dataset, result, capsys):
+    assert cli.main(["run", dataset, result, "--chunks", "1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["run", dataset, result, "--chunks", "1"]) == 0
+    assert "nothing was run" in capsys.readouterr().out
+    assert cli.main(["run", dataset, result, "--chunks", "1", "--causal"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main(["run", dataset, result, "--chunks", "1", "--causal", "--overwrite"]) == 0
+
+
+def test_options_of_synth_reach_the_dataset(tmp_path):
+    path = str(tmp_path / "qkv.zarr")
+    options = ["--kv-heads", "1", "--batch", "2", "--seed", "5", "--mean", "3"]
+    assert cli.main(["synth", path, *SMALL, *options]) == 0
+    group = zarr.open_group(path, mode="r")
+    assert (group["q"].shape, group["k"].shape) == ((2, 2, 1024, 16), (2, 1, 1024, 16))
+    assert np.mean(group["v"][:]) == pytest.approx(3, abs=0.1)
+    assert group.attrs["oocattn"]["seed"] == 5
+    assert cli.main(["synth", path, *SMALL]) == 1
+    assert cli.main(["synth", path, *SMALL, "--overwrite"]) == 0
+    assert zarr.open_group(path, mode="r")["q"].shape == (1, 2, 1024, 16)
+
+
+def test_import_of_files_in_another_layout(tmp_path):
+    arrays = {name: np.random.default_rng(i).standard_normal((20, 3, 8)) for i, name in enumerate("qkv")}
+    files = []
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        files += [f"--{name}", str(tmp_path / f"{name}.npy")]
+    path = str(tmp_path / "qkv.zarr")
+    assert cli.main(["import", path, *files, "--layout", "nhd", "--dtype", "float16"]) == 0
+    group = zarr.open_group(path, mode="r")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(group[name][0], array.swapaxes(0, 1).astype(np.float16))
+
+
+def test_plan_draws_the_division(dataset, tmp_path, capsys):
+    drawing = tmp_path / "plan.svg"
+    assert cli.main(["plan", dataset, "--draw", str(drawing)]) == 0
+    assert str(drawing) in capsys.readouterr().out
+    assert drawing.read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: COMMAND"),
+        (["plan"], "DATASET"),
+        (["plan", "x.zarr", "--host-memory", "8 apples"], "'8 apples' is not understood: write it as"),
+        (["plan", "x.zarr", "--chunks", "0"], "at least 1"),
+        (["plan", "x.zarr", "--kernel", "magic"], "'magic'"),
+        (["run", "x.zarr", "y.zarr", "--decomposition", "magic"], "'magic'"),
+        (["run", "x.zarr", "y.zarr", "--scheduler", "tcp://a:1", "--dashboard", "a:2"], "not allowed with"),
+        (["synth", "x.zarr", "--tokens", "1.5"], "whole number"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_says_why(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "nowhere.zarr"],
+        ["verify", "nowhere.zarr"],
+        ["run", "qkv.zarr", "out.zarr", "--host-memory", "1MiB"],
+        ["plan", "qkv.zarr", "--chunks", "2K"],
+        ["synth", "other.zarr", *SMALL, "--kv-heads", "3"],
+        ["plan", "qkv.zarr", "--draw", "no-folder/plan.svg"],
+    ],
+)
+def test_a_failure_is_one_line_and_exits_with_1(arguments, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"qkv.zarr"}
+
+
+def test_verify_finds_a_changed_row(dataset, result, capsys):
+    assert cli.main(["run", dataset, result]) == 0
+    zarr.open_group(result)["out"][0, :, -1, 0] += 1e-3  # the last token is always among the rows
+    assert cli.main(["verify", result, "--rows", "4"]) == 1
+    assert "FAILED: 1 of 4 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "shown"), [([], False), (["--progress"], True), (["--no-progress"], False)])
+def test_progress_and_dashboard_appear_when_asked(option, shown, dataset, result, capsys):
+    assert cli.main(["run", dataset, result, *option]) == 0
+    captured = capsys.readouterr()
+    assert ("dashboard http://127.0.0.1:" in captured.out) is shown
+    assert ("subproblem" in captured.err) is shown
+
+
+def test_a_run_on_another_dask_cluster(dataset, result, capsys):
+    with LocalCluster(n_workers=2, processes=True, dashboard_address=None, memory_limit=0) as cluster:
+        assert cli.main(["run", dataset, result, "--scheduler", cluster.scheduler_address]) == 0
+    assert "on 2 lanes" in capsys.readouterr().out
+    assert cli.main(["verify", result, "--rows", "4"]) == 0
+
+
+def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_result(dataset, result):
+    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", "256"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background makes them, and this child, ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not oocattn.status(result).subproblems_done:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed == "oocattn: interrupted\n"
+    assert oocattn.status(result).state == "interrupted"
+
+
+@pytest.mark.parametrize("command", ["synth", "import", "plan", "run", "status", "verify", "doctor"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    options = capsys.readouterr().out.partition("options:")[2]
+    assert all(len(line.split()) > 1 for line in options.splitlines() if line.startswith("  -") and "{" not in line)
+
+
+@pytest.mark.parametrize(("passed", "code", "word"), [(True, 0, "ok"), (False, 1, "FAILED")])
+def test_doctor_exits_with_1_if_a_check_fails(passed, code, word, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "examine", lambda: iter([Check("disk", passed, "as found"), Check("python", True, "3")]))
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().out.startswith(f"{word} ")

@@ -1,0 +1,479 @@
+"""Whatever is wrong, the message names it and says what to do, and nothing has appeared under the result's name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from distributed import Client
+from support import carry_out, normal_arrays, plan_for, write_dataset
+
+import oocattn
+from oocattn import BudgetError, Event, IntegrityError, LockedError, OocattnError, ProblemError, ResultExistsError
+from oocattn.storage.result import ResultPaths
+
+TOKENS = 64
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(TOKENS), chunk_rows=16)
+
+
+@pytest.fixture
+def result(fast_path: Path) -> Path:
+    return fast_path / "result.zarr"
+
+
+def assert_nothing_written(result: Path) -> None:
+    assert not os.path.lexists(result)
+    assert not ResultPaths.at(result).growing.exists()
+    assert oocattn.status(result).state == "none"
+
+
+def replace_array(name: str, data: np.ndarray | None) -> Callable[[Path], None]:
+    def change(dataset: Path) -> None:
+        group = zarr.open_group(dataset, mode="r+")
+        del group[name]
+        if data is not None:
+            group.create_array(name, shape=data.shape, dtype=data.dtype)[...] = data
+
+    return change
+
+
+def empty_array(name: str, shape: tuple[int, ...]) -> Callable[[Path], None]:
+    def change(dataset: Path) -> None:
+        zarr.open_group(dataset, mode="r+").create_array(name, shape=shape, dtype="float32", overwrite=True)
+
+    return change
+
+
+def numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.ones(shape, dtype)
+
+
+PROBLEMS = {
+    "missing": (replace_array("v", None), {}, r"no array 'v' in .*: found \['k', 'q'\].*oocattn import"),
+    "rank": (replace_array("k", numbers(TOKENS, 8)), {}, r"array 'k' has shape \[64, 8\]: expected \[B, H, N, D\]"),
+    "tokens": (
+        replace_array("v", numbers(1, 1, 65, 8)),
+        {},
+        r"array 'v' has shape \[1, 1, 65, 8\]: expected \[1, 1, 64, 8\]",
+    ),
+    "batch": (
+        replace_array("k", numbers(2, 1, 64, 8)),
+        {},
+        r"array 'k' has shape \[2, 1, 64, 8\]: expected \[1, 1, 64, 8\]",
+    ),
+    "head dim": (replace_array("k", numbers(1, 1, 64, 9)), {}, r"array 'k' .*\[1, 1, 64, 9\]: expected \[1, 1, 64, 8\]"),
+    "heads": (replace_array("q", numbers(1, 3, 64, 8)), {}, None),  # 3 is a multiple of 1
+    "dtype": (replace_array("q", numbers(1, 2, 64, 8, dtype="float64")), {}, "array 'q' has dtype float64: expected one of"),
+    "integers": (replace_array("v", numbers(1, 1, 64, 8, dtype="int16")), {}, "array 'v' has dtype int16: expected one of"),
+    "mixed": (replace_array("v", numbers(1, 1, 64, 8, dtype="float16")), {}, "'v' has dtype float16: expected float32"),
+    "empty": (empty_array("q", (1, 2, 0, 8)), {}, "array 'q' is empty: every dimension must be at least 1"),
+    "no group": (shutil.rmtree, {}, r"no Zarr group at .*dataset\.zarr"),
+    "scale": (None, {"scale": -1.0}, "scale -1.0: expected a positive finite number"),
+    "output dtype": (None, {"dtype": "int8"}, "output dtype 'int8': expected one of float16, bfloat16, float32"),
+    "chunks": (None, {"chunks": 65}, "chunks = 65: expected 1 to 64 for 64 tokens"),
+    "decomposition": (None, {"decomposition": "rings"}, "decomposition 'rings': expected one of auto, cqs, strips"),
+    "kernel": (None, {"kernel": "abacus"}, "kernel 'abacus' is not known: expected one of cpu, reference"),
+    "size": (None, {"host_memory": "lots"}, "host memory 'lots' is not understood: write it as"),
+    "no memory": (None, {"device_memory": 0}, "device memory 0 must be a whole number of at least 1"),
+}
+
+
+@pytest.mark.parametrize(("change", "options", "message"), PROBLEMS.values(), ids=PROBLEMS)
+def test_what_is_no_problem_is_refused(
+    client: Client,
+    dataset: Path,
+    result: Path,
+    change: Callable[[Path], None] | None,
+    options: dict[str, Any],
+    message: str | None,
+) -> None:
+    if change is not None:
+        change(dataset)
+    if message is None:
+        assert oocattn.attention(dataset, result, client=client).out.shape == (1, 3, 64, 8)
+        return
+    with pytest.raises(ProblemError, match=message):
+        oocattn.attention(dataset, result, client=client, **options)
+    with pytest.raises(ProblemError, match=message):
+        oocattn.plan(dataset, **options)
+    assert_nothing_written(result)
+
+
+def test_query_heads_are_a_multiple_of_the_others(client: Client, result: Path, fast_path: Path) -> None:
+    q, _, _ = normal_arrays(9, heads=3)
+    _, k, v = normal_arrays(9, kv_heads=2)
+    dataset = write_dataset(fast_path / "dataset.zarr", (q, k, v))
+    with pytest.raises(ProblemError, match="q has 3 heads and k has 2: the query heads must be a multiple"):
+        oocattn.attention(dataset, result, client=client)
+    assert_nothing_written(result)
+
+
+@pytest.mark.parametrize("budget", ["host_memory", "device_memory"])
+def test_a_small_budget_is_refused_with_one_that_works(client: Client, dataset: Path, result: Path, budget: str) -> None:
+    with pytest.raises(BudgetError, match=rf"--{budget.replace('_', '-')} 1 KiB is too small") as refused:
+        oocattn.attention(dataset, result, client=client, **{budget: "1KiB"})
+    assert_nothing_written(result)
+    smallest = re.search(r"the smallest that works is (\w+)$", str(refused.value))[1]
+    assert oocattn.attention(dataset, result, client=client, **{budget: smallest}).path == result
+
+
+def test_a_result_is_local(client: Client, dataset: Path) -> None:
+    with pytest.raises(ProblemError, match="written to a local path, not to a URL"):
+        oocattn.attention(dataset, "memory://result.zarr", client=client)
+
+
+def damage(path: Path, content: Callable[[bytes], bytes | None]) -> None:
+    """Replace a file at once, as Zarr does, or remove it."""
+    changed = content(path.read_bytes())
+    if changed is None:
+        path.unlink()
+    else:
+        path.with_name("new").write_bytes(changed)
+        path.with_name("new").replace(path)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda data: None, "is missing.*copy the dataset again"),
+        (lambda data: data[:-1], "has 511 bytes, expected 512.*copy it again"),
+        (lambda data: data + b"\0", "has 513 bytes, expected 512"),
+        (lambda data: b"", "has 0 bytes, expected 512"),
+    ],
+    ids=["missing", "short", "long", "empty"],
+)
+def test_a_damaged_chunk_is_found_before_anything_is_written(
+    client: Client, dataset: Path, result: Path, name: str, content: Callable[[bytes], bytes | None], message: str
+) -> None:
+    damage(dataset / name / "c/0/0/2/0", content)
+    with pytest.raises(IntegrityError, match=rf"array '{name}' of .*chunk 'c/0/0/2/0'.* {message}"):
+        oocattn.attention(dataset, result, client=client)
+    assert_nothing_written(result)
+    assert not ResultPaths.at(result).state.exists()
+
+
+def test_a_compressed_chunk_that_is_damaged_stops_the_run(client: Client, fast_path: Path, result: Path) -> None:
+    dataset = write_dataset(fast_path / "zstd.zarr", normal_arrays(TOKENS), 16, compressors=zarr.codecs.ZstdCodec())
+    plan = plan_for(dataset, chunks=7)
+    damage(dataset / "v/c/0/0/3/0", lambda data: data[: len(data) // 2])
+    with pytest.raises(IntegrityError, match=r"array 'v' of .*'c/0/0/3/0'.*cannot be decoded"):
+        carry_out(plan, dataset, result, client)
+    assert not os.path.lexists(result)
+    assert "cannot be decoded" in oocattn.status(result).error
+
+
+# Results that exist
+
+
+def file_times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_finished_result_is_returned_as_it_is(client: Client, dataset: Path, result: Path) -> None:
+    plan = plan_for(dataset, chunks=7, causal=True)
+    first = carry_out(plan, dataset, result, client)
+    before = file_times(result)
+    events: list[Event] = []
+    another_plan = plan_for(dataset, chunks=3, causal=True)
+    assert carry_out(another_plan, dataset, result, client, callbacks=[events.append]).report == first.report
+    again = carry_out(plan, dataset, result, client, callbacks=[events.append])
+    assert again.report == first.report
+    assert events == []
+    assert file_times(result) == before
+    replaced = carry_out(plan, dataset, result, client, callbacks=[events.append], overwrite=True)
+    assert events[-1].kind == "ended"
+    assert replaced.report.finished >= first.report.finished
+
+
+def test_a_kill_between_result_and_report_is_no_dead_end(client: Client, dataset: Path, result: Path) -> None:
+    plan = plan_for(dataset, chunks=7)
+    carry_out(plan, dataset, result, client)
+    ResultPaths.at(result).report.unlink()
+    assert carry_out(plan, dataset, result, client).report is None
+    assert oocattn.status(result).state == "finished"
+    assert oocattn.verify(result).passed
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        ({"causal": True}, "problem"),
+        ({"scale": 0.5}, "problem"),
+        ({"out_dtype": "float16"}, "problem"),
+    ],
+)
+def test_the_result_of_something_else_is_kept(
+    client: Client, dataset: Path, result: Path, options: dict[str, Any], differs: str
+) -> None:
+    carry_out(plan_for(dataset), dataset, result, client)
+    before = file_times(result)
+    other = plan_for(dataset, **options)
+    with pytest.raises(ResultExistsError, match=rf"{result} .*\(its {differs} differs\).*overwrite"):
+        carry_out(other, dataset, result, client)
+    assert file_times(result) == before
+    carry_out(other, dataset, result, client, overwrite=True)
+    assert zarr.open_group(result, mode="r").attrs["oocattn"]["plan"]["digest"] == other.digest
+
+
+def test_the_result_of_another_dataset_is_kept(client: Client, dataset: Path, result: Path, fast_path: Path) -> None:
+    carry_out(plan_for(dataset), dataset, result, client)
+    other = write_dataset(fast_path / "other.zarr", normal_arrays(TOKENS, seed=1), chunk_rows=16)
+    with pytest.raises(ResultExistsError, match="its dataset differs"):
+        carry_out(plan_for(other), other, result, client)
+    write_dataset(dataset, normal_arrays(TOKENS, seed=2), chunk_rows=16)
+    with pytest.raises(ResultExistsError, match="its dataset differs"):
+        carry_out(plan_for(dataset), dataset, result, client)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "array"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_result_is_never_replaced(
+    client: Client, dataset: Path, result: Path, kind: str, overwrite: bool
+) -> None:
+    if kind == "folder":
+        result.mkdir()
+        (result / "thesis.txt").write_text("years of work")
+    elif kind == "file":
+        result.write_text("years of work")
+    else:
+        zarr.open_array(result, mode="w", shape=3, dtype="i4")[:] = 7
+    if kind == "array" and overwrite:
+        pytest.skip("a Zarr array may be overwritten when that is asked for")
+    with pytest.raises(ResultExistsError, match=str(result)):
+        oocattn.attention(dataset, result, client=client, overwrite=overwrite)
+    assert os.path.lexists(result)
+    if kind == "folder":
+        assert (result / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("where", ["", "q", "..", "link"])
+def test_the_dataset_is_never_replaced(client: Client, dataset: Path, fast_path: Path, where: str, overwrite: bool) -> None:
+    result = dataset / where
+    if where == "link":
+        result = fast_path / "link.zarr"
+        result.symlink_to(dataset)
+    with pytest.raises((ProblemError, ResultExistsError)):
+        oocattn.attention(dataset, result, client=client, overwrite=overwrite)
+    assert oocattn.plan(dataset).problem.tokens == TOKENS
+
+
+# Locks
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from oocattn.storage.lock import Lock
+with Lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_result_is_written_by_one_run_at_a_time(client: Client, dataset: Path, result: Path) -> None:
+    paths = ResultPaths.at(result)
+    paths.state.mkdir()
+    source = str(Path(oocattn.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(paths.lock)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LockedError, match=rf"{paths.state}: .*process {holder.pid} on host {os.uname().nodename}"):
+            carry_out(plan_for(dataset), dataset, result, client)
+        assert not os.path.lexists(result)
+        assert not paths.growing.exists()
+        status = oocattn.status(result)
+        assert (status.state, str(holder.pid) in status.holder) == ("running", True)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert carry_out(plan_for(dataset), dataset, result, client).path == result  # the lock died with its process
+
+
+def test_a_second_run_in_the_same_process_is_refused(client: Client, dataset: Path, result: Path) -> None:
+    refusals: list[LockedError] = []
+
+    def run_again(event: Event) -> None:
+        if event.kind == "started":
+            with pytest.raises(LockedError, match=rf"process {os.getpid()} on host") as refused:
+                carry_out(plan_for(dataset), dataset, result, client)
+            refusals.append(refused.value)
+
+    carry_out(plan_for(dataset), dataset, result, client, callbacks=[run_again])
+    assert len(refusals) == 1
+    assert not ResultPaths.at(result).lock.exists()
+
+
+# Damage while a run is under way
+
+
+def on_first(kind: str, action: Callable[[], None]) -> Callable[[Event], None]:
+    """A listener that acts on the first event of a kind."""
+    seen = []
+
+    def listen(event: Event) -> None:
+        if event.kind == kind and not seen:
+            seen.append(event)
+            action()
+
+    return listen
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_a_dataset_that_changes_during_the_run_is_noticed(
+    client: Client, dataset: Path, result: Path, partials: str
+) -> None:
+    chunk = dataset / "q/c/0/0/0/0"
+    plan = plan_for(dataset, chunks=7, partials=partials)
+    rewrite = on_first("attended", lambda: damage(chunk, lambda data: bytes(len(data))))
+    with pytest.raises(IntegrityError, match=r"the dataset changed while the run read it.*run again"):
+        carry_out(plan, dataset, result, client, callbacks=[rewrite])
+    assert not os.path.lexists(result)
+    assert carry_out(plan, dataset, result, client).path == result
+
+
+def test_a_chunk_that_disappears_during_the_run_is_named(client: Client, dataset: Path, result: Path) -> None:
+    plan = plan_for(dataset, chunks=57)
+    with pytest.raises(IntegrityError, match=r"array 'v' of .*'c/0/0/3/0'.* is missing"):
+        carry_out(plan, dataset, result, client, callbacks=[on_first("staged", (dataset / "v/c/0/0/3/0").unlink)])
+    assert not os.path.lexists(result)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "causal"),
+    [
+        (flip_a_bit, False),
+        (flip_a_bit, True),
+        (lambda path: os.truncate(path, path.stat().st_size - 1), False),
+        (Path.unlink, False),
+        (lambda path: path.write_bytes(b""), False),
+    ],
+    ids=["flipped", "flipped, causal", "short", "missing", "empty"],
+)
+def test_a_damaged_partial_is_computed_again(
+    client: Client, dataset: Path, result: Path, spoil: Callable[[Path], None], causal: bool
+) -> None:
+    """Of a chunk whose last partial is not even submitted when the first is done: so it cannot be merged before."""
+    plan = plan_for(dataset, chunks=40, causal=causal, partials="disk")
+    contributors = {chunk: plan.division.contributors(chunk) for chunk in range(40) if plan.tokens(chunk)}
+    chunk = next(chunk for chunk, these in contributors.items() if these[0] == 0 and these[-1] >= 33)
+    partial = ResultPaths.at(result).scratch / f"partial-0-{chunk}-0"
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    found = carry_out(plan, dataset, result, client, callbacks=[on_first("attended", lambda: spoil(partial))])
+    assert found.report.recomputed == 1
+    assert "computed again" in str(found.report)
+    np.testing.assert_array_equal(found.out[...], right.out[...])
+    np.testing.assert_array_equal(found.lse[...], right.lse[...])
+    assert found.report.pairs == right.report.pairs
+
+
+def test_recomputation_counts_nothing_twice(client: Client, fast_path: Path, result: Path) -> None:
+    arrays = normal_arrays(TOKENS)
+    arrays[0][0, 0, 0, 0] = np.nan
+    dataset = write_dataset(fast_path / "nan.zarr", arrays)
+    plan = plan_for(dataset, chunks=40, partials="disk")
+    partial = ResultPaths.at(result).scratch / "partial-0-0-0"
+    found = carry_out(plan, dataset, result, client, callbacks=[on_first("attended", partial.unlink)])
+    assert found.report.recomputed == 1
+    assert found.report.not_finite == 1
+    assert found.report.subproblems == plan.subproblems
+
+
+# Disk full
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_stops_the_run_and_leaves_no_result(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    plan = plan_for(dataset, chunks=7)
+    real = getattr(os, call)
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        named = os.readlink(f"/proc/self/fd/{arguments[0]}") if call == "fsync" else str(arguments[0])
+        return no_space() if re.search(r"/out/c[./]0[./]1[./]", named) else real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(
+            OSError, match="no space left for the result and its partials; make room and run again"
+        ) as failure:
+            carry_out(plan, dataset, result, client)
+    assert failure.value.errno == errno.ENOSPC
+    assert not os.path.lexists(result)
+    status = oocattn.status(result)
+    assert status.state == "interrupted"
+    assert "no space left" in str(status).lower()
+    with pytest.raises(IntegrityError, match="no finished result here"):
+        oocattn.verify(result)
+    assert oocattn.verify(carry_out(plan, dataset, result, client).path, rows=8).passed  # once there is room
+
+
+def test_a_disk_that_is_full_of_partials_stops_the_run(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name.startswith("partial-"):
+            no_space()
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="no space left for the result and its partials; make room and run again"):
+            carry_out(plan_for(dataset, chunks=7, partials="disk"), dataset, result, client)
+    assert not os.path.lexists(result)
+
+
+def test_a_listener_that_raises_stops_the_run(client: Client, dataset: Path, result: Path) -> None:
+    def refuse() -> None:
+        raise KeyboardInterrupt
+
+    events: list[Event] = []
+    worker = next(iter(client.cluster.workers.values()))
+    plugins = set(worker.plugins)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(
+            plan_for(dataset, chunks=31), dataset, result, client, callbacks=[events.append, on_first("merged", refuse)]
+        )
+    assert events[-1].kind == "failed"
+    assert "KeyboardInterrupt" in str(events[-1].detail["error"])
+    assert not os.path.lexists(result)
+    assert set(worker.plugins) == plugins
+    assert oocattn.status(result).state == "interrupted"
+    assert carry_out(plan_for(dataset, chunks=31), dataset, result, client).path == result
+
+
+def test_every_error_has_one_base() -> None:
+    for error in (BudgetError, IntegrityError, LockedError, ProblemError, ResultExistsError):
+        assert issubclass(error, OocattnError)
+    assert issubclass(ProblemError, ValueError)
+    assert issubclass(ResultExistsError, FileExistsError)
