@@ -12,8 +12,10 @@ from oocattn.errors import (
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.report import RunReport
 from oocattn.pipelines.status import Status
-from oocattn.plan import Plan
+from oocattn.plans import Plan
 from oocattn.storage.bfloat16 import BFloat16
+from oocattn.storage.importing import import_arrays
+from oocattn.storage.synth import synthesise
 from oocattn.verification import Certificate
 from oocattn.version import __version__
 
@@ -34,7 +36,9 @@ __all__ = [
     "Status",
     "__version__",
     "attention",
+    "import_arrays",
     "plan",
     "status",
+    "synthesise",
     "verify",
 ]

@@ -18,8 +18,8 @@ from oocattn.pipelines.events import Callback
 from oocattn.pipelines.report import RunReport
 from oocattn.pipelines.run import run
 from oocattn.pipelines.status import Status, StatusFile, read_status
-from oocattn.plan import Plan
 from oocattn.planner import make_plan
+from oocattn.plans import Plan
 from oocattn.problem import Problem, make_problem
 from oocattn.storage.create import refuse_to_destroy
 from oocattn.storage.dataset import Dataset

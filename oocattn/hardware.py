@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from oocattn.kernels import Partial, default_kernel, get_kernel
-from oocattn.plan import Hardware, InputCost
+from oocattn.plans import Hardware, InputCost
 from oocattn.problem import Problem
 from oocattn.storage.create import numpy_dtype
 from oocattn.storage.dataset import Dataset

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oocattn.errors import BudgetError, ProblemError
-from oocattn.plan import Hardware, InputCost, Link, Memory, Plan, make_division
+from oocattn.plans import Hardware, InputCost, Link, Memory, Plan, make_division
 from oocattn.problem import DTYPES, Problem
 from oocattn.quorum import candidate_chunk_counts, chunk_reads, quorum_size
 from oocattn.units import format_bytes

@@ -163,7 +163,8 @@ def _recompute(
             scores[~attended] = -np.inf
         risen = np.maximum(maximum, scores.max(axis=1))
         shift = np.where(np.isneginf(risen), 0.0, risen)
-        kept, weights = np.exp(maximum - shift), np.exp(scores - shift[:, None])
+        with np.errstate(invalid="ignore"):  # Inf - Inf: such rows are NaN, and are to be
+            kept, weights = np.exp(maximum - shift), np.exp(scores - shift[:, None])
         num = num * kept[:, None] + _weighted(weights, value, attended)
         den = den * kept + weights.sum(axis=1)
         maximum = risen

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from oocattn import Event, Plan, Result
 from oocattn.api import run_plan
 from oocattn.hardware import input_cost
-from oocattn.plan import Hardware
 from oocattn.planner import make_plan
+from oocattn.plans import Hardware
 from oocattn.problem import Problem, make_problem
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.result import ResultPaths

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support import GENEROUS, MACHINE, a_problem
 
 from oocattn import BudgetError, Plan, ProblemError
-from oocattn.plan import Hardware, InputCost
 from oocattn.planner import make_plan
+from oocattn.plans import Hardware, InputCost
 from oocattn.problem import Problem
 from oocattn.quorum import candidate_chunk_counts
 

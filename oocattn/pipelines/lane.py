@@ -22,8 +22,8 @@ from oocattn.errors import IntegrityError
 from oocattn.kernels import Partial, finalise, get_kernel
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.partials import make_partials
-from oocattn.plan import Plan
 from oocattn.planner import STAGING_SLOTS
+from oocattn.plans import Plan
 from oocattn.quorum import Block, Subproblem
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.result import ResultArrays
@@ -159,12 +159,12 @@ class Lane:
 
     def write(self, head_group: int, chunk: int) -> Event:
         """Finalise a merged query chunk into `out` and `lse`, one chunk file at a time, and release its partials."""
-        start = time.time()
         state = self._merged.pop((head_group, chunk))
         group = self.plan.problem.head_group(head_group)
         tokens, step = self.plan.tokens(chunk), self.plan.out_chunk_rows
         amount = 0
         with self._writing:
+            start = time.time()
             for local, head in enumerate(group.query_heads):
                 for first in range(0, len(tokens), step):
                     rows = state.head(local).rows(first, min(first + step, len(tokens)))

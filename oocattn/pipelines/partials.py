@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels import Partial, merge
-from oocattn.plan import Plan
 from oocattn.planner import PARTIAL_BLOCK_ROWS
+from oocattn.plans import Plan
 from oocattn.storage.blockfile import read_blocks, write_blocks
 
 

@@ -8,7 +8,7 @@ from typing import cast
 from tqdm import tqdm
 
 from oocattn.pipelines.events import Event
-from oocattn.plan import Plan
+from oocattn.plans import Plan
 
 
 class ProgressBar:

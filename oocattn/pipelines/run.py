@@ -27,8 +27,8 @@ from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.tasks import LanePlugin, plugin_name, stop
-from oocattn.plan import Plan
 from oocattn.planner import PIECE, UNFINISHED, WINDOW
+from oocattn.plans import Plan
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.result import ResultPaths, write_json
 

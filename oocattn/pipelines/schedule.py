@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oocattn.plan import Plan
+from oocattn.plans import Plan
 
 
 @dataclass(frozen=True)

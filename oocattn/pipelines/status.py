@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
-from oocattn.plan import Plan
+from oocattn.plans import Plan
 from oocattn.storage.lock import lock_holder
 from oocattn.storage.result import ResultPaths, read_json, write_json
 from oocattn.units import format_seconds

@@ -91,7 +91,7 @@ def test_what_is_not_a_result_has_no_attributes(paths: ResultPaths) -> None:
 def test_a_group_without_the_arrays_is_refused(tmp_path: Path) -> None:
     group = zarr.open_group(tmp_path / "g.zarr", mode="w")
     group.create_array("out", shape=3, dtype="f4")
-    with pytest.raises(IntegrityError, match=r"expected the arrays out and lse of a result, found \['out'\]"):
+    with pytest.raises(IntegrityError, match=r"expected the arrays out and lse, found \['out'\]"):
         ResultArrays.open(tmp_path / "g.zarr")
 
 

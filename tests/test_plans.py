@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from support import GENEROUS, MACHINE, a_problem
 from test_planner import problems
 
-from oocattn.plan import InputCost, Plan
 from oocattn.planner import make_plan
+from oocattn.plans import InputCost, Plan
 from oocattn.problem import Problem
 
 NOTES = tuple(
