@@ -8,6 +8,7 @@ from oocattn.errors import (
     OocattnError,
     ProblemError,
     ResultExistsError,
+    WorkerLostError,
 )
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.report import RunReport
@@ -34,6 +35,7 @@ __all__ = [
     "ResultExistsError",
     "RunReport",
     "Status",
+    "WorkerLostError",
     "__version__",
     "attention",
     "import_arrays",

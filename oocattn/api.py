@@ -49,8 +49,8 @@ def plan(
     causal: bool = False,
     scale: float | None = None,
     dtype: str | None = None,
-    device_memory: int | str | None = None,
-    host_memory: int | str | None = None,
+    device_memory: float | str | None = None,
+    host_memory: float | str | None = None,
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
@@ -68,6 +68,8 @@ def plan(
 
     Raises ProblemError for input that is no attention problem and BudgetError, with the smallest budget that works.
     """
+    if lanes < 1:
+        raise ProblemError(f"{lanes} workers: a run needs one at least; start them and try again")
     opened = Dataset.open(str(dataset))
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     scratch = None if result is None else ResultPaths.at(result).state
@@ -90,8 +92,8 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     dtype: str | None = None,
-    device_memory: int | str | None = None,
-    host_memory: int | str | None = None,
+    device_memory: float | str | None = None,
+    host_memory: float | str | None = None,
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
@@ -108,8 +110,8 @@ def attention(
     anew.
 
     Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a Zarr
-    group), LockedError (another run writes it), IntegrityError (the dataset or a partial is damaged) and OSError. After
-    an error nothing has appeared at `result`.
+    group), LockedError (another run writes it), IntegrityError (the dataset or a partial is damaged), WorkerLostError and
+    OSError. After an error nothing has appeared at `result`.
     """
     paths = ResultPaths.at(result)
     opened = Dataset.open(str(dataset))
@@ -155,13 +157,14 @@ def run_plan(
         "dataset": {"location": dataset.location, "fingerprint": dataset.fingerprint()},
         "versions": versions(),
     }
+    _refuse_to_replace_dataset(paths, dataset)
     if _is_finished(paths, attributes, overwrite):
         return open_result(paths.result)
-    refuse_to_destroy(paths.result, overwrite)
-    _refuse_to_replace_dataset(paths, dataset)
     dataset.check_complete()
     paths.state.mkdir(parents=True, exist_ok=True)
     with Lock(paths.lock):
+        if _is_finished(paths, attributes, overwrite):  # another run may have ended in between
+            return open_result(paths.result)
         problem = plan.problem
         paths.begin(
             shape=(problem.batch, problem.query_heads, problem.tokens, problem.head_dim),
@@ -177,6 +180,7 @@ def _is_finished(paths: ResultPaths, attributes: dict[str, Any], overwrite: bool
     """Whether the result is there already. Raises ResultExistsError if something else is and may not be replaced."""
     found = paths.attributes()
     if found is None or overwrite:
+        refuse_to_destroy(paths.result, overwrite)
         return False
     ours = ("problem", "dataset")
     if all(found.get(name) == attributes[name] for name in ours):
@@ -216,19 +220,20 @@ def status(result: str | Path) -> Status:
 def verify(result: str | Path, *, rows: int = 64, seed: int = 0, dataset: str | Path | None = None) -> Certificate:
     """Recompute sampled rows of a finished result in float64, streaming K and V, and compare.
 
-    Always among the `rows`: the first and the last token, and rows on both sides of chunk borders; the rest, and their
-    heads, follow from `seed`. `dataset` names the dataset if it was moved. Raises IntegrityError where there is no
+    First among the `rows` are the first and the last token, and then rows on both sides of chunk borders; the rest, and
+    their heads, follow from `seed`. `dataset` names the dataset if it was moved. Raises IntegrityError where there is no
     finished result and ProblemError where the dataset is not the one of the result.
     """
+    if rows < 1 or seed < 0:
+        raise ProblemError(f"rows = {rows}, seed = {seed}: expected at least one row and a seed that is not negative")
     paths = ResultPaths.at(result)
     found = open_result(result)
     attributes = paths.attributes() or {}
-    problem = _recorded_problem(attributes, paths)
-    opened = Dataset.open(str(dataset or attributes["dataset"]["location"]))
+    problem, location, fingerprint, chunk_rows = _recorded(attributes, paths)
+    opened = Dataset.open(str(dataset or location))
     posed = make_problem(*opened.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
     if posed != problem:
         raise ProblemError(f"{opened.location} poses another problem ({posed}) than the result's ({problem})")
-    chunk_rows = int(attributes["plan"]["chunk_rows"])
     error, checks = verify_result(
         problem,
         opened,
@@ -237,12 +242,16 @@ def verify(result: str | Path, *, rows: int = 64, seed: int = 0, dataset: str | 
         rows=rows,
         seed=seed,
     )
-    unchanged = opened.fingerprint() == attributes["dataset"]["fingerprint"]
+    unchanged = opened.fingerprint() == fingerprint
     return Certificate(str(paths.result), opened.location, seed, unchanged, error, checks)
 
 
-def _recorded_problem(attributes: dict[str, Any], paths: ResultPaths) -> Problem:
+def _recorded(attributes: dict[str, Any], paths: ResultPaths) -> tuple[Problem, str, str, int]:
+    """Problem, dataset, its fingerprint and the rows of a chunk, as a result's attributes have them."""
     try:
-        return Problem(**attributes["problem"])
-    except (KeyError, TypeError) as error:
+        source, chunk_rows = attributes["dataset"], int(attributes["plan"]["chunk_rows"])
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows {chunk_rows}")
+        return Problem(**attributes["problem"]), str(source["location"]), str(source["fingerprint"]), chunk_rows
+    except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({error})") from None

@@ -91,8 +91,9 @@ def _run(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
         )
     if not plan_printer.printed:
-        print(f"{result.path} is there already, of the same dataset, problem and plan; nothing was run")
-    print(result.report)
+        print(f"{result.path} is there already, of the same dataset and problem; nothing was run")
+    if result.report is not None:
+        print(result.report)
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""What this machine can do: measured briefly where a plan needs it, never assumed."""
+"""What this machine can do, for a plan: the kernel and decoding are measured briefly, the disk's rates are assumed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from distributed.system import MEMORY_LIMIT
 
 from oocattn.kernels import Partial, default_kernel, get_kernel
 from oocattn.plans import Hardware, InputCost
@@ -92,8 +93,8 @@ def read_rate(dataset: Dataset, name: str, problem: Problem) -> float:
 
 
 def default_host_memory() -> int:
-    """Half of the memory that is free now, in bytes."""
-    return int(psutil.virtual_memory().available // 2)
+    """Half of the memory that is free now, in bytes; of a container's limit where there is one."""
+    return int(min(psutil.virtual_memory().available, MEMORY_LIMIT) // 2)
 
 
 def free_disk(folder: Path) -> int:

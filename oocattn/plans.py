@@ -109,8 +109,13 @@ class Plan:
 
     @property
     def binds(self) -> str:
-        """Name of the link that takes longest."""
-        return max(self.links, key=lambda link: link.seconds).name
+        """What takes longest: the link compute or tasks, or, where those that share the disk do, the largest of them."""
+        alone = [link for link in self.links if link.name in ("compute", "tasks")]
+        disk = [link for link in self.links if link not in alone]
+        longest = max(alone, key=lambda link: link.seconds)
+        if sum(link.seconds for link in disk) > longest.seconds:
+            longest = max(disk, key=lambda link: link.seconds)
+        return longest.name
 
     @property
     def digest(self) -> str:

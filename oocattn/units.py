@@ -10,20 +10,20 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtKMGT]?)(i?)([bB]?)")
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-def parse_size(text: str | int, unit: str = "size") -> int:
+def parse_size(text: str | float, unit: str = "size") -> int:
     """Read `1M`, `64K`, `2GiB` or `500MB` as an integer.
 
     Binary prefixes are those with an i (KiB) or without a B (64K tokens = 65,536); KB, MB, GB are decimal. Raises
     ProblemError for anything else.
     """
-    if isinstance(text, int):
-        number = float(text)
-    else:
+    if isinstance(text, str):
         match = _SIZE.fullmatch(text.strip())
         if match is None or (match[3] and not match[2]):
             raise ProblemError(f"{unit} {text!r} is not understood: write it as 65536, 64K, 500MB or 2GiB")
         base = 1000 if match[4] and not match[3] else 1024
         number = float(match[1]) * base ** _POWER[match[2].upper()]
+    else:
+        number = float(text)
     if number < 1 or number != int(number):
         raise ProblemError(f"{unit} {text!r} must be a whole number of at least 1")
     return int(number)

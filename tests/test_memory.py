@@ -25,6 +25,9 @@ MIB = 1 << 20
 ALLOWANCE = 64 * MIB
 """For what is not the plan's: the interpreter, the event loop and the dashboard of the cluster, heap fragmentation."""
 
+SMALL_ALLOWANCE = 40 * MIB
+"""The same after a run of the same process, which has brought much of it about: 27 MiB were seen."""
+
 
 def anonymous_bytes() -> int:
     """RssAnon of this process."""
@@ -92,7 +95,7 @@ def test_a_hundred_mebibytes_in_little_more_than_the_least_that_works(tmp_path: 
     budget = int(re.search(r"(\d+)MiB$", str(refused.value))[1]) * MIB + 4 * MIB
     assert budget < 48 * MIB
     growth, _ = in_a_new_process(tmp_path, budget, causal)
-    assert growth <= budget + ALLOWANCE
+    assert growth <= budget + SMALL_ALLOWANCE
     assert plan_for(dataset, causal=causal).peak_host > budget  # a free choice takes more: the budget did bind
 
 

@@ -152,3 +152,38 @@ def test_attributes_that_are_not_ours_are_refused(result: Path, attributes: dict
     zarr.open_group(result, mode="r+").attrs["oocattn"] = attributes
     with pytest.raises(IntegrityError, match="do not describe a result"):
         oocattn.verify(result)
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
+def test_a_small_constant_added_to_lse_fails_for_any_dtype_of_out(client: Client, tmp_path: Path, out_dtype: str) -> None:
+    dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(TOKENS, dtype="float32"), 50)
+    carry_out(plan_for(dataset, out_dtype=out_dtype), dataset, tmp_path / "result.zarr", client)
+    assert oocattn.verify(tmp_path / "result.zarr").passed
+    spoil(tmp_path / "result.zarr", "lse", lambda data: np.add(data, 1e-4, out=data))
+    assert not oocattn.verify(tmp_path / "result.zarr").passed
+
+
+@pytest.mark.parametrize("values", ["cancelling", "tiny"])
+def test_right_results_of_awkward_values_pass(client: Client, tmp_path: Path, values: str) -> None:
+    q, k, v = normal_arrays(2048, dtype="float16" if values == "tiny" else "float32")
+    if values == "cancelling":  # sums of thousands of values of 1 that leave thousandths
+        q, k = q * np.float32(0.1), k * np.float32(0.1)
+        v = v * np.float32(1e-3) + np.where(np.arange(2048) < 1024, 1, -1).astype("f4")[:, None]
+    else:  # outputs among the subnormal numbers of float16
+        v = (v.astype("f4") * 1e-4).astype("f2")
+    dataset = write_dataset(tmp_path / "dataset.zarr", (q, k, v), 500)
+    carry_out(plan_for(dataset), dataset, tmp_path / "result.zarr", client)
+    certificate = oocattn.verify(tmp_path / "result.zarr")
+    assert certificate.passed, certificate
+    spoil(tmp_path / "result.zarr", "out", lambda data: np.add(data, 1e-3, out=data))
+    assert not oocattn.verify(tmp_path / "result.zarr").passed
+
+
+@pytest.mark.parametrize("options", [{"rows": 0}, {"seed": -1}])
+def test_no_rows_prove_nothing(result: Path, options: dict[str, int]) -> None:
+    with pytest.raises(ProblemError, match="at least one row"):
+        oocattn.verify(result, **options)
+
+
+def test_a_dataset_is_no_finished_result(finished: Path) -> None:
+    assert oocattn.status(finished / "dataset.zarr").state == "none"

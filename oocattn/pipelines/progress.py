@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import cast
 
@@ -22,7 +23,7 @@ class ProgressBar:
         if event.kind == "started":
             plan = cast(Plan, event.detail["plan"])
             if event.detail["dashboard"]:
-                tqdm.write(f"dashboard {event.detail['dashboard']}")
+                tqdm.write(f"dashboard {event.detail['dashboard']}", file=sys.stderr)
             self._tokens_each = plan.problem.tokens * plan.problem.batch / plan.subproblems
             self._bar = tqdm(total=plan.subproblems, unit="subproblem", dynamic_ncols=True)
         elif self._bar is not None and event.kind == "attended":

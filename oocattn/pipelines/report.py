@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
 from oocattn.units import format_bytes, format_count, format_seconds
 
@@ -41,8 +42,14 @@ class RunReport:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunReport:
-        """The report that `to_json` wrote."""
-        return cls(**content)
+        """The report that `to_json` wrote. Raises IntegrityError for anything else."""
+        try:
+            report = cls(**content)
+        except TypeError as error:
+            raise IntegrityError(f"not the report of a run: {error}") from None
+        if not isinstance(report.seconds, int | float) or not isinstance(report.busy, Mapping):
+            raise IntegrityError("not the report of a run: its seconds or busy are of another type")
+        return report
 
     def __str__(self) -> str:
         rate = self.tokens / self.seconds if self.seconds else 0.0

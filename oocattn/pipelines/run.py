@@ -53,8 +53,8 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
     fingerprint = dataset.fingerprint()
     driver.emit(Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""}))
     try:
-        client.register_plugin(LanePlugin(job))
         try:
+            client.register_plugin(LanePlugin(job))
             driver.drive()
         finally:
             driver.stop()

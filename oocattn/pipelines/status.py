@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
+from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
 from oocattn.storage.lock import lock_holder
 from oocattn.storage.result import ResultPaths, read_json, write_json
@@ -41,6 +42,8 @@ class Status:
             return "none: no run has begun here"
         if self.state == "finished":
             return f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"
+        if not self.subproblems_done and self.state == "running":
+            return f"running: starting; {self.holder}"
         share = self.subproblems_done / self.subproblems if self.subproblems else 0.0
         lines = [
             f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems ({share:.0%}) after "
@@ -49,7 +52,9 @@ class Status:
         if self.state == "running":
             lines.append(f"about {format_seconds(self.seconds_left)} left; {self.holder}; dashboard {self.dashboard}")
         if self.error:
-            lines.append(f"it failed with {self.error}; run it again")
+            lines.append(f"it failed with {self.error}")
+        if self.state == "interrupted":
+            lines.append("run it again: it begins anew")
         return "\n".join(lines)
 
 
@@ -100,9 +105,9 @@ def read_status(paths: ResultPaths) -> Status:
     text = read_json(paths.status)
     if text is None or (holder is None and not paths.growing.exists()):
         report = read_json(paths.report)
-        if not paths.attributes():
+        if "problem" not in (paths.attributes() or {}):
             return Status("none") if holder is None else Status("running", holder=str(holder))
-        return Status("finished", seconds=float(report["seconds"]) if report else 0.0)
+        return Status("finished", seconds=RunReport.from_json(report).seconds if report else 0.0)
     state = "interrupted" if holder is None else "running"
     words = "" if holder is None else str(holder)
     return _checked({**text, "state": state, "holder": words}, paths.status)

@@ -34,7 +34,8 @@ class LanePlugin(WorkerPlugin):
         self.lane = Lane(self.job)
 
     def teardown(self, worker: Worker) -> None:
-        del self.lane
+        if hasattr(self, "lane"):  # its set-up may have failed
+            del self.lane
 
 
 class StoppedError(Exception):
@@ -48,7 +49,9 @@ def plugin_name(run: str) -> str:
 
 def stop(run: str, dask_worker: Worker) -> int:
     """Let no further task of the run begin on this worker; return how many are still executing."""
-    plugin = cast(LanePlugin, dask_worker.plugins[plugin_name(run)])
+    plugin = dask_worker.plugins.get(plugin_name(run))
+    if not isinstance(plugin, LanePlugin):
+        return 0
     plugin.stopped = True
     return len(plugin.active)
 

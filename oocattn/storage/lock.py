@@ -10,12 +10,16 @@ import fcntl
 import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from oocattn.errors import LockedError
+
+PATIENCE = 0.5
+"""Seconds to wait for a lock: one who only looks at who holds it has it for a moment."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,25 @@ class Lock:
 
 def _lock(file: TextIO, path: Path) -> bool:
     """Lock an open file; False if it is no longer the one at `path`: its last holder removed it in between."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    deadline = time.monotonic() + PATIENCE
+    while not _try(file):
+        if time.monotonic() < deadline:
+            time.sleep(0.05)
+            continue
         holder = _read(path)
         file.close()
         raise LockedError(
             f"{path.parent}: the result is being written by {holder}; wait for it to end, or stop it"
         ) from None
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _try(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def lock_holder(path: Path) -> Holder | None:

@@ -83,6 +83,7 @@ class ResultPaths:
         """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an earlier run left."""
         for leftover in (self.growing, self.scratch):
             shutil.rmtree(leftover, ignore_errors=True)
+        self.status.unlink(missing_ok=True)
         self.scratch.mkdir(parents=True)
         group = zarr.create_group(LocalStore(self.growing), attributes={ATTRIBUTES: dict(attributes)}, zarr_format=3)
         create_array(group, "out", shape, dtype, chunk_rows)

@@ -10,6 +10,7 @@ from distributed import Client
 from support import Recorder, carry_out, normal_arrays, plan_for, write_dataset
 
 from oocattn import Event, IntegrityError, Plan
+from oocattn.pipelines.lane import Lane
 
 SETTINGS = [
     ({"chunks": 1}, True, "memory"),
@@ -143,3 +144,16 @@ def test_two_runs_share_a_cluster(client: Client, dataset: Path, fast_path: Path
 
     outer = carry_out(plan_for(dataset, chunks=13), dataset, fast_path / "outer.zarr", client, callbacks=[another])
     assert outer.report.pairs == inner[0].report.pairs == plan_for(dataset).problem.pairs
+
+
+def test_a_lane_that_cannot_be_made_leaves_nothing_on_the_workers(
+    client: Client, dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Lane, job: object) -> None:
+        raise MemoryError("no room for a lane")
+
+    monkeypatch.setattr(Lane, "__init__", refuse)
+    with pytest.raises(MemoryError, match="no room"):
+        carry_out(plan_for(dataset), dataset, fast_path / "result.zarr", client)
+    plugins = client.run(lambda dask_worker: [name for name in dask_worker.plugins if name.startswith("oocattn")])
+    assert not any(plugins.values())
