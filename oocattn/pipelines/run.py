@@ -127,24 +127,37 @@ class _Driver:
         return self._attending < WINDOW * lanes and len(self._unfinished) < UNFINISHED * lanes
 
     def _next_batch(self) -> list[Future[Event]]:
-        """Wait for tasks to end. Raises WorkerLostError when a worker is gone, for its tasks can end nowhere else."""
+        """Wait for tasks to end."""
         while True:
             try:
                 batch = [self._ended.get(timeout=PATIENCE)]
                 while not self._ended.empty():
                     batch.append(self._ended.get())
             except queue.Empty:
-                lost = set(self._addresses) - set(worker_addresses(self._client))
-                if lost:
-                    raise WorkerLostError(
-                        f"worker {', '.join(sorted(lost))} is gone with what it held in memory; start it and run again"
-                    ) from None
+                self._check_workers()
             else:
                 return batch
 
+    def _event(self, future: Future[Event]) -> Event:
+        """What a finished task returned; that is gone with its worker."""
+        while True:
+            try:
+                return future.result(timeout=PATIENCE)
+            except TimeoutError:
+                self._check_workers()
+
+    def _check_workers(self) -> None:
+        """Raise WorkerLostError when a worker is gone, for its tasks can end nowhere else."""
+        lost = set(self._addresses) - set(worker_addresses(self._client))
+        if lost:
+            raise WorkerLostError(
+                f"worker {', '.join(sorted(lost))} is gone with what it held in memory; start it and run again"
+            )
+
     def _done(self, futures: list[Future[Event]], builder: GraphBuilder) -> None:
         """Pass on what happened, and merge anew what waited for a partial to be computed again."""
-        for future, event in zip(futures, self._client.gather(futures), strict=True):
+        for future in futures:
+            event = self._event(future)
             del self._unfinished[cast(Key, future.key)]
             self.emit(replace(event, attempt=attempt_of(cast(Key, future.key))))
             if event.kind == "attended":
