@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -22,7 +23,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from oocattn.hardware import kernel_rate
-from oocattn.kernels import Partial, finalise, get_kernel, kernel_names
+from oocattn.kernels import Partial, device_type, finalise, get_kernel, kernel_names
 from oocattn.pipelines.cluster import local_client
 from oocattn.problem import DTYPES
 from oocattn.storage.create import numpy_dtype
@@ -33,8 +34,17 @@ from oocattn.version import versions
 DISK_BYTES = 64 << 20
 """Written and read to measure the disk."""
 
+COPY_BYTES = 64 << 20
+"""Copied to a GPU and back; pinning so much takes some 30 ms."""
+
 ROWS, HEAD_DIM = 1000, 64
 """Queries, keys and head dimension on which a kernel is compared: no multiple of any tile."""
+
+TIMED = {"cpu": (1024, 4096), "cuda": (16_384, 65_536)}
+"""Rows and keys of the calls on which a kernel is timed."""
+
+LSE_ERROR = 1e-5
+"""How far the log-sum-exp may be from that of float64."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,10 @@ def examine() -> Iterator[Check]:
     yield Check("versions", True, ", ".join(f"{name} {version}" for name, version in versions().items()))
     yield _attempt("cores and memory", _machine)
     yield _attempt("disk in this folder", _disk)
+    for index in range(torch.cuda.device_count()):
+        yield _attempt(f"GPU {index}", partial(_gpu, index))
     for kernel in kernel_names():
-        for dtype in DTYPES:
-            yield _attempt(f"kernel {kernel}, {dtype}", partial(_kernel, kernel, dtype))
+        yield from _kernel_checks(kernel)
     yield _attempt("bfloat16 in Zarr", _bfloat16)
     yield _attempt("dashboard on the loopback", _dashboard)
 
@@ -95,28 +106,86 @@ def _disk() -> tuple[bool, str]:
     return same, rates if same else f"{rates}, but what was read is not what was written"
 
 
+def _gpu(index: int) -> tuple[bool, str]:
+    """What a GPU is, the versions that it works with, and the rates of copies from and to pinned memory."""
+    properties = torch.cuda.get_device_properties(index)
+    to_device, to_host = _copy_rates(index)
+    return True, (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{format_bytes(properties.total_memory)}; driver {_driver_version()}, CUDA {torch.version.cuda}, "
+        f"cuDNN {torch.backends.cudnn.version() or 'not here'}; "
+        f"pinned copies {format_count(to_device)}B/s to it, {format_count(to_host)}B/s from it"
+    )
+
+
+def _driver_version() -> str:
+    """The version of NVIDIA's kernel module, as Linux tells it."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
+    except OSError:
+        return "of unknown version"
+    return next((word for word in words if word[0].isdigit() and "." in word), "of unknown version")
+
+
+def _copy_rates(index: int) -> tuple[float, float]:
+    """Bytes per second of a copy to GPU `index` and of one back; each is timed on the GPU, the second time it is made."""
+    with torch.cuda.device(index):
+        host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+        rates = []
+        for into, source in ((there, host), (host, there)):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            into.copy_(source, non_blocking=True)
+            begin.record()
+            into.copy_(source, non_blocking=True)
+            end.record()
+            end.synchronize()
+            rates.append(COPY_BYTES / (begin.elapsed_time(end) / 1e3))
+    return rates[0], rates[1]
+
+
+def _kernel_checks(name: str) -> Iterator[Check]:
+    """A kernel with each dtype; one line for a kernel that is not here, which is no failure."""
+    device = torch.device(device_type(name))
+    lacking = {dtype: get_kernel(name).lacks(device, dtype, HEAD_DIM) for dtype in DTYPES}
+    if all(lacking.values()):
+        yield Check(f"kernel {name}", True, f"not here: {next(iter(lacking.values()))}")
+        return
+    for dtype, reason in lacking.items():
+        check = f"kernel {name}, {dtype}"
+        yield Check(check, True, f"not here: {reason}") if reason else _attempt(check, partial(_kernel, name, dtype))
+
+
 def _kernel(name: str, dtype: str) -> tuple[bool, str]:
     """A kernel against the formula in float64, over a rectangle and a causal triangle, and its rate on large tiles."""
     errors = {shape: kernel_error(name, dtype, diagonal) for shape, diagonal in (("full", False), ("diagonal", True))}
     allowed = UNIT_ROUNDOFF[dtype] + 2e-6
-    found = ", ".join(f"{shape} {error:.1e}" for shape, error in errors.items())
-    rate = format_count(kernel_rate(name, HEAD_DIM, dtype))
-    return all(error <= allowed for error in errors.values()), f"error {found} (allowed {allowed:.1e}), {rate}FLOP/s"
+    found = ", ".join(f"{shape} {out:.1e} (lse {lse:.1e})" for shape, (out, lse) in errors.items())
+    right = all(out <= allowed and lse <= LSE_ERROR for out, lse in errors.values())
+    rate = format_count(kernel_rate(name, HEAD_DIM, dtype, *TIMED[device_type(name)]))
+    return right, f"error {found}, allowed {allowed:.1e} (lse {LSE_ERROR:.0e}); {rate}FLOP/s"
 
 
-def kernel_error(name: str, dtype: str, diagonal: bool) -> float:
-    """Relative error of the output of a kernel on random inputs of `dtype`, against the formula in float64."""
+def kernel_error(name: str, dtype: str, diagonal: bool) -> tuple[float, float]:
+    """Errors of a kernel on random inputs of `dtype`, on the device that it is for, against the formula in float64.
+
+    Of the output the relative one, over all rows; of the log-sum-exp the largest.
+    """
+    device = torch.device(device_type(name))
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(ROWS, HEAD_DIM, generator=generator).to(getattr(torch, dtype)) for _ in range(3))
-    state = Partial.empty(1, ROWS, HEAD_DIM)
+    query, key, value = (
+        torch.randn(ROWS, HEAD_DIM, generator=generator).to(device, getattr(torch, dtype)) for _ in range(3)
+    )
+    state = Partial.empty(1, ROWS, HEAD_DIM, device)
     get_kernel(name).attend(query[None], key, value, state, scale=HEAD_DIM**-0.5, diagonal=diagonal)
-    out = torch.empty(1, ROWS, HEAD_DIM, dtype=query.dtype)
-    finalise(state, out, torch.empty(1, ROWS))
+    out, lse = torch.empty_like(query[None]), torch.empty_like(state.den)
+    finalise(state, out, lse)
     scores = query.double() @ key.double().T * HEAD_DIM**-0.5
     if diagonal:
-        scores.masked_fill_(torch.ones(ROWS, ROWS, dtype=torch.bool).triu(1), float("-inf"))
+        scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
     expected = scores.softmax(-1) @ value.double()
-    return float((out[0].double() - expected).norm() / expected.norm())
+    of_out = (out[0].double() - expected).norm() / expected.norm()
+    return float(of_out), float((lse[0].double() - scores.logsumexp(-1)).abs().max())
 
 
 def _bfloat16() -> tuple[bool, str]:

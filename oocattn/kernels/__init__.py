@@ -1,8 +1,20 @@
 """Partial attention and merge on a device; nothing of disks, plans or tasks belongs here."""
 
 from oocattn.kernels.kernel import Kernel
-from oocattn.kernels.merge import finalise, merge
+from oocattn.kernels.merge import count_not_finite, finalise, fold, merge
 from oocattn.kernels.partial import Partial
-from oocattn.kernels.registry import default_kernel, get_kernel, kernel_names
+from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel
 
-__all__ = ["Kernel", "Partial", "default_kernel", "finalise", "get_kernel", "kernel_names", "merge"]
+__all__ = [
+    "Kernel",
+    "Partial",
+    "count_not_finite",
+    "default_kernel",
+    "device_type",
+    "finalise",
+    "fold",
+    "get_kernel",
+    "kernel_names",
+    "merge",
+    "require_kernel",
+]

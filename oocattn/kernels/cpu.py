@@ -20,10 +20,11 @@ import math
 
 import torch
 
-from oocattn.kernels.kernel import MAX_KEYS, check_operands, count_keys
-from oocattn.kernels.merge import SCRATCH_BYTES, merge
+from oocattn.kernels.kernel import MAX_KEYS, check_operands, lacks_dtype
+from oocattn.kernels.merge import SCRATCH_BYTES, fold
 from oocattn.kernels.partial import Partial
 from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
+from oocattn.problem import DTYPES
 
 # Tiles. The rates are of 2 cores (Zen 4, torch 2.13) on float32, D = 64, where no tile above 1,024 x 1,024 differs by
 # more than 5%: 158 to 169 GFLOP/s (D = 32: 134 to 140; D = 128: 171 to 185).
@@ -67,7 +68,6 @@ class CpuKernel:
             if diagonal:
                 call.triangle(first, last)
             call.rectangle(last if diagonal else 0, rows, first, last)
-        count_keys(state, keys, diagonal=diagonal)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
         """See `Kernel.scratch_bytes`: the tiles, the library's result and buffers, and the merge."""
@@ -78,6 +78,10 @@ class CpuKernel:
         library = torch.get_num_threads() * (4 * block_rows * (block_keys + head_dim + 2) + PRODUCT_BYTES)
         reference = ReferenceKernel().scratch_bytes(group_size, rows, keys, head_dim, dtype)
         return max(4 * (tiles + result) + library + SCRATCH_BYTES, reference)
+
+    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.lacks`."""
+        return "it runs on CPUs" if device.type != "cpu" else lacks_dtype(dtype, DTYPES)
 
 
 class _Call:
@@ -130,11 +134,7 @@ class _Call:
             is_causal=causal,
             scale=self.scale,
         )
-        state = self.state.rows(start, stop)
-        one_call = Partial(  # the library has divided already: num = out, den = 1, max = lse
-            out[0, :, :rows], torch.ones(()).expand_as(state.den), lse[0, :, :rows], torch.zeros_like(state.keys)
-        )
-        merge(state, one_call)
+        fold(self.state.rows(start, stop), out[0, :, :rows], lse[0, :, :rows], keys=last_key - first_key, diagonal=causal)
 
 
 def _tile_rows(group_size: int, rows: int) -> int:

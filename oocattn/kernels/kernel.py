@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -34,14 +35,29 @@ class Kernel(Protocol):
         """Attend `key` and `value` with `query` and add the result to `state`, in place.
 
         query [g, n, D]; key, value [m, D], shared by the g heads; all of one dtype (float16, bfloat16, float32),
-        contiguous, on the kernel's device. state: the n rows of the g heads, num [g, n, D]. With `diagonal`, n = m and
+        contiguous, on one device. state: the n rows of the g heads, num [g, n, D]. With `diagonal`, n = m and
         query row i attends keys 0..i, without it every row attends every key. state.keys grows by the keys that each
-        row attended, whatever their values. Nothing happens where n or m is 0. NaN and Inf flow as IEEE has them
-        through the rows that attend them, and through no others. Raises ValueError where shapes or dtypes do not fit.
+        row attended, whatever their values. Nothing happens where n or m is 0. On a GPU the work is launched on torch's
+        current stream, and nothing waits for it.
+
+        NaN and Inf make the output of the rows that attend them NaN or Inf. They reach no other rows, but for a
+        library's kernels on a GPU (fa3, cudnn, flash), which behave as torch's own attention: in a diagonal call NaN or
+        Inf in a value may also reach the rows before it in the library's tile (less than 512), scores of -inf may
+        become NaN, and the log-sum-exp of a row with NaN may be anything. Raises ValueError where shapes or dtypes do
+        not fit.
         """
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
-        """Bytes that `attend` allocates at most for g = group_size, n = rows, m = keys, D = head_dim and that dtype."""
+        """Bytes that `attend` allocates at most for g = group_size, n = rows, m = keys, D = head_dim and that dtype.
+
+        On a GPU: what it makes torch's caching allocator take from the device.
+        """
+
+    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """Why this kernel cannot attend inputs of `dtype` and D = head_dim on `device`, in words; "" if it can.
+
+        Nothing of CUDA is touched on a machine that has none.
+        """
 
 
 def check_operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: Partial, *, diagonal: bool) -> None:
@@ -60,9 +76,13 @@ def check_operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         raise ValueError(f"a diagonal call needs as many keys as queries: found {key.shape[0]} and {rows}")
 
 
-def count_keys(state: Partial, keys: int, *, diagonal: bool) -> None:
-    """Enter a call over `keys` keys in the ledger of its rows: keys each, or i + 1 for row i of a diagonal call."""
+def attended_keys(state: Partial, keys: int, *, diagonal: bool) -> torch.Tensor:
+    """What a call over `keys` keys enters in the ledger of the state's rows: keys each, or i + 1 for row i on a diagonal."""
     if diagonal:
-        state.keys.add_(torch.arange(1, keys + 1, device=state.keys.device))
-    else:
-        state.keys.add_(keys)
+        return torch.arange(1, keys + 1, device=state.keys.device)
+    return torch.full_like(state.keys, keys)
+
+
+def lacks_dtype(dtype: str, supported: Iterable[str]) -> str:
+    """The words of `Kernel.lacks` for a dtype that is not among the supported ones; "" if it is."""
+    return "" if dtype in supported else f"it attends {', '.join(supported)} only"

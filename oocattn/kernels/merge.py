@@ -1,23 +1,31 @@
 """Exact recombination of partials, and the division that ends it. No attention is computed here.
 
-Both work through blocks of rows with `SCRATCH_BYTES` of temporaries at most, because the states themselves may fill
-most of a memory budget.
+On a GPU with Triton, merging is one launch (`fused`). The torch operations that serve everywhere else work through blocks
+of rows with `SCRATCH_BYTES` of temporaries at most, because the states themselves may fill most of a memory budget.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 
+from oocattn.kernels.kernel import attended_keys
 from oocattn.kernels.partial import Partial
+
+logger = logging.getLogger("oocattn")
 
 SCRATCH_BYTES = 1 << 20
 """Bytes of temporaries that `merge` and `finalise` allocate at most (one row of all heads at least). 1 MiB stays in the
 second-level cache of a core."""
 
 _VECTORS = 8  # temporaries of one float32 per head and row that are alive at once, at most
+_COUNT_BYTES = 8  # temporaries of an element whose finiteness is asked, at most
 
 
 def merge(into: Partial, other: Partial) -> None:
@@ -30,8 +38,31 @@ def merge(into: Partial, other: Partial) -> None:
     """
     if into.num.shape != other.num.shape:
         raise ValueError(f"cannot merge a partial {list(other.num.shape)} into one of {list(into.num.shape)}")
+    fused = _fused(into.num)
+    if fused is not None:
+        fused.merge(into, other)
+        return
     for start, stop in _row_blocks(into):
         _merge_block(into.rows(start, stop), other.rows(start, stop))
+
+
+def fold(state: Partial, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
+    """Add what a library's attention call returned to `state`, in place: merging num = out, den = 1 and max = lse.
+
+    `out` [g, n, D] of any float dtype, divided already, and the natural log-sum-exp `lse` [g, n] float32, of any
+    strides but the innermost of `out`. The call attended `keys` keys with every row, or i + 1 with row i where
+    `diagonal`. Raises ValueError if the shapes differ.
+    """
+    if out.shape != state.num.shape or lse.shape != state.den.shape:
+        raise ValueError(
+            f"cannot fold out {list(out.shape)} and lse {list(lse.shape)} into a partial {list(state.num.shape)}"
+        )
+    fused = _fused(state.num)
+    if fused is not None:
+        fused.fold(state, out, lse, keys=keys, diagonal=diagonal)
+        return
+    ones = torch.ones((), device=lse.device).expand_as(lse)
+    merge(state, Partial(out, ones, lse, attended_keys(state, keys, diagonal=diagonal)))
 
 
 def finalise(state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -44,16 +75,50 @@ def finalise(state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
         raise ValueError(
             f"cannot write a partial {list(state.num.shape)} to out {list(out.shape)} and lse {list(lse.shape)}"
         )
+    fused = _fused(state.num)
+    if fused is not None:
+        fused.finalise(state, out, lse)
+        return
     for start, stop in _row_blocks(state):
         block = state.rows(start, stop)
-        divisor = torch.where(block.den == 0, 1.0, block.den)
+        divisor = block.den.masked_fill(block.den == 0, 1.0)
         out[:, start:stop].copy_(block.num / divisor.unsqueeze(-1))
         lse[:, start:stop].copy_(block.max + torch.log(block.den))
+
+
+def count_not_finite(tensor: torch.Tensor, counter: torch.Tensor) -> None:
+    """Add the number of NaN and Inf in `tensor` to `counter`, one int64 on the same device; nothing waits for it.
+
+    All dimensions of `tensor` but the first must be contiguous.
+    """
+    fused = _fused(tensor)
+    if fused is not None:
+        fused.count_not_finite(tensor, counter)
+        return
+    for block in tensor.reshape(-1).split(SCRATCH_BYTES // _COUNT_BYTES):
+        counter.add_((~torch.isfinite(block)).sum())
 
 
 def finite_shift(maximum: torch.Tensor) -> torch.Tensor:
     """What to subtract before exp: the maximum, or 0 where it is -inf, for -inf - -inf would be NaN."""
     return maximum.masked_fill(maximum == -math.inf, 0.0)
+
+
+def _fused(tensor: torch.Tensor) -> ModuleType | None:
+    """The Triton kernels, where the tensor is on a GPU and Triton works."""
+    return _load_fused() if tensor.device.type == "cuda" else None
+
+
+@cache
+def _load_fused() -> ModuleType | None:
+    try:
+        fused = import_module("oocattn.kernels.fused")
+        state = Partial.empty(1, 1, 1, "cuda")
+        fused.merge(state, state)
+    except Exception as error:  # not installed, or without the C compiler that it needs, or not for this GPU
+        logger.warning("Triton does not work here, merging takes slower operations of torch: %s", error)
+        return None
+    return fused
 
 
 def _row_blocks(state: Partial) -> Iterator[tuple[int, int]]:

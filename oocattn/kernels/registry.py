@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
+import torch
+
 from oocattn.errors import ProblemError
 from oocattn.kernels.kernel import Kernel
-from oocattn.problem import DTYPES
 
 
 @dataclass(frozen=True)
 class _Registration:
-    """Where a kernel lives, and the device types and dtypes that it is the default for."""
+    """Where a kernel's code is, on which type of device a run with it lives, and whether it may be the default there."""
 
     name: str
     module: str
     class_name: str
-    devices: tuple[str, ...]
-    dtypes: tuple[str, ...]
+    device_type: str
+    default: bool = True
 
 
-_KERNELS = (  # the first that serves a device and a dtype is the default for them
-    _Registration("cpu", "oocattn.kernels.cpu", "CpuKernel", ("cpu",), tuple(DTYPES)),
-    _Registration("reference", "oocattn.kernels.reference", "ReferenceKernel", (), ()),
+_KERNELS = (  # of those that can serve, the first of its device type is the default
+    _Registration("cpu", "oocattn.kernels.cpu", "CpuKernel", "cpu"),
+    _Registration("reference", "oocattn.kernels.reference", "ReferenceKernel", "cpu", default=False),
+    _Registration("fa3", "oocattn.kernels.fa3", "Fa3Kernel", "cuda"),
+    _Registration("cudnn", "oocattn.kernels.cudnn", "CudnnKernel", "cuda"),
+    _Registration("flash", "oocattn.kernels.flash", "FlashKernel", "cuda"),
+    _Registration("torch", "oocattn.kernels.plain", "PlainKernel", "cuda"),
 )
 
 
@@ -34,20 +40,64 @@ def kernel_names() -> tuple[str, ...]:
 
 def get_kernel(name: str) -> Kernel:
     """The kernel of that name. Raises ProblemError naming the known ones if there is none."""
+    entry = _registration(name)
+    kernel: Kernel = getattr(import_module(entry.module), entry.class_name)()
+    return kernel
+
+
+def device_type(name: str) -> str:
+    """Where a run with the kernel of that name lives: "cpu" or "cuda". Raises ProblemError for an unknown name."""
+    return _registration(name).device_type
+
+
+def default_kernel(device: torch.device | str, dtype: str, head_dim: int) -> str:
+    """The name of the fastest kernel for inputs of `dtype` and D = head_dim on `device` ("cpu", "cuda", "cuda:1").
+
+    Raises ProblemError, with every kernel's reason, if none serves them; the reference is never chosen.
+    """
+    device = _known_device(device)
+    for entry in _of_type(device.type):
+        if entry.default and not get_kernel(entry.name).lacks(device, dtype, head_dim):
+            return entry.name
+    reasons: dict[str, list[str]] = {}
+    for entry in _of_type(device.type):
+        reasons.setdefault(get_kernel(entry.name).lacks(device, dtype, head_dim), []).append(entry.name)
+    found = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+    raise ProblemError(
+        f"no kernel attends {dtype} with D = {head_dim} on {device}: {found or 'there are kernels for cpu and cuda'}"
+    )
+
+
+def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: int) -> Kernel:
+    """The kernel of that name, which can attend inputs of `dtype` and D = head_dim on `device`.
+
+    Raises ProblemError, saying why it cannot and which kernels can, or that there is no such kernel.
+    """
+    kernel = get_kernel(name)
+    device = _known_device(device)
+    lacking = kernel.lacks(device, dtype, head_dim)
+    if not lacking:
+        return kernel
+    others = [entry.name for entry in _of_type(device.type) if not get_kernel(entry.name).lacks(device, dtype, head_dim)]
+    raise ProblemError(
+        f"kernel {name!r} cannot attend {dtype} with D = {head_dim} on {device}: {lacking}"
+        + (f"; choose one of {', '.join(others)} or leave --kernel out" if others else "")
+    )
+
+
+def _registration(name: str) -> _Registration:
     for entry in _KERNELS:
         if entry.name == name:
-            kernel: Kernel = getattr(import_module(entry.module), entry.class_name)()
-            return kernel
+            return entry
     raise ProblemError(f"kernel {name!r} is not known: expected one of {', '.join(kernel_names())}")
 
 
-def default_kernel(device: str, dtype: str) -> str:
-    """The name of the kernel to use for inputs of `dtype` on `device`, written as torch does ("cpu", "cuda:0").
+def _of_type(device_type: str) -> Iterator[_Registration]:
+    return (entry for entry in _KERNELS if entry.device_type == device_type)
 
-    Raises ProblemError if no kernel serves them.
-    """
-    device_type = device.partition(":")[0]
-    for entry in _KERNELS:
-        if device_type in entry.devices and dtype in entry.dtypes:
-            return entry.name
-    raise ProblemError(f"no kernel attends {dtype} on device {device!r}: name one of {', '.join(kernel_names())}")
+
+def _known_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ProblemError(f"device {str(device)!r} is not known to torch: expected cpu, cuda or cuda:INDEX") from error

@@ -1,4 +1,4 @@
-"""The kernels against float64, through the public interface."""
+"""The kernels that run on a CPU against float64, through the public interface. Those for GPUs: `test_cuda`."""
 
 import itertools
 import math
@@ -13,10 +13,9 @@ from exact import DTYPES, TOLERANCE, attention, operands, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oocattn.errors import ProblemError
-from oocattn.kernels import Partial, default_kernel, finalise, get_kernel, kernel_names
+from oocattn.kernels import Partial, finalise, get_kernel
 
-KERNELS = ("cpu", "reference")
+KERNELS = ("cpu", "reference", "torch")
 
 
 def finished(state, dtype=torch.float32):
@@ -276,6 +275,7 @@ print(status("VmHWM") - before, kernel.scratch_bytes(group_size, rows, keys, hea
         ("cpu", "float32", True, (4, 4000, 4000, 128)),
         ("cpu", "float16", False, (1, 3000, 9000, 256)),
         ("reference", "float32", False, (2, 500, 5000, 128)),
+        ("torch", "bfloat16", True, (2, 5000, 5000, 64)),
     ],
 )
 def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, diagonal, shape):
@@ -287,21 +287,6 @@ def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, diag
 
 
 def test_scratch_does_not_grow_with_the_call():
-    for name in KERNELS:
+    for name, most in (("cpu", 32 << 20), ("reference", 32 << 20), ("torch", 160 << 20)):
         bound = get_kernel(name).scratch_bytes
-        assert bound(1, 10**6, 10**6, 64, "float32") == bound(1, 10**9, 10**9, 64, "float32") < 32 << 20
-
-
-def test_names_and_defaults():
-    assert set(KERNELS) <= set(kernel_names())
-    for name in KERNELS:
-        assert get_kernel(name).name == name
-        assert 1 <= get_kernel(name).max_keys <= 65_536
-    for dtype in ("float16", "bfloat16", "float32"):
-        assert default_kernel("cpu", dtype) == "cpu"
-    with pytest.raises(ProblemError, match="expected one of cpu, "):
-        get_kernel("no such")
-    with pytest.raises(ProblemError, match="float64"):
-        default_kernel("cpu", "float64")
-    with pytest.raises(ProblemError, match="moon"):
-        default_kernel("moon:0", "float32")
+        assert bound(1, 10**6, 10**6, 64, "float32") == bound(1, 10**9, 10**9, 64, "float32") < most

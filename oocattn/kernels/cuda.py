@@ -1,0 +1,73 @@
+"""What the kernels for GPUs share: what a device can do, what torch's allocator takes from it, exact float32 products."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_MIB = 1 << 20
+_PRECISION = threading.Lock()
+
+
+def lacks_capability(device: torch.device, least: tuple[int, int] = (0, 0)) -> str:
+    """Why `device` is no GPU of compute capability `least` or more; "" if it is. Touches no GPU where there is none."""
+    if device.type != "cuda":
+        return "it runs on NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU"
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        return f"there are {torch.cuda.device_count()} GPUs, counted from 0"
+    found = torch.cuda.get_device_capability(device)
+    if found < least:
+        return f"it needs compute capability {'{}.{}'.format(*least)}, the GPU has {'{}.{}'.format(*found)}"
+    return ""
+
+
+def allocated_bytes(*sizes: int) -> int:
+    """Bytes that torch's caching allocator takes from an empty device for tensors of these sizes, at most.
+
+    Up to 1 MiB they are rounded to 512 B and share segments of 2 MiB; below 10 MiB they share segments of 20 MiB; the
+    rest is rounded to 2 MiB (PyTorch, c10/core/AllocatorConfig.h).
+    """
+    small = sum(_round_up(size, 512) for size in sizes if size <= _MIB)
+    middle = [size for size in sizes if _MIB < size < 10 * _MIB]
+    large = sum(_round_up(size, 2 * _MIB) for size in sizes if size >= 10 * _MIB)
+    return _round_up(small, 2 * _MIB) + _shared_segments(middle) * 20 * _MIB + large
+
+
+def _shared_segments(sizes: list[int]) -> int:
+    """Segments of 20 MiB for these sizes, at most: two always fit, and one that is left has no room for the largest."""
+    if not sizes:
+        return 0
+    return min(-(-len(sizes) // 2), -(-sum(sizes) // (20 * _MIB - max(sizes))))
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices launched within are not computed in TF32, whatever the process allows.
+
+    The permission is a global one: it is taken away for the moment of launching and given back, under a lock so that no
+    other thread of this kind gives it back too early. Other products launched meanwhile are more exact than asked.
+    """
+    matmul = torch.backends.cuda.matmul
+    if device.type != "cuda":
+        yield
+        return
+    with _PRECISION:
+        # The setting has two names: the older, all that torch 2.8 has, cannot be read where they disagree, but sets both.
+        precision = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
+        if precision != "tf32":
+            yield
+            return
+        matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = True
+
+
+def _round_up(count: int, quantum: int) -> int:
+    return -(-count // quantum) * quantum

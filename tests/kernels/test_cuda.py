@@ -1,0 +1,373 @@
+"""The kernels for GPUs against float64 on the same device, and merging there against the torch operations."""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+
+from oocattn.kernels import Partial, count_not_finite, device_type, finalise, fold, get_kernel, kernel_names, merge
+from oocattn.kernels.kernel import attended_keys
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+BOUND = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 2e-6}  # relative error of the output, before it is rounded
+KERNELS = [name for name in kernel_names() if device_type(name) == "cuda"]
+every_kernel = pytest.mark.parametrize("name", KERNELS)
+every_dtype = pytest.mark.parametrize("dtype", BOUND)
+MIB = 1 << 20
+
+
+def kernel_for(name, dtype, head_dim):
+    kernel = get_kernel(name)
+    lacking = kernel.lacks(CUDA, dtype, head_dim)
+    if lacking:
+        pytest.skip(lacking)
+    return kernel
+
+
+def operands(group_size, rows, keys, head_dim, dtype, seed=0):
+    """Standard normal query [g, n, D], key [m, D] and value [m, D] on the device."""
+    generator = torch.Generator(CUDA).manual_seed(seed)
+    shapes = ((group_size, rows, head_dim), (keys, head_dim), (keys, head_dim))
+    return [torch.randn(shape, device=CUDA, generator=generator).to(getattr(torch, dtype)) for shape in shapes]
+
+
+def poisoned_state(*shape):
+    """An empty state whose memory held NaN before."""
+    state = Partial.empty(*shape, CUDA)
+    for tensor in (state.num, state.den, state.max):
+        tensor.fill_(math.nan)
+    state.reset()
+    return state
+
+
+def finished(state):
+    out, lse = torch.full_like(state.num, math.nan), torch.full_like(state.den, math.nan)
+    finalise(state, out, lse)
+    return out, lse
+
+
+def exact(query, key, value, scale, rows, causal, block=1 << 14):
+    """out [g, rows, D] and lse [g, rows] of some rows in float64, over blocks of keys."""
+    query = query[:, rows].double()
+    maximum = torch.full(query.shape[:2], -math.inf, dtype=torch.float64, device=CUDA)
+    den, num = torch.zeros_like(maximum), torch.zeros_like(query)
+    for first in range(0, len(key), block):
+        scores = scale * query @ key[first : first + block].double().T
+        if causal:
+            position = torch.arange(first, first + scores.shape[-1], device=CUDA)
+            scores.masked_fill_(position > rows[:, None], -math.inf)
+        higher = torch.maximum(maximum, scores.amax(-1))
+        kept, weights = torch.exp(maximum - higher), torch.exp(scores - higher.unsqueeze(-1))
+        den = den * kept + weights.sum(-1)
+        num = num * kept.unsqueeze(-1) + weights @ value[first : first + block].double()
+        maximum = higher
+    return num / den.unsqueeze(-1), maximum + torch.log(den)
+
+
+def check(state, query, key, value, scale, causal, dtype, *, rows=None, lse_error=1e-5, out_error=None):
+    """Compare a state with float64, on sampled rows."""
+    count = query.shape[1]
+    if rows is None:
+        edges = [0, 1, 2, count // 2 - 1, count // 2, count - 2, count - 1]
+        chance = torch.randint(count, (48,), generator=torch.Generator().manual_seed(1)).tolist()
+        rows = torch.tensor(sorted({row for row in (*edges, *chance) if 0 <= row < count}), device=CUDA)
+    out, lse = finished(state)
+    expected_out, expected_lse = exact(query, key, value, scale, rows, causal)
+    error = float((out[:, rows].double() - expected_out).norm() / expected_out.norm())
+    assert error <= (out_error or BOUND[dtype])
+    assert float((lse[:, rows].double() - expected_lse).abs().max()) <= lse_error
+    expected_keys = rows + 1 if causal else torch.full_like(rows, len(key))
+    assert torch.equal(state.keys[rows], expected_keys)
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize(
+    ("tokens", "group_size", "head_dim", "causal"),
+    [
+        (65_537, 1, 64, False),
+        (65_537, 8, 64, True),
+        (65_537, 3, 128, True),
+        (65_537, 1, 256, False),
+        (100_003, 1, 32, True),
+        (100_003, 1, 96, False),
+        (100_003, 1, 256, True),
+    ],
+)
+def test_long_calls_are_attention(name, dtype, tokens, group_size, head_dim, causal):
+    kernel = kernel_for(name, dtype, head_dim)
+    query, key, value = operands(group_size, tokens, tokens, head_dim, dtype, seed=tokens + head_dim)
+    state = poisoned_state(group_size, tokens, head_dim)
+    scale = head_dim**-0.5
+    kernel.attend(query, key, value, state, scale=scale, diagonal=causal)
+    check(state, query, key, value, scale, causal, dtype)
+
+
+@every_kernel
+@every_dtype
+def test_a_state_goes_on_over_calls_through_views_and_on_another_stream(name, dtype):
+    """Causal attention over three chunks, as a lane does it: each chunk's rows see the chunks before it, then themselves."""
+    kernel = kernel_for(name, dtype, 64)
+    query, key, value = operands(3, 9001, 9001, 64, dtype)
+    whole = poisoned_state(3, 10_000, 64)
+    whole.num[:, 9500:].fill_(math.nan)
+    state = whole.rows(499, 9500)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for first, last in ((0, 2999), (2999, 6001), (6001, 9001)):
+            span, rows = (key[first:last], value[first:last]), state.rows(first, last)
+            kernel.attend(query[:, first:last], *span, rows, scale=0.125, diagonal=True)
+            kernel.attend(query[:, last:], *span, state.rows(last, 9001), scale=0.125, diagonal=False)
+    stream.synchronize()
+    check(state, query, key, value, 0.125, True, dtype)
+    assert whole.num[:, 9500:].isnan().all()
+    assert (whole.max[:, :499] == -math.inf).all()
+    assert whole.keys[:499].sum() == whole.keys[9500:].sum() == 0
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize(("rows", "keys", "causal"), [(1, 1, True), (300, 1, False), (1, 777, False), (2, 2, True)])
+def test_single_rows_and_keys(name, dtype, rows, keys, causal):
+    kernel = kernel_for(name, dtype, 64)
+    query, key, value = operands(3, rows, keys, 64, dtype)
+    state = poisoned_state(3, rows, 64)
+    kernel.attend(query, key, value, state, scale=0.125, diagonal=causal)
+    check(state, query, key, value, 0.125, causal, dtype, rows=torch.arange(rows, device=CUDA))
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_of_a_thousand(name, dtype, causal):
+    kernel = kernel_for(name, dtype, 64)
+    query, key, value = operands(1, 1000, 1000, 64, dtype)
+    query, key = (4 * tensor[..., :1].sign() * torch.where(tensor > -1.5, 1, -1).to(tensor.dtype) for tensor in (query, key))
+    assert (query[0].float() @ key.float().T).abs().max() >= 960
+    state = poisoned_state(1, 1000, 64)
+    kernel.attend(query, key, value, state, scale=1.0, diagonal=causal)
+    error = max(BOUND[dtype], 1e-4)  # a score of 1,000 is known to 6e-5 in float32
+    check(state, query, key, value, 1.0, causal, dtype, lse_error=1e-3, out_error=error)
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize(
+    ("where", "bad"), [("query", math.nan), ("key", math.nan), ("value", math.nan), ("value", math.inf)]
+)
+def test_nan_and_inf_reach_the_rows_that_attend_them_and_none_far_before(name, dtype, where, bad):
+    kernel = kernel_for(name, dtype, 64)
+    query, key, value = operands(2, 1500, 1500, 64, dtype)
+    clean, spoilt = poisoned_state(2, 1500, 64), poisoned_state(2, 1500, 64)
+    kernel.attend(query, key, value, clean, scale=0.125, diagonal=True)
+    {"query": query[1, 1000], "key": key[1000], "value": value[1000]}[where].fill_(bad)
+    kernel.attend(query, key, value, spoilt, scale=0.125, diagonal=True)
+    out, expected = finished(spoilt)[0], finished(clean)[0]
+    reached = out[1, 1000:1001] if where == "query" else out[:, 1000:]
+    assert not reached.isfinite().any()
+    reach = 0 if name == "torch" or where == "query" else 512
+    assert (out[:, : 1000 - reach] - expected[:, : 1000 - reach]).abs().max() <= 1e-6
+    assert torch.equal(spoilt.keys, clean.keys)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_scores_of_minus_infinity_weigh_nothing_in_plain_torch(dtype):
+    query, key, value = operands(1, 400, 600, 64, dtype)
+    query, key = query.abs() + 1, key.clone()
+    key[200:400] = -math.inf
+    state = poisoned_state(1, 400, 64)
+    for first in (0, 200, 400):
+        span = slice(first, first + 200)
+        get_kernel("torch").attend(query, key[span], value[span], state, scale=0.1, diagonal=False)
+    assert state.keys.tolist() == [600] * 400
+    state.keys.sub_(200)
+    kept = [*range(200), *range(400, 600)]
+    check(state, query, key[kept], value[kept], 0.1, False, dtype)
+
+
+def test_plain_torch_keeps_float32_where_tf32_is_allowed():
+    query, key, value = operands(1, 2000, 2000, 64, "float32")
+    state = poisoned_state(1, 2000, 64)
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        get_kernel("torch").attend(query, key, value, state, scale=0.125, diagonal=False)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    check(state, query, key, value, 0.125, False, "float32")
+
+
+@every_kernel
+@every_dtype
+def test_nothing_waits_for_the_device(name, dtype):
+    kernel = kernel_for(name, dtype, 64)
+    query, key, value = operands(2, 5000, 5000, 64, dtype)
+    state, other = poisoned_state(2, 5000, 64), poisoned_state(2, 5000, 64)
+    out, lse = torch.empty_like(query), torch.empty_like(state.den)
+    counter = torch.zeros(1, dtype=torch.int64, device=CUDA)
+
+    def everything():
+        for diagonal in (False, True):
+            kernel.attend(query, key, value, state, scale=0.125, diagonal=diagonal)
+        merge(other, state)
+        count_not_finite(query, counter)
+        finalise(other, out, lse)
+
+    everything()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counter.item() == 0
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize(
+    ("group_size", "rows", "keys", "head_dim", "diagonal"),
+    [
+        (1, 300, 65_536, 64, False),
+        (1, 16_384, 65_536, 64, False),
+        (8, 32_768, 32_768, 128, True),
+        (3, 70_000, 9000, 256, False),
+    ],
+)
+def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, group_size, rows, keys, head_dim, diagonal):
+    kernel = kernel_for(name, dtype, head_dim)
+    kernel.attend(*operands(1, 64, 64, head_dim, dtype), poisoned_state(1, 64, head_dim), scale=0.1, diagonal=diagonal)
+    call = (*operands(group_size, rows, keys, head_dim, dtype), poisoned_state(group_size, rows, head_dim))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before, used = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    kernel.attend(*call, scale=0.1, diagonal=diagonal)
+    torch.cuda.synchronize()
+    grown = torch.cuda.max_memory_reserved() - before
+    needed = torch.cuda.max_memory_allocated() - used
+    bound = kernel.scratch_bytes(group_size, rows, keys, head_dim, dtype)
+    assert grown <= bound
+    assert needed <= bound
+    if group_size * rows > 30_000:  # below, FlashAttention-2 may or may not split the keys
+        slack, idle = (
+            (1.5, 56 * MIB) if name == "torch" else (1.1, 24 * MIB)
+        )  # cuBLAS's workspace, and free parts of segments
+        assert bound <= slack * grown + idle
+
+
+def random_state(group_size, rows, head_dim, generator):
+    """A state with rows of every kind: ordinary ones, without keys, with NaN, with an infinite maximum."""
+    state = Partial(
+        torch.randn(group_size, rows, head_dim, generator=generator),
+        torch.rand(group_size, rows, generator=generator) + 0.1,
+        20 * torch.randn(group_size, rows, generator=generator),
+        torch.randint(1000, (rows,), generator=generator),
+    )
+    kinds = torch.randint(12, (group_size, rows), generator=generator)
+    state.num[kinds < 2] = 0
+    state.den[kinds < 2] = 0
+    state.max[kinds < 2] = -math.inf
+    state.max[kinds == 2] = math.nan
+    state.max[kinds == 3] = math.inf
+    state.num[..., 0][kinds == 4] = math.nan
+    return state
+
+
+def on_device(state, padding):
+    """A copy on the device, as a view into a larger state that is filled with 7; and that state."""
+    group_size, rows, head_dim = state.num.shape
+    whole = Partial.empty(group_size, rows + 2 * padding, head_dim, CUDA)
+    view = whole.rows(padding, padding + rows)
+    for tensor, inner, source in zip(fields(whole), fields(view), fields(state), strict=True):
+        tensor.fill_(7)
+        inner.copy_(source)
+    return view, whole
+
+
+def fields(state):
+    return state.num, state.den, state.max, state.keys
+
+
+def assert_same(view, whole, expected):
+    for found, wanted in zip(fields(view), fields(expected), strict=True):
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
+    rows = view.num.shape[1]
+    padding = (whole.num.shape[1] - rows) // 2
+    for tensor in (whole.num, whole.den, whole.max):
+        assert (tensor[:, :padding] == 7).all()
+        assert (tensor[:, padding + rows :] == 7).all()
+    assert (whole.keys[:padding] == 7).all()
+    assert (whole.keys[padding + rows :] == 7).all()
+
+
+SHAPES = [(1, 1, 1), (1, 1000, 64), (3, 63, 40), (2, 777, 96), (8, 130, 256), (1, 5, 128), (3, 0, 8)]
+
+
+@pytest.fixture(params=["fused", "torch operations"])
+def way(request, monkeypatch):
+    """Merging with Triton, and as where it is not installed."""
+    module = import_module("oocattn.kernels.merge")
+    if request.param == "fused":
+        assert module._load_fused() is not None, "Triton is not installed"
+    else:
+        monkeypatch.setattr(module, "_load_fused", lambda: None)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_merging_is_as_on_the_cpu(shape):
+    generator = torch.Generator().manual_seed(sum(shape))
+    into, other = (random_state(*shape, generator) for _ in range(2))
+    (view, whole), (other_view, _) = on_device(into, 3), on_device(other, 5)
+    merge(view, other_view)
+    merge(into, other)
+    assert_same(view, whole, into)
+    torch.testing.assert_close(other_view.num.cpu(), other.num, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", SHAPES)
+@every_dtype
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_folding_is_merging_a_divided_result_of_any_strides(shape, dtype, diagonal):
+    group_size, rows, head_dim = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    state, result = (random_state(*shape, generator) for _ in range(2))
+    view, whole = on_device(state, 3)
+    keys = rows if diagonal else 321
+    out = result.num.to(getattr(torch, dtype))
+    by_rows = torch.empty(rows, group_size, head_dim, dtype=out.dtype, device=CUDA).transpose(0, 1)
+    lse = torch.empty(group_size, rows, 2, device=CUDA)[..., 1]
+    fold(view, by_rows.copy_(out), lse.copy_(result.max), keys=keys, diagonal=diagonal)
+    counts = attended_keys(state, keys, diagonal=diagonal)
+    merge(state, Partial(out.float(), torch.ones(group_size, rows), result.max, counts))
+    assert_same(view, whole, state)
+
+
+@pytest.mark.usefixtures("way")
+@every_dtype
+def test_not_finite_elements_are_counted_exactly(dtype):
+    generator = torch.Generator(CUDA).manual_seed(0)
+    whole = torch.randn(3, 100_003, 64, device=CUDA, generator=generator).to(getattr(torch, dtype))
+    for bad in (math.nan, math.inf, -math.inf):
+        whole.masked_fill_(torch.rand(whole.shape, device=CUDA, generator=generator) < 1e-3, bad)
+    counter = torch.full((1,), 1 << 40, dtype=torch.int64, device=CUDA)
+    expected = 1 << 40
+    for part in (
+        whole,
+        whole[:, 11:5000],
+        whole[1],
+        whole[2, :999],
+        whole[0, 3],
+        whole[:, :0],
+        whole[:, :, :1].contiguous(),
+    ):
+        count_not_finite(part, counter)
+        expected += int((~part.float().isfinite()).sum())
+        assert counter.item() == expected
+    assert expected > 1 << 40

@@ -1,0 +1,163 @@
+"""What the kernels around library calls do themselves; the definition of attention plays the libraries, on the CPU."""
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from exact import attention, operands, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oocattn.kernels import Partial, count_not_finite, finalise, fold, get_kernel
+from oocattn.kernels import fa3 as fa3_module
+from oocattn.kernels import library as library_module
+from oocattn.kernels.cuda import allocated_bytes, full_precision
+from oocattn.kernels.tiles import level_step, make_tiles
+
+MIB = 1 << 20
+
+
+@given(rows=st.integers(0, 60), keys=st.integers(0, 60), steps=st.tuples(*[st.integers(1, 70)] * 2), diagonal=st.booleans())
+def test_tiles_cover_each_pair_once_and_are_bounded(rows, keys, steps, diagonal):
+    if diagonal:
+        keys, steps = rows, steps[:1] * 2
+    seen = np.zeros((rows, keys), int)
+    for tile in make_tiles(rows, keys, *steps, diagonal=diagonal):
+        shape = (tile.last_row - tile.first_row, tile.last_key - tile.first_key)
+        assert 0 < shape[0] <= steps[0]
+        assert 0 < shape[1] <= steps[1]
+        pairs = np.tri(*shape, dtype=int) if tile.diagonal else 1
+        seen[tile.first_row : tile.last_row, tile.first_key : tile.last_key] += pairs
+    assert (seen == (np.tri(rows, dtype=int) if diagonal else 1)).all()
+
+
+@given(total=st.integers(0, 10**7))
+def test_a_level_step_leaves_no_thin_piece(total):
+    step = level_step(total, 65_536)
+    assert 1 <= step <= 65_536
+    if total:
+        assert -(-total // step) == -(-total // 65_536)
+    if total > 65_536:
+        assert total - (-(-total // step) - 1) * step > 20_000
+
+
+def softmax_call(query, key, value, scale, causal):
+    """What every library computes, from [1, g, n, D] and [1, g, m, D] to out [1, g, n, D] and lse [1, g, n]."""
+    assert query.shape[:2] == key.shape[:2] == value.shape[:2]
+    scores = scale * query.double() @ key.double().mT
+    if causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    return (scores.softmax(-1) @ value.double()).to(query.dtype), scores.logsumexp(-1).float()
+
+
+def cudnn(query, key, value, bias, want_lse, dropout, causal, debug, *, scale):
+    assert (bias, want_lse, dropout, debug) == (None, True, 0.0, False)
+    assert key.shape[2] > 1, "cuDNN refuses a single key"
+    out, lse = softmax_call(query, key, value, scale, causal)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.unsqueeze(-1), None, None
+
+
+def flash(query, key, value, dropout, causal, debug, *, scale):
+    assert (dropout, debug) == (0.0, False)
+    return *softmax_call(query, key, value, scale, causal), None
+
+
+def fa3(query, key, value, *, softmax_scale, causal, return_attn_probs):
+    assert return_attn_probs
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # from [1, n, g, D]
+    assert key.shape[1] == value.shape[1] == 1
+    shared = (tensor.expand(1, query.shape[1], *tensor.shape[2:]) for tensor in (key, value))
+    out, lse = softmax_call(query, *shared, softmax_scale, causal)
+    return out.transpose(1, 2), lse
+
+
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash)
+    monkeypatch.setattr(fa3_module, "_library", lambda: fa3)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "fa3"])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize(
+    ("group_size", "rows", "keys"), [(1, 1, 1), (3, 40, 1), (2, 1, 70), (3, 300, 200), (1, 513, 1025), (2, 700, 700)]
+)
+def test_operands_are_laid_out_cut_and_folded(monkeypatch, name, group_size, rows, keys, diagonal):
+    monkeypatch.setattr(library_module, "MAX_KEYS", 256)
+    query, key, value = operands(group_size, rows, rows if diagonal else keys, 8)
+    whole = Partial.empty(group_size, rows + 7, 8)
+    state = whole.rows(3, rows + 3)
+    half = len(key) // 2  # a state goes on over calls
+    for span in [slice(None)] if diagonal else [slice(0, half), slice(half, None)]:
+        get_kernel(name).attend(query, key[span], value[span], state, scale=0.3, diagonal=diagonal)
+    out, lse = torch.full_like(query, math.nan), torch.full_like(state.den, math.nan)
+    finalise(state, out, lse)
+    expected_out, expected_lse = attention(query, key, value, 0.3, diagonal)
+    assert relative_error(out, expected_out) <= 1e-6
+    assert np.abs(lse.numpy() - expected_lse).max() <= 2e-6
+    assert state.keys.tolist() == (list(range(1, rows + 1)) if diagonal else [keys] * rows)
+    assert whole.keys[:3].sum() == whole.keys[-4:].sum() == 0
+
+
+def test_fold_refuses_misfits():
+    state = Partial.empty(2, 6, 8)
+    for out, lse in ((torch.zeros(2, 1, 8), torch.zeros(2, 6)), (torch.zeros(2, 6, 8), torch.zeros(2, 1))):
+        with pytest.raises(ValueError, match="cannot fold"):
+            fold(state, out, lse, keys=3, diagonal=False)
+    assert state.keys.sum() == 0
+
+
+def test_not_finite_elements_are_counted_exactly():
+    tensor = torch.randn(3, 100_003, dtype=torch.bfloat16)
+    counter = torch.full((1,), 5)
+    count_not_finite(tensor[:, :0], counter)
+    count_not_finite(tensor, counter)
+    assert counter.tolist() == [5]
+    tensor[1, 7:9], tensor[2, -1] = math.nan, -math.inf
+    count_not_finite(tensor, counter)
+    assert counter.tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((), 0),
+        ((1, 1), 2 * MIB),
+        ((MIB, MIB, 1), 4 * MIB),
+        ((MIB + 1,), 20 * MIB),
+        ((9 * MIB, 9 * MIB, 100), 22 * MIB),
+        ((9 * MIB,) * 3, 40 * MIB),
+        ((2 * MIB,) * 9, 20 * MIB),
+        ((10 * MIB, 33 * MIB - 1), 44 * MIB),
+    ],
+)
+def test_sizes_are_rounded_as_the_caching_allocator_does(sizes, expected):
+    assert allocated_bytes(*sizes) == expected
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "fa3"])
+def test_scratch_holds_the_results_and_little_more(name):
+    bound = get_kernel(name).scratch_bytes
+    for group_size, rows, head_dim in ((1, 65_536, 128), (4, 32_768, 64), (8, 16_384, 128)):
+        results = group_size * rows * (head_dim * 2 + 4)
+        assert results < bound(group_size, rows, 65_536, head_dim, "bfloat16") <= 1.1 * results + 2 * MIB
+    assert bound(1, 65_536, 10**9, 128, "float16") <= 2 * bound(1, 65_536, 65_536, 128, "float16")
+
+
+@pytest.mark.parametrize("ask", ["nothing", "allow_tf32", "fp32_precision"])
+def test_tf32_is_off_within_full_precision_and_as_before_after_it(ask):
+    matmul = torch.backends.cuda.matmul
+    try:
+        if ask != "nothing":
+            with contextlib.suppress(AttributeError):  # torch 2.8 has no fp32_precision
+                setattr(matmul, ask, True if ask == "allow_tf32" else "tf32")
+        before = matmul.fp32_precision
+        with full_precision(torch.device("cuda")):
+            assert not matmul.allow_tf32
+        assert matmul.fp32_precision == before
+        assert matmul.allow_tf32 == (ask != "nothing")
+    finally:
+        matmul.allow_tf32 = False

@@ -1,0 +1,105 @@
+"""Which kernel serves what, on machines that are made up: nothing here needs a GPU."""
+
+import pytest
+import torch
+
+from oocattn.errors import ProblemError
+from oocattn.kernels import default_kernel, device_type, get_kernel, kernel_names, require_kernel
+from oocattn.kernels import fa3 as fa3_module
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make this look like a machine with a GPU of that compute capability, that cuDNN, and FA3 for those dtypes."""
+
+    def pretend(capability, cudnn=91900, fa3=()):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        monkeypatch.setattr(fa3_module, "_library", lambda: print if fa3 else None)
+        refusal = lambda device, dtype, head_dim: "" if dtype in fa3 else "the library refuses it: not built"  # noqa: E731
+        monkeypatch.setattr(fa3_module.Fa3Kernel, "_refusal", staticmethod(refusal))
+
+    return pretend
+
+
+def test_every_kernel_has_its_name_and_bounds():
+    assert set(kernel_names()) == {"cpu", "reference", "fa3", "cudnn", "flash", "torch"}
+    for name in kernel_names():
+        kernel = get_kernel(name)
+        assert kernel.name == name
+        assert 1 <= kernel.max_keys <= 65_536
+        assert kernel.scratch_bytes(2, 1000, 1000, 64, "float16") > 0
+        assert device_type(name) == ("cpu" if name in ("cpu", "reference") else "cuda")
+    for call in (get_kernel, device_type):
+        with pytest.raises(ProblemError, match="'abacus' is not known: expected one of cpu, reference, fa3"):
+            call("abacus")
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "fa3", "dtype", "head_dim", "chosen"),
+    [
+        ((9, 0), 91900, ("float16", "bfloat16"), "float16", 64, "fa3"),
+        ((9, 0), 91900, ("bfloat16",), "float16", 64, "cudnn"),
+        ((9, 0), 91900, (), "bfloat16", 256, "cudnn"),
+        ((9, 0), 91800, (), "bfloat16", 256, "flash"),
+        ((9, 0), 91900, (), "float16", 60, "torch"),
+        ((9, 0), 91900, ("float16",), "float32", 64, "torch"),
+        ((9, 0), None, (), "float16", 64, "flash"),
+        ((10, 0), 92000, ("float16",), "float16", 64, "cudnn"),
+        ((8, 0), 91900, ("float16",), "float16", 160, "flash"),
+        ((7, 5), 91900, ("float16",), "float16", 64, "torch"),
+    ],
+)
+def test_the_default_is_the_fastest_that_can_serve(machine, capability, cudnn, fa3, dtype, head_dim, chosen):
+    machine(capability, cudnn, fa3)
+    assert default_kernel("cuda", dtype, head_dim) == chosen
+    assert require_kernel(chosen, CUDA, dtype, head_dim).name == chosen
+
+
+def test_on_the_cpu_the_cpu_kernel_is_the_default():
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert default_kernel(torch.device("cpu"), dtype, 33) == "cpu"
+    assert require_kernel("reference", "cpu", "float16", 1).name == "reference"
+
+
+def test_a_kernel_that_cannot_serve_says_why_and_which_can(machine):
+    machine((9, 0))
+    for name, dtype, head_dim, message in (
+        (
+            "fa3",
+            "float16",
+            64,
+            "kernel 'fa3' cannot attend float16 with D = 64 on cuda:0: neither flash_attn_interface nor fa3_fwd_interface "
+            "is installed; choose one of cudnn, flash, torch or leave --kernel out",
+        ),
+        ("cudnn", "float32", 64, "D = 64 on cuda:0: it attends float16, bfloat16 only; choose one of torch or"),
+        ("flash", "float16", 36, "D must be a multiple of 8, 256 at most; choose one of torch or"),
+        ("cpu", "float16", 64, "it runs on CPUs; choose one of cudnn, flash, torch or"),
+    ):
+        with pytest.raises(ProblemError) as error:
+            require_kernel(name, CUDA, dtype, head_dim)
+        assert message in str(error.value)
+    machine((8, 0), fa3=("float16",))
+    with pytest.raises(ProblemError, match=r"it needs compute capability 9.0, the GPU has 8.0"):
+        require_kernel("fa3", CUDA, "float16", 64)
+    with pytest.raises(ProblemError, match="there are 1 GPUs"):
+        require_kernel("flash", "cuda:3", "float16", 64)
+    machine((12, 0), fa3=("float16",))
+    with pytest.raises(ProblemError, match="it runs on Hopper"):
+        require_kernel("fa3", CUDA, "float16", 64)
+
+
+def test_where_no_kernel_serves_every_reason_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ProblemError, match=r"on cuda: fa3, cudnn, flash, torch: torch finds no NVIDIA GPU$"):
+        default_kernel("cuda", "float16", 64)
+    with pytest.raises(ProblemError, match="float64 with D = 64 on cpu: cpu, reference: it attends float16, bfloat16"):
+        default_kernel("cpu", "float64", 64)
+    with pytest.raises(ProblemError, match="'moon:0' is not known"):
+        default_kernel("moon:0", "float32", 64)
+    with pytest.raises(ProblemError, match="there are kernels for cpu and cuda"):
+        default_kernel("meta", "float32", 64)
