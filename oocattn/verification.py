@@ -31,9 +31,13 @@ SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A row in float64: out [D], lse, the largest sum of |q k| of a score, and the norm of the sums of |weight * value|."""
+class ExactRow:
+    """A row in float64: where it is, out [D], lse, the largest sum of |q k| of a score, and the norm of the sums of
+    |weight * value|."""
 
+    batch: int
+    head: int
+    token: int
     out: Array64
     lse: float
     magnitude: float
@@ -110,29 +114,39 @@ def verify_result(
 ) -> tuple[float, tuple[RowCheck, ...]]:
     """Recompute `rows` sampled rows and compare them; return the relative error over all, and every row's check.
 
-    Sampled are the first and the last token, both sides of chunk borders, and tokens at random, over heads in turn.
+    The rows are those of `recompute_rows`.
     """
-    sample = sorted(_sample(problem, borders, rows, np.random.default_rng(seed)))
-    groups = defaultdict(list)
-    for batch, head, token in sample:
-        groups[batch, head // problem.group_size].append((head, token))
     checks: list[RowCheck] = []
     squares = np.zeros(2)
-    for (batch, kv_head), members in groups.items():
-        for (head, token), row in zip(members, _recompute(problem, dataset, batch, kv_head, members), strict=True):
-            out, lse = row.out, row.lse
-            found = np.asarray(result.out[batch, head, token]).astype(np.float64)
-            difference = _difference(found, out)
-            squares += difference @ difference, np.nansum(out * out)
-            length = max(float(np.sqrt(np.nansum(out * out))), 1e-300)
-            error = float(np.linalg.norm(difference)) / length
-            of_score = 4 * UNIT_ROUNDOFF["float32"] * row.magnitude
-            tiny = SMALLEST[problem.out_dtype] * np.sqrt(problem.head_dim)
-            allowed = UNIT_ROUNDOFF[problem.out_dtype] + ((2e-6 + of_score) * row.size + tiny) / length
-            lse_found = np.asarray(result.lse[batch, head, token], dtype=np.float64).reshape(1)
-            lse_error = float(np.abs(_difference(lse_found, np.asarray([lse])))[0])
-            checks.append(RowCheck(batch, head, token, error, lse_error, allowed, 1e-5 + of_score))
+    for row in recompute_rows(problem, dataset, borders=borders, rows=rows, seed=seed):
+        batch, head, token, out = row.batch, row.head, row.token, row.out
+        found = np.asarray(result.out[batch, head, token]).astype(np.float64)
+        difference = _difference(found, out)
+        squares += difference @ difference, np.nansum(out * out)
+        length = max(float(np.sqrt(np.nansum(out * out))), 1e-300)
+        error = float(np.linalg.norm(difference)) / length
+        of_score = 4 * UNIT_ROUNDOFF["float32"] * row.magnitude
+        tiny = SMALLEST[problem.out_dtype] * np.sqrt(problem.head_dim)
+        allowed = UNIT_ROUNDOFF[problem.out_dtype] + ((2e-6 + of_score) * row.size + tiny) / length
+        lse_found = np.asarray(result.lse[batch, head, token], dtype=np.float64).reshape(1)
+        lse_error = float(np.abs(_difference(lse_found, np.asarray([row.lse])))[0])
+        checks.append(RowCheck(batch, head, token, error, lse_error, allowed, 1e-5 + of_score))
     return float(np.sqrt(squares[0] / max(squares[1], 1e-300))), tuple(checks)
+
+
+def recompute_rows(
+    problem: Problem, dataset: Dataset, *, borders: Sequence[int], rows: int, seed: int
+) -> Iterator[ExactRow]:
+    """`rows` rows of the result in float64, by streaming K and V from the dataset.
+
+    Sampled are the first and the last token, both sides of chunk borders, and tokens at random, over heads in turn; which
+    follows from `seed`.
+    """
+    groups = defaultdict(list)
+    for batch, head, token in sorted(_sample(problem, borders, rows, np.random.default_rng(seed))):
+        groups[batch, head // problem.group_size].append((head, token))
+    for (batch, kv_head), members in groups.items():
+        yield from _recompute(problem, dataset, batch, kv_head, members)
 
 
 def _difference(found: Array64, expected: Array64) -> Array64:
@@ -157,7 +171,7 @@ def _sample(
 
 def _recompute(
     problem: Problem, dataset: Dataset, batch: int, kv_head: int, members: Sequence[tuple[int, int]]
-) -> list[_Row]:
+) -> list[ExactRow]:
     """Each (head, token) in float64."""
     dtype = numpy_dtype(problem.dtype)
     query = np.empty((len(members), problem.head_dim))
@@ -188,9 +202,10 @@ def _recompute(
         den = den * kept + weights.sum(axis=1)
         maximum = risen
     sizes = np.nan_to_num(np.linalg.norm(size / den[:, None], axis=1))
+    rows = zip(members, num / den[:, None], maximum + np.log(den), magnitude, sizes, strict=True)
     return [
-        _Row(out, float(lse), float(largest), float(of_sum))
-        for out, lse, largest, of_sum in zip(num / den[:, None], maximum + np.log(den), magnitude, sizes, strict=True)
+        ExactRow(batch, head, token, out, float(lse), float(largest), float(of_sum))
+        for (head, token), out, lse, largest, of_sum in rows
     ]
 
 

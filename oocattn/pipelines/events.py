@@ -8,6 +8,23 @@ from typing import Literal
 
 Kind = Literal["started", "staged", "attended", "merged", "written", "committed", "failed", "ended"]
 
+Resource = Literal["read", "copy in", "compute", "copy out", "merge", "write"]
+"""What a lane has one or more of, in the order in which bytes pass through: see `Span`."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of time in which a resource of a lane was busy.
+
+    read: chunks into host memory. copy in, copy out: between host and device. compute: the kernel, and on a GPU the
+    merging that follows each of its calls. merge, write: finished query chunks. `start` and `stop` are seconds since the
+    epoch, on the lane's clock; what happened on a GPU is timed there.
+    """
+
+    resource: Resource
+    start: float
+    stop: float
+
 
 @dataclass(frozen=True)
 class Event:
@@ -18,7 +35,8 @@ class Event:
     which) or the run failed (-1), or it ended. `index` counts subproblems (staged, attended) or
     chunks (merged, written) within `head_group`; `start` and `stop` are seconds since the epoch on `worker`; `amount` is
     bytes (staged, written) or query-key pairs (attended, merged). `attempt` is not 0 where a
-    subproblem was computed again; `detail` holds what only one kind has.
+    subproblem was computed again; `detail` holds what only one kind has; `spans` says which resources of the lane were busy
+    when.
     """
 
     kind: Kind
@@ -30,6 +48,7 @@ class Event:
     amount: int = 0
     attempt: int = 0
     detail: Mapping[str, object] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
 
 
 Callback = Callable[[Event], None]

@@ -1,0 +1,109 @@
+"""What the parts of this machine can do at best, each measured alone: the kernel, copies to and from a GPU, the disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from oocattn.bench.records import Ceiling
+from oocattn.hardware import kernel_rate
+from oocattn.plans import Plan
+
+BYTES = 256 << 20
+"""Copied, read and written at most to measure a rate."""
+
+PIECE = 8 << 20
+"""Bytes of one read or write."""
+
+READERS = 4
+"""Threads that read, for one does not keep a fast disk busy."""
+
+TRIALS = 3
+
+
+def kernel_ceiling(plan: Plan) -> Ceiling:
+    """The plan's kernel on random data, on a GPU at the plan's tiles."""
+    dim, dtype = plan.problem.head_dim, plan.problem.dtype
+    if plan.device == "cpu":
+        return Ceiling(f"kernel {plan.kernel}", kernel_rate(plan.kernel, dim, dtype), "FLOP/s")
+    rate = kernel_rate(plan.kernel, dim, dtype, rows=plan.tiles.query, keys=plan.tiles.key)
+    return Ceiling(f"kernel {plan.kernel}, {plan.tiles.query:,} queries by {plan.tiles.key:,} keys", rate, "FLOP/s")
+
+
+def copy_ceilings() -> Iterator[Ceiling]:
+    """Copies of pinned host memory to the GPU and back, each alone: the best of three."""
+    host = torch.empty(BYTES, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(BYTES, dtype=torch.uint8, device="cuda")
+    for name, target, source in (("host to device, pinned", device, host), ("device to host, pinned", host, device)):
+
+        def copy(target: torch.Tensor = target, source: torch.Tensor = source) -> None:
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+
+        yield Ceiling(name, BYTES / min(_seconds(copy) for _ in range(TRIALS)), "B/s")
+
+
+def disk_ceilings(dataset: Path, folder: Path) -> Iterator[Ceiling]:
+    """Reading the dataset's chunk files with four threads, first dropped from the page cache and then from it; and
+    writing a file in `folder` up to its fsync."""
+    files, total = [], 0
+    for file in chunk_files(dataset):
+        if total < BYTES:
+            files.append(file)
+            total += file.stat().st_size
+    drop_from_cache(files)
+    for state in ("cold", "warm"):
+        yield Ceiling(f"disk read, {state}", total / _seconds(lambda: read_files(files)), "B/s")
+    yield Ceiling("disk write, with fsync", BYTES / _seconds(lambda: _write(folder / "written")), "B/s")
+    (folder / "written").unlink()
+
+
+def chunk_files(dataset: Path) -> list[Path]:
+    """The chunk files of a dataset: all its files but the metadata."""
+    return sorted(path for path in dataset.rglob("*") if path.is_file() and path.name != "zarr.json")
+
+
+def drop_from_cache(files: Iterable[Path]) -> None:
+    """Have the system forget what it caches of these files. What they hold is put on disk first, for only that can be
+    forgotten; and a file system in memory forgets nothing."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def read_files(files: Iterable[Path]) -> None:
+    """Read files whole, four at a time, into buffers that are reused."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(_read, files):
+            pass
+
+
+def _read(path: Path) -> None:
+    buffer = bytearray(PIECE)
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        while file.readinto(buffer):
+            pass
+
+
+def _write(path: Path) -> None:
+    piece = os.urandom(PIECE)
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(BYTES // PIECE):
+            file.write(piece)
+        os.fsync(file.fileno())
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

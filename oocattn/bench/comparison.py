@@ -1,0 +1,252 @@
+"""A bench from beginning to end: the dataset, the ceilings, the rounds, the table; and that nothing of it stays."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from distributed import Client
+
+import oocattn.api
+from oocattn.bench import ceilings
+from oocattn.bench.competitors import (
+    Competitor,
+    Inputs,
+    OutOfCore,
+    QueryStationaryLoop,
+    ResidentCall,
+    Skipped,
+    StreamCqsa,
+)
+from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
+from oocattn.errors import ProblemError
+from oocattn.hardware import choose_device, count_lanes
+from oocattn.pipelines.cluster import local_client
+from oocattn.pipelines.report import RunReport
+from oocattn.plans import Plan
+from oocattn.problem import DTYPES
+from oocattn.storage.dataset import Dataset
+from oocattn.storage.synth import synthesise
+from oocattn.units import format_bytes
+from oocattn.verification import ExactRow, recompute_rows
+
+TOKENS = {"cpu": 32 << 10, "cuda": 1 << 20}
+HEADS = {"cpu": 4, "cuda": 8}
+"""Defaults: a minute or two of work on two cores, and half a minute on one GPU of 2023."""
+
+MEMORY_FOLDER = Path("/dev/shm")
+"""Where Linux has a file system in memory."""
+
+_PREFIX = f"oocattn-bench-{os.getpid()}-"
+
+
+def bench(
+    folder: str | Path = ".",
+    *,
+    tokens: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int = 64,
+    dtype: str = "float16",
+    causal: bool = True,
+    device_memory: float | str | None = None,
+    host_memory: float | str | None = None,
+    chunks: int | None = None,
+    decomposition: str = "auto",
+    kernel: str | None = None,
+    repeats: int = 3,
+    warm_up: bool = True,
+    rows: int = 32,
+    seed: int = 0,
+) -> Generator[Plan | Ceiling | Progress | Table, None, None]:
+    """Measure this machine and compare ways to attend the same synthetic dataset; yields what is known as it is known.
+
+    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M
+    and 8 with a GPU, 32K and 4 without one; the options from `device_memory` to `kernel` are those of `oocattn.plan`. The
+    dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are removed at the end and
+    when the iterator is closed. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of
+    `repeats` rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. One that fails
+    has a row that says so. Raises ProblemError and BudgetError as `oocattn.plan`, and ProblemError where `folder` is no
+    folder or has no room.
+    """
+    if repeats < 1 or rows < 1:
+        raise ProblemError(f"repeats = {repeats}, rows = {rows}: expected at least one of each")
+    default = choose_device(kernel)
+    tokens, heads = tokens or TOKENS[default], heads or HEADS[default]
+    _check_room(Path(folder), tokens * head_dim * 2 * (heads + (kv_heads or heads)), dtype)
+    options: dict[str, Any] = {"causal": causal, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder)))
+        client = stack.enter_context(local_client(workers=count_lanes(kernel)))
+        dataset, start = place / "qkv.zarr", time.perf_counter()
+        synthesise(dataset, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, seed=seed)
+        written = Progress("wrote the dataset", time.perf_counter() - start)
+        plan = oocattn.api.plan(
+            dataset,
+            **options,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            result=place / "out.zarr",
+        )
+        yield from (plan, written)
+        kernel_ceiling = ceilings.kernel_ceiling(plan)
+        yield kernel_ceiling
+        yield from ceilings.copy_ceilings() if plan.device == "cuda" else ()
+        yield from ceilings.disk_ceilings(dataset, place)
+        start = time.perf_counter()
+        exact = _exact_rows(plan, dataset, rows, seed)
+        yield Progress(f"recomputed {len(exact)} rows in float64", time.perf_counter() - start)
+        options |= {"device_memory": plan.device_memory, "host_memory": plan.host_memory}  # the same in every run
+        entrants = [_Entrant(competitor, exact) for competitor in competitors(plan, place, client, options, stack)]
+        for number in range(0 if warm_up else 1, repeats + 1):
+            yield from _round(entrants, f"round {number} of {repeats}" if number else "warm-up", timed=number > 0)
+        yield Table(plan.problem, tuple(entrant.row() for entrant in entrants), kernel_ceiling.rate)
+
+
+def _exact_rows(plan: Plan, dataset: Path, rows: int, seed: int) -> list[ExactRow]:
+    borders = range(plan.chunk_rows, plan.problem.tokens, plan.chunk_rows)
+    return list(recompute_rows(plan.problem, Dataset.open(dataset), borders=borders, rows=rows, seed=seed))
+
+
+def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any], stack: ExitStack) -> list[Competitor]:
+    """Everything that is compared, in the order of the table; what cannot run here says so when its turn comes.
+
+    What a competitor needs beyond the dataset in `place` is removed when `stack` is closed.
+    """
+    dataset, result = place / "qkv.zarr", place / "out.zarr"
+    found: list[Competitor] = []
+    needed, free = Inputs.nbytes(plan.problem), psutil.virtual_memory().available
+    inputs = None
+    if needed + plan.peak_host <= free:
+        inputs = Inputs.load(Dataset.open(dataset), plan.problem, plan.device)
+        found += [ResidentCall(inputs), QueryStationaryLoop(inputs, plan.kernel)]
+    else:
+        reason = f"needs {format_bytes(needed)} of host memory beside oocattn, {format_bytes(free)} are free"
+        found += [Skipped(RESIDENT, reason), Skipped(QueryStationaryLoop.name, reason)]
+    files = ceilings.chunk_files(dataset)
+    return [
+        *found,
+        _from_memory(plan, dataset, client, options, stack),
+        OutOfCore(PAGE_CACHE, dataset, result, client, options, before=lambda: ceilings.read_files(files)),
+        OutOfCore("oocattn, cold disk", dataset, result, client, options, before=lambda: ceilings.drop_from_cache(files)),
+        *_stream_cqsa(inputs),
+    ]
+
+
+def _from_memory(plan: Plan, dataset: Path, client: Client, options: dict[str, Any], stack: ExitStack) -> Competitor:
+    """oocattn with dataset and result on a file system in memory, if there is one with room."""
+    name = "oocattn, from memory"
+    if not MEMORY_FOLDER.is_dir():
+        return Skipped(name, f"there is no {MEMORY_FOLDER}")
+    needed = Inputs.nbytes(plan.problem) + plan.scratch_disk
+    free = min(shutil.disk_usage(MEMORY_FOLDER).free, psutil.virtual_memory().available - plan.peak_host)
+    if 1.1 * needed > free:
+        return Skipped(name, f"needs {format_bytes(1.1 * needed)} in {MEMORY_FOLDER}, {format_bytes(max(0, free))} are free")
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=MEMORY_FOLDER)))
+    shutil.copytree(dataset, place / dataset.name)
+    return OutOfCore(name, place / dataset.name, place / "out.zarr", client, options, before=lambda: None)
+
+
+def _stream_cqsa(inputs: Inputs | None) -> list[Competitor]:
+    """The package of the method's authors, where it is installed and there is a GPU for it."""
+    if inputs is None or inputs.device != "cuda" or importlib.util.find_spec("stream_cqsa") is None:
+        return []
+    try:
+        return [StreamCqsa(inputs)]
+    except Exception as error:
+        return [Skipped("stream_cqsa", _words(error))]
+
+
+class _Entrant:
+    """A competitor in the rounds, and what was measured of it."""
+
+    def __init__(self, competitor: Competitor, exact: Sequence[ExactRow]) -> None:
+        self.competitor = competitor
+        self.note = ""
+        self._places = [(row.batch, row.head, row.token) for row in exact]
+        self._expected = np.stack([row.out for row in exact])
+        self._seconds: list[float] = []
+        self._peak = 0
+        self._error: float | None = None
+        self._report: RunReport | None = None
+
+    def run(self, *, timed: bool) -> float:
+        """One run and its seconds."""
+        self.competitor.prepare()
+        _reset_peak()
+        start = time.perf_counter()
+        self._report = self.competitor.run()
+        seconds = time.perf_counter() - start
+        self._peak = max(self._peak, _device_peak())
+        difference = self.competitor.rows(self._places) - self._expected
+        errors = np.linalg.norm(difference, axis=1) / np.linalg.norm(self._expected, axis=1)
+        self._error = float(np.sqrt(np.mean(errors**2)))
+        if timed:
+            self._seconds.append(seconds)
+        return seconds
+
+    def row(self) -> Row:
+        """Its row of the table; one that failed in any round has no figures."""
+        name = self.competitor.name
+        if self.note:
+            return Row(name, note=self.note)
+        return Row(name, tuple(self._seconds), self._peak or None, self._error, report=self._report)
+
+
+def _round(entrants: Sequence[_Entrant], name: str, *, timed: bool) -> Iterator[Progress]:
+    """Let every competitor that has not failed run once; the failure of one is its own."""
+    for entrant in (entrant for entrant in entrants if not entrant.note):
+        what, start = f"{name}, {entrant.competitor.name}", time.perf_counter()
+        try:
+            seconds = entrant.run(timed=timed)
+        except Exception as error:
+            entrant.note = _words(error)
+            what, seconds = f"{what}: {entrant.note}", time.perf_counter() - start
+        yield Progress(what, seconds)
+
+
+def _words(error: Exception) -> str:
+    """An error as a cell of the table."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text or "can't allocate" in text:
+        return "out of memory"
+    return text[:120] or type(error).__name__
+
+
+def _reset_peak() -> None:
+    """Give device memory back that is cached or held by cycles, and begin to measure the peak anew."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def _device_peak() -> int:
+    """The most bytes that torch reserved on any GPU since `_reset_peak`."""
+    return max((torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())), default=0)
+
+
+def _check_room(folder: Path, elements: int, dtype: str) -> None:
+    """Raise ProblemError unless the dataset and a result, of so many elements, fit into `folder`."""
+    if not folder.is_dir():
+        raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with --folder")
+    if dtype not in DTYPES:
+        raise ProblemError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    needed, free = elements * DTYPES[dtype] + ceilings.BYTES, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ProblemError(
+            f"folder {folder}: the dataset and a result take {format_bytes(needed)}, {format_bytes(free)} are free; name "
+            "another with --folder, or lower --tokens"
+        )

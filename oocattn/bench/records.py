@@ -1,0 +1,114 @@
+"""What a bench hands back, and how it reads. Nothing is measured here."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from oocattn.pipelines.report import RunReport
+from oocattn.problem import Problem
+from oocattn.units import format_bytes, format_count, format_seconds
+
+RESIDENT = "resident call"
+"""The row that the others are compared with, where it could run."""
+
+PAGE_CACHE = "oocattn, page cache"
+"""The row whose plan and report are set against the ceilings."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One thing that was done, and its seconds."""
+
+    what: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.what}: {format_seconds(self.seconds)}"
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What a part of this machine can do at best: `rate` in "FLOP/s" or "B/s", as `unit` says."""
+
+    name: str
+    rate: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.name:<48} {format_count(self.rate)}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compute the problem.
+
+    `seconds` are those of every timed round, none where it could not run: `note` says why. `device_peak` is the most
+    bytes that torch reserved on a GPU, None without one. `error` is that of the sampled rows of `out` against float64: the
+    root mean square of each row's relative error, as causal rows differ in length. `report` is that of the last run of
+    oocattn, None for the others.
+    """
+
+    name: str
+    seconds: tuple[float, ...] = ()
+    device_peak: int | None = None
+    error: float | None = None
+    note: str = ""
+    report: RunReport | None = None
+
+    @property
+    def median(self) -> float:
+        """Median seconds; infinite where it could not run."""
+        return statistics.median(self.seconds) if self.seconds else float("inf")
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, of one problem and the same sampled rows of it; `kernel_rate` is the kernel's ceiling in FLOP/s."""
+
+    problem: Problem
+    rows: tuple[Row, ...]
+    kernel_rate: float
+
+    def row(self, name: str) -> Row:
+        """The row of that name."""
+        return next(row for row in self.rows if row.name == name)
+
+    @property
+    def reference(self) -> Row:
+        """What the rows' ratios are to: the resident call, or the fastest row if that could not run."""
+        resident = self.row(RESIDENT)
+        return resident if resident.seconds else min(self.rows, key=lambda row: row.median)
+
+    def __str__(self) -> str:
+        reference = self.reference
+        width = max(len(row.name) for row in self.rows)
+        lines = [
+            f"{self.problem}: seconds are medians, ratios are to the {reference.name}",
+            "",
+            f"{'':<{width}} {'seconds':>9} {'min to max':>17} {'ratio':>6} {'device peak':>11} {'error':>8}",
+        ]
+        lines += [self._line(row, reference, width) for row in self.rows]
+        return "\n".join([*lines, *self._against_ceiling(self.row(PAGE_CACHE))])
+
+    def _against_ceiling(self, row: Row) -> list[str]:
+        """What was predicted for a row of oocattn, and how near to the kernel's rate it came."""
+        if row.report is None:
+            return []
+        rate, ceiling = self.problem.flops / row.median, self.kernel_rate * row.report.lanes
+        predicted, took = format_seconds(row.report.predicted_seconds), format_seconds(row.median)
+        return [
+            "",
+            f"{row.name}: predicted {predicted}, took {took}",
+            f"{format_count(rate)}FLOP/s, {rate / ceiling:.0%} of the kernel's ceiling on {row.report.lanes} "
+            f"lane{'s' * (row.report.lanes > 1)}; compute was busy {row.report.compute_busy:.0%} of the time",
+        ]
+
+    def _line(self, row: Row, reference: Row, width: int) -> str:
+        if not row.seconds:
+            return f"{row.name:<{width}}  {row.note}"
+        spread = f"{min(row.seconds):.4g} to {max(row.seconds):.4g}"
+        peak = "-" if row.device_peak is None else format_bytes(row.device_peak)
+        error = "-" if row.error is None else f"{row.error:.1e}"
+        ratio = row.median / reference.median
+        return f"{row.name:<{width}} {row.median:>9.4g} {spread:>17} {ratio:>6.2f} {peak:>11} {error:>8}"
