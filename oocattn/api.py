@@ -12,7 +12,7 @@ import zarr
 from distributed import Client
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
-from oocattn.hardware import default_host_memory, describe_hardware, input_cost
+from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost
 from oocattn.pipelines.cluster import local_client, worker_addresses
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.report import RunReport
@@ -54,7 +54,7 @@ def plan(
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
-    lanes: int = 1,
+    lanes: int | None = None,
     result: str | Path | None = None,
 ) -> Plan:
     """Decide everything about a run of exact attention over `dataset`, and predict its bytes, memory and seconds.
@@ -63,22 +63,24 @@ def plan(
     B = 1) in float16, bfloat16 or float32. `scale` defaults to 1/sqrt(D), `dtype` of the output to the inputs'.
     `device_memory` and `host_memory` are hard limits in bytes, as numbers or like "2GiB", on all that the run allocates
     (default: half of the free memory). `chunks` pins the number of chunks c, `decomposition` is "auto", "cqs" or
-    "strips", `kernel` pins a kernel. `lanes` is the number of workers that will share the run; `result` tells on which
-    file system partials would lie.
+    "strips", `kernel` pins a kernel, and with it the CPU or GPUs. `lanes` is the number of workers that will share the run
+    (default: one, or one for each GPU); `result` tells on which file system partials would lie.
 
     Raises ProblemError for input that is no attention problem and BudgetError, with the smallest budget that works.
     """
-    if lanes < 1:
+    if lanes is not None and lanes < 1:
         raise ProblemError(f"{lanes} workers: a run needs one at least; start them and try again")
     opened = Dataset.open(str(dataset))
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     scratch = None if result is None else ResultPaths.at(result).state
-    default = default_host_memory()
+    hardware = describe_hardware(opened, problem, kernel=kernel, lanes=lanes, scratch=scratch)
     return make_plan(
         problem,
-        describe_hardware(problem, kernel=kernel, lanes=lanes, scratch=scratch),
-        device_memory=default if device_memory is None else parse_size(device_memory, "device memory"),
-        host_memory=default if host_memory is None else parse_size(host_memory, "host memory"),
+        hardware,
+        device_memory=parse_size(
+            default_device_memory(hardware) if device_memory is None else device_memory, "device memory"
+        ),
+        host_memory=parse_size(default_host_memory() if host_memory is None else host_memory, "host memory"),
         inputs=input_cost(opened, problem),
         chunks=chunks,
         decomposition=decomposition,
@@ -116,7 +118,7 @@ def attention(
     paths = ResultPaths.at(result)
     opened = Dataset.open(str(dataset))
     make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)  # refuse bad input before a cluster starts
-    with local_client(dashboard_address) if client is None else nullcontext(client) as connected:
+    with local_client(dashboard_address, count_lanes(kernel)) if client is None else nullcontext(client) as connected:
         chosen = plan(
             dataset,
             causal=causal,

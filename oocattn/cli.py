@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 from distributed import Client
 
 import oocattn
+from oocattn.bench import Progress, bench
 from oocattn.doctor import examine
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.kernels import kernel_names
-from oocattn.pipelines.events import Event
+from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.progress import ProgressBar
+from oocattn.pipelines.timeline import Timeline
 from oocattn.planner import DECOMPOSITIONS
 from oocattn.problem import DTYPES
 from oocattn.storage.importing import LAYOUTS, import_arrays
@@ -24,6 +26,9 @@ from oocattn.units import parse_size
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 """Exit codes; argparse's own for bad usage is 2."""
+
+PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kernel")
+"""Options that change the plan and not the problem."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +85,11 @@ def _plan(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     progress = sys.stderr.isatty() if options.progress is None else options.progress
     plan_printer = _PlanPrinter()
+    listeners: list[Callback] = [plan_printer]
+    if progress:
+        listeners.append(ProgressBar())
+    if options.timeline:
+        listeners.append(Timeline(options.timeline))
     with nullcontext(None) if options.scheduler is None else Client(options.scheduler) as client:
         result = oocattn.attention(
             options.dataset,
@@ -87,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
             **_plan_options(options),
             client=client,
             dashboard_address=options.dashboard,
-            callbacks=[plan_printer, ProgressBar()] if progress else [plan_printer],
+            callbacks=listeners,
             overwrite=options.overwrite,
         )
     if not plan_printer.printed:
@@ -127,9 +137,18 @@ def _doctor(options: argparse.Namespace) -> int:
     return DONE if passed else FAILED
 
 
+def _bench(options: argparse.Namespace) -> int:
+    shape = {name: getattr(options, name) for name in ("tokens", "heads", "kv_heads", "head_dim", "dtype")}
+    sampling = {name: getattr(options, name) for name in ("repeats", "warm_up", "rows", "seed")}
+    choices = {name: getattr(options, name) for name in PLAN_CHOICES}
+    with closing(bench(options.folder, causal=not options.full, **shape, **choices, **sampling)) as records:
+        for record in records:
+            print(record, file=sys.stderr if isinstance(record, Progress) else sys.stdout, flush=True)
+    return DONE
+
+
 def _plan_options(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("causal", "scale", "dtype", "device_memory", "host_memory", "chunks", "decomposition", "kernel")
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in ("causal", "scale", "dtype", *PLAN_CHOICES)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "doctor", _doctor, "check this machine: kernels against float64, rates, memory, disk, dashboard; exit 1 if one fails"
     )
+    _add_bench(add("bench", _bench, "measure this machine, and compare ways to compute the same attention on it"))
     return parser
 
 
@@ -189,11 +209,13 @@ def _add_new_dataset(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_problem_options(parser)
     _add_plan_options(parser)
     parser.add_argument("--draw", metavar="FILE.svg", help="draw which subproblem owns which pair of chunks")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_problem_options(parser)
     _add_plan_options(parser)
     parser.add_argument("result", metavar="RESULT", help="local path of the Zarr group to create, with arrays out and lse")
     parser.add_argument("--overwrite", action="store_true", help="replace RESULT if it is another run's")
@@ -201,6 +223,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--progress",
         action=argparse.BooleanOptionalAction,
         help="progress bar and dashboard address (default: only when standard error is a terminal)",
+    )
+    parser.add_argument(
+        "--timeline",
+        metavar="FILE.json",
+        help="write when what was busy: a trace for https://ui.perfetto.dev, and a picture beside it, FILE.svg",
     )
     cluster = parser.add_mutually_exclusive_group()
     cluster.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler to run on (default: this process)")
@@ -212,12 +239,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_plan_options(parser: argparse.ArgumentParser) -> None:
-    half = "default: half of the memory that is free"
+def _add_problem_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="path or URL of a Zarr group with arrays q, k and v")
     parser.add_argument("--causal", action="store_true", help="attend no later tokens (default: attend all)")
     parser.add_argument("--scale", type=float, help="factor of the scores (default: 1/sqrt(D))")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of out (default: that of q)")
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    half = "default: half of the memory that is free"
     parser.add_argument("--host-memory", type=_size, metavar="SIZE", help=f"hard limit on host memory, like 8GiB ({half})")
     parser.add_argument(
         "--device-memory", type=_size, metavar="SIZE", help=f"hard limit on device memory, like 2GiB ({half})"
@@ -238,6 +268,30 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=_size, default=64, metavar="R", help="rows to recompute (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of rows (default: %(default)s)")
     parser.add_argument("--dataset", metavar="PATH", help="where the dataset is (default: where it was when it was run)")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=_size, metavar="N", help="length of the sequence (default: 1M; 32K without a GPU)")
+    parser.add_argument("--heads", type=_size, metavar="HQ", help="query heads (default: 8; 4 without a GPU)")
+    parser.add_argument("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
+    parser.add_argument("--head-dim", type=_size, default=64, metavar="D", help="head dimension (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of all arrays (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="attend all tokens (default: causal)")
+    _add_plan_options(parser)
+    parser.add_argument(
+        "--folder",
+        metavar="DIR",
+        default=".",
+        help="where the dataset and results are written, and removed at the end (default: the current folder)",
+    )
+    parser.add_argument("--repeats", type=_size, default=3, metavar="R", help="timed rounds (default: %(default)s)")
+    parser.add_argument(
+        "--no-warm-up", dest="warm_up", action="store_false", help="leave out the untimed round before the timed ones"
+    )
+    parser.add_argument(
+        "--rows", type=_size, default=32, metavar="R", help="rows to compare with float64 (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the numbers and rows (default: %(default)s)")
 
 
 def _size(text: str) -> int:

@@ -1,22 +1,29 @@
-"""What this machine can do, for a plan: the kernel and decoding are measured briefly, the disk's rates are assumed."""
+"""What this machine can do, for a plan: the kernel, reading and decoding are measured briefly, writing is assumed."""
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from distributed.system import MEMORY_LIMIT
+from numpy.typing import NDArray
 
-from oocattn.kernels import Partial, default_kernel, get_kernel
+from oocattn.kernels import Partial, default_kernel, device_type, get_kernel, require_kernel
+from oocattn.planner import HALF_RATE_KEYS
 from oocattn.plans import Hardware, InputCost
 from oocattn.problem import Problem
 from oocattn.storage.create import numpy_dtype
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.readers import InputArray
 
 SAMPLE_BYTES = 16 << 20
 """How much of a dataset is read to measure how fast it reads."""
@@ -24,43 +31,150 @@ SAMPLE_BYTES = 16 << 20
 MOMENT = 0.15
 """Seconds for which a kernel is timed."""
 
-_DEVICE = "cpu"
+SAMPLES, SAMPLE_THREADS = 4, 8
+"""Places of an array that are read as a sample, and threads that do."""
+
+SEGMENTS = 40 << 20
+"""By how much torch's allocator may take more than it was asked for while a kernel is timed."""
+
+ASSUMED_RATE = 1e9
+"""Bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s."""
+
+CACHE_RATE = 5e9
+"""Bytes per second at least from the page cache; one thread reads 6 to 7 GB/s."""
+
+CUDA_SAMPLE = (32_768, 32_768)
+"""Rows and keys on which a kernel is timed on a GPU: enough to fill it, in little memory."""
 
 
-def describe_hardware(problem: Problem, *, kernel: str | None, lanes: int, scratch: Path | None) -> Hardware:
-    """Measure the kernel on this machine and describe it for a plan.
+def describe_hardware(
+    dataset: Dataset, problem: Problem, *, kernel: str | None, lanes: int | None, scratch: Path | None
+) -> Hardware:
+    """Measure the kernel and reading on this machine and describe it for a plan.
 
-    `kernel` pins one (default: the best for device and dtype), `lanes` is the number of workers, which share this
-    machine's cores, and `scratch` the folder whose file system takes the partials. Raises ProblemError for an unknown
-    kernel.
+    `kernel` pins one (default: the best for device and dtype), `lanes` is the number of workers (default: one, or one for
+    each GPU), which share this machine's cores, and `scratch` the folder whose file system takes the partials. Raises
+    ProblemError for a kernel that is unknown or cannot serve the problem here.
     """
-    name = kernel or default_kernel(_DEVICE, problem.dtype)
+    device = choose_device(kernel)
+    name = kernel or default_kernel(device, problem.dtype, problem.head_dim)
+    require_kernel(name, device, problem.dtype, problem.head_dim)
+    lanes = lanes or count_lanes(kernel)
     threads = max(1, torch.get_num_threads() // lanes)
+    if device == "cpu":
+        flops, half_rate_rows, measuring_bytes = kernel_rate(name, problem.head_dim, problem.dtype), 256, 0
+        flops *= threads / torch.get_num_threads()
+    else:
+        rows, keys, half_rate_rows = *CUDA_SAMPLE, 2048
+        measured = kernel_rate(name, problem.head_dim, problem.dtype, rows, keys, device)
+        flops = measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys)
+        torch.cuda.empty_cache()
+        operands = Partial.nbytes_for(1, rows, problem.head_dim) + (rows + 2 * keys) * problem.head_dim * problem.itemsize
+        scratch_bytes = get_kernel(name).scratch_bytes(1, rows, keys, problem.head_dim, problem.dtype)
+        measuring_bytes = operands + scratch_bytes + SEGMENTS
+    found = sample_rate(dataset)
     return Hardware(
         kernel=name,
-        kernel_flops=kernel_rate(name, problem.head_dim, problem.dtype) * threads / torch.get_num_threads(),
+        kernel_flops=flops,
         scratch_bytes=get_kernel(name).scratch_bytes,
+        device=device,
+        half_rate_rows=half_rate_rows,
+        max_keys=get_kernel(name).max_keys,
         lanes=lanes,
         threads=threads,
+        read_rate=found,
+        reread_rate=max(found, CACHE_RATE) if _fits_page_cache(problem) else found,
+        measuring_bytes=measuring_bytes,
         scratch_disk=1 << 60 if scratch is None else free_disk(scratch),
     )
 
 
+def choose_device(kernel: str | None) -> str:
+    """ "cuda" where there is a GPU, unless `kernel` is one for the CPU; else "cpu". Raises ProblemError if it is unknown."""
+    if kernel is not None:
+        return device_type(kernel)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def count_lanes(kernel: str | None) -> int:
+    """Lanes that a run of its own has on this machine: one for each GPU, or one for the CPU."""
+    return max(1, torch.cuda.device_count()) if choose_device(kernel) == "cuda" else 1
+
+
+def sample_rate(dataset: Dataset) -> float:
+    """Bytes per second at which the dataset's directly read arrays come in, by several threads, from cache or disk.
+
+    The samples lie all over the arrays, so that a dataset of which a part is cached gives something in between.
+    """
+    arrays = [array for array in dataset.arrays.values() if array.direct]
+    if not arrays:
+        return ASSUMED_RATE
+    pieces = []
+    for array in arrays:
+        batches, heads, tokens, head_dim = array.spec.four_dimensional
+        rows = min(tokens, max(1, SAMPLE_BYTES // SAMPLES // (head_dim * array.dtype.itemsize)))
+        for number in range(SAMPLES):
+            share = (number + 0.5) / SAMPLES
+            start = int(share * (tokens - rows))
+            pieces.append((array, int(share * batches), int(share * heads), start, np.empty((rows, head_dim), array.dtype)))
+
+    def read(piece: tuple[InputArray, int, int, int, NDArray[Any]]) -> int:
+        array, batch, head, start, out = piece
+        array.read_rows(batch, head, start, start + len(out), out)
+        return out.nbytes
+
+    with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
+        began = time.perf_counter()
+        total = sum(pool.map(read, pieces))
+        return total / max(time.perf_counter() - began, 1e-6)
+
+
+def _fits_page_cache(problem: Problem) -> bool:
+    """Whether the dataset, once read, may be expected to stay in the page cache."""
+    rows = problem.tokens * problem.head_groups * (problem.group_size + 2)
+    return rows * problem.head_dim * problem.itemsize < int(psutil.virtual_memory().available) // 2
+
+
 @lru_cache
-def kernel_rate(name: str, head_dim: int, dtype: str, rows: int = 1024, keys: int = 4096) -> float:
-    """Floating-point operations per second of a kernel on random data: the best of the short calls of a moment."""
-    kernel = get_kernel(name)
+def kernel_rate(
+    name: str, head_dim: int, dtype: str, rows: int = 1024, keys: int = 4096, device: str | None = None
+) -> float:
+    """Floating-point operations per second of a kernel on random data, over the short calls of a moment.
+
+    On the CPU the best call counts; on a GPU the median one, timed there, after one call that warms up. `device` defaults
+    to the type that the kernel is for.
+    """
+    kernel, where = get_kernel(name), torch.device(device or device_type(name))
     torch_dtype = getattr(torch, dtype)
-    query = torch.randn(1, rows, head_dim).to(torch_dtype)
-    key, value = (torch.randn(keys, head_dim).to(torch_dtype) for _ in range(2))
-    state = Partial.empty(1, rows, head_dim)
-    best = float("inf")
-    began = time.perf_counter()
-    while time.perf_counter() - began < MOMENT:
-        start = time.perf_counter()
+    query = torch.randn(1, rows, head_dim, device=where, dtype=torch_dtype)
+    key, value = (torch.randn(keys, head_dim, device=where, dtype=torch_dtype) for _ in range(2))
+    state = Partial.empty(1, rows, head_dim, where)
+
+    def attend() -> None:
         kernel.attend(query, key, value, state, scale=head_dim**-0.5, diagonal=False)
-        best = min(best, time.perf_counter() - start)
-    return 4.0 * rows * keys * head_dim / best
+
+    if where.type == "cuda":
+        attend()
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while not seconds or time.perf_counter() - began < MOMENT:
+        seconds.append(_seconds(attend, where))
+    return 4.0 * rows * keys * head_dim / (median(seconds) if where.type == "cuda" else min(seconds))
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    """How long `work` takes on `device`; returns when it is done."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
 
 
 def input_cost(dataset: Dataset, problem: Problem) -> InputCost:
@@ -90,6 +204,13 @@ def read_rate(dataset: Dataset, name: str, problem: Problem) -> float:
     start = time.perf_counter()
     array.read_rows(0, 0, 0, len(buffer), buffer)
     return buffer.nbytes / max(time.perf_counter() - start, 1e-6)
+
+
+def default_device_memory(hardware: Hardware) -> int:
+    """Half of the memory that is free now on the fullest GPU, in bytes, for each lane; on a CPU that of the host."""
+    if hardware.device == "cpu":
+        return default_host_memory()
+    return hardware.lanes * min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())) // 2
 
 
 def default_host_memory() -> int:

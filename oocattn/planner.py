@@ -2,20 +2,21 @@
 
 Planning is a pure function of records: nothing here reads data, measures hardware or starts a task. Every candidate
 division is costed (memory, bytes a link, seconds) and those that do not fit the budgets are dropped. Of the rest the
-fastest is taken; where predictions differ by less than 5%, cyclic quorums before strips, partials in memory before
-partials on disk, and fewer chunks before more.
+fastest is taken; where predictions differ by less than 5%, cyclic quorums before strips and partials in memory before
+partials on disk; where by less than 1%, fewer chunks before more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oocattn.errors import BudgetError, ProblemError
-from oocattn.plans import Hardware, InputCost, Link, Memory, Plan, make_division
+from oocattn.memory import Buffers, LaneMemory, Tiles, cpu_memory, cuda_memory, slot_bytes
+from oocattn.plans import Hardware, InputCost, Link, Plan, make_division
 from oocattn.problem import DTYPES, Problem
-from oocattn.quorum import candidate_chunk_counts, chunk_reads, quorum_size
+from oocattn.quorum import Division, candidate_chunk_counts, chunk_reads, quorum_size
 from oocattn.units import format_bytes
 
 MAX_CHUNKS = 9507
@@ -24,12 +25,18 @@ CHECKPOINT_SECONDS = 60.0
 """A subproblem is what a kill costs: where the budgets leave a choice, none takes longer than this."""
 
 TIE = 1.05
+"""Divisions of different kinds whose predictions differ by less are taken for equally fast; of one kind, `CLOSE`."""
+
+CLOSE = 1.01
 
 OUT_CHUNK_BYTES = 32 << 20
 """Aim for the chunks of `out`: between the 8 and 64 MiB at which chunk files are read fast."""
 
-STAGING_SLOTS = 2
-"""Subproblems staged on a lane at a time: one that is computed and one that is read."""
+TILE_UNIT = 128
+"""GPU tiles are a multiple of this: kernels work on blocks of 128 rows."""
+
+HALF_RATE_KEYS = 512
+"""Keys of a call at which a GPU's kernel falls to half its rate: launching it takes as long as they do."""
 
 PIECE = 16
 """Subproblems of a lane that are submitted to the scheduler together."""
@@ -39,15 +46,6 @@ WINDOW = 32
 
 UNFINISHED = 4 * WINDOW
 """Tasks of a lane, of any layer, that may wait there before no more are submitted."""
-
-PARTIAL_BLOCK_ROWS = 4096
-"""Rows of a block of a partial's file: some megabytes, so that merging streams through little memory."""
-
-MERGE_SCRATCH_BYTES = 2 << 20
-"""Temporaries of one merge and one finalisation, which may run beside the kernel."""
-
-LEDGER_BYTES = 24
-"""Temporaries a row when the ledger of a chunk is checked."""
 
 DECOMPOSITIONS = ("auto", "cqs", "strips")
 
@@ -95,91 +93,136 @@ def make_plan(
     prompt = [plan for plan in fitting if _subproblem_seconds(plan) <= CHECKPOINT_SECONDS] or fitting
     fastest = min(plan.seconds for plan in prompt)
     ties = [plan for plan in prompt if plan.seconds <= TIE * fastest]
-    return min(ties, key=lambda plan: (plan.decomposition != "cqs", plan.partials == "disk", plan.chunks, plan.seconds))
+    kind = min(_kind(plan) for plan in ties)
+    ties = [plan for plan in ties if _kind(plan) == kind]
+    fastest = min(plan.seconds for plan in ties)
+    return min((plan for plan in ties if plan.seconds <= CLOSE * fastest), key=lambda plan: (plan.chunks, plan.seconds))
+
+
+def _kind(plan: Plan) -> tuple[bool, bool]:
+    """How a plan divides and where it keeps partials; the preferred sort first."""
+    return plan.decomposition != "cqs", plan.partials == "disk"
 
 
 def _candidates(problem: Problem, chunks: int | None, decomposition: str) -> Iterator[_Candidate]:
     limit = min(problem.tokens, MAX_CHUNKS)
     if decomposition in ("auto", "cqs"):
         for c in (chunks,) if chunks else candidate_chunk_counts(limit):
-            for accumulators in {c, 2 * c}:
+            for accumulators in (c, c + quorum_size(c)):  # with more, a head group begins while another is written
                 yield _Candidate("cqs", c, 0, "memory", accumulators)
             yield _Candidate("cqs", c, 0, "disk", 2)
     if decomposition in ("auto", "strips"):
         for c in (chunks,) if chunks else _powers_of_two(limit):
             for span in _powers_of_two(c):
-                yield _Candidate("strips", c, span, "memory", 2)
+                for accumulators in (2, 4):
+                    yield _Candidate("strips", c, span, "memory", accumulators)
 
 
 def _powers_of_two(limit: int) -> Iterator[int]:
     return (1 << power for power in range(limit.bit_length()) if 1 << power <= limit)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """A candidate with its tiles and the memory that follows from them."""
+
+    chunk_rows: int
+    out_chunk_rows: int
+    tiles: Tiles
+    query_chunks: int  # the most of a subproblem
+    memory: LaneMemory
+
+
 def _cost(
     candidate: _Candidate, problem: Problem, hardware: Hardware, inputs: InputCost, device_memory: int, host_memory: int
 ) -> Plan:
     """Cost one candidate: its tiles, memory, bytes a link and seconds."""
-    chunk_rows, out_chunk_rows = _tiles(problem, candidate.chunks, inputs.align_rows)
-    memory = _lane_memory(candidate, problem, hardware, inputs, chunk_rows, out_chunk_rows)
+    layout = _lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes)
     division = make_division(candidate.decomposition, candidate.chunks, candidate.span, problem.causal)
-    lanes = hardware.lanes
-
-    query_reads, key_reads = chunk_reads(division)
-    row_bytes = problem.head_dim * problem.itemsize * problem.head_groups
-    read = chunk_rows * row_bytes * (problem.group_size * query_reads + 2 * key_reads)
-    out_row = problem.batch * problem.query_heads * (problem.head_dim * DTYPES[problem.out_dtype] + 4)
-    written = problem.tokens * out_row
-    partials = scratch_disk = 0.0
-    if candidate.partials == "disk":
-        of_head_group = query_reads * problem.partial_bytes(chunk_rows)
-        waiting = (UNFINISHED + 4 * PIECE) * lanes / candidate.chunks  # head groups whose chunks are not written yet
-        partials = problem.head_groups * of_head_group
-        scratch_disk = min(problem.head_groups, 2 + waiting) * of_head_group
-
-    units = problem.head_groups * (division.subproblems if candidate.partials == "disk" else 1)
-    balance = math.ceil(units / lanes) / units
-    rows = chunk_rows * problem.group_size
-    rate = hardware.kernel_flops * rows / (rows + hardware.half_rate_rows)
-    tasks = problem.head_groups * (2 * division.subproblems + 2 * candidate.chunks)
-    read_rate = min(hardware.read_rate, inputs.decode_rate)
-    links = (
-        Link("read", read, read / read_rate),
-        Link("compute", problem.flops, problem.flops * balance / rate),
-        Link("partials", 2 * partials, partials / hardware.write_rate + partials / hardware.read_rate),
-        Link("write", written, written / hardware.write_rate),
-        Link("tasks", tasks, tasks * hardware.task_seconds),
-    )
-    read_link, compute, partials_link, write, overhead = (link.seconds for link in links)
-    disk = read_link + partials_link + write
-    fill = memory.slot / read_rate + write / (candidate.chunks * problem.head_groups)
+    links, scratch_disk = _links(candidate, division, layout, problem, hardware, inputs)
+    seconds = {link.name: link.seconds for link in links}
+    disk = seconds["read"] + seconds["partials"] + seconds["write"]
+    fill = layout.memory.slot / min(hardware.read_rate, inputs.decode_rate)
+    drain = seconds["write"] * layout.query_chunks / (candidate.chunks * problem.head_groups)  # nothing left to compute
     return Plan(
         problem=problem,
         decomposition=candidate.decomposition,
         chunks=candidate.chunks,
         span=candidate.span,
-        chunk_rows=chunk_rows,
-        out_chunk_rows=out_chunk_rows,
+        chunk_rows=layout.chunk_rows,
+        out_chunk_rows=layout.out_chunk_rows,
         kernel=hardware.kernel,
+        device=hardware.device,
+        tiles=layout.tiles,
         partials=candidate.partials,
         accumulators=candidate.accumulators,
-        slot_bytes=memory.slot,
-        lanes=lanes,
+        slot_bytes=layout.memory.slot,
+        lanes=hardware.lanes,
         threads=hardware.threads,
         device_memory=device_memory,
         host_memory=host_memory,
-        peak_device=memory.device * lanes,
-        peak_host=memory.host * lanes,
-        scratch_disk=math.ceil(scratch_disk),
+        peak_device=layout.memory.device * hardware.lanes,
+        peak_host=layout.memory.host * hardware.lanes,
+        scratch_disk=scratch_disk,
         links=links,
-        seconds=max(compute, disk, overhead) + fill,
+        seconds=max(seconds["compute"], disk, seconds.get("copy", 0.0), seconds["tasks"]) + fill + drain,
         notes=inputs.notes,
     )
 
 
-def _tiles(problem: Problem, chunks: int, align_rows: int) -> tuple[int, int]:
+def _links(
+    candidate: _Candidate,
+    division: Division,
+    layout: _Layout,
+    problem: Problem,
+    hardware: Hardware,
+    inputs: InputCost,
+) -> tuple[tuple[Link, ...], int]:
+    """Bytes and seconds of every link, and the bytes that partials take on disk at most at a time."""
+    lanes, head_groups = hardware.lanes, problem.head_groups
+    row_bytes = problem.head_dim * problem.itemsize * head_groups
+    query_reads, key_reads = chunk_reads(division)
+    read = layout.chunk_rows * row_bytes * (problem.group_size * query_reads + 2 * key_reads)
+    once = min(read, problem.tokens * row_bytes * (problem.group_size + 2))
+    read_seconds = once / hardware.read_rate + (read - once) / hardware.reread_rate
+    written = problem.tokens * problem.batch * problem.query_heads * (problem.head_dim * DTYPES[problem.out_dtype] + 4)
+    handed_back = query_reads * problem.partial_bytes(layout.chunk_rows)  # of one head group
+    partials = scratch_disk = 0.0
+    if candidate.partials == "disk":
+        waiting = (UNFINISHED + 4 * PIECE) * lanes / candidate.chunks  # head groups whose chunks are not written yet
+        partials = head_groups * handed_back
+        scratch_disk = min(head_groups, 2 + waiting) * handed_back
+    units = head_groups * (division.subproblems if candidate.partials == "disk" else 1)
+    balance = math.ceil(units / lanes) / units
+    tasks = head_groups * (2 * division.subproblems + 2 * candidate.chunks)
+    links = [
+        Link("read", read, max(read_seconds, read / inputs.decode_rate)),
+        Link("compute", problem.flops, problem.flops * balance / _rate(layout.tiles, problem, hardware)),
+        Link("partials", 2 * partials, partials / hardware.write_rate + partials / hardware.read_rate),
+        Link("write", written, written / hardware.write_rate),
+        Link("tasks", tasks, tasks * hardware.task_seconds),
+    ]
+    if hardware.device == "cuda":
+        passes = problem.flops / (4 * problem.head_dim * problem.group_size * min(layout.tiles.query, layout.chunk_rows))
+        keys = 2 * problem.head_dim * problem.itemsize * passes
+        copied = keys + problem.group_size * query_reads * layout.chunk_rows * row_bytes + 2 * head_groups * handed_back
+        links.insert(1, Link("copy", copied, copied * balance / hardware.copy_rate))
+    return tuple(links), math.ceil(scratch_disk)
+
+
+def _rate(tiles: Tiles, problem: Problem, hardware: Hardware) -> float:
+    """A lane's kernel rate at these tiles."""
+    rows = tiles.query * problem.group_size
+    rate = hardware.kernel_flops * rows / (rows + hardware.half_rate_rows)
+    return rate if hardware.device == "cpu" else rate * tiles.key / (tiles.key + HALF_RATE_KEYS)
+
+
+def _chunk_rows(problem: Problem, chunks: int, hardware: Hardware, inputs: InputCost) -> tuple[int, int]:
     """Rows of a chunk and of a chunk of `out`; the second divides the first, so that every output chunk has one writer."""
     rows = math.ceil(problem.tokens / chunks)
-    unit = align_rows if rows >= align_rows else 1
+    unit = inputs.align_rows if rows >= inputs.align_rows else 1
+    if unit == 1 and hardware.device == "cuda" and rows >= 64 * TILE_UNIT:
+        unit = TILE_UNIT * math.ceil(rows / hardware.max_keys)  # so that a chunk is key tiles of one size
     blocks = math.ceil(rows / unit)
     out_bytes = rows * problem.head_dim * DTYPES[problem.out_dtype]
     blocks_per_out_chunk = math.ceil(blocks / max(1, round(out_bytes / OUT_CHUNK_BYTES)))
@@ -187,41 +230,58 @@ def _tiles(problem: Problem, chunks: int, align_rows: int) -> tuple[int, int]:
     return math.ceil(blocks / blocks_per_out_chunk) * out_chunk_rows, out_chunk_rows
 
 
-def _lane_memory(
-    candidate: _Candidate,
-    problem: Problem,
-    hardware: Hardware,
-    inputs: InputCost,
-    chunk_rows: int,
-    out_chunk_rows: int,
-) -> Memory:
-    """What one lane allocates. The CPU is its own device, so its device memory is part of its host memory."""
-    if candidate.decomposition == "strips":
-        query_chunks, key_chunks = 1, candidate.span
-    else:
-        query_chunks, key_chunks = _staged_chunks(candidate.chunks, problem)
-    row_bytes = problem.head_dim * problem.itemsize
-    slot = chunk_rows * row_bytes * (problem.group_size * query_chunks + 2 * key_chunks)
-    keys = chunk_rows * key_chunks
-    scratch = hardware.scratch_bytes(problem.group_size, chunk_rows, keys, problem.head_dim, problem.dtype)
-    partial = problem.partial_bytes(chunk_rows)
-    device = STAGING_SLOTS * slot + partial + scratch
-    out_chunk = out_chunk_rows * (problem.head_dim * DTYPES[problem.out_dtype] + 4)
-    merging = MERGE_SCRATCH_BYTES + LEDGER_BYTES * chunk_rows
-    if candidate.partials == "disk":
-        merging += problem.partial_bytes(min(PARTIAL_BLOCK_ROWS, chunk_rows))
-    host = device + candidate.accumulators * partial + merging + out_chunk + inputs.decode_bytes
-    return Memory(slot, device, host)
+def _lay_out(candidate: _Candidate, problem: Problem, hardware: Hardware, inputs: InputCost, device_memory: int) -> _Layout:
+    """Chunks and tiles of a candidate and what one lane allocates for them: the largest tiles that fit `device_memory`."""
+    chunk_rows, out_chunk_rows = _chunk_rows(problem, candidate.chunks, hardware, inputs)
+    query_chunks, key_chunks = _staged_chunks(candidate, problem)
+    slot = slot_bytes(problem, chunk_rows, query_chunks, key_chunks)
+    buffers = Buffers(slot, chunk_rows, out_chunk_rows, candidate.partials, candidate.accumulators, hardware.device)
+
+    def scratch(queries: int, keys: int) -> int:
+        return hardware.scratch_bytes(problem.group_size, queries, keys, problem.head_dim, problem.dtype)
+
+    def laid_out(tiles: Tiles) -> _Layout:
+        if hardware.device == "cpu":
+            memory = cpu_memory(problem, buffers, scratch(chunk_rows, chunk_rows * key_chunks))
+        else:
+            memory = cuda_memory(problem, buffers, tiles, scratch(tiles.query, tiles.key))
+        device = max(memory.device, hardware.measuring_bytes)
+        memory = replace(memory, device=device, host=memory.host + inputs.decode_bytes)
+        return _Layout(chunk_rows, out_chunk_rows, tiles, query_chunks, memory)
+
+    if hardware.device == "cpu":
+        return laid_out(Tiles(chunk_rows, chunk_rows))
+    for tiles in _tile_choices(problem, chunk_rows, hardware.max_keys):
+        layout = laid_out(tiles)
+        if layout.memory.device <= device_memory:
+            break
+    return layout
 
 
-def _staged_chunks(chunks: int, problem: Problem) -> tuple[int, int]:
-    """The most query chunks and key chunks that one quorum stages.
+def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tiles]:
+    """Tiles for a GPU, the fastest first: up to four key tiles of rows (over all heads), down to the smallest that works.
+
+    Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471, 478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
+    """
+    count = math.ceil(chunk_rows / max_keys)
+    key = min(chunk_rows, math.ceil(chunk_rows / count / TILE_UNIT) * TILE_UNIT)
+    most = max(key, 4 * max_keys // problem.group_size)
+    choices = [(query, key) for query in (4 * key, 2 * key, key, key // 2, key // 4) if query <= most]
+    choices += [(key // 4, key // 2)] + [(key >> power, key >> power) for power in range(2, key.bit_length())]
+    enough = [(query, keys) for query, keys in choices if keys >= TILE_UNIT and query >= TILE_UNIT] or [(key, key)]
+    return list(dict.fromkeys(Tiles(min(chunk_rows, query), keys) for query, keys in enough))
+
+
+def _staged_chunks(candidate: _Candidate, problem: Problem) -> tuple[int, int]:
+    """The most query chunks and key chunks that one subproblem stages.
 
     Causal and perfect: every pair of the quorum is owned, so its lowest chunk stages no Q and its highest no K/V, but for
     the one diagonal that it owns.
     """
-    k = quorum_size(chunks)
-    if not problem.causal or k * (k - 1) + 1 != chunks or k == 1:
+    if candidate.decomposition == "strips":
+        return 1, candidate.span
+    k = quorum_size(candidate.chunks)
+    if not problem.causal or k * (k - 1) + 1 != candidate.chunks or k == 1:
         return k, k
     return (k, k - 1) if problem.group_size >= 2 else (k - 1, k)
 

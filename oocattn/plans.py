@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from oocattn.drawing import draw_division
+from oocattn.memory import Buffers, Tiles
 from oocattn.problem import Problem
 from oocattn.quorum import CyclicQuorums, Division
 from oocattn.strips import Strips
@@ -23,21 +24,28 @@ from oocattn.units import format_bytes, format_count, format_seconds
 class Hardware:
     """What a plan needs to know of the machine. Rates are in bytes/s and FLOP/s.
 
-    `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a call at which it falls to half;
-    `scratch_bytes(group_size, rows, keys, head_dim, dtype)` bounds what the kernel allocates. `read_rate` and
-    `write_rate` are the disk's, shared by all lanes; `scratch_disk` is the room for partials, in bytes.
+    `device` is "cpu" or "cuda". `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a
+    call at which it falls to half, `max_keys` the most keys of a call; `scratch_bytes(group_size, rows, keys, head_dim,
+    dtype)` bounds what the kernel allocates. `copy_rate` is between host and device. `read_rate` and `write_rate` are the
+    disk's, shared by all lanes, and `reread_rate` that of what was read before, from the page cache if it fits there;
+    `scratch_disk` is the room for partials, in bytes, and `measuring_bytes` what finding all this out took on the device.
     """
 
     kernel: str
     kernel_flops: float
     scratch_bytes: Callable[[int, int, int, int, str], int]
+    device: str = "cpu"
     half_rate_rows: int = 256
+    max_keys: int = 1 << 16
     lanes: int = 1
     threads: int = 1
+    copy_rate: float = 50e9
     read_rate: float = 1e9
+    reread_rate: float = 1e9
     write_rate: float = 1e9
     task_seconds: float = 0.003
     scratch_disk: int = 1 << 60
+    measuring_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,15 +72,6 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What a lane allocates, in bytes: one staging slot, its whole working set on the device, and its share of the host."""
-
-    slot: int
-    device: int
-    host: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """Everything decided before a run. Seconds are predictions; peaks are upper bounds on what all lanes allocate."""
 
@@ -83,6 +82,8 @@ class Plan:
     chunk_rows: int
     out_chunk_rows: int
     kernel: str
+    device: str  # "cpu" or "cuda"
+    tiles: Tiles
     partials: str  # "memory" or "disk"
     accumulators: int  # states of query chunks that a lane holds at a time
     slot_bytes: int
@@ -103,6 +104,11 @@ class Plan:
         return make_division(self.decomposition, self.chunks, self.span, self.problem.causal)
 
     @property
+    def buffers(self) -> Buffers:
+        """What a lane keeps in host memory."""
+        return Buffers(self.slot_bytes, self.chunk_rows, self.out_chunk_rows, self.partials, self.accumulators, self.device)
+
+    @property
     def subproblems(self) -> int:
         """Subproblems over all head groups."""
         return self.division.subproblems * self.problem.head_groups
@@ -120,7 +126,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identity of what determines the result bit for bit: the problem, the division and the kernel."""
-        decided = [self.decomposition, self.chunks, self.span, self.chunk_rows, self.out_chunk_rows, self.kernel]
+        tiling = [self.chunk_rows, self.out_chunk_rows, self.tiles.key]
+        decided = [self.decomposition, self.chunks, self.span, *tiling, self.kernel]
         text = json.dumps([asdict(self.problem), decided], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -133,6 +140,12 @@ class Plan:
         """Draw the chunk-pair matrix, coloured by the subproblem that owns each pair, as an SVG file; return its path."""
         return draw_division(self.division, Path(path))
 
+    def _lanes(self) -> str:
+        if self.device == "cpu":
+            return f"{self.lanes} lane{'s' * (self.lanes > 1)}, {self.threads} threads each"
+        gpus = f"{self.lanes} GPU{'s' * (self.lanes > 1)}"
+        return f"{gpus}, tiles of {self.tiles.query:,} queries by {self.tiles.key:,} keys"
+
     def __str__(self) -> str:
         shape = f"{self.chunks} chunk{'s' * (self.chunks > 1)} of {self.chunk_rows:,} tokens"
         if self.decomposition == "cqs":
@@ -143,7 +156,7 @@ class Plan:
         lines = [
             f"problem      {self.problem}",
             f"division     {division}; {self.subproblems:,} subproblems",
-            f"kernel       {self.kernel}, {self.lanes} lane{'s' * (self.lanes > 1)}, {self.threads} threads each",
+            f"kernel       {self.kernel}, {self._lanes()}",
             f"partials     merged in {'memory' if self.partials == 'memory' else 'files'}{scratch}",
             f"peak memory  host {format_bytes(self.peak_host)} of {format_bytes(self.host_memory)}, "
             f"device {format_bytes(self.peak_device)} of {format_bytes(self.device_memory)}",

@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and that its options reach the library."""
 
+import json
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from distributed import LocalCluster
 
 import oocattn
 from oocattn import cli
+from oocattn.bench import Ceiling, Progress
 from oocattn.doctor import Check
 
 SMALL = ["--tokens", "1K", "--heads", "2", "--head-dim", "16", "--dtype", "float32"]
@@ -125,6 +127,8 @@ def test_bad_usage_exits_with_2_and_says_why(arguments, says, capsys):
         ["plan", "qkv.zarr", "--chunks", "2K"],
         ["synth", "other.zarr", *SMALL, "--kv-heads", "3"],
         ["plan", "qkv.zarr", "--draw", "no-folder/plan.svg"],
+        ["run", "qkv.zarr", "out.zarr", "--timeline", "no-folder/timeline.json"],
+        ["bench", "--folder", "no-folder"],
     ],
 )
 def test_a_failure_is_one_line_and_exits_with_1(arguments, dataset, tmp_path, monkeypatch, capsys):
@@ -147,6 +151,13 @@ def test_progress_and_dashboard_appear_when_asked(option, shown, dataset, result
     captured = capsys.readouterr()
     assert ("dashboard http://127.0.0.1:" in captured.err) is shown
     assert ("subproblem" in captured.err) is shown
+
+
+def test_the_timeline_of_a_run(dataset, result, tmp_path):
+    assert cli.main(["run", dataset, result, "--timeline", str(tmp_path / "timeline.json")]) == 0
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    assert {"read", "compute", "merge", "write"} <= {event.get("cat") for event in events}
+    assert "2 heads x 1,024 tokens" in (tmp_path / "timeline.svg").read_text()
 
 
 def test_a_run_on_another_dask_cluster(dataset, result, capsys):
@@ -176,7 +187,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_result(dataset, result):
     assert oocattn.status(result).state == "interrupted"
 
 
-@pytest.mark.parametrize("command", ["synth", "import", "plan", "run", "status", "verify", "doctor"])
+@pytest.mark.parametrize("command", ["synth", "import", "plan", "run", "status", "verify", "doctor", "bench"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
@@ -191,3 +202,26 @@ def test_doctor_exits_with_1_if_a_check_fails(passed, code, word, monkeypatch, c
     monkeypatch.setattr(cli, "examine", lambda: iter([Check("disk", passed, "as found"), Check("python", True, "3")]))
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().out.startswith(f"{word} ")
+
+
+def test_bench_passes_its_options_on_and_prints_results_apart_from_progress(monkeypatch, capsys):
+    asked = {}
+
+    def fake(folder, **options):
+        asked.update(options, folder=folder)
+        yield Ceiling("disk", 2e9, "B/s")
+        yield Progress("wrote the dataset", 1.5)
+
+    monkeypatch.setattr(cli, "bench", fake)
+    arguments = ["--tokens", "2K", "--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--dtype", "float32", "--full"]
+    arguments += ["--host-memory", "1GiB", "--device-memory", "1MiB", "--chunks", "7", "--decomposition", "cqs"]
+    arguments += ["--kernel", "cpu", "--folder", "/tmp", "--repeats", "5", "--rows", "9", "--seed", "3", "--no-warm-up"]
+    assert cli.main(["bench", *arguments]) == 0
+    assert asked == {
+        "tokens": 2048, "heads": 4, "kv_heads": 2, "head_dim": 32, "dtype": "float32", "causal": False,
+        "host_memory": 1 << 30, "device_memory": 1 << 20, "chunks": 7, "decomposition": "cqs", "kernel": "cpu",
+        "folder": "/tmp", "repeats": 5, "rows": 9, "seed": 3, "warm_up": False,
+    }  # fmt: skip
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["disk", "2", "GB/s"]
+    assert captured.err == "wrote the dataset: 1.5 s\n"

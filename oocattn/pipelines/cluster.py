@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import dask
+import torch
 from distributed import Client, LocalCluster
 
-THREADS = 4
-"""Task threads of a worker: one attends, the others stage, merge and write meanwhile."""
+from oocattn.errors import ProblemError
+
+THREADS = 8
+"""Task threads of a worker: up to three attend (on a GPU they wait for it), the others stage, merge and write meanwhile."""
 
 
 @contextmanager
-def local_client(dashboard_address: str = "127.0.0.1:0") -> Iterator[Client]:
-    """A client of a new cluster in this process: one worker for the CPU, and the dashboard on the loopback.
+def local_client(dashboard_address: str = "127.0.0.1:0", workers: int = 1) -> Iterator[Client]:
+    """A client of a new cluster in this process: a worker for the CPU or each GPU, and the dashboard on the loopback.
 
     The cluster opens no port but those of the dashboard and of the worker's pages. Dask's own memory limit is off: it
     counts mapped pages, and the plan bounds what is allocated.
@@ -23,7 +28,7 @@ def local_client(dashboard_address: str = "127.0.0.1:0") -> Iterator[Client]:
     with (
         dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status"}),
         LocalCluster(
-            n_workers=1,
+            n_workers=workers,
             threads_per_worker=THREADS,
             processes=False,
             memory_limit=0,
@@ -38,3 +43,41 @@ def local_client(dashboard_address: str = "127.0.0.1:0") -> Iterator[Client]:
 def worker_addresses(client: Client) -> list[str]:
     """The addresses of the client's workers, in a fixed order: one lane each."""
     return sorted(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def assign_devices(client: Client, device_type: str) -> dict[str, str]:
+    """The device of each worker's lane, by address: "cpu", or a GPU of its own such as "cuda:1".
+
+    Raises ProblemError naming a worker that has no GPU where one is asked for.
+    """
+    addresses = worker_addresses(client)
+    if device_type == "cpu":
+        return dict.fromkeys(addresses, "cpu")
+    visible: dict[str, list[str]] = client.run(_visible_gpus)
+    blind = [address for address in addresses if not visible[address]]
+    if blind:
+        raise ProblemError(
+            f"worker {', '.join(blind)} sees no GPU: start workers where there is one, or choose --kernel cpu"
+        )
+    return {address: f"cuda:{index}" for address, index in share_out({name: visible[name] for name in addresses}).items()}
+
+
+def share_out(visible: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Give each worker the GPU, as an index into those that it sees, that fewest others have: of those, its first.
+
+    `visible` names the GPUs, the same name for the same one. So workers that see all GPUs, in whatever order, and workers
+    that see one each all end up with their own.
+    """
+    taken: Counter[str] = Counter()
+    chosen = {}
+    for worker, names in visible.items():
+        index = min(range(len(names)), key=lambda index: (taken[names[index]], index))
+        taken[names[index]] += 1
+        chosen[worker] = index
+    return chosen
+
+
+def _visible_gpus() -> list[str]:
+    """Host and UUID of each GPU that this process sees."""
+    host = socket.gethostname()
+    return [f"{host} {torch.cuda.get_device_properties(index).uuid}" for index in range(torch.cuda.device_count())]

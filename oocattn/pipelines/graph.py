@@ -1,8 +1,8 @@
 """The Dask graph of a run: layers stage, attend, merge and write, with the edges that bound its memory.
 
-    stage(i)   waits for attend(i - 2) of its lane: there are two staging slots
-    attend(i)  waits for stage(i), for attend(i - 1) of its lane, and, with accumulators in memory, for the writes that
-               free those which its partials are the first to use
+    stage(i)   waits for attend(i - s) of its lane, which has s staging slots
+    attend(i)  waits for stage(i), for what the s - 1 attends before it wait for (the lane takes them in order, whichever
+               task runs first) and, with accumulators in memory, for the writes that free those which it begins to use
     merge(a)   waits for every attend that hands back a partial of chunk a and, with partials on disk, for the write
                that frees its accumulator
     write(a)   waits for merge(a)
@@ -13,6 +13,7 @@ of an earlier piece.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from typing import cast
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import Task, TaskRef
 
+from oocattn.memory import STAGING_SLOTS
 from oocattn.pipelines import tasks
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.schedule import Schedule
-from oocattn.planner import STAGING_SLOTS
 
 Key = tuple[str, int, int] | tuple[str, int, int, int]
 """Layer and run, head group, and index of the subproblem or chunk; of what is done again, the attempt too."""
@@ -41,10 +42,12 @@ LAYERS = {"stage": set[str](), "attend": {"stage"}, "merge": {"attend"}, "write"
 
 @dataclass
 class _Tail:
-    """The end of what a lane was given: subproblems, the attends that hold its slots, the writes that free accumulators."""
+    """The end of what a lane was given: subproblems, the attends that hold its slots, what those but the first wait for, and
+    the writes that free accumulators."""
 
     count: int
     attends: deque[Key]
+    needed: deque[list[Key]]
     writes: deque[Key]
 
 
@@ -59,7 +62,9 @@ class GraphBuilder:
         self._schedule = schedule
         self._addresses = addresses
         self._unfinished = unfinished
-        self._tails = [_Tail(0, deque(maxlen=STAGING_SLOTS), deque(maxlen=schedule.plan.accumulators)) for _ in addresses]
+        self._slots = slots = STAGING_SLOTS[schedule.plan.device]
+        accumulators = schedule.plan.accumulators
+        self._tails = [_Tail(0, deque(maxlen=slots), deque(maxlen=slots - 1), deque(maxlen=accumulators)) for _ in addresses]
         self._layers: dict[str, dict[Key, Task]] = {}
         self._workers: dict[Key, str] = {}
         self._retries = 0
@@ -106,18 +111,19 @@ class GraphBuilder:
     def _add_subproblem(self, head_group: int, index: int, *attempt: int) -> None:
         lane = self._schedule.subproblem_lane(head_group, index)
         tail = self._tails[lane]
-        slot = tail.count % STAGING_SLOTS
-        before = [tail.attends[0]] if len(tail.attends) == STAGING_SLOTS else []
+        before = [tail.attends[0]] if len(tail.attends) == self._slots else []
         key = self._key("stage", head_group, index, *attempt)
-        stage = self._add(lane, "stage", key, tasks.stage, (slot, head_group, index), before)
-        before = [stage, *list(tail.attends)[-1:]]
+        stage = self._add(lane, "stage", key, tasks.stage, (tail.count, head_group, index), before)
+        needed = [stage]
         if self._schedule.plan.partials == "memory":
             contributors = self._schedule.plan.division.contributors
             for chunk in self._chunks(index):
                 if contributors(chunk)[0] == index:
-                    before += self._take_accumulator(lane, self._key("write", head_group, chunk))
+                    needed += self._take_accumulator(lane, self._key("write", head_group, chunk))
         key = self._key("attend", head_group, index, *attempt)
-        tail.attends.append(self._add(lane, "attend", key, tasks.attend, (slot,), before))
+        waited_for = dict.fromkeys(itertools.chain(*tail.needed, needed))
+        tail.attends.append(self._add(lane, "attend", key, tasks.attend, (tail.count,), waited_for))
+        tail.needed.append(needed)
         tail.count += 1
 
     def _add_chunk(self, head_group: int, chunk: int, contributors: Iterable[int], *attempt: int) -> None:

@@ -1,17 +1,20 @@
 """A lane: one device with its buffers, working through subproblems: stage, attend, merge, write.
 
 All memory of a lane is allocated when it is made and never again; the plan counted it. Which subproblem comes when, and
-that no buffer is used for two things at once, is the graph's business.
+that no buffer is used for two things at once, is the graph's business. Here is what lanes of every kind share, reading,
+merging and writing; how a kind attends is in `cpu_lane` and `cuda_lane`.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,25 +22,33 @@ import numpy.typing as npt
 import torch
 
 from oocattn.errors import IntegrityError
-from oocattn.kernels import Partial, finalise, get_kernel
-from oocattn.pipelines.events import Event
+from oocattn.kernels import Partial, get_kernel
+from oocattn.memory import STAGING_SLOTS
+from oocattn.pipelines.arena import Arena
+from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.partials import make_partials
-from oocattn.planner import STAGING_SLOTS
+from oocattn.pipelines.tiles import pieces
 from oocattn.plans import Plan
-from oocattn.quorum import Block, Subproblem
+from oocattn.problem import HeadGroup
+from oocattn.quorum import Subproblem
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.readers import InputArray
 from oocattn.storage.result import ResultArrays
+
+READ_BYTES = 8 << 20
+"""What one thread reads at a time where several read."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to take part in a run: small, and sent once."""
+    """All that a worker needs to take part in a run: small, and sent once. `devices` says where each worker's lane is."""
 
     run: str
     plan: Plan
     dataset: str
     result: Path
     scratch: Path
+    devices: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -51,110 +62,116 @@ class Staged:
     value: torch.Tensor
     key_rows: dict[int, range]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.queries.values(), self.key, self.value))
 
-class Lane:
-    """The CPU lane. Its methods are called from the tasks of one worker, several at a time on different buffers."""
 
-    def __init__(self, job: Job) -> None:
-        plan = job.plan
-        self.plan = plan
+class Lane(ABC):
+    """What all kinds of lanes do. Its methods are called from the tasks of one worker, several at a time.
+
+    `memory` is the host memory that the lane may use, `fold` merges one host state into another, and `readers` is the
+    number of threads that read.
+    """
+
+    def __init__(self, job: Job, memory: Arena, readers: int) -> None:
+        self.plan = plan = job.plan
+        problem = plan.problem
         self.dataset = Dataset.open(job.dataset)
         self.result = ResultArrays.open(job.result, writable=True)
         self.kernel = get_kernel(plan.kernel)
-        self.partials = make_partials(plan, job.scratch)
-        self._slots = [torch.empty(plan.slot_bytes, dtype=torch.uint8) for _ in range(STAGING_SLOTS)]
+        self._slots = [memory.take((plan.slot_bytes,), torch.uint8) for _ in range(STAGING_SLOTS[plan.device])]
         self._staged: dict[int, Staged] = {}
-        problem = plan.problem
-        self._partial = Partial.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
-        self._merged: dict[tuple[int, int], Partial] = {}
-        self._out = torch.empty(1, plan.out_chunk_rows, problem.head_dim, dtype=getattr(torch, problem.out_dtype))
-        self._lse = torch.empty(1, plan.out_chunk_rows, dtype=torch.float32)
-        self._writing = threading.Lock()
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
 
-    def stage(self, slot: int, head_group: int, index: int) -> Event:
-        """Read the chunks of a subproblem into a staging slot."""
+        def allocate(rows: int) -> Partial:
+            return memory.partial(problem.group_size, rows, problem.head_dim)
+
+        self.partials = make_partials(plan, job.scratch, allocate, self.fold)
+        self._merged: dict[tuple[int, int], Partial] = {}
+        self._out = memory.take((1, plan.out_chunk_rows, problem.head_dim), getattr(torch, problem.out_dtype))
+        self._lse = memory.take((1, plan.out_chunk_rows), torch.float32)
+        self._merging, self._writing = threading.Lock(), threading.Lock()
+
+    @abstractmethod
+    def attend(self, turn: int) -> Event:
+        """Compute the partials of the subproblem that was staged for this turn, and hand them to the partial store.
+
+        A lane takes subproblems in the order of their turns, whichever task comes first: that which comes early begins
+        those before it too, which have been staged.
+        """
+
+    @abstractmethod
+    def fold(self, into: Partial, partial: Partial) -> None:
+        """Merge one state in host memory into another; when this returns, `partial` may be overwritten."""
+
+    @abstractmethod
+    def finalise(self, state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""
+
+    def close(self) -> None:
+        """Give back what the lane holds; nothing runs on it any more."""
+        self._readers.shutdown()
+
+    def stage(self, turn: int, head_group: int, index: int) -> Event:
+        """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0."""
         start = time.time()
-        self._staged[slot] = staged = self._carve(slot, head_group, self.plan.division.subproblem(index))
-        group = self.plan.problem.head_group(head_group)
+        slot = self._slots[turn % len(self._slots)]
+        self._staged[turn] = staged = self._carve(slot, head_group, self.plan.division.subproblem(index))
+        not_finite = sum(self._readers.map(_read, self._reads(staged)))
+        detail = {"not_finite": not_finite}
+        stop = time.time()
+        spans = (Span("read", start, stop),)
+        return Event("staged", start, stop, head_group, index, amount=staged.nbytes, detail=detail, spans=spans)
+
+    def _reads(self, staged: Staged) -> Iterator[_Read]:
+        """The reads that fill a staged subproblem, cut to pieces where the array's chunk files are read directly.
+
+        NaN and Inf are counted in the chunks whose diagonal it owns: so each chunk is counted once in a run.
+        """
+        group = self.plan.problem.head_group(staged.head_group)
+        owned = {block.query_chunk for block in staged.subproblem.blocks if block.diagonal}
         for chunk, query in staged.queries.items():
-            tokens = self.plan.tokens(chunk)
             for head, rows in zip(group.query_heads, query, strict=True):
-                self.dataset.arrays["q"].read_rows(group.batch, head, tokens.start, tokens.stop, as_numpy(rows))
+                yield from self._reads_of("q", group, head, self.plan.tokens(chunk), rows, chunk in owned)
         for name, tensor in (("k", staged.key), ("v", staged.value)):
             for chunk, rows_of_chunk in staged.key_rows.items():
-                tokens = self.plan.tokens(chunk)
-                if not tokens:
-                    continue
                 rows = tensor[rows_of_chunk.start : rows_of_chunk.stop]
-                self.dataset.arrays[name].read_rows(group.batch, group.kv_head, tokens.start, tokens.stop, as_numpy(rows))
-        amount = sum(tensor.nbytes for tensor in (*staged.queries.values(), staged.key, staged.value))
-        detail = {"not_finite": self._not_finite(staged)}
-        return Event("staged", start, time.time(), head_group, index, amount=amount, detail=detail)
+                yield from self._reads_of(name, group, group.kv_head, self.plan.tokens(chunk), rows, chunk in owned)
 
-    def _not_finite(self, staged: Staged) -> int:
-        """NaN and Inf in the chunks whose diagonal this subproblem owns: so each chunk is counted once in a run."""
-        count = 0
-        for block in staged.subproblem.blocks:
-            if block.diagonal and block.query_chunk in staged.queries:
-                rows = staged.key_rows[block.query_chunk]
-                count += count_not_finite(staged.queries[block.query_chunk])
-                count += count_not_finite(staged.key[rows.start : rows.stop])
-                count += count_not_finite(staged.value[rows.start : rows.stop])
-        return count
-
-    def attend(self, slot: int) -> Event:
-        """Compute the partials of the staged subproblem and hand them to the partial store."""
-        start = time.time()
-        if torch.get_num_threads() != self.plan.threads:
-            torch.set_num_threads(self.plan.threads)
-        staged = self._staged.pop(slot)
-        pairs = committed = 0
-        for block in staged.subproblem.blocks:
-            if block.query_chunk not in staged.queries:
-                continue  # beyond the last token
-            query = staged.queries[block.query_chunk]
-            state = self._partial.rows(0, query.shape[1])
-            state.reset()
-            self._attend_block(staged, block, query, state)
-            pairs += int(state.keys.sum()) * len(query)
-            committed += self.partials.add(staged.head_group, block.query_chunk, staged.subproblem.index, state)
-        detail = {"partial_bytes": committed}
-        return Event("attended", start, time.time(), staged.head_group, staged.subproblem.index, amount=pairs, detail=detail)
-
-    def _attend_block(self, staged: Staged, block: Block, query: torch.Tensor, state: Partial) -> None:
-        """One query chunk: plain rectangles over contiguous runs of staged keys, and a triangle for a causal diagonal."""
-        problem = self.plan.problem
-        chunks = block.key_chunks
-        if block.diagonal and not problem.causal:
-            chunks = tuple(sorted((*chunks, block.query_chunk)))
-        for run in contiguous_runs([staged.key_rows[chunk] for chunk in chunks]):
-            key, value = staged.key[run.start : run.stop], staged.value[run.start : run.stop]
-            self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=False)
-        if block.diagonal and problem.causal:
-            rows = staged.key_rows[block.query_chunk]
-            key, value = staged.key[rows.start : rows.stop], staged.value[rows.start : rows.stop]
-            self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=True)
+    def _reads_of(
+        self, name: str, group: HeadGroup, head: int, tokens: range, rows: torch.Tensor, counted: bool
+    ) -> Iterator[_Read]:
+        array = self.dataset.arrays[name]
+        out = as_numpy(rows)
+        step = max(1, READ_BYTES // out[:1].nbytes) if array.direct and tokens else max(1, len(tokens))
+        for part in pieces(tokens, step):
+            into = out[part.start - tokens.start : part.stop - tokens.start]
+            yield _Read(array, group.batch, head, part, into, counted)
 
     def merge(self, head_group: int, chunk: int) -> Event:
         """Merge the partials of a query chunk and check its ledger: every row attended exactly the keys it must."""
-        start = time.time()
-        state = self.partials.collect(head_group, chunk)
-        self._check_ledger(state, head_group, self.plan.tokens(chunk))
+        with self._merging:
+            start = time.time()
+            state = self.partials.collect(head_group, chunk)
+            self._check_ledger(state, head_group, self.plan.tokens(chunk))
         self._merged[head_group, chunk] = state
-        pairs = int(state.keys.sum()) * self.plan.problem.group_size
-        return Event("merged", start, time.time(), head_group, chunk, amount=pairs)
+        pairs = int(state.keys.numpy().sum()) * self.plan.problem.group_size
+        stop = time.time()
+        spans = (Span("merge", start, stop),)
+        return Event("merged", start, stop, head_group, chunk, amount=pairs, spans=spans)
 
     def _check_ledger(self, state: Partial, head_group: int, tokens: range) -> None:
-        problem = self.plan.problem
-        expected = torch.full_like(state.keys, problem.tokens)
-        if problem.causal:
-            expected = torch.arange(tokens.start + 1, tokens.stop + 1)
-        wrong = torch.nonzero(state.keys != expected)
+        attended = state.keys.numpy()
+        expected = np.full_like(attended, self.plan.problem.tokens)
+        if self.plan.problem.causal:
+            expected = np.arange(tokens.start + 1, tokens.stop + 1)
+        wrong = np.flatnonzero(attended != expected)
         if len(wrong):
-            row = int(wrong[0, 0])
+            row = int(wrong[0])
             raise IntegrityError(
-                f"head group {head_group}, token {tokens[row]}: {int(state.keys[row])} keys were attended, expected "
-                f"{int(expected[row])}; the chunk is not written, run again"
+                f"head group {head_group}, token {tokens[row]}: {attended[row]} keys were attended, expected "
+                f"{expected[row]}; the chunk is not written, run again"
             )
 
     def write(self, head_group: int, chunk: int) -> Event:
@@ -169,13 +186,15 @@ class Lane:
                 for first in range(0, len(tokens), step):
                     rows = state.head(local).rows(first, min(first + step, len(tokens)))
                     out, lse = self._out[:, : len(rows.keys)], self._lse[:, : len(rows.keys)]
-                    finalise(rows, out, lse)
+                    self.finalise(rows, out, lse)
                     part = (tokens.start + first) // step
                     amount += self.result.write(group.batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])
         self.partials.release(head_group, chunk)
-        return Event("written", start, time.time(), head_group, chunk, amount=amount)
+        stop = time.time()
+        spans = (Span("write", start, stop),)
+        return Event("written", start, stop, head_group, chunk, amount=amount, spans=spans)
 
-    def _carve(self, slot: int, head_group: int, subproblem: Subproblem) -> Staged:
+    def _carve(self, slot: torch.Tensor, head_group: int, subproblem: Subproblem) -> Staged:
         """Lay a subproblem's chunks out in a slot: the queries of each chunk, then all keys, then all values."""
         problem = self.plan.problem
         dtype = getattr(torch, problem.dtype)
@@ -185,7 +204,7 @@ class Lane:
         def take(rows: int) -> torch.Tensor:
             nonlocal used
             used += rows * row_bytes
-            return self._slots[slot][used - rows * row_bytes : used].view(dtype).view(rows, problem.head_dim)
+            return slot[used - rows * row_bytes : used].view(dtype).view(rows, problem.head_dim)
 
         queries = {}
         for chunk in subproblem.query_chunks:
@@ -200,15 +219,28 @@ class Lane:
         return Staged(head_group, subproblem, queries, take(total), take(total), key_rows)
 
 
-def contiguous_runs(ranges: Iterable[range]) -> list[range]:
-    """Join ascending ranges where one starts at the end of the one before: [0-2), [2-5), [7-9) -> [0-5), [7-9)."""
-    runs: list[range] = []
-    for rows in ranges:
-        if runs and runs[-1].stop == rows.start:
-            runs[-1] = range(runs[-1].start, rows.stop)
-        else:
-            runs.append(rows)
-    return [run for run in runs if run]
+@dataclass(frozen=True)
+class _Read:
+    array: InputArray
+    batch: int
+    head: int
+    tokens: range
+    out: npt.NDArray[Any]
+    counted: bool
+
+
+def _read(read: _Read) -> int:
+    """Carry a read out; return how many elements are NaN or Inf, if that is counted."""
+    read.array.read_rows(read.batch, read.head, read.tokens.start, read.tokens.stop, read.out)
+    return count_not_finite(read.out) if read.counted else 0
+
+
+def count_not_finite(array: npt.NDArray[Any]) -> int:
+    """How many elements are NaN or Inf: those whose exponent bits are all ones."""
+    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[array.dtype.name]
+    bits = array.reshape(-1).view(np.uint16 if array.itemsize == 2 else np.uint32)
+    mask = bits.dtype.type(exponent)  # in blocks, so that temporaries stay small
+    return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(1 << 18, len(bits), 1 << 18)))
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
@@ -216,10 +248,3 @@ def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
-
-
-def count_not_finite(tensor: torch.Tensor) -> int:
-    """How many elements are NaN or Inf. The sum of a block tells at the speed of memory that there are none."""
-    blocks = tensor.reshape(-1).split(1 << 18)
-    suspects = (block for block in blocks if not math.isfinite(float(block.sum(dtype=torch.float32))))
-    return sum(int((~torch.isfinite(block)).sum()) for block in suspects)

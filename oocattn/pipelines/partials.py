@@ -6,9 +6,11 @@ bit in either of them, whatever computed the partials and when. A store for anot
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,10 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.errors import IntegrityError
-from oocattn.kernels import Partial, merge
-from oocattn.planner import PARTIAL_BLOCK_ROWS
+from oocattn.kernels import Partial
+from oocattn.memory import PARTIAL_BLOCK_ROWS, PARTIAL_BUFFERS
 from oocattn.plans import Plan
 from oocattn.storage.blockfile import read_blocks, write_blocks
+
+Allocate = Callable[[int], Partial]
+"""An uninitialised state of so many rows of one head group, in host memory."""
+
+Fold = Callable[[Partial, Partial], None]
+"""Merge the second state, whose memory is the caller's again afterwards, into the first; both in host memory."""
 
 
 class DamagedPartialError(IntegrityError):
@@ -34,14 +42,25 @@ class DamagedPartialError(IntegrityError):
         return str(self.args[0])
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where a partial goes: host memory that it overwrites or, where `merged`, into whose content it is merged."""
+
+    state: Partial
+    merged: bool
+
+
 class PartialStore(Protocol):
     """Takes partials as they are computed and gives back the merged state of a query chunk.
 
     A chunk holds one of the lane's accumulators from its first partial (in memory) or its merge (on disk) to its release.
     """
 
-    def add(self, head_group: int, chunk: int, subproblem: int, partial: Partial) -> int:
-        """Take one partial (its memory is the caller's again afterwards); return the bytes written to disk."""
+    def begin(self, head_group: int, chunk: int, subproblem: int) -> Destination:
+        """Where the partial of `chunk` from `subproblem` goes; on disk this waits for a buffer that another `end` frees."""
+
+    def end(self, head_group: int, chunk: int, subproblem: int) -> int:
+        """The partial is there, whole; return the bytes written to disk."""
 
     def collect(self, head_group: int, chunk: int) -> Partial:
         """Merge every partial of the chunk; the state is valid until `release`.
@@ -56,15 +75,14 @@ class PartialStore(Protocol):
 class _Accumulators:
     """The chunk states of a lane, allocated once. The edges of the graph see to it that one is free when it is needed."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, allocate: Allocate) -> None:
         self._plan = plan
-        self._free = deque(_empty(plan, plan.chunk_rows) for _ in range(plan.accumulators))
+        self._free = deque(allocate(plan.chunk_rows) for _ in range(plan.accumulators))
         self._held: dict[tuple[int, int], Partial] = {}
 
     def take(self, head_group: int, chunk: int) -> Partial:
-        """An accumulator for a chunk, with no key attended."""
-        self._held[head_group, chunk] = state = self._free.popleft()
-        state.reset()
+        """An accumulator for a chunk; what it holds is undefined."""
+        self._held[head_group, chunk] = self._free.popleft()
         return self.get(head_group, chunk)
 
     def get(self, head_group: int, chunk: int) -> Partial:
@@ -78,22 +96,24 @@ class _Accumulators:
 class MemoryPartials:
     """Each partial is folded into its chunk's accumulator as it comes, and they come in order."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, allocate: Allocate) -> None:
         self._division = plan.division
-        self._accumulators = _Accumulators(plan)
+        self._accumulators = _Accumulators(plan, allocate)
         self._folded: dict[tuple[int, int], list[int]] = {}
 
-    def add(self, head_group: int, chunk: int, subproblem: int, partial: Partial) -> int:
+    def begin(self, head_group: int, chunk: int, subproblem: int) -> Destination:
         folded = self._folded.setdefault((head_group, chunk), [])
-        take = self._accumulators.get if folded else self._accumulators.take
-        state = take(head_group, chunk)
-        expected = self._division.contributors(chunk)[len(folded)]
-        if subproblem != expected:
+        expected = self._division.contributors(chunk)[len(folded) :][:1]
+        if (subproblem,) != expected:
             raise IntegrityError(
-                f"head group {head_group}, chunk {chunk}: the partial of subproblem {subproblem} came, expected {expected}"
+                f"head group {head_group}, chunk {chunk}: the partial of subproblem {subproblem} came, expected "
+                f"{expected[0] if expected else 'no more'}"
             )
-        merge(state, partial)
+        merged = bool(folded)
         folded.append(subproblem)
+        return Destination((self._accumulators.get if merged else self._accumulators.take)(head_group, chunk), merged)
+
+    def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         return 0
 
     def collect(self, head_group: int, chunk: int) -> Partial:
@@ -111,51 +131,64 @@ class MemoryPartials:
 class DiskPartials:
     """A file a partial, merged when the last of a chunk is there: for accumulators that do not fit, or several lanes."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self._division = plan.division
+    def __init__(self, plan: Plan, folder: Path, allocate: Allocate, fold: Fold) -> None:
+        self._plan = plan
         self._folder = folder
-        self._accumulators = _Accumulators(plan)
-        self._block = _empty(plan, min(PARTIAL_BLOCK_ROWS, plan.chunk_rows))
+        self._fold = fold
+        self._accumulators = _Accumulators(plan, allocate)
+        self._buffers: queue.SimpleQueue[Partial] = queue.SimpleQueue()
+        for _ in range(PARTIAL_BUFFERS[plan.device]):
+            self._buffers.put(allocate(plan.chunk_rows))
+        self._begun: dict[tuple[int, int, int], Partial] = {}
+        self._block = allocate(min(PARTIAL_BLOCK_ROWS, plan.chunk_rows))
         self._reading = threading.Lock()
 
-    def add(self, head_group: int, chunk: int, subproblem: int, partial: Partial) -> int:
+    def begin(self, head_group: int, chunk: int, subproblem: int) -> Destination:
+        self._begun[head_group, chunk, subproblem] = buffer = self._buffers.get()
+        return Destination(buffer.rows(0, len(self._plan.tokens(chunk))), merged=False)
+
+    def end(self, head_group: int, chunk: int, subproblem: int) -> int:
+        buffer = self._begun.pop((head_group, chunk, subproblem))
+        partial = buffer.rows(0, len(self._plan.tokens(chunk)))
         blocks = [_arrays(partial.rows(start, stop)) for start, stop in _row_blocks(partial)]
-        return write_blocks(self._path(head_group, chunk, subproblem), blocks)
+        try:
+            return write_blocks(self._path(head_group, chunk, subproblem), blocks)
+        finally:
+            self._buffers.put(buffer)
 
     def collect(self, head_group: int, chunk: int) -> Partial:
         state = self._accumulators.take(head_group, chunk)
-        for subproblem in self._division.contributors(chunk):
+        state.reset()
+        for subproblem in self._plan.division.contributors(chunk):
             try:
-                self._fold(state, self._path(head_group, chunk, subproblem))
+                self._read(state, self._path(head_group, chunk, subproblem))
             except IntegrityError as error:
                 self._accumulators.give_back(head_group, chunk)
                 raise DamagedPartialError(str(error), head_group, subproblem) from error
         return state
 
-    def _fold(self, state: Partial, path: Path) -> None:
+    def _read(self, state: Partial, path: Path) -> None:
         """Merge a partial's file into the state, block by block: a damaged one leaves it half merged."""
         row_blocks = list(_row_blocks(state))
         with self._reading:
             buffers = [self._block.rows(0, stop - start) for start, stop in row_blocks]
             for index in read_blocks(path, [_arrays(buffer) for buffer in buffers]):
-                merge(state.rows(*row_blocks[index]), buffers[index])
+                self._fold(state.rows(*row_blocks[index]), buffers[index])
 
     def release(self, head_group: int, chunk: int) -> None:
         self._accumulators.give_back(head_group, chunk)
-        for subproblem in self._division.contributors(chunk):
+        for subproblem in self._plan.division.contributors(chunk):
             self._path(head_group, chunk, subproblem).unlink()
 
     def _path(self, head_group: int, chunk: int, subproblem: int) -> Path:
         return self._folder / f"partial-{head_group}-{chunk}-{subproblem}"
 
 
-def make_partials(plan: Plan, folder: Path) -> PartialStore:
+def make_partials(plan: Plan, folder: Path, allocate: Allocate, fold: Fold) -> PartialStore:
     """The store that the plan names; `folder` is where it may keep files."""
-    return MemoryPartials(plan) if plan.partials == "memory" else DiskPartials(plan, folder)
-
-
-def _empty(plan: Plan, rows: int) -> Partial:
-    return Partial.empty(plan.problem.group_size, rows, plan.problem.head_dim)
+    if plan.partials == "memory":
+        return MemoryPartials(plan, allocate)
+    return DiskPartials(plan, folder, allocate, fold)
 
 
 def _row_blocks(partial: Partial) -> Iterator[tuple[int, int]]:

@@ -18,8 +18,10 @@ class RunReport:
     """Figures of one finished run.
 
     `seconds` is wall time from the first task to the committed result; `busy` the seconds spent in each kind of task,
-    over all lanes; `pairs` the query-key pairs that the ledger confirmed; `not_finite` the NaN and Inf found in the
-    inputs; `recomputed` the subproblems that were computed again because a partial on disk was damaged.
+    over all lanes; `compute_busy` the share of the wall time that a lane's compute stream (on a CPU: its kernel) was
+    busy, their mean; `pairs` the query-key pairs that the ledger confirmed; `not_finite` the NaN and Inf found in the
+    inputs; `recomputed` the subproblems that were computed again because a partial on disk was damaged; `out_of_memory`
+    how often a GPU had less memory than was planned, so that the run went on with smaller tiles.
     """
 
     seconds: float
@@ -34,6 +36,8 @@ class RunReport:
     not_finite: int
     recomputed: int
     busy: Mapping[str, float]
+    compute_busy: float
+    out_of_memory: int
     finished: str
 
     def to_json(self) -> dict[str, Any]:
@@ -61,12 +65,17 @@ class RunReport:
             f"bytes        {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_partials)} of partials, "
             f"{format_bytes(self.bytes_written)} written",
             "busy         " + ", ".join(f"{kind} {format_seconds(seconds)}" for kind, seconds in self.busy.items()),
+            f"compute      busy {self.compute_busy:.1%} of the time",
         ]
         if self.not_finite:
             lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
         if self.recomputed:
             lines.append(
                 f"partials     {self.recomputed} subproblems were computed again: their partials were damaged on disk"
+            )
+        if self.out_of_memory:
+            lines.append(
+                f"device       out of memory {self.out_of_memory} times in spite of the plan: went on with smaller tiles"
             )
         return "\n".join(lines)
 
@@ -79,8 +88,10 @@ class Tally:
         self.amounts: defaultdict[str, int] = defaultdict(int)
         self.busy: defaultdict[str, float] = defaultdict(float)
         self.details: defaultdict[str, int] = defaultdict(int)
+        self.computing = 0.0
 
     def __call__(self, event: Event) -> None:
+        self.computing += sum(span.stop - span.start for span in event.spans if span.resource == "compute")
         if event.attempt and event.kind in ("staged", "attended"):  # what it amounts to was counted the first time
             self.busy[event.kind] += event.stop - event.start
             return
@@ -106,5 +117,7 @@ class Tally:
             not_finite=self.details["not_finite"],
             recomputed=self.details["recomputed"],
             busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
+            compute_busy=self.computing / max(seconds * lanes, 1e-9),
+            out_of_memory=self.details["out_of_memory"],
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )

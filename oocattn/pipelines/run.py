@@ -19,7 +19,7 @@ from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future
 
 from oocattn.errors import IntegrityError, WorkerLostError
-from oocattn.pipelines.cluster import worker_addresses
+from oocattn.pipelines.cluster import assign_devices, worker_addresses
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.graph import GraphBuilder, Key, attempt_of
 from oocattn.pipelines.lane import Job
@@ -46,18 +46,22 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
     the file system does. Then the result has not appeared under its name.
     """
     start = time.time()
-    addresses = worker_addresses(client)
+    devices = assign_devices(client, plan.device)
+    addresses = list(devices)
     tally = Tally()
     driver = _Driver(plan, addresses, client, (tally, *callbacks))
-    job = Job(driver.name, plan, dataset.location, paths.growing, paths.scratch)
+    job = Job(driver.name, plan, dataset.location, paths.growing, paths.scratch, devices)
     fingerprint = dataset.fingerprint()
     driver.emit(Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""}))
     try:
         try:
             client.register_plugin(LanePlugin(job))
             driver.drive()
-        finally:
+        except BaseException:
             driver.stop()
+            raise
+        finally:
+            client.unregister_worker_plugin(plugin_name(driver.name))
         if Dataset.open(dataset.location).fingerprint() != fingerprint:
             raise IntegrityError(
                 f"{dataset.location}: the dataset changed while the run read it; the result is discarded, run again"
@@ -196,8 +200,7 @@ class _Driver:
             future.add_done_callback(self._ended.put)
 
     def stop(self) -> None:
-        """Let what is executing end, let nothing else begin, and take the lanes down."""
+        """Let what is executing end, and let nothing else begin."""
         self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
         while any(self._client.run(stop, self.name).values()):
             time.sleep(0.05)
-        self._client.unregister_worker_plugin(plugin_name(self.name))

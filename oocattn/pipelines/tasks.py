@@ -14,6 +14,8 @@ from typing import cast
 
 from distributed import Worker, WorkerPlugin, get_worker
 
+from oocattn.pipelines.cpu_lane import CpuLane
+from oocattn.pipelines.cuda_lane import CudaLane
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.lane import Job, Lane
 
@@ -22,7 +24,7 @@ class LanePlugin(WorkerPlugin):
     """Gives every worker of a run its lane."""
 
     idempotent = True
-    lane: Lane
+    lane: Lane | None = None
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -31,11 +33,19 @@ class LanePlugin(WorkerPlugin):
         self.active: set[int] = set()
 
     def setup(self, worker: Worker) -> None:
-        self.lane = Lane(self.job)
+        self.lane = make_lane(self.job, self.job.devices[worker.address])
 
     def teardown(self, worker: Worker) -> None:
-        if hasattr(self, "lane"):  # its set-up may have failed
-            del self.lane
+        if self.lane is not None:  # its set-up may have failed
+            self.lane.close()
+            self.lane = None
+
+
+def make_lane(job: Job, device: str) -> Lane:
+    """The lane of a worker: a new kind of device is registered here."""
+    if device == "cpu":
+        return CpuLane(job)
+    return CudaLane(job, device)
 
 
 class StoppedError(Exception):
@@ -56,16 +66,16 @@ def stop(run: str, dask_worker: Worker) -> int:
     return len(plugin.active)
 
 
-def stage(run: str, slot: int, head_group: int, index: int, *after: Event) -> Event:
-    """Read a subproblem's chunks into a staging slot of this worker's lane."""
+def stage(run: str, turn: int, head_group: int, index: int, *after: Event) -> Event:
+    """Read the chunks of the subproblem that is number `turn` on this worker's lane."""
     with _lane(run) as lane:
-        return _here(lane.stage(slot, head_group, index))
+        return _here(lane.stage(turn, head_group, index))
 
 
-def attend(run: str, slot: int, *after: Event) -> Event:
-    """Attend the subproblem that is staged in a slot."""
+def attend(run: str, turn: int, *after: Event) -> Event:
+    """Attend the subproblem that was staged as number `turn`."""
     with _lane(run) as lane:
-        return _here(lane.attend(slot))
+        return _here(lane.attend(turn))
 
 
 def merge(run: str, head_group: int, chunk: int, *after: Event) -> Event:
@@ -87,7 +97,7 @@ def _lane(run: str) -> Iterator[Lane]:
     thread = threading.get_ident()
     plugin.active.add(thread)  # before looking: whoever stops the lane sees either the task or its refusal
     try:
-        if plugin.stopped:
+        if plugin.stopped or plugin.lane is None:
             raise StoppedError(f"run {run} was stopped")
         yield plugin.lane
     finally:

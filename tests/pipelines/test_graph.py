@@ -37,24 +37,28 @@ class Lane:
         self.held: set[tuple[int, int]] = set()
         self.folded: dict[tuple[int, int], list[int]] = {}
         self.merged: set[tuple[int, int]] = set()
+        self.turn = 0
 
     def take(self, chunk: tuple[int, int]) -> None:
         self.held.add(chunk)
         assert len(self.held) <= self.plan.accumulators
 
-    def stage(self, slot: int, head_group: int, index: int) -> None:
-        assert slot in (0, 1)
-        assert slot not in self.slots
-        self.slots[slot] = head_group, index
+    def stage(self, turn: int, head_group: int, index: int) -> None:
+        assert turn % 2 not in {held % 2 for held in self.slots}
+        self.slots[turn] = head_group, index
 
-    def attend(self, slot: int) -> None:
-        head_group, index = self.slots.pop(slot)
-        for chunk in self.plan.division.subproblem(index).query_chunks:
-            if self.plan.tokens(chunk):
-                place = head_group, chunk
-                if self.plan.partials == "memory" and place not in self.held:
-                    self.take(place)
-                self.folded.setdefault(place, []).append(index)
+    def attend(self, turn: int) -> None:
+        """The subproblems up to this turn are taken in order, if an earlier task has not begun them."""
+        while self.turn <= turn:
+            head_group, index = self.slots[self.turn]
+            self.turn += 1
+            for chunk in self.plan.division.subproblem(index).query_chunks:
+                if self.plan.tokens(chunk):
+                    place = head_group, chunk
+                    if self.plan.partials == "memory" and place not in self.held:
+                        self.take(place)
+                    self.folded.setdefault(place, []).append(index)
+        del self.slots[turn]
 
     def merge(self, head_group: int, chunk: int) -> None:
         if self.plan.partials == "disk":
@@ -64,6 +68,11 @@ class Lane:
     def write(self, head_group: int, chunk: int) -> None:
         assert (head_group, chunk) in self.merged
         self.held.remove((head_group, chunk))
+
+
+def numbers_of(task: Task) -> list[int]:
+    """The arguments of a task that are not the results of others."""
+    return [number for number in task.args[1:] if isinstance(number, int)]
 
 
 @given(plans(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 12), st.integers(0, 1000))
@@ -77,6 +86,11 @@ def test_any_order_that_the_edges_allow_is_safe(plan: Plan, lanes: int, size: in
     waiting: dict[Key, Task] = {}
     finished: set[Key] = set()
     state = [Lane(plan) for _ in range(lanes)]
+
+    def lane_of(key: Key) -> int:
+        of_subproblem = key[0].startswith(("stage", "attend"))
+        return (schedule.subproblem_lane if of_subproblem else schedule.chunk_lane)(*key[1:3])
+
     order = list(schedule.order())
     done: Counter[str] = Counter()
     while order or waiting:
@@ -91,9 +105,7 @@ def test_any_order_that_the_edges_allow_is_safe(plan: Plan, lanes: int, size: in
         key = chance.choice(ready)
         task = waiting.pop(key)
         layer = key[0].partition("-")[0]
-        lane = schedule.subproblem_lane(*key[1:]) if layer in ("stage", "attend") else schedule.chunk_lane(*key[1:])
-        numbers = [number for number in task.args[1:] if isinstance(number, int)]
-        getattr(state[lane], layer)(*numbers)
+        getattr(state[lane_of(key)], layer)(*numbers_of(task))
         finished.add(key)
         del unfinished[key]
         done[layer] += 1

@@ -151,7 +151,7 @@ def test_two_runs_share_a_cluster(client: Client, dataset: Path, fast_path: Path
 def test_a_lane_that_cannot_be_made_leaves_nothing_on_the_workers(
     client: Client, dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Lane, job: object) -> None:
+    def refuse(self: Lane, job: object, memory: object, readers: int) -> None:
         raise MemoryError("no room for a lane")
 
     monkeypatch.setattr(Lane, "__init__", refuse)

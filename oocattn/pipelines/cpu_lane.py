@@ -1,0 +1,88 @@
+"""The CPU lane: the kernel works where the chunks were staged."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from oocattn.kernels import Partial, finalise, merge
+from oocattn.pipelines.arena import Arena
+from oocattn.pipelines.events import Event, Span
+from oocattn.pipelines.lane import Job, Lane, Staged
+from oocattn.pipelines.tiles import contiguous_runs
+from oocattn.quorum import Block
+
+
+class CpuLane(Lane):
+    """One worker's share of the processor's cores."""
+
+    def __init__(self, job: Job) -> None:
+        plan = job.plan
+        problem = plan.problem
+        super().__init__(job, Arena(torch.empty(plan.buffers.arena_bytes(problem), dtype=torch.uint8)), readers=1)
+        self._partial = Partial.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
+        self._attending = threading.Lock()
+        self._attended: dict[int, Event] = {}
+        self._turn = 0
+
+    def fold(self, into: Partial, partial: Partial) -> None:
+        merge(into, partial)
+
+    def finalise(self, state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
+        finalise(state, out, lse)
+
+    def attend(self, turn: int) -> Event:
+        with self._attending:
+            if torch.get_num_threads() != self.plan.threads:
+                torch.set_num_threads(self.plan.threads)
+            while turn not in self._attended:
+                self._attended[self._turn] = self._attend(self._staged.pop(self._turn))
+                self._turn += 1
+            return self._attended.pop(turn)
+
+    def _attend(self, staged: Staged) -> Event:
+        start = time.time()
+        pairs = committed = 0
+        for block in staged.subproblem.blocks:
+            if block.query_chunk in staged.queries:  # else it is beyond the last token
+                work = staged.head_group, block.query_chunk, staged.subproblem.index
+                pairs += self._attend_block(staged, block, work)
+                committed += self.partials.end(*work)
+        stop = time.time()
+        return Event(
+            "attended",
+            start,
+            stop,
+            staged.head_group,
+            staged.subproblem.index,
+            amount=pairs,
+            detail={"partial_bytes": committed},
+            spans=(Span("compute", start, stop),),
+        )
+
+    def _attend_block(self, staged: Staged, block: Block, work: tuple[int, int, int]) -> int:
+        """Compute one query chunk's partial, and count its pairs.
+
+        Plain rectangles over contiguous runs of staged keys, and a triangle for a causal diagonal.
+        """
+        problem = self.plan.problem
+        query = staged.queries[block.query_chunk]
+        destination = self.partials.begin(*work)
+        state = self._partial.rows(0, query.shape[1]) if destination.merged else destination.state
+        state.reset()
+        chunks = block.key_chunks
+        if block.diagonal and not problem.causal:
+            chunks = tuple(sorted((*chunks, block.query_chunk)))
+        for run in contiguous_runs([staged.key_rows[chunk] for chunk in chunks]):
+            key, value = staged.key[run.start : run.stop], staged.value[run.start : run.stop]
+            self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=False)
+        if block.diagonal and problem.causal:
+            rows = staged.key_rows[block.query_chunk]
+            key, value = staged.key[rows.start : rows.stop], staged.value[rows.start : rows.stop]
+            self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=True)
+        pairs = int(state.keys.sum()) * len(query)
+        if destination.merged:
+            merge(destination.state, state)
+        return pairs

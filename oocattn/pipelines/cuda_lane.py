@@ -1,0 +1,328 @@
+"""The CUDA lane: an NVIDIA GPU fed from pinned host memory, so that its kernel never waits.
+
+A staged subproblem is worked through in tiles (`tiles.py`) on three streams, which only wait for each other's events:
+
+    copy     query tiles, and key tiles one after another, to the device
+    compute  the kernel, and the fold of each result into the tile's float32 state
+    back     the tile's partial to the host or, where its chunk has earlier partials, those to the device first, one
+             fused merge, and the sum back
+
+A task enqueues all of this for its subproblem and then waits until the partials have come back; meanwhile the next
+subproblem's task enqueues its own behind it. So two are in flight, and the host is ahead of the device by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from oocattn.errors import BudgetError
+from oocattn.kernels import Partial, finalise, get_kernel, merge
+from oocattn.memory import (
+    FINALISED_ROWS,
+    KEY_SLOTS,
+    PARTIAL_BLOCK_ROWS,
+    PARTIAL_BUFFERS,
+    QUERY_SLOTS,
+    SEGMENT,
+    Tiles,
+    device_arena_bytes,
+)
+from oocattn.pipelines.arena import Arena, PinnedMemory
+from oocattn.pipelines.device_time import DeviceClock, Stretch, recorded
+from oocattn.pipelines.events import Event, Resource
+from oocattn.pipelines.lane import Job, Lane, Staged
+from oocattn.pipelines.partials import Destination
+from oocattn.pipelines.tiles import KeyTile, key_tiles, pieces
+from oocattn.quorum import Block
+
+READERS = 8
+"""Threads that read: 28 GB/s from the page cache were measured with 8, 6 with one (16 cores)."""
+
+SMALLEST_TILE = 128
+"""Query rows below which a tile is not halved any more when the device is out of memory."""
+
+SWITCH_INTERVAL = 5e-4
+"""Seconds after which a thread of the process lets another run, instead of Python's 5e-3, while there is such a lane: the
+thread that enqueues needs its turn before the device runs dry. (1M tokens x 8 heads: the gaps fell from 53 to 22 ms.)"""
+
+logger = logging.getLogger("oocattn")
+
+
+@dataclass
+class _Work:
+    """One subproblem on the device: what was enqueued and has not come back."""
+
+    staged: Staged
+    coming_back: int = 0  # query chunks whose partials have not been handed over
+    stretches: list[Stretch] = field(default_factory=list)
+    pairs: int = 0
+    partial_bytes: int = 0
+    halved: int = 0
+
+
+class CudaLane(Lane):
+    """One GPU. Raises BudgetError where it has no room even for the smallest tiles."""
+
+    def __init__(self, job: Job, device: str) -> None:
+        problem = job.plan.problem
+        self._device = torch.device(device)
+        with torch.cuda.device(self._device):
+            self._pinned = PinnedMemory(job.plan.buffers.arena_bytes(problem))
+            self._copy, self._compute = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+            # Small kernels go first where a block of the large one ends, or they would wait for all of it.
+            self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
+            self._tile_rows = job.plan.tiles.query
+            self._allocate(job)
+            super().__init__(job, Arena(self._pinned.tensor), READERS)
+            self._clock = DeviceClock(self._compute)
+        self._usual_interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(SWITCH_INTERVAL, self._usual_interval))
+        self._enqueuing, self._finishing = threading.Lock(), threading.Lock()
+        self._turn = 0
+        self._works: dict[int, _Work] = {}
+        self._coming_back: deque[tuple[_Work, int, torch.cuda.Event]] = deque()
+        """Query chunks whose partials are on their way, and the event after which each is in host memory."""
+
+    def _allocate(self, job: Job) -> None:
+        """Take all device memory at once; with smaller tiles where it is not there any more."""
+        plan, problem = job.plan, job.plan.problem
+        dtype = getattr(torch, problem.dtype)
+        while True:
+            tiles = Tiles(self._tile_rows, plan.tiles.key)
+            nbytes = device_arena_bytes(problem, tiles, plan.partials)
+            scratch = get_kernel(plan.kernel).scratch_bytes(
+                problem.group_size, tiles.query, tiles.key, problem.head_dim, problem.dtype
+            )
+            try:
+                memory = Arena(torch.empty(nbytes, dtype=torch.uint8, device=self._device))
+                with torch.cuda.stream(self._compute):  # one segment, of which the results of all calls are cut
+                    torch.empty(max(0, scratch - SEGMENT), dtype=torch.uint8, device=self._device)
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
+        group, dim = problem.group_size, problem.head_dim
+        self._queries = [memory.take((group * tiles.query, dim), dtype) for _ in range(QUERY_SLOTS)]
+        self._states = [memory.partial(group, tiles.query, dim) for _ in range(QUERY_SLOTS)]
+        self._keys = [memory.take((2, tiles.key, dim), dtype) for _ in range(KEY_SLOTS)]
+        merging = [tiles.query] if plan.partials == "memory" else 2 * [PARTIAL_BLOCK_ROWS]
+        self._finalised = memory.partial(1, FINALISED_ROWS, dim)
+        self._out_block = memory.take((1, FINALISED_ROWS, dim), getattr(torch, problem.out_dtype))
+        self._lse_block = memory.take((1, FINALISED_ROWS), torch.float32)
+        self._merge_states = [memory.partial(group, rows, dim) for rows in merging]
+        # What must have happened before a slot is used again: None at first.
+        self._query_free: list[torch.cuda.Event | None] = [None] * QUERY_SLOTS
+        self._state_free: list[torch.cuda.Event | None] = [None] * QUERY_SLOTS
+        self._key_free: list[torch.cuda.Event | None] = [None] * KEY_SLOTS
+        self._tile_count = self._key_count = 0
+
+    def close(self) -> None:
+        super().close()
+        sys.setswitchinterval(self._usual_interval)
+        with torch.cuda.device(self._device):
+            for stream in (self._copy, self._compute, self._back, self._merge_stream):
+                stream.synchronize()
+            self._pinned.close()
+            del self._queries, self._states, self._keys, self._merge_states
+            del self._finalised, self._out_block, self._lse_block
+            torch._C._cuda_clearCublasWorkspaces()  # one a stream, which outlive it; torch has no public name for it
+            torch.cuda.empty_cache()
+
+    def attend(self, turn: int) -> Event:
+        start = time.time()
+        with self._enqueuing, torch.cuda.device(self._device):
+            while self._turn <= turn:
+                work = self._works[self._turn] = _Work(self._staged.pop(self._turn))
+                self._turn += 1
+                self._enqueue(work)
+        work = self._works.pop(turn)
+        while work.coming_back:
+            with self._finishing:
+                if work.coming_back:
+                    self._finish_chunk()
+        detail = {"partial_bytes": work.partial_bytes, "out_of_memory": work.halved}
+        spans = self._clock.spans(work.stretches)
+        of = work.staged.head_group, work.staged.subproblem.index
+        return Event("attended", start, time.time(), *of, amount=work.pairs, detail=detail, spans=spans)
+
+    def _enqueue(self, work: _Work) -> None:
+        """Enqueue a whole subproblem. With partials on disk this waits for buffers that are still being written."""
+        staged = work.staged
+        for block in staged.subproblem.blocks:
+            if block.query_chunk not in staged.queries:
+                continue  # beyond the last token
+            if self.plan.partials == "disk":
+                with self._finishing:
+                    while len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:
+                        self._finish_chunk()
+            destination = self.partials.begin(staged.head_group, block.query_chunk, staged.subproblem.index)
+            work.coming_back += 1
+            self._enqueue_chunk(work, block, destination)
+            self._coming_back.append((work, block.query_chunk, recorded(self._back)))
+
+    def _finish_chunk(self) -> None:
+        """Wait until the oldest partial that was begun is in host memory, and hand it over."""
+        work, chunk, returned = self._coming_back[0]
+        returned.synchronize()
+        work.partial_bytes += self.partials.end(work.staged.head_group, chunk, work.staged.subproblem.index)
+        work.coming_back -= 1
+        self._coming_back.popleft()
+
+    def _enqueue_chunk(self, work: _Work, block: Block, destination: Destination) -> None:
+        """Enqueue one query chunk tile by tile; a tile for which the device has no memory is begun again with half of it."""
+        rows = work.staged.queries[block.query_chunk].shape[1]
+        first = 0
+        while first < rows:
+            tile = range(first, min(first + self._tile_rows, rows))
+            try:
+                self._enqueue_tile(work, block, tile, destination)
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
+                work.halved += 1
+            else:
+                first = tile.stop
+
+    def _enqueue_tile(self, work: _Work, block: Block, tile: range, destination: Destination) -> None:
+        """Enqueue the query rows `tile` of a chunk: all keys that they attend, and the way back."""
+        slot = self._tile_count % QUERY_SLOTS
+        self._tile_count += 1
+        query, loaded = self._load_query(work, block.query_chunk, tile, slot)
+        state = self._states[slot].rows(0, len(tile))
+        pairs = 0
+        try:
+            with torch.cuda.stream(self._compute):
+                self._compute.wait_event(loaded)
+                _wait(self._compute, self._state_free[slot])
+                state.reset()
+            sizes = self.plan.tiles.key, self.plan.problem.causal
+            for keys in key_tiles(block, work.staged.key_rows, tile, *sizes):
+                self._attend_keys(work, query, keys, state)
+                pairs += keys.pairs
+        finally:  # also what was launched before an error reads the slot
+            self._query_free[slot] = attended = recorded(self._compute)
+        self._bring_back(work, state, tile, destination, attended, slot)
+        work.pairs += pairs * self.plan.problem.group_size
+
+    def _load_query(self, work: _Work, chunk: int, tile: range, slot: int) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """Enqueue the copy of a query tile [g, n, D]; return it and the event after which it is there."""
+        heads = work.staged.queries[chunk][:, tile.start : tile.stop]
+        query = self._queries[slot][: heads.shape[0] * heads.shape[1]].view(heads.shape)
+        _wait(self._copy, self._query_free[slot])
+        with torch.cuda.stream(self._copy), self._timed(work, "copy in", self._copy) as stretch:
+            for on_device, staged in zip(query, heads, strict=True):
+                on_device.copy_(staged, non_blocking=True)
+        return query, stretch.stop
+
+    def _attend_keys(self, work: _Work, query: torch.Tensor, tile: KeyTile, state: Partial) -> None:
+        """Enqueue the copy of a key tile and the kernel calls on it."""
+        slot = self._key_count % KEY_SLOTS
+        self._key_count += 1
+        keys = slice(tile.keys.start, tile.keys.stop)
+        key, value = self._keys[slot][:, : len(tile.keys)]
+        _wait(self._copy, self._key_free[slot])
+        with torch.cuda.stream(self._copy), self._timed(work, "copy in", self._copy) as copied:
+            key.copy_(work.staged.key[keys], non_blocking=True)
+            value.copy_(work.staged.value[keys], non_blocking=True)
+        self._compute.wait_event(copied.stop)
+        try:
+            with torch.cuda.stream(self._compute), self._timed(work, "compute", self._compute):
+                for call in tile.calls:
+                    rows = slice(call.rows.start, call.rows.stop)
+                    part = state.rows(call.rows.start, call.rows.stop)
+                    scale = self.plan.problem.scale
+                    self.kernel.attend(query[:, rows], key, value, part, scale=scale, diagonal=call.diagonal)
+        finally:
+            self._key_free[slot] = recorded(self._compute)
+
+    def _bring_back(
+        self, work: _Work, state: Partial, tile: range, destination: Destination, attended: torch.cuda.Event, slot: int
+    ) -> None:
+        """Enqueue the way of a tile's state to the host, through a merge where its chunk has earlier partials."""
+        host = destination.state.rows(tile.start, tile.stop)
+        source = state
+        with torch.cuda.stream(self._back):
+            if destination.merged:
+                source = self._merge_states[0].rows(0, len(tile))
+                with self._timed(work, "copy in", self._back):
+                    _copy(source, host)
+            self._back.wait_event(attended)
+            if destination.merged:
+                with self._timed(work, "merge", self._back):
+                    merge(source, state)
+            with self._timed(work, "copy out", self._back) as stretch:
+                _copy(host, source)
+        self._state_free[slot] = stretch.stop
+
+    @contextmanager
+    def _timed(self, work: _Work, resource: Resource, stream: torch.cuda.Stream) -> Iterator[_Timed]:
+        """Time what is enqueued inside; afterwards `stop` is the event at its end."""
+        timed = _Timed()
+        start = recorded(stream)
+        yield timed
+        timed.stop = recorded(stream)
+        work.stretches.append(Stretch(resource, start, timed.stop))
+
+    def fold(self, into: Partial, partial: Partial) -> None:
+        """Merge on the device: both are copied there, and the sum back."""
+        rows = len(partial.keys)
+        first, second = (state.rows(0, rows) for state in self._merge_states)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
+            _copy(first, into)
+            _copy(second, partial)
+            merge(first, second)
+            _copy(into, first)
+            done = recorded(self._merge_stream)
+        done.synchronize()
+
+    def finalise(self, state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Divide on the device, block by block through one buffer: copied there, divided and copied back."""
+        with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
+            for block in pieces(range(len(state.keys)), FINALISED_ROWS):
+                rows = slice(block.start, block.stop)
+                on_device = self._finalised.rows(0, len(block))
+                on_device_out, on_device_lse = self._out_block[:, : len(block)], self._lse_block[:, : len(block)]
+                _copy(on_device, state.rows(block.start, block.stop))
+                finalise(on_device, on_device_out, on_device_lse)
+                out[0, rows].copy_(on_device_out[0], non_blocking=True)
+                lse[0, rows].copy_(on_device_lse[0], non_blocking=True)
+            done = recorded(self._merge_stream)
+        done.synchronize()
+
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
+        """Go on with half the query rows to a tile: another process has taken memory that was free when it was planned."""
+        if self._tile_rows < 2 * SMALLEST_TILE:
+            raise BudgetError(
+                f"{self._device} has no memory left even for tiles of {self._tile_rows} queries: free some, or lower "
+                "--device-memory"
+            ) from error
+        self._tile_rows //= 2
+        torch.cuda.empty_cache()
+        logger.warning(
+            "%s is out of memory in spite of the plan: on with tiles of %d queries", self._device, self._tile_rows
+        )
+
+
+@dataclass
+class _Timed:
+    stop: torch.cuda.Event = field(init=False)
+
+
+def _wait(stream: torch.cuda.Stream, event: torch.cuda.Event | None) -> None:
+    if event is not None:
+        stream.wait_event(event)
+
+
+def _copy(into: Partial, state: Partial) -> None:
+    """Copy a state between host and device on the current stream, in contiguous pieces: a strided copy would block."""
+    for target, source in ((into.num, state.num), (into.den, state.den), (into.max, state.max)):
+        for target_head, source_head in zip(target, source, strict=True):
+            target_head.copy_(source_head, non_blocking=True)
+    into.keys.copy_(state.keys, non_blocking=True)

@@ -1,0 +1,84 @@
+"""How a GPU works through one query chunk of a subproblem: which keys pass by a query tile, and which calls they make.
+
+Pure integers. A tile's rows are attended by plain rectangles and, on a causal diagonal, by triangles of at most one key
+tile. With tiles of 2 (query) and 1 (key) chunk rows, the second query tile of a chunk of 4, which owns its diagonal,
+sees, per key tile (rows down, keys across; `#` rectangle, `\\` triangle):
+
+    own keys   0  1  2  3
+    row 2      #  #  \\
+    row 3      #  #  #  \\
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from oocattn.quorum import Block
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call: these rows of the query tile attend the key tile; `diagonal` is the triangle."""
+
+    rows: range
+    diagonal: bool
+
+
+@dataclass(frozen=True)
+class KeyTile:
+    """Staged keys that pass by a query tile, and the calls on them; `own` where they are the query chunk's own tokens."""
+
+    keys: range
+    calls: tuple[Call, ...]
+    own: bool
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of one head."""
+        count = len(self.keys)
+        return sum(count * (count + 1) // 2 if call.diagonal else count * len(call.rows) for call in self.calls)
+
+
+def key_tiles(block: Block, key_rows: dict[int, range], rows: range, size: int, causal: bool) -> Iterator[KeyTile]:
+    """The key tiles that pass by query rows `rows` of a block's chunk, each of at most `size` keys.
+
+    `key_rows` says where the keys of each chunk were staged. First come the other chunks, those that lie side by side
+    in one run, then the chunk's own keys where the block owns its diagonal.
+    """
+    every = (Call(range(len(rows)), diagonal=False),)
+    for run in contiguous_runs(key_rows[chunk] for chunk in block.key_chunks):
+        yield from (KeyTile(keys, every, own=False) for keys in pieces(run, size))
+    if not block.diagonal:
+        return
+    own = key_rows[block.query_chunk]
+    before = range(own.start, own.start + rows.start) if causal else own
+    yield from (KeyTile(keys, every, own=True) for keys in pieces(before, size))
+    if causal:
+        yield from _diagonal(range(before.stop, before.stop + len(rows)), size)
+
+
+def _diagonal(own: range, size: int) -> Iterator[KeyTile]:
+    """Rows attend the keys of the same tokens up to their own: a triangle, and all rows below it as a rectangle."""
+    for keys in pieces(own, size):
+        first, last = keys.start - own.start, keys.stop - own.start
+        calls = [Call(range(first, last), diagonal=True)]
+        if last < len(own):
+            calls.append(Call(range(last, len(own)), diagonal=False))
+        yield KeyTile(keys, tuple(calls), own=True)
+
+
+def pieces(rows: range, size: int) -> Iterator[range]:
+    """Consecutive parts of `rows`, each of `size` but for the last."""
+    return (range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size))
+
+
+def contiguous_runs(ranges: Iterable[range]) -> list[range]:
+    """Join ascending ranges where one starts at the end of the one before: [0-2), [2-5), [7-9) -> [0-5), [7-9)."""
+    runs: list[range] = []
+    for rows in ranges:
+        if runs and runs[-1].stop == rows.start:
+            runs[-1] = range(runs[-1].start, rows.stop)
+        else:
+            runs.append(rows)
+    return [run for run in runs if run]
