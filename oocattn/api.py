@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,8 +119,10 @@ def attention(
     paths = ResultPaths.at(result)
     opened = Dataset.open(str(dataset))
     make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)  # refuse bad input before a cluster starts
-    with local_client(dashboard_address, count_lanes(kernel)) if client is None else nullcontext(client) as connected:
-        chosen = plan(
+    lanes = count_lanes(kernel) if client is None else len(worker_addresses(client))
+    with ThreadPoolExecutor(1) as beside:  # planning warms the kernel up meanwhile
+        planned = beside.submit(
+            plan,
             dataset,
             causal=causal,
             scale=scale,
@@ -129,10 +132,13 @@ def attention(
             chunks=chunks,
             decomposition=decomposition,
             kernel=kernel,
-            lanes=len(worker_addresses(connected)),
+            lanes=lanes,
             result=result,
         )
-        return run_plan(chosen, opened, paths, connected, callbacks=callbacks, overwrite=overwrite)
+        cluster = local_client(dashboard_address, lanes) if client is None else nullcontext(client)
+        with cluster as connected:
+            chosen = planned.result()
+            return run_plan(chosen, opened, paths, connected, callbacks=callbacks, overwrite=overwrite)
 
 
 def run_plan(

@@ -17,7 +17,8 @@ import torch
 from distributed.system import MEMORY_LIMIT
 from numpy.typing import NDArray
 
-from oocattn.kernels import Partial, default_kernel, device_type, get_kernel, require_kernel
+from oocattn.kernels import Kernel, Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
+from oocattn.kernels.cuda import launcher
 from oocattn.planner import HALF_RATE_KEYS
 from oocattn.plans import Hardware, InputCost
 from oocattn.problem import Problem
@@ -141,10 +142,18 @@ def kernel_rate(
 ) -> float:
     """Floating-point operations per second of a kernel on random data, over the short calls of a moment.
 
-    On the CPU the best call counts; on a GPU the median one, timed there, after one call that warms up. `device` defaults
-    to the type that the kernel is for.
+    On the CPU the best call counts; on a GPU the median one, timed there, after calls that warm up everything that a lane
+    launches. `device` defaults to the type that the kernel is for.
     """
-    kernel, where = get_kernel(name), torch.device(device or device_type(name))
+    where = torch.device(device or device_type(name))
+    if where.type == "cpu":
+        return _kernel_rate(name, head_dim, dtype, rows, keys, where)
+    where = torch.device("cuda", where.index or 0)
+    return launcher(where).submit(_kernel_rate, name, head_dim, dtype, rows, keys, where).result()
+
+
+def _kernel_rate(name: str, head_dim: int, dtype: str, rows: int, keys: int, where: torch.device) -> float:
+    kernel = get_kernel(name)
     torch_dtype = getattr(torch, dtype)
     query = torch.randn(1, rows, head_dim, device=where, dtype=torch_dtype)
     key, value = (torch.randn(keys, head_dim, device=where, dtype=torch_dtype) for _ in range(2))
@@ -154,12 +163,26 @@ def kernel_rate(
         kernel.attend(query, key, value, state, scale=head_dim**-0.5, diagonal=False)
 
     if where.type == "cuda":
-        attend()
+        _warm_up(kernel, query, key, value, state)
     seconds: list[float] = []
     began = time.perf_counter()
     while not seconds or time.perf_counter() - began < MOMENT:
         seconds.append(_seconds(attend, where))
     return 4.0 * rows * keys * head_dim / (median(seconds) if where.type == "cuda" else min(seconds))
+
+
+def _warm_up(kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: Partial) -> None:
+    """Launch everything once that a lane launches: libraries are loaded and kernels compiled at first use, for seconds."""
+    rows = min(query.shape[1], len(key))
+    for diagonal in (False, True):
+        own = query[:, :rows] if diagonal else query
+        part = state.rows(0, own.shape[1])
+        kernel.attend(
+            own, key[:rows] if diagonal else key, value[:rows] if diagonal else value, part, scale=1.0, diagonal=diagonal
+        )
+    few = state.rows(0, min(rows, 128))
+    merge(few, few)
+    finalise(few, query[:, : len(few.keys)], few.den)
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:

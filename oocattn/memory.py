@@ -70,17 +70,28 @@ class Buffers:
     accumulators: int
     device: str
 
-    def arena_bytes(self, problem: Problem) -> int:
-        """Bytes of the one allocation that holds them."""
-        states, blocks = self.accumulators, 0
+    def states(self) -> dict[str, tuple[int, int]]:
+        """How many states of how many rows: accumulators and, on disk, partials on their way there, and blocks of them."""
+        found = {"accumulators": (self.accumulators, self.chunk_rows)}
         if self.partials == "disk":
-            states, blocks = states + PARTIAL_BUFFERS[self.device], 1
-        slots = STAGING_SLOTS[self.device]
-        pieces = slots + 4 * (states + blocks) + 2
-        kept = states * problem.partial_bytes(self.chunk_rows)
-        block = blocks * problem.partial_bytes(min(PARTIAL_BLOCK_ROWS, self.chunk_rows))
-        out = self.out_chunk_rows * (problem.head_dim * DTYPES[problem.out_dtype] + 4)
-        return slots * self.slot + kept + block + out + ALIGNMENT * pieces
+            found["buffers"] = PARTIAL_BUFFERS[self.device], self.chunk_rows
+            found["blocks"] = 1, min(PARTIAL_BLOCK_ROWS, self.chunk_rows)
+        return found
+
+    def state_bytes(self, problem: Problem, rows: int) -> int:
+        """Bytes of the allocation of one state."""
+        return problem.partial_bytes(rows) + 4 * ALIGNMENT
+
+    def out_bytes(self, problem: Problem) -> int:
+        """Bytes of the allocation of a chunk of `out` and `lse`."""
+        return self.out_chunk_rows * (problem.head_dim * DTYPES[problem.out_dtype] + 4) + 2 * ALIGNMENT
+
+    def nbytes(self, problem: Problem) -> int:
+        """Bytes of all, as they are allocated."""
+        allocations = [self.slot] * STAGING_SLOTS[self.device] + [self.out_bytes(problem)]
+        for count, rows in self.states().values():
+            allocations += [self.state_bytes(problem, rows)] * count
+        return sum(allocations if self.device == "cpu" else map(_in_segments, allocations))
 
 
 def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks: int) -> int:
@@ -92,14 +103,14 @@ def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks:
 def cpu_memory(problem: Problem, buffers: Buffers, kernel_scratch: int) -> LaneMemory:
     """What a CPU lane allocates: slots, one partial and the kernel's scratch are its device memory."""
     working = problem.partial_bytes(buffers.chunk_rows) + kernel_scratch
-    host = buffers.arena_bytes(problem) + working + _temporaries(buffers.chunk_rows)
+    host = buffers.nbytes(problem) + working + _temporaries(buffers.chunk_rows)
     return LaneMemory(buffers.slot, STAGING_SLOTS["cpu"] * buffers.slot + working, host)
 
 
 def cuda_memory(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int) -> LaneMemory:
     """What a CUDA lane allocates: its buffers and results on the host, and on the device what its tiles need."""
     device = device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch
-    host = _in_segments(buffers.arena_bytes(problem)) + _temporaries(buffers.chunk_rows)
+    host = buffers.nbytes(problem) + _temporaries(buffers.chunk_rows)
     return LaneMemory(buffers.slot, device, host)
 
 

@@ -24,6 +24,9 @@ MAX_CHUNKS = 9507
 CHECKPOINT_SECONDS = 60.0
 """A subproblem is what a kill costs: where the budgets leave a choice, none takes longer than this."""
 
+FINE_SECONDS = 0.005
+"""A subproblem of less would cost more to schedule than to compute: nothing finer is considered where this fits."""
+
 TIE = 1.05
 """Divisions of different kinds whose predictions differ by less are taken for equally fast; of one kind, `CLOSE`."""
 
@@ -34,6 +37,9 @@ OUT_CHUNK_BYTES = 32 << 20
 
 TILE_UNIT = 128
 """GPU tiles are a multiple of this: kernels work on blocks of 128 rows."""
+
+PIN_RATE = 10e9
+"""Bytes per second at which host memory is pinned (15 measured, where there are huge pages)."""
 
 HALF_RATE_KEYS = 512
 """Keys of a call at which a GPU's kernel falls to half its rate: launching it takes as long as they do."""
@@ -82,12 +88,15 @@ def make_plan(
         raise ProblemError(
             f"chunks = {chunks}: expected 1 to {min(problem.tokens, MAX_CHUNKS):,} for {problem.tokens:,} tokens"
         )
-    plans = [
-        _cost(candidate, problem, hardware, inputs, device_memory, host_memory)
-        for candidate in _candidates(problem, chunks, decomposition)
-    ]
-    fitting = [plan for plan in plans if plan.peak_device <= device_memory and plan.peak_host <= host_memory]
-    fitting = [plan for plan in fitting if plan.scratch_disk <= hardware.scratch_disk]
+    plans: list[Plan] = []
+    fine: set[str] = set()  # decompositions of which finer divisions would gain nothing
+    for candidate in _candidates(problem, chunks, decomposition):
+        if candidate.decomposition not in fine:
+            plan = _cost(candidate, problem, hardware, inputs, device_memory, host_memory)
+            plans.append(plan)
+            if _fits(plan, hardware) and _subproblem_seconds(plan) < FINE_SECONDS:
+                fine.add(candidate.decomposition)
+    fitting = [plan for plan in plans if _fits(plan, hardware)]
     if not fitting:
         raise _budget_error(plans, device_memory, host_memory, hardware.scratch_disk)
     prompt = [plan for plan in fitting if _subproblem_seconds(plan) <= CHECKPOINT_SECONDS] or fitting
@@ -96,7 +105,14 @@ def make_plan(
     kind = min(_kind(plan) for plan in ties)
     ties = [plan for plan in ties if _kind(plan) == kind]
     fastest = min(plan.seconds for plan in ties)
-    return min((plan for plan in ties if plan.seconds <= CLOSE * fastest), key=lambda plan: (plan.chunks, plan.seconds))
+    close = (plan for plan in ties if plan.seconds <= CLOSE * fastest)
+    return min(close, key=lambda plan: (plan.chunks, plan.seconds, -plan.accumulators))
+
+
+def _fits(plan: Plan, hardware: Hardware) -> bool:
+    """Whether a plan keeps to its budgets and to the room on disk."""
+    in_memory = plan.peak_device <= plan.device_memory and plan.peak_host <= plan.host_memory
+    return in_memory and plan.scratch_disk <= hardware.scratch_disk
 
 
 def _kind(plan: Plan) -> tuple[bool, bool]:
@@ -108,13 +124,14 @@ def _candidates(problem: Problem, chunks: int | None, decomposition: str) -> Ite
     limit = min(problem.tokens, MAX_CHUNKS)
     if decomposition in ("auto", "cqs"):
         for c in (chunks,) if chunks else candidate_chunk_counts(limit):
-            for accumulators in (c, c + quorum_size(c)):  # with more, a head group begins while another is written
+            # With more than c, the next head group begins while the last one's chunks are being written.
+            for accumulators in (c + 2 * quorum_size(c), c):
                 yield _Candidate("cqs", c, 0, "memory", accumulators)
             yield _Candidate("cqs", c, 0, "disk", 2)
     if decomposition in ("auto", "strips"):
         for c in (chunks,) if chunks else _powers_of_two(limit):
             for span in _powers_of_two(c):
-                for accumulators in (2, 4):
+                for accumulators in (4, 2):
                     yield _Candidate("strips", c, span, "memory", accumulators)
 
 
@@ -142,8 +159,11 @@ def _cost(
     links, scratch_disk = _links(candidate, division, layout, problem, hardware, inputs)
     seconds = {link.name: link.seconds for link in links}
     disk = seconds["read"] + seconds["partials"] + seconds["write"]
-    fill = layout.memory.slot / min(hardware.read_rate, inputs.decode_rate)
-    drain = seconds["write"] * layout.query_chunks / (candidate.chunks * problem.head_groups)  # nothing left to compute
+    pinned = layout.memory.slot / PIN_RATE if hardware.device == "cuda" else 0.0
+    fill = pinned + layout.memory.slot / min(hardware.read_rate, inputs.decode_rate)
+    # What is written when nothing is left to compute: a GPU's lane writes the chunks of a subproblem as they come back.
+    last = 1 if hardware.device == "cuda" and candidate.partials == "memory" else layout.query_chunks
+    drain = seconds["write"] * last / (candidate.chunks * problem.head_groups)
     return Plan(
         problem=problem,
         decomposition=candidate.decomposition,
@@ -221,8 +241,16 @@ def _chunk_rows(problem: Problem, chunks: int, hardware: Hardware, inputs: Input
     """Rows of a chunk and of a chunk of `out`; the second divides the first, so that every output chunk has one writer."""
     rows = math.ceil(problem.tokens / chunks)
     unit = inputs.align_rows if rows >= inputs.align_rows else 1
-    if unit == 1 and hardware.device == "cuda" and rows >= 64 * TILE_UNIT:
-        unit = TILE_UNIT * math.ceil(rows / hardware.max_keys)  # so that a chunk is key tiles of one size
+    if unit > 1 or hardware.device == "cpu" or rows < 64 * TILE_UNIT:
+        return _whole_blocks(problem, rows, unit)
+    tiles = math.ceil(rows / hardware.max_keys)  # so many key tiles of one size are a chunk
+    while _whole_blocks(problem, rows, TILE_UNIT * tiles)[0] > tiles * hardware.max_keys:
+        tiles += 1
+    return _whole_blocks(problem, rows, TILE_UNIT * tiles)
+
+
+def _whole_blocks(problem: Problem, rows: int, unit: int) -> tuple[int, int]:
+    """`rows` rounded up to whole chunks of `out`, themselves of whole units; and the rows of a chunk of `out`."""
     blocks = math.ceil(rows / unit)
     out_bytes = rows * problem.head_dim * DTYPES[problem.out_dtype]
     blocks_per_out_chunk = math.ceil(blocks / max(1, round(out_bytes / OUT_CHUNK_BYTES)))
@@ -263,7 +291,9 @@ def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tile
 
     Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471, 478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
     """
-    count = math.ceil(chunk_rows / max_keys)
+    least = math.ceil(chunk_rows / max_keys)
+    equal = (count for count in range(least, 2 * least + 1) if chunk_rows % (count * TILE_UNIT) == 0)
+    count = next(equal, least)
     key = min(chunk_rows, math.ceil(chunk_rows / count / TILE_UNIT) * TILE_UNIT)
     most = max(key, 4 * max_keys // problem.group_size)
     choices = [(query, key) for query in (4 * key, 2 * key, key, key // 2, key // 4) if query <= most]

@@ -126,7 +126,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identity of what determines the result bit for bit: the problem, the division and the kernel."""
-        tiling = [self.chunk_rows, self.out_chunk_rows, self.tiles.key]
+        tiling = [self.chunk_rows, self.out_chunk_rows, min(self.tiles.query, self.tiles.key), self.tiles.key]
         decided = [self.decomposition, self.chunks, self.span, *tiling, self.kernel]
         text = json.dumps([asdict(self.problem), decided], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

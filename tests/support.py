@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import torch
 import zarr
 from distributed import Client
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from oocattn import Event, Plan, Result
 from oocattn.api import run_plan
 from oocattn.hardware import input_cost
+from oocattn.kernels import Kernel, Partial, get_kernel
+from oocattn.pipelines.lane import Job, Lane
 from oocattn.planner import make_plan
 from oocattn.plans import Hardware
 from oocattn.problem import Problem, make_problem
@@ -68,12 +71,33 @@ MACHINE = Hardware(kernel="cpu", kernel_flops=1e11, scratch_bytes=no_scratch)
 """A machine that is made up, so that plans do not depend on the one that runs the tests."""
 
 
-def plan_for(dataset: Path, *, partials: str | None = None, lanes: int = 1, threads: int = 1, **options: Any) -> Plan:
+GPU = Hardware(
+    kernel="cudnn",
+    kernel_flops=4.7e14,
+    scratch_bytes=get_kernel("cudnn").scratch_bytes,
+    device="cuda",
+    half_rate_rows=2048,
+    max_keys=65_536,
+    read_rate=2e9,
+    reread_rate=5e9,
+)
+"""A GPU that is made up after an H200, with cuDNN's memory."""
+
+
+def plan_for(
+    dataset: Path,
+    *,
+    partials: str | None = None,
+    lanes: int = 1,
+    threads: int = 1,
+    machine: Hardware = MACHINE,
+    **options: Any,
+) -> Plan:
     """Plan without measuring speeds; `partials` overrides where they are kept."""
     posed = {name: options.pop(name) for name in ("causal", "scale", "out_dtype") if name in options}
     opened = Dataset.open(dataset)
     problem = make_problem(*opened.specs, **posed)
-    machine = replace(MACHINE, lanes=lanes, threads=threads)
+    machine = replace(machine, lanes=lanes, threads=threads)
     inputs = replace(input_cost(opened, problem), decode_rate=1e9)
     budgets = {"device_memory": GENEROUS, "host_memory": GENEROUS}
     plan = make_plan(problem, machine, inputs=inputs, **{**budgets, **options})
@@ -97,6 +121,26 @@ def carry_out(
     return run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), client, callbacks=callbacks, overwrite=overwrite)
 
 
+def job_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Job:
+    """The job of a lane by itself, on `folder`/dataset.zarr and with a new result in `folder`."""
+    paths = ResultPaths.at(folder / result)
+    problem = plan.problem
+    shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
+    paths.begin(shape=shape, dtype=problem.out_dtype, chunk_rows=plan.out_chunk_rows, attributes={})
+    return Job("run", plan, str(folder / "dataset.zarr"), paths.growing, paths.scratch, {})
+
+
+def written_bits(lane: Lane, head_group: int = 0) -> list[NDArray[Any]]:
+    """The bits of `out` and `lse` of a head group of which a lane has attended everything: it is merged and written."""
+    for chunk in range(lane.plan.chunks):
+        lane.merge(head_group, chunk)
+        lane.write(head_group, chunk)
+    group = lane.plan.problem.head_group(head_group)
+    heads = slice(group.query_heads.start, group.query_heads.stop)
+    found = (np.asarray(array[group.batch, heads]) for array in (lane.result.out, lane.result.lse))
+    return [array.reshape(-1).view(np.uint8) for array in found]
+
+
 def a_problem(tokens: int, **fields: Any) -> Problem:
     """One causal head of 64 float16 dimensions, but for `fields`."""
     defaults: dict[str, Any] = {
@@ -104,6 +148,40 @@ def a_problem(tokens: int, **fields: Any) -> Problem:
     }  # fmt: skip
     chosen = {**defaults, **fields}
     return Problem(**{"out_dtype": chosen["dtype"], "scale": chosen["head_dim"] ** -0.5, **chosen})
+
+
+@dataclass(frozen=True)
+class CrampedKernel:
+    """A kernel for which the device has no memory where a call has more than `most_rows` query rows."""
+
+    inner: Kernel
+    most_rows: int
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: Partial,
+        *,
+        scale: float,
+        diagonal: bool,
+    ) -> None:
+        if query.shape[1] > self.most_rows:
+            raise torch.OutOfMemoryError(f"{query.shape[1]} rows are too many")
+        self.inner.attend(query, key, value, state, scale=scale, diagonal=diagonal)
+
+
+def bits(result: Result) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The bits of `out` and `lse`, as unsigned integers."""
+    out = np.asarray(result.out[...])
+    return out.view(np.uint16 if out.itemsize == 2 else np.uint32), np.asarray(result.lse[...]).view(np.uint32)
+
+
+def assert_same_bits(found: Result, expected: Result) -> None:
+    """Both have the same `out` and `lse`, bit for bit."""
+    for ours, theirs in zip(bits(found), bits(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @dataclass

@@ -14,10 +14,11 @@ import torch
 import zarr
 from distributed import Client, LocalCluster
 from reference import attention64, relative_error
-from support import Recorder, carry_out, normal_arrays, plan_for, with_partials, write_dataset
+from support import Recorder, bits, carry_out, normal_arrays, plan_for, with_partials, write_dataset
 
 import oocattn
-from oocattn import Result
+from oocattn import ProblemError
+from oocattn.kernels import device_type, kernel_names
 from oocattn.storage.synth import synthesise
 
 
@@ -76,6 +77,31 @@ def test_options_reach_the_plan(client: Client, dataset: Path, fast_path: Path) 
     assert relative_error(result.out[...], expected) < 3e-4
 
 
+@pytest.fixture
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_without_a_gpu_the_cpu_attends(dataset: Path) -> None:
+    plan = oocattn.plan(dataset)
+    assert (plan.device, plan.kernel, plan.lanes) == ("cpu", "cpu", 1)
+    assert all(link.name != "copy" for link in plan.links)
+
+
+@pytest.mark.usefixtures("_no_gpu")
+@pytest.mark.parametrize("kernel", [name for name in kernel_names() if device_type(name) == "cuda"])
+def test_a_kernel_for_gpus_without_a_gpu_is_refused_in_words(fast_path: Path, kernel: str) -> None:
+    dataset = write_dataset(fast_path / "half.zarr", normal_arrays(50, head_dim=64, dtype="float16"))
+    words = f"kernel '{kernel}' cannot attend float16 with D = 64 on cuda: torch finds no NVIDIA GPU"
+    with pytest.raises(ProblemError, match=words):
+        oocattn.plan(dataset, kernel=kernel)
+    with pytest.raises(ProblemError, match=words):
+        oocattn.attention(dataset, fast_path / "out.zarr", kernel=kernel)
+    assert sorted(path.name for path in fast_path.iterdir()) == ["half.zarr"]
+
+
 def test_planning_writes_nothing(dataset: Path, fast_path: Path) -> None:
     oocattn.plan(dataset, result=fast_path / "no" / "such" / "out.zarr")
     assert [path.name for path in fast_path.iterdir()] == ["dataset.zarr"]
@@ -99,11 +125,6 @@ def test_a_run_reads_and_writes_what_its_plan_says(client: Client, fast_path: Pa
 
 
 # The same bits, whoever computes them
-
-
-def bits(result: Result) -> tuple[np.ndarray, np.ndarray]:
-    out = np.asarray(result.out[...])
-    return out.view(np.uint16 if out.itemsize == 2 else np.uint32), np.asarray(result.lse[...]).view(np.uint32)
 
 
 @pytest.fixture(scope="module")

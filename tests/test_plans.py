@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support import GENEROUS, MACHINE, a_problem
 from test_planner import problems
 
+from oocattn.memory import Tiles
 from oocattn.planner import make_plan
 from oocattn.plans import InputCost, Plan
 from oocattn.problem import Problem
@@ -63,7 +64,7 @@ def test_chunks_of_tokens_cover_the_sequence_without_overlap() -> None:
     "changed",
     [
         {"chunks": 13}, {"chunk_rows": 300}, {"decomposition": "strips", "span": 2}, {"kernel": "reference"},
-        {"problem": a_problem(1000, causal=False)}, {"out_chunk_rows": 1},
+        {"problem": a_problem(1000, causal=False)}, {"out_chunk_rows": 1}, {"tiles": Tiles(1000, 500)},
     ],
 )  # fmt: skip
 def test_the_digest_names_what_decides_the_bits(changed: dict) -> None:

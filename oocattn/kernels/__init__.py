@@ -1,14 +1,13 @@
 """Partial attention and merge on a device; nothing of disks, plans or tasks belongs here."""
 
 from oocattn.kernels.kernel import Kernel
-from oocattn.kernels.merge import count_not_finite, finalise, fold, merge
+from oocattn.kernels.merge import finalise, fold, merge
 from oocattn.kernels.partial import Partial
 from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel
 
 __all__ = [
     "Kernel",
     "Partial",
-    "count_not_finite",
     "default_kernel",
     "device_type",
     "finalise",

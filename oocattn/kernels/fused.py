@@ -16,7 +16,6 @@ import triton.language as tl
 from oocattn.kernels.partial import Partial
 
 _MERGE_ELEMENTS = 4096  # numerators of one program: 32 a thread
-_COUNT_ELEMENTS = 8192
 
 
 def merge(into: Partial, other: Partial) -> None:
@@ -27,18 +26,6 @@ def merge(into: Partial, other: Partial) -> None:
 def fold(state: Partial, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
     """See `merge.fold`: one launch for all fields."""
     _merge(state, _fields(out, None, lse, None), keys=keys, diagonal=diagonal)
-
-
-def count_not_finite(tensor: torch.Tensor, counter: torch.Tensor) -> None:
-    """See `merge.count_not_finite`: one launch. All dimensions but the first must be contiguous, else RuntimeError."""
-    if tensor.numel() == 0:
-        return
-    pieces = tensor.view(1 if tensor.is_contiguous() else len(tensor), -1)
-    blocks = triton.cdiv(pieces.shape[1], _COUNT_ELEMENTS)
-    with torch.cuda.device(tensor.device):
-        _count_not_finite[(len(pieces) * blocks,)](
-            pieces, counter, pieces.stride(0), pieces.shape[1], blocks, block=_COUNT_ELEMENTS, num_warps=8
-        )
 
 
 def finalise(state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -205,13 +192,3 @@ def _finalise_rows(
     divided = own_num / tl.where(own_den == 0, 1.0, own_den)[:, None]
     out_at = out + head * out_head + row[:, None] * out_row + dim[None, :]
     tl.store(out_at, divided.to(out.dtype.element_ty), mask=filled)
-
-
-@triton.jit
-def _count_not_finite(values, counter, piece_stride, piece_size, blocks, block: tl.constexpr):
-    """Count in `block` elements of one piece, and add to the counter what was found, which is mostly nothing."""
-    piece = (tl.program_id(0) // blocks).to(tl.int64)
-    index = (tl.program_id(0) % blocks).to(tl.int64) * block + tl.arange(0, block)
-    value = tl.load(values + piece * piece_stride + index, mask=index < piece_size, other=0.0).to(tl.float32)
-    found = tl.sum(tl.where(tl.abs(value) < float("inf"), 0, 1))
-    tl.atomic_add(counter, found.to(tl.int64), mask=found > 0)

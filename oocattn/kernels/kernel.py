@@ -35,10 +35,10 @@ class Kernel(Protocol):
         """Attend `key` and `value` with `query` and add the result to `state`, in place.
 
         query [g, n, D]; key, value [m, D], shared by the g heads; all of one dtype (float16, bfloat16, float32),
-        contiguous, on one device. state: the n rows of the g heads, num [g, n, D]. With `diagonal`, n = m and
-        query row i attends keys 0..i, without it every row attends every key. state.keys grows by the keys that each
-        row attended, whatever their values. Nothing happens where n or m is 0. On a GPU the work is launched on torch's
-        current stream, and nothing waits for it.
+        contiguous but for the heads of `query`, which may lie apart, on one device. state: the n rows of the g heads, num
+        [g, n, D]. With `diagonal`, n = m and query row i attends keys 0..i, without it every row attends every key.
+        state.keys grows by the keys that each row attended, whatever their values. Nothing happens where n or m is 0. On
+        a GPU the work is launched on torch's current stream, and nothing waits for it.
 
         NaN and Inf make the output of the rows that attend them NaN or Inf. They reach no other rows, but for a
         library's kernels on a GPU (fa3, cudnn, flash), which behave as torch's own attention: in a diagonal call NaN or

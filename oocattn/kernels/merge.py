@@ -25,7 +25,6 @@ SCRATCH_BYTES = 1 << 20
 second-level cache of a core."""
 
 _VECTORS = 8  # temporaries of one float32 per head and row that are alive at once, at most
-_COUNT_BYTES = 8  # temporaries of an element whose finiteness is asked, at most
 
 
 def merge(into: Partial, other: Partial) -> None:
@@ -84,19 +83,6 @@ def finalise(state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
         divisor = block.den.masked_fill(block.den == 0, 1.0)
         out[:, start:stop].copy_(block.num / divisor.unsqueeze(-1))
         lse[:, start:stop].copy_(block.max + torch.log(block.den))
-
-
-def count_not_finite(tensor: torch.Tensor, counter: torch.Tensor) -> None:
-    """Add the number of NaN and Inf in `tensor` to `counter`, one int64 on the same device; nothing waits for it.
-
-    All dimensions of `tensor` but the first must be contiguous.
-    """
-    fused = _fused(tensor)
-    if fused is not None:
-        fused.count_not_finite(tensor, counter)
-        return
-    for block in tensor.reshape(-1).split(SCRATCH_BYTES // _COUNT_BYTES):
-        counter.add_((~torch.isfinite(block)).sum())
 
 
 def finite_shift(maximum: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ import time
 import torch
 
 from oocattn.kernels import Partial, finalise, merge
-from oocattn.pipelines.arena import Arena
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.lane import Job, Lane, Staged
 from oocattn.pipelines.tiles import contiguous_runs
@@ -21,11 +20,14 @@ class CpuLane(Lane):
     def __init__(self, job: Job) -> None:
         plan = job.plan
         problem = plan.problem
-        super().__init__(job, Arena(torch.empty(plan.buffers.arena_bytes(problem), dtype=torch.uint8)), readers=1)
+        super().__init__(job, readers=1)
         self._partial = Partial.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
         self._attending = threading.Lock()
         self._attended: dict[int, Event] = {}
         self._turn = 0
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def fold(self, into: Partial, partial: Partial) -> None:
         merge(into, partial)
@@ -34,7 +36,7 @@ class CpuLane(Lane):
         finalise(state, out, lse)
 
     def attend(self, turn: int) -> Event:
-        with self._attending:
+        with self._attending, self.telling_the_first_error():
             if torch.get_num_threads() != self.plan.threads:
                 torch.set_num_threads(self.plan.threads)
             while turn not in self._attended:

@@ -7,8 +7,8 @@ A staged subproblem is worked through in tiles (`tiles.py`) on three streams, wh
     back     the tile's partial to the host or, where its chunk has earlier partials, those to the device first, one
              fused merge, and the sum back
 
-A task enqueues all of this for its subproblem and then waits until the partials have come back; meanwhile the next
-subproblem's task enqueues its own behind it. So two are in flight, and the host is ahead of the device by one.
+A task has all of this enqueued for its subproblem, by the one thread that launches, and then waits until the partials
+have come back; meanwhile the next subproblem's task has its own enqueued behind it. So two are in flight.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 
 from oocattn.errors import BudgetError
 from oocattn.kernels import Partial, finalise, get_kernel, merge
+from oocattn.kernels.cuda import launcher
 from oocattn.memory import (
     FINALISED_ROWS,
     KEY_SLOTS,
@@ -46,6 +47,10 @@ from oocattn.quorum import Block
 
 READERS = 8
 """Threads that read: 28 GB/s from the page cache were measured with 8, 6 with one (16 cores)."""
+
+AHEAD = 32
+"""Key tiles that are enqueued ahead of the device. Where CUDA's own queue is full, it is the driver that waits, and with it
+every other thread that asks it for something."""
 
 SMALLEST_TILE = 128
 """Query rows below which a tile is not halved any more when the device is out of memory."""
@@ -73,26 +78,30 @@ class CudaLane(Lane):
     """One GPU. Raises BudgetError where it has no room even for the smallest tiles."""
 
     def __init__(self, job: Job, device: str) -> None:
-        problem = job.plan.problem
         self._device = torch.device(device)
+        self._pinned: list[PinnedMemory] = []
         with torch.cuda.device(self._device):
-            self._pinned = PinnedMemory(job.plan.buffers.arena_bytes(problem))
             self._copy, self._compute = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
             # Small kernels go first where a block of the large one ends, or they would wait for all of it.
             self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
             self._tile_rows = job.plan.tiles.query
-            self._allocate(job)
-            super().__init__(job, Arena(self._pinned.tensor), READERS)
+            self._halved = 0  # times since the last subproblem told
+            self._take_device_memory(job)
+            super().__init__(job, READERS)
             self._clock = DeviceClock(self._compute)
-        self._usual_interval = sys.getswitchinterval()
-        sys.setswitchinterval(min(SWITCH_INTERVAL, self._usual_interval))
-        self._enqueuing, self._finishing = threading.Lock(), threading.Lock()
+        _switch_often(1)
+        self._finishing = threading.Lock()
         self._turn = 0
         self._works: dict[int, _Work] = {}
         self._coming_back: deque[tuple[_Work, int, torch.cuda.Event]] = deque()
         """Query chunks whose partials are on their way, and the event after which each is in host memory."""
 
-    def _allocate(self, job: Job) -> None:
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        with torch.cuda.device(self._device):
+            self._pinned.append(PinnedMemory(nbytes))
+        return self._pinned[-1].tensor
+
+    def _take_device_memory(self, job: Job) -> None:
         """Take all device memory at once; with smaller tiles where it is not there any more."""
         plan, problem = job.plan, job.plan.problem
         dtype = getattr(torch, problem.dtype)
@@ -123,14 +132,16 @@ class CudaLane(Lane):
         self._state_free: list[torch.cuda.Event | None] = [None] * QUERY_SLOTS
         self._key_free: list[torch.cuda.Event | None] = [None] * KEY_SLOTS
         self._tile_count = self._key_count = 0
+        self._ahead: deque[torch.cuda.Event] = deque()
 
     def close(self) -> None:
         super().close()
-        sys.setswitchinterval(self._usual_interval)
+        _switch_often(-1)
         with torch.cuda.device(self._device):
             for stream in (self._copy, self._compute, self._back, self._merge_stream):
                 stream.synchronize()
-            self._pinned.close()
+            for memory in self._pinned:
+                memory.close()
             del self._queries, self._states, self._keys, self._merge_states
             del self._finalised, self._out_block, self._lse_block
             torch._C._cuda_clearCublasWorkspaces()  # one a stream, which outlive it; torch has no public name for it
@@ -138,20 +149,25 @@ class CudaLane(Lane):
 
     def attend(self, turn: int) -> Event:
         start = time.time()
-        with self._enqueuing, torch.cuda.device(self._device):
-            while self._turn <= turn:
-                work = self._works[self._turn] = _Work(self._staged.pop(self._turn))
-                self._turn += 1
-                self._enqueue(work)
+        launcher(self._device).submit(self._enqueue_until, turn).result()
         work = self._works.pop(turn)
         while work.coming_back:
-            with self._finishing:
+            with self._finishing, self.telling_the_first_error():
                 if work.coming_back:
                     self._finish_chunk()
         detail = {"partial_bytes": work.partial_bytes, "out_of_memory": work.halved}
         spans = self._clock.spans(work.stretches)
         of = work.staged.head_group, work.staged.subproblem.index
         return Event("attended", start, time.time(), *of, amount=work.pairs, detail=detail, spans=spans)
+
+    def _enqueue_until(self, turn: int) -> None:
+        """Enqueue what was staged up to this turn, in order."""
+        with torch.cuda.device(self._device), self.telling_the_first_error():
+            while self._turn <= turn:
+                work = self._works[self._turn] = _Work(self._staged.pop(self._turn), halved=self._halved)
+                self._halved = 0
+                self._turn += 1
+                self._enqueue(work)
 
     def _enqueue(self, work: _Work) -> None:
         """Enqueue a whole subproblem. With partials on disk this waits for buffers that are still being written."""
@@ -160,7 +176,7 @@ class CudaLane(Lane):
             if block.query_chunk not in staged.queries:
                 continue  # beyond the last token
             if self.plan.partials == "disk":
-                with self._finishing:
+                with self._finishing, self.telling_the_first_error():
                     while len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:
                         self._finish_chunk()
             destination = self.partials.begin(staged.head_group, block.query_chunk, staged.subproblem.index)
@@ -171,8 +187,11 @@ class CudaLane(Lane):
     def _finish_chunk(self) -> None:
         """Wait until the oldest partial that was begun is in host memory, and hand it over."""
         work, chunk, returned = self._coming_back[0]
+        head_group, index = work.staged.head_group, work.staged.subproblem.index
         returned.synchronize()
-        work.partial_bytes += self.partials.end(work.staged.head_group, chunk, work.staged.subproblem.index)
+        work.partial_bytes += self.partials.end(head_group, chunk, index)
+        if self.plan.partials == "memory" and index == self.plan.division.contributors(chunk)[-1]:
+            self.complete(head_group, chunk)
         work.coming_back -= 1
         self._coming_back.popleft()
 
@@ -186,7 +205,7 @@ class CudaLane(Lane):
                 self._enqueue_tile(work, block, tile, destination)
             except torch.OutOfMemoryError as error:
                 self._halve(error)
-                work.halved += 1
+                work.halved, self._halved = work.halved + self._halved, 0
             else:
                 first = tile.stop
 
@@ -223,6 +242,8 @@ class CudaLane(Lane):
 
     def _attend_keys(self, work: _Work, query: torch.Tensor, tile: KeyTile, state: Partial) -> None:
         """Enqueue the copy of a key tile and the kernel calls on it."""
+        if len(self._ahead) == AHEAD:
+            self._ahead.popleft().synchronize()
         slot = self._key_count % KEY_SLOTS
         self._key_count += 1
         keys = slice(tile.keys.start, tile.keys.stop)
@@ -240,7 +261,8 @@ class CudaLane(Lane):
                     scale = self.plan.problem.scale
                     self.kernel.attend(query[:, rows], key, value, part, scale=scale, diagonal=call.diagonal)
         finally:
-            self._key_free[slot] = recorded(self._compute)
+            self._key_free[slot] = done = recorded(self._compute)
+            self._ahead.append(done)
 
     def _bring_back(
         self, work: _Work, state: Partial, tile: range, destination: Destination, attended: torch.cuda.Event, slot: int
@@ -304,10 +326,25 @@ class CudaLane(Lane):
                 "--device-memory"
             ) from error
         self._tile_rows //= 2
+        self._halved += 1
         torch.cuda.empty_cache()
         logger.warning(
             "%s is out of memory in spite of the plan: on with tiles of %d queries", self._device, self._tile_rows
         )
+
+
+_switching = threading.Lock()
+_lanes, _usual_interval = 0, 0.0
+
+
+def _switch_often(lanes: int) -> None:
+    """Count the lanes of this process, and have its threads take turns often while there are any."""
+    global _lanes, _usual_interval
+    with _switching:
+        if not _lanes:
+            _usual_interval = sys.getswitchinterval()
+        _lanes += lanes
+        sys.setswitchinterval(min(SWITCH_INTERVAL, _usual_interval) if _lanes else _usual_interval)
 
 
 @dataclass

@@ -10,8 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from oocattn.kernels import Partial, get_kernel
 from oocattn.memory import STAGING_SLOTS
 from oocattn.pipelines.arena import Arena
 from oocattn.pipelines.events import Event, Span
-from oocattn.pipelines.partials import make_partials
+from oocattn.pipelines.partials import States, make_partials
 from oocattn.pipelines.tiles import pieces
 from oocattn.plans import Plan
 from oocattn.problem import HeadGroup
@@ -34,6 +36,9 @@ from oocattn.quorum import Subproblem
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.readers import InputArray
 from oocattn.storage.result import ResultArrays
+
+FIRST_STATES = 3
+"""States that are allocated after each staging slot, before the next one."""
 
 READ_BYTES = 8 << 20
 """What one thread reads at a time where several read."""
@@ -70,28 +75,65 @@ class Staged:
 class Lane(ABC):
     """What all kinds of lanes do. Its methods are called from the tasks of one worker, several at a time.
 
-    `memory` is the host memory that the lane may use, `fold` merges one host state into another, and `readers` is the
-    number of threads that read.
+    `readers` is the number of threads that read. Host memory is allocated by a thread of its own, in the order in which
+    it is needed: the first chunks are read while the rest is still being pinned.
     """
 
-    def __init__(self, job: Job, memory: Arena, readers: int) -> None:
+    def __init__(self, job: Job, readers: int) -> None:
         self.plan = plan = job.plan
-        problem = plan.problem
         self.dataset = Dataset.open(job.dataset)
         self.result = ResultArrays.open(job.result, writable=True)
         self.kernel = get_kernel(plan.kernel)
-        self._slots = [memory.take((plan.slot_bytes,), torch.uint8) for _ in range(STAGING_SLOTS[plan.device])]
         self._staged: dict[int, Staged] = {}
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
-
-        def allocate(rows: int) -> Partial:
-            return memory.partial(problem.group_size, rows, problem.head_dim)
-
-        self.partials = make_partials(plan, job.scratch, allocate, self.fold)
+        self._setting_up = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
+        states = {name: States() for name in plan.buffers.states()}
+        self.partials = make_partials(plan, job.scratch, states, self.fold)
+        self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
+        self._out: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
+        self._setting_up.submit(self._allocate_or_tell, states)
         self._merged: dict[tuple[int, int], Partial] = {}
-        self._out = memory.take((1, plan.out_chunk_rows, problem.head_dim), getattr(torch, problem.out_dtype))
-        self._lse = memory.take((1, plan.out_chunk_rows), torch.float32)
+        self._error: BaseException | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="oocattn-write")
+        self._completing: dict[tuple[int, int], Future[tuple[Event, Event]]] = {}
         self._merging, self._writing = threading.Lock(), threading.Lock()
+
+    def _allocate_or_tell(self, states: Mapping[str, States]) -> None:
+        """Allocate everything; where that fails, whoever waits for what is missing is told why."""
+        try:
+            self._allocate_all(states)
+        except BaseException as error:
+            awaited: list[Future[Any]] = [*self._slots, self._out]
+            for future in awaited:
+                if not future.done():
+                    future.set_exception(error)
+            for kind in states.values():
+                kind.fail(error)
+
+    def _allocate_all(self, states: Mapping[str, States]) -> None:
+        """Allocate what the plan counted: first one slot and a few states, so that work begins, then the rest in turn."""
+        problem, buffers = self.plan.problem, self.plan.buffers
+        head_dim, group_size = problem.head_dim, problem.group_size
+
+        def add_state(name: str, rows: int) -> None:
+            memory = Arena(self.allocate(buffers.state_bytes(problem, rows)))
+            states[name].put(memory.partial(group_size, rows, head_dim))
+
+        waiting = deque((name, rows) for name, (count, rows) in buffers.states().items() for _ in range(count))
+        for slot in self._slots:
+            slot.set_result(self.allocate(self.plan.slot_bytes))
+            for _ in range(min(FIRST_STATES, len(waiting))):
+                add_state(*waiting.pop())  # blocks and buffers before accumulators
+        memory = Arena(self.allocate(buffers.out_bytes(problem)))
+        # At the beginning of a page, where memory is pinned: so it can be written to disk directly.
+        out = memory.take((1, self.plan.out_chunk_rows, head_dim), getattr(torch, problem.out_dtype))
+        self._out.set_result((out, memory.take((1, self.plan.out_chunk_rows), torch.float32)))
+        while waiting:
+            add_state(*waiting.pop())
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Bytes of host memory, as uint8 [nbytes] or more, that this kind of lane can work with."""
 
     @abstractmethod
     def attend(self, turn: int) -> Event:
@@ -111,12 +153,13 @@ class Lane(ABC):
 
     def close(self) -> None:
         """Give back what the lane holds; nothing runs on it any more."""
-        self._readers.shutdown()
+        for threads in (self._setting_up, self._readers, self._writer):
+            threads.shutdown()
 
     def stage(self, turn: int, head_group: int, index: int) -> Event:
         """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0."""
         start = time.time()
-        slot = self._slots[turn % len(self._slots)]
+        slot = self._slots[turn % len(self._slots)].result()
         self._staged[turn] = staged = self._carve(slot, head_group, self.plan.division.subproblem(index))
         not_finite = sum(self._readers.map(_read, self._reads(staged)))
         detail = {"not_finite": not_finite}
@@ -149,8 +192,42 @@ class Lane(ABC):
             into = out[part.start - tokens.start : part.stop - tokens.start]
             yield _Read(array, group.batch, head, part, into, counted)
 
+    @contextmanager
+    def telling_the_first_error(self) -> Iterator[None]:
+        """What stops a lane is told by every task that comes after: they would only trip over what it left behind."""
+        if self._error is not None:
+            raise self._error
+        try:
+            yield
+        except BaseException as error:
+            if self._error is None:
+                self._error = error
+            if self._error is error:
+                raise
+            raise self._error from None
+
+    def complete(self, head_group: int, chunk: int) -> None:
+        """Begin to merge and write a chunk whose last partial is there: its tasks, which come later, find it done.
+
+        So the chunks of the last subproblem are written one by one while the next is computed, not together at the end.
+        """
+
+        def merge_and_write() -> tuple[Event, Event]:
+            return self._merge(head_group, chunk), self._write(head_group, chunk)
+
+        self._completing[head_group, chunk] = self._writer.submit(merge_and_write)
+
     def merge(self, head_group: int, chunk: int) -> Event:
         """Merge the partials of a query chunk and check its ledger: every row attended exactly the keys it must."""
+        early = self._completing.get((head_group, chunk))
+        return self._merge(head_group, chunk) if early is None else early.result()[0]
+
+    def write(self, head_group: int, chunk: int) -> Event:
+        """Finalise a merged query chunk into `out` and `lse`, one chunk file at a time, and release its partials."""
+        early = self._completing.pop((head_group, chunk), None)
+        return self._write(head_group, chunk) if early is None else early.result()[1]
+
+    def _merge(self, head_group: int, chunk: int) -> Event:
         with self._merging:
             start = time.time()
             state = self.partials.collect(head_group, chunk)
@@ -174,18 +251,18 @@ class Lane(ABC):
                 f"{expected[row]}; the chunk is not written, run again"
             )
 
-    def write(self, head_group: int, chunk: int) -> Event:
-        """Finalise a merged query chunk into `out` and `lse`, one chunk file at a time, and release its partials."""
+    def _write(self, head_group: int, chunk: int) -> Event:
         state = self._merged.pop((head_group, chunk))
         group = self.plan.problem.head_group(head_group)
         tokens, step = self.plan.tokens(chunk), self.plan.out_chunk_rows
+        whole_out, whole_lse = self._out.result()
         amount = 0
         with self._writing:
             start = time.time()
             for local, head in enumerate(group.query_heads):
                 for first in range(0, len(tokens), step):
                     rows = state.head(local).rows(first, min(first + step, len(tokens)))
-                    out, lse = self._out[:, : len(rows.keys)], self._lse[:, : len(rows.keys)]
+                    out, lse = whole_out[:, : len(rows.keys)], whole_lse[:, : len(rows.keys)]
                     self.finalise(rows, out, lse)
                     part = (tokens.start + first) // step
                     amount += self.result.write(group.batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])

@@ -6,10 +6,9 @@ bit in either of them, whatever computed the partials and when. A store for anot
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,15 +18,41 @@ import numpy.typing as npt
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels import Partial
-from oocattn.memory import PARTIAL_BLOCK_ROWS, PARTIAL_BUFFERS
+from oocattn.memory import PARTIAL_BLOCK_ROWS
 from oocattn.plans import Plan
 from oocattn.storage.blockfile import read_blocks, write_blocks
 
-Allocate = Callable[[int], Partial]
-"""An uninitialised state of so many rows of one head group, in host memory."""
-
 Fold = Callable[[Partial, Partial], None]
 """Merge the second state, whose memory is the caller's again afterwards, into the first; both in host memory."""
+
+
+class States:
+    """Uninitialised states of one head group in host memory, to be taken and put back; some may yet be allocated."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._free: deque[Partial] = deque()
+        self._error: BaseException | None = None
+
+    def put(self, state: Partial) -> None:
+        """Let a state be taken, by whoever waits for one."""
+        with self._changed:
+            self._free.append(state)
+            self._changed.notify()
+
+    def take(self) -> Partial:
+        """A free state, waiting for one if need be. Raises what `fail` was told if none will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._error)
+            if not self._free and self._error is not None:
+                raise self._error
+            return self._free.popleft()
+
+    def fail(self, error: BaseException) -> None:
+        """No more states will be allocated."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
 
 
 class DamagedPartialError(IntegrityError):
@@ -75,14 +100,14 @@ class PartialStore(Protocol):
 class _Accumulators:
     """The chunk states of a lane, allocated once. The edges of the graph see to it that one is free when it is needed."""
 
-    def __init__(self, plan: Plan, allocate: Allocate) -> None:
+    def __init__(self, plan: Plan, free: States) -> None:
         self._plan = plan
-        self._free = deque(allocate(plan.chunk_rows) for _ in range(plan.accumulators))
+        self._free = free
         self._held: dict[tuple[int, int], Partial] = {}
 
     def take(self, head_group: int, chunk: int) -> Partial:
         """An accumulator for a chunk; what it holds is undefined."""
-        self._held[head_group, chunk] = self._free.popleft()
+        self._held[head_group, chunk] = self._free.take()
         return self.get(head_group, chunk)
 
     def get(self, head_group: int, chunk: int) -> Partial:
@@ -90,15 +115,15 @@ class _Accumulators:
         return self._held[head_group, chunk].rows(0, len(self._plan.tokens(chunk)))
 
     def give_back(self, head_group: int, chunk: int) -> None:
-        self._free.append(self._held.pop((head_group, chunk)))
+        self._free.put(self._held.pop((head_group, chunk)))
 
 
 class MemoryPartials:
     """Each partial is folded into its chunk's accumulator as it comes, and they come in order."""
 
-    def __init__(self, plan: Plan, allocate: Allocate) -> None:
+    def __init__(self, plan: Plan, accumulators: States) -> None:
         self._division = plan.division
-        self._accumulators = _Accumulators(plan, allocate)
+        self._accumulators = _Accumulators(plan, accumulators)
         self._folded: dict[tuple[int, int], list[int]] = {}
 
     def begin(self, head_group: int, chunk: int, subproblem: int) -> Destination:
@@ -131,20 +156,17 @@ class MemoryPartials:
 class DiskPartials:
     """A file a partial, merged when the last of a chunk is there: for accumulators that do not fit, or several lanes."""
 
-    def __init__(self, plan: Plan, folder: Path, allocate: Allocate, fold: Fold) -> None:
+    def __init__(self, plan: Plan, folder: Path, accumulators: States, buffers: States, blocks: States, fold: Fold) -> None:
         self._plan = plan
         self._folder = folder
         self._fold = fold
-        self._accumulators = _Accumulators(plan, allocate)
-        self._buffers: queue.SimpleQueue[Partial] = queue.SimpleQueue()
-        for _ in range(PARTIAL_BUFFERS[plan.device]):
-            self._buffers.put(allocate(plan.chunk_rows))
+        self._accumulators = _Accumulators(plan, accumulators)
+        self._buffers = buffers
+        self._blocks = blocks
         self._begun: dict[tuple[int, int, int], Partial] = {}
-        self._block = allocate(min(PARTIAL_BLOCK_ROWS, plan.chunk_rows))
-        self._reading = threading.Lock()
 
     def begin(self, head_group: int, chunk: int, subproblem: int) -> Destination:
-        self._begun[head_group, chunk, subproblem] = buffer = self._buffers.get()
+        self._begun[head_group, chunk, subproblem] = buffer = self._buffers.take()
         return Destination(buffer.rows(0, len(self._plan.tokens(chunk))), merged=False)
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
@@ -170,10 +192,13 @@ class DiskPartials:
     def _read(self, state: Partial, path: Path) -> None:
         """Merge a partial's file into the state, block by block: a damaged one leaves it half merged."""
         row_blocks = list(_row_blocks(state))
-        with self._reading:
-            buffers = [self._block.rows(0, stop - start) for start, stop in row_blocks]
+        block = self._blocks.take()
+        try:
+            buffers = [block.rows(0, stop - start) for start, stop in row_blocks]
             for index in read_blocks(path, [_arrays(buffer) for buffer in buffers]):
                 self._fold(state.rows(*row_blocks[index]), buffers[index])
+        finally:
+            self._blocks.put(block)
 
     def release(self, head_group: int, chunk: int) -> None:
         self._accumulators.give_back(head_group, chunk)
@@ -184,11 +209,14 @@ class DiskPartials:
         return self._folder / f"partial-{head_group}-{chunk}-{subproblem}"
 
 
-def make_partials(plan: Plan, folder: Path, allocate: Allocate, fold: Fold) -> PartialStore:
-    """The store that the plan names; `folder` is where it may keep files."""
+def make_partials(plan: Plan, folder: Path, states: Mapping[str, States], fold: Fold) -> PartialStore:
+    """The store that the plan names, working with the states that `memory.Buffers` counts by these names.
+
+    `folder` is where it may keep files.
+    """
     if plan.partials == "memory":
-        return MemoryPartials(plan, allocate)
-    return DiskPartials(plan, folder, allocate, fold)
+        return MemoryPartials(plan, states["accumulators"])
+    return DiskPartials(plan, folder, states["accumulators"], states["buffers"], states["blocks"], fold)
 
 
 def _row_blocks(partial: Partial) -> Iterator[tuple[int, int]]:

@@ -70,11 +70,6 @@ def read_mapped(files: ChunkFiles, batch: int, head: int, start: int, stop: int,
             np.copyto(wanted, np.frombuffer(mapped, np.uint8, offset=slack))
 
 
-def will_need(files: ChunkFiles, batch: int, head: int, start: int, stop: int) -> None:
-    """Ask the kernel to read tokens [start, stop) of one head into the page cache; returns at once."""
-    _advise(files.parts(batch, head, start, stop))
-
-
 class FastestReader:
     """Reads by the faster of two readers, which it learns from the first eight large reads of a dataset.
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from oocattn.problem import ArraySpec
 from oocattn.storage.codecs import CodecReader
-from oocattn.storage.direct import FastestReader, read_mapped, will_need
+from oocattn.storage.direct import FastestReader, read_mapped
 from oocattn.storage.layout import ChunkFiles, obstacles
 
 
@@ -98,15 +98,6 @@ class InputArray:
             self._fastest.read(self._files, batch, head, start, stop, out)
         else:
             self._codec_reader.read(batch, head, start, stop, out)
-
-    def will_need(self, batch: int, head: int, start: int, stop: int) -> None:
-        """Ask the kernel to bring tokens [start, stop) of one head into memory; returns at once.
-
-        Does nothing where rows are read through Zarr. Raises ValueError for rows that the array has not.
-        """
-        self._check_rows(batch, head, start, stop)
-        if self._files is not None:
-            will_need(self._files, batch, head, start, stop)
 
     def _check_rows(self, batch: int, head: int, start: int, stop: int) -> None:
         batches, heads, tokens, _ = self.spec.four_dimensional

@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from oocattn.kernels import Partial, count_not_finite, device_type, finalise, fold, get_kernel, kernel_names, merge
+from oocattn.kernels import Partial, device_type, finalise, fold, get_kernel, kernel_names, merge
 from oocattn.kernels.kernel import attended_keys
 
 pytestmark = pytest.mark.gpu
@@ -208,13 +208,11 @@ def test_nothing_waits_for_the_device(name, dtype):
     query, key, value = operands(2, 5000, 5000, 64, dtype)
     state, other = poisoned_state(2, 5000, 64), poisoned_state(2, 5000, 64)
     out, lse = torch.empty_like(query), torch.empty_like(state.den)
-    counter = torch.zeros(1, dtype=torch.int64, device=CUDA)
 
     def everything():
         for diagonal in (False, True):
             kernel.attend(query, key, value, state, scale=0.125, diagonal=diagonal)
         merge(other, state)
-        count_not_finite(query, counter)
         finalise(other, out, lse)
 
     everything()
@@ -224,7 +222,6 @@ def test_nothing_waits_for_the_device(name, dtype):
         everything()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert counter.item() == 0
 
 
 @every_kernel
@@ -254,10 +251,9 @@ def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, grou
     assert grown <= bound
     assert needed <= bound
     if group_size * rows > 30_000:  # below, FlashAttention-2 may or may not split the keys
-        slack, idle = (
-            (1.5, 56 * MIB) if name == "torch" else (1.1, 24 * MIB)
-        )  # cuBLAS's workspace, and free parts of segments
-        assert bound <= slack * grown + idle
+        # The results of two calls; cuBLAS's workspace, and free parts of segments.
+        slack, idle = (1.5, 56 * MIB) if name == "torch" else (2.1, 24 * MIB)
+        assert bound <= slack * max(grown, needed) + idle
 
 
 def random_state(group_size, rows, head_dim, generator):
@@ -347,27 +343,3 @@ def test_folding_is_merging_a_divided_result_of_any_strides(shape, dtype, diagon
     counts = attended_keys(state, keys, diagonal=diagonal)
     merge(state, Partial(out.float(), torch.ones(group_size, rows), result.max, counts))
     assert_same(view, whole, state)
-
-
-@pytest.mark.usefixtures("way")
-@every_dtype
-def test_not_finite_elements_are_counted_exactly(dtype):
-    generator = torch.Generator(CUDA).manual_seed(0)
-    whole = torch.randn(3, 100_003, 64, device=CUDA, generator=generator).to(getattr(torch, dtype))
-    for bad in (math.nan, math.inf, -math.inf):
-        whole.masked_fill_(torch.rand(whole.shape, device=CUDA, generator=generator) < 1e-3, bad)
-    counter = torch.full((1,), 1 << 40, dtype=torch.int64, device=CUDA)
-    expected = 1 << 40
-    for part in (
-        whole,
-        whole[:, 11:5000],
-        whole[1],
-        whole[2, :999],
-        whole[0, 3],
-        whole[:, :0],
-        whole[:, :, :1].contiguous(),
-    ):
-        count_not_finite(part, counter)
-        expected += int((~part.float().isfinite()).sum())
-        assert counter.item() == expected
-    assert expected > 1 << 40

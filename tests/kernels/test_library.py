@@ -10,7 +10,7 @@ from exact import attention, operands, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oocattn.kernels import Partial, count_not_finite, finalise, fold, get_kernel
+from oocattn.kernels import Partial, finalise, fold, get_kernel
 from oocattn.kernels import fa3 as fa3_module
 from oocattn.kernels import library as library_module
 from oocattn.kernels.cuda import allocated_bytes, full_precision
@@ -110,17 +110,6 @@ def test_fold_refuses_misfits():
     assert state.keys.sum() == 0
 
 
-def test_not_finite_elements_are_counted_exactly():
-    tensor = torch.randn(3, 100_003, dtype=torch.bfloat16)
-    counter = torch.full((1,), 5)
-    count_not_finite(tensor[:, :0], counter)
-    count_not_finite(tensor, counter)
-    assert counter.tolist() == [5]
-    tensor[1, 7:9], tensor[2, -1] = math.nan, -math.inf
-    count_not_finite(tensor, counter)
-    assert counter.tolist() == [8]
-
-
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
@@ -143,7 +132,7 @@ def test_scratch_holds_the_results_and_little_more(name):
     bound = get_kernel(name).scratch_bytes
     for group_size, rows, head_dim in ((1, 65_536, 128), (4, 32_768, 64), (8, 16_384, 128)):
         results = group_size * rows * (head_dim * 2 + 4)
-        assert results < bound(group_size, rows, 65_536, head_dim, "bfloat16") <= 1.1 * results + 2 * MIB
+        assert 2 * results < bound(group_size, rows, 65_536, head_dim, "bfloat16") <= 2.1 * results + 4 * MIB
     assert bound(1, 65_536, 10**9, 128, "float16") <= 2 * bound(1, 65_536, 65_536, 128, "float16")
 
 

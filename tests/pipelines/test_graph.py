@@ -8,9 +8,10 @@ from collections import Counter
 from dask.task_spec import Task
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import GENEROUS, MACHINE, a_problem, with_partials
+from support import GENEROUS, GPU, MACHINE, a_problem, with_partials
 
 from oocattn import Plan
+from oocattn.memory import STAGING_SLOTS
 from oocattn.pipelines.graph import LAYERS, GraphBuilder, Key
 from oocattn.pipelines.schedule import Schedule
 from oocattn.planner import make_plan
@@ -24,7 +25,8 @@ def plans(draw: st.DrawFn) -> Plan:
     )
     chunks = draw(st.integers(1, 20 if decomposition == "cqs" else 8))
     options = {"chunks": chunks, "decomposition": decomposition}
-    plan = make_plan(problem, MACHINE, device_memory=GENEROUS, host_memory=GENEROUS, **options)
+    machine = draw(st.sampled_from([MACHINE, GPU]))
+    plan = make_plan(problem, machine, device_memory=GENEROUS, host_memory=GENEROUS, **options)
     return with_partials(plan, draw(st.sampled_from(["memory", "disk"]))) if decomposition == "cqs" else plan
 
 
@@ -44,7 +46,8 @@ class Lane:
         assert len(self.held) <= self.plan.accumulators
 
     def stage(self, turn: int, head_group: int, index: int) -> None:
-        assert turn % 2 not in {held % 2 for held in self.slots}
+        slots = STAGING_SLOTS[self.plan.device]
+        assert turn % slots not in {held % slots for held in self.slots}
         self.slots[turn] = head_group, index
 
     def attend(self, turn: int) -> None:

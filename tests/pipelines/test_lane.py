@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +13,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import attention64, relative_error
-from support import normal_arrays, plan_for, write_dataset
+from support import job_of, normal_arrays, plan_for, write_dataset, written_bits
 
 from oocattn import IntegrityError, Plan
+from oocattn.pipelines import partials as partials_module
 from oocattn.pipelines.cpu_lane import CpuLane
-from oocattn.pipelines.lane import Job, Lane, as_numpy, count_not_finite
-from oocattn.storage.result import ResultArrays, ResultPaths
+from oocattn.pipelines.lane import Lane, as_numpy, count_not_finite
+from oocattn.storage.result import ResultArrays
 
 
-def lane_of(folder: Path, plan: Plan) -> Lane:
-    paths = ResultPaths.at(folder / "result.zarr")
-    problem = plan.problem
-    shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
-    paths.begin(shape=shape, dtype=problem.out_dtype, chunk_rows=plan.out_chunk_rows, attributes={})
-    return CpuLane(Job("run", plan, str(folder / "dataset.zarr"), paths.growing, paths.scratch, {}))
+def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
+    return CpuLane(job_of(folder, plan, result))
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -45,6 +45,43 @@ def test_stage_attend_merge_and_write_are_attention(fast_path: Path, causal: boo
     expected, lse = attention64(*arrays, causal, plan.problem.scale)
     assert relative_error(result.out[...], expected) < 2e-6
     np.testing.assert_allclose(result.lse[...], lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, partials: str) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75, heads=2, kv_heads=1))
+    plan = replace(plan_for(dataset, causal=True, chunks=7, partials=partials), accumulators=7)
+    in_order, swapped = (lane_of(fast_path, plan, name) for name in ("first.zarr", "second.zarr"))
+    expected, found = [], {}
+    for turns in ((0, 1), (2, 3), (4, 5), (6,)):
+        for turn in turns:
+            in_order.stage(turn, 0, turn)
+            swapped.stage(turn, 0, turn)
+            expected.append(in_order.attend(turn))
+        found |= {turn: swapped.attend(turn) for turn in reversed(turns)}
+    for turn, event in enumerate(expected):
+        assert (found[turn].index, found[turn].amount, found[turn].detail) == (turn, event.amount, event.detail)
+    assert sum(event.amount for event in expected) == plan.problem.pairs
+    computed = [span for turn in range(7) for span in found[turn].spans]
+    assert [span.start for span in computed] == sorted(span.start for span in computed)
+    for ours, theirs in zip(written_bits(swapped), written_bits(in_order), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_every_task_tells_the_error_that_stopped_the_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks attend on a lane at a time, and either may be heard first: so both must name what went wrong."""
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
+    lane = lane_of(fast_path, plan_for(dataset, chunks=7, partials="disk"))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(partials_module, "write_blocks", full)
+    for turn in (0, 1):
+        lane.stage(turn, 0, turn)
+    for turn in (1, 0):
+        with pytest.raises(OSError, match="No space left"):
+            lane.attend(turn)
 
 
 @pytest.mark.parametrize("lie", [-1, 1])

@@ -12,7 +12,7 @@ from support import GENEROUS, MACHINE, a_problem, with_partials
 
 from oocattn import IntegrityError, Plan
 from oocattn.kernels import Partial, merge
-from oocattn.pipelines.partials import PartialStore, make_partials
+from oocattn.pipelines.partials import PartialStore, States, make_partials
 from oocattn.planner import make_plan
 
 
@@ -33,8 +33,11 @@ def partial_of(plan: Plan, chunk: int, subproblem: int) -> Partial:
 
 
 def store_of(plan: Plan, folder: Path) -> PartialStore:
-    problem = plan.problem
-    return make_partials(plan, folder, lambda rows: Partial.empty(problem.group_size, rows, problem.head_dim), merge)
+    states = {name: States() for name in plan.buffers.states()}
+    for name, (count, rows) in plan.buffers.states().items():
+        for _ in range(count):
+            states[name].put(Partial.empty(plan.problem.group_size, rows, plan.problem.head_dim))
+    return make_partials(plan, folder, states, merge)
 
 
 def add(store: PartialStore, plan: Plan, chunk: int, index: int) -> int:

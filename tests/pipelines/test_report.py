@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from oocattn import Event, RunReport
+from oocattn.pipelines.events import Span
 from oocattn.pipelines.report import Tally
 
 
@@ -45,3 +46,23 @@ def test_words() -> None:
     assert "150 B read, 23 B of partials, 30 B written" in text
     assert "3 elements are NaN or Inf" in text
     assert "NaN" not in str(report_of(EVENTS[2:]))
+
+
+def test_computing_is_a_share_of_the_lanes_time() -> None:
+    """Two lanes for two seconds: 4 s in which compute could be busy; nothing else counts, and what is redone does."""
+    spans = (Span("compute", 1.0, 1.5), Span("copy in", 0.0, 9.0), Span("compute", 2.0, 2.25))
+    again = Event("attended", 3, 4, 0, 0, amount=7, attempt=1, spans=(Span("compute", 3.0, 3.25),))
+    report = report_of([Event("attended", 1, 2, 0, 0, amount=7, spans=spans), again])
+    assert report.compute_busy == 1.0 / 4.0
+    assert report.subproblems == 1
+    assert "compute      busy 25.0% of the time" in str(report)
+    assert report_of(EVENTS).compute_busy == 0.0
+
+
+def test_out_of_memory_is_added_up_and_said() -> None:
+    events = [Event("attended", 0, 1, 0, index, detail={"out_of_memory": index}) for index in (0, 2, 1)]
+    report = report_of(events)
+    assert report.out_of_memory == 3
+    assert "out of memory 3 times in spite of the plan: went on with smaller tiles" in str(report)
+    assert "out of memory" not in str(report_of(EVENTS))
+    assert RunReport.from_json(json.loads(json.dumps(report.to_json()))) == report

@@ -148,10 +148,19 @@ def test_two_runs_share_a_cluster(client: Client, dataset: Path, fast_path: Path
     assert outer.report.pairs == inner[0].report.pairs == plan_for(dataset).problem.pairs
 
 
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_a_worker_with_one_thread_is_enough(dataset: Path, fast_path: Path, partials: str) -> None:
+    """No task waits for another that has not begun: with one thread, it never would."""
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "memory_limit": 0, "dashboard_address": None}
+    plan = plan_for(dataset, causal=True, chunks=13, partials=partials)
+    with LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as alone:
+        assert carry_out(plan, dataset, fast_path / "result.zarr", alone).report.pairs == plan.problem.pairs
+
+
 def test_a_lane_that_cannot_be_made_leaves_nothing_on_the_workers(
     client: Client, dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Lane, job: object, memory: object, readers: int) -> None:
+    def refuse(self: Lane, job: object, readers: int) -> None:
         raise MemoryError("no room for a lane")
 
     monkeypatch.setattr(Lane, "__init__", refuse)

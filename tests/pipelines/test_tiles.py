@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import GENEROUS, GPU, a_problem
 
+from oocattn.memory import Tiles
 from oocattn.pipelines.tiles import contiguous_runs, key_tiles, pieces
+from oocattn.planner import make_plan
 from oocattn.quorum import Block
 
 
@@ -44,6 +49,30 @@ def test_every_pair_of_a_block_is_attended_once(
         triangle = np.ones((len(own), len(own)), int)
         expected[:, own.start : own.stop] = np.tril(triangle) if causal else triangle
     np.testing.assert_array_equal(attended, expected)
+
+
+def keys_at_a_time(rows: int, tiles: Tiles) -> list[list[range]]:
+    """The runs of keys that each row of a causal chunk attends, a run in one kernel call: this decides its bits."""
+    seen: list[list[range]] = [[] for _ in range(rows)]
+    for tile in pieces(range(rows), tiles.query):
+        for keys in key_tiles(Block(0, (), diagonal=True), {0: range(rows)}, tile, tiles.key, causal=True):
+            for row in itertools.chain(*(call.rows for call in keys.calls)):
+                seen[tile.start + row].append(keys.keys)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        4000, 2000, 1000,
+        500,
+    ],
+)  # fmt: skip
+def test_plans_of_one_digest_attend_the_same_keys_at_a_time(query: int) -> None:
+    """Whatever the query tiles, for they follow from the device's budget."""
+    made = make_plan(a_problem(4000), GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=1)
+    usual, other = (replace(made, tiles=Tiles(rows, 1000)) for rows in (4000, query))
+    assert (usual.digest == other.digest) <= (keys_at_a_time(4000, usual.tiles) == keys_at_a_time(4000, other.tiles))
 
 
 @given(st.lists(st.integers(0, 5), max_size=8), st.lists(st.integers(0, 2), min_size=8, max_size=8))

@@ -1,7 +1,5 @@
 """Rows read by every way equal what plain zarr reads, to the bit; a chunk that is missing or damaged is an error."""
 
-import gc
-import os
 import shutil
 import tempfile
 import threading
@@ -243,25 +241,6 @@ def test_rows_and_buffers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for rows in ((1, 0, 0, 4), (0, 2, 0, 4), (0, 0, 61, 65), (0, 0, -1, 3), (0, 0, 4, 4)):
         with pytest.raises(ValueError, match="2 heads and 64 tokens"):
             array.read_rows(*rows, np.empty((4, 8), "float16"))
-        with pytest.raises(ValueError, match="2 heads and 64 tokens"):
-            array.will_need(*rows)
-
-
-def test_will_need_is_advice_and_changes_nothing(tmp_path: Path) -> None:
-    data = random_data((1, 2, 64, 8))
-    write(tmp_path, data, chunks=(1, 1, 16, 8))
-    write(tmp_path, data, name="k", chunks=(1, 1, 16, 8), compressors=ZstdCodec())
-    for name in "qk":
-        array = opened(tmp_path, name)
-        for _ in range(100):
-            array.will_need(0, 1, 5, 60)
-        out = buffer_for(array, 55)
-        array.read_rows(0, 1, 5, 60, out)
-        assert same_bits(out, data[0, 1, 5:60])
-    chunk_files(tmp_path)[-1].unlink()
-    opened(tmp_path).will_need(0, 1, 0, 64)  # what is missing is for the read to report
-    gc.collect()
-    assert not [fd for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd).startswith(str(tmp_path))]
 
 
 def test_threads_share_an_array(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Every worker gets a device: a GPU of its own where there are enough, whatever each of them sees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+from distributed import Client, LocalCluster
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oocattn import ProblemError
+from oocattn.pipelines import cluster
+from oocattn.pipelines.cluster import assign_devices, share_out, worker_addresses
+
+
+def gpus_of(visible: dict[str, list[str]]) -> dict[str, str]:
+    """The name of the GPU that each worker was given."""
+    return {worker: visible[worker][index] for worker, index in share_out(visible).items()}
+
+
+@st.composite
+def hosts(draw: st.DrawFn, most_workers: int) -> list[tuple[list[str], int]]:
+    """GPUs of each host, and how many workers it has: up to `most_workers` for each GPU."""
+    counts = draw(st.lists(st.integers(1, 8), min_size=1, max_size=3))
+    names = [[f"host{host} GPU-{index}" for index in range(count)] for host, count in enumerate(counts)]
+    return [(gpus, draw(st.integers(1, most_workers * len(gpus)))) for gpus in names]
+
+
+def rotated(gpus: list[str], by: int) -> list[str]:
+    """As CUDA_VISIBLE_DEVICES of workers that share a host is often set: each has another GPU first."""
+    by %= len(gpus)
+    return gpus[by:] + gpus[:by]
+
+
+@given(hosts(most_workers=1), st.sampled_from(["all", "rotated", "one"]), st.randoms(use_true_random=False))
+def test_each_has_its_own_where_there_are_enough(found: list[tuple[list[str], int]], sees: str, chance: Random) -> None:
+    visible = {}
+    for gpus, workers in found:
+        for number in range(workers):
+            views = {"all": gpus, "rotated": rotated(gpus, number), "one": [gpus[number]]}
+            visible[f"{gpus[0]} worker {number}"] = views[sees]
+    order = list(visible)
+    chance.shuffle(order)
+    given_out = gpus_of({worker: visible[worker] for worker in order})
+    assert given_out.keys() == visible.keys()
+    assert len(set(given_out.values())) == len(visible)
+    assert all(gpu in visible[worker] for worker, gpu in given_out.items())
+
+
+@given(hosts(most_workers=5), st.booleans())
+def test_more_workers_than_gpus_are_spread_evenly(found: list[tuple[list[str], int]], turned: bool) -> None:
+    visible = {
+        f"{gpus[0]} worker {number}": rotated(gpus, number if turned else 0)
+        for gpus, workers in found
+        for number in range(workers)
+    }
+    taken = Counter(gpus_of(visible).values())
+    for gpus, workers in found:
+        shares = [taken[gpu] for gpu in gpus]
+        assert sum(shares) == workers
+        assert max(shares) - min(shares) <= 1
+
+
+def test_of_equals_the_first_that_is_seen() -> None:
+    assert share_out({"a": ["x", "y"], "b": ["y", "x"], "c": ["x", "y"], "d": ["y"]}) == {"a": 0, "b": 0, "c": 0, "d": 0}
+    assert share_out({"a": ["x", "y"], "b": ["x", "y"]}) == {"a": 0, "b": 1}
+    assert share_out({}) == {}
+
+
+def test_on_the_cpu_every_worker_has_it(client: Client) -> None:
+    assert assign_devices(client, "cpu") == dict.fromkeys(worker_addresses(client), "cpu")
+
+
+def test_workers_that_see_no_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as workers,
+        Client(workers, set_as_default=False) as client,
+    ):
+        first, second = worker_addresses(client)
+        monkeypatch.setattr(cluster, "_visible_gpus", lambda: [])
+        with pytest.raises(ProblemError, match=f"worker {first}, {second} sees no GPU: start workers where .*--kernel cpu"):
+            assign_devices(client, "cuda")
+        seen = iter([["host GPU-7"], []])
+        monkeypatch.setattr(client, "run", lambda function: dict(zip((first, second), seen, strict=True)))
+        with pytest.raises(ProblemError, match=f"^worker {second} sees no GPU"):
+            assign_devices(client, "cuda")
+        monkeypatch.setattr(client, "run", lambda function: {second: ["host a", "host b"], first: ["host b", "host a"]})
+        assert assign_devices(client, "cuda") == {first: "cuda:0", second: "cuda:0"}
