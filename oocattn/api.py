@@ -13,7 +13,7 @@ import zarr
 from distributed import Client
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
-from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost
+from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.pipelines.cluster import local_client, worker_addresses
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.report import RunReport
@@ -75,13 +75,14 @@ def plan(
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     scratch = None if result is None else ResultPaths.at(result).state
     hardware = describe_hardware(opened, problem, kernel=kernel, lanes=lanes, scratch=scratch)
+    host_bytes = parse_size(default_host_memory() if host_memory is None else host_memory, "host memory")
+    if device_memory is None:
+        device_memory = host_bytes if hardware.device == "cpu" else default_device_memory(hardware.lanes)
     return make_plan(
         problem,
         hardware,
-        device_memory=parse_size(
-            default_device_memory(hardware) if device_memory is None else device_memory, "device memory"
-        ),
-        host_memory=parse_size(default_host_memory() if host_memory is None else host_memory, "host memory"),
+        device_memory=parse_size(device_memory, "device memory"),
+        host_memory=host_bytes,
         inputs=input_cost(opened, problem),
         chunks=chunks,
         decomposition=decomposition,
@@ -118,26 +119,25 @@ def attention(
     """
     paths = ResultPaths.at(result)
     opened = Dataset.open(str(dataset))
-    make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)  # refuse bad input before a cluster starts
-    lanes = count_lanes(kernel) if client is None else len(worker_addresses(client))
-    with ThreadPoolExecutor(1) as beside:  # planning warms the kernel up meanwhile
-        planned = beside.submit(
-            plan,
-            dataset,
-            causal=causal,
-            scale=scale,
-            dtype=dtype,
-            device_memory=device_memory,
-            host_memory=host_memory,
-            chunks=chunks,
-            decomposition=decomposition,
-            kernel=kernel,
-            lanes=lanes,
-            result=result,
-        )
-        cluster = local_client(dashboard_address, lanes) if client is None else nullcontext(client)
-        with cluster as connected:
-            chosen = planned.result()
+    # Bad input is refused before a cluster starts.
+    problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
+    with ThreadPoolExecutor(1) as beside:
+        warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, so while the cluster starts
+        with local_client(dashboard_address, count_lanes(kernel)) if client is None else nullcontext(client) as connected:
+            warm.result()
+            chosen = plan(
+                dataset,
+                causal=causal,
+                scale=scale,
+                dtype=dtype,
+                device_memory=device_memory,
+                host_memory=host_memory,
+                chunks=chunks,
+                decomposition=decomposition,
+                kernel=kernel,
+                lanes=len(worker_addresses(connected)),
+                result=result,
+            )
             return run_plan(chosen, opened, paths, connected, callbacks=callbacks, overwrite=overwrite)
 
 

@@ -22,7 +22,7 @@ import torch
 import zarr
 from zarr.storage import MemoryStore
 
-from oocattn.hardware import kernel_rate
+from oocattn.hardware import copy_rates, kernel_rate
 from oocattn.kernels import Partial, device_type, finalise, get_kernel, kernel_names
 from oocattn.pipelines.cluster import local_client
 from oocattn.problem import DTYPES
@@ -33,9 +33,6 @@ from oocattn.version import versions
 
 DISK_BYTES = 64 << 20
 """Written and read to measure the disk."""
-
-COPY_BYTES = 64 << 20
-"""Copied to a GPU and back; pinning so much takes some 30 ms."""
 
 ROWS, HEAD_DIM = 1000, 64
 """Queries, keys and head dimension on which a kernel is compared: no multiple of any tile."""
@@ -109,7 +106,7 @@ def _disk() -> tuple[bool, str]:
 def _gpu(index: int) -> tuple[bool, str]:
     """What a GPU is, the versions that it works with, and the rates of copies from and to pinned memory."""
     properties = torch.cuda.get_device_properties(index)
-    to_device, to_host = _copy_rates(index)
+    to_device, to_host = copy_rates(index)
     return True, (
         f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
         f"{format_bytes(properties.total_memory)}; driver {_driver_version()}, CUDA {torch.version.cuda}, "
@@ -125,23 +122,6 @@ def _driver_version() -> str:
     except OSError:
         return "of unknown version"
     return next((word for word in words if word[0].isdigit() and "." in word), "of unknown version")
-
-
-def _copy_rates(index: int) -> tuple[float, float]:
-    """Bytes per second of a copy to GPU `index` and of one back; each is timed on the GPU, the second time it is made."""
-    with torch.cuda.device(index):
-        host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-        rates = []
-        for into, source in ((there, host), (host, there)):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            into.copy_(source, non_blocking=True)
-            begin.record()
-            into.copy_(source, non_blocking=True)
-            end.record()
-            end.synchronize()
-            rates.append(COPY_BYTES / (begin.elapsed_time(end) / 1e3))
-    return rates[0], rates[1]
 
 
 def _kernel_checks(name: str) -> Iterator[Check]:

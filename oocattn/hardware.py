@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from distributed.system import MEMORY_LIMIT
-from numpy.typing import NDArray
 
-from oocattn.kernels import Kernel, Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
-from oocattn.kernels.cuda import launcher
+from oocattn.kernels import Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
+from oocattn.kernels.cuda import launcher, release_cached_memory
 from oocattn.planner import HALF_RATE_KEYS
 from oocattn.plans import Hardware, InputCost
 from oocattn.problem import Problem
@@ -27,13 +26,16 @@ from oocattn.storage.dataset import Dataset
 from oocattn.storage.readers import InputArray
 
 SAMPLE_BYTES = 16 << 20
-"""How much of a dataset is read to measure how fast it reads."""
+"""How much of an array is decoded to measure how fast that is."""
 
 MOMENT = 0.15
 """Seconds for which a kernel is timed."""
 
-SAMPLES, SAMPLE_THREADS = 4, 8
-"""Places of an array that are read as a sample, and threads that do."""
+SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 16, 1 << 18, 4
+"""Places of an array that are read as a sample, how much there, and threads that do."""
+
+COPY_BYTES = 64 << 20
+"""Copied to and from a GPU to measure how fast that is."""
 
 SEGMENTS = 40 << 20
 """By how much torch's allocator may take more than it was asked for while a kernel is timed."""
@@ -69,7 +71,7 @@ def describe_hardware(
         rows, keys, half_rate_rows = *CUDA_SAMPLE, 2048
         measured = kernel_rate(name, problem.head_dim, problem.dtype, rows, keys, device)
         flops = measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys)
-        torch.cuda.empty_cache()
+        release_cached_memory(torch.device(device))
         operands = Partial.nbytes_for(1, rows, problem.head_dim) + (rows + 2 * keys) * problem.head_dim * problem.itemsize
         scratch_bytes = get_kernel(name).scratch_bytes(1, rows, keys, problem.head_dim, problem.dtype)
         measuring_bytes = operands + scratch_bytes + SEGMENTS
@@ -110,23 +112,23 @@ def sample_rate(dataset: Dataset) -> float:
     arrays = [array for array in dataset.arrays.values() if array.direct]
     if not arrays:
         return ASSUMED_RATE
-    pieces = []
-    for array in arrays:
-        batches, heads, tokens, head_dim = array.spec.four_dimensional
-        rows = min(tokens, max(1, SAMPLE_BYTES // SAMPLES // (head_dim * array.dtype.itemsize)))
-        for number in range(SAMPLES):
-            share = (number + 0.5) / SAMPLES
-            start = int(share * (tokens - rows))
-            pieces.append((array, int(share * batches), int(share * heads), start, np.empty((rows, head_dim), array.dtype)))
+    samples = [(array, (number + 0.5) / SAMPLES) for number in range(SAMPLES) for array in arrays]
+    buffers = threading.local()
 
-    def read(piece: tuple[InputArray, int, int, int, NDArray[Any]]) -> int:
-        array, batch, head, start, out = piece
-        array.read_rows(batch, head, start, start + len(out), out)
-        return out.nbytes
+    def read(sample: tuple[InputArray, float]) -> int:
+        array, share = sample
+        batches, heads, tokens, head_dim = array.spec.four_dimensional
+        rows = min(tokens, max(1, PIECE_BYTES // (head_dim * array.dtype.itemsize)))
+        if not hasattr(buffers, array.name):
+            setattr(buffers, array.name, np.empty((rows, head_dim), array.dtype))
+        start = int(share * (tokens - rows))
+        array.read_rows(int(share * batches), int(share * heads), start, start + rows, getattr(buffers, array.name))
+        return rows * head_dim * array.dtype.itemsize
 
     with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
+        list(pool.map(read, samples[:SAMPLE_THREADS]))  # threads start and touch their memory
         began = time.perf_counter()
-        total = sum(pool.map(read, pieces))
+        total = sum(pool.map(read, samples))
         return total / max(time.perf_counter() - began, 1e-6)
 
 
@@ -142,8 +144,8 @@ def kernel_rate(
 ) -> float:
     """Floating-point operations per second of a kernel on random data, over the short calls of a moment.
 
-    On the CPU the best call counts; on a GPU the median one, timed there, after calls that warm up everything that a lane
-    launches. `device` defaults to the type that the kernel is for.
+    On the CPU the best call counts; on a GPU the median one, timed there. `device` defaults to the type that the kernel is
+    for.
     """
     where = torch.device(device or device_type(name))
     if where.type == "cpu":
@@ -162,8 +164,7 @@ def _kernel_rate(name: str, head_dim: int, dtype: str, rows: int, keys: int, whe
     def attend() -> None:
         kernel.attend(query, key, value, state, scale=head_dim**-0.5, diagonal=False)
 
-    if where.type == "cuda":
-        _warm_up(kernel, query, key, value, state)
+    attend()  # the first call is never the usual one
     seconds: list[float] = []
     began = time.perf_counter()
     while not seconds or time.perf_counter() - began < MOMENT:
@@ -171,18 +172,31 @@ def _kernel_rate(name: str, head_dim: int, dtype: str, rows: int, keys: int, whe
     return 4.0 * rows * keys * head_dim / (median(seconds) if where.type == "cuda" else min(seconds))
 
 
-def _warm_up(kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: Partial) -> None:
-    """Launch everything once that a lane launches: libraries are loaded and kernels compiled at first use, for seconds."""
-    rows = min(query.shape[1], len(key))
+def warm_up(problem: Problem, kernel: str | None) -> None:
+    """Launch on every GPU what a run will launch, if it will use any: at first use libraries are loaded and compiled.
+
+    Raises ProblemError for a kernel that is unknown or cannot serve the problem here.
+    """
+    device = choose_device(kernel)
+    name = kernel or default_kernel(device, problem.dtype, problem.head_dim)
+    require_kernel(name, device, problem.dtype, problem.head_dim)
+    if device == "cuda":
+        gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        launched = [launcher(gpu).submit(_launch_everything, name, problem.head_dim, problem.dtype, gpu) for gpu in gpus]
+        for each in launched:
+            each.result()
+
+
+def _launch_everything(name: str, head_dim: int, dtype: str, where: torch.device) -> None:
+    """Every kind of launch of a lane, once, on few rows."""
+    kernel, rows = get_kernel(name), 256
+    query, key, value = (torch.randn(1, rows, head_dim, device=where, dtype=getattr(torch, dtype)) for _ in range(3))
+    state = Partial.empty(1, rows, head_dim, where)
     for diagonal in (False, True):
-        own = query[:, :rows] if diagonal else query
-        part = state.rows(0, own.shape[1])
-        kernel.attend(
-            own, key[:rows] if diagonal else key, value[:rows] if diagonal else value, part, scale=1.0, diagonal=diagonal
-        )
-    few = state.rows(0, min(rows, 128))
-    merge(few, few)
-    finalise(few, query[:, : len(few.keys)], few.den)
+        kernel.attend(query, key[0], value[0], state, scale=1.0, diagonal=diagonal)
+    merge(state, state)
+    finalise(state, query, state.den)
+    torch.cuda.synchronize(where)
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:
@@ -229,11 +243,27 @@ def read_rate(dataset: Dataset, name: str, problem: Problem) -> float:
     return buffer.nbytes / max(time.perf_counter() - start, 1e-6)
 
 
-def default_device_memory(hardware: Hardware) -> int:
-    """Half of the memory that is free now on the fullest GPU, in bytes, for each lane; on a CPU that of the host."""
-    if hardware.device == "cpu":
-        return default_host_memory()
-    return hardware.lanes * min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())) // 2
+def copy_rates(index: int) -> tuple[float, float]:
+    """Bytes per second of a copy to GPU `index` and of one back; each is timed on the GPU, the second time it is made."""
+    with torch.cuda.device(index):
+        host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+        rates = []
+        for into, source in ((there, host), (host, there)):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            into.copy_(source, non_blocking=True)
+            begin.record()
+            into.copy_(source, non_blocking=True)
+            end.record()
+            end.synchronize()
+            rates.append(COPY_BYTES / (begin.elapsed_time(end) / 1e3))
+    return rates[0], rates[1]
+
+
+def default_device_memory(lanes: int) -> int:
+    """Half of the memory that is free now on the fullest GPU, in bytes, for each GPU that the lanes are on."""
+    gpus = torch.cuda.device_count()
+    return min(lanes, gpus) * min(torch.cuda.mem_get_info(index)[0] for index in range(gpus)) // 2
 
 
 def default_host_memory() -> int:

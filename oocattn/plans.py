@@ -115,8 +115,8 @@ class Plan:
 
     @property
     def binds(self) -> str:
-        """What takes longest: the link compute or tasks, or, where those that share the disk do, the largest of them."""
-        alone = [link for link in self.links if link.name in ("compute", "tasks")]
+        """What takes longest: compute, copy or tasks, or, where the links that share the disk do, the largest of them."""
+        alone = [link for link in self.links if link.name in ("compute", "copy", "tasks")]
         disk = [link for link in self.links if link not in alone]
         longest = max(alone, key=lambda link: link.seconds)
         if sum(link.seconds for link in disk) > longest.seconds:

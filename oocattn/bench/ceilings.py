@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from oocattn.bench.records import Ceiling
-from oocattn.hardware import kernel_rate
+from oocattn.hardware import copy_rates, kernel_rate
 from oocattn.plans import Plan
 
 BYTES = 256 << 20
@@ -36,16 +34,10 @@ def kernel_ceiling(plan: Plan) -> Ceiling:
 
 
 def copy_ceilings() -> Iterator[Ceiling]:
-    """Copies of pinned host memory to the GPU and back, each alone: the best of three."""
-    host = torch.empty(BYTES, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(BYTES, dtype=torch.uint8, device="cuda")
-    for name, target, source in (("host to device, pinned", device, host), ("device to host, pinned", host, device)):
-
-        def copy(target: torch.Tensor = target, source: torch.Tensor = source) -> None:
-            target.copy_(source, non_blocking=True)
-            torch.cuda.synchronize()
-
-        yield Ceiling(name, BYTES / min(_seconds(copy) for _ in range(TRIALS)), "B/s")
+    """Copies of pinned host memory to the first GPU and back, each alone."""
+    rates = copy_rates(0)
+    for name, rate in zip(("host to device, pinned", "device to host, pinned"), rates, strict=True):
+        yield Ceiling(name, rate, "B/s")
 
 
 def disk_ceilings(dataset: Path, folder: Path) -> Iterator[Ceiling]:

@@ -23,6 +23,13 @@ def launcher(device: torch.device) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=f"oocattn-launch-{device}")
 
 
+def release_cached_memory(device: torch.device) -> None:
+    """Give back to `device` what torch has cached of its memory, cuBLAS's workspaces too: one a stream, which outlive it."""
+    with torch.cuda.device(device):
+        torch._C._cuda_clearCublasWorkspaces()  # torch has no public name for it
+        torch.cuda.empty_cache()
+
+
 def lacks_capability(device: torch.device, least: tuple[int, int] = (0, 0)) -> str:
     """Why `device` is no GPU of compute capability `least` or more; "" if it is. Touches no GPU where there is none."""
     if device.type != "cuda":

@@ -101,6 +101,8 @@ def _load_fused() -> ModuleType | None:
         fused = import_module("oocattn.kernels.fused")
         state = Partial.empty(1, 1, 1, "cuda")
         fused.merge(state, state)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # not installed, or without the C compiler that it needs, or not for this GPU
         logger.warning("Triton does not work here, merging takes slower operations of torch: %s", error)
         return None

@@ -1,6 +1,7 @@
 """The CUDA lane: an NVIDIA GPU fed from pinned host memory, so that its kernel never waits.
 
-A staged subproblem is worked through in tiles (`tiles.py`) on three streams, which only wait for each other's events:
+A staged subproblem is worked through in tiles (`tiles.py`) on three streams, which only wait for each other's events (a
+fourth merges partials from disk and finalises chunks):
 
     copy     query tiles, and key tiles one after another, to the device
     compute  the kernel, and the fold of each result into the tile's float32 state
@@ -26,7 +27,7 @@ import torch
 
 from oocattn.errors import BudgetError
 from oocattn.kernels import Partial, finalise, get_kernel, merge
-from oocattn.kernels.cuda import launcher
+from oocattn.kernels.cuda import launcher, release_cached_memory
 from oocattn.memory import (
     FINALISED_ROWS,
     KEY_SLOTS,
@@ -112,9 +113,9 @@ class CudaLane(Lane):
                 problem.group_size, tiles.query, tiles.key, problem.head_dim, problem.dtype
             )
             try:
-                memory = Arena(torch.empty(nbytes, dtype=torch.uint8, device=self._device))
                 with torch.cuda.stream(self._compute):  # one segment, of which the results of all calls are cut
                     torch.empty(max(0, scratch - SEGMENT), dtype=torch.uint8, device=self._device)
+                memory = Arena(torch.empty(nbytes, dtype=torch.uint8, device=self._device))
                 break
             except torch.OutOfMemoryError as error:
                 self._halve(error)
@@ -137,15 +138,15 @@ class CudaLane(Lane):
     def close(self) -> None:
         super().close()
         _switch_often(-1)
-        with torch.cuda.device(self._device):
+        try:
             for stream in (self._copy, self._compute, self._back, self._merge_stream):
                 stream.synchronize()
+        finally:
             for memory in self._pinned:
                 memory.close()
             del self._queries, self._states, self._keys, self._merge_states
             del self._finalised, self._out_block, self._lse_block
-            torch._C._cuda_clearCublasWorkspaces()  # one a stream, which outlive it; torch has no public name for it
-            torch.cuda.empty_cache()
+            release_cached_memory(self._device)
 
     def attend(self, turn: int) -> Event:
         start = time.time()
@@ -176,9 +177,10 @@ class CudaLane(Lane):
             if block.query_chunk not in staged.queries:
                 continue  # beyond the last token
             if self.plan.partials == "disk":
-                with self._finishing, self.telling_the_first_error():
-                    while len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:
-                        self._finish_chunk()
+                while len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:  # only this thread adds to them
+                    with self._finishing, self.telling_the_first_error():
+                        if len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:
+                            self._finish_chunk()
             destination = self.partials.begin(staged.head_group, block.query_chunk, staged.subproblem.index)
             work.coming_back += 1
             self._enqueue_chunk(work, block, destination)

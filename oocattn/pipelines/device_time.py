@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +43,12 @@ class DeviceClock:
         self._time = time.time()
         self._lock = threading.Lock()
 
-    def spans(self, stretches: Iterable[Stretch]) -> tuple[Span, ...]:
+    def spans(self, stretches: Sequence[Stretch]) -> tuple[Span, ...]:
         """When finished stretches were, those of one resource joined where nothing lies between."""
         with self._lock:
             timed = [Span(each.resource, self._seconds(each.start), self._seconds(each.stop)) for each in stretches]
-            latest = max(stretches, key=lambda each: self._seconds(each.stop), default=None)
-            if latest is not None and self._seconds(latest.stop) > self._time + ANCHOR:
-                self._anchor, self._time = latest.stop, self._seconds(latest.stop)
+            if timed and timed[-1].stop > self._time + ANCHOR:
+                self._anchor, self._time = stretches[-1].stop, timed[-1].stop
         return joined(timed)
 
     def _seconds(self, event: torch.cuda.Event) -> float:

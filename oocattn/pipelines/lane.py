@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Lane(ABC):
         self.result = ResultArrays.open(job.result, writable=True)
         self.kernel = get_kernel(plan.kernel)
         self._staged: dict[int, Staged] = {}
+        self._closing = False
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
         self._setting_up = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
         states = {name: States() for name in plan.buffers.states()}
@@ -96,7 +97,7 @@ class Lane(ABC):
         self._error: BaseException | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="oocattn-write")
         self._completing: dict[tuple[int, int], Future[tuple[Event, Event]]] = {}
-        self._merging, self._writing = threading.Lock(), threading.Lock()
+        self._decoding, self._merging, self._writing = threading.Lock(), threading.Lock(), threading.Lock()
 
     def _allocate_or_tell(self, states: Mapping[str, States]) -> None:
         """Allocate everything; where that fails, whoever waits for what is missing is told why."""
@@ -116,6 +117,8 @@ class Lane(ABC):
         head_dim, group_size = problem.head_dim, problem.group_size
 
         def add_state(name: str, rows: int) -> None:
+            if self._closing:
+                raise RuntimeError("the lane is closed before it was set up")
             memory = Arena(self.allocate(buffers.state_bytes(problem, rows)))
             states[name].put(memory.partial(group_size, rows, head_dim))
 
@@ -153,6 +156,7 @@ class Lane(ABC):
 
     def close(self) -> None:
         """Give back what the lane holds; nothing runs on it any more."""
+        self._closing = True
         for threads in (self._setting_up, self._readers, self._writer):
             threads.shutdown()
 
@@ -161,11 +165,18 @@ class Lane(ABC):
         start = time.time()
         slot = self._slots[turn % len(self._slots)].result()
         self._staged[turn] = staged = self._carve(slot, head_group, self.plan.division.subproblem(index))
-        not_finite = sum(self._readers.map(_read, self._reads(staged)))
+        not_finite = sum(self._readers.map(self._read, self._reads(staged)))
         detail = {"not_finite": not_finite}
         stop = time.time()
         spans = (Span("read", start, stop),)
         return Event("staged", start, stop, head_group, index, amount=staged.nbytes, detail=detail, spans=spans)
+
+    def _read(self, read: _Read) -> int:
+        """Carry a read out; return how many elements are NaN or Inf, if that is counted."""
+        # What is decoded is decoded one read at a time: the plan counts the memory of one.
+        with nullcontext() if read.array.direct else self._decoding:
+            read.array.read_rows(read.batch, read.head, read.tokens.start, read.tokens.stop, read.out)
+        return count_not_finite(read.out) if read.counted else 0
 
     def _reads(self, staged: Staged) -> Iterator[_Read]:
         """The reads that fill a staged subproblem, cut to pieces where the array's chunk files are read directly.
@@ -306,18 +317,12 @@ class _Read:
     counted: bool
 
 
-def _read(read: _Read) -> int:
-    """Carry a read out; return how many elements are NaN or Inf, if that is counted."""
-    read.array.read_rows(read.batch, read.head, read.tokens.start, read.tokens.stop, read.out)
-    return count_not_finite(read.out) if read.counted else 0
-
-
 def count_not_finite(array: npt.NDArray[Any]) -> int:
     """How many elements are NaN or Inf: those whose exponent bits are all ones."""
     exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[array.dtype.name]
     bits = array.reshape(-1).view(np.uint16 if array.itemsize == 2 else np.uint32)
     mask = bits.dtype.type(exponent)  # in blocks, so that temporaries stay small
-    return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(1 << 18, len(bits), 1 << 18)))
+    return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(1 << 16, len(bits), 1 << 16)))
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
+from oocattn.pipelines.timeline import busy_seconds
 from oocattn.units import format_bytes, format_count, format_seconds
 
 
@@ -91,7 +92,7 @@ class Tally:
         self.computing = 0.0
 
     def __call__(self, event: Event) -> None:
-        self.computing += sum(span.stop - span.start for span in event.spans if span.resource == "compute")
+        self.computing += busy_seconds(span for span in event.spans if span.resource == "compute")
         if event.attempt and event.kind in ("staged", "attended"):  # what it amounts to was counted the first time
             self.busy[event.kind] += event.stop - event.start
             return

@@ -33,7 +33,9 @@ class LanePlugin(WorkerPlugin):
         self.active: set[int] = set()
 
     def setup(self, worker: Worker) -> None:
-        self.lane = make_lane(self.job, self.job.devices[worker.address])
+        device = self.job.devices.get(worker.address)
+        if device is not None:  # a worker that joins later takes no part
+            self.lane = make_lane(self.job, device)
 
     def teardown(self, worker: Worker) -> None:
         if self.lane is not None:  # its set-up may have failed

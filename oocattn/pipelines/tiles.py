@@ -27,11 +27,10 @@ class Call:
 
 @dataclass(frozen=True)
 class KeyTile:
-    """Staged keys that pass by a query tile, and the calls on them; `own` where they are the query chunk's own tokens."""
+    """Staged keys that pass by a query tile, and the calls on them."""
 
     keys: range
     calls: tuple[Call, ...]
-    own: bool
 
     @property
     def pairs(self) -> int:
@@ -48,12 +47,12 @@ def key_tiles(block: Block, key_rows: dict[int, range], rows: range, size: int, 
     """
     every = (Call(range(len(rows)), diagonal=False),)
     for run in contiguous_runs(key_rows[chunk] for chunk in block.key_chunks):
-        yield from (KeyTile(keys, every, own=False) for keys in pieces(run, size))
+        yield from (KeyTile(keys, every) for keys in pieces(run, size))
     if not block.diagonal:
         return
     own = key_rows[block.query_chunk]
     before = range(own.start, own.start + rows.start) if causal else own
-    yield from (KeyTile(keys, every, own=True) for keys in pieces(before, size))
+    yield from (KeyTile(keys, every) for keys in pieces(before, size))
     if causal:
         yield from _diagonal(range(before.stop, before.stop + len(rows)), size)
 
@@ -65,7 +64,7 @@ def _diagonal(own: range, size: int) -> Iterator[KeyTile]:
         calls = [Call(range(first, last), diagonal=True)]
         if last < len(own):
             calls.append(Call(range(last, len(own)), diagonal=False))
-        yield KeyTile(keys, tuple(calls), own=True)
+        yield KeyTile(keys, tuple(calls))
 
 
 def pieces(rows: range, size: int) -> Iterator[range]:

@@ -191,9 +191,9 @@ def _slice(spans: _Spans, index: int, resource: str, start: float) -> dict[str, 
 
 def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, stop: float, wall: float) -> Iterator[str]:
     """The lines of an SVG file: a row a resource, time across, the share of the run's wall time at the right."""
-    height = _TOP + _ROW * max(1, len(rows)) + 40
+    width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _ROW * max(1, len(rows)) + 40
     yield (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + _RIGHT} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>\n'
         f'<text x="{_LEFT}" y="20" font-size="15">{escape(caption)}</text>'
         f'<text x="{_LEFT + _WIDTH + 8}" y="{_TOP - 6}">busy</text>\n'
