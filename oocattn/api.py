@@ -77,7 +77,7 @@ def plan(
     hardware = describe_hardware(opened, problem, kernel=kernel, lanes=lanes, scratch=scratch)
     host_bytes = parse_size(default_host_memory() if host_memory is None else host_memory, "host memory")
     if device_memory is None:
-        device_memory = host_bytes if hardware.device == "cpu" else default_device_memory(hardware.lanes)
+        device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
     return make_plan(
         problem,
         hardware,

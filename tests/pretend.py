@@ -89,6 +89,7 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_lane, "torch", Torch())
     monkeypatch.setattr(device_time, "torch", Torch())
     monkeypatch.setattr(cuda_lane, "PinnedMemory", Memory)
+    monkeypatch.setattr(cuda_lane, "release_cached_memory", lambda device: None)
 
     def assign(client: Client, device_type: str) -> dict[str, str]:
         return dict.fromkeys(worker_addresses(client), "cuda:0" if device_type == "cuda" else "cpu")

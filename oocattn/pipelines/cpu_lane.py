@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -22,12 +22,17 @@ class CpuLane(Lane):
         problem = plan.problem
         super().__init__(job, readers=1)
         self._partial = Partial.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
-        self._attending = threading.Lock()
+        # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.
+        self._attending = ThreadPoolExecutor(1, thread_name_prefix="oocattn-attend")
         self._attended: dict[int, Event] = {}
         self._turn = 0
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def close(self) -> None:
+        super().close()
+        self._attending.shutdown()
 
     def fold(self, into: Partial, partial: Partial) -> None:
         merge(into, partial)
@@ -36,7 +41,10 @@ class CpuLane(Lane):
         finalise(state, out, lse)
 
     def attend(self, turn: int) -> Event:
-        with self._attending, self.telling_the_first_error():
+        return self._attending.submit(self._attend_until, turn).result()
+
+    def _attend_until(self, turn: int) -> Event:
+        with self.telling_the_first_error():
             if torch.get_num_threads() != self.plan.threads:
                 torch.set_num_threads(self.plan.threads)
             while turn not in self._attended:

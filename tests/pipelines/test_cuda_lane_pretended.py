@@ -198,7 +198,9 @@ def test_what_a_lane_takes_is_what_was_planned(
     monkeypatch.setattr(cuda_lane, "PinnedMemory", Counted)
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301, **problem))
     made = gpu_plan(dataset, tiles, partials, chunks=3)
-    lane_of(fast_path, made).close()
+    lane = lane_of(fast_path, made)
+    lane._setting_up.submit(lambda: None).result()  # behind it, everything is allocated
+    lane.close()
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
     temporaries = MERGE_SCRATCH_BYTES + LEDGER_BYTES * made.chunk_rows
     assert sum(pinned) == cuda_memory(made.problem, made.buffers, made.tiles, 0).host - temporaries
@@ -206,10 +208,7 @@ def test_what_a_lane_takes_is_what_was_planned(
 
 @pytest.mark.parametrize(
     "first_first",
-    [
-        False,
-        True,
-    ],
+    [False, True],
 )
 def test_switching_between_threads_is_as_before_when_all_lanes_are_closed(fast_path: Path, first_first: bool) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
