@@ -59,9 +59,7 @@ def describe_hardware(
     each GPU), which share this machine's cores, and `scratch` the folder whose file system takes the partials. Raises
     ProblemError for a kernel that is unknown or cannot serve the problem here.
     """
-    device = choose_device(kernel)
-    name = kernel or default_kernel(device, problem.dtype, problem.head_dim)
-    require_kernel(name, device, problem.dtype, problem.head_dim)
+    device, name = _choose_kernel(problem, kernel)
     lanes = lanes or count_lanes(kernel)
     threads = max(1, torch.get_num_threads() // lanes)
     if device == "cpu":
@@ -90,6 +88,14 @@ def describe_hardware(
         measuring_bytes=measuring_bytes,
         scratch_disk=1 << 60 if scratch is None else free_disk(scratch),
     )
+
+
+def _choose_kernel(problem: Problem, kernel: str | None) -> tuple[str, str]:
+    """The type of device of a run on this machine, and its kernel. Raises ProblemError as `describe_hardware`."""
+    device = choose_device(kernel)
+    name = kernel or default_kernel(device, problem.dtype, problem.head_dim)
+    require_kernel(name, device, problem.dtype, problem.head_dim)
+    return device, name
 
 
 def choose_device(kernel: str | None) -> str:
@@ -177,9 +183,7 @@ def warm_up(problem: Problem, kernel: str | None) -> None:
 
     Raises ProblemError for a kernel that is unknown or cannot serve the problem here.
     """
-    device = choose_device(kernel)
-    name = kernel or default_kernel(device, problem.dtype, problem.head_dim)
-    require_kernel(name, device, problem.dtype, problem.head_dim)
+    device, name = _choose_kernel(problem, kernel)
     if device == "cuda":
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         launched = [launcher(gpu).submit(_launch_everything, name, problem.head_dim, problem.dtype, gpu) for gpu in gpus]
@@ -199,7 +203,7 @@ def _launch_everything(name: str, head_dim: int, dtype: str, where: torch.device
     torch.cuda.synchronize(where)
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """How long `work` takes on `device`; returns when it is done."""
     if device.type == "cpu":
         start = time.perf_counter()
@@ -245,19 +249,14 @@ def read_rate(dataset: Dataset, name: str, problem: Problem) -> float:
 
 def copy_rates(index: int) -> tuple[float, float]:
     """Bytes per second of a copy to GPU `index` and of one back; each is timed on the GPU, the second time it is made."""
-    with torch.cuda.device(index):
-        host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-        rates = []
-        for into, source in ((there, host), (host, there)):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            into.copy_(source, non_blocking=True)
-            begin.record()
-            into.copy_(source, non_blocking=True)
-            end.record()
-            end.synchronize()
-            rates.append(COPY_BYTES / (begin.elapsed_time(end) / 1e3))
-    return rates[0], rates[1]
+    device = torch.device("cuda", index)
+    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+
+    def rate(into: torch.Tensor, source: torch.Tensor) -> float:
+        return COPY_BYTES / [_seconds(lambda: into.copy_(source, non_blocking=True), device) for _ in range(2)][-1]
+
+    return rate(there, host), rate(host, there)
 
 
 def default_device_memory(lanes: int) -> int:

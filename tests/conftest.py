@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from distributed import Client
 from hypothesis import HealthCheck, settings
+from support import TOKENS, normal_arrays, write_dataset
 
 from oocattn.pipelines.cluster import local_client
 
@@ -31,3 +32,13 @@ def fast_path() -> Iterator[Path]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(TOKENS), chunk_rows=16)
+
+
+@pytest.fixture
+def result(fast_path: Path) -> Path:
+    return fast_path / "result.zarr"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
+import oocattn
 from oocattn import Event, Plan, Result
 from oocattn.api import run_plan
 from oocattn.hardware import input_cost
@@ -28,6 +30,9 @@ from oocattn.storage.result import ResultPaths
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 GENEROUS = 1 << 40
+
+TOKENS = 64
+"""Tokens of the `dataset` fixture."""
 
 
 def numpy_type(name: str) -> np.dtype[Any]:
@@ -60,6 +65,16 @@ def write_dataset(path: Path, arrays: Arrays, chunk_rows: int | None = None, **s
         options = {"chunks": chunks, "compressors": None, "config": {"write_empty_chunks": True}, **storage}
         group.create_array(name, shape=data.shape, dtype=data.dtype, **options)[...] = data
     return path
+
+
+def damage(path: Path, content: Callable[[bytes], bytes | None]) -> None:
+    """Replace a file at once, as Zarr does, or remove it."""
+    changed = content(path.read_bytes())
+    if changed is None:
+        path.unlink()
+    else:
+        path.with_name("new").write_bytes(changed)
+        path.with_name("new").replace(path)
 
 
 def no_scratch(group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
@@ -196,3 +211,9 @@ class Recorder:
     def of(self, kind: str) -> list[Event]:
         """The events of one kind, in the order in which they came."""
         return [event for event in self.events if event.kind == kind]
+
+
+def assert_nothing_written(result: Path) -> None:
+    assert not os.path.lexists(result)
+    assert not ResultPaths.at(result).growing.exists()
+    assert oocattn.status(result).state == "none"

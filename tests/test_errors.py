@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -16,29 +15,11 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
-from support import carry_out, normal_arrays, plan_for, write_dataset
+from support import TOKENS, assert_nothing_written, carry_out, damage, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import BudgetError, Event, IntegrityError, LockedError, OocattnError, ProblemError, ResultExistsError
 from oocattn.storage.result import ResultPaths
-
-TOKENS = 64
-
-
-@pytest.fixture
-def dataset(fast_path: Path) -> Path:
-    return write_dataset(fast_path / "dataset.zarr", normal_arrays(TOKENS), chunk_rows=16)
-
-
-@pytest.fixture
-def result(fast_path: Path) -> Path:
-    return fast_path / "result.zarr"
-
-
-def assert_nothing_written(result: Path) -> None:
-    assert not os.path.lexists(result)
-    assert not ResultPaths.at(result).growing.exists()
-    assert oocattn.status(result).state == "none"
 
 
 def replace_array(name: str, data: np.ndarray | None) -> Callable[[Path], None]:
@@ -134,16 +115,6 @@ def test_a_small_budget_is_refused_with_one_that_works(client: Client, dataset: 
 def test_a_result_is_local(client: Client, dataset: Path) -> None:
     with pytest.raises(ProblemError, match="written to a local path, not to a URL"):
         oocattn.attention(dataset, "memory://result.zarr", client=client)
-
-
-def damage(path: Path, content: Callable[[bytes], bytes | None]) -> None:
-    """Replace a file at once, as Zarr does, or remove it."""
-    changed = content(path.read_bytes())
-    if changed is None:
-        path.unlink()
-    else:
-        path.with_name("new").write_bytes(changed)
-        path.with_name("new").replace(path)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -319,157 +290,6 @@ def test_a_second_run_in_the_same_process_is_refused(client: Client, dataset: Pa
     carry_out(plan_for(dataset), dataset, result, client, callbacks=[run_again])
     assert len(refusals) == 1
     assert not ResultPaths.at(result).lock.exists()
-
-
-# Damage while a run is under way
-
-
-def on_first(kind: str, action: Callable[[], None]) -> Callable[[Event], None]:
-    """A listener that acts on the first event of a kind."""
-    seen = []
-
-    def listen(event: Event) -> None:
-        if event.kind == kind and not seen:
-            seen.append(event)
-            action()
-
-    return listen
-
-
-@pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_a_dataset_that_changes_during_the_run_is_noticed(
-    client: Client, dataset: Path, result: Path, partials: str
-) -> None:
-    chunk = dataset / "q/c/0/0/0/0"
-    plan = plan_for(dataset, chunks=7, partials=partials)
-    rewrite = on_first("attended", lambda: damage(chunk, lambda data: bytes(len(data))))
-    with pytest.raises(IntegrityError, match=r"the dataset changed while the run read it.*run again"):
-        carry_out(plan, dataset, result, client, callbacks=[rewrite])
-    assert not os.path.lexists(result)
-    assert carry_out(plan, dataset, result, client).path == result
-
-
-def test_a_chunk_that_disappears_during_the_run_is_named(client: Client, dataset: Path, result: Path) -> None:
-    plan = plan_for(dataset, chunks=57)
-    with pytest.raises(IntegrityError, match=r"array 'v' of .*'c/0/0/3/0'.* is missing"):
-        carry_out(plan, dataset, result, client, callbacks=[on_first("staged", (dataset / "v/c/0/0/3/0").unlink)])
-    assert not os.path.lexists(result)
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-7] ^= 16
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "causal"),
-    [
-        (flip_a_bit, False),
-        (flip_a_bit, True),
-        (lambda path: os.truncate(path, path.stat().st_size - 1), False),
-        (Path.unlink, False),
-        (lambda path: path.write_bytes(b""), False),
-    ],
-    ids=["flipped", "flipped, causal", "short", "missing", "empty"],
-)
-def test_a_damaged_partial_is_computed_again(
-    client: Client, dataset: Path, result: Path, spoil: Callable[[Path], None], causal: bool
-) -> None:
-    """Of a chunk whose last partial is not even submitted when the first is done: so it cannot be merged before."""
-    plan = plan_for(dataset, chunks=40, causal=causal, partials="disk")
-    contributors = {chunk: plan.division.contributors(chunk) for chunk in range(40) if plan.tokens(chunk)}
-    chunk = next(chunk for chunk, these in contributors.items() if these[0] == 0 and these[-1] >= 33)
-    partial = ResultPaths.at(result).scratch / f"partial-0-{chunk}-0"
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
-    found = carry_out(plan, dataset, result, client, callbacks=[on_first("attended", lambda: spoil(partial))])
-    assert found.report.recomputed == 1
-    assert "computed again" in str(found.report)
-    np.testing.assert_array_equal(found.out[...], right.out[...])
-    np.testing.assert_array_equal(found.lse[...], right.lse[...])
-    assert found.report.pairs == right.report.pairs
-
-
-def test_recomputation_counts_nothing_twice(client: Client, fast_path: Path, result: Path) -> None:
-    arrays = normal_arrays(TOKENS)
-    arrays[0][0, 0, 0, 0] = np.nan
-    dataset = write_dataset(fast_path / "nan.zarr", arrays)
-    plan = plan_for(dataset, chunks=40, partials="disk")
-    partial = ResultPaths.at(result).scratch / "partial-0-0-0"
-    found = carry_out(plan, dataset, result, client, callbacks=[on_first("attended", partial.unlink)])
-    assert found.report.recomputed == 1
-    assert found.report.not_finite == 1
-    assert found.report.subproblems == plan.subproblems
-
-
-# Disk full
-
-
-def no_space(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_stops_the_run_and_leaves_no_result(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    plan = plan_for(dataset, chunks=7)
-    real = getattr(os, call)
-
-    def full(*arguments: Any, **options: Any) -> Any:
-        named = os.readlink(f"/proc/self/fd/{arguments[0]}") if call == "fsync" else str(arguments[0])
-        return no_space() if re.search(r"/out/c[./]0[./]1[./]", named) else real(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, call, full)
-        with pytest.raises(
-            OSError, match="no space left for the result and its partials; make room and run again"
-        ) as failure:
-            carry_out(plan, dataset, result, client)
-    assert failure.value.errno == errno.ENOSPC
-    assert not os.path.lexists(result)
-    status = oocattn.status(result)
-    assert status.state == "interrupted"
-    assert "no space left" in str(status).lower()
-    with pytest.raises(IntegrityError, match="no finished result here"):
-        oocattn.verify(result)
-    assert oocattn.verify(carry_out(plan, dataset, result, client).path, rows=8).passed  # once there is room
-
-
-def test_a_disk_that_is_full_of_partials_stops_the_run(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.replace
-
-    def full(source: Any, target: Any) -> None:
-        if Path(target).name.startswith("partial-"):
-            no_space()
-        real(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="no space left for the result and its partials; make room and run again"):
-            carry_out(plan_for(dataset, chunks=7, partials="disk"), dataset, result, client)
-    assert not os.path.lexists(result)
-
-
-def test_a_listener_that_raises_stops_the_run(client: Client, dataset: Path, result: Path) -> None:
-    def refuse() -> None:
-        raise KeyboardInterrupt
-
-    events: list[Event] = []
-    worker = next(iter(client.cluster.workers.values()))
-    plugins = set(worker.plugins)
-    with pytest.raises(KeyboardInterrupt):
-        carry_out(
-            plan_for(dataset, chunks=31), dataset, result, client, callbacks=[events.append, on_first("merged", refuse)]
-        )
-    assert events[-1].kind == "failed"
-    assert "KeyboardInterrupt" in str(events[-1].detail["error"])
-    assert not os.path.lexists(result)
-    assert set(worker.plugins) == plugins
-    assert oocattn.status(result).state == "interrupted"
-    assert carry_out(plan_for(dataset, chunks=31), dataset, result, client).path == result
 
 
 def test_every_error_has_one_base() -> None:

@@ -33,6 +33,18 @@ def smallest_named(error: BudgetError) -> tuple[str, int]:
     return f"{match[1]}_memory", int(match[2]) * MIB
 
 
+def check_the_smallest_budget(problem: Problem, hardware: Hardware, name: str, decomposition: str) -> None:
+    """The budget that a refusal names works, and one mebibyte less does not."""
+    options: dict[str, Any] = {"decomposition": decomposition}
+    with pytest.raises(BudgetError) as refused:
+        plan(problem, hardware, **options, **{name: 1})
+    named, smallest = smallest_named(refused.value)
+    assert named == name
+    assert getattr(plan(problem, hardware, **options, **{name: smallest}), f"peak_{name[:-7]}") <= smallest
+    with pytest.raises(BudgetError):
+        plan(problem, hardware, **options, **{name: smallest - MIB})
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     kv_heads = draw(st.integers(1, 8))
@@ -92,14 +104,7 @@ def test_peaks_stay_within_the_budgets_or_the_smallest_that_works_is_named(
 def test_the_smallest_budget_that_is_named_works_and_one_mebibyte_less_does_not(
     problem: Problem, hardware: Hardware, name: str, decomposition: str
 ) -> None:
-    options: dict[str, Any] = {"decomposition": decomposition}
-    with pytest.raises(BudgetError) as refused:
-        plan(problem, hardware, **options, **{name: 1})
-    named, smallest = smallest_named(refused.value)
-    assert named == name
-    assert getattr(plan(problem, hardware, **options, **{name: smallest}), f"peak_{name[:-7]}") <= smallest
-    with pytest.raises(BudgetError):
-        plan(problem, hardware, **options, **{name: smallest - MIB})
+    check_the_smallest_budget(problem, hardware, name, decomposition)
 
 
 def test_two_budgets_too_small_are_named_one_after_the_other() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import GPU, a_problem
-from test_planner import MIB, plan, smallest_named
+from test_planner import MIB, check_the_smallest_budget, plan, smallest_named
 
 from oocattn import BudgetError
 from oocattn.kernels import get_kernel
@@ -75,14 +75,7 @@ def test_peaks_stay_within_the_budgets(problem: Problem, gpu: Hardware, device: 
 def test_the_smallest_budget_that_is_named_works_and_one_mebibyte_less_does_not(
     problem: Problem, gpu: Hardware, name: str, decomposition: str
 ) -> None:
-    options: dict[str, Any] = {"decomposition": decomposition}
-    with pytest.raises(BudgetError) as refused:
-        plan(problem, gpu, **options, **{name: 1})
-    named, smallest = smallest_named(refused.value)
-    assert named == name
-    assert getattr(plan(problem, gpu, **options, **{name: smallest}), f"peak_{name[:-7]}") <= smallest
-    with pytest.raises(BudgetError):
-        plan(problem, gpu, **options, **{name: smallest - MIB})
+    check_the_smallest_budget(problem, gpu, name, decomposition)
 
 
 @given(problems(), gpus, st.sampled_from([1, 7, 31]), st.sampled_from(["cqs", "strips"]))

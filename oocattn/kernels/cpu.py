@@ -24,6 +24,7 @@ from oocattn.kernels.kernel import MAX_KEYS, check_operands, lacks_dtype
 from oocattn.kernels.merge import SCRATCH_BYTES, fold
 from oocattn.kernels.partial import Partial
 from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
+from oocattn.kernels.tiles import round_up
 from oocattn.problem import DTYPES
 
 # Tiles. The rates are of 2 cores (Zen 4, torch 2.13) on float32, D = 64, where no tile above 1,024 x 1,024 differs by
@@ -107,7 +108,7 @@ class _Call:
         if stop - start <= _TRIANGLE:
             self._attend(start, stop, start, stop, causal=True)
             return
-        middle = start + _round_up((stop - start) // 2, _TRIANGLE)
+        middle = start + round_up((stop - start) // 2, _TRIANGLE)
         self.triangle(start, middle)
         self.triangle(middle, stop)
         self.rectangle(middle, stop, start, middle)
@@ -123,7 +124,7 @@ class _Call:
 
     def _attend(self, start: int, stop: int, first_key: int, last_key: int, *, causal: bool) -> None:
         group_size, rows, head_dim = self.query.shape[0], stop - start, self.query.shape[2]
-        query = self.query_tile[:, : _round_up(rows, _ROW_QUANTUM)]  # the rows beyond are computed and dropped
+        query = self.query_tile[:, : round_up(rows, _ROW_QUANTUM)]  # the rows beyond are computed and dropped
         query[:, :rows].copy_(self.query[:, start:stop])
         keys = slice(first_key - self.first_key, last_key - self.first_key)
         shared = (1, group_size, last_key - first_key, head_dim)
@@ -139,11 +140,7 @@ class _Call:
 
 def _tile_rows(group_size: int, rows: int) -> int:
     """Rows of each head that one library call takes at most."""
-    return min(max(_ROW_TILE_PER_HEAD, _ROW_TILE // group_size // 256 * 256), _round_up(rows, _ROW_QUANTUM))
-
-
-def _round_up(count: int, quantum: int) -> int:
-    return -(-count // quantum) * quantum
+    return min(max(_ROW_TILE_PER_HEAD, _ROW_TILE // group_size // 256 * 256), round_up(rows, _ROW_QUANTUM))
 
 
 def _all_finite(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> bool:

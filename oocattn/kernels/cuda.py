@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+from oocattn.kernels.tiles import round_up
+
 _MIB = 1 << 20
 _PRECISION = threading.Lock()
 
@@ -50,10 +52,10 @@ def allocated_bytes(*sizes: int) -> int:
     Up to 1 MiB they are rounded to 512 B and share segments of 2 MiB; below 10 MiB they share segments of 20 MiB; the
     rest is rounded to 2 MiB (PyTorch, c10/core/AllocatorConfig.h).
     """
-    small = sum(_round_up(size, 512) for size in sizes if size <= _MIB)
+    small = sum(round_up(size, 512) for size in sizes if size <= _MIB)
     middle = [size for size in sizes if _MIB < size < 10 * _MIB]
-    large = sum(_round_up(size, 2 * _MIB) for size in sizes if size >= 10 * _MIB)
-    return _round_up(small, 2 * _MIB) + _shared_segments(middle) * 20 * _MIB + large
+    large = sum(round_up(size, 2 * _MIB) for size in sizes if size >= 10 * _MIB)
+    return round_up(small, 2 * _MIB) + _shared_segments(middle) * 20 * _MIB + large
 
 
 def _shared_segments(sizes: list[int]) -> int:
@@ -85,7 +87,3 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
         finally:
             matmul.allow_tf32 = True
-
-
-def _round_up(count: int, quantum: int) -> int:
-    return -(-count // quantum) * quantum

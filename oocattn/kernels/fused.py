@@ -30,21 +30,13 @@ def fold(state: Partial, out: torch.Tensor, lse: torch.Tensor, *, keys: int, dia
 
 def finalise(state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
     """See `merge.finalise`: one launch."""
-    group_size, rows, head_dim = state.num.shape
-    block_dim = triton.next_power_of_2(head_dim)
-    block_rows = max(1, _MERGE_ELEMENTS // block_dim)
-    programs = group_size * triton.cdiv(rows, block_rows)
-    if programs == 0:
-        return
-    with torch.cuda.device(out.device):
-        _finalise_rows[(programs,)](
-            *(state.num, state.den, state.max, *state.num.stride()[:2], *state.den.stride(), *state.max.stride()),
-            *(out, lse, *out.stride()[:2], *lse.stride()),
-            rows,
-            head_dim=head_dim,
-            block_rows=block_rows,
-            block_dim=block_dim,
-        )
+    _launch(
+        _finalise_rows,
+        state,
+        *(state.num, state.den, state.max, *state.num.stride()[:2], *state.den.stride(), *state.max.stride()),
+        *(out, lse, *out.stride()[:2], *lse.stride()),
+        state.num.shape[1],
+    )
 
 
 def _fields(
@@ -63,23 +55,20 @@ def _fields(
 
 
 def _merge(into: Partial, other: tuple[Any, ...], *, keys: int, diagonal: bool) -> None:
-    group_size, rows, head_dim = into.num.shape
+    own = _fields(into.num, into.den, into.max, into.keys)
+    _launch(_merge_rows, into, *own, *other, into.num.shape[1], keys, diagonal=diagonal)
+
+
+def _launch(kernel: Any, state: Partial, *arguments: Any, **constants: bool) -> None:
+    """Launch a kernel whose programs each take a block of rows of one head of `state`."""
+    group_size, rows, head_dim = state.num.shape
     block_dim = triton.next_power_of_2(head_dim)
     block_rows = max(1, _MERGE_ELEMENTS // block_dim)
     programs = group_size * triton.cdiv(rows, block_rows)
     if programs == 0:
         return
-    with torch.cuda.device(into.num.device):
-        _merge_rows[(programs,)](
-            *_fields(into.num, into.den, into.max, into.keys),
-            *other,
-            rows,
-            keys,
-            diagonal=diagonal,
-            head_dim=head_dim,
-            block_rows=block_rows,
-            block_dim=block_dim,
-        )
+    with torch.cuda.device(state.num.device):
+        kernel[(programs,)](*arguments, **constants, head_dim=head_dim, block_rows=block_rows, block_dim=block_dim)
 
 
 @triton.jit(do_not_specialize=["rows", "added_keys"])

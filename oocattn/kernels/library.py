@@ -52,11 +52,8 @@ class LibraryKernel(ABC):
 
         Those are let go before, but torch was once seen to hold 64 MiB more than a call's (756 MiB of 692, H200).
         """
-        tiles = [rows, rows]
-        results = [
-            size for count in tiles for size in (group_size * count * head_dim * DTYPES[dtype], group_size * count * 4)
-        ]
-        return allocated_bytes(*results, _OWN_BYTES, *self._buffers(group_size, rows, keys, head_dim))
+        of_call = (group_size * rows * head_dim * DTYPES[dtype], group_size * rows * 4)
+        return allocated_bytes(*of_call, *of_call, _OWN_BYTES, *self._buffers(group_size, rows, keys, head_dim))
 
     @abstractmethod
     def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:

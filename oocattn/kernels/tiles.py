@@ -31,9 +31,14 @@ def make_tiles(rows: int, keys: int, row_step: int, key_step: int, *, diagonal: 
             yield Tile(first_row, min(first_row + row_step, rows), first_key, last_key, False)
 
 
+def round_up(count: int, quantum: int) -> int:
+    """The next multiple of `quantum`."""
+    return -(-count // quantum) * quantum
+
+
 def level_step(total: int, most: int) -> int:
     """The step that cuts `total` into the fewest pieces of at most `most` (a multiple of 256), without a thin last one."""
     pieces = max(1, -(-total // most))
     if pieces == 1:
         return max(1, total)
-    return -(-total // (pieces * _QUANTUM)) * _QUANTUM
+    return round_up(-(-total // pieces), _QUANTUM)

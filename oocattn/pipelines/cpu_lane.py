@@ -10,7 +10,7 @@ import torch
 from oocattn.kernels import Partial, finalise, merge
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.lane import Job, Lane, Staged
-from oocattn.pipelines.tiles import contiguous_runs
+from oocattn.pipelines.tiles import key_tiles
 from oocattn.quorum import Block
 
 
@@ -34,7 +34,7 @@ class CpuLane(Lane):
         super().close()
         self._attending.shutdown()
 
-    def fold(self, into: Partial, partial: Partial) -> None:
+    def merge_states(self, into: Partial, partial: Partial) -> None:
         merge(into, partial)
 
     def finalise(self, state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -73,25 +73,17 @@ class CpuLane(Lane):
         )
 
     def _attend_block(self, staged: Staged, block: Block, work: tuple[int, int, int]) -> int:
-        """Compute one query chunk's partial, and count its pairs.
-
-        Plain rectangles over contiguous runs of staged keys, and a triangle for a causal diagonal.
-        """
+        """Compute one query chunk's partial, and count its pairs."""
         problem = self.plan.problem
         query = staged.queries[block.query_chunk]
+        rows, every_key = query.shape[1], len(staged.key)
         destination = self.partials.begin(*work)
-        state = self._partial.rows(0, query.shape[1]) if destination.merged else destination.state
+        state = self._partial.rows(0, rows) if destination.merged else destination.state
         state.reset()
-        chunks = block.key_chunks
-        if block.diagonal and not problem.causal:
-            chunks = tuple(sorted((*chunks, block.query_chunk)))
-        for run in contiguous_runs([staged.key_rows[chunk] for chunk in chunks]):
-            key, value = staged.key[run.start : run.stop], staged.value[run.start : run.stop]
-            self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=False)
-        if block.diagonal and problem.causal:
-            rows = staged.key_rows[block.query_chunk]
-            key, value = staged.key[rows.start : rows.stop], staged.value[rows.start : rows.stop]
-            self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=True)
+        for tile in key_tiles(block, staged.key_rows, range(rows), every_key, problem.causal):
+            key, value = (tensor[tile.keys.start : tile.keys.stop] for tensor in (staged.key, staged.value))
+            for call in tile.calls:
+                self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=call.diagonal)
         pairs = int(state.keys.sum()) * len(query)
         if destination.merged:
             merge(destination.state, state)

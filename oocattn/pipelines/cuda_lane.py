@@ -294,7 +294,7 @@ class CudaLane(Lane):
         timed.stop = recorded(stream)
         work.stretches.append(Stretch(resource, start, timed.stop))
 
-    def fold(self, into: Partial, partial: Partial) -> None:
+    def merge_states(self, into: Partial, partial: Partial) -> None:
         """Merge on the device: both are copied there, and the sum back."""
         rows = len(partial.keys)
         first, second = (state.rows(0, rows) for state in self._merge_states)

@@ -89,7 +89,7 @@ class Lane(ABC):
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
         self._setting_up = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
         states = {name: States() for name in plan.buffers.states()}
-        self.partials = make_partials(plan, job.scratch, states, self.fold)
+        self.partials = make_partials(plan, job.scratch, states, self.merge_states)
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self._out: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
         self._setting_up.submit(self._allocate_or_tell, states)
@@ -147,7 +147,7 @@ class Lane(ABC):
         """
 
     @abstractmethod
-    def fold(self, into: Partial, partial: Partial) -> None:
+    def merge_states(self, into: Partial, partial: Partial) -> None:
         """Merge one state in host memory into another; when this returns, `partial` may be overwritten."""
 
     @abstractmethod

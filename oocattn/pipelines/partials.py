@@ -22,7 +22,7 @@ from oocattn.memory import PARTIAL_BLOCK_ROWS
 from oocattn.plans import Plan
 from oocattn.storage.blockfile import read_blocks, write_blocks
 
-Fold = Callable[[Partial, Partial], None]
+MergeStates = Callable[[Partial, Partial], None]
 """Merge the second state, whose memory is the caller's again afterwards, into the first; both in host memory."""
 
 
@@ -156,10 +156,12 @@ class MemoryPartials:
 class DiskPartials:
     """A file a partial, merged when the last of a chunk is there: for accumulators that do not fit, or several lanes."""
 
-    def __init__(self, plan: Plan, folder: Path, accumulators: States, buffers: States, blocks: States, fold: Fold) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, accumulators: States, buffers: States, blocks: States, merge_states: MergeStates
+    ) -> None:
         self._plan = plan
         self._folder = folder
-        self._fold = fold
+        self._merge_states = merge_states
         self._accumulators = _Accumulators(plan, accumulators)
         self._buffers = buffers
         self._blocks = blocks
@@ -196,7 +198,7 @@ class DiskPartials:
         try:
             buffers = [block.rows(0, stop - start) for start, stop in row_blocks]
             for index in read_blocks(path, [_arrays(buffer) for buffer in buffers]):
-                self._fold(state.rows(*row_blocks[index]), buffers[index])
+                self._merge_states(state.rows(*row_blocks[index]), buffers[index])
         finally:
             self._blocks.put(block)
 
@@ -209,14 +211,14 @@ class DiskPartials:
         return self._folder / f"partial-{head_group}-{chunk}-{subproblem}"
 
 
-def make_partials(plan: Plan, folder: Path, states: Mapping[str, States], fold: Fold) -> PartialStore:
+def make_partials(plan: Plan, folder: Path, states: Mapping[str, States], merge_states: MergeStates) -> PartialStore:
     """The store that the plan names, working with the states that `memory.Buffers` counts by these names.
 
     `folder` is where it may keep files.
     """
     if plan.partials == "memory":
         return MemoryPartials(plan, states["accumulators"])
-    return DiskPartials(plan, folder, states["accumulators"], states["buffers"], states["blocks"], fold)
+    return DiskPartials(plan, folder, states["accumulators"], states["buffers"], states["blocks"], merge_states)
 
 
 def _row_blocks(partial: Partial) -> Iterator[tuple[int, int]]:

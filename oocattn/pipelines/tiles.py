@@ -1,8 +1,9 @@
-"""How a GPU works through one query chunk of a subproblem: which keys pass by a query tile, and which calls they make.
+"""How a lane works through one query chunk of a subproblem: which keys pass by a query tile, and which calls they make.
 
 Pure integers. A tile's rows are attended by plain rectangles and, on a causal diagonal, by triangles of at most one key
-tile. With tiles of 2 (query) and 1 (key) chunk rows, the second query tile of a chunk of 4, which owns its diagonal,
-sees, per key tile (rows down, keys across; `#` rectangle, `\\` triangle):
+tile. On a CPU a tile is a whole chunk, or all keys. With tiles of 2 (query) and 1 (key) chunk rows, the second query
+tile of a chunk of 4, which owns its diagonal, sees, per key tile (rows down, keys across; `#` rectangle, `\\`
+triangle):
 
     own keys   0  1  2  3
     row 2      #  #  \\
@@ -42,19 +43,20 @@ class KeyTile:
 def key_tiles(block: Block, key_rows: dict[int, range], rows: range, size: int, causal: bool) -> Iterator[KeyTile]:
     """The key tiles that pass by query rows `rows` of a block's chunk, each of at most `size` keys.
 
-    `key_rows` says where the keys of each chunk were staged. First come the other chunks, those that lie side by side
-    in one run, then the chunk's own keys where the block owns its diagonal.
+    `key_rows` says where the keys of each chunk were staged. First come the chunks that all rows attend, those that lie
+    side by side in one run, and then, on a causal diagonal, the chunk's own keys up to the rows.
     """
     every = (Call(range(len(rows)), diagonal=False),)
-    for run in contiguous_runs(key_rows[chunk] for chunk in block.key_chunks):
+    chunks = block.key_chunks
+    if block.diagonal and not causal:
+        chunks = tuple(sorted((*chunks, block.query_chunk)))
+    for run in contiguous_runs(key_rows[chunk] for chunk in chunks):
         yield from (KeyTile(keys, every) for keys in pieces(run, size))
-    if not block.diagonal:
-        return
-    own = key_rows[block.query_chunk]
-    before = range(own.start, own.start + rows.start) if causal else own
-    yield from (KeyTile(keys, every) for keys in pieces(before, size))
-    if causal:
-        yield from _diagonal(range(before.stop, before.stop + len(rows)), size)
+    if block.diagonal and causal:
+        own = key_rows[block.query_chunk].start
+        first = own + rows.start
+        yield from (KeyTile(keys, every) for keys in pieces(range(own, first), size))
+        yield from _diagonal(range(first, first + len(rows)), size)
 
 
 def _diagonal(own: range, size: int) -> Iterator[KeyTile]:
