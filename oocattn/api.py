@@ -7,17 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zarr
-from distributed import Client
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
-from oocattn.pipelines.cluster import local_client, worker_addresses
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.report import RunReport
-from oocattn.pipelines.run import run
 from oocattn.pipelines.status import Status, StatusFile, read_status
 from oocattn.planner import make_plan
 from oocattn.plans import Plan
@@ -29,6 +26,9 @@ from oocattn.storage.result import ResultArrays, ResultPaths, read_json
 from oocattn.units import parse_size
 from oocattn.verification import Certificate, verify_result
 from oocattn.version import versions
+
+if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
+    from distributed import Client
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,33 @@ def plan(
         raise ProblemError(f"{lanes} workers: a run needs one at least; start them and try again")
     opened = Dataset.open(str(dataset))
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
-    scratch = None if result is None else ResultPaths.at(result).state
-    hardware = describe_hardware(opened, problem, kernel=kernel, lanes=lanes, scratch=scratch)
+    return _plan_for(
+        opened,
+        problem,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        chunks=chunks,
+        decomposition=decomposition,
+        kernel=kernel,
+        lanes=lanes,
+        scratch=None if result is None else ResultPaths.at(result).state,
+    )
+
+
+def _plan_for(
+    dataset: Dataset,
+    problem: Problem,
+    *,
+    device_memory: float | str | None,
+    host_memory: float | str | None,
+    chunks: int | None,
+    decomposition: str,
+    kernel: str | None,
+    lanes: int | None,
+    scratch: Path | None,
+) -> Plan:
+    """Measure this machine and plan; partials would lie in the folder `scratch`."""
+    hardware = describe_hardware(dataset, problem, kernel=kernel, lanes=lanes, scratch=scratch)
     host_bytes = parse_size(default_host_memory() if host_memory is None else host_memory, "host memory")
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
@@ -83,7 +108,7 @@ def plan(
         hardware,
         device_memory=parse_size(device_memory, "device memory"),
         host_memory=host_bytes,
-        inputs=input_cost(opened, problem),
+        inputs=input_cost(dataset, problem),
         chunks=chunks,
         decomposition=decomposition,
     )
@@ -122,21 +147,22 @@ def attention(
     # Bad input is refused before a cluster starts.
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     with ThreadPoolExecutor(1) as beside:
-        warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, so while the cluster starts
+        # Seconds in a new process, so while Dask is imported and the cluster starts.
+        warm = beside.submit(warm_up, problem, kernel)
+        from oocattn.pipelines.cluster import local_client, worker_addresses
+
         with local_client(dashboard_address, count_lanes(kernel)) if client is None else nullcontext(client) as connected:
             warm.result()
-            chosen = plan(
-                dataset,
-                causal=causal,
-                scale=scale,
-                dtype=dtype,
+            chosen = _plan_for(
+                opened,
+                problem,
                 device_memory=device_memory,
                 host_memory=host_memory,
                 chunks=chunks,
                 decomposition=decomposition,
                 kernel=kernel,
                 lanes=len(worker_addresses(connected)),
-                result=result,
+                scratch=paths.state,
             )
             return run_plan(chosen, opened, paths, connected, callbacks=callbacks, overwrite=overwrite)
 
@@ -151,6 +177,8 @@ def run_plan(
     overwrite: bool = False,
 ) -> Result:
     """Carry out a plan made for `dataset`: the part of `attention` after planning, for callers who plan themselves."""
+    from oocattn.pipelines.run import run
+
     attributes = {
         "problem": asdict(plan.problem),
         "plan": {

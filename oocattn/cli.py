@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
-from typing import Any
-
-from distributed import Client
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import oocattn
-from oocattn.bench import Progress, bench
-from oocattn.doctor import examine
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.kernels import kernel_names
 from oocattn.pipelines.events import Callback, Event
@@ -23,6 +19,9 @@ from oocattn.problem import DTYPES
 from oocattn.storage.importing import LAYOUTS, import_arrays
 from oocattn.storage.synth import synthesise
 from oocattn.units import parse_size
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 """Exit codes; argparse's own for bad usage is 2."""
@@ -90,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
         listeners.append(ProgressBar())
     if options.timeline:
         listeners.append(Timeline(options.timeline))
-    with nullcontext(None) if options.scheduler is None else Client(options.scheduler) as client:
+    with _client(options.scheduler) as client:
         result = oocattn.attention(
             options.dataset,
             options.result,
@@ -105,6 +104,16 @@ def _run(options: argparse.Namespace) -> int:
     if result.report is not None:
         print(result.report)
     return DONE
+
+
+def _client(scheduler: str | None) -> AbstractContextManager[Client | None]:
+    """Of the scheduler at that address; None where none is given."""
+    if scheduler is None:
+        return nullcontext(None)
+    from distributed import Client
+
+    client: AbstractContextManager[Client] = Client(scheduler)
+    return client
 
 
 class _PlanPrinter:
@@ -130,6 +139,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from oocattn.doctor import examine  # imports Dask, as bench does: not for the commands that need none
+
     passed = True
     for check in examine():
         print(check, flush=True)
@@ -138,6 +149,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from oocattn.bench import Progress, bench
+
     shape = {name: getattr(options, name) for name in ("tokens", "heads", "kv_heads", "head_dim", "dtype")}
     sampling = {name: getattr(options, name) for name in ("repeats", "warm_up", "rows", "seed")}
     choices = {name: getattr(options, name) for name in PLAN_CHOICES}

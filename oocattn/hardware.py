@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 import time
@@ -14,10 +15,9 @@ from statistics import median
 import numpy as np
 import psutil
 import torch
-from distributed.system import MEMORY_LIMIT
 
 from oocattn.kernels import Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
-from oocattn.kernels.cuda import launcher, release_cached_memory
+from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.planner import HALF_RATE_KEYS
 from oocattn.plans import Hardware, InputCost
 from oocattn.problem import Problem
@@ -31,8 +31,9 @@ SAMPLE_BYTES = 16 << 20
 MOMENT = 0.15
 """Seconds for which a kernel is timed."""
 
-SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 16, 1 << 18, 4
-"""Places of an array that are read as a sample, how much there, and threads that do."""
+SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 4, 2 << 20, 4
+"""Places of an array that are read as a sample, how much there, and threads that do. Of smaller pieces from the page
+cache, the threads' turns at Python take longer than the reading."""
 
 COPY_BYTES = 64 << 20
 """Copied to and from a GPU to measure how fast that is."""
@@ -73,7 +74,7 @@ def describe_hardware(
         operands = Partial.nbytes_for(1, rows, problem.head_dim) + (rows + 2 * keys) * problem.head_dim * problem.itemsize
         scratch_bytes = get_kernel(name).scratch_bytes(1, rows, keys, problem.head_dim, problem.dtype)
         measuring_bytes = operands + scratch_bytes + SEGMENTS
-    found = sample_rate(dataset)
+    found = 2.0 ** round(math.log2(sample_rate(dataset)))  # so that the same conditions make the same plan
     return Hardware(
         kernel=name,
         kernel_flops=flops,
@@ -267,6 +268,8 @@ def default_device_memory(lanes: int) -> int:
 
 def default_host_memory() -> int:
     """Half of the memory that is free now, in bytes; of a container's limit where there is one."""
+    from distributed.system import MEMORY_LIMIT  # imports all of Dask, which not every command needs
+
     return int(min(psutil.virtual_memory().available, MEMORY_LIMIT) // 2)
 
 

@@ -13,7 +13,7 @@ import zarr
 from distributed import LocalCluster
 
 import oocattn
-from oocattn import cli
+from oocattn import cli, doctor
 from oocattn.bench import Ceiling, Progress
 from oocattn.doctor import Check
 
@@ -199,7 +199,7 @@ def test_every_command_explains_itself(command, capsys):
 
 @pytest.mark.parametrize(("passed", "code", "word"), [(True, 0, "ok"), (False, 1, "FAILED")])
 def test_doctor_exits_with_1_if_a_check_fails(passed, code, word, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "examine", lambda: iter([Check("disk", passed, "as found"), Check("python", True, "3")]))
+    monkeypatch.setattr(doctor, "examine", lambda: iter([Check("disk", passed, "as found"), Check("python", True, "3")]))
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().out.startswith(f"{word} ")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from oocattn.kernels.cuda import lacks_capability
+from oocattn.kernels.cuda.device import lacks_capability
 from oocattn.kernels.kernel import lacks_dtype
 from oocattn.kernels.library import LibraryKernel
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from oocattn.kernels.cuda import lacks_capability
+from oocattn.kernels.cuda.device import lacks_capability
 from oocattn.kernels.kernel import lacks_dtype
 from oocattn.kernels.library import LibraryKernel, shared_by_heads
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from oocattn.kernels.cuda import allocated_bytes
+from oocattn.kernels.cuda.device import allocated_bytes
 from oocattn.kernels.kernel import MAX_KEYS, check_operands
 from oocattn.kernels.merge import fold
 from oocattn.kernels.partial import Partial

@@ -1,7 +1,7 @@
 """Exact recombination of partials, and the division that ends it. No attention is computed here.
 
-On a GPU with Triton, merging is one launch (`fused`). The torch operations that serve everywhere else work through blocks
-of rows with `SCRATCH_BYTES` of temporaries at most, because the states themselves may fill most of a memory budget.
+On a GPU, merging is one launch of our own (`cuda.merging`). The torch operations that serve everywhere else work through
+blocks of rows with `SCRATCH_BYTES` of temporaries at most, because the states themselves may fill most of a memory budget.
 """
 
 from __future__ import annotations
@@ -91,20 +91,20 @@ def finite_shift(maximum: torch.Tensor) -> torch.Tensor:
 
 
 def _fused(tensor: torch.Tensor) -> ModuleType | None:
-    """The Triton kernels, where the tensor is on a GPU and Triton works."""
+    """Our own launches, where the tensor is on a GPU and they can be compiled."""
     return _load_fused() if tensor.device.type == "cuda" else None
 
 
 @cache
 def _load_fused() -> ModuleType | None:
     try:
-        fused = import_module("oocattn.kernels.fused")
+        fused = import_module("oocattn.kernels.cuda.merging")
         state = Partial.empty(1, 1, 1, "cuda")
         fused.merge(state, state)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # not installed, or without the C compiler that it needs, or not for this GPU
-        logger.warning("Triton does not work here, merging takes slower operations of torch: %s", error)
+    except Exception as error:  # cuda.bindings or NVRTC is not there, or knows nothing of this GPU
+        logger.warning("merging is not compiled here and takes slower operations of torch: %s", error)
         return None
     return fused
 

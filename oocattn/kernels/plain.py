@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from oocattn.kernels.cuda import allocated_bytes, full_precision, lacks_capability
+from oocattn.kernels.cuda.device import allocated_bytes, full_precision, lacks_capability
 from oocattn.kernels.kernel import MAX_KEYS, attended_keys, check_operands, lacks_dtype
 from oocattn.kernels.merge import SCRATCH_BYTES, finite_shift, merge
 from oocattn.kernels.partial import Partial

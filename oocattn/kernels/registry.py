@@ -81,7 +81,7 @@ def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: 
     others = [entry.name for entry in _of_type(device.type) if not get_kernel(entry.name).lacks(device, dtype, head_dim)]
     raise ProblemError(
         f"kernel {name!r} cannot attend {dtype} with D = {head_dim} on {device}: {lacking}"
-        + (f"; choose one of {', '.join(others)} or leave --kernel out" if others else "")
+        + (f"; choose one of {', '.join(others)} or leave --kernel out" if others else "; leave --kernel out")
     )
 
 

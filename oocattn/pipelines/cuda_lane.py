@@ -27,7 +27,7 @@ import torch
 
 from oocattn.errors import BudgetError
 from oocattn.kernels import Partial, finalise, get_kernel, merge
-from oocattn.kernels.cuda import launcher, release_cached_memory
+from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.memory import (
     FINALISED_ROWS,
     KEY_SLOTS,

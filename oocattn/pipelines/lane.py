@@ -81,18 +81,18 @@ class Lane(ABC):
 
     def __init__(self, job: Job, readers: int) -> None:
         self.plan = plan = job.plan
-        self.dataset = Dataset.open(job.dataset)
-        self.result = ResultArrays.open(job.result, writable=True)
-        self.kernel = get_kernel(plan.kernel)
-        self._staged: dict[int, Staged] = {}
         self._closing = False
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
         self._setting_up = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
         states = {name: States() for name in plan.buffers.states()}
         self.partials = make_partials(plan, job.scratch, states, self.merge_states)
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self._out: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
         self._setting_up.submit(self._allocate_or_tell, states)
+        self.dataset = Dataset.open(job.dataset)
+        self.result = ResultArrays.open(job.result, writable=True)
+        self.kernel = get_kernel(plan.kernel)
+        self._staged: dict[int, Staged] = {}
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
         self._merged: dict[tuple[int, int], Partial] = {}
         self._error: BaseException | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="oocattn-write")
@@ -318,9 +318,16 @@ class _Read:
 
 
 def count_not_finite(array: npt.NDArray[Any]) -> int:
-    """How many elements are NaN or Inf: those whose exponent bits are all ones."""
+    """How many elements are NaN or Inf: those whose exponent bits are all ones.
+
+    Usually none: as integers, these are the largest without a sign and the largest with one, so two maxima tell.
+    """
     exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[array.dtype.name]
-    bits = array.reshape(-1).view(np.uint16 if array.itemsize == 2 else np.uint32)
+    unsigned, signed = (np.uint16, np.int16) if array.itemsize == 2 else (np.uint32, np.int32)
+    bits = array.reshape(-1).view(unsigned)
+    sign = 1 << (8 * array.itemsize - 1)
+    if not len(bits) or (bits.max() < sign + exponent and bits.view(signed).max() < exponent):
+        return 0
     mask = bits.dtype.type(exponent)  # in blocks, so that temporaries stay small
     return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(1 << 16, len(bits), 1 << 16)))
 

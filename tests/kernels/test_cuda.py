@@ -306,10 +306,10 @@ SHAPES = [(1, 1, 1), (1, 1000, 64), (3, 63, 40), (2, 777, 96), (8, 130, 256), (1
 
 @pytest.fixture(params=["fused", "torch operations"])
 def way(request, monkeypatch):
-    """Merging with Triton, and as where it is not installed."""
+    """Merging with our own launches, and as where they cannot be compiled."""
     module = import_module("oocattn.kernels.merge")
     if request.param == "fused":
-        assert module._load_fused() is not None, "Triton is not installed"
+        assert module._load_fused() is not None, "merging does not compile here"
     else:
         monkeypatch.setattr(module, "_load_fused", lambda: None)
 

@@ -1,0 +1,88 @@
+"""Merging on a GPU as single launches, without temporaries; what they compute is defined in `kernels.merge`.
+
+Imported for CUDA tensors only, and only where `cuda.bindings` is installed. Everything is launched on torch's current
+stream of the tensors' device; nothing is allocated and nothing waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+
+from oocattn.kernels.cuda.program import Program
+from oocattn.kernels.partial import Partial
+
+_WARPS = 8  # rows of a block
+
+
+class _State(ctypes.Structure):
+    """`State` of merge.cu."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("num", "den", "max", "keys")],
+        *[(name, ctypes.c_longlong) for name in ("num_head", "num_row", "den_head", "den_row", "max_head", "max_row")],
+        ("keys_row", ctypes.c_longlong),
+    )
+
+
+class _Output(ctypes.Structure):
+    """`Output` of merge.cu."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("out", "lse")],
+        *[(name, ctypes.c_longlong) for name in ("out_head", "out_row", "lse_head", "lse_row")],
+    )
+
+
+def merge(into: Partial, other: Partial) -> None:
+    """See `merge.merge`: one launch for all fields."""
+    _launch("merge", into, _state(other))
+
+
+def fold(state: Partial, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
+    """See `merge.fold`: one launch for all fields."""
+    result = _output(out, lse)
+    _launch(f"fold_{_name(out)}", state, result, ctypes.c_longlong(keys), ctypes.c_int(diagonal))
+
+
+def finalise(state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """See `merge.finalise`: one launch."""
+    _launch(f"finalise_{_name(out)}", state, _output(out, lse))
+
+
+def _launch(kernel: str, state: Partial, other: ctypes.Structure, *more: ctypes.c_longlong | ctypes.c_int) -> None:
+    """Launch a kernel that takes a row of one head of `state` with each warp."""
+    heads, rows, head_dim = state.num.shape
+    blocks = -(-heads * rows // _WARPS)
+    if blocks:
+        arguments = (_state(state), other, ctypes.c_int(heads), ctypes.c_longlong(rows), *more)
+        _program(head_dim).launch(kernel, state.num.device, blocks, 32 * _WARPS, arguments)
+
+
+@cache
+def _program(head_dim: int) -> Program:
+    return Program("merge.cu", {"HEAD_DIM": head_dim})
+
+
+def _state(state: Partial) -> _State:
+    tensors = (state.num, state.den, state.max, state.keys)
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    return _State(*pointers, *_row_strides(state.num), *state.den.stride(), *state.max.stride(), state.keys.stride(0))
+
+
+def _output(out: torch.Tensor, lse: torch.Tensor) -> _Output:
+    return _Output(out.data_ptr(), lse.data_ptr(), *_row_strides(out), *lse.stride())
+
+
+def _row_strides(tensor: torch.Tensor) -> tuple[int, int]:
+    """Strides of heads and rows of a [g, n, D] whose rows are contiguous."""
+    head, row, element = tensor.stride()
+    if tensor.shape[-1] > 1 and element != 1:
+        raise ValueError(f"strides {tensor.stride()} of [g, n, D]: the innermost dimension must be contiguous")
+    return head, row
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,133 @@
+"""CUDA C++ that is compiled when it is first needed, by NVRTC, and kept on disk for the next process.
+
+NVRTC and `cuda.bindings` come with torch's builds for CUDA 13; no compiler, header or build step is needed. A build lies in
+`~/.cache/oocattn` (or where the XDG base directory specification says) under a digest of all that it depends on, with a
+checksum of its bytes. Kernels are launched on torch's current stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+
+from oocattn.errors import OocattnError
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class CompilationError(OocattnError):
+    """NVRTC does not compile a program: what it says is the message."""
+
+
+class Program:
+    """One source file of this folder with the macros that it is compiled with; for any number of GPUs."""
+
+    def __init__(self, source: str, macros: Mapping[str, int]) -> None:
+        self._name = source
+        self._source = files(__package__).joinpath(source).read_bytes()
+        self._macros = tuple(f"--define-macro={name}={value}" for name, value in sorted(macros.items()))
+        self._functions: dict[tuple[str, torch.device], Any] = {}
+        self._libraries: dict[str, Any] = {}
+
+    def build(self, architecture: str, folder: Path | None = None) -> bytes:
+        """The program for an architecture such as "sm_90", from `folder` (default: the user's cache) or newly compiled.
+
+        Needs no GPU. Raises CompilationError. A folder that cannot be written is no error.
+        """
+        options = ("--std=c++17", f"--gpu-architecture={architecture}", *self._macros)
+        version = "nvrtc {}.{}".format(*_checked(nvrtc.nvrtcVersion()))
+        digest = hashlib.sha256("\0".join((version, *options, "")).encode() + self._source).hexdigest()
+        path = (folder or _cache_folder()) / f"{Path(self._name).stem}-{architecture}-{digest[:32]}.cubin"
+        kept = _read_checked(path)
+        if kept is None:
+            kept = self._compile(options)
+            _keep(path, kept)
+        return kept
+
+    def launch(self, kernel: str, device: torch.device, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+        """Launch a kernel of this program on `device`, on torch's current stream there; `arguments` are of ctypes.
+
+        Raises CompilationError where the program cannot be compiled for the device.
+        """
+        with torch.cuda.device(device):
+            _checked(driver.cuCtxSetCurrent(_context(device)))
+            function = self._functions.get((kernel, device)) or self._load(kernel, device)
+            pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+            stream = torch.cuda.current_stream(device).cuda_stream
+            _checked(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0))
+
+    def _load(self, kernel: str, device: torch.device) -> Any:
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        if architecture not in self._libraries:
+            library = driver.cuLibraryLoadData(self.build(architecture), [], [], 0, [], [], 0)
+            self._libraries[architecture] = _checked(library)
+        function = _checked(driver.cuLibraryGetKernel(self._libraries[architecture], kernel.encode()))
+        self._functions[kernel, device] = driver.CUfunction(int(function))
+        return self._functions[kernel, device]
+
+    def _compile(self, options: Sequence[str]) -> bytes:
+        program = _checked(nvrtc.nvrtcCreateProgram(self._source, self._name.encode(), 0, [], []))
+        try:
+            (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+            if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+                log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+                _checked(nvrtc.nvrtcGetProgramLog(program, log))
+                raise CompilationError(f"{self._name} does not compile ({code.name}): {log.decode().strip(chr(0)).strip()}")
+            cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+            _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+            return cubin
+        finally:
+            nvrtc.nvrtcDestroyProgram(program)
+
+
+@cache
+def _context(device: torch.device) -> Any:
+    """The context in which torch works on a GPU."""
+    torch.cuda.init()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(index))))
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """What a call of cuda.bindings returned, without its error code. Raises RuntimeError for one."""
+    code, *values = answer
+    if int(code) != 0:
+        raise RuntimeError(f"CUDA: {code.name}")
+    return values[0] if len(values) == 1 else values
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oocattn"
+
+
+def _read_checked(path: Path) -> bytes | None:
+    """What `_keep` wrote; None where there is nothing or not that any more."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, kept = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return kept if hashlib.sha256(kept).digest() == digest else None
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a build and its checksum under a temporary name, and rename it: other processes may do the same."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(hashlib.sha256(content).digest() + content)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
