@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import zarr
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.pipelines.events import Callback
+from oocattn.pipelines.rehearsal import rehearse
 from oocattn.pipelines.report import RunReport
 from oocattn.pipelines.status import Status, StatusFile, read_status
 from oocattn.planner import make_plan
@@ -147,24 +147,27 @@ def attention(
     # Bad input is refused before a cluster starts.
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     with ThreadPoolExecutor(1) as beside:
-        # Seconds in a new process, so while Dask is imported and the cluster starts.
-        warm = beside.submit(warm_up, problem, kernel)
+        warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
         from oocattn.pipelines.cluster import local_client, worker_addresses
 
-        with local_client(dashboard_address, count_lanes(kernel)) if client is None else nullcontext(client) as connected:
-            warm.result()
-            chosen = _plan_for(
-                opened,
-                problem,
-                device_memory=device_memory,
-                host_memory=host_memory,
-                chunks=chunks,
-                decomposition=decomposition,
-                kernel=kernel,
-                lanes=len(worker_addresses(connected)),
-                scratch=paths.state,
-            )
-            return run_plan(chosen, opened, paths, connected, callbacks=callbacks, overwrite=overwrite)
+        warm.result()
+        chosen = _plan_for(
+            opened,
+            problem,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            chunks=chunks,
+            decomposition=decomposition,
+            kernel=kernel,
+            lanes=count_lanes(kernel) if client is None else len(worker_addresses(client)),
+            scratch=paths.state,
+        )
+        if client is not None:
+            return run_plan(chosen, opened, paths, client, callbacks=callbacks, overwrite=overwrite)
+        rehearsed = beside.submit(rehearse, chosen)
+        with local_client(dashboard_address, chosen.lanes) as own:
+            rehearsed.result()
+            return run_plan(chosen, opened, paths, own, callbacks=callbacks, overwrite=overwrite)
 
 
 def run_plan(

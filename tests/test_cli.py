@@ -13,7 +13,7 @@ import zarr
 from distributed import LocalCluster
 
 import oocattn
-from oocattn import cli, doctor
+from oocattn import cli
 from oocattn.bench import Ceiling, Progress
 from oocattn.doctor import Check
 
@@ -199,7 +199,9 @@ def test_every_command_explains_itself(command, capsys):
 
 @pytest.mark.parametrize(("passed", "code", "word"), [(True, 0, "ok"), (False, 1, "FAILED")])
 def test_doctor_exits_with_1_if_a_check_fails(passed, code, word, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "examine", lambda: iter([Check("disk", passed, "as found"), Check("python", True, "3")]))
+    monkeypatch.setattr(
+        "oocattn.doctor.examine", lambda: iter([Check("disk", passed, "as found"), Check("python", True, "3")])
+    )
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().out.startswith(f"{word} ")
 
@@ -212,7 +214,7 @@ def test_bench_passes_its_options_on_and_prints_results_apart_from_progress(monk
         yield Ceiling("disk", 2e9, "B/s")
         yield Progress("wrote the dataset", 1.5)
 
-    monkeypatch.setattr(cli, "bench", fake)
+    monkeypatch.setattr("oocattn.bench.bench", fake)
     arguments = ["--tokens", "2K", "--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--dtype", "float32", "--full"]
     arguments += ["--host-memory", "1GiB", "--device-memory", "1MiB", "--chunks", "7", "--decomposition", "cqs"]
     arguments += ["--kernel", "cpu", "--folder", "/tmp", "--repeats", "5", "--rows", "9", "--seed", "3", "--no-warm-up"]

@@ -29,7 +29,7 @@ from oocattn.memory import STAGING_SLOTS
 from oocattn.pipelines.arena import Arena
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.partials import States, make_partials
-from oocattn.pipelines.tiles import pieces
+from oocattn.pipelines.tiles import pieces, staged_keys
 from oocattn.plans import Plan
 from oocattn.problem import HeadGroup
 from oocattn.quorum import Subproblem
@@ -299,11 +299,8 @@ class Lane(ABC):
             rows = len(self.plan.tokens(chunk))
             if rows:
                 queries[chunk] = take(problem.group_size * rows).view(problem.group_size, rows, problem.head_dim)
-        key_rows, total = {}, 0
-        for chunk in subproblem.key_chunks:
-            rows = len(self.plan.tokens(chunk))
-            key_rows[chunk] = range(total, total + rows)
-            total += rows
+        key_rows = staged_keys(self.plan, subproblem)
+        total = sum(map(len, key_rows.values()))
         return Staged(head_group, subproblem, queries, take(total), take(total), key_rows)
 
 

@@ -15,7 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from oocattn.quorum import Block
+from oocattn.plans import Plan
+from oocattn.quorum import Block, Subproblem
+
+FIRST_SUBPROBLEMS = 64
+"""Subproblems of which `call_shapes` tells the shapes; those of others are the same, but where the last chunks differ."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,40 @@ class KeyTile:
         """Query-key pairs of one head."""
         count = len(self.keys)
         return sum(count * (count + 1) // 2 if call.diagonal else count * len(call.rows) for call in self.calls)
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """Of a kernel call: query rows of the tile, those of them that attend, and keys; for each head."""
+
+    tile_rows: int
+    rows: int
+    keys: int
+    diagonal: bool
+
+
+def staged_keys(plan: Plan, subproblem: Subproblem) -> dict[int, range]:
+    """The rows of each key chunk where all keys of a subproblem are staged in one piece."""
+    rows, total = {}, 0
+    for chunk in subproblem.key_chunks:
+        count = len(plan.tokens(chunk))
+        rows[chunk] = range(total, total + count)
+        total += count
+    return rows
+
+
+def call_shapes(plan: Plan) -> dict[CallShape, None]:
+    """The shapes of the calls that a GPU makes, in the order in which they first come."""
+    shapes: dict[CallShape, None] = {}
+    for index in range(min(plan.division.subproblems, FIRST_SUBPROBLEMS)):
+        subproblem = plan.division.subproblem(index)
+        key_rows = staged_keys(plan, subproblem)
+        for block in subproblem.blocks:
+            for rows in pieces(range(len(plan.tokens(block.query_chunk))), plan.tiles.query):
+                for tile in key_tiles(block, key_rows, rows, plan.tiles.key, plan.problem.causal):
+                    for call in tile.calls:
+                        shapes[CallShape(len(rows), len(call.rows), len(tile.keys), call.diagonal)] = None
+    return shapes
 
 
 def key_tiles(block: Block, key_rows: dict[int, range], rows: range, size: int, causal: bool) -> Iterator[KeyTile]:

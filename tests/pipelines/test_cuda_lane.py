@@ -36,8 +36,11 @@ import oocattn
 from oocattn import BudgetError, Event, Plan, Result
 from oocattn.hardware import kernel_rate
 from oocattn.kernels import get_kernel
+from oocattn.kernels.cudnn import CudnnKernel
 from oocattn.pipelines import cuda_lane, lane
 from oocattn.pipelines.cuda_lane import CudaLane
+from oocattn.pipelines.rehearsal import rehearse
+from oocattn.pipelines.tiles import call_shapes
 from oocattn.storage.result import ResultPaths
 
 pytestmark = [
@@ -281,6 +284,26 @@ def test_the_device_budget_is_kept_and_used_and_given_back(
     assert sys.getswitchinterval() == usual
     assert result.report.out_of_memory == 0
     assert_verified(result, "float16")
+
+
+@pytest.mark.usefixtures("half")
+def test_a_rehearsal_makes_every_call_within_the_plan_and_gives_all_back(
+    half_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    attend = CudnnKernel.attend
+
+    def note(self: CudnnKernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
+        made.append((query.shape[1], len(key), how["diagonal"]))
+        attend(self, query, key, *rest, **how)
+
+    monkeypatch.setattr(CudnnKernel, "attend", note)
+    before = reserved_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    rehearse(half_plan)
+    assert made == [(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(half_plan)]
+    assert torch.cuda.max_memory_reserved() - before <= half_plan.peak_device
+    assert torch.cuda.memory_reserved() == before
 
 
 def test_a_budget_too_small_for_any_tile_is_refused_with_one_that_works(

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pretend
@@ -41,6 +42,7 @@ from support import (
 )
 
 from oocattn import BudgetError, Plan, Result
+from oocattn.kernels import Kernel, get_kernel
 from oocattn.memory import (
     ALIGNMENT,
     LEDGER_BYTES,
@@ -54,6 +56,7 @@ from oocattn.pipelines import cuda_lane, lane
 from oocattn.pipelines import partials as partials_module
 from oocattn.pipelines.arena import Arena
 from oocattn.pipelines.cuda_lane import CudaLane
+from oocattn.pipelines.tiles import call_shapes
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +105,25 @@ def test_any_tiles_and_partials_are_attention(
     made = gpu_plan(dataset, tiles, None if kind == "strips" else kind, **options)
     made = replace(made, tiles=Tiles(min(tiles[0], made.chunk_rows), min(tiles[1], made.chunk_rows)))
     assert_attention(carry_out(made, dataset, fast_path / "result.zarr", client, overwrite=True), made, arrays)
+
+
+@pytest.mark.parametrize("options", [{"chunks": 7}, {"chunks": 3, "causal": True}, {"chunks": 4, "decomposition": "strips"}])
+def test_every_call_was_foreseen(
+    client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(331))
+    plan = gpu_plan(dataset, (29, 17), **options)
+    made = set()
+    kernel = type(get_kernel(plan.kernel))
+    attend = kernel.attend
+
+    def note(self: Kernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
+        made.add((query.shape[1], len(key), how["diagonal"]))
+        attend(self, query, key, *rest, **how)
+
+    monkeypatch.setattr(kernel, "attend", note)
+    carry_out(plan, dataset, fast_path / "result.zarr", client)
+    assert made == {(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(plan)}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import GENEROUS, GPU, a_problem
 
 from oocattn.memory import Tiles
-from oocattn.pipelines.tiles import contiguous_runs, key_tiles, pieces
+from oocattn.pipelines.tiles import call_shapes, contiguous_runs, key_tiles, pieces
 from oocattn.planner import make_plan
 from oocattn.quorum import Block
 
@@ -86,3 +86,18 @@ def test_runs_join_what_touches_and_drop_what_is_empty(lengths: list[int], gaps:
     assert [row for run in runs for row in run] == [row for rows in ranges for row in rows]
     assert all(runs)
     assert all(before.stop < after.start for before, after in itertools.pairwise(runs))
+
+
+@pytest.mark.parametrize(("chunks", "decomposition"), [(1, "cqs"), (7, "cqs"), (8, "cqs"), (8, "strips")])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_shapes_of_a_plan_are_those_of_its_calls(chunks: int, decomposition: str, causal: bool) -> None:
+    problem = a_problem(tokens=300_000, query_heads=2, kv_heads=1, dtype="float16", causal=causal)
+    options = {"device_memory": GENEROUS, "host_memory": GENEROUS}
+    plan = make_plan(problem, GPU, chunks=chunks, decomposition=decomposition, **options)
+    shapes = call_shapes(plan)
+    assert max(shape.tile_rows for shape in shapes) == plan.tiles.query
+    assert max(shape.keys for shape in shapes) == plan.tiles.key
+    assert any(shape.diagonal for shape in shapes) == causal
+    assert all(shape.rows == shape.keys for shape in shapes if shape.diagonal)
+    assert all(0 < shape.rows <= shape.tile_rows and shape.keys > 0 for shape in shapes)
+    assert len(shapes) <= 24
