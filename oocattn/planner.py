@@ -90,7 +90,7 @@ def make_plan(
         )
     plans: list[Plan] = []
     fine: set[str] = set()  # decompositions of which finer divisions would gain nothing
-    for candidate in _candidates(problem, chunks, decomposition):
+    for candidate in _candidates(problem, hardware.lanes, chunks, decomposition):
         if candidate.decomposition not in fine:
             plan = _cost(candidate, problem, hardware, inputs, device_memory, host_memory)
             plans.append(plan)
@@ -120,12 +120,13 @@ def _kind(plan: Plan) -> tuple[bool, bool]:
     return plan.decomposition != "cqs", plan.partials == "disk"
 
 
-def _candidates(problem: Problem, chunks: int | None, decomposition: str) -> Iterator[_Candidate]:
+def _candidates(problem: Problem, lanes: int, chunks: int | None, decomposition: str) -> Iterator[_Candidate]:
     limit = min(problem.tokens, MAX_CHUNKS)
     if decomposition in ("auto", "cqs"):
         for c in (chunks,) if chunks else candidate_chunk_counts(limit):
-            # With more than c, the next head group begins while the last one's chunks are being written.
-            for accumulators in (c + 2 * quorum_size(c), c):
+            # With more than c, a lane's next head group begins while the last one's chunks are being written.
+            several = problem.head_groups > lanes
+            for accumulators in (c + 2 * quorum_size(c), c) if several else (c,):
                 yield _Candidate("cqs", c, 0, "memory", accumulators)
             yield _Candidate("cqs", c, 0, "disk", 2)
     if decomposition in ("auto", "strips"):

@@ -165,3 +165,11 @@ def test_copies_are_a_link_and_may_bind() -> None:
     assert link.amount >= least
     assert slow.seconds >= link.seconds == pytest.approx(link.amount / 1e6)
     assert all(link.name != "copy" for link in plan(problem).links)
+
+
+@pytest.mark.parametrize(("heads", "lanes", "spare"), [(1, 1, False), (2, 1, True), (4, 4, False), (5, 4, True)])
+def test_accumulators_for_the_next_head_group_only_where_there_is_one(heads: int, lanes: int, spare: bool) -> None:
+    problem = a_problem(1 << 20, query_heads=heads, kv_heads=heads, head_dim=64, dtype="float16", causal=True)
+    budgets = {"device_memory": lanes * GIB, "host_memory": 256 * GIB}
+    made = plan(problem, replace(GPU, lanes=lanes), chunks=7, decomposition="cqs", **budgets)
+    assert made.accumulators == (13 if spare else 7)

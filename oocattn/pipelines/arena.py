@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,6 +23,15 @@ from oocattn.units import format_bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 _TOUCHING_THREADS = 8
+
+
+@cache
+def pinning(device: torch.device) -> ThreadPoolExecutor:
+    """The one thread of this process that pins host memory for a GPU, and unpins it, for good.
+
+    One after the other: what a lane has given up is gone before the next one gets any.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix=f"oocattn-pin-{device}")
 
 
 class Arena:
@@ -72,6 +82,12 @@ class PinnedMemory:
             )
         self.tensor = torch.from_numpy(content)
         self.close = weakref.finalize(self, _unregister, content)
+
+
+def close_all(memories: Iterable[PinnedMemory]) -> None:
+    """Give pinned memory back; its tensors must not be used any more."""
+    for memory in memories:
+        memory.close()
 
 
 def _unregister(content: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,19 +75,18 @@ class Staged:
 class Lane(ABC):
     """What all kinds of lanes do. Its methods are called from the tasks of one worker, several at a time.
 
-    `readers` is the number of threads that read. Host memory is allocated by a thread of its own, in the order in which
-    it is needed: the first chunks are read while the rest is still being pinned.
+    `readers` is the number of threads that read. Host memory is allocated by the thread of `allocating`, in the order in
+    which it is needed: the first chunks are read while the rest is still being pinned.
     """
 
-    def __init__(self, job: Job, readers: int) -> None:
+    def __init__(self, job: Job, readers: int, allocating: Executor) -> None:
         self.plan = plan = job.plan
         self._closing = False
-        self._setting_up = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
         states = {name: States() for name in plan.buffers.states()}
         self.partials = make_partials(plan, job.scratch, states, self.merge_states)
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self._out: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
-        self._setting_up.submit(self._allocate_or_tell, states)
+        self._allocated = allocating.submit(self._allocate_or_tell, states)
         self.dataset = Dataset.open(job.dataset)
         self.result = ResultArrays.open(job.result, writable=True)
         self.kernel = get_kernel(plan.kernel)
@@ -157,7 +156,8 @@ class Lane(ABC):
     def close(self) -> None:
         """Give back what the lane holds; nothing runs on it any more."""
         self._closing = True
-        for threads in (self._setting_up, self._readers, self._writer):
+        wait([self._allocated])
+        for threads in (self._readers, self._writer):
             threads.shutdown()
 
     def stage(self, turn: int, head_group: int, index: int) -> Event:

@@ -221,7 +221,7 @@ def test_what_a_lane_takes_is_what_was_planned(
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301, **problem))
     made = gpu_plan(dataset, tiles, partials, chunks=3)
     lane = lane_of(fast_path, made)
-    lane._setting_up.submit(lambda: None).result()  # behind it, everything is allocated
+    lane._allocated.result()
     lane.close()
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
     temporaries = MERGE_SCRATCH_BYTES + LEDGER_BYTES * made.chunk_rows

@@ -160,7 +160,7 @@ def test_a_worker_with_one_thread_is_enough(dataset: Path, fast_path: Path, part
 def test_a_lane_that_cannot_be_made_leaves_nothing_on_the_workers(
     client: Client, dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Lane, job: object, readers: int) -> None:
+    def refuse(self: Lane, *_: object, **__: object) -> None:
         raise MemoryError("no room for a lane")
 
     monkeypatch.setattr(Lane, "__init__", refuse)
