@@ -146,12 +146,12 @@ def attention(
     opened = Dataset.open(str(dataset))
     # Bad input is refused before a cluster starts.
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
-    with ThreadPoolExecutor(1) as beside:
-        warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
-        from oocattn.pipelines.cluster import local_client, worker_addresses
+    _refuse_to_replace_dataset(paths, opened)
+    if _is_finished(paths, _identity(problem, opened), overwrite):
+        return open_result(paths.result)
 
-        warm.result()
-        chosen = _plan_for(
+    def planned(lanes: int) -> Plan:
+        return _plan_for(
             opened,
             problem,
             device_memory=device_memory,
@@ -159,11 +159,21 @@ def attention(
             chunks=chunks,
             decomposition=decomposition,
             kernel=kernel,
-            lanes=count_lanes(kernel) if client is None else len(worker_addresses(client)),
+            lanes=lanes,
             scratch=paths.state,
         )
-        if client is not None:
-            return run_plan(chosen, opened, paths, client, callbacks=callbacks, overwrite=overwrite)
+
+    if client is not None:
+        from oocattn.pipelines.cluster import worker_addresses
+
+        chosen = planned(len(worker_addresses(client)))
+        return run_plan(chosen, opened, paths, client, callbacks=callbacks, overwrite=overwrite)
+    with ThreadPoolExecutor(1) as beside:
+        warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
+        from oocattn.pipelines.cluster import local_client
+
+        warm.result()
+        chosen = planned(count_lanes(kernel))
         rehearsed = beside.submit(rehearse, chosen)
         with local_client(dashboard_address, chosen.lanes) as own:
             rehearsed.result()
@@ -183,7 +193,7 @@ def run_plan(
     from oocattn.pipelines.run import run
 
     attributes = {
-        "problem": asdict(plan.problem),
+        **_identity(plan.problem, dataset),
         "plan": {
             "digest": plan.digest,
             "decomposition": plan.decomposition,
@@ -193,7 +203,6 @@ def run_plan(
             "out_chunk_rows": plan.out_chunk_rows,
             "kernel": plan.kernel,
         },
-        "dataset": {"location": dataset.location, "fingerprint": dataset.fingerprint()},
         "versions": versions(),
     }
     _refuse_to_replace_dataset(paths, dataset)
@@ -213,6 +222,14 @@ def run_plan(
         )
         run(plan, dataset, paths, client, (StatusFile(paths.status), *callbacks))
     return open_result(paths.result)
+
+
+def _identity(problem: Problem, dataset: Dataset) -> dict[str, Any]:
+    """What a result is the answer to."""
+    return {
+        "problem": asdict(problem),
+        "dataset": {"location": dataset.location, "fingerprint": dataset.fingerprint()},
+    }
 
 
 def _is_finished(paths: ResultPaths, attributes: dict[str, Any], overwrite: bool) -> bool:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
 
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 
 from oocattn.kernels import Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
@@ -120,20 +121,23 @@ def sample_rate(dataset: Dataset) -> float:
     if not arrays:
         return ASSUMED_RATE
     samples = [(array, (number + 0.5) / SAMPLES) for number in range(SAMPLES) for array in arrays]
-    buffers = threading.local()
+    buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
+    for _ in range(SAMPLE_THREADS):
+        buffers.put(np.ones(PIECE_BYTES, np.uint8))  # touched
 
     def read(sample: tuple[InputArray, float]) -> int:
         array, share = sample
         batches, heads, tokens, head_dim = array.spec.four_dimensional
-        rows = min(tokens, max(1, PIECE_BYTES // (head_dim * array.dtype.itemsize)))
-        if not hasattr(buffers, array.name):
-            setattr(buffers, array.name, np.empty((rows, head_dim), array.dtype))
+        row_bytes = head_dim * array.dtype.itemsize
+        rows = min(tokens, max(1, PIECE_BYTES // row_bytes))
         start = int(share * (tokens - rows))
-        array.read_rows(int(share * batches), int(share * heads), start, start + rows, getattr(buffers, array.name))
-        return rows * head_dim * array.dtype.itemsize
+        buffer = buffers.get()
+        out = buffer[: rows * row_bytes].view(array.dtype).reshape(rows, head_dim)
+        array.read_rows(int(share * batches), int(share * heads), start, start + rows, out)
+        buffers.put(buffer)
+        return out.nbytes
 
     with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
-        list(pool.map(read, samples[:SAMPLE_THREADS]))  # threads start and touch their memory
         began = time.perf_counter()
         total = sum(pool.map(read, samples))
         return total / max(time.perf_counter() - began, 1e-6)
@@ -202,6 +206,8 @@ def _launch_everything(name: str, head_dim: int, dtype: str, where: torch.device
     merge(state, state)
     finalise(state, query, state.den)
     torch.cuda.synchronize(where)
+    del query, key, value, state
+    release_cached_memory(where)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -251,7 +257,8 @@ def read_rate(dataset: Dataset, name: str, problem: Problem) -> float:
 def copy_rates(index: int) -> tuple[float, float]:
     """Bytes per second of a copy to GPU `index` and of one back; each is timed on the GPU, the second time it is made."""
     device = torch.device("cuda", index)
-    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    with torch.cuda.device(device):
+        host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
 
     def rate(into: torch.Tensor, source: torch.Tensor) -> float:

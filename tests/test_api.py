@@ -17,7 +17,7 @@ from reference import attention64, relative_error
 from support import Recorder, bits, carry_out, normal_arrays, plan_for, with_partials, write_dataset
 
 import oocattn
-from oocattn import ProblemError
+from oocattn import ProblemError, ResultExistsError
 from oocattn.kernels import device_type, kernel_names
 from oocattn.storage.synth import synthesise
 
@@ -100,6 +100,24 @@ def test_a_kernel_for_gpus_without_a_gpu_is_refused_in_words(fast_path: Path, ke
     with pytest.raises(ProblemError, match=words):
         oocattn.attention(dataset, fast_path / "out.zarr", kernel=kernel)
     assert sorted(path.name for path in fast_path.iterdir()) == ["half.zarr"]
+
+
+def test_a_result_that_is_there_costs_no_start(
+    client: Client, dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = oocattn.attention(dataset, fast_path / "out.zarr", client=client)
+
+    def start(*_: object) -> None:
+        raise AssertionError("something was started")
+
+    for name in ("warm_up", "describe_hardware", "rehearse"):
+        monkeypatch.setattr(f"oocattn.api.{name}", start)
+    monkeypatch.setattr("oocattn.pipelines.cluster.local_client", start)
+    assert oocattn.attention(dataset, fast_path / "out.zarr").report == result.report
+    with pytest.raises(ResultExistsError, match="its problem differs"):
+        oocattn.attention(dataset, fast_path / "out.zarr", causal=True)
+    with pytest.raises(ResultExistsError, match="belongs to the dataset"):
+        oocattn.attention(dataset, dataset / "q", overwrite=True)
 
 
 def test_planning_writes_nothing(dataset: Path, fast_path: Path) -> None:

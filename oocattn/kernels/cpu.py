@@ -42,6 +42,7 @@ class CpuKernel:
     """Flash attention on the CPU, on as many threads as torch gives to the calling thread."""
 
     name = "cpu"
+    plans_shapes = False
     max_keys = MAX_KEYS
 
     def attend(

@@ -18,6 +18,7 @@ class CudnnKernel(LibraryKernel):
     """Flash attention by cuDNN, through torch. Its causal mask starts at the top left, the same for a square tile."""
 
     name = "cudnn"
+    plans_shapes = True
 
     def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
         """See `Kernel.lacks`."""

@@ -22,6 +22,9 @@ class Kernel(Protocol):
     max_keys: int
     """Keys that a caller should give to one call at most; `attend` is right beyond it too."""
 
+    plans_shapes: bool
+    """Whether the first call of each shape takes far longer than the next."""
+
     def attend(
         self,
         query: torch.Tensor,

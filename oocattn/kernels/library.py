@@ -26,6 +26,7 @@ class LibraryKernel(ABC):
 
     name: str
     max_keys = MAX_KEYS
+    plans_shapes = False
 
     def attend(
         self,

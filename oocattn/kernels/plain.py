@@ -30,6 +30,7 @@ class PlainKernel:
     """
 
     name = "torch"
+    plans_shapes = False
     max_keys = MAX_KEYS
     precision = torch.float32
     score_bytes = 64 << 20

@@ -22,9 +22,12 @@ def local_client(dashboard_address: str = "127.0.0.1:0", workers: int = 1) -> It
     """A client of a new cluster in this process: a worker for the CPU or each GPU, and the dashboard on the loopback.
 
     The cluster opens no port but those of the dashboard and of the worker's pages. Dask's own memory limit is off: it
-    counts mapped pages, and the plan bounds what is allocated.
+    counts mapped pages, and the plan bounds what is allocated. Raises ProblemError for an address that is none.
     """
-    host = dashboard_address.rpartition(":")[0] or "127.0.0.1"
+    host, _, port = dashboard_address.rpartition(":")
+    if not (port.isdecimal() and int(port) < 1 << 16):
+        raise ProblemError(f"dashboard address {dashboard_address!r}: expected HOST:PORT, such as 127.0.0.1:8787")
+    host = host or "127.0.0.1"
     with (
         dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status"}),
         LocalCluster(

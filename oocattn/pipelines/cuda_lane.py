@@ -142,10 +142,11 @@ class CudaLane(Lane):
             for stream in (self._copy, self._compute, self._back, self._merge_stream):
                 stream.synchronize()
         finally:
-            pinning(self._device).submit(close_all, self._pinned)  # 20 ms a GiB, for which no result need wait
             del self._queries, self._states, self._keys, self._merge_states
             del self._finalised, self._out_block, self._lse_block
             release_cached_memory(self._device)
+            # Last, for the driver does one thing at a time: 20 ms a GiB, for which no result need wait.
+            pinning(self._device).submit(close_all, self._pinned)
 
     def attend(self, turn: int) -> Event:
         start = time.time()

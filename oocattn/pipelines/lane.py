@@ -87,8 +87,12 @@ class Lane(ABC):
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self._out: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
         self._allocated = allocating.submit(self._allocate_or_tell, states)
-        self.dataset = Dataset.open(job.dataset)
-        self.result = ResultArrays.open(job.result, writable=True)
+        try:
+            self.dataset = Dataset.open(job.dataset)
+            self.result = ResultArrays.open(job.result, writable=True)
+        except BaseException:
+            self._closing = True
+            raise
         self.kernel = get_kernel(plan.kernel)
         self._staged: dict[int, Staged] = {}
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
@@ -115,18 +119,21 @@ class Lane(ABC):
         problem, buffers = self.plan.problem, self.plan.buffers
         head_dim, group_size = problem.head_dim, problem.group_size
 
-        def add_state(name: str, rows: int) -> None:
+        def allocate(nbytes: int) -> torch.Tensor:
             if self._closing:
                 raise RuntimeError("the lane is closed before it was set up")
-            memory = Arena(self.allocate(buffers.state_bytes(problem, rows)))
+            return self.allocate(nbytes)
+
+        def add_state(name: str, rows: int) -> None:
+            memory = Arena(allocate(buffers.state_bytes(problem, rows)))
             states[name].put(memory.partial(group_size, rows, head_dim))
 
         waiting = deque((name, rows) for name, (count, rows) in buffers.states().items() for _ in range(count))
         for slot in self._slots:
-            slot.set_result(self.allocate(self.plan.slot_bytes))
+            slot.set_result(allocate(self.plan.slot_bytes))
             for _ in range(min(FIRST_STATES, len(waiting))):
                 add_state(*waiting.pop())  # blocks and buffers before accumulators
-        memory = Arena(self.allocate(buffers.out_bytes(problem)))
+        memory = Arena(allocate(buffers.out_bytes(problem)))
         # At the beginning of a page, where memory is pinned: so it can be written to disk directly.
         out = memory.take((1, self.plan.out_chunk_rows, head_dim), getattr(torch, problem.out_dtype))
         self._out.set_result((out, memory.take((1, self.plan.out_chunk_rows), torch.float32)))

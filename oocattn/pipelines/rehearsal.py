@@ -6,7 +6,7 @@ of this process keep the plans (`kernels.cuda.device.launcher`).
 
 from __future__ import annotations
 
-from concurrent.futures import wait
+import logging
 
 import torch
 
@@ -15,12 +15,22 @@ from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.pipelines.tiles import call_shapes
 from oocattn.plans import Plan
 
+logger = logging.getLogger("oocattn")
+
 
 def rehearse(plan: Plan) -> None:
-    """Make a plan's calls on random data, on every GPU of this process, within what the plan allocates there."""
-    if plan.device == "cuda":
-        gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-        wait([launcher(gpu).submit(_make_calls, plan, gpu) for gpu in gpus])  # what fails here is told by the run
+    """Make a plan's calls on random data, on every GPU of this process, within what the plan allocates there.
+
+    Only where the kernel plans shapes. What fails here is left to the run, which says it or gets by.
+    """
+    if not get_kernel(plan.kernel).plans_shapes:
+        return
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for gpu, calls in [(gpu, launcher(gpu).submit(_make_calls, plan, gpu)) for gpu in gpus]:
+        if error := calls.exception():
+            logger.debug("the rehearsal on %s failed: %s", gpu, error)
+    for gpu in gpus:
+        release_cached_memory(gpu)
 
 
 def _make_calls(plan: Plan, gpu: torch.device) -> None:
@@ -35,5 +45,3 @@ def _make_calls(plan: Plan, gpu: torch.device) -> None:
             keys, part = slice(0, shape.keys), state.rows(0, shape.rows)
             kernel.attend(query, key[keys], value[keys], part, scale=problem.scale, diagonal=shape.diagonal)
         torch.cuda.synchronize(gpu)
-    del queries, query, key, value, state, part
-    release_cached_memory(gpu)

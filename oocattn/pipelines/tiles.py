@@ -12,14 +12,16 @@ triangle):
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from oocattn.plans import Plan
 from oocattn.quorum import Block, Subproblem
 
-FIRST_SUBPROBLEMS = 64
-"""Subproblems of which `call_shapes` tells the shapes; those of others are the same, but where the last chunks differ."""
+SAMPLED_SUBPROBLEMS = 32
+"""Subproblems at the beginning and at the end of a head group of which `call_shapes` tells the shapes. Those of others are
+the same, but for a few with the last chunk, which may be shorter."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def staged_keys(plan: Plan, subproblem: Subproblem) -> dict[int, range]:
 def call_shapes(plan: Plan) -> dict[CallShape, None]:
     """The shapes of the calls that a GPU makes, in the order in which they first come."""
     shapes: dict[CallShape, None] = {}
-    for index in range(min(plan.division.subproblems, FIRST_SUBPROBLEMS)):
+    count = plan.division.subproblems
+    last = max(SAMPLED_SUBPROBLEMS, count - SAMPLED_SUBPROBLEMS)
+    for index in itertools.chain(range(min(count, SAMPLED_SUBPROBLEMS)), range(last, count)):
         subproblem = plan.division.subproblem(index)
         key_rows = staged_keys(plan, subproblem)
         for block in subproblem.blocks:

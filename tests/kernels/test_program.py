@@ -80,3 +80,16 @@ def test_what_does_not_compile_is_said_with_its_line(tmp_path):
     with pytest.raises(CompilationError, match=r"merge.cu does not compile .*merge.cu\(\d+\): error"):
         merging(-40).build("sm_90", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_user_without_a_home_keeps_nothing(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.chdir(tmp_path)
+    assert merging().build("sm_90").startswith(b"\x7fELF")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # not allowed by the specification
+    assert merging().build("sm_90").startswith(b"\x7fELF")
+    assert not list(tmp_path.iterdir())

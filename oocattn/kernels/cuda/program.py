@@ -48,7 +48,10 @@ class Program:
         options = ("--std=c++17", f"--gpu-architecture={architecture}", *self._macros)
         version = "nvrtc {}.{}".format(*_checked(nvrtc.nvrtcVersion()))
         digest = hashlib.sha256("\0".join((version, *options, "")).encode() + self._source).hexdigest()
-        path = (folder or _cache_folder()) / f"{Path(self._name).stem}-{architecture}-{digest[:32]}.cubin"
+        folder = folder or _cache_folder()
+        if folder is None:
+            return self._compile(options)
+        path = folder / f"{Path(self._name).stem}-{architecture}-{digest[:32]}.cubin"
         kept = _read_checked(path)
         if kept is None:
             kept = self._compile(options)
@@ -81,7 +84,7 @@ class Program:
         try:
             (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
             if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-                log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+                log = b" " * (_checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1)  # never the shared bytes of length 1
                 _checked(nvrtc.nvrtcGetProgramLog(program, log))
                 raise CompilationError(f"{self._name} does not compile ({code.name}): {log.decode().strip(chr(0)).strip()}")
             cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
@@ -95,8 +98,7 @@ class Program:
 def _context(device: torch.device) -> Any:
     """The context in which torch works on a GPU."""
     torch.cuda.init()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(index))))
+    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device.index))))
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
@@ -107,8 +109,13 @@ def _checked(answer: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oocattn"
+def _cache_folder() -> Path | None:
+    """Where the user keeps caches; None for a user without a home."""
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (chosen if chosen.is_absolute() else Path.home() / ".cache") / "oocattn"
+    except RuntimeError:
+        return None
 
 
 def _read_checked(path: Path) -> bytes | None:
@@ -125,7 +132,7 @@ def _keep(path: Path, content: bytes) -> None:
     """Write a build and its checksum under a temporary name, and rename it: other processes may do the same."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is executed
         temporary.write_bytes(hashlib.sha256(content).digest() + content)
         temporary.replace(path)
     except OSError:
