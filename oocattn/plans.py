@@ -151,7 +151,7 @@ class Plan:
         if self.decomposition == "cqs":
             division = f"cyclic quorums over c = {shape}, k = {len(CyclicQuorums(self.chunks, False).quorum(0))}"
         else:
-            division = f"strips over c = {shape}, {self.span} key chunks at a time"
+            division = f"strips over c = {shape}, {self.span} key chunk{'s' * (self.span > 1)} at a time"
         scratch = f", {format_bytes(self.scratch_disk)} of scratch" if self.scratch_disk else ""
         lines = [
             f"problem      {self.problem}",

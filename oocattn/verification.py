@@ -182,7 +182,7 @@ def _recompute(
     tokens = np.asarray([token for _, token in members])
     num, size, den = np.zeros_like(query), np.zeros_like(query), np.zeros(len(members))
     maximum, magnitude = np.full(len(members), -np.inf), np.zeros(len(members))
-    last = int(tokens.max()) + 1 if problem.causal else problem.tokens
+    last = max(token for _, token in members) + 1 if problem.causal else problem.tokens
     for start in range(0, last, KEY_ROWS):
         stop = min(start + KEY_ROWS, last)
         key, value = (_read64(dataset, name, batch, kv_head, start, stop, dtype) for name in ("k", "v"))

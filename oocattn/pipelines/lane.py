@@ -330,7 +330,7 @@ def count_not_finite(array: npt.NDArray[Any]) -> int:
     unsigned, signed = (np.uint16, np.int16) if array.itemsize == 2 else (np.uint32, np.int32)
     bits = array.reshape(-1).view(unsigned)
     sign = 1 << (8 * array.itemsize - 1)
-    if not len(bits) or (bits.max() < sign + exponent and bits.view(signed).max() < exponent):
+    if not len(bits) or (int(np.max(bits)) < sign + exponent and int(np.max(bits.view(signed))) < exponent):
         return 0
     mask = bits.dtype.type(exponent)  # in blocks, so that temporaries stay small
     return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(1 << 16, len(bits), 1 << 16)))
