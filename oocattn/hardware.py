@@ -133,8 +133,10 @@ def sample_rate(dataset: Dataset) -> float:
         start = int(share * (tokens - rows))
         buffer = buffers.get()
         out = buffer[: rows * row_bytes].view(array.dtype).reshape(rows, head_dim)
-        array.read_rows(int(share * batches), int(share * heads), start, start + rows, out)
-        buffers.put(buffer)
+        try:
+            array.read_rows(int(share * batches), int(share * heads), start, start + rows, out)
+        finally:  # or the other reads would wait for it for ever
+            buffers.put(buffer)
         return out.nbytes
 
     with ThreadPoolExecutor(SAMPLE_THREADS) as pool:

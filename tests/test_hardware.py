@@ -12,7 +12,7 @@ import pytest
 from support import normal_arrays, write_dataset
 
 import oocattn
-from oocattn import ProblemError
+from oocattn import IntegrityError, ProblemError
 from oocattn.hardware import PIECE_BYTES, sample_rate
 from oocattn.problem import ArraySpec
 
@@ -44,6 +44,15 @@ def test_what_is_not_cached_is_measured_so(names: str) -> None:
     rate = sample_rate(dataset)
     assert 0.5 * PIECE_BYTES / SECONDS < rate <= PIECE_BYTES / SECONDS
     assert sample_rate(dataset) > 2 * rate  # now it is cached
+
+
+def test_reads_that_all_fail_end_with_their_error() -> None:
+    class NoArray(ColdArray):
+        def read_rows(self, batch: int, head: int, start: int, stop: int, out: np.ndarray) -> None:
+            raise IntegrityError("gone")
+
+    with pytest.raises(IntegrityError, match="gone"):
+        sample_rate(SimpleNamespace(arrays={name: NoArray() for name in "qkv"}))
 
 
 @pytest.mark.parametrize("address", ["foo", "127.0.0.1", "127.0.0.1:99999", "127.0.0.1:-1"])

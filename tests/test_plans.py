@@ -42,7 +42,7 @@ def test_it_says_what_a_user_asks() -> None:
     assert made.binds == "compute"
     assert [line.split()[0] for line in text.splitlines() if line.endswith("<- binds")] == ["compute"]
     strips = plan(problem, chunks=32, decomposition="strips")
-    assert f"strips over c = 32 chunks of {strips.chunk_rows:,} tokens, {strips.span} key chunks at a time" in str(strips)
+    assert f"strips over c = 32 chunks of {strips.chunk_rows:,} tokens, 1 key chunk at a time" in str(strips)
 
 
 def test_scratch_on_disk_is_said() -> None:
