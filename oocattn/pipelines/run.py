@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import cast
 
@@ -61,6 +62,7 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
             driver.stop()
             raise
         finally:
+            driver.close()
             client.unregister_worker_plugin(plugin_name(driver.name))
         if Dataset.open(dataset.location).fingerprint() != fingerprint:
             raise IntegrityError(
@@ -97,6 +99,8 @@ class _Driver:
         self._callbacks = callbacks
         self._unfinished: dict[Key, Future[Event]] = {}
         self._ended: queue.SimpleQueue[Future[Event]] = queue.SimpleQueue()
+        # Of a Ctrl-C within its `sync`, distributed logs a NameError: so results are asked for by another thread.
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="oocattn-results")
         self._attending = 0
         self._recomputing: set[tuple[int, int]] = set()
         self._attempts: defaultdict[tuple[int, int], int] = defaultdict(int)
@@ -146,7 +150,7 @@ class _Driver:
         """What a finished task returned; that is gone with its worker."""
         while True:
             try:
-                return future.result(timeout=PATIENCE)
+                return self._asking.submit(future.result, timeout=PATIENCE).result()
             except TimeoutError:
                 self._check_workers()
 
@@ -198,6 +202,10 @@ class _Driver:
         self._unfinished.update(zip(keys, futures, strict=True))
         for future in futures:
             future.add_done_callback(self._ended.put)
+
+    def close(self) -> None:
+        """Ask for no more results."""
+        self._asking.shutdown(wait=False)
 
     def stop(self) -> None:
         """Let what is executing end, and let nothing else begin."""
