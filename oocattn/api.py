@@ -73,33 +73,25 @@ def plan(
         raise ProblemError(f"{lanes} workers: a run needs one at least; start them and try again")
     opened = Dataset.open(str(dataset))
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
-    return _plan_for(
-        opened,
-        problem,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        chunks=chunks,
-        decomposition=decomposition,
-        kernel=kernel,
-        lanes=lanes,
-        scratch=None if result is None else ResultPaths.at(result).state,
-    )
+    choices = _Choices(device_memory, host_memory, chunks, decomposition, kernel)
+    return _plan_for(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
 
 
-def _plan_for(
-    dataset: Dataset,
-    problem: Problem,
-    *,
-    device_memory: float | str | None,
-    host_memory: float | str | None,
-    chunks: int | None,
-    decomposition: str,
-    kernel: str | None,
-    lanes: int | None,
-    scratch: Path | None,
-) -> Plan:
+@dataclass(frozen=True)
+class _Choices:
+    """What a user may choose of a plan."""
+
+    device_memory: float | str | None
+    host_memory: float | str | None
+    chunks: int | None
+    decomposition: str
+    kernel: str | None
+
+
+def _plan_for(dataset: Dataset, problem: Problem, choices: _Choices, lanes: int | None, scratch: Path | None) -> Plan:
     """Measure this machine and plan; partials would lie in the folder `scratch`."""
-    hardware = describe_hardware(dataset, problem, kernel=kernel, lanes=lanes, scratch=scratch)
+    hardware = describe_hardware(dataset, problem, kernel=choices.kernel, lanes=lanes, scratch=scratch)
+    host_memory, device_memory = choices.host_memory, choices.device_memory
     host_bytes = parse_size(default_host_memory() if host_memory is None else host_memory, "host memory")
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
@@ -109,8 +101,8 @@ def _plan_for(
         device_memory=parse_size(device_memory, "device memory"),
         host_memory=host_bytes,
         inputs=input_cost(dataset, problem),
-        chunks=chunks,
-        decomposition=decomposition,
+        chunks=choices.chunks,
+        decomposition=choices.decomposition,
     )
 
 
@@ -147,33 +139,21 @@ def attention(
     # Bad input is refused before a cluster starts.
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     _refuse_to_replace_dataset(paths, opened)
-    if _is_finished(paths, _identity(problem, opened), overwrite):
+    if _is_finished(paths, problem, opened, overwrite):
         return open_result(paths.result)
 
-    def planned(lanes: int) -> Plan:
-        return _plan_for(
-            opened,
-            problem,
-            device_memory=device_memory,
-            host_memory=host_memory,
-            chunks=chunks,
-            decomposition=decomposition,
-            kernel=kernel,
-            lanes=lanes,
-            scratch=paths.state,
-        )
-
+    choices = _Choices(device_memory, host_memory, chunks, decomposition, kernel)
     if client is not None:
         from oocattn.pipelines.cluster import worker_addresses
 
-        chosen = planned(len(worker_addresses(client)))
+        chosen = _plan_for(opened, problem, choices, len(worker_addresses(client)), paths.state)
         return run_plan(chosen, opened, paths, client, callbacks=callbacks, overwrite=overwrite)
     with ThreadPoolExecutor(1) as beside:
         warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
         from oocattn.pipelines.cluster import local_client
 
         warm.result()
-        chosen = planned(count_lanes(kernel))
+        chosen = _plan_for(opened, problem, choices, count_lanes(kernel), paths.state)
         rehearsed = beside.submit(rehearse, chosen)
         with local_client(dashboard_address, chosen.lanes) as own:
             rehearsed.result()
@@ -206,12 +186,12 @@ def run_plan(
         "versions": versions(),
     }
     _refuse_to_replace_dataset(paths, dataset)
-    if _is_finished(paths, attributes, overwrite):
+    if _is_finished(paths, plan.problem, dataset, overwrite):
         return open_result(paths.result)
     dataset.check_complete()
     paths.state.mkdir(parents=True, exist_ok=True)
     with Lock(paths.lock):
-        if _is_finished(paths, attributes, overwrite):  # another run may have ended in between
+        if _is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
         problem = plan.problem
         paths.begin(
@@ -232,16 +212,16 @@ def _identity(problem: Problem, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _is_finished(paths: ResultPaths, attributes: dict[str, Any], overwrite: bool) -> bool:
+def _is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrite: bool) -> bool:
     """Whether the result is there already. Raises ResultExistsError if something else is and may not be replaced."""
     found = paths.attributes()
     if found is None or overwrite:
         refuse_to_destroy(paths.result, overwrite)
         return False
-    ours = ("problem", "dataset")
-    if all(found.get(name) == attributes[name] for name in ours):
+    ours = _identity(problem, dataset)
+    if all(found.get(name) == ours[name] for name in ours):
         return True
-    differs = next((name for name in ours if found and found.get(name) != attributes[name]), "content")
+    differs = next((name for name in ours if found and found.get(name) != ours[name]), "content")
     raise ResultExistsError(
         f"{paths.result} exists and is not the result of this run (its {differs} differs): choose another path, or "
         "replace it with overwrite=True (--overwrite)"

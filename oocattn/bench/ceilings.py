@@ -13,15 +13,13 @@ from oocattn.hardware import copy_rates, kernel_rate
 from oocattn.plans import Plan
 
 BYTES = 256 << 20
-"""Copied, read and written at most to measure a rate."""
+"""Read and written at most to measure a rate."""
 
 PIECE = 8 << 20
 """Bytes of one read or write."""
 
 READERS = 4
 """Threads that read, for one does not keep a fast disk busy."""
-
-TRIALS = 3
 
 
 def kernel_ceiling(plan: Plan) -> Ceiling:
