@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -194,13 +195,14 @@ def run_plan(
         if _is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
         problem = plan.problem
-        paths.begin(
+        arrays = paths.begin(
             shape=(problem.batch, problem.query_heads, problem.tokens, problem.head_dim),
             dtype=problem.out_dtype,
             chunk_rows=plan.out_chunk_rows,
             attributes=attributes,
         )
-        run(plan, dataset, paths, client, (StatusFile(paths.status), *callbacks))
+        fingerprint = attributes["dataset"]["fingerprint"]
+        run(plan, dataset, fingerprint, paths, arrays, client, (StatusFile(paths.status), *callbacks))
     return open_result(paths.result)
 
 
@@ -242,7 +244,7 @@ def open_result(result: str | Path) -> Result:
     """A finished result, its arrays open for reading. Raises IntegrityError where there is none."""
     paths = ResultPaths.at(result)
     report = read_json(paths.report)
-    if paths.attributes() is None:
+    if not os.path.lexists(paths.result):
         raise IntegrityError(f"{paths.result}: no finished result here; `oocattn status` says whether one is under way")
     arrays = ResultArrays.open(paths.result)
     return Result(paths.result, arrays.out, arrays.lse, RunReport.from_json(report) if report else None)

@@ -26,6 +26,9 @@ PARTIAL_BLOCK_ROWS = 4096
 FINALISED_ROWS = 16384
 """Rows of one head that a GPU finalises at a time."""
 
+OUT_BLOCKS = {"cpu": 1, "cuda": 2}
+"""Chunks of `out` that a lane holds at a time: on a GPU one is finalised while another is written."""
+
 PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}
 """Partials on their way to disk that a lane holds: on a GPU one is computed while another is written."""
 
@@ -61,7 +64,7 @@ class LaneMemory:
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a lane keeps in host memory: staging slots, accumulators, partials on their way to disk, a chunk of `out`."""
+    """What a lane keeps in host memory: staging slots, accumulators, partials on their way to disk, chunks of `out`."""
 
     slot: int
     chunk_rows: int
@@ -88,10 +91,9 @@ class Buffers:
 
     def nbytes(self, problem: Problem) -> int:
         """Bytes of all, as they are allocated."""
-        allocations = [self.slot] * STAGING_SLOTS[self.device] + [self.out_bytes(problem)]
-        for count, rows in self.states().values():
-            allocations += [self.state_bytes(problem, rows)] * count
-        return sum(allocations if self.device == "cpu" else map(_in_segments, allocations))
+        allocations = [(STAGING_SLOTS[self.device], self.slot), (OUT_BLOCKS[self.device], self.out_bytes(problem))]
+        allocations += [(count, self.state_bytes(problem, rows)) for count, rows in self.states().values()]
+        return sum(count * (size if self.device == "cpu" else _in_segments(size)) for count, size in allocations)
 
 
 def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks: int) -> int:

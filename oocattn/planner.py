@@ -32,8 +32,9 @@ TIE = 1.05
 
 CLOSE = 1.01
 
-OUT_CHUNK_BYTES = 32 << 20
-"""Aim for the chunks of `out`: between the 8 and 64 MiB at which chunk files are read fast."""
+OUT_CHUNK_BYTES = 16 << 20
+"""Aim for the chunks of `out`: between the 8 and 64 MiB at which chunk files are read fast, and short to wait for at the end
+of a run."""
 
 TILE_UNIT = 128
 """GPU tiles are a multiple of this: kernels work on blocks of 128 rows."""
@@ -162,9 +163,11 @@ def _cost(
     disk = seconds["read"] + seconds["partials"] + seconds["write"]
     pinned = layout.memory.slot / PIN_RATE if hardware.device == "cuda" else 0.0
     fill = pinned + layout.memory.slot / min(hardware.read_rate, inputs.decode_rate)
-    # What is written when nothing is left to compute: a GPU's lane writes the chunks of a subproblem as they come back.
-    last = 1 if hardware.device == "cuda" and candidate.partials == "memory" else layout.query_chunks
-    drain = seconds["write"] * last / (candidate.chunks * problem.head_groups)
+    # What is written when nothing is left to compute: a GPU's lane writes chunks tile by tile as they come back.
+    last = layout.query_chunks * layout.chunk_rows
+    if hardware.device == "cuda" and candidate.partials == "memory":
+        last = max(layout.out_chunk_rows, layout.chunk_rows % layout.tiles.query or layout.tiles.query)
+    drain = seconds["write"] * last / (candidate.chunks * layout.chunk_rows * problem.head_groups)
     return Plan(
         problem=problem,
         decomposition=candidate.decomposition,

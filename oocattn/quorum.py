@@ -126,7 +126,8 @@ def candidate_chunk_counts(limit: int) -> tuple[int, ...]:
 
 def quorum_size(chunks: int) -> int:
     """k, the number of chunks in a quorum of a set over `chunks` chunks."""
-    return len(_pattern(chunks).offsets)
+    order = perfect_order(chunks)
+    return len(_pattern(chunks).offsets) if order is None else order + 1
 
 
 def require_index(index: int, count: int, what: str) -> None:

@@ -141,8 +141,8 @@ def job_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Job:
     paths = ResultPaths.at(folder / result)
     problem = plan.problem
     shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
-    paths.begin(shape=shape, dtype=problem.out_dtype, chunk_rows=plan.out_chunk_rows, attributes={})
-    return Job("run", plan, str(folder / "dataset.zarr"), paths.growing, paths.scratch, {})
+    arrays = paths.begin(shape=shape, dtype=problem.out_dtype, chunk_rows=plan.out_chunk_rows, attributes={})
+    return Job("run", plan, Dataset.open(folder / "dataset.zarr"), arrays, paths.scratch, {})
 
 
 def written_bits(lane: Lane, head_group: int = 0) -> list[NDArray[Any]]:

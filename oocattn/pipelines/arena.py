@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Generic, TypeVar
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from oocattn.errors import BudgetError
@@ -23,6 +28,38 @@ from oocattn.units import format_bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 _TOUCHING_THREADS = 8
+
+
+T = TypeVar("T")
+
+
+class Pool(Generic[T]):
+    """Pieces of memory of one kind, uninitialised, to be taken and put back; some may yet be allocated."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._free: deque[T] = deque()
+        self._error: BaseException | None = None
+
+    def put(self, piece: T) -> None:
+        """Let a piece be taken, by whoever waits for one."""
+        with self._changed:
+            self._free.append(piece)
+            self._changed.notify()
+
+    def take(self) -> T:
+        """A free piece, waiting for one if need be. Raises what `fail` was told if none will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._error)
+            if not self._free and self._error is not None:
+                raise self._error
+            return self._free.popleft()
+
+    def fail(self, error: BaseException) -> None:
+        """No more pieces will be allocated."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
 
 
 @cache
@@ -104,3 +141,10 @@ def _touch(content: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
 
     with ThreadPoolExecutor(_TOUCHING_THREADS) as pool:
         list(pool.map(touch, range(0, len(content), step)))
+
+
+def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    """The tensor's memory as a numpy array, bfloat16 as that of ml_dtypes; no copy."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

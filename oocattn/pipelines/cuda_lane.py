@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -73,6 +73,14 @@ class _Work:
     pairs: int = 0
     partial_bytes: int = 0
     halved: int = 0
+
+
+@dataclass(frozen=True)
+class _TileBack:
+    """The row of its chunk up to which a tile goes, and the event after which its partial is in host memory."""
+
+    stop: int
+    returned: torch.cuda.Event
 
 
 class CudaLane(Lane):
@@ -144,8 +152,10 @@ class CudaLane(Lane):
         finally:
             del self._queries, self._states, self._keys, self._merge_states
             del self._finalised, self._out_block, self._lse_block
+            del self._query_free, self._state_free, self._key_free, self._ahead, self._clock
             release_cached_memory(self._device)
-            # Last, for the driver does one thing at a time: 20 ms a GiB, for which no result need wait.
+            # Last, for the driver does one thing at a time, be it to forget an event: 20 ms a GiB, for which no result
+            # need wait.
             pinning(self._device).submit(close_all, self._pinned)
 
     def attend(self, turn: int) -> Event:
@@ -183,8 +193,11 @@ class CudaLane(Lane):
                             self._finish_chunk()
             destination = self.partials.begin(staged.head_group, block.query_chunk, staged.subproblem.index)
             work.coming_back += 1
-            self._enqueue_chunk(work, block, destination)
-            self._coming_back.append((work, block.query_chunk, recorded(self._back)))
+            tiles = self._enqueue_chunk(work, block, destination)
+            self._coming_back.append((work, block.query_chunk, tiles[-1].returned))
+            last = self.plan.division.contributors(block.query_chunk)[-1] == staged.subproblem.index
+            if last and self.plan.partials == "memory":
+                self.finisher.begin(staged.head_group, block.query_chunk, _whole(tiles))
 
     def _finish_chunk(self) -> None:
         """Wait until the oldest partial that was begun is in host memory, and hand it over."""
@@ -192,27 +205,25 @@ class CudaLane(Lane):
         head_group, index = work.staged.head_group, work.staged.subproblem.index
         returned.synchronize()
         work.partial_bytes += self.partials.end(head_group, chunk, index)
-        if self.plan.partials == "memory" and index == self.plan.division.contributors(chunk)[-1]:
-            self.complete(head_group, chunk)
         work.coming_back -= 1
         self._coming_back.popleft()
 
-    def _enqueue_chunk(self, work: _Work, block: Block, destination: Destination) -> None:
+    def _enqueue_chunk(self, work: _Work, block: Block, destination: Destination) -> list[_TileBack]:
         """Enqueue one query chunk tile by tile; a tile for which the device has no memory is begun again with half of it."""
         rows = work.staged.queries[block.query_chunk].shape[1]
-        first = 0
-        while first < rows:
+        tiles: list[_TileBack] = []
+        while not tiles or tiles[-1].stop < rows:
+            first = tiles[-1].stop if tiles else 0
             tile = range(first, min(first + self._tile_rows, rows))
             try:
-                self._enqueue_tile(work, block, tile, destination)
+                tiles.append(_TileBack(tile.stop, self._enqueue_tile(work, block, tile, destination)))
             except torch.OutOfMemoryError as error:
                 self._halve(error)
                 work.halved, self._halved = work.halved + self._halved, 0
-            else:
-                first = tile.stop
+        return tiles
 
-    def _enqueue_tile(self, work: _Work, block: Block, tile: range, destination: Destination) -> None:
-        """Enqueue the query rows `tile` of a chunk: all keys that they attend, and the way back."""
+    def _enqueue_tile(self, work: _Work, block: Block, tile: range, destination: Destination) -> torch.cuda.Event:
+        """Enqueue the query rows `tile` of a chunk, their keys and the way back; return the event after it."""
         slot = self._tile_count % QUERY_SLOTS
         self._tile_count += 1
         query, loaded = self._load_query(work, block.query_chunk, tile, slot)
@@ -229,8 +240,9 @@ class CudaLane(Lane):
                 pairs += keys.pairs
         finally:  # also what was launched before an error reads the slot
             self._query_free[slot] = attended = recorded(self._compute)
-        self._bring_back(work, state, tile, destination, attended, slot)
         work.pairs += pairs * self.plan.problem.group_size
+        self._state_free[slot] = returned = self._bring_back(work, state, tile, destination, attended)
+        return returned
 
     def _load_query(self, work: _Work, chunk: int, tile: range, slot: int) -> tuple[torch.Tensor, torch.cuda.Event]:
         """Enqueue the copy of a query tile [g, n, D]; return it and the event after which it is there."""
@@ -267,9 +279,12 @@ class CudaLane(Lane):
             self._ahead.append(done)
 
     def _bring_back(
-        self, work: _Work, state: Partial, tile: range, destination: Destination, attended: torch.cuda.Event, slot: int
-    ) -> None:
-        """Enqueue the way of a tile's state to the host, through a merge where its chunk has earlier partials."""
+        self, work: _Work, state: Partial, tile: range, destination: Destination, attended: torch.cuda.Event
+    ) -> torch.cuda.Event:
+        """Enqueue the way of a tile's state to the host, through a merge where its chunk has earlier partials.
+
+        Returns the event at its end.
+        """
         host = destination.state.rows(tile.start, tile.stop)
         source = state
         with torch.cuda.stream(self._back):
@@ -283,7 +298,7 @@ class CudaLane(Lane):
                     merge(source, state)
             with self._timed(work, "copy out", self._back) as stretch:
                 _copy(host, source)
-        self._state_free[slot] = stretch.stop
+        return stretch.stop
 
     @contextmanager
     def _timed(self, work: _Work, resource: Resource, stream: torch.cuda.Stream) -> Iterator[_Timed]:
@@ -352,6 +367,13 @@ def _switch_often(lanes: int) -> None:
 @dataclass
 class _Timed:
     stop: torch.cuda.Event = field(init=False)
+
+
+def _whole(tiles: Iterable[_TileBack]) -> Iterator[int]:
+    """Up to which row a chunk is in host memory, as its tiles come back."""
+    for tile in tiles:
+        tile.returned.synchronize()
+        yield tile.stop
 
 
 def _wait(stream: torch.cuda.Stream, event: torch.cuda.Event | None) -> None:

@@ -1,12 +1,13 @@
 """A lane: one device with its buffers, working through subproblems: stage, attend, merge, write.
 
 All memory of a lane is allocated when it is made and never again; the plan counted it. Which subproblem comes when, and
-that no buffer is used for two things at once, is the graph's business. Here is what lanes of every kind share, reading,
-merging and writing; how a kind attends is in `cpu_lane` and `cuda_lane`.
+that no buffer is used for two things at once, is the graph's business. Here is what lanes of every kind share: their
+memory and reading, while merging and writing are in `finishing`; how a kind attends is in `cpu_lane` and `cuda_lane`.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -18,16 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from oocattn.errors import IntegrityError
+from oocattn.errors import ProblemError
 from oocattn.kernels import Partial, get_kernel
-from oocattn.memory import STAGING_SLOTS
-from oocattn.pipelines.arena import Arena
+from oocattn.memory import OUT_BLOCKS, STAGING_SLOTS
+from oocattn.pipelines.arena import Arena, Pool, as_numpy
 from oocattn.pipelines.events import Event, Span
+from oocattn.pipelines.finishing import Finisher, OutBlock
 from oocattn.pipelines.partials import States, make_partials
 from oocattn.pipelines.tiles import pieces, staged_keys
 from oocattn.plans import Plan
@@ -50,8 +51,8 @@ class Job:
 
     run: str
     plan: Plan
-    dataset: str
-    result: Path
+    dataset: Dataset
+    result: ResultArrays
     scratch: Path
     devices: Mapping[str, str]
 
@@ -82,39 +83,37 @@ class Lane(ABC):
     def __init__(self, job: Job, readers: int, allocating: Executor) -> None:
         self.plan = plan = job.plan
         self._closing = False
+        if not job.scratch.is_dir():
+            raise ProblemError(
+                f"no folder {job.scratch} on {socket.gethostname()}: the workers of a run must see the same paths"
+            )
         states = {name: States() for name in plan.buffers.states()}
-        self.partials = make_partials(plan, job.scratch, states, self.merge_states)
+        out_blocks = Pool[OutBlock]()
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
-        self._out: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
-        self._allocated = allocating.submit(self._allocate_or_tell, states)
-        try:
-            self.dataset = Dataset.open(job.dataset)
-            self.result = ResultArrays.open(job.result, writable=True)
-        except BaseException:
-            self._closing = True
-            raise
+        self._allocated = allocating.submit(self._allocate_or_tell, states, out_blocks)
+        self.partials = make_partials(plan, job.scratch, states, self.merge_states)
+        self.result = job.result
+        self.finisher = Finisher(plan, self.partials, self.result, out_blocks, self.finalise)
         self.kernel = get_kernel(plan.kernel)
+        self._dataset = job.dataset
         self._staged: dict[int, Staged] = {}
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
-        self._merged: dict[tuple[int, int], Partial] = {}
+        self._decoding = threading.Lock()
         self._error: BaseException | None = None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="oocattn-write")
-        self._completing: dict[tuple[int, int], Future[tuple[Event, Event]]] = {}
-        self._decoding, self._merging, self._writing = threading.Lock(), threading.Lock(), threading.Lock()
 
-    def _allocate_or_tell(self, states: Mapping[str, States]) -> None:
+    def _allocate_or_tell(self, states: Mapping[str, States], out_blocks: Pool[OutBlock]) -> None:
         """Allocate everything; where that fails, whoever waits for what is missing is told why."""
         try:
-            self._allocate_all(states)
+            self._allocate_all(states, out_blocks)
         except BaseException as error:
-            awaited: list[Future[Any]] = [*self._slots, self._out]
-            for future in awaited:
-                if not future.done():
-                    future.set_exception(error)
+            for slot in self._slots:
+                if not slot.done():
+                    slot.set_exception(error)
             for kind in states.values():
                 kind.fail(error)
+            out_blocks.fail(error)
 
-    def _allocate_all(self, states: Mapping[str, States]) -> None:
+    def _allocate_all(self, states: Mapping[str, States], out_blocks: Pool[OutBlock]) -> None:
         """Allocate what the plan counted: first one slot and a few states, so that work begins, then the rest in turn."""
         problem, buffers = self.plan.problem, self.plan.buffers
         head_dim, group_size = problem.head_dim, problem.group_size
@@ -133,10 +132,11 @@ class Lane(ABC):
             slot.set_result(allocate(self.plan.slot_bytes))
             for _ in range(min(FIRST_STATES, len(waiting))):
                 add_state(*waiting.pop())  # blocks and buffers before accumulators
-        memory = Arena(allocate(buffers.out_bytes(problem)))
-        # At the beginning of a page, where memory is pinned: so it can be written to disk directly.
-        out = memory.take((1, self.plan.out_chunk_rows, head_dim), getattr(torch, problem.out_dtype))
-        self._out.set_result((out, memory.take((1, self.plan.out_chunk_rows), torch.float32)))
+        for _ in range(OUT_BLOCKS[self.plan.device]):
+            memory = Arena(allocate(buffers.out_bytes(problem)))
+            # At the beginning of a page, where memory is pinned: so it can be written to disk directly.
+            out = memory.take((1, self.plan.out_chunk_rows, head_dim), getattr(torch, problem.out_dtype))
+            out_blocks.put((out, memory.take((1, self.plan.out_chunk_rows), torch.float32)))
         while waiting:
             add_state(*waiting.pop())
 
@@ -164,8 +164,8 @@ class Lane(ABC):
         """Give back what the lane holds; nothing runs on it any more."""
         self._closing = True
         wait([self._allocated])
-        for threads in (self._readers, self._writer):
-            threads.shutdown()
+        self._readers.shutdown()
+        self.finisher.close()
 
     def stage(self, turn: int, head_group: int, index: int) -> Event:
         """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0."""
@@ -203,7 +203,7 @@ class Lane(ABC):
     def _reads_of(
         self, name: str, group: HeadGroup, head: int, tokens: range, rows: torch.Tensor, counted: bool
     ) -> Iterator[_Read]:
-        array = self.dataset.arrays[name]
+        array = self._dataset.arrays[name]
         out = as_numpy(rows)
         step = max(1, READ_BYTES // out[:1].nbytes) if array.direct and tokens else max(1, len(tokens))
         for part in pieces(tokens, step):
@@ -224,70 +224,13 @@ class Lane(ABC):
                 raise
             raise self._error from None
 
-    def complete(self, head_group: int, chunk: int) -> None:
-        """Begin to merge and write a chunk whose last partial is there: its tasks, which come later, find it done.
-
-        So the chunks of the last subproblem are written one by one while the next is computed, not together at the end.
-        """
-
-        def merge_and_write() -> tuple[Event, Event]:
-            return self._merge(head_group, chunk), self._write(head_group, chunk)
-
-        self._completing[head_group, chunk] = self._writer.submit(merge_and_write)
-
     def merge(self, head_group: int, chunk: int) -> Event:
-        """Merge the partials of a query chunk and check its ledger: every row attended exactly the keys it must."""
-        early = self._completing.get((head_group, chunk))
-        return self._merge(head_group, chunk) if early is None else early.result()[0]
+        """See `Finisher.merge`."""
+        return self.finisher.merge(head_group, chunk)
 
     def write(self, head_group: int, chunk: int) -> Event:
-        """Finalise a merged query chunk into `out` and `lse`, one chunk file at a time, and release its partials."""
-        early = self._completing.pop((head_group, chunk), None)
-        return self._write(head_group, chunk) if early is None else early.result()[1]
-
-    def _merge(self, head_group: int, chunk: int) -> Event:
-        with self._merging:
-            start = time.time()
-            state = self.partials.collect(head_group, chunk)
-            self._check_ledger(state, head_group, self.plan.tokens(chunk))
-        self._merged[head_group, chunk] = state
-        pairs = int(state.keys.numpy().sum()) * self.plan.problem.group_size
-        stop = time.time()
-        spans = (Span("merge", start, stop),)
-        return Event("merged", start, stop, head_group, chunk, amount=pairs, spans=spans)
-
-    def _check_ledger(self, state: Partial, head_group: int, tokens: range) -> None:
-        attended = state.keys.numpy()
-        expected = np.full_like(attended, self.plan.problem.tokens)
-        if self.plan.problem.causal:
-            expected = np.arange(tokens.start + 1, tokens.stop + 1)
-        wrong = np.flatnonzero(attended != expected)
-        if len(wrong):
-            row = int(wrong[0])
-            raise IntegrityError(
-                f"head group {head_group}, token {tokens[row]}: {attended[row]} keys were attended, expected "
-                f"{expected[row]}; the chunk is not written, run again"
-            )
-
-    def _write(self, head_group: int, chunk: int) -> Event:
-        state = self._merged.pop((head_group, chunk))
-        group = self.plan.problem.head_group(head_group)
-        tokens, step = self.plan.tokens(chunk), self.plan.out_chunk_rows
-        whole_out, whole_lse = self._out.result()
-        amount = 0
-        with self._writing:
-            start = time.time()
-            for local, head in enumerate(group.query_heads):
-                for first in range(0, len(tokens), step):
-                    rows = state.head(local).rows(first, min(first + step, len(tokens)))
-                    out, lse = whole_out[:, : len(rows.keys)], whole_lse[:, : len(rows.keys)]
-                    self.finalise(rows, out, lse)
-                    part = (tokens.start + first) // step
-                    amount += self.result.write(group.batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])
-        self.partials.release(head_group, chunk)
-        stop = time.time()
-        spans = (Span("write", start, stop),)
-        return Event("written", start, stop, head_group, chunk, amount=amount, spans=spans)
+        """See `Finisher.write`."""
+        return self.finisher.write(head_group, chunk)
 
     def _carve(self, slot: torch.Tensor, head_group: int, subproblem: Subproblem) -> Staged:
         """Lay a subproblem's chunks out in a slot: the queries of each chunk, then all keys, then all values."""
@@ -335,10 +278,3 @@ def count_not_finite(array: npt.NDArray[Any]) -> int:
         return 0
     mask = bits.dtype.type(exponent)  # in blocks, so that temporaries stay small
     return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(1 << 16, len(bits), 1 << 16)))
-
-
-def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    """The tensor's memory as a numpy array, bfloat16 as that of ml_dtypes; no copy."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()

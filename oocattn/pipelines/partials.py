@@ -6,8 +6,6 @@ bit in either of them, whatever computed the partials and when. A store for anot
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy.typing as npt
 from oocattn.errors import IntegrityError
 from oocattn.kernels import Partial
 from oocattn.memory import PARTIAL_BLOCK_ROWS
+from oocattn.pipelines.arena import Pool
 from oocattn.plans import Plan
 from oocattn.storage.blockfile import read_blocks, write_blocks
 
@@ -26,33 +25,8 @@ MergeStates = Callable[[Partial, Partial], None]
 """Merge the second state, whose memory is the caller's again afterwards, into the first; both in host memory."""
 
 
-class States:
-    """Uninitialised states of one head group in host memory, to be taken and put back; some may yet be allocated."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._free: deque[Partial] = deque()
-        self._error: BaseException | None = None
-
-    def put(self, state: Partial) -> None:
-        """Let a state be taken, by whoever waits for one."""
-        with self._changed:
-            self._free.append(state)
-            self._changed.notify()
-
-    def take(self) -> Partial:
-        """A free state, waiting for one if need be. Raises what `fail` was told if none will come."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free or self._error)
-            if not self._free and self._error is not None:
-                raise self._error
-            return self._free.popleft()
-
-    def fail(self, error: BaseException) -> None:
-        """No more states will be allocated."""
-        with self._changed:
-            self._error = error
-            self._changed.notify_all()
+States = Pool[Partial]
+"""States of one head group in host memory."""
 
 
 class DamagedPartialError(IntegrityError):
@@ -157,7 +131,13 @@ class DiskPartials:
     """A file a partial, merged when the last of a chunk is there: for accumulators that do not fit, or several lanes."""
 
     def __init__(
-        self, plan: Plan, folder: Path, accumulators: States, buffers: States, blocks: States, merge_states: MergeStates
+        self,
+        plan: Plan,
+        folder: Path,
+        accumulators: States,
+        buffers: States,
+        blocks: States,
+        merge_states: MergeStates,
     ) -> None:
         self._plan = plan
         self._folder = folder

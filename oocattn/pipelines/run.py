@@ -31,7 +31,7 @@ from oocattn.pipelines.tasks import LanePlugin, plugin_name, stop
 from oocattn.planner import PIECE, UNFINISHED, WINDOW
 from oocattn.plans import Plan
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.result import ResultPaths, write_json
+from oocattn.storage.result import ResultArrays, ResultPaths, write_json
 
 PATIENCE = 5.0
 """Seconds without the end of a task after which it is checked whether the workers still live."""
@@ -40,8 +40,18 @@ ATTEMPTS = 3
 """Times that a subproblem is computed again because a partial of it was lost from disk."""
 
 
-def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback] = ()) -> RunReport:
-    """Carry a plan out on the client's workers, into the result that was begun at `paths`, and commit it.
+def run(
+    plan: Plan,
+    dataset: Dataset,
+    fingerprint: str,
+    paths: ResultPaths,
+    result: ResultArrays,
+    client: Client,
+    callbacks: Sequence[Callback] = (),
+) -> RunReport:
+    """Carry a plan out on the client's workers, into the `result` that was begun at `paths`, and commit it.
+
+    `fingerprint` is what the dataset's must still be when all is read.
 
     Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, OSError as
     the file system does. Then the result has not appeared under its name.
@@ -50,9 +60,9 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
     devices = assign_devices(client, plan.device)
     addresses = list(devices)
     tally = Tally()
-    driver = _Driver(plan, addresses, client, (tally, *callbacks))
-    job = Job(driver.name, plan, dataset.location, paths.growing, paths.scratch, devices)
-    fingerprint = dataset.fingerprint()
+    unchanged = _checks_when_all_is_read(dataset, fingerprint, plan.problem.head_groups * plan.division.subproblems)
+    driver = _Driver(plan, addresses, client, (tally, *callbacks, unchanged))
+    job = Job(driver.name, plan, dataset, result, paths.scratch, devices)
     driver.emit(Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""}))
     try:
         try:
@@ -64,10 +74,6 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
         finally:
             driver.close()
             client.unregister_worker_plugin(plugin_name(driver.name))
-        if Dataset.open(dataset.location).fingerprint() != fingerprint:
-            raise IntegrityError(
-                f"{dataset.location}: the dataset changed while the run read it; the result is discarded, run again"
-            )
         report = tally.report(
             seconds=time.time() - start,
             predicted_seconds=plan.seconds,
@@ -86,6 +92,25 @@ def run(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callba
     driver.emit(Event("committed", now, now, detail={"path": str(paths.result)}))
     driver.emit(Event("ended", start, now, detail={"report": report}))
     return report
+
+
+def _checks_when_all_is_read(dataset: Dataset, fingerprint: str, subproblems: int) -> Callback:
+    """A listener that raises IntegrityError if the dataset has another fingerprint when all subproblems have been staged.
+
+    It looks again whenever one is staged once more. By then the driver has nothing else to do.
+    """
+    left = subproblems
+
+    def check(event: Event) -> None:
+        nonlocal left
+        if event.kind == "staged":
+            left -= 1
+            if left <= 0 and Dataset.open(dataset.location).fingerprint() != fingerprint:
+                raise IntegrityError(
+                    f"{dataset.location}: the dataset changed while the run read it; the result is discarded, run again"
+                )
+
+    return check
 
 
 class _Driver:
@@ -115,9 +140,10 @@ class _Driver:
         schedule = Schedule(self._plan, len(self._addresses))
         builder = GraphBuilder(self.name, schedule, self._addresses, self._unfinished)
         order = schedule.order()
+        sizes = itertools.chain([1], itertools.repeat(PIECE))  # one first: reading begins while the rest is prepared
         while True:
             while not self._recomputing and self._has_room(schedule.lanes):
-                subproblems = list(itertools.islice(order, PIECE * schedule.lanes))
+                subproblems = list(itertools.islice(order, next(sizes) * schedule.lanes))
                 if not subproblems:
                     break
                 self._attending += len(subproblems)

@@ -41,7 +41,8 @@ _IDENTITY = (
 class Dataset:
     """The input of a run: `location` (an absolute path, or a URL) and its arrays by name, "q", "k" and "v".
 
-    Opening reads metadata alone, so that every process opens its own from `location`.
+    Opening reads metadata alone. It is sent to other processes as its arrays' metadata; how they are read best is learned
+    anew there.
     """
 
     location: str
@@ -63,9 +64,16 @@ class Dataset:
                 f"no Zarr group at {location} ({error}): give the path or URL of a group with the arrays q, k and v; "
                 "`oocattn import` makes one from other files"
             ) from error
-        found = {name: _array(group, name, location) for name in NAMES}
+        return cls.of(location, {name: _array(group, name, location) for name in NAMES})
+
+    @classmethod
+    def of(cls, location: str, arrays: dict[str, zarr.Array[Any]]) -> Dataset:
+        """The dataset of these open arrays, by name."""
         fastest = FastestReader()
-        return cls(location, {name: InputArray(name, found[name], location, root, fastest) for name in NAMES})
+        return cls(location, {name: InputArray(name, array, location, fastest) for name, array in arrays.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dataset.of, (self.location, {name: self.arrays[name].array for name in NAMES})
 
     @property
     def specs(self) -> tuple[ArraySpec, ArraySpec, ArraySpec]:

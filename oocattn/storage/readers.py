@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,21 @@ from oocattn.problem import ArraySpec
 from oocattn.storage.codecs import CodecReader
 from oocattn.storage.direct import FastestReader, read_mapped
 from oocattn.storage.layout import ChunkFiles, obstacles
+from oocattn.storage.mapped_store import MappedStore
 
 
 class InputArray:
     """An array [B, H, N, D] or [H, N, D] of a dataset, read by rows of one head.
 
-    `root` is the dataset's folder, or None where it is not local; `location` is what messages call the dataset; the
-    arrays of a dataset share one `fastest`. Every read fills a buffer that the caller owns; reads may run in several
-    threads at once.
+    `location` is what messages call the dataset; the arrays of a dataset share one `fastest`. Every read fills a buffer
+    that the caller owns; reads may run in several threads at once.
     """
 
-    def __init__(
-        self, name: str, array: zarr.Array[Any], location: str, root: Path | None, fastest: FastestReader | None = None
-    ) -> None:
+    def __init__(self, name: str, array: zarr.Array[Any], location: str, fastest: FastestReader | None = None) -> None:
         self.name = name
         self.array = array
         self._location = location
-        self._root = root
+        self._root = array.store.root if isinstance(array.store, MappedStore) else None
         self._fastest = fastest or FastestReader()
 
     @property

@@ -79,15 +79,17 @@ class ResultPaths:
             found = None
         return dict(found) if isinstance(found, Mapping) else {}
 
-    def begin(self, *, shape: tuple[int, int, int, int], dtype: str, chunk_rows: int, attributes: Mapping[str, Any]) -> None:
+    def begin(
+        self, *, shape: tuple[int, int, int, int], dtype: str, chunk_rows: int, attributes: Mapping[str, Any]
+    ) -> ResultArrays:
         """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an earlier run left."""
         for leftover in (self.growing, self.scratch):
             shutil.rmtree(leftover, ignore_errors=True)
         self.status.unlink(missing_ok=True)
         self.scratch.mkdir(parents=True)
         group = zarr.create_group(LocalStore(self.growing), attributes={ATTRIBUTES: dict(attributes)}, zarr_format=3)
-        create_array(group, "out", shape, dtype, chunk_rows)
-        create_array(group, "lse", shape[:3], "float32", chunk_rows)
+        out = create_array(group, "out", shape, dtype, chunk_rows)
+        return ResultArrays(out, create_array(group, "lse", shape[:3], "float32", chunk_rows))
 
     def commit(self) -> None:
         """Give the complete result its name and leave nothing but the report beside it."""
@@ -97,16 +99,16 @@ class ResultPaths:
 
 
 class ResultArrays:
-    """The arrays of a result that grows: written chunk by chunk, each by one writer."""
+    """The arrays of a result; while it grows it is written chunk by chunk, each by one writer."""
 
     def __init__(self, out: zarr.Array[Any], lse: zarr.Array[Any]) -> None:
         self.out = out
         self.lse = lse
 
     @classmethod
-    def open(cls, path: Path, *, writable: bool = False) -> ResultArrays:
+    def open(cls, path: Path) -> ResultArrays:
         """The arrays of the result at `path`, read through memory maps. Raises IntegrityError where one is missing."""
-        group = zarr.open_group(MappedStore(path, read_only=not writable), mode="r+" if writable else "r")
+        group = zarr.open_group(MappedStore(path, read_only=True), mode="r")
         out, lse = group.get("out"), group.get("lse")
         if not (isinstance(out, zarr.Array) and isinstance(lse, zarr.Array)):
             raise IntegrityError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +17,11 @@ from hypothesis import strategies as st
 from reference import attention64, relative_error
 from support import job_of, normal_arrays, plan_for, write_dataset, written_bits
 
-from oocattn import IntegrityError, Plan
+from oocattn import IntegrityError, Plan, ProblemError
 from oocattn.pipelines import partials as partials_module
+from oocattn.pipelines.arena import as_numpy
 from oocattn.pipelines.cpu_lane import CpuLane
-from oocattn.pipelines.lane import Lane, as_numpy, count_not_finite
+from oocattn.pipelines.lane import Lane, count_not_finite
 from oocattn.storage.result import ResultArrays
 
 
@@ -93,6 +96,36 @@ def test_the_ledger_notices_keys_that_are_lost_or_attended_twice(fast_path: Path
     lane.partials.collect(0, 0).keys[41] += lie
     with pytest.raises(IntegrityError, match=rf"head group 0, token 41: {42 + lie} keys were attended, expected 42"):
         lane.merge(0, 0)
+
+
+def test_a_chunk_is_written_part_by_part_as_its_rows_come_back(fast_path: Path) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
+    plan = replace(plan_for(dataset, causal=True, chunks=1), out_chunk_rows=25)
+    lane = lane_of(fast_path, plan)
+    lane.stage(0, 0, 0)
+    lane.attend(0)
+    folder = fast_path / "result.zarr.oocattn" / "result.zarr" / "lse"
+    found = []
+
+    def rows() -> Iterator[int]:
+        for row, parts in ((30, 1), (49, 1), (75, 3)):  # the first 25 rows are a part, and written when 30 are there
+            yield row
+            deadline = time.monotonic() + 10
+            while len(list(folder.glob("c.0.0.?"))) < parts and time.monotonic() < deadline:
+                time.sleep(0.01)
+            found.append(len(list(folder.glob("c.0.0.?"))))
+
+    lane.finisher.begin(0, 0, rows())
+    assert lane.merge(0, 0).amount == plan.problem.pairs
+    lane.write(0, 0)
+    assert found == [1, 1, 3]
+
+
+def test_a_worker_that_does_not_see_the_folders_of_the_run_is_refused(fast_path: Path) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
+    job = job_of(fast_path, plan_for(dataset))
+    with pytest.raises(ProblemError, match=r"no folder /elsewhere on .* must see the same paths"):
+        CpuLane(replace(job, scratch=Path("/elsewhere")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -1,6 +1,7 @@
 """A dataset is found at paths and URLs, in Zarr v2 and v3, and says what is wrong with it before a run finds out."""
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_datasets_open_from_paths_and_urls(
     assert dataset.location == (str(path) if local else str(where))
     assert dataset.specs == tuple(ArraySpec(name, SHAPE, "float16") for name in "qkv")
     monkeypatch.chdir("/")
-    assert_holds_the_data(Dataset.open(dataset.location))  # as workers in other folders do
+    assert_holds_the_data(Dataset.open(dataset.location))
+    assert_holds_the_data(pickle.loads(pickle.dumps(dataset)))  # as workers in other folders get it
 
 
 def test_arrays_of_rank_three_are_one_batch(tmp_path: Path) -> None:
@@ -184,9 +186,21 @@ def test_a_remote_fingerprint_needs_metadata_alone(memory_url: str) -> None:
     assert Dataset.open(memory_url).fingerprint() != first
 
 
-def test_another_process_opens_the_same_dataset(tmp_path: Path) -> None:
-    write(tmp_path)
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
+def test_a_dataset_sent_to_another_process_is_the_same(tmp_path: Path, dtype: Any) -> None:
+    write(tmp_path, data=DATA.astype(dtype))
     dataset = Dataset.open(tmp_path)
-    script = "import sys; from oocattn.storage.dataset import Dataset; print(Dataset.open(sys.argv[1]).fingerprint())"
-    command = [sys.executable, "-c", script, dataset.location]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == dataset.fingerprint()
+    out = np.empty((40, 8), dtype)
+    dataset.arrays["k"].read_rows(0, 1, 0, 40, out)
+    script = """
+import pickle, sys
+import numpy as np
+dataset = pickle.load(sys.stdin.buffer)
+array = dataset.arrays["k"]
+out = np.empty((40, 8), array.dtype)
+array.read_rows(0, 1, 0, 40, out)
+print(dataset.fingerprint(), out.astype("float32").sum())
+"""
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(command, input=pickle.dumps(dataset), capture_output=True, check=True).stdout.split()
+    assert printed == [dataset.fingerprint().encode(), str(out.astype("float32").sum()).encode()]

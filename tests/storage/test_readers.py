@@ -44,7 +44,7 @@ def write(store: Any, data: np.ndarray, name: str = "q", **storage: Any) -> zarr
 
 def opened(root: Path, name: str = "q") -> InputArray:
     group = zarr.open_group(MappedStore(root, read_only=True), mode="r")
-    return InputArray(name, group[name], str(root), root)
+    return InputArray(name, group[name], str(root))
 
 
 def random_data(shape: tuple[int, ...], dtype: str = "float16") -> np.ndarray:
@@ -327,7 +327,7 @@ def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any]
         fsspec.filesystem("memory").store.clear()
     write("memory://bound" if remote else tmp_path, data, **{"chunks": (1, 1, 2**15, 64), **storage})
     if remote:
-        array = InputArray("q", zarr.open_group("memory://bound", mode="r")["q"], "memory://bound", None)
+        array = InputArray("q", zarr.open_group("memory://bound", mode="r")["q"], "memory://bound")
     else:
         array = opened(tmp_path)
     out = buffer_for(array, 2**17)

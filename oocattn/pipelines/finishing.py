@@ -1,0 +1,149 @@
+"""What becomes of a query chunk when its last partials come: merged, its ledger checked, divided, and written.
+
+One thread goes through the chunks, part by part as their rows are whole, and another writes the part before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from oocattn.errors import IntegrityError
+from oocattn.kernels import Partial
+from oocattn.pipelines.arena import Pool, as_numpy
+from oocattn.pipelines.events import Event, Span
+from oocattn.pipelines.partials import PartialStore
+from oocattn.pipelines.tiles import pieces
+from oocattn.plans import Plan
+from oocattn.storage.result import ResultArrays
+
+Finalise = Callable[[Partial, torch.Tensor, torch.Tensor], None]
+"""Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""
+
+OutBlock = tuple[torch.Tensor, torch.Tensor]
+"""Host memory for a chunk of `out` [1, T, D] and of `lse` [1, T]."""
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A merged chunk, and its parts on their way to disk: each returns its bytes and when it was written."""
+
+    merged: Event
+    parts: list[Future[tuple[int, Span]]]
+
+
+class Finisher:
+    """Finishes the chunks of one lane, whose partials are in `partials`, by way of the blocks of `out` in `blocks`."""
+
+    def __init__(
+        self, plan: Plan, partials: PartialStore, result: ResultArrays, blocks: Pool[OutBlock], finalise: Finalise
+    ) -> None:
+        self._plan = plan
+        self._partials = partials
+        self._result = result
+        self._blocks = blocks
+        self._finalise = finalise
+        self._merger = ThreadPoolExecutor(1, thread_name_prefix="oocattn-merge")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="oocattn-write")
+        self._begun: dict[tuple[int, int], Future[_Finished]] = {}
+
+    def begin(self, head_group: int, chunk: int, whole: Iterable[int]) -> None:
+        """Begin to finish a chunk all of whose partials have begun to come, before its tasks do, which find it begun.
+
+        `whole` waits for them: it yields, again and again, up to which row they are there. So the chunks of the last
+        subproblem are written bit by bit while it is computed, not together at the end.
+        """
+        self._begun[head_group, chunk] = self._merger.submit(self._finish, head_group, chunk, whole)
+
+    def merge(self, head_group: int, chunk: int) -> Event:
+        """Merge the partials of a chunk, check that every row attended exactly the keys it must, and divide.
+
+        Raises DamagedPartialError for a partial on disk that is not whole, after which a chunk may be merged again, and
+        IntegrityError for a wrong ledger.
+        """
+        if (head_group, chunk) not in self._begun:
+            self.begin(head_group, chunk, [len(self._plan.tokens(chunk))])
+        try:
+            return self._begun[head_group, chunk].result().merged
+        except BaseException:
+            del self._begun[head_group, chunk]
+            raise
+
+    def write(self, head_group: int, chunk: int) -> Event:
+        """See a merged chunk written to `out` and `lse`, one chunk file at a time, and release its partials."""
+        finished = self._begun.pop((head_group, chunk)).result()
+        written = [part.result() for part in finished.parts]
+        self._partials.release(head_group, chunk)
+        spans = tuple(span for _, span in written)
+        amount = sum(nbytes for nbytes, _ in written)
+        return Event("written", spans[0].start, spans[-1].stop, head_group, chunk, amount=amount, spans=spans)
+
+    def close(self) -> None:
+        """Wait for what was begun."""
+        for threads in (self._merger, self._writer):
+            threads.shutdown()
+
+    def _finish(self, head_group: int, chunk: int, whole: Iterable[int]) -> _Finished:
+        begun = time.time()
+        state = self._partials.collect(head_group, chunk)
+        collected = time.time()
+        spans, pairs, parts = [Span("merge", begun, collected)], 0, list[Future[tuple[int, Span]]]()
+        first = self._plan.tokens(chunk).start
+        waiting = deque(pieces(range(len(state.keys)), self._plan.out_chunk_rows))
+        for row in whole:
+            while waiting and waiting[0].stop <= row:
+                part = waiting.popleft()
+                start = time.time()
+                pairs += self._check_ledger(state, head_group, chunk, part)
+                spans.append(Span("merge", start, time.time()))
+                number = (first + part.start) // self._plan.out_chunk_rows
+                for local, head in enumerate(self._plan.problem.head_group(head_group).query_heads):
+                    rows = state.head(local).rows(part.start, part.stop)
+                    parts.append(self._divide(head_group, head, number, rows, spans))
+        merged = Event("merged", begun, time.time(), head_group, chunk, amount=pairs, spans=tuple(spans))
+        return _Finished(merged, parts)
+
+    def _check_ledger(self, state: Partial, head_group: int, chunk: int, rows: range) -> int:
+        """Check the ledger of some rows of a chunk; return the pairs they attended, of all heads of the group."""
+        tokens = self._plan.tokens(chunk)[rows.start : rows.stop]
+        attended = state.keys[rows.start : rows.stop].numpy()
+        expected = np.full_like(attended, self._plan.problem.tokens)
+        if self._plan.problem.causal:
+            expected = np.arange(tokens.start + 1, tokens.stop + 1)
+        wrong = np.flatnonzero(attended != expected)
+        if len(wrong):
+            row = int(wrong[0])
+            raise IntegrityError(
+                f"head group {head_group}, token {tokens[row]}: {attended[row]} keys were attended, expected "
+                f"{expected[row]}; the result is discarded, run again"
+            )
+        return int(attended.sum()) * self._plan.problem.group_size
+
+    def _divide(self, head_group: int, head: int, part: int, rows: Partial, spans: list[Span]) -> Future[tuple[int, Span]]:
+        """Finalise the rows of a head that are chunk `part` of `out`, and have them written."""
+        block = self._blocks.take()
+        start = time.time()
+        try:
+            out, lse = (memory[:, : len(rows.keys)] for memory in block)
+            self._finalise(rows, out, lse)
+        except BaseException:
+            self._blocks.put(block)  # for what is behind in the queue, or it would wait for ever
+            raise
+        spans.append(Span("merge", start, time.time()))
+        batch = self._plan.problem.head_group(head_group).batch
+
+        def write() -> tuple[int, Span]:
+            start = time.time()
+            try:
+                nbytes = self._result.write(batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])
+            finally:
+                self._blocks.put(block)
+            return nbytes, Span("write", start, time.time())
+
+        return self._writer.submit(write)
