@@ -100,7 +100,8 @@ def _run(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
         )
     if not plan_printer.printed:
-        print(f"{result.path} is there already, of the same dataset and problem; nothing was run")
+        untimed = f", and {options.timeline} not written" if options.timeline else ""
+        print(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}")
     if result.report is not None:
         print(result.report)
     return DONE

@@ -59,7 +59,9 @@ def test_a_finished_result_is_neither_run_again_nor_replaced_unasked(dataset, re
     assert cli.main(["run", dataset, result, "--chunks", "1"]) == 0
     capsys.readouterr()
     assert cli.main(["run", dataset, result, "--chunks", "1"]) == 0
-    assert "nothing was run" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[0].endswith("nothing was run")
+    assert cli.main(["run", dataset, result, "--chunks", "1", "--timeline", "t.json"]) == 0
+    assert "nothing was run, and t.json not written" in capsys.readouterr().out
     assert cli.main(["run", dataset, result, "--chunks", "1", "--causal"]) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main(["run", dataset, result, "--chunks", "1", "--causal", "--overwrite"]) == 0
