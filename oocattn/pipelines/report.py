@@ -93,12 +93,12 @@ class Tally:
 
     def __call__(self, event: Event) -> None:
         self.computing += busy_seconds(span for span in event.spans if span.resource == "compute")
+        bit_by_bit = event.kind in ("merged", "written")
+        self.busy[event.kind] += busy_seconds(event.spans) if bit_by_bit else event.stop - event.start
         if event.attempt and event.kind in ("staged", "attended"):  # what it amounts to was counted the first time
-            self.busy[event.kind] += event.stop - event.start
             return
         self.counts[event.kind] += 1
         self.amounts[event.kind] += event.amount
-        self.busy[event.kind] += event.stop - event.start
         for name, value in event.detail.items():
             if isinstance(value, int):
                 self.details[name] += value

@@ -22,8 +22,8 @@ EVENTS = [
     Event("staged", 1, 3, 0, 1, amount=50, detail={"not_finite": 0}),
     Event("attended", 1, 2, 0, 0, amount=7, detail={"partial_bytes": 11}),
     Event("attended", 3, 4, 0, 1, amount=8, detail={"partial_bytes": 12}),
-    Event("merged", 4, 5, 0, 0, amount=15),
-    Event("written", 5, 5.5, 0, 0, amount=30),
+    Event("merged", 4, 6, 0, 0, amount=15, spans=(Span("merge", 4, 4.5), Span("merge", 5.5, 6))),  # bit by bit
+    Event("written", 5, 7, 0, 0, amount=30, spans=(Span("write", 5, 5.5), Span("write", 6, 7))),
 ]
 
 
@@ -31,7 +31,7 @@ def test_events_are_added_up() -> None:
     report = report_of(EVENTS)
     assert (report.bytes_read, report.bytes_partials, report.bytes_written) == (150, 23, 30)
     assert (report.subproblems, report.pairs, report.not_finite, report.lanes) == (2, 15, 3, 2)
-    assert report.busy == {"staged": 3.0, "attended": 2.0, "merged": 1.0, "written": 0.5}
+    assert report.busy == {"staged": 3.0, "attended": 2.0, "merged": 1.0, "written": 1.5}
 
 
 def test_it_survives_json() -> None:
