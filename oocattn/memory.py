@@ -36,7 +36,7 @@ MERGE_SCRATCH_BYTES = 2 << 20
 """Temporaries of one merge and one finalisation, which may run beside the kernel."""
 
 LEDGER_BYTES = 24
-"""Temporaries a row when the ledger of a chunk is checked."""
+"""Temporaries a row when the ledger of what will be a chunk of `out` is checked."""
 
 ALIGNMENT = 256
 """Every buffer begins at a multiple of this."""
@@ -105,14 +105,14 @@ def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks:
 def cpu_memory(problem: Problem, buffers: Buffers, kernel_scratch: int) -> LaneMemory:
     """What a CPU lane allocates: slots, one partial and the kernel's scratch are its device memory."""
     working = problem.partial_bytes(buffers.chunk_rows) + kernel_scratch
-    host = buffers.nbytes(problem) + working + _temporaries(buffers.chunk_rows)
+    host = buffers.nbytes(problem) + working + _temporaries(buffers.out_chunk_rows)
     return LaneMemory(buffers.slot, STAGING_SLOTS["cpu"] * buffers.slot + working, host)
 
 
 def cuda_memory(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int) -> LaneMemory:
     """What a CUDA lane allocates: its buffers and results on the host, and on the device what its tiles need."""
     device = device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch
-    host = buffers.nbytes(problem) + _temporaries(buffers.chunk_rows)
+    host = buffers.nbytes(problem) + _temporaries(buffers.out_chunk_rows)
     return LaneMemory(buffers.slot, device, host)
 
 
@@ -127,9 +127,9 @@ def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:
     return _in_segments(QUERY_SLOTS * (query + state) + 2 * KEY_SLOTS * key + merging + finalising + ALIGNMENT * pieces)
 
 
-def _temporaries(chunk_rows: int) -> int:
+def _temporaries(out_chunk_rows: int) -> int:
     """What merging, checking the ledger and finalising allocate besides."""
-    return MERGE_SCRATCH_BYTES + LEDGER_BYTES * chunk_rows
+    return MERGE_SCRATCH_BYTES + LEDGER_BYTES * out_chunk_rows
 
 
 def _in_segments(count: int) -> int:

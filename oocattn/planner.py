@@ -166,7 +166,8 @@ def _cost(
     # What is written when nothing is left to compute: a GPU's lane writes chunks tile by tile as they come back.
     last = layout.query_chunks * layout.chunk_rows
     if hardware.device == "cuda" and candidate.partials == "memory":
-        last = max(layout.out_chunk_rows, layout.chunk_rows % layout.tiles.query or layout.tiles.query)
+        tile = layout.chunk_rows % layout.tiles.query or layout.tiles.query  # the last one
+        last = layout.chunk_rows - (layout.chunk_rows - tile) // layout.out_chunk_rows * layout.out_chunk_rows
     drain = seconds["write"] * last / (candidate.chunks * layout.chunk_rows * problem.head_groups)
     return Plan(
         problem=problem,

@@ -1,6 +1,7 @@
 """What becomes of a query chunk when its last partials come: merged, its ledger checked, divided, and written.
 
-One thread goes through the chunks, part by part as their rows are whole, and another writes the part before.
+One thread merges partials from disk, another checks and divides the chunk before, part by part as its rows are whole, and
+a third writes the part before.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class Finisher:
         self._result = result
         self._blocks = blocks
         self._finalise = finalise
-        self._merger = ThreadPoolExecutor(1, thread_name_prefix="oocattn-merge")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="oocattn-write")
+        self._collector, self._divider, self._writer = (
+            ThreadPoolExecutor(1, thread_name_prefix=f"oocattn-{work}") for work in ("merge", "divide", "write")
+        )
         self._begun: dict[tuple[int, int], Future[_Finished]] = {}
 
     def begin(self, head_group: int, chunk: int, whole: Iterable[int]) -> None:
@@ -59,10 +61,11 @@ class Finisher:
         `whole` waits for them: it yields, again and again, up to which row they are there. So the chunks of the last
         subproblem are written bit by bit while it is computed, not together at the end.
         """
-        self._begun[head_group, chunk] = self._merger.submit(self._finish, head_group, chunk, whole)
+        merging = self._collector.submit(self._collect, head_group, chunk)
+        self._begun[head_group, chunk] = self._divider.submit(self._finish, head_group, chunk, merging, whole)
 
     def merge(self, head_group: int, chunk: int) -> Event:
-        """Merge the partials of a chunk, check that every row attended exactly the keys it must, and divide.
+        """See a chunk's partials merged, checked that every row attended exactly the keys it must, and divided.
 
         Raises DamagedPartialError for a partial on disk that is not whole, after which a chunk may be merged again, and
         IntegrityError for a wrong ledger.
@@ -85,15 +88,18 @@ class Finisher:
         return Event("written", spans[0].start, spans[-1].stop, head_group, chunk, amount=amount, spans=spans)
 
     def close(self) -> None:
-        """Wait for what was begun."""
-        for threads in (self._merger, self._writer):
-            threads.shutdown()
+        """Wait for what is under way; nothing else is begun."""
+        for threads in (self._collector, self._divider):
+            threads.shutdown(cancel_futures=True)
+        self._writer.shutdown()
 
-    def _finish(self, head_group: int, chunk: int, whole: Iterable[int]) -> _Finished:
-        begun = time.time()
-        state = self._partials.collect(head_group, chunk)
-        collected = time.time()
-        spans, pairs, parts = [Span("merge", begun, collected)], 0, list[Future[tuple[int, Span]]]()
+    def _collect(self, head_group: int, chunk: int) -> tuple[Partial, Span]:
+        start = time.time()
+        return self._partials.collect(head_group, chunk), Span("merge", start, time.time())
+
+    def _finish(self, head_group: int, chunk: int, merging: Future[tuple[Partial, Span]], whole: Iterable[int]) -> _Finished:
+        state, merged = merging.result()
+        spans, pairs, parts = [merged], 0, list[Future[tuple[int, Span]]]()
         first = self._plan.tokens(chunk).start
         waiting = deque(pieces(range(len(state.keys)), self._plan.out_chunk_rows))
         for row in whole:
@@ -106,8 +112,13 @@ class Finisher:
                 for local, head in enumerate(self._plan.problem.head_group(head_group).query_heads):
                     rows = state.head(local).rows(part.start, part.stop)
                     parts.append(self._divide(head_group, head, number, rows, spans))
-        merged = Event("merged", begun, time.time(), head_group, chunk, amount=pairs, spans=tuple(spans))
-        return _Finished(merged, parts)
+        if waiting:
+            raise IntegrityError(
+                f"head group {head_group}, chunk {chunk}: the rows from {waiting[0].start} on did not come; the result is "
+                "discarded, run again"
+            )
+        event = Event("merged", merged.start, time.time(), head_group, chunk, amount=pairs, spans=tuple(spans))
+        return _Finished(event, parts)
 
     def _check_ledger(self, state: Partial, head_group: int, chunk: int, rows: range) -> int:
         """Check the ledger of some rows of a chunk; return the pairs they attended, of all heads of the group."""

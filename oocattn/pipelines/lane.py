@@ -83,10 +83,11 @@ class Lane(ABC):
     def __init__(self, job: Job, readers: int, allocating: Executor) -> None:
         self.plan = plan = job.plan
         self._closing = False
-        if not job.scratch.is_dir():
-            raise ProblemError(
-                f"no folder {job.scratch} on {socket.gethostname()}: the workers of a run must see the same paths"
-            )
+        for folder in filter(None, (job.scratch, job.dataset.folder)):
+            if not folder.is_dir():
+                raise ProblemError(
+                    f"no folder {folder} on {socket.gethostname()}: the workers of a run must see the same paths"
+                )
         states = {name: States() for name in plan.buffers.states()}
         out_blocks = Pool[OutBlock]()
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
@@ -166,6 +167,7 @@ class Lane(ABC):
         wait([self._allocated])
         self._readers.shutdown()
         self.finisher.close()
+        del self.finisher, self.partials  # they know the lane: its memory would stay until Python looks for such circles
 
     def stage(self, turn: int, head_group: int, index: int) -> Event:
         """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0."""

@@ -64,7 +64,8 @@ class PartialStore(Protocol):
     def collect(self, head_group: int, chunk: int) -> Partial:
         """Merge every partial of the chunk; the state is valid until `release`.
 
-        Raises DamagedPartialError, and holds nothing, if one is not whole.
+        In memory, where each is merged as it comes, this is the state into which the last have begun to be merged. Raises
+        DamagedPartialError, and holds nothing, if one is not whole.
         """
 
     def release(self, head_group: int, chunk: int) -> None:

@@ -74,6 +74,11 @@ def run(
         finally:
             driver.close()
             client.unregister_worker_plugin(plugin_name(driver.name))
+        if tally.amounts["merged"] != plan.problem.pairs:
+            raise IntegrityError(
+                f"{tally.amounts['merged']:,} query-key pairs were attended, expected {plan.problem.pairs:,}; the result is "
+                "discarded, run again"
+            )
         report = tally.report(
             seconds=time.time() - start,
             predicted_seconds=plan.seconds,
@@ -97,14 +102,14 @@ def run(
 def _checks_when_all_is_read(dataset: Dataset, fingerprint: str, subproblems: int) -> Callback:
     """A listener that raises IntegrityError if the dataset has another fingerprint when all subproblems have been staged.
 
-    It looks again whenever one is staged once more. By then the driver has nothing else to do.
+    It looks again whenever one is staged once more. By then the driver has little else to do.
     """
     left = subproblems
 
     def check(event: Event) -> None:
         nonlocal left
         if event.kind == "staged":
-            left -= 1
+            left -= not event.attempt
             if left <= 0 and Dataset.open(dataset.location).fingerprint() != fingerprint:
                 raise IntegrityError(
                     f"{dataset.location}: the dataset changed while the run read it; the result is discarded, run again"

@@ -81,13 +81,13 @@ def attend(run: str, turn: int, *after: Event) -> Event:
 
 
 def merge(run: str, head_group: int, chunk: int, *after: Event) -> Event:
-    """Merge the partials of a query chunk."""
+    """See the partials of a query chunk merged, checked and divided."""
     with _lane(run) as lane:
         return _here(lane.merge(head_group, chunk))
 
 
 def write(run: str, head_group: int, chunk: int, *after: Event) -> Event:
-    """Write a merged query chunk to the result."""
+    """See a merged query chunk written to the result, and release its partials."""
     with _lane(run) as lane:
         return _here(lane.write(head_group, chunk))
 

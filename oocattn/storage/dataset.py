@@ -76,6 +76,12 @@ class Dataset:
         return Dataset.of, (self.location, {name: self.arrays[name].array for name in NAMES})
 
     @property
+    def folder(self) -> Path | None:
+        """Where the dataset lies, or None where that is no local folder."""
+        store = self.arrays["q"].array.store
+        return store.root if isinstance(store, MappedStore) else None
+
+    @property
     def specs(self) -> tuple[ArraySpec, ArraySpec, ArraySpec]:
         """Names, shapes and dtypes of q, k and v."""
         q, k, v = (self.arrays[name].spec for name in NAMES)

@@ -35,6 +35,7 @@ from support import (
     carry_out,
     job_of,
     normal_arrays,
+    outlives_its_use,
     plan_for,
     with_partials,
     write_dataset,
@@ -153,6 +154,37 @@ def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> CudaLane:
     return CudaLane(job_of(folder, plan, result), "cuda:0")
 
 
+def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(80, heads=1))
+    made = replace(gpu_plan(dataset, (20, 10), causal=True, chunks=1), out_chunk_rows=20)
+    last, waits = threading.Event(), []
+
+    def synchronize(event: pretend.Event) -> None:
+        if threading.current_thread().name.startswith("oocattn-divide"):
+            waits.append(event)
+            assert len(waits) < 5 or last.wait(20)  # twice for a tile: until it is back, and until it is divided
+
+    monkeypatch.setattr(pretend.Event, "synchronize", synchronize)
+    lane = lane_of(fast_path, made)
+    lane.stage(0, 0, 0)
+    lane.attend(0)
+    folder = fast_path / "result.zarr.oocattn" / "result.zarr" / "out"
+    deadline = time.monotonic() + 20
+    while len(list(folder.glob("c.0.0.?.0"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(path.name for path in folder.glob("c.*")) == ["c.0.0.0.0", "c.0.0.1.0"]
+    last.set()
+    assert lane.merge(0, 0).amount == made.problem.pairs
+    lane.write(0, 0)
+    assert len(list(folder.glob("c.0.0.?.0"))) == 4
+    lane.close()
+
+
+def test_a_closed_lane_leaves_no_memory_behind(fast_path: Path) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(80))
+    assert not outlives_its_use(lambda: lane_of(fast_path, gpu_plan(dataset, (20, 10), chunks=1)))
+
+
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, partials: str) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
@@ -224,7 +256,7 @@ def test_what_a_lane_takes_is_what_was_planned(
     lane._allocated.result()
     lane.close()
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
-    temporaries = MERGE_SCRATCH_BYTES + LEDGER_BYTES * made.chunk_rows
+    temporaries = MERGE_SCRATCH_BYTES + LEDGER_BYTES * made.out_chunk_rows
     assert sum(pinned) == cuda_memory(made.problem, made.buffers, made.tiles, 0).host - temporaries
 
 

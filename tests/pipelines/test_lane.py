@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import attention64, relative_error
-from support import job_of, normal_arrays, plan_for, write_dataset, written_bits
+from support import job_of, normal_arrays, outlives_its_use, plan_for, write_dataset, written_bits
 
 from oocattn import IntegrityError, Plan, ProblemError
+from oocattn.pipelines import cpu_lane
 from oocattn.pipelines import partials as partials_module
 from oocattn.pipelines.arena import as_numpy
 from oocattn.pipelines.cpu_lane import CpuLane
@@ -121,11 +123,68 @@ def test_a_chunk_is_written_part_by_part_as_its_rows_come_back(fast_path: Path) 
     assert found == [1, 1, 3]
 
 
-def test_a_worker_that_does_not_see_the_folders_of_the_run_is_refused(fast_path: Path) -> None:
+def test_a_chunk_that_comes_back_in_part_is_not_taken_for_whole(fast_path: Path) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
+    lane = lane_of(fast_path, replace(plan_for(dataset, causal=True, chunks=1), out_chunk_rows=25))
+    lane.stage(0, 0, 0)
+    lane.attend(0)
+    lane.finisher.begin(0, 0, [30])
+    with pytest.raises(IntegrityError, match="chunk 0: the rows from 25 on did not come"):
+        lane.merge(0, 0)
+
+
+def test_a_failure_in_one_chunk_lets_the_next_be_finished(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the memory that they are divided into."""
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
+    lane = lane_of(fast_path, plan_for(dataset, causal=True, chunks=3))
+    for turn in range(3):
+        lane.stage(turn, 0, turn)
+        lane.attend(turn)
+
+    def broken(*_: object) -> None:
+        raise ArithmeticError("broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu_lane, "finalise", broken)
+        with pytest.raises(ArithmeticError):
+            lane.merge(0, 0)
+    with ThreadPoolExecutor(1) as beside:
+        assert beside.submit(lane.merge, 0, 1).result(timeout=20).kind == "merged"
+    assert lane.write(0, 1).kind == "written"
+
+
+def test_partials_on_disk_stay_until_what_replaces_them_is_written(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
+    lane = lane_of(fast_path, plan_for(dataset, chunks=3, partials="disk"))
+    for turn in range(3):
+        lane.stage(turn, 0, turn)
+        lane.attend(turn)
+    scratch = fast_path / "result.zarr.oocattn" / "partials"
+    before = sorted(scratch.iterdir())
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ResultArrays, "write", full)
+    lane.merge(0, 0)
+    with pytest.raises(OSError, match="No space left"):
+        lane.write(0, 0)
+    assert sorted(scratch.iterdir()) == before
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_a_closed_lane_leaves_no_memory_behind(fast_path: Path, partials: str) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
+    assert not outlives_its_use(lambda: lane_of(fast_path, plan_for(dataset, chunks=1, partials=partials)))
+
+
+@pytest.mark.parametrize("unseen", ["result.zarr.oocattn/partials", "dataset.zarr"])
+def test_a_worker_that_does_not_see_the_folders_of_the_run_is_refused(fast_path: Path, unseen: str) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
     job = job_of(fast_path, plan_for(dataset))
-    with pytest.raises(ProblemError, match=r"no folder /elsewhere on .* must see the same paths"):
-        CpuLane(replace(job, scratch=Path("/elsewhere")))
+    (fast_path / unseen).rename(fast_path / "elsewhere")
+    with pytest.raises(ProblemError, match=rf"no folder .*{unseen} on .* must see the same paths"):
+        CpuLane(job)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
