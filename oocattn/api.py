@@ -70,8 +70,6 @@ def plan(
 
     Raises ProblemError for input that is no attention problem and BudgetError, with the smallest budget that works.
     """
-    if lanes is not None and lanes < 1:
-        raise ProblemError(f"{lanes} workers: a run needs one at least; start them and try again")
     opened = Dataset.open(str(dataset))
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     choices = _Choices(device_memory, host_memory, chunks, decomposition, kernel)
@@ -91,6 +89,8 @@ class _Choices:
 
 def _plan_for(dataset: Dataset, problem: Problem, choices: _Choices, lanes: int | None, scratch: Path | None) -> Plan:
     """Measure this machine and plan; partials would lie in the folder `scratch`."""
+    if lanes is not None and lanes < 1:
+        raise ProblemError(f"{lanes} workers: a run needs one at least; start them and try again")
     hardware = describe_hardware(dataset, problem, kernel=choices.kernel, lanes=lanes, scratch=scratch)
     host_memory, device_memory = choices.host_memory, choices.device_memory
     host_bytes = parse_size(default_host_memory() if host_memory is None else host_memory, "host memory")

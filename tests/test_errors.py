@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from distributed import Client
+from distributed import Client, LocalCluster
 from support import TOKENS, assert_nothing_written, carry_out, damage, normal_arrays, plan_for, write_dataset
 
 import oocattn
@@ -91,6 +91,18 @@ def test_what_is_no_problem_is_refused(
         oocattn.attention(dataset, result, client=client, **options)
     with pytest.raises(ProblemError, match=message):
         oocattn.plan(dataset, **options)
+    assert_nothing_written(result)
+
+
+def test_a_cluster_without_workers_is_refused(dataset: Path, result: Path) -> None:
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
+        Client(nobody, set_as_default=False) as client,
+        pytest.raises(ProblemError, match="0 workers: a run needs one at least; start them"),
+    ):
+        oocattn.attention(dataset, result, client=client)
+    with pytest.raises(ProblemError, match="0 workers"):
+        oocattn.plan(dataset, lanes=0)
     assert_nothing_written(result)
 
 

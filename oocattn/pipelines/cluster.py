@@ -44,16 +44,22 @@ def local_client(dashboard_address: str = "127.0.0.1:0", workers: int = 1) -> It
 
 
 def worker_addresses(client: Client) -> list[str]:
-    """The addresses of the client's workers, in a fixed order: one lane each."""
-    return sorted(client.scheduler_info(n_workers=-1)["workers"])
+    """The addresses of the client's workers, in a fixed order: one lane each.
+
+    The scheduler is asked itself: the record behind `Client.scheduler_info` is overwritten, without workers, by a task of
+    the client that runs every other second.
+    """
+    return sorted(client.nthreads())
 
 
 def assign_devices(client: Client, device_type: str) -> dict[str, str]:
     """The device of each worker's lane, by address: "cpu", or a GPU of its own such as "cuda:1".
 
-    Raises ProblemError naming a worker that has no GPU where one is asked for.
+    Raises ProblemError where there is no worker, and naming one that has no GPU where one is asked for.
     """
     addresses = worker_addresses(client)
+    if not addresses:
+        raise ProblemError("0 workers: a run needs one at least; start them and try again")
     if device_type == "cpu":
         return dict.fromkeys(addresses, "cpu")
     visible: dict[str, list[str]] = client.run(_visible_gpus)

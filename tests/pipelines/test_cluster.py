@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from random import Random
 
@@ -71,6 +72,23 @@ def test_of_equals_the_first_that_is_seen() -> None:
 
 def test_on_the_cpu_every_worker_has_it(client: Client) -> None:
     assert assign_devices(client, "cpu") == dict.fromkeys(worker_addresses(client), "cpu")
+
+
+def test_workers_are_found_while_the_client_renews_its_record(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other second a task of the client overwrites what it knows of the scheduler, without workers."""
+    renewed = client.sync(client.scheduler.identity, n_workers=0)
+    monkeypatch.setattr(client, "_scheduler_identity", renewed)
+    monkeypatch.setattr(client, "_update_scheduler_info", lambda n_workers: asyncio.sleep(0))  # as if the task came last
+    assert len(worker_addresses(client)) == renewed["n_workers"] > 0
+
+
+def test_a_cluster_without_workers_is_refused() -> None:
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
+        Client(nobody, set_as_default=False) as client,
+        pytest.raises(ProblemError, match="0 workers: a run needs one at least; start them"),
+    ):
+        assign_devices(client, "cpu")
 
 
 def test_workers_that_see_no_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
