@@ -1,6 +1,6 @@
 """Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
 
-from oocattn.api import Result, attention, plan, status, verify
+from oocattn.api import Result, attention, plan, resume, status, verify
 from oocattn.errors import (
     BudgetError,
     IntegrityError,
@@ -40,6 +40,7 @@ __all__ = [
     "attention",
     "import_arrays",
     "plan",
+    "resume",
     "status",
     "synthesise",
     "verify",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zarr
 
-from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.errors import IntegrityError, LockedError, ProblemError, ResultExistsError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.rehearsal import rehearse
@@ -20,11 +21,11 @@ from oocattn.pipelines.status import Status, StatusFile, read_status
 from oocattn.planner import make_plan
 from oocattn.plans import Plan
 from oocattn.problem import Problem, make_problem
+from oocattn.resuming import Choices, Unfinished, begin_journal, describe, find_unfinished
 from oocattn.storage.create import refuse_to_destroy
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.lock import Lock
 from oocattn.storage.result import ResultArrays, ResultPaths, read_json
-from oocattn.units import parse_size
 from oocattn.verification import Certificate, verify_result
 from oocattn.version import versions
 
@@ -72,35 +73,23 @@ def plan(
     """
     opened = Dataset.open(str(dataset))
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
-    choices = _Choices(device_memory, host_memory, chunks, decomposition, kernel)
+    choices = Choices(device_memory, host_memory, chunks, decomposition, kernel)
     return _plan_for(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
 
 
-@dataclass(frozen=True)
-class _Choices:
-    """What a user may choose of a plan."""
-
-    device_memory: float | str | None
-    host_memory: float | str | None
-    chunks: int | None
-    decomposition: str
-    kernel: str | None
-
-
-def _plan_for(dataset: Dataset, problem: Problem, choices: _Choices, lanes: int | None, scratch: Path | None) -> Plan:
+def _plan_for(dataset: Dataset, problem: Problem, choices: Choices, lanes: int | None, scratch: Path | None) -> Plan:
     """Measure this machine and plan; partials would lie in the folder `scratch`."""
     if lanes is not None and lanes < 1:
         raise ProblemError(f"{lanes} workers: a run needs one at least; start them and try again")
     hardware = describe_hardware(dataset, problem, kernel=choices.kernel, lanes=lanes, scratch=scratch)
-    host_memory, device_memory = choices.host_memory, choices.device_memory
-    host_bytes = parse_size(default_host_memory() if host_memory is None else host_memory, "host memory")
+    device_memory = choices.device_bytes
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
     return make_plan(
         problem,
         hardware,
-        device_memory=parse_size(device_memory, "device memory"),
-        host_memory=host_bytes,
+        device_memory=device_memory,
+        host_memory=default_host_memory() if choices.host_bytes is None else choices.host_bytes,
         inputs=input_cost(dataset, problem),
         chunks=choices.chunks,
         decomposition=choices.decomposition,
@@ -128,12 +117,13 @@ def attention(
 
     The options up to `kernel` are those of `plan`. The run uses the workers of `client`, which must see the same paths,
     or a cluster of its own in this process with its dashboard at `dashboard_address`. `callbacks` are called with every
-    `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one is begun
-    anew.
+    `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one is resumed, with the
+    plan that it was begun with.
 
     Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a Zarr
-    group), LockedError (another run writes it), IntegrityError (the dataset or a partial is damaged), WorkerLostError and
-    OSError. After an error nothing has appeared at `result`.
+    group, and begins an unfinished run anew), LockedError (another run writes it), IntegrityError (the dataset or a partial
+    is damaged), WorkerLostError and OSError. After an error nothing has appeared at `result`, and the run can be resumed
+    unless the error says otherwise.
     """
     paths = ResultPaths.at(result)
     opened = Dataset.open(str(dataset))
@@ -143,22 +133,69 @@ def attention(
     if _is_finished(paths, problem, opened, overwrite):
         return open_result(paths.result)
 
-    choices = _Choices(device_memory, host_memory, chunks, decomposition, kernel)
+    choices = Choices(device_memory, host_memory, chunks, decomposition, kernel)
+    begun = None if overwrite else find_unfinished(paths)
+    if begun is not None:
+        begun.check_asked(problem, opened)
+        begun.check_chosen(choices)
+
+    def decide(lanes: int) -> Plan:
+        return begun.plan if begun is not None else _plan_for(opened, problem, choices, lanes, paths.state)
+
+    with _planned_cluster(client, dashboard_address, problem, kernel, decide) as (running, chosen):
+        return run_plan(chosen, opened, paths, running, callbacks=callbacks, overwrite=overwrite)
+
+
+def resume(
+    result: str | Path,
+    *,
+    client: Client | None = None,
+    dashboard_address: str = "127.0.0.1:0",
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Go on with the unfinished run to `result`, with the plan and the dataset that it was begun with.
+
+    The options are those of `attention`. A finished result is returned as it is. Raises ProblemError where no run has begun,
+    IntegrityError where the dataset has changed since or the journal is damaged, and what `attention` raises.
+    """
+    paths = ResultPaths.at(result)
+    begun = find_unfinished(paths)
+    if begun is None:
+        if paths.attributes():
+            _tidy(paths)
+            return open_result(paths.result)
+        raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
+    plan, dataset = begun.plan, begun.open_dataset()
+    with (
+        _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan) as (running, _),
+        Lock(paths.lock),
+    ):
+        begun = find_unfinished(paths)
+        if begun is not None:  # else another process has finished it in between
+            _carry_on(begun, dataset, paths, running, callbacks)
+    return open_result(paths.result)
+
+
+@contextmanager
+def _planned_cluster(
+    client: Client | None, dashboard_address: str, problem: Problem, kernel: str | None, decide: Callable[[int], Plan]
+) -> Iterator[tuple[Client, Plan]]:
+    """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
         from oocattn.pipelines.cluster import worker_addresses
 
-        chosen = _plan_for(opened, problem, choices, len(worker_addresses(client)), paths.state)
-        return run_plan(chosen, opened, paths, client, callbacks=callbacks, overwrite=overwrite)
+        yield client, decide(len(worker_addresses(client)))
+        return
     with ThreadPoolExecutor(1) as beside:
         warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
         from oocattn.pipelines.cluster import local_client
 
         warm.result()
-        chosen = _plan_for(opened, problem, choices, count_lanes(kernel), paths.state)
+        chosen = decide(count_lanes(kernel))
         rehearsed = beside.submit(rehearse, chosen)
         with local_client(dashboard_address, chosen.lanes) as own:
             rehearsed.result()
-            return run_plan(chosen, opened, paths, own, callbacks=callbacks, overwrite=overwrite)
+            yield own, chosen
 
 
 def run_plan(
@@ -170,22 +207,10 @@ def run_plan(
     callbacks: Sequence[Callback] = (),
     overwrite: bool = False,
 ) -> Result:
-    """Carry out a plan made for `dataset`: the part of `attention` after planning, for callers who plan themselves."""
-    from oocattn.pipelines.run import run
+    """Carry out a plan made for `dataset`: the part of `attention` after planning, for callers who plan themselves.
 
-    attributes = {
-        **_identity(plan.problem, dataset),
-        "plan": {
-            "digest": plan.digest,
-            "decomposition": plan.decomposition,
-            "chunks": plan.chunks,
-            "span": plan.span,
-            "chunk_rows": plan.chunk_rows,
-            "out_chunk_rows": plan.out_chunk_rows,
-            "kernel": plan.kernel,
-        },
-        "versions": versions(),
-    }
+    An unfinished run of an equal plan is resumed.
+    """
     _refuse_to_replace_dataset(paths, dataset)
     if _is_finished(paths, plan.problem, dataset, overwrite):
         return open_result(paths.result)
@@ -194,24 +219,41 @@ def run_plan(
     with Lock(paths.lock):
         if _is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
-        problem = plan.problem
-        arrays = paths.begin(
-            shape=(problem.batch, problem.query_heads, problem.tokens, problem.head_dim),
-            dtype=problem.out_dtype,
-            chunk_rows=plan.out_chunk_rows,
-            attributes=attributes,
-        )
-        fingerprint = attributes["dataset"]["fingerprint"]
-        run(plan, dataset, fingerprint, paths, arrays, client, (StatusFile(paths.status), *callbacks))
+        begun = None if overwrite else find_unfinished(paths)
+        if begun is None:
+            _begin(plan, dataset, paths, client, callbacks)
+        else:
+            begun.check_asked(plan.problem, dataset)
+            begun.check_plan(plan)
+            _carry_on(begun, dataset, paths, client, callbacks)
     return open_result(paths.result)
 
 
-def _identity(problem: Problem, dataset: Dataset) -> dict[str, Any]:
-    """What a result is the answer to."""
-    return {
-        "problem": asdict(problem),
-        "dataset": {"location": dataset.location, "fingerprint": dataset.fingerprint()},
-    }
+def _begin(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback]) -> None:
+    """Run a plan from its beginning; the result is locked."""
+    from oocattn.pipelines.run import Work, run
+
+    problem, identity = plan.problem, describe(plan.problem, dataset)
+    decided = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel")
+    arrays = paths.begin(
+        shape=(problem.batch, problem.query_heads, problem.tokens, problem.head_dim),
+        dtype=problem.out_dtype,
+        chunk_rows=plan.out_chunk_rows,
+        attributes={**identity, "plan": {name: getattr(plan, name) for name in decided}, "versions": versions()},
+    )
+    journal = begin_journal(paths, plan, identity["dataset"])
+    work = Work(plan, dataset, identity["dataset"]["fingerprint"], paths, arrays, journal)
+    run(work, client, (StatusFile(paths.status), *callbacks))
+
+
+def _carry_on(
+    begun: Unfinished, dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback]
+) -> None:
+    """Do what is left of a run; the result is locked."""
+    from oocattn.pipelines.run import Work, run
+
+    work = Work(begun.plan, dataset, begun.dataset["fingerprint"], paths, paths.resume(), begun.journal)
+    run(work, client, (StatusFile(paths.status), *callbacks))
 
 
 def _is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrite: bool) -> bool:
@@ -220,14 +262,22 @@ def _is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwri
     if found is None or overwrite:
         refuse_to_destroy(paths.result, overwrite)
         return False
-    ours = _identity(problem, dataset)
+    ours = describe(problem, dataset)
     if all(found.get(name) == ours[name] for name in ours):
+        _tidy(paths)
         return True
     differs = next((name for name in ours if found and found.get(name) != ours[name]), "content")
     raise ResultExistsError(
         f"{paths.result} exists and is not the result of this run (its {differs} differs): choose another path, or "
         "replace it with overwrite=True (--overwrite)"
     )
+
+
+def _tidy(paths: ResultPaths) -> None:
+    """Do what a run that was killed at its very end has left to do."""
+    if paths.untidy:
+        with suppress(LockedError), Lock(paths.lock):
+            paths.tidy()
 
 
 def _refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:

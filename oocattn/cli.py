@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import oocattn
 from oocattn.errors import OocattnError, ProblemError
@@ -15,6 +15,7 @@ from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.progress import ProgressBar
 from oocattn.pipelines.timeline import Timeline
 from oocattn.planner import DECOMPOSITIONS
+from oocattn.plans import Plan
 from oocattn.problem import DTYPES
 from oocattn.storage.importing import LAYOUTS, import_arrays
 from oocattn.storage.synth import synthesise
@@ -82,13 +83,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    progress = sys.stderr.isatty() if options.progress is None else options.progress
     plan_printer = _PlanPrinter()
-    listeners: list[Callback] = [plan_printer]
-    if progress:
-        listeners.append(ProgressBar())
-    if options.timeline:
-        listeners.append(Timeline(options.timeline))
     with _client(options.scheduler) as client:
         result = oocattn.attention(
             options.dataset,
@@ -96,11 +91,37 @@ def _run(options: argparse.Namespace) -> int:
             **_plan_options(options),
             client=client,
             dashboard_address=options.dashboard,
-            callbacks=listeners,
+            callbacks=_listeners(options, plan_printer),
             overwrite=options.overwrite,
         )
+    return _print_end(result, plan_printer, options.timeline)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    plan_printer = _PlanPrinter()
+    with _client(options.scheduler) as client:
+        result = oocattn.resume(
+            options.result,
+            client=client,
+            dashboard_address=options.dashboard,
+            callbacks=_listeners(options, plan_printer),
+        )
+    return _print_end(result, plan_printer, options.timeline)
+
+
+def _listeners(options: argparse.Namespace, plan_printer: _PlanPrinter) -> list[Callback]:
+    """Those that a command line asks for."""
+    listeners: list[Callback] = [plan_printer]
+    if sys.stderr.isatty() if options.progress is None else options.progress:
+        listeners.append(ProgressBar())
+    if options.timeline:
+        listeners.append(Timeline(options.timeline))
+    return listeners
+
+
+def _print_end(result: oocattn.Result, plan_printer: _PlanPrinter, timeline: str | None) -> int:
     if not plan_printer.printed:
-        untimed = f", and {options.timeline} not written" if options.timeline else ""
+        untimed = f", and {timeline} not written" if timeline else ""
         print(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}")
     if result.report is not None:
         print(result.report)
@@ -124,7 +145,10 @@ class _PlanPrinter:
 
     def __call__(self, event: Event) -> None:
         if event.kind == "started":
-            print(event.detail["plan"], end="\n\n", flush=True)
+            plan, left = cast(Plan, event.detail["plan"]), cast(int, event.detail["left"])
+            print(plan, end="\n\n", flush=True)
+            if left < plan.subproblems:
+                print(f"resumed      {left:,} of {plan.subproblems:,} subproblems are left", end="\n\n", flush=True)
             self.printed = True
 
 
@@ -184,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(add("import", _import, "copy q, k and v from .npy, .safetensors or .pt files into a dataset"))
     _add_plan(add("plan", _plan, "print what a run would do, and the bytes, memory and seconds it would take"))
     _add_run(add("run", _run, "compute exact attention over a dataset and write out and lse"))
+    _add_resume(add("resume", _resume, "go on with an unfinished run, with the plan and dataset that it was begun with"))
     _add_status(add("status", _status, "print how far the run to a result is"))
     _add_verify(add("verify", _verify, "recompute sampled rows of a result in float64 and compare; exit 1 if one is wrong"))
     add(
@@ -233,6 +258,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_plan_options(parser)
     parser.add_argument("result", metavar="RESULT", help="local path of the Zarr group to create, with arrays out and lse")
     parser.add_argument("--overwrite", action="store_true", help="replace RESULT if it is another run's")
+    _add_watching(parser)
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("result", metavar="RESULT", help="path that the run was given")
+    _add_watching(parser)
+
+
+def _add_watching(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--progress",
         action=argparse.BooleanOptionalAction,

@@ -21,6 +21,10 @@ class IntegrityError(OocattnError, RuntimeError):
     """Bytes at rest, or the count of attended keys, are not what they must be."""
 
 
+class TaintedError(IntegrityError):
+    """What a run has computed cannot be trusted: it is discarded, and cannot be resumed."""
+
+
 class LockedError(OocattnError, RuntimeError):
     """Another live run holds the result."""
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from oocattn.drawing import draw_division
 from oocattn.memory import Buffers, Tiles
@@ -130,6 +131,22 @@ class Plan:
         decided = [self.decomposition, self.chunks, self.span, *tiling, self.kernel]
         text = json.dumps([asdict(self.problem), decided], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return {**asdict(self), "digest": self.digest}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+        fields = dict(content)
+        digest = fields.pop("digest")
+        problem, tiles = Problem(**fields.pop("problem")), Tiles(**fields.pop("tiles"))
+        links = tuple(Link(**link) for link in fields.pop("links"))
+        plan = cls(**fields | {"problem": problem, "tiles": tiles, "links": links, "notes": tuple(fields.pop("notes"))})
+        if plan.digest != digest or plan.chunks * plan.chunk_rows < problem.tokens:
+            raise ValueError("the plan does not fit its digest")
+        return plan
 
     def tokens(self, chunk: int) -> range:
         """The token positions of a chunk; those of the last chunks may be few or none."""

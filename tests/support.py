@@ -27,6 +27,7 @@ from oocattn.planner import make_plan
 from oocattn.plans import Hardware
 from oocattn.problem import Problem, make_problem
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.journal import Journal
 from oocattn.storage.result import ResultPaths
 
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
@@ -144,7 +145,8 @@ def job_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Job:
     problem = plan.problem
     shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
     arrays = paths.begin(shape=shape, dtype=problem.out_dtype, chunk_rows=plan.out_chunk_rows, attributes={})
-    return Job("run", plan, Dataset.open(folder / "dataset.zarr"), arrays, paths.scratch, {})
+    journal = Journal.begin(paths.state, {})
+    return Job("run", plan, Dataset.open(folder / "dataset.zarr"), arrays, journal, paths.scratch, {})
 
 
 def written_bits(lane: Lane, head_group: int = 0) -> list[NDArray[Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client
-from support import TOKENS, carry_out, damage, normal_arrays, plan_for, write_dataset
+from support import TOKENS, assert_nothing_written, carry_out, damage, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import Event, IntegrityError
@@ -42,7 +42,7 @@ def test_a_dataset_that_changes_during_the_run_is_noticed(
     rewrite = on_first("attended", lambda: damage(chunk, lambda data: bytes(len(data))))
     with pytest.raises(IntegrityError, match=r"the dataset changed while the run read it.*run again"):
         carry_out(plan, dataset, result, client, callbacks=[rewrite])
-    assert not os.path.lexists(result)
+    assert_nothing_written(result)
     assert carry_out(plan, dataset, result, client).path == result
 
 
@@ -119,9 +119,7 @@ def test_a_full_disk_stops_the_run_and_leaves_no_result(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, call, full)
-        with pytest.raises(
-            OSError, match="no space left for the result and its partials; make room and run again"
-        ) as failure:
+        with pytest.raises(OSError, match="no space left for the result and its partials; make room and resume") as failure:
             carry_out(plan, dataset, result, client)
     assert failure.value.errno == errno.ENOSPC
     assert not os.path.lexists(result)
@@ -145,7 +143,7 @@ def test_a_disk_that_is_full_of_partials_stops_the_run(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="no space left for the result and its partials; make room and run again"):
+        with pytest.raises(OSError, match="no space left for the result and its partials; make room and resume"):
             carry_out(plan_for(dataset, chunks=7, partials="disk"), dataset, result, client)
     assert not os.path.lexists(result)
 

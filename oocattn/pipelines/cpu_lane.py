@@ -58,7 +58,7 @@ class CpuLane(Lane):
         start = time.time()
         pairs = committed = 0
         for block in staged.subproblem.blocks:
-            if block.query_chunk in staged.queries:  # else it is beyond the last token
+            if block.query_chunk in staged.queries:  # else it is beyond the last token, or not wanted
                 work = staged.head_group, block.query_chunk, staged.subproblem.index
                 pairs += self._attend_block(staged, block, work)
                 committed += self.partials.end(*work)
@@ -79,7 +79,7 @@ class CpuLane(Lane):
         problem = self.plan.problem
         query = staged.queries[block.query_chunk]
         rows, every_key = query.shape[1], len(staged.key)
-        destination = self.partials.begin(*work)
+        destination = self.partials.begin(*work, staged.not_finite[block.query_chunk])
         state = self._partial.rows(0, rows) if destination.merged else destination.state
         state.reset()
         for tile in key_tiles(block, staged.key_rows, range(rows), every_key, problem.causal):

@@ -185,13 +185,14 @@ class CudaLane(Lane):
         staged = work.staged
         for block in staged.subproblem.blocks:
             if block.query_chunk not in staged.queries:
-                continue  # beyond the last token
+                continue  # beyond the last token, or not wanted
             if self.plan.partials == "disk":
                 while len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:  # only this thread adds to them
                     with self._finishing, self.telling_the_first_error():
                         if len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:
                             self._finish_chunk()
-            destination = self.partials.begin(staged.head_group, block.query_chunk, staged.subproblem.index)
+            not_finite = staged.not_finite[block.query_chunk]
+            destination = self.partials.begin(staged.head_group, block.query_chunk, staged.subproblem.index, not_finite)
             work.coming_back += 1
             tiles = self._enqueue_chunk(work, block, destination)
             self._coming_back.append((work, block.query_chunk, tiles[-1].returned))

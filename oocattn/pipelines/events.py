@@ -32,11 +32,10 @@ class Event:
 
     `kind` is what happened: the run started, a subproblem was staged or attended, a query chunk was merged or written, the
     result was committed under its final name, a subproblem failed and is computed again (`head_group` and `index` say
-    which) or the run failed (-1), or it ended. `index` counts subproblems (staged, attended) or
-    chunks (merged, written) within `head_group`; `start` and `stop` are seconds since the epoch on `worker`; `amount` is
-    bytes (staged, written) or query-key pairs (attended, merged). `attempt` is not 0 where a
-    subproblem was computed again; `detail` holds what only one kind has; `spans` says which resources of the lane were busy
-    when.
+    which) or the run failed (-1), or it ended. `index` counts subproblems (staged, attended) or chunks (merged, written)
+    within `head_group`; `start` and `stop` are seconds since the epoch on `worker`; `amount` is bytes (staged, written) or
+    query-key pairs (attended, merged); `detail` holds what only one kind has; `spans` says which resources of the lane were
+    busy when.
     """
 
     kind: Kind
@@ -46,7 +45,6 @@ class Event:
     index: int = -1
     worker: str = ""
     amount: int = 0
-    attempt: int = 0
     detail: Mapping[str, object] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
 

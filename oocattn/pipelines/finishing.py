@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from oocattn.errors import IntegrityError
+from oocattn.errors import TaintedError
 from oocattn.kernels import Partial
 from oocattn.pipelines.arena import Pool, as_numpy
 from oocattn.pipelines.events import Event, Span
-from oocattn.pipelines.partials import PartialStore
+from oocattn.pipelines.partials import Collected, PartialStore
 from oocattn.pipelines.tiles import pieces
 from oocattn.plans import Plan
+from oocattn.storage.journal import Journal
 from oocattn.storage.result import ResultArrays
 
 Finalise = Callable[[Partial, torch.Tensor, torch.Tensor], None]
@@ -36,6 +37,7 @@ class _Finished:
     """A merged chunk, and its parts on their way to disk: each returns its bytes and when it was written."""
 
     merged: Event
+    not_finite: int
     parts: list[Future[tuple[int, Span]]]
 
 
@@ -43,11 +45,18 @@ class Finisher:
     """Finishes the chunks of one lane, whose partials are in `partials`, by way of the blocks of `out` in `blocks`."""
 
     def __init__(
-        self, plan: Plan, partials: PartialStore, result: ResultArrays, blocks: Pool[OutBlock], finalise: Finalise
+        self,
+        plan: Plan,
+        partials: PartialStore,
+        result: ResultArrays,
+        journal: Journal,
+        blocks: Pool[OutBlock],
+        finalise: Finalise,
     ) -> None:
         self._plan = plan
         self._partials = partials
         self._result = result
+        self._journal = journal
         self._blocks = blocks
         self._finalise = finalise
         self._collector, self._divider, self._writer = (
@@ -68,7 +77,7 @@ class Finisher:
         """See a chunk's partials merged, checked that every row attended exactly the keys it must, and divided.
 
         Raises DamagedPartialError for a partial on disk that is not whole, after which a chunk may be merged again, and
-        IntegrityError for a wrong ledger.
+        TaintedError for a wrong ledger.
         """
         if (head_group, chunk) not in self._begun:
             self.begin(head_group, chunk, [len(self._plan.tokens(chunk))])
@@ -79,12 +88,14 @@ class Finisher:
             raise
 
     def write(self, head_group: int, chunk: int) -> Event:
-        """See a merged chunk written to `out` and `lse`, one chunk file at a time, and release its partials."""
+        """See a merged chunk written to `out` and `lse`, one chunk file at a time; record it, and release its partials."""
         finished = self._begun.pop((head_group, chunk)).result()
         written = [part.result() for part in finished.parts]
-        self._partials.release(head_group, chunk)
         spans = tuple(span for _, span in written)
         amount = sum(nbytes for nbytes, _ in written)
+        record = {"pairs": finished.merged.amount, "not_finite": finished.not_finite, "bytes": amount}
+        self._journal.finish(head_group, chunk, record)
+        self._partials.release(head_group, chunk)
         return Event("written", spans[0].start, spans[-1].stop, head_group, chunk, amount=amount, spans=spans)
 
     def close(self) -> None:
@@ -93,12 +104,15 @@ class Finisher:
             threads.shutdown(cancel_futures=True)
         self._writer.shutdown()
 
-    def _collect(self, head_group: int, chunk: int) -> tuple[Partial, Span]:
+    def _collect(self, head_group: int, chunk: int) -> tuple[Collected, Span]:
         start = time.time()
         return self._partials.collect(head_group, chunk), Span("merge", start, time.time())
 
-    def _finish(self, head_group: int, chunk: int, merging: Future[tuple[Partial, Span]], whole: Iterable[int]) -> _Finished:
-        state, merged = merging.result()
+    def _finish(
+        self, head_group: int, chunk: int, merging: Future[tuple[Collected, Span]], whole: Iterable[int]
+    ) -> _Finished:
+        collected, merged = merging.result()
+        state = collected.state
         spans, pairs, parts = [merged], 0, list[Future[tuple[int, Span]]]()
         first = self._plan.tokens(chunk).start
         waiting = deque(pieces(range(len(state.keys)), self._plan.out_chunk_rows))
@@ -113,12 +127,12 @@ class Finisher:
                     rows = state.head(local).rows(part.start, part.stop)
                     parts.append(self._divide(head_group, head, number, rows, spans))
         if waiting:
-            raise IntegrityError(
+            raise TaintedError(
                 f"head group {head_group}, chunk {chunk}: the rows from {waiting[0].start} on did not come; the result is "
                 "discarded, run again"
             )
         event = Event("merged", merged.start, time.time(), head_group, chunk, amount=pairs, spans=tuple(spans))
-        return _Finished(event, parts)
+        return _Finished(event, collected.not_finite, parts)
 
     def _check_ledger(self, state: Partial, head_group: int, chunk: int, rows: range) -> int:
         """Check the ledger of some rows of a chunk; return the pairs they attended, of all heads of the group."""
@@ -130,7 +144,7 @@ class Finisher:
         wrong = np.flatnonzero(attended != expected)
         if len(wrong):
             row = int(wrong[0])
-            raise IntegrityError(
+            raise TaintedError(
                 f"head group {head_group}, token {tokens[row]}: {attended[row]} keys were attended, expected "
                 f"{expected[row]}; the result is discarded, run again"
             )

@@ -7,17 +7,16 @@
                that frees its accumulator
     write(a)   waits for merge(a)
 
-The graph is made and submitted piece by piece, so its size does not grow with the problem; an edge may lead to a task
-of an earlier piece.
+What is done already has no tasks. The graph is made and submitted piece by piece, so its size does not grow with the
+problem; an edge may lead to a task of an earlier piece.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import Task, TaskRef
@@ -27,14 +26,8 @@ from oocattn.pipelines import tasks
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.schedule import Schedule
 
-Key = tuple[str, int, int] | tuple[str, int, int, int]
-"""Layer and run, head group, and index of the subproblem or chunk; of what is done again, the attempt too."""
-
-
-def attempt_of(key: Key) -> int:
-    """Which attempt a task is: 0 the first."""
-    return int(key[3]) if len(key) == 4 else 0
-
+Key = tuple[str, int, int]
+"""Layer and run, head group, and index of the subproblem or chunk."""
 
 LAYERS = {"stage": set[str](), "attend": {"stage"}, "merge": {"attend"}, "write": {"merge"}}
 """The layers, and those that each takes data from."""
@@ -67,69 +60,51 @@ class GraphBuilder:
         self._tails = [_Tail(0, deque(maxlen=slots), deque(maxlen=slots - 1), deque(maxlen=accumulators)) for _ in addresses]
         self._layers: dict[str, dict[Key, Task]] = {}
         self._workers: dict[Key, str] = {}
-        self._retries = 0
 
-    def piece(self, subproblems: Iterable[tuple[int, int]]) -> tuple[HighLevelGraph, list[Key]]:
-        """The tasks of these (head group, subproblem)s and of the chunks that they complete, and the keys of all."""
+    def piece(
+        self, subproblems: Iterable[tuple[int, int]], complete: Iterable[tuple[int, int]] = ()
+    ) -> tuple[HighLevelGraph, list[Key]]:
+        """The tasks of these (head group, subproblem)s and of the chunks that they complete, and the keys of all.
+
+        First come (head group, chunk)s that were `complete` before.
+        """
         self._layers = {name: {} for name in LAYERS}
         self._workers = {}
+        for head_group, chunk in complete:
+            self._add_chunk(head_group, chunk, ())
         for head_group, index in subproblems:
-            self._add_subproblem(head_group, index)
-            for chunk in self._chunks(index):
-                contributors = self._schedule.plan.division.contributors(chunk)
-                if contributors[-1] == index:
-                    self._add_chunk(head_group, chunk, contributors)
-        return self._graph()
-
-    def again(self, head_group: int, index: int, attempt: int) -> tuple[HighLevelGraph, list[Key]]:
-        """The tasks that stage and attend a subproblem once more, because a partial of it was lost from disk."""
-        self._layers = {name: {} for name in LAYERS}
-        self._workers = {}
-        self._add_subproblem(head_group, index, attempt)
-        return self._graph()
-
-    def chunks_again(self, failed: Sequence[Key]) -> tuple[HighLevelGraph, list[Key]]:
-        """The tasks that merge and write the chunks whose tasks failed, in their first order; their keys are new."""
-        self._layers = {name: {} for name in LAYERS}
-        self._workers = {}
-        for tail in self._tails:
-            kept = [key for key in tail.writes if key in self._unfinished]
-            tail.writes.clear()
-            tail.writes.extend(kept)
-        self._retries += 1
-        for head_group, chunk in dict.fromkeys((key[1], key[2]) for key in failed):
-            contributors = self._schedule.plan.division.contributors(chunk)
-            self._add_chunk(head_group, chunk, contributors, self._retries)
-        return self._graph()
-
-    def _graph(self) -> tuple[HighLevelGraph, list[Key]]:
-        workers = self._workers
-        annotations = {"workers": lambda key: [workers[key]]}
+            wanted = self._schedule.wanted(head_group, index)
+            contributors = {chunk: self._schedule.contributors(head_group, chunk) for chunk in wanted}
+            self._add_subproblem(head_group, index, contributors)
+            for chunk, those in contributors.items():
+                if those[-1] == index:
+                    self._add_chunk(head_group, chunk, those)
+        annotations = {"workers": lambda key, workers=self._workers: [workers[key]]}
         layers = {name: MaterializedLayer(layer, annotations=annotations) for name, layer in self._layers.items()}
-        return HighLevelGraph(layers, LAYERS), list(workers)
+        return HighLevelGraph(layers, LAYERS), list(self._workers)
 
-    def _add_subproblem(self, head_group: int, index: int, *attempt: int) -> None:
+    def _add_subproblem(self, head_group: int, index: int, contributors: Mapping[int, Sequence[int]]) -> None:
+        """Add its tasks; `contributors` are those of each query chunk that it has to compute."""
         lane = self._schedule.subproblem_lane(head_group, index)
         tail = self._tails[lane]
         before = [tail.attends[0]] if len(tail.attends) == self._slots else []
-        key = self._key("stage", head_group, index, *attempt)
-        stage = self._add(lane, "stage", key, tasks.stage, (tail.count, head_group, index), before)
+        numbers = (tail.count, head_group, index, tuple(contributors))
+        stage = self._add(lane, "stage", self._key("stage", head_group, index), tasks.stage, numbers, before)
         needed = [stage]
         if self._schedule.plan.partials == "memory":
-            contributors = self._schedule.plan.division.contributors
-            for chunk in self._chunks(index):
-                if contributors(chunk)[0] == index:
+            for chunk, those in contributors.items():
+                if those[0] == index:
                     needed += self._take_accumulator(lane, self._key("write", head_group, chunk))
-        key = self._key("attend", head_group, index, *attempt)
         waited_for = dict.fromkeys(itertools.chain(*tail.needed, needed))
+        key = self._key("attend", head_group, index)
         tail.attends.append(self._add(lane, "attend", key, tasks.attend, (tail.count,), waited_for))
         tail.needed.append(needed)
         tail.count += 1
 
-    def _add_chunk(self, head_group: int, chunk: int, contributors: Iterable[int], *attempt: int) -> None:
+    def _add_chunk(self, head_group: int, chunk: int, contributors: Iterable[int]) -> None:
         lane = self._schedule.chunk_lane(head_group, chunk)
         before = [self._key("attend", head_group, index) for index in contributors]
-        merge, write = (self._key(layer, head_group, chunk, *attempt) for layer in ("merge", "write"))
+        merge, write = (self._key(layer, head_group, chunk) for layer in ("merge", "write"))
         if self._schedule.plan.partials == "disk":
             before += self._take_accumulator(lane, write)
         self._add(lane, "merge", merge, tasks.merge, (head_group, chunk), before)
@@ -141,7 +116,7 @@ class GraphBuilder:
         layer: str,
         key: Key,
         function: Callable[..., Event],
-        numbers: tuple[int, ...],
+        numbers: tuple[int | tuple[int, ...], ...],
         before: Iterable[Key],
     ) -> Key:
         waits = [TaskRef(other) for other in before if other in self._workers or other in self._unfinished]
@@ -156,10 +131,5 @@ class GraphBuilder:
         writes.append(write)
         return freed
 
-    def _chunks(self, index: int) -> list[int]:
-        """The query chunks of a subproblem that hold tokens."""
-        plan = self._schedule.plan
-        return [chunk for chunk in plan.division.subproblem(index).query_chunks if plan.tokens(chunk)]
-
-    def _key(self, layer: str, head_group: int, index: int, *attempt: int) -> Key:
-        return cast(Key, (f"{layer}-{self._run}", head_group, index, *attempt))
+    def _key(self, layer: str, head_group: int, index: int) -> Key:
+        return f"{layer}-{self._run}", head_group, index

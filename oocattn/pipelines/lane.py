@@ -11,11 +11,11 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from oocattn.plans import Plan
 from oocattn.problem import HeadGroup
 from oocattn.quorum import Subproblem
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.journal import Journal
 from oocattn.storage.readers import InputArray
 from oocattn.storage.result import ResultArrays
 
@@ -53,13 +54,17 @@ class Job:
     plan: Plan
     dataset: Dataset
     result: ResultArrays
+    journal: Journal
     scratch: Path
     devices: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Staged:
-    """One subproblem's chunks in a staging slot: queries [g, n, D] by chunk, keys and values [rows, D] in one piece."""
+    """One subproblem's chunks in a staging slot: queries [g, n, D] by chunk, keys and values [rows, D] in one piece.
+
+    `not_finite` counts, by query chunk whose diagonal it owns, the elements of the chunk's rows that are NaN or Inf.
+    """
 
     head_group: int
     subproblem: Subproblem
@@ -67,6 +72,7 @@ class Staged:
     key: torch.Tensor
     value: torch.Tensor
     key_rows: dict[int, range]
+    not_finite: Counter[int] = field(default_factory=Counter)
 
     @property
     def nbytes(self) -> int:
@@ -92,9 +98,9 @@ class Lane(ABC):
         out_blocks = Pool[OutBlock]()
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self._allocated = allocating.submit(self._allocate_or_tell, states, out_blocks)
-        self.partials = make_partials(plan, job.scratch, states, self.merge_states)
+        self.partials = make_partials(plan, job.scratch, job.journal.run, states, self.merge_states)
         self.result = job.result
-        self.finisher = Finisher(plan, self.partials, self.result, out_blocks, self.finalise)
+        self.finisher = Finisher(plan, self.partials, self.result, job.journal, out_blocks, self.finalise)
         self.kernel = get_kernel(plan.kernel)
         self._dataset = job.dataset
         self._staged: dict[int, Staged] = {}
@@ -169,16 +175,21 @@ class Lane(ABC):
         self.finisher.close()
         del self.finisher, self.partials  # they know the lane: its memory would stay until Python looks for such circles
 
-    def stage(self, turn: int, head_group: int, index: int) -> Event:
-        """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0."""
+    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Event:
+        """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0.
+
+        Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there.
+        """
         start = time.time()
         slot = self._slots[turn % len(self._slots)].result()
-        self._staged[turn] = staged = self._carve(slot, head_group, self.plan.division.subproblem(index))
-        not_finite = sum(self._readers.map(self._read, self._reads(staged)))
-        detail = {"not_finite": not_finite}
+        subproblem = self.plan.division.subproblem(index)
+        chunks = [chunk for chunk in subproblem.query_chunks if wanted is None or chunk in wanted]
+        self._staged[turn] = staged = self._carve(slot, head_group, subproblem, chunks)
+        reads = list(self._reads(staged))
+        for read, not_finite in zip(reads, self._readers.map(self._read, reads), strict=True):
+            staged.not_finite[read.chunk] += not_finite
         stop = time.time()
-        spans = (Span("read", start, stop),)
-        return Event("staged", start, stop, head_group, index, amount=staged.nbytes, detail=detail, spans=spans)
+        return Event("staged", start, stop, head_group, index, amount=staged.nbytes, spans=(Span("read", start, stop),))
 
     def _read(self, read: _Read) -> int:
         """Carry a read out; return how many elements are NaN or Inf, if that is counted."""
@@ -190,27 +201,27 @@ class Lane(ABC):
     def _reads(self, staged: Staged) -> Iterator[_Read]:
         """The reads that fill a staged subproblem, cut to pieces where the array's chunk files are read directly.
 
-        NaN and Inf are counted in the chunks whose diagonal it owns: so each chunk is counted once in a run.
+        NaN and Inf are counted in the query chunks whose diagonal it owns: so each chunk is counted once in a run.
         """
         group = self.plan.problem.head_group(staged.head_group)
-        owned = {block.query_chunk for block in staged.subproblem.blocks if block.diagonal}
+        owned = {block.query_chunk for block in staged.subproblem.blocks if block.diagonal} & staged.queries.keys()
         for chunk, query in staged.queries.items():
             for head, rows in zip(group.query_heads, query, strict=True):
-                yield from self._reads_of("q", group, head, self.plan.tokens(chunk), rows, chunk in owned)
+                yield from self._reads_of("q", group, head, chunk, rows, chunk in owned)
         for name, tensor in (("k", staged.key), ("v", staged.value)):
             for chunk, rows_of_chunk in staged.key_rows.items():
                 rows = tensor[rows_of_chunk.start : rows_of_chunk.stop]
-                yield from self._reads_of(name, group, group.kv_head, self.plan.tokens(chunk), rows, chunk in owned)
+                yield from self._reads_of(name, group, group.kv_head, chunk, rows, chunk in owned)
 
     def _reads_of(
-        self, name: str, group: HeadGroup, head: int, tokens: range, rows: torch.Tensor, counted: bool
+        self, name: str, group: HeadGroup, head: int, chunk: int, rows: torch.Tensor, counted: bool
     ) -> Iterator[_Read]:
-        array = self._dataset.arrays[name]
+        array, tokens = self._dataset.arrays[name], self.plan.tokens(chunk)
         out = as_numpy(rows)
         step = max(1, READ_BYTES // out[:1].nbytes) if array.direct and tokens else max(1, len(tokens))
         for part in pieces(tokens, step):
             into = out[part.start - tokens.start : part.stop - tokens.start]
-            yield _Read(array, group.batch, head, part, into, counted)
+            yield _Read(array, group.batch, head, chunk, part, into, counted)
 
     @contextmanager
     def telling_the_first_error(self) -> Iterator[None]:
@@ -234,7 +245,7 @@ class Lane(ABC):
         """See `Finisher.write`."""
         return self.finisher.write(head_group, chunk)
 
-    def _carve(self, slot: torch.Tensor, head_group: int, subproblem: Subproblem) -> Staged:
+    def _carve(self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, query_chunks: Iterable[int]) -> Staged:
         """Lay a subproblem's chunks out in a slot: the queries of each chunk, then all keys, then all values."""
         problem = self.plan.problem
         dtype = getattr(torch, problem.dtype)
@@ -247,7 +258,7 @@ class Lane(ABC):
             return slot[used - rows * row_bytes : used].view(dtype).view(rows, problem.head_dim)
 
         queries = {}
-        for chunk in subproblem.query_chunks:
+        for chunk in query_chunks:
             rows = len(self.plan.tokens(chunk))
             if rows:
                 queries[chunk] = take(problem.group_size * rows).view(problem.group_size, rows, problem.head_dim)
@@ -261,6 +272,7 @@ class _Read:
     array: InputArray
     batch: int
     head: int
+    chunk: int
     tokens: range
     out: npt.NDArray[Any]
     counted: bool

@@ -6,10 +6,11 @@ bit in either of them, whatever computed the partials and when. A store for anot
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ from oocattn.kernels import Partial
 from oocattn.memory import PARTIAL_BLOCK_ROWS
 from oocattn.pipelines.arena import Pool
 from oocattn.plans import Plan
-from oocattn.storage.blockfile import read_blocks, write_blocks
+from oocattn.storage.blockfile import read_blocks, read_label, write_blocks
+from oocattn.storage.durable import PARTIAL
 
 MergeStates = Callable[[Partial, Partial], None]
 """Merge the second state, whose memory is the caller's again afterwards, into the first; both in host memory."""
@@ -28,9 +30,12 @@ MergeStates = Callable[[Partial, Partial], None]
 States = Pool[Partial]
 """States of one head group in host memory."""
 
+Work = tuple[int, int, int]
+"""A head group, one of its query chunks, and a subproblem that contributes to it: what a partial is of."""
+
 
 class DamagedPartialError(IntegrityError):
-    """A partial is lost or damaged: compute its subproblem again, and then merge."""
+    """A partial was lost or damaged, and what was left of it removed: compute its subproblem again, and then merge."""
 
     def __init__(self, message: str, head_group: int, subproblem: int) -> None:
         super().__init__(message, head_group, subproblem)
@@ -49,19 +54,30 @@ class Destination:
     merged: bool
 
 
+@dataclass(frozen=True)
+class Collected:
+    """The merged state of a query chunk, and how many elements of its rows of q, k and v are NaN or Inf."""
+
+    state: Partial
+    not_finite: int
+
+
 class PartialStore(Protocol):
     """Takes partials as they are computed and gives back the merged state of a query chunk.
 
     A chunk holds one of the lane's accumulators from its first partial (in memory) or its merge (on disk) to its release.
     """
 
-    def begin(self, head_group: int, chunk: int, subproblem: int) -> Destination:
-        """Where the partial of `chunk` from `subproblem` goes; on disk this waits for a buffer that another `end` frees."""
+    def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
+        """Where the partial of `chunk` from `subproblem` goes; on disk this waits for a buffer that another `end` frees.
+
+        `not_finite` is what the subproblem found in the chunk's inputs.
+        """
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         """The partial is there, whole; return the bytes written to disk."""
 
-    def collect(self, head_group: int, chunk: int) -> Partial:
+    def collect(self, head_group: int, chunk: int) -> Collected:
         """Merge every partial of the chunk; the state is valid until `release`.
 
         In memory, where each is merged as it comes, this is the state into which the last have begun to be merged. Raises
@@ -100,8 +116,9 @@ class MemoryPartials:
         self._division = plan.division
         self._accumulators = _Accumulators(plan, accumulators)
         self._folded: dict[tuple[int, int], list[int]] = {}
+        self._not_finite: defaultdict[tuple[int, int], int] = defaultdict(int)
 
-    def begin(self, head_group: int, chunk: int, subproblem: int) -> Destination:
+    def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
         folded = self._folded.setdefault((head_group, chunk), [])
         expected = self._division.contributors(chunk)[len(folded) :][:1]
         if (subproblem,) != expected:
@@ -111,30 +128,35 @@ class MemoryPartials:
             )
         merged = bool(folded)
         folded.append(subproblem)
+        self._not_finite[head_group, chunk] += not_finite
         return Destination((self._accumulators.get if merged else self._accumulators.take)(head_group, chunk), merged)
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         return 0
 
-    def collect(self, head_group: int, chunk: int) -> Partial:
+    def collect(self, head_group: int, chunk: int) -> Collected:
         folded = self._folded.get((head_group, chunk), [])
         missing = set(self._division.contributors(chunk)) - set(folded)
         if missing:
             raise IntegrityError(f"head group {head_group}, chunk {chunk}: no partial of subproblems {sorted(missing)}")
-        return self._accumulators.get(head_group, chunk)
+        return Collected(self._accumulators.get(head_group, chunk), self._not_finite[head_group, chunk])
 
     def release(self, head_group: int, chunk: int) -> None:
-        del self._folded[head_group, chunk]
+        del self._folded[head_group, chunk], self._not_finite[head_group, chunk]
         self._accumulators.give_back(head_group, chunk)
 
 
 class DiskPartials:
-    """A file a partial, merged when the last of a chunk is there: for accumulators that do not fit, or several lanes."""
+    """A file a partial, merged when the last of a chunk is there: for accumulators that do not fit, or several lanes.
+
+    A file says which run, chunk and subproblem it is of; what is there under its final name need not be computed again.
+    """
 
     def __init__(
         self,
         plan: Plan,
         folder: Path,
+        run: str,
         accumulators: States,
         buffers: States,
         blocks: States,
@@ -142,38 +164,51 @@ class DiskPartials:
     ) -> None:
         self._plan = plan
         self._folder = folder
+        self._run = run
         self._merge_states = merge_states
         self._accumulators = _Accumulators(plan, accumulators)
         self._buffers = buffers
         self._blocks = blocks
-        self._begun: dict[tuple[int, int, int], Partial] = {}
+        self._begun: dict[tuple[int, int, int], tuple[Partial, int]] = {}
 
-    def begin(self, head_group: int, chunk: int, subproblem: int) -> Destination:
-        self._begun[head_group, chunk, subproblem] = buffer = self._buffers.take()
+    def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
+        buffer = self._buffers.take()
+        self._begun[head_group, chunk, subproblem] = buffer, not_finite
         return Destination(buffer.rows(0, len(self._plan.tokens(chunk))), merged=False)
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
-        buffer = self._begun.pop((head_group, chunk, subproblem))
+        work = head_group, chunk, subproblem
+        buffer, not_finite = self._begun.pop(work)
         partial = buffer.rows(0, len(self._plan.tokens(chunk)))
         blocks = [_arrays(partial.rows(start, stop)) for start, stop in _row_blocks(partial)]
         try:
-            return write_blocks(self._path(head_group, chunk, subproblem), blocks)
+            return write_blocks(partial_path(self._folder, work), blocks, {**self._label(work), "not_finite": not_finite})
         finally:
             self._buffers.put(buffer)
 
-    def collect(self, head_group: int, chunk: int) -> Partial:
+    def collect(self, head_group: int, chunk: int) -> Collected:
         state = self._accumulators.take(head_group, chunk)
         state.reset()
+        not_finite = 0
         for subproblem in self._plan.division.contributors(chunk):
+            work = head_group, chunk, subproblem
             try:
-                self._read(state, self._path(head_group, chunk, subproblem))
+                not_finite += self._read(state, work)
             except IntegrityError as error:
                 self._accumulators.give_back(head_group, chunk)
+                partial_path(self._folder, work).unlink(missing_ok=True)
                 raise DamagedPartialError(str(error), head_group, subproblem) from error
-        return state
+        return Collected(state, not_finite)
 
-    def _read(self, state: Partial, path: Path) -> None:
-        """Merge a partial's file into the state, block by block: a damaged one leaves it half merged."""
+    def _read(self, state: Partial, work: Work) -> int:
+        """Merge a partial's file into the state, block by block: a damaged one leaves it half merged.
+
+        Returns how many elements that are NaN or Inf it tells of.
+        """
+        path, expected = partial_path(self._folder, work), self._label(work)
+        label = read_label(path)
+        if any(label.get(name) != value for name, value in expected.items()):
+            raise IntegrityError(f"{path}: expected the partial {expected}, found {label}")
         row_blocks = list(_row_blocks(state))
         block = self._blocks.take()
         try:
@@ -182,24 +217,38 @@ class DiskPartials:
                 self._merge_states(state.rows(*row_blocks[index]), buffers[index])
         finally:
             self._blocks.put(block)
+        return int(label["not_finite"])
 
     def release(self, head_group: int, chunk: int) -> None:
         self._accumulators.give_back(head_group, chunk)
         for subproblem in self._plan.division.contributors(chunk):
-            self._path(head_group, chunk, subproblem).unlink()
+            partial_path(self._folder, (head_group, chunk, subproblem)).unlink()
 
-    def _path(self, head_group: int, chunk: int, subproblem: int) -> Path:
-        return self._folder / f"partial-{head_group}-{chunk}-{subproblem}"
+    def _label(self, work: Work) -> dict[str, Any]:
+        return {"run": self._run, "work": list(work)}
 
 
-def make_partials(plan: Plan, folder: Path, states: Mapping[str, States], merge_states: MergeStates) -> PartialStore:
+def partial_path(folder: Path, work: Work) -> Path:
+    """The file of a partial in a folder."""
+    return folder / "partial-{}-{}-{}".format(*work)
+
+
+def partials_on_disk(folder: Path) -> set[Work]:
+    """The partials whose files are in a folder. Whether they are whole shows when they are merged."""
+    names = (path.name.split("-")[1:] for path in folder.glob("partial-*-*-*") if path.suffix != PARTIAL)
+    return {(int(head_group), int(chunk), int(subproblem)) for head_group, chunk, subproblem in names}
+
+
+def make_partials(
+    plan: Plan, folder: Path, run: str, states: Mapping[str, States], merge_states: MergeStates
+) -> PartialStore:
     """The store that the plan names, working with the states that `memory.Buffers` counts by these names.
 
-    `folder` is where it may keep files.
+    `folder` is where it may keep files, marked as those of `run`.
     """
     if plan.partials == "memory":
         return MemoryPartials(plan, states["accumulators"])
-    return DiskPartials(plan, folder, states["accumulators"], states["buffers"], states["blocks"], merge_states)
+    return DiskPartials(plan, folder, run, states["accumulators"], states["buffers"], states["blocks"], merge_states)
 
 
 def _row_blocks(partial: Partial) -> Iterator[tuple[int, int]]:

@@ -25,10 +25,13 @@ class ProgressBar:
             if event.detail["dashboard"]:
                 tqdm.write(f"dashboard {event.detail['dashboard']}", file=sys.stderr)
             self._tokens_each = plan.problem.tokens * plan.problem.batch / plan.subproblems
-            self._bar = tqdm(total=plan.subproblems, unit="subproblem", dynamic_ncols=True)
+            done = plan.subproblems - cast(int, event.detail["left"])
+            self._bar = tqdm(total=plan.subproblems, initial=done, unit="subproblem", dynamic_ncols=True)
+        elif self._bar is not None and event.kind == "failed" and "left" in event.detail:
+            self._bar.n = self._bar.total - cast(int, event.detail["left"])
         elif self._bar is not None and event.kind == "attended":
             self._bar.update()
-            rate = self._bar.n * self._tokens_each / max(time.time() - self._bar.start_t, 1e-9)
+            rate = (self._bar.n - self._bar.initial) * self._tokens_each / max(time.time() - self._bar.start_t, 1e-9)
             self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         elif self._bar is not None and event.kind in ("failed", "ended") and event.head_group < 0:
             self._bar.close()

@@ -11,6 +11,8 @@ from typing import Any
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.timeline import busy_seconds
+from oocattn.plans import Plan
+from oocattn.storage.journal import Place
 from oocattn.units import format_bytes, format_count, format_seconds
 
 
@@ -18,11 +20,13 @@ from oocattn.units import format_bytes, format_count, format_seconds
 class RunReport:
     """Figures of one finished run.
 
-    `seconds` is wall time from the first task to the committed result; `busy` the seconds spent in each kind of task,
-    over all lanes; `compute_busy` the share of the wall time that a lane's compute stream (on a CPU: its kernel) was
-    busy, their mean; `pairs` the query-key pairs that the ledger confirmed; `not_finite` the NaN and Inf found in the
-    inputs; `recomputed` the subproblems that were computed again because a partial on disk was damaged; `out_of_memory`
-    how often a GPU had less memory than was planned, so that the run went on with smaller tiles.
+    `seconds` is wall time from the first task to the committed result, of the process that finished it, as are `busy`, the
+    seconds spent in each kind of task, over all lanes, `bytes_read`, `bytes_partials` (written to disk) and `compute_busy`,
+    the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean. `pairs` are the
+    query-key pairs that the ledger confirmed, `pairs_before` those of them in chunks that were there when the run was
+    resumed; `not_finite` the NaN and Inf found in the inputs; `recomputed` the subproblems that were computed again
+    because a partial on disk was damaged; `out_of_memory` how often a GPU had less memory than was planned, so that the run
+    went on with smaller tiles.
     """
 
     seconds: float
@@ -31,6 +35,7 @@ class RunReport:
     subproblems: int
     lanes: int
     pairs: int
+    pairs_before: int
     bytes_read: int
     bytes_partials: int
     bytes_written: int
@@ -68,6 +73,8 @@ class RunReport:
             "busy         " + ", ".join(f"{kind} {format_seconds(seconds)}" for kind, seconds in self.busy.items()),
             f"compute      busy {self.compute_busy:.1%} of the time",
         ]
+        if self.pairs_before:
+            lines.append(f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were in chunks finished before")
         if self.not_finite:
             lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
         if self.recomputed:
@@ -85,7 +92,6 @@ class Tally:
     """A listener that adds a run's events up."""
 
     def __init__(self) -> None:
-        self.counts: defaultdict[str, int] = defaultdict(int)
         self.amounts: defaultdict[str, int] = defaultdict(int)
         self.busy: defaultdict[str, float] = defaultdict(float)
         self.details: defaultdict[str, int] = defaultdict(int)
@@ -95,27 +101,37 @@ class Tally:
         self.computing += busy_seconds(span for span in event.spans if span.resource == "compute")
         bit_by_bit = event.kind in ("merged", "written")
         self.busy[event.kind] += busy_seconds(event.spans) if bit_by_bit else event.stop - event.start
-        if event.attempt and event.kind in ("staged", "attended"):  # what it amounts to was counted the first time
-            return
-        self.counts[event.kind] += 1
         self.amounts[event.kind] += event.amount
         for name, value in event.detail.items():
             if isinstance(value, int):
                 self.details[name] += value
 
-    def report(self, *, seconds: float, predicted_seconds: float, tokens: int, lanes: int) -> RunReport:
-        """The figures so far."""
+    def report(
+        self,
+        plan: Plan,
+        finished: Mapping[Place, Mapping[str, int]],
+        before: Mapping[Place, Mapping[str, int]],
+        *,
+        seconds: float,
+        lanes: int,
+    ) -> RunReport:
+        """The figures of a run: the journal has those of all its finished chunks, and of those that were there before."""
+
+        def total(name: str, of: Mapping[Place, Mapping[str, int]] = finished) -> int:
+            return sum(record[name] for record in of.values())
+
         return RunReport(
             seconds=seconds,
-            predicted_seconds=predicted_seconds,
-            tokens=tokens,
-            subproblems=self.counts["attended"],
+            predicted_seconds=plan.seconds,
+            tokens=plan.problem.tokens * plan.problem.batch,
+            subproblems=plan.subproblems,
             lanes=lanes,
-            pairs=self.amounts["merged"],
+            pairs=total("pairs"),
+            pairs_before=total("pairs", before),
             bytes_read=self.amounts["staged"],
             bytes_partials=self.details["partial_bytes"],
-            bytes_written=self.amounts["written"],
-            not_finite=self.details["not_finite"],
+            bytes_written=total("bytes"),
+            not_finite=total("not_finite"),
             recomputed=self.details["recomputed"],
             busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
             compute_busy=self.computing / max(seconds * lanes, 1e-9),

@@ -1,4 +1,4 @@
-"""Which lane does what, and in which order: pure arithmetic over a plan and a number of lanes.
+"""Which lane does what, and in which order: pure arithmetic over a plan, a number of lanes, and what is done already.
 
 Partials in memory: a lane takes whole head groups, every `lanes`-th one, because their accumulators live with it.
 Partials on disk: subproblems and chunks are dealt out one by one. In both, results do not depend on the number of lanes.
@@ -6,18 +6,31 @@ Partials on disk: subproblems and chunks are dealt out one by one. In both, resu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
 
 from oocattn.plans import Plan
 
 
 @dataclass(frozen=True)
+class Done:
+    """What need not be done again: query chunks (head group, chunk) that are written, and partials (head group, chunk,
+    subproblem) that are there."""
+
+    chunks: Set[tuple[int, int]] = field(default_factory=frozenset)
+    partials: Set[tuple[int, int, int]] = field(default_factory=frozenset)
+
+
+NOTHING = Done()
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """The assignment of a plan's subproblems and chunks to `lanes` lanes."""
+    """The assignment of what is left of a plan's subproblems and chunks to `lanes` lanes."""
 
     plan: Plan
     lanes: int
+    done: Done = NOTHING
 
     def subproblem_lane(self, head_group: int, index: int) -> int:
         """The lane that stages and attends a subproblem."""
@@ -31,10 +44,35 @@ class Schedule:
             return head_group % self.lanes
         return (head_group * self.plan.chunks + chunk) % self.lanes
 
+    def wanted(self, head_group: int, index: int) -> tuple[int, ...]:
+        """The query chunks of which a subproblem has still to compute the partial: those that hold tokens, at most."""
+        return tuple(
+            chunk
+            for chunk in self.plan.division.subproblem(index).query_chunks
+            if self.plan.tokens(chunk)
+            and (head_group, chunk) not in self.done.chunks
+            and (head_group, chunk, index) not in self.done.partials
+        )
+
+    def contributors(self, head_group: int, chunk: int) -> tuple[int, ...]:
+        """The subproblems that have still to contribute to a query chunk that is not written, in order."""
+        everyone = self.plan.division.contributors(chunk)
+        return tuple(index for index in everyone if (head_group, chunk, index) not in self.done.partials)
+
     def order(self) -> Iterator[tuple[int, int]]:
-        """All (head group, subproblem) in the order of submission; lanes that work on head groups of their own alternate."""
+        """All (head group, subproblem) that are left, in the order of submission; lanes that work on head groups of their
+        own alternate."""
         apart = self.lanes if self.plan.partials == "memory" else 1
         for first in range(0, self.plan.problem.head_groups, apart):
             for index in range(self.plan.division.subproblems):
                 for head_group in range(first, min(first + apart, self.plan.problem.head_groups)):
-                    yield head_group, index
+                    if self.wanted(head_group, index):
+                        yield head_group, index
+
+    def complete(self) -> Iterator[tuple[int, int]]:
+        """All (head group, chunk) whose partials are all there, but which are not written."""
+        for head_group in range(self.plan.problem.head_groups):
+            for chunk in range(self.plan.chunks):
+                written = not self.plan.tokens(chunk) or (head_group, chunk) in self.done.chunks
+                if not written and not self.contributors(head_group, chunk):
+                    yield head_group, chunk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,8 @@ INTERVAL = 1.0
 class Status:
     """State of a result: "none", "running", "interrupted" (unfinished, and nobody works on it) or "finished".
 
-    `rate` is in tokens/s of finished work, `seconds` and `seconds_left` of wall time.
+    `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago; `seconds_left` is wall time
+    too.
     """
 
     state: str
@@ -54,7 +55,7 @@ class Status:
         if self.error:
             lines.append(f"it failed with {self.error}")
         if self.state == "interrupted":
-            lines.append("run it again: it begins anew")
+            lines.append("resume it: `oocattn resume`, or the same run again")
         return "\n".join(lines)
 
 
@@ -64,34 +65,41 @@ class StatusFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._written = self._start = 0.0
-        self._tokens = 0
+        self._tokens = self._before = 0
         self._status = Status("running")
 
     def __call__(self, event: Event) -> None:
         if event.kind == "started":
             plan = cast(Plan, event.detail["plan"])
-            self._start, self._tokens = event.start, plan.problem.tokens * plan.problem.batch
+            self._tokens = plan.problem.tokens * plan.problem.batch
             self._status = Status("running", plan.subproblems, dashboard=str(event.detail["dashboard"]))
-            self._write()
+            self._again(event)
+        elif event.kind == "failed" and "left" in event.detail:
+            self._again(event)
         elif event.kind == "attended":
             self._status = self._advanced(self._status.subproblems_done + 1)
             if time.time() - self._written >= INTERVAL:
                 self._write()
         elif event.kind == "failed" and event.head_group < 0:
-            self._status = Status(**{**asdict(self._status), "error": str(event.detail["error"])})
+            self._status = replace(self._status, error=str(event.detail["error"]))
             self._write()
+
+    def _again(self, event: Event) -> None:
+        """So many subproblems are left, and the others were done before."""
+        self._before = self._status.subproblems - cast(int, event.detail["left"])
+        self._start = event.start
+        self._status = replace(self._status, subproblems_done=self._before)
+        self._write()
 
     def _advanced(self, done: int) -> Status:
         seconds = time.time() - self._start
-        share = done / self._status.subproblems
-        return Status(
-            "running",
-            self._status.subproblems,
-            done,
-            rate=self._tokens * share / seconds,
+        here = done - self._before
+        return replace(
+            self._status,
+            subproblems_done=done,
+            rate=self._tokens * here / self._status.subproblems / seconds,
             seconds=seconds,
-            seconds_left=seconds * (1 / share - 1),
-            dashboard=self._status.dashboard,
+            seconds_left=seconds * (self._status.subproblems - done) / here,
         )
 
     def _write(self) -> None:

@@ -68,10 +68,10 @@ def stop(run: str, dask_worker: Worker) -> int:
     return len(plugin.active)
 
 
-def stage(run: str, turn: int, head_group: int, index: int, *after: Event) -> Event:
-    """Read the chunks of the subproblem that is number `turn` on this worker's lane."""
+def stage(run: str, turn: int, head_group: int, index: int, wanted: tuple[int, ...], *after: Event) -> Event:
+    """Read the chunks of the subproblem that is number `turn` on this worker's lane, of which those are `wanted`."""
     with _lane(run) as lane:
-        return _here(lane.stage(turn, head_group, index))
+        return _here(lane.stage(turn, head_group, index, wanted))
 
 
 def attend(run: str, turn: int, *after: Event) -> Event:
@@ -95,7 +95,9 @@ def write(run: str, head_group: int, chunk: int, *after: Event) -> Event:
 @contextmanager
 def _lane(run: str) -> Iterator[Lane]:
     """The lane of this task's worker, which counts the task as executing meanwhile."""
-    plugin = cast(LanePlugin, get_worker().plugins[plugin_name(run)])
+    plugin = cast(LanePlugin | None, get_worker().plugins.get(plugin_name(run)))
+    if plugin is None:
+        raise StoppedError(f"run {run} has ended")
     thread = threading.get_ident()
     plugin.active.add(thread)  # before looking: whoever stops the lane sees either the task or its refusal
     try:

@@ -1,22 +1,24 @@
 """Checksummed files of array blocks: what a run keeps on disk between computing it and needing it again.
 
-A file is one JSON line, `{"blocks": [[bytes, crc32], ...]}`, padded to 4,096 bytes or a multiple, and then the raw bytes of
-the blocks. It is written under a temporary name and renamed, so a file under its final name is whole; the checksums find
-what happened to it since. What the blocks mean is the caller's business.
+A file is a record, `{"blocks": [[bytes, crc32], ...], "label": {...}}`, padded to 4,096 bytes or a multiple, and then the
+raw bytes of the blocks. It is written durably, so a file under its final name is whole; the checksums find what happened to
+it since, and the label tells which one it is. What blocks and label mean is the caller's business.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from oocattn.errors import IntegrityError
+from oocattn.storage.durable import decode_record, encode_record, write_durably
 
 _PAGE = 4096
 _MAX_HEADER = 1 << 24
@@ -24,24 +26,24 @@ _MAX_HEADER = 1 << 24
 Block = Sequence[npt.NDArray[np.generic]]
 
 
-def write_blocks(path: Path, blocks: Sequence[Block]) -> int:
-    """Write blocks, each a sequence of C-contiguous arrays, under `path`; return the bytes written."""
+def write_blocks(path: Path, blocks: Sequence[Block], label: Mapping[str, Any]) -> int:
+    """Write blocks, each a sequence of C-contiguous arrays, durably under `path`; return the bytes written."""
     entries = []
     for block in blocks:
         checksum = 0
         for array in block:
             checksum = zlib.crc32(_raw(array), checksum)
         entries.append([sum(array.nbytes for array in block), checksum])
-    header = json.dumps({"blocks": entries}).encode()
-    header += b" " * (-(len(header) + 1) % _PAGE) + b"\n"
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(header)
-        for block in blocks:
-            for array in block:
-                file.write(_raw(array))
-    os.replace(temporary, path)
-    return len(header) + sum(size for size, _ in entries)
+    header = encode_record({"blocks": entries, "label": label}).rstrip()
+    header = header.ljust(-(-(len(header) + 1) // _PAGE) * _PAGE - 1) + b"\n"
+    return write_durably(path, itertools.chain([np.frombuffer(header, np.uint8)], *blocks))
+
+
+def read_label(path: Path) -> dict[str, Any]:
+    """The label of a file. Raises IntegrityError, naming it, where it is missing or its header is damaged."""
+    with _opened(path) as file:
+        label: dict[str, Any] = _read_header(path, file)["label"]
+        return label
 
 
 def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
@@ -50,12 +52,8 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
     The arrays of different blocks may be the same memory: use what was read before asking for the next. Raises
     IntegrityError, naming the file, where it is missing, short, or does not match its checksums.
     """
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise IntegrityError(f"{path}: the file is missing") from None
-    with file:
-        entries = _read_header(path, file.readline(_MAX_HEADER))
+    with _opened(path) as file:
+        entries = _read_header(path, file)["blocks"]
         if len(entries) != len(blocks):
             raise IntegrityError(f"{path}: {len(entries)} blocks, expected {len(blocks)}")
         for index, (block, (size, expected)) in enumerate(zip(blocks, entries, strict=True)):
@@ -68,13 +66,19 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
             yield index
 
 
+def _opened(path: Path) -> BufferedReader:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise IntegrityError(f"{path}: the file is missing") from None
+
+
 def _raw(array: npt.NDArray[np.generic]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _read_header(path: Path, line: bytes) -> list[tuple[int, int]]:
-    try:
-        entries = json.loads(line)["blocks"]
-        return [(int(size), int(checksum)) for size, checksum in entries]
-    except (ValueError, KeyError, TypeError):
-        raise IntegrityError(f"{path}: the header is damaged") from None
+def _read_header(path: Path, file: BufferedReader) -> dict[str, Any]:
+    header = decode_record(file.readline(_MAX_HEADER), path)
+    if header.keys() != {"blocks", "label"}:
+        raise IntegrityError(f"{path}: the header is not that of a file of blocks")
+    return header

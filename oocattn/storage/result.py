@@ -1,7 +1,7 @@
 """Where a run's bytes lie: the result group, and the folder of job state beside it.
 
-While it runs, everything is in `RESULT.oocattn/`: the growing result, scratch, the lock and the status. When it is
-complete the result is renamed to `RESULT`, and only the report stays behind: what lies at `RESULT` is whole.
+While it runs, everything is in `RESULT.oocattn/`: the growing result, the journal, scratch, the lock and the status. When it
+is complete the result is renamed to `RESULT`, and only the report stays behind: what lies at `RESULT` is whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,9 @@ from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.storage.create import create_array, local_path, move_into_place, write_chunk
+from oocattn.storage.create import create_array, local_path, move_into_place, sync_metadata, write_chunk
+from oocattn.storage.durable import remove_leftovers
+from oocattn.storage.journal import forget
 from oocattn.storage.mapped_store import MappedStore
 
 ATTRIBUTES = "oocattn"
@@ -83,19 +85,44 @@ class ResultPaths:
         self, *, shape: tuple[int, int, int, int], dtype: str, chunk_rows: int, attributes: Mapping[str, Any]
     ) -> ResultArrays:
         """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an earlier run left."""
+        forget(self.state)
         for leftover in (self.growing, self.scratch):
             shutil.rmtree(leftover, ignore_errors=True)
         self.status.unlink(missing_ok=True)
         self.scratch.mkdir(parents=True)
         group = zarr.create_group(LocalStore(self.growing), attributes={ATTRIBUTES: dict(attributes)}, zarr_format=3)
         out = create_array(group, "out", shape, dtype, chunk_rows)
-        return ResultArrays(out, create_array(group, "lse", shape[:3], "float32", chunk_rows))
+        arrays = ResultArrays(out, create_array(group, "lse", shape[:3], "float32", chunk_rows))
+        sync_metadata(self.growing)
+        return arrays
+
+    def resume(self) -> ResultArrays:
+        """The result that has begun to grow, to be written on; what killed writes left of files is removed."""
+        self.scratch.mkdir(exist_ok=True)
+        remove_leftovers(self.state)
+        return ResultArrays.of(LocalStore(self.growing), "r+")
 
     def commit(self) -> None:
         """Give the complete result its name and leave nothing but the report beside it."""
         move_into_place(self.growing, self.result)
-        shutil.rmtree(self.scratch)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what a run whose result is complete needs no more: all but the report."""
+        forget(self.state)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         self.status.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove what a run has done, for it cannot be trusted."""
+        self.tidy()
+        shutil.rmtree(self.growing, ignore_errors=True)
+
+    @property
+    def untidy(self) -> bool:
+        """Whether a run was killed after it had committed its result and before it had tidied up."""
+        leftovers = (self.state / "plan.json", self.scratch, self.status, self.lock)
+        return not self.growing.exists() and any(path.exists() for path in leftovers)
 
 
 class ResultArrays:
@@ -108,11 +135,16 @@ class ResultArrays:
     @classmethod
     def open(cls, path: Path) -> ResultArrays:
         """The arrays of the result at `path`, read through memory maps. Raises IntegrityError where one is missing."""
-        group = zarr.open_group(MappedStore(path, read_only=True), mode="r")
+        return cls.of(MappedStore(path, read_only=True), "r")
+
+    @classmethod
+    def of(cls, store: LocalStore, mode: Literal["r", "r+"]) -> ResultArrays:
+        """The arrays of the result in a store. Raises IntegrityError where one is missing."""
+        group = zarr.open_group(store, mode=mode)
         out, lse = group.get("out"), group.get("lse")
         if not (isinstance(out, zarr.Array) and isinstance(lse, zarr.Array)):
             raise IntegrityError(
-                f"{path}: no finished result here: expected the arrays out and lse, found {sorted(group.keys())}"
+                f"{store.root}: no finished result here: expected the arrays out and lse, found {sorted(group.keys())}"
             )
         return cls(out, lse)
 

@@ -13,7 +13,7 @@ from support import GENEROUS, GPU, MACHINE, a_problem, with_partials
 from oocattn import Plan
 from oocattn.memory import STAGING_SLOTS
 from oocattn.pipelines.graph import LAYERS, GraphBuilder, Key
-from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.schedule import Done, Schedule
 from oocattn.planner import make_plan
 
 
@@ -30,12 +30,29 @@ def plans(draw: st.DrawFn) -> Plan:
     return with_partials(plan, draw(st.sampled_from(["memory", "disk"]))) if decomposition == "cqs" else plan
 
 
+@st.composite
+def plans_begun(draw: st.DrawFn) -> tuple[Plan, Done]:
+    """A plan, and what is done of it: any of its chunks and, where they are on disk, any of its partials."""
+    plan, chance = draw(plans()), draw(st.randoms(use_true_random=False))
+    share = draw(st.sampled_from([0, 0.3, 0.9, 1]))
+    places = [(group, chunk) for group in range(plan.problem.head_groups) for chunk in with_tokens(plan)]
+    partials = [(*place, index) for place in places for index in plan.division.contributors(place[1])]
+    chunks = frozenset(place for place in places if chance.random() < share)
+    if plan.partials == "memory":
+        return plan, Done(chunks)
+    return plan, Done(chunks, frozenset(partial for partial in partials if chance.random() < share))
+
+
+def with_tokens(plan: Plan) -> list[int]:
+    return [chunk for chunk in range(plan.chunks) if plan.tokens(chunk)]
+
+
 class Lane:
     """What a lane holds, and a refusal of everything that does not fit."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.slots: dict[int, tuple[int, int]] = {}
+        self.slots: dict[int, tuple[int, int, tuple[int, ...]]] = {}
         self.held: set[tuple[int, int]] = set()
         self.folded: dict[tuple[int, int], list[int]] = {}
         self.merged: set[tuple[int, int]] = set()
@@ -45,22 +62,21 @@ class Lane:
         self.held.add(chunk)
         assert len(self.held) <= self.plan.accumulators
 
-    def stage(self, turn: int, head_group: int, index: int) -> None:
+    def stage(self, turn: int, head_group: int, index: int, wanted: tuple[int, ...]) -> None:
         slots = STAGING_SLOTS[self.plan.device]
         assert turn % slots not in {held % slots for held in self.slots}
-        self.slots[turn] = head_group, index
+        self.slots[turn] = head_group, index, wanted
 
     def attend(self, turn: int) -> None:
         """The subproblems up to this turn are taken in order, if an earlier task has not begun them."""
         while self.turn <= turn:
-            head_group, index = self.slots[self.turn]
+            head_group, index, wanted = self.slots[self.turn]
             self.turn += 1
-            for chunk in self.plan.division.subproblem(index).query_chunks:
-                if self.plan.tokens(chunk):
-                    place = head_group, chunk
-                    if self.plan.partials == "memory" and place not in self.held:
-                        self.take(place)
-                    self.folded.setdefault(place, []).append(index)
+            for chunk in wanted:
+                place = head_group, chunk
+                if self.plan.partials == "memory" and place not in self.held:
+                    self.take(place)
+                self.folded.setdefault(place, []).append(index)
         del self.slots[turn]
 
     def merge(self, head_group: int, chunk: int) -> None:
@@ -73,16 +89,19 @@ class Lane:
         self.held.remove((head_group, chunk))
 
 
-def numbers_of(task: Task) -> list[int]:
+def numbers_of(task: Task) -> list[int | tuple[int, ...]]:
     """The arguments of a task that are not the results of others."""
-    return [number for number in task.args[1:] if isinstance(number, int)]
+    return [number for number in task.args[1:] if isinstance(number, int | tuple)]
 
 
-@given(plans(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 12), st.integers(0, 1000))
-@settings(max_examples=150)
-def test_any_order_that_the_edges_allow_is_safe(plan: Plan, lanes: int, size: int, window: int, seed: int) -> None:
+@given(plans_begun(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 12), st.integers(0, 1000))
+@settings(max_examples=200)
+def test_any_order_that_the_edges_allow_is_safe(
+    begun: tuple[Plan, Done], lanes: int, size: int, window: int, seed: int
+) -> None:
+    plan, before = begun
     chance = random.Random(seed)
-    schedule = Schedule(plan, lanes)
+    schedule = Schedule(plan, lanes, before)
     addresses = [f"worker {lane}" for lane in range(lanes)]
     unfinished: dict[Key, None] = {}
     builder = GraphBuilder("run", schedule, addresses, unfinished)
@@ -94,11 +113,13 @@ def test_any_order_that_the_edges_allow_is_safe(plan: Plan, lanes: int, size: in
         of_subproblem = key[0].startswith(("stage", "attend"))
         return (schedule.subproblem_lane if of_subproblem else schedule.chunk_lane)(*key[1:3])
 
-    order = list(schedule.order())
+    order, complete = list(schedule.order()), list(schedule.complete())
+    subproblems = len(order)
     done: Counter[str] = Counter()
-    while order or waiting:
-        if order and (len(waiting) < window or not waiting):
-            graph, keys = builder.piece([order.pop(0) for _ in range(min(size, len(order)))])
+    while order or complete or waiting:
+        if (order or complete) and (len(waiting) < window or not waiting):
+            graph, keys = builder.piece([order.pop(0) for _ in range(min(size, len(order)))], complete)
+            complete = []
             tasks = dict(graph)
             assert tasks.keys() == set(keys)
             waiting.update(tasks)
@@ -112,13 +133,18 @@ def test_any_order_that_the_edges_allow_is_safe(plan: Plan, lanes: int, size: in
         finished.add(key)
         del unfinished[key]
         done[layer] += 1
-    chunks = sum(bool(plan.tokens(chunk)) for chunk in range(plan.chunks)) * plan.problem.head_groups
-    assert done == {"stage": plan.subproblems, "attend": plan.subproblems, "merge": chunks, "write": chunks}
+    chunks = len(with_tokens(plan)) * plan.problem.head_groups - len(before.chunks)
+    assert done == Counter({"stage": subproblems, "attend": subproblems, "merge": chunks, "write": chunks})
+    if not (before.chunks or before.partials):
+        assert subproblems == plan.subproblems
     assert not any(lane.slots or lane.held for lane in state)
     for lane in state:
-        for (_, chunk), indices in lane.folded.items():
+        for place, indices in lane.folded.items():
+            assert place not in before.chunks
             if plan.partials == "memory":
-                assert tuple(indices) == plan.division.contributors(chunk)
+                assert tuple(indices) == plan.division.contributors(place[1])
+            else:
+                assert not {(*place, index) for index in indices} & before.partials
 
 
 @given(plans(), st.integers(1, 3))

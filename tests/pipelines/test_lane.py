@@ -95,7 +95,7 @@ def test_the_ledger_notices_keys_that_are_lost_or_attended_twice(fast_path: Path
     lane = lane_of(fast_path, plan_for(dataset, causal=True, chunks=1))
     lane.stage(0, 0, 0)
     lane.attend(0)
-    lane.partials.collect(0, 0).keys[41] += lie
+    lane.partials.collect(0, 0).state.keys[41] += lie
     with pytest.raises(IntegrityError, match=rf"head group 0, token 41: {42 + lie} keys were attended, expected 42"):
         lane.merge(0, 0)
 

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+
+from support import GENEROUS, GPU, a_problem
 
 from oocattn import Event, RunReport
 from oocattn.pipelines.events import Span
 from oocattn.pipelines.report import Tally
+from oocattn.planner import make_plan
+from oocattn.storage.journal import Place
+
+PROBLEM = a_problem(1000)
+PLAN = replace(make_plan(PROBLEM, GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=7), seconds=1.0)
+
+FINISHED = {
+    (0, 0): {"pairs": 5, "not_finite": 3, "bytes": 10},
+    (0, 1): {"pairs": 10, "not_finite": 0, "bytes": 20},
+}
 
 
-def report_of(events: list[Event]) -> RunReport:
+def report_of(events: list[Event], finished: dict[Place, dict[str, int]] = FINISHED, before: int = 0) -> RunReport:
+    """The report of a run that has finished these chunks, as many as `before` when it was resumed."""
     tally = Tally()
     for event in events:
         tally(event)
-    return tally.report(seconds=2.0, predicted_seconds=1.0, tokens=1000, lanes=2)
+    return tally.report(PLAN, finished, dict(list(finished.items())[:before]), seconds=2.0, lanes=2)
 
 
 EVENTS = [
     Event("started", 0, 0, detail={"plan": "not counted"}),
-    Event("staged", 0, 1, 0, 0, amount=100, detail={"not_finite": 3}),
-    Event("staged", 1, 3, 0, 1, amount=50, detail={"not_finite": 0}),
+    Event("staged", 0, 1, 0, 0, amount=100),
+    Event("staged", 1, 3, 0, 1, amount=50),
     Event("attended", 1, 2, 0, 0, amount=7, detail={"partial_bytes": 11}),
     Event("attended", 3, 4, 0, 1, amount=8, detail={"partial_bytes": 12}),
     Event("merged", 4, 6, 0, 0, amount=15, spans=(Span("merge", 4, 4.5), Span("merge", 5.5, 6))),  # bit by bit
@@ -30,7 +44,8 @@ EVENTS = [
 def test_events_are_added_up() -> None:
     report = report_of(EVENTS)
     assert (report.bytes_read, report.bytes_partials, report.bytes_written) == (150, 23, 30)
-    assert (report.subproblems, report.pairs, report.not_finite, report.lanes) == (2, 15, 3, 2)
+    assert (report.subproblems, report.pairs, report.not_finite, report.lanes) == (7, 15, 3, 2)
+    assert report.pairs_before == 0
     assert report.busy == {"staged": 3.0, "attended": 2.0, "merged": 1.0, "written": 1.5}
 
 
@@ -42,19 +57,25 @@ def test_it_survives_json() -> None:
 def test_words() -> None:
     text = str(report_of(EVENTS))
     assert "in 2 s (predicted 1 s), 500 tokens/s" in text
-    assert "2 subproblems on 2 lanes, 15 pairs, every one counted" in text
+    assert "7 subproblems on 2 lanes, 15 pairs, every one counted" in text
     assert "150 B read, 23 B of partials, 30 B written" in text
     assert "3 elements are NaN or Inf" in text
-    assert "NaN" not in str(report_of(EVENTS[2:]))
+    assert "resumed" not in text
+    assert "NaN" not in str(report_of(EVENTS, {(0, 1): FINISHED[0, 1]}))
+
+
+def test_what_was_there_before_is_told() -> None:
+    report = report_of(EVENTS, before=1)
+    assert (report.pairs, report.pairs_before, report.not_finite, report.bytes_written) == (15, 5, 3, 30)
+    assert "resumed      33.3% of the pairs were in chunks finished before" in str(report)
 
 
 def test_computing_is_a_share_of_the_lanes_time() -> None:
     """Two lanes for two seconds: 4 s in which compute could be busy; nothing else counts, and what is redone does."""
     spans = (Span("compute", 1.0, 1.5), Span("copy in", 0.0, 9.0), Span("compute", 2.0, 2.25))
-    again = Event("attended", 3, 4, 0, 0, amount=7, attempt=1, spans=(Span("compute", 3.0, 3.25),))
+    again = Event("attended", 3, 4, 0, 0, amount=7, spans=(Span("compute", 3.0, 3.25),))
     report = report_of([Event("attended", 1, 2, 0, 0, amount=7, spans=spans), again])
     assert report.compute_busy == 1.0 / 4.0
-    assert report.subproblems == 1
     assert "compute      busy 25.0% of the time" in str(report)
     assert report_of(EVENTS).compute_busy == 0.0
 

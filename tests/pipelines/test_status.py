@@ -68,7 +68,7 @@ def test_a_run_that_failed_is_interrupted_and_says_why(client: Client, dataset: 
     status = oocattn.status(result)
     assert status.state == "interrupted"
     assert status.error == "RuntimeError: enough"
-    assert "it failed with RuntimeError: enough\nrun it again" in str(status)
+    assert "it failed with RuntimeError: enough\nresume it: `oocattn resume`, or the same run again" in str(status)
 
 
 @pytest.mark.parametrize(

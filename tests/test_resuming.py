@@ -1,0 +1,277 @@
+"""What was done is not done again, and a resumed run gives the bits of an uninterrupted one; else it is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client
+from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+
+import oocattn
+from oocattn import BudgetError, Event, IntegrityError, Plan, ProblemError, ResultExistsError
+from oocattn.cli import main
+from oocattn.pipelines.cluster import local_client
+from oocattn.plans import Plan as PlanRecord
+from oocattn.storage.durable import encode_record
+from oocattn.storage.journal import Journal
+from oocattn.storage.result import ResultPaths
+
+TOKENS = 170
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(TOKENS, heads=4, kv_heads=2))
+
+
+class EnoughError(Exception):
+    """What interrupts a run."""
+
+
+def interrupt(kind: str, count: int) -> Callable[[Event], None]:
+    """A listener that raises at the `count`-th event of a kind."""
+    seen = []
+
+    def listen(event: Event) -> None:
+        if event.kind == kind:
+            seen.append(event)
+            if len(seen) == count:
+                raise EnoughError
+
+    return listen
+
+
+def interrupted(plan: Plan, dataset: Path, result: Path, client: Client, kind: str = "written", count: int = 5) -> None:
+    with pytest.raises(EnoughError):
+        carry_out(plan, dataset, result, client, callbacks=[interrupt(kind, count)])
+    assert oocattn.status(result).state == "interrupted"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+@pytest.mark.parametrize(("kind", "count"), [("staged", 1), ("attended", 9), ("merged", 3), ("written", 5), ("written", 14)])
+def test_a_resumed_run_gives_the_same_bits(
+    client: Client, dataset: Path, result: Path, partials: str, causal: bool, kind: str, count: int
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=causal, partials=partials)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    interrupted(plan, dataset, result, client, kind, count)
+    recorder = Recorder([])
+    found = oocattn.resume(result, client=client, callbacks=[recorder])
+    assert_same_bits(found, right)
+    assert found.report.pairs == right.report.pairs
+    assert found.report.bytes_written == right.report.bytes_written
+    redone = len(recorder.of("attended"))
+    assert recorder.of("started")[0].detail["left"] == redone
+    if kind == "written":
+        assert len(recorder.of("written")) <= len([chunk for chunk in range(13) if plan.tokens(chunk)]) * 2 - count
+        assert 0 < found.report.pairs_before <= found.report.pairs
+        assert "of the pairs were in chunks finished before" in str(found.report)
+    if partials == "disk":
+        assert redone <= plan.subproblems - (count if kind == "attended" else 0)
+    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
+
+
+def test_a_run_may_be_interrupted_many_times(client: Client, dataset: Path, result: Path) -> None:
+    plan = plan_for(dataset, chunks=13, partials="disk")
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    for _ in range(6):
+        interrupted(plan, dataset, result, client, "attended", 3)
+    assert_same_bits(oocattn.resume(result, client=client), right)
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_on_other_workers_it_goes_on(dataset: Path, result: Path, partials: str, client: Client) -> None:
+    """On more than were planned for, it takes only as many as its memory is meant for."""
+    plan = plan_for(dataset, chunks=13, partials=partials, lanes=2)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    for workers, expected in ((1, 1), (3, 2)):
+        path = result.with_name(f"{workers}.zarr")
+        with local_client(workers=2) as two:
+            interrupted(plan, dataset, path, two, "written", 4)
+        with local_client(workers=workers) as others:
+            found = oocattn.resume(path, client=others)
+        assert found.report.lanes == expected
+        assert_same_bits(found, right)
+
+
+def test_the_same_call_resumes_and_the_command_says_so(
+    client: Client, dataset: Path, result: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"chunks": 13, "causal": True, "host_memory": "1GiB"}
+    right = oocattn.attention(dataset, result.with_name("right.zarr"), client=client, **options)
+    attempts: list[Callable[[Path], object]] = [
+        lambda path: oocattn.attention(dataset, path, client=client, **options),
+        lambda path: main(["run", str(dataset), str(path), "--causal"]),
+        lambda path: main(["resume", str(path)]),
+    ]
+    for number, again in enumerate(attempts):
+        path = result.with_name(f"{number}.zarr")
+        with pytest.raises(EnoughError):
+            oocattn.attention(dataset, path, client=client, callbacks=[interrupt("written", 15)], **options)
+        capsys.readouterr()
+        again(path)
+        printed = capsys.readouterr().out
+        assert_same_bits(oocattn.resume(path), right)  # finished: it is returned as it is
+        assert bool(printed) == bool(number)
+        if printed:
+            assert "of 26 subproblems are left" in printed
+            assert "of the pairs were in chunks finished before" in printed
+
+
+def test_an_overwriting_run_can_be_resumed(client: Client, dataset: Path, result: Path) -> None:
+    full, causal = plan_for(dataset, chunks=7), plan_for(dataset, chunks=7, causal=True)
+    right = carry_out(causal, dataset, result.with_name("right.zarr"), client)
+    carry_out(full, dataset, result, client)
+    with pytest.raises(EnoughError):
+        carry_out(causal, dataset, result, client, callbacks=[interrupt("written", 3)], overwrite=True)
+    assert_same_bits(oocattn.resume(result, client=client), right)
+
+
+def test_what_is_not_finite_is_counted_once(client: Client, fast_path: Path, result: Path) -> None:
+    arrays = normal_arrays(TOKENS, heads=4, kv_heads=2)
+    for array, place in zip(arrays, ([0, 1, 5, 0], [0, 1, 60, 2], [0, 0, 120, 3]), strict=True):
+        array[tuple(place)] = np.nan
+    dataset = write_dataset(fast_path / "nan.zarr", arrays)
+    for partials in ("memory", "disk"):
+        plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
+        path = result.with_name(partials)
+        for count in (2, 2, 2):
+            interrupted(plan, dataset, path, client, "written", count)
+        assert oocattn.resume(path, client=client).report.not_finite == 3
+
+
+# What is not resumed
+
+
+def test_there_must_be_something_to_resume(client: Client, dataset: Path, result: Path) -> None:
+    with pytest.raises(ProblemError, match=r"result\.zarr: no run to resume; begin one"):
+        oocattn.resume(result, client=client)
+    done = carry_out(plan_for(dataset), dataset, result, client)
+    assert oocattn.resume(result, client=client).path == done.path
+
+
+def test_a_run_of_something_else_is_not_touched(client: Client, dataset: Path, result: Path, fast_path: Path) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+    interrupted(plan, dataset, result, client)
+    other = write_dataset(fast_path / "other.zarr", normal_arrays(TOKENS, heads=4, kv_heads=2, seed=1))
+    refused: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
+        (dataset, {}, ResultExistsError, "unfinished run of another problem"),
+        (other, {"causal": True}, ResultExistsError, "unfinished run of another dataset"),
+        (dataset, {"causal": True, "chunks": 7}, ResultExistsError, "has chunks 13, not 7"),
+        (dataset, {"causal": True, "decomposition": "strips"}, ResultExistsError, "has decomposition cqs, not strips"),
+        (dataset, {"causal": True, "kernel": "reference"}, ResultExistsError, "has kernel cpu, not reference"),
+        (dataset, {"causal": True, "host_memory": 1000}, BudgetError, "takes .* of host memory, more than 1000 B"),
+    ]
+    for asked, options, error, message in refused:
+        with pytest.raises(error, match=message):
+            oocattn.attention(asked, result, client=client, **options)
+    with pytest.raises(ResultExistsError, match="unfinished run of another plan"):
+        carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, client)
+    assert oocattn.resume(result, client=client).report.pairs_before > 0
+
+
+def test_a_dataset_that_changed_is_refused(client: Client, dataset: Path, result: Path) -> None:
+    plan = plan_for(dataset, chunks=13)
+    interrupted(plan, dataset, result, client)
+    chunk = next((dataset / "k").rglob("c/0/0/0/0"))
+    os.utime(chunk, ns=(1, 1))
+    for again in (
+        lambda: oocattn.resume(result, client=client),
+        lambda: carry_out(plan, dataset, result, client),
+    ):
+        with pytest.raises(IntegrityError, match=r"the dataset changed since the run in .* began"):
+            again()
+    assert carry_out(plan, dataset, result, client, overwrite=True).report.pairs_before == 0
+
+
+def test_another_version_does_not_go_on(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(plan_for(dataset, chunks=13), dataset, result, client)
+    monkeypatch.setattr("oocattn.resuming.versions", lambda: {"oocattn": "99"})
+    with pytest.raises(ResultExistsError, match=r"unfinished run of another oocattn \(0\.1\.0, now 99\)"):
+        oocattn.resume(result, client=client)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: {**header, "format": 99},
+        lambda header: {**header, "plan": {**header["plan"], "chunks": 7}},
+        lambda header: {**header, "plan": {**header["plan"], "chunk_rows": 1}},
+        lambda header: {name: header[name] for name in ("format", "plan")},
+        lambda header: {**header, "plan": {}},
+        lambda header: {**header, "plan": {**header["plan"], "surprise": 1}},
+    ],
+)
+def test_a_journal_that_cannot_be_ours_is_refused(
+    client: Client, dataset: Path, result: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    plan = plan_for(dataset, chunks=13)
+    interrupted(plan, dataset, result, client)
+    path = ResultPaths.at(result).state / "plan.json"
+    header = json.loads(path.read_bytes().partition(b" ")[2])
+    path.write_bytes(encode_record(change(header)))
+    with pytest.raises(IntegrityError, match=r"not the journal of a run that can be resumed .*: begin\s+anew"):
+        oocattn.resume(result, client=client)
+    assert carry_out(plan, dataset, result, client, overwrite=True).path == result
+
+
+def test_a_plan_survives_its_journal(dataset: Path) -> None:
+    for options in ({"chunks": 13}, {"chunks": 5, "decomposition": "strips"}):
+        plan = plan_for(dataset, causal=True, **options)
+        assert PlanRecord.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_flipped_bits_are_mended_or_refused(client: Client, dataset: Path, result: Path) -> None:
+    """In any place of the journal and the partials: never a wrong result."""
+    plan, chance = plan_for(dataset, chunks=13, causal=True, partials="disk"), random.Random(0)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    paths, mended = ResultPaths.at(result), 0
+    for _ in range(12):
+        with pytest.raises(EnoughError):
+            carry_out(plan, dataset, result, client, callbacks=[interrupt("written", 8)], overwrite=True)
+        files = [paths.state / "plan.json", *(paths.state / "finished").iterdir(), *paths.scratch.iterdir()]
+        victim = chance.choice(files)
+        content = bytearray(victim.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(content)
+        if victim.name == "plan.json":
+            with pytest.raises(IntegrityError, match=r"plan\.json: the record is damaged"):
+                oocattn.resume(result, client=client)
+            continue
+        assert_same_bits(oocattn.resume(result, client=client), right)
+        mended += 1
+    assert mended > 6
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_runs_that_are_killed_give_the_same_bits(partials: str) -> None:
+    """A few of the moments at which `tests/killing.py` can kill a run."""
+    script = Path(__file__).with_name("killing.py")
+    command = [sys.executable, str(script), "--moments", "6", "--partials", partials]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent.parent), str(script.parent)])}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "6 of 6 bit-identical" in ended.stdout
+
+
+def test_a_record_of_another_run_counts_for_nothing(fast_path: Path) -> None:
+    first = Journal.begin(fast_path, {"begun": 1})
+    first.finish(0, 3, {"pairs": 7})
+    assert first.finished() == {(0, 3): {"pairs": 7}}
+    assert Journal(fast_path, "another").finished() == {}
+    record = fast_path / "finished" / "0-3.json"
+    (fast_path / "finished" / "0-4.json").write_bytes(record.read_bytes()[:-9])
+    (fast_path / "finished" / "what-ever.json").write_bytes(record.read_bytes())
+    assert first.finished() == {(0, 3): {"pairs": 7}}
