@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import oocattn
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.kernels import kernel_names
 from oocattn.pipelines.events import Callback, Event
+from oocattn.pipelines.interrupts import SIGNALS, Interrupts
 from oocattn.pipelines.progress import ProgressBar
 from oocattn.pipelines.timeline import Timeline
 from oocattn.planner import DECOMPOSITIONS
@@ -24,25 +28,59 @@ from oocattn.units import parse_size
 if TYPE_CHECKING:
     from distributed import Client
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130
-"""Exit codes; argparse's own for bad usage is 2."""
+DONE, FAILED = 0, 1
+"""Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command."""
 
 PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kernel")
 """Options that change the plan and not the problem."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 130 interrupted. Bad usage exits with 2."""
+    """Run one command and return its exit code: 0 done, 1 failed, 130 interrupted, 143 terminated; 2 for bad usage."""
     options = _parser().parse_args(arguments)
-    try:
-        code: int = options.command(options)
-    except KeyboardInterrupt:
-        print("oocattn: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (OocattnError, OSError) as error:
-        print(f"oocattn: {' '.join(str(error).split())}", file=sys.stderr)
-        return FAILED
+    with _Signals() as signals:
+        try:
+            code: int = options.command(options)
+        except BaseException as error:
+            if signals.received or isinstance(error, KeyboardInterrupt):  # whatever came of it on its way
+                print(f"oocattn: interrupted{_how_to_go_on(options)}", file=sys.stderr)
+                return 128 + (signals.received or signal.SIGINT)
+            if isinstance(error, OocattnError | OSError):
+                print(f"oocattn: {' '.join(str(error).split())}", file=sys.stderr)
+                return FAILED
+            raise
     return code
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM, where no run holds them back; the second one during a run ends the process at once."""
+
+    received = 0
+
+    def __enter__(self) -> _Signals:
+        in_charge = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.getsignal(number) for number in SIGNALS if in_charge}
+        for number, handler in self._before.items():
+            if handler != signal.SIG_IGN:  # as a shell has it for what runs in the background
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if Interrupts.held:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+        raise KeyboardInterrupt
+
+
+def _how_to_go_on(options: argparse.Namespace) -> str:
+    if options.command in (_run, _resume) and oocattn.status(options.result).state == "interrupted":
+        return f"; go on with: oocattn resume {options.result}"
+    return ""
 
 
 def _synth(options: argparse.Namespace) -> int:
@@ -194,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="oocattn",
         description="Exact attention over tensors that do not fit in memory: Q, K and V in Zarr.",
         epilog="Sizes are written 65536, 64K, 1M (binary), 500MB (decimal) or 2GiB. "
-        "Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.",
+        "Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted, 143 terminated.",
     )
     parser.add_argument("--version", action="version", version=f"oocattn {oocattn.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

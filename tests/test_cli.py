@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,8 +170,9 @@ def test_a_run_on_another_dask_cluster(dataset, result, capsys):
     assert cli.main(["verify", result, "--rows", "4"]) == 0
 
 
-def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_result(dataset, result):
-    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", "256"]
+def started(dataset, result, chunks):
+    """A run in a process of its own that has attended something."""
+    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", str(chunks)]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -182,14 +184,36 @@ def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_result(dataset, result):
     while not oocattn.status(result).subproblems_done:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_in_one_line_and_it_can_be_resumed(dataset, result, number, code):
+    process = started(dataset, result, 256)
+    process.send_signal(number)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert printed == "oocattn: interrupted\n"
+    assert process.returncode == code
+    assert printed == f"oocattn: interrupted; go on with: oocattn resume {result}\n"
     assert oocattn.status(result).state == "interrupted"
+    assert not Path(result).exists()
+    assert cli.main(["resume", result]) == 0
+    assert cli.main(["verify", result, "--rows", "4"]) == 0
 
 
-@pytest.mark.parametrize("command", ["synth", "import", "plan", "run", "status", "verify", "doctor", "bench"])
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
+    """In a run whose subproblems take some seconds."""
+    dataset, result = str(tmp_path / "large.zarr"), str(tmp_path / "result.zarr")
+    assert cli.main(["synth", dataset, "--tokens", "64K", "--heads", "1", "--head-dim", "64", "--dtype", "float32"]) == 0
+    process = started(dataset, result, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    process.communicate()
+
+
+@pytest.mark.parametrize("command", ["synth", "import", "plan", "run", "resume", "status", "verify", "doctor", "bench"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,6 +23,7 @@ from oocattn.errors import TaintedError, WorkerLostError
 from oocattn.pipelines.cluster import assign_devices, worker_addresses
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.graph import GraphBuilder, Key
+from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
 from oocattn.pipelines.lane import Job
 from oocattn.pipelines.partials import DamagedPartialError, partial_path, partials_on_disk
 from oocattn.pipelines.report import RunReport, Tally
@@ -60,8 +60,13 @@ def run(work: Work, client: Client, callbacks: Sequence[Callback] = ()) -> RunRe
 
     Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, OSError as
     the file system does. Then the result has not appeared under its name, and what was done is in the journal; but after
-    an IntegrityError that says so it is discarded.
+    an IntegrityError that says so it is discarded. Ctrl-C or SIGTERM end it when what is in flight is on disk.
     """
+    with Interrupts() as interrupts:
+        return _run(work, client, callbacks, interrupts)
+
+
+def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts) -> RunReport:
     start = time.time()
     plan, tally = work.plan, Tally()
     before = work.journal.finished()
@@ -74,7 +79,7 @@ def run(work: Work, client: Client, callbacks: Sequence[Callback] = ()) -> RunRe
     try:
         found = assign_devices(client, plan.device)
         devices = dict(itertools.islice(found.items(), plan.lanes))  # its memory is that of so many
-        _drive(work, client, devices, emit, start)
+        _drive(work, client, devices, emit, start, interrupts)
         finished = work.journal.finished()
         _check_pairs(plan, finished)
         report = tally.report(plan, finished, before, seconds=time.time() - start, lanes=len(devices))
@@ -102,7 +107,9 @@ def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, int]]) -> Non
         )
 
 
-def _drive(work: Work, client: Client, devices: Mapping[str, str], emit: Callback, start: float) -> None:
+def _drive(
+    work: Work, client: Client, devices: Mapping[str, str], emit: Callback, start: float, interrupts: Interrupts
+) -> None:
     """Attempt to do what is left until nothing is: a damaged partial ends an attempt, and the next one computes it again."""
     damaged: DamagedPartialError | None = None
     attempts: Counter[tuple[int, int]] = Counter()
@@ -117,7 +124,11 @@ def _drive(work: Work, client: Client, devices: Mapping[str, str], emit: Callbac
             detail = {"error": str(damaged), "recomputed": 1, "left": left}
             emit(Event("failed", now, now, damaged.head_group, damaged.subproblem, detail=detail))
         try:
-            _Attempt(work, client, devices, schedule, left, emit).drive()
+            attempt = _Attempt(work, client, devices, schedule, left, emit)
+            interrupts.tell = attempt.interrupt
+            if interrupts.asked:
+                attempt.interrupt()
+            attempt.drive()
         except DamagedPartialError as error:
             damaged = error
             attempts[error.head_group, error.subproblem] += 1
@@ -157,10 +168,12 @@ class _Attempt:
         self._left = left  # to be staged
         self._emit = emit
         self._unfinished: dict[Key, Future[Event]] = {}
-        self._ended: queue.SimpleQueue[Future[Event]] = queue.SimpleQueue()
-        # Of a Ctrl-C within its `sync`, distributed logs a NameError: so results are asked for by another thread.
-        self._asking = ThreadPoolExecutor(1, thread_name_prefix="oocattn-results")
+        self._ended: queue.SimpleQueue[Future[Event] | None] = queue.SimpleQueue()
         self._attending = 0
+
+    def interrupt(self) -> None:
+        """Stop at the next step; to be called from anywhere."""
+        self._ended.put(None)
 
     def drive(self) -> None:
         """Make the lanes, see every task to its end, and close the lanes, however it ends."""
@@ -173,7 +186,6 @@ class _Attempt:
             self._stop()
             raise
         finally:
-            self._asking.shutdown(wait=False)
             self._client.unregister_worker_plugin(plugin_name(self._name))
 
     def _see_to_the_end(self) -> None:
@@ -201,22 +213,24 @@ class _Attempt:
         return self._attending < WINDOW * lanes and len(self._unfinished) < UNFINISHED * lanes
 
     def _next_batch(self) -> list[Future[Event]]:
-        """Wait for tasks to end."""
-        while True:
+        """Wait for tasks to end. Raises InterruptedRunError when that is asked for."""
+        batch: list[Future[Event]] = []
+        while not batch or not self._ended.empty():
             try:
-                batch = [self._ended.get(timeout=PATIENCE)]
-                while not self._ended.empty():
-                    batch.append(self._ended.get())
+                future = self._ended.get(timeout=PATIENCE)
             except queue.Empty:
                 self._check_workers()
-            else:
-                return batch
+                continue
+            if future is None:
+                raise InterruptedRunError("interrupted: what was in flight is on disk")
+            batch.append(future)
+        return batch
 
     def _event(self, future: Future[Event]) -> Event:
         """What a finished task returned; that is gone with its worker."""
         while True:
             try:
-                return self._asking.submit(future.result, timeout=PATIENCE).result()
+                return future.result(timeout=PATIENCE)
             except TimeoutError:
                 self._check_workers()
 

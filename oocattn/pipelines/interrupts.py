@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM while a run is under way: held back until what is in flight is on disk, and then delivered.
+
+Python raises KeyboardInterrupt wherever the main thread is, also within a library's bookkeeping. So a run takes the first
+signal only as a word to its driver, which stops at its next step; a second one goes where it would have gone at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptedRunError(BaseException):
+    """Raised within a driver that was told to stop; `Interrupts` puts the signal in its place."""
+
+
+class Interrupts:
+    """As a context manager, holds the first signal back and calls `tell`; at the end the signal is delivered.
+
+    Only the main thread gets signals: elsewhere this does nothing. `tell` may be exchanged; it is called by the signal's
+    handler, so it may do no more than put something in a `queue.SimpleQueue`.
+    """
+
+    held = 0
+    """How many runs of this process hold a signal back and are about to end."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[], object] = lambda: None
+        self._before: dict[int, Any] = {}
+        self._signal: int | None = None
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            # None: not Python's. Ignored: as a shell has it for what runs in the background.
+            self._before = {number: found for number, found in handlers.items() if found not in (None, signal.SIG_IGN)}
+            for number in self._before:
+                signal.signal(number, self._handle)
+        return self
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal is held back."""
+        return self._signal is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is None:
+            self._signal = number
+            Interrupts.held += 1
+            self.tell()
+        else:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+        if self._signal is None:
+            return
+        Interrupts.held -= 1
+        if error is None or isinstance(error, InterruptedRunError):
+            signal.raise_signal(self._signal)
+        if isinstance(error, InterruptedRunError):  # where its handler only went on
+            raise KeyboardInterrupt from None
