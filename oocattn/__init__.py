@@ -8,6 +8,8 @@ from oocattn.errors import (
     OocattnError,
     ProblemError,
     ResultExistsError,
+    TaskError,
+    TimeLimitError,
     WorkerLostError,
 )
 from oocattn.pipelines.events import Callback, Event
@@ -35,6 +37,8 @@ __all__ = [
     "ResultExistsError",
     "RunReport",
     "Status",
+    "TaskError",
+    "TimeLimitError",
     "WorkerLostError",
     "__version__",
     "attention",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,11 +16,13 @@ import zarr
 
 from oocattn.errors import IntegrityError, LockedError, ProblemError, ResultExistsError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
+from oocattn.pipelines.done import find_done
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.rehearsal import rehearse
 from oocattn.pipelines.report import RunReport
-from oocattn.pipelines.status import Status, StatusFile, read_status
-from oocattn.planner import make_plan
+from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.status import Status, StatusFile, as_resumed, read_status
+from oocattn.planner import CHECKPOINT_SECONDS, make_plan
 from oocattn.plans import Plan
 from oocattn.problem import Problem, make_problem
 from oocattn.resuming import Choices, Unfinished, begin_journal, describe, find_unfinished
@@ -26,6 +30,7 @@ from oocattn.storage.create import refuse_to_destroy
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.lock import Lock
 from oocattn.storage.result import ResultArrays, ResultPaths, read_json
+from oocattn.units import parse_duration
 from oocattn.verification import Certificate, verify_result
 from oocattn.version import versions
 
@@ -57,23 +62,25 @@ def plan(
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
+    checkpoint_interval: float | str | None = None,
     lanes: int | None = None,
     result: str | Path | None = None,
 ) -> Plan:
     """Decide everything about a run of exact attention over `dataset`, and predict its bytes, memory and seconds.
 
-    `dataset` is the path or URL of a Zarr group with q [B, Hq, N, D], k and v [B, Hkv, N, D] (or three-dimensional, as
-    B = 1) in float16, bfloat16 or float32. `scale` defaults to 1/sqrt(D), `dtype` of the output to the inputs'.
-    `device_memory` and `host_memory` are hard limits in bytes, as numbers or like "2GiB", on all that the run allocates
-    (default: half of the free memory). `chunks` pins the number of chunks c, `decomposition` is "auto", "cqs" or
-    "strips", `kernel` pins a kernel, and with it the CPU or GPUs. `lanes` is the number of workers that will share the run
+    `dataset` is the path or URL of a Zarr group with q [B, Hq, N, D], k and v [B, Hkv, N, D] (or three-dimensional, as B =
+    1) in float16, bfloat16 or float32. `scale` defaults to 1/sqrt(D), `dtype` of the output to the inputs'. `device_memory`
+    and `host_memory` are hard limits in bytes, as numbers or like "2GiB", on all that the run allocates (default: half of
+    the free memory). `chunks` pins the number of chunks c, `decomposition` is "auto", "cqs" or "strips", `kernel` pins a
+    kernel, and with it the CPU or GPUs. `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a
+    minute; 0: no checkpoints, only finished query chunks are kept). `lanes` is the number of workers that will share the run
     (default: one, or one for each GPU); `result` tells on which file system partials would lie.
 
     Raises ProblemError for input that is no attention problem and BudgetError, with the smallest budget that works.
     """
     opened = Dataset.open(str(dataset))
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
-    choices = Choices(device_memory, host_memory, chunks, decomposition, kernel)
+    choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     return _plan_for(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
 
 
@@ -93,6 +100,7 @@ def _plan_for(dataset: Dataset, problem: Problem, choices: Choices, lanes: int |
         inputs=input_cost(dataset, problem),
         chunks=choices.chunks,
         decomposition=choices.decomposition,
+        checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
     )
 
 
@@ -108,6 +116,8 @@ def attention(
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
+    checkpoint_interval: float | str | None = None,
+    time_limit: float | str | None = None,
     client: Client | None = None,
     dashboard_address: str = "127.0.0.1:0",
     callbacks: Sequence[Callback] = (),
@@ -115,16 +125,18 @@ def attention(
 ) -> Result:
     """Run exact attention over `dataset` and write `out` and `lse` as the Zarr group `result`, a local path.
 
-    The options up to `kernel` are those of `plan`. The run uses the workers of `client`, which must see the same paths,
-    or a cluster of its own in this process with its dashboard at `dashboard_address`. `callbacks` are called with every
-    `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one is resumed, with the
-    plan that it was begun with.
+    The options up to `checkpoint_interval` are those of `plan`. A run that would take longer than `time_limit`, in seconds
+    or like "8h" from this call, ends before that with all it has done on disk. The run uses the workers of `client`, which
+    must see the same paths, or a cluster of its own in this process with its dashboard at `dashboard_address`. `callbacks`
+    are called with every `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one
+    is resumed, with the plan that it was begun with.
 
-    Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a Zarr
-    group, and begins an unfinished run anew), LockedError (another run writes it), IntegrityError (the dataset or a partial
-    is damaged), WorkerLostError and OSError. After an error nothing has appeared at `result`, and the run can be resumed
-    unless the error says otherwise.
+    Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a Zarr group,
+    and begins an unfinished run anew), LockedError (another run writes it), IntegrityError (the dataset or a partial is
+    damaged), TimeLimitError, TaskError (a task failed time and again), WorkerLostError and OSError. After an error nothing
+    has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
+    until = _end(time_limit)
     paths = ResultPaths.at(result)
     opened = Dataset.open(str(dataset))
     # Bad input is refused before a cluster starts.
@@ -133,7 +145,7 @@ def attention(
     if _is_finished(paths, problem, opened, overwrite):
         return open_result(paths.result)
 
-    choices = Choices(device_memory, host_memory, chunks, decomposition, kernel)
+    choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     begun = None if overwrite else find_unfinished(paths)
     if begun is not None:
         begun.check_asked(problem, opened)
@@ -143,12 +155,13 @@ def attention(
         return begun.plan if begun is not None else _plan_for(opened, problem, choices, lanes, paths.state)
 
     with _planned_cluster(client, dashboard_address, problem, kernel, decide) as (running, chosen):
-        return run_plan(chosen, opened, paths, running, callbacks=callbacks, overwrite=overwrite)
+        return run_plan(chosen, opened, paths, running, callbacks=callbacks, overwrite=overwrite, until=until)
 
 
 def resume(
     result: str | Path,
     *,
+    time_limit: float | str | None = None,
     client: Client | None = None,
     dashboard_address: str = "127.0.0.1:0",
     callbacks: Sequence[Callback] = (),
@@ -158,6 +171,7 @@ def resume(
     The options are those of `attention`. A finished result is returned as it is. Raises ProblemError where no run has begun,
     IntegrityError where the dataset has changed since or the journal is damaged, and what `attention` raises.
     """
+    until = _end(time_limit)
     paths = ResultPaths.at(result)
     begun = find_unfinished(paths)
     if begun is None:
@@ -172,8 +186,13 @@ def resume(
     ):
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
-            _carry_on(begun, dataset, paths, running, callbacks)
+            _carry_on(begun, dataset, paths, running, callbacks, until)
     return open_result(paths.result)
+
+
+def _end(time_limit: float | str | None) -> float:
+    """When a run that begins now must have ended, in seconds since the epoch."""
+    return math.inf if time_limit is None else time.time() + parse_duration(time_limit, "time limit")
 
 
 @contextmanager
@@ -206,10 +225,11 @@ def run_plan(
     *,
     callbacks: Sequence[Callback] = (),
     overwrite: bool = False,
+    until: float = math.inf,
 ) -> Result:
     """Carry out a plan made for `dataset`: the part of `attention` after planning, for callers who plan themselves.
 
-    An unfinished run of an equal plan is resumed.
+    It ends by `until`, in seconds since the epoch. An unfinished run of an equal plan is resumed.
     """
     _refuse_to_replace_dataset(paths, dataset)
     if _is_finished(paths, plan.problem, dataset, overwrite):
@@ -221,17 +241,20 @@ def run_plan(
             return open_result(paths.result)
         begun = None if overwrite else find_unfinished(paths)
         if begun is None:
-            _begin(plan, dataset, paths, client, callbacks)
+            _begin(plan, dataset, paths, client, callbacks, until)
         else:
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
-            _carry_on(begun, dataset, paths, client, callbacks)
+            _carry_on(begun, dataset, paths, client, callbacks, until)
     return open_result(paths.result)
 
 
-def _begin(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback]) -> None:
+def _begin(
+    plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback], until: float
+) -> None:
     """Run a plan from its beginning; the result is locked."""
-    from oocattn.pipelines.run import Work, run
+    from oocattn.pipelines.attempt import Work
+    from oocattn.pipelines.run import run
 
     problem, identity = plan.problem, describe(plan.problem, dataset)
     decided = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel")
@@ -243,17 +266,23 @@ def _begin(plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, cal
     )
     journal = begin_journal(paths, plan, identity["dataset"])
     work = Work(plan, dataset, identity["dataset"]["fingerprint"], paths, arrays, journal)
-    run(work, client, (StatusFile(paths.status), *callbacks))
+    run(work, client, (StatusFile(paths.status), *callbacks), until)
 
 
 def _carry_on(
-    begun: Unfinished, dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback]
+    begun: Unfinished,
+    dataset: Dataset,
+    paths: ResultPaths,
+    client: Client,
+    callbacks: Sequence[Callback],
+    until: float,
 ) -> None:
     """Do what is left of a run; the result is locked."""
-    from oocattn.pipelines.run import Work, run
+    from oocattn.pipelines.attempt import Work
+    from oocattn.pipelines.run import run
 
     work = Work(begun.plan, dataset, begun.dataset["fingerprint"], paths, paths.resume(), begun.journal)
-    run(work, client, (StatusFile(paths.status), *callbacks))
+    run(work, client, (StatusFile(paths.status), *callbacks), until)
 
 
 def _is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrite: bool) -> bool:
@@ -302,7 +331,13 @@ def open_result(result: str | Path) -> Result:
 
 def status(result: str | Path) -> Status:
     """How far the run to `result` is: from any process, whether or not a run is alive."""
-    return read_status(ResultPaths.at(result))
+    paths = ResultPaths.at(result)
+    found = read_status(paths)
+    begun = find_unfinished(paths) if found.state == "interrupted" else None
+    if begun is None:
+        return found
+    done = find_done(begun.plan, begun.journal, paths.scratch).done
+    return as_resumed(found, begun.plan, sum(1 for _ in Schedule(begun.plan, 1, done).order()))
 
 
 def verify(result: str | Path, *, rows: int = 64, seed: int = 0, dataset: str | Path | None = None) -> Certificate:

@@ -6,13 +6,16 @@ import argparse
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
+import psutil
+
 import oocattn
-from oocattn.errors import OocattnError, ProblemError
+from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.kernels import kernel_names
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.interrupts import SIGNALS, Interrupts
@@ -23,20 +26,22 @@ from oocattn.plans import Plan
 from oocattn.problem import DTYPES
 from oocattn.storage.importing import LAYOUTS, import_arrays
 from oocattn.storage.synth import synthesise
-from oocattn.units import parse_size
+from oocattn.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from distributed import Client
 
-DONE, FAILED = 0, 1
-"""Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command."""
+DONE, FAILED, TIME_LIMIT = 0, 1, 75
+"""Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command. 75 is
+EX_TEMPFAIL of sysexits.h: not an error, try again later."""
 
-PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kernel")
+PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kernel", "checkpoint_interval")
 """Options that change the plan and not the problem."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 130 interrupted, 143 terminated; 2 for bad usage."""
+    """Run one command and return its exit code: 0 done, 1 failed, 75 time limit reached, 130 interrupted, 143 terminated;
+    2 for bad usage."""
     options = _parser().parse_args(arguments)
     with _Signals() as signals:
         try:
@@ -45,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if signals.received or isinstance(error, KeyboardInterrupt):  # whatever came of it on its way
                 print(f"oocattn: interrupted{_how_to_go_on(options)}", file=sys.stderr)
                 return 128 + (signals.received or signal.SIGINT)
+            if isinstance(error, TimeLimitError):
+                print(f"oocattn: time limit reached{_how_to_go_on(options)}", file=sys.stderr)
+                return TIME_LIMIT
             if isinstance(error, OocattnError | OSError):
                 print(f"oocattn: {' '.join(str(error).split())}", file=sys.stderr)
                 return FAILED
@@ -127,6 +135,7 @@ def _run(options: argparse.Namespace) -> int:
             options.dataset,
             options.result,
             **_plan_options(options),
+            time_limit=_time_left(options.time_limit),
             client=client,
             dashboard_address=options.dashboard,
             callbacks=_listeners(options, plan_printer),
@@ -140,11 +149,17 @@ def _resume(options: argparse.Namespace) -> int:
     with _client(options.scheduler) as client:
         result = oocattn.resume(
             options.result,
+            time_limit=_time_left(options.time_limit),
             client=client,
             dashboard_address=options.dashboard,
             callbacks=_listeners(options, plan_printer),
         )
     return _print_end(result, plan_printer, options.timeline)
+
+
+def _time_left(limit: float | None) -> float | None:
+    """What is left of a time limit that began with this process."""
+    return None if limit is None else max(0.0, limit - (time.time() - psutil.Process().create_time()))
 
 
 def _listeners(options: argparse.Namespace, plan_printer: _PlanPrinter) -> list[Callback]:
@@ -185,7 +200,7 @@ class _PlanPrinter:
         if event.kind == "started":
             plan, left = cast(Plan, event.detail["plan"]), cast(int, event.detail["left"])
             print(plan, end="\n\n", flush=True)
-            if left < plan.subproblems:
+            if event.detail["resumed"]:
                 print(f"resumed      {left:,} of {plan.subproblems:,} subproblems are left", end="\n\n", flush=True)
             self.printed = True
 
@@ -232,7 +247,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="oocattn",
         description="Exact attention over tensors that do not fit in memory: Q, K and V in Zarr.",
         epilog="Sizes are written 65536, 64K, 1M (binary), 500MB (decimal) or 2GiB. "
-        "Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted, 143 terminated.",
+        "Times are written 90, 45s, 10m, 8h or 1h30m. "
+        "Exit codes: 0 done, 1 failed, 2 bad usage, 75 time limit reached, 130 interrupted, 143 terminated.",
     )
     parser.add_argument("--version", action="version", version=f"oocattn {oocattn.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -315,6 +331,12 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="write when what was busy: a trace for https://ui.perfetto.dev, and a picture beside it, FILE.svg",
     )
+    parser.add_argument(
+        "--time-limit",
+        type=_duration,
+        metavar="TIME",
+        help="end before so long after the start of the command, with all that was done on disk and exit code 75",
+    )
     cluster = parser.add_mutually_exclusive_group()
     cluster.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler to run on (default: this process)")
     cluster.add_argument(
@@ -343,6 +365,12 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--decomposition", choices=DECOMPOSITIONS, default="auto", help="how chunk pairs are divided (default: %(default)s)"
     )
     parser.add_argument("--kernel", choices=kernel_names(), help="kernel (default: the best for the dtype)")
+    parser.add_argument(
+        "--checkpoint-interval",
+        type=_duration,
+        metavar="TIME",
+        help="what a kill may cost (default: 1m); 0 saves nothing but finished chunks of the result",
+    )
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
@@ -378,6 +406,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--rows", type=_size, default=32, metavar="R", help="rows to compare with float64 (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the numbers and rows (default: %(default)s)")
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ProblemError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _size(text: str) -> int:

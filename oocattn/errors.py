@@ -30,4 +30,22 @@ class LockedError(OocattnError, RuntimeError):
 
 
 class WorkerLostError(OocattnError, RuntimeError):
-    """A worker died in the middle of a run."""
+    """Workers died, or their scheduler did, and the run cannot go on without them."""
+
+
+class TaskError(OocattnError, RuntimeError):
+    """A task of a run failed for a reason that was not foreseen, and failed again when it was tried again.
+
+    `work` says which it was: a subproblem, or a query chunk that was to be merged or written.
+    """
+
+    def __init__(self, work: str, reason: str) -> None:
+        super().__init__(work, reason)
+        self.work = work
+
+    def __str__(self) -> str:
+        return "{} failed: {}".format(*self.args)
+
+
+class TimeLimitError(OocattnError, TimeoutError):
+    """A run's time limit is reached; what it has done is on disk."""

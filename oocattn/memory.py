@@ -7,6 +7,7 @@ the group) stay on the device with their state while `key_tile` keys after anoth
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from oocattn.problem import DTYPES, Problem
@@ -22,6 +23,9 @@ KEY_SLOTS = 3
 
 PARTIAL_BLOCK_ROWS = 4096
 """Rows of a block of a partial's file: some megabytes, so that merging streams through little memory."""
+
+PAGE = 4096
+"""What comes before the blocks of a file is a multiple of this."""
 
 FINALISED_ROWS = 16384
 """Rows of one head that a GPU finalises at a time."""
@@ -94,6 +98,12 @@ class Buffers:
         allocations = [(STAGING_SLOTS[self.device], self.slot), (OUT_BLOCKS[self.device], self.out_bytes(problem))]
         allocations += [(count, self.state_bytes(problem, rows)) for count, rows in self.states().values()]
         return sum(count * (size if self.device == "cpu" else _in_segments(size)) for count, size in allocations)
+
+
+def partial_file_bytes(problem: Problem, rows: int) -> int:
+    """The most bytes of a file with the partial of so many rows: its blocks, and a header of pages that lists them."""
+    header = 1024 + 40 * math.ceil(rows / PARTIAL_BLOCK_ROWS)
+    return problem.partial_bytes(rows) + math.ceil(header / PAGE) * PAGE
 
 
 def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from oocattn.errors import BudgetError, ProblemError
-from oocattn.memory import Buffers, LaneMemory, Tiles, cpu_memory, cuda_memory, slot_bytes
+from oocattn.memory import Buffers, LaneMemory, Tiles, cpu_memory, cuda_memory, partial_file_bytes, slot_bytes
 from oocattn.plans import Hardware, InputCost, Link, Plan, make_division
 from oocattn.problem import DTYPES, Problem
 from oocattn.quorum import Division, candidate_chunk_counts, chunk_reads, quorum_size
@@ -22,7 +22,10 @@ from oocattn.units import format_bytes
 MAX_CHUNKS = 9507
 
 CHECKPOINT_SECONDS = 60.0
-"""A subproblem is what a kill costs: where the budgets leave a choice, none takes longer than this."""
+"""What a kill may cost, unless it is chosen."""
+
+IN_FLIGHT = 4
+"""Subproblems of the longest kind that make up that time: two may be in flight, and half of it passes between saves."""
 
 FINE_SECONDS = 0.005
 """A subproblem of less would cost more to schedule than to compute: nothing finer is considered where this fits."""
@@ -77,11 +80,13 @@ def make_plan(
     inputs: InputCost = InputCost(),  # noqa: B008 - frozen
     chunks: int | None = None,
     decomposition: str = "auto",
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Plan:
     """Choose the division, tiles and place of partials that finish soonest within the budgets (bytes, over all lanes).
 
-    `chunks` pins c and `decomposition` the kind. Raises ProblemError for a choice that does not exist and BudgetError,
-    naming the smallest budget that works, where nothing fits.
+    `chunks` pins c and `decomposition` the kind. A kill is to cost no more than `checkpoint_seconds` (0: whatever it costs):
+    where the budgets leave a choice, subproblems are no longer than a quarter of that. Raises ProblemError for a choice that
+    does not exist and BudgetError, naming the smallest budget that works, where nothing fits.
     """
     if decomposition not in DECOMPOSITIONS:
         raise ProblemError(f"decomposition {decomposition!r}: expected one of {', '.join(DECOMPOSITIONS)}")
@@ -93,14 +98,15 @@ def make_plan(
     fine: set[str] = set()  # decompositions of which finer divisions would gain nothing
     for candidate in _candidates(problem, hardware.lanes, chunks, decomposition):
         if candidate.decomposition not in fine:
-            plan = _cost(candidate, problem, hardware, inputs, device_memory, host_memory)
+            plan = _cost(candidate, problem, hardware, inputs, device_memory, host_memory, checkpoint_seconds)
             plans.append(plan)
-            if _fits(plan, hardware) and _subproblem_seconds(plan) < FINE_SECONDS:
+            if _fits(plan, hardware) and plan.subproblem_seconds < FINE_SECONDS:
                 fine.add(candidate.decomposition)
     fitting = [plan for plan in plans if _fits(plan, hardware)]
     if not fitting:
         raise _budget_error(plans, device_memory, host_memory, hardware.scratch_disk)
-    prompt = [plan for plan in fitting if _subproblem_seconds(plan) <= CHECKPOINT_SECONDS] or fitting
+    longest = checkpoint_seconds / IN_FLIGHT or math.inf
+    prompt = [plan for plan in fitting if plan.subproblem_seconds <= longest] or fitting
     fastest = min(plan.seconds for plan in prompt)
     ties = [plan for plan in prompt if plan.seconds <= TIE * fastest]
     kind = min(_kind(plan) for plan in ties)
@@ -153,12 +159,18 @@ class _Layout:
 
 
 def _cost(
-    candidate: _Candidate, problem: Problem, hardware: Hardware, inputs: InputCost, device_memory: int, host_memory: int
+    candidate: _Candidate,
+    problem: Problem,
+    hardware: Hardware,
+    inputs: InputCost,
+    device_memory: int,
+    host_memory: int,
+    checkpoint_seconds: float,
 ) -> Plan:
     """Cost one candidate: its tiles, memory, bytes a link and seconds."""
     layout = _lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes)
     division = make_division(candidate.decomposition, candidate.chunks, candidate.span, problem.causal)
-    links, scratch_disk = _links(candidate, division, layout, problem, hardware, inputs)
+    links, scratch_disk = _links(candidate, division, layout, problem, hardware, inputs, checkpoint_seconds)
     seconds = {link.name: link.seconds for link in links}
     disk = seconds["read"] + seconds["partials"] + seconds["write"]
     pinned = layout.memory.slot / PIN_RATE if hardware.device == "cuda" else 0.0
@@ -189,6 +201,7 @@ def _cost(
         peak_device=layout.memory.device * hardware.lanes,
         peak_host=layout.memory.host * hardware.lanes,
         scratch_disk=scratch_disk,
+        checkpoint_seconds=checkpoint_seconds,
         links=links,
         seconds=max(seconds["compute"], disk, seconds.get("copy", 0.0), seconds["tasks"]) + fill + drain,
         notes=inputs.notes,
@@ -202,6 +215,7 @@ def _links(
     problem: Problem,
     hardware: Hardware,
     inputs: InputCost,
+    checkpoint_seconds: float,
 ) -> tuple[tuple[Link, ...], int]:
     """Bytes and seconds of every link, and the bytes that partials take on disk at most at a time."""
     lanes, head_groups = hardware.lanes, problem.head_groups
@@ -211,26 +225,33 @@ def _links(
     once = min(read, problem.tokens * row_bytes * (problem.group_size + 2))
     read_seconds = once / hardware.read_rate + (read - once) / hardware.reread_rate
     written = problem.tokens * problem.batch * problem.query_heads * (problem.head_dim * DTYPES[problem.out_dtype] + 4)
-    handed_back = query_reads * problem.partial_bytes(layout.chunk_rows)  # of one head group
-    partials = scratch_disk = 0.0
-    if candidate.partials == "disk":
-        waiting = (UNFINISHED + 4 * PIECE) * lanes / candidate.chunks  # head groups whose chunks are not written yet
-        partials = head_groups * handed_back
-        scratch_disk = min(head_groups, 2 + waiting) * handed_back
     units = head_groups * (division.subproblems if candidate.partials == "disk" else 1)
     balance = math.ceil(units / lanes) / units
+    compute = problem.flops * balance / _rate(layout.tiles, problem, hardware)
+    partial = partial_file_bytes(problem, layout.chunk_rows)
+    handed_back = head_groups * query_reads  # partials
+    saved = read_back = scratch_disk = 0.0
+    if candidate.partials == "disk":
+        waiting = (UNFINISHED + 4 * PIECE) * lanes / candidate.chunks  # head groups whose chunks are not written yet
+        saved = read_back = handed_back * partial
+        scratch_disk = min(head_groups, 2 + waiting) * query_reads * partial
+    elif checkpoint_seconds:
+        held = lanes * min(candidate.accumulators, head_groups * candidate.chunks) * partial
+        saved = compute // (checkpoint_seconds / 2) * held
+        scratch_disk = held + lanes * partial  # one is replaced
     tasks = head_groups * (2 * division.subproblems + 2 * candidate.chunks)
     links = [
         Link("read", read, max(read_seconds, read / inputs.decode_rate)),
-        Link("compute", problem.flops, problem.flops * balance / _rate(layout.tiles, problem, hardware)),
-        Link("partials", 2 * partials, partials / hardware.write_rate + partials / hardware.read_rate),
+        Link("compute", problem.flops, compute),
+        Link("partials", saved + read_back, saved / hardware.write_rate + read_back / hardware.read_rate),
         Link("write", written, written / hardware.write_rate),
         Link("tasks", tasks, tasks * hardware.task_seconds),
     ]
     if hardware.device == "cuda":
         passes = problem.flops / (4 * problem.head_dim * problem.group_size * min(layout.tiles.query, layout.chunk_rows))
         keys = 2 * problem.head_dim * problem.itemsize * passes
-        copied = keys + problem.group_size * query_reads * layout.chunk_rows * row_bytes + 2 * head_groups * handed_back
+        queries = problem.group_size * query_reads * layout.chunk_rows * row_bytes
+        copied = keys + queries + 2 * handed_back * problem.partial_bytes(layout.chunk_rows)
         links.insert(1, Link("copy", copied, copied * balance / hardware.copy_rate))
     return tuple(links), math.ceil(scratch_disk)
 
@@ -321,11 +342,6 @@ def _staged_chunks(candidate: _Candidate, problem: Problem) -> tuple[int, int]:
     return (k, k - 1) if problem.group_size >= 2 else (k - 1, k)
 
 
-def _subproblem_seconds(plan: Plan) -> float:
-    compute = next(link.seconds for link in plan.links if link.name == "compute")
-    return compute * plan.lanes / plan.subproblems
-
-
 def _budget_error(plans: list[Plan], device_memory: int, host_memory: int, scratch_disk: int) -> BudgetError:
     """Name the budget that is too small, and the smallest that works."""
     on_disk = [plan for plan in plans if plan.scratch_disk <= scratch_disk]
@@ -334,7 +350,8 @@ def _budget_error(plans: list[Plan], device_memory: int, host_memory: int, scrat
         smallest = min(plan.scratch_disk for plan in plans)
         return BudgetError(
             f"partials need at least {format_bytes(smallest)} of scratch on disk and {format_bytes(scratch_disk)} is "
-            "free beside the result: make room, or leave --decomposition and --chunks to the plan"
+            "free beside the result: make room, do without checkpoints (--checkpoint-interval 0), or leave --decomposition "
+            "and --chunks to the plan"
         )
     if not on_device:
         name, budget, smallest = "device", device_memory, min(plan.peak_device for plan in on_disk)

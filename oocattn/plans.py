@@ -95,6 +95,7 @@ class Plan:
     peak_device: int
     peak_host: int
     scratch_disk: int
+    checkpoint_seconds: float  # what a kill may cost; 0: what lanes hold in memory is never saved
     links: tuple[Link, ...]
     seconds: float
     notes: tuple[str, ...] = ()
@@ -113,6 +114,17 @@ class Plan:
     def subproblems(self) -> int:
         """Subproblems over all head groups."""
         return self.division.subproblems * self.problem.head_groups
+
+    @property
+    def subproblem_seconds(self) -> float:
+        """How long a lane is predicted to compute a subproblem."""
+        compute = next(link.seconds for link in self.links if link.name == "compute")
+        return compute * self.lanes / self.subproblems
+
+    @property
+    def saves(self) -> bool:
+        """Whether what lanes hold in memory is saved."""
+        return self.partials == "memory" and self.checkpoint_seconds > 0
 
     @property
     def binds(self) -> str:
@@ -157,6 +169,12 @@ class Plan:
         """Draw the chunk-pair matrix, coloured by the subproblem that owns each pair, as an SVG file; return its path."""
         return draw_division(self.division, Path(path))
 
+    def _partials(self) -> str:
+        if self.partials == "disk":
+            return "merged in files"
+        kept = f"saved every {format_seconds(self.checkpoint_seconds / 2)}" if self.saves else "never saved"
+        return f"merged in memory, {kept}"
+
     def _lanes(self) -> str:
         if self.device == "cpu":
             return f"{self.lanes} lane{'s' * (self.lanes > 1)}, {self.threads} threads each"
@@ -169,12 +187,11 @@ class Plan:
             division = f"cyclic quorums over c = {shape}, k = {len(CyclicQuorums(self.chunks, False).quorum(0))}"
         else:
             division = f"strips over c = {shape}, {self.span} key chunk{'s' * (self.span > 1)} at a time"
-        scratch = f", {format_bytes(self.scratch_disk)} of scratch" if self.scratch_disk else ""
         lines = [
             f"problem      {self.problem}",
             f"division     {division}; {self.subproblems:,} subproblems",
             f"kernel       {self.kernel}, {self._lanes()}",
-            f"partials     merged in {'memory' if self.partials == 'memory' else 'files'}{scratch}",
+            f"partials     {self._partials()}, at most {format_bytes(self.scratch_disk)} of scratch on disk",
             f"peak memory  host {format_bytes(self.peak_host)} of {format_bytes(self.host_memory)}, "
             f"device {format_bytes(self.peak_device)} of {format_bytes(self.device_memory)}",
             "",

@@ -13,7 +13,7 @@ from oocattn.problem import Problem, make_problem
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.journal import Journal, identity, read_header
 from oocattn.storage.result import ResultPaths
-from oocattn.units import format_bytes, parse_size
+from oocattn.units import format_bytes, parse_duration, parse_size
 from oocattn.version import versions
 
 FORMAT = 1
@@ -29,6 +29,7 @@ class Choices:
     chunks: int | None
     decomposition: str
     kernel: str | None
+    checkpoint_interval: float | str | None
 
     @property
     def device_bytes(self) -> int | None:
@@ -39,6 +40,12 @@ class Choices:
     def host_bytes(self) -> int | None:
         """The budget of host memory in bytes. Raises ProblemError for what is no size."""
         return None if self.host_memory is None else parse_size(self.host_memory, "host memory")
+
+    @property
+    def checkpoint_seconds(self) -> float | None:
+        """What a kill may cost, 0 for whatever it costs. Raises ProblemError for what is no duration."""
+        chosen = self.checkpoint_interval
+        return None if chosen is None else parse_duration(chosen, "checkpoint interval")
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Unfinished:
                     f"the unfinished run in {place} takes {format_bytes(needed)} of {name}, more than "
                     f"{format_bytes(budget)}: resume it with so much, or begin anew with overwrite=True (--overwrite)"
                 )
-        for name in ("chunks", "decomposition", "kernel"):
+        for name in ("chunks", "decomposition", "kernel", "checkpoint_seconds"):
             found, chosen = getattr(plan, name), getattr(choices, name)
             if chosen not in (None, "auto", found):
                 raise ResultExistsError(

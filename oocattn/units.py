@@ -7,6 +7,8 @@ import re
 from oocattn.errors import ProblemError
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtKMGT]?)(i?)([bB]?)")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -27,6 +29,20 @@ def parse_size(text: str | float, unit: str = "size") -> int:
     if number < 1 or number != int(number):
         raise ProblemError(f"{unit} {text!r} must be a whole number of at least 1")
     return int(number)
+
+
+def parse_duration(text: str | float, name: str = "duration") -> float:
+    """Read `90`, `45s`, `10m`, `8h`, `2d` or `1h30m` as seconds. Raises ProblemError for anything else, and below 0."""
+    if isinstance(text, str):
+        parts = _DURATION.findall(text.replace(" ", ""))
+        if not parts or "".join(map("".join, parts)) != text.replace(" ", ""):
+            raise ProblemError(f"{name} {text!r} is not understood: write it as 90, 45s, 10m, 8h, 2d or 1h30m")
+        seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    else:
+        seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise ProblemError(f"{name} {text!r} must be a number of seconds, at least 0")
+    return seconds
 
 
 def format_bytes(count: float) -> str:

@@ -244,12 +244,26 @@ def test_bench_passes_its_options_on_and_prints_results_apart_from_progress(monk
     monkeypatch.setattr("oocattn.bench.bench", fake)
     arguments = ["--tokens", "2K", "--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--dtype", "float32", "--full"]
     arguments += ["--host-memory", "1GiB", "--device-memory", "1MiB", "--chunks", "7", "--decomposition", "cqs"]
-    arguments += ["--kernel", "cpu", "--folder", "/tmp", "--repeats", "5", "--rows", "9", "--seed", "3", "--no-warm-up"]
+    arguments += [
+        "--kernel",
+        "cpu",
+        "--checkpoint-interval",
+        "1m30s",
+        "--folder",
+        "/tmp",
+        "--repeats",
+        "5",
+        "--rows",
+        "9",
+        "--seed",
+        "3",
+        "--no-warm-up",
+    ]
     assert cli.main(["bench", *arguments]) == 0
     assert asked == {
         "tokens": 2048, "heads": 4, "kv_heads": 2, "head_dim": 32, "dtype": "float32", "causal": False,
         "host_memory": 1 << 30, "device_memory": 1 << 20, "chunks": 7, "decomposition": "cqs", "kernel": "cpu",
-        "folder": "/tmp", "repeats": 5, "rows": 9, "seed": 3, "warm_up": False,
+        "checkpoint_interval": 90.0, "folder": "/tmp", "repeats": 5, "rows": 9, "seed": 3, "warm_up": False,
     }  # fmt: skip
     captured = capsys.readouterr()
     assert captured.out.split() == ["disk", "2", "GB/s"]

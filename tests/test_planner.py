@@ -35,7 +35,7 @@ def smallest_named(error: BudgetError) -> tuple[str, int]:
 
 def check_the_smallest_budget(problem: Problem, hardware: Hardware, name: str, decomposition: str) -> None:
     """The budget that a refusal names works, and one mebibyte less does not."""
-    options: dict[str, Any] = {"decomposition": decomposition}
+    options: dict[str, Any] = {"decomposition": decomposition, "checkpoint_seconds": 60.0 if hardware.scratch_disk else 0.0}
     with pytest.raises(BudgetError) as refused:
         plan(problem, hardware, **options, **{name: 1})
     named, smallest = smallest_named(refused.value)
@@ -123,8 +123,12 @@ def test_no_room_for_partials_on_disk_is_said() -> None:
         plan(problem, decomposition="cqs", host_memory=1)
     smallest = smallest_named(refused.value)[1]
     assert plan(problem, decomposition="cqs", host_memory=smallest).partials == "disk"
+    full = replace(MACHINE, scratch_disk=0)
+    with pytest.raises(BudgetError, match="partials need at least .* of scratch on disk and 0 B is free beside the result"):
+        plan(problem, full, decomposition="cqs")
     with pytest.raises(BudgetError, match="smallest that works is"):
-        plan(problem, replace(MACHINE, scratch_disk=0), decomposition="cqs", host_memory=smallest)
+        plan(problem, full, decomposition="cqs", host_memory=smallest, checkpoint_seconds=0.0)
+    assert plan(problem, full, checkpoint_seconds=0.0).scratch_disk == 0
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -65,6 +65,7 @@ def bench(
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
+    checkpoint_interval: float | str | None = None,
     repeats: int = 3,
     warm_up: bool = True,
     rows: int = 32,
@@ -72,13 +73,13 @@ def bench(
 ) -> Generator[Plan | Ceiling | Progress | Table, None, None]:
     """Measure this machine and compare ways to attend the same synthetic dataset; yields what is known as it is known.
 
-    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M
-    and 8 with a GPU, 32K and 4 without one; the options from `device_memory` to `kernel` are those of `oocattn.plan`. The
-    dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are removed at the end and
-    when the iterator is closed. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of
-    `repeats` rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. One that fails
-    has a row that says so. Raises ProblemError and BudgetError as `oocattn.plan`, and ProblemError where `folder` is no
-    folder or has no room.
+    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M and
+    8 with a GPU, 32K and 4 without one; the options from `device_memory` to `checkpoint_interval` are those of
+    `oocattn.plan`. The dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are
+    removed at the end and when the iterator is closed. oocattn runs on all GPUs, the others on one. Every competitor runs
+    once in each of `repeats` rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64.
+    One that fails has a row that says so. Raises ProblemError and BudgetError as `oocattn.plan`, and ProblemError where
+    `folder` is no folder or has no room.
     """
     if repeats < 1 or rows < 1:
         raise ProblemError(f"repeats = {repeats}, rows = {rows}: expected at least one of each")
@@ -86,6 +87,7 @@ def bench(
     tokens, heads = tokens or TOKENS[default], heads or HEADS[default]
     _check_room(Path(folder), tokens * head_dim * 2 * (heads + (kv_heads or heads)), dtype)
     options: dict[str, Any] = {"causal": causal, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
+    options["checkpoint_interval"] = checkpoint_interval
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder)))
         client = stack.enter_context(local_client(workers=count_lanes(kernel)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import dask
 import torch
 from distributed import Client, LocalCluster
 
-from oocattn.errors import ProblemError
+from oocattn.errors import ProblemError, WorkerLostError
 
 THREADS = 8
 """Task threads of a worker: up to three attend (on a GPU they wait for it), the others stage, merge and write meanwhile."""
@@ -50,6 +51,32 @@ def worker_addresses(client: Client) -> list[str]:
     the client that runs every other second.
     """
     return sorted(client.nthreads())
+
+
+def wait_for_workers(client: Client, count: int, seconds: float) -> None:
+    """Wait until there are so many workers, but not for ever.
+
+    Raises WorkerLostError where the scheduler does not answer, or there is no worker after that.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        there = len(living_workers(client))
+        if there >= count or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    if not there:
+        raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
+
+
+def living_workers(client: Client) -> list[str]:
+    """The addresses of the client's workers. Raises WorkerLostError where the scheduler does not answer."""
+    try:
+        if client.status in ("running", "newly-created"):
+            return worker_addresses(client)
+        reason: object = f"the client is {client.status}"
+    except (OSError, TimeoutError, ValueError) as error:
+        reason = error
+    raise WorkerLostError(f"the scheduler is gone ({reason}); start one and resume")
 
 
 def assign_devices(client: Client, device_type: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 
 from oocattn.kernels import Partial, finalise, merge
 from oocattn.pipelines.events import Event, Span
+from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane import Job, Lane, Staged
 from oocattn.pipelines.tiles import key_tiles
 from oocattn.quorum import Block
@@ -42,7 +43,7 @@ class CpuLane(Lane):
     def finalise(self, state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
         finalise(state, out, lse)
 
-    def attend(self, turn: int) -> Event:
+    def compute(self, turn: int) -> Event:
         return self._attending.submit(self._attend_until, turn).result()
 
     def _attend_until(self, turn: int) -> Event:
@@ -50,7 +51,9 @@ class CpuLane(Lane):
             if torch.get_num_threads() != self.plan.threads:
                 torch.set_num_threads(self.plan.threads)
             while turn not in self._attended:
-                self._attended[self._turn] = self._attend(self._staged.pop(self._turn))
+                staged = self._staged.pop(self._turn)
+                with naming_subproblem(staged.head_group, staged.subproblem.index):
+                    self._attended[self._turn] = self._attend(staged)
                 self._turn += 1
             return self._attended.pop(turn)
 

@@ -41,6 +41,7 @@ from oocattn.memory import (
 from oocattn.pipelines.arena import Arena, PinnedMemory, close_all, pinning
 from oocattn.pipelines.device_time import DeviceClock, Stretch, recorded
 from oocattn.pipelines.events import Event, Resource
+from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane import Job, Lane, Staged
 from oocattn.pipelines.partials import Destination
 from oocattn.pipelines.tiles import KeyTile, key_tiles, pieces
@@ -158,7 +159,7 @@ class CudaLane(Lane):
             # need wait.
             pinning(self._device).submit(close_all, self._pinned)
 
-    def attend(self, turn: int) -> Event:
+    def compute(self, turn: int) -> Event:
         start = time.time()
         launcher(self._device).submit(self._enqueue_until, turn).result()
         work = self._works.pop(turn)
@@ -178,7 +179,8 @@ class CudaLane(Lane):
                 work = self._works[self._turn] = _Work(self._staged.pop(self._turn), halved=self._halved)
                 self._halved = 0
                 self._turn += 1
-                self._enqueue(work)
+                with naming_subproblem(work.staged.head_group, work.staged.subproblem.index):
+                    self._enqueue(work)
 
     def _enqueue(self, work: _Work) -> None:
         """Enqueue a whole subproblem. With partials on disk this waits for buffers that are still being written."""
@@ -204,8 +206,9 @@ class CudaLane(Lane):
         """Wait until the oldest partial that was begun is in host memory, and hand it over."""
         work, chunk, returned = self._coming_back[0]
         head_group, index = work.staged.head_group, work.staged.subproblem.index
-        returned.synchronize()
-        work.partial_bytes += self.partials.end(head_group, chunk, index)
+        with naming_subproblem(head_group, index):
+            returned.synchronize()
+            work.partial_bytes += self.partials.end(head_group, chunk, index)
         work.coming_back -= 1
         self._coming_back.popleft()
 

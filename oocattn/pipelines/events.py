@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["started", "staged", "attended", "merged", "written", "committed", "failed", "ended"]
+Kind = Literal["started", "staged", "attended", "merged", "written", "saved", "mended", "committed", "failed", "ended"]
 
-Resource = Literal["read", "copy in", "compute", "copy out", "merge", "write"]
+Resource = Literal["read", "copy in", "compute", "copy out", "merge", "save", "write"]
 """What a lane has one or more of, in the order in which bytes pass through: see `Span`."""
 
 
@@ -16,9 +16,9 @@ Resource = Literal["read", "copy in", "compute", "copy out", "merge", "write"]
 class Span:
     """A stretch of time in which a resource of a lane was busy.
 
-    read: chunks into host memory. copy in, copy out: between host and device. compute: the kernel, and on a GPU the
-    merging that follows each of its calls. merge, write: finished query chunks. `start` and `stop` are seconds since the
-    epoch, on the lane's clock; what happened on a GPU is timed there.
+    read: chunks into host memory. copy in, copy out: between host and device. compute: the kernel, and on a GPU the merging
+    that follows each of its calls. merge, write: finished query chunks. save: checkpoints of unfinished ones. `start` and
+    `stop` are seconds since the epoch, on the lane's clock; what happened on a GPU is timed there.
     """
 
     resource: Resource
@@ -30,12 +30,12 @@ class Span:
 class Event:
     """One step of a run.
 
-    `kind` is what happened: the run started, a subproblem was staged or attended, a query chunk was merged or written, the
-    result was committed under its final name, a subproblem failed and is computed again (`head_group` and `index` say
-    which) or the run failed (-1), or it ended. `index` counts subproblems (staged, attended) or chunks (merged, written)
-    within `head_group`; `start` and `stop` are seconds since the epoch on `worker`; `amount` is bytes (staged, written) or
-    query-key pairs (attended, merged); `detail` holds what only one kind has; `spans` says which resources of the lane were
-    busy when.
+    `kind` is what happened: the run started, a subproblem was staged or attended, a query chunk was merged or written, what
+    lanes held in memory was saved as they stopped, something went wrong and was mended, so that the run goes on with what is
+    left, the result was committed under its final name, the run failed, or it ended. `index` counts subproblems (staged,
+    attended) or chunks (merged, written) within `head_group`; `start` and `stop` are seconds since the epoch on `worker`;
+    `amount` is bytes (staged, written, saved) or query-key pairs (attended, merged); `detail` holds what only one kind has;
+    `spans` says which resources of the lane were busy when.
     """
 
     kind: Kind

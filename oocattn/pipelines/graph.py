@@ -4,7 +4,7 @@
     attend(i)  waits for stage(i), for what the s - 1 attends before it wait for (the lane takes them in order, whichever
                task runs first) and, with accumulators in memory, for the writes that free those which it begins to use
     merge(a)   waits for every attend that hands back a partial of chunk a and, with partials on disk, for the write
-               that frees its accumulator
+               that frees its accumulator (in memory only if its partials were there before)
     write(a)   waits for merge(a)
 
 What is done already has no tasks. The graph is made and submitted piece by piece, so its size does not grow with the
@@ -105,7 +105,7 @@ class GraphBuilder:
         lane = self._schedule.chunk_lane(head_group, chunk)
         before = [self._key("attend", head_group, index) for index in contributors]
         merge, write = (self._key(layer, head_group, chunk) for layer in ("merge", "write"))
-        if self._schedule.plan.partials == "disk":
+        if self._schedule.plan.partials == "disk" or not before:  # in memory, attends have taken it
             before += self._take_accumulator(lane, write)
         self._add(lane, "merge", merge, tasks.merge, (head_group, chunk), before)
         self._add(lane, "write", write, tasks.write, (head_group, chunk), [merge])
@@ -115,7 +115,7 @@ class GraphBuilder:
         lane: int,
         layer: str,
         key: Key,
-        function: Callable[..., Event],
+        function: Callable[..., Event | None],
         numbers: tuple[int | tuple[int, ...], ...],
         before: Iterable[Key],
     ) -> Key:

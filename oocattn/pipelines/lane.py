@@ -27,9 +27,13 @@ from oocattn.errors import ProblemError
 from oocattn.kernels import Partial, get_kernel
 from oocattn.memory import OUT_BLOCKS, STAGING_SLOTS
 from oocattn.pipelines.arena import Arena, Pool, as_numpy
+from oocattn.pipelines.checkpoints import Checkpoints
+from oocattn.pipelines.disk_partials import DiskPartials, MergeStates
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.finishing import Finisher, OutBlock
-from oocattn.pipelines.partials import States, make_partials
+from oocattn.pipelines.memory_partials import MemoryPartials
+from oocattn.pipelines.partial_files import PartialFiles
+from oocattn.pipelines.partials import PartialStore, States
 from oocattn.pipelines.tiles import pieces, staged_keys
 from oocattn.plans import Plan
 from oocattn.problem import HeadGroup
@@ -98,7 +102,7 @@ class Lane(ABC):
         out_blocks = Pool[OutBlock]()
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self._allocated = allocating.submit(self._allocate_or_tell, states, out_blocks)
-        self.partials = make_partials(plan, job.scratch, job.journal.run, states, self.merge_states)
+        self.partials = make_partials(plan, PartialFiles(job.scratch, job.journal.run), states, self.merge_states)
         self.result = job.result
         self.finisher = Finisher(plan, self.partials, self.result, job.journal, out_blocks, self.finalise)
         self.kernel = get_kernel(plan.kernel)
@@ -107,6 +111,7 @@ class Lane(ABC):
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
         self._decoding = threading.Lock()
         self._error: BaseException | None = None
+        self._checkpoints = Checkpoints(self.partials, plan.checkpoint_seconds if plan.saves else 0.0, self._fail)
 
     def _allocate_or_tell(self, states: Mapping[str, States], out_blocks: Pool[OutBlock]) -> None:
         """Allocate everything; where that fails, whoever waits for what is missing is told why."""
@@ -151,13 +156,22 @@ class Lane(ABC):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Bytes of host memory, as uint8 [nbytes] or more, that this kind of lane can work with."""
 
-    @abstractmethod
     def attend(self, turn: int) -> Event:
         """Compute the partials of the subproblem that was staged for this turn, and hand them to the partial store.
 
         A lane takes subproblems in the order of their turns, whichever task comes first: that which comes early begins
-        those before it too, which have been staged.
+        those before it too, which have been staged. The event also tells of the checkpoints that were made meanwhile.
         """
+        return self._checkpoints.tell(self.compute(turn))
+
+    @abstractmethod
+    def compute(self, turn: int) -> Event:
+        """`attend`, on this kind of device."""
+
+    def save(self) -> int:
+        """Have on disk what is in memory alone, if the plan says so, as nothing more will come; return the bytes written."""
+        self._checkpoints.close()
+        return self.partials.save(patient=False) if self.plan.saves else 0
 
     @abstractmethod
     def merge_states(self, into: Partial, partial: Partial) -> None:
@@ -170,10 +184,12 @@ class Lane(ABC):
     def close(self) -> None:
         """Give back what the lane holds; nothing runs on it any more."""
         self._closing = True
+        self._checkpoints.close()
         wait([self._allocated])
         self._readers.shutdown()
         self.finisher.close()
-        del self.finisher, self.partials  # they know the lane: its memory would stay until Python looks for such circles
+        # They know the lane: its memory would stay until Python looks for such circles.
+        del self.finisher, self.partials, self._checkpoints
 
     def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Event:
         """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0.
@@ -231,11 +247,16 @@ class Lane(ABC):
         try:
             yield
         except BaseException as error:
-            if self._error is None:
-                self._error = error
-            if self._error is error:
+            first = self._fail(error)
+            if first is error:
                 raise
-            raise self._error from None
+            raise first from None
+
+    def _fail(self, error: BaseException) -> BaseException:
+        """Have every further task tell of this, or of what went wrong before; return which."""
+        if self._error is None:
+            self._error = error
+        return self._error
 
     def merge(self, head_group: int, chunk: int) -> Event:
         """See `Finisher.merge`."""
@@ -265,6 +286,13 @@ class Lane(ABC):
         key_rows = staged_keys(self.plan, subproblem)
         total = sum(map(len, key_rows.values()))
         return Staged(head_group, subproblem, queries, take(total), take(total), key_rows)
+
+
+def make_partials(plan: Plan, files: PartialFiles, states: Mapping[str, States], merge_states: MergeStates) -> PartialStore:
+    """The store that the plan names, working with the states that `memory.Buffers` counts by these names."""
+    if plan.partials == "memory":
+        return MemoryPartials(plan, files, states["accumulators"])
+    return DiskPartials(plan, files, states["accumulators"], states["buffers"], states["blocks"], merge_states)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ class ProgressBar:
             self._tokens_each = plan.problem.tokens * plan.problem.batch / plan.subproblems
             done = plan.subproblems - cast(int, event.detail["left"])
             self._bar = tqdm(total=plan.subproblems, initial=done, unit="subproblem", dynamic_ncols=True)
-        elif self._bar is not None and event.kind == "failed" and "left" in event.detail:
+        elif self._bar is not None and event.kind == "mended":
             self._bar.n = self._bar.total - cast(int, event.detail["left"])
         elif self._bar is not None and event.kind == "attended":
             self._bar.update()
             rate = (self._bar.n - self._bar.initial) * self._tokens_each / max(time.time() - self._bar.start_t, 1e-9)
             self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        elif self._bar is not None and event.kind in ("failed", "ended") and event.head_group < 0:
+        elif self._bar is not None and event.kind in ("failed", "ended"):
             self._bar.close()
             self._bar = None

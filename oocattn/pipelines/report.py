@@ -24,8 +24,9 @@ class RunReport:
     seconds spent in each kind of task, over all lanes, `bytes_read`, `bytes_partials` (written to disk) and `compute_busy`,
     the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean. `pairs` are the
     query-key pairs that the ledger confirmed, `pairs_before` those of them in chunks that were there when the run was
-    resumed; `not_finite` the NaN and Inf found in the inputs; `recomputed` the subproblems that were computed again
-    because a partial on disk was damaged; `out_of_memory` how often a GPU had less memory than was planned, so that the run
+    resumed; `not_finite` the NaN and Inf found in the inputs; `recomputed` the partials on disk that were damaged, so that
+    they were computed again; `retried` the tasks that failed and were tried again, `workers_lost` how often workers died, so
+    that others took over their work; `out_of_memory` how often a GPU had less memory than was planned, so that the run
     went on with smaller tiles.
     """
 
@@ -41,6 +42,8 @@ class RunReport:
     bytes_written: int
     not_finite: int
     recomputed: int
+    retried: int
+    workers_lost: int
     busy: Mapping[str, float]
     compute_busy: float
     out_of_memory: int
@@ -78,9 +81,11 @@ class RunReport:
         if self.not_finite:
             lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
         if self.recomputed:
-            lines.append(
-                f"partials     {self.recomputed} subproblems were computed again: their partials were damaged on disk"
-            )
+            lines.append(f"partials     {self.recomputed} were damaged on disk, and computed again")
+        if self.retried:
+            lines.append(f"tasks        {self.retried} failed and were tried again")
+        if self.workers_lost:
+            lines.append(f"workers      were lost {self.workers_lost} times; others took over")
         if self.out_of_memory:
             lines.append(
                 f"device       out of memory {self.out_of_memory} times in spite of the plan: went on with smaller tiles"
@@ -129,10 +134,12 @@ class Tally:
             pairs=total("pairs"),
             pairs_before=total("pairs", before),
             bytes_read=self.amounts["staged"],
-            bytes_partials=self.details["partial_bytes"],
+            bytes_partials=self.details["partial_bytes"] + self.details["checkpoint_bytes"] + self.amounts["saved"],
             bytes_written=total("bytes"),
             not_finite=total("not_finite"),
             recomputed=self.details["recomputed"],
+            retried=self.details["retried"],
+            workers_lost=self.details["workers_lost"],
             busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
             compute_busy=self.computing / max(seconds * lanes, 1e-9),
             out_of_memory=self.details["out_of_memory"],

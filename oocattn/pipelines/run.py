@@ -1,72 +1,60 @@
-"""The driver of a run: sends the graph to the lanes piece by piece, a bounded window at a time, and gathers events.
+"""The driver of a run: attempts to do what is left until nothing is, and commits the result.
 
-The window bounds what the scheduler knows of at a time, the edges of the graph bound what a lane holds (see `graph`). What
-goes wrong and can be mended ends an attempt: the next one does what then is left, as a resumed run does.
+What goes wrong and can be mended (a damaged partial, a task that failed, a worker that died) ends an attempt, and the next
+one does what then is left, as a resumed run does.
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
-import queue
+import logging
+import math
 import time
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import cast
 
-from dask.highlevelgraph import HighLevelGraph
-from distributed import Client, Future
+from distributed import Client
 
-from oocattn.errors import TaintedError, WorkerLostError
-from oocattn.pipelines.cluster import assign_devices, worker_addresses
+from oocattn.errors import TaintedError, TaskError, WorkerLostError
+from oocattn.pipelines.attempt import Attempt, Work
+from oocattn.pipelines.cluster import assign_devices, wait_for_workers
+from oocattn.pipelines.deadline import Deadline
+from oocattn.pipelines.done import find_done
 from oocattn.pipelines.events import Callback, Event
-from oocattn.pipelines.graph import GraphBuilder, Key
-from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
-from oocattn.pipelines.lane import Job
-from oocattn.pipelines.partials import DamagedPartialError, partial_path, partials_on_disk
+from oocattn.pipelines.interrupts import Interrupts
+from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
-from oocattn.pipelines.schedule import Done, Schedule
-from oocattn.pipelines.tasks import LanePlugin, plugin_name, stop
-from oocattn.planner import PIECE, UNFINISHED, WINDOW
+from oocattn.pipelines.schedule import Schedule
 from oocattn.plans import Plan
-from oocattn.storage.dataset import Dataset
-from oocattn.storage.journal import Journal, Place
-from oocattn.storage.result import ResultArrays, ResultPaths, write_json
-
-PATIENCE = 5.0
-"""Seconds without the end of a task after which it is checked whether the workers still live."""
+from oocattn.storage.journal import Place
+from oocattn.storage.result import write_json
 
 ATTEMPTS = 3
-"""Times that a subproblem is computed again because a partial of it was lost from disk."""
+"""Times that the same thing may go wrong before the run ends: the same task, the same partial, or, with nothing done in
+between, workers that die."""
+
+REPLACEMENT = 10.0
+"""Seconds to wait for a worker in the place of one that died: a nanny starts one within two."""
+
+logger = logging.getLogger("oocattn")
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a run works at: a plan over a dataset, whose `fingerprint` must still be the same when all is read, into a result
-    that grows at `paths`, and the journal of what is done."""
-
-    plan: Plan
-    dataset: Dataset
-    fingerprint: str
-    paths: ResultPaths
-    result: ResultArrays
-    journal: Journal
-
-
-def run(work: Work, client: Client, callbacks: Sequence[Callback] = ()) -> RunReport:
+def run(work: Work, client: Client, callbacks: Sequence[Callback] = (), until: float = math.inf) -> RunReport:
     """Do what is left of the work on the client's workers, and commit the result.
 
-    Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, OSError as
-    the file system does. Then the result has not appeared under its name, and what was done is in the journal; but after
-    an IntegrityError that says so it is discarded. Ctrl-C or SIGTERM end it when what is in flight is on disk.
+    Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, TaskError,
+    WorkerLostError, OSError as the file system does, and TimeLimitError where it would not end by `until` (seconds since
+    the epoch). Then the result has not appeared under its name, and what was done is on disk; but after an IntegrityError
+    that says so it is discarded. Ctrl-C or SIGTERM end it when what is in flight is on disk.
     """
     with Interrupts() as interrupts:
-        return _run(work, client, callbacks, interrupts)
+        return _run(work, client, callbacks, interrupts, until)
 
 
-def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts) -> RunReport:
+def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float) -> RunReport:
     start = time.time()
     plan, tally = work.plan, Tally()
     before = work.journal.finished()
@@ -77,12 +65,10 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
             callback(event)
 
     try:
-        found = assign_devices(client, plan.device)
-        devices = dict(itertools.islice(found.items(), plan.lanes))  # its memory is that of so many
-        _drive(work, client, devices, emit, start, interrupts)
+        lanes = _drive(work, client, emit, start, interrupts, until)
         finished = work.journal.finished()
         _check_pairs(plan, finished)
-        report = tally.report(plan, finished, before, seconds=time.time() - start, lanes=len(devices))
+        report = tally.report(plan, finished, before, seconds=time.time() - start, lanes=lanes)
         write_json(work.paths.report, report.to_json())
         work.paths.commit()
     except BaseException as error:
@@ -107,170 +93,74 @@ def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, int]]) -> Non
         )
 
 
-def _drive(
-    work: Work, client: Client, devices: Mapping[str, str], emit: Callback, start: float, interrupts: Interrupts
-) -> None:
-    """Attempt to do what is left until nothing is: a damaged partial ends an attempt, and the next one computes it again."""
-    damaged: DamagedPartialError | None = None
-    attempts: Counter[tuple[int, int]] = Counter()
+def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts: Interrupts, until: float) -> int:
+    """Attempt to do what is left until nothing is; return how many lanes did the last of it."""
+    plan, mishaps = work.plan, _Mishaps()
+    deadline = Deadline(until, plan)
+    event = Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""})
+    devices = _devices(client, plan)
     while True:
-        schedule = Schedule(work.plan, len(devices), _done(work))
+        found = find_done(plan, work.journal, work.paths.scratch)
+        for path in found.useless:
+            path.unlink(missing_ok=True)
+        schedule = Schedule(plan, len(devices), found.done)
         left = sum(1 for _ in schedule.order())
-        if damaged is None:
-            detail = {"plan": work.plan, "dashboard": client.dashboard_link or "", "left": left}
-            emit(Event("started", start, start, detail=detail))
-        else:
-            now = time.time()
-            detail = {"error": str(damaged), "recomputed": 1, "left": left}
-            emit(Event("failed", now, now, damaged.head_group, damaged.subproblem, detail=detail))
+        mishaps.note(left)
+        damaged = found.damaged + cast(int, event.detail.get("recomputed", 0))
+        resumed = bool(found.done.chunks or found.done.partials)
+        emit(replace(event, detail={**event.detail, "left": left, "resumed": resumed, "recomputed": damaged}))
         try:
-            attempt = _Attempt(work, client, devices, schedule, left, emit)
+            attempt = Attempt(work, client, devices, schedule, left, emit, deadline)
             interrupts.tell = attempt.interrupt
             if interrupts.asked:
                 attempt.interrupt()
             attempt.drive()
-        except DamagedPartialError as error:
-            damaged = error
-            attempts[error.head_group, error.subproblem] += 1
-            if attempts[error.head_group, error.subproblem] > ATTEMPTS:
-                raise
-        else:
-            return
+            return len(devices)
+        except (DamagedPartialError, TaskError, WorkerLostError) as error:
+            mishaps.add(error)
+            logger.warning("%s; the run goes on with what is left", error)
+            now = time.time()
+            event = Event("mended", now, now, detail={"error": str(error), _COUNTED[type(error)]: 1})
+            wait_for_workers(client, len(devices), REPLACEMENT)
+            devices = _devices(client, plan)
 
 
-def _done(work: Work) -> Done:
-    """What need not be done: partials of chunks that are written are removed."""
-    chunks = work.journal.finished().keys()
-    partials = partials_on_disk(work.paths.scratch)
-    for partial in [partial for partial in partials if partial[:2] in chunks]:
-        partial_path(work.paths.scratch, partial).unlink()
-        partials.remove(partial)
-    return Done(chunks, partials)
+_COUNTED: dict[type[Exception], str] = {
+    DamagedPartialError: "recomputed",
+    TaskError: "retried",
+    WorkerLostError: "workers_lost",
+}
+"""What each mishap that can be mended is counted as."""
 
 
-class _Attempt:
-    """What is left of a run, from the making of its lanes to their end."""
+class _Mishaps:
+    """What has gone wrong so far: the same thing again and again ends a run."""
 
-    def __init__(
-        self,
-        work: Work,
-        client: Client,
-        devices: Mapping[str, str],
-        schedule: Schedule,
-        left: int,
-        emit: Callback,
-    ) -> None:
-        self._name = uuid.uuid4().hex[:8]
-        self._work = work
-        self._client = client
-        self._devices = devices
-        self._schedule = schedule
-        self._left = left  # to be staged
-        self._emit = emit
-        self._unfinished: dict[Key, Future[Event]] = {}
-        self._ended: queue.SimpleQueue[Future[Event] | None] = queue.SimpleQueue()
-        self._attending = 0
+    def __init__(self) -> None:
+        self._times: Counter[str] = Counter()
+        self._fewest_left = math.inf
 
-    def interrupt(self) -> None:
-        """Stop at the next step; to be called from anywhere."""
-        self._ended.put(None)
+    def note(self, left: int) -> None:
+        """So many subproblems are left: where they have become fewer, the loss of workers has not kept the run from it."""
+        if left < self._fewest_left:
+            self._fewest_left = left
+            self._times.pop(_DEATHS, None)
 
-    def drive(self) -> None:
-        """Make the lanes, see every task to its end, and close the lanes, however it ends."""
-        work = self._work
-        job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, self._devices)
-        try:
-            self._client.register_plugin(LanePlugin(job))
-            self._see_to_the_end()
-        except BaseException:
-            self._stop()
-            raise
-        finally:
-            self._client.unregister_worker_plugin(plugin_name(self._name))
+    def add(self, error: DamagedPartialError | TaskError | WorkerLostError) -> None:
+        """Raises the error where it has come too often."""
+        what = _DEATHS
+        if isinstance(error, TaskError):
+            what = error.work
+        elif isinstance(error, DamagedPartialError):
+            what = f"partials of subproblem {error.subproblem} of head group {error.head_group}"
+        self._times[what] += 1
+        if self._times[what] >= ATTEMPTS:
+            raise error
 
-    def _see_to_the_end(self) -> None:
-        """Submit every piece of the graph, and see every task to its end."""
-        schedule = self._schedule
-        builder = GraphBuilder(self._name, schedule, list(self._devices), self._unfinished)
-        order, complete = schedule.order(), list(schedule.complete())
-        sizes = itertools.chain([1], itertools.repeat(PIECE))  # one first: reading begins while the rest is prepared
-        while True:
-            while self._has_room():
-                subproblems = list(itertools.islice(order, next(sizes) * schedule.lanes))
-                if not subproblems and not complete:
-                    break
-                self._attending += len(subproblems)
-                self._submit(*builder.piece(subproblems, complete))
-                complete = []
-            if not self._unfinished:
-                return
-            for future in self._next_batch():
-                self._finish(future)
 
-    def _has_room(self) -> bool:
-        """Whether another piece may be submitted: both what is to be attended and what is to be written is bounded."""
-        lanes = self._schedule.lanes
-        return self._attending < WINDOW * lanes and len(self._unfinished) < UNFINISHED * lanes
+_DEATHS = "workers"
 
-    def _next_batch(self) -> list[Future[Event]]:
-        """Wait for tasks to end. Raises InterruptedRunError when that is asked for."""
-        batch: list[Future[Event]] = []
-        while not batch or not self._ended.empty():
-            try:
-                future = self._ended.get(timeout=PATIENCE)
-            except queue.Empty:
-                self._check_workers()
-                continue
-            if future is None:
-                raise InterruptedRunError("interrupted: what was in flight is on disk")
-            batch.append(future)
-        return batch
 
-    def _event(self, future: Future[Event]) -> Event:
-        """What a finished task returned; that is gone with its worker."""
-        while True:
-            try:
-                return future.result(timeout=PATIENCE)
-            except TimeoutError:
-                self._check_workers()
-
-    def _check_workers(self) -> None:
-        """Raise WorkerLostError when a worker is gone, for its tasks can end nowhere else."""
-        lost = self._devices.keys() - worker_addresses(self._client)
-        if lost:
-            raise WorkerLostError(
-                f"worker {', '.join(sorted(lost))} is gone with what it held in memory; start it and resume"
-            )
-
-    def _finish(self, future: Future[Event]) -> None:
-        """Pass on what a task did, or raise its error."""
-        if future.status == "error":
-            raise cast(BaseException, future.exception())
-        event = self._event(future)
-        del self._unfinished[cast(Key, future.key)]
-        self._emit(event)
-        if event.kind == "attended":
-            self._attending -= 1
-        elif event.kind == "staged":
-            self._left -= 1
-            if not self._left:  # all is read, and the driver has little else to do
-                self._check_dataset()
-
-    def _check_dataset(self) -> None:
-        dataset = self._work.dataset
-        if Dataset.open(dataset.location).fingerprint() != self._work.fingerprint:
-            raise TaintedError(
-                f"{dataset.location}: the dataset changed while the run read it; the result is discarded, run again"
-            )
-
-    def _submit(self, graph: HighLevelGraph, keys: list[Key]) -> None:
-        futures = self._client.get(graph, keys, sync=False)
-        self._unfinished.update(zip(keys, futures, strict=True))
-        for future in futures:
-            future.add_done_callback(self._ended.put)
-
-    def _stop(self) -> None:
-        """Let what is executing end, and let nothing else begin."""
-        self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
-        while any(self._client.run(stop, self._name).values()):
-            time.sleep(0.05)
+def _devices(client: Client, plan: Plan) -> dict[str, str]:
+    """The devices of the workers that take part, as many as were planned at most: their memory is that of so many."""
+    return dict(itertools.islice(assign_devices(client, plan.device).items(), plan.lanes))

@@ -14,7 +14,7 @@ from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
 from oocattn.storage.lock import lock_holder
 from oocattn.storage.result import ResultPaths, read_json, write_json
-from oocattn.units import format_seconds
+from oocattn.units import format_bytes, format_seconds
 
 INTERVAL = 1.0
 """Seconds between updates of the file."""
@@ -24,39 +24,64 @@ INTERVAL = 1.0
 class Status:
     """State of a result: "none", "running", "interrupted" (unfinished, and nobody works on it) or "finished".
 
-    `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago; `seconds_left` is wall time
-    too.
+    Of an interrupted run, `subproblems_done` are those that need not be done again when it is resumed. `tokens_done` is
+    that share of the tokens; `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and
+    bytes are those read, saved as partials and written to the result since then. `seconds_left` is wall time too, of an
+    interrupted run as its plan predicts it. `saved` is when something was last brought to disk for good, in seconds since
+    the epoch, or 0.
     """
 
     state: str
     subproblems: int = 0
     subproblems_done: int = 0
+    tokens: int = 0
     rate: float = 0.0
     seconds: float = 0.0
     seconds_left: float = 0.0
+    bytes_read: int = 0
+    bytes_saved: int = 0
+    bytes_written: int = 0
+    saved: float = 0.0
     dashboard: str = ""
     holder: str = ""
     error: str = ""
+
+    @property
+    def share(self) -> float:
+        """Of the work that is done, between 0 and 1."""
+        return self.subproblems_done / self.subproblems if self.subproblems else 0.0
+
+    @property
+    def tokens_done(self) -> int:
+        """Tokens in the measure of the work that is done."""
+        return int(self.tokens * self.share)
 
     def __str__(self) -> str:
         if self.state == "none":
             return "none: no run has begun here"
         if self.state == "finished":
             return f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"
-        if not self.subproblems_done and self.state == "running":
-            return f"running: starting; {self.holder}"
-        share = self.subproblems_done / self.subproblems if self.subproblems else 0.0
+        if not self.subproblems:
+            return f"{self.state}: starting; {self.holder}"
         lines = [
-            f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems ({share:.0%}) after "
-            f"{format_seconds(self.seconds)}, {self.rate:,.0f} tokens/s"
+            f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
+            f"{self.tokens:,} tokens ({self.share:.0%}) after {format_seconds(self.seconds)}, {self.rate:,.0f} tokens/s",
+            f"{format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_saved)} of partials, "
+            f"{format_bytes(self.bytes_written)} written; {self._last_saved()}",
         ]
+        left = f"about {format_seconds(self.seconds_left)} left"
         if self.state == "running":
-            lines.append(f"about {format_seconds(self.seconds_left)} left; {self.holder}; dashboard {self.dashboard}")
+            lines.append(f"{left}; {self.holder}; dashboard {self.dashboard or 'none'}")
         if self.error:
             lines.append(f"it failed with {self.error}")
         if self.state == "interrupted":
-            lines.append("resume it: `oocattn resume`, or the same run again")
+            lines.append(f"{left}: resume it with `oocattn resume`, or the same run again; nobody holds the lock")
         return "\n".join(lines)
+
+    def _last_saved(self) -> str:
+        if not self.saved:
+            return "nothing saved yet"
+        return f"last saved {format_seconds(max(0.0, time.time() - self.saved))} ago"
 
 
 class StatusFile:
@@ -65,52 +90,69 @@ class StatusFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._written = self._start = 0.0
-        self._tokens = self._before = 0
+        self._before = 0
         self._status = Status("running")
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "started":
-            plan = cast(Plan, event.detail["plan"])
-            self._tokens = plan.problem.tokens * plan.problem.batch
-            self._status = Status("running", plan.subproblems, dashboard=str(event.detail["dashboard"]))
-            self._again(event)
-        elif event.kind == "failed" and "left" in event.detail:
+        if event.kind in ("committed", "ended"):
+            return  # the file has been removed
+        self._status = self._counted(event)
+        if event.kind in ("started", "mended"):
             self._again(event)
         elif event.kind == "attended":
-            self._status = self._advanced(self._status.subproblems_done + 1)
-            if time.time() - self._written >= INTERVAL:
-                self._write()
-        elif event.kind == "failed" and event.head_group < 0:
+            self._status = self._advanced()
+        elif event.kind == "failed":
             self._status = replace(self._status, error=str(event.detail["error"]))
-            self._write()
+        important = event.kind in ("started", "mended", "failed")
+        if important or time.time() - self._written >= INTERVAL:
+            self._written = time.time()
+            write_json(self._path, asdict(self._status))
+
+    def _counted(self, event: Event) -> Status:
+        """The status with the bytes of an event, and when they were brought to disk."""
+        status = self._status
+        partials = sum(cast(int, event.detail.get(name, 0)) for name in ("partial_bytes", "checkpoint_bytes"))
+        partials += event.amount if event.kind == "saved" else 0
+        saved = event.stop if event.kind == "written" or partials else 0.0
+        saved = cast(float, event.detail.get("checkpointed", saved))
+        return replace(
+            status,
+            bytes_read=status.bytes_read + (event.amount if event.kind == "staged" else 0),
+            bytes_saved=status.bytes_saved + partials,
+            bytes_written=status.bytes_written + (event.amount if event.kind == "written" else 0),
+            saved=max(status.saved, saved),
+        )
 
     def _again(self, event: Event) -> None:
         """So many subproblems are left, and the others were done before."""
+        if event.kind == "started":
+            plan = cast(Plan, event.detail["plan"])
+            tokens = plan.problem.tokens * plan.problem.batch
+            self._status = Status("running", plan.subproblems, tokens=tokens, dashboard=str(event.detail["dashboard"]))
         self._before = self._status.subproblems - cast(int, event.detail["left"])
         self._start = event.start
         self._status = replace(self._status, subproblems_done=self._before)
-        self._write()
 
-    def _advanced(self, done: int) -> Status:
-        seconds = time.time() - self._start
+    def _advanced(self) -> Status:
+        """The status with one more subproblem done."""
+        status, seconds = self._status, time.time() - self._start
+        done = status.subproblems_done + 1
         here = done - self._before
         return replace(
-            self._status,
+            status,
             subproblems_done=done,
-            rate=self._tokens * here / self._status.subproblems / seconds,
+            rate=status.tokens * here / status.subproblems / seconds,
             seconds=seconds,
-            seconds_left=seconds * (self._status.subproblems - done) / here,
+            seconds_left=seconds * (status.subproblems - done) / here,
         )
-
-    def _write(self) -> None:
-        self._written = time.time()
-        write_json(self._path, asdict(self._status))
 
 
 def read_status(paths: ResultPaths) -> Status:
     """How far the run to this result is, whether or not one is alive. Raises IntegrityError for a damaged file."""
     holder = lock_holder(paths.lock)
     text = read_json(paths.status)
+    if text is None and paths.resumable:
+        text = {}  # killed before it was written
     if text is None or (holder is None and not paths.growing.exists()):
         report = read_json(paths.report)
         if "problem" not in (paths.attributes() or {}):
@@ -119,6 +161,13 @@ def read_status(paths: ResultPaths) -> Status:
     state = "interrupted" if holder is None else "running"
     words = "" if holder is None else str(holder)
     return _checked({**text, "state": state, "holder": words}, paths.status)
+
+
+def as_resumed(status: Status, plan: Plan, left: int) -> Status:
+    """The status of an interrupted run, of which so many subproblems are left, as a resumed one would find it."""
+    seconds_left = plan.seconds * left / plan.subproblems
+    done = plan.subproblems - left
+    return replace(status, subproblems=plan.subproblems, subproblems_done=done, seconds_left=seconds_left)
 
 
 def _checked(content: Mapping[str, Any], path: Path) -> Status:

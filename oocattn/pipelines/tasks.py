@@ -6,9 +6,8 @@ further arguments of a task are the results of those it waits for, and say nothi
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -17,6 +16,7 @@ from distributed import Worker, WorkerPlugin, get_worker
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.cuda_lane import CudaLane
 from oocattn.pipelines.events import Event
+from oocattn.pipelines.failing import naming_chunk, naming_subproblem
 from oocattn.pipelines.lane import Job, Lane
 
 
@@ -30,7 +30,6 @@ class LanePlugin(WorkerPlugin):
         self.job = job
         self.name = plugin_name(job.run)
         self.stopped = False
-        self.active: set[int] = set()
 
     def setup(self, worker: Worker) -> None:
         device = self.job.devices.get(worker.address)
@@ -50,10 +49,6 @@ def make_lane(job: Job, device: str) -> Lane:
     return CudaLane(job, device)
 
 
-class StoppedError(Exception):
-    """The run was stopped before this task began."""
-
-
 def plugin_name(run: str) -> str:
     """Name under which the lane of a run is registered on its workers."""
     return f"oocattn-{run}"
@@ -65,48 +60,49 @@ def stop(run: str, dask_worker: Worker) -> int:
     if not isinstance(plugin, LanePlugin):
         return 0
     plugin.stopped = True
-    return len(plugin.active)
+    # The worker's own count, not one of ours: also a task that has returned is executing until the worker has heard of it,
+    # and one that is cut off there, by a worker that closes, is complained of.
+    return sum(run in str(task.key) for task in dask_worker.state.executing)
 
 
-def stage(run: str, turn: int, head_group: int, index: int, wanted: tuple[int, ...], *after: Event) -> Event:
+async def save(run: str, dask_worker: Worker) -> int:
+    """Have on disk what the lane of a stopped run on this worker holds in memory alone; return the bytes written."""
+    plugin = dask_worker.plugins.get(plugin_name(run))
+    if not isinstance(plugin, LanePlugin) or plugin.lane is None:
+        return 0
+    return await asyncio.to_thread(plugin.lane.save)
+
+
+def stage(run: str, turn: int, head_group: int, index: int, wanted: tuple[int, ...], *after: Event) -> Event | None:
     """Read the chunks of the subproblem that is number `turn` on this worker's lane, of which those are `wanted`."""
-    with _lane(run) as lane:
-        return _here(lane.stage(turn, head_group, index, wanted))
+    with naming_subproblem(head_group, index):
+        return _on_lane(run, lambda lane: lane.stage(turn, head_group, index, wanted))
 
 
-def attend(run: str, turn: int, *after: Event) -> Event:
+def attend(run: str, turn: int, *after: Event) -> Event | None:
     """Attend the subproblem that was staged as number `turn`."""
-    with _lane(run) as lane:
-        return _here(lane.attend(turn))
+    return _on_lane(run, lambda lane: lane.attend(turn))
 
 
-def merge(run: str, head_group: int, chunk: int, *after: Event) -> Event:
+def merge(run: str, head_group: int, chunk: int, *after: Event) -> Event | None:
     """See the partials of a query chunk merged, checked and divided."""
-    with _lane(run) as lane:
-        return _here(lane.merge(head_group, chunk))
+    with naming_chunk(head_group, chunk):
+        return _on_lane(run, lambda lane: lane.merge(head_group, chunk))
 
 
-def write(run: str, head_group: int, chunk: int, *after: Event) -> Event:
+def write(run: str, head_group: int, chunk: int, *after: Event) -> Event | None:
     """See a merged query chunk written to the result, and release its partials."""
-    with _lane(run) as lane:
-        return _here(lane.write(head_group, chunk))
+    with naming_chunk(head_group, chunk):
+        return _on_lane(run, lambda lane: lane.write(head_group, chunk))
 
 
-@contextmanager
-def _lane(run: str) -> Iterator[Lane]:
-    """The lane of this task's worker, which counts the task as executing meanwhile."""
-    plugin = cast(LanePlugin | None, get_worker().plugins.get(plugin_name(run)))
-    if plugin is None:
-        raise StoppedError(f"run {run} has ended")
-    thread = threading.get_ident()
-    plugin.active.add(thread)  # before looking: whoever stops the lane sees either the task or its refusal
-    try:
-        if plugin.stopped or plugin.lane is None:
-            raise StoppedError(f"run {run} was stopped")
-        yield plugin.lane
-    finally:
-        plugin.active.discard(thread)
+def _on_lane(run: str, work: Callable[[Lane], Event]) -> Event | None:
+    """Do the work of a task on its worker's lane.
 
-
-def _here(event: Event) -> Event:
-    return replace(event, worker=str(get_worker().name))
+    None, where the run has been stopped: nobody waits for the task any more, and an error would be logged.
+    """
+    worker = get_worker()
+    plugin = cast(LanePlugin | None, worker.plugins.get(plugin_name(run)))
+    if plugin is None or plugin.stopped or plugin.lane is None:
+        return None
+    return replace(work(plugin.lane), worker=str(worker.name))

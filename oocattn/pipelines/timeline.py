@@ -30,7 +30,7 @@ RESOURCES: tuple[Resource, ...] = get_args(Resource)
 MOST_CELLS = 30_000
 """Cells of the picture, over all rows: at most some 25 bytes each, so that the file stays below 1 MB."""
 
-_COLOURS = ("#4e79a7", "#76b7b2", "#e15759", "#f28e2b", "#b07aa1", "#59a14f")
+_COLOURS = ("#4e79a7", "#76b7b2", "#e15759", "#f28e2b", "#b07aa1", "#edc948", "#59a14f")
 _SHADES = 4  # a cell is drawn as dark as it is busy, in quarters
 _WIDTH, _ROW, _LEFT, _RIGHT, _TOP = 1000, 22, 190, 70, 50
 

@@ -6,6 +6,7 @@ with it; a kill leaves `*.partial`, as zarr's own writes do, and nobody reads it
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -75,6 +76,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room for more on a file system, or for its user."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -67,11 +67,15 @@ def read_header(state: Path) -> dict[str, Any] | None:
         return None
 
 
+def has_begun(state: Path) -> bool:
+    """Whether there is the journal of a run in a folder."""
+    return (state / "plan.json").exists()
+
+
 def forget(state: Path) -> None:
     """Remove the journal in a folder, if there is one: what it says goes first, so that half of it is never believed."""
-    plan = state / "plan.json"
-    if plan.exists():
-        plan.unlink()
+    if has_begun(state):
+        (state / "plan.json").unlink()
         sync(state)
     shutil.rmtree(state / "finished", ignore_errors=True)
 

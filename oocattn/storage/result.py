@@ -23,7 +23,7 @@ from zarr.storage import LocalStore
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.create import create_array, local_path, move_into_place, sync_metadata, write_chunk
 from oocattn.storage.durable import remove_leftovers
-from oocattn.storage.journal import forget
+from oocattn.storage.journal import forget, has_begun
 from oocattn.storage.mapped_store import MappedStore
 
 ATTRIBUTES = "oocattn"
@@ -117,6 +117,11 @@ class ResultPaths:
         """Remove what a run has done, for it cannot be trusted."""
         self.tidy()
         shutil.rmtree(self.growing, ignore_errors=True)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a run has begun here whose result is not complete."""
+        return self.growing.exists() and has_begun(self.state)
 
     @property
     def untidy(self) -> bool:

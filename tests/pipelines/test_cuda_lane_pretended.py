@@ -53,8 +53,7 @@ from oocattn.memory import (
     Tiles,
     cuda_memory,
 )
-from oocattn.pipelines import cuda_lane, lane
-from oocattn.pipelines import partials as partials_module
+from oocattn.pipelines import cuda_lane, lane, partial_files
 from oocattn.pipelines.arena import Arena
 from oocattn.pipelines.cuda_lane import CudaLane
 from oocattn.pipelines.tiles import call_shapes
@@ -341,7 +340,7 @@ def test_every_task_tells_the_error_that_stopped_the_lane(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(partials_module, "write_blocks", full)
+    monkeypatch.setattr(partial_files, "write_blocks", full)
     for turn in (0, 1):
         made.stage(turn, 0, turn)
     for turn in heard:
@@ -363,7 +362,7 @@ def test_so_does_a_task_that_waits_when_it_happens(fast_path: Path, monkeypatch:
 
     for turn in (0, 1):
         made.stage(turn, 0, turn)
-    monkeypatch.setattr(partials_module, "write_blocks", full)
+    monkeypatch.setattr(partial_files, "write_blocks", full)
     with ThreadPoolExecutor(2) as tasks:
         first = tasks.submit(made.attend, 0)
         assert writing.wait(10)

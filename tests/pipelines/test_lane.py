@@ -19,8 +19,7 @@ from reference import attention64, relative_error
 from support import job_of, normal_arrays, outlives_its_use, plan_for, write_dataset, written_bits
 
 from oocattn import IntegrityError, Plan, ProblemError
-from oocattn.pipelines import cpu_lane
-from oocattn.pipelines import partials as partials_module
+from oocattn.pipelines import cpu_lane, partial_files
 from oocattn.pipelines.arena import as_numpy
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.lane import Lane, count_not_finite
@@ -81,7 +80,7 @@ def test_every_task_tells_the_error_that_stopped_the_lane(fast_path: Path, monke
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(partials_module, "write_blocks", full)
+    monkeypatch.setattr(partial_files, "write_blocks", full)
     for turn in (0, 1):
         lane.stage(turn, 0, turn)
     for turn in (1, 0):

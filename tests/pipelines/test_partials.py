@@ -12,7 +12,9 @@ from support import GENEROUS, MACHINE, a_problem, with_partials
 
 from oocattn import IntegrityError, Plan
 from oocattn.kernels import Partial, merge
-from oocattn.pipelines.partials import PartialStore, States, make_partials
+from oocattn.pipelines.lane import make_partials
+from oocattn.pipelines.partial_files import PartialFiles
+from oocattn.pipelines.partials import PartialStore, States
 from oocattn.planner import make_plan
 
 
@@ -37,7 +39,7 @@ def store_of(plan: Plan, folder: Path) -> PartialStore:
     for name, (count, rows) in plan.buffers.states().items():
         for _ in range(count):
             states[name].put(Partial.empty(plan.problem.group_size, rows, plan.problem.head_dim))
-    return make_partials(plan, folder, "run", states, merge)
+    return make_partials(plan, PartialFiles(folder, "run"), states, merge)
 
 
 def add(store: PartialStore, plan: Plan, chunk: int, index: int) -> int:
@@ -102,9 +104,8 @@ def test_in_memory_partials_come_in_order_and_once(tmp_path: Path) -> None:
     plan = plan_of("memory")
     first, second, *_ = plan.division.contributors(4)
     store = store_of(plan, tmp_path)
-    with pytest.raises(IntegrityError, match=f"chunk 4: the partial of subproblem {second} came, expected {first}"):
+    with pytest.raises(IntegrityError, match=f"partial-0-4-{first}: the file is missing"):  # of what came before
         add(store, plan, 4, second)
-    store = store_of(plan, tmp_path)
     add(store, plan, 4, first)
     with pytest.raises(IntegrityError, match=f"subproblem {first} came, expected {second}"):
         add(store, plan, 4, first)

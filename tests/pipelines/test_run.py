@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 from distributed import Client, LocalCluster
 from support import Recorder, carry_out, normal_arrays, plan_for, write_dataset
 
-from oocattn import Event, IntegrityError, Plan, WorkerLostError
+from oocattn import Event, IntegrityError, Plan
 from oocattn.pipelines.lane import Lane
 
 SETTINGS = [
@@ -168,21 +166,3 @@ def test_a_lane_that_cannot_be_made_leaves_nothing_on_the_workers(
         carry_out(plan_for(dataset), dataset, fast_path / "result.zarr", client)
     plugins = client.run(lambda dask_worker: [name for name in dask_worker.plugins if name.startswith("oocattn")])
     assert not any(plugins.values())
-
-
-def test_a_worker_that_dies_ends_the_run_with_its_name(dataset: Path, fast_path: Path) -> None:
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=2, processes=True, memory_limit=0, dashboard_address=None) as cluster,
-        Client(cluster) as workers,
-    ):
-        process = next(iter(workers.run(os.getpid).values()))
-        killed = []
-
-        def kill(event: Event) -> None:
-            if event.kind == "attended" and not killed:
-                killed.append(process)
-                os.kill(process, signal.SIGKILL)
-
-        with pytest.raises(WorkerLostError, match=r"worker tcp://127\.0\.0\.1:\d+ is gone"):
-            carry_out(plan_for(dataset, chunks=40), dataset, fast_path / "result.zarr", workers, callbacks=[kill])
-    assert not (fast_path / "result.zarr").exists()

@@ -52,7 +52,7 @@ def test_progress_is_written_down(client: Client, dataset: Path, fast_path: Path
     assert [status.subproblems_done for status in seen] == list(range(1, 14))
     assert all(status.rate > 0 and status.seconds > 0 for status in seen)
     assert seen[-1].seconds_left == 0
-    assert "13 of 13 subproblems (100%)" in str(seen[-1])
+    assert "13 of 13 subproblems, 130 of 130 tokens (100%)" in str(seen[-1])
     assert "tokens/s" in str(seen[0])
 
 
@@ -68,7 +68,8 @@ def test_a_run_that_failed_is_interrupted_and_says_why(client: Client, dataset: 
     status = oocattn.status(result)
     assert status.state == "interrupted"
     assert status.error == "RuntimeError: enough"
-    assert "it failed with RuntimeError: enough\nresume it: `oocattn resume`, or the same run again" in str(status)
+    assert "it failed with RuntimeError: enough\nabout " in str(status)
+    assert str(status).endswith("left: resume it with `oocattn resume`, or the same run again; nobody holds the lock")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""What of a run is on disk already, and need not be done again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from oocattn.pipelines.partial_files import Covered, PartialFiles
+from oocattn.pipelines.schedule import Done
+from oocattn.plans import Plan
+from oocattn.storage.journal import Journal
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is done, the files that serve nothing, and how many of those are there because they are damaged."""
+
+    done: Done
+    useless: tuple[Path, ...]
+    damaged: int
+
+
+def find_done(plan: Plan, journal: Journal, scratch: Path) -> Found:
+    """Look at the journal and at what partials say of themselves. Whether those are whole shows when they are read."""
+    chunks = {place for place in journal.finished() if _is_of(plan, *place)}
+    partials: set[tuple[int, int, int]] = set()
+    useless, damaged = [], 0
+    for path, of in PartialFiles(scratch, journal.run).found():
+        if of is None or not _fits(plan, of):
+            damaged += 1
+            useless.append(path)
+        elif (of.head_group, of.chunk) in chunks:
+            useless.append(path)
+        else:
+            partials.update((of.head_group, of.chunk, index) for index in of.subproblems)
+    return Found(Done(frozenset(chunks), frozenset(partials)), tuple(useless), damaged)
+
+
+def _is_of(plan: Plan, head_group: int, chunk: int) -> bool:
+    return 0 <= head_group < plan.problem.head_groups and 0 <= chunk < plan.chunks
+
+
+def _fits(plan: Plan, of: Covered) -> bool:
+    """Whether the plan has such a partial: on disk of one contributor of the chunk, in memory of its first ones."""
+    if not _is_of(plan, of.head_group, of.chunk):
+        return False
+    contributors = plan.division.contributors(of.chunk)
+    if plan.partials == "disk":
+        return len(of.subproblems) == 1 and of.subproblems[0] in contributors
+    return of.subproblems == contributors[: len(of.subproblems)]

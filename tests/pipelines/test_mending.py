@@ -1,0 +1,181 @@
+"""A run goes on after a task that failed and a worker that died, gives the same bits, and says what happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+
+import oocattn
+from oocattn import Event, TaskError, WorkerLostError
+from oocattn.pipelines.cpu_lane import CpuLane
+from oocattn.pipelines.finishing import Finisher
+from oocattn.storage.result import ResultPaths
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=4, kv_heads=2))
+
+
+@pytest.fixture
+def workers() -> Iterator[Client]:
+    """Two worker processes, which are replaced when they die."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=4, processes=True, memory_limit=0, dashboard_address=None) as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
+
+
+class Failing:
+    """Makes a method of a class fail for given (head group, index), so many times each; counts all calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, times: dict[tuple[int, int], int]) -> None:
+        self.calls: Counter[tuple[int, int]] = Counter()
+        real = getattr(owner, name)
+
+        def method(it: Any, *arguments: Any) -> Any:
+            place = self.place(*arguments)
+            self.calls[place] += 1
+            if self.calls[place] <= times.get(place, 0):
+                raise OSError(5, f"Input/output error at {place}")
+            return real(it, *arguments)
+
+        monkeypatch.setattr(owner, name, method)
+
+    @staticmethod
+    def place(*arguments: Any) -> tuple[int, int]:
+        first = arguments[0]
+        return (first.head_group, first.subproblem.index) if hasattr(first, "subproblem") else (first, arguments[1])
+
+
+STEPS = [(CpuLane, "_attend", "subproblem 5 of head group 1"), (Finisher, "write", "query chunk 5 of head group 1")]
+
+
+@pytest.mark.parametrize(("owner", "name", "work"), STEPS)
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_a_task_that_fails_is_tried_again(
+    client: Client,
+    dataset: Path,
+    result: Path,
+    partials: str,
+    owner: type,
+    name: str,
+    work: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    failing = Failing(monkeypatch, owner, name, {(1, 5): 2, (0, 9): 1})
+    recorder = Recorder([])
+    found = carry_out(plan, dataset, result, client, callbacks=[recorder])
+    assert_same_bits(found, right)
+    assert found.report.retried in (2, 3)  # 2 where two failed at the same time
+    assert f"{found.report.retried} failed and were tried again" in str(found.report)
+    assert failing.calls[1, 5] == 3
+    told = [str(event.detail["error"]) for event in recorder.of("mended")]
+    assert f"{work} failed: OSError: [Errno 5] Input/output error at (1, 5)" in told
+    assert oocattn.status(result).state == "finished"
+    # What lanes held is saved as they stop, so hardly anything but what failed is computed again.
+    assert len(recorder.of("attended")) <= plan.subproblems + 3 * 4
+
+
+@pytest.mark.parametrize(("owner", "name", "work"), STEPS)
+def test_a_task_that_fails_time_and_again_is_reported_and_the_run_can_be_resumed(
+    client: Client, dataset: Path, result: Path, owner: type, name: str, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    with monkeypatch.context() as patched:
+        failing = Failing(patched, owner, name, {(1, 5): 99})
+        with pytest.raises(TaskError, match=rf"{work} failed: OSError: .*Input/output error") as failure:
+            carry_out(plan, dataset, result, client)
+        assert failure.value.work == work
+        assert failing.calls[1, 5] == 3
+    assert oocattn.status(result).state == "interrupted"
+    assert f"it failed with TaskError: {work} failed" in str(oocattn.status(result))
+    assert_same_bits(oocattn.resume(result, client=client), right)
+
+
+def kill_at(count: int, process: int) -> Callable[[Event], None]:
+    """A listener that kills a process at the `count`-th subproblem."""
+    seen = []
+
+    def listen(event: Event) -> None:
+        if event.kind == "attended":
+            seen.append(event)
+            if len(seen) == count:
+                os.kill(process, signal.SIGKILL)
+
+    return listen
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_a_worker_that_dies_is_replaced(workers: Client, dataset: Path, result: Path, partials: str) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True, partials=partials, lanes=2)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), workers)
+    before = workers.run(os.getpid)
+    recorder = Recorder([])
+    found = carry_out(plan, dataset, result, workers, callbacks=[recorder, kill_at(6, next(iter(before.values())))])
+    assert_same_bits(found, right)
+    assert found.report.workers_lost == 1
+    assert found.report.lanes == 2
+    assert "workers      were lost 1 times; others took over" in str(found.report)
+    (mended,) = recorder.of("mended")
+    assert f"worker {next(iter(before))} is gone" in str(mended.detail["error"])
+    assert len(workers.run(os.getpid).keys() - before.keys()) == 1
+    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
+
+
+def test_what_a_worker_did_that_is_not_replaced_moves_on(
+    dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oocattn.pipelines.run.REPLACEMENT", 0.5)
+    plan = plan_for(dataset, chunks=13, causal=True, lanes=2)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    with (
+        LocalCluster(n_workers=2, processes=False, memory_limit=0, dashboard_address=None) as cluster,
+        Client(cluster) as workers,
+    ):
+
+        def close_one(event: Event) -> None:
+            if event.kind == "attended" and len(cluster.workers) == 2:
+                cluster.scale(1)
+
+        found = carry_out(plan, dataset, result, workers, callbacks=[close_one])
+    assert_same_bits(found, right)
+    assert found.report.lanes == 1
+
+
+def test_a_run_that_loses_all_workers_or_its_scheduler_can_be_resumed(
+    dataset: Path, fast_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oocattn.pipelines.run.REPLACEMENT", 0.5)
+    plan = plan_for(dataset, chunks=13, causal=True, partials="disk")
+    right = carry_out(plan, dataset, fast_path / "right.zarr", client)
+    for lost, words in (("workers", "all workers are gone"), ("scheduler", "the scheduler is gone")):
+        result = fast_path / f"{lost}.zarr"
+        with (
+            LocalCluster(n_workers=1, processes=True, memory_limit=0, dashboard_address=None) as cluster,
+            Client(cluster, timeout=1) as workers,
+        ):
+
+            def end(event: Event, cluster: LocalCluster = cluster, lost: str = lost) -> None:
+                if event.kind == "attended" and cluster.workers and cluster.status.name == "running":
+                    cluster.scale(0) if lost == "workers" else cluster.close(timeout=5)
+
+            began = time.monotonic()
+            with pytest.raises(WorkerLostError, match=words):
+                carry_out(plan, dataset, result, workers, callbacks=[end])
+            assert time.monotonic() - began < 40
+        assert oocattn.status(result).state == "interrupted"
+        assert_same_bits(oocattn.resume(result, client=client), right)
