@@ -124,7 +124,7 @@ def test_no_room_for_partials_on_disk_is_said() -> None:
     smallest = smallest_named(refused.value)[1]
     assert plan(problem, decomposition="cqs", host_memory=smallest).partials == "disk"
     full = replace(MACHINE, scratch_disk=0)
-    with pytest.raises(BudgetError, match="partials need at least .* of scratch on disk and 0 B is free beside the result"):
+    with pytest.raises(BudgetError, match=r"partials need at least .* of scratch on disk and 0 B is free beside the result"):
         plan(problem, full, decomposition="cqs")
     with pytest.raises(BudgetError, match="smallest that works is"):
         plan(problem, full, decomposition="cqs", host_memory=smallest, checkpoint_seconds=0.0)

@@ -5,8 +5,11 @@ Here a dataset is found, identified and checked to be whole; how rows are read i
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import numpy as np
 import zarr
+from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
@@ -29,6 +35,9 @@ from oocattn.storage.readers import InputArray
 
 NAMES = ("q", "k", "v")
 """The arrays that a dataset has."""
+
+SAMPLED_CHUNKS, SAMPLED_BYTES = 5, 1 << 16
+"""Stored chunks of an array whose content is part of the fingerprint, and how much at each end of them."""
 
 # What of an array's metadata says how its bytes are to be read, in Zarr v3 and v2.
 _IDENTITY = (
@@ -102,8 +111,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """A SHA-256 that changes when the dataset is changed.
 
-        It covers shapes, dtypes, chunk grids and codecs, and in a local folder the size and modification time of every
-        chunk file; of a remote dataset the metadata alone.
+        It covers shapes, dtypes, chunk grids and codecs, the beginning and the end of a few stored chunks of each array,
+        and in a local folder the size and modification time of every chunk file.
         """
         digest = hashlib.sha256()
         for name in NAMES:
@@ -114,7 +123,34 @@ class Dataset:
             for _, key, status in _files(array):
                 state = (status.st_size, status.st_mtime_ns) if status else None
                 digest.update(f"\n{key} {state}".encode())
+            for content in _sample(array):
+                digest.update(content)
         return digest.hexdigest()
+
+
+def _sampled_keys(array: zarr.Array[Any]) -> Iterator[str]:
+    """The keys of a few stored chunks, from the first to the last."""
+    extents = array.shards or array.chunks
+    counts = [-(-size // extent) for size, extent in zip(array.shape, extents, strict=True)]
+    total = math.prod(counts)
+    for number in sorted({round(place * (total - 1) / (SAMPLED_CHUNKS - 1)) for place in range(SAMPLED_CHUNKS)}):
+        yield chunk_key(array, tuple(int(i) for i in np.unravel_index(number, counts)))
+
+
+def _sample(array: zarr.Array[Any]) -> list[bytes]:
+    """The first and the last bytes of those chunks; nothing of one that is missing."""
+    ends: list[ByteRequest] = [RangeByteRequest(0, SAMPLED_BYTES), SuffixByteRequest(SAMPLED_BYTES)]
+    wanted = list(itertools.product(_sampled_keys(array), ends))
+    if isinstance(array.store, MappedStore):
+        found = [array.store.get_sync(key, byte_range=part) for key, part in wanted]
+    else:
+        found = sync(_get_all(array, wanted))
+    return [content.to_bytes() for content in found if content is not None]
+
+
+async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:
+    prototype = default_buffer_prototype()
+    return list(await asyncio.gather(*(array.store.get(key, prototype, part) for key, part in wanted)))
 
 
 def _check_files(array: zarr.Array[Any], location: str) -> None:

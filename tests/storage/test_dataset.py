@@ -169,19 +169,32 @@ def test_the_fingerprint_follows_data_and_layout_alone(tmp_path: Path) -> None:
     status = chunk.stat()
     os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     seen = {first, dataset.fingerprint()}
+    content, status = bytearray(chunk.read_bytes()), chunk.stat()
+    for place in (0, len(content) - 1):  # behind the back of size and time
+        content[place] ^= 1
+        chunk.write_bytes(content)
+        os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns))
+        seen.add(dataset.fingerprint())
     chunk.unlink()
     seen.add(dataset.fingerprint())
     for storage in ({"chunks": (1, 1, 8, 8)}, {"compressors": ZstdCodec()}, {"data": DATA.astype("f4")}):
         write(tmp_path, **storage)
         seen.add(Dataset.open(tmp_path).fingerprint())
-    assert len(seen) == 6
+    assert len(seen) == 8
 
 
-def test_a_remote_fingerprint_needs_metadata_alone(memory_url: str) -> None:
+def test_a_remote_fingerprint_needs_metadata_and_a_few_bytes_of_chunks(memory_url: str) -> None:
     write(memory_url)
     first = Dataset.open(memory_url).fingerprint()
-    fsspec.filesystem("memory").rm(f"{memory_url}/q/c/0/0/0/0")
     assert Dataset.open(memory_url).fingerprint() == first
+    memory = fsspec.filesystem("memory")
+    content = bytearray(memory.cat(f"{memory_url}/q/c/0/0/0/0"))
+    content[-1] ^= 1
+    memory.pipe(f"{memory_url}/q/c/0/0/0/0", bytes(content))
+    changed = Dataset.open(memory_url).fingerprint()
+    assert changed != first
+    memory.rm(f"{memory_url}/q/c/0/0/0/0")
+    assert Dataset.open(memory_url).fingerprint() not in (first, changed)
     write(memory_url, chunks=(1, 1, 8, 8))
     assert Dataset.open(memory_url).fingerprint() != first
 
