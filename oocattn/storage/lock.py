@@ -1,17 +1,22 @@
 """One run to a result: a lock file that lives exactly as long as its process.
 
 The lock is the kernel's (`flock`), so it is gone with the process that held it, however that ended; the file's text only
-says who holds it.
+says who holds it. Whether such a lock is seen by other hosts depends on the file system (flock(2): on NFS since Linux
+2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also touches the file every few seconds:
+what another kernel's process left there is taken over only when that has stopped.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
+import threading
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -21,6 +26,14 @@ from oocattn.errors import LockedError
 PATIENCE = 0.5
 """Seconds to wait for a lock: one who only looks at who holds it has it for a moment."""
 
+BEAT = 5.0
+"""Seconds between touches of the file by its holder."""
+
+BEATS_MISSED = 3
+"""So many of them may fail to appear before a holder on another host is taken for dead."""
+
+logger = logging.getLogger("oocattn")
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -28,13 +41,34 @@ class Holder:
 
     host: str
     process: int
+    kernel: str = ""  # of which boot of which machine, as far as that is known
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """The one that asks."""
+        try:
+            kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        except OSError:
+            kernel = ""
+        return cls(socket.gethostname(), os.getpid(), kernel)
+
+    def shares_kernel(self, other: Holder) -> bool:
+        """Whether both see the same kernel's locks."""
+        return self.kernel == other.kernel if self.kernel and other.kernel else self.host == other.host
 
     def __str__(self) -> str:
         return f"process {self.process} on host {self.host}"
 
 
+NOBODY = Holder("unknown", 0)
+"""Who holds a lock whose text cannot be read."""
+
+
 class Lock:
-    """Exclusive use of a result, as a context manager. Raises LockedError with the holder's host and process."""
+    """Exclusive use of a result, as a context manager. Raises LockedError with the holder's host and process.
+
+    A lock that was left behind is taken over, and a warning says from whom.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,9 +76,21 @@ class Lock:
         while not _lock(self._file, path):
             self._file.close()
             self._file = path.open("a+")
+        try:
+            _succeed(path)
+        except BaseException:
+            self._file.close()
+            raise
         self._file.truncate(0)
-        self._file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+        self._file.write(json.dumps(asdict(Holder.this_process())))
         self._file.flush()
+        self._released = threading.Event()
+        threading.Thread(target=self._beat, name="oocattn-lock", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT):
+            with suppress(OSError):  # it has just been released, or the file system is away
+                os.utime(self.path)
 
     def __enter__(self) -> Lock:
         return self
@@ -52,8 +98,33 @@ class Lock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._released.set()
         self.path.unlink(missing_ok=True)
         self._file.close()
+
+
+def _succeed(path: Path) -> None:
+    """See to it that whoever left a lock file behind is gone, which its kernel or its silence tells."""
+    text = path.read_text()
+    if not text:
+        return  # it is new
+    before, last = _read(path), _touched(path)
+    if not before.shares_kernel(Holder.this_process()):
+        deadline = time.monotonic() + BEATS_MISSED * BEAT
+        while time.monotonic() < deadline:
+            time.sleep(min(0.2, BEAT))
+            if _touched(path) != last:
+                raise _locked(path)
+    logger.warning("%s: taking over from %s, which is gone", path.parent, before)
+
+
+def _touched(path: Path) -> int:
+    with path.open() as file:  # opened, so that a network file system asks its server
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _locked(path: Path) -> LockedError:
+    return LockedError(f"{path.parent}: the result is being written by {_read(path)}; wait for it to end, or stop it")
 
 
 def _lock(file: TextIO, path: Path) -> bool:
@@ -63,11 +134,8 @@ def _lock(file: TextIO, path: Path) -> bool:
         if time.monotonic() < deadline:
             time.sleep(0.05)
             continue
-        holder = _read(path)
         file.close()
-        raise LockedError(
-            f"{path.parent}: the result is being written by {holder}; wait for it to end, or stop it"
-        ) from None
+        raise _locked(path)
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
@@ -80,20 +148,23 @@ def _try(file: TextIO) -> bool:
 
 
 def lock_holder(path: Path) -> Holder | None:
-    """Who holds the lock at `path`, or None where no live process does."""
+    """Who holds the lock at `path`, or None where no live process does, as far as can be told at once."""
     try:
         with path.open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            touched = os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
     except BlockingIOError:
         return _read(path)
-    return None
+    holder = _read(path)
+    elsewhere = holder != NOBODY and not holder.shares_kernel(Holder.this_process())
+    return holder if elsewhere and time.time() - touched < BEATS_MISSED * BEAT else None
 
 
 def _read(path: Path) -> Holder:
     try:
         text = json.loads(path.read_text())
-        return Holder(str(text["host"]), int(text["process"]))
+        return Holder(str(text["host"]), int(text["process"]), str(text["kernel"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return Holder("unknown", 0)
+        return NOBODY

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 import oocattn
 from oocattn import LockedError
-from oocattn.storage.lock import Holder, Lock, lock_holder
+from oocattn.storage import lock as lock_module
+from oocattn.storage.lock import NOBODY, Holder, Lock, lock_holder
 
 HOLD = """
 import sys
@@ -29,7 +34,7 @@ def test_a_lock_excludes_and_names_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     assert lock_holder(path) is None
     with Lock(path):
-        assert lock_holder(path) == Holder(socket.gethostname(), os.getpid())
+        assert lock_holder(path) == Holder.this_process()
         with pytest.raises(LockedError, match=rf"process {os.getpid()} on host {socket.gethostname()}; wait for it to end"):
             Lock(path)
         assert lock_holder(path) is not None
@@ -46,32 +51,78 @@ def test_an_error_releases_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_it_lives_as_long_as_its_process(tmp_path: Path, killed: bool) -> None:
+def test_it_lives_as_long_as_its_process(tmp_path: Path, killed: bool, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "lock"
     environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
     assert holder.stdout.readline() == b"held\n"
-    assert lock_holder(path) == Holder(socket.gethostname(), holder.pid)
+    assert lock_holder(path) == replace(Holder.this_process(), process=holder.pid)
     with pytest.raises(LockedError, match=f"process {holder.pid} "):
         Lock(path)
     if killed:
         holder.kill()
     holder.communicate()
     assert lock_holder(path) is None
-    with Lock(path):
-        assert lock_holder(path) == Holder(socket.gethostname(), os.getpid())
+    with caplog.at_level(logging.WARNING), Lock(path):
+        assert lock_holder(path) == Holder.this_process()
+    message = f"taking over from process {holder.pid} on host {socket.gethostname()}, which is gone"
+    assert (message in caplog.text) is killed
+
+
+OTHER = Holder("elsewhere", 17, "another kernel")
+
+
+@pytest.fixture
+def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The lock file of a process on another host, whose lock is not seen here."""
+    monkeypatch.setattr(lock_module, "BEAT", 0.1)
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(asdict(OTHER)))
+    return path
+
+
+def test_a_holder_on_another_host_is_known_by_its_beats(left: Path) -> None:
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.05):
+            os.utime(left)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        assert lock_holder(left) == OTHER
+        with pytest.raises(LockedError, match="being written by process 17 on host elsewhere"):
+            Lock(left)
+    finally:
+        ended.set()
+        beating.join()
+    assert json.loads(left.read_text()) == asdict(OTHER)
+
+
+def test_one_that_has_fallen_silent_is_succeeded(left: Path, caplog: pytest.LogCaptureFixture) -> None:
+    os.utime(left, ns=(1, 1))
+    assert lock_holder(left) is None
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING), Lock(left):
+        assert time.monotonic() - began >= 0.3
+        assert "taking over from process 17 on host elsewhere, which is gone" in caplog.text
+        touched = left.stat().st_mtime_ns
+        time.sleep(0.4)
+        assert left.stat().st_mtime_ns > touched  # this one beats, too
 
 
 @pytest.mark.parametrize("text", ["", "not JSON", "[]", '{"host": "a"}', '{"host": "a", "process": "b"}'])
-def test_the_text_of_a_lock_is_not_believed(tmp_path: Path, text: str) -> None:
+def test_the_text_of_a_lock_is_not_believed(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "BEAT", 0.1)
     path = tmp_path / "lock"
     path.write_text(text)
     assert lock_holder(path) is None  # whatever it says, nobody holds it
     with Lock(path):
         path.write_text(text)
-        assert lock_holder(path) == Holder("unknown", 0)
+        assert lock_holder(path) == NOBODY
         with pytest.raises(LockedError, match="process 0 on host unknown"):
             Lock(path)
 
