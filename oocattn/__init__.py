@@ -1,6 +1,6 @@
 """Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
 
-from oocattn.api import Result, attention, plan, resume, status, verify
+from oocattn.api import attention, plan, resume, status, verify
 from oocattn.errors import (
     BudgetError,
     IntegrityError,
@@ -16,6 +16,7 @@ from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.report import RunReport
 from oocattn.pipelines.status import Status
 from oocattn.plans import Plan
+from oocattn.running import Result
 from oocattn.storage.bfloat16 import BFloat16
 from oocattn.storage.importing import import_arrays
 from oocattn.storage.synth import synthesise

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 import oocattn
 from oocattn import Event, Plan, Result
-from oocattn.api import run_plan
 from oocattn.hardware import input_cost
 from oocattn.kernels import Kernel, Partial, get_kernel
 from oocattn.pipelines.lane import Job, Lane
 from oocattn.planner import make_plan
 from oocattn.plans import Hardware
 from oocattn.problem import Problem, make_problem
+from oocattn.running import run_plan
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.journal import Journal
 from oocattn.storage.result import ResultPaths

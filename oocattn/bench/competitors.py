@@ -19,12 +19,13 @@ from distributed import Client
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from oocattn.api import Result, attention
+from oocattn.api import attention
 from oocattn.bench.records import RESIDENT
 from oocattn.errors import OocattnError
 from oocattn.kernels import Partial, finalise, get_kernel
 from oocattn.pipelines.report import RunReport
 from oocattn.problem import Problem
+from oocattn.running import Result
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.result import ResultPaths
 from oocattn.verification import Array64

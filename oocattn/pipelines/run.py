@@ -104,7 +104,7 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
         for path in found.useless:
             path.unlink(missing_ok=True)
         schedule = Schedule(plan, len(devices), found.done)
-        left = sum(1 for _ in schedule.order())
+        left = schedule.left
         mishaps.note(left)
         damaged = found.damaged + cast(int, event.detail.get("recomputed", 0))
         resumed = bool(found.done.chunks or found.done.partials)

@@ -69,6 +69,11 @@ class Schedule:
                     if self.wanted(head_group, index):
                         yield head_group, index
 
+    @property
+    def left(self) -> int:
+        """How many subproblems are left."""
+        return sum(1 for _ in self.order())
+
     def complete(self) -> Iterator[tuple[int, int]]:
         """All (head group, chunk) whose partials are all there, but which are not written."""
         for head_group in range(self.plan.problem.head_groups):
