@@ -201,6 +201,22 @@ def test_a_signal_ends_a_run_in_one_line_and_it_can_be_resumed(dataset, fast_pat
     assert cli.main(["verify", result, "--rows", "4"]) == 0
 
 
+def test_a_time_limit_ends_a_run_with_its_own_code_and_it_can_be_resumed(tmp_path, capsys):
+    """Of a run that would take some ten seconds, in a process that needs some of the limit to start."""
+    dataset, result = str(tmp_path / "large.zarr"), str(tmp_path / "result.zarr")
+    assert cli.main(["synth", dataset, "--tokens", "32K", "--heads", "4", "--head-dim", "64", "--dtype", "float32"]) == 0
+    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", "31", "--time-limit", "12s"]
+    began = time.monotonic()
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 75
+    assert ended.stderr == f"oocattn: time limit reached; go on with: oocattn resume {result}\n"
+    assert time.monotonic() - began < 12
+    assert 0 < oocattn.status(result).subproblems_done < 4 * 31
+    assert cli.main(["status", result]) == 0
+    assert re.search(r"interrupted: \d+ of 124 subproblems, .* tokens/s\n.* last saved ", capsys.readouterr().out)
+    assert cli.main(["resume", result]) == 0
+
+
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
     """In a run whose subproblems take some seconds."""
     dataset, result = str(tmp_path / "large.zarr"), str(tmp_path / "result.zarr")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oocattn import ProblemError
-from oocattn.units import format_bytes, format_count, format_seconds, parse_size
+from oocattn.units import format_bytes, format_count, format_seconds, parse_duration, parse_size
 
 SIZES = {
     "1": 1,
@@ -83,3 +83,29 @@ def test_durations(seconds: float, text: str) -> None:
 def test_long_durations() -> None:
     assert format_seconds(3 * 3600 + 7 * 60) == "3 h 07 min"
     assert format_seconds(86400 * 3) == "3.0 days"
+
+
+DURATIONS = {
+    "90": 90,
+    "45s": 45,
+    "10m": 600,
+    "8h": 28800,
+    "2d": 172800,
+    "1h30m": 5400,
+    "0": 0,
+    " 1 h 30 m ": 5400,
+    "1.5h": 5400,
+}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [*DURATIONS.items(), (7, 7), (0.5, 0.5)])
+def test_durations_are_read(text: str | float, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "soon", "-1", "1w", "1h-30m", "h", "1:30", "inf", "nan", "10m!", -1, float("inf"), float("nan")]
+)
+def test_what_is_no_duration_is_refused(text: str | float) -> None:
+    with pytest.raises(ProblemError, match="time limit"):
+        parse_duration(text, "time limit")

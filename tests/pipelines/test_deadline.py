@@ -1,0 +1,83 @@
+"""A run ends before its time limit with what it did on disk, and goes on from there."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from distributed import Client
+from support import Recorder, assert_nothing_written, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+
+import oocattn
+from oocattn import Event, ProblemError, TimeLimitError
+from oocattn.pipelines import deadline as deadline_module
+from oocattn.pipelines.deadline import MARGIN, Deadline
+from oocattn.running import run_plan
+from oocattn.storage.dataset import Dataset
+from oocattn.storage.result import ResultPaths
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=4, kv_heads=2))
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
+    client: Client, dataset: Path, result: Path, partials: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    paths, done, runs = ResultPaths.at(result), 0, 0
+    for _ in range(40):
+        clock = [0.0]  # of which a minute passes with every subproblem
+        recorder = Recorder([])
+
+        def tick(event: Event, clock: list[float] = clock) -> None:
+            clock[0] += 60.0 * (event.kind == "attended")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(deadline_module, "time", SimpleNamespace(time=lambda clock=clock: clock[0]))
+            patched.setattr(Deadline, "learn", lambda *_: None)
+            try:
+                found = run_plan(plan, Dataset.open(dataset), paths, client, callbacks=[recorder, tick], until=200.0)
+                break
+            except TimeLimitError:
+                pass
+        runs += 1
+        done += len(recorder.of("attended"))
+        status = oocattn.status(result)
+        assert status.state == "interrupted"
+        assert status.subproblems_done >= done
+        assert status.tokens_done == int(170 * status.subproblems_done / plan.subproblems)
+        assert "TimeLimitError" in str(status)
+    assert runs > 3
+    assert_same_bits(found, right)
+
+
+def test_time_for_what_is_in_flight_is_kept(dataset: Path) -> None:
+    plan = replace(plan_for(dataset, chunks=13, partials="memory"), scratch_disk=3_000_000_000)
+    assert Deadline(math.inf, plan).left == math.inf
+    deadline = Deadline(time.time() + 100, plan)
+    assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * plan.subproblem_seconds, abs=0.5)
+    for seconds in (7.0, 4.0):
+        deadline.learn(seconds)
+        assert deadline.left == pytest.approx(100 - MARGIN - 3 - 7, abs=0.5)
+
+
+def test_a_limit_that_has_passed_computes_nothing(client: Client, dataset: Path, result: Path) -> None:
+    with pytest.raises(TimeLimitError, match=r"result\.zarr: the time limit is reached"):
+        oocattn.attention(dataset, result, client=client, time_limit=0)
+    assert oocattn.status(result).subproblems_done == 0
+    assert oocattn.resume(result, client=client, time_limit="1h").path == result
+
+
+def test_what_is_no_duration_is_refused_before_anything_is_done(client: Client, dataset: Path, result: Path) -> None:
+    for options in ({"time_limit": "soon"}, {"checkpoint_interval": -1}, {"time_limit": math.nan}):
+        with pytest.raises(ProblemError, match=r"interval|limit"):
+            oocattn.attention(dataset, result, client=client, **options)
+    assert_nothing_written(result)
