@@ -109,16 +109,16 @@ class Tally:
     def report(
         self,
         plan: Plan,
-        finished: Mapping[Place, Mapping[str, int]],
-        before: Mapping[Place, Mapping[str, int]],
+        finished: Mapping[Place, Mapping[str, Any]],
+        before: Mapping[Place, Mapping[str, Any]],
         *,
         seconds: float,
         lanes: int,
     ) -> RunReport:
         """The figures of a run: the journal has those of all its finished chunks, and of those that were there before."""
 
-        def total(name: str, of: Mapping[Place, Mapping[str, int]] = finished) -> int:
-            return sum(record[name] for record in of.values())
+        def total(name: str, of: Mapping[Place, Mapping[str, Any]] = finished) -> int:
+            return sum(int(record[name]) for record in of.values())
 
         return RunReport(
             seconds=seconds,

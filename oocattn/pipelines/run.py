@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future
@@ -22,6 +22,7 @@ from distributed import Client, Future
 from oocattn.errors import TaintedError, WorkerLostError
 from oocattn.pipelines.cluster import assign_devices, worker_addresses
 from oocattn.pipelines.events import Callback, Event
+from oocattn.pipelines.finished import finished_chunks, gather_checksums
 from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
 from oocattn.pipelines.lane import Job
@@ -69,7 +70,7 @@ def run(work: Work, client: Client, callbacks: Sequence[Callback] = ()) -> RunRe
 def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts) -> RunReport:
     start = time.time()
     plan, tally = work.plan, Tally()
-    before = work.journal.finished()
+    before = finished_chunks(plan, work.journal)
 
     def emit(event: Event) -> None:
         tally(event)
@@ -80,8 +81,9 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
         found = assign_devices(client, plan.device)
         devices = dict(itertools.islice(found.items(), plan.lanes))  # its memory is that of so many
         _drive(work, client, devices, emit, start, interrupts)
-        finished = work.journal.finished()
+        finished = finished_chunks(plan, work.journal)
         _check_pairs(plan, finished)
+        work.result.record(gather_checksums(plan, finished))
         report = tally.report(plan, finished, before, seconds=time.time() - start, lanes=len(devices))
         write_json(work.paths.report, report.to_json())
         work.paths.commit()
@@ -99,7 +101,7 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
     return report
 
 
-def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, int]]) -> None:
+def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> None:
     pairs = sum(record["pairs"] for record in finished.values())
     if pairs != plan.problem.pairs:
         raise TaintedError(
@@ -140,7 +142,7 @@ def _drive(
 
 def _done(work: Work) -> Done:
     """What need not be done: partials of chunks that are written are removed."""
-    chunks = work.journal.finished().keys()
+    chunks = finished_chunks(work.plan, work.journal).keys()
     partials = partials_on_disk(work.paths.scratch)
     for partial in [partial for partial in partials if partial[:2] in chunks]:
         partial_path(work.paths.scratch, partial).unlink()
