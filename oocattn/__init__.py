@@ -1,6 +1,7 @@
 """Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
 
 from oocattn.api import Result, attention, plan, resume, status, verify
+from oocattn.certificate import Certificate
 from oocattn.errors import (
     BudgetError,
     IntegrityError,
@@ -17,7 +18,6 @@ from oocattn.plans import Plan
 from oocattn.storage.bfloat16 import BFloat16
 from oocattn.storage.importing import import_arrays
 from oocattn.storage.synth import synthesise
-from oocattn.verification import Certificate
 from oocattn.version import __version__
 
 __all__ = [

@@ -196,7 +196,10 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    certificate = oocattn.verify(options.result, rows=options.rows, seed=options.seed, dataset=options.dataset)
+    chosen = {name: getattr(options, name) for name in ("rows", "seed", "dataset", "host_memory", "checksums")}
+    certificate = oocattn.verify(options.result, **chosen)
+    if certificate.files:
+        print(f"certificate  {', '.join(certificate.files)}")
     print(certificate)
     return DONE if certificate.passed else FAILED
 
@@ -248,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(add("run", _run, "compute exact attention over a dataset and write out and lse"))
     _add_resume(add("resume", _resume, "go on with an unfinished run, with the plan and dataset that it was begun with"))
     _add_status(add("status", _status, "print how far the run to a result is"))
-    _add_verify(add("verify", _verify, "recompute sampled rows of a result in float64 and compare; exit 1 if one is wrong"))
+    _add_verify(add("verify", _verify, "check a result: rows in float64, and all bits; exit 1 if one is wrong"))
     add(
         "doctor", _doctor, "check this machine: kernels against float64, rates, memory, disk, dashboard; exit 1 if one fails"
     )
@@ -354,6 +357,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=_size, default=64, metavar="R", help="rows to recompute (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of rows (default: %(default)s)")
     parser.add_argument("--dataset", metavar="PATH", help="where the dataset is (default: where it was when it was run)")
+    parser.add_argument("--host-memory", type=_size, metavar="SIZE", help="hard limit (default: half of what is free)")
+    parser.add_argument(
+        "--no-checksums", dest="checksums", action="store_false", help="only rows: do not read all of RESULT"
+    )
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
