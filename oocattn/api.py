@@ -318,8 +318,8 @@ def verify(
 ) -> Certificate:
     """Recompute sampled rows of a finished result in float64, compare its checksums, and write a certificate beside it.
 
-    Of at most `rows` rows a quarter are the last and the first token and both sides of borders between chunks; the others
-    are drawn uniformly from all rows, and of those the certificate says what they show. Which they are follows from
+    Of at most `rows` rows up to a quarter are the last and the first token and both sides of borders between chunks; the
+    others are drawn uniformly from all rows, and of those the certificate says what they show. Which they are follows from
     `seed`. K and V are streamed, and `out` and `lse` read, within `host_memory` bytes (default: half of the free memory);
     `checksums=False` reads the sampled rows alone. `dataset` names the dataset if it was moved. The certificate is written
     to certificate.json and certificate.html in the folder RESULT.oocattn; where that cannot be, a warning says so.

@@ -149,6 +149,7 @@ def _sizes(
     host_memory: int,
 ) -> _Sizes:
     """The largest that fit the budget, one after another. Raises BudgetError where the smallest do not."""
+    rows = min(rows, problem.rows)
     always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(checksums) for checksums in compared.values())
     one_row = max(reader.nbytes(1) for reader in readers.values())
     least: list[int] = []
@@ -160,9 +161,7 @@ def _sizes(
         least.append(always + nbytes(size))
         return size
 
-    key_rows = fit(
-        KEY_ROWS, LEAST_KEYS, lambda keys: one_row + recompute_bytes(problem, dataset, min(rows, problem.rows), keys)
-    )
+    key_rows = fit(KEY_ROWS, LEAST_KEYS, lambda keys: one_row + recompute_bytes(problem, dataset, rows, keys))
     steps = {name: fit(*_steps(readers[name], of.rows), readers[name].nbytes) for name, of in compared.items()}
     if max(least) > host_memory:
         raise BudgetError(
@@ -175,7 +174,7 @@ def _sizes(
 def _steps(reader: RowReader, part: int) -> tuple[int, int]:
     """The most and the fewest rows of an array that are read at a time, of parts of so many."""
     row = math.prod(reader.shape[3:]) * reader.dtype.itemsize
-    most = min(part, max(1, STEP_BYTES // row)) if reader.mapped else part
+    most = min(part, reader.shape[2], max(1, STEP_BYTES // row) if reader.mapped else part)
     return most, min(most, max(1, LEAST_STEP_BYTES // row))
 
 

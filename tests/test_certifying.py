@@ -48,9 +48,9 @@ def other(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def result(right: Path, tmp_path: Path) -> Path:
+def result(right: Path, fast_path: Path) -> Path:
     """A copy of the right result, to be spoilt; without the folder beside it."""
-    return Path(shutil.copytree(right, tmp_path / "result.zarr"))
+    return Path(shutil.copytree(right, fast_path / "result.zarr"))
 
 
 def chunk(result: Path, head: int, part: int, name: str = "out") -> Path:
@@ -257,6 +257,9 @@ def test_a_report_of_another_run_does_not_pass_for_its_own(right: Path, result: 
     assert certificate.ledger is not None
     assert certificate.ledger.counted == 88_621
     assert "88,621 pairs counted, 88,620 expected: the report beside the result is NOT that of its run" in str(certificate)
+    path.write_text(path.read_text().replace('"pairs": 88621', '"pairs": "all"'))
+    with pytest.raises(IntegrityError, match="not the report of a run: its pairs"):
+        oocattn.verify(result)
 
 
 def test_a_run_keeps_the_certificate_of_its_result_and_removes_that_of_another(

@@ -59,6 +59,8 @@ class RunReport:
             raise IntegrityError(f"not the report of a run: {error}") from None
         if not isinstance(report.seconds, int | float) or not isinstance(report.busy, Mapping):
             raise IntegrityError("not the report of a run: its seconds or busy are of another type")
+        if not (isinstance(report.pairs, int) and isinstance(report.not_finite, int)):
+            raise IntegrityError("not the report of a run: its pairs or not_finite are no counts")
         return report
 
     def __str__(self) -> str:
