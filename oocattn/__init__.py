@@ -1,6 +1,7 @@
 """Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
 
 from oocattn.api import attention, plan, resume, status, verify
+from oocattn.certificate import Certificate
 from oocattn.errors import (
     BudgetError,
     IntegrityError,
@@ -20,7 +21,6 @@ from oocattn.running import Result
 from oocattn.storage.bfloat16 import BFloat16
 from oocattn.storage.importing import import_arrays
 from oocattn.storage.synth import synthesise
-from oocattn.verification import Certificate
 from oocattn.version import __version__
 
 __all__ = [

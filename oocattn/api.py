@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from oocattn.errors import IntegrityError, ProblemError
+from oocattn.certificate import Certificate
+from oocattn.certifying import certify
+from oocattn.errors import ProblemError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.pipelines.done import find_done
 from oocattn.pipelines.events import Callback
@@ -24,8 +26,7 @@ from oocattn.resuming import Choices, find_unfinished
 from oocattn.running import Result, is_finished, open_result, refuse_to_replace_dataset, resume_run, run_plan, tidy
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.result import ResultArrays, ResultPaths
-from oocattn.units import parse_duration
-from oocattn.verification import Certificate, verify_result
+from oocattn.units import parse_duration, parse_size
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
@@ -202,41 +203,36 @@ def status(result: str | Path) -> Status:
     return as_resumed(found, begun.plan, Schedule(begun.plan, 1, done).left)
 
 
-def verify(result: str | Path, *, rows: int = 64, seed: int = 0, dataset: str | Path | None = None) -> Certificate:
-    """Recompute sampled rows of a finished result in float64, streaming K and V, and compare.
+def verify(
+    result: str | Path,
+    *,
+    rows: int = 64,
+    seed: int = 0,
+    dataset: str | Path | None = None,
+    host_memory: float | str | None = None,
+    checksums: bool = True,
+) -> Certificate:
+    """Recompute sampled rows of a finished result in float64, compare its checksums, and write a certificate beside it.
 
-    First among the `rows` are the first and the last token, and then rows on both sides of chunk borders; the rest, and
-    their heads, follow from `seed`. `dataset` names the dataset if it was moved. Raises IntegrityError where there is no
-    finished result and ProblemError where the dataset is not the one of the result.
+    Of at most `rows` rows up to a quarter are the last and the first token and both sides of borders between chunks; the
+    others are drawn uniformly from all rows, and of those the certificate says what they show. Which they are follows from
+    `seed`. K and V are streamed, and `out` and `lse` read, within `host_memory` bytes (default: half of the free memory);
+    `checksums=False` reads the sampled rows alone. `dataset` names the dataset if it was moved. The certificate is written
+    to certificate.json and certificate.html in the folder RESULT.oocattn; where that cannot be, a warning says so.
+
+    Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
+    and BudgetError, with the smallest budget that works.
     """
     if rows < 1 or seed < 0:
         raise ProblemError(f"rows = {rows}, seed = {seed}: expected at least one row and a seed that is not negative")
-    paths = ResultPaths.at(result)
     found = open_result(result)
-    attributes = paths.attributes() or {}
-    problem, location, fingerprint, chunk_rows = _recorded(attributes, paths)
-    opened = Dataset.open(str(dataset or location))
-    posed = make_problem(*opened.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
-    if posed != problem:
-        raise ProblemError(f"{opened.location} poses another problem ({posed}) than the result's ({problem})")
-    error, checks = verify_result(
-        problem,
-        opened,
+    return certify(
+        ResultPaths.at(result),
         ResultArrays(found.out, found.lse),
-        borders=range(chunk_rows, problem.tokens, chunk_rows),
+        found.report,
         rows=rows,
         seed=seed,
+        dataset=None if dataset is None else str(dataset),
+        host_memory=default_host_memory() if host_memory is None else parse_size(host_memory, "host memory"),
+        checksums=checksums,
     )
-    unchanged = opened.fingerprint() == fingerprint
-    return Certificate(str(paths.result), opened.location, seed, unchanged, error, checks)
-
-
-def _recorded(attributes: dict[str, Any], paths: ResultPaths) -> tuple[Problem, str, str, int]:
-    """Problem, dataset, its fingerprint and the rows of a chunk, as a result's attributes have them."""
-    try:
-        source, chunk_rows = attributes["dataset"], int(attributes["plan"]["chunk_rows"])
-        if chunk_rows < 1:
-            raise ValueError(f"chunk_rows {chunk_rows}")
-        return Problem(**attributes["problem"]), str(source["location"]), str(source["fingerprint"]), chunk_rows
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({error})") from None

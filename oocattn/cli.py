@@ -205,7 +205,10 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    certificate = oocattn.verify(options.result, rows=options.rows, seed=options.seed, dataset=options.dataset)
+    chosen = {name: getattr(options, name) for name in ("rows", "seed", "dataset", "host_memory", "checksums")}
+    certificate = oocattn.verify(options.result, **chosen)
+    if certificate.files:
+        print(f"certificate  {', '.join(certificate.files)}")
     print(certificate)
     return DONE if certificate.passed else FAILED
 

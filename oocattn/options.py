@@ -148,6 +148,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=_size, default=64, metavar="R", help="rows to recompute (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of rows (default: %(default)s)")
     parser.add_argument("--dataset", metavar="PATH", help="where the dataset is (default: where it was when it was run)")
+    parser.add_argument("--host-memory", type=_size, metavar="SIZE", help="hard limit (default: half of what is free)")
+    parser.add_argument(
+        "--no-checksums", dest="checksums", action="store_false", help="only rows: do not read all of RESULT"
+    )
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +199,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "run": ("compute exact attention over a dataset and write out and lse", _add_run),
     "resume": ("go on with an unfinished run, with the plan and dataset that it was begun with", _add_resume),
     "status": ("print how far the run to a result is", _add_status),
-    "verify": ("recompute sampled rows of a result in float64 and compare; exit 1 if one is wrong", _add_verify),
+    "verify": ("check a result: rows in float64, and all bits; exit 1 if one is wrong", _add_verify),
     "doctor": (
         "check this machine: kernels against float64, rates, memory, disk, dashboard; exit 1 if one fails",
         lambda parser: None,

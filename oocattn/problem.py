@@ -78,6 +78,11 @@ class Problem:
         return self.batch * self.kv_heads
 
     @property
+    def rows(self) -> int:
+        """Rows of the output: tokens of all query heads."""
+        return self.batch * self.query_heads * self.tokens
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one input element."""
         return DTYPES[self.dtype]

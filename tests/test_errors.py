@@ -133,7 +133,7 @@ def test_a_result_is_local(client: Client, dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda data: None, "is missing.*copy the dataset again"),
+        (lambda data: None, "is missing.*copy it again"),
         (lambda data: data[:-1], "has 511 bytes, expected 512.*copy it again"),
         (lambda data: data + b"\0", "has 513 bytes, expected 512"),
         (lambda data: b"", "has 0 bytes, expected 512"),

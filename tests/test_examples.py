@@ -93,7 +93,7 @@ def test_two_budgets_give_two_plans_and_one_result(real_text, monkeypatch, tmp_p
     divisions = {line for line in printed.splitlines() if line.startswith("division")}
     assert len(divisions) == 2
     assert printed.count("dashboard    http://127.0.0.1:") == 2
-    assert printed.count("64 rows against float64") == 2
+    assert printed.count("rows drawn uniformly at random none exceeds its tolerance") == 2
     assert "they agree" in printed
 
 

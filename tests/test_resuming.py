@@ -21,7 +21,7 @@ from oocattn import BudgetError, Event, IntegrityError, Plan, ProblemError, Resu
 from oocattn.cli import main
 from oocattn.pipelines.cluster import local_client
 from oocattn.plans import Plan as PlanRecord
-from oocattn.storage.durable import encode_record
+from oocattn.storage.durable import encode_record, read_record
 from oocattn.storage.journal import Journal
 from oocattn.storage.result import ResultPaths
 
@@ -68,6 +68,7 @@ def test_a_resumed_run_gives_the_same_bits(
     recorder = Recorder([])
     found = oocattn.resume(result, client=client, callbacks=[recorder])
     assert_same_bits(found, right)
+    assert {**found.out.attrs, "lse": {**found.lse.attrs}} == {**right.out.attrs, "lse": {**right.lse.attrs}}  # checksums
     assert found.report.pairs == right.report.pairs
     assert found.report.bytes_written == right.report.bytes_written
     redone = len(recorder.of("attended"))
@@ -150,6 +151,36 @@ def test_what_is_not_finite_is_counted_once(client: Client, fast_path: Path, res
         for count in (2, 2, 2):
             interrupted(plan, dataset, path, client, "written", count)
         assert oocattn.resume(path, client=client).report.not_finite == 3
+
+
+@pytest.mark.parametrize(
+    "garble",
+    [
+        lambda record: {name: value for name, value in record.items() if name != "out"},
+        lambda record: {**record, "lse": record["lse"][:-1]},
+        lambda record: {**record, "out": record["out"] + "00000000"},
+        lambda record: {**record, "lse": "G" + record["lse"][1:]},
+        lambda record: {**record, "out": 7},
+        lambda record: {**record, "pairs": "7"},
+        lambda record: {**record, "bytes": -1},
+    ],
+)
+def test_a_record_without_its_checksums_counts_for_nothing(
+    client: Client, dataset: Path, result: Path, garble: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    plan = plan_for(dataset, chunks=13)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    interrupted(plan, dataset, result, client)
+    records = sorted((ResultPaths.at(result).state / "finished").iterdir())
+    victim = records[2]
+    victim.write_bytes(encode_record(garble(read_record(victim))))
+    recorder = Recorder([])
+    found = oocattn.resume(result, client=client, callbacks=[recorder])
+    assert_same_bits(found, right)
+    assert found.out.attrs["checksums"] == right.out.attrs["checksums"]
+    redone = {f"{event.head_group}-{event.index}.json" for event in recorder.of("written")}
+    assert redone.isdisjoint(path.name for path in records if path != victim)
+    assert victim.name in redone
 
 
 # What is not resumed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from oocattn.pipelines.finished import finished_chunks
 from oocattn.pipelines.partial_files import Covered, PartialFiles
 from oocattn.pipelines.schedule import Done
 from oocattn.plans import Plan
@@ -22,7 +23,7 @@ class Found:
 
 def find_done(plan: Plan, journal: Journal, scratch: Path) -> Found:
     """Look at the journal and at what partials say of themselves. Whether those are whole shows when they are read."""
-    chunks = {place for place in journal.finished() if _is_of(plan, *place)}
+    chunks = finished_chunks(plan, journal).keys()
     partials: set[tuple[int, int, int]] = set()
     useless, damaged = [], 0
     for path, of in PartialFiles(scratch, journal.run).found():
@@ -33,16 +34,12 @@ def find_done(plan: Plan, journal: Journal, scratch: Path) -> Found:
             useless.append(path)
         else:
             partials.update((of.head_group, of.chunk, index) for index in of.subproblems)
-    return Found(Done(frozenset(chunks), frozenset(partials)), tuple(useless), damaged)
-
-
-def _is_of(plan: Plan, head_group: int, chunk: int) -> bool:
-    return 0 <= head_group < plan.problem.head_groups and 0 <= chunk < plan.chunks
+    return Found(Done(chunks, partials), tuple(useless), damaged)
 
 
 def _fits(plan: Plan, of: Covered) -> bool:
     """Whether the plan has such a partial: on disk of one contributor of the chunk, in memory of its first ones."""
-    if not _is_of(plan, of.head_group, of.chunk):
+    if of.head_group not in range(plan.problem.head_groups) or of.chunk not in range(plan.chunks):
         return False
     contributors = plan.division.contributors(of.chunk)
     if plan.partials == "disk":

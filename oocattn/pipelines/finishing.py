@@ -19,11 +19,12 @@ from oocattn.errors import TaintedError
 from oocattn.kernels import Partial
 from oocattn.pipelines.arena import Pool, as_numpy
 from oocattn.pipelines.events import Event, Span
+from oocattn.pipelines.finished import record_of
 from oocattn.pipelines.partials import Collected, PartialStore
 from oocattn.pipelines.tiles import pieces
 from oocattn.plans import Plan
 from oocattn.storage.journal import Journal
-from oocattn.storage.result import ResultArrays
+from oocattn.storage.result import ResultArrays, Written
 
 Finalise = Callable[[Partial, torch.Tensor, torch.Tensor], None]
 """Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""
@@ -34,11 +35,11 @@ OutBlock = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Finished:
-    """A merged chunk, and its parts on their way to disk: each returns its bytes and when it was written."""
+    """A merged chunk, and its parts on their way to disk: each returns what was written, and when."""
 
     merged: Event
     not_finite: int
-    parts: list[Future[tuple[int, Span]]]
+    parts: list[Future[tuple[Written, Span]]]
 
 
 class Finisher:
@@ -92,11 +93,10 @@ class Finisher:
         finished = self._begun.pop((head_group, chunk)).result()
         written = [part.result() for part in finished.parts]
         spans = tuple(span for _, span in written)
-        amount = sum(nbytes for nbytes, _ in written)
-        record = {"pairs": finished.merged.amount, "not_finite": finished.not_finite, "bytes": amount}
+        record = record_of(finished.merged.amount, finished.not_finite, [part for part, _ in written])
         self._journal.finish(head_group, chunk, record)
         self._partials.release(head_group, chunk)
-        return Event("written", spans[0].start, spans[-1].stop, head_group, chunk, amount=amount, spans=spans)
+        return Event("written", spans[0].start, spans[-1].stop, head_group, chunk, amount=record["bytes"], spans=spans)
 
     def close(self) -> None:
         """Wait for what is under way; nothing else is begun."""
@@ -113,7 +113,7 @@ class Finisher:
     ) -> _Finished:
         collected, merged = merging.result()
         state = collected.state
-        spans, pairs, parts = [merged], 0, list[Future[tuple[int, Span]]]()
+        spans, pairs, parts = [merged], 0, list[Future[tuple[Written, Span]]]()
         first = self._plan.tokens(chunk).start
         waiting = deque(pieces(range(len(state.keys)), self._plan.out_chunk_rows))
         for row in whole:
@@ -150,7 +150,9 @@ class Finisher:
             )
         return int(attended.sum()) * self._plan.problem.group_size
 
-    def _divide(self, head_group: int, head: int, part: int, rows: Partial, spans: list[Span]) -> Future[tuple[int, Span]]:
+    def _divide(
+        self, head_group: int, head: int, part: int, rows: Partial, spans: list[Span]
+    ) -> Future[tuple[Written, Span]]:
         """Finalise the rows of a head that are chunk `part` of `out`, and have them written."""
         block = self._blocks.take()
         start = time.time()
@@ -163,12 +165,12 @@ class Finisher:
         spans.append(Span("merge", start, time.time()))
         batch = self._plan.problem.head_group(head_group).batch
 
-        def write() -> tuple[int, Span]:
+        def write() -> tuple[Written, Span]:
             start = time.time()
             try:
-                nbytes = self._result.write(batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])
+                written = self._result.write(batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])
             finally:
                 self._blocks.put(block)
-            return nbytes, Span("write", start, time.time())
+            return written, Span("write", start, time.time())
 
         return self._writer.submit(write)

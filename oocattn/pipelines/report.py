@@ -62,6 +62,8 @@ class RunReport:
             raise IntegrityError(f"not the report of a run: {error}") from None
         if not isinstance(report.seconds, int | float) or not isinstance(report.busy, Mapping):
             raise IntegrityError("not the report of a run: its seconds or busy are of another type")
+        if not (isinstance(report.pairs, int) and isinstance(report.not_finite, int)):
+            raise IntegrityError("not the report of a run: its pairs or not_finite are no counts")
         return report
 
     def __str__(self) -> str:
@@ -114,16 +116,16 @@ class Tally:
     def report(
         self,
         plan: Plan,
-        finished: Mapping[Place, Mapping[str, int]],
-        before: Mapping[Place, Mapping[str, int]],
+        finished: Mapping[Place, Mapping[str, Any]],
+        before: Mapping[Place, Mapping[str, Any]],
         *,
         seconds: float,
         lanes: int,
     ) -> RunReport:
         """The figures of a run: the journal has those of all its finished chunks, and of those that were there before."""
 
-        def total(name: str, of: Mapping[Place, Mapping[str, int]] = finished) -> int:
-            return sum(record[name] for record in of.values())
+        def total(name: str, of: Mapping[Place, Mapping[str, Any]] = finished) -> int:
+            return sum(int(record[name]) for record in of.values())
 
         return RunReport(
             seconds=seconds,

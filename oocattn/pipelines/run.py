@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from distributed import Client
 
@@ -24,6 +24,7 @@ from oocattn.pipelines.cluster import assign_devices, wait_for_workers
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.done import find_done
 from oocattn.pipelines.events import Callback, Event
+from oocattn.pipelines.finished import finished_chunks, gather_checksums
 from oocattn.pipelines.interrupts import Interrupts
 from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
@@ -57,7 +58,7 @@ def run(work: Work, client: Client, callbacks: Sequence[Callback] = (), until: f
 def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float) -> RunReport:
     start = time.time()
     plan, tally = work.plan, Tally()
-    before = work.journal.finished()
+    before = finished_chunks(plan, work.journal)
 
     def emit(event: Event) -> None:
         tally(event)
@@ -66,8 +67,9 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
 
     try:
         lanes = _drive(work, client, emit, start, interrupts, until)
-        finished = work.journal.finished()
+        finished = finished_chunks(plan, work.journal)
         _check_pairs(plan, finished)
+        work.result.record(gather_checksums(plan, finished))
         report = tally.report(plan, finished, before, seconds=time.time() - start, lanes=lanes)
         write_json(work.paths.report, report.to_json())
         work.paths.commit()
@@ -85,7 +87,7 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
     return report
 
 
-def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, int]]) -> None:
+def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> None:
     pairs = sum(record["pairs"] for record in finished.values())
     if pairs != plan.problem.pairs:
         raise TaintedError(

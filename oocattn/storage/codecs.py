@@ -74,14 +74,19 @@ class CompleteStore(WrapperStore["Store"]):
         return value
 
 
+def complete_array(array: zarr.Array[Any], location: str) -> zarr.Array[Any]:
+    """The same array, of which every read of a chunk that is absent is an IntegrityError."""
+    blosc = array.shards is None and codec_names(array)[-1:] == ["blosc"]
+    path = StorePath(CompleteStore(array.store, location, blosc), array.path)
+    metadata: Any = array.metadata
+    return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=path))
+
+
 class CodecReader:
     """Reads rows of one array through Zarr. `location` is what messages call the dataset."""
 
     def __init__(self, array: zarr.Array[Any], location: str) -> None:
-        blosc = array.shards is None and codec_names(array)[-1:] == ["blosc"]
-        path = StorePath(CompleteStore(array.store, location, blosc), array.path)
-        metadata: Any = array.metadata
-        self._array: zarr.Array[Any] = zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=path))
+        self._array = complete_array(array, location)
         self._location = location
         self._chunk_rows = array.chunks[-2]
         columns = -(-array.shape[-1] // array.chunks[-1])

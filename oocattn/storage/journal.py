@@ -41,11 +41,11 @@ class Journal:
     def _folder(self) -> Path:
         return self.state / "finished"
 
-    def finish(self, head_group: int, chunk: int, record: Mapping[str, int]) -> None:
+    def finish(self, head_group: int, chunk: int, record: Mapping[str, Any]) -> None:
         """Record a query chunk that is on disk."""
         write_record(self._folder / f"{head_group}-{chunk}.json", {"run": self.run, **record})
 
-    def finished(self) -> dict[Place, dict[str, int]]:
+    def finished(self) -> dict[Place, dict[str, Any]]:
         """The records of the finished chunks of this run; those that are damaged or another run's are left out."""
         found = {}
         for path in self._folder.glob("*-*.json"):

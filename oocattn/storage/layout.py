@@ -130,8 +130,8 @@ def _serialization(array: zarr.Array[Any]) -> str:
 def missing_chunk(location: str, key: str) -> IntegrityError:
     """The error for a chunk that is not there; `key` starts with the array's name."""
     return IntegrityError(
-        f"{_name(location, key)} is missing: Zarr would read it as the fill value; copy the dataset again, or write "
-        "the chunk (with write_empty_chunks=True if it is all fill value)"
+        f"{_name(location, key)} is missing: Zarr would read it as the fill value; copy it again, or write it "
+        "(with write_empty_chunks=True if it is all fill value)"
     )
 
 

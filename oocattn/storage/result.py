@@ -1,7 +1,8 @@
 """Where a run's bytes lie: the result group, and the folder of job state beside it.
 
 While it runs, everything is in `RESULT.oocattn/`: the growing result, the journal, scratch, the lock and the status. When it
-is complete the result is renamed to `RESULT`, and only the report stays behind: what lies at `RESULT` is whole.
+is complete the result is renamed to `RESULT`, and only the report stays behind, beside which `verify` puts its certificate:
+what lies at `RESULT` is whole.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError
+from oocattn.storage.checksums import ATTRIBUTE as CHECKSUMS
+from oocattn.storage.checksums import Checksums, as_digits, checksum
 from oocattn.storage.create import create_array, local_path, move_into_place, sync_metadata, write_chunk
 from oocattn.storage.durable import remove_leftovers
 from oocattn.storage.journal import forget, has_begun
@@ -71,6 +74,14 @@ class ResultPaths:
     def report(self) -> Path:
         return self.state / "report.json"
 
+    @property
+    def certificate(self) -> Path:
+        return self.state / "certificate.json"
+
+    @property
+    def certificate_page(self) -> Path:
+        return self.state / "certificate.html"
+
     def attributes(self) -> dict[str, Any] | None:
         """What the complete result at this path is the answer to; None where there is none."""
         if not os.path.lexists(self.result):
@@ -89,6 +100,7 @@ class ResultPaths:
         for leftover in (self.growing, self.scratch):
             shutil.rmtree(leftover, ignore_errors=True)
         self.status.unlink(missing_ok=True)
+        self._forget_certificate()
         self.scratch.mkdir(parents=True)
         group = zarr.create_group(LocalStore(self.growing), attributes={ATTRIBUTES: dict(attributes)}, zarr_format=3)
         out = create_array(group, "out", shape, dtype, chunk_rows)
@@ -104,11 +116,12 @@ class ResultPaths:
 
     def commit(self) -> None:
         """Give the complete result its name and leave nothing but the report beside it."""
+        self._forget_certificate()  # of the result that is replaced, if it was verified meanwhile
         move_into_place(self.growing, self.result)
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove what a run whose result is complete needs no more: all but the report."""
+        """Remove what a run whose result is complete needs no more: all but the report and a certificate."""
         forget(self.state)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.status.unlink(missing_ok=True)
@@ -117,6 +130,10 @@ class ResultPaths:
         """Remove what a run has done, for it cannot be trusted."""
         self.tidy()
         shutil.rmtree(self.growing, ignore_errors=True)
+
+    def _forget_certificate(self) -> None:
+        for path in (self.certificate, self.certificate_page):
+            path.unlink(missing_ok=True)
 
     @property
     def resumable(self) -> bool:
@@ -130,12 +147,25 @@ class ResultPaths:
         return not self.growing.exists() and any(path.exists() for path in leftovers)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What was written of a part: its bytes, and the checksums of its rows of `out` and `lse`."""
+
+    nbytes: int
+    out: str
+    lse: str
+
+
 class ResultArrays:
     """The arrays of a result; while it grows it is written chunk by chunk, each by one writer."""
 
     def __init__(self, out: zarr.Array[Any], lse: zarr.Array[Any]) -> None:
         self.out = out
         self.lse = lse
+
+    @property
+    def by_name(self) -> dict[str, zarr.Array[Any]]:
+        return {"out": self.out, "lse": self.lse}
 
     @classmethod
     def open(cls, path: Path) -> ResultArrays:
@@ -153,11 +183,19 @@ class ResultArrays:
             )
         return cls(out, lse)
 
-    def write(self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]) -> int:
-        """Write chunk `part` of one head, out [n, D] and lse [n]; return the bytes written."""
+    def write(self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]) -> Written:
+        """Write chunk `part` of one head, out [n, D] and lse [n]."""
+        checksums = [as_digits(checksum(rows)) for rows in (out, lse)]  # of what is to be written, not of what was
         write_chunk(self.out, (batch, head, part, 0), out[np.newaxis, np.newaxis])
         write_chunk(self.lse, (batch, head, part), lse[np.newaxis, np.newaxis])
-        return out.nbytes + lse.nbytes
+        return Written(out.nbytes + lse.nbytes, *checksums)
+
+    def record(self, checksums: Mapping[str, Checksums]) -> None:
+        """Keep the checksums of `out` and `lse` with the arrays; when this returns, they are on disk."""
+        for name, array in self.by_name.items():
+            array.attrs[CHECKSUMS] = checksums[name].to_json()
+            assert isinstance(array.store, LocalStore)
+            sync_metadata(array.store.root / array.path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

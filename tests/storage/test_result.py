@@ -33,7 +33,7 @@ def fill(arrays: ResultArrays, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     for head in range(2):
         for part, rows in enumerate((slice(0, 20), slice(20, 40), slice(40, 50))):
             written = arrays.write(0, head, part, out[0, head, rows], lse[0, head, rows])
-            assert written == (rows.stop - rows.start) * (4 * out.itemsize + 4)
+            assert written.nbytes == (rows.stop - rows.start) * (4 * out.itemsize + 4)
     return out, lse
 
 

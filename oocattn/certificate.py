@@ -1,0 +1,313 @@
+"""The certificate of a result: what `verify` has found, as a record, as JSON and as a few lines.
+
+Here is what follows from the findings; how they come about is in `verification` (rows), `storage.checksums` (bits) and
+`certifying` (all of it). The page is `certificate_page`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from oocattn.errors import IntegrityError
+from oocattn.problem import Problem
+from oocattn.records import from_json, to_json
+from oocattn.sampling import STRATA, StratumName, share_bound
+from oocattn.storage.checksums import Damage
+from oocattn.units import format_count
+
+FORMAT = 1
+
+MOST_SHOWN = 20
+"""Wrong rows, and damaged parts, that are listed for reading; the JSON has all."""
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """One recomputed row: where it is, the strata it was sampled for, the norm of its exact `out`, and its errors.
+
+    `error` is that of `out` (norm over D, relative), `lse_error` that of lse (absolute), with their limits; `ulps` and
+    `mean_ulps` are the largest and the mean error of an element of `out` in units of the last place of its dtype,
+    `lse_ulps` that of lse in those of float32. The errors of a row that cannot be read are NaN.
+    """
+
+    batch: int
+    head: int
+    token: int
+    strata: tuple[StratumName, ...]
+    length: float
+    error: float
+    allowed: float
+    lse_error: float
+    allowed_lse: float
+    ulps: float
+    mean_ulps: float
+    lse_ulps: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both errors are within what is allowed. NaN never is."""
+        return self.error <= self.allowed and self.lse_error <= self.allowed_lse
+
+    @property
+    def of_allowed(self) -> float:
+        """The larger of both errors, as a share of what is allowed."""
+        return _largest([self.error / self.allowed, self.lse_error / self.allowed_lse])
+
+
+@dataclass(frozen=True)
+class ArrayCheck:
+    """The checksums of an array: whether there are any and they were compared, of how many parts, and the damaged ones."""
+
+    name: str
+    state: Literal["checked", "not checked", "not recorded"]
+    parts: int
+    damaged: tuple[Damage, ...]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Query-key pairs that the run had to attend and those that it counted, and NaN and Inf in its inputs."""
+
+    expected: int
+    counted: int
+    not_finite: int
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """What was found in the rows of a stratum, or in all: how many are wrong, and the largest errors, as in `RowCheck`."""
+
+    name: str
+    rows: int
+    wrong: int
+    error: float
+    of_allowed: float
+    ulps: float
+    mean_ulps: float
+    lse_error: float
+    lse_ulps: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The outcome of `verify`.
+
+    `asked` and `seed` determine the sample, of `asked` rows at most. `dataset_recorded` and `dataset_found` are the
+    fingerprints of the dataset that the run read and of the one that was read now; `digest` is the identity of the result's
+    bits, as they were written (None: no checksums are recorded); `ledger` is None where the run's report was not beside the
+    result. `computed_with` and `verified_with` are versions, `made` is when. `files` says where the certificate was
+    written, and is not part of it.
+    """
+
+    result: str
+    dataset: str
+    problem: Problem
+    asked: int
+    seed: int
+    rows: tuple[RowCheck, ...]
+    arrays: tuple[ArrayCheck, ...]
+    digest: str | None
+    ledger: Ledger | None
+    dataset_recorded: str
+    dataset_found: str
+    computed_with: Mapping[str, str]
+    verified_with: Mapping[str, str]
+    made: str = field(compare=False)
+    files: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every sampled row is right, and no part of the result is damaged."""
+        return not self.wrong and not self.damaged
+
+    @property
+    def wrong(self) -> list[RowCheck]:
+        """The rows that are not right."""
+        return [row for row in self.rows if not row.passed]
+
+    @property
+    def damaged(self) -> list[Damage]:
+        """The parts of the result that are not as they were written."""
+        return [damage for array in self.arrays for damage in array.damaged]
+
+    @property
+    def dataset_unchanged(self) -> bool:
+        """Whether the dataset is the one that the run read, as far as its fingerprint tells."""
+        return self.dataset_found == self.dataset_recorded
+
+    @property
+    def error(self) -> float:
+        """The relative error of `out` over all recomputed rows together (norm)."""
+        lengths = math.fsum(row.length**2 for row in self.rows)
+        return math.sqrt(sum((row.error * row.length) ** 2 for row in self.rows) / max(lengths, 1e-300))
+
+    @property
+    def drawn(self) -> int:
+        """Rows that were drawn uniformly at random."""
+        return sum("uniform" in row.strata for row in self.rows)
+
+    @property
+    def statement(self) -> str:
+        """What the rows show of all the others."""
+        drawn, rows = self.drawn, self.problem.rows
+        if self.wrong:
+            return f"{len(self.wrong)} of {len(self.rows)} recomputed rows exceed their tolerance: the result is wrong"
+        if drawn == rows:
+            return f"all {rows:,} rows were recomputed, and none exceeds its tolerance"
+        row = "rows" if drawn > 1 else "row"
+        bound = f"{share_bound(drawn):.2%}"
+        claim = f"fewer than 3/{drawn} = {3 / drawn:.2%}" if drawn > 3 else f"at most {bound}"
+        exact = f" (1 - 0.05^(1/{drawn}) = {bound})" if drawn > 3 else ""
+        return (
+            f"of {drawn:,} {row} drawn uniformly at random none exceeds its tolerance: with 95% confidence {claim} of all "
+            f"{rows:,} rows do{exact}"
+        )
+
+    @property
+    def strata(self) -> list[Stratum]:
+        """The findings by stratum, and those of all rows."""
+        groups = [(name, [row for row in self.rows if name in row.strata]) for name in STRATA]
+        return [_stratum(name, rows) for name, rows in [*groups, ("all", list(self.rows))] if rows]
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        if self.passed:
+            return "passed"
+        reasons = []
+        if self.wrong:
+            against = "" if self.dataset_unchanged else ", but the dataset may not be the one that the run read"
+            reasons.append(f"{len(self.wrong)} of {len(self.rows)} rows are wrong{against}")
+        if self.damaged:
+            parts = sum(array.parts for array in self.arrays)
+            reasons.append(f"{len(self.damaged)} of {parts:,} parts are not as they were written")
+        return f"FAILED: {', and '.join(reasons)}; run it again, or take another copy"
+
+    @property
+    def again(self) -> str:
+        """The command that checks the same rows again."""
+        words = ["oocattn", "verify", self.result, "--rows", str(self.asked), "--seed", str(self.seed)]
+        words += ["--dataset", self.dataset]
+        words += ["--no-checksums"] if any(array.state == "not checked" for array in self.arrays) else []
+        return shlex.join(words)
+
+    def to_json(self) -> dict[str, Any]:
+        """The certificate as JSON-ready values, with what follows from them."""
+        content = {name: value for name, value in to_json(self).items() if name != "files"}
+        summary = {"verdict": self.verdict, "statement": self.statement, "strata": to_json(tuple(self.strata))}
+        return {"format": FORMAT, "passed": self.passed, **summary, "error": to_json(self.error), **content}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Certificate:
+        """The certificate that `to_json` wrote. Raises IntegrityError for anything else, also for another verdict."""
+        try:
+            found = dict(content)
+            summary = {name: found.pop(name) for name in ("format", "passed", "verdict", "statement", "strata", "error")}
+            certificate = from_json(cls, {**found, "files": []})
+            if not certificate.drawn:
+                raise ValueError("none of its rows was drawn at random")
+            written = certificate.to_json()
+            for name, value in summary.items():
+                if written[name] != value:
+                    raise ValueError(f"its {name} does not follow from what it says")
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"not a certificate of oocattn: {error}") from None
+        return certificate
+
+    def __str__(self) -> str:
+        lines = [f"result       {self.result}", f"problem      {self.problem}"]
+        lines += [*self._row_lines(), ""] if self.wrong else [""]
+        lines += [f"{'rows':<12} {'':>5} {'wrong':>6} {'error':>9} {'of allowed':>11} {'largest ulp':>12} {'mean ulp':>9}"]
+        lines += [
+            f"{of.name:<12} {of.rows:>5,} {of.wrong:>6,} {of.error:>9.1e} {of.of_allowed:>11.2f} {of.ulps:>12.3g} "
+            f"{of.mean_ulps:>9.3g}"
+            for of in self.strata
+        ]
+        overall = self.strata[-1]
+        lines += [
+            "",
+            f"out          relative error {self.error:.1e} over all recomputed rows; an ulp is a unit in the last place of "
+            f"{self.problem.out_dtype}",
+            f"lse          within {overall.lse_error:.1e}, {overall.lse_ulps:.3g} ulp of float32",
+            f"shown        {self.statement}",
+            *(f"checksums    {line}" for line in checksum_lines(self)),
+            f"ledger       {ledger_line(self)}",
+            f"dataset      {self.dataset}, {dataset_line(self)}",
+            f"seed         {self.seed}",
+            self.verdict,
+        ]
+        return "\n".join(lines)
+
+    def _row_lines(self) -> list[str]:
+        lines = ["", f"{'batch':>5} {'head':>5} {'token':>12} {'error':>9} {'allowed':>9} {'lse error':>9} {'allowed':>9}"]
+        lines += [
+            f"{row.batch:>5} {row.head:>5} {row.token:>12,} {row.error:>9.1e} {row.allowed:>9.1e} {row.lse_error:>9.1e} "
+            f"{row.allowed_lse:>9.1e}  WRONG"
+            for row in self.wrong[:MOST_SHOWN]
+        ]
+        return lines + more_line(len(self.wrong))
+
+
+def checksum_lines(certificate: Certificate) -> list[str]:
+    """What is known of the result's bits, array by array."""
+    lines = []
+    for array in certificate.arrays:
+        if array.state == "not recorded":
+            lines.append(f"{array.name}: none are recorded, so nothing is known of the rows that were not recomputed")
+        elif array.state == "not checked":
+            lines.append(f"{array.name}: {array.parts:,} parts, not compared, as was asked")
+        elif array.damaged:
+            lines.append(f"{array.name}: {len(array.damaged):,} of {array.parts:,} parts are NOT as they were written:")
+            lines += [f"  {damage}" for damage in array.damaged[:MOST_SHOWN]] + more_line(len(array.damaged))
+        else:
+            lines.append(f"{array.name}: all {array.parts:,} parts are as they were written")
+    return [*lines, f"digest {certificate.digest}"] if certificate.digest else lines
+
+
+def ledger_line(certificate: Certificate) -> str:
+    """What the run counted."""
+    ledger = certificate.ledger
+    if ledger is None:
+        return "not available: the folder of the run is not beside the result"
+    if ledger.counted != ledger.expected:
+        return (
+            f"{ledger.counted:,} pairs counted, {ledger.expected:,} expected: the report beside the result is NOT that of "
+            "its run"
+        )
+    counted = f"{format_count(ledger.counted)}pairs counted by the run, exactly those expected"
+    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs"
+
+
+def dataset_line(certificate: Certificate) -> str:
+    """Whether the dataset is that of the run."""
+    if certificate.dataset_unchanged:
+        return f"unchanged, fingerprint {certificate.dataset_found}"
+    return "which is NOT the one that the run read, as far as fingerprints tell"
+
+
+def more_line(count: int) -> list[str]:
+    """The line below a list that was cut."""
+    return [f"  and {count - MOST_SHOWN:,} more"] if count > MOST_SHOWN else []
+
+
+def _stratum(name: str, rows: Sequence[RowCheck]) -> Stratum:
+    return Stratum(
+        name,
+        rows=len(rows),
+        wrong=sum(not row.passed for row in rows),
+        error=_largest([row.error for row in rows]),
+        of_allowed=_largest([row.of_allowed for row in rows]),
+        ulps=_largest([row.ulps for row in rows]),
+        mean_ulps=sum(row.mean_ulps for row in rows) / len(rows),
+        lse_error=_largest([row.lse_error for row in rows]),
+        lse_ulps=_largest([row.lse_ulps for row in rows]),
+    )
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest value, NaN if there is one."""
+    return math.nan if any(map(math.isnan, values)) else max(values)

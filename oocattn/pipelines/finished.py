@@ -1,0 +1,65 @@
+"""What the journal records of a finished query chunk: made when it is written, validated when it is read back, and the
+checksums of the whole result gathered from all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from oocattn.plans import Plan
+from oocattn.storage.checksums import Checksums, are_digits
+from oocattn.storage.journal import Journal, Place
+from oocattn.storage.result import Written
+
+NAMES = ("out", "lse")
+
+
+def record_of(pairs: int, not_finite: int, parts: Sequence[Written]) -> dict[str, Any]:
+    """The record of a chunk: its pairs, the NaN and Inf that it met, and what was written, part by part over the heads."""
+    checksums = {name: "".join(getattr(part, name) for part in parts) for name in NAMES}
+    return {"pairs": pairs, "not_finite": not_finite, "bytes": sum(part.nbytes for part in parts), **checksums}
+
+
+def finished_chunks(plan: Plan, journal: Journal) -> dict[Place, dict[str, Any]]:
+    """The records of a run's finished chunks; what is not a record of one of the plan's chunks counts for nothing."""
+    return {place: record for place, record in journal.finished().items() if _is_record(plan, place, record)}
+
+
+def gather_checksums(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> dict[str, Checksums]:
+    """The checksums of `out` and `lse`. Raises RuntimeError where that of a part is missing."""
+    problem = plan.problem
+    parts = -(-problem.tokens // plan.out_chunk_rows)
+    gathered = {}
+    for name in NAMES:
+        found = [""] * (problem.batch * problem.query_heads * parts)
+        for (head_group, chunk), record in finished.items():
+            for place, (head, part) in enumerate(_parts(plan, head_group, chunk)):
+                found[head * parts + part] = record[name][8 * place : 8 * (place + 1)]
+        checksums = Checksums(plan.out_chunk_rows, "".join(found))
+        if len(checksums) != len(found):
+            missing = found.index("")
+            raise RuntimeError(
+                f"no checksum of part {missing % parts} of head {missing // parts} of {name}: this is a defect"
+            )
+        gathered[name] = checksums
+    return gathered
+
+
+def _parts(plan: Plan, head_group: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """The (head, counted over the batch; part) of a chunk, in the order in which they are written."""
+    group, tokens = plan.problem.head_group(head_group), plan.tokens(chunk)
+    for start in range(tokens.start, tokens.stop, plan.out_chunk_rows):
+        for head in group.query_heads:
+            yield group.batch * plan.problem.query_heads + head, start // plan.out_chunk_rows
+
+
+def _is_record(plan: Plan, place: Place, record: Mapping[str, Any]) -> bool:
+    head_group, chunk = place
+    if head_group not in range(plan.problem.head_groups) or chunk not in range(plan.chunks):
+        return False
+    parts = -(-len(plan.tokens(chunk)) // plan.out_chunk_rows) * plan.problem.group_size
+    counts = (record.get(name) for name in ("pairs", "not_finite", "bytes"))
+    return all(type(count) is int and count >= 0 for count in counts) and all(
+        are_digits(record.get(name), parts) for name in NAMES
+    )

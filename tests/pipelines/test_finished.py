@@ -1,0 +1,71 @@
+"""The checksums of a result are those of its chunks in the order of the array, whatever the order of their records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import GENEROUS, GPU, a_problem
+
+from oocattn.pipelines.finished import finished_chunks, gather_checksums, record_of
+from oocattn.planner import make_plan
+from oocattn.plans import Plan
+from oocattn.storage.journal import Journal
+from oocattn.storage.result import Written
+
+PROBLEM = a_problem(170, batch=2, query_heads=4, kv_heads=2)
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Of chunks of 30 tokens, in parts of 10; the last has 20 tokens, and a seventh none."""
+    plan = make_plan(PROBLEM, GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=7)
+    return replace(plan, chunk_rows=30, out_chunk_rows=10)
+
+
+def digits(batch: int, head: int, part: int, name: str) -> str:
+    return f"{batch}{head}{part:02}{'abcd' if name == 'out' else 'cdef'}"
+
+
+def finish_all(plan: Plan, journal: Journal) -> None:
+    for place in reversed([(group, chunk) for group in range(4) for chunk in range(6)]):
+        head_group, tokens = plan.problem.head_group(place[0]), plan.tokens(place[1])
+        parts = [
+            Written(1, *(digits(head_group.batch, head, start // 10, name) for name in ("out", "lse")))
+            for start in range(tokens.start, tokens.stop, 10)
+            for head in head_group.query_heads
+        ]
+        journal.finish(*place, record_of(7, 0, parts))
+
+
+def test_they_are_in_c_order(plan: Plan, tmp_path: Path) -> None:
+    journal = Journal.begin(tmp_path, {})
+    finish_all(plan, journal)
+    finished = finished_chunks(plan, journal)
+    assert len(finished) == 24
+    assert sum(record["bytes"] for record in finished.values()) == 2 * 4 * 17
+    found = gather_checksums(plan, finished)
+    for name in ("out", "lse"):
+        expected = [digits(batch, head, part, name) for batch in range(2) for head in range(4) for part in range(17)]
+        assert [found[name][part] for part in range(len(found[name]))] == expected
+        assert found[name].rows == 10
+
+
+def test_a_missing_one_is_no_silent_gap(plan: Plan, tmp_path: Path) -> None:
+    journal = Journal.begin(tmp_path, {})
+    finish_all(plan, journal)
+    finished = finished_chunks(plan, journal)
+    del finished[3, 4]
+    with pytest.raises(RuntimeError, match="no checksum of part 12 of head 6 of out"):
+        gather_checksums(plan, finished)
+
+
+@pytest.mark.parametrize("place", [(4, 0), (0, 7), (0, 6), (3, 5)])
+def test_a_record_of_no_chunk_of_the_plan_counts_for_nothing(plan: Plan, tmp_path: Path, place: tuple[int, int]) -> None:
+    """Nor one with the parts of another chunk: the last one has fewer."""
+    journal = Journal.begin(tmp_path, {})
+    journal.finish(*place, record_of(7, 0, [Written(1, "0" * 8, "1" * 8)] * 6))
+    assert finished_chunks(plan, journal) == {}
+    journal.finish(1, 2, record_of(7, 0, [Written(1, "0" * 8, "1" * 8)] * 6))
+    assert finished_chunks(plan, journal).keys() == {(1, 2)}

@@ -1,0 +1,210 @@
+"""A certificate says what follows from its findings, survives JSON, and is not made of anything else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from support import a_problem
+
+from oocattn import Certificate, IntegrityError
+from oocattn.certificate import ArrayCheck, Ledger, RowCheck
+from oocattn.certificate_page import certificate_page
+from oocattn.storage.checksums import Damage
+
+PROBLEM = a_problem(1000, query_heads=2)
+
+
+def row(head: int, token: int, *strata: Any, **errors: float) -> RowCheck:
+    usual = {
+        "length": 2.0, "error": 1e-4, "allowed": 5e-4, "lse_error": 1e-6, "allowed_lse": 1e-5,
+        "ulps": 0.5, "mean_ulps": 0.25, "lse_ulps": 1.0,
+    }  # fmt: skip
+    return RowCheck(0, head, token, strata, **{**usual, **errors})
+
+
+ROWS = (
+    row(0, 0, "first"),
+    row(1, 999, "last", "uniform", error=3e-4, ulps=0.75, mean_ulps=0.5),
+    *(row(0, token, "uniform") for token in range(1, 60)),
+)
+DAMAGE = Damage("out", 0, 1, 500, 1000, "checksum 00000000, written with 12345678")
+
+RIGHT = Certificate(
+    result="/data/out & more.zarr",
+    dataset="/data/qkv.zarr",
+    problem=PROBLEM,
+    asked=64,
+    seed=7,
+    rows=ROWS,
+    arrays=(ArrayCheck("out", "checked", 4, ()), ArrayCheck("lse", "checked", 4, ())),
+    digest="ab" * 32,
+    ledger=Ledger(1_001_000, 1_001_000, 0),
+    dataset_recorded="cd" * 32,
+    dataset_found="cd" * 32,
+    computed_with={"oocattn": "0.1.0", "zarr": "3.1.6"},
+    verified_with={"oocattn": "0.1.0", "zarr": "3.1.7"},
+    made="2030-01-02T03:04:05+0000",
+)
+WRONG = replace(RIGHT, rows=(row(1, 3, "border", error=1e-3), *ROWS))
+UNREADABLE = replace(RIGHT, rows=(row(1, 3, "border", error=math.nan, lse_error=math.nan, ulps=math.inf), *ROWS))
+DAMAGED = replace(RIGHT, arrays=(ArrayCheck("out", "checked", 4, (DAMAGE,)), RIGHT.arrays[1]), ledger=None)
+UNKNOWN = replace(
+    RIGHT, arrays=(ArrayCheck("out", "not recorded", 0, ()), ArrayCheck("lse", "not checked", 4, ())), digest=None
+)
+ALL = [RIGHT, WRONG, UNREADABLE, DAMAGED, UNKNOWN]
+
+
+def test_what_it_states() -> None:
+    assert RIGHT.drawn == 60
+    assert RIGHT.statement == (
+        "of 60 rows drawn uniformly at random none exceeds its tolerance: with 95% confidence fewer than 3/60 = 5.00% of "
+        "all 2,000 rows do (1 - 0.05^(1/60) = 4.87%)"
+    )
+    one = replace(RIGHT, rows=ROWS[:3])
+    assert "with 95% confidence at most 77.64% of all 2,000 rows do" in one.statement
+    every = replace(RIGHT, problem=a_problem(30, query_heads=2))
+    assert every.statement == "all 60 rows were recomputed, and none exceeds its tolerance"
+
+
+@pytest.mark.parametrize("wrong", [WRONG, UNREADABLE])
+def test_with_a_wrong_row_nothing_is_claimed(wrong: Certificate) -> None:
+    """Also where that is not one of those drawn at random."""
+    assert not wrong.passed
+    assert "95%" not in str(wrong)
+    assert "FAILED: 1 of 62 rows are wrong" in str(wrong)
+
+
+def test_what_passes() -> None:
+    assert [certificate.passed for certificate in ALL] == [True, False, False, False, True]
+    assert "FAILED: 1 of 8 parts are not as they were written" in str(DAMAGED)
+    assert not row(0, 0, "uniform", lse_error=1e-4).passed
+    assert not row(0, 0, "uniform", error=math.nan).passed
+
+
+def test_strata_and_totals() -> None:
+    first, last, uniform, every = RIGHT.strata
+    assert [of.name for of in RIGHT.strata] == ["first", "last", "uniform", "all"]
+    assert (first.rows, last.rows, uniform.rows, every.rows) == (1, 1, 60, 61)
+    assert (last.error, last.ulps, last.mean_ulps, last.of_allowed) == (3e-4, 0.75, 0.5, pytest.approx(0.6))
+    assert uniform.mean_ulps == pytest.approx((0.5 + 59 * 0.25) / 60)
+    assert RIGHT.error == pytest.approx(math.sqrt((3e-4**2 + 60 * 1e-4**2) / 61))
+    assert math.isnan(UNREADABLE.strata[-1].error)
+    assert UNREADABLE.strata[-1].ulps == math.inf
+
+
+def test_the_words_for_a_terminal() -> None:
+    text = str(RIGHT)
+    assert "out: all 4 parts are as they were written" in text
+    assert f"digest {'ab' * 32}" in text
+    assert "1 Mpairs counted by the run, exactly those expected; 0 NaN or Inf in the inputs" in text
+    assert text.endswith("\npassed")
+    assert text.count("passed") == 1
+    assert max(map(len, text.splitlines())) < 200
+    assert "not available: the folder of the run is not beside the result" in str(DAMAGED)
+    assert "out, batch 0, head 1, tokens 500 to 999: checksum 00000000, written with 12345678" in str(DAMAGED)
+    assert "NOT the one that the run read" in str(replace(RIGHT, dataset_found="ef" * 32))
+    many = replace(RIGHT, rows=tuple(row(0, token, "uniform", error=1.0) for token in range(100)))
+    assert str(many).count("WRONG") == 20
+    assert "and 80 more" in str(many)
+
+
+@pytest.mark.parametrize("certificate", ALL)
+def test_it_survives_json(certificate: Certificate) -> None:
+    text = json.dumps(certificate.to_json(), allow_nan=False)  # standard JSON: no bare NaN
+    found = Certificate.from_json(json.loads(text))
+    assert found.to_json() == certificate.to_json()
+    assert (found.passed, found.made) == (certificate.passed, certificate.made)
+    assert str(found) == str(certificate)
+    assert json.loads(text)["statement"] == certificate.statement
+
+
+def changed(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(content: Any) -> None:
+        for name in path[:-1]:
+            content = content[name]
+        content[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed("passed", to=False),
+        changed("format", to=2),
+        changed("statement", to="all is well"),
+        changed("rows", to=[]),
+        changed("rows", to={}),
+        changed("rows", 3, to=7),
+        changed("rows", 3, "error", to="1e-4"),
+        changed("rows", 3, "error", to=1.0),
+        changed("rows", 3, "allowed", to=0.0),
+        changed("rows", 3, "head", to=True),
+        changed("rows", 3, "strata", 0, to="chosen"),
+        changed("arrays", 0, "state", to="perfect"),
+        changed("arrays", 0, "damaged", to=[{"array": "out"}]),
+        changed("problem", "tokens", to=None),
+        changed("ledger", "counted", to="many"),
+        changed("digest", to=5),
+        changed("computed_with", "zarr", to=3),
+        changed("surprise", to=1),
+        lambda content: content.pop("seed"),
+        lambda content: content.pop("verdict"),
+        lambda content: content.clear(),
+    ],
+)
+def test_what_is_no_certificate_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(json.dumps(RIGHT.to_json()))
+    change(content)
+    with pytest.raises(IntegrityError, match="not a certificate of oocattn"):
+        Certificate.from_json(content)
+
+
+class Text(HTMLParser):
+    """What a page says; it checks that tags are closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.said = ""
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        if tag != "meta":
+            self.open.append(tag)
+        assert not {"src", "href"} & {name for name, _ in attrs}
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.said += data
+
+
+@pytest.mark.parametrize("certificate", ALL)
+def test_the_page_says_it_all_and_stands_alone(certificate: Certificate) -> None:
+    page = Text(certificate_page(certificate))
+    assert "script" not in page.tags
+    problem = certificate.problem
+    for said in (certificate.verdict, certificate.statement[1:], certificate.again, certificate.made, str(problem)):
+        assert said in page.said
+    for said in (certificate.result, certificate.dataset, certificate.dataset_found, "zarr 3.1.7", "seed7"):
+        assert said in page.said
+    assert (str(certificate.digest) in page.said) == (certificate.digest is not None)
+    assert ("WRONG" in page.said) == bool(certificate.wrong)
+    assert all(str(damage) in page.said for damage in certificate.damaged)
+
+
+def test_names_cannot_write_into_the_page() -> None:
+    page = Text(certificate_page(replace(RIGHT, dataset="<script>alert(1)</script>")))
+    assert "script" not in page.tags
+    assert "<script>alert(1)</script>" in page.said
