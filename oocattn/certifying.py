@@ -21,7 +21,7 @@ from oocattn.pipelines.report import RunReport
 from oocattn.problem import Problem, make_problem
 from oocattn.storage.checksums import Checksums, find_damage, recorded_checksums, result_digest
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.durable import write_durably
+from oocattn.storage.durable import write_text
 from oocattn.storage.result import ResultArrays, ResultPaths
 from oocattn.storage.result_rows import RowReader
 from oocattn.units import format_bytes
@@ -212,7 +212,7 @@ def _kept(certificate: Certificate, paths: ResultPaths) -> Certificate:
     try:
         paths.state.mkdir(exist_ok=True)
         for path, text in files.items():
-            write_durably(path, [np.frombuffer(text.encode(), np.uint8)])
+            write_text(path, text)
     except OSError as error:
         warnings.warn(f"the certificate was not written: {error}", stacklevel=4)
         return certificate

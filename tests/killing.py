@@ -1,10 +1,12 @@
-"""Kills runs at moments spread over their life, resumes them, and compares the results bit for bit.
+"""Kills runs, or their workers, at moments spread over their life, and compares the results bit for bit.
 
-    python tests/killing.py --moments 200 --partials disk
+    python tests/killing.py --moments 200 --partials memory
+    python tests/killing.py --moments 200 --partials disk --workers
 
-A moment is a step of a run towards the disk: a write, which then is only half made, a sync, a rename or a removal, or the
-end of a subproblem. All runs are forks of this process, which has imported everything and started nothing. It prints a
-tally, and exits with 1 where a result is not the uninterrupted one's.
+A run that was killed is resumed; one whose worker was killed goes on by itself. Runs are forks of this process, which has
+imported everything and started nothing; workers are two processes that are replaced when they die. It prints a tally, and
+exits with 1 where a result is not the uninterrupted one's, where something is left beside it, or where a killed run lost
+work that had begun longer before than the checkpoint interval.
 """
 
 from __future__ import annotations
@@ -13,127 +15,95 @@ import argparse
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from distributed import Client, LocalCluster
+from fuse import arm, moments
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import Event, Plan
+from oocattn import Plan
 from oocattn.pipelines.cluster import local_client
-from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.storage.result import ResultPaths
 
-STEPS = ("pwrite", "fsync", "replace", "rename", "unlink")
-"""Functions of `os` that bring a run's files about; each call is a moment."""
+
+class Tally:
+    """What has come of all that was killed."""
+
+    def __init__(self) -> None:
+        self.runs = self.kills = self.wrong = self.again = 0
+        self.most_lost = 0.0
+
+    def check(self, folder: Path, expected: dict[str, bytes], moment: int) -> None:
+        """Compare a finished result with what it must be."""
+        self.runs += 1
+        left = left_behind(folder / "result.zarr")
+        if left or bits_of(folder / "result.zarr") != expected:
+            self.wrong += 1
+            print(f"killed at moment {moment}: {f'left behind: {left}' if left else 'wrong'}", file=sys.stderr)
+
+    def count_lost(self, log: str) -> None:
+        """Add up what runs that were killed had begun and later ones began again: how long before the kill that was."""
+        lives = [parsed(life) for life in log.split(BORDER)]
+        for number, life in enumerate(lives):
+            later = {place for other in lives[number + 1 :] for what, place, _ in other if what == "begin"}
+            lost = [seconds for what, place, seconds in life if what == "begin" and place in later]
+            kills = [seconds for what, _, seconds in life if what == "kill"]
+            self.kills += len(kills)
+            self.again += len(lost)
+            self.most_lost = max([self.most_lost, *(kills[0] - seconds for seconds in lost)])
 
 
-class Fuse:
-    """Counts the moments of this process within `folder`, and kills it at the last of them, if that is given."""
-
-    def __init__(self, folder: Path, last: int | None) -> None:
-        self.folder = str(folder)
-        self.last = last
-        self.moments = 0
-        for name in STEPS:
-            setattr(os, name, self._counted(name, getattr(os, name)))
-
-    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(target: Any, *arguments: Any, **options: Any) -> Any:
-            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
-            if path.startswith(self.folder) and self.burns_down() and name == "pwrite":
-                content, offset = arguments
-                real(target, content[: len(content) // 2], offset)
-            self.kill_at_the_end()
-            return real(target, *arguments, **options)
-
-        return call
-
-    def __call__(self, event: Event) -> None:
-        if event.kind == "attended":
-            self.burns_down()
-            self.kill_at_the_end()
-
-    def burns_down(self) -> bool:
-        """Count a moment; whether it is the last."""
-        self.moments += 1
-        return self.moments == self.last
-
-    def kill_at_the_end(self) -> None:
-        if self.last is not None and self.moments >= self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
+BORDER = "---\n"
+"""In the log, between a run that was killed and the next."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a fork ended: killed or not, its moments (if not) and the subproblems that it began to attend."""
-
-    killed: bool
-    moments: int
-    begun: int
+def parsed(life: str) -> list[tuple[str, tuple[str, ...], float]]:
+    """What was done in one life: the word, which subproblem, and when."""
+    lines = (line.split() for line in life.splitlines())
+    return [(what, tuple(place), float(seconds)) for what, *place, seconds in lines]
 
 
-Listeners = list[Callable[[Event], None]]
+def plan_of(folder: Path, options: argparse.Namespace) -> Plan:
+    lanes = 2 if options.workers else options.lanes
+    plan = plan_for(folder / "dataset.zarr", causal=True, chunks=options.chunks, partials=options.partials, lanes=lanes)
+    return replace(plan, checkpoint_seconds=options.interval)
 
 
-def fork(work: Callable[[Listeners], object], folder: Path, last: int | None = None) -> Outcome:
-    """Do the work in a fork, with listeners that it is to call, until its moment `last`."""
-    log = folder / "begun"
-    log.write_bytes(b"")
+def run(folder: Path, options: argparse.Namespace, client: Client) -> None:
+    carry_out(plan_of(folder, options), folder / "dataset.zarr", folder / "result.zarr", client)
+
+
+def run_or_resume(folder: Path, options: argparse.Namespace) -> None:
+    """As a user would: a run that was killed before its journal was there begins anew."""
+    with local_client(workers=options.lanes) as client:
+        if oocattn.status(folder / "result.zarr").state == "interrupted":
+            oocattn.resume(folder / "result.zarr", client=client)
+        else:
+            run(folder, options, client)
+
+
+def fork(work: Callable[[], object], folder: Path, last: int | None = None) -> bool:
+    """Do the work in a fork, until its moment `last`; return whether it was killed."""
     process = os.fork()
     if process == 0:
         status = 1
         try:
-            descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-            count_subproblems(descriptor)
-            fuse = Fuse(folder / "result.zarr", last)
-            work([fuse])
-            os.write(descriptor, f" {fuse.moments}".encode())
+            arm(folder / "result.zarr", folder / "log", last)
+            work()
+            (folder / "moments").write_text(str(moments(folder / "result.zarr")))
             status = 0
         finally:
             os._exit(status)
     _, status = os.waitpid(process, 0)
-    begun, _, moments = log.read_text().partition(" ")
-    killed = os.WIFSIGNALED(status)
-    if not killed and status:
+    if not os.WIFSIGNALED(status) and status:
         raise RuntimeError(f"a run failed: {status}")
-    return Outcome(killed, int(moments or 0), len(begun))
-
-
-def count_subproblems(descriptor: int) -> None:
-    """Have a lane write a byte for every subproblem that it begins to attend."""
-    real = CpuLane.attend
-
-    def attend(self: CpuLane, turn: int) -> Event:
-        os.write(descriptor, b".")
-        return real(self, turn)
-
-    CpuLane.attend = attend  # type: ignore[method-assign]
-
-
-def plan_of(folder: Path, options: argparse.Namespace) -> Plan:
-    return plan_for(folder / "dataset.zarr", causal=True, chunks=13, partials=options.partials, lanes=options.lanes)
-
-
-def begin(folder: Path, options: argparse.Namespace, listeners: Listeners) -> None:
-    plan = plan_of(folder, options)
-    with local_client(workers=plan.lanes) as client:
-        carry_out(plan, folder / "dataset.zarr", folder / "result.zarr", client, callbacks=listeners)
-
-
-def resume(folder: Path, options: argparse.Namespace, listeners: Listeners) -> None:
-    """As a user would: a run that was killed before its journal was there begins anew."""
-    if oocattn.status(folder / "result.zarr").state != "interrupted":
-        begin(folder, options, listeners)
-        return
-    with local_client(workers=options.lanes) as client:
-        oocattn.resume(folder / "result.zarr", client=client, callbacks=listeners)
+    return os.WIFSIGNALED(status)
 
 
 def bits_of(result: Path) -> dict[str, bytes]:
@@ -142,51 +112,82 @@ def bits_of(result: Path) -> dict[str, bytes]:
 
 
 def left_behind(result: Path) -> set[str]:
-    """What lies beside a finished result that should not."""
-    return {path.name for path in ResultPaths.at(result).state.iterdir()} - {"report.json"}
+    """What lies beside a finished result that should not, also under temporary names."""
+    beside = {path.name for path in ResultPaths.at(result).state.iterdir()} - {"report.json"}
+    return beside | {path.name for path in result.parent.glob(".*")} | {path.name for path in result.rglob("*.partial")}
+
+
+def begin_anew(folder: Path) -> None:
+    for leftover in (folder / "result.zarr", ResultPaths.at(folder / "result.zarr").state):
+        shutil.rmtree(leftover, ignore_errors=True)
+    (folder / "log").write_bytes(b"")
+
+
+def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
+    chance = random.Random(options.seed)
+    fork(partial(run_or_resume, folder, options), folder)
+    expected, whole = bits_of(folder / "result.zarr"), int((folder / "moments").read_text())
+    print(f"a run has {whole} moments")
+    for number in range(options.moments):
+        begin_anew(folder)
+        last = 1 + number * (whole - 1) // max(options.moments - 1, 1)
+        killed = fork(partial(run_or_resume, folder, options), folder, last)
+        while killed:
+            with (folder / "log").open("a") as log:
+                log.write(BORDER)
+            again = chance.randrange(1, whole // 2) if chance.random() < options.again else None
+            killed = fork(partial(run_or_resume, folder, options), folder, again)
+        tally.count_lost((folder / "log").read_text())
+        tally.check(folder, expected, last)
+
+
+def kill_workers(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
+    result = folder / "result.zarr"
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=4, processes=True, memory_limit=0, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        client.run(arm, result, folder / "log", None)
+        run(folder, options, client)
+        expected, whole = bits_of(result), min(client.run(moments, result).values())
+        print(f"a worker has at least {whole} moments")
+        for number in range(options.moments):
+            begin_anew(folder)
+            client.wait_for_workers(2, timeout=60)
+            last = 1 + number // 2 * (whole - 1) // max(options.moments // 2 - 1, 1)
+            victim = sorted(client.nthreads())[number % 2]
+            client.run(arm, result, folder / "log", last, workers=[victim])
+            run(folder, options, client)
+            tally.kills += (folder / "log").read_text().count("kill")
+            tally.check(folder, expected, last)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--moments", type=int, default=200, help="how many runs to kill (default: %(default)s)")
+    parser.add_argument("--moments", type=int, default=200, help="how many to kill (default: %(default)s)")
+    parser.add_argument("--workers", action="store_true", help="kill workers instead of runs")
     parser.add_argument("--partials", choices=("memory", "disk"), default="disk")
+    parser.add_argument("--chunks", type=int, default=31)
+    parser.add_argument("--interval", type=float, default=0.5, help="checkpoint interval, seconds (default: %(default)s)")
     parser.add_argument("--lanes", type=int, default=1)
     parser.add_argument("--again", type=float, default=0.5, help="chance that a resumed run is killed too")
+    parser.add_argument("--grace", type=float, default=0.0, help="seconds more that may be lost (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    memory = Path("/dev/shm")
+    memory, tally = Path("/dev/shm"), Tally()
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
-        return kill_and_resume(Path(name), options)
-
-
-def kill_and_resume(folder: Path, options: argparse.Namespace) -> int:
-    """Kill as many runs as the options say; return the exit code."""
-    result, chance = folder / "result.zarr", random.Random(options.seed)
-    fork(lambda _: write_dataset(folder / "dataset.zarr", normal_arrays(170, heads=4, kv_heads=2)), folder)
-    whole = fork(partial(begin, folder, options), folder)
-    expected = bits_of(result)
-    print(f"{whole.begun} subproblems, {whole.moments} moments, partials in {options.partials}, {options.lanes} lanes")
-    kills = wrong = redone = most_redone = 0
-    for number in range(options.moments):
-        for leftover in (result, ResultPaths.at(result).state):
-            shutil.rmtree(leftover, ignore_errors=True)
-        last = 1 + number * (whole.moments - 1) // max(options.moments - 1, 1)
-        outcome = fork(partial(begin, folder, options), folder, last)
-        begun, deaths = outcome.begun, int(outcome.killed)
-        while outcome.killed:
-            again = chance.randrange(1, whole.moments // 2) if chance.random() < options.again else None
-            outcome = fork(partial(resume, folder, options), folder, again)
-            begun, deaths = begun + outcome.begun, deaths + outcome.killed
-        kills += deaths
-        redone += begun - whole.begun
-        most_redone = max(most_redone, (begun - whole.begun) / max(deaths, 1))
-        left = left_behind(result)
-        if left or bits_of(result) != expected:
-            wrong += 1
-            print(f"killed at moment {last}: {f'left behind: {left}' if left else 'wrong'}", file=sys.stderr)
-    print(f"{options.moments - wrong} of {options.moments} bit-identical after {kills} kills")
-    print(f"{redone} subproblems begun again, at most {most_redone:.1f} a kill")
-    return int(bool(wrong))
+        folder = Path(name)
+        fork(lambda: write_dataset(folder / "dataset.zarr", normal_arrays(400, heads=4, kv_heads=2)), folder)
+        (kill_workers if options.workers else kill_runs)(folder, options, tally)
+    killed = f"{tally.runs - tally.wrong} of {tally.runs} bit-identical after {tally.kills} kills"
+    print(f"{killed}, partials in {options.partials}")
+    if options.workers:
+        return int(bool(tally.wrong))
+    print(
+        f"{tally.again} subproblems begun again; the oldest had begun {tally.most_lost:.2f} s before the kill, with a "
+        f"checkpoint interval of {options.interval:g} s"
+    )
+    return int(bool(tally.wrong) or tally.most_lost > options.interval + options.grace)
 
 
 if __name__ == "__main__":

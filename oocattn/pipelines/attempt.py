@@ -209,18 +209,19 @@ class Attempt:
 
         Whatever fails here costs no more than that work: what ended the attempt is what is told.
         """
+        start = time.time()
         try:
             living_workers(self._client)
             self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
             while any(self._client.run(stop, self._name, on_error="ignore").values()):
                 time.sleep(0.05)
-            start = time.time()
-            saved = self._client.run(save, self._name) if keep else {}
+            saved = list(self._client.run(save, self._name, on_error="return").values()) if keep else []
         except Exception as error:
-            logger.warning("what lanes held in memory may be lost, and is computed again: %s", error)
-            return
-        if any(saved.values()):
-            self._emit(Event("saved", start, time.time(), amount=sum(saved.values())))
+            saved = [error]
+        for failed in (one for one in saved if isinstance(one, BaseException)):
+            logger.warning("what a lane held in memory may be lost, and is computed again: %s", failed)
+        if written := sum(one for one in saved if isinstance(one, int)):
+            self._emit(Event("saved", start, time.time(), amount=written))
 
     def _close_lanes(self) -> None:
         """Close the lanes of all workers that are still there; those of the others are gone with them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import logging
 import math
 import time
@@ -30,8 +31,8 @@ from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
 from oocattn.plans import Plan
+from oocattn.storage.durable import write_text
 from oocattn.storage.journal import Place
-from oocattn.storage.result import write_json
 
 ATTEMPTS = 3
 """Times that the same thing may go wrong before the run ends: the same task, the same partial, or, with nothing done in
@@ -71,7 +72,7 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
         _check_pairs(plan, finished)
         work.result.record(gather_checksums(plan, finished))
         report = tally.report(plan, finished, before, seconds=time.time() - start, lanes=lanes)
-        write_json(work.paths.report, report.to_json())
+        write_text(work.paths.report, json.dumps(report.to_json(), indent=1))
         work.paths.commit()
     except BaseException as error:
         emit(Event("failed", start, time.time(), detail={"error": f"{type(error).__name__}: {error}"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -106,7 +107,8 @@ class StatusFile:
         important = event.kind in ("started", "mended", "failed")
         if important or time.time() - self._written >= INTERVAL:
             self._written = time.time()
-            write_json(self._path, asdict(self._status))
+            with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
+                write_json(self._path, asdict(self._status))
 
     def _counted(self, event: Event) -> Status:
         """The status with the bytes of an event, and when they were brought to disk."""

@@ -89,9 +89,14 @@ def remove_leftovers(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text durably."""
+    write_durably(path, [np.frombuffer(text.encode(), np.uint8)])
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON object and its checksum durably."""
-    write_durably(path, [np.frombuffer(encode_record(record), np.uint8)])
+    write_text(path, encode_record(record).decode())
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.checksums import ATTRIBUTE as CHECKSUMS
 from oocattn.storage.checksums import Checksums, as_digits, checksum
 from oocattn.storage.create import create_array, local_path, move_into_place, sync_metadata, write_chunk
-from oocattn.storage.durable import remove_leftovers
+from oocattn.storage.durable import PARTIAL, remove_leftovers
 from oocattn.storage.journal import forget, has_begun
 from oocattn.storage.mapped_store import MappedStore
 
@@ -200,9 +200,13 @@ class ResultArrays:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a small JSON file at once, so that readers see the old text or the new."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    temporary = path.with_name(path.name + PARTIAL)
+    try:
+        temporary.write_text(json.dumps(content, indent=1))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

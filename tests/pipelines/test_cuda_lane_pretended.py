@@ -42,7 +42,8 @@ from support import (
     written_bits,
 )
 
-from oocattn import BudgetError, Plan, Result
+import oocattn
+from oocattn import BudgetError, Event, Plan, Result
 from oocattn.kernels import Kernel, get_kernel
 from oocattn.memory import (
     ALIGNMENT,
@@ -144,6 +145,25 @@ def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(client: 
                 assert same.digest == made.digest
                 found = carry_out(same, dataset, fast_path / "result.zarr", connected, overwrite=True)
                 assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+@pytest.mark.parametrize("count", [4, 9, 13])
+def test_an_interrupted_run_goes_on_to_the_same_bits(client: Client, fast_path: Path, partials: str, count: int) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(151, heads=4, kv_heads=2, dtype="float16"))
+    made = replace(gpu_plan(dataset, (20, 10), partials, causal=True, chunks=13), checkpoint_seconds=0.02)
+    expected = carry_out(made, dataset, fast_path / "expected.zarr", client)
+    before, after = Recorder([]), Recorder([])
+
+    def stop(event: Event) -> None:
+        if event.kind == "attended" and len(before.of("attended")) == count:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(made, dataset, fast_path / "result.zarr", client, callbacks=[before, stop])
+    found = oocattn.resume(fast_path / "result.zarr", client=client, callbacks=[after])
+    assert_same_bits(found, expected)
+    assert len(after.of("attended")) <= made.subproblems - count
 
 
 # One lane

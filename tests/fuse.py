@@ -1,0 +1,85 @@
+"""Kills a process at a step of a run towards the disk, which is how the tests make runs and workers die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from oocattn import Event
+from oocattn.pipelines.cpu_lane import CpuLane
+from oocattn.pipelines.lane import Staged
+
+STEPS = ("pwrite", "fsync", "replace", "rename", "unlink")
+"""Functions of `os` that bring a run's files about; each call is a moment."""
+
+
+class Fuse:
+    """Counts the moments of this process, and kills it at the last of them, if that is given.
+
+    A moment is a write within `folder`, which is then only half made, a sync, a rename or a removal there, or the end of a
+    subproblem. What is done is logged in the file `log`, a line each: `begin` and `end` of a subproblem, and `kill`, with
+    the seconds since the epoch.
+    """
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.folder = str(folder)
+        self.last: int | None = None
+        self.moments = 0
+        self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        for name in STEPS:
+            setattr(os, name, self._counted(name, getattr(os, name)))
+        real = CpuLane._attend
+
+        def attend(lane: CpuLane, staged: Staged) -> Event:
+            place = f"{staged.head_group} {staged.subproblem.index}"
+            self.write(f"begin {place}")
+            event = real(lane, staged)
+            self.write(f"end {place}")
+            self.burn()
+            self.kill_at_the_end()
+            return event
+
+        CpuLane._attend = attend  # type: ignore[method-assign]
+
+    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(target: Any, *arguments: Any, **options: Any) -> Any:
+            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+            if path.startswith(self.folder) and self.burn() and name == "pwrite":
+                content, offset = arguments
+                real(target, content[: len(content) // 2], offset)
+            self.kill_at_the_end()
+            return real(target, *arguments, **options)
+
+        return call
+
+    def write(self, what: str) -> None:
+        os.write(self._log, f"{what} {time.time()}\n".encode())
+
+    def burn(self) -> bool:
+        """Count a moment; whether it is the last."""
+        self.moments += 1
+        return self.moments == self.last
+
+    def kill_at_the_end(self) -> None:
+        if self.last is not None and self.moments >= self.last:
+            self.write("kill")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+_fuses: dict[str, Fuse] = {}
+
+
+def arm(folder: Path, log: Path, last: int | None) -> None:
+    """Count this process's moments within `folder` from now on, to the last."""
+    fuse = _fuses.setdefault(str(folder), None) or Fuse(folder, log)  # type: ignore[arg-type]
+    _fuses[str(folder)] = fuse
+    fuse.moments, fuse.last = 0, last
+
+
+def moments(folder: Path) -> int:
+    """How many this process has had since it was armed; 0 where it was not."""
+    return _fuses[str(folder)].moments if str(folder) in _fuses else 0
