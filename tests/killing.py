@@ -76,14 +76,17 @@ def plan_of(folder: Path, options: argparse.Namespace) -> Plan:
 
 
 def run(folder: Path, options: argparse.Namespace, client: Client) -> None:
-    carry_out(plan_of(folder, options), folder / "dataset.zarr", folder / "result.zarr", client)
+    plan = plan_of(folder, options)
+    carry_out(plan, folder / "dataset.zarr", folder / "result.zarr", client, overwrite=options.overwrite)
 
 
 def run_or_resume(folder: Path, options: argparse.Namespace) -> None:
     """As a user would: a run that was killed before its journal was there begins anew."""
+    result = folder / "result.zarr"
+    ours = ((ResultPaths.at(result).attributes() or {}).get("problem") or {}).get("causal")  # the one to replace is not
     with local_client(workers=options.lanes) as client:
-        if oocattn.status(folder / "result.zarr").state == "interrupted":
-            oocattn.resume(folder / "result.zarr", client=client)
+        if ours or oocattn.status(result).state == "interrupted":
+            oocattn.resume(result, client=client)
         else:
             run(folder, options, client)
 
@@ -117,19 +120,29 @@ def left_behind(result: Path) -> set[str]:
     return beside | {path.name for path in result.parent.glob(".*")} | {path.name for path in result.rglob("*.partial")}
 
 
-def begin_anew(folder: Path) -> None:
-    for leftover in (folder / "result.zarr", ResultPaths.at(folder / "result.zarr").state):
+def begin_anew(folder: Path, options: argparse.Namespace) -> None:
+    result = folder / "result.zarr"
+    for leftover in (result, ResultPaths.at(result).state):
         shutil.rmtree(leftover, ignore_errors=True)
+    if options.overwrite:
+        shutil.copytree(folder / "other.zarr", result)
     (folder / "log").write_bytes(b"")
+
+
+def write_other(folder: Path) -> None:
+    """The result of another problem, which is to be replaced."""
+    with local_client() as client:
+        carry_out(plan_for(folder / "dataset.zarr"), folder / "dataset.zarr", folder / "other.zarr", client)
 
 
 def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
     chance = random.Random(options.seed)
+    begin_anew(folder, options)
     fork(partial(run_or_resume, folder, options), folder)
     expected, whole = bits_of(folder / "result.zarr"), int((folder / "moments").read_text())
     print(f"a run has {whole} moments")
     for number in range(options.moments):
-        begin_anew(folder)
+        begin_anew(folder, options)
         last = 1 + number * (whole - 1) // max(options.moments - 1, 1)
         killed = fork(partial(run_or_resume, folder, options), folder, last)
         while killed:
@@ -152,7 +165,7 @@ def kill_workers(folder: Path, options: argparse.Namespace, tally: Tally) -> Non
         expected, whole = bits_of(result), min(client.run(moments, result).values())
         print(f"a worker has at least {whole} moments")
         for number in range(options.moments):
-            begin_anew(folder)
+            begin_anew(folder, options)
             client.wait_for_workers(2, timeout=60)
             last = 1 + number // 2 * (whole - 1) // max(options.moments // 2 - 1, 1)
             victim = sorted(client.nthreads())[number % 2]
@@ -170,6 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chunks", type=int, default=31)
     parser.add_argument("--interval", type=float, default=0.5, help="checkpoint interval, seconds (default: %(default)s)")
     parser.add_argument("--lanes", type=int, default=1)
+    parser.add_argument("--overwrite", action="store_true", help="have every run take the place of another result")
     parser.add_argument("--again", type=float, default=0.5, help="chance that a resumed run is killed too")
     parser.add_argument("--grace", type=float, default=0.0, help="seconds more that may be lost (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -178,6 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         folder = Path(name)
         fork(lambda: write_dataset(folder / "dataset.zarr", normal_arrays(400, heads=4, kv_heads=2)), folder)
+        if options.overwrite:
+            fork(lambda: write_other(folder), folder)
         (kill_workers if options.workers else kill_runs)(folder, options, tally)
     killed = f"{tally.runs - tally.wrong} of {tally.runs} bit-identical after {tally.kills} kills"
     print(f"{killed}, partials in {options.partials}")

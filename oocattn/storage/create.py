@@ -154,7 +154,7 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
         yield zarr.create_group(LocalStore(temporary), attributes=attributes, zarr_format=3)
         refuse_to_destroy(local, overwrite)
         sync_metadata(temporary)
-        move_into_place(temporary, local)
+        move_into_place(temporary, local, temporary.with_name(f".{local.name}.{uuid.uuid4().hex}{PARTIAL}"))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -201,14 +201,14 @@ def sync_metadata(group: Path) -> None:
         sync(metadata.parent)
 
 
-def move_into_place(temporary: Path, path: Path) -> None:
+def move_into_place(temporary: Path, path: Path, aside: Path) -> None:
     """Give the group at `temporary`, all of which is on disk, the name `path`.
 
-    What was at `path` is moved aside first and removed last.
+    What was at `path` is moved to `aside` first and removed last.
     """
-    old = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     if os.path.lexists(path):
-        os.rename(path, old)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
     os.rename(temporary, path)
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)

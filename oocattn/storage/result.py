@@ -58,6 +58,11 @@ class ResultPaths:
         return self.state / "result.zarr"
 
     @property
+    def replaced(self) -> Path:
+        """The result that another one takes the place of, for the moment in which it does."""
+        return self.state / "replaced.zarr"
+
+    @property
     def scratch(self) -> Path:
         """The folder of partials."""
         return self.state / "partials"
@@ -97,7 +102,7 @@ class ResultPaths:
     ) -> ResultArrays:
         """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an earlier run left."""
         forget(self.state)
-        for leftover in (self.growing, self.scratch):
+        for leftover in (self.growing, self.scratch, self.replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         self.status.unlink(missing_ok=True)
         self._forget_certificate()
@@ -117,13 +122,14 @@ class ResultPaths:
     def commit(self) -> None:
         """Give the complete result its name and leave nothing but the report beside it."""
         self._forget_certificate()  # of the result that is replaced, if it was verified meanwhile
-        move_into_place(self.growing, self.result)
+        move_into_place(self.growing, self.result, self.replaced)
         self.tidy()
 
     def tidy(self) -> None:
         """Remove what a run whose result is complete needs no more: all but the report and a certificate."""
         forget(self.state)
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        for leftover in (self.scratch, self.replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         self.status.unlink(missing_ok=True)
 
     def discard(self) -> None:
@@ -143,7 +149,7 @@ class ResultPaths:
     @property
     def untidy(self) -> bool:
         """Whether a run was killed after it had committed its result and before it had tidied up."""
-        leftovers = (self.state / "plan.json", self.scratch, self.status, self.lock)
+        leftovers = (self.state / "plan.json", self.scratch, self.replaced, self.status, self.lock)
         return not self.growing.exists() and any(path.exists() for path in leftovers)
 
 
