@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"oocattn: interrupted{_how_to_go_on(options)}", file=sys.stderr)
                 return 128 + (signals.received or signal.SIGINT)
             if isinstance(error, TimeLimitError):
-                print(f"oocattn: time limit reached{_how_to_go_on(options)}", file=sys.stderr)
+                print(f"oocattn: {error}{_how_to_go_on(options)}", file=sys.stderr)
                 return TIME_LIMIT
             if isinstance(error, OocattnError | OSError):
                 print(f"oocattn: {' '.join(str(error).split())}", file=sys.stderr)
@@ -80,8 +80,9 @@ class _Signals:
 
 
 def _how_to_go_on(options: argparse.Namespace) -> str:
-    if options.command in (_run, _resume) and oocattn.status(options.result).state == "interrupted":
-        return f"; go on with: oocattn resume {options.result}"
+    with suppress(OocattnError, OSError):  # how it ended is what is to be told
+        if options.command in (_run, _resume) and oocattn.status(options.result).state == "interrupted":
+            return f"; go on with: oocattn resume {options.result}"
     return ""
 
 
@@ -200,7 +201,10 @@ class _PlanPrinter:
 
 
 def _status(options: argparse.Namespace) -> int:
-    print(oocattn.status(options.result))
+    status = oocattn.status(options.result)
+    print(status)
+    if status.state == "interrupted":
+        print(f"go on with: oocattn resume {options.result}")
     return DONE
 
 

@@ -24,8 +24,6 @@ MAX_CHUNKS = 9507
 CHECKPOINT_SECONDS = 60.0
 """What a kill may cost, unless it is chosen."""
 
-IN_FLIGHT = 4
-"""Subproblems of the longest kind that make up that time: two may be in flight, and half of it passes between saves."""
 
 FINE_SECONDS = 0.005
 """A subproblem of less would cost more to schedule than to compute: nothing finer is considered where this fits."""
@@ -85,8 +83,8 @@ def make_plan(
     """Choose the division, tiles and place of partials that finish soonest within the budgets (bytes, over all lanes).
 
     `chunks` pins c and `decomposition` the kind. A kill is to cost no more than `checkpoint_seconds` (0: whatever it costs):
-    where the budgets leave a choice, subproblems are no longer than a quarter of that. Raises ProblemError for a choice that
-    does not exist and BudgetError, naming the smallest budget that works, where nothing fits.
+    where the budgets leave a choice, subproblems are short enough for that, and what is saved little enough. Raises
+    ProblemError for a choice that does not exist and BudgetError, naming the smallest budget that works, where nothing fits.
     """
     if decomposition not in DECOMPOSITIONS:
         raise ProblemError(f"decomposition {decomposition!r}: expected one of {', '.join(DECOMPOSITIONS)}")
@@ -105,8 +103,7 @@ def make_plan(
     fitting = [plan for plan in plans if _fits(plan, hardware)]
     if not fitting:
         raise _budget_error(plans, device_memory, host_memory, hardware.scratch_disk)
-    longest = checkpoint_seconds / IN_FLIGHT or math.inf
-    prompt = [plan for plan in fitting if plan.subproblem_seconds <= longest] or fitting
+    prompt = [plan for plan in fitting if _keeps_to_interval(plan, hardware)] or fitting
     fastest = min(plan.seconds for plan in prompt)
     ties = [plan for plan in prompt if plan.seconds <= TIE * fastest]
     kind = min(_kind(plan) for plan in ties)
@@ -120,6 +117,13 @@ def _fits(plan: Plan, hardware: Hardware) -> bool:
     """Whether a plan keeps to its budgets and to the room on disk."""
     in_memory = plan.peak_device <= plan.device_memory and plan.peak_host <= plan.host_memory
     return in_memory and plan.scratch_disk <= hardware.scratch_disk
+
+
+def _keeps_to_interval(plan: Plan, hardware: Hardware) -> bool:
+    """Whether a kill costs no more than it may: half of that passes between saves, in the other half two subproblems are in
+    flight and all accumulators are saved."""
+    saving = plan.scratch_disk / hardware.write_rate if plan.saves else 0.0
+    return not plan.checkpoint_seconds or saving + 2 * plan.subproblem_seconds <= plan.checkpoint_seconds / 2
 
 
 def _kind(plan: Plan) -> tuple[bool, bool]:

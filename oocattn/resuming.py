@@ -93,8 +93,8 @@ class Unfinished:
             found, chosen = getattr(plan, name), getattr(choices, name)
             if chosen not in (None, "auto", found):
                 raise ResultExistsError(
-                    f"the unfinished run in {place} has {name} {found}, not {chosen}: resume it as it is, or begin anew "
-                    "with overwrite=True (--overwrite)"
+                    f"the unfinished run in {place} has {name.replace('_', ' ')} {found}, not {chosen}: resume it as it is, "
+                    "or begin anew with overwrite=True (--overwrite)"
                 )
 
     def check_plan(self, plan: Plan) -> None:
@@ -128,7 +128,10 @@ def begin_journal(paths: ResultPaths, plan: Plan, dataset: Mapping[str, str]) ->
 
 def find_unfinished(paths: ResultPaths) -> Unfinished | None:
     """The unfinished run to this result; None where there is none. Raises IntegrityError for a journal that is damaged."""
-    header = read_header(paths.state)
+    try:
+        header = read_header(paths.state)
+    except IntegrityError as error:
+        raise IntegrityError(f"{error}; begin anew with overwrite=True (--overwrite)") from error
     if header is None or not paths.growing.exists():
         return None
     try:

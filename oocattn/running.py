@@ -19,7 +19,6 @@ from oocattn.pipelines.status import StatusFile
 from oocattn.plans import Plan
 from oocattn.problem import Problem
 from oocattn.resuming import Unfinished, begin_journal, describe, find_unfinished
-from oocattn.storage.create import refuse_to_destroy
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.lock import Lock
 from oocattn.storage.result import ResultArrays, ResultPaths, read_json
@@ -122,8 +121,14 @@ def _carry_on(
 def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrite: bool) -> bool:
     """Whether the result is there already. Raises ResultExistsError if something else is and may not be replaced."""
     found = paths.attributes()
-    if found is None or overwrite:
-        refuse_to_destroy(paths.result, overwrite)
+    if found is None:
+        return False
+    if "problem" not in found:
+        raise ResultExistsError(
+            f"{paths.result} exists and is not a result of oocattn, and only those are replaced: remove it, or choose "
+            "another path"
+        )
+    if overwrite:
         return False
     ours = describe(problem, dataset)
     if all(found.get(name) == ours[name] for name in ours):

@@ -35,7 +35,8 @@ def parse_duration(text: str | float, name: str = "duration") -> float:
     """Read `90`, `45s`, `10m`, `8h`, `2d` or `1h30m` as seconds. Raises ProblemError for anything else, and below 0."""
     if isinstance(text, str):
         parts = _DURATION.findall(text.replace(" ", ""))
-        if not parts or "".join(map("".join, parts)) != text.replace(" ", ""):
+        understood = len(parts) == 1 or (parts and all(unit for _, unit in parts))
+        if not understood or "".join(map("".join, parts)) != text.replace(" ", ""):
             raise ProblemError(f"{name} {text!r} is not understood: write it as 90, 45s, 10m, 8h, 2d or 1h30m")
         seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
     else:

@@ -76,7 +76,7 @@ def test_a_resumed_run_gives_the_same_bits(
     if kind == "written":
         assert len(recorder.of("written")) <= len([chunk for chunk in range(13) if plan.tokens(chunk)]) * 2 - count
         assert 0 < found.report.pairs_before <= found.report.pairs
-        assert "of the pairs were in chunks finished before" in str(found.report)
+        assert "of the pairs were attended before" in str(found.report)
     assert redone <= plan.subproblems - (count if kind == "attended" else 0)
     assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
 
@@ -128,7 +128,7 @@ def test_the_same_call_resumes_and_the_command_says_so(
         assert bool(printed) == bool(number)
         if printed:
             assert "of 26 subproblems are left" in printed
-            assert "of the pairs were in chunks finished before" in printed
+            assert "of the pairs were attended before" in printed
 
 
 def test_an_overwriting_run_can_be_resumed(client: Client, dataset: Path, result: Path) -> None:

@@ -11,8 +11,9 @@ import logging
 import queue
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,15 +28,22 @@ from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.interrupts import InterruptedRunError
 from oocattn.pipelines.lane import Job
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.tasks import LanePlugin, plugin_name, save, stop
+from oocattn.pipelines.tasks import LanePlugin, identity, plugin_name, plugins_of, save, stop
 from oocattn.planner import PIECE, UNFINISHED, WINDOW
 from oocattn.plans import Plan
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.journal import Journal
 from oocattn.storage.result import ResultArrays, ResultPaths
+from oocattn.units import format_seconds
 
 PATIENCE = 5.0
 """Seconds after which it is checked again whether the workers still live."""
+
+SILENCE = 15.0
+"""Seconds in which a worker must answer, or it is done without."""
+
+SAVING = 600.0
+"""Seconds that saving may take."""
 
 logger = logging.getLogger("oocattn")
 
@@ -56,7 +64,7 @@ class Work:
 class Attempt:
     """What is left of a run, from the making of its lanes to their end.
 
-    `devices` says where the lane of each worker is, `left` how many subproblems are to be staged.
+    `devices` says where the lane of each worker is, by address, `left` how many subproblems are to be staged.
     """
 
     def __init__(
@@ -74,16 +82,21 @@ class Attempt:
         self._client = client
         self._devices = devices
         self._schedule = schedule
-        self._left = left
+        self._left = self._to_attend = left
         self._emit = emit
         self._deadline = deadline
         self._unfinished: dict[Key, Future[Event | None]] = {}
         self._ended: queue.SimpleQueue[Future[Event | None] | None] = queue.SimpleQueue()
-        self._attending = 0
+        self._attending = self._attended = 0
         self._checked = time.monotonic()
+        self._interrupted = False
+        self._answering: list[str] = []
+        self.dataset_checked = False
+        """Whether the dataset was found unchanged after all of it was read."""
 
     def interrupt(self) -> None:
         """Stop at the next step; to be called from anywhere."""
+        self._interrupted = True
         self._ended.put(None)
 
     def drive(self) -> None:
@@ -93,8 +106,11 @@ class Attempt:
         the lanes have done is on disk then.
         """
         work = self._work
-        job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, self._devices)
         with self._missing_those_who_left():
+            self._close_lanes_left_behind()
+            names = self._client.run(identity, workers=list(self._devices))
+            devices = {names[address]: device for address, device in self._devices.items()}
+            job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
             try:
                 self._client.register_plugin(LanePlugin(job))
                 self._see_to_the_end()
@@ -142,24 +158,41 @@ class Attempt:
         """Wait for tasks to end. Raises InterruptedRunError when that is asked for, TimeLimitError when it is time."""
         batch: list[Future[Event | None]] = []
         while not batch or not self._ended.empty():
-            if self._deadline.left <= 0:
-                raise TimeLimitError(f"{self._work.paths.result}: the time limit is reached; what was done can be resumed")
+            patience = self._check_time()
             if time.monotonic() - self._checked > PATIENCE:
                 self._check_workers()
-            try:
-                future = self._ended.get(timeout=min(PATIENCE, self._deadline.left))
-            except queue.Empty:
-                continue
-            if future is None:
-                raise InterruptedRunError("interrupted: what was in flight is on disk")
-            batch.append(future)
+            with suppress(queue.Empty):
+                future = self._ended.get(timeout=patience)
+                if future is not None:
+                    batch.append(future)
         return batch
+
+    def _check_time(self) -> float:
+        """Seconds until it is to be asked again. Raises InterruptedRunError when that was asked for, TimeLimitError when it
+        is time."""
+        left = self._deadline.left
+        if self._interrupted:
+            logger.warning(
+                "ending: what is in flight is finished and saved first, which may take %s; a second signal ends at once",
+                format_seconds(self._deadline.in_flight),
+            )
+            raise InterruptedRunError("interrupted: what was in flight is on disk")
+        if left <= 0:
+            plan = self._work.plan
+            words = (
+                f"time limit reached: {plan.subproblems - self._to_attend:,} of {plan.subproblems:,} subproblems are done"
+            )
+            if not self._attended:
+                words += f", none of them since the start: one takes about {format_seconds(plan.subproblem_seconds)}"
+            raise TimeLimitError(words)
+        return min(PATIENCE, left)
 
     def _event(self, future: Future[Event | None]) -> Event:
         """What a finished task returned; that is gone with its worker."""
         while True:
+            patience = self._check_time()
             try:
-                event = future.result(timeout=PATIENCE)
+                event = future.result(timeout=patience)
             except TimeoutError:
                 self._check_workers()
                 continue
@@ -184,18 +217,22 @@ class Attempt:
         self._emit(event)
         if event.kind == "attended":
             self._attending -= 1
-            self._deadline.learn(event.stop - event.start)
+            self._attended += 1
+            self._to_attend -= 1
+            self._deadline.learn(event)
         elif event.kind == "staged":
             self._left -= 1
             if not self._left:  # all is read, and the driver has little else to do
-                self._check_dataset()
+                self.check_dataset()
 
-    def _check_dataset(self) -> None:
+    def check_dataset(self) -> None:
+        """Raises TaintedError where the dataset is not what it was when the run began."""
         dataset = self._work.dataset
         if Dataset.open(dataset.location).fingerprint() != self._work.fingerprint:
             raise TaintedError(
                 f"{dataset.location}: the dataset changed while the run read it; the result is discarded, run again"
             )
+        self.dataset_checked = True
 
     def _submit(self, graph: HighLevelGraph, keys: list[Key]) -> None:
         futures = self._client.get(graph, keys, sync=False)
@@ -209,24 +246,66 @@ class Attempt:
 
         Whatever fails here costs no more than that work: what ended the attempt is what is told.
         """
+        if not self._reachable():
+            return
+        self._answering = [address for address in living_workers(self._client) if address in self._devices]
         start = time.time()
-        try:
-            living_workers(self._client)
+        with self._telling("some tasks may go on"):
             self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
-            while any(self._client.run(stop, self._name, on_error="ignore").values()):
-                time.sleep(0.05)
-            saved = list(self._client.run(save, self._name, on_error="return").values()) if keep else []
-        except Exception as error:
-            saved = [error]
-        for failed in (one for one in saved if isinstance(one, BaseException)):
-            logger.warning("what a lane held in memory may be lost, and is computed again: %s", failed)
-        if written := sum(one for one in saved if isinstance(one, int)):
-            self._emit(Event("saved", start, time.time(), amount=written))
+        while any(self._ask(stop, SILENCE)):
+            time.sleep(0.05)
+        saved = self._ask(save, SAVING) if keep else []
+        if any(saved):
+            self._emit(Event("saved", start, time.time(), amount=sum(saved)))
+
+    def _ask(self, function: Callable[..., object], seconds: float) -> list[int]:
+        """What this returns on each worker of the run; one that fails or is silent is named, and not asked again."""
+        asking = ThreadPoolExecutor(max(1, len(self._answering)), thread_name_prefix="oocattn-ask")
+        answers = {
+            address: asking.submit(self._client.run, function, self._name, workers=[address], on_error="return")
+            for address in self._answering
+        }
+        wait(answers.values(), timeout=seconds)
+        asking.shutdown(wait=False)
+        found: dict[str, int] = {}
+        for address, answer in answers.items():
+            with self._telling(f"what worker {address} held in memory may be lost, and is computed again"):
+                said = answer.result(timeout=0)[address]
+                if isinstance(said, BaseException):
+                    raise said
+                found[address] = int(said)
+        self._answering = list(found)
+        return list(found.values())
 
     def _close_lanes(self) -> None:
         """Close the lanes of all workers that are still there; those of the others are gone with them."""
-        try:
+        if self._reachable():
+            self._unregister(plugin_name(self._name))
+
+    def _close_lanes_left_behind(self) -> None:
+        """Close those of a run to the same result whose driver was killed, or they would hold their memory for ever."""
+        there = self._client.run(plugins_of, self._work.paths.scratch).values()
+        for name in {name for names in there for name in names}:
+            self._unregister(name)
+
+    def _unregister(self, name: str) -> None:
+        closing = ThreadPoolExecutor(1, thread_name_prefix="oocattn-close")
+        closed = closing.submit(self._client.unregister_worker_plugin, name)
+        closing.shutdown(wait=False)
+        with self._telling("not every worker has closed its lane"):
+            closed.result(timeout=SILENCE)
+
+    def _reachable(self) -> bool:
+        """Whether the scheduler is there: else everything else ends by itself."""
+        with suppress(WorkerLostError):
             living_workers(self._client)
-            self._client.unregister_worker_plugin(plugin_name(self._name))
+            return True
+        return False
+
+    @contextmanager
+    def _telling(self, consequence: str) -> Iterator[None]:
+        """What fails inside is logged, with what comes of it."""
+        try:
+            yield
         except Exception as error:
-            logger.warning("not every worker has closed its lane: %s", error)
+            logger.warning("%s: %s", consequence, str(error) or type(error).__name__)

@@ -14,7 +14,7 @@ from oocattn.pipelines.partials import PartialStore
 
 class Checkpoints:
     """Saves the partials of a lane twice in an interval of so many seconds, so that a kill costs no more than one of work:
-    what came after the last save began, the time that the next one takes, and what is in flight.
+    what came after the last save began, which is half an interval before the next one ends, and what is in flight.
 
     With an interval of 0 nothing is saved but at the end. `fail` is told what goes wrong.
     """
@@ -48,12 +48,14 @@ class Checkpoints:
             self._thread.join()
 
     def _save_now_and_then(self) -> None:
-        while not self._ended.wait(self._pause):
+        took = 0.0
+        while not self._ended.wait(max(0.0, self._pause - took)):
             start = time.time()
             try:
                 written = self._partials.save(patient=True)
             except BaseException as error:
                 self._fail(error)
                 return
+            took = time.time() - start
             if written:
                 self._made.append((Span("save", start, time.time()), written))

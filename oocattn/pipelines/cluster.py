@@ -53,15 +53,14 @@ def worker_addresses(client: Client) -> list[str]:
     return sorted(client.nthreads())
 
 
-def wait_for_workers(client: Client, count: int, seconds: float) -> None:
-    """Wait until there are so many workers, but not for ever.
+def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any: float) -> None:
+    """Wait until there are so many workers, but not for ever: longer for the first than for the others.
 
     Raises WorkerLostError where the scheduler does not answer, or there is no worker after that.
     """
-    deadline = time.monotonic() + seconds
-    while True:
-        there = len(living_workers(client))
-        if there >= count or time.monotonic() > deadline:
+    began = time.monotonic()
+    while (there := len(living_workers(client))) < count:
+        if time.monotonic() - began > (seconds if there else seconds_for_any):
             break
         time.sleep(0.1)
     if not there:

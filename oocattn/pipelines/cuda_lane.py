@@ -188,11 +188,10 @@ class CudaLane(Lane):
         for block in staged.subproblem.blocks:
             if block.query_chunk not in staged.queries:
                 continue  # beyond the last token, or not wanted
-            if self.plan.partials == "disk":
-                while len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:  # only this thread adds to them
-                    with self._finishing, self.telling_the_first_error():
-                        if len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:
-                            self._finish_chunk()
+            while self._must_come_back(staged.head_group, block.query_chunk):  # only this thread adds to what does
+                with self._finishing, self.telling_the_first_error():
+                    if self._must_come_back(staged.head_group, block.query_chunk):
+                        self._finish_chunk()
             not_finite = staged.not_finite[block.query_chunk]
             destination = self.partials.begin(staged.head_group, block.query_chunk, staged.subproblem.index, not_finite)
             work.coming_back += 1
@@ -201,6 +200,13 @@ class CudaLane(Lane):
             last = self.plan.division.contributors(block.query_chunk)[-1] == staged.subproblem.index
             if last and self.plan.partials == "memory":
                 self.finisher.begin(staged.head_group, block.query_chunk, _whole(tiles))
+
+    def _must_come_back(self, head_group: int, chunk: int) -> bool:
+        """Whether a partial of a chunk has to wait for those before it: for their buffers, or because a save waits for
+        them."""
+        if self.plan.partials == "disk":
+            return len(self._coming_back) == PARTIAL_BUFFERS["cuda"]
+        return bool(self._coming_back) and self.partials.awaited(head_group, chunk)
 
     def _finish_chunk(self) -> None:
         """Wait until the oldest partial that was begun is in host memory, and hand it over."""

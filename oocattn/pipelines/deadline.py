@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 
+from oocattn.pipelines.events import Event
 from oocattn.plans import Plan
 
 MARGIN = 2.0
@@ -17,25 +17,27 @@ SAVING_RATE = 1e9
 class Deadline:
     """A moment at which a run must have ended (seconds since the epoch), with what it holds in memory on disk.
 
-    What is in flight is let end, which takes as long as the longest subproblem did so far, or as two are predicted to take.
+    What is in flight is let end: two subproblems, which take as long as the longest did so far, or as is predicted.
     """
 
     def __init__(self, at: float, plan: Plan) -> None:
         self._at = at
-        self._in_flight = 2 * plan.subproblem_seconds
+        self._predicted = 2 * plan.subproblem_seconds
+        self._at_a_time = 2 if plan.device == "cpu" else 1  # a GPU's lane counts the time behind the one before
         self._saving = plan.scratch_disk / SAVING_RATE if plan.saves else 0.0
         self._longest = 0.0
 
-    @classmethod
-    def never(cls, plan: Plan) -> Deadline:
-        """That of a run without a time limit."""
-        return cls(math.inf, plan)
+    def learn(self, event: Event) -> None:
+        """A subproblem was attended, and what was held in memory saved meanwhile: how long that took."""
+        self._longest = max(self._longest, event.stop - event.start)
+        self._saving = max([self._saving, *(span.stop - span.start for span in event.spans if span.resource == "save")])
 
-    def learn(self, seconds: float) -> None:
-        """So long a subproblem was in flight."""
-        self._longest = max(self._longest, seconds)
+    @property
+    def in_flight(self) -> float:
+        """Seconds until what is in flight has ended."""
+        return self._at_a_time * self._longest or self._predicted
 
     @property
     def left(self) -> float:
         """Seconds until the run must begin to end."""
-        return self._at - time.time() - (self._longest or self._in_flight) - self._saving - MARGIN
+        return self._at - time.time() - self.in_flight - self._saving - MARGIN

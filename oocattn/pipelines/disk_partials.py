@@ -39,6 +39,9 @@ class DiskPartials:
         self._begun[head_group, chunk, subproblem] = buffer, not_finite
         return Destination(buffer.rows(0, len(self._plan.tokens(chunk))), merged=False)
 
+    def awaited(self, head_group: int, chunk: int) -> bool:
+        return False
+
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         buffer, not_finite = self._begun.pop((head_group, chunk, subproblem))
         partial = buffer.rows(0, len(self._plan.tokens(chunk)))
@@ -56,7 +59,7 @@ class DiskPartials:
             try:
                 not_finite += self._files.not_finite(of)
                 self._merge(of, state)
-            except IntegrityError as error:
+            except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(head_group, chunk)
                 self._files.remove(of)
                 raise DamagedPartialError(str(error), head_group, subproblem) from error

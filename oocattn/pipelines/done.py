@@ -14,7 +14,7 @@ from oocattn.storage.journal import Journal
 
 @dataclass(frozen=True)
 class Found:
-    """What is done, the files that serve nothing, and how many of those are there because they are damaged."""
+    """What is done, the files of partials that serve nothing, and how many of those, and of records, are damaged."""
 
     done: Done
     useless: tuple[Path, ...]
@@ -25,7 +25,7 @@ def find_done(plan: Plan, journal: Journal, scratch: Path) -> Found:
     """Look at the journal and at what partials say of themselves. Whether those are whole shows when they are read."""
     chunks = finished_chunks(plan, journal).keys()
     partials: set[tuple[int, int, int]] = set()
-    useless, damaged = [], 0
+    useless, damaged = [], journal.records - len(chunks)
     for path, of in PartialFiles(scratch, journal.run).found():
         if of is None or not _fits(plan, of):
             damaged += 1

@@ -52,7 +52,10 @@ READ_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to take part in a run: small, and sent once. `devices` says where each worker's lane is."""
+    """All that a worker needs to take part in a run: small, and sent once.
+
+    `devices` says where the lane of each worker is, by `Worker.id`: one that begins anew at the same address has another.
+    """
 
     run: str
     plan: Plan

@@ -18,14 +18,20 @@ Place = tuple[int, int]
 @dataclass
 class _Fold:
     """A chunk's accumulator, and how many of the chunk's contributors have begun to be folded into it, are in it whole, and
-    are in its file."""
+    are in its file. Where it is `awaited`, nothing more is to begin before it has been saved."""
 
     state: Partial
     begun: int
     whole: int
     saved: int
     not_finite: int
+    awaited: bool = False
     being_saved: bool = False
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is being folded in."""
+        return self.begun == self.whole
 
 
 class MemoryPartials:
@@ -33,7 +39,8 @@ class MemoryPartials:
 
     So an accumulator is at any time that of the first few contributors, and its file, if it was saved, need not be of the
     same moment as another's: each says for itself how far its chunk had come. While one is being written nothing is folded
-    into it. One thread begins partials and one ends them; any may save.
+    into it, and where nothing else is left to be written, one that is never quiet is made so. One thread begins partials;
+    any may end them and save.
     """
 
     def __init__(self, plan: Plan, files: PartialFiles, accumulators: States) -> None:
@@ -56,10 +63,14 @@ class MemoryPartials:
             )
         fold = known or self._take(place, position)
         with self._changed:
-            self._changed.wait_for(lambda: not fold.being_saved)
+            self._changed.wait_for(lambda: not fold.being_saved and not (fold.awaited and fold.quiet))
             fold.begun += 1
             fold.not_finite += not_finite
         return Destination(fold.state, merged=position > 0)
+
+    def awaited(self, head_group: int, chunk: int) -> bool:
+        fold = self._folds.get((head_group, chunk))
+        return fold is not None and fold.awaited and not fold.quiet
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         with self._changed:
@@ -108,7 +119,7 @@ class MemoryPartials:
                 not_finite = self._files.not_finite(of)
                 for _ in self._files.read(of, row_blocks(state)):
                     pass
-            except IntegrityError as error:
+            except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(*place)
                 self._files.remove(of)
                 raise DamagedPartialError(str(error), place[0], of.subproblems[0]) from error
@@ -121,13 +132,18 @@ class MemoryPartials:
 
         def quiet() -> Place | None:
             folds = ((place, self._folds.get(place)) for place in due)
-            return next((place for place, fold in folds if fold is None or fold.begun == fold.whole), None)
+            return next((place for place, fold in folds if fold is None or fold.quiet), None)
 
         with self._changed:
-            self._changed.wait_for(lambda: not due or quiet() or not patient or self._hurried)
+            if patient and due and not quiet():
+                awaited = self._folds[next(iter(due))]
+                awaited.awaited = True
+                self._changed.wait_for(lambda: quiet() or self._hurried)
+                awaited.awaited = False
             place = quiet()
             if place in self._folds:
                 self._folds[place].being_saved = True
+            self._changed.notify_all()
             return place
 
     def _save(self, place: Place) -> int:

@@ -81,7 +81,7 @@ class PartialFiles:
             of = Covered(label["head_group"], label["chunk"], tuple(label["subproblems"]))
             if label["run"] == self.run and self.path(of) == path:
                 return of
-        except (IntegrityError, KeyError, TypeError, IndexError):
+        except (IntegrityError, OSError, KeyError, TypeError, IndexError):
             pass
         return None
 

@@ -59,6 +59,9 @@ class PartialStore(Protocol):
         of the chunk before is not whole.
         """
 
+    def awaited(self, head_group: int, chunk: int) -> bool:
+        """Whether a `save` waits until what is under way to this chunk has ended."""
+
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         """The partial is there, whole; return the bytes written to disk."""
 

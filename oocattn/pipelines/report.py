@@ -23,11 +23,11 @@ class RunReport:
     `seconds` is wall time from the first task to the committed result, of the process that finished it, as are `busy`, the
     seconds spent in each kind of task, over all lanes, `bytes_read`, `bytes_partials` (written to disk) and `compute_busy`,
     the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean. `pairs` are the
-    query-key pairs that the ledger confirmed, `pairs_before` those of them in chunks that were there when the run was
-    resumed; `not_finite` the NaN and Inf found in the inputs; `recomputed` the partials on disk that were damaged, so that
-    they were computed again; `retried` the tasks that failed and were tried again, `workers_lost` how often workers died, so
-    that others took over their work; `out_of_memory` how often a GPU had less memory than was planned, so that the run
-    went on with smaller tiles.
+    query-key pairs that the ledger confirmed, `pairs_before` those of them that were attended before the run was resumed;
+    `not_finite` the NaN and Inf found in the inputs; `recomputed` the partials on disk that were damaged, so that they were
+    computed again; `retried` the tasks that failed and were tried again, `workers_lost` how often workers died, so that
+    others took over their work; `out_of_memory` how often a GPU had less memory than was planned, so that the run went on
+    with smaller tiles.
     """
 
     seconds: float
@@ -67,19 +67,21 @@ class RunReport:
         return report
 
     def __str__(self) -> str:
-        rate = self.tokens / self.seconds if self.seconds else 0.0
+        share = 1 - self.pairs_before / self.pairs
+        rate = self.tokens * share / self.seconds if self.seconds else 0.0
+        since = " since it was resumed" if self.pairs_before else ""
         lines = [
-            f"finished     {self.finished} in {format_seconds(self.seconds)} "
+            f"finished     {self.finished} in {format_seconds(self.seconds)}{since} "
             f"(predicted {format_seconds(self.predicted_seconds)}), {rate:,.0f} tokens/s",
             f"work         {self.subproblems:,} subproblems on {self.lanes} lane{'s' * (self.lanes > 1)}, "
             f"{format_count(self.pairs)}pairs, every one counted",
-            f"bytes        {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_partials)} of partials, "
-            f"{format_bytes(self.bytes_written)} written",
+            f"bytes        {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_partials)} of partials{since}, "
+            f"{format_bytes(self.bytes_written)} written in all",
             "busy         " + ", ".join(f"{kind} {format_seconds(seconds)}" for kind, seconds in self.busy.items()),
             f"compute      busy {self.compute_busy:.1%} of the time",
         ]
         if self.pairs_before:
-            lines.append(f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were in chunks finished before")
+            lines.append(f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were attended before")
         if self.not_finite:
             lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
         if self.recomputed:
@@ -87,7 +89,7 @@ class RunReport:
         if self.retried:
             lines.append(f"tasks        {self.retried} failed and were tried again")
         if self.workers_lost:
-            lines.append(f"workers      were lost {self.workers_lost} times; others took over")
+            lines.append(f"workers      {self.workers_lost} lost; others took over")
         if self.out_of_memory:
             lines.append(
                 f"device       out of memory {self.out_of_memory} times in spite of the plan: went on with smaller tiles"
@@ -103,8 +105,11 @@ class Tally:
         self.busy: defaultdict[str, float] = defaultdict(float)
         self.details: defaultdict[str, int] = defaultdict(int)
         self.computing = 0.0
+        self.resumed = False
 
     def __call__(self, event: Event) -> None:
+        if event.kind == "started":
+            self.resumed = bool(event.detail["resumed"])
         self.computing += busy_seconds(span for span in event.spans if span.resource == "compute")
         bit_by_bit = event.kind in ("merged", "written")
         self.busy[event.kind] += busy_seconds(event.spans) if bit_by_bit else event.stop - event.start
@@ -117,15 +122,14 @@ class Tally:
         self,
         plan: Plan,
         finished: Mapping[Place, Mapping[str, Any]],
-        before: Mapping[Place, Mapping[str, Any]],
         *,
         seconds: float,
         lanes: int,
     ) -> RunReport:
-        """The figures of a run: the journal has those of all its finished chunks, and of those that were there before."""
+        """The figures of a run: the journal has those of all its finished chunks."""
 
-        def total(name: str, of: Mapping[Place, Mapping[str, Any]] = finished) -> int:
-            return sum(int(record[name]) for record in of.values())
+        def total(name: str) -> int:
+            return sum(int(record[name]) for record in finished.values())
 
         return RunReport(
             seconds=seconds,
@@ -134,7 +138,7 @@ class Tally:
             subproblems=plan.subproblems,
             lanes=lanes,
             pairs=total("pairs"),
-            pairs_before=total("pairs", before),
+            pairs_before=max(0, total("pairs") - self.amounts["attended"]) if self.resumed else 0,
             bytes_read=self.amounts["staged"],
             bytes_partials=self.details["partial_bytes"] + self.details["checkpoint_bytes"] + self.amounts["saved"],
             bytes_written=total("bytes"),

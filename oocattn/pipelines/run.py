@@ -19,27 +19,28 @@ from typing import Any, cast
 
 from distributed import Client
 
-from oocattn.errors import TaintedError, TaskError, WorkerLostError
+from oocattn.errors import TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.attempt import Attempt, Work
 from oocattn.pipelines.cluster import assign_devices, wait_for_workers
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.done import find_done
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.finished import finished_chunks, gather_checksums
-from oocattn.pipelines.interrupts import Interrupts
+from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
 from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
 from oocattn.plans import Plan
-from oocattn.storage.durable import write_text
+from oocattn.storage.durable import is_disk_full, remove_leftovers, write_text
 from oocattn.storage.journal import Place
 
 ATTEMPTS = 3
 """Times that the same thing may go wrong before the run ends: the same task, the same partial, or, with nothing done in
 between, workers that die."""
 
-REPLACEMENT = 10.0
-"""Seconds to wait for a worker in the place of one that died: a nanny starts one within two."""
+REPLACEMENT, LAST_REPLACEMENT = 10.0, 120.0
+"""Seconds to wait for a worker in the place of one that died, and for one where no other is left. A nanny starts one within
+two, and then it imports torch."""
 
 logger = logging.getLogger("oocattn")
 
@@ -59,7 +60,6 @@ def run(work: Work, client: Client, callbacks: Sequence[Callback] = (), until: f
 def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float) -> RunReport:
     start = time.time()
     plan, tally = work.plan, Tally()
-    before = finished_chunks(plan, work.journal)
 
     def emit(event: Event) -> None:
         tally(event)
@@ -71,14 +71,14 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
         finished = finished_chunks(plan, work.journal)
         _check_pairs(plan, finished)
         work.result.record(gather_checksums(plan, finished))
-        report = tally.report(plan, finished, before, seconds=time.time() - start, lanes=lanes)
+        report = tally.report(plan, finished, seconds=time.time() - start, lanes=lanes)
         write_text(work.paths.report, json.dumps(report.to_json(), indent=1))
         work.paths.commit()
     except BaseException as error:
-        emit(Event("failed", start, time.time(), detail={"error": f"{type(error).__name__}: {error}"}))
+        emit(Event("failed", start, time.time(), detail={"error": _words(error)}))
         if isinstance(error, TaintedError):
             work.paths.discard()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if is_disk_full(error):
             words = "no space left for the result and its partials; make room and resume"
             raise OSError(errno.ENOSPC, words, str(work.paths.state)) from error
         raise
@@ -86,6 +86,13 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
     emit(Event("committed", now, now, detail={"path": str(work.paths.result)}))
     emit(Event("ended", start, now, detail={"report": report}))
     return report
+
+
+def _words(error: BaseException) -> str:
+    """How a run ended, for those who look at it later."""
+    if isinstance(error, InterruptedRunError | TimeLimitError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> None:
@@ -103,6 +110,7 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
     event = Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""})
     devices = _devices(client, plan)
     while True:
+        remove_leftovers(work.paths.state)  # of workers that died while they wrote
         found = find_done(plan, work.journal, work.paths.scratch)
         for path in found.useless:
             path.unlink(missing_ok=True)
@@ -118,14 +126,16 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
             if interrupts.asked:
                 attempt.interrupt()
             attempt.drive()
+            if not attempt.dataset_checked:  # it had nothing left to read
+                attempt.check_dataset()
             return len(devices)
         except (DamagedPartialError, TaskError, WorkerLostError) as error:
             mishaps.add(error)
-            logger.warning("%s; the run goes on with what is left", error)
             now = time.time()
             event = Event("mended", now, now, detail={"error": str(error), _COUNTED[type(error)]: 1})
-            wait_for_workers(client, len(devices), REPLACEMENT)
+            wait_for_workers(client, len(devices), REPLACEMENT, LAST_REPLACEMENT)
             devices = _devices(client, plan)
+            logger.warning("%s; the run goes on with what is left", error)
 
 
 _COUNTED: dict[type[Exception], str] = {

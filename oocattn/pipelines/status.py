@@ -25,11 +25,11 @@ INTERVAL = 1.0
 class Status:
     """State of a result: "none", "running", "interrupted" (unfinished, and nobody works on it) or "finished".
 
-    Of an interrupted run, `subproblems_done` are those that need not be done again when it is resumed. `tokens_done` is
-    that share of the tokens; `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and
+    Of an interrupted run, `subproblems_done` are those that need not be done again when it is resumed. `tokens_done` is that
+    share of the tokens; `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and
     bytes are those read, saved as partials and written to the result since then. `seconds_left` is wall time too, of an
-    interrupted run as its plan predicts it. `saved` is when something was last brought to disk for good, in seconds since
-    the epoch, or 0.
+    interrupted run at that rate, or as its plan predicts it. `saved` is when something was last brought to disk for good, in
+    seconds since the epoch, or 0.
     """
 
     state: str
@@ -74,9 +74,9 @@ class Status:
         if self.state == "running":
             lines.append(f"{left}; {self.holder}; dashboard {self.dashboard or 'none'}")
         if self.error:
-            lines.append(f"it failed with {self.error}")
+            lines.append(f"it ended: {self.error}")
         if self.state == "interrupted":
-            lines.append(f"{left}: resume it with `oocattn resume`, or the same run again; nobody holds the lock")
+            lines.append(f"{left}; nobody works on it")
         return "\n".join(lines)
 
     def _last_saved(self) -> str:
@@ -131,9 +131,11 @@ class StatusFile:
             plan = cast(Plan, event.detail["plan"])
             tokens = plan.problem.tokens * plan.problem.batch
             self._status = Status("running", plan.subproblems, tokens=tokens, dashboard=str(event.detail["dashboard"]))
-        self._before = self._status.subproblems - cast(int, event.detail["left"])
-        self._start = event.start
-        self._status = replace(self._status, subproblems_done=self._before)
+            self._before = self._status.subproblems - cast(int, event.detail["left"])
+            self._start = event.start
+        done = self._status.subproblems - cast(int, event.detail["left"])
+        self._before = min(self._before, done)
+        self._status = replace(self._status, subproblems_done=done)
 
     def _advanced(self) -> Status:
         """The status with one more subproblem done."""
@@ -167,8 +169,9 @@ def read_status(paths: ResultPaths) -> Status:
 
 def as_resumed(status: Status, plan: Plan, left: int) -> Status:
     """The status of an interrupted run, of which so many subproblems are left, as a resumed one would find it."""
-    seconds_left = plan.seconds * left / plan.subproblems
     done = plan.subproblems - left
+    share = left / plan.subproblems
+    seconds_left = status.tokens * share / status.rate if status.rate else plan.seconds * share
     return replace(status, subproblems=plan.subproblems, subproblems_done=done, seconds_left=seconds_left)
 
 

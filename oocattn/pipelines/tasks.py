@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 from distributed import Worker, WorkerPlugin, get_worker
@@ -32,8 +33,8 @@ class LanePlugin(WorkerPlugin):
         self.stopped = False
 
     def setup(self, worker: Worker) -> None:
-        device = self.job.devices.get(worker.address)
-        if device is not None:  # a worker that joins later takes no part
+        device = self.job.devices.get(worker.id)
+        if device is not None:  # a worker that joins later, or begins anew, takes no part
             self.lane = make_lane(self.job, device)
 
     def teardown(self, worker: Worker) -> None:
@@ -52,6 +53,17 @@ def make_lane(job: Job, device: str) -> Lane:
 def plugin_name(run: str) -> str:
     """Name under which the lane of a run is registered on its workers."""
     return f"oocattn-{run}"
+
+
+def identity(dask_worker: Worker) -> str:
+    """What no other worker is called, not even the next one at the same address."""
+    return str(dask_worker.id)
+
+
+def plugins_of(scratch: Path, dask_worker: Worker) -> list[str]:
+    """The plugins on a worker with lanes that work, or have worked, with partials in this folder."""
+    plugins = [plugin for plugin in dask_worker.plugins.values() if isinstance(plugin, LanePlugin)]
+    return [plugin.name for plugin in plugins if plugin.job.scratch == scratch]
 
 
 def stop(run: str, dask_worker: Worker) -> int:

@@ -45,6 +45,11 @@ class Journal:
         """Record a query chunk that is on disk."""
         write_record(self._folder / f"{head_group}-{chunk}.json", {"run": self.run, **record})
 
+    @property
+    def records(self) -> int:
+        """How many records there are, damaged ones and those of other runs among them."""
+        return sum(1 for _ in self._folder.glob("*-*.json"))
+
     def finished(self) -> dict[Place, dict[str, Any]]:
         """The records of the finished chunks of this run; those that are damaged or another run's are left out."""
         found = {}

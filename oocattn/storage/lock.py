@@ -90,7 +90,15 @@ class Lock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             with suppress(OSError):  # it has just been released, or the file system is away
+                if not self._is_ours():
+                    logger.error("%s: %s has taken over: stop one of both", self.path.parent, _read(self.path))
+                    return
                 os.utime(self.path)
+
+    def _is_ours(self) -> bool:
+        """Whether nobody has taken this for left behind, as this process slept."""
+        same = self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        return same and _read(self.path) in (Holder.this_process(), NOBODY)
 
     def __enter__(self) -> Lock:
         return self
@@ -99,7 +107,8 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._released.set()
-        self.path.unlink(missing_ok=True)
+        if self._is_ours():
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.checksums import ATTRIBUTE as CHECKSUMS
 from oocattn.storage.checksums import Checksums, as_digits, checksum
 from oocattn.storage.create import create_array, local_path, move_into_place, sync_metadata, write_chunk
-from oocattn.storage.durable import PARTIAL, remove_leftovers
+from oocattn.storage.durable import PARTIAL, remove_leftovers, write_text
 from oocattn.storage.journal import forget, has_begun
 from oocattn.storage.mapped_store import MappedStore
 
@@ -54,8 +55,12 @@ class ResultPaths:
 
     @property
     def growing(self) -> Path:
-        """The result while it is not complete."""
-        return self.state / "result.zarr"
+        """The result while it is not complete.
+
+        Every run has another name for it: what is left of a run that is gone, such as a worker that nobody has told, finds
+        its own no more and cannot write into that of the next.
+        """
+        return next(self.state.glob("result-*.zarr"), self.state / "result.zarr")
 
     @property
     def replaced(self) -> Path:
@@ -102,12 +107,13 @@ class ResultPaths:
     ) -> ResultArrays:
         """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an earlier run left."""
         forget(self.state)
-        for leftover in (self.growing, self.scratch, self.replaced):
+        for leftover in (*self.state.glob("result-*.zarr"), self.scratch, self.replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         self.status.unlink(missing_ok=True)
         self._forget_certificate()
         self.scratch.mkdir(parents=True)
-        group = zarr.create_group(LocalStore(self.growing), attributes={ATTRIBUTES: dict(attributes)}, zarr_format=3)
+        growing = self.state / f"result-{uuid.uuid4().hex[:8]}.zarr"
+        group = zarr.create_group(LocalStore(growing), attributes={ATTRIBUTES: dict(attributes)}, zarr_format=3)
         out = create_array(group, "out", shape, dtype, chunk_rows)
         arrays = ResultArrays(out, create_array(group, "lse", shape[:3], "float32", chunk_rows))
         sync_metadata(self.growing)
@@ -121,6 +127,7 @@ class ResultPaths:
 
     def commit(self) -> None:
         """Give the complete result its name and leave nothing but the report beside it."""
+        remove_leftovers(self.growing)
         self._forget_certificate()  # of the result that is replaced, if it was verified meanwhile
         move_into_place(self.growing, self.result, self.replaced)
         self.tidy()
@@ -199,9 +206,11 @@ class ResultArrays:
     def record(self, checksums: Mapping[str, Checksums]) -> None:
         """Keep the checksums of `out` and `lse` with the arrays; when this returns, they are on disk."""
         for name, array in self.by_name.items():
-            array.attrs[CHECKSUMS] = checksums[name].to_json()
             assert isinstance(array.store, LocalStore)
-            sync_metadata(array.store.root / array.path)
+            path = array.store.root / array.path / "zarr.json"
+            metadata = json.loads(path.read_text())  # not through zarr, which does not sync what it writes
+            metadata.setdefault("attributes", {})[CHECKSUMS] = checksums[name].to_json()
+            write_text(path, json.dumps(metadata, indent=2))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

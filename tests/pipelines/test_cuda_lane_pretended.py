@@ -58,6 +58,7 @@ from oocattn.pipelines import cuda_lane, lane, partial_files
 from oocattn.pipelines.arena import Arena
 from oocattn.pipelines.cuda_lane import CudaLane
 from oocattn.pipelines.tiles import call_shapes
+from oocattn.storage.result import ResultPaths
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +188,7 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, m
     lane = lane_of(fast_path, made)
     lane.stage(0, 0, 0)
     lane.attend(0)
-    folder = fast_path / "result.zarr.oocattn" / "result.zarr" / "out"
+    folder = ResultPaths.at(fast_path / "result.zarr").growing / "out"
     deadline = time.monotonic() + 20
     while len(list(folder.glob("c.0.0.?.0"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -16,6 +16,7 @@ import oocattn
 from oocattn import Event, ProblemError, TimeLimitError
 from oocattn.pipelines import deadline as deadline_module
 from oocattn.pipelines.deadline import MARGIN, Deadline
+from oocattn.pipelines.events import Span
 from oocattn.running import run_plan
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.result import ResultPaths
@@ -54,7 +55,7 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
         assert status.state == "interrupted"
         assert status.subproblems_done >= done
         assert status.tokens_done == int(170 * status.subproblems_done / plan.subproblems)
-        assert "TimeLimitError" in str(status)
+        assert "it ended: time limit reached: " in str(status)
     assert runs > 3
     assert_same_bits(found, right)
 
@@ -65,12 +66,18 @@ def test_time_for_what_is_in_flight_is_kept(dataset: Path) -> None:
     deadline = Deadline(time.time() + 100, plan)
     assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * plan.subproblem_seconds, abs=0.5)
     for seconds in (7.0, 4.0):
-        deadline.learn(seconds)
-        assert deadline.left == pytest.approx(100 - MARGIN - 3 - 7, abs=0.5)
+        deadline.learn(Event("attended", 10.0, 10.0 + seconds))
+        assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * 7, abs=0.5)  # a second one waits behind the first
+    deadline.learn(Event("attended", 0.0, 0.0, spans=(Span("save", 20.0, 31.0),)))
+    assert deadline.left == pytest.approx(100 - MARGIN - 11 - 2 * 7, abs=0.5)
+    on_gpu = Deadline(time.time() + 100, replace(plan, device="cuda"))
+    on_gpu.learn(Event("attended", 10.0, 17.0))
+    assert on_gpu.left == pytest.approx(100 - MARGIN - 3 - 7, abs=0.5)
 
 
 def test_a_limit_that_has_passed_computes_nothing(client: Client, dataset: Path, result: Path) -> None:
-    with pytest.raises(TimeLimitError, match=r"result\.zarr: the time limit is reached"):
+    words = r"time limit reached: 0 of \d+ subproblems are done, none of them since the start: one takes about .* s$"
+    with pytest.raises(TimeLimitError, match=words):
         oocattn.attention(dataset, result, client=client, time_limit=0)
     assert oocattn.status(result).subproblems_done == 0
     assert oocattn.resume(result, client=client, time_limit="1h").path == result

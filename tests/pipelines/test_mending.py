@@ -102,7 +102,7 @@ def test_a_task_that_fails_time_and_again_is_reported_and_the_run_can_be_resumed
         assert failure.value.work == work
         assert failing.calls[1, 5] == 3
     assert oocattn.status(result).state == "interrupted"
-    assert f"it failed with TaskError: {work} failed" in str(oocattn.status(result))
+    assert f"it ended: TaskError: {work} failed" in str(oocattn.status(result))
     assert_same_bits(oocattn.resume(result, client=client), right)
 
 
@@ -129,7 +129,7 @@ def test_a_worker_that_dies_is_replaced(workers: Client, dataset: Path, result: 
     assert_same_bits(found, right)
     assert found.report.workers_lost == 1
     assert found.report.lanes == 2
-    assert "workers      were lost 1 times; others took over" in str(found.report)
+    assert "workers      1 lost; others took over" in str(found.report)
     (mended,) = recorder.of("mended")
     assert f"worker {next(iter(before))} is gone" in str(mended.detail["error"])
     assert len(workers.run(os.getpid).keys() - before.keys()) == 1
@@ -159,7 +159,7 @@ def test_what_a_worker_did_that_is_not_replaced_moves_on(
 def test_a_run_that_loses_all_workers_or_its_scheduler_can_be_resumed(
     dataset: Path, fast_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oocattn.pipelines.run.REPLACEMENT", 0.5)
+    monkeypatch.setattr("oocattn.pipelines.run.LAST_REPLACEMENT", 0.5)
     plan = plan_for(dataset, chunks=13, causal=True, partials="disk")
     right = carry_out(plan, dataset, fast_path / "right.zarr", client)
     for lost, words in (("workers", "all workers are gone"), ("scheduler", "the scheduler is gone")):

@@ -22,16 +22,16 @@ FINISHED = {
 }
 
 
-def report_of(events: list[Event], finished: dict[Place, dict[str, int]] = FINISHED, before: int = 0) -> RunReport:
-    """The report of a run that has finished these chunks, as many as `before` when it was resumed."""
+def report_of(events: list[Event], finished: dict[Place, dict[str, int]] = FINISHED) -> RunReport:
+    """The report of a run that has finished these chunks."""
     tally = Tally()
     for event in events:
         tally(event)
-    return tally.report(PLAN, finished, dict(list(finished.items())[:before]), seconds=2.0, lanes=2)
+    return tally.report(PLAN, finished, seconds=2.0, lanes=2)
 
 
 EVENTS = [
-    Event("started", 0, 0, detail={"plan": "not counted"}),
+    Event("started", 0, 0, detail={"plan": "not counted", "resumed": False}),
     Event("staged", 0, 1, 0, 0, amount=100),
     Event("staged", 1, 3, 0, 1, amount=50),
     Event("attended", 1, 2, 0, 0, amount=7, detail={"partial_bytes": 11}),
@@ -58,16 +58,19 @@ def test_words() -> None:
     text = str(report_of(EVENTS))
     assert "in 2 s (predicted 1 s), 500 tokens/s" in text
     assert "7 subproblems on 2 lanes, 15 pairs, every one counted" in text
-    assert "150 B read, 23 B of partials, 30 B written" in text
+    assert "150 B read, 23 B of partials, 30 B written in all" in text
     assert "3 elements are NaN or Inf" in text
     assert "resumed" not in text
     assert "NaN" not in str(report_of(EVENTS, {(0, 1): FINISHED[0, 1]}))
 
 
 def test_what_was_there_before_is_told() -> None:
-    report = report_of(EVENTS, before=1)
-    assert (report.pairs, report.pairs_before, report.not_finite, report.bytes_written) == (15, 5, 3, 30)
-    assert "resumed      33.3% of the pairs were in chunks finished before" in str(report)
+    resumed = replace(EVENTS[0], detail={"resumed": True})
+    report = report_of([resumed, *EVENTS[1:4], *EVENTS[5:]])
+    assert (report.pairs, report.pairs_before, report.not_finite, report.bytes_written) == (15, 8, 3, 30)
+    assert "resumed      53.3% of the pairs were attended before" in str(report)
+    assert "in 2 s since it was resumed (predicted 1 s), 233 tokens/s" in str(report)  # those attended since
+    assert report_of([resumed, *EVENTS[1:]]).pairs_before == 0
 
 
 def test_computing_is_a_share_of_the_lanes_time() -> None:

@@ -68,8 +68,8 @@ def test_a_run_that_failed_is_interrupted_and_says_why(client: Client, dataset: 
     status = oocattn.status(result)
     assert status.state == "interrupted"
     assert status.error == "RuntimeError: enough"
-    assert "it failed with RuntimeError: enough\nabout " in str(status)
-    assert str(status).endswith("left: resume it with `oocattn resume`, or the same run again; nobody holds the lock")
+    assert "it ended: RuntimeError: enough\nabout " in str(status)
+    assert str(status).endswith("left; nobody works on it")
 
 
 @pytest.mark.parametrize(
