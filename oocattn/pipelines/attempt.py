@@ -20,7 +20,7 @@ from typing import cast
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future
 
-from oocattn.errors import OocattnError, TaintedError, TimeLimitError, WorkerLostError
+from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.cluster import living_workers
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.events import Callback, Event
@@ -32,6 +32,7 @@ from oocattn.pipelines.tasks import LanePlugin, identity, plugin_name, plugins_o
 from oocattn.planner import PIECE, UNFINISHED, WINDOW
 from oocattn.plans import Plan
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.durable import is_disk_full
 from oocattn.storage.journal import Journal
 from oocattn.storage.result import ResultArrays, ResultPaths
 from oocattn.units import format_seconds
@@ -211,7 +212,11 @@ class Attempt:
         """Pass on what a task did, or raise its error."""
         if future.status != "finished":
             self._check_workers()
-            raise cast(BaseException, future.exception())
+            error = cast(BaseException, future.exception())
+            if isinstance(error, OocattnError) or is_disk_full(error) or not isinstance(error, Exception):
+                raise error
+            # Dask ran a task again whose result was lost with a worker: the lane has what it needs no more.
+            raise TaskError(f"task {future.key}", f"{type(error).__name__}: {error}") from error
         event = self._event(future)
         del self._unfinished[cast(Key, future.key)]
         self._emit(event)
