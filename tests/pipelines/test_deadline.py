@@ -45,7 +45,7 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
             patched.setattr(deadline_module, "time", SimpleNamespace(time=lambda clock=clock: clock[0]))
             patched.setattr(Deadline, "learn", lambda *_: None)
             try:
-                found = run_plan(plan, Dataset.open(dataset), paths, client, callbacks=[recorder, tick], until=200.0)
+                found = run_plan(plan, Dataset.open(dataset), paths, client, callbacks=[recorder, tick], until=80.0)
                 break
             except TimeLimitError:
                 pass
