@@ -100,7 +100,7 @@ class Arena:
 
 
 class PinnedMemory:
-    """Page-locked host memory of `nbytes`, as the uint8 tensor `tensor`, until `close`.
+    """Page-locked host memory of `nbytes` for the current GPU, as the uint8 tensor `tensor`, until `close`.
 
     Raises BudgetError where the system refuses to lock so much.
     """
@@ -118,7 +118,7 @@ class PinnedMemory:
                 "on locked memory"
             )
         self.tensor = torch.from_numpy(content)
-        self.close = weakref.finalize(self, _unregister, content)
+        self.close = weakref.finalize(self, _unregister, content, torch.cuda.current_device())
 
 
 def close_all(memories: Iterable[PinnedMemory]) -> None:
@@ -127,9 +127,13 @@ def close_all(memories: Iterable[PinnedMemory]) -> None:
         memory.close()
 
 
-def _unregister(content: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-    """Unlock the pages; they are given back when the last view of them is gone, which this argument is until then."""
-    torch.cuda.cudart().cudaHostUnregister(content.ctypes.data)
+def _unregister(content: np.ndarray[tuple[int], np.dtype[np.uint8]], index: int) -> None:
+    """Unlock the pages; they are given back when the last view of them is gone, which this argument is until then.
+
+    GPU `index` is the one they were locked for: without it, CUDA would set up the first one just for this.
+    """
+    with torch.cuda.device(index):
+        torch.cuda.cudart().cudaHostUnregister(content.ctypes.data)
 
 
 def _touch(content: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
