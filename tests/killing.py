@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import dask
 from distributed import Client, LocalCluster
 from fuse import arm, moments
 from support import carry_out, normal_arrays, plan_for, write_dataset
@@ -156,7 +157,9 @@ def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
 
 def kill_workers(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
     result = folder / "result.zarr"
+    # Else it gives a worker up that is not there 15 s after it died: the one in its place may just have died too.
     with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day"}),
         LocalCluster(n_workers=2, threads_per_worker=4, processes=True, memory_limit=0, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
