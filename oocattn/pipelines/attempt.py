@@ -40,9 +40,6 @@ from oocattn.units import format_seconds
 PATIENCE = 5.0
 """Seconds after which it is checked again whether the workers still live."""
 
-SILENCE = 15.0
-"""Seconds in which a worker must answer, or it is done without."""
-
 SAVING = 600.0
 """Seconds that saving may take."""
 
@@ -257,7 +254,7 @@ class Attempt:
         start = time.time()
         with self._telling("some tasks may go on"):
             self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
-        while any(self._ask(stop, SILENCE)):
+        while any(self._ask(stop, self._deadline.silence)):
             time.sleep(0.05)
         saved = self._ask(save, SAVING) if keep else []
         if any(saved):
@@ -298,7 +295,7 @@ class Attempt:
         closed = closing.submit(self._client.unregister_worker_plugin, name)
         closing.shutdown(wait=False)
         with self._telling("not every worker has closed its lane"):
-            closed.result(timeout=SILENCE)
+            closed.result(timeout=self._deadline.silence)
 
     def _reachable(self) -> bool:
         """Whether the scheduler is there: else everything else ends by itself."""

@@ -10,6 +10,9 @@ from oocattn.plans import Plan
 MARGIN = 2.0
 """Seconds for what is not foreseen: closing the lanes, the last entry of the journal, a disk that is busy."""
 
+SILENCE, LEAST_SILENCE = 15.0, 1.0
+"""Seconds in which a worker must answer as a run ends, or it is done without; and those it has however late it is."""
+
 SAVING_RATE = 1e9
 """Bytes per second at which what lanes hold in memory is taken to be saved."""
 
@@ -41,3 +44,8 @@ class Deadline:
     def left(self) -> float:
         """Seconds until the run must begin to end."""
         return self._at - time.time() - self.in_flight - self._saving - MARGIN
+
+    @property
+    def silence(self) -> float:
+        """Seconds for which to wait for a worker that does not answer: there are two such waits as a run ends."""
+        return max(LEAST_SILENCE, min(SILENCE, (self._at - time.time()) / 2))
