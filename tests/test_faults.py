@@ -5,17 +5,29 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from distributed import Client
-from support import TOKENS, assert_nothing_written, carry_out, damage, normal_arrays, plan_for, write_dataset
+from support import (
+    TOKENS,
+    Recorder,
+    assert_nothing_written,
+    assert_same_bits,
+    carry_out,
+    damage,
+    normal_arrays,
+    plan_for,
+    write_dataset,
+)
 
 import oocattn
 from oocattn import Event, IntegrityError
+from oocattn.kernels import Partial
+from oocattn.pipelines.partial_files import Covered, PartialFiles
 from oocattn.storage.result import ResultPaths
 
 # Damage while a run is under way
@@ -85,6 +97,34 @@ def test_a_damaged_partial_is_computed_again(
     np.testing.assert_array_equal(found.out[...], right.out[...])
     np.testing.assert_array_equal(found.lse[...], right.lse[...])
     assert found.report.pairs == right.report.pairs
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_so_is_one_that_cannot_be_read(
+    client: Client, dataset: Path, result: Path, partials: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(dataset, chunks=40, partials=partials)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    recorder = Recorder([])
+
+    def stop(event: Event) -> None:
+        if len(recorder.of("attended")) == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, dataset, result, client, callbacks=[recorder, stop])
+    real, refused = PartialFiles.read, []
+
+    def read(files: PartialFiles, of: Covered, buffers: Sequence[Partial]) -> Iterator[int]:
+        if not refused:
+            refused.append(of)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(files.path(of)))
+        return real(files, of, buffers)
+
+    monkeypatch.setattr(PartialFiles, "read", read)
+    found = oocattn.resume(result, client=client)
+    assert found.report.recomputed == len(refused) == 1
+    assert_same_bits(found, right)
 
 
 def test_recomputation_counts_nothing_twice(client: Client, fast_path: Path, result: Path) -> None:

@@ -57,6 +57,7 @@ from oocattn.memory import (
 from oocattn.pipelines import cuda_lane, lane, partial_files
 from oocattn.pipelines.arena import Arena
 from oocattn.pipelines.cuda_lane import CudaLane
+from oocattn.pipelines.partials import Destination
 from oocattn.pipelines.tiles import call_shapes
 from oocattn.storage.result import ResultPaths
 
@@ -203,6 +204,26 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, m
 def test_a_closed_lane_leaves_no_memory_behind(fast_path: Path) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(80))
     assert not outlives_its_use(lambda: lane_of(fast_path, gpu_plan(dataset, (20, 10), chunks=1)))
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_what_a_save_waits_for_comes_back_before_more_is_begun(fast_path: Path, awaited: bool) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
+    lane = lane_of(fast_path, gpu_plan(dataset, (6, 4), "memory", chunks=3))
+    on_their_way: list[int] = []
+    begin = lane.partials.begin
+
+    def watched(*arguments: int) -> Destination:
+        on_their_way.append(len(lane._coming_back))
+        return begin(*arguments)
+
+    lane.partials.begin, lane.partials.awaited = watched, lambda *_: awaited
+    lane.stage(0, 0, 0)
+    lane.stage(1, 0, 1)
+    lane.attend(1)  # and the one before
+    lane.attend(0)
+    assert (max(on_their_way) == 0) is awaited
+    lane.close()
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])

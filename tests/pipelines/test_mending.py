@@ -89,6 +89,28 @@ def test_a_task_that_fails_is_tried_again(
     assert len(recorder.of("attended")) <= plan.subproblems + 3 * 4
 
 
+def test_so_is_one_that_has_no_words_for_what_it_was_doing(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Dask runs a task again, whose lane has done away with what it needs."""
+    plan = plan_for(dataset, chunks=13, causal=True)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    real, calls = CpuLane.compute, Counter[int]()
+
+    def compute(lane: CpuLane, turn: int) -> Event:
+        calls[turn] += 1
+        if turn == 4 and calls[turn] == 1:
+            raise KeyError(turn)
+        return real(lane, turn)
+
+    monkeypatch.setattr(CpuLane, "compute", compute)
+    recorder = Recorder([])
+    found = carry_out(plan, dataset, result, client, callbacks=[recorder])
+    assert_same_bits(found, right)
+    (mended,) = recorder.of("mended")
+    assert "KeyError: 4" in str(mended.detail["error"])
+
+
 @pytest.mark.parametrize(("owner", "name", "work"), STEPS)
 def test_a_task_that_fails_time_and_again_is_reported_and_the_run_can_be_resumed(
     client: Client, dataset: Path, result: Path, owner: type, name: str, work: str, monkeypatch: pytest.MonkeyPatch

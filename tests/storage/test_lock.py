@@ -127,6 +127,20 @@ def test_the_text_of_a_lock_is_not_believed(tmp_path: Path, text: str, monkeypat
             Lock(path)
 
 
+def test_one_that_was_succeeded_leaves_its_successor_alone(tmp_path: Path) -> None:
+    """As where a file system forgets the lock of a host that slept."""
+    path = tmp_path / "lock"
+    with Lock(path):
+        path.unlink()
+        successor = Lock(path)
+    assert lock_holder(path) == Holder.this_process()
+    with successor:
+        pass
+    with Lock(path):
+        path.write_text(json.dumps(asdict(OTHER)))  # in the same file
+    assert json.loads(path.read_text()) == asdict(OTHER)
+
+
 def test_many_contenders_hold_it_one_at_a_time(tmp_path: Path) -> None:
     holders, most, taken = [], [], []
     guard = threading.Lock()

@@ -71,6 +71,16 @@ def test_beginning_again_forgets_what_was_begun(paths: ResultPaths) -> None:
     assert not np.any(again.out[...])
 
 
+def test_a_late_writer_finds_its_result_gone(paths: ResultPaths) -> None:
+    """A worker that nobody has told that its run has ended, and that another one has begun."""
+    late = begin(paths)
+    again = begin(paths)
+    with pytest.raises(FileNotFoundError):
+        fill(late)
+    assert not np.any(again.out[...])
+    assert not list(paths.state.rglob("*.partial"))
+
+
 @pytest.mark.parametrize("url", ["memory://r.zarr", "s3://bucket/r.zarr"])
 def test_results_are_local(url: str) -> None:
     with pytest.raises(ProblemError, match="results are written to a local path, not to a URL"):
