@@ -10,15 +10,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from distributed import Client
-from support import GPU
+from support import GPU, plan_for
 
+from oocattn import Plan
 from oocattn.kernels import get_kernel
+from oocattn.memory import Tiles
 from oocattn.pipelines import cuda_lane, device_time, run
 from oocattn.pipelines.cluster import worker_addresses
 
@@ -95,3 +98,9 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return dict.fromkeys(worker_addresses(client), "cuda:0" if device_type == "cuda" else "cpu")
 
     monkeypatch.setattr(run, "assign_devices", assign)
+
+
+def gpu_plan(dataset: Path, tiles: tuple[int, int] | None = None, partials: str | None = None, **options: object) -> Plan:
+    """A plan for the pretended GPU, with tiles that suit a few hundred tokens."""
+    plan = plan_for(dataset, machine=PRETENDED, partials=partials, **options)
+    return plan if tiles is None else replace(plan, tiles=Tiles(*tiles))
