@@ -25,19 +25,22 @@ def certificate_page(certificate: Certificate) -> str:
     """The page as HTML."""
     title = f"Certificate of {certificate.result}"
     colour = "right" if certificate.passed else "wrong"
+    bits = _section("Bits", *map(_paragraph, checksum_lines(certificate)), _paragraph(_CHECKSUMS))
     sections = [
         f'<h1>{escape(title)}</h1>\n<p class="verdict {colour}">{escape(certificate.verdict)}</p>',
         f"<p>{escape(_sentence(certificate.statement))}</p>",
+        bits if certificate.damaged else "",  # what is wrong comes first
         _section("What was checked", _facts(_subject(certificate)), *map(_paragraph, _method(certificate))),
         _section("Rows", _strata(certificate), _paragraph(_ULPS.format(dtype=certificate.problem.out_dtype))),
         _section(_title_of_rows(certificate), _rows(certificate)),
-        _section("Bits", *map(_paragraph, checksum_lines(certificate)), _paragraph(_CHECKSUMS)),
+        "" if certificate.damaged else bits,
         _section("Ledger", _paragraph(_sentence(ledger_line(certificate)))),
         _section("Made with", _facts(_versions(certificate))),
         _section("To check it again", f"<pre>{escape(certificate.again)}</pre>"),
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(sections) + "\n</body>\n</html>\n"
+    body = "\n".join(filter(None, sections))
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
 _ULPS = (

@@ -205,7 +205,7 @@ def _status(options: argparse.Namespace) -> int:
     print(status)
     if status.state == "interrupted":
         print(f"go on with: oocattn resume {options.result}")
-    return DONE
+    return FAILED if status.state == "none" else DONE
 
 
 def _verify(options: argparse.Namespace) -> int:

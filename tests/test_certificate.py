@@ -202,6 +202,7 @@ def test_the_page_says_it_all_and_stands_alone(certificate: Certificate) -> None
     assert (str(certificate.digest) in page.said) == (certificate.digest is not None)
     assert ("WRONG" in page.said) == bool(certificate.wrong)
     assert all(str(damage) in page.said for damage in certificate.damaged)
+    assert (page.said.index("Checksums are CRC-32") < page.said.index("What was checked")) == bool(certificate.damaged)
 
 
 def test_names_cannot_write_into_the_page() -> None:

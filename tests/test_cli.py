@@ -40,7 +40,7 @@ def test_from_synth_to_verify(dataset, result, capsys):
     assert "2 heads x 1,024 tokens x D = 16, float32 to float16, causal" in plan
     assert "c = 7" in plan
     assert "of 64 MiB" in plan
-    assert cli.main(["status", result]) == 0
+    assert cli.main(["status", result]) == 1
     assert capsys.readouterr().out.startswith("none")
     assert cli.main(["run", dataset, result, *options]) == 0
     printed = capsys.readouterr().out
