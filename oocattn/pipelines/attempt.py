@@ -11,11 +11,12 @@ import logging
 import queue
 import time
 import uuid
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import cast
+from typing import NoReturn, cast
 
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future
@@ -186,7 +187,7 @@ class Attempt:
         return min(PATIENCE, left)
 
     def _event(self, future: Future[Event | None]) -> Event:
-        """What a finished task returned; that is gone with its worker."""
+        """What a finished task returned; that is gone with its worker, and then Dask runs the task again."""
         while True:
             patience = self._check_time()
             try:
@@ -194,6 +195,8 @@ class Attempt:
             except TimeoutError:
                 self._check_workers()
                 continue
+            except (Exception, CancelledError) as error:
+                self._raise(future, error)
             if event is None:
                 raise WorkerLostError(f"the worker of task {future.key} has no lane: it has begun anew")
             return event
@@ -205,15 +208,19 @@ class Attempt:
             raise WorkerLostError(f"worker {', '.join(sorted(lost))} is gone with what it held in memory")
         self._checked = time.monotonic()
 
+    def _raise(self, future: Future[Event | None], error: BaseException) -> NoReturn:
+        """Raise a task's error as it is told; WorkerLostError where a worker is gone, for that explains it."""
+        self._check_workers()
+        if isinstance(error, OocattnError) or is_disk_full(error) or not isinstance(error, Exception):
+            raise error
+        # Dask ran a task again whose result was lost with a worker: the lane has what it needs no more.
+        raise TaskError(f"task {future.key}", f"{type(error).__name__}: {error}") from error
+
     def _finish(self, future: Future[Event | None]) -> None:
         """Pass on what a task did, or raise its error."""
         if future.status != "finished":
             self._check_workers()
-            error = cast(BaseException, future.exception())
-            if isinstance(error, OocattnError) or is_disk_full(error) or not isinstance(error, Exception):
-                raise error
-            # Dask ran a task again whose result was lost with a worker: the lane has what it needs no more.
-            raise TaskError(f"task {future.key}", f"{type(error).__name__}: {error}") from error
+            self._raise(future, cast(BaseException, future.exception()))
         event = self._event(future)
         del self._unfinished[cast(Key, future.key)]
         self._emit(event)

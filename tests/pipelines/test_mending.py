@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, Future, LocalCluster
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
@@ -109,6 +109,27 @@ def test_so_is_one_that_has_no_words_for_what_it_was_doing(
     assert_same_bits(found, right)
     (mended,) = recorder.of("mended")
     assert "KeyError: 4" in str(mended.detail["error"])
+
+
+def test_so_is_one_whose_result_is_lost_before_it_was_asked_for(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then Dask runs it again as well: what comes of that is what its future, which was finished, raises."""
+    plan = plan_for(dataset, chunks=13, causal=True)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    real, lost = Future.result, []
+
+    def ask(future: Future, timeout: float | None = None) -> object:
+        event = real(future, timeout)
+        if isinstance(event, Event) and event.kind == "attended" and event.index == 4 and not lost:
+            lost.append(event)
+            raise KeyError(4)
+        return event
+
+    monkeypatch.setattr(Future, "result", ask)
+    found = carry_out(plan, dataset, result, client)
+    assert_same_bits(found, right)
+    assert found.report.retried == len(lost) == 1
 
 
 @pytest.mark.parametrize(("owner", "name", "work"), STEPS)
