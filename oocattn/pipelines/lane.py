@@ -111,6 +111,7 @@ class Lane(ABC):
         self.kernel = get_kernel(plan.kernel)
         self._dataset = job.dataset
         self._staged: dict[int, Staged] = {}
+        self._next_turns = {what: list(range(len(self._slots))) for what in ("stage", "attend")}
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
         self._decoding = threading.Lock()
         self._error: BaseException | None = None
@@ -164,7 +165,9 @@ class Lane(ABC):
 
         A lane takes subproblems in the order of their turns, whichever task comes first: that which comes early begins
         those before it too, which have been staged. The event also tells of the checkpoints that were made meanwhile.
+        Raises RuntimeError for a turn that was taken before.
         """
+        self._take_turn("attend", turn)
         return self._checkpoints.tell(self.compute(turn))
 
     @abstractmethod
@@ -197,8 +200,10 @@ class Lane(ABC):
     def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Event:
         """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0.
 
-        Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there.
+        Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there. Raises
+        RuntimeError for a turn that was taken before.
         """
+        self._take_turn("stage", turn)
         start = time.time()
         slot = self._slots[turn % len(self._slots)].result()
         subproblem = self.plan.division.subproblem(index)
@@ -209,6 +214,17 @@ class Lane(ABC):
             staged.not_finite[read.chunk] += not_finite
         stop = time.time()
         return Event("staged", start, stop, head_group, index, amount=staged.nbytes, spans=(Span("read", start, stop),))
+
+    def _take_turn(self, what: str, turn: int) -> None:
+        """See to it that nothing is done twice: a slot's turns come one after another, each once.
+
+        Dask runs a task again whose result is not there any more, where another worker dies with what was made of it. To
+        stage it again would put other chunks under a subproblem that is being attended.
+        """
+        turns, slot = self._next_turns[what], turn % len(self._slots)
+        if turn != turns[slot]:
+            raise RuntimeError(f"asked to {what} turn {turn} where {turns[slot]} is next")
+        turns[slot] += len(self._slots)
 
     def _read(self, read: _Read) -> int:
         """Carry a read out; return how many elements are NaN or Inf, if that is counted."""

@@ -72,6 +72,24 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, pa
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_what_was_done_is_not_done_again(fast_path: Path) -> None:
+    """Dask would, for a task on this lane whose result is needed again where another worker died."""
+    arrays = normal_arrays(75, heads=2, kv_heads=1, head_dim=8)
+    dataset = write_dataset(fast_path / "dataset.zarr", arrays)
+    plan = plan_for(dataset, chunks=7, partials="disk")
+    lane = lane_of(fast_path, plan)
+    for index in range(7):
+        lane.stage(index, 0, index)
+        if index > 1:  # would be staged over the one that waits
+            with pytest.raises(RuntimeError, match=f"asked to stage turn {index - 2} where {index + 2} is next"):
+                lane.stage(index - 2, 0, index - 2)
+            with pytest.raises(RuntimeError, match=f"asked to attend turn {index - 2} where {index} is next"):
+                lane.attend(index - 2)
+        lane.attend(index)
+    written_bits(lane)
+    assert relative_error(lane.result.out[...], attention64(*arrays, False, plan.problem.scale)[0]) < 2e-6
+
+
 def test_every_task_tells_the_error_that_stopped_the_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tasks attend on a lane at a time, and either may be heard first: so both must name what went wrong."""
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -177,6 +178,39 @@ def test_a_worker_that_dies_is_replaced(workers: Client, dataset: Path, result: 
     assert f"worker {next(iter(before))} is gone" in str(mended.detail["error"])
     assert len(workers.run(os.getpid).keys() - before.keys()) == 1
     assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
+
+
+def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
+    dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks that it had merged, of partials that the other one had computed: whose tasks are run again, too."""
+    monkeypatch.setattr("oocattn.pipelines.run.REPLACEMENT", 0.0)
+    plan = plan_for(dataset, chunks=57, causal=True, partials="disk", lanes=2)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    real, staged = CpuLane._carve, Counter[tuple[str, int, int]]()
+
+    def carve(lane: CpuLane, slot: Any, head_group: int, subproblem: Any, chunks: Any) -> Any:
+        staged[str(id(lane)), head_group, subproblem.index] += 1
+        return real(lane, slot, head_group, subproblem, chunks)
+
+    monkeypatch.setattr(CpuLane, "_carve", carve)
+    for count in (12, 20, 28):
+        with (
+            LocalCluster(n_workers=2, processes=False, memory_limit=0, dashboard_address=None) as cluster,
+            Client(cluster) as workers,
+        ):
+            victim = sorted(workers.nthreads())[count // 4 % 2]
+            seen = []
+
+            def lose(event: Event, count: int = count, victim: str = victim, cluster: Any = cluster) -> None:
+                seen.extend([event] * (event.kind == "written"))
+                if len(seen) == count:
+                    seen.append(event)
+                    remove = cluster.scheduler.remove_worker(victim, stimulus_id="test")
+                    asyncio.run_coroutine_threadsafe(remove, cluster.loop.asyncio_loop).result()
+
+            assert_same_bits(carry_out(plan, dataset, result, workers, callbacks=[lose], overwrite=True), right)
+    assert max(staged.values()) == 1
 
 
 def test_what_a_worker_did_that_is_not_replaced_moves_on(
