@@ -185,7 +185,7 @@ class Certificate:
         if self.damaged:
             parts = sum(array.parts for array in self.arrays)
             reasons.append(f"{len(self.damaged)} of {parts:,} parts are not as they were written")
-        return f"FAILED: {', and '.join(reasons)}; run it again, or take another copy"
+        return f"FAILED: {', and '.join(reasons)}; compute it again with `oocattn run --overwrite`, or take another copy"
 
     @property
     def again(self) -> str:

@@ -77,6 +77,16 @@ class Recorded:
             raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({error})") from None
 
 
+def _open_dataset(named: str | None, recorded: str) -> Dataset:
+    """The dataset of a result, where it was named or where it was. Raises ProblemError where it is not there."""
+    try:
+        return Dataset.open(named or recorded)
+    except ProblemError as error:
+        if named is not None:
+            raise
+        raise ProblemError(f"{error}; if it was moved, say where with dataset= (--dataset)") from error
+
+
 def certify(
     paths: ResultPaths,
     arrays: ResultArrays,
@@ -90,7 +100,7 @@ def certify(
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
     recorded = Recorded.of(paths)
-    problem, opened = recorded.problem, Dataset.open(dataset or recorded.location)
+    problem, opened = recorded.problem, _open_dataset(dataset, recorded.location)
     posed = make_problem(*opened.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
     if posed != problem:
         raise ProblemError(f"{opened.location} poses another problem ({posed}) than the result's ({problem})")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 
 import oocattn
-from oocattn.errors import OocattnError, TimeLimitError
+from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.options import PLAN_CHOICES, Command, make_parser
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.interrupts import SIGNALS, Interrupts
@@ -182,7 +182,10 @@ def _client(scheduler: str | None) -> AbstractContextManager[Client | None]:
         return nullcontext(None)
     from distributed import Client
 
-    client: AbstractContextManager[Client] = Client(scheduler)
+    try:
+        client: AbstractContextManager[Client] = Client(scheduler)
+    except (OSError, ValueError) as error:
+        raise ProblemError(f"no scheduler at {scheduler!r} ({error}): give its address, like tcp://HOST:8786") from error
     return client
 
 

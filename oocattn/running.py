@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def run_plan(
         return open_result(paths.result)
     dataset.check_complete()
     paths.state.mkdir(parents=True, exist_ok=True)
-    with Lock(paths.lock):
+    with Lock(paths.lock, until):
         if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
         begun = None if overwrite else find_unfinished(paths)
@@ -75,7 +76,7 @@ def run_plan(
 
 def resume_run(dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback], until: float) -> Result:
     """Go on with the unfinished run to a result: the part of `resume` after the start of a cluster."""
-    with Lock(paths.lock):
+    with Lock(paths.lock, until):
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
             _carry_on(begun, dataset, paths, client, callbacks, until)
@@ -89,17 +90,24 @@ def _begin(
     from oocattn.pipelines.attempt import Work
     from oocattn.pipelines.run import run
 
-    problem, identity = plan.problem, describe(plan.problem, dataset)
-    decided = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel")
-    arrays = paths.begin(
-        shape=(problem.batch, problem.query_heads, problem.tokens, problem.head_dim),
-        dtype=problem.out_dtype,
-        chunk_rows=plan.out_chunk_rows,
-        attributes={**identity, "plan": {name: getattr(plan, name) for name in decided}, "versions": versions()},
-    )
+    identity = describe(plan.problem, dataset)
+    arrays = paths.begin(**_layout(plan), attributes={**identity, "plan": _decided(plan), "versions": versions()})
     journal = begin_journal(paths, plan, identity["dataset"])
     work = Work(plan, dataset, identity["dataset"]["fingerprint"], paths, arrays, journal)
     run(work, client, (StatusFile(paths.status), *callbacks), until)
+
+
+def _layout(plan: Plan) -> dict[str, Any]:
+    """Shape, dtype and chunks of the result."""
+    problem = plan.problem
+    shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
+    return {"shape": shape, "dtype": problem.out_dtype, "chunk_rows": plan.out_chunk_rows}
+
+
+def _decided(plan: Plan) -> dict[str, Any]:
+    """What a result says of its plan."""
+    names = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel")
+    return {name: getattr(plan, name) for name in names}
 
 
 def _carry_on(
@@ -114,7 +122,9 @@ def _carry_on(
     from oocattn.pipelines.attempt import Work
     from oocattn.pipelines.run import run
 
-    work = Work(begun.plan, dataset, begun.dataset["fingerprint"], paths, paths.resume(), begun.journal)
+    attributes = {"problem": asdict(begun.plan.problem), "dataset": begun.dataset, "plan": _decided(begun.plan)}
+    arrays = paths.resume(**_layout(begun.plan), attributes=attributes)
+    work = Work(begun.plan, dataset, begun.dataset["fingerprint"], paths, arrays, begun.journal)
     run(work, client, (StatusFile(paths.status), *callbacks), until)
 
 
@@ -161,8 +171,13 @@ def refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:
 def open_result(result: str | Path) -> Result:
     """A finished result, its arrays open for reading. Raises IntegrityError where there is none."""
     paths = ResultPaths.at(result)
-    report = read_json(paths.report)
     if not os.path.lexists(paths.result):
         raise IntegrityError(f"{paths.result}: no finished result here; `oocattn status` says whether one is under way")
     arrays = ResultArrays.open(paths.result)
-    return Result(paths.result, arrays.out, arrays.lse, RunReport.from_json(report) if report else None)
+    try:
+        found = read_json(paths.report)
+        report = RunReport.from_json(found) if found else None
+    except IntegrityError as error:  # the result is worth more
+        warnings.warn(f"the report of the run cannot be read: {error}", stacklevel=2)
+        report = None
+    return Result(paths.result, arrays.out, arrays.lse, report)

@@ -179,10 +179,12 @@ class Attempt:
         if left <= 0:
             plan = self._work.plan
             words = (
-                f"time limit reached: {plan.subproblems - self._to_attend:,} of {plan.subproblems:,} subproblems are done"
+                f"time limit reached: {plan.subproblems - self._to_attend:,} of {plan.subproblems:,} subproblems are done, "
+                "not counting those in flight"
             )
             if not self._attended:
                 words += f", none of them since the start: one takes about {format_seconds(plan.subproblem_seconds)}"
+                words += f", so allow {format_seconds(self._deadline.least)} and what it takes to start"
             raise TimeLimitError(words)
         return min(PATIENCE, left)
 
@@ -261,7 +263,11 @@ class Attempt:
         start = time.time()
         with self._telling("some tasks may go on"):
             self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
+        until = time.monotonic() + self._deadline.patience
         while any(self._ask(stop, self._deadline.silence)):
+            if time.monotonic() > until:
+                logger.warning("some tasks do not end: what they are at is not saved")
+                break
             time.sleep(0.05)
         saved = self._ask(save, SAVING) if keep else []
         if any(saved):

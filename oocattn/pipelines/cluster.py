@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import dask
@@ -29,19 +29,20 @@ def local_client(dashboard_address: str = "127.0.0.1:0", workers: int = 1) -> It
     if not (port.isdecimal() and int(port) < 1 << 16):
         raise ProblemError(f"dashboard address {dashboard_address!r}: expected HOST:PORT, such as 127.0.0.1:8787")
     host = host or "127.0.0.1"
-    with (
-        dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status"}),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=THREADS,
-            processes=False,
-            memory_limit=0,
-            dashboard_address=dashboard_address,
-            worker_dashboard_address=f"{host}:0",  # left out, a worker listens on every interface
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status"}):
+        try:
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=THREADS,
+                processes=False,
+                memory_limit=0,
+                dashboard_address=dashboard_address,
+                worker_dashboard_address=f"{host}:0",  # left out, a worker listens on every interface
+            )
+        except RuntimeError as error:
+            raise ProblemError(f"dashboard address {dashboard_address!r}: {error}; choose another") from error
+        with cluster, Client(cluster) as client:
+            yield client
 
 
 def worker_addresses(client: Client) -> list[str]:
@@ -53,15 +54,19 @@ def worker_addresses(client: Client) -> list[str]:
     return sorted(client.nthreads())
 
 
-def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any: float) -> None:
+def wait_for_workers(
+    client: Client, count: int, seconds: float, seconds_for_any: float, check: Callable[[], object]
+) -> None:
     """Wait until there are so many workers, but not for ever: longer for the first than for the others.
 
+    `check` is called meanwhile, and ends it by raising.
     Raises WorkerLostError where the scheduler does not answer, or there is no worker after that.
     """
     began = time.monotonic()
     while (there := len(living_workers(client))) < count:
         if time.monotonic() - began > (seconds if there else seconds_for_any):
             break
+        check()
         time.sleep(0.1)
     if not there:
         raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")

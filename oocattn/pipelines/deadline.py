@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from oocattn.pipelines.events import Event
@@ -41,9 +42,19 @@ class Deadline:
         return self._at_a_time * self._longest or self._predicted
 
     @property
+    def least(self) -> float:
+        """Seconds that a run needs at least to do anything."""
+        return self.in_flight + self._saving + MARGIN
+
+    @property
     def left(self) -> float:
         """Seconds until the run must begin to end."""
-        return self._at - time.time() - self.in_flight - self._saving - MARGIN
+        return self._at - time.time() - self.least
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which to wait as a run ends until tasks have ended: for ever where it need not end."""
+        return math.inf if self._at == math.inf else self.in_flight + self.silence
 
     @property
     def silence(self) -> float:

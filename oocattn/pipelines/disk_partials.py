@@ -62,7 +62,7 @@ class DiskPartials:
             except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(head_group, chunk)
                 self._files.remove(of)
-                raise DamagedPartialError(str(error), head_group, subproblem) from error
+                raise DamagedPartialError(str(error), head_group, chunk, subproblem) from error
         return Collected(state, not_finite)
 
     def _merge(self, of: Covered, state: Partial) -> None:

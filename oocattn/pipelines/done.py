@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from oocattn.pipelines.finished import finished_chunks
+from oocattn.pipelines.finished import finished_chunks, is_written
 from oocattn.pipelines.partial_files import Covered, PartialFiles
 from oocattn.pipelines.schedule import Done
 from oocattn.plans import Plan
 from oocattn.storage.journal import Journal
+from oocattn.storage.result import ResultArrays
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,12 @@ class Found:
     damaged: int
 
 
-def find_done(plan: Plan, journal: Journal, scratch: Path) -> Found:
-    """Look at the journal and at what partials say of themselves. Whether those are whole shows when they are read."""
-    chunks = finished_chunks(plan, journal).keys()
+def find_done(plan: Plan, journal: Journal, scratch: Path, result: ResultArrays | None = None) -> Found:
+    """Look at the journal, at what partials say of themselves, and at whether the `result` has what the journal says.
+
+    Whether partials are whole shows when they are read.
+    """
+    chunks = {place for place in finished_chunks(plan, journal) if result is None or is_written(plan, result, *place)}
     partials: set[tuple[int, int, int]] = set()
     useless, damaged = [], journal.records - len(chunks)
     for path, of in PartialFiles(scratch, journal.run).found():

@@ -10,7 +10,7 @@ from typing import Any
 from oocattn.plans import Plan
 from oocattn.storage.checksums import Checksums, are_digits
 from oocattn.storage.journal import Journal, Place
-from oocattn.storage.result import Written
+from oocattn.storage.result import ResultArrays, Written
 
 NAMES = ("out", "lse")
 
@@ -24,6 +24,12 @@ def record_of(pairs: int, not_finite: int, parts: Sequence[Written]) -> dict[str
 def finished_chunks(plan: Plan, journal: Journal) -> dict[Place, dict[str, Any]]:
     """The records of a run's finished chunks; what is not a record of one of the plan's chunks counts for nothing."""
     return {place: record for place, record in journal.finished().items() if _is_record(plan, place, record)}
+
+
+def is_written(plan: Plan, result: ResultArrays, head_group: int, chunk: int) -> bool:
+    """Whether the files of a chunk are in the result, as long as they must be."""
+    heads = plan.problem.query_heads
+    return all(result.has(*divmod(head, heads), part) for head, part in _parts(plan, head_group, chunk))
 
 
 def gather_checksums(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> dict[str, Checksums]:

@@ -122,7 +122,7 @@ class MemoryPartials:
             except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(*place)
                 self._files.remove(of)
-                raise DamagedPartialError(str(error), place[0], of.subproblems[0]) from error
+                raise DamagedPartialError(str(error), *place, of.subproblems[0]) from error
         with self._changed:
             self._folds[place] = fold = _Fold(state, count, count, count, not_finite)
         return fold

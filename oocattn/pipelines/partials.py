@@ -21,9 +21,10 @@ States = Pool[Partial]
 class DamagedPartialError(IntegrityError):
     """A partial was lost or damaged, and what was left of it removed: compute its subproblem again, and then merge."""
 
-    def __init__(self, message: str, head_group: int, subproblem: int) -> None:
-        super().__init__(message, head_group, subproblem)
+    def __init__(self, message: str, head_group: int, chunk: int, subproblem: int) -> None:
+        super().__init__(message, head_group, chunk, subproblem)
         self.head_group = head_group
+        self.chunk = chunk
         self.subproblem = subproblem
 
     def __str__(self) -> str:

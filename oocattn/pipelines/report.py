@@ -85,7 +85,7 @@ class RunReport:
         if self.not_finite:
             lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
         if self.recomputed:
-            lines.append(f"partials     {self.recomputed} were damaged on disk, and computed again")
+            lines.append(f"partials     {self.recomputed} damaged on disk, and computed again")
         if self.retried:
             lines.append(f"tasks        {self.retried} failed and were tried again")
         if self.workers_lost:

@@ -75,9 +75,11 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
         write_text(work.paths.report, json.dumps(report.to_json(), indent=1))
         work.paths.commit()
     except BaseException as error:
-        emit(Event("failed", start, time.time(), detail={"error": _words(error)}))
-        if isinstance(error, TaintedError):
-            work.paths.discard()
+        try:
+            emit(Event("failed", start, time.time(), detail={"error": _words(error)}))
+        finally:
+            if isinstance(error, TaintedError):
+                work.paths.discard()
         if is_disk_full(error):
             words = "no space left for the result and its partials; make room and resume"
             raise OSError(errno.ENOSPC, words, str(work.paths.state)) from error
@@ -111,13 +113,13 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
     devices = _devices(client, plan)
     while True:
         remove_leftovers(work.paths.state)  # of workers that died while they wrote
-        found = find_done(plan, work.journal, work.paths.scratch)
+        found = find_done(plan, work.journal, work.paths.scratch, work.result)
         for path in found.useless:
             path.unlink(missing_ok=True)
         schedule = Schedule(plan, len(devices), found.done)
         left = schedule.left
         mishaps.note(left)
-        damaged = found.damaged + cast(int, event.detail.get("recomputed", 0))
+        damaged = found.damaged if event.kind == "started" else cast(int, event.detail.get("recomputed", 0))
         resumed = bool(found.done.chunks or found.done.partials)
         emit(replace(event, detail={**event.detail, "left": left, "resumed": resumed, "recomputed": damaged}))
         try:
@@ -133,9 +135,17 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
             mishaps.add(error)
             now = time.time()
             event = Event("mended", now, now, detail={"error": str(error), _COUNTED[type(error)]: 1})
-            wait_for_workers(client, len(devices), REPLACEMENT, LAST_REPLACEMENT)
+            wait_for_workers(client, len(devices), REPLACEMENT, LAST_REPLACEMENT, lambda: _check(deadline, interrupts))
             devices = _devices(client, plan)
             logger.warning("%s; the run goes on with what is left", error)
+
+
+def _check(deadline: Deadline, interrupts: Interrupts) -> None:
+    """Raise what ends a run while it waits for workers."""
+    if interrupts.asked:
+        raise InterruptedRunError("interrupted while it waited for workers: what was done is on disk")
+    if deadline.left <= 0:
+        raise TimeLimitError("time limit reached while it waited for workers: what was done is on disk")
 
 
 _COUNTED: dict[type[Exception], str] = {
@@ -165,7 +175,7 @@ class _Mishaps:
         if isinstance(error, TaskError):
             what = error.work
         elif isinstance(error, DamagedPartialError):
-            what = f"partials of subproblem {error.subproblem} of head group {error.head_group}"
+            what = f"partial of subproblem {error.subproblem} for chunk {error.chunk} of head group {error.head_group}"
         self._times[what] += 1
         if self._times[what] >= ATTEMPTS:
             raise error

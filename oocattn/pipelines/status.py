@@ -81,7 +81,7 @@ class Status:
 
     def _last_saved(self) -> str:
         if not self.saved:
-            return "nothing saved yet"
+            return "nothing saved since then" if self.subproblems_done else "nothing saved yet"
         return f"last saved {format_seconds(max(0.0, time.time() - self.saved))} ago"
 
 

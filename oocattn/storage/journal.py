@@ -57,7 +57,7 @@ class Journal:
             try:
                 head_group, chunk = map(int, path.stem.split("-"))
                 record = read_record(path)
-            except (ValueError, IntegrityError):
+            except (ValueError, IntegrityError, OSError):
                 continue
             if record.pop("run", None) == self.run:
                 found[head_group, chunk] = record

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from oocattn.errors import LockedError
+from oocattn.errors import LockedError, TimeLimitError
 
 PATIENCE = 0.5
 """Seconds to wait for a lock: one who only looks at who holds it has it for a moment."""
@@ -67,17 +68,18 @@ NOBODY = Holder("unknown", 0)
 class Lock:
     """Exclusive use of a result, as a context manager. Raises LockedError with the holder's host and process.
 
-    A lock that was left behind is taken over, and a warning says from whom.
+    A lock that was left behind is taken over, and a warning says from whom. Whether it was may take some seconds to tell:
+    TimeLimitError where that would be after `until`, in seconds since the epoch.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, until: float = math.inf) -> None:
         self.path = path
         self._file = path.open("a+")
         while not _lock(self._file, path):
             self._file.close()
             self._file = path.open("a+")
         try:
-            _succeed(path)
+            _succeed(path, until)
         except BaseException:
             self._file.close()
             raise
@@ -112,7 +114,7 @@ class Lock:
         self._file.close()
 
 
-def _succeed(path: Path) -> None:
+def _succeed(path: Path, until: float) -> None:
     """See to it that whoever left a lock file behind is gone, which its kernel or its silence tells."""
     text = path.read_text()
     if not text:
@@ -120,7 +122,10 @@ def _succeed(path: Path) -> None:
     before, last = _read(path), _touched(path)
     if not before.shares_kernel(Holder.this_process()):
         deadline = time.monotonic() + BEATS_MISSED * BEAT
+        logger.warning("%s: watching for %g s whether %s is alive", path.parent, BEATS_MISSED * BEAT, before)
         while time.monotonic() < deadline:
+            if time.time() > until:
+                raise TimeLimitError(f"time limit reached before it was known whether {before} is alive")
             time.sleep(min(0.2, BEAT))
             if _touched(path) != last:
                 raise _locked(path)

@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,11 @@ import zarr
 from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
-from oocattn.errors import IntegrityError, ProblemError
+from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
 from oocattn.storage.checksums import ATTRIBUTE as CHECKSUMS
 from oocattn.storage.checksums import Checksums, as_digits, checksum
-from oocattn.storage.create import create_array, local_path, move_into_place, sync_metadata, write_chunk
-from oocattn.storage.durable import PARTIAL, remove_leftovers, write_text
+from oocattn.storage.create import create_array, local_path, move_into_place, numpy_dtype, sync_metadata, write_chunk
+from oocattn.storage.durable import PARTIAL, remove_leftovers, sync, write_text
 from oocattn.storage.journal import forget, has_begun
 from oocattn.storage.mapped_store import MappedStore
 
@@ -100,15 +101,26 @@ class ResultPaths:
             found = zarr.open_group(LocalStore(self.result), mode="r").attrs.get(ATTRIBUTES)
         except (FileNotFoundError, NotADirectoryError, ContainsArrayError):
             found = None
+        except Exception as error:  # zarr has many for metadata that is damaged
+            raise IntegrityError(f"{self.result}: no group that Zarr can open ({error}): it is damaged") from error
         return dict(found) if isinstance(found, Mapping) else {}
 
     def begin(
         self, *, shape: tuple[int, int, int, int], dtype: str, chunk_rows: int, attributes: Mapping[str, Any]
     ) -> ResultArrays:
-        """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an earlier run left."""
+        """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an earlier run left.
+
+        Raises ProblemError where it could not be given its name later.
+        """
+        self.state.mkdir(parents=True, exist_ok=True)
+        if self.state.stat().st_dev != self.result.parent.stat().st_dev:
+            raise ProblemError(
+                f"{self.state} is on another file system than {self.result.parent}: what grows there cannot be moved to its "
+                "place; choose another path"
+            )
         forget(self.state)
-        for leftover in (*self.state.glob("result-*.zarr"), self.scratch, self.replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._restore()
+        self._throw_away(*self.state.glob("result-*.zarr"), self.scratch)
         self.status.unlink(missing_ok=True)
         self._forget_certificate()
         self.scratch.mkdir(parents=True)
@@ -119,15 +131,39 @@ class ResultPaths:
         sync_metadata(self.growing)
         return arrays
 
-    def resume(self) -> ResultArrays:
-        """The result that has begun to grow, to be written on; what killed writes left of files is removed."""
+    def resume(
+        self, *, shape: tuple[int, int, int, int], dtype: str, chunk_rows: int, attributes: Mapping[str, Any]
+    ) -> ResultArrays:
+        """The result that has begun to grow, to be written on; what killed writes left of files is removed.
+
+        Raises IntegrityError where it is not what `begin` made of the same arguments.
+        """
         self.scratch.mkdir(exist_ok=True)
         remove_leftovers(self.state)
-        return ResultArrays.of(LocalStore(self.growing), "r+")
+        arrays = ResultArrays.of(LocalStore(self.growing), "r+")
+        found = {
+            name: (array.shape, array.dtype, array.chunks) for name, array in (("out", arrays.out), ("lse", arrays.lse))
+        }
+        out, lse = (1, 1, chunk_rows, shape[3]), (1, 1, chunk_rows)
+        expected = {"out": (shape, numpy_dtype(dtype), out), "lse": (shape[:3], np.dtype(np.float32), lse)}
+        recorded = zarr.open_group(LocalStore(self.growing), mode="r").attrs.get(ATTRIBUTES)
+        same = isinstance(recorded, Mapping) and all(recorded.get(name) == value for name, value in attributes.items())
+        if found != expected or not same:
+            raise IntegrityError(
+                f"{self.growing}: the metadata of the unfinished result is damaged: begin anew with overwrite=True "
+                "(--overwrite)"
+            )
+        return arrays
 
     def commit(self) -> None:
         """Give the complete result its name and leave nothing but the report beside it."""
         remove_leftovers(self.growing)
+        found = self.attributes()
+        if found is not None and "problem" not in found:
+            raise ResultExistsError(
+                f"{self.result} has appeared while the run was under way, and is not a result of oocattn: move it away and "
+                "resume"
+            )
         self._forget_certificate()  # of the result that is replaced, if it was verified meanwhile
         move_into_place(self.growing, self.result, self.replaced)
         self.tidy()
@@ -135,14 +171,28 @@ class ResultPaths:
     def tidy(self) -> None:
         """Remove what a run whose result is complete needs no more: all but the report and a certificate."""
         forget(self.state)
-        for leftover in (self.scratch, self.replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._throw_away(self.scratch, self.replaced)
         self.status.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove what a run has done, for it cannot be trusted."""
+        self._restore()
         self.tidy()
-        shutil.rmtree(self.growing, ignore_errors=True)
+        self._throw_away(self.growing)
+
+    def _restore(self) -> None:
+        """Give a result its name back that was to be replaced when a run was killed, where nothing took its place."""
+        if self.replaced.exists() and not os.path.lexists(self.result):
+            os.rename(self.replaced, self.result)
+            sync(self.result.parent)
+
+    def _throw_away(self, *folders: Path) -> None:
+        """Remove folders; first their names, so that whoever still writes there finds them no more."""
+        for folder in folders:
+            with suppress(FileNotFoundError):
+                os.rename(folder, self.state / f"trash-{uuid.uuid4().hex[:8]}")
+        for trash in self.state.glob("trash-*"):
+            shutil.rmtree(trash, ignore_errors=True)
 
     def _forget_certificate(self) -> None:
         for path in (self.certificate, self.certificate_page):
@@ -156,8 +206,8 @@ class ResultPaths:
     @property
     def untidy(self) -> bool:
         """Whether a run was killed after it had committed its result and before it had tidied up."""
-        leftovers = (self.state / "plan.json", self.scratch, self.replaced, self.status, self.lock)
-        return not self.growing.exists() and any(path.exists() for path in leftovers)
+        leftovers = (self.scratch, self.replaced, self.status, self.lock, *self.state.glob("trash-*"))
+        return not self.growing.exists() and (has_begun(self.state) or any(path.exists() for path in leftovers))
 
 
 @dataclass(frozen=True)
@@ -188,13 +238,27 @@ class ResultArrays:
     @classmethod
     def of(cls, store: LocalStore, mode: Literal["r", "r+"]) -> ResultArrays:
         """The arrays of the result in a store. Raises IntegrityError where one is missing."""
-        group = zarr.open_group(store, mode=mode)
-        out, lse = group.get("out"), group.get("lse")
+        try:
+            group = zarr.open_group(store, mode=mode)
+            out, lse = group.get("out"), group.get("lse")
+        except Exception as error:  # zarr has many for metadata that is damaged
+            raise IntegrityError(f"{store.root}: no group that Zarr can open ({error}): it is damaged") from error
         if not (isinstance(out, zarr.Array) and isinstance(lse, zarr.Array)):
             raise IntegrityError(
                 f"{store.root}: no finished result here: expected the arrays out and lse, found {sorted(group.keys())}"
             )
         return cls(out, lse)
+
+    def has(self, batch: int, head: int, part: int) -> bool:
+        """Whether chunk `part` of one head is there, as long as it must be."""
+        for array in (self.out, self.lse):
+            assert isinstance(array.store, LocalStore)
+            coords = (batch, head, part, *(0 for _ in array.shape[3:]))
+            path = array.store.root / array.path / array.metadata.encode_chunk_key(coords)
+            expected = int(np.prod(array.chunks)) * array.dtype.itemsize
+            if not path.is_file() or path.stat().st_size != expected:
+                return False
+        return True
 
     def write(self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]) -> Written:
         """Write chunk `part` of one head, out [n, D] and lse [n]."""

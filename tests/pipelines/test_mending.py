@@ -180,6 +180,20 @@ def test_a_worker_that_dies_is_replaced(workers: Client, dataset: Path, result: 
     assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
 
 
+def lose_at(count: int, victim: str, cluster: LocalCluster) -> Callable[[Event], None]:
+    """A listener that has the scheduler take a worker for lost at the `count`-th chunk that is written."""
+    seen = []
+
+    def listen(event: Event) -> None:
+        if event.kind == "written":
+            seen.append(event)
+            if len(seen) == count:
+                removed = cluster.scheduler.remove_worker(victim, stimulus_id="test")
+                asyncio.run_coroutine_threadsafe(removed, cluster.loop.asyncio_loop).result()
+
+    return listen
+
+
 def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
     dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,22 +208,15 @@ def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
         return real(lane, slot, head_group, subproblem, chunks)
 
     monkeypatch.setattr(CpuLane, "_carve", carve)
-    for count in (12, 20, 28):
+    for count in (16, 24, 32, 36):
         with (
             LocalCluster(n_workers=2, processes=False, memory_limit=0, dashboard_address=None) as cluster,
             Client(cluster) as workers,
         ):
             victim = sorted(workers.nthreads())[count // 4 % 2]
-            seen = []
-
-            def lose(event: Event, count: int = count, victim: str = victim, cluster: Any = cluster) -> None:
-                seen.extend([event] * (event.kind == "written"))
-                if len(seen) == count:
-                    seen.append(event)
-                    remove = cluster.scheduler.remove_worker(victim, stimulus_id="test")
-                    asyncio.run_coroutine_threadsafe(remove, cluster.loop.asyncio_loop).result()
-
-            assert_same_bits(carry_out(plan, dataset, result, workers, callbacks=[lose], overwrite=True), right)
+            assert_same_bits(
+                carry_out(plan, dataset, result, workers, callbacks=[lose_at(count, victim, cluster)], overwrite=True), right
+            )
     assert max(staged.values()) == 1
 
 

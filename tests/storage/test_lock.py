@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import oocattn
-from oocattn import LockedError
+from oocattn import LockedError, TimeLimitError
 from oocattn.storage import lock as lock_module
 from oocattn.storage.lock import NOBODY, Holder, Lock, lock_holder
 
@@ -112,6 +112,12 @@ def test_one_that_has_fallen_silent_is_succeeded(left: Path, caplog: pytest.LogC
         touched = left.stat().st_mtime_ns
         time.sleep(0.4)
         assert left.stat().st_mtime_ns > touched  # this one beats, too
+
+
+def test_nobody_watches_beyond_a_time_limit(left: Path) -> None:
+    with pytest.raises(TimeLimitError, match="before it was known whether process 17 on host elsewhere is alive"):
+        Lock(left, until=time.time() - 1)
+    assert json.loads(left.read_text()) == asdict(OTHER)
 
 
 @pytest.mark.parametrize("text", ["", "not JSON", "[]", '{"host": "a"}', '{"host": "a", "process": "b"}'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -79,6 +80,17 @@ def test_a_late_writer_finds_its_result_gone(paths: ResultPaths) -> None:
         fill(late)
     assert not np.any(again.out[...])
     assert not list(paths.state.rglob("*.partial"))
+
+
+def test_what_cannot_be_removed_is_not_taken_for_the_result(paths: ResultPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(begin(paths), seed=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        again = begin(paths)
+    out, _ = fill(again, seed=2)
+    paths.commit()
+    np.testing.assert_array_equal(ResultArrays.open(paths.result).out[...], out)
+    assert not list(paths.state.iterdir())
 
 
 @pytest.mark.parametrize("url", ["memory://r.zarr", "s3://bucket/r.zarr"])

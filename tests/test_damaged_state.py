@@ -1,0 +1,218 @@
+"""What lies beside an unfinished result, or at its path, is damaged, foreign or half removed: a run mends it or says so."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client
+from support import assert_same_bits, carry_out, damage, normal_arrays, plan_for, write_dataset
+
+import oocattn
+from oocattn import Event, IntegrityError, Plan, ResultExistsError
+from oocattn.pipelines.cpu_lane import CpuLane
+from oocattn.storage import journal
+from oocattn.storage.result import ResultPaths
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=4, kv_heads=2))
+
+
+def stop_after(kind: str, count: int) -> Callable[[Event], None]:
+    seen = []
+
+    def listen(event: Event) -> None:
+        seen.extend([event] * (event.kind == kind))
+        if len(seen) == count:
+            raise KeyboardInterrupt
+
+    return listen
+
+
+def interrupted(
+    plan: Plan, dataset: Path, result: Path, client: Client, kind: str = "written", count: int = 8
+) -> ResultPaths:
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, dataset, result, client, callbacks=[stop_after(kind, count)])
+    return ResultPaths.at(result)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("where", "change"),
+    [
+        ("out", lambda found: found["shape"].__setitem__(1, 5)),
+        ("out", lambda found: found.__setitem__("data_type", "int32")),
+        ("lse", lambda found: found["chunk_grid"]["configuration"]["chunk_shape"].__setitem__(2, 3)),
+        ("", lambda found: found["attributes"]["oocattn"]["problem"].__setitem__("scale", 0.25)),
+        ("out", None),
+    ],
+    ids=["shape", "dtype", "chunks", "scale", "garbage"],
+)
+def test_a_growing_result_with_other_metadata_is_refused(
+    client: Client, dataset: Path, result: Path, where: str, change: Callable[[dict[str, Any]], object] | None
+) -> None:
+    paths = interrupted(plan_for(dataset, chunks=13, causal=True), dataset, result, client)
+    metadata = paths.growing / where / "zarr.json"
+    if change is None:
+        metadata.write_text("{ nonsense")
+    else:
+        edit(metadata, change)
+    with pytest.raises(IntegrityError, match="damaged"):
+        oocattn.resume(result, client=client)
+    assert not result.exists()
+
+
+@pytest.mark.parametrize("array", ["out", "lse"])
+@pytest.mark.parametrize("spoil", [lambda content: None, lambda content: content[:-1]], ids=["missing", "short"])
+def test_a_finished_chunk_whose_file_is_not_there_is_computed_again(
+    client: Client, dataset: Path, result: Path, array: str, spoil: Callable[[bytes], bytes | None]
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    paths = interrupted(plan, dataset, result, client)
+    damage(sorted((paths.growing / array).glob("c.*"))[0], spoil)
+    found = oocattn.resume(result, client=client)
+    assert_same_bits(found, right)
+    assert found.report.recomputed == 1
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_many_partials_of_one_subproblem_may_be_damaged(
+    client: Client, fast_path: Path, result: Path, partials: str
+) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(340, heads=1))
+    plan = plan_for(dataset, chunks=31, partials=partials)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    paths = interrupted(plan, dataset, result, client, "attended", 12)
+    files = sorted(paths.scratch.glob("partial-0-*-0"))
+    assert len(files) >= 4
+    for file in files:
+        damage(file, lambda content: content[:-7] + bytes([content[-7] ^ 16]) + content[-6:])
+    found = oocattn.resume(result, client=client)
+    assert_same_bits(found, right)
+    assert len(files) / 2 <= found.report.recomputed <= len(files)  # of those that are found at once, one is told
+
+
+def test_what_is_counted_as_damaged_is_counted_once(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+    paths = interrupted(plan, dataset, result, client)
+    record = sorted((paths.state / "finished").iterdir())[0]
+    record.write_bytes(b"x" + record.read_bytes()[1:])
+    real, failed = CpuLane._attend, []
+
+    def attend(lane: CpuLane, staged: Any) -> Event:
+        if len(failed) < 2:
+            failed.append(staged)
+            raise OSError(errno.EIO, "once more")
+        return real(lane, staged)
+
+    monkeypatch.setattr(CpuLane, "_attend", attend)
+    report = oocattn.resume(result, client=client).report
+    assert (report.recomputed, report.retried) == (1, 2)
+
+
+def test_a_record_that_cannot_be_read_counts_for_nothing(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    paths = interrupted(plan, dataset, result, client)
+    bad, real = sorted((paths.state / "finished").iterdir())[0], journal.read_record
+
+    def read(path: Path) -> dict[str, Any]:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "read_record", read)
+        assert oocattn.status(result).state == "interrupted"
+        with pytest.raises(KeyboardInterrupt):
+            oocattn.resume(result, client=client, callbacks=[stop_after("attended", 1)])
+    assert_same_bits(oocattn.resume(result, client=client), right)
+
+
+# What lies at the result's path
+
+
+def carry_out_or_resume(
+    resumed: bool, plan: Plan, dataset: Path, result: Path, client: Client, listeners: list[Any]
+) -> None:
+    if resumed:
+        oocattn.resume(result, client=client, callbacks=listeners)
+    else:
+        carry_out(plan, dataset, result, client, callbacks=listeners)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_has_appeared_at_the_path_meanwhile_is_not_touched(
+    client: Client, dataset: Path, result: Path, resumed: bool, kind: str
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+
+    def appear(event: Event | None = None) -> None:
+        if kind == "file":
+            result.write_text("precious")
+        elif not result.exists():
+            result.mkdir()
+            (result / "thesis.txt").write_text("precious")
+
+    if resumed:
+        interrupted(plan, dataset, result, client)
+        appear()
+    listeners = [] if resumed else [lambda event: event.kind == "attended" and appear()]
+    with pytest.raises(ResultExistsError, match="move it away and resume"):
+        carry_out_or_resume(resumed, plan, dataset, result, client, listeners)
+    precious = result if kind == "file" else result / "thesis.txt"
+    assert precious.read_text() == "precious"
+    result.rename(result.with_name("away"))
+    assert oocattn.resume(result, client=client).report.subproblems == plan.subproblems
+
+
+def test_a_result_that_was_being_replaced_comes_back_if_another_run_begins(
+    client: Client, dataset: Path, result: Path
+) -> None:
+    """A run was killed between two renames, and then the dataset changed."""
+    plan = plan_for(dataset, chunks=13, causal=True)
+    old = carry_out(plan, dataset, result, client).out[...]
+    paths = ResultPaths.at(result)
+    result.rename(paths.replaced)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, dataset, result, client, callbacks=[stop_after("attended", 3)], overwrite=True)
+    np.testing.assert_array_equal(oocattn.running.open_result(result).out[...], old)
+    assert not paths.replaced.exists()
+
+
+def test_a_finished_result_with_damaged_metadata_is_named(client: Client, dataset: Path, result: Path) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+    carry_out(plan, dataset, result, client)
+    for name in ("zarr.json", "out/zarr.json"):
+        path = result / name
+        whole = path.read_bytes()
+        for place in range(0, len(whole), 97):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            for use in (oocattn.verify, oocattn.resume):
+                with suppress(IntegrityError, oocattn.ProblemError):
+                    use(result)
+        path.write_bytes(whole)
+    ResultPaths.at(result).report.write_text("{")
+    with pytest.warns(UserWarning, match="the report of the run cannot be read"):
+        assert oocattn.resume(result).report is None
