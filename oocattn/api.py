@@ -112,7 +112,7 @@ def attention(
     are called with every `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one
     is resumed, with the plan that it was begun with.
 
-    Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a Zarr group,
+    Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a result,
     and begins an unfinished run anew), LockedError (another run writes it), IntegrityError (the dataset or a partial is
     damaged), TimeLimitError, TaskError (a task failed time and again), WorkerLostError and OSError. After an error nothing
     has appeared at `result`, and the run can be resumed unless the error says otherwise.

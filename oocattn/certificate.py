@@ -175,9 +175,9 @@ class Certificate:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """One line: also what a certificate that passed does not cover."""
         if self.passed:
-            return "passed"
+            return ", ".join(["passed", *self._left_open()])
         reasons = []
         if self.wrong:
             against = "" if self.dataset_unchanged else ", but the dataset may not be the one that the run read"
@@ -186,6 +186,17 @@ class Certificate:
             parts = sum(array.parts for array in self.arrays)
             reasons.append(f"{len(self.damaged)} of {parts:,} parts are not as they were written")
         return f"FAILED: {', and '.join(reasons)}; compute it again with `oocattn run --overwrite`, or take another copy"
+
+    def _left_open(self) -> list[str]:
+        """What would have to be known besides the rows."""
+        found = []
+        if any(array.state != "checked" for array in self.arrays):
+            found.append("the rows alone: not all checksums were compared")
+        if not self.dataset_unchanged:
+            found.append("against a dataset that may not be the one that the run read")
+        if self.ledger is not None and self.ledger.counted != self.ledger.expected:
+            found.append("but the report beside the result is not that of its run")
+        return found
 
     @property
     def again(self) -> str:

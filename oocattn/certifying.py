@@ -125,6 +125,8 @@ def certify(
         verified_with=versions(),
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+    if Recorded.of(paths) != recorded:
+        raise IntegrityError(f"{paths.result} was replaced while it was verified: verify it again")
     return _kept(certificate, paths)
 
 

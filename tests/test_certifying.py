@@ -18,7 +18,7 @@ from distributed import Client
 from support import MACHINE, carry_out, damage, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import BudgetError, Certificate, IntegrityError
+from oocattn import BudgetError, Certificate, IntegrityError, certifying
 from oocattn.cli import main
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.result import ResultPaths, read_json
@@ -256,10 +256,28 @@ def test_a_report_of_another_run_does_not_pass_for_its_own(right: Path, result: 
     certificate = oocattn.verify(result)
     assert certificate.ledger is not None
     assert certificate.ledger.counted == 88_621
+    assert certificate.verdict == "passed, but the report beside the result is not that of its run"
     assert "88,621 pairs counted, 88,620 expected: the report beside the result is NOT that of its run" in str(certificate)
     path.write_text(path.read_text().replace('"pairs": 88621', '"pairs": "all"'))
-    with pytest.raises(IntegrityError, match="not the report of a run: its pairs"):
+    with pytest.warns(UserWarning, match="not the report of a run: its pairs"):
+        assert oocattn.verify(result).ledger is None
+
+
+def test_a_result_that_is_replaced_while_it_is_verified_gets_no_certificate(
+    client: Client, right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, result = right.with_name("dataset.zarr"), tmp_path / "result.zarr"
+    carry_out(plan_for(dataset, chunks=7), dataset, result, client)
+    real = certifying.recompute_rows
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, client, overwrite=True)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(certifying, "recompute_rows", late)
+    with pytest.raises(IntegrityError, match="was replaced while it was verified"):
         oocattn.verify(result)
+    assert not ResultPaths.at(result).certificate.exists()
 
 
 def test_a_run_keeps_the_certificate_of_its_result_and_removes_that_of_another(

@@ -1,4 +1,4 @@
-"""One run to a result: a lock file that lives exactly as long as its process.
+"""One run to a result: a lock that lives exactly as long as its process.
 
 The lock is the kernel's (`flock`), so it is gone with the process that held it, however that ended; the file's text only
 says who holds it. Whether such a lock is seen by other hosts depends on the file system (flock(2): on NFS since Linux
