@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oocattn import Event
+from oocattn.pipelines import cpu_lane
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.lane import Staged
 
@@ -20,9 +21,9 @@ STEPS = ("pwrite", "fsync", "replace", "rename", "unlink")
 class Fuse:
     """Counts the moments of this process, and kills it at the last of them, if that is given.
 
-    A moment is a write within `folder`, which is then only half made, a sync, a rename or a removal there, or the end of a
-    subproblem. What is done is logged in the file `log`, a line each: `begin` and `end` of a subproblem, and `kill`, with
-    the seconds since the epoch.
+    A moment is a write within `folder`, which is then only half made, a sync, a rename or a removal there, a merge, a
+    division, or the end of a subproblem. What is done is logged in the file `log`, a line each: `begin` and `end` of a
+    subproblem, and `kill`, with the seconds since the epoch.
     """
 
     def __init__(self, folder: Path, log: Path) -> None:
@@ -32,6 +33,8 @@ class Fuse:
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         for name in STEPS:
             setattr(os, name, self._counted(name, getattr(os, name)))
+        for name in ("merge", "finalise"):
+            setattr(cpu_lane, name, self._moment(getattr(cpu_lane, name)))
         real = CpuLane._attend
 
         def attend(lane: CpuLane, staged: Staged) -> Event:
@@ -44,6 +47,14 @@ class Fuse:
             return event
 
         CpuLane._attend = attend  # type: ignore[method-assign]
+
+    def _moment(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.burn()
+            self.kill_at_the_end()
+            return real(*arguments)
+
+        return call
 
     def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(target: Any, *arguments: Any, **options: Any) -> Any:

@@ -13,10 +13,11 @@ import time
 import uuid
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future
@@ -107,11 +108,11 @@ class Attempt:
         work = self._work
         with self._missing_those_who_left():
             self._close_lanes_left_behind()
-            names = self._client.run(identity, workers=list(self._devices))
+            names = self._call(lambda: self._client.run(identity, workers=list(self._devices)))
             devices = {names[address]: device for address, device in self._devices.items()}
             job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
             try:
-                self._client.register_plugin(LanePlugin(job))
+                self._call(lambda: self._client.register_plugin(LanePlugin(job)))
                 self._see_to_the_end()
             except BaseException as error:
                 self._stop(keep=not isinstance(error, TaintedError))
@@ -205,10 +206,25 @@ class Attempt:
 
     def _check_workers(self) -> None:
         """Raise WorkerLostError when a worker is gone, for its tasks can end nowhere else."""
-        lost = self._devices.keys() - living_workers(self._client)
+        lost = self._devices.keys() - self._call(lambda: living_workers(self._client))
         if lost:
             raise WorkerLostError(f"worker {', '.join(sorted(lost))} is gone with what it held in memory")
         self._checked = time.monotonic()
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        """What a call that waits for workers or the scheduler returns. They may hang: raises as `_check_time` meanwhile."""
+        called = self._begin(function)
+        while not called.done():
+            wait([called], timeout=self._check_time())
+        return called.result()
+
+    @staticmethod
+    def _begin(function: Callable[[], Any]) -> ThreadFuture[Any]:
+        """A call in a thread of its own."""
+        calling = ThreadPoolExecutor(1, thread_name_prefix="oocattn-call")
+        called = calling.submit(function)
+        calling.shutdown(wait=False)
+        return called
 
     def _raise(self, future: Future[Event | None], error: BaseException) -> NoReturn:
         """Raise a task's error as it is told; WorkerLostError where a worker is gone, for that explains it."""
@@ -299,21 +315,19 @@ class Attempt:
 
     def _close_lanes_left_behind(self) -> None:
         """Close those of a run to the same result whose driver was killed, or they would hold their memory for ever."""
-        there = self._client.run(plugins_of, self._work.paths.scratch).values()
+        there = self._call(lambda: self._client.run(plugins_of, self._work.paths.scratch)).values()
         for name in {name for names in there for name in names}:
             self._unregister(name)
 
     def _unregister(self, name: str) -> None:
-        closing = ThreadPoolExecutor(1, thread_name_prefix="oocattn-close")
-        closed = closing.submit(self._client.unregister_worker_plugin, name)
-        closing.shutdown(wait=False)
+        closed = self._begin(lambda: self._client.unregister_worker_plugin(name))
         with self._telling("not every worker has closed its lane"):
             closed.result(timeout=self._deadline.silence)
 
     def _reachable(self) -> bool:
         """Whether the scheduler is there: else everything else ends by itself."""
-        with suppress(WorkerLostError):
-            living_workers(self._client)
+        with suppress(WorkerLostError, TimeoutError):
+            self._begin(lambda: living_workers(self._client)).result(timeout=self._deadline.silence)
             return True
         return False
 

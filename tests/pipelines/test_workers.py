@@ -79,6 +79,20 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
     assert_same_bits(oocattn.resume(result, client=client), right)
 
 
+def test_nor_does_one_that_is_frozen_before_it_has_a_lane(dataset: Path, result: Path, client: Client) -> None:
+    plan = plan_for(dataset, chunks=57, causal=True, lanes=2)
+    with processes(2) as workers:
+        process = next(iter(workers.run(os.getpid).values()))
+        os.kill(process, signal.SIGSTOP)
+        until = time.time() + MARGIN + 3
+        try:
+            with pytest.raises(TimeLimitError, match="time limit reached: 0 of 114 subproblems"):
+                run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), workers, until=until)
+            assert time.time() < until + 1
+        finally:
+            os.kill(process, signal.SIGCONT)
+
+
 DRIVE = """
 import os, signal, sys
 import oocattn
