@@ -194,6 +194,7 @@ def test_a_signal_ends_a_run_in_two_lines_and_it_can_be_resumed(dataset, fast_pa
     process.send_signal(number)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == code
+    assert len(printed.splitlines()) == 2, printed
     first, last = printed.splitlines()
     assert first.startswith("ending: what is in flight is finished and saved first, which may take ")
     assert last == f"oocattn: interrupted; go on with: oocattn resume {result}"
