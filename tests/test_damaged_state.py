@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from distributed import Client
 from support import assert_same_bits, carry_out, damage, normal_arrays, plan_for, write_dataset
+from test_resuming import EnoughError, interrupt, interrupted
 
 import oocattn
 from oocattn import Event, IntegrityError, Plan, ResultExistsError
@@ -25,25 +26,6 @@ from oocattn.storage.result import ResultPaths
 @pytest.fixture
 def dataset(fast_path: Path) -> Path:
     return write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=4, kv_heads=2))
-
-
-def stop_after(kind: str, count: int) -> Callable[[Event], None]:
-    seen = []
-
-    def listen(event: Event) -> None:
-        seen.extend([event] * (event.kind == kind))
-        if len(seen) == count:
-            raise KeyboardInterrupt
-
-    return listen
-
-
-def interrupted(
-    plan: Plan, dataset: Path, result: Path, client: Client, kind: str = "written", count: int = 8
-) -> ResultPaths:
-    with pytest.raises(KeyboardInterrupt):
-        carry_out(plan, dataset, result, client, callbacks=[stop_after(kind, count)])
-    return ResultPaths.at(result)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -66,7 +48,8 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_a_growing_result_with_other_metadata_is_refused(
     client: Client, dataset: Path, result: Path, where: str, change: Callable[[dict[str, Any]], object] | None
 ) -> None:
-    paths = interrupted(plan_for(dataset, chunks=13, causal=True), dataset, result, client)
+    interrupted(plan_for(dataset, chunks=13, causal=True), dataset, result, client, "written", 8)
+    paths = ResultPaths.at(result)
     metadata = paths.growing / where / "zarr.json"
     if change is None:
         metadata.write_text("{ nonsense")
@@ -84,7 +67,8 @@ def test_a_finished_chunk_whose_file_is_not_there_is_computed_again(
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
-    paths = interrupted(plan, dataset, result, client)
+    interrupted(plan, dataset, result, client, "written", 8)
+    paths = ResultPaths.at(result)
     damage(sorted((paths.growing / array).glob("c.*"))[0], spoil)
     found = oocattn.resume(result, client=client)
     assert_same_bits(found, right)
@@ -98,7 +82,8 @@ def test_many_partials_of_one_subproblem_may_be_damaged(
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(340, heads=1))
     plan = plan_for(dataset, chunks=31, partials=partials)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
-    paths = interrupted(plan, dataset, result, client, "attended", 12)
+    interrupted(plan, dataset, result, client, "attended", 12)
+    paths = ResultPaths.at(result)
     files = sorted(paths.scratch.glob("partial-0-*-0"))
     assert len(files) >= 4
     for file in files:
@@ -112,7 +97,8 @@ def test_what_is_counted_as_damaged_is_counted_once(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    paths = interrupted(plan, dataset, result, client)
+    interrupted(plan, dataset, result, client, "written", 8)
+    paths = ResultPaths.at(result)
     record = sorted((paths.state / "finished").iterdir())[0]
     record.write_bytes(b"x" + record.read_bytes()[1:])
     real, failed = CpuLane._attend, []
@@ -133,7 +119,8 @@ def test_a_record_that_cannot_be_read_counts_for_nothing(
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
-    paths = interrupted(plan, dataset, result, client)
+    interrupted(plan, dataset, result, client, "written", 8)
+    paths = ResultPaths.at(result)
     bad, real = sorted((paths.state / "finished").iterdir())[0], journal.read_record
 
     def read(path: Path) -> dict[str, Any]:
@@ -144,8 +131,8 @@ def test_a_record_that_cannot_be_read_counts_for_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(journal, "read_record", read)
         assert oocattn.status(result).state == "interrupted"
-        with pytest.raises(KeyboardInterrupt):
-            oocattn.resume(result, client=client, callbacks=[stop_after("attended", 1)])
+        with pytest.raises(EnoughError):
+            oocattn.resume(result, client=client, callbacks=[interrupt("attended", 1)])
     assert_same_bits(oocattn.resume(result, client=client), right)
 
 
@@ -176,7 +163,7 @@ def test_what_has_appeared_at_the_path_meanwhile_is_not_touched(
             (result / "thesis.txt").write_text("precious")
 
     if resumed:
-        interrupted(plan, dataset, result, client)
+        interrupted(plan, dataset, result, client, "written", 8)
         appear()
     listeners = [] if resumed else [lambda event: event.kind == "attended" and appear()]
     with pytest.raises(ResultExistsError, match="move it away and resume"):
@@ -195,8 +182,8 @@ def test_a_result_that_was_being_replaced_comes_back_if_another_run_begins(
     old = carry_out(plan, dataset, result, client).out[...]
     paths = ResultPaths.at(result)
     result.rename(paths.replaced)
-    with pytest.raises(KeyboardInterrupt):
-        carry_out(plan, dataset, result, client, callbacks=[stop_after("attended", 3)], overwrite=True)
+    with pytest.raises(EnoughError):
+        carry_out(plan, dataset, result, client, callbacks=[interrupt("attended", 3)], overwrite=True)
     np.testing.assert_array_equal(oocattn.running.open_result(result).out[...], old)
     assert not paths.replaced.exists()
 

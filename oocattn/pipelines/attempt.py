@@ -17,6 +17,7 @@ from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, cast
 
 from dask.highlevelgraph import HighLevelGraph
@@ -291,13 +292,11 @@ class Attempt:
 
     def _ask(self, function: Callable[..., object], seconds: float) -> list[int]:
         """What this returns on each worker of the run; one that fails or is silent is named, and not asked again."""
-        asking = ThreadPoolExecutor(max(1, len(self._answering)), thread_name_prefix="oocattn-ask")
         answers = {
-            address: asking.submit(self._client.run, function, self._name, workers=[address], on_error="return")
+            address: self._begin(partial(self._client.run, function, self._name, workers=[address], on_error="return"))
             for address in self._answering
         }
         wait(answers.values(), timeout=seconds)
-        asking.shutdown(wait=False)
         found: dict[str, int] = {}
         for address, answer in answers.items():
             with self._telling(f"what worker {address} held in memory may be lost, and is computed again"):

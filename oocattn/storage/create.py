@@ -85,6 +85,17 @@ def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[sl
     )
 
 
+def chunk_file(array: zarr.Array[Any], coords: tuple[int, ...]) -> Path:
+    """The file of chunk `coords` of an array that `create_array` made in a local store."""
+    assert isinstance(array.store, LocalStore)
+    return array.store.root / array.path / array.metadata.encode_chunk_key(coords)
+
+
+def chunk_bytes(array: zarr.Array[Any]) -> int:
+    """The size of each of its chunk files, also at the edge."""
+    return int(np.prod(array.chunks)) * array.dtype.itemsize
+
+
 # The durable commit of one chunk. After a crash at any step, what lies under the chunk's name is whole: the old bytes,
 # the new bytes, or nothing.
 #   1. Write the rows under a temporary name in the chunk's own folder. The name is unique, so that a writer given up
@@ -110,8 +121,7 @@ def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[A
     if not (isinstance(array.store, LocalStore) and _is_plain(array)):
         array[selection] = data
         return
-    target = array.store.root / array.path / array.metadata.encode_chunk_key(coords)
-    write_durably(target, [np.ascontiguousarray(data)], int(np.prod(array.chunks)) * array.dtype.itemsize)
+    write_durably(chunk_file(array, coords), [np.ascontiguousarray(data)], chunk_bytes(array))
 
 
 def fill_array(

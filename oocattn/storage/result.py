@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,16 @@ from zarr.storage import LocalStore
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
 from oocattn.storage.checksums import ATTRIBUTE as CHECKSUMS
 from oocattn.storage.checksums import Checksums, as_digits, checksum
-from oocattn.storage.create import create_array, local_path, move_into_place, numpy_dtype, sync_metadata, write_chunk
+from oocattn.storage.create import (
+    chunk_bytes,
+    chunk_file,
+    create_array,
+    local_path,
+    move_into_place,
+    numpy_dtype,
+    sync_metadata,
+    write_chunk,
+)
 from oocattn.storage.durable import PARTIAL, remove_leftovers, sync, write_text
 from oocattn.storage.journal import forget, has_begun
 from oocattn.storage.mapped_store import MappedStore
@@ -95,15 +104,7 @@ class ResultPaths:
 
     def attributes(self) -> dict[str, Any] | None:
         """What the complete result at this path is the answer to; None where there is none."""
-        if not os.path.lexists(self.result):
-            return None
-        try:
-            found = zarr.open_group(LocalStore(self.result), mode="r").attrs.get(ATTRIBUTES)
-        except (FileNotFoundError, NotADirectoryError, ContainsArrayError):
-            found = None
-        except Exception as error:  # zarr has many for metadata that is damaged
-            raise IntegrityError(f"{self.result}: no group that Zarr can open ({error}): it is damaged") from error
-        return dict(found) if isinstance(found, Mapping) else {}
+        return _recorded(self.result) if os.path.lexists(self.result) else None
 
     def begin(
         self, *, shape: tuple[int, int, int, int], dtype: str, chunk_rows: int, attributes: Mapping[str, Any]
@@ -123,7 +124,7 @@ class ResultPaths:
         self._throw_away(*self.state.glob("result-*.zarr"), self.scratch)
         self.status.unlink(missing_ok=True)
         self._forget_certificate()
-        self.scratch.mkdir(parents=True)
+        self.scratch.mkdir()
         growing = self.state / f"result-{uuid.uuid4().hex[:8]}.zarr"
         group = zarr.create_group(LocalStore(growing), attributes={ATTRIBUTES: dict(attributes)}, zarr_format=3)
         out = create_array(group, "out", shape, dtype, chunk_rows)
@@ -134,21 +135,17 @@ class ResultPaths:
     def resume(
         self, *, shape: tuple[int, int, int, int], dtype: str, chunk_rows: int, attributes: Mapping[str, Any]
     ) -> ResultArrays:
-        """The result that has begun to grow, to be written on; what killed writes left of files is removed.
+        """The result that has begun to grow, to be written on.
 
         Raises IntegrityError where it is not what `begin` made of the same arguments.
         """
         self.scratch.mkdir(exist_ok=True)
-        remove_leftovers(self.state)
         arrays = ResultArrays.of(LocalStore(self.growing), "r+")
-        found = {
-            name: (array.shape, array.dtype, array.chunks) for name, array in (("out", arrays.out), ("lse", arrays.lse))
-        }
+        found = {name: (array.shape, array.dtype, array.chunks) for name, array in arrays.by_name.items()}
         out, lse = (1, 1, chunk_rows, shape[3]), (1, 1, chunk_rows)
         expected = {"out": (shape, numpy_dtype(dtype), out), "lse": (shape[:3], np.dtype(np.float32), lse)}
-        recorded = zarr.open_group(LocalStore(self.growing), mode="r").attrs.get(ATTRIBUTES)
-        same = isinstance(recorded, Mapping) and all(recorded.get(name) == value for name, value in attributes.items())
-        if found != expected or not same:
+        recorded = _recorded(self.growing)
+        if found != expected or any(recorded.get(name) != value for name, value in attributes.items()):
             raise IntegrityError(
                 f"{self.growing}: the metadata of the unfinished result is damaged: begin anew with overwrite=True "
                 "(--overwrite)"
@@ -210,6 +207,25 @@ class ResultPaths:
         return not self.growing.exists() and (has_begun(self.state) or any(path.exists() for path in leftovers))
 
 
+def _recorded(path: Path) -> dict[str, Any]:
+    """What the result group at `path` is the answer to; nothing where there is no such group."""
+    with _naming_damage(path):
+        try:
+            found = zarr.open_group(LocalStore(path), mode="r").attrs.get(ATTRIBUTES)
+        except (FileNotFoundError, NotADirectoryError, ContainsArrayError):
+            found = None
+        return dict(found) if isinstance(found, Mapping) else {}
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Zarr's many errors for metadata that is damaged become one, which names the group."""
+    try:
+        yield
+    except Exception as error:
+        raise IntegrityError(f"{path}: no group that Zarr can open ({error}): it is damaged") from error
+
+
 @dataclass(frozen=True)
 class Written:
     """What was written of a part: its bytes, and the checksums of its rows of `out` and `lse`."""
@@ -238,11 +254,9 @@ class ResultArrays:
     @classmethod
     def of(cls, store: LocalStore, mode: Literal["r", "r+"]) -> ResultArrays:
         """The arrays of the result in a store. Raises IntegrityError where one is missing."""
-        try:
+        with _naming_damage(store.root):
             group = zarr.open_group(store, mode=mode)
             out, lse = group.get("out"), group.get("lse")
-        except Exception as error:  # zarr has many for metadata that is damaged
-            raise IntegrityError(f"{store.root}: no group that Zarr can open ({error}): it is damaged") from error
         if not (isinstance(out, zarr.Array) and isinstance(lse, zarr.Array)):
             raise IntegrityError(
                 f"{store.root}: no finished result here: expected the arrays out and lse, found {sorted(group.keys())}"
@@ -252,11 +266,8 @@ class ResultArrays:
     def has(self, batch: int, head: int, part: int) -> bool:
         """Whether chunk `part` of one head is there, as long as it must be."""
         for array in (self.out, self.lse):
-            assert isinstance(array.store, LocalStore)
-            coords = (batch, head, part, *(0 for _ in array.shape[3:]))
-            path = array.store.root / array.path / array.metadata.encode_chunk_key(coords)
-            expected = int(np.prod(array.chunks)) * array.dtype.itemsize
-            if not path.is_file() or path.stat().st_size != expected:
+            path = chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:])))
+            if not path.is_file() or path.stat().st_size != chunk_bytes(array):
                 return False
         return True
 
