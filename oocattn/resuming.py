@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from oocattn.errors import BudgetError, IntegrityError, ResultExistsError
 from oocattn.plans import Plan
 from oocattn.problem import Problem, make_problem
-from oocattn.storage.dataset import Dataset
+from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.journal import Journal, identity, read_header
 from oocattn.storage.result import ResultPaths
 from oocattn.units import format_bytes, parse_duration, parse_size
@@ -18,6 +19,8 @@ from oocattn.version import versions
 
 FORMAT = 1
 """Of the journal and of what lies beside it; another one is not resumed."""
+
+logger = logging.getLogger("oocattn")
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,11 @@ class Unfinished:
                     f"{place} holds an unfinished run of another {name} ({found}, now {asked[name]}): finish that one with "
                     "`oocattn resume`, choose another path, or begin anew with overwrite=True (--overwrite)"
                 )
-        if dataset.fingerprint() != self.dataset["fingerprint"]:
+        changed = changed_arrays(self.dataset["fingerprint"], dataset.fingerprint())
+        if changed:
             raise IntegrityError(
-                f"{dataset.location}: the dataset changed since the run in {place} began, so that cannot be resumed: begin "
-                "anew with overwrite=True (--overwrite)"
+                f"{dataset.location}: {changed} of the dataset changed (metadata, size, time or content of chunks) since "
+                f"the run in {place} began, so that cannot be resumed: begin anew with overwrite=True (--overwrite)"
             )
 
     def check_chosen(self, choices: Choices) -> None:
@@ -103,6 +107,16 @@ class Unfinished:
             raise ResultExistsError(
                 f"{self.journal.state} holds an unfinished run of another plan: resume it with `oocattn resume`, or begin "
                 "anew with overwrite=True (--overwrite)"
+            )
+
+    def warn_of_versions(self) -> None:
+        """Warn where it was begun with another torch: its kernels may round otherwise."""
+        before, now = self.versions["torch"], versions()["torch"]
+        if before != now:
+            logger.warning(
+                "%s: begun with torch %s, goes on with torch %s: exact all the same, but not bit for bit what either alone "
+                "would have given",
+                *(self.journal.state, before, now),
             )
 
     def open_dataset(self) -> Dataset:
@@ -138,7 +152,7 @@ def find_unfinished(paths: ResultPaths) -> Unfinished | None:
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, expected {FORMAT}")
         dataset = {name: str(header["dataset"][name]) for name in ("location", "fingerprint")}
-        plan, by = Plan.from_json(header["plan"]), {"oocattn": str(header["versions"]["oocattn"])}
+        plan, by = Plan.from_json(header["plan"]), {name: str(header["versions"][name]) for name in ("oocattn", "torch")}
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             f"{paths.state}: not the journal of a run that can be resumed ({error}): begin anew with overwrite=True "

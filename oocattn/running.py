@@ -21,6 +21,7 @@ from oocattn.plans import Plan
 from oocattn.problem import Problem
 from oocattn.resuming import Unfinished, begin_journal, describe, find_unfinished
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.durable import make_durably
 from oocattn.storage.lock import Lock
 from oocattn.storage.result import ResultArrays, ResultPaths, read_json
 from oocattn.version import versions
@@ -60,7 +61,7 @@ def run_plan(
     if is_finished(paths, plan.problem, dataset, overwrite):
         return open_result(paths.result)
     dataset.check_complete()
-    paths.state.mkdir(parents=True, exist_ok=True)
+    make_durably(paths.state)
     with Lock(paths.lock, until):
         if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
@@ -122,6 +123,7 @@ def _carry_on(
     from oocattn.pipelines.attempt import Work
     from oocattn.pipelines.run import run
 
+    begun.warn_of_versions()
     attributes = {"problem": asdict(begun.plan.problem), "dataset": begun.dataset, "plan": _decided(begun.plan)}
     arrays = paths.resume(**_layout(begun.plan), attributes=attributes)
     work = Work(begun.plan, dataset, begun.dataset["fingerprint"], paths, arrays, begun.journal)

@@ -52,7 +52,7 @@ def test_a_dataset_that_changes_during_the_run_is_noticed(
     chunk = dataset / "q/c/0/0/0/0"
     plan = plan_for(dataset, chunks=7, partials=partials)
     rewrite = on_first("attended", lambda: damage(chunk, lambda data: bytes(len(data))))
-    with pytest.raises(IntegrityError, match=r"the dataset changed while the run read it.*run again"):
+    with pytest.raises(IntegrityError, match=r"zarr: q of the dataset changed while the run read it.*run again"):
         carry_out(plan, dataset, result, client, callbacks=[rewrite])
     assert_nothing_written(result)
     assert carry_out(plan, dataset, result, client).path == result

@@ -24,6 +24,7 @@ from oocattn.plans import Plan as PlanRecord
 from oocattn.storage.durable import encode_record, read_record
 from oocattn.storage.journal import Journal
 from oocattn.storage.result import ResultPaths
+from oocattn.version import versions
 
 TOKENS = 170
 
@@ -108,7 +109,7 @@ def test_on_other_workers_it_goes_on(dataset: Path, result: Path, partials: str,
 
 
 def test_the_same_call_resumes_and_the_command_says_so(
-    client: Client, dataset: Path, result: Path, capsys: pytest.CaptureFixture[str]
+    client: Client, dataset: Path, result: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     options: dict[str, Any] = {"chunks": 13, "causal": True, "host_memory": "1GiB"}
     right = oocattn.attention(dataset, result.with_name("right.zarr"), client=client, **options)
@@ -122,7 +123,9 @@ def test_the_same_call_resumes_and_the_command_says_so(
         with pytest.raises(EnoughError):
             oocattn.attention(dataset, path, client=client, callbacks=[interrupt("written", 15)], **options)
         capsys.readouterr()
+        caplog.clear()
         again(path)
+        assert (f"{path}: going on with the unfinished run" in caplog.text) == (number < 2)
         printed = capsys.readouterr().out
         assert_same_bits(oocattn.resume(path), right)  # finished: it is returned as it is
         assert bool(printed) == bool(number)
@@ -216,13 +219,13 @@ def test_a_run_of_something_else_is_not_touched(client: Client, dataset: Path, r
 def test_a_dataset_that_changed_is_refused(client: Client, dataset: Path, result: Path) -> None:
     plan = plan_for(dataset, chunks=13)
     interrupted(plan, dataset, result, client)
-    chunk = next((dataset / "k").rglob("c/0/0/0/0"))
-    os.utime(chunk, ns=(1, 1))
+    for name in "kv":
+        os.utime(dataset / name / "c/0/0/0/0", ns=(1, 1))
     for again in (
         lambda: oocattn.resume(result, client=client),
         lambda: carry_out(plan, dataset, result, client),
     ):
-        with pytest.raises(IntegrityError, match=r"the dataset changed since the run in .* began"):
+        with pytest.raises(IntegrityError, match=r"zarr: k and v of the dataset changed .* since the run in .* began"):
             again()
     assert carry_out(plan, dataset, result, client, overwrite=True).report.pairs_before == 0
 
@@ -234,6 +237,20 @@ def test_another_version_does_not_go_on(
     monkeypatch.setattr("oocattn.resuming.versions", lambda: {"oocattn": "99"})
     with pytest.raises(ResultExistsError, match=r"unfinished run of another oocattn \(0\.1\.0, now 99\)"):
         oocattn.resume(result, client=client)
+
+
+def test_another_torch_goes_on_with_a_warning(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_for(dataset, chunks=13)
+    interrupted(plan, dataset, result, client)
+    with monkeypatch.context() as patched:
+        patched.setattr("oocattn.resuming.versions", lambda: {**versions(), "torch": "99"})
+        interrupted(plan, dataset, result, client)
+    assert "goes on with torch 99" in caplog.text
+    caplog.clear()
+    oocattn.resume(result, client=client)
+    assert "torch" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.tasks import LanePlugin, identity, plugin_name, plugins_of, save, stop
 from oocattn.planner import PIECE, UNFINISHED, WINDOW
 from oocattn.plans import Plan
-from oocattn.storage.dataset import Dataset
+from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.durable import is_disk_full
 from oocattn.storage.journal import Journal
 from oocattn.storage.result import ResultArrays, ResultPaths
@@ -256,9 +256,11 @@ class Attempt:
     def check_dataset(self) -> None:
         """Raises TaintedError where the dataset is not what it was when the run began."""
         dataset = self._work.dataset
-        if Dataset.open(dataset.location).fingerprint() != self._work.fingerprint:
+        changed = changed_arrays(self._work.fingerprint, Dataset.open(dataset.location).fingerprint())
+        if changed:
             raise TaintedError(
-                f"{dataset.location}: the dataset changed while the run read it; the result is discarded, run again"
+                f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "
+                "again"
             )
         self.dataset_checked = True
 

@@ -118,7 +118,7 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
             path.unlink(missing_ok=True)
         schedule = Schedule(plan, len(devices), found.done)
         left = schedule.left
-        mishaps.note(left)
+        mishaps.note(left - len(found.done.chunks))
         damaged = found.damaged if event.kind == "started" else cast(int, event.detail.get("recomputed", 0))
         resumed = bool(found.done.chunks or found.done.partials)
         emit(replace(event, detail={**event.detail, "left": left, "resumed": resumed, "recomputed": damaged}))
@@ -164,7 +164,8 @@ class _Mishaps:
         self._fewest_left = math.inf
 
     def note(self, left: int) -> None:
-        """So many subproblems are left: where they have become fewer, the loss of workers has not kept the run from it."""
+        """The subproblems that are left, less the chunks that are finished: where that has become less, the loss of workers
+        has not kept the run from it."""
         if left < self._fewest_left:
             self._fewest_left = left
             self._times.pop(_DEATHS, None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
@@ -152,19 +152,27 @@ class StatusFile:
 
 
 def read_status(paths: ResultPaths) -> Status:
-    """How far the run to this result is, whether or not one is alive. Raises IntegrityError for a damaged file."""
+    """How far the run to this result is, whether or not one is alive.
+
+    Raises IntegrityError for a damaged file, and warns of one where the journal still says how far an interrupted run came.
+    """
     holder = lock_holder(paths.lock)
-    text = read_json(paths.status)
-    if text is None and paths.resumable:
-        text = {}  # killed before it was written
-    if text is None or (holder is None and not paths.growing.exists()):
+    try:
+        last = _last_written(paths.status)
+    except IntegrityError as error:
+        if holder is not None or not paths.resumable:
+            raise
+        warnings.warn(f"{error}: what the run had read and written, and how fast it was, is not known", stacklevel=3)
+        last = None
+    if last is None and paths.resumable:
+        last = Status("interrupted")  # killed before it was written
+    if last is None or (holder is None and not paths.growing.exists()):
         report = read_json(paths.report)
         if "problem" not in (paths.attributes() or {}):
             return Status("none") if holder is None else Status("running", holder=str(holder))
         return Status("finished", seconds=RunReport.from_json(report).seconds if report else 0.0)
     state = "interrupted" if holder is None else "running"
-    words = "" if holder is None else str(holder)
-    return _checked({**text, "state": state, "holder": words}, paths.status)
+    return replace(last, state=state, holder="" if holder is None else str(holder))
 
 
 def as_resumed(status: Status, plan: Plan, left: int) -> Status:
@@ -175,8 +183,11 @@ def as_resumed(status: Status, plan: Plan, left: int) -> Status:
     return replace(status, subproblems=plan.subproblems, subproblems_done=done, seconds_left=seconds_left)
 
 
-def _checked(content: Mapping[str, Any], path: Path) -> Status:
-    """The status in a file, once its names, types and ranges are what `StatusFile` writes."""
+def _last_written(path: Path) -> Status | None:
+    """The status in a file, None where there is none. Raises IntegrityError unless it is as `StatusFile` writes it."""
+    content = read_json(path)
+    if content is None:
+        return None
     try:
         status = Status(**content)
     except TypeError as error:

@@ -109,23 +109,30 @@ class Dataset:
             check(array, self.location)
 
     def fingerprint(self) -> str:
-        """A SHA-256 that changes when the dataset is changed.
+        """Half a SHA-256 of each array, joined by "-", that changes when the array is changed.
 
-        It covers shapes, dtypes, chunk grids and codecs, the beginning and the end of a few stored chunks of each array,
-        and in a local folder the size and modification time of every chunk file.
+        It covers shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks, and in a local
+        folder the size and modification time of every chunk file.
         """
-        digest = hashlib.sha256()
-        for name in NAMES:
-            array = self.arrays[name].array
-            metadata = array.metadata.to_dict()
-            identity = {key: metadata[key] for key in _IDENTITY if key in metadata}
-            digest.update(json.dumps([name, identity], sort_keys=True, default=str).encode())
-            for _, key, status in _files(array):
-                state = (status.st_size, status.st_mtime_ns) if status else None
-                digest.update(f"\n{key} {state}".encode())
-            for content in _sample(array):
-                digest.update(content)
-        return digest.hexdigest()
+        return "-".join(_fingerprint(name, self.arrays[name].array) for name in NAMES)
+
+
+def changed_arrays(before: str, after: str) -> str:
+    """Which arrays differ between two fingerprints, in words: "k and v"."""
+    pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
+    return " and ".join(name for name, old, new in pairs if old != new)
+
+
+def _fingerprint(name: str, array: zarr.Array[Any]) -> str:
+    metadata = array.metadata.to_dict()
+    identity = {key: metadata[key] for key in _IDENTITY if key in metadata}
+    digest = hashlib.sha256(json.dumps([name, identity], sort_keys=True, default=str).encode())
+    for _, key, status in _files(array):
+        state = (status.st_size, status.st_mtime_ns) if status else None
+        digest.update(f"\n{key} {state}".encode())
+    for content in _sample(array):
+        digest.update(content)
+    return digest.hexdigest()[:32]
 
 
 def _sampled_keys(array: zarr.Array[Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
+import itertools
 import json
 import mmap
 import os
@@ -76,6 +77,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_durably(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, so that their entries are on disk; it may be there."""
+    missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync(made.parent)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -158,6 +158,9 @@ def _try(file: TextIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        words = "this file system knows no locks (flock), without which two runs could write one result: choose another path"
+        raise OSError(error.errno, words, file.name) from error
     return True
 
 

@@ -36,7 +36,7 @@ from oocattn.storage.create import (
     sync_metadata,
     write_chunk,
 )
-from oocattn.storage.durable import PARTIAL, remove_leftovers, sync, write_text
+from oocattn.storage.durable import PARTIAL, make_durably, remove_leftovers, sync, write_text
 from oocattn.storage.journal import forget, has_begun
 from oocattn.storage.mapped_store import MappedStore
 
@@ -113,7 +113,7 @@ class ResultPaths:
 
         Raises ProblemError where it could not be given its name later.
         """
-        self.state.mkdir(parents=True, exist_ok=True)
+        make_durably(self.state)
         if self.state.stat().st_dev != self.result.parent.stat().st_dev:
             raise ProblemError(
                 f"{self.state} is on another file system than {self.result.parent}: what grows there cannot be moved to its "

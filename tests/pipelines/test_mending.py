@@ -180,6 +180,22 @@ def test_a_worker_that_dies_is_replaced(workers: Client, dataset: Path, result: 
     assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
 
 
+def test_workers_that_die_while_chunks_are_merged_do_not_end_a_run_that_gets_on(
+    client: Client, dataset: Path, result: Path
+) -> None:
+    plan = plan_for(dataset, chunks=57, partials="disk")
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    recorder = Recorder([])
+
+    def lose(event: Event) -> None:
+        if event.kind == "written" and len(recorder.of("attended")) == plan.subproblems and len(recorder.of("mended")) < 5:
+            raise WorkerLostError("a worker is gone")
+
+    found = carry_out(plan, dataset, result, client, callbacks=[recorder, lose])
+    assert_same_bits(found, right)
+    assert found.report.workers_lost == 5
+
+
 def lose_at(count: int, victim: str, cluster: LocalCluster) -> Callable[[Event], None]:
     """A listener that has the scheduler take a worker for lost at the `count`-th chunk that is written."""
     seen = []

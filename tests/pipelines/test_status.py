@@ -83,6 +83,23 @@ def test_a_damaged_status_is_an_error(fast_path: Path, content: str) -> None:
         str(oocattn.status(paths.result))
 
 
+def test_a_damaged_status_does_not_hide_what_the_journal_says(client: Client, dataset: Path, fast_path: Path) -> None:
+    result = fast_path / "result.zarr"
+
+    def refuse(event: Event) -> None:
+        if event.kind == "written":
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[refuse])
+    whole = oocattn.status(result)
+    ResultPaths.at(result).status.write_text("{")
+    with pytest.warns(UserWarning, match=r"status\.json: not JSON .* is not known"):
+        found = oocattn.status(result)
+    assert (found.state, found.subproblems_done) == ("interrupted", whole.subproblems_done)
+    assert found.subproblems_done > 0
+
+
 def test_an_interrupted_second_run_does_not_hide_the_first_result(client: Client, dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
     carry_out(plan_for(dataset), dataset, result, client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -145,6 +146,15 @@ def test_one_that_was_succeeded_leaves_its_successor_alone(tmp_path: Path) -> No
     with Lock(path):
         path.write_text(json.dumps(asdict(OTHER)))  # in the same file
     assert json.loads(path.read_text()) == asdict(OTHER)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match=r"knows no locks.*choose another path"):
+        Lock(tmp_path / "lock")
 
 
 def test_many_contenders_hold_it_one_at_a_time(tmp_path: Path) -> None:
