@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +30,6 @@ from oocattn.units import parse_duration, parse_size
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
-
-logger = logging.getLogger("oocattn")
 
 
 def plan(
@@ -134,7 +131,6 @@ def attention(
     if begun is not None:
         begun.check_asked(problem, opened)
         begun.check_chosen(choices)
-        logger.warning("%s: going on with the unfinished run that is there, as it was planned", paths.result)
 
     def decide(lanes: int) -> Plan:
         return begun.plan if begun is not None else _plan_for(opened, problem, choices, lanes, paths.state)

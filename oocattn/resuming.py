@@ -17,7 +17,7 @@ from oocattn.storage.result import ResultPaths
 from oocattn.units import format_bytes, parse_duration, parse_size
 from oocattn.version import versions
 
-FORMAT = 1
+FORMAT = 2
 """Of the journal and of what lies beside it; another one is not resumed."""
 
 logger = logging.getLogger("oocattn")

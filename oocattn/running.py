@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
@@ -28,6 +29,8 @@ from oocattn.version import versions
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
+
+logger = logging.getLogger("oocattn")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def run_plan(
         else:
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
+            logger.warning("%s: going on with the unfinished run that is there, as it was planned", paths.result)
             _carry_on(begun, dataset, paths, client, callbacks, until)
     return open_result(paths.result)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from oocattn.units import format_bytes, format_seconds
 
 INTERVAL = 1.0
 """Seconds between updates of the file."""
+
+logger = logging.getLogger("oocattn")
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,14 @@ class Status:
             return f"{self.state}: starting; {self.holder}"
         lines = [
             f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
-            f"{self.tokens:,} tokens ({self.share:.0%}) after {format_seconds(self.seconds)}, {self.rate:,.0f} tokens/s",
-            f"{format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_saved)} of partials, "
-            f"{format_bytes(self.bytes_written)} written; {self._last_saved()}",
+            f"{self.tokens:,} tokens ({self.share:.0%})"
         ]
+        if self.seconds:  # else it was killed before it said more
+            lines[0] += f" after {format_seconds(self.seconds)}, {self.rate:,.0f} tokens/s"
+            lines.append(
+                f"{format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_saved)} of partials, "
+                f"{format_bytes(self.bytes_written)} written; {self._last_saved()}"
+            )
         left = f"about {format_seconds(self.seconds_left)} left"
         if self.state == "running":
             lines.append(f"{left}; {self.holder}; dashboard {self.dashboard or 'none'}")
@@ -129,8 +136,9 @@ class StatusFile:
         """So many subproblems are left, and the others were done before."""
         if event.kind == "started":
             plan = cast(Plan, event.detail["plan"])
-            tokens = plan.problem.tokens * plan.problem.batch
-            self._status = Status("running", plan.subproblems, tokens=tokens, dashboard=str(event.detail["dashboard"]))
+            self._status = Status(
+                "running", plan.subproblems, tokens=_tokens(plan), dashboard=str(event.detail["dashboard"])
+            )
             self._before = self._status.subproblems - cast(int, event.detail["left"])
             self._start = event.start
         done = self._status.subproblems - cast(int, event.detail["left"])
@@ -162,7 +170,7 @@ def read_status(paths: ResultPaths) -> Status:
     except IntegrityError as error:
         if holder is not None or not paths.resumable:
             raise
-        warnings.warn(f"{error}: what the run had read and written, and how fast it was, is not known", stacklevel=3)
+        logger.warning("%s: what the run had read and written, and how fast it was, is not known", error)
         last = None
     if last is None and paths.resumable:
         last = Status("interrupted")  # killed before it was written
@@ -179,8 +187,14 @@ def as_resumed(status: Status, plan: Plan, left: int) -> Status:
     """The status of an interrupted run, of which so many subproblems are left, as a resumed one would find it."""
     done = plan.subproblems - left
     share = left / plan.subproblems
-    seconds_left = status.tokens * share / status.rate if status.rate else plan.seconds * share
-    return replace(status, subproblems=plan.subproblems, subproblems_done=done, seconds_left=seconds_left)
+    seconds_left = _tokens(plan) * share / status.rate if status.rate else plan.seconds * share
+    return replace(
+        status, subproblems=plan.subproblems, subproblems_done=done, tokens=_tokens(plan), seconds_left=seconds_left
+    )
+
+
+def _tokens(plan: Plan) -> int:
+    return plan.problem.tokens * plan.problem.batch
 
 
 def _last_written(path: Path) -> Status | None:
@@ -194,7 +208,10 @@ def _last_written(path: Path) -> Status | None:
         raise IntegrityError(f"{path}: not the status of a run ({error})") from None
     for name, value in asdict(status).items():
         default = getattr(Status("none"), name)
-        right = value >= 0 if isinstance(value, int | float) else True
-        if not right or isinstance(value, str) != isinstance(default, str):
+        if isinstance(default, str):
+            right = isinstance(value, str)
+        else:
+            right = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        if not right:
             raise IntegrityError(f"{path}: not the status of a run ({name} is {value!r})")
     return status

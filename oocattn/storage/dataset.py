@@ -118,9 +118,10 @@ class Dataset:
 
 
 def changed_arrays(before: str, after: str) -> str:
-    """Which arrays differ between two fingerprints, in words: "k and v"."""
+    """Which arrays differ between two fingerprints, in words: "k", "k and v", "q, k and v"; "" where none does."""
     pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
-    return " and ".join(name for name, old, new in pairs if old != new)
+    *first, last = [name for name, old, new in pairs if old != new] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _fingerprint(name: str, array: zarr.Array[Any]) -> str:

@@ -99,8 +99,7 @@ class Lock:
 
     def _is_ours(self) -> bool:
         """Whether nobody has taken this for left behind, as this process slept."""
-        same = self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        return same and _read(self.path) in (Holder.this_process(), NOBODY)
+        return _is_at(self._file, self.path) and _read(self.path) in (Holder.this_process(), NOBODY)
 
     def __enter__(self) -> Lock:
         return self
@@ -150,25 +149,41 @@ def _lock(file: TextIO, path: Path) -> bool:
             continue
         file.close()
         raise _locked(path)
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return _is_at(file, path)
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether an open file is the one at `path`: its holder may remove that at any time."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _try(file: TextIO) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(file, fcntl.LOCK_EX)
     except BlockingIOError:
         return False
-    except OSError as error:
-        words = "this file system knows no locks (flock), without which two runs could write one result: choose another path"
-        raise OSError(error.errno, words, file.name) from error
     return True
+
+
+def _flock(file: TextIO, kind: int) -> None:
+    """Lock an open file. Raises BlockingIOError where another has it, OSError where the file system has no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        words = "this file system gives no locks (flock), without which two runs could write one result: choose another path"
+        raise OSError(error.errno, words, file.name) from error
 
 
 def lock_holder(path: Path) -> Holder | None:
     """Who holds the lock at `path`, or None where no live process does, as far as can be told at once."""
     try:
         with path.open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _flock(file, fcntl.LOCK_SH)
             touched = os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None

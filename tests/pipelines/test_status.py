@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,11 @@ def test_a_run_that_failed_is_interrupted_and_says_why(client: Client, dataset: 
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"surprise": 1}', '{"subproblems": "many"}', '{"subproblems": 4, "subproblems_done": -1}']
+    "content",
+    [
+        *("", "{", "[]", '{"surprise": 1}', '{"subproblems": "many"}', '{"subproblems": 4, "subproblems_done": -1}'),
+        *('{"rate": null}', '{"tokens": [1]}', '{"seconds": 1e400}', '{"holder": 1}'),
+    ],
 )
 def test_a_damaged_status_is_an_error(fast_path: Path, content: str) -> None:
     paths = ResultPaths.at(fast_path / "result.zarr")
@@ -83,7 +88,9 @@ def test_a_damaged_status_is_an_error(fast_path: Path, content: str) -> None:
         str(oocattn.status(paths.result))
 
 
-def test_a_damaged_status_does_not_hide_what_the_journal_says(client: Client, dataset: Path, fast_path: Path) -> None:
+def test_a_damaged_status_does_not_hide_what_the_journal_says(
+    client: Client, dataset: Path, fast_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     result = fast_path / "result.zarr"
 
     def refuse(event: Event) -> None:
@@ -93,11 +100,15 @@ def test_a_damaged_status_does_not_hide_what_the_journal_says(client: Client, da
     with pytest.raises(RuntimeError, match="enough"):
         carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[refuse])
     whole = oocattn.status(result)
-    ResultPaths.at(result).status.write_text("{")
-    with pytest.warns(UserWarning, match=r"status\.json: not JSON .* is not known"):
+    assert whole.subproblems_done > 0
+    for content in ("{", json.dumps({**asdict(whole), "rate": None})):
+        ResultPaths.at(result).status.write_text(content)
         found = oocattn.status(result)
-    assert (found.state, found.subproblems_done) == ("interrupted", whole.subproblems_done)
-    assert found.subproblems_done > 0
+        assert "is not known" in caplog.text
+        assert (found.state, found.subproblems_done) == ("interrupted", whole.subproblems_done)
+        assert (found.tokens, found.tokens_done) == (whole.tokens, whole.tokens_done)
+        assert "tokens/s" not in str(found)
+        caplog.clear()
 
 
 def test_an_interrupted_second_run_does_not_hide_the_first_result(client: Client, dataset: Path, fast_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -153,8 +154,9 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.raises(OSError, match=r"knows no locks.*choose another path"):
-        Lock(tmp_path / "lock")
+    for use in (Lock, lock_holder):
+        with pytest.raises(OSError, match=r"gives no locks.*choose another path"):
+            use(tmp_path / "lock")
 
 
 def test_many_contenders_hold_it_one_at_a_time(tmp_path: Path) -> None:
@@ -173,10 +175,8 @@ def test_many_contenders_hold_it_one_at_a_time(tmp_path: Path) -> None:
             except LockedError:
                 pass
 
-    threads = [threading.Thread(target=contend) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        ended = [threads.submit(contend) for _ in range(4)]
+    assert [future.result() for future in ended] == [None] * 4
     assert set(most) == {1}
     assert len(taken) > 4
