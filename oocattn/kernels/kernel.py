@@ -40,14 +40,15 @@ class Kernel(Protocol):
         query [g, n, D]; key, value [m, D], shared by the g heads; all of one dtype (float16, bfloat16, float32),
         contiguous but for the heads of `query`, which may lie apart, on one device. state: the n rows of the g heads, num
         [g, n, D]. With `diagonal`, n = m and query row i attends keys 0..i, without it every row attends every key.
-        state.keys grows by the keys that each row attended, whatever their values. Nothing happens where n or m is 0. On
-        a GPU the work is launched on torch's current stream, and nothing waits for it.
+        `scale` is positive. state.keys grows by the keys that each row attended, whatever their values. Nothing happens
+        where n or m is 0. On a GPU the work is launched on torch's current stream, and nothing waits for it.
 
-        NaN and Inf make the output of the rows that attend them NaN or Inf. They reach no other rows, but for a
-        library's kernels on a GPU (fa3, cudnn, flash), which behave as torch's own attention: in a diagonal call NaN or
-        Inf in a value may also reach the rows before it in the library's tile (less than 512), scores of -inf may
-        become NaN, and the log-sum-exp of a row with NaN may be anything. Raises ValueError where shapes or dtypes do
-        not fit.
+        NaN and Inf make the output of the rows that attend them NaN or Inf. They reach no other rows, but for the
+        16-bit kernels on a GPU (hopper, fa3, cudnn, flash), which behave as torch's own attention: in a diagonal call NaN
+        or Inf in a value may also reach the rows before it in the kernel's tile (less than 512); with a library's, scores
+        of -inf may become NaN, and the log-sum-exp of a row with NaN may be anything.
+
+        Raises ValueError where shapes or dtypes do not fit.
         """
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:

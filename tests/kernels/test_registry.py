@@ -6,6 +6,7 @@ import torch
 from oocattn.errors import ProblemError
 from oocattn.kernels import default_kernel, device_type, get_kernel, kernel_names, require_kernel
 from oocattn.kernels import fa3 as fa3_module
+from oocattn.kernels.hopper import HopperKernel
 
 CUDA = torch.device("cuda:0")
 
@@ -14,7 +15,7 @@ CUDA = torch.device("cuda:0")
 def machine(monkeypatch):
     """Make this look like a machine with a GPU of that compute capability, that cuDNN, and FA3 for those dtypes."""
 
-    def pretend(capability, cudnn=91900, fa3=()):
+    def pretend(capability, cudnn=91900, fa3=(), ours=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -22,12 +23,14 @@ def machine(monkeypatch):
         monkeypatch.setattr(fa3_module, "_library", lambda: print if fa3 else None)
         refusal = lambda device, dtype, head_dim: "" if dtype in fa3 else "the library refuses it: not built"  # noqa: E731
         monkeypatch.setattr(fa3_module.Fa3Kernel, "_refusal", staticmethod(refusal))
+        refused = lambda *_: "" if ours else "it does not compile here: no NVRTC"  # noqa: E731
+        monkeypatch.setattr(HopperKernel, "_refusal", staticmethod(refused))
 
     return pretend
 
 
 def test_every_kernel_has_its_name_and_bounds():
-    assert set(kernel_names()) == {"cpu", "reference", "fa3", "cudnn", "flash", "torch"}
+    assert set(kernel_names()) == {"cpu", "reference", "hopper", "fa3", "cudnn", "flash", "torch"}
     for name in kernel_names():
         kernel = get_kernel(name)
         assert kernel.name == name
@@ -35,27 +38,33 @@ def test_every_kernel_has_its_name_and_bounds():
         assert kernel.scratch_bytes(2, 1000, 1000, 64, "float16") > 0
         assert device_type(name) == ("cpu" if name in ("cpu", "reference") else "cuda")
     for call in (get_kernel, device_type):
-        with pytest.raises(ProblemError, match="'abacus' is not known: expected one of cpu, reference, fa3"):
+        with pytest.raises(ProblemError, match="'abacus' is not known: expected one of cpu, reference, hopper, fa3"):
             call("abacus")
 
 
 @pytest.mark.parametrize(
-    ("capability", "cudnn", "fa3", "dtype", "head_dim", "chosen"),
+    ("capability", "cudnn", "fa3", "ours", "dtype", "head_dim", "chosen"),
     [
-        ((9, 0), 91900, ("float16", "bfloat16"), "float16", 64, "fa3"),
-        ((9, 0), 91900, ("bfloat16",), "float16", 64, "cudnn"),
-        ((9, 0), 91900, (), "bfloat16", 256, "cudnn"),
-        ((9, 0), 91800, (), "bfloat16", 256, "flash"),
-        ((9, 0), 91900, (), "float16", 60, "torch"),
-        ((9, 0), 91900, ("float16",), "float32", 64, "torch"),
-        ((9, 0), None, (), "float16", 64, "flash"),
-        ((10, 0), 92000, ("float16",), "float16", 64, "cudnn"),
-        ((8, 0), 91900, ("float16",), "float16", 160, "flash"),
-        ((7, 5), 91900, ("float16",), "float16", 64, "torch"),
+        ((9, 0), 91900, ("float16", "bfloat16"), True, "float16", 64, "hopper"),
+        ((9, 0), 91900, (), True, "bfloat16", 128, "hopper"),
+        ((9, 0), 91900, (), True, "float16", 160, "cudnn"),
+        ((9, 0), 91900, (), True, "float16", 60, "torch"),
+        ((9, 0), 91900, (), True, "float32", 64, "torch"),
+        ((10, 0), 92000, (), True, "float16", 64, "cudnn"),
+        ((9, 0), 91900, ("float16", "bfloat16"), False, "float16", 64, "fa3"),
+        ((9, 0), 91900, ("bfloat16",), False, "float16", 64, "cudnn"),
+        ((9, 0), 91900, (), False, "bfloat16", 256, "cudnn"),
+        ((9, 0), 91800, (), False, "bfloat16", 256, "flash"),
+        ((9, 0), 91900, (), False, "float16", 60, "torch"),
+        ((9, 0), 91900, ("float16",), False, "float32", 64, "torch"),
+        ((9, 0), None, (), False, "float16", 64, "flash"),
+        ((10, 0), 92000, ("float16",), False, "float16", 64, "cudnn"),
+        ((8, 0), 91900, ("float16",), False, "float16", 160, "flash"),
+        ((7, 5), 91900, ("float16",), False, "float16", 64, "torch"),
     ],
 )
-def test_the_default_is_the_fastest_that_can_serve(machine, capability, cudnn, fa3, dtype, head_dim, chosen):
-    machine(capability, cudnn, fa3)
+def test_the_default_is_the_fastest_that_can_serve(machine, capability, cudnn, fa3, ours, dtype, head_dim, chosen):
+    machine(capability, cudnn, fa3, ours)
     assert default_kernel("cuda", dtype, head_dim) == chosen
     assert require_kernel(chosen, CUDA, dtype, head_dim).name == chosen
 
@@ -95,7 +104,7 @@ def test_a_kernel_that_cannot_serve_says_why_and_which_can(machine):
 
 def test_where_no_kernel_serves_every_reason_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ProblemError, match=r"on cuda: fa3, cudnn, flash, torch: torch finds no NVIDIA GPU$"):
+    with pytest.raises(ProblemError, match=r"on cuda: hopper, fa3, cudnn, flash, torch: torch finds no NVIDIA GPU$"):
         default_kernel("cuda", "float16", 64)
     with pytest.raises(ProblemError, match="float64 with D = 64 on cpu: cpu, reference: it attends float16, bfloat16"):
         default_kernel("cpu", "float64", 64)

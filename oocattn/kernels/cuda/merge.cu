@@ -1,17 +1,11 @@
 // Merging and finalising of states, one warp to a row of one head. What they compute is defined in merge.py.
 //
-// Compiled with HEAD_DIM defined. Pointers are to the first row of the first head; strides count elements.
+// Compiled with HEAD_DIM defined.
+
+#include "state.cuh"
 
 constexpr int LANES = 32;
 constexpr int OF_A_LANE = (HEAD_DIM + LANES - 1) / LANES;
-
-struct State {
-    float* num;
-    float* den;
-    float* max;
-    long long* keys;
-    long long num_head, num_row, den_head, den_row, max_head, max_row, keys_row;
-};
 
 // What a library's attention call returned: divided already, so its denominator is 1 and its maximum the log-sum-exp.
 struct Output {

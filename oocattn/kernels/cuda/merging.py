@@ -12,19 +12,10 @@ from functools import cache
 import torch
 
 from oocattn.kernels.cuda.program import Program
+from oocattn.kernels.cuda.state import row_strides, state_of
 from oocattn.kernels.partial import Partial
 
 _WARPS = 8  # rows of a block
-
-
-class _State(ctypes.Structure):
-    """`State` of merge.cu."""
-
-    _fields_ = (
-        *[(name, ctypes.c_void_p) for name in ("num", "den", "max", "keys")],
-        *[(name, ctypes.c_longlong) for name in ("num_head", "num_row", "den_head", "den_row", "max_head", "max_row")],
-        ("keys_row", ctypes.c_longlong),
-    )
 
 
 class _Output(ctypes.Structure):
@@ -38,7 +29,7 @@ class _Output(ctypes.Structure):
 
 def merge(into: Partial, other: Partial) -> None:
     """See `merge.merge`: one launch for all fields."""
-    _launch("merge", into, _state(other))
+    _launch("merge", into, state_of(other))
 
 
 def fold(state: Partial, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
@@ -57,7 +48,7 @@ def _launch(kernel: str, state: Partial, other: ctypes.Structure, *more: ctypes.
     heads, rows, head_dim = state.num.shape
     blocks = -(-heads * rows // _WARPS)
     if blocks:
-        arguments = (_state(state), other, ctypes.c_int(heads), ctypes.c_longlong(rows), *more)
+        arguments = (state_of(state), other, ctypes.c_int(heads), ctypes.c_longlong(rows), *more)
         _program(head_dim).launch(kernel, state.num.device, blocks, 32 * _WARPS, arguments)
 
 
@@ -66,22 +57,8 @@ def _program(head_dim: int) -> Program:
     return Program("merge.cu", {"HEAD_DIM": head_dim})
 
 
-def _state(state: Partial) -> _State:
-    tensors = (state.num, state.den, state.max, state.keys)
-    pointers = (tensor.data_ptr() for tensor in tensors)
-    return _State(*pointers, *_row_strides(state.num), *state.den.stride(), *state.max.stride(), state.keys.stride(0))
-
-
 def _output(out: torch.Tensor, lse: torch.Tensor) -> _Output:
-    return _Output(out.data_ptr(), lse.data_ptr(), *_row_strides(out), *lse.stride())
-
-
-def _row_strides(tensor: torch.Tensor) -> tuple[int, int]:
-    """Strides of heads and rows of a [g, n, D] whose rows are contiguous."""
-    head, row, element = tensor.stride()
-    if tensor.shape[-1] > 1 and element != 1:
-        raise ValueError(f"strides {tensor.stride()} of [g, n, D]: the innermost dimension must be contiguous")
-    return head, row
+    return _Output(out.data_ptr(), lse.data_ptr(), *row_strides(out), *lse.stride())
 
 
 def _name(tensor: torch.Tensor) -> str:

@@ -31,11 +31,17 @@ class CompilationError(OocattnError):
 
 
 class Program:
-    """One source file of this folder with the macros that it is compiled with; for any number of GPUs."""
+    """One source file of this folder with the macros that it is compiled with; for any number of GPUs.
 
-    def __init__(self, source: str, macros: Mapping[str, int]) -> None:
+    `variant` is what follows an architecture's number: "a" for its own instructions, which later ones lack. Each block
+    has `shared_bytes` of dynamic shared memory.
+    """
+
+    def __init__(self, source: str, macros: Mapping[str, int], *, variant: str = "", shared_bytes: int = 0) -> None:
         self._name = source
-        self._source = files(__package__).joinpath(source).read_bytes()
+        self._source = _source(source)
+        self._variant = variant
+        self._shared_bytes = shared_bytes
         self._macros = tuple(f"--define-macro={name}={value}" for name, value in sorted(macros.items()))
         self._functions: dict[tuple[str, torch.device], Any] = {}
         self._libraries: dict[str, Any] = {}
@@ -45,18 +51,26 @@ class Program:
 
         Needs no GPU. Raises CompilationError. A folder that cannot be written is no error.
         """
-        options = ("--std=c++17", f"--gpu-architecture={architecture}", *self._macros)
-        version = "nvrtc {}.{}".format(*_checked(nvrtc.nvrtcVersion()))
-        digest = hashlib.sha256("\0".join((version, *options, "")).encode() + self._source).hexdigest()
+        options = self._options(architecture)
+        version = "nvrtc {}.{}".format(*checked(nvrtc.nvrtcVersion()))
+        sources = self._source + b"".join(_headers().values())
+        digest = hashlib.sha256("\0".join((version, *options, "")).encode() + sources).hexdigest()
         folder = folder or _cache_folder()
         if folder is None:
-            return self._compile(options)
+            return self._compile(options)[0]
         path = folder / f"{Path(self._name).stem}-{architecture}-{digest[:32]}.cubin"
         kept = _read_checked(path)
         if kept is None:
-            kept = self._compile(options)
+            kept, _ = self._compile(options)
             _keep(path, kept)
         return kept
+
+    def report(self, architecture: str) -> str:
+        """What the compiler says of the program for an architecture: registers and spills. Needs no GPU."""
+        return self._compile((*self._options(architecture), "--ptxas-options=--verbose"))[1]
+
+    def _options(self, architecture: str) -> tuple[str, ...]:
+        return ("--std=c++17", f"--gpu-architecture={architecture}", *self._macros)
 
     def launch(self, kernel: str, device: torch.device, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         """Launch a kernel of this program on `device`, on torch's current stream there; `arguments` are of ctypes.
@@ -64,44 +78,62 @@ class Program:
         Raises CompilationError where the program cannot be compiled for the device.
         """
         with torch.cuda.device(device):
-            _checked(driver.cuCtxSetCurrent(_context(device)))
+            checked(driver.cuCtxSetCurrent(_context(device)))
             function = self._functions.get((kernel, device)) or self._load(kernel, device)
             pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
             stream = torch.cuda.current_stream(device).cuda_stream
-            _checked(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0))
+            sizes = (blocks, 1, 1, threads, 1, 1, self._shared_bytes)
+            checked(driver.cuLaunchKernel(function, *sizes, stream, ctypes.addressof(pointers), 0))
 
     def _load(self, kernel: str, device: torch.device) -> Any:
-        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        architecture = "sm_{}{}{}".format(*torch.cuda.get_device_capability(device), self._variant)
         if architecture not in self._libraries:
             library = driver.cuLibraryLoadData(self.build(architecture), [], [], 0, [], [], 0)
-            self._libraries[architecture] = _checked(library)
-        function = _checked(driver.cuLibraryGetKernel(self._libraries[architecture], kernel.encode()))
+            self._libraries[architecture] = checked(library)
+        function = checked(driver.cuLibraryGetKernel(self._libraries[architecture], kernel.encode()))
+        most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        number = checked(driver.cuDeviceGet(device.index))
+        checked(driver.cuKernelSetAttribute(most_shared, self._shared_bytes, function, number))
         self._functions[kernel, device] = driver.CUfunction(int(function))
         return self._functions[kernel, device]
 
-    def _compile(self, options: Sequence[str]) -> bytes:
-        program = _checked(nvrtc.nvrtcCreateProgram(self._source, self._name.encode(), 0, [], []))
+    def _compile(self, options: Sequence[str]) -> tuple[bytes, str]:
+        """The machine code, and what the compiler said."""
+        names, contents = [name.encode() for name in _headers()], list(_headers().values())
+        program = checked(nvrtc.nvrtcCreateProgram(self._source, self._name.encode(), len(names), contents, names))
         try:
             (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+            log = b" " * (checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1)  # never the shared bytes of length 1
+            checked(nvrtc.nvrtcGetProgramLog(program, log))
+            said = log.decode().strip(chr(0)).strip()
             if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-                log = b" " * (_checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1)  # never the shared bytes of length 1
-                _checked(nvrtc.nvrtcGetProgramLog(program, log))
-                raise CompilationError(f"{self._name} does not compile ({code.name}): {log.decode().strip(chr(0)).strip()}")
-            cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-            _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-            return cubin
+                raise CompilationError(f"{self._name} does not compile ({code.name}): {said}")
+            cubin: bytes = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+            checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+            return cubin, said
         finally:
             nvrtc.nvrtcDestroyProgram(program)
+
+
+def _source(name: str) -> bytes:
+    return files(__package__).joinpath(name).read_bytes()
+
+
+@cache
+def _headers() -> dict[str, bytes]:
+    """What the sources of this folder include, by name."""
+    names = sorted(file.name for file in files(__package__).iterdir() if file.name.endswith(".cuh"))
+    return {name: _source(name) for name in names}
 
 
 @cache
 def _context(device: torch.device) -> Any:
     """The context in which torch works on a GPU."""
     torch.cuda.init()
-    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device.index))))
+    return checked(driver.cuDevicePrimaryCtxRetain(checked(driver.cuDeviceGet(device.index))))
 
 
-def _checked(answer: tuple[Any, ...]) -> Any:
+def checked(answer: tuple[Any, ...]) -> Any:
     """What a call of cuda.bindings returned, without its error code. Raises RuntimeError for one."""
     code, *values = answer
     if int(code) != 0:

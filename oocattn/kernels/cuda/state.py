@@ -1,0 +1,34 @@
+"""A state as our CUDA C++ takes it: `State` of state.cuh."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from oocattn.kernels.partial import Partial
+
+
+class State(ctypes.Structure):
+    """`State` of state.cuh."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("num", "den", "max", "keys")],
+        *[(name, ctypes.c_longlong) for name in ("num_head", "num_row", "den_head", "den_row", "max_head", "max_row")],
+        ("keys_row", ctypes.c_longlong),
+    )
+
+
+def state_of(state: Partial) -> State:
+    """The argument that stands for a partial on a GPU."""
+    tensors = (state.num, state.den, state.max, state.keys)
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    return State(*pointers, *row_strides(state.num), *state.den.stride(), *state.max.stride(), state.keys.stride(0))
+
+
+def row_strides(tensor: torch.Tensor) -> tuple[int, int]:
+    """Strides of heads and rows of a [g, n, D] whose rows are contiguous."""
+    head, row, element = tensor.stride()
+    if tensor.shape[-1] > 1 and element != 1:
+        raise ValueError(f"strides {tensor.stride()} of [g, n, D]: the innermost dimension must be contiguous")
+    return head, row

@@ -1,0 +1,77 @@
+"""The project's own kernel for Hopper GPUs (compute capability 9.0): attention that continues the float32 state.
+
+Unlike a library's call it rounds and divides nothing in between, needs no second pass to merge, and begins a new
+accumulation every 16K keys at most, so that it is exact over any number of keys. How it works is in cuda/hopper.cu.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib import import_module
+
+import torch
+
+from oocattn.kernels.cuda.device import allocated_bytes, lacks_capability
+from oocattn.kernels.kernel import check_operands, lacks_dtype
+from oocattn.kernels.partial import Partial
+
+logger = logging.getLogger("oocattn")
+
+_DTYPES = ("float16", "bfloat16")
+_MOST_HEAD_DIM = 128
+
+
+class HopperKernel:
+    """Our own CUDA C++, compiled when it is first needed."""
+
+    name = "hopper"
+    max_keys = 65_536
+    plans_shapes = False
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: Partial,
+        *,
+        scale: float,
+        diagonal: bool,
+    ) -> None:
+        """See `Kernel.attend`. One launch; tensors that do not begin at a multiple of 16 bytes are copied before it."""
+        check_operands(query, key, value, state, diagonal=diagonal)
+        if query.shape[1] and key.shape[0]:
+            attending = import_module("oocattn.kernels.cuda.attending")
+            attending.attend(query, key, value, state, scale=scale, offset=0 if diagonal else None)
+
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
+        """See `Kernel.scratch_bytes`: a counter for 64 rows, and one more."""
+        return allocated_bytes(4 * (1 + group_size * (rows // 64 + 3)))
+
+    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.lacks`. The first question about a device, dtype and head dimension makes a tiny call."""
+        lacking = lacks_capability(device, (9, 0)) or lacks_dtype(dtype, _DTYPES)
+        if lacking:
+            return lacking
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            return "it runs on Hopper GPUs, of compute capability 9.0"
+        if head_dim % 8 or head_dim > _MOST_HEAD_DIM:
+            return f"D must be a multiple of 8, {_MOST_HEAD_DIM} at most"
+        return self._refusal(device, dtype, head_dim)
+
+    @staticmethod
+    @cache
+    def _refusal(device: torch.device, dtype: str, head_dim: int) -> str:
+        """Why it does not compile or load here, in one line; "" if it does."""
+        rows = torch.zeros(1, head_dim, dtype=getattr(torch, dtype), device=device)
+        try:
+            state = Partial.empty(1, 1, head_dim, device)
+            HopperKernel().attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
+            reason = f"it does not compile here: {str(error).strip().partition(chr(10))[0]}"
+            logger.warning("the kernel hopper cannot be had, and a library's takes its place: %s", reason)
+            return reason
+        return ""

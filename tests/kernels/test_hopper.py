@@ -1,0 +1,135 @@
+"""Our own kernel for Hopper GPUs: what the compiler makes of it, how it is cut, and what only it promises."""
+
+import math
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds for CUDA")
+
+from test_cuda import CUDA, check, exact, finished, kernel_for, operands, poisoned_state
+
+from oocattn.kernels import get_kernel
+from oocattn.kernels.cuda import attending
+from oocattn.kernels.cuda.attending import attend, choose_span, program_for, steps_of_items
+
+every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+PROCESSORS = 132
+
+
+@every_dtype
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
+def test_it_compiles_without_a_gpu_and_without_spills(tmp_path, dtype, head_dim):
+    program = program_for(head_dim, getattr(torch, dtype))
+    assert program.build("sm_90a", tmp_path).startswith(b"\x7fELF")
+    report = program.report("sm_90a")
+    assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
+    assert re.search(r"Used (128|168) registers", report), report
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "keys", "offset"),
+    [(1, 1, 1), (300, 65_537, 65_537), (1000, 1000, 0), (777, 333, -100), (100, 5000, 300), (500, 400, -500)],
+)
+@pytest.mark.parametrize("tile", [128, 192])
+def test_items_cover_every_pair_of_tile_and_step_once(group_size, rows, keys, offset, tile):
+    span = choose_span(group_size, rows, keys, offset, tile, PROCESSORS)
+    assert span % attending.KEYS_OF_STEP == 0
+    assert 0 < span <= 16_384
+    ends = [min(keys, max(0, min(first + tile, rows) + offset)) for first in range(0, rows, tile)]
+    steps = sum(math.ceil(end / attending.KEYS_OF_STEP) for end in ends)
+    assert sum(steps_of_items(group_size, rows, keys, offset, tile, span)) == group_size * steps
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile", "least"), [(65_536, 192, 0.96), (65_536, 128, 0.96), (16_384, 192, 0.94), (16_384, 128, 0.94)]
+)
+def test_spans_fill_the_multiprocessors(rows, tile, least):
+    span = choose_span(1, rows, 65_536, 65_536, tile, PROCESSORS)
+    items = steps_of_items(1, rows, 65_536, 65_536, tile, span)
+    assert sum(items) / (PROCESSORS * math.ceil(len(items) / PROCESSORS) * max(items)) >= least
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize(
+    ("rows", "keys", "offset"),
+    [(777, 333, -100), (777, 5000, 300), (2000, 2000, 1), (300, 40_000, 39_700), (100, 50, 10**12), (500, 400, -(10**12))],
+)
+def test_the_diagonal_may_begin_anywhere(dtype, head_dim, rows, keys, offset):
+    kernel_for("hopper", dtype, head_dim)
+    query, key, value = operands(3, rows, keys, head_dim, dtype)
+    state = poisoned_state(3, rows, head_dim)
+    attend(query, key, value, state, scale=0.1, offset=offset)
+    out, lse = finished(state)
+    for row in {0, 1, 99, rows // 2, rows - 1}:
+        visible = max(0, min(keys, row + 1 + offset))
+        assert state.keys[row] == visible
+        if not visible:
+            assert out[:, row].abs().max() == 0
+            assert (lse[:, row] == -math.inf).all()
+            continue
+        index = torch.tensor([row], device=CUDA)
+        expected, expected_lse = exact(query, key[:visible], value[:visible], 0.1, index, False)
+        assert (out[:, row] - expected[:, 0]).norm() <= (5e-4 if dtype == "float16" else 4e-3) * expected.norm()
+        assert (lse[:, row] - expected_lse[:, 0]).abs().max() <= 1e-5
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_call_gives_the_same_bits_every_time(dtype, head_dim):
+    kernel = kernel_for("hopper", dtype, head_dim)
+    call = operands(3, 10_007, 50_021, head_dim, dtype)
+    states = [poisoned_state(3, 10_007, head_dim) for _ in range(5)]
+    for state in states:
+        kernel.attend(*call, state, scale=0.1, diagonal=False)
+    for state in states[1:]:
+        assert torch.equal(state.num, states[0].num)
+        assert torch.equal(state.den, states[0].den)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("mean", "bound"), [(0.0, 2.2e-4), (1.0, 1e-4)])
+def test_four_million_keys_in_one_call_are_as_exact_as_64k(head_dim, mean, bound):
+    kernel = kernel_for("hopper", "float16", head_dim)
+    for keys in (1 << 16, 1 << 22):
+        query, key, value = operands(1, 256, keys, head_dim, "float16", seed=keys)
+        value += mean
+        state = poisoned_state(1, 256, head_dim)
+        kernel.attend(query, key, value, state, scale=head_dim**-0.5, diagonal=False)
+        rows = torch.arange(256, device=CUDA)
+        check(state, query, key, value, head_dim**-0.5, False, "float16", rows=rows, out_error=bound)
+
+
+@pytest.mark.gpu
+def test_rows_that_are_not_aligned_are_served():
+    kernel = kernel_for("hopper", "float16", 64)
+    query, key, value = operands(1, 500, 500, 64, "float16")
+    shifted = []
+    for tensor in (query, key, value):
+        memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=CUDA)[1:]
+        shifted.append(memory.view(tensor.shape).copy_(tensor))
+    state = poisoned_state(1, 500, 64)
+    kernel.attend(*shifted, state, scale=0.125, diagonal=True)
+    check(state, query, key, value, 0.125, True, "float16")
+
+
+@pytest.mark.gpu
+def test_a_machine_that_cannot_compile_it_says_so_in_one_line(monkeypatch):
+    kernel = kernel_for("hopper", "float16", 64)
+
+    def fail(*_, **__):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(attending, "attend", fail)
+    refusal = type(kernel)._refusal
+    refusal.cache_clear()
+    try:
+        assert get_kernel("hopper").lacks(CUDA, "float16", 64) == "it does not compile here: no compiler"
+    finally:
+        refusal.cache_clear()
