@@ -29,8 +29,8 @@ MOST_SPAN = 16_384
 _ITEM_STEPS = 3
 """What an item costs beside its steps, in steps: filling the pipeline, and adding to the state."""
 
-_MANY_ITEMS = 32
-"""Items of a multiprocessor from which on their number makes no difference."""
+_CHOICES, _MANY_ITEMS = 8, 20
+"""Numbers of spans that are tried (a millisecond each), and items of a multiprocessor from which on they hardly matter."""
 
 _PANEL = 64
 
@@ -44,7 +44,7 @@ class Tuning:
     ring: bool
 
 
-TUNING = {64: Tuning(consumers=3, stages=4, ring=True), 128: Tuning(consumers=2, stages=2, ring=True)}
+TUNING = {64: Tuning(consumers=3, stages=2, ring=True), 128: Tuning(consumers=2, stages=2, ring=False)}
 """By the head dimension, rounded up to a multiple of 64."""
 
 
@@ -94,13 +94,14 @@ def turns_of(group_size: int, rows: int, head_dim: int) -> int:
 @lru_cache(4096)
 def choose_span(group_size: int, rows: int, keys: int, offset: int, tile: int, processors: int) -> int:
     """Keys of a span, 16K at most: where there are few items, with which they fill the multiprocessors best."""
-    least = -(-keys // MOST_SPAN)
-    most = 2 * least + 8 if group_size * -(-rows // tile) * least < _MANY_ITEMS * processors else least
-    choices = {round_up(-(-keys // spans), KEYS_OF_STEP) for spans in range(least, most + 1)}
-    if len(choices) == 1:
-        return choices.pop()
-    sizes = {span: steps_of_items(group_size, rows, keys, offset, tile, span) for span in choices}
-    return min(choices, key=lambda span: (_makespan(sizes[span], processors), -span))
+    fewest, tiles = -(-keys // MOST_SPAN), group_size * -(-rows // tile)
+    times: dict[int, int] = {}
+    for spans in range(fewest, fewest + _CHOICES):
+        span = round_up(-(-keys // spans), KEYS_OF_STEP)
+        if tiles * spans > _MANY_ITEMS * processors:
+            return min(times, key=times.__getitem__, default=span)
+        times[span] = _makespan(steps_of_items(group_size, rows, keys, offset, tile, span), processors)
+    return min(times, key=times.__getitem__)
 
 
 def steps_of_items(group_size: int, rows: int, keys: int, offset: int, tile: int, span: int) -> list[int]:
