@@ -5,82 +5,17 @@ from importlib import import_module
 
 import pytest
 import torch
+from on_gpu import BOUND, CUDA, check, finished, kernel_for, operands, poisoned_state
 
 from oocattn.kernels import Partial, device_type, finalise, fold, get_kernel, kernel_names, merge
 from oocattn.kernels.kernel import attended_keys
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda")
-BOUND = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 2e-6}  # relative error of the output, before it is rounded
 KERNELS = [name for name in kernel_names() if device_type(name) == "cuda"]
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 every_dtype = pytest.mark.parametrize("dtype", BOUND)
 MIB = 1 << 20
-
-
-def kernel_for(name, dtype, head_dim):
-    kernel = get_kernel(name)
-    lacking = kernel.lacks(CUDA, dtype, head_dim)
-    if lacking:
-        pytest.skip(lacking)
-    return kernel
-
-
-def operands(group_size, rows, keys, head_dim, dtype, seed=0):
-    """Standard normal query [g, n, D], key [m, D] and value [m, D] on the device."""
-    generator = torch.Generator(CUDA).manual_seed(seed)
-    shapes = ((group_size, rows, head_dim), (keys, head_dim), (keys, head_dim))
-    return [torch.randn(shape, device=CUDA, generator=generator).to(getattr(torch, dtype)) for shape in shapes]
-
-
-def poisoned_state(*shape):
-    """An empty state whose memory held NaN before."""
-    state = Partial.empty(*shape, CUDA)
-    for tensor in (state.num, state.den, state.max):
-        tensor.fill_(math.nan)
-    state.reset()
-    return state
-
-
-def finished(state):
-    out, lse = torch.full_like(state.num, math.nan), torch.full_like(state.den, math.nan)
-    finalise(state, out, lse)
-    return out, lse
-
-
-def exact(query, key, value, scale, rows, causal, block=1 << 14):
-    """out [g, rows, D] and lse [g, rows] of some rows in float64, over blocks of keys."""
-    query = query[:, rows].double()
-    maximum = torch.full(query.shape[:2], -math.inf, dtype=torch.float64, device=CUDA)
-    den, num = torch.zeros_like(maximum), torch.zeros_like(query)
-    for first in range(0, len(key), block):
-        scores = scale * query @ key[first : first + block].double().T
-        if causal:
-            position = torch.arange(first, first + scores.shape[-1], device=CUDA)
-            scores.masked_fill_(position > rows[:, None], -math.inf)
-        higher = torch.maximum(maximum, scores.amax(-1))
-        kept, weights = torch.exp(maximum - higher), torch.exp(scores - higher.unsqueeze(-1))
-        den = den * kept + weights.sum(-1)
-        num = num * kept.unsqueeze(-1) + weights @ value[first : first + block].double()
-        maximum = higher
-    return num / den.unsqueeze(-1), maximum + torch.log(den)
-
-
-def check(state, query, key, value, scale, causal, dtype, *, rows=None, lse_error=1e-5, out_error=None):
-    """Compare a state with float64, on sampled rows."""
-    count = query.shape[1]
-    if rows is None:
-        edges = [0, 1, 2, count // 2 - 1, count // 2, count - 2, count - 1]
-        chance = torch.randint(count, (48,), generator=torch.Generator().manual_seed(1)).tolist()
-        rows = torch.tensor(sorted({row for row in (*edges, *chance) if 0 <= row < count}), device=CUDA)
-    out, lse = finished(state)
-    expected_out, expected_lse = exact(query, key, value, scale, rows, causal)
-    error = float((out[:, rows].double() - expected_out).norm() / expected_out.norm())
-    assert error <= (out_error or BOUND[dtype])
-    assert float((lse[:, rows].double() - expected_lse).abs().max()) <= lse_error
-    expected_keys = rows + 1 if causal else torch.full_like(rows, len(key))
-    assert torch.equal(state.keys[rows], expected_keys)
 
 
 @every_kernel

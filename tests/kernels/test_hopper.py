@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds for CUDA")
 
-from test_cuda import CUDA, check, exact, finished, kernel_for, operands, poisoned_state
+from on_gpu import CUDA, check, exact, finished, kernel_for, operands, poisoned_state
 
 from oocattn.kernels import get_kernel
 from oocattn.kernels.cuda import attending
