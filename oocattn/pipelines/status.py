@@ -165,16 +165,17 @@ def read_status(paths: ResultPaths) -> Status:
     Raises IntegrityError for a damaged file, and warns of one where the journal still says how far an interrupted run came.
     """
     holder = lock_holder(paths.lock)
-    try:
-        last = _last_written(paths.status)
-    except IntegrityError as error:
-        if holder is not None or not paths.resumable:
-            raise
-        logger.warning("%s: what the run had read and written, and how fast it was, is not known", error)
-        last = None
-    if last is None and paths.resumable:
-        last = Status("interrupted")  # killed before it was written
-    if last is None or (holder is None and not paths.growing.exists()):
+    last = None
+    if holder is not None or paths.growing.exists():  # else it says nothing that the result does not
+        try:
+            last = _last_written(paths.status)
+        except IntegrityError as error:
+            if holder is not None or not paths.resumable:
+                raise
+            logger.warning("%s: what the run had read and written, and how fast it was, is not known", error)
+        if last is None and paths.resumable:
+            last = Status("interrupted")  # killed before it was written
+    if last is None:
         report = read_json(paths.report)
         if "problem" not in (paths.attributes() or {}):
             return Status("none") if holder is None else Status("running", holder=str(holder))

@@ -88,6 +88,15 @@ def test_a_damaged_status_is_an_error(fast_path: Path, content: str) -> None:
         str(oocattn.status(paths.result))
 
 
+def test_what_an_earlier_run_left_says_nothing_of_a_finished_result(client: Client, dataset: Path, fast_path: Path) -> None:
+    result = fast_path / "result.zarr"
+    carry_out(plan_for(dataset), dataset, result, client)
+    finished = oocattn.status(result)
+    ResultPaths.at(result).status.write_text("{")
+    assert oocattn.status(result) == finished
+    assert finished.state == "finished"
+
+
 def test_a_damaged_status_does_not_hide_what_the_journal_says(
     client: Client, dataset: Path, fast_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
