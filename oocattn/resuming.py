@@ -18,7 +18,7 @@ from oocattn.units import format_bytes, parse_duration, parse_size
 from oocattn.version import versions
 
 FORMAT = 2
-"""Of the journal and of what lies beside it; another one is not resumed."""
+"""Of the journal and of what lies beside it; another one is not resumed. 2: a fingerprint for each array of the dataset."""
 
 logger = logging.getLogger("oocattn")
 

@@ -46,7 +46,7 @@ gpus = st.builds(
     lambda kernel, lanes, measuring: replace(
         GPU, kernel=kernel, scratch_bytes=get_kernel(kernel).scratch_bytes, lanes=lanes, measuring_bytes=measuring
     ),
-    st.sampled_from(["cudnn", "flash", "fa3", "torch"]),
+    st.sampled_from(["hopper", "cudnn", "flash", "fa3", "torch"]),
     st.sampled_from([1, 1, 4]),
     st.sampled_from([0, 80 * MIB]),
 )

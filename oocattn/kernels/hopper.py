@@ -13,7 +13,7 @@ from importlib import import_module
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, lacks_capability
-from oocattn.kernels.kernel import check_operands, lacks_dtype
+from oocattn.kernels.kernel import MAX_KEYS, check_operands, lacks_dtype
 from oocattn.kernels.partial import Partial
 
 logger = logging.getLogger("oocattn")
@@ -26,7 +26,7 @@ class HopperKernel:
     """Our own CUDA C++, compiled when it is first needed."""
 
     name = "hopper"
-    max_keys = 65_536
+    max_keys = MAX_KEYS
     plans_shapes = False
 
     def attend(
@@ -39,14 +39,16 @@ class HopperKernel:
         scale: float,
         diagonal: bool,
     ) -> None:
-        """See `Kernel.attend`. One launch; tensors that do not begin at a multiple of 16 bytes are copied before it."""
+        """See `Kernel.attend`. One launch; tensors with an address or strides that are no multiples of 16 bytes are copied
+        before it. Raises ValueError also for calls that it cannot count in 32 bits."""
         check_operands(query, key, value, state, diagonal=diagonal)
+        _check_limits(query, state)
         if query.shape[1] and key.shape[0]:
             attending = import_module("oocattn.kernels.cuda.attending")
             attending.attend(query, key, value, state, scale=scale, offset=0 if diagonal else None)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
-        """See `Kernel.scratch_bytes`: a counter for 64 rows, and one more."""
+        """See `Kernel.scratch_bytes`: a counter for 64 rows, and one more, but not the copies that `attend` may make."""
         return allocated_bytes(4 * (1 + group_size * (rows // 64 + 3)))
 
     def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
@@ -71,7 +73,16 @@ class HopperKernel:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
-            reason = f"it does not compile here: {str(error).strip().partition(chr(10))[0]}"
+            reason = f"it cannot be compiled or loaded here: {str(error).strip().partition(chr(10))[0]}"
             logger.warning("the kernel hopper cannot be had, and a library's takes its place: %s", reason)
             return reason
         return ""
+
+
+def _check_limits(query: torch.Tensor, state: Partial) -> None:
+    """Raise ValueError for operands that the kernel would misread: those that `lacks` tells of, and odd states."""
+    head_dim = query.shape[-1]
+    if query.dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > _MOST_HEAD_DIM:
+        raise ValueError(f"{query.dtype} with D = {head_dim}: expected {' or '.join(_DTYPES)}, D a multiple of 8 up to 128")
+    if state.num.data_ptr() % 8 or any(stride % 2 for stride in state.num.stride()[:-1]):
+        raise ValueError("num of the state must lie at multiples of 8 bytes")

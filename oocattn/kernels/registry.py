@@ -23,7 +23,7 @@ class _Registration:
     default: bool = True
 
 
-_KERNELS = (  # of those that can serve, the first of its device type is the default
+_KERNELS = (  # of those that can serve, the first of its device type is the default: measured, hopper before cudnn
     _Registration("cpu", "oocattn.kernels.cpu", "CpuKernel", "cpu"),
     _Registration("reference", "oocattn.kernels.reference", "ReferenceKernel", "cpu", default=False),
     _Registration("hopper", "oocattn.kernels.hopper", "HopperKernel", "cuda"),

@@ -4,7 +4,7 @@ A staged subproblem is worked through in tiles (`tiles.py`) on three streams, wh
 fourth merges partials from disk and finalises chunks):
 
     copy     query tiles, and key tiles one after another, to the device
-    compute  the kernel, and the fold of each result into the tile's float32 state
+    compute  the kernel, which adds to the tile's float32 state
     back     the tile's partial to the host or, where its chunk has earlier partials, those to the device first, one
              fused merge, and the sum back
 
@@ -92,7 +92,7 @@ class CudaLane(Lane):
         self._pinned: list[PinnedMemory] = []
         with torch.cuda.device(self._device):
             self._copy, self._compute = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
-            # Small kernels go first where a block of the large one ends, or they would wait for all of it.
+            # Small kernels go first where a block of the large one ends, or they would wait for all that is enqueued.
             self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
             self._tile_rows = job.plan.tiles.query
             self._halved = 0  # times since the last subproblem told

@@ -71,8 +71,9 @@ class Status:
             f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
             f"{self.tokens:,} tokens ({self.share:.0%})"
         ]
-        if self.seconds:  # else it was killed before it said more
+        if self.rate:  # known from the first subproblem on
             lines[0] += f" after {format_seconds(self.seconds)}, {self.rate:,.0f} tokens/s"
+        if self.bytes_read or self.bytes_saved or self.bytes_written:
             lines.append(
                 f"{format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_saved)} of partials, "
                 f"{format_bytes(self.bytes_written)} written; {self._last_saved()}"
@@ -135,11 +136,15 @@ class StatusFile:
     def _again(self, event: Event) -> None:
         """So many subproblems are left, and the others were done before."""
         if event.kind == "started":
-            plan = cast(Plan, event.detail["plan"])
+            plan, left = cast(Plan, event.detail["plan"]), cast(int, event.detail["left"])
             self._status = Status(
-                "running", plan.subproblems, tokens=_tokens(plan), dashboard=str(event.detail["dashboard"])
+                "running",
+                plan.subproblems,
+                tokens=_tokens(plan),
+                seconds_left=plan.seconds * left / plan.subproblems,
+                dashboard=str(event.detail["dashboard"]),
             )
-            self._before = self._status.subproblems - cast(int, event.detail["left"])
+            self._before = plan.subproblems - left
             self._start = event.start
         done = self._status.subproblems - cast(int, event.detail["left"])
         self._before = min(self._before, done)
@@ -194,6 +199,15 @@ def as_resumed(status: Status, plan: Plan, left: int) -> Status:
     )
 
 
+def _is_like(default: object, value: object) -> bool:
+    """Whether a value may stand where the default is a text, a count or a number of seconds or the like."""
+    if isinstance(default, str):
+        return isinstance(value, str)
+    if isinstance(value, float):
+        return isinstance(default, float) and math.isfinite(value) and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
+
+
 def _tokens(plan: Plan) -> int:
     return plan.problem.tokens * plan.problem.batch
 
@@ -209,10 +223,6 @@ def _last_written(path: Path) -> Status | None:
         raise IntegrityError(f"{path}: not the status of a run ({error})") from None
     for name, value in asdict(status).items():
         default = getattr(Status("none"), name)
-        if isinstance(default, str):
-            right = isinstance(value, str)
-        else:
-            right = isinstance(value, int | float) and math.isfinite(value) and value >= 0
-        if not right:
+        if not _is_like(default, value):
             raise IntegrityError(f"{path}: not the status of a run ({name} is {value!r})")
     return status

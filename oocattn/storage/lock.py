@@ -91,7 +91,7 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
-            with suppress(OSError):  # it has just been released, or the file system is away
+            with suppress(OSError, ValueError):  # the file system is away, or the file has just been closed
                 if not self._is_ours():
                     logger.error("%s: %s has taken over: stop one of both", self.path.parent, _read(self.path))
                     return

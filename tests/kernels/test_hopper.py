@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,12 +11,11 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds 
 
 from on_gpu import CUDA, check, exact, finished, kernel_for, operands, poisoned_state
 
-from oocattn.kernels import get_kernel
+from oocattn.kernels import Partial, get_kernel
 from oocattn.kernels.cuda import attending
-from oocattn.kernels.cuda.attending import attend, choose_span, program_for, steps_of_items
+from oocattn.kernels.cuda.attending import PROCESSORS, attend, choose_span, program_for, steps_of_items
 
 every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-PROCESSORS = 132
 
 
 @every_dtype
@@ -26,6 +26,7 @@ def test_it_compiles_without_a_gpu_and_without_spills(tmp_path, dtype, head_dim)
     report = program.report("sm_90a")
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
     assert re.search(r"Used (128|168) registers", report), report
+    assert "serializ" not in report, report  # products that wait for each other
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
@@ -34,20 +35,27 @@ def test_it_compiles_without_a_gpu_and_without_spills(tmp_path, dtype, head_dim)
     [(1, 1, 1), (300, 65_537, 65_537), (1000, 1000, 0), (777, 333, -100), (100, 5000, 300), (500, 400, -500)],
 )
 @pytest.mark.parametrize("tile", [128, 192])
-def test_items_cover_every_pair_of_tile_and_step_once(group_size, rows, keys, offset, tile):
-    span = choose_span(group_size, rows, keys, offset, tile, PROCESSORS)
+def test_items_cover_every_pair_of_tile_and_step_once_and_in_order(group_size, rows, keys, offset, tile):
+    span = choose_span(group_size, rows, keys, offset, tile)
     assert span % attending.KEYS_OF_STEP == 0
     assert 0 < span <= 16_384
-    ends = [min(keys, max(0, min(first + tile, rows) + offset)) for first in range(0, rows, tile)]
-    steps = sum(math.ceil(end / attending.KEYS_OF_STEP) for end in ends)
-    assert sum(steps_of_items(group_size, rows, keys, offset, tile, span)) == group_size * steps
+    attended = np.arange(keys) <= np.arange(rows)[:, None] + offset
+    expected = []
+    for first in range(0, keys, span):
+        for tile_rows in reversed([attended[row : row + tile] for row in range(0, rows, tile)]):
+            blocks = [
+                tile_rows[:, key : min(key + attending.KEYS_OF_STEP, first + span)].any()
+                for key in range(first, min(first + span, keys), attending.KEYS_OF_STEP)
+            ]
+            expected += group_size * [sum(blocks)] if any(blocks) else []
+    assert steps_of_items(group_size, rows, keys, offset, tile, span) == expected
 
 
 @pytest.mark.parametrize(
     ("rows", "tile", "least"), [(65_536, 192, 0.96), (65_536, 128, 0.96), (16_384, 192, 0.94), (16_384, 128, 0.94)]
 )
 def test_spans_fill_the_multiprocessors(rows, tile, least):
-    span = choose_span(1, rows, 65_536, 65_536, tile, PROCESSORS)
+    span = choose_span(1, rows, 65_536, 65_536, tile)
     items = steps_of_items(1, rows, 65_536, 65_536, tile, span)
     assert sum(items) / (PROCESSORS * math.ceil(len(items) / PROCESSORS) * max(items)) >= least
 
@@ -95,7 +103,7 @@ def test_a_call_gives_the_same_bits_every_time(dtype, head_dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("mean", "bound"), [(0.0, 2.2e-4), (1.0, 1e-4)])
-def test_four_million_keys_in_one_call_are_as_exact_as_64k(head_dim, mean, bound):
+def test_long_calls_stay_within_the_bound(head_dim, mean, bound):
     kernel = kernel_for("hopper", "float16", head_dim)
     for keys in (1 << 16, 1 << 22):
         query, key, value = operands(1, 256, keys, head_dim, "float16", seed=keys)
@@ -119,6 +127,22 @@ def test_rows_that_are_not_aligned_are_served():
     check(state, query, key, value, 0.125, True, "float16")
 
 
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 64), ("float16", 60), ("float16", 136)])
+def test_what_it_would_misread_is_refused(dtype, head_dim):
+    rows = torch.zeros(4, head_dim, dtype=getattr(torch, dtype))
+    state = Partial.empty(1, 4, head_dim)
+    with pytest.raises(ValueError, match=r"expected float16 or bfloat16, D a multiple of 8 up to 128"):
+        get_kernel("hopper").attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=True)
+
+
+def test_a_state_at_odd_addresses_is_refused():
+    rows = torch.zeros(4, 64, dtype=torch.float16)
+    num = torch.zeros(4 * 64 + 1)[1:].view(1, 4, 64)
+    state = Partial(num, torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="multiples of 8 bytes"):
+        get_kernel("hopper").attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=True)
+
+
 @pytest.mark.gpu
 def test_a_machine_that_cannot_compile_it_says_so_in_one_line(monkeypatch):
     kernel = kernel_for("hopper", "float16", 64)
@@ -130,6 +154,6 @@ def test_a_machine_that_cannot_compile_it_says_so_in_one_line(monkeypatch):
     refusal = type(kernel)._refusal
     refusal.cache_clear()
     try:
-        assert get_kernel("hopper").lacks(CUDA, "float16", 64) == "it does not compile here: no compiler"
+        assert get_kernel("hopper").lacks(CUDA, "float16", 64) == "it cannot be compiled or loaded here: no compiler"
     finally:
         refusal.cache_clear()

@@ -104,6 +104,10 @@ def assert_verified(result: Result, dtype: str) -> None:
 
 STRIPS = {"chunks": 8, "decomposition": "strips"}
 CASES = [
+    ("hopper", "float16", 64, (2, 2), True, {"chunks": 7}),
+    ("hopper", "bfloat16", 128, (3, 1), True, STRIPS),
+    ("hopper", "float16", 96, (8, 1), False, {"chunks": 7}),
+    ("hopper", "bfloat16", 64, (8, 1), True, {"chunks": 1}),
     ("cudnn", "float16", 64, (2, 2), True, {"chunks": 7}),
     ("cudnn", "float16", 64, (2, 2), False, {"chunks": 1}),
     ("cudnn", "bfloat16", 128, (3, 1), True, STRIPS),
@@ -146,7 +150,7 @@ def test_every_kernel_and_division_is_attention(
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("tokens", "chunks"), [(1, 1), (31, 31), (1000, 7)])
-@pytest.mark.parametrize("kernel", ["cudnn", "flash", "torch"])
+@pytest.mark.parametrize("kernel", ["hopper", "cudnn", "flash", "torch"])
 def test_few_tokens_are_attention(
     client: Client, datasets: Datasets, tmp_path: Path, kernel: str, tokens: int, chunks: int, causal: bool
 ) -> None:

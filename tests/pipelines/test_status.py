@@ -73,11 +73,21 @@ def test_a_run_that_failed_is_interrupted_and_says_why(client: Client, dataset: 
     assert str(status).endswith("left; nobody works on it")
 
 
+def test_before_the_first_subproblem_is_done_the_plan_says_how_long_it_takes(fast_path: Path) -> None:
+    running = Status("running", 10, tokens=1000, bytes_read=5 << 30, seconds_left=90.0, holder="held by somebody")
+    assert str(running).splitlines() == [
+        "running: 0 of 10 subproblems, 0 of 1,000 tokens (0%)",
+        "5 GiB read, 0 B of partials, 0 B written; nothing saved yet",
+        "about 90 s left; held by somebody; dashboard none",
+    ]
+
+
 @pytest.mark.parametrize(
     "content",
     [
         *("", "{", "[]", '{"surprise": 1}', '{"subproblems": "many"}', '{"subproblems": 4, "subproblems_done": -1}'),
         *('{"rate": null}', '{"tokens": [1]}', '{"seconds": 1e400}', '{"holder": 1}'),
+        *('{"tokens": 1%s}' % ("0" * 400), '{"subproblems": 2.5}', '{"subproblems": true}', '{"seconds": NaN}'),
     ],
 )
 def test_a_damaged_status_is_an_error(fast_path: Path, content: str) -> None:

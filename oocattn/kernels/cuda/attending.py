@@ -24,13 +24,19 @@ KEYS_OF_STEP = 128
 """`KEYS` of hopper.cu."""
 
 MOST_SPAN = 16_384
-"""Keys after which an accumulation begins anew: so many are as exact as the rounding of the weights (design, section 2)."""
+"""Keys after which an accumulation begins anew: its error is then a third of that of rounding the weights (NOTES.md)."""
+
+PROCESSORS = 132
+"""Multiprocessors that spans are chosen for, those of an H100 or H200, whatever the GPU has: the same bits on all."""
+
+MOST_ROWS = (1 << 31) - (1 << 15)
+"""Rows, keys and items of a call: the kernel counts them in 32 bits."""
 
 _ITEM_STEPS = 3
 """What an item costs beside its steps, in steps: filling the pipeline, and adding to the state."""
 
 _CHOICES, _MANY_ITEMS = 8, 20
-"""Numbers of spans that are tried (a millisecond each), and items of a multiprocessor from which on they hardly matter."""
+"""Numbers of spans that are tried (3 ms in all), and items of a multiprocessor from which on they hardly matter."""
 
 _PANEL = 64
 
@@ -74,7 +80,9 @@ def attend(
     tuning = TUNING[round_up(head_dim, _PANEL)]
     offset = keys if offset is None else offset
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    span = choose_span(group_size, rows, keys, max(-rows, min(offset, keys)), 64 * tuning.consumers, processors)
+    span = choose_span(group_size, rows, keys, max(-rows, min(offset, keys)), 64 * tuning.consumers)
+    if max(rows, keys, turns_of(group_size, rows, head_dim) * -(-keys // span)) > MOST_ROWS:
+        raise ValueError(f"a call of {group_size} heads x {rows} rows and {keys} keys is too large: divide it")
     turns = torch.zeros(turns_of(group_size, rows, head_dim), dtype=torch.int32, device=device)
     call = _Call(group_size, rows, keys, span, offset, scale * math.log2(math.e), turns.data_ptr())
     maps = [
@@ -92,15 +100,15 @@ def turns_of(group_size: int, rows: int, head_dim: int) -> int:
 
 
 @lru_cache(4096)
-def choose_span(group_size: int, rows: int, keys: int, offset: int, tile: int, processors: int) -> int:
+def choose_span(group_size: int, rows: int, keys: int, offset: int, tile: int) -> int:
     """Keys of a span, 16K at most: where there are few items, with which they fill the multiprocessors best."""
     fewest, tiles = -(-keys // MOST_SPAN), group_size * -(-rows // tile)
     times: dict[int, int] = {}
     for spans in range(fewest, fewest + _CHOICES):
         span = round_up(-(-keys // spans), KEYS_OF_STEP)
-        if tiles * spans > _MANY_ITEMS * processors:
+        if tiles * spans > _MANY_ITEMS * PROCESSORS:
             return min(times, key=times.__getitem__, default=span)
-        times[span] = _makespan(steps_of_items(group_size, rows, keys, offset, tile, span), processors)
+        times[span] = _makespan(steps_of_items(group_size, rows, keys, offset, tile, span))
     return min(times, key=times.__getitem__)
 
 
@@ -117,9 +125,9 @@ def steps_of_items(group_size: int, rows: int, keys: int, offset: int, tile: int
     ]
 
 
-def _makespan(items: list[int], processors: int) -> int:
+def _makespan(items: list[int]) -> int:
     """Steps until the last item ends, if each goes to the processor that is free first."""
-    free = [0] * processors
+    free = [0] * PROCESSORS
     for steps in items:
         heapq.heapreplace(free, free[0] + steps + _ITEM_STEPS)
     return max(free)

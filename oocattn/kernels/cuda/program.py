@@ -134,8 +134,13 @@ def _context(device: torch.device) -> Any:
 
 
 def checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of cuda.bindings returned, without its error code. Raises RuntimeError for one."""
+    """What a call of cuda.bindings returned, without its error code.
+
+    Raises torch.OutOfMemoryError where the device has no memory for it, RuntimeError for any other error.
+    """
     code, *values = answer
+    if code is driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"CUDA: {code.name}")
     if int(code) != 0:
         raise RuntimeError(f"CUDA: {code.name}")
     return values[0] if len(values) == 1 else values
