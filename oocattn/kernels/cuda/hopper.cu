@@ -1,13 +1,13 @@
 // Attention that continues a float32 state, for compute capability 9.0. What a state is, is defined in partial.py.
 //
-// Compiled with HEAD_DIM (a multiple of 8, 128 at most), CONSUMERS (warpgroups of 64 query rows), STAGES (of the rings), RING
-// (0 or 1: whether consumers take turns), SHARED_BYTES, and what instructions.cuh asks for.
+// Compiled with HEAD_DIM (a multiple of 8, 128 at most), CONSUMERS (warpgroups of 64 query rows), STAGES (of the rings),
+// RING (0 or 1: whether consumers take turns), SHARED_BYTES, and what instructions.cuh asks for.
 //
 // A persistent block takes items one after another: a tile of query rows of one head and a span of keys. One thread loads by
 // TMA; each consumer computes S = Q K^T, the softmax and num += P V in registers, the scores of a step before the values of
 // the one before, and at the end of the span adds to the state in memory. Spans add in their order, so that the bits do not
-// depend on which block was faster. All heads of a group attend a span before the next one, so that keys and values come from
-// device memory once. The structure is FlashAttention-3's (Shah et al., arXiv 2407.08608, section 3).
+// depend on which block was faster. All heads of a group attend a span before the next one, so that keys and values come
+// from device memory once. The structure is FlashAttention-3's (Shah et al., arXiv 2407.08608, section 3).
 
 #include "instructions.cuh"
 #include "state.cuh"
@@ -101,7 +101,8 @@ struct Ring {
 
 // ---- One thread loads ----
 
-__device__ void produce(Shared& shared, const Call& call, const TensorMap& query, const TensorMap& key, const TensorMap& value) {
+__device__ void produce(
+    Shared& shared, const Call& call, const TensorMap& query, const TensorMap& key, const TensorMap& value) {
     Items items(call);
     Ring ring;
     for (int phase = 0;; phase ^= 1) {
@@ -117,15 +118,15 @@ __device__ void produce(Shared& shared, const Call& call, const TensorMap& query
             load(shared.query + panel * ROWS * 128, query, &shared.query_full, panel * PANEL, item.tile * ROWS, item.head);
 #pragma unroll 1  // it has few registers
         for (int step = 0; step < item.steps; ++step, ring.advance()) {
-            const int first = item.span * call.span + step * KEYS;
-            wait(&shared.key_free[ring.stage], ring.phase ^ 1);
-            arrive_expecting(&shared.key_full[ring.stage], STAGE_BYTES);
+            const int first = item.span * call.span + step * KEYS, stage = ring.stage;
+            wait(&shared.key_free[stage], ring.phase ^ 1);
+            arrive_expecting(&shared.key_full[stage], STAGE_BYTES);
             for (int panel = 0; panel < PANELS; ++panel)
-                load(shared.key[ring.stage] + panel * KEYS * 128, key, &shared.key_full[ring.stage], panel * PANEL, first, 0);
-            wait(&shared.value_free[ring.stage], ring.phase ^ 1);
-            arrive_expecting(&shared.value_full[ring.stage], STAGE_BYTES);
+                load(shared.key[stage] + panel * KEYS * 128, key, &shared.key_full[stage], panel * PANEL, first, 0);
+            wait(&shared.value_free[stage], ring.phase ^ 1);
+            arrive_expecting(&shared.value_full[stage], STAGE_BYTES);
             for (int panel = 0; panel < PANELS; ++panel)
-                load(shared.value[ring.stage] + panel * KEYS * 128, value, &shared.value_full[ring.stage], panel * PANEL, first, 0);
+                load(shared.value[stage] + panel * KEYS * 128, value, &shared.value_full[stage], panel * PANEL, first, 0);
         }
     }
 }

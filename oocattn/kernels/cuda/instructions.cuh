@@ -94,7 +94,8 @@ __device__ __forceinline__ void hold(unsigned (&registers)[COUNT]) {
 __device__ __forceinline__ void multiply_scores(float (&d)[64], Word a, Word b, bool add) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." NUMBERS "." NUMBERS " {" SIXTY_FOUR "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." NUMBERS "." NUMBERS "\n{" SIXTY_FOUR "},\n"
+        "%64, %65, add, 1, 1, 0, 0;\n}\n"
         : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48)
         : "l"(a), "l"(b), "r"(int(add)));
 }
@@ -102,14 +103,16 @@ __device__ __forceinline__ void multiply_scores(float (&d)[64], Word a, Word b, 
 // d += a b: a [64, 16] in registers, b [16, WIDTH].
 __device__ __forceinline__ void multiply_values(float (&d)[32], const unsigned* a, Word b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NUMBERS "." NUMBERS " {" THIRTY_TWO "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NUMBERS "." NUMBERS "\n{" THIRTY_TWO "},\n"
+        "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
         : SIXTEEN(d, 0), SIXTEEN(d, 16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 __device__ __forceinline__ void multiply_values(float (&d)[64], const unsigned* a, Word b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." NUMBERS "." NUMBERS " {" SIXTY_FOUR "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." NUMBERS "." NUMBERS "\n{" SIXTY_FOUR "},\n"
+        "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
         : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
