@@ -78,6 +78,12 @@ def test_the_smallest_budget_that_is_named_works_and_one_mebibyte_less_does_not(
     check_the_smallest_budget(problem, gpu, name, decomposition)
 
 
+def test_the_smallest_budget_is_named_where_smaller_tiles_take_more_scratch() -> None:
+    problem = a_problem(778_024, query_heads=8, head_dim=256, causal=False)
+    gpu = replace(GPU, kernel="flash", scratch_bytes=get_kernel("flash").scratch_bytes)
+    check_the_smallest_budget(problem, gpu, "device_memory", "auto")
+
+
 @given(problems(), gpus, st.sampled_from([1, 7, 31]), st.sampled_from(["cqs", "strips"]))
 @settings(max_examples=40)
 def test_tiles_shrink_with_the_budget(problem: Problem, gpu: Hardware, chunks: int, decomposition: str) -> None:
