@@ -309,10 +309,10 @@ def _lay_out(candidate: _Candidate, problem: Problem, hardware: Hardware, inputs
 
     if hardware.device == "cpu":
         return laid_out(Tiles(chunk_rows, chunk_rows))
-    layouts = [laid_out(tiles) for tiles in _tile_choices(problem, chunk_rows, hardware.max_keys)]
-    fitting = (layout for layout in layouts if layout.memory.device <= device_memory)
+    choices = _tile_choices(problem, chunk_rows, hardware.max_keys)
+    fitting = (layout for layout in map(laid_out, choices) if layout.memory.device <= device_memory)
     # A kernel's scratch comes in segments: the smallest tiles may need a little more of them than those before.
-    return next(fitting, min(layouts, key=lambda layout: layout.memory.device))
+    return next(fitting, None) or min(map(laid_out, choices), key=lambda layout: layout.memory.device)
 
 
 def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tiles]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from oocattn.kernels.cuda.device import lacks_capability
+from oocattn.kernels.cuda.device import lacks_hopper
 from oocattn.kernels.kernel import lacks_dtype
 from oocattn.kernels.library import LibraryKernel
 
@@ -28,11 +28,9 @@ class Fa3Kernel(LibraryKernel):
 
     def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
         """See `Kernel.lacks`. The first question about a device, dtype and head dimension makes a tiny call."""
-        lacking = lacks_capability(device, (9, 0)) or lacks_dtype(dtype, _DTYPES)
+        lacking = lacks_hopper(device) or lacks_dtype(dtype, _DTYPES)
         if lacking:
             return lacking
-        if torch.cuda.get_device_capability(device) != (9, 0):
-            return "it runs on Hopper GPUs, of compute capability 9.0"
         if _library() is None:
             return f"neither {' nor '.join(_MODULES)} is installed"
         return self._refusal(device, dtype, head_dim)

@@ -12,7 +12,7 @@ from importlib import import_module
 
 import torch
 
-from oocattn.kernels.cuda.device import allocated_bytes, lacks_capability
+from oocattn.kernels.cuda.device import allocated_bytes, lacks_hopper
 from oocattn.kernels.kernel import MAX_KEYS, check_operands, lacks_dtype
 from oocattn.kernels.partial import Partial
 
@@ -53,14 +53,7 @@ class HopperKernel:
 
     def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
         """See `Kernel.lacks`. The first question about a device, dtype and head dimension makes a tiny call."""
-        lacking = lacks_capability(device, (9, 0)) or lacks_dtype(dtype, _DTYPES)
-        if lacking:
-            return lacking
-        if torch.cuda.get_device_capability(device) != (9, 0):
-            return "it runs on Hopper GPUs, of compute capability 9.0"
-        if head_dim % 8 or head_dim > _MOST_HEAD_DIM:
-            return f"D must be a multiple of 8, {_MOST_HEAD_DIM} at most"
-        return self._refusal(device, dtype, head_dim)
+        return lacks_hopper(device) or _lacks_operands(dtype, head_dim) or self._refusal(device, dtype, head_dim)
 
     @staticmethod
     @cache
@@ -79,10 +72,16 @@ class HopperKernel:
         return ""
 
 
+def _lacks_operands(dtype: str, head_dim: int) -> str:
+    """Why the kernel cannot read rows of `dtype` and D = head_dim; "" if it can."""
+    fits = head_dim % 8 == 0 and head_dim <= _MOST_HEAD_DIM
+    return lacks_dtype(dtype, _DTYPES) or ("" if fits else f"D must be a multiple of 8, {_MOST_HEAD_DIM} at most")
+
+
 def _check_limits(query: torch.Tensor, state: Partial) -> None:
     """Raise ValueError for operands that the kernel would misread: those that `lacks` tells of, and odd states."""
     head_dim = query.shape[-1]
-    if query.dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > _MOST_HEAD_DIM:
+    if _lacks_operands(str(query.dtype).removeprefix("torch."), head_dim):
         raise ValueError(f"{query.dtype} with D = {head_dim}: expected {' or '.join(_DTYPES)}, D a multiple of 8 up to 128")
     if state.num.data_ptr() % 8 or any(stride % 2 for stride in state.num.stride()[:-1]):
         raise ValueError("num of the state must lie at multiples of 8 bytes")

@@ -43,10 +43,7 @@ from oocattn.pipelines.rehearsal import rehearse
 from oocattn.pipelines.tiles import call_shapes
 from oocattn.storage.result import ResultPaths
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")]
 
 TOKENS = 100_003
 MIB = 1 << 20

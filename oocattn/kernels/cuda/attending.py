@@ -49,6 +49,11 @@ class Tuning:
     stages: int
     ring: bool
 
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.consumers
+
 
 TUNING = {64: Tuning(consumers=3, stages=2, ring=True), 128: Tuning(consumers=2, stages=2, ring=False)}
 """By the head dimension, rounded up to a multiple of 64."""
@@ -80,23 +85,18 @@ def attend(
     tuning = TUNING[round_up(head_dim, _PANEL)]
     offset = keys if offset is None else offset
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    span = choose_span(group_size, rows, keys, max(-rows, min(offset, keys)), 64 * tuning.consumers)
-    if max(rows, keys, turns_of(group_size, rows, head_dim) * -(-keys // span)) > MOST_ROWS:
+    span = choose_span(group_size, rows, keys, max(-rows, min(offset, keys)), tuning.rows)
+    counters = 1 + group_size * -(-rows // tuning.rows) * tuning.consumers
+    if max(rows, keys, counters * -(-keys // span)) > MOST_ROWS:
         raise ValueError(f"a call of {group_size} heads x {rows} rows and {keys} keys is too large: divide it")
-    turns = torch.zeros(turns_of(group_size, rows, head_dim), dtype=torch.int32, device=device)
+    turns = torch.zeros(counters, dtype=torch.int32, device=device)
     call = _Call(group_size, rows, keys, span, offset, scale * math.log2(math.e), turns.data_ptr())
     maps = [
-        _tensor_map(query, 64 * tuning.consumers),
+        _tensor_map(query, tuning.rows),
         *(_tensor_map(tensor.unsqueeze(0), KEYS_OF_STEP) for tensor in (key, value)),
     ]
     threads = 128 * (tuning.consumers + 1)
     program.launch("attend", device, processors, threads, (*maps, state_of(state), call))
-
-
-def turns_of(group_size: int, rows: int, head_dim: int) -> int:
-    """How many counters a call needs."""
-    consumers = TUNING[round_up(head_dim, _PANEL)].consumers
-    return 1 + group_size * -(-rows // (64 * consumers)) * consumers
 
 
 @lru_cache(4096)
@@ -138,7 +138,7 @@ def program_for(head_dim: int, dtype: torch.dtype) -> Program:
     """hopper.cu for float16 or bfloat16 rows of D = head_dim, a multiple of 8 up to 128."""
     width = round_up(head_dim, _PANEL)
     tuning = TUNING[width]
-    shared = 2 * width * (64 * tuning.consumers + 2 * tuning.stages * KEYS_OF_STEP) + 2048
+    shared = 2 * width * (tuning.rows + 2 * tuning.stages * KEYS_OF_STEP) + 2048
     macros = {
         "HEAD_DIM": head_dim,
         "CONSUMERS": tuning.consumers,

@@ -46,6 +46,14 @@ def lacks_capability(device: torch.device, least: tuple[int, int] = (0, 0)) -> s
     return ""
 
 
+def lacks_hopper(device: torch.device) -> str:
+    """Why `device` is no Hopper GPU; "" if it is. Touches no GPU where there is none."""
+    lacking = lacks_capability(device, (9, 0))
+    if not lacking and torch.cuda.get_device_capability(device) != (9, 0):
+        return "it runs on Hopper GPUs, of compute capability 9.0"
+    return lacking
+
+
 def allocated_bytes(*sizes: int) -> int:
     """Bytes that torch's caching allocator takes from an empty device for tensors of these sizes, at most.
 

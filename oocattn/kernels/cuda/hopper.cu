@@ -136,7 +136,7 @@ __device__ void produce(
 // The two rows of a thread, `row` and 8 below it, of an item; each is shared by the four threads of a quad.
 struct Softmax {
     float shift[2] = {MINUS_INFINITY, MINUS_INFINITY};  // exponents are taken of scaled scores less this
-    float den[2] = {0.0f, 0.0f};              // of the thread's own columns
+    float den[2] = {0.0f, 0.0f};                          // of the thread's own columns
 
     // Turn scores into weights. Whether the shift was raised; then what was summed before counts `factor` times as much.
     __device__ __forceinline__ bool weigh(float (&scores)[SCORES], float scale, float (&factor)[2]) {
@@ -234,7 +234,7 @@ __device__ void add_to_state(
         if (row >= call.rows) continue;
         const float shift = softmax.shift[i] * LN2;
         const float highest = before[i] != before[i] ? before[i] : fmaxf(before[i], shift);  // NaN stays NaN
-        const float less = highest == MINUS_INFINITY ? 0.0f : highest;                            // -inf: a row with no key
+        const float less = highest == MINUS_INFINITY ? 0.0f : highest;                       // -inf: a row with no key
         const float keep = expf(before[i] - less), take = expf(shift - less);
         float* own = state.num + item.head * state.num_head + row * state.num_row + thread % 4 * 2;
 #pragma unroll
