@@ -6,17 +6,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client
 from hypothesis import HealthCheck, settings
 from support import TOKENS, normal_arrays, write_dataset
 
-from oocattn.pipelines.cluster import local_client
+from oocattn.pipelines.cluster import NO_PROFILER, local_client
 
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("repeatable")
+dask.config.set(NO_PROFILER)  # in the clusters that tests make for themselves too
 
 
 @pytest.fixture(scope="session")

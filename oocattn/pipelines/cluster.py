@@ -17,19 +17,24 @@ from oocattn.errors import ProblemError, WorkerLostError
 THREADS = 8
 """Task threads of a worker: up to three attend (on a GPU they wait for it), the others stage, merge and write meanwhile."""
 
+NO_PROFILER = {"distributed.worker.profile.enabled": False}
+"""Dask's profiler walks the frames of running threads every 10 ms: seen to end the process with a segmentation fault, in its
+`profile.process` (CPython 3.11.7, distributed 2026.8)."""
+
 
 @contextmanager
 def local_client(dashboard_address: str = "127.0.0.1:0", workers: int = 1) -> Iterator[Client]:
     """A client of a new cluster in this process: a worker for the CPU or each GPU, and the dashboard on the loopback.
 
     The cluster opens no port but those of the dashboard and of the worker's pages. Dask's own memory limit is off: it
-    counts mapped pages, and the plan bounds what is allocated. Raises ProblemError for an address that is none.
+    counts mapped pages, and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Raises ProblemError for
+    an address that is none.
     """
     host, _, port = dashboard_address.rpartition(":")
     if not (port.isdecimal() and int(port) < 1 << 16):
         raise ProblemError(f"dashboard address {dashboard_address!r}: expected HOST:PORT, such as 127.0.0.1:8787")
     host = host or "127.0.0.1"
-    with dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status"}):
+    with dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status", **NO_PROFILER}):
         try:
             cluster = LocalCluster(
                 n_workers=workers,

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from random import Random
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from oocattn import ProblemError
 from oocattn.pipelines import cluster
-from oocattn.pipelines.cluster import assign_devices, share_out, worker_addresses
+from oocattn.pipelines.cluster import assign_devices, local_client, share_out, worker_addresses
 
 
 def gpus_of(visible: dict[str, list[str]]) -> dict[str, str]:
@@ -80,6 +81,13 @@ def test_workers_are_found_while_the_client_renews_its_record(client: Client, mo
     monkeypatch.setattr(client, "_scheduler_identity", renewed)
     monkeypatch.setattr(client, "_update_scheduler_info", lambda n_workers: asyncio.sleep(0))  # as if the task came last
     assert len(worker_addresses(client)) == renewed["n_workers"] > 0
+
+
+def test_a_cluster_of_our_own_does_not_profile() -> None:
+    with dask.config.set({"distributed.worker.profile.enabled": True}), local_client() as own:
+        callbacks = own.run(lambda dask_worker: list(dask_worker.periodic_callbacks))
+    assert callbacks
+    assert all("profile" not in names for names in callbacks.values())
 
 
 def test_a_cluster_without_workers_is_refused() -> None:
