@@ -32,6 +32,9 @@ PROCESSORS = 132
 MOST_ROWS = (1 << 31) - (1 << 15)
 """Rows, keys and items of a call: the kernel counts them in 32 bits."""
 
+ITEMS = 4
+"""Items of a block: then it ends, and the small kernels of other streams, which go first, get in."""
+
 _ITEM_STEPS = 3
 """What an item costs beside its steps, in steps: filling the pipeline, and adding to the state."""
 
@@ -84,10 +87,10 @@ def attend(
     program = program_for(head_dim, query.dtype)
     tuning = TUNING[round_up(head_dim, _PANEL)]
     offset = keys if offset is None else offset
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     span = choose_span(group_size, rows, keys, max(-rows, min(offset, keys)), tuning.rows)
-    counters = 1 + group_size * -(-rows // tuning.rows) * tuning.consumers
-    if max(rows, keys, counters * -(-keys // span)) > MOST_ROWS:
+    tiles = group_size * -(-rows // tuning.rows)
+    counters, items = 1 + tiles * tuning.consumers, tiles * -(-keys // span)  # fewer where some attend nothing
+    if max(rows, keys, counters, items) > MOST_ROWS:
         raise ValueError(f"a call of {group_size} heads x {rows} rows and {keys} keys is too large: divide it")
     turns = torch.zeros(counters, dtype=torch.int32, device=device)
     call = _Call(group_size, rows, keys, span, offset, scale * math.log2(math.e), turns.data_ptr())
@@ -96,7 +99,9 @@ def attend(
         *(_tensor_map(tensor.unsqueeze(0), KEYS_OF_STEP) for tensor in (key, value)),
     ]
     threads = 128 * (tuning.consumers + 1)
-    program.launch("attend", device, processors, threads, (*maps, state_of(state), call))
+    # A block for each multiprocessor to spare: so the last items are not left to those that have taken few.
+    blocks = -(-items // ITEMS) + torch.cuda.get_device_properties(device).multi_processor_count
+    program.launch("attend", device, blocks, threads, (*maps, state_of(state), call))
 
 
 @lru_cache(4096)
@@ -144,6 +149,7 @@ def program_for(head_dim: int, dtype: torch.dtype) -> Program:
         "CONSUMERS": tuning.consumers,
         "STAGES": tuning.stages,
         "RING": int(tuning.ring),
+        "ITEMS": ITEMS,
         "BFLOAT16": int(dtype == torch.bfloat16),
         "SHARED_BYTES": shared,
     }

@@ -105,8 +105,8 @@ __device__ void produce(
     Shared& shared, const Call& call, const TensorMap& query, const TensorMap& key, const TensorMap& value) {
     Items items(call);
     Ring ring;
-    for (int phase = 0;; phase ^= 1) {
-        const Item item = items.find(atomicAdd(call.turns, 1));
+    for (int taken = 0, phase = 0;; ++taken, phase ^= 1) {
+        const Item item = taken < ITEMS ? items.find(atomicAdd(call.turns, 1)) : Item{};
         wait(&shared.query_free, phase ^ 1);
         shared.item = item;
         if (item.steps == 0) {
