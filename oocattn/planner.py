@@ -2,8 +2,8 @@
 
 Planning is a pure function of records: nothing here reads data, measures hardware or starts a task. Every candidate
 division is costed (memory, bytes a link, seconds) and those that do not fit the budgets are dropped. Of the rest the
-fastest is taken; where predictions differ by less than 5%, cyclic quorums before strips and partials in memory before
-partials on disk; where by less than 1%, fewer chunks before more.
+fastest is taken; where predictions differ by less than 5%, partials in memory before partials on disk, of whose speed little
+is known, and cyclic quorums before strips; where by less than 1%, fewer chunks before more.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _keeps_to_interval(plan: Plan, hardware: Hardware) -> bool:
 
 def _kind(plan: Plan) -> tuple[bool, bool]:
     """How a plan divides and where it keeps partials; the preferred sort first."""
-    return plan.decomposition != "cqs", plan.partials == "disk"
+    return plan.partials == "disk", plan.decomposition != "cqs"
 
 
 def _candidates(problem: Problem, lanes: int, chunks: int | None, decomposition: str) -> Iterator[_Candidate]:
@@ -229,8 +229,7 @@ def _links(
     once = min(read, problem.tokens * row_bytes * (problem.group_size + 2))
     read_seconds = once / hardware.read_rate + (read - once) / hardware.reread_rate
     written = problem.tokens * problem.batch * problem.query_heads * (problem.head_dim * DTYPES[problem.out_dtype] + 4)
-    units = head_groups * (division.subproblems if candidate.partials == "disk" else 1)
-    balance = math.ceil(units / lanes) / units
+    balance = _largest_share(division, head_groups, lanes, candidate.partials)
     compute = problem.flops * balance / _rate(layout.tiles, problem, hardware)
     partial = partial_file_bytes(problem, layout.chunk_rows)
     handed_back = head_groups * query_reads  # partials
@@ -258,6 +257,21 @@ def _links(
         copied = keys + queries + 2 * handed_back * problem.partial_bytes(layout.chunk_rows)
         links.insert(1, Link("copy", copied, copied * balance / hardware.copy_rate))
     return tuple(links), math.ceil(scratch_disk)
+
+
+def _largest_share(division: Division, head_groups: int, lanes: int, partials: str) -> float:
+    """What of all pairs the lane computes that has most to do; how lanes share is in `pipelines.schedule`."""
+    if lanes == 1:
+        return 1.0
+    if partials == "disk":
+        subproblems = head_groups * division.subproblems
+        return math.ceil(subproblems / lanes) / subproblems
+    pairs = [0] * lanes  # of a head group, in units of half a pair of chunks; that of the next begins one lane on
+    for chunk in range(division.chunks):
+        pairs[division.lane(chunk, lanes)] += 2 * chunk + 1 if division.causal else 2
+    rounds, rest = divmod(head_groups, lanes)
+    most = max(sum(pairs[lane - group] for group in range(rest)) for lane in range(lanes))
+    return (rounds + most / sum(pairs)) / head_groups
 
 
 def _rate(tiles: Tiles, problem: Problem, hardware: Hardware) -> float:

@@ -106,6 +106,10 @@ class Division(Protocol):
     def owner(self, query_chunk: int, key_chunk: int) -> int:
         """Index of the one subproblem that owns the pair."""
 
+    def lane(self, chunk: int, lanes: int) -> int:
+        """Which of `lanes` lanes takes a query chunk, where each merges in its own memory what it takes: of two chunks to
+        which one subproblem contributes, the same."""
+
 
 @singledispatch
 def chunk_reads(division: Division) -> tuple[int, int]:
@@ -235,6 +239,11 @@ class CyclicQuorums:
         require_pair(self, query_chunk, key_chunk)
         offset = _pattern(self.chunks).query_offset[(key_chunk - query_chunk) % self.chunks]
         return (query_chunk - offset) % self.chunks
+
+    def lane(self, chunk: int, lanes: int) -> int:
+        """One lane takes them all: every two chunks lie together in a quorum."""
+        require_index(chunk, self.chunks, "query chunk")
+        return 0
 
 
 @chunk_reads.register

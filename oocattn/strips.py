@@ -65,6 +65,12 @@ class Strips:
         require_pair(self, query_chunk, key_chunk)
         return self._first(query_chunk) + key_chunk // self.span
 
+    def lane(self, chunk: int, lanes: int) -> int:
+        """Dealt out back and forth from the last, which has most to do where causal: 0 1 2 2 1 0 0 1 2 and so on."""
+        require_index(chunk, self.chunks, "query chunk")
+        place = (self.chunks - 1 - chunk) % (2 * lanes)
+        return min(place, 2 * lanes - 1 - place)
+
     def _first(self, query_chunk: int) -> int:
         """Index of strip (query_chunk, 0), which is the number of strips before it."""
         if not self.causal:

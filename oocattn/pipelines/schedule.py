@@ -1,11 +1,13 @@
 """Which lane does what, and in which order: pure arithmetic over a plan, a number of lanes, and what is done already.
 
-Partials in memory: a lane takes whole head groups, every `lanes`-th one, because their accumulators live with it.
+Partials in memory: a lane takes all that contributes to the query chunks it takes, because their accumulators live with it.
+Those are whole head groups, every `lanes`-th one, with cyclic quorums, and query chunks with strips (`Division.lane`).
 Partials on disk: subproblems and chunks are dealt out one by one. In both, results do not depend on the number of lanes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
@@ -35,13 +37,13 @@ class Schedule:
     def subproblem_lane(self, head_group: int, index: int) -> int:
         """The lane that stages and attends a subproblem."""
         if self.plan.partials == "memory":
-            return head_group % self.lanes
+            return self.chunk_lane(head_group, self.plan.division.subproblem(index).query_chunks[0])
         return (head_group * self.plan.division.subproblems + index) % self.lanes
 
     def chunk_lane(self, head_group: int, chunk: int) -> int:
         """The lane that merges and writes a query chunk."""
         if self.plan.partials == "memory":
-            return head_group % self.lanes
+            return (head_group + self.plan.division.lane(chunk, self.lanes)) % self.lanes
         return (head_group * self.plan.chunks + chunk) % self.lanes
 
     def wanted(self, head_group: int, index: int) -> tuple[int, ...]:
@@ -60,14 +62,26 @@ class Schedule:
         return tuple(index for index in everyone if (head_group, chunk, index) not in self.done.partials)
 
     def order(self) -> Iterator[tuple[int, int]]:
-        """All (head group, subproblem) that are left, in the order of submission; lanes that work on head groups of their
-        own alternate."""
-        apart = self.lanes if self.plan.partials == "memory" else 1
-        for first in range(0, self.plan.problem.head_groups, apart):
-            for index in range(self.plan.division.subproblems):
-                for head_group in range(first, min(first + apart, self.plan.problem.head_groups)):
-                    if self.wanted(head_group, index):
-                        yield head_group, index
+        """All (head group, subproblem) that are left, in the order of submission; with partials in memory, in which lanes are
+        apart, one of each lane in turn."""
+        if self.plan.partials == "disk":
+            for head_group in range(self.plan.problem.head_groups):
+                yield from self._left_of(head_group)
+        else:
+            for places in itertools.zip_longest(*map(self._order_of, range(self.lanes))):
+                yield from filter(None, places)
+
+    def _order_of(self, lane: int) -> Iterator[tuple[int, int]]:
+        """What is left for one lane, with partials in memory."""
+        for head_group in range(self.plan.problem.head_groups):
+            lanes = {self.chunk_lane(head_group, chunk) for chunk in range(self.plan.chunks)}
+            if lane in lanes:
+                places = self._left_of(head_group)
+                yield from (place for place in places if len(lanes) == 1 or self.subproblem_lane(*place) == lane)
+
+    def _left_of(self, head_group: int) -> Iterator[tuple[int, int]]:
+        indices = range(self.plan.division.subproblems)
+        return ((head_group, index) for index in indices if self.wanted(head_group, index))
 
     @property
     def left(self) -> int:

@@ -163,9 +163,11 @@ def kill_at(count: int, process: int) -> Callable[[Event], None]:
     return listen
 
 
-@pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_a_worker_that_dies_is_replaced(workers: Client, dataset: Path, result: Path, partials: str) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True, partials=partials, lanes=2)
+@pytest.mark.parametrize(("partials", "decomposition"), [("memory", "cqs"), ("disk", "cqs"), (None, "strips")])
+def test_a_worker_that_dies_is_replaced(
+    workers: Client, dataset: Path, result: Path, partials: str | None, decomposition: str
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True, partials=partials, decomposition=decomposition, lanes=2)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), workers)
     before = workers.run(os.getpid)
     recorder = Recorder([])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from distributed import Client, LocalCluster
-from support import Recorder, carry_out, normal_arrays, plan_for, write_dataset
+from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 from oocattn import Event, IntegrityError, Plan
 from oocattn.pipelines.lane import Lane
@@ -153,6 +153,22 @@ def test_a_worker_with_one_thread_is_enough(dataset: Path, fast_path: Path, part
     plan = plan_for(dataset, causal=True, chunks=13, partials=partials)
     with LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as alone:
         assert carry_out(plan, dataset, fast_path / "result.zarr", alone).report.pairs == plan.problem.pairs
+
+
+def test_lanes_share_one_head_and_the_bits_are_those_of_one(client: Client, fast_path: Path) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(161, heads=2, kv_heads=1))
+    plan = plan_for(dataset, causal=True, chunks=12, decomposition="strips", lanes=3)
+    alone = carry_out(plan, dataset, fast_path / "alone.zarr", client)
+    recorder = Recorder([])
+    options = {"n_workers": 3, "threads_per_worker": 4, "processes": False, "memory_limit": 0, "dashboard_address": None}
+    with LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as three:
+        shared = carry_out(plan, dataset, fast_path / "shared.zarr", three, callbacks=[recorder])
+    assert_same_bits(shared, alone)
+    pairs = Counter[str]()
+    for event in recorder.of("attended"):
+        pairs[event.worker] += event.amount
+    assert len(pairs) == 3
+    assert max(pairs.values()) < 0.4 * pairs.total()
 
 
 def test_a_lane_that_cannot_be_made_leaves_nothing_on_the_workers(

@@ -14,16 +14,17 @@ from oocattn.pipelines.schedule import Schedule
 from oocattn.planner import make_plan
 
 
-def plan_of(kv_heads: int, chunks: int, partials: str, causal: bool = True) -> Plan:
+def plan_of(kv_heads: int, chunks: int, partials: str, decomposition: str = "cqs", causal: bool = True) -> Plan:
     problem = a_problem(1000, query_heads=kv_heads, kv_heads=kv_heads, causal=causal)
-    made = make_plan(problem, MACHINE, device_memory=GENEROUS, host_memory=GENEROUS, chunks=chunks, decomposition="cqs")
-    return with_partials(made, partials)
+    budgets = {"device_memory": GENEROUS, "host_memory": GENEROUS}
+    return with_partials(make_plan(problem, MACHINE, **budgets, chunks=chunks, decomposition=decomposition), partials)
 
 
-@given(st.integers(1, 9), st.integers(1, 30), st.integers(1, 5), st.sampled_from(["memory", "disk"]))
-@settings(max_examples=60)
-def test_everything_is_submitted_once_and_in_order(kv_heads: int, chunks: int, lanes: int, partials: str) -> None:
-    plan = plan_of(kv_heads, chunks, partials)
+@given(st.integers(1, 9), st.integers(1, 30), st.integers(1, 5), st.sampled_from(["cqs", "strips", "disk"]), st.booleans())
+@settings(max_examples=100)
+def test_everything_is_submitted_once_and_in_order(kv_heads: int, chunks: int, lanes: int, kind: str, causal: bool) -> None:
+    partials, decomposition = ("disk", "cqs") if kind == "disk" else ("memory", kind)
+    plan = plan_of(kv_heads, chunks, partials, decomposition, causal)
     schedule = Schedule(plan, lanes)
     order = list(schedule.order())
     assert sorted(order) == [(group, index) for group in range(kv_heads) for index in range(plan.division.subproblems)]
@@ -31,8 +32,9 @@ def test_everything_is_submitted_once_and_in_order(kv_heads: int, chunks: int, l
         mine = [place for place in order if schedule.subproblem_lane(*place) == lane]
         assert mine == sorted(mine)  # a lane finishes a head group before it begins the next
     loads = Counter(schedule.subproblem_lane(*place) for place in order)
-    most = -(-len(order) // lanes) if partials == "disk" else -(-kv_heads // lanes) * plan.division.subproblems
-    assert max(loads.values()) <= most
+    if kind != "strips":
+        most = -(-len(order) // lanes) if kind == "disk" else -(-kv_heads // lanes) * plan.division.subproblems
+        assert max(loads.values()) <= most
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -43,3 +45,25 @@ def test_partials_in_memory_stay_on_their_lane(partials: str) -> None:
         lanes = {schedule.subproblem_lane(group, index) for index in range(7)}
         lanes |= {schedule.chunk_lane(group, chunk) for chunk in range(7)}
         assert len(lanes) == (1 if partials == "memory" else 3)
+
+
+@given(st.integers(1, 9), st.integers(1, 60), st.integers(1, 5), st.booleans())
+@settings(max_examples=100)
+def test_lanes_share_the_strips_of_one_head_group(kv_heads: int, chunks: int, lanes: int, causal: bool) -> None:
+    plan = plan_of(kv_heads, chunks, "memory", "strips", causal)
+    schedule = Schedule(plan, lanes)
+    pairs = Counter[int]()
+    for group in range(kv_heads):
+        for chunk in range(chunks):
+            lane = schedule.chunk_lane(group, chunk)
+            pairs[lane] += chunk + 1 if causal else 1
+            assert {schedule.subproblem_lane(group, index) for index in plan.division.contributors(chunk)} == {lane}
+    assert max(pairs.values()) <= pairs.total() / lanes + (chunks if causal else 1)  # of what is level, a chunk at most
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 4])
+def test_lanes_take_turns(lanes: int) -> None:
+    """Or one would wait until the window, which bounds what is submitted, has passed the work of another."""
+    schedule = Schedule(plan_of(1, 24, "memory", "strips"), lanes)
+    taking = [schedule.subproblem_lane(*place) for place in schedule.order()]
+    assert all(set(taking[at : at + lanes]) == set(range(lanes)) for at in range(0, len(taking) // 2, lanes))
