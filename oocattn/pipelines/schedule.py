@@ -62,8 +62,8 @@ class Schedule:
         return tuple(index for index in everyone if (head_group, chunk, index) not in self.done.partials)
 
     def order(self) -> Iterator[tuple[int, int]]:
-        """All (head group, subproblem) that are left, in the order of submission; with partials in memory, in which lanes are
-        apart, one of each lane in turn."""
+        """All (head group, subproblem) that are left, in the order of submission; with partials in memory, one of each lane
+        in turn, for each has its own."""
         if self.plan.partials == "disk":
             for head_group in range(self.plan.problem.head_groups):
                 yield from self._left_of(head_group)
