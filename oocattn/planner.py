@@ -178,13 +178,13 @@ def _cost(
     seconds = {link.name: link.seconds for link in links}
     disk = seconds["read"] + seconds["partials"] + seconds["write"]
     pinned = layout.memory.slot / PIN_RATE if hardware.device == "cuda" else 0.0
-    fill = pinned + layout.memory.slot / min(hardware.read_rate, inputs.decode_rate)
-    # What is written when nothing is left to compute: a GPU's lane writes chunks tile by tile as they come back.
+    fill = pinned + max(hardware.lanes * layout.memory.slot / hardware.read_rate, layout.memory.slot / inputs.decode_rate)
+    # What each lane writes when nothing is left to compute: a GPU's writes chunks tile by tile as they come back.
     last = layout.query_chunks * layout.chunk_rows
     if hardware.device == "cuda" and candidate.partials == "memory":
         tile = layout.chunk_rows % layout.tiles.query or layout.tiles.query  # the last one
         last = layout.chunk_rows - (layout.chunk_rows - tile) // layout.out_chunk_rows * layout.out_chunk_rows
-    drain = seconds["write"] * last / (candidate.chunks * layout.chunk_rows * problem.head_groups)
+    drain = seconds["write"] * min(1.0, hardware.lanes * last / (candidate.chunks * layout.chunk_rows * problem.head_groups))
     return Plan(
         problem=problem,
         decomposition=candidate.decomposition,
@@ -229,7 +229,7 @@ def _links(
     once = min(read, problem.tokens * row_bytes * (problem.group_size + 2))
     read_seconds = once / hardware.read_rate + (read - once) / hardware.reread_rate
     written = problem.tokens * problem.batch * problem.query_heads * (problem.head_dim * DTYPES[problem.out_dtype] + 4)
-    balance = _largest_share(division, head_groups, lanes, candidate.partials)
+    balance = _largest_share(division, layout.chunk_rows, problem, lanes, candidate.partials)
     compute = problem.flops * balance / _rate(layout.tiles, problem, hardware)
     partial = partial_file_bytes(problem, layout.chunk_rows)
     handed_back = head_groups * query_reads  # partials
@@ -259,19 +259,20 @@ def _links(
     return tuple(links), math.ceil(scratch_disk)
 
 
-def _largest_share(division: Division, head_groups: int, lanes: int, partials: str) -> float:
+def _largest_share(division: Division, chunk_rows: int, problem: Problem, lanes: int, partials: str) -> float:
     """What of all pairs the lane computes that has most to do; how lanes share is in `pipelines.schedule`."""
     if lanes == 1:
         return 1.0
     if partials == "disk":
-        subproblems = head_groups * division.subproblems
+        subproblems = problem.head_groups * division.subproblems
         return math.ceil(subproblems / lanes) / subproblems
-    pairs = [0] * lanes  # of a head group, in units of half a pair of chunks; that of the next begins one lane on
+    pairs = [0] * lanes  # twice those of a head group by lane; those of the next one begin one lane on
     for chunk in range(division.chunks):
-        pairs[division.lane(chunk, lanes)] += 2 * chunk + 1 if division.causal else 2
-    rounds, rest = divmod(head_groups, lanes)
+        start, stop = (min(edge * chunk_rows, problem.tokens) for edge in (chunk, chunk + 1))
+        pairs[division.lane(chunk, lanes)] += (stop - start) * (start + stop + 1 if division.causal else 2 * problem.tokens)
+    rounds, rest = divmod(problem.head_groups, lanes)
     most = max(sum(pairs[lane - group] for group in range(rest)) for lane in range(lanes))
-    return (rounds + most / sum(pairs)) / head_groups
+    return (rounds + most / sum(pairs)) / problem.head_groups
 
 
 def _rate(tiles: Tiles, problem: Problem, hardware: Hardware) -> float:

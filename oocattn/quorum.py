@@ -107,8 +107,10 @@ class Division(Protocol):
         """Index of the one subproblem that owns the pair."""
 
     def lane(self, chunk: int, lanes: int) -> int:
-        """Which of `lanes` lanes takes a query chunk, where each merges in its own memory what it takes: of two chunks to
-        which one subproblem contributes, the same."""
+        """Which of `lanes` lanes takes a query chunk and all that contributes to it, where each merges in its own memory.
+
+        Always 0, where subproblems contribute to several chunks.
+        """
 
 
 @singledispatch

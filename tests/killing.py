@@ -29,7 +29,7 @@ from support import carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import Plan
-from oocattn.pipelines.cluster import local_client
+from oocattn.pipelines.cluster import NO_PROFILER, local_client
 from oocattn.storage.result import ResultPaths
 
 
@@ -159,7 +159,7 @@ def kill_workers(folder: Path, options: argparse.Namespace, tally: Tally) -> Non
     result = folder / "result.zarr"
     # Else it gives a worker up that is not there 15 s after it died: the one in its place may just have died too.
     with (
-        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day"}),
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day", **NO_PROFILER}),
         LocalCluster(n_workers=2, threads_per_worker=4, processes=True, memory_limit=0, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):

@@ -15,7 +15,7 @@ MergeStates = Callable[[Partial, Partial], None]
 
 
 class DiskPartials:
-    """A file a partial, for accumulators that do not fit, or several lanes: what is on disk need not be computed again."""
+    """A file a partial, for accumulators that do not fit: what is on disk need not be computed again."""
 
     def __init__(
         self,

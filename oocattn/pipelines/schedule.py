@@ -8,7 +8,7 @@ Partials on disk: subproblems and chunks are dealt out one by one. In both, resu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 
 from oocattn.plans import Plan
@@ -66,27 +66,28 @@ class Schedule:
         in turn, for each has its own."""
         if self.plan.partials == "disk":
             for head_group in range(self.plan.problem.head_groups):
-                yield from self._left_of(head_group)
+                yield from self._left_of(head_group, range(self.plan.division.subproblems))
         else:
             for places in itertools.zip_longest(*map(self._order_of, range(self.lanes))):
                 yield from filter(None, places)
 
     def _order_of(self, lane: int) -> Iterator[tuple[int, int]]:
         """What is left for one lane, with partials in memory."""
+        division = self.plan.division
         for head_group in range(self.plan.problem.head_groups):
-            lanes = {self.chunk_lane(head_group, chunk) for chunk in range(self.plan.chunks)}
-            if lane in lanes:
-                places = self._left_of(head_group)
-                yield from (place for place in places if len(lanes) == 1 or self.subproblem_lane(*place) == lane)
+            chunks = [chunk for chunk in range(division.chunks) if self.chunk_lane(head_group, chunk) == lane]
+            shared = len(chunks) < division.chunks  # so no subproblem contributes to two chunks
+            of_chunks = itertools.chain.from_iterable(map(division.contributors, chunks))
+            yield from self._left_of(head_group, of_chunks if shared else range(division.subproblems))
 
-    def _left_of(self, head_group: int) -> Iterator[tuple[int, int]]:
-        indices = range(self.plan.division.subproblems)
+    def _left_of(self, head_group: int, indices: Iterable[int]) -> Iterator[tuple[int, int]]:
         return ((head_group, index) for index in indices if self.wanted(head_group, index))
 
     @property
     def left(self) -> int:
         """How many subproblems are left."""
-        return sum(1 for _ in self.order())
+        head_groups, indices = range(self.plan.problem.head_groups), range(self.plan.division.subproblems)
+        return sum(bool(self.wanted(head_group, index)) for head_group in head_groups for index in indices)
 
     def complete(self) -> Iterator[tuple[int, int]]:
         """All (head group, chunk) whose partials are all there, but which are not written."""

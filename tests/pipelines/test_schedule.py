@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import GENEROUS, MACHINE, a_problem, with_partials
 
 from oocattn import Plan
 from oocattn.pipelines.schedule import Schedule
 from oocattn.planner import make_plan
+from oocattn.plans import InputCost
 
 
 def plan_of(kv_heads: int, chunks: int, partials: str, decomposition: str = "cqs", causal: bool = True) -> Plan:
@@ -47,18 +49,44 @@ def test_partials_in_memory_stay_on_their_lane(partials: str) -> None:
         assert len(lanes) == (1 if partials == "memory" else 3)
 
 
-@given(st.integers(1, 9), st.integers(1, 60), st.integers(1, 5), st.booleans())
+@given(st.integers(1, 60), st.integers(1, 5), st.booleans())
 @settings(max_examples=100)
-def test_lanes_share_the_strips_of_one_head_group(kv_heads: int, chunks: int, lanes: int, causal: bool) -> None:
-    plan = plan_of(kv_heads, chunks, "memory", "strips", causal)
+def test_lanes_share_the_strips_of_one_head(chunks: int, lanes: int, causal: bool) -> None:
+    plan = plan_of(1, chunks, "memory", "strips", causal)
     schedule = Schedule(plan, lanes)
     pairs = Counter[int]()
+    for chunk in range(chunks):
+        lane = schedule.chunk_lane(0, chunk)
+        pairs[lane] += chunk + 1 if causal else 1
+        assert {schedule.subproblem_lane(0, index) for index in plan.division.contributors(chunk)} == {lane}
+    assert max(pairs.values()) <= pairs.total() / lanes + (2 * lanes if causal else 1)
+
+
+@given(
+    kv_heads=st.integers(1, 7),
+    chunks=st.integers(1, 40),
+    lanes=st.integers(1, 5),
+    causal=st.booleans(),
+    align_rows=st.sampled_from([1, 30, 300]),
+    decomposition=st.sampled_from(["cqs", "strips"]),
+)
+@settings(max_examples=200)
+def test_a_plan_knows_what_the_lane_with_most_to_do_computes(
+    kv_heads: int, chunks: int, lanes: int, causal: bool, align_rows: int, decomposition: str
+) -> None:
+    """Also where the last chunks are short or empty, because chunks are of whole chunks of the input."""
+    problem = a_problem(1000, query_heads=kv_heads, kv_heads=kv_heads, causal=causal)
+    machine = replace(MACHINE, half_rate_rows=0, lanes=lanes)
+    options = {"device_memory": GENEROUS, "host_memory": GENEROUS, "chunks": chunks, "decomposition": decomposition}
+    plan = make_plan(problem, machine, inputs=InputCost(align_rows=align_rows), **options)
+    assume(plan.partials == "memory")
+    schedule, pairs = Schedule(plan, lanes), Counter[int]()
     for group in range(kv_heads):
         for chunk in range(chunks):
-            lane = schedule.chunk_lane(group, chunk)
-            pairs[lane] += chunk + 1 if causal else 1
-            assert {schedule.subproblem_lane(group, index) for index in plan.division.contributors(chunk)} == {lane}
-    assert max(pairs.values()) <= pairs.total() / lanes + (chunks if causal else 1)  # of what is level, a chunk at most
+            tokens = plan.tokens(chunk)
+            pairs[schedule.chunk_lane(group, chunk)] += sum(tokens) + len(tokens) if causal else 1000 * len(tokens)
+    compute = next(link.seconds for link in plan.links if link.name == "compute")
+    assert compute == pytest.approx(problem.flops * max(pairs.values()) / pairs.total() / machine.kernel_flops)
 
 
 @pytest.mark.parametrize("lanes", [2, 3, 4])

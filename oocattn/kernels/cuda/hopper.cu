@@ -1,9 +1,9 @@
 // Attention that continues a float32 state, for compute capability 9.0. What a state is, is defined in partial.py.
 //
 // Compiled with HEAD_DIM (a multiple of 8, 128 at most), CONSUMERS (warpgroups of 64 query rows), STAGES (of the rings),
-// RING (0 or 1: whether consumers take turns), SHARED_BYTES, and what instructions.cuh asks for.
+// RING (0 or 1: whether consumers take turns), ITEMS (of a block), SHARED_BYTES, and what instructions.cuh asks for.
 //
-// A persistent block takes items one after another: a tile of query rows of one head and a span of keys. One thread loads by
+// A block takes a few items one after another: a tile of query rows of one head and a span of keys. One thread loads by
 // TMA; each consumer computes S = Q K^T, the softmax and num += P V in registers, the scores of a step before the values of
 // the one before, and at the end of the span adds to the state in memory. Spans add in their order, so that the bits do not
 // depend on which block was faster. All heads of a group attend a span before the next one, so that keys and values come
