@@ -1,6 +1,7 @@
 """Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
 
-import torch  # noqa: F401  # before Zarr: that imports CuPy where there is one, and torch's import then wakes all of it (0.8 s)
+# Before Zarr: that imports CuPy where there is one, and torch's import then wakes all of it (0.3 to 1.2 s).
+import torch  # noqa: F401
 
 from oocattn.api import attention, plan, resume, status, verify
 from oocattn.certificate import Certificate

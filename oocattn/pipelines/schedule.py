@@ -65,8 +65,7 @@ class Schedule:
         """All (head group, subproblem) that are left, in the order of submission; with partials in memory, one of each lane
         in turn, for each has its own."""
         if self.plan.partials == "disk":
-            for head_group in range(self.plan.problem.head_groups):
-                yield from self._left_of(head_group, range(self.plan.division.subproblems))
+            yield from self._all_left()
         else:
             for places in itertools.zip_longest(*map(self._order_of, range(self.lanes))):
                 yield from filter(None, places)
@@ -80,14 +79,17 @@ class Schedule:
             of_chunks = itertools.chain.from_iterable(map(division.contributors, chunks))
             yield from self._left_of(head_group, of_chunks if shared else range(division.subproblems))
 
+    def _all_left(self) -> Iterator[tuple[int, int]]:
+        for head_group in range(self.plan.problem.head_groups):
+            yield from self._left_of(head_group, range(self.plan.division.subproblems))
+
     def _left_of(self, head_group: int, indices: Iterable[int]) -> Iterator[tuple[int, int]]:
         return ((head_group, index) for index in indices if self.wanted(head_group, index))
 
     @property
     def left(self) -> int:
         """How many subproblems are left."""
-        head_groups, indices = range(self.plan.problem.head_groups), range(self.plan.division.subproblems)
-        return sum(bool(self.wanted(head_group, index)) for head_group in head_groups for index in indices)
+        return sum(1 for _ in self._all_left())
 
     def complete(self) -> Iterator[tuple[int, int]]:
         """All (head group, chunk) whose partials are all there, but which are not written."""
