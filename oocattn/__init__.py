@@ -1,30 +1,33 @@
 """Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
 
-# Before Zarr: that imports CuPy where there is one, and torch's import then wakes all of it (0.3 to 1.2 s).
-import torch  # noqa: F401
+from oocattn.garbage import collection_paused
 
-from oocattn.api import attention, plan, resume, status, verify
-from oocattn.certificate import Certificate
-from oocattn.errors import (
-    BudgetError,
-    IntegrityError,
-    LockedError,
-    OocattnError,
-    ProblemError,
-    ResultExistsError,
-    TaskError,
-    TimeLimitError,
-    WorkerLostError,
-)
-from oocattn.pipelines.events import Callback, Event
-from oocattn.pipelines.report import RunReport
-from oocattn.pipelines.status import Status
-from oocattn.plans import Plan
-from oocattn.running import Result
-from oocattn.storage.bfloat16 import BFloat16
-from oocattn.storage.importing import import_arrays
-from oocattn.storage.synth import synthesise
-from oocattn.version import __version__
+with collection_paused():
+    # Before Zarr: that imports CuPy where there is one, and torch's import then wakes all of it (0.3 to 1.2 s).
+    import torch  # noqa: F401
+
+    from oocattn.api import attention, plan, resume, status, verify
+    from oocattn.certificate import Certificate
+    from oocattn.errors import (
+        BudgetError,
+        IntegrityError,
+        LockedError,
+        OocattnError,
+        ProblemError,
+        ResultExistsError,
+        TaskError,
+        TimeLimitError,
+        WorkerLostError,
+    )
+    from oocattn.pipelines.events import Callback, Event
+    from oocattn.pipelines.report import RunReport
+    from oocattn.pipelines.status import Status
+    from oocattn.plans import Plan
+    from oocattn.running import Result
+    from oocattn.storage.bfloat16 import BFloat16
+    from oocattn.storage.importing import import_arrays
+    from oocattn.storage.synth import synthesise
+    from oocattn.version import __version__
 
 __all__ = [
     "BFloat16",

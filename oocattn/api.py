@@ -182,7 +182,7 @@ def _planned_cluster(
         return
     with ThreadPoolExecutor(1) as beside:
         warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
-        from oocattn.pipelines.cluster import local_client
+        from oocattn.pipelines.local_cluster import local_client
 
         warm.result()
         chosen = decide(count_lanes(kernel))

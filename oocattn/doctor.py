@@ -24,7 +24,7 @@ from zarr.storage import MemoryStore
 
 from oocattn.hardware import copy_rates, kernel_rate
 from oocattn.kernels import Partial, device_type, finalise, get_kernel, kernel_names
-from oocattn.pipelines.cluster import local_client
+from oocattn.pipelines.local_cluster import local_client
 from oocattn.problem import DTYPES
 from oocattn.storage.create import numpy_dtype
 from oocattn.units import format_bytes, format_count

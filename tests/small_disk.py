@@ -13,7 +13,7 @@ from pathlib import Path
 from support import assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn.pipelines.cluster import local_client
+from oocattn.pipelines.local_cluster import local_client
 from oocattn.storage.result import ResultPaths
 
 

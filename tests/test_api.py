@@ -112,7 +112,7 @@ def test_a_result_that_is_there_costs_no_start(
 
     for name in ("warm_up", "describe_hardware", "rehearse"):
         monkeypatch.setattr(f"oocattn.api.{name}", start)
-    monkeypatch.setattr("oocattn.pipelines.cluster.local_client", start)
+    monkeypatch.setattr("oocattn.pipelines.local_cluster.local_client", start)
     assert oocattn.attention(dataset, fast_path / "out.zarr").report == result.report
     with pytest.raises(ResultExistsError, match="its problem differs"):
         oocattn.attention(dataset, fast_path / "out.zarr", causal=True)

@@ -19,7 +19,7 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 import oocattn
 from oocattn import BudgetError, Event, IntegrityError, Plan, ProblemError, ResultExistsError
 from oocattn.cli import main
-from oocattn.pipelines.cluster import local_client
+from oocattn.pipelines.local_cluster import local_client
 from oocattn.plans import Plan as PlanRecord
 from oocattn.storage.durable import encode_record, read_record
 from oocattn.storage.journal import Journal

@@ -32,7 +32,7 @@ from oocattn.bench.competitors import (
 from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
 from oocattn.errors import ProblemError
 from oocattn.hardware import choose_device, count_lanes
-from oocattn.pipelines.cluster import local_client
+from oocattn.pipelines.local_cluster import local_client
 from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
 from oocattn.problem import DTYPES

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from oocattn import ProblemError
 from oocattn.pipelines import cluster
-from oocattn.pipelines.cluster import assign_devices, local_client, share_out, worker_addresses
+from oocattn.pipelines.cluster import assign_devices, share_out, worker_addresses
+from oocattn.pipelines.local_cluster import local_client
 
 
 def gpus_of(visible: dict[str, list[str]]) -> dict[str, str]:

@@ -1,0 +1,22 @@
+"""Garbage collection is paused during imports, and afterwards as it was before."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from oocattn.garbage import collection_paused
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_collection_is_as_it_was_also_after_an_import_that_fails(enabled):
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(ImportError), collection_paused():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
