@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from oocattn.errors import BudgetError, ProblemError
 from oocattn.memory import Buffers, LaneMemory, Tiles, cpu_memory, cuda_memory, partial_file_bytes, slot_bytes
 from oocattn.plans import Hardware, InputCost, Link, Plan, make_division
@@ -266,13 +268,15 @@ def _largest_share(division: Division, chunk_rows: int, problem: Problem, lanes:
     if partials == "disk":
         subproblems = problem.head_groups * division.subproblems
         return math.ceil(subproblems / lanes) / subproblems
-    pairs = [0] * lanes  # twice those of a head group by lane; those of the next one begin one lane on
-    for chunk in range(division.chunks):
-        start, stop = (min(edge * chunk_rows, problem.tokens) for edge in (chunk, chunk + 1))
-        pairs[division.lane(chunk, lanes)] += (stop - start) * (start + stop + 1 if division.causal else 2 * problem.tokens)
     rounds, rest = divmod(problem.head_groups, lanes)
-    most = max(sum(pairs[lane - group] for group in range(rest)) for lane in range(lanes))
-    return (rounds + most / sum(pairs)) / problem.head_groups
+    if not rest:
+        return rounds / problem.head_groups
+    edges = np.minimum(np.arange(division.chunks + 1, dtype=np.float64) * chunk_rows, problem.tokens)
+    start, stop = edges[:-1], edges[1:]
+    pairs = (stop - start) * (start + stop + 1 if division.causal else 2 * problem.tokens)  # twice those of a head group
+    shares = np.bincount(division.lanes(lanes), weights=pairs / pairs.sum(), minlength=lanes)
+    most = np.sum([np.roll(shares, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
+    return float(rounds + most) / problem.head_groups
 
 
 def _rate(tiles: Tiles, problem: Problem, hardware: Hardware) -> float:

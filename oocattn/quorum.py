@@ -48,6 +48,9 @@ from functools import lru_cache, singledispatch
 from itertools import takewhile
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from oocattn.difference import difference_cover, perfect_order
 
 
@@ -106,10 +109,10 @@ class Division(Protocol):
     def owner(self, query_chunk: int, key_chunk: int) -> int:
         """Index of the one subproblem that owns the pair."""
 
-    def lane(self, chunk: int, lanes: int) -> int:
-        """Which of `lanes` lanes takes a query chunk and all that contributes to it, where each merges in its own memory.
+    def lanes(self, count: int) -> NDArray[np.intp]:
+        """Which of `count` lanes takes each query chunk and all that contributes to it, where each merges in its own memory.
 
-        Always 0, where subproblems contribute to several chunks.
+        All 0, where subproblems contribute to several chunks.
         """
 
 
@@ -242,10 +245,9 @@ class CyclicQuorums:
         offset = _pattern(self.chunks).query_offset[(key_chunk - query_chunk) % self.chunks]
         return (query_chunk - offset) % self.chunks
 
-    def lane(self, chunk: int, lanes: int) -> int:
+    def lanes(self, count: int) -> NDArray[np.intp]:
         """One lane takes them all: every two chunks lie together in a quorum."""
-        require_index(chunk, self.chunks, "query chunk")
-        return 0
+        return np.zeros(self.chunks, dtype=np.intp)
 
 
 @chunk_reads.register

@@ -20,6 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isqrt
 
+import numpy as np
+from numpy.typing import NDArray
+
 from oocattn.quorum import Block, Subproblem, chunk_reads, require_index, require_pair
 
 
@@ -65,11 +68,10 @@ class Strips:
         require_pair(self, query_chunk, key_chunk)
         return self._first(query_chunk) + key_chunk // self.span
 
-    def lane(self, chunk: int, lanes: int) -> int:
+    def lanes(self, count: int) -> NDArray[np.intp]:
         """Dealt out back and forth from the last, which has most to do where causal: 0 1 2 2 1 0 0 1 2 and so on."""
-        require_index(chunk, self.chunks, "query chunk")
-        place = (self.chunks - 1 - chunk) % (2 * lanes)
-        return min(place, 2 * lanes - 1 - place)
+        places = np.arange(self.chunks)[::-1] % (2 * count)
+        return np.minimum(places, 2 * count - 1 - places)
 
     def _first(self, query_chunk: int) -> int:
         """Index of strip (query_chunk, 0), which is the number of strips before it."""

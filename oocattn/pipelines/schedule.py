@@ -1,7 +1,7 @@
 """Which lane does what, and in which order: pure arithmetic over a plan, a number of lanes, and what is done already.
 
 Partials in memory: a lane takes all that contributes to the query chunks it takes, because their accumulators live with it.
-Those are whole head groups, every `lanes`-th one, with cyclic quorums, and query chunks with strips (`Division.lane`).
+Those are whole head groups, every `lanes`-th one, with cyclic quorums, and query chunks with strips (`Division.lanes`).
 Partials on disk: subproblems and chunks are dealt out one by one. In both, results do not depend on the number of lanes.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from oocattn.plans import Plan
 
@@ -43,8 +44,13 @@ class Schedule:
     def chunk_lane(self, head_group: int, chunk: int) -> int:
         """The lane that merges and writes a query chunk."""
         if self.plan.partials == "memory":
-            return (head_group + self.plan.division.lane(chunk, self.lanes)) % self.lanes
+            return (head_group + self._chunk_lanes[chunk]) % self.lanes
         return (head_group * self.plan.chunks + chunk) % self.lanes
+
+    @cached_property
+    def _chunk_lanes(self) -> list[int]:
+        """The lane of each query chunk of the first head group, with partials in memory."""
+        return list(map(int, self.plan.division.lanes(self.lanes)))
 
     def wanted(self, head_group: int, index: int) -> tuple[int, ...]:
         """The query chunks of which a subproblem has still to compute the partial: those that hold tokens, at most."""
