@@ -20,7 +20,7 @@ def can_mount(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
-@pytest.mark.parametrize("kibibytes", [80, 160, 300])
+@pytest.mark.parametrize("kibibytes", [80, pytest.param(160, marks=pytest.mark.slow), 300])
 def test_a_run_on_a_small_disk_goes_on_once_there_is_room(tmp_path: Path, partials: str, kibibytes: int) -> None:
     if not can_mount(tmp_path):
         pytest.skip("no file system can be mounted here")

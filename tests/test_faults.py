@@ -59,7 +59,7 @@ def test_a_dataset_that_changes_during_the_run_is_noticed(
 
 
 def test_a_chunk_that_disappears_during_the_run_is_named(client: Client, dataset: Path, result: Path) -> None:
-    plan = plan_for(dataset, chunks=57)
+    plan = plan_for(dataset, chunks=31)
     with pytest.raises(IntegrityError, match=r"array 'v' of .*'c/0/0/3/0'.* is missing"):
         carry_out(plan, dataset, result, client, callbacks=[on_first("staged", (dataset / "v/c/0/0/3/0").unlink)])
     assert not os.path.lexists(result)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import gc
+import importlib
 
 import pytest
 
 from oocattn.garbage import collection_paused
+
+
+def import_what_is_not_there() -> None:
+    assert not gc.isenabled()
+    importlib.import_module("oocattn.not_there")
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -15,8 +21,7 @@ def test_collection_is_as_it_was_also_after_an_import_that_fails(enabled):
     try:
         (gc.enable if enabled else gc.disable)()
         with pytest.raises(ImportError), collection_paused():
-            assert not gc.isenabled()
-            raise ImportError
+            import_what_is_not_there()
         assert gc.isenabled() is enabled
     finally:
         (gc.enable if was_enabled else gc.disable)()

@@ -56,7 +56,7 @@ def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path,
 
 
 def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Path, client: Client) -> None:
-    plan = plan_for(dataset, chunks=57, causal=True, lanes=2)
+    plan = plan_for(dataset, chunks=31, causal=True, lanes=2)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
     with processes(2) as workers:
         workers.run(importlib.import_module, "oocattn")  # which takes as long as the run may
@@ -82,13 +82,13 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
 
 
 def test_nor_does_one_that_is_frozen_before_it_has_a_lane(dataset: Path, result: Path, client: Client) -> None:
-    plan = plan_for(dataset, chunks=57, causal=True, lanes=2)
+    plan = plan_for(dataset, chunks=31, causal=True, lanes=2)
     with processes(2) as workers:
         process = next(iter(workers.run(os.getpid).values()))
         os.kill(process, signal.SIGSTOP)
         until = time.time() + MARGIN + 3
         try:
-            with pytest.raises(TimeLimitError, match="time limit reached: 0 of 114 subproblems"):
+            with pytest.raises(TimeLimitError, match="time limit reached: 0 of 62 subproblems"):
                 run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), workers, until=until)
             assert time.time() < until + 1
         finally:
