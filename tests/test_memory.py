@@ -99,7 +99,7 @@ def in_a_new_process(folder: Path, *arguments: object, function: str = "growth_o
     return int(growth), float(seconds)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_hundred_mebibytes_in_little_more_than_the_least_that_works(tmp_path: Path, causal: bool) -> None:
     dataset = tmp_path / "dataset.zarr"
     synthesise(dataset, tokens=4096, heads=32, kv_heads=16, head_dim=96, dtype="float32")  # 96 MiB

@@ -212,8 +212,9 @@ def lose_at(count: int, victim: str, cluster: LocalCluster) -> Callable[[Event],
     return listen
 
 
+@pytest.mark.parametrize("counts", [(24, 36), pytest.param((16, 20, 28, 32), marks=pytest.mark.slow)])
 def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
-    dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...]
 ) -> None:
     """Chunks that it had merged, of partials that the other one had computed: whose tasks are run again, too."""
     monkeypatch.setattr("oocattn.pipelines.run.REPLACEMENT", 0.0)
@@ -226,7 +227,7 @@ def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
         return real(lane, slot, head_group, subproblem, chunks)
 
     monkeypatch.setattr(CpuLane, "_carve", carve)
-    for count in (16, 24, 32, 36):
+    for count in counts:
         with (
             LocalCluster(n_workers=2, processes=False, memory_limit=0, dashboard_address=None) as cluster,
             Client(cluster) as workers,
