@@ -1,5 +1,19 @@
-"""`python -m oocattn`."""
+"""The command `oocattn`, and `python -m oocattn`."""
+
+from __future__ import annotations
+
+import gc
 
 from oocattn.cli import main
 
-raise SystemExit(main())
+
+def run() -> int:
+    """Run the command with the process's arguments; return its exit code."""
+    try:
+        return main()
+    finally:
+        gc.freeze()  # else all that was imported is searched for garbage as the process ends: 1 to 2 s
+
+
+if __name__ == "__main__":
+    raise SystemExit(run())
