@@ -274,9 +274,9 @@ def _largest_share(division: Division, chunk_rows: int, problem: Problem, lanes:
     edges = np.minimum(np.arange(division.chunks + 1, dtype=np.float64) * chunk_rows, problem.tokens)
     start, stop = edges[:-1], edges[1:]
     pairs = (stop - start) * (start + stop + 1 if division.causal else 2 * problem.tokens)  # twice those of a head group
-    shares = np.bincount(division.lanes(lanes), weights=pairs / pairs.sum(), minlength=lanes)
-    most = np.sum([np.roll(shares, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
-    return float(rounds + most) / problem.head_groups
+    of_lanes = np.bincount(division.chunk_lanes(lanes), weights=pairs, minlength=lanes)
+    most = np.sum([np.roll(of_lanes, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
+    return (rounds + float(most / pairs.sum())) / problem.head_groups
 
 
 def _rate(tiles: Tiles, problem: Problem, hardware: Hardware) -> float:

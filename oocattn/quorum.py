@@ -109,8 +109,9 @@ class Division(Protocol):
     def owner(self, query_chunk: int, key_chunk: int) -> int:
         """Index of the one subproblem that owns the pair."""
 
-    def lanes(self, count: int) -> NDArray[np.intp]:
-        """Which of `count` lanes takes each query chunk and all that contributes to it, where each merges in its own memory.
+    def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
+        """Which of `lanes` lanes takes each query chunk and all that contributes to it, where each merges in its own memory:
+        [chunks].
 
         All 0, where subproblems contribute to several chunks.
         """
@@ -245,7 +246,7 @@ class CyclicQuorums:
         offset = _pattern(self.chunks).query_offset[(key_chunk - query_chunk) % self.chunks]
         return (query_chunk - offset) % self.chunks
 
-    def lanes(self, count: int) -> NDArray[np.intp]:
+    def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
         """One lane takes them all: every two chunks lie together in a quorum."""
         return np.zeros(self.chunks, dtype=np.intp)
 

@@ -68,10 +68,10 @@ class Strips:
         require_pair(self, query_chunk, key_chunk)
         return self._first(query_chunk) + key_chunk // self.span
 
-    def lanes(self, count: int) -> NDArray[np.intp]:
+    def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
         """Dealt out back and forth from the last, which has most to do where causal: 0 1 2 2 1 0 0 1 2 and so on."""
-        places = np.arange(self.chunks)[::-1] % (2 * count)
-        return np.minimum(places, 2 * count - 1 - places)
+        places = np.arange(self.chunks)[::-1] % (2 * lanes)
+        return np.minimum(places, 2 * lanes - 1 - places)
 
     def _first(self, query_chunk: int) -> int:
         """Index of strip (query_chunk, 0), which is the number of strips before it."""

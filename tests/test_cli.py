@@ -190,7 +190,7 @@ def started(dataset, result, chunks):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_in_two_lines_and_it_can_be_resumed(dataset, fast_path, number, code):
     result = str(fast_path / "result.zarr")
-    process = started(dataset, result, 57)
+    process = started(dataset, result, 91)
     process.send_signal(number)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == code

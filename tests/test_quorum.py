@@ -46,7 +46,7 @@ def check_division(division: Division) -> None:
     assert chunk_reads(division) == chunk_reads.dispatch(object)(division)
     several = any(len(division.subproblem(index).query_chunks) > 1 for index in range(division.subproblems))
     for lanes in (1, 2, 3, 8):
-        of_chunks = division.lanes(lanes).tolist()
+        of_chunks = division.chunk_lanes(lanes).tolist()
         assert len(of_chunks) == division.chunks
         assert set(of_chunks) <= set(range(1 if several else lanes))
 

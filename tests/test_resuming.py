@@ -318,7 +318,7 @@ def test_what_is_killed_gives_the_same_bits(partials: str, victim: str) -> None:
     """A few of the moments at which `tests/killing.py` can kill a run or a worker."""
     script = Path(__file__).with_name("killing.py")
     command = [sys.executable, str(script), "--moments", "4", "--partials", partials, "--grace", "10"]
-    command += ["--workers"] if victim == "worker" else ["--chunks", "21"]
+    command += ["--workers"] if victim == "worker" else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent.parent), str(script.parent)])}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from oocattn.errors import ProblemError
 from oocattn.garbage import collection_paused
 
 with collection_paused():
     import dask
-    import distributed.dashboard.scheduler  # noqa: F401 - what a scheduler with a dashboard imports as it starts
     from distributed import Client, LocalCluster
+
+    with suppress(ImportError):  # what a scheduler imports as it starts, and goes on without a dashboard where it cannot
+        import distributed.dashboard.scheduler  # noqa: F401
 
 THREADS = 8
 """Task threads of a worker: up to three attend (on a GPU they wait for it), the others stage, merge and write meanwhile."""

@@ -1,7 +1,7 @@
 """Which lane does what, and in which order: pure arithmetic over a plan, a number of lanes, and what is done already.
 
 Partials in memory: a lane takes all that contributes to the query chunks it takes, because their accumulators live with it.
-Those are whole head groups, every `lanes`-th one, with cyclic quorums, and query chunks with strips (`Division.lanes`).
+Those are whole head groups, every `lanes`-th one, with cyclic quorums, and with strips query chunks (`chunk_lanes`).
 Partials on disk: subproblems and chunks are dealt out one by one. In both, results do not depend on the number of lanes.
 """
 
@@ -50,7 +50,7 @@ class Schedule:
     @cached_property
     def _chunk_lanes(self) -> list[int]:
         """The lane of each query chunk of the first head group, with partials in memory."""
-        return list(map(int, self.plan.division.lanes(self.lanes)))
+        return list(map(int, self.plan.division.chunk_lanes(self.lanes)))
 
     def wanted(self, head_group: int, index: int) -> tuple[int, ...]:
         """The query chunks of which a subproblem has still to compute the partial: those that hold tokens, at most."""

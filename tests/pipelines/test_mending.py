@@ -185,7 +185,7 @@ def test_a_worker_that_dies_is_replaced(
 def test_workers_that_die_while_chunks_are_merged_do_not_end_a_run_that_gets_on(
     client: Client, dataset: Path, result: Path
 ) -> None:
-    plan = plan_for(dataset, chunks=31, partials="disk")
+    plan = plan_for(dataset, chunks=57, partials="disk")
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
     recorder = Recorder([])
 
