@@ -263,8 +263,6 @@ def _links(
 
 def _largest_share(division: Division, chunk_rows: int, problem: Problem, lanes: int, partials: str) -> float:
     """What of all pairs the lane computes that has most to do; how lanes share is in `pipelines.schedule`."""
-    if lanes == 1:
-        return 1.0
     if partials == "disk":
         subproblems = problem.head_groups * division.subproblems
         return math.ceil(subproblems / lanes) / subproblems

@@ -272,7 +272,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
     assert_same_bits(oocattn.resume(result, client=client), carry_out(plan, dataset, result.with_name("right.zarr"), client))
 
 
-@pytest.mark.parametrize(("partials", "chunks"), [("memory", 7), ("memory", 31), ("disk", 7), ("disk", 31)])
+@pytest.mark.parametrize(("partials", "chunks"), [("memory", 1), ("memory", 7), ("memory", 31), ("disk", 7), ("disk", 31)])
 def test_scratch_stays_below_what_the_plan_says(
     client: Client, fast_path: Path, result: Path, partials: str, chunks: int
 ) -> None:
@@ -287,4 +287,5 @@ def test_scratch_stays_below_what_the_plan_says(
         most[0] = max(most[0], scratch_bytes(result))
 
     carry_out(replace(plan, checkpoint_seconds=0.01), dataset, result, client, callbacks=[measure])
-    assert 0 < most[0] <= plan.scratch_disk
+    assert most[0] <= plan.scratch_disk
+    assert most[0] > 0 or chunks == 1  # which may be merged before its first checkpoint
