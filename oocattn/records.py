@@ -1,19 +1,56 @@
 """Frozen dataclasses to JSON and back, by the types of their fields: what is read back has those types, or is refused.
 
-JSON has no NaN and no Inf: they are written as the strings "nan", "inf" and "-inf".
+Every JSON text that this package reads is parsed here, whoever wrote it. JSON has no NaN and no Inf: they are written as
+the strings "nan", "inf" and "-inf".
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
 _NOT_FINITE = ("nan", "inf", "-inf")
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be, both ends included: the annotation of a field, as in `Annotated[int, Range(1, 64)]`."""
+
+    least: float
+    most: float
+
+
+Count = Annotated[int, Range(0, 2**63 - 1)]
+"""A number of things, bytes among them."""
+
+Positive = Annotated[int, Range(1, 2**63 - 1)]
+"""A number of things of which there is at least one."""
+
+Seconds = Annotated[float, Range(0.0, 1e12)]
+"""A duration, or a moment since the epoch."""
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """The JSON object in a text. Raises ValueError for anything else, however long, deep or badly encoded it is."""
+    try:
+        found = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("not JSON that is believed: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def to_json(value: Any) -> Any:
@@ -30,18 +67,24 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], content: object) -> T:
-    """The dataclass of type `kind` that `to_json` made this of. Raises ValueError for anything else."""
+    """The dataclass of type `kind` that `to_json` made this of. Raises ValueError for anything else.
+
+    Numbers must lie in the `Range` of their field. A NaN or an Inf is taken only where the field has none.
+    """
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a {kind.__name__}, found {content!r:.80}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     if content.keys() != hints.keys():
-        raise ValueError(f"expected the fields {sorted(hints)} of a {kind.__name__}, found {sorted(map(str, content))}")
+        found = str(sorted(map(str, content)))
+        raise ValueError(f"expected the fields {sorted(hints)} of a {kind.__name__}, found {found:.200}")
     return kind(**{name: _value(hint, content[name], name) for name, hint in hints.items()})
 
 
 def _value(hint: Any, found: object, name: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal and found in arguments:
+    if origin is Annotated:
+        return _in_range(arguments[1], _value(arguments[0], found, name), name)
+    if origin is Literal and isinstance(found, str) and found in arguments:
         return found
     if origin is UnionType and found is None and NoneType in arguments:
         return None
@@ -53,8 +96,21 @@ def _value(hint: Any, found: object, name: str) -> Any:
         return {str(key): _value(arguments[1], item, name) for key, item in found.items()}
     if is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, found)
-    if hint is float and (type(found) in (int, float) or found in _NOT_FINITE):
-        return float(found)  # type: ignore[arg-type]  # checked just now
+    if hint is float and (type(found) in (int, float) or (isinstance(found, str) and found in _NOT_FINITE)):
+        return _as_float(found, name)
     if hint in (int, str, bool) and type(found) is hint:
         return found
     raise ValueError(f"{name} is {found!r:.80}, expected {getattr(hint, '__name__', hint)}")
+
+
+def _as_float(found: Any, name: str) -> float:
+    try:
+        return float(found)
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a number") from None
+
+
+def _in_range(allowed: Range, found: Any, name: str) -> Any:
+    if not allowed.least <= found <= allowed.most:
+        raise ValueError(f"{name} is {found!r:.80}, expected {allowed.least:g} to {allowed.most:g}")
+    return found

@@ -1,0 +1,25 @@
+"""Text from outside, made fit to print: names, locations and messages that come from files, other hosts or the user."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode categories that move a cursor, reverse or break a line, show nothing, or cannot be encoded."""
+
+MOST_SHOWN = 2000
+"""Characters of a text that are printed at most."""
+
+
+def printable(text: object) -> str:
+    r"""The text on one line, with control characters, line breaks and surrogates as escapes such as `\x1b`.
+
+    A terminal is told nothing by it, and no line is forged. What is longer than `MOST_SHOWN` characters is cut.
+    """
+    found = str(text)
+    cut = found if len(found) <= MOST_SHOWN else f"{found[:MOST_SHOWN]}..."
+    return "".join(_escaped(character) if unicodedata.category(character) in _HIDDEN else character for character in cut)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
