@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from oocattn.kernels import Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.planner import HALF_RATE_KEYS
-from oocattn.plans import Hardware, InputCost
+from oocattn.plans import Device, Hardware, InputCost
 from oocattn.problem import Problem
 from oocattn.storage.create import numpy_dtype
 from oocattn.storage.dataset import Dataset
@@ -92,7 +92,7 @@ def describe_hardware(
     )
 
 
-def _choose_kernel(problem: Problem, kernel: str | None) -> tuple[str, str]:
+def _choose_kernel(problem: Problem, kernel: str | None) -> tuple[Device, str]:
     """The type of device of a run on this machine, and its kernel. Raises ProblemError as `describe_hardware`."""
     device = choose_device(kernel)
     name = kernel or default_kernel(device, problem.dtype, problem.head_dim)
@@ -100,7 +100,7 @@ def _choose_kernel(problem: Problem, kernel: str | None) -> tuple[str, str]:
     return device, name
 
 
-def choose_device(kernel: str | None) -> str:
+def choose_device(kernel: str | None) -> Device:
     """ "cuda" where there is a GPU, unless `kernel` is one for the CPU; else "cpu". Raises ProblemError if it is unknown."""
     if kernel is not None:
         return device_type(kernel)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from oocattn.problem import DTYPES, Problem
+from oocattn.records import Positive
 
 STAGING_SLOTS = {"cpu": 2, "cuda": 3}
 """Subproblems staged on a lane at a time: one that is read, and one that is computed or, on a GPU, two in flight."""
@@ -53,8 +54,8 @@ SEGMENT = 2 << 20
 class Tiles:
     """Rows and keys that are on the device at a time; on a CPU, where nothing is copied, whole chunks."""
 
-    query: int
-    key: int
+    query: Positive
+    key: Positive
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from oocattn.errors import BudgetError, ProblemError
 from oocattn.memory import Buffers, LaneMemory, Tiles, cpu_memory, cuda_memory, partial_file_bytes, slot_bytes
-from oocattn.plans import Hardware, InputCost, Link, Plan, make_division
+from oocattn.plans import Hardware, InputCost, Link, Plan, ScratchBytes, make_division
 from oocattn.problem import DTYPES, Problem
 from oocattn.quorum import Division, candidate_chunk_counts, chunk_reads, quorum_size
 from oocattn.units import format_bytes
 
 MAX_CHUNKS = 9507
+
+MAX_SUBPROBLEMS = 1 << 20
+"""Of a head group: to look through more of them takes longer than anybody waits for a `status`."""
 
 CHECKPOINT_SECONDS = 60.0
 """What a kill may cost, unless it is chosen."""
@@ -64,11 +68,15 @@ DECOMPOSITIONS = ("auto", "cqs", "strips")
 class _Candidate:
     """A division with the place of its partials, before its cost is known."""
 
-    decomposition: str
+    decomposition: Literal["cqs", "strips"]
     chunks: int
     span: int
-    partials: str
+    partials: Literal["memory", "disk"]
     accumulators: int
+
+    def division(self, causal: bool) -> Division:
+        """Its chunk pairs, divided."""
+        return make_division(self.decomposition, self.chunks, self.span, causal)
 
 
 def make_plan(
@@ -97,7 +105,7 @@ def make_plan(
     plans: list[Plan] = []
     fine: set[str] = set()  # decompositions of which finer divisions would gain nothing
     for candidate in _candidates(problem, hardware.lanes, chunks, decomposition):
-        if candidate.decomposition not in fine:
+        if candidate.decomposition not in fine and candidate.division(problem.causal).subproblems <= MAX_SUBPROBLEMS:
             plan = _cost(candidate, problem, hardware, inputs, device_memory, host_memory, checkpoint_seconds)
             plans.append(plan)
             if _fits(plan, hardware) and plan.subproblem_seconds < FINE_SECONDS:
@@ -113,6 +121,14 @@ def make_plan(
     fastest = min(plan.seconds for plan in ties)
     close = (plan for plan in ties if plan.seconds <= CLOSE * fastest)
     return min(close, key=lambda plan: (plan.chunks, plan.seconds, -plan.accumulators))
+
+
+def recost(plan: Plan, scratch_bytes: ScratchBytes) -> Plan:
+    """The plan with all that follows from what is given and chosen in it computed again, as `make_plan` does."""
+    hardware = Hardware(**asdict(plan.machine), scratch_bytes=scratch_bytes)
+    candidate = _Candidate(plan.decomposition, plan.chunks, plan.span, plan.partials, plan.accumulators)
+    chosen = (hardware, plan.inputs, plan.device_memory, plan.host_memory, plan.checkpoint_seconds)
+    return _cost(candidate, plan.problem, *chosen, tiles=plan.tiles)
 
 
 def _fits(plan: Plan, hardware: Hardware) -> bool:
@@ -172,10 +188,11 @@ def _cost(
     device_memory: int,
     host_memory: int,
     checkpoint_seconds: float,
+    tiles: Tiles | None = None,
 ) -> Plan:
-    """Cost one candidate: its tiles, memory, bytes a link and seconds."""
-    layout = _lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes)
-    division = make_division(candidate.decomposition, candidate.chunks, candidate.span, problem.causal)
+    """Cost one candidate: its tiles, unless they are given, memory, bytes a link and seconds."""
+    layout = _lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes, tiles)
+    division = candidate.division(problem.causal)
     links, scratch_disk = _links(candidate, division, layout, problem, hardware, inputs, checkpoint_seconds)
     seconds = {link.name: link.seconds for link in links}
     disk = seconds["read"] + seconds["partials"] + seconds["write"]
@@ -189,28 +206,21 @@ def _cost(
     drain = seconds["write"] * min(1.0, hardware.lanes * last / (candidate.chunks * layout.chunk_rows * problem.head_groups))
     return Plan(
         problem=problem,
-        decomposition=candidate.decomposition,
-        chunks=candidate.chunks,
-        span=candidate.span,
-        chunk_rows=layout.chunk_rows,
-        out_chunk_rows=layout.out_chunk_rows,
-        kernel=hardware.kernel,
-        device=hardware.device,
+        machine=hardware.machine,
+        inputs=inputs,
+        **asdict(candidate),
         tiles=layout.tiles,
-        partials=candidate.partials,
-        accumulators=candidate.accumulators,
-        slot_bytes=layout.memory.slot,
-        lanes=hardware.lanes,
-        threads=hardware.threads,
         device_memory=device_memory,
         host_memory=host_memory,
+        checkpoint_seconds=checkpoint_seconds,
+        chunk_rows=layout.chunk_rows,
+        out_chunk_rows=layout.out_chunk_rows,
+        slot_bytes=layout.memory.slot,
         peak_device=layout.memory.device * hardware.lanes,
         peak_host=layout.memory.host * hardware.lanes,
         scratch_disk=scratch_disk,
-        checkpoint_seconds=checkpoint_seconds,
         links=links,
         seconds=max(seconds["compute"], disk, seconds.get("copy", 0.0), seconds["tasks"]) + fill + drain,
-        notes=inputs.notes,
     )
 
 
@@ -305,8 +315,13 @@ def _whole_blocks(problem: Problem, rows: int, unit: int) -> tuple[int, int]:
     return math.ceil(blocks / blocks_per_out_chunk) * out_chunk_rows, out_chunk_rows
 
 
-def _lay_out(candidate: _Candidate, problem: Problem, hardware: Hardware, inputs: InputCost, device_memory: int) -> _Layout:
-    """Chunks and tiles of a candidate and what one lane allocates for them: the largest tiles that fit `device_memory`."""
+def _lay_out(
+    candidate: _Candidate, problem: Problem, hardware: Hardware, inputs: InputCost, device_memory: int, tiles: Tiles | None
+) -> _Layout:
+    """Chunks and tiles of a candidate and what one lane allocates for them.
+
+    The tiles are the largest that fit `device_memory`, unless they are given.
+    """
     chunk_rows, out_chunk_rows = _chunk_rows(problem, candidate.chunks, hardware, inputs)
     query_chunks, key_chunks = _staged_chunks(candidate, problem)
     slot = slot_bytes(problem, chunk_rows, query_chunks, key_chunks)
@@ -326,6 +341,8 @@ def _lay_out(candidate: _Candidate, problem: Problem, hardware: Hardware, inputs
 
     if hardware.device == "cpu":
         return laid_out(Tiles(chunk_rows, chunk_rows))
+    if tiles is not None:
+        return laid_out(tiles)
     choices = _tile_choices(problem, chunk_rows, hardware.max_keys)
     fitting = (layout for layout in map(laid_out, choices) if layout.memory.device <= device_memory)
     # A kernel's scratch comes in segments: the smallest tiles may need a little more of them than those before.

@@ -1,52 +1,77 @@
 """The records of planning: what is known of the machine and the dataset, and the `Plan` that follows from them.
 
-All are frozen and hold no behaviour beyond describing themselves; how a plan is chosen is in `planner`.
+All are frozen and hold no behaviour beyond describing themselves; how a plan is chosen is in `planner`, and how one that is
+read from a file is checked in `stored_plan`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from oocattn.drawing import draw_division
 from oocattn.memory import Buffers, Tiles
 from oocattn.problem import Problem
 from oocattn.quorum import CyclicQuorums, Division
+from oocattn.records import Count, Positive, Range, Seconds, to_json
 from oocattn.strips import Strips
 from oocattn.units import format_bytes, format_count, format_seconds
 
+ScratchBytes = Callable[[int, int, int, int, str], int]
+"""Bounds what a kernel allocates: (group_size, rows, keys, head_dim, dtype) to bytes."""
 
-@dataclass(frozen=True)
-class Hardware:
-    """What a plan needs to know of the machine. Rates are in bytes/s and FLOP/s.
+Rate = Annotated[float, Range(1e-3, inf)]
+"""Bytes, or floating-point operations, per second."""
 
-    `device` is "cpu" or "cuda". `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a
-    call at which it falls to half, `max_keys` the most keys of a call; `scratch_bytes(group_size, rows, keys, head_dim,
-    dtype)` bounds what the kernel allocates. `copy_rate` is between host and device. `read_rate` and `write_rate` are the
-    disk's, shared by all lanes, and `reread_rate` that of what was read before, from the page cache if it fits there;
-    `scratch_disk` is the room for partials, in bytes, and `measuring_bytes` what finding all this out took on the device.
+Device = Literal["cpu", "cuda"]
+"""Where lanes are."""
+
+Several = Annotated[int, Range(1, 1024)]
+"""Lanes of a run, or threads of a lane."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a plan records of the machine. Rates are in bytes/s and FLOP/s.
+
+    `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a call at which it falls to half,
+    `max_keys` the most keys of a call. `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's,
+    shared by all lanes, and `reread_rate` that of what was read before, from the page cache if it fits there; `scratch_disk`
+    is the room for partials, in bytes, and `measuring_bytes` what finding all this out took on the device.
     """
 
     kernel: str
-    kernel_flops: float
-    scratch_bytes: Callable[[int, int, int, int, str], int]
-    device: str = "cpu"
-    half_rate_rows: int = 256
-    max_keys: int = 1 << 16
-    lanes: int = 1
-    threads: int = 1
-    copy_rate: float = 50e9
-    read_rate: float = 1e9
-    reread_rate: float = 1e9
-    write_rate: float = 1e9
-    task_seconds: float = 0.003
-    scratch_disk: int = 1 << 60
-    measuring_bytes: int = 0
+    kernel_flops: Rate
+    device: Device = "cpu"
+    half_rate_rows: Positive = 256
+    max_keys: Positive = 1 << 16
+    lanes: Several = 1
+    threads: Several = 1
+    copy_rate: Rate = 50e9
+    read_rate: Rate = 1e9
+    reread_rate: Rate = 1e9
+    write_rate: Rate = 1e9
+    task_seconds: Seconds = 0.003
+    scratch_disk: Count = 1 << 60
+    measuring_bytes: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware(Machine):
+    """What a plan needs to know of the machine: what it records, and what the kernel allocates."""
+
+    scratch_bytes: ScratchBytes
+
+    @property
+    def machine(self) -> Machine:
+        """What a plan records of it."""
+        return Machine(**{field.name: getattr(self, field.name) for field in fields(Machine)})
 
 
 @dataclass(frozen=True)
@@ -57,9 +82,9 @@ class InputCost:
     of tokens are best aligned to `align_rows`; `notes` say so in words.
     """
 
-    decode_bytes: int = 0
-    decode_rate: float = float("inf")
-    align_rows: int = 1
+    decode_bytes: Count = 0
+    decode_rate: Rate = inf
+    align_rows: Positive = 1
     notes: tuple[str, ...] = ()
 
 
@@ -74,31 +99,53 @@ class Link:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before a run. Seconds are predictions; peaks are upper bounds on what all lanes allocate."""
+    """Everything decided before a run. Seconds are predictions; peaks are upper bounds on what all lanes allocate.
+
+    What is given and chosen comes first, down to `checkpoint_seconds`; all else follows from that.
+    """
 
     problem: Problem
-    decomposition: str  # "cqs" or "strips"
-    chunks: int  # c
-    span: int  # key chunks that a strip's subproblem reads; 0 for cqs
-    chunk_rows: int
-    out_chunk_rows: int
-    kernel: str
-    device: str  # "cpu" or "cuda"
+    machine: Machine
+    inputs: InputCost
+    decomposition: Literal["cqs", "strips"]
+    chunks: Positive  # c
+    span: Count  # key chunks that a strip's subproblem reads; 0 for cqs
+    partials: Literal["memory", "disk"]
+    accumulators: Positive  # states of query chunks that a lane holds at a time
     tiles: Tiles
-    partials: str  # "memory" or "disk"
-    accumulators: int  # states of query chunks that a lane holds at a time
-    slot_bytes: int
-    lanes: int
-    threads: int
-    device_memory: int
-    host_memory: int
-    peak_device: int
-    peak_host: int
-    scratch_disk: int
-    checkpoint_seconds: float  # what a kill may cost; 0: what lanes hold in memory is never saved
+    device_memory: Positive
+    host_memory: Positive
+    checkpoint_seconds: Annotated[
+        float, Range(0.0, 1e9)
+    ]  # what a kill may cost; 0: what lanes hold in memory is never saved
+    chunk_rows: Positive
+    out_chunk_rows: Positive
+    slot_bytes: Positive
+    peak_device: Count
+    peak_host: Count
+    scratch_disk: Count
     links: tuple[Link, ...]
-    seconds: float
-    notes: tuple[str, ...] = ()
+    seconds: Seconds
+
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel."""
+        return self.machine.kernel
+
+    @property
+    def device(self) -> Device:
+        """Where the lanes are."""
+        return self.machine.device
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes the plan is for."""
+        return self.machine.lanes
+
+    @property
+    def threads(self) -> int:
+        """Threads of a lane's kernel, on a CPU."""
+        return self.machine.threads
 
     @cached_property
     def division(self) -> Division:
@@ -145,20 +192,9 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-ready values."""
-        return {**asdict(self), "digest": self.digest}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Plan:
-        """The plan that `to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
-        fields = dict(content)
-        digest = fields.pop("digest")
-        problem, tiles = Problem(**fields.pop("problem")), Tiles(**fields.pop("tiles"))
-        links = tuple(Link(**link) for link in fields.pop("links"))
-        plan = cls(**fields | {"problem": problem, "tiles": tiles, "links": links, "notes": tuple(fields.pop("notes"))})
-        if plan.digest != digest or plan.chunks * plan.chunk_rows < problem.tokens:
-            raise ValueError("the plan does not fit its digest")
-        return plan
+        """The plan as JSON-ready values; `stored_plan.read_plan` reads it."""
+        content: dict[str, Any] = to_json(self)
+        return content
 
     def tokens(self, chunk: int) -> range:
         """The token positions of a chunk; those of the last chunks may be few or none."""
@@ -204,7 +240,7 @@ class Plan:
             mark = "  <- binds" if link.name == self.binds else ""
             lines.append(f"{link.name:<12} {amount:>12} {link.seconds:>9.3g}{mark}")
         lines.append(f"{'predicted':<12} {'':>12} {self.seconds:>9.3g}  ({format_seconds(self.seconds)})")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"note: {note}" for note in self.inputs.notes)])
 
 
 def make_division(decomposition: str, chunks: int, span: int, causal: bool) -> Division:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from oocattn.errors import ProblemError
+from oocattn.records import Range, from_json
 
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Supported dtypes and their size in bytes."""
 
 MAX_HEAD_DIM = 256
+
+Extent = Annotated[int, Range(1, 2**48)]
+"""The size of one dimension."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,11 @@ class Problem:
     inputs, `out_dtype` that of the output; the log-sum-exp is always float32.
     """
 
-    batch: int
-    query_heads: int
-    kv_heads: int
-    tokens: int
-    head_dim: int
+    batch: Extent
+    query_heads: Extent
+    kv_heads: Extent
+    tokens: Extent
+    head_dim: Extent
     dtype: str
     out_dtype: str
     causal: bool
@@ -149,17 +154,7 @@ def make_problem(
             )
         if spec.dtype != q.dtype:
             raise ProblemError(f"array {spec.name!r} has dtype {spec.dtype}: expected {q.dtype}, the dtype of q")
-    if query_heads % kv_heads:
-        raise ProblemError(
-            f"q has {query_heads} heads and k has {kv_heads}: the query heads must be a multiple of the KV heads"
-        )
-    if head_dim > MAX_HEAD_DIM:
-        raise ProblemError(f"head dimension {head_dim} of q is larger than {MAX_HEAD_DIM}, the largest supported")
-    if out_dtype is not None and out_dtype not in DTYPES:
-        raise ProblemError(f"output dtype {out_dtype!r}: expected one of {', '.join(DTYPES)}")
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise ProblemError(f"scale {scale}: expected a positive finite number")
-    return Problem(
+    problem = Problem(
         batch,
         query_heads,
         kv_heads,
@@ -170,3 +165,28 @@ def make_problem(
         causal,
         1.0 / math.sqrt(head_dim) if scale is None else float(scale),
     )
+    check_problem(problem)
+    return problem
+
+
+def read_problem(content: object) -> Problem:
+    """The problem that was written as JSON. Raises ValueError for anything else, and for what is no attention problem."""
+    problem = from_json(Problem, content)
+    check_problem(problem)
+    return problem
+
+
+def check_problem(problem: Problem) -> None:
+    """Raise ProblemError for what is no attention problem, or none that is supported."""
+    if problem.query_heads % problem.kv_heads:
+        raise ProblemError(
+            f"q has {problem.query_heads} heads and k has {problem.kv_heads}: the query heads must be a multiple of the KV "
+            "heads"
+        )
+    if problem.head_dim > MAX_HEAD_DIM:
+        raise ProblemError(f"head dimension {problem.head_dim} of q is larger than {MAX_HEAD_DIM}, the largest supported")
+    for name, dtype in (("input", problem.dtype), ("output", problem.out_dtype)):
+        if dtype not in DTYPES:
+            raise ProblemError(f"{name} dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if not (math.isfinite(problem.scale) and problem.scale > 0):
+        raise ProblemError(f"scale {problem.scale}: expected a positive finite number")

@@ -18,14 +18,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import dask
 from distributed import Client, LocalCluster
 from fuse import arm, moments
-from support import carry_out, normal_arrays, plan_for, write_dataset
+from support import carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
 from oocattn import Plan
@@ -73,7 +72,7 @@ def parsed(life: str) -> list[tuple[str, tuple[str, ...], float]]:
 def plan_of(folder: Path, options: argparse.Namespace) -> Plan:
     lanes = 2 if options.workers else options.lanes
     plan = plan_for(folder / "dataset.zarr", causal=True, chunks=options.chunks, partials=options.partials, lanes=lanes)
-    return replace(plan, checkpoint_seconds=options.interval)
+    return replanned(plan, checkpoint_seconds=options.interval)
 
 
 def run(folder: Path, options: argparse.Namespace, client: Client) -> None:

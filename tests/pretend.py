@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import Client
-from support import GPU, plan_for
+from support import GPU, plan_for, replanned
 
 from oocattn import Plan
 from oocattn.kernels import get_kernel
@@ -103,4 +103,4 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu_plan(dataset: Path, tiles: tuple[int, int] | None = None, partials: str | None = None, **options: object) -> Plan:
     """A plan for the pretended GPU, with tiles that suit a few hundred tokens."""
     plan = plan_for(dataset, machine=PRETENDED, partials=partials, **options)
-    return plan if tiles is None else replace(plan, tiles=Tiles(*tiles))
+    return plan if tiles is None else replanned(plan, tiles=Tiles(*tiles))

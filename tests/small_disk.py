@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from support import assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from support import assert_same_bits, carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
 from oocattn.pipelines.local_cluster import local_client
@@ -28,7 +27,7 @@ def main(folder: Path, partials: str, kibibytes: int) -> None:
     disk.mkdir()
     mount(disk, kibibytes)
     dataset = write_dataset(folder / "dataset.zarr", normal_arrays(400, heads=4, kv_heads=2, head_dim=32))
-    plan = replace(plan_for(dataset, chunks=31, causal=True, partials=partials), checkpoint_seconds=0.01)
+    plan = replanned(plan_for(dataset, chunks=31, causal=True, partials=partials), checkpoint_seconds=0.01)
     with local_client() as client:
         right = carry_out(plan, dataset, folder / "right.zarr", client)
         result = disk / "result.zarr"

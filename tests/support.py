@@ -6,7 +6,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from oocattn import Event, Plan, Result
 from oocattn.hardware import input_cost
 from oocattn.kernels import Kernel, Partial, get_kernel
 from oocattn.pipelines.lane import Job, Lane
-from oocattn.planner import make_plan
-from oocattn.plans import Hardware
+from oocattn.planner import make_plan, recost
+from oocattn.plans import Hardware, Machine
 from oocattn.problem import Problem, make_problem
 from oocattn.running import run_plan
 from oocattn.storage.dataset import Dataset
@@ -80,12 +80,7 @@ def damage(path: Path, content: Callable[[bytes], bytes | None]) -> None:
         path.with_name("new").replace(path)
 
 
-def no_scratch(group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
-    """The scratch of a kernel that needs none."""
-    return 0
-
-
-MACHINE = Hardware(kernel="cpu", kernel_flops=1e11, scratch_bytes=no_scratch)
+MACHINE = Hardware(kernel="cpu", kernel_flops=1e11, scratch_bytes=get_kernel("cpu").scratch_bytes)
 """A machine that is made up, so that plans do not depend on the one that runs the tests."""
 
 
@@ -124,7 +119,15 @@ def plan_for(
 
 def with_partials(plan: Plan, partials: str) -> Plan:
     """The plan with its partials kept in "memory" or on "disk"."""
-    return replace(plan, partials=partials, accumulators=plan.chunks if partials == "memory" else 2)
+    return replanned(plan, partials=partials, accumulators=plan.chunks if partials == "memory" else 2)
+
+
+def replanned(plan: Plan, **changed: Any) -> Plan:
+    """The plan with other choices, or of another machine, and with the numbers that follow from them."""
+    of_machine = {name: value for name, value in changed.items() if name in {field.name for field in fields(Machine)}}
+    of_plan = {name: value for name, value in changed.items() if name not in of_machine}
+    changed_plan = replace(plan, machine=replace(plan.machine, **of_machine), **of_plan)
+    return recost(changed_plan, get_kernel(changed_plan.kernel).scratch_bytes)
 
 
 def carry_out(

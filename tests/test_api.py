@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +13,7 @@ import torch
 import zarr
 from distributed import Client, LocalCluster
 from reference import attention64, relative_error
-from support import Recorder, bits, carry_out, normal_arrays, plan_for, with_partials, write_dataset
+from support import Recorder, bits, carry_out, normal_arrays, plan_for, replanned, with_partials, write_dataset
 
 import oocattn
 from oocattn import ProblemError, ResultExistsError
@@ -172,7 +171,7 @@ def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(
     before = torch.get_num_threads()
     for (workers, threads), connected in clients.items():
         for same in plans:
-            alone = replace(same, threads=threads, lanes=workers)
+            alone = replanned(same, threads=threads, lanes=workers)
             found = bits(carry_out(alone, dataset, fast_path / "result.zarr", connected, overwrite=True))
             np.testing.assert_array_equal(found[0], expected[0])
             np.testing.assert_array_equal(found[1], expected[1])
@@ -186,7 +185,7 @@ def test_bits_do_not_depend_on_processes(client: Client, fast_path: Path) -> Non
     expected = bits(carry_out(plan, dataset, fast_path / "first.zarr", client))
     with cluster_of(2, 2, processes=True) as connected:
         for place in ("memory", "disk"):
-            same = replace(with_partials(plan, place), lanes=2)
+            same = replanned(with_partials(plan, place), lanes=2)
             result = carry_out(same, dataset, fast_path / "result.zarr", connected, overwrite=True)
             np.testing.assert_array_equal(bits(result)[0], expected[0])
             np.testing.assert_array_equal(bits(result)[1], expected[1])

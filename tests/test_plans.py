@@ -63,7 +63,8 @@ def test_chunks_of_tokens_cover_the_sequence_without_overlap() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"chunks": 13}, {"chunk_rows": 300}, {"decomposition": "strips", "span": 2}, {"kernel": "reference"},
+        {"chunks": 13}, {"chunk_rows": 300}, {"decomposition": "strips", "span": 2}, 
+        {"machine": replace(MACHINE.machine, kernel="reference")},
         {"problem": a_problem(1000, causal=False)}, {"out_chunk_rows": 1}, {"tiles": Tiles(1000, 500)},
     ],
 )  # fmt: skip
@@ -73,8 +74,12 @@ def test_the_digest_names_what_decides_the_bits(changed: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"partials": "disk"}, {"lanes": 4}, {"threads": 9}, {"seconds": 1.0}, {"accumulators": 2}]
-)
+    "changed",
+    [
+        {"partials": "disk"}, {"machine": replace(MACHINE.machine, lanes=4, threads=9)},
+        {"seconds": 1.0}, {"accumulators": 2},
+    ],
+)  # fmt: skip
 def test_the_digest_ignores_what_does_not(changed: dict) -> None:
     made = plan(a_problem(1000), chunks=7)
     assert replace(made, **changed).digest == made.digest

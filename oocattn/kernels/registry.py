@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Literal
 
 import torch
 
 from oocattn.errors import ProblemError
 from oocattn.kernels.kernel import Kernel
+
+DeviceType = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class _Registration:
     name: str
     module: str
     class_name: str
-    device_type: str
+    device_type: DeviceType
     default: bool = True
 
 
@@ -46,7 +49,7 @@ def get_kernel(name: str) -> Kernel:
     return kernel
 
 
-def device_type(name: str) -> str:
+def device_type(name: str) -> DeviceType:
     """Where a run with the kernel of that name lives: "cpu" or "cuda". Raises ProblemError for an unknown name."""
     return _registration(name).device_type
 

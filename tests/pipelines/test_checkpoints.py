@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from support import (
     carry_out,
     normal_arrays,
     plan_for,
+    replanned,
     write_dataset,
 )
 
@@ -226,7 +226,7 @@ def in_the_middle(look: Callable[[Event], None], count: int = 9) -> Callable[[Ev
 
 
 def test_checkpoints_are_made_at_the_interval_and_told(client: Client, dataset: Path, result: Path) -> None:
-    plan = replace(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
+    plan = replanned(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
     right = carry_out(plan_for(dataset, chunks=31, causal=True), dataset, result.with_name("right.zarr"), client)
     recorder, most = Recorder([]), [0]
 
@@ -260,7 +260,7 @@ def test_without_checkpoints_nothing_is_saved(client: Client, dataset: Path, res
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = replace(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
+    plan = replanned(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
@@ -286,6 +286,6 @@ def test_scratch_stays_below_what_the_plan_says(
     def measure(event: Event) -> None:
         most[0] = max(most[0], scratch_bytes(result))
 
-    carry_out(replace(plan, checkpoint_seconds=0.01), dataset, result, client, callbacks=[measure])
+    carry_out(replanned(plan, checkpoint_seconds=0.01), dataset, result, client, callbacks=[measure])
     assert most[0] <= plan.scratch_disk
     assert most[0] > 0 or chunks == 1  # which may be merged before its first checkpoint

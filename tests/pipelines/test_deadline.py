@@ -70,7 +70,7 @@ def test_time_for_what_is_in_flight_is_kept(dataset: Path) -> None:
         assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * 7, abs=0.5)  # a second one waits behind the first
     deadline.learn(Event("attended", 0.0, 0.0, spans=(Span("save", 20.0, 31.0),)))
     assert deadline.left == pytest.approx(100 - MARGIN - 11 - 2 * 7, abs=0.5)
-    on_gpu = Deadline(time.time() + 100, replace(plan, device="cuda"))
+    on_gpu = Deadline(time.time() + 100, replace(plan, machine=replace(plan.machine, device="cuda")))
     on_gpu.learn(Event("attended", 10.0, 17.0))
     assert on_gpu.left == pytest.approx(100 - MARGIN - 3 - 7, abs=0.5)
 
