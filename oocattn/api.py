@@ -23,9 +23,10 @@ from oocattn.planner import CHECKPOINT_SECONDS, make_plan
 from oocattn.plans import Plan
 from oocattn.problem import Problem, make_problem
 from oocattn.resuming import Choices, find_unfinished
-from oocattn.running import Result, is_finished, open_result, refuse_to_replace_dataset, resume_run, run_plan, tidy
+from oocattn.running import Result, Resuming, is_finished, open_result, refuse_to_replace_dataset, resume_run, run_plan, tidy
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.result import ResultArrays, ResultPaths
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.result import ResultArrays
 from oocattn.units import parse_duration, parse_size
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
@@ -142,6 +143,9 @@ def attention(
 def resume(
     result: str | Path,
     *,
+    dataset: str | Path | None = None,
+    accept_other_bits: bool = False,
+    check_finished: bool = False,
     time_limit: float | str | None = None,
     client: Client | None = None,
     dashboard_address: str = "127.0.0.1:0",
@@ -149,8 +153,11 @@ def resume(
 ) -> Result:
     """Go on with the unfinished run to `result`, with the plan and the dataset that it was begun with.
 
-    The options are those of `attention`. A finished result is returned as it is. Raises ProblemError where no run has begun,
-    IntegrityError where the dataset has changed since or the journal is damaged, and what `attention` raises.
+    `dataset` says where it is now; without it, the journal is believed only if it names a local path. On a processor, GPU or
+    torch that rounds otherwise the run is refused, unless `accept_other_bits` is given; then the report says so. The
+    checksums of finished chunks are compared for a few seconds, or with `check_finished` all of them. The other options are
+    those of `attention`. A finished result is returned as it is. Raises ProblemError where no run has begun, IntegrityError
+    where the dataset has changed since or the journal is damaged, and what `attention` raises.
     """
     until = _end(time_limit)
     paths = ResultPaths.at(result)
@@ -160,9 +167,10 @@ def resume(
             tidy(paths)
             return open_result(paths.result)
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
-    plan, dataset = begun.plan, begun.open_dataset()
+    plan, opened = begun.plan, begun.open_dataset(None if dataset is None else str(dataset))
+    resuming = Resuming(accept_other_bits, check_finished)
     with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan) as (running, _):
-        return resume_run(dataset, paths, running, callbacks, until)
+        return resume_run(opened, paths, running, callbacks, until, resuming)
 
 
 def _end(time_limit: float | str | None) -> float:

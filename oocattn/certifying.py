@@ -22,7 +22,8 @@ from oocattn.problem import Problem, make_problem
 from oocattn.storage.checksums import Checksums, find_damage, recorded_checksums, result_digest
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.durable import write_text
-from oocattn.storage.result import ResultArrays, ResultPaths
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.result import ResultArrays
 from oocattn.storage.result_rows import RowReader
 from oocattn.units import format_bytes
 from oocattn.verification import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
@@ -222,7 +223,7 @@ def _kept(certificate: Certificate, paths: ResultPaths) -> Certificate:
         paths.certificate: json.dumps(certificate.to_json(), indent=1) + "\n",
     }
     try:
-        paths.state.mkdir(exist_ok=True)
+        paths.make_state()
         for path, text in files.items():
             write_text(path, text)
     except OSError as error:

@@ -144,6 +144,9 @@ def _resume(options: argparse.Namespace) -> int:
     with _client(options.scheduler) as client:
         result = oocattn.resume(
             options.result,
+            dataset=options.dataset,
+            accept_other_bits=options.accept_other_bits,
+            check_finished=options.check_finished,
             time_limit=_time_left(options.time_limit),
             client=client,
             dashboard_address=options.dashboard,

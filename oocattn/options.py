@@ -83,6 +83,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("result", metavar="RESULT", help="path that the run was given")
+    parser.add_argument("--dataset", metavar="PATH", help="where the dataset is (default: the local path of the run)")
+    parser.add_argument(
+        "--accept-other-bits",
+        action="store_true",
+        help="go on also where processor, GPU or torch round otherwise than when the run began; the report says so",
+    )
+    parser.add_argument(
+        "--check-finished",
+        action="store_true",
+        help="compare the checksums of all finished chunks first (default: of as many as can be read in 10 s)",
+    )
     _add_watching(parser)
 
 

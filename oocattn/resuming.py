@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from oocattn.errors import BudgetError, IntegrityError, ResultExistsError
-from oocattn.plans import Plan
+from oocattn.errors import BudgetError, IntegrityError, ProblemError, ResultExistsError
+from oocattn.kernels import device_type, get_kernel
+from oocattn.plans import Plan, ScratchBytes
 from oocattn.problem import Problem, make_problem
+from oocattn.records import Range, Seconds, from_json, to_json
 from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.journal import Journal, identity, read_header
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.locations import recorded_location
+from oocattn.storage.lock import Claim
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.state import Growing
+from oocattn.stored_plan import read_plan
 from oocattn.units import format_bytes, parse_duration, parse_size
 from oocattn.version import versions
 
-FORMAT = 2
-"""Of the journal and of what lies beside it; another one is not resumed. 2: a fingerprint for each array of the dataset."""
-
-logger = logging.getLogger("oocattn")
+FORMAT = 3
+"""Of the journal and of what lies beside it; another one is not resumed. 3: machine and inputs of the plan, the name of the
+growing result, what computes."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +57,60 @@ class Choices:
 
 
 @dataclass(frozen=True)
+class DatasetIdentity:
+    """Where the dataset of a run is, and its fingerprint when the run began."""
+
+    location: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the journal of a run says that it works at, besides the plan.
+
+    `begun` is in seconds since the epoch, `result` the name under which its result grows, and `replaces` the identity of the
+    result that it is to replace. `versions` are those of what it computes with.
+    """
+
+    format: Annotated[int, Range(FORMAT, FORMAT)]
+    begun: Seconds
+    dataset: DatasetIdentity
+    versions: Mapping[str, str]
+    result: str
+    replaces: str | None
+
+
+@dataclass(frozen=True)
 class Unfinished:
-    """A run that was begun: its plan, the dataset that it reads, and the journal of what it has done."""
+    """A run that was begun: its plan, what else its journal says of it, where its result grows, and the journal."""
 
     plan: Plan
-    dataset: Mapping[str, str]
-    versions: Mapping[str, str]
+    header: Header
+    path: Path
     journal: Journal
 
     def check_asked(self, problem: Problem, dataset: Dataset) -> None:
         """Raise ResultExistsError where it is another problem's, dataset's or version's, IntegrityError where the dataset
         has changed since."""
-        place = self.journal.state
-        ours = {"problem": self.plan.problem, "dataset": self.dataset["location"], "oocattn": self.versions["oocattn"]}
-        asked = {"problem": problem, "dataset": dataset.location, "oocattn": versions()["oocattn"]}
-        for name, found in ours.items():
-            if found != asked[name]:
-                raise ResultExistsError(
-                    f"{place} holds an unfinished run of another {name} ({found}, now {asked[name]}): finish that one with "
-                    "`oocattn resume`, choose another path, or begin anew with overwrite=True (--overwrite)"
-                )
-        changed = changed_arrays(self.dataset["fingerprint"], dataset.fingerprint())
+        self._check_same("problem", self.plan.problem, problem)
+        self._check_same("dataset", self.header.dataset.location, dataset.location)
+        self._check_same("oocattn", self.header.versions.get("oocattn"), versions()["oocattn"])
+        self._check_unchanged(dataset)
+
+    def _check_same(self, name: str, found: object, asked: object) -> None:
+        if found != asked:
+            raise ResultExistsError(
+                f"{self.journal.state} holds an unfinished run of another {name} ({found}, now {asked}): finish that one "
+                "with `oocattn resume`, choose another path, or begin again with overwrite=True (--overwrite)"
+            )
+
+    def _check_unchanged(self, dataset: Dataset) -> None:
+        changed = changed_arrays(self.header.dataset.fingerprint, dataset.fingerprint())
         if changed:
             raise IntegrityError(
                 f"{dataset.location}: {changed} of the dataset changed (metadata, size, time or content of chunks) since "
-                f"the run in {place} began, so that cannot be resumed: begin anew with overwrite=True (--overwrite)"
+                f"the run in {self.journal.state} began, so it cannot be resumed: begin again with overwrite=True "
+                "(--overwrite)"
             )
 
     def check_chosen(self, choices: Choices) -> None:
@@ -91,14 +125,14 @@ class Unfinished:
             if budget is not None and budget < needed:
                 raise BudgetError(
                     f"the unfinished run in {place} takes {format_bytes(needed)} of {name}, more than "
-                    f"{format_bytes(budget)}: resume it with so much, or begin anew with overwrite=True (--overwrite)"
+                    f"{format_bytes(budget)}: resume it with so much, or begin again with overwrite=True (--overwrite)"
                 )
         for name in ("chunks", "decomposition", "kernel", "checkpoint_seconds"):
             found, chosen = getattr(plan, name), getattr(choices, name)
             if chosen not in (None, "auto", found):
                 raise ResultExistsError(
                     f"the unfinished run in {place} has {name.replace('_', ' ')} {found}, not {chosen}: resume it as it is, "
-                    "or begin anew with overwrite=True (--overwrite)"
+                    "or begin again with overwrite=True (--overwrite)"
                 )
 
     def check_plan(self, plan: Plan) -> None:
@@ -109,56 +143,76 @@ class Unfinished:
                 "anew with overwrite=True (--overwrite)"
             )
 
-    def warn_of_versions(self) -> None:
-        """Warn where it was begun with another torch: its kernels may round otherwise."""
-        before, now = self.versions["torch"], versions()["torch"]
-        if before != now:
-            logger.warning(
-                "%s: begun with torch %s, goes on with torch %s: exact all the same, but not bit for bit what either alone "
-                "would have given",
-                *(self.journal.state, before, now),
-            )
+    def check_bits(self, computing: Mapping[str, str], accept: bool) -> str:
+        """What computes otherwise now than when it began, in words; "" where nothing does.
 
-    def open_dataset(self) -> Dataset:
-        """The dataset that it reads. Raises IntegrityError where it has changed since."""
-        dataset, problem = Dataset.open(self.dataset["location"]), self.plan.problem
+        `computing` is what `arithmetic.describe_arithmetic` says of the workers. Raises ResultExistsError for a difference
+        that is not to be accepted: the result would not have the bits that either alone would give.
+        """
+        before = {name: self.header.versions.get(name, "unknown") for name in computing}
+        others = [f"{name} {before[name]}, now {found}" for name, found in computing.items() if before[name] != found]
+        if others and not accept:
+            raise ResultExistsError(
+                f"the unfinished run in {self.journal.state} was begun with {'; '.join(others)}: its result would not be "
+                "the same bit for bit; resume it where it began, or accept that with `oocattn resume --accept-other-bits` "
+                "(accept_other_bits=True)"
+            )
+        return "; ".join(others)
+
+    def open_dataset(self, named: str | None) -> Dataset:
+        """The dataset that it reads, at the place that is named, else where its journal says, if that is a local path.
+
+        Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.
+        """
+        problem = self.plan.problem
+        dataset = Dataset.open(named if named is not None else recorded_location(self.header.dataset.location).text)
         posed = make_problem(*dataset.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
-        self.check_asked(posed, dataset)
+        if posed != problem:
+            raise ProblemError(f"{dataset.location} poses another problem ({posed}) than the run's ({problem})")
+        self._check_same("oocattn", self.header.versions.get("oocattn"), versions()["oocattn"])
         dataset.check_complete()
+        self._check_unchanged(dataset)
         return dataset
 
 
-def begin_journal(paths: ResultPaths, plan: Plan, dataset: Mapping[str, str]) -> Journal:
+def begin_journal(
+    paths: ResultPaths, plan: Plan, dataset: Mapping[str, str], growing: Growing, computing: Mapping[str, str], claim: Claim
+) -> Journal:
     """The journal of a run that begins."""
-    header = {
-        "format": FORMAT,
-        "begun": time.time(),
-        "plan": plan.to_json(),
-        "dataset": dict(dataset),
-        "versions": versions(),
-    }
-    return Journal.begin(paths.state, header)
+    made_with = {**versions(), **computing}
+    header = Header(FORMAT, time.time(), DatasetIdentity(**dataset), made_with, growing.name, growing.replaces)
+    return Journal.begin(paths.state, {**to_json(header), "plan": plan.to_json()}, claim)
 
 
 def find_unfinished(paths: ResultPaths) -> Unfinished | None:
     """The unfinished run to this result; None where there is none. Raises IntegrityError for a journal that is damaged."""
     try:
         header = read_header(paths.state)
+        path = paths.unfinished
     except IntegrityError as error:
-        raise IntegrityError(f"{error}; begin anew with overwrite=True (--overwrite)") from error
-    if header is None or not paths.growing.exists():
+        raise IntegrityError(f"{error}; begin again with overwrite=True (--overwrite)") from error
+    if header is None or (path is None and "result" in header):
         return None
+    run = identity(header)
     try:
-        if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']}, expected {FORMAT}")
-        dataset = {name: str(header["dataset"][name]) for name in ("location", "fingerprint")}
-        plan, by = Plan.from_json(header["plan"]), {name: str(header["versions"][name]) for name in ("oocattn", "torch")}
-    except (KeyError, TypeError, ValueError) as error:
+        if path is None:
+            raise ValueError("it does not name its result")
+        if header.get("format") != FORMAT:
+            raise ValueError(f"format {header.get('format')!r:.20}, expected {FORMAT}")
+        plan = read_plan(header.pop("plan", None), _scratch_of)
+        found = from_json(Header, header)
+    except (ArithmeticError, ValueError) as error:
         raise IntegrityError(
-            f"{paths.state}: not the journal of a run that can be resumed ({error}): begin anew with overwrite=True "
+            f"{paths.state}: not the journal of a run that can be resumed ({error}): begin again with overwrite=True "
             "(--overwrite)"
         ) from error
-    return Unfinished(plan, dataset, by, Journal(paths.state, identity(header)))
+    return Unfinished(plan, found, path, Journal(paths.state, run))
+
+
+def _scratch_of(kernel: str, device: str) -> ScratchBytes:
+    if device_type(kernel) != device:
+        raise ValueError(f"kernel {kernel} is not for {device}")
+    return get_kernel(kernel).scratch_bytes
 
 
 def describe(problem: Problem, dataset: Dataset) -> dict[str, Any]:

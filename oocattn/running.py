@@ -6,9 +6,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +16,24 @@ import zarr
 
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError
 from oocattn.pipelines.events import Callback
+from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
 from oocattn.pipelines.report import RunReport
-from oocattn.pipelines.status import StatusFile
+from oocattn.pipelines.status import StatusFile, read_report
 from oocattn.plans import Plan
 from oocattn.problem import Problem
 from oocattn.resuming import Unfinished, begin_journal, describe, find_unfinished
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.durable import make_durably
-from oocattn.storage.lock import Lock
-from oocattn.storage.result import ResultArrays, ResultPaths, read_json
+from oocattn.storage.folders import is_folder
+from oocattn.storage.lock import FileLock
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.result import ResultArrays
+from oocattn.storage.state import Layout, RunState, is_untidy
 from oocattn.version import versions
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
+
+    from oocattn.pipelines.attempt import Work
 
 logger = logging.getLogger("oocattn")
 
@@ -46,6 +51,18 @@ class Result:
     report: RunReport | None
 
 
+@dataclass(frozen=True)
+class Resuming:
+    """How an unfinished run is gone on with.
+
+    `accept_other_bits`: also where its result has other bits than that of an uninterrupted run. `check_finished`: compare
+    the checksums of all finished chunks first, not only of as many as can be read in a few seconds.
+    """
+
+    accept_other_bits: bool = False
+    check_finished: bool = False
+
+
 def run_plan(
     plan: Plan,
     dataset: Dataset,
@@ -58,80 +75,90 @@ def run_plan(
 ) -> Result:
     """Carry out a plan made for `dataset`: the part of `attention` after planning, for callers who plan themselves.
 
-    It ends by `until`, in seconds since the epoch. An unfinished run of an equal plan is resumed.
+    It ends by `until`, a moment of `clock.now`. An unfinished run of an equal plan is resumed.
     """
     refuse_to_replace_dataset(paths, dataset)
     if is_finished(paths, plan.problem, dataset, overwrite):
         return open_result(paths.result)
     dataset.check_complete()
-    make_durably(paths.state)
-    with Lock(paths.lock, until):
+    paths.make_state()
+    with FileLock(paths.lock, until) as lock:
+        state = RunState(paths, lock.claim)
         if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
         begun = None if overwrite else find_unfinished(paths)
         if begun is None:
-            _begin(plan, dataset, paths, client, callbacks, until)
+            work = _begin(plan, dataset, state, client, overwrite)
         else:
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
-            logger.warning("%s: going on with the unfinished run that is there, as it was planned", paths.result)
-            _carry_on(begun, dataset, paths, client, callbacks, until)
+            logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
+            work = _resume(begun, dataset, state, client, Resuming())
+        _carry_out(work, client, callbacks, until)
     return open_result(paths.result)
 
 
-def resume_run(dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback], until: float) -> Result:
+def resume_run(
+    dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback], until: float, resuming: Resuming
+) -> Result:
     """Go on with the unfinished run to a result: the part of `resume` after the start of a cluster."""
-    with Lock(paths.lock, until):
+    paths.make_state()
+    with FileLock(paths.lock, until) as lock:
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
-            _carry_on(begun, dataset, paths, client, callbacks, until)
+            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming)
+            _carry_out(work, client, callbacks, until)
     return open_result(paths.result)
 
 
-def _begin(
-    plan: Plan, dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback], until: float
-) -> None:
-    """Run a plan from its beginning; the result is locked."""
-    from oocattn.pipelines.attempt import Work
+def _carry_out(work: Work, client: Client, callbacks: Sequence[Callback], until: float) -> None:
+    """Do what is left of a run; the result is locked."""
     from oocattn.pipelines.run import run
 
+    run(work, client, (StatusFile(work.paths.status), *callbacks), until)
+
+
+def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwrite: bool) -> Work:
+    """A run at its beginning; the result is locked."""
+    from oocattn.pipelines.attempt import Work
+    from oocattn.pipelines.cluster import describe_workers
+
     identity = describe(plan.problem, dataset)
-    arrays = paths.begin(**_layout(plan), attributes={**identity, "plan": _decided(plan), "versions": versions()})
-    journal = begin_journal(paths, plan, identity["dataset"])
-    work = Work(plan, dataset, identity["dataset"]["fingerprint"], paths, arrays, journal)
-    run(work, client, (StatusFile(paths.status), *callbacks), until)
+    computing = describe_workers(client, plan)
+    made_with = {**versions(), **computing}
+    layout = _layout(plan, {**identity, "plan": _decided(plan), "versions": made_with})
+    growing = state.begin(layout, overwrite=overwrite)
+    journal = begin_journal(state.paths, plan, identity["dataset"], growing, computing, state.claim)
+    return Work(plan, dataset, identity["dataset"]["fingerprint"], state, growing, journal)
 
 
-def _layout(plan: Plan) -> dict[str, Any]:
-    """Shape, dtype and chunks of the result."""
+def _resume(begun: Unfinished, dataset: Dataset, state: RunState, client: Client, resuming: Resuming) -> Work:
+    """A run that was begun before; the result is locked."""
+    from oocattn.pipelines.attempt import Work
+    from oocattn.pipelines.cluster import describe_workers
+
+    plan, header = begun.plan, begun.header
+    other_bits = begun.check_bits(describe_workers(client, plan), resuming.accept_other_bits)
+    attributes = {"problem": asdict(plan.problem), "dataset": asdict(header.dataset), "plan": _decided(plan)}
+    growing = state.resume(begun.path, _layout(plan, attributes), replaces=header.replaces)
+    journal = replace(begun.journal, claim=state.claim)
+    if other_bits:
+        journal.note_other_bits(other_bits)
+    compared = compare_finished(plan, growing.arrays, journal, math.inf if resuming.check_finished else COMPARE_SECONDS)
+    return Work(plan, dataset, header.dataset.fingerprint, state, growing, journal, compared)
+
+
+def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:
+    """Shape, dtype, chunks and attributes of the result."""
     problem = plan.problem
     shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
-    return {"shape": shape, "dtype": problem.out_dtype, "chunk_rows": plan.out_chunk_rows}
+    return Layout(shape, problem.out_dtype, plan.out_chunk_rows, attributes)
 
 
 def _decided(plan: Plan) -> dict[str, Any]:
     """What a result says of its plan."""
     names = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel")
     return {name: getattr(plan, name) for name in names}
-
-
-def _carry_on(
-    begun: Unfinished,
-    dataset: Dataset,
-    paths: ResultPaths,
-    client: Client,
-    callbacks: Sequence[Callback],
-    until: float,
-) -> None:
-    """Do what is left of a run; the result is locked."""
-    from oocattn.pipelines.attempt import Work
-    from oocattn.pipelines.run import run
-
-    begun.warn_of_versions()
-    attributes = {"problem": asdict(begun.plan.problem), "dataset": begun.dataset, "plan": _decided(begun.plan)}
-    arrays = paths.resume(**_layout(begun.plan), attributes=attributes)
-    work = Work(begun.plan, dataset, begun.dataset["fingerprint"], paths, arrays, begun.journal)
-    run(work, client, (StatusFile(paths.status), *callbacks), until)
 
 
 def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrite: bool) -> bool:
@@ -158,20 +185,22 @@ def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrit
 
 
 def tidy(paths: ResultPaths) -> None:
-    """Do what a run that was killed at its very end has left to do."""
-    if paths.untidy:
-        with suppress(LockedError), Lock(paths.lock):
-            paths.tidy()
+    """Do what a run that was killed at its very end has left to do; a failure costs nothing but that."""
+    if is_folder(paths.state) and is_untidy(paths):
+        with suppress(LockedError, IntegrityError, OSError), FileLock(paths.lock) as lock:
+            RunState(paths, lock.claim).tidy()
 
 
 def refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:
-    """Raise ResultExistsError where the result's path is the dataset's, holds it, or is that of one of its arrays."""
-    location, result = Path(dataset.location).resolve(), paths.result.resolve()
-    inside = any(result.is_relative_to(location / name) for name in dataset.arrays)
-    if "://" not in dataset.location and (inside or location.is_relative_to(result)):
-        raise ResultExistsError(
-            f"{paths.result} belongs to the dataset {dataset.location}: choose another path for the result"
-        )
+    """Raise ResultExistsError where the result, or the folder of job state, would lie in the dataset or hold it."""
+    if dataset.folder is None:
+        return
+    location = Path(dataset.location).resolve()
+    for place in (paths.result, paths.state):
+        ours = place.resolve()
+        inside = any(ours.is_relative_to(location / name) for name in dataset.arrays)
+        if inside or location.is_relative_to(ours):
+            raise ResultExistsError(f"{place} belongs to the dataset {dataset.location}: choose another path for the result")
 
 
 def open_result(result: str | Path) -> Result:
@@ -181,8 +210,7 @@ def open_result(result: str | Path) -> Result:
         raise IntegrityError(f"{paths.result}: no finished result here; `oocattn status` says whether one is under way")
     arrays = ResultArrays.open(paths.result)
     try:
-        found = read_json(paths.report)
-        report = RunReport.from_json(found) if found else None
+        report = read_report(paths)
     except IntegrityError as error:  # the result is worth more
         warnings.warn(f"the report of the run cannot be read: {error}", stacklevel=2)
         report = None

@@ -48,8 +48,8 @@ def _check_choices(plan: Plan) -> None:
 
 def _same(value: Any, other: Any) -> bool:
     """Whether two JSON values are equal, numbers that are not whole up to their last digits."""
-    if isinstance(value, float) and isinstance(other, float):
-        return math.isclose(value, other, rel_tol=1e-9)
+    if isinstance(value, float) or isinstance(other, float):
+        return isinstance(value, int | float) and isinstance(other, int | float) and math.isclose(value, other, rel_tol=1e-9)
     if isinstance(value, Mapping) and isinstance(other, Mapping):
         return value.keys() == other.keys() and all(_same(value[name], other[name]) for name in value)
     if isinstance(value, list) and isinstance(other, list):

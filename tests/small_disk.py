@@ -13,7 +13,7 @@ from support import assert_same_bits, carry_out, normal_arrays, plan_for, replan
 
 import oocattn
 from oocattn.pipelines.local_cluster import local_client
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 
 def mount(disk: Path, kibibytes: int, *options: str) -> None:

@@ -28,7 +28,8 @@ from oocattn.problem import Problem, make_problem
 from oocattn.running import run_plan
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.journal import Journal
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.state import Growing, Layout, RunState
 
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
@@ -144,12 +145,25 @@ def carry_out(
 
 def job_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Job:
     """The job of a lane by itself, on `folder`/dataset.zarr and with a new result in `folder`."""
-    paths = ResultPaths.at(folder / result)
+    state, growing = begun(ResultPaths.at(folder / result), plan)
+    journal = Journal.begin(state.paths.state, {"result": growing.name}, state.claim)
+    return Job("run", plan, Dataset.open(folder / "dataset.zarr"), growing.arrays, journal, state.paths.scratch, {})
+
+
+def begun(paths: ResultPaths, plan: Plan) -> tuple[RunState, Growing]:
+    """The places of a result in the hands of a run, and the result that it has begun."""
     problem = plan.problem
     shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
-    arrays = paths.begin(shape=shape, dtype=problem.out_dtype, chunk_rows=plan.out_chunk_rows, attributes={})
-    journal = Journal.begin(paths.state, {})
-    return Job("run", plan, Dataset.open(folder / "dataset.zarr"), arrays, journal, paths.scratch, {})
+    paths.make_state()
+    state = RunState(paths, Unlocked())
+    return state, state.begin(Layout(shape, problem.out_dtype, plan.out_chunk_rows, {}), overwrite=True)
+
+
+class Unlocked:
+    """A claim that nobody disputes."""
+
+    def check(self) -> None:
+        """It is held."""
 
 
 def written_bits(lane: Lane, head_group: int = 0) -> list[NDArray[Any]]:
@@ -238,5 +252,5 @@ class Recorder:
 
 def assert_nothing_written(result: Path) -> None:
     assert not os.path.lexists(result)
-    assert not ResultPaths.at(result).growing.exists()
+    assert ResultPaths.at(result).unfinished is None
     assert oocattn.status(result).state == "none"

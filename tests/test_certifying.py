@@ -19,7 +19,8 @@ from support import carry_out, damage, normal_arrays, plan_for, write_dataset
 import oocattn
 from oocattn import Certificate, IntegrityError, certifying
 from oocattn.cli import main
-from oocattn.storage.result import ResultPaths, read_json
+from oocattn.storage.durable import read_json
+from oocattn.storage.paths import ResultPaths
 
 TOKENS, CHUNKS, HEADS = 210, 7, 4
 PART = TOKENS // CHUNKS

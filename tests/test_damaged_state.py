@@ -20,7 +20,7 @@ import oocattn
 from oocattn import Event, IntegrityError, Plan, ResultExistsError
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.storage import journal
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_growing_result_with_other_metadata_is_refused(
 ) -> None:
     interrupted(plan_for(dataset, chunks=13, causal=True), dataset, result, client, "written", 8)
     paths = ResultPaths.at(result)
-    metadata = paths.growing / where / "zarr.json"
+    metadata = paths.unfinished / where / "zarr.json"
     if change is None:
         metadata.write_text("{ nonsense")
     else:
@@ -69,7 +69,7 @@ def test_a_finished_chunk_whose_file_is_not_there_is_computed_again(
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
     interrupted(plan, dataset, result, client, "written", 8)
     paths = ResultPaths.at(result)
-    damage(sorted((paths.growing / array).glob("c.*"))[0], spoil)
+    damage(sorted((paths.unfinished / array).glob("c.*"))[0], spoil)
     found = oocattn.resume(result, client=client)
     assert_same_bits(found, right)
     assert found.report.recomputed == 1

@@ -19,7 +19,7 @@ from support import TOKENS, assert_nothing_written, carry_out, damage, normal_ar
 
 import oocattn
 from oocattn import BudgetError, Event, IntegrityError, LockedError, OocattnError, ProblemError, ResultExistsError
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 
 def replace_array(name: str, data: np.ndarray | None) -> Callable[[Path], None]:
@@ -279,7 +279,7 @@ def test_a_result_is_written_by_one_run_at_a_time(client: Client, dataset: Path,
         with pytest.raises(LockedError, match=rf"{paths.state}: .*process {holder.pid} on host {os.uname().nodename}"):
             carry_out(plan_for(dataset), dataset, result, client)
         assert not os.path.lexists(result)
-        assert not paths.growing.exists()
+        assert paths.unfinished is None
         status = oocattn.status(result)
         assert (status.state, str(holder.pid) in status.holder) == ("running", True)
     finally:

@@ -28,7 +28,7 @@ import oocattn
 from oocattn import Event, IntegrityError
 from oocattn.kernels import Partial
 from oocattn.pipelines.partial_files import Covered, PartialFiles
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 # Damage while a run is under way
 

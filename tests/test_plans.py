@@ -63,7 +63,7 @@ def test_chunks_of_tokens_cover_the_sequence_without_overlap() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"chunks": 13}, {"chunk_rows": 300}, {"decomposition": "strips", "span": 2}, 
+        {"chunks": 13}, {"chunk_rows": 300}, {"decomposition": "strips", "span": 2},
         {"machine": replace(MACHINE.machine, kernel="reference")},
         {"problem": a_problem(1000, causal=False)}, {"out_chunk_rows": 1}, {"tiles": Tiles(1000, 500)},
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,16 +15,27 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client
-from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from support import (
+    Recorder,
+    Unlocked,
+    assert_same_bits,
+    carry_out,
+    damage,
+    normal_arrays,
+    plan_for,
+    write_dataset,
+)
 
 import oocattn
 from oocattn import BudgetError, Event, IntegrityError, Plan, ProblemError, ResultExistsError
+from oocattn.arithmetic import arithmetic_of
 from oocattn.cli import main
+from oocattn.kernels import get_kernel
 from oocattn.pipelines.local_cluster import local_client
-from oocattn.plans import Plan as PlanRecord
 from oocattn.storage.durable import encode_record, read_record
 from oocattn.storage.journal import Journal
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
+from oocattn.stored_plan import read_plan
 from oocattn.version import versions
 
 TOKENS = 170
@@ -125,7 +137,7 @@ def test_the_same_call_resumes_and_the_command_says_so(
         capsys.readouterr()
         caplog.clear()
         again(path)
-        assert (f"{path}: going on with the unfinished run" in caplog.text) == (number < 2)
+        assert (f"{path}: resuming the unfinished run" in caplog.text) == (number < 2)
         printed = capsys.readouterr().out
         assert_same_bits(oocattn.resume(path), right)  # finished: it is returned as it is
         assert bool(printed) == bool(number)
@@ -239,18 +251,84 @@ def test_another_version_does_not_go_on(
         oocattn.resume(result, client=client)
 
 
-def test_another_torch_goes_on_with_a_warning(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def other_arithmetic(*arguments: Any) -> dict[str, str]:
+    """What a worker with another torch, on another processor, says of itself."""
+    return {**arithmetic_of(*arguments), "torch": "99", "cpu": "AVX99"}
+
+
+def test_other_bits_are_refused_or_accepted_and_reported(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=13)
     interrupted(plan, dataset, result, client)
+    words = rf"was begun with torch {re.escape(versions()['torch'])}, now 99; cpu .*, now AVX99: .*--accept-other-bits"
     with monkeypatch.context() as patched:
-        patched.setattr("oocattn.resuming.versions", lambda: {**versions(), "torch": "99"})
-        interrupted(plan, dataset, result, client)
-    assert "goes on with torch 99" in caplog.text
-    caplog.clear()
-    oocattn.resume(result, client=client)
-    assert "torch" not in caplog.text
+        patched.setattr("oocattn.pipelines.cluster.arithmetic_of", other_arithmetic)
+        for again in (
+            lambda: oocattn.resume(result, client=client),
+            lambda: carry_out(plan, dataset, result, client),
+        ):
+            with pytest.raises(ResultExistsError, match=words):
+                again()
+        with pytest.raises(EnoughError):
+            oocattn.resume(result, client=client, accept_other_bits=True, callbacks=[interrupt("attended", 1)])
+    report = oocattn.resume(result, client=client).report
+    assert "now 99" in report.other_bits
+    assert "other bits" in str(report)
+    assert carry_out(plan, dataset, result, client, overwrite=True).report.other_bits == ""
+
+
+def test_a_processor_that_computes_otherwise_is_told(dataset: Path) -> None:
+    """The bits of a small call differ where torch takes other vector instructions, and not with the number of threads."""
+    script = "import torch, sys; from oocattn.arithmetic import arithmetic_of; torch.set_num_threads(int(sys.argv[1])); "
+    script += "print(arithmetic_of('cpu', 64, 'float32', 'cpu'))"
+    said = {}
+    for name, capability, threads in (("one", None, "1"), ("two", None, "2"), ("other", "default", "1")):
+        environment = {**os.environ, **({"ATEN_CPU_CAPABILITY": capability} if capability else {})}
+        command = [sys.executable, "-c", script, threads]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        said[name] = ended.stdout
+    assert said["one"] == said["two"]
+    assert said["other"] != said["one"]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_checksums_of_finished_chunks_are_compared(
+    client: Client,
+    dataset: Path,
+    result: Path,
+    everything: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    interrupted(plan, dataset, result, client, "written", 8)
+    unfinished = ResultPaths.at(result).unfinished
+    damaged = sorted((unfinished / "lse").glob("c.0.0.*"))[0]  # of the chunk that is compared last
+    damage(damaged, lambda content: bytes([content[0] ^ 1]) + content[1:])
+    monkeypatch.setattr("oocattn.running.COMPARE_SECONDS", -1.0)
+    found = oocattn.resume(result, client=client, check_finished=everything)
+    if not everything:
+        assert re.search(r"the checksums of 0 of \d+ finished chunks were compared", caplog.text)
+        assert not oocattn.verify(result).passed
+        return
+    assert_same_bits(found, right)
+    assert found.report.recomputed == 1
+    assert "finished chunks were compared" not in caplog.text
+    assert re.search(
+        r"before       (\d+) chunks were finished, the checksums of \1 of them were compared", str(found.report)
+    )
+
+
+def test_a_dataset_that_was_moved_is_named(client: Client, dataset: Path, result: Path) -> None:
+    plan = plan_for(dataset, chunks=13)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    interrupted(plan, dataset, result, client)
+    moved = dataset.rename(dataset.with_name("moved.zarr"))
+    with pytest.raises(ProblemError, match="no Zarr group at"):
+        oocattn.resume(result, client=client)
+    assert_same_bits(oocattn.resume(result, client=client, dataset=moved), right)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +350,7 @@ def test_a_journal_that_cannot_be_ours_is_refused(
     path = ResultPaths.at(result).state / "plan.json"
     header = json.loads(path.read_bytes().partition(b" ")[2])
     path.write_bytes(encode_record(change(header)))
-    with pytest.raises(IntegrityError, match=r"not the journal of a run that can be resumed .*: begin\s+anew"):
+    with pytest.raises(IntegrityError, match=r"not the journal of a run that can be resumed .*: begin again"):
         oocattn.resume(result, client=client)
     assert carry_out(plan, dataset, result, client, overwrite=True).path == result
 
@@ -280,7 +358,7 @@ def test_a_journal_that_cannot_be_ours_is_refused(
 def test_a_plan_survives_its_journal(dataset: Path) -> None:
     for options in ({"chunks": 13}, {"chunks": 5, "decomposition": "strips"}):
         plan = plan_for(dataset, causal=True, **options)
-        assert PlanRecord.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+        assert read_plan(json.loads(json.dumps(plan.to_json())), lambda kernel, _: get_kernel(kernel).scratch_bytes) == plan
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -326,7 +404,7 @@ def test_what_is_killed_gives_the_same_bits(partials: str, victim: str) -> None:
 
 
 def test_a_record_of_another_run_counts_for_nothing(fast_path: Path) -> None:
-    first = Journal.begin(fast_path, {"begun": 1})
+    first = Journal.begin(fast_path, {"begun": 1}, Unlocked())
     first.finish(0, 3, {"pairs": 7})
     assert first.finished() == {(0, 3): {"pairs": 7}}
     assert Journal(fast_path, "another").finished() == {}

@@ -27,7 +27,7 @@ from oocattn.pipelines.report import RunReport
 from oocattn.problem import Problem
 from oocattn.running import Result
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 from oocattn.verification import Array64
 
 TILE = {"cpu": 8192, "cuda": 131_072}

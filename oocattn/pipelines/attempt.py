@@ -27,6 +27,7 @@ from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError
 from oocattn.pipelines.cluster import living_workers
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.events import Callback, Event
+from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.interrupts import InterruptedRunError
 from oocattn.pipelines.lane import Job
@@ -37,7 +38,9 @@ from oocattn.plans import Plan
 from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.durable import is_disk_full
 from oocattn.storage.journal import Journal
-from oocattn.storage.result import ResultArrays, ResultPaths
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.result import ResultArrays
+from oocattn.storage.state import Growing, RunState
 from oocattn.units import format_seconds
 
 PATIENCE = 5.0
@@ -51,15 +54,29 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class Work:
-    """What a run works at: a plan over a dataset, whose `fingerprint` must still be the same when all is read, into a result
-    that grows at `paths`, and the journal of what is done."""
+    """What a run works at: a plan over a dataset, into a `growing` result among the places of `state`.
+
+    The `fingerprint` of the dataset must still be the same when all is read. The journal says what is done, and `compared`
+    what of that was looked at as the run was resumed.
+    """
 
     plan: Plan
     dataset: Dataset
     fingerprint: str
-    paths: ResultPaths
-    result: ResultArrays
+    state: RunState
+    growing: Growing
     journal: Journal
+    compared: Compared = NOTHING_FINISHED
+
+    @property
+    def paths(self) -> ResultPaths:
+        """The places of the result."""
+        return self.state.paths
+
+    @property
+    def result(self) -> ResultArrays:
+        """The arrays of the result that grows."""
+        return self.growing.arrays
 
 
 class Attempt:

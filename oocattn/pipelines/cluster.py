@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from distributed import Client
 
+from oocattn.arithmetic import arithmetic_of, combine
 from oocattn.errors import ProblemError, WorkerLostError
+from oocattn.plans import Plan
 
 
 def worker_addresses(client: Client) -> list[str]:
@@ -49,6 +51,13 @@ def living_workers(client: Client) -> list[str]:
     except (OSError, TimeoutError, ValueError) as error:
         reason = error
     raise WorkerLostError(f"the scheduler is gone ({reason}); start one and resume")
+
+
+def describe_workers(client: Client, plan: Plan) -> dict[str, str]:
+    """What the client's workers compute the plan with, by name (`arithmetic`)."""
+    problem = plan.problem
+    found = client.run(arithmetic_of, plan.kernel, problem.head_dim, problem.dtype, plan.device)
+    return combine(list(found.values()))
 
 
 def assign_devices(client: Client, device_type: str) -> dict[str, str]:

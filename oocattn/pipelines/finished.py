@@ -1,10 +1,13 @@
-"""What the journal records of a finished query chunk: made when it is written, validated when it is read back, and the
-checksums of the whole result gathered from all of them.
+"""What the journal records of a finished query chunk: made when it is written, validated when it is read back, compared with
+the result as a run is resumed, and the checksums of the whole result gathered from all of them.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from oocattn.plans import Plan
@@ -13,6 +16,24 @@ from oocattn.storage.journal import Journal, Place
 from oocattn.storage.result import ResultArrays, Written
 
 NAMES = ("out", "lse")
+
+COMPARE_SECONDS = 10.0
+"""For which the checksums of finished chunks are compared before a run goes on, unless all are to be."""
+
+logger = logging.getLogger("oocattn")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How many chunks were finished before a run went on, of how many of them the checksums were compared, and how many did
+    not match and are computed again."""
+
+    finished: int = 0
+    compared: int = 0
+    damaged: int = 0
+
+
+NOTHING_FINISHED = Compared()
 
 
 def record_of(pairs: int, not_finite: int, parts: Sequence[Written]) -> dict[str, Any]:
@@ -30,6 +51,42 @@ def is_written(plan: Plan, result: ResultArrays, head_group: int, chunk: int) ->
     """Whether the files of a chunk are in the result, as long as they must be."""
     heads = plan.problem.query_heads
     return all(result.has(*divmod(head, heads), part) for head, part in _parts(plan, head_group, chunk))
+
+
+def compare_finished(plan: Plan, result: ResultArrays, journal: Journal, seconds: float) -> Compared:
+    """Compare the checksums of finished chunks, those written last first, for so many seconds.
+
+    What does not match is removed from the result, so that it is computed again.
+    """
+    finished = {
+        place: record for place, record in finished_chunks(plan, journal).items() if is_written(plan, result, *place)
+    }
+    until = time.monotonic() + seconds
+    compared = damaged = 0
+    for place, record in sorted(finished.items(), reverse=True):
+        if time.monotonic() > until:
+            break
+        compared += 1
+        if not _matches(plan, result, place, record):
+            damaged += 1
+            logger.warning("chunk %d of head group %d is not as it was written: computed again", place[1], place[0])
+            for head, part in _parts(plan, *place):
+                result.remove(*divmod(head, plan.problem.query_heads), part)
+    if compared < len(finished):
+        logger.warning(
+            "the checksums of %d of %d finished chunks were compared in %g s; --check-finished compares all, and so does "
+            "`oocattn verify` in the end",
+            *(compared, len(finished), seconds),
+        )
+    return Compared(len(finished), compared, damaged)
+
+
+def _matches(plan: Plan, result: ResultArrays, place: Place, record: Mapping[str, Any]) -> bool:
+    for number, (head, part) in enumerate(_parts(plan, *place)):
+        found = result.checksums(*divmod(head, plan.problem.query_heads), part)
+        if any(found[name] != record[name][8 * number : 8 * (number + 1)] for name in NAMES):
+            return False
+    return True
 
 
 def gather_checksums(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> dict[str, Checksums]:

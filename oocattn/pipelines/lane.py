@@ -105,7 +105,9 @@ class Lane(ABC):
         out_blocks = Pool[OutBlock]()
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self._allocated = allocating.submit(self._allocate_or_tell, states, out_blocks)
-        self.partials = make_partials(plan, PartialFiles(job.scratch, job.journal.run), states, self.merge_states)
+        self.partials = make_partials(
+            plan, PartialFiles(job.scratch, job.journal.run, job.journal.claim), states, self.merge_states
+        )
         self.result = job.result
         self.finisher = Finisher(plan, self.partials, self.result, job.journal, out_blocks, self.finalise)
         self.kernel = get_kernel(plan.kernel)

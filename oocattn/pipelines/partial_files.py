@@ -7,6 +7,7 @@ checkpoint holds what the first few of a chunk's contributors did.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from oocattn.errors import IntegrityError
 from oocattn.kernels import Partial
 from oocattn.memory import PARTIAL_BLOCK_ROWS
 from oocattn.storage.blockfile import read_blocks, read_label, write_blocks
-from oocattn.storage.durable import PARTIAL
+from oocattn.storage.folders import names_in
+from oocattn.storage.lock import Claim
+
+_NAME = re.compile(r"partial-\d+-\d+-\d+")
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,14 @@ class Covered:
 
 @dataclass(frozen=True)
 class PartialFiles:
-    """The partials of the run `run` in a folder, one file for a chunk and the first subproblem that is in it."""
+    """The partials of the run `run` in a folder, one file for a chunk and the first subproblem that is in it.
+
+    They are written and removed under a `claim` to the result's lock.
+    """
 
     folder: Path
     run: str
+    claim: Claim | None = None
 
     def path(self, of: Covered) -> Path:
         """The file of a partial."""
@@ -47,6 +55,7 @@ class PartialFiles:
 
         `not_finite` is how many elements of the chunk's inputs those subproblems found to be NaN or Inf.
         """
+        self._check()
         blocks = [_arrays(rows) for rows in row_blocks(state)]
         return write_blocks(self.path(of), blocks, {**self._label(of), "not_finite": not_finite})
 
@@ -67,13 +76,19 @@ class PartialFiles:
 
     def remove(self, of: Covered) -> None:
         """Remove a partial, if it is there."""
+        self._check()
         self.path(of).unlink(missing_ok=True)
 
     def found(self) -> Iterator[tuple[Path, Covered | None]]:
         """Every file, and what it is of by its own word: None if that cannot be, or it is another run's."""
-        for path in sorted(self.folder.glob("partial-*")):
-            if path.suffix != PARTIAL:
-                yield path, self._covered(path)
+        for name in names_in(self.folder):
+            if _NAME.fullmatch(name):
+                yield self.folder / name, self._covered(self.folder / name)
+
+    def _check(self) -> None:
+        """Raise LockedError where the run has lost its lock."""
+        if self.claim is not None:
+            self.claim.check()
 
     def _covered(self, path: Path) -> Covered | None:
         try:

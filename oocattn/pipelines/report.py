@@ -10,9 +10,11 @@ from typing import Any
 
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
+from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.pipelines.timeline import busy_seconds
 from oocattn.plans import Plan
 from oocattn.storage.journal import Place
+from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
 
@@ -27,7 +29,9 @@ class RunReport:
     `not_finite` the NaN and Inf found in the inputs; `recomputed` the partials on disk that were damaged, so that they were
     computed again; `retried` the tasks that failed and were tried again, `workers_lost` how often workers died, so that
     others took over their work; `out_of_memory` how often a GPU had less memory than was planned, so that the run went on
-    with smaller tiles.
+    with smaller tiles; `chunks_before` the chunks that were finished before it was resumed, and `chunks_compared` those of
+    them whose checksums were compared then; `other_bits` what computed otherwise for a part of the run than when it began, so
+    that its bits are not those of an uninterrupted run.
     """
 
     seconds: float
@@ -47,6 +51,9 @@ class RunReport:
     busy: Mapping[str, float]
     compute_busy: float
     out_of_memory: int
+    chunks_before: int
+    chunks_compared: int
+    other_bits: str
     finished: str
 
     def to_json(self) -> dict[str, Any]:
@@ -82,6 +89,13 @@ class RunReport:
         ]
         if self.pairs_before:
             lines.append(f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were attended before")
+        if self.chunks_before:
+            lines.append(
+                f"before       {self.chunks_before:,} chunks were finished, the checksums of {self.chunks_compared:,} of them "
+                "were compared"
+            )
+        if self.other_bits:
+            lines.append(f"bits         other bits than those of an uninterrupted run: {printable(self.other_bits)}")
         if self.not_finite:
             lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
         if self.recomputed:
@@ -125,6 +139,8 @@ class Tally:
         *,
         seconds: float,
         lanes: int,
+        compared: Compared = NOTHING_FINISHED,
+        other_bits: str = "",
     ) -> RunReport:
         """The figures of a run: the journal has those of all its finished chunks."""
 
@@ -149,5 +165,8 @@ class Tally:
             busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
             compute_busy=self.computing / max(seconds * lanes, 1e-9),
             out_of_memory=self.details["out_of_memory"],
+            chunks_before=compared.finished,
+            chunks_compared=compared.compared,
+            other_bits=other_bits,
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from distributed import Client
 
-from oocattn.errors import TaintedError, TaskError, TimeLimitError, WorkerLostError
+from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.attempt import Attempt, Work
 from oocattn.pipelines.cluster import assign_devices, wait_for_workers
 from oocattn.pipelines.deadline import Deadline
@@ -31,7 +31,7 @@ from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
 from oocattn.plans import Plan
-from oocattn.storage.durable import is_disk_full, remove_leftovers, write_text
+from oocattn.storage.durable import is_disk_full, write_text
 from oocattn.storage.journal import Place
 
 ATTEMPTS = 3
@@ -71,23 +71,33 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
         finished = finished_chunks(plan, work.journal)
         _check_pairs(plan, finished)
         work.result.record(gather_checksums(plan, finished))
-        report = tally.report(plan, finished, seconds=time.time() - start, lanes=lanes)
+        report = tally.report(plan, finished, seconds=time.time() - start, lanes=lanes, **_resumed(work))
+        work.state.claim.check()
         write_text(work.paths.report, json.dumps(report.to_json(), indent=1))
-        work.paths.commit()
+        work.state.commit(work.growing)
     except BaseException as error:
         try:
             emit(Event("failed", start, time.time(), detail={"error": _words(error)}))
         finally:
             if isinstance(error, TaintedError):
-                work.paths.discard()
+                work.state.discard(work.growing)
         if is_disk_full(error):
             words = "no space left for the result and its partials; make room and resume"
             raise OSError(errno.ENOSPC, words, str(work.paths.state)) from error
         raise
+    try:
+        work.state.tidy()
+    except (OocattnError, OSError) as error:  # the result is there: `resume` tidies up
+        logger.warning("%s is complete, but not everything beside it was removed: %s", work.paths.result, error)
     now = time.time()
     emit(Event("committed", now, now, detail={"path": str(work.paths.result)}))
     emit(Event("ended", start, now, detail={"report": report}))
     return report
+
+
+def _resumed(work: Work) -> dict[str, Any]:
+    """What the report says of a run that was resumed."""
+    return {"compared": work.compared, "other_bits": work.journal.other_bits}
 
 
 def _words(error: BaseException) -> str:
@@ -112,7 +122,7 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
     event = Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""})
     devices = _devices(client, plan)
     while True:
-        remove_leftovers(work.paths.state)  # of workers that died while they wrote
+        work.state.remove_leftovers()  # of workers that died while they wrote
         found = find_done(plan, work.journal, work.paths.scratch, work.result)
         for path in found.useless:
             path.unlink(missing_ok=True)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Annotated, Literal, cast
 
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
+from oocattn.records import Count, Range, Seconds, from_json, to_json
+from oocattn.storage.durable import read_json, write_text
+from oocattn.storage.folders import is_folder
 from oocattn.storage.lock import lock_holder
-from oocattn.storage.result import ResultPaths, read_json, write_json
+from oocattn.storage.paths import ResultPaths
 from oocattn.units import format_bytes, format_seconds
+
+MOST_BYTES = 1 << 20
+"""Of the files of status and report."""
 
 INTERVAL = 1.0
 """Seconds between updates of the file."""
 
 logger = logging.getLogger("oocattn")
+
+
+State = Literal["none", "running", "interrupted", "finished"]
 
 
 @dataclass(frozen=True)
@@ -35,17 +44,17 @@ class Status:
     seconds since the epoch, or 0.
     """
 
-    state: str
-    subproblems: int = 0
-    subproblems_done: int = 0
-    tokens: int = 0
-    rate: float = 0.0
-    seconds: float = 0.0
-    seconds_left: float = 0.0
-    bytes_read: int = 0
-    bytes_saved: int = 0
-    bytes_written: int = 0
-    saved: float = 0.0
+    state: State
+    subproblems: Count = 0
+    subproblems_done: Count = 0
+    tokens: Count = 0
+    rate: Annotated[float, Range(0.0, 1e18)] = 0.0
+    seconds: Seconds = 0.0
+    seconds_left: Seconds = 0.0
+    bytes_read: Count = 0
+    bytes_saved: Count = 0
+    bytes_written: Count = 0
+    saved: Seconds = 0.0
     dashboard: str = ""
     holder: str = ""
     error: str = ""
@@ -116,7 +125,7 @@ class StatusFile:
         if important or time.time() - self._written >= INTERVAL:
             self._written = time.time()
             with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
-                write_json(self._path, asdict(self._status))
+                write_text(self._path, json.dumps(to_json(self._status)), synced=False)
 
     def _counted(self, event: Event) -> Status:
         """The status with the bytes of an event, and when they were brought to disk."""
@@ -169,24 +178,31 @@ def read_status(paths: ResultPaths) -> Status:
 
     Raises IntegrityError for a damaged file, and warns of one where the journal still says how far an interrupted run came.
     """
-    holder = lock_holder(paths.lock)
+    holder = lock_holder(paths.lock) if is_folder(paths.state) else None
+    unfinished = paths.unfinished is not None
     last = None
-    if holder is not None or paths.growing.exists():  # else it says nothing that the result does not
+    if holder is not None or unfinished:  # else it says nothing that the result does not
         try:
             last = _last_written(paths.status)
         except IntegrityError as error:
-            if holder is not None or not paths.resumable:
+            if not unfinished:
                 raise
             logger.warning("%s: what the run had read and written, and how fast it was, is not known", error)
-        if last is None and paths.resumable:
+        if last is None and unfinished:
             last = Status("interrupted")  # killed before it was written
     if last is None:
-        report = read_json(paths.report)
         if "problem" not in (paths.attributes() or {}):
             return Status("none") if holder is None else Status("running", holder=str(holder))
-        return Status("finished", seconds=RunReport.from_json(report).seconds if report else 0.0)
-    state = "interrupted" if holder is None else "running"
+        report = read_report(paths)
+        return Status("finished", seconds=report.seconds if report else 0.0)
+    state: State = "interrupted" if holder is None else "running"
     return replace(last, state=state, holder="" if holder is None else str(holder))
+
+
+def read_report(paths: ResultPaths) -> RunReport | None:
+    """The report beside a result; None where there is none. Raises IntegrityError for a damaged one."""
+    found = read_json(paths.report, MOST_BYTES) if is_folder(paths.state) else None
+    return RunReport.from_json(found) if found else None
 
 
 def as_resumed(status: Status, plan: Plan, left: int) -> Status:
@@ -199,30 +215,16 @@ def as_resumed(status: Status, plan: Plan, left: int) -> Status:
     )
 
 
-def _is_like(default: object, value: object) -> bool:
-    """Whether a value may stand where the default is a text, a count or a number of seconds or the like."""
-    if isinstance(default, str):
-        return isinstance(value, str)
-    if isinstance(value, float):
-        return isinstance(default, float) and math.isfinite(value) and value >= 0
-    return type(value) is int and 0 <= value < 1 << 63
-
-
 def _tokens(plan: Plan) -> int:
     return plan.problem.tokens * plan.problem.batch
 
 
 def _last_written(path: Path) -> Status | None:
     """The status in a file, None where there is none. Raises IntegrityError unless it is as `StatusFile` writes it."""
-    content = read_json(path)
+    content = read_json(path, MOST_BYTES)
     if content is None:
         return None
     try:
-        status = Status(**content)
-    except TypeError as error:
+        return from_json(Status, content)
+    except ValueError as error:
         raise IntegrityError(f"{path}: not the status of a run ({error})") from None
-    for name, value in asdict(status).items():
-        default = getattr(Status("none"), name)
-        if not _is_like(default, value):
-            raise IntegrityError(f"{path}: not the status of a run ({name} is {value!r})")
-    return status

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from oocattn.errors import IntegrityError
 from oocattn.storage.durable import decode_record, encode_record, write_durably
+from oocattn.storage.files import opened
 
 _PAGE = 4096
 _MAX_HEADER = 1 << 24
@@ -66,9 +68,11 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
             yield index
 
 
-def _opened(path: Path) -> BufferedReader:
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
     try:
-        return path.open("rb")
+        with opened(path, follow=False) as descriptor, open(descriptor, "rb", closefd=False) as file:
+            yield file
     except FileNotFoundError:
         raise IntegrityError(f"{path}: the file is missing") from None
 
@@ -79,6 +83,8 @@ def _raw(array: npt.NDArray[np.generic]) -> memoryview:
 
 def _read_header(path: Path, file: BufferedReader) -> dict[str, Any]:
     header = decode_record(file.readline(_MAX_HEADER), path)
-    if header.keys() != {"blocks", "label"}:
+    blocks, label = header.get("blocks"), header.get("label")
+    pairs = isinstance(blocks, list) and all(isinstance(each, list) and len(each) == 2 for each in blocks)
+    if header.keys() != {"blocks", "label"} or not pairs or not isinstance(label, dict):
         raise IntegrityError(f"{path}: the header is not that of a file of blocks")
     return header

@@ -8,8 +8,8 @@ What is written comes from elsewhere: synth, importing and the results; reading 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +28,17 @@ from zarr.storage import LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import ResultExistsError
-from oocattn.storage.durable import PARTIAL, sync, write_durably
+from oocattn.storage.durable import PARTIAL, rename_new, sync, write_durably
+from oocattn.storage.folders import GROUP, refuse_foreign, remove_ours
 
 CHUNK_BYTES = 32 * 2**20
 """Size aimed at for a chunk; 8 to 64 MiB read equally well."""
 
 ROW_MULTIPLE = 4096
 """Chunks of longer arrays hold a multiple of this many rows, so that they start on page boundaries."""
+
+
+logger = logging.getLogger("oocattn")
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -162,11 +166,10 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         yield zarr.create_group(LocalStore(temporary), attributes=attributes, zarr_format=3)
-        refuse_to_destroy(local, overwrite)
         sync_metadata(temporary)
-        move_into_place(temporary, local, temporary.with_name(f".{local.name}.{uuid.uuid4().hex}{PARTIAL}"))
+        _move_into_place(temporary, local, overwrite)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_ours(temporary, GROUP)
         raise
 
 
@@ -195,13 +198,15 @@ def _create_remote(url: str, attributes: dict[str, Any], overwrite: bool) -> zar
 
 
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:
-    """Raise ResultExistsError where something is at `path`, unless `overwrite` is given and it is a Zarr group or array."""
+    """Raise ResultExistsError where something is at `path`, unless `overwrite` is given and it is a Zarr group or array with
+    no other file in it."""
     if not os.path.lexists(path):
         return
     if not overwrite:
         raise ResultExistsError(f"{path} exists already: choose another path, or overwrite it (--overwrite)")
     if not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray")):
         raise ResultExistsError(f"{path} is not a Zarr group: only those are overwritten; remove it or choose another path")
+    refuse_foreign(path, GROUP)
 
 
 def sync_metadata(group: Path) -> None:
@@ -211,14 +216,19 @@ def sync_metadata(group: Path) -> None:
         sync(metadata.parent)
 
 
-def move_into_place(temporary: Path, path: Path, aside: Path) -> None:
-    """Give the group at `temporary`, all of which is on disk, the name `path`.
+def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give the group at `temporary`, all of which is on disk, the name `path`, in place of one that may be overwritten.
 
-    What was at `path` is moved to `aside` first and removed last.
+    Raises ResultExistsError, and moves nothing, where something else is there by then.
     """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    refuse_to_destroy(path, overwrite)
     if os.path.lexists(path):
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
-    os.rename(temporary, path)
+        rename_new(path, aside)
+    try:
+        rename_new(temporary, path)
+    except FileExistsError:
+        raise ResultExistsError(f"{path} has appeared meanwhile: move it away and try again") from None
     sync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if not remove_ours(aside, GROUP):
+        logger.warning("%s holds files that are not Zarr's, and is left", aside)

@@ -15,13 +15,21 @@ from oocattn.errors import IntegrityError
 
 
 @contextmanager
-def opened(path: str | Path, *, follow: bool = True, folder: int | None = None) -> Iterator[int]:
-    """A descriptor of a regular file, open for reading; `path` is relative to the open `folder`, if one is given.
+def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, writable: bool = False) -> Iterator[int]:
+    """A descriptor of a regular file, open for reading, and for writing where it is to be `writable`.
+
+    `path` is relative to the open `folder`, if one is given.
 
     With `follow=False` the last component may not be a symbolic link. Raises FileNotFoundError where nothing is there,
     IntegrityError where something other than a regular file is, and OSError as the system does.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    flags = (
+        (os.O_RDWR if writable else os.O_RDONLY)
+        | os.O_CLOEXEC
+        | os.O_NONBLOCK
+        | os.O_NOCTTY
+        | (0 if follow else os.O_NOFOLLOW)
+    )
     if not follow and stat.S_ISLNK(os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode):
         raise IntegrityError(f"{path} is a symbolic link: expected a file, and links are not followed here; remove it")
     descriptor = os.open(path, flags, dir_fd=folder)

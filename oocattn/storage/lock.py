@@ -1,9 +1,18 @@
-"""One run to a result: a lock that lives exactly as long as its process.
+"""One run to a result: a lock that lives exactly as long as its process, and a token that tells whoever lost it.
 
 The lock is the kernel's (`flock`), so it is gone with the process that held it, however that ended; the file's text only
 says who holds it. Whether such a lock is seen by other hosts depends on the file system (flock(2): on NFS since Linux
 2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also touches the file every few seconds:
 what another kernel's process left there is taken over only when that has stopped.
+
+A holder that slept through that goes on where its lock is another's by then. So each acquisition has a token of its own, in
+the file, which is asked for before every step that commits, discards, deletes or records: who does not find its own ends.
+
+How the file changes, always whole:
+  1. Write holder and token to a temporary file beside it, and lock that.
+  2. Nothing at the path: give it that name, unless something has it by now; then begin again.
+  3. A file at the path: lock it, which succeeds only if its holder is gone or on another kernel; if it is on another kernel,
+     watch for its beats. Then give the temporary file its name. Whoever waited for the old file finds that it has no name.
 """
 
 from __future__ import annotations
@@ -16,33 +25,43 @@ import os
 import socket
 import threading
 import time
+import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Annotated, Protocol
 
-from oocattn.errors import LockedError, TimeLimitError
+from oocattn.clock import now
+from oocattn.errors import IntegrityError, LockedError, TimeLimitError
+from oocattn.records import Range, from_json, parse_json
+from oocattn.storage.durable import PARTIAL, rename_new
+from oocattn.storage.files import opened, read_file
+from oocattn.text import printable
 
 PATIENCE = 0.5
 """Seconds to wait for a lock: one who only looks at who holds it has it for a moment."""
 
-BEAT = 5.0
+BEAT = 2.0
 """Seconds between touches of the file by its holder."""
 
 BEATS_MISSED = 3
 """So many of them may fail to appear before a holder on another host is taken for dead."""
+
+MOST_BYTES = 4096
+"""Of a lock file: a host's name, two numbers and a token."""
 
 logger = logging.getLogger("oocattn")
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The host and process that hold a lock."""
+    """The host and process that hold a lock; `token` is another one each time."""
 
     host: str
-    process: int
+    process: Annotated[int, Range(0, 2**32)]
     kernel: str = ""  # of which boot of which machine, as far as that is known
+    token: str = field(default="", compare=False)
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -51,79 +70,160 @@ class Holder:
             kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
             kernel = ""
-        return cls(socket.gethostname(), os.getpid(), kernel)
+        return cls(socket.gethostname(), os.getpid(), kernel, uuid.uuid4().hex)
 
     def shares_kernel(self, other: Holder) -> bool:
         """Whether both see the same kernel's locks."""
         return self.kernel == other.kernel if self.kernel and other.kernel else self.host == other.host
 
     def __str__(self) -> str:
-        return f"process {self.process} on host {self.host}"
+        return f"process {self.process} on host {printable(self.host)}"
 
 
 NOBODY = Holder("unknown", 0)
 """Who holds a lock whose text cannot be read."""
 
 
-class Lock:
-    """Exclusive use of a result, as a context manager. Raises LockedError with the holder's host and process.
+class Claim(Protocol):
+    """What a lock gives to all who work under it, on any host: small, and it can be sent."""
+
+    def check(self) -> None:
+        """Raise LockedError where the lock is not held any more. To be called before each step that others would see."""
+
+
+class Lock(Protocol):
+    """Exclusive use of a result, as a context manager, wherever results are."""
+
+    @property
+    def holder(self) -> Holder:
+        """Who holds it."""
+
+    @property
+    def claim(self) -> Claim:
+        """What those who work under it ask."""
+
+    def still_mine(self) -> bool:
+        """Whether nobody has taken it over."""
+
+    def release(self) -> None:
+        """Give it up."""
+
+
+@dataclass(frozen=True)
+class FileClaim:
+    """The claim of the holder with this token to the lock file at a path."""
+
+    path: Path
+    token: str
+
+    def check(self) -> None:
+        """Raise LockedError where the lock is not held any more, OSError where that cannot be told."""
+        if not self.holds():
+            raise LockedError(
+                f"{self.path.parent}: the lock of this run was lost to {_read(self.path)}, which took it for dead: this run "
+                "ends; see whether the other one goes on, and resume if not"
+            )
+
+    def holds(self) -> bool:
+        """Whether the file is there and has the token."""
+        try:
+            return _parse(read_file(self.path, MOST_BYTES, follow=False)).token == self.token
+        except (FileNotFoundError, NotADirectoryError, IntegrityError, ValueError):
+            return False
+
+
+class FileLock:
+    """The lock of a result on a file system: a Lock. Raises LockedError with the holder's host and process.
 
     A lock that was left behind is taken over, and a warning says from whom. Whether it was may take some seconds to tell:
-    TimeLimitError where that would be after `until`, in seconds since the epoch.
+    TimeLimitError where that would be after `until`, a moment of `clock.now`.
     """
 
     def __init__(self, path: Path, until: float = math.inf) -> None:
         self.path = path
-        self._file = path.open("a+")
-        while not _lock(self._file, path):
-            self._file.close()
-            self._file = path.open("a+")
-        try:
-            _succeed(path, until)
-        except BaseException:
-            self._file.close()
-            raise
-        self._file.truncate(0)
-        self._file.write(json.dumps(asdict(Holder.this_process())))
-        self._file.flush()
+        self.holder = Holder.this_process()
+        self.claim = FileClaim(path, self.holder.token)
+        self._descriptor = _acquire(path, self.holder, until)
         self._released = threading.Event()
         threading.Thread(target=self._beat, name="oocattn-lock", daemon=True).start()
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
-            with suppress(OSError, ValueError):  # the file system is away, or the file has just been closed
-                if not self._is_ours():
-                    logger.error("%s: %s has taken over: stop one of both", self.path.parent, _read(self.path))
+            with suppress(OSError):  # the file system is away, or the file has just been closed
+                if not self.still_mine():
+                    logger.error("%s: %s has taken over; this run ends", self.path.parent, _read(self.path))
                     return
-                os.utime(self.path)
+                os.utime(self._descriptor)
 
-    def _is_ours(self) -> bool:
+    def still_mine(self) -> bool:
         """Whether nobody has taken this for left behind, as this process slept."""
-        return _is_at(self._file, self.path) and _read(self.path) in (Holder.this_process(), NOBODY)
+        return self.claim.holds()
 
-    def __enter__(self) -> Lock:
+    def release(self) -> None:
+        """Give the lock up: its file is removed, unless it is another's by now."""
+        self._released.set()
+        with suppress(OSError):
+            if _is_at(self._descriptor, self.path) and self.still_mine():
+                self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def __enter__(self) -> FileLock:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._released.set()
-        if self._is_ours():
-            self.path.unlink(missing_ok=True)
-        self._file.close()
+        self.release()
 
 
-def _succeed(path: Path, until: float) -> None:
-    """See to it that whoever left a lock file behind is gone, which its kernel or its silence tells."""
-    text = path.read_text()
-    if not text:
-        return  # it is new
+def _acquire(path: Path, holder: Holder, until: float) -> int:
+    """A descriptor of the lock file at `path`, which is locked and says that it is the holder's."""
+    temporary = path.with_name(f"{path.name}.{holder.token}{PARTIAL}")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(descriptor, json.dumps(asdict(holder)).encode())
+        _flock(descriptor, fcntl.LOCK_EX, path)
+        while not _named(temporary, path) and not _taken_over(temporary, path, until):
+            pass
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _named(temporary: Path, path: Path) -> bool:
+    """Give the lock file its name; False where something has it."""
+    try:
+        rename_new(temporary, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _taken_over(temporary: Path, path: Path, until: float) -> bool:
+    """Put the lock file in the place of one that was left behind; False where that has gone meanwhile."""
+    try:
+        with opened(path, follow=False, writable=True) as left:  # NFS locks only those exclusively
+            if not _lock(left, path):
+                return False
+            _watch(path, until)
+            if not _is_at(left, path):
+                return False
+            os.rename(temporary, path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _watch(path: Path, until: float) -> None:
+    """Return when whoever left a lock file behind is gone, which its kernel or its silence tells."""
     before, last = _read(path), _touched(path)
-    if not before.shares_kernel(Holder.this_process()):
+    if before != NOBODY and not before.shares_kernel(Holder.this_process()):  # of nobody: no lock that was made whole
         deadline = time.monotonic() + BEATS_MISSED * BEAT
         logger.warning("%s: watching for %g s whether %s is alive", path.parent, BEATS_MISSED * BEAT, before)
         while time.monotonic() < deadline:
-            if time.time() > until:
+            if now() > until:
                 raise TimeLimitError(f"time limit reached before it was known whether {before} is alive")
             time.sleep(min(0.2, BEAT))
             if _touched(path) != last:
@@ -132,60 +232,61 @@ def _succeed(path: Path, until: float) -> None:
 
 
 def _touched(path: Path) -> int:
-    with path.open() as file:  # opened, so that a network file system asks its server
-        return os.fstat(file.fileno()).st_mtime_ns
+    with opened(path, follow=False) as descriptor:  # opened, so that a network file system asks its server
+        return os.fstat(descriptor).st_mtime_ns
 
 
 def _locked(path: Path) -> LockedError:
     return LockedError(f"{path.parent}: the result is being written by {_read(path)}; wait for it to end, or stop it")
 
 
-def _lock(file: TextIO, path: Path) -> bool:
+def _lock(descriptor: int, path: Path) -> bool:
     """Lock an open file; False if it is no longer the one at `path`: its last holder removed it in between."""
     deadline = time.monotonic() + PATIENCE
-    while not _try(file):
-        if time.monotonic() < deadline:
-            time.sleep(0.05)
-            continue
-        file.close()
-        raise _locked(path)
-    return _is_at(file, path)
+    while not _try(descriptor, path):
+        if time.monotonic() > deadline:
+            raise _locked(path)
+        time.sleep(0.05)
+    return _is_at(descriptor, path)
 
 
-def _is_at(file: TextIO, path: Path) -> bool:
+def _is_at(descriptor: int, path: Path) -> bool:
     """Whether an open file is the one at `path`: its holder may remove that at any time."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
 
 
-def _try(file: TextIO) -> bool:
+def _try(descriptor: int, path: Path) -> bool:
     try:
-        _flock(file, fcntl.LOCK_EX)
+        _flock(descriptor, fcntl.LOCK_EX, path)
     except BlockingIOError:
         return False
     return True
 
 
-def _flock(file: TextIO, kind: int) -> None:
+def _flock(descriptor: int, kind: int, path: Path) -> None:
     """Lock an open file. Raises BlockingIOError where another has it, OSError where the file system has no locks."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError as error:
         words = "this file system gives no locks (flock), without which two runs could write one result: choose another path"
-        raise OSError(error.errno, words, file.name) from error
+        raise OSError(error.errno, words, str(path)) from error
 
 
 def lock_holder(path: Path) -> Holder | None:
-    """Who holds the lock at `path`, or None where no live process does, as far as can be told at once."""
+    """Who holds the lock at `path`, or None where no live process does, as far as can be told at once.
+
+    Raises IntegrityError where something other than a file is there.
+    """
     try:
-        with path.open("r") as file:
-            _flock(file, fcntl.LOCK_SH)
-            touched = os.fstat(file.fileno()).st_mtime
-    except FileNotFoundError:
+        with opened(path, follow=False) as descriptor:
+            _flock(descriptor, fcntl.LOCK_SH, path)
+            touched = os.fstat(descriptor).st_mtime
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except BlockingIOError:
         return _read(path)
@@ -196,7 +297,10 @@ def lock_holder(path: Path) -> Holder | None:
 
 def _read(path: Path) -> Holder:
     try:
-        text = json.loads(path.read_text())
-        return Holder(str(text["host"]), int(text["process"]), str(text["kernel"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return _parse(read_file(path, MOST_BYTES, follow=False))
+    except (OSError, ValueError, IntegrityError):
         return NOBODY
+
+
+def _parse(content: bytes) -> Holder:
+    return from_json(Holder, parse_json(content))

@@ -33,7 +33,7 @@ from oocattn.pipelines.memory_partials import MemoryPartials
 from oocattn.pipelines.partial_files import PartialFiles
 from oocattn.pipelines.partials import DamagedPartialError, States
 from oocattn.planner import make_plan
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 CHUNK = 4
 

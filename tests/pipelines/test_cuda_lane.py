@@ -41,7 +41,7 @@ from oocattn.pipelines import cuda_lane, lane
 from oocattn.pipelines.cuda_lane import CudaLane
 from oocattn.pipelines.rehearsal import rehearse
 from oocattn.pipelines.tiles import call_shapes
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")]
 

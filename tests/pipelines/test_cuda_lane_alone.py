@@ -38,7 +38,7 @@ from oocattn.pipelines import cuda_lane, partial_files
 from oocattn.pipelines.arena import Arena
 from oocattn.pipelines.cuda_lane import CudaLane
 from oocattn.pipelines.partials import Destination
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, m
     lane = lane_of(fast_path, made)
     lane.stage(0, 0, 0)
     lane.attend(0)
-    folder = ResultPaths.at(fast_path / "result.zarr").growing / "out"
+    folder = ResultPaths.at(fast_path / "result.zarr").unfinished / "out"
     deadline = time.monotonic() + 20
     while len(list(folder.glob("c.0.0.?.0"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -19,7 +19,7 @@ from oocattn.pipelines.deadline import MARGIN, Deadline
 from oocattn.pipelines.events import Span
 from oocattn.running import run_plan
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import GENEROUS, GPU, a_problem
+from support import GENEROUS, GPU, Unlocked, a_problem
 
 from oocattn.pipelines.finished import finished_chunks, gather_checksums, record_of
 from oocattn.planner import make_plan
@@ -40,7 +40,7 @@ def finish_all(plan: Plan, journal: Journal) -> None:
 
 
 def test_they_are_in_c_order(plan: Plan, tmp_path: Path) -> None:
-    journal = Journal.begin(tmp_path, {})
+    journal = Journal.begin(tmp_path, {}, Unlocked())
     finish_all(plan, journal)
     finished = finished_chunks(plan, journal)
     assert len(finished) == 24
@@ -53,7 +53,7 @@ def test_they_are_in_c_order(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_a_missing_one_is_no_silent_gap(plan: Plan, tmp_path: Path) -> None:
-    journal = Journal.begin(tmp_path, {})
+    journal = Journal.begin(tmp_path, {}, Unlocked())
     finish_all(plan, journal)
     finished = finished_chunks(plan, journal)
     del finished[3, 4]
@@ -64,7 +64,7 @@ def test_a_missing_one_is_no_silent_gap(plan: Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", [(4, 0), (0, 7), (0, 6), (3, 5)])
 def test_a_record_of_no_chunk_of_the_plan_counts_for_nothing(plan: Plan, tmp_path: Path, place: tuple[int, int]) -> None:
     """Nor one with the parts of another chunk: the last one has fewer."""
-    journal = Journal.begin(tmp_path, {})
+    journal = Journal.begin(tmp_path, {}, Unlocked())
     journal.finish(*place, record_of(7, 0, [Written(1, "0" * 8, "1" * 8)] * 6))
     assert finished_chunks(plan, journal) == {}
     journal.finish(1, 2, record_of(7, 0, [Written(1, "0" * 8, "1" * 8)] * 6))

@@ -23,7 +23,8 @@ from oocattn.pipelines import cpu_lane, partial_files
 from oocattn.pipelines.arena import as_numpy
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.lane import Lane, count_not_finite
-from oocattn.storage.result import ResultArrays, ResultPaths
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.result import ResultArrays
 
 
 def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
@@ -45,7 +46,7 @@ def test_stage_attend_merge_and_write_are_attention(fast_path: Path, causal: boo
         lane.merge(0, chunk)
         lane.write(0, chunk)
     assert pairs == plan.problem.pairs
-    result = ResultArrays.open(ResultPaths.at(fast_path / "result.zarr").growing)
+    result = ResultArrays.open(ResultPaths.at(fast_path / "result.zarr").unfinished)
     expected, lse = attention64(*arrays, causal, plan.problem.scale)
     assert relative_error(result.out[...], expected) < 2e-6
     np.testing.assert_allclose(result.lse[...], lse, atol=1e-5)
@@ -123,7 +124,7 @@ def test_a_chunk_is_written_part_by_part_as_its_rows_come_back(fast_path: Path) 
     lane = lane_of(fast_path, plan)
     lane.stage(0, 0, 0)
     lane.attend(0)
-    folder = ResultPaths.at(fast_path / "result.zarr").growing / "lse"
+    folder = ResultPaths.at(fast_path / "result.zarr").unfinished / "lse"
     found = []
 
     def rows() -> Iterator[int]:

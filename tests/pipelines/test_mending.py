@@ -19,7 +19,7 @@ import oocattn
 from oocattn import Event, TaskError, WorkerLostError
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.finishing import Finisher
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from support import carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import Event, IntegrityError, Status
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.lock import FileLock
+from oocattn.storage.paths import ResultPaths
 
 
 @pytest.fixture
@@ -92,10 +93,11 @@ def test_before_the_first_subproblem_is_done_the_plan_says_how_long_it_takes(fas
 )
 def test_a_damaged_status_is_an_error(fast_path: Path, content: str) -> None:
     paths = ResultPaths.at(fast_path / "result.zarr")
-    paths.growing.mkdir(parents=True)
-    paths.status.write_text(content)
-    with pytest.raises(IntegrityError, match=r"status\.json"):
-        str(oocattn.status(paths.result))
+    paths.make_state()
+    with FileLock(paths.lock):
+        paths.status.write_text(content)
+        with pytest.raises(IntegrityError, match=r"status\.json"):
+            str(oocattn.status(paths.result))
 
 
 def test_what_an_earlier_run_left_says_nothing_of_a_finished_result(client: Client, dataset: Path, fast_path: Path) -> None:

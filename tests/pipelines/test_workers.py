@@ -24,7 +24,7 @@ from oocattn.pipelines.deadline import MARGIN
 from oocattn.pipelines.tasks import LanePlugin
 from oocattn.running import run_plan
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 
 @pytest.fixture

@@ -6,27 +6,30 @@ import errno
 import json
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 import oocattn
-from oocattn import LockedError, TimeLimitError
+from oocattn import IntegrityError, LockedError, TimeLimitError
 from oocattn.storage import lock as lock_module
-from oocattn.storage.lock import NOBODY, Holder, Lock, lock_holder
+from oocattn.storage.lock import NOBODY, FileLock, Holder, lock_holder
 
 HOLD = """
 import sys
 from pathlib import Path
-from oocattn.storage.lock import Lock
-with Lock(Path(sys.argv[1])):
+from oocattn.storage.lock import FileLock
+with FileLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -35,19 +38,19 @@ with Lock(Path(sys.argv[1])):
 def test_a_lock_excludes_and_names_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     assert lock_holder(path) is None
-    with Lock(path):
+    with FileLock(path):
         assert lock_holder(path) == Holder.this_process()
         with pytest.raises(LockedError, match=rf"process {os.getpid()} on host {socket.gethostname()}; wait for it to end"):
-            Lock(path)
+            FileLock(path)
         assert lock_holder(path) is not None
     assert lock_holder(path) is None
     assert not path.exists()
-    with Lock(path):
+    with FileLock(path):
         pass
 
 
 def test_an_error_releases_it(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), Lock(tmp_path / "lock"):
+    with pytest.raises(KeyError), FileLock(tmp_path / "lock"):
         raise KeyError
     assert lock_holder(tmp_path / "lock") is None
 
@@ -62,12 +65,12 @@ def test_it_lives_as_long_as_its_process(tmp_path: Path, killed: bool, caplog: p
     assert holder.stdout.readline() == b"held\n"
     assert lock_holder(path) == replace(Holder.this_process(), process=holder.pid)
     with pytest.raises(LockedError, match=f"process {holder.pid} "):
-        Lock(path)
+        FileLock(path)
     if killed:
         holder.kill()
     holder.communicate()
     assert lock_holder(path) is None
-    with caplog.at_level(logging.WARNING), Lock(path):
+    with caplog.at_level(logging.WARNING), FileLock(path):
         assert lock_holder(path) == Holder.this_process()
     message = f"taking over from process {holder.pid} on host {socket.gethostname()}, which is gone"
     assert (message in caplog.text) is killed
@@ -97,7 +100,7 @@ def test_a_holder_on_another_host_is_known_by_its_beats(left: Path) -> None:
     try:
         assert lock_holder(left) == OTHER
         with pytest.raises(LockedError, match="being written by process 17 on host elsewhere"):
-            Lock(left)
+            FileLock(left)
     finally:
         ended.set()
         beating.join()
@@ -108,7 +111,7 @@ def test_one_that_has_fallen_silent_is_succeeded(left: Path, caplog: pytest.LogC
     os.utime(left, ns=(1, 1))
     assert lock_holder(left) is None
     began = time.monotonic()
-    with caplog.at_level(logging.WARNING), Lock(left):
+    with caplog.at_level(logging.WARNING), FileLock(left):
         assert time.monotonic() - began >= 0.3
         assert "taking over from process 17 on host elsewhere, which is gone" in caplog.text
         touched = left.stat().st_mtime_ns
@@ -118,35 +121,93 @@ def test_one_that_has_fallen_silent_is_succeeded(left: Path, caplog: pytest.LogC
 
 def test_nobody_watches_beyond_a_time_limit(left: Path) -> None:
     with pytest.raises(TimeLimitError, match="before it was known whether process 17 on host elsewhere is alive"):
-        Lock(left, until=time.time() - 1)
+        FileLock(left, until=time.time() - 1)
     assert json.loads(left.read_text()) == asdict(OTHER)
 
 
-@pytest.mark.parametrize("text", ["", "not JSON", "[]", '{"host": "a"}', '{"host": "a", "process": "b"}'])
-def test_the_text_of_a_lock_is_not_believed(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "BEAT", 0.1)
+@pytest.mark.parametrize(
+    "text", [b"", b"not JSON", b"[]", b'{"host": "a"}', b'{"host": "a", "process": "b"}', b"\xff\xfe", b"[" * 100_000]
+)
+def test_the_text_of_a_lock_is_not_believed(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "lock"
-    path.write_text(text)
+    path.write_bytes(text)
     assert lock_holder(path) is None  # whatever it says, nobody holds it
-    with Lock(path):
-        path.write_text(text)
+    began = time.monotonic()
+    with FileLock(path):
+        assert time.monotonic() - began < 0.4
+        assert lock_holder(path) == Holder.this_process()
+        path.write_bytes(text)
         assert lock_holder(path) == NOBODY
         with pytest.raises(LockedError, match="process 0 on host unknown"):
-            Lock(path)
+            FileLock(path)
 
 
-def test_one_that_was_succeeded_leaves_its_successor_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.with_name("victim"))])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    path = tmp_path / "lock"
+    (tmp_path / "victim").write_text("precious")
+    make(path)
+    for use in (FileLock, lock_holder):
+        with pytest.raises(IntegrityError, match=r"lock is (no regular file|a symbolic link).*remove it"):
+            use(path)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_host_name_cannot_forge_a_line(tmp_path: Path) -> None:
+    assert str(Holder("a\nfinished\x1b[2J", 1)) == r"process 1 on host a\nfinished\x1b[2J"
+
+
+def test_whoever_has_lost_the_lock_is_told_and_leaves_it_alone(tmp_path: Path) -> None:
     """As where a file system forgets the lock of a host that slept."""
     path = tmp_path / "lock"
-    with Lock(path):
+    with FileLock(path) as loser:
+        claim = pickle.loads(pickle.dumps(loser.claim))
+        claim.check()
+        assert loser.still_mine()
         path.unlink()
-        successor = Lock(path)
+        successor = FileLock(path)
+        assert not loser.still_mine()
+        with pytest.raises(LockedError, match=r"the lock of this run was lost to process \d+ on host .*: this run ends"):
+            claim.check()
     assert lock_holder(path) == Holder.this_process()
     with successor:
-        pass
-    with Lock(path):
-        path.write_text(json.dumps(asdict(OTHER)))  # in the same file
-    assert json.loads(path.read_text()) == asdict(OTHER)
+        successor.claim.check()
+    assert not path.exists()
+    with pytest.raises(LockedError, match="was lost to process 0 on host unknown"):
+        successor.claim.check()
+
+
+def test_two_hosts_that_do_not_see_each_other_are_told_apart_by_their_tokens(
+    left: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes over what a third one left: the last one has it."""
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    os.utime(left, ns=(1, 1))
+    with ThreadPoolExecutor(2) as hosts:
+        locks = [future.result() for future in [hosts.submit(FileLock, left) for _ in range(2)]]
+    assert sorted(lock.still_mine() for lock in locks) == [False, True]
+    for lock in locks:
+        lock.release()
+
+
+def test_a_lock_is_whole_from_its_first_moment(tmp_path: Path) -> None:
+    """Whoever looks finds nothing, or who holds it: never a file without words."""
+    path, ended, seen = tmp_path / "lock", threading.Event(), set[bytes]()
+
+    def look() -> None:
+        while not ended.is_set():
+            with suppress(FileNotFoundError):
+                seen.add(path.read_bytes())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for _ in range(300):
+        with FileLock(path):
+            pass
+    ended.set()
+    looking.join()
+    assert all(b'"token"' in text and text.endswith(b"}") for text in seen)
+    assert [entry.name for entry in tmp_path.iterdir()] == []
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,19 +215,19 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    for use in (Lock, lock_holder):
+    for use in (FileLock, lock_holder):
         with pytest.raises(OSError, match=r"gives no locks.*choose another path"):
             use(tmp_path / "lock")
 
 
 def test_many_contenders_hold_it_one_at_a_time(tmp_path: Path) -> None:
     holders, most, taken = [], [], []
-    guard = threading.Lock()
+    guard = threading.FileLock()
 
     def contend() -> None:
         for _ in range(200):
             try:
-                with Lock(tmp_path / "lock"):
+                with FileLock(tmp_path / "lock"):
                     holders.append(1)
                     most.append(len(holders))
                     holders.pop()

@@ -24,7 +24,7 @@ def paths(tmp_path: Path) -> ResultPaths:
 
 def begin(paths: ResultPaths, dtype: str = "float16") -> ResultArrays:
     paths.begin(shape=SHAPE, dtype=dtype, chunk_rows=20, attributes=ATTRIBUTES)
-    return ResultArrays.open(paths.growing)
+    return ResultArrays.open(paths.unfinished)
 
 
 def fill(arrays: ResultArrays, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +51,7 @@ def test_a_result_appears_whole_and_readable_by_plain_zarr(paths: ResultPaths, d
     np.testing.assert_array_equal(group["out"][...], out)
     np.testing.assert_array_equal(group["lse"][...], lse)
     assert (group["out"].chunks, group["lse"].chunks) == ((1, 1, 20, 4), (1, 1, 20))
-    assert not paths.growing.exists()
+    assert paths.unfinished is None
     assert not paths.scratch.exists()
     assert not list(paths.result.rglob("*.partial"))
 

@@ -1,0 +1,130 @@
+"""Folders of our own: opened without following a link, and what is removed from them, files of our own names alone.
+
+What is ours is told by names: a set of patterns of paths relative to a folder. A file that somebody else put there is never
+removed, nor is anything behind a symbolic link.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from oocattn.errors import IntegrityError, ResultExistsError
+
+_TEMPORARY = r"(\.[0-9a-f]{32})?(\.partial)?"
+"""What the name of a file ends with while it is written."""
+
+CHECKPOINTS = (r"partial-\d+-\d+-\d+" + _TEMPORARY,)
+JOURNAL = (r"\d+-\d+\.json" + _TEMPORARY,)
+
+LEFTOVERS = (r"([^/]+/)*[^/]+\.[0-9a-f]{32}\.partial",)
+"""What a write that was killed has left."""
+
+GROUP = (
+    r"([^/]+/)*(zarr\.json|\.zgroup|\.zarray|\.zattrs|\.zmetadata)" + _TEMPORARY,
+    r"([^/]+/)*c([./]\d+)*" + _TEMPORARY,  # chunks of Zarr v3, and of a scalar
+    r"([^/]+/)*\d+([./]\d+)*" + _TEMPORARY,  # chunks of Zarr v2
+    *LEFTOVERS,
+)
+"""The files of a Zarr group: its metadata and chunks, and what a write that was killed has left of them."""
+
+
+@contextmanager
+def opened_folder(path: Path) -> Iterator[int]:
+    """A descriptor of a folder, which is no symbolic link. Raises IntegrityError for anything else, OSError as `open`."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except NotADirectoryError:
+        raise IntegrityError(f"{path} is not a folder but {_kind(path)}: expected a folder; remove it") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, and no link to one."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def require_own(path: Path) -> None:
+    """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process."""
+    with opened_folder(path) as descriptor:
+        owner = os.fstat(descriptor).st_uid
+    if owner != os.geteuid():
+        raise IntegrityError(
+            f"{path} belongs to user {owner}: expected a folder of user {os.geteuid()}, who runs this; remove it, or choose "
+            "another path"
+        )
+
+
+def names_in(path: Path) -> list[str]:
+    """The names in a folder, sorted; none where there is no folder. Raises IntegrityError for a link."""
+    try:
+        with opened_folder(path) as descriptor:
+            return sorted(os.listdir(descriptor))
+    except FileNotFoundError:
+        return []
+
+
+def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
+    """A file below a folder whose path from there is none of the patterns `ours`, or that is no regular file; None where
+    all are ours, or there is no folder."""
+    if not os.path.lexists(folder):
+        return None
+    if not is_folder(folder):
+        return folder
+    pattern = re.compile("|".join(f"({each})" for each in ours))
+    for place, folders, files, descriptor in os.fwalk(folder):
+        inside = Path(place).relative_to(folder)
+        for name in files:
+            regular = stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
+            if not regular or not pattern.fullmatch((inside / name).as_posix()):
+                return folder / inside / name
+        for name in folders:
+            if stat.S_ISLNK(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                return folder / inside / name
+    return None
+
+
+def refuse_foreign(folder: Path, ours: Sequence[str]) -> None:
+    """Raise ResultExistsError where a folder that would be removed holds a file that is not ours."""
+    foreign = find_foreign(folder, ours)
+    if foreign is not None:
+        raise ResultExistsError(
+            f"{foreign} lies in {folder}, which would be removed, and is not a file that oocattn writes there: move it away"
+        )
+
+
+def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False) -> bool:
+    """Remove the regular files below a folder that match one of the patterns `ours`, and the folders that are empty then,
+    unless they are kept.
+
+    Return whether nothing is left. A link is neither followed nor removed.
+    """
+    if not os.path.lexists(folder):
+        return True
+    pattern = re.compile("|".join(f"({each})" for each in ours))
+    for place, _, files, descriptor in os.fwalk(folder, topdown=False):
+        inside = Path(place).relative_to(folder)
+        for name in files:
+            with suppress(FileNotFoundError):
+                regular = stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
+                if regular and pattern.fullmatch((inside / name).as_posix()):
+                    os.unlink(name, dir_fd=descriptor)
+        if not keep_folders:
+            with suppress(OSError):  # a file that is not ours is left in it
+                os.rmdir(place)
+    return not os.path.lexists(folder)
+
+
+def _kind(path: Path) -> str:
+    return "a symbolic link" if path.is_symlink() else "a file"

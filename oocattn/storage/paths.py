@@ -1,0 +1,133 @@
+"""Where a run's bytes lie: the result group, and the folder of job state beside it.
+
+While it runs, everything is in `RESULT.oocattn/`: the growing result, the journal, scratch, the lock and the status. When it
+is complete the result is renamed to `RESULT`, and only the report stays behind, beside which `verify` puts its certificate:
+what lies at `RESULT` is whole. What a run does to these places is in `state`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oocattn.errors import IntegrityError, ProblemError
+from oocattn.records import parse_json
+from oocattn.storage.create import local_path
+from oocattn.storage.durable import MOST_RECORD, make_durably
+from oocattn.storage.files import read_file
+from oocattn.storage.folders import is_folder, require_own
+from oocattn.storage.journal import read_header
+
+ATTRIBUTES = "oocattn"
+"""The one attribute of a result group: what it is the answer to."""
+
+GROWING_NAME = re.compile(r"result-[0-9a-f]{8}\.zarr")
+TRASH_NAME = re.compile(r"trash-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class ResultPaths:
+    """The places of one result."""
+
+    result: Path
+
+    @classmethod
+    def at(cls, path: str | Path) -> ResultPaths:
+        """The places of the result at `path`. Raises ProblemError for a URL: results are local."""
+        local = local_path(path)
+        if local is None:
+            raise ProblemError(f"result {path}: results are written to a local path, not to a URL")
+        return cls(local)
+
+    @property
+    def state(self) -> Path:
+        """The folder of job state."""
+        return self.result.with_name(self.result.name + ".oocattn")
+
+    @property
+    def unfinished(self) -> Path | None:
+        """Where the result of the run in the journal grows; None where no run has begun, or its result is complete.
+
+        Every run has another name for it: what is left of a run that is gone, such as a worker that nobody has told, finds
+        its own no more and cannot write into that of the next. Raises IntegrityError for a journal that is damaged.
+        """
+        name = (read_header(self.state) or {}).get("result")
+        if not (isinstance(name, str) and GROWING_NAME.fullmatch(name)):
+            return None
+        return self.state / name if is_folder(self.state / name) else None
+
+    @property
+    def replaced(self) -> Path:
+        """The result that another one takes the place of, for the moment in which it does."""
+        return self.state / "replaced.zarr"
+
+    @property
+    def scratch(self) -> Path:
+        """The folder of partials."""
+        return self.state / "partials"
+
+    @property
+    def lock(self) -> Path:
+        return self.state / "lock"
+
+    @property
+    def status(self) -> Path:
+        return self.state / "status.json"
+
+    @property
+    def report(self) -> Path:
+        return self.state / "report.json"
+
+    @property
+    def certificate(self) -> Path:
+        return self.state / "certificate.json"
+
+    @property
+    def certificate_page(self) -> Path:
+        return self.state / "certificate.html"
+
+    def make_state(self) -> None:
+        """Make the folder of job state, if it is not there. Raises IntegrityError where it is a link, or another user's."""
+        if not os.path.lexists(self.state):
+            make_durably(self.state)
+        require_own(self.state)
+
+    def attributes(self) -> dict[str, Any] | None:
+        """What the complete result at this path is the answer to; None where nothing is there."""
+        return recorded_attributes(self.result) if os.path.lexists(self.result) else None
+
+
+def recorded_attributes(path: Path) -> dict[str, Any]:
+    """What the result group at `path` is the answer to; nothing where there is no such group.
+
+    Raises IntegrityError where its metadata is damaged.
+    """
+    for name, key in (("zarr.json", "attributes"), (".zattrs", None)):
+        try:
+            content = parse_json(read_file(path / name, MOST_RECORD))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except ValueError as error:
+            raise IntegrityError(f"{path}: no group that Zarr can open ({name}: {error}): it is damaged") from None
+        attributes = content.get(key) if key else content
+        found = attributes.get(ATTRIBUTES) if isinstance(attributes, Mapping) else None
+        return dict(found) if isinstance(found, Mapping) else {}
+    return {}
+
+
+def identity_at(path: Path) -> str | None:
+    """What tells the file or folder at a path from another one that is put there; None where there is nothing."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    try:
+        metadata = hashlib.sha256(read_file(path / "zarr.json", MOST_RECORD)).hexdigest()[:16]
+    except (OSError, IntegrityError):
+        metadata = ""
+    return f"{status.st_ino}-{metadata}"

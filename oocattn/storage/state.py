@@ -1,0 +1,226 @@
+"""What a run does to its places: its growing result begins, is found again, takes its final name, or is removed.
+
+Each step that others would see asks first whether the lock is still this run's (`Claim`). A run touches its own growing
+result and no other, and removes files of its own patterns alone: what somebody else put in between is named and left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import LocalStore
+
+from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.storage.create import create_array, numpy_dtype, sync_metadata
+from oocattn.storage.durable import rename_new, sync
+from oocattn.storage.folders import (
+    CHECKPOINTS,
+    GROUP,
+    JOURNAL,
+    LEFTOVERS,
+    find_foreign,
+    is_folder,
+    names_in,
+    refuse_foreign,
+    remove_ours,
+)
+from oocattn.storage.journal import forget, has_begun
+from oocattn.storage.lock import Claim
+from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
+from oocattn.storage.result import ResultArrays
+
+_LEFT_BESIDE = re.compile(r"(lock|(plan|status|report)\.json)\.[0-9a-f]{32}\.partial")
+
+_AGAIN = "begin again with overwrite=True (--overwrite)"
+
+logger = logging.getLogger("oocattn")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape [B, Hq, N, D] and dtype of `out`, the rows of its chunks, and what the result says that it is the answer to."""
+
+    shape: tuple[int, int, int, int]
+    dtype: str
+    chunk_rows: int
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A result that is not complete: where it grows, its arrays, and the identity of the result that it will replace."""
+
+    path: Path
+    arrays: ResultArrays
+    replaces: str | None
+
+    @property
+    def name(self) -> str:
+        """Its name in the folder of job state, which the journal keeps."""
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The places of a result, in the hands of the run that holds its lock."""
+
+    paths: ResultPaths
+    claim: Claim
+
+    def begin(self, layout: Layout, *, overwrite: bool) -> Growing:
+        """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an unfinished run left.
+
+        With `overwrite` it is to replace the result that is there now. Raises ProblemError where it could not be given its
+        name later, and ResultExistsError where a file of somebody else's would be removed, now or then.
+        """
+        paths = self.paths
+        if paths.state.stat().st_dev != paths.result.parent.stat().st_dev:
+            raise ProblemError(
+                f"{paths.state} is on another file system than {paths.result.parent}: what grows there cannot be moved to "
+                "its place; choose another path"
+            )
+        self._refuse_foreign()
+        if overwrite:
+            refuse_foreign(paths.result, GROUP)
+        self.claim.check()
+        forget(paths.state)
+        self._restore()
+        if not overwrite and os.path.lexists(paths.result):
+            raise ResultExistsError(f"{paths.result} exists: choose another path, or replace it (--overwrite)")
+        self._throw_away(*self._growing(), paths.scratch)
+        paths.status.unlink(missing_ok=True)
+        self._forget_certificate()
+        paths.scratch.mkdir()
+        growing = paths.state / f"result-{uuid.uuid4().hex[:8]}.zarr"
+        group = zarr.create_group(LocalStore(growing), attributes={ATTRIBUTES: dict(layout.attributes)}, zarr_format=3)
+        out = create_array(group, "out", layout.shape, layout.dtype, layout.chunk_rows)
+        arrays = ResultArrays(out, create_array(group, "lse", layout.shape[:3], "float32", layout.chunk_rows))
+        sync_metadata(growing)
+        return Growing(growing, arrays, identity_at(paths.result))
+
+    def resume(self, path: Path, layout: Layout, *, replaces: str | None) -> Growing:
+        """The result that has begun to grow at `path`, to be written on.
+
+        Raises IntegrityError where it is not what `begin` made of the same layout, or a folder in it is a link.
+        """
+        for folder in (path, path / "out", path / "lse"):
+            if not is_folder(folder):
+                raise IntegrityError(f"{folder} is not a folder: the unfinished result is damaged: {_AGAIN}")
+        if not os.path.lexists(self.paths.scratch):
+            self.paths.scratch.mkdir()
+        arrays = ResultArrays.of(LocalStore(path), "r+")
+        found = {name: (array.shape, array.dtype, array.chunks) for name, array in arrays.by_name.items()}
+        out, lse = (1, 1, layout.chunk_rows, layout.shape[3]), (1, 1, layout.chunk_rows)
+        float32 = np.dtype(np.float32)
+        expected = {"out": (layout.shape, numpy_dtype(layout.dtype), out), "lse": (layout.shape[:3], float32, lse)}
+        recorded = recorded_attributes(path)
+        if found != expected or any(recorded.get(name) != value for name, value in layout.attributes.items()):
+            raise IntegrityError(f"{path}: the metadata of the unfinished result is damaged: {_AGAIN}")
+        return Growing(path, arrays, replaces)
+
+    # The commit, under the lock. It can be repeated from any step at which it failed.
+    #   1. Ask whether the lock is still this run's.
+    #   2. Where something is at the result's path that was not there when the run began, refuse.
+    #   3. Where the result that is to be replaced is there, give it another name in the folder of job state.
+    #   4. Give the complete result its name, unless something has it by now, and sync the folder.
+    def commit(self, growing: Growing) -> None:
+        """Give the complete result its name. Raises ResultExistsError where something is there that the run may not replace,
+        LockedError where the lock was lost, and OSError as the file system does."""
+        result, replaced = self.paths.result, self.paths.replaced
+        self.claim.check()
+        if is_folder(growing.path):
+            found = identity_at(result)
+            if found is not None:
+                if found != growing.replaces:
+                    raise self._appeared()
+                refuse_foreign(result, GROUP)
+                self._forget_certificate()  # of the result that is replaced, if it was verified meanwhile
+                rename_new(result, replaced)
+                if identity_at(replaced) != found:  # exchanged between two looks
+                    rename_new(replaced, result)
+                    raise self._appeared()
+            try:
+                rename_new(growing.path, result)
+            except FileExistsError:
+                raise self._appeared() from None
+        sync(result.parent)
+
+    def _appeared(self) -> ResultExistsError:
+        return ResultExistsError(
+            f"{self.paths.result} has appeared, or was replaced, while the run was under way: move it away and resume"
+        )
+
+    def tidy(self) -> None:
+        """Remove what a run whose result is complete needs no more: all but the report and a certificate."""
+        self.claim.check()
+        forget(self.paths.state)
+        self._throw_away(self.paths.scratch, self.paths.replaced, *self._growing(), *self._trash())
+        self.paths.status.unlink(missing_ok=True)
+
+    def discard(self, growing: Growing) -> None:
+        """Remove what a run has done, for it cannot be trusted."""
+        self.claim.check()
+        self._restore()
+        forget(self.paths.state)
+        self._throw_away(growing.path, self.paths.scratch)
+        self.paths.status.unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove what writes that were killed have left in the folders of this run."""
+        self.claim.check()
+        for folder in (*self._growing(), self.paths.scratch, self.paths.state / "finished"):
+            remove_ours(folder, LEFTOVERS, keep_folders=True)
+        for name in names_in(self.paths.state):
+            if _LEFT_BESIDE.fullmatch(name):
+                (self.paths.state / name).unlink(missing_ok=True)
+
+    def _restore(self) -> None:
+        """Give a result its name back that was to be replaced when a run was killed, where nothing took its place."""
+        if is_folder(self.paths.replaced):
+            with suppress(FileExistsError):
+                rename_new(self.paths.replaced, self.paths.result)
+                sync(self.paths.result.parent)
+
+    def _refuse_foreign(self) -> None:
+        """Raise ResultExistsError where a folder that is to be removed holds a file that no run writes there."""
+        refuse_foreign(self.paths.scratch, CHECKPOINTS)
+        refuse_foreign(self.paths.state / "finished", JOURNAL)
+        for folder in (*self._growing(), self.paths.replaced):
+            refuse_foreign(folder, GROUP)
+
+    def _growing(self) -> list[Path]:
+        return [self.paths.state / name for name in names_in(self.paths.state) if GROWING_NAME.fullmatch(name)]
+
+    def _trash(self) -> list[Path]:
+        return [self.paths.state / name for name in names_in(self.paths.state) if TRASH_NAME.fullmatch(name)]
+
+    def _throw_away(self, *folders: Path) -> None:
+        """Remove folders; first their names, so that whoever still writes there finds them no more."""
+        for folder in folders:
+            if is_folder(folder) and not TRASH_NAME.fullmatch(folder.name):
+                os.rename(folder, self.paths.state / f"trash-{uuid.uuid4().hex[:8]}")
+        for trash in self._trash():
+            if not remove_ours(trash, (*GROUP, *CHECKPOINTS, *JOURNAL)):
+                logger.warning("%s holds files that oocattn did not write, and is left", find_foreign(trash, GROUP) or trash)
+
+    def _forget_certificate(self) -> None:
+        for path in (self.paths.certificate, self.paths.certificate_page):
+            path.unlink(missing_ok=True)
+
+
+def is_untidy(paths: ResultPaths) -> bool:
+    """Whether a run was killed after it had committed its result and before it had tidied up."""
+    if paths.unfinished is not None:
+        return False
+    leftovers = (paths.scratch, paths.replaced, paths.status, paths.lock)
+    return has_begun(paths.state) or any(map(os.path.lexists, leftovers))
