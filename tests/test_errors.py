@@ -259,8 +259,8 @@ def test_the_dataset_is_never_replaced(client: Client, dataset: Path, fast_path:
 HOLD = """
 import sys, time
 from pathlib import Path
-from oocattn.storage.lock import Lock
-with Lock(Path(sys.argv[1])):
+from oocattn.storage.lock import FileLock
+with FileLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -154,7 +154,8 @@ def test_a_full_disk_stops_the_run_and_leaves_no_result(
     real = getattr(os, call)
 
     def full(*arguments: Any, **options: Any) -> Any:
-        named = os.readlink(f"/proc/self/fd/{arguments[0]}") if call == "fsync" else str(arguments[0])
+        folder = arguments[0] if call == "fsync" else options.get("dst_dir_fd", 0)
+        named = os.readlink(f"/proc/self/fd/{folder}") + ("" if call == "fsync" else f"/{arguments[1]}")
         return no_space() if re.search(r"/out/c[./]0[./]1[./]", named) else real(*arguments, **options)
 
     with monkeypatch.context() as patched:
@@ -176,10 +177,10 @@ def test_a_disk_that_is_full_of_partials_stops_the_run(
 ) -> None:
     real = os.replace
 
-    def full(source: Any, target: Any) -> None:
+    def full(source: Any, target: Any, **folders: int) -> None:
         if Path(target).name.startswith("partial-"):
             no_space()
-        real(source, target)
+        real(source, target, **folders)
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)

@@ -29,8 +29,8 @@ class RunReport:
     `not_finite` the NaN and Inf found in the inputs; `recomputed` the partials on disk that were damaged, so that they were
     computed again; `retried` the tasks that failed and were tried again, `workers_lost` how often workers died, so that
     others took over their work; `out_of_memory` how often a GPU had less memory than was planned, so that the run went on
-    with smaller tiles; `chunks_before` the chunks that were finished before it was resumed, and `chunks_compared` those of
-    them whose checksums were compared then; `other_bits` what computed otherwise for a part of the run than when it began, so
+    with smaller tiles; `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them
+    whose checksums were compared then; `other_bits` what computed otherwise for a part of the run than when it began, so
     that its bits are not those of an uninterrupted run.
     """
 
@@ -91,8 +91,8 @@ class RunReport:
             lines.append(f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were attended before")
         if self.chunks_before:
             lines.append(
-                f"before       {self.chunks_before:,} chunks were finished, the checksums of {self.chunks_compared:,} of them "
-                "were compared"
+                f"before       {self.chunks_before:,} chunks were finished, the checksums of {self.chunks_compared:,} "
+                "of them were compared"
             )
         if self.other_bits:
             lines.append(f"bits         other bits than those of an uninterrupted run: {printable(self.other_bits)}")

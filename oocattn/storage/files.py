@@ -32,7 +32,10 @@ def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, 
     )
     if not follow and stat.S_ISLNK(os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode):
         raise IntegrityError(f"{path} is a symbolic link: expected a file, and links are not followed here; remove it")
-    descriptor = os.open(path, flags, dir_fd=folder)
+    try:
+        descriptor = os.open(path, flags, dir_fd=folder)
+    except IsADirectoryError:
+        raise IntegrityError(f"{path} is a folder: expected a file; remove it") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise IntegrityError(f"{path} is no regular file: expected one; remove it")

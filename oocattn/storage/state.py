@@ -33,6 +33,7 @@ from oocattn.storage.folders import (
     names_in,
     refuse_foreign,
     remove_ours,
+    require_own,
 )
 from oocattn.storage.journal import forget, has_begun
 from oocattn.storage.lock import Claim
@@ -84,6 +85,7 @@ class RunState:
         name later, and ResultExistsError where a file of somebody else's would be removed, now or then.
         """
         paths = self.paths
+        self._check()
         if paths.state.stat().st_dev != paths.result.parent.stat().st_dev:
             raise ProblemError(
                 f"{paths.state} is on another file system than {paths.result.parent}: what grows there cannot be moved to "
@@ -92,7 +94,6 @@ class RunState:
         self._refuse_foreign()
         if overwrite:
             refuse_foreign(paths.result, GROUP)
-        self.claim.check()
         forget(paths.state)
         self._restore()
         if not overwrite and os.path.lexists(paths.result):
@@ -113,6 +114,7 @@ class RunState:
 
         Raises IntegrityError where it is not what `begin` made of the same layout, or a folder in it is a link.
         """
+        self._check()
         for folder in (path, path / "out", path / "lse"):
             if not is_folder(folder):
                 raise IntegrityError(f"{folder} is not a folder: the unfinished result is damaged: {_AGAIN}")
@@ -137,7 +139,7 @@ class RunState:
         """Give the complete result its name. Raises ResultExistsError where something is there that the run may not replace,
         LockedError where the lock was lost, and OSError as the file system does."""
         result, replaced = self.paths.result, self.paths.replaced
-        self.claim.check()
+        self._check()
         if is_folder(growing.path):
             found = identity_at(result)
             if found is not None:
@@ -162,14 +164,14 @@ class RunState:
 
     def tidy(self) -> None:
         """Remove what a run whose result is complete needs no more: all but the report and a certificate."""
-        self.claim.check()
+        self._check()
         forget(self.paths.state)
         self._throw_away(self.paths.scratch, self.paths.replaced, *self._growing(), *self._trash())
         self.paths.status.unlink(missing_ok=True)
 
     def discard(self, growing: Growing) -> None:
         """Remove what a run has done, for it cannot be trusted."""
-        self.claim.check()
+        self._check()
         self._restore()
         forget(self.paths.state)
         self._throw_away(growing.path, self.paths.scratch)
@@ -177,12 +179,17 @@ class RunState:
 
     def remove_leftovers(self) -> None:
         """Remove what writes that were killed have left in the folders of this run."""
-        self.claim.check()
+        self._check()
         for folder in (*self._growing(), self.paths.scratch, self.paths.state / "finished"):
             remove_ours(folder, LEFTOVERS, keep_folders=True)
         for name in names_in(self.paths.state):
             if _LEFT_BESIDE.fullmatch(name):
                 (self.paths.state / name).unlink(missing_ok=True)
+
+    def _check(self) -> None:
+        """Raise LockedError where the lock was lost, IntegrityError where the folder is not this user's own any more."""
+        require_own(self.paths.state)
+        self.claim.check()
 
     def _restore(self) -> None:
         """Give a result its name back that was to be replaced when a run was killed, where nothing took its place."""

@@ -126,7 +126,7 @@ def test_another_number_or_size_of_blocks_is_refused(fast_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, blocks = fast_path / "blocks", blocks_of([[3]])
     write_blocks(path, blocks, LABEL)
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("os.replace", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         write_blocks(path, blocks_of([[3]], seed=1), LABEL)
     np.testing.assert_array_equal(read_all(path, blocks)[0][0], blocks[0][0])

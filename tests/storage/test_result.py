@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import ml_dtypes
@@ -10,11 +12,25 @@ import numpy as np
 import pytest
 import zarr
 
-from oocattn import IntegrityError, ProblemError
-from oocattn.storage.result import ResultArrays, ResultPaths, read_json, write_json
+from oocattn import IntegrityError, LockedError, ProblemError, ResultExistsError
+from oocattn.storage.durable import read_json, write_text
+from oocattn.storage.journal import Journal
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.result import ResultArrays
+from oocattn.storage.state import Growing, Layout, RunState
 
 SHAPE = (1, 2, 50, 4)
 ATTRIBUTES = {"problem": {"tokens": 50}}
+
+
+class Held:
+    """A claim that is held until it is lost."""
+
+    lost = False
+
+    def check(self) -> None:
+        if self.lost:
+            raise LockedError("the lock of this run was lost")
 
 
 @pytest.fixture
@@ -22,9 +38,12 @@ def paths(tmp_path: Path) -> ResultPaths:
     return ResultPaths.at(tmp_path / "result.zarr")
 
 
-def begin(paths: ResultPaths, dtype: str = "float16") -> ResultArrays:
-    paths.begin(shape=SHAPE, dtype=dtype, chunk_rows=20, attributes=ATTRIBUTES)
-    return ResultArrays.open(paths.unfinished)
+def begin(paths: ResultPaths, dtype: str = "float16", overwrite: bool = True) -> tuple[RunState, Growing]:
+    paths.make_state()
+    state = RunState(paths, Held())
+    growing = state.begin(Layout(SHAPE, dtype, 20, ATTRIBUTES), overwrite=overwrite)
+    Journal.begin(paths.state, {"result": growing.name}, Held())
+    return state, growing
 
 
 def fill(arrays: ResultArrays, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -40,57 +59,179 @@ def fill(arrays: ResultArrays, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_result_appears_whole_and_readable_by_plain_zarr(paths: ResultPaths, dtype: str) -> None:
-    arrays = begin(paths, dtype)
-    assert arrays.out.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype))
-    out, lse = fill(arrays)
+    state, growing = begin(paths, dtype)
+    assert growing.arrays.out.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype))
+    out, lse = fill(growing.arrays)
     assert paths.attributes() is None
     assert not paths.result.exists()
-    paths.commit()
+    state.commit(growing)
+    state.tidy()
     assert paths.attributes() == ATTRIBUTES
     group = zarr.open_group(paths.result, mode="r")
     np.testing.assert_array_equal(group["out"][...], out)
     np.testing.assert_array_equal(group["lse"][...], lse)
     assert (group["out"].chunks, group["lse"].chunks) == ((1, 1, 20, 4), (1, 1, 20))
-    assert paths.unfinished is None
-    assert not paths.scratch.exists()
+    assert list(paths.state.iterdir()) == []
     assert not list(paths.result.rglob("*.partial"))
 
 
 def test_a_result_replaces_an_older_one(paths: ResultPaths) -> None:
     for seed in (1, 2):
-        out, _ = fill(begin(paths), seed)
-        paths.commit()
+        state, growing = begin(paths)
+        out, _ = fill(growing.arrays, seed)
+        state.commit(growing)
+        state.commit(growing)  # again, as after an error of the file system
+        state.tidy()
         np.testing.assert_array_equal(ResultArrays.open(paths.result).out[...], out)
     assert sorted(path.name for path in paths.result.parent.iterdir()) == ["result.zarr", "result.zarr.oocattn"]
 
 
 def test_beginning_again_forgets_what_was_begun(paths: ResultPaths) -> None:
-    fill(begin(paths))
+    fill(begin(paths)[1].arrays)
     (paths.scratch / "partial-0-0-0").write_text("old")
-    again = begin(paths)
+    again = begin(paths)[1]
     assert list(paths.scratch.iterdir()) == []
-    assert not np.any(again.out[...])
+    assert not np.any(again.arrays.out[...])
 
 
 def test_a_late_writer_finds_its_result_gone(paths: ResultPaths) -> None:
     """A worker that nobody has told that its run has ended, and that another one has begun."""
-    late = begin(paths)
-    again = begin(paths)
+    late = begin(paths)[1]
+    again = begin(paths)[1]
     with pytest.raises(FileNotFoundError):
-        fill(late)
-    assert not np.any(again.out[...])
+        fill(late.arrays)
+    assert not np.any(again.arrays.out[...])
     assert not list(paths.state.rglob("*.partial"))
 
 
-def test_what_cannot_be_removed_is_not_taken_for_the_result(paths: ResultPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(begin(paths), seed=1)
-    with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
-        again = begin(paths)
-    out, _ = fill(again, seed=2)
-    paths.commit()
+def test_only_the_result_that_was_there_is_replaced(paths: ResultPaths) -> None:
+    """Another one, put there meanwhile, is left, and the run can go on once it was moved away."""
+    state, growing = begin(paths)
+    fill(growing.arrays, seed=1)
+    state.commit(growing)
+    state.tidy()
+    state, growing = begin(paths)
+    out, _ = fill(growing.arrays, seed=2)
+    paths.result.rename(paths.result.with_name("first.zarr"))
+    for appear in (
+        lambda: shutil.copytree(paths.result.with_name("first.zarr"), paths.result),
+        lambda: paths.result.write_text("precious"),
+        paths.result.mkdir,
+        lambda: paths.result.symlink_to(paths.result.with_name("first.zarr")),
+    ):
+        appear()
+        before = sorted(path.name for path in paths.result.rglob("*")) if paths.result.is_dir() else paths.result.read_text()
+        with pytest.raises(ResultExistsError, match=r"has appeared, or was replaced, .*: move it away and resume"):
+            state.commit(growing)
+        after = sorted(path.name for path in paths.result.rglob("*")) if paths.result.is_dir() else paths.result.read_text()
+        assert after == before
+        if paths.result.is_dir() and not paths.result.is_symlink():
+            shutil.rmtree(paths.result)
+        else:
+            paths.result.unlink()
+    state.commit(growing)
     np.testing.assert_array_equal(ResultArrays.open(paths.result).out[...], out)
-    assert not list(paths.state.iterdir())
+
+
+def test_without_overwrite_nothing_is_replaced(paths: ResultPaths) -> None:
+    state, growing = begin(paths, overwrite=False)
+    fill(growing.arrays)
+    other = zarr.create_group(paths.result, attributes={"oocattn": ATTRIBUTES})
+    with pytest.raises(ResultExistsError, match="has appeared"):
+        state.commit(growing)
+    assert dict(other.attrs) == {"oocattn": ATTRIBUTES}
+
+
+def test_whoever_has_lost_the_lock_changes_nothing(paths: ResultPaths) -> None:
+    state, growing = begin(paths)
+    fill(growing.arrays)
+    lost = RunState(paths, Held())
+    lost.claim.lost = True
+    before = sorted(paths.state.rglob("*"))
+    for step in (
+        lambda: lost.commit(growing),
+        lambda: lost.discard(growing),
+        lost.tidy,
+        lost.remove_leftovers,
+        lambda: lost.begin(Layout(SHAPE, "float16", 20, ATTRIBUTES), overwrite=True),
+    ):
+        with pytest.raises(LockedError):
+            step()
+    assert sorted(paths.state.rglob("*")) == before
+    assert not paths.result.exists()
+    state.commit(growing)
+
+
+FOREIGN = ["partials/thesis.txt", "finished/0-0.json.bak", "replaced.zarr/notes.md", "GROWING/out/thesis.txt"]
+
+
+@pytest.mark.parametrize("place", FOREIGN)
+def test_files_of_others_are_named_and_left(paths: ResultPaths, place: str) -> None:
+    growing = begin(paths)[1]
+    foreign = paths.state / place.replace("GROWING", growing.name)
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_text("precious")
+    with pytest.raises(ResultExistsError, match=rf"{foreign.name} lies in .* is not a file that oocattn writes .*: move it"):
+        begin(paths)
+    assert foreign.read_text() == "precious"
+    foreign.rename(paths.result.with_name("away"))
+    begin(paths)
+
+
+def test_a_file_that_comes_later_is_left_too(paths: ResultPaths, caplog: pytest.LogCaptureFixture) -> None:
+    state, growing = begin(paths)
+    fill(growing.arrays)
+    state.commit(growing)
+    (paths.scratch / "thesis.txt").write_text("precious")
+    state.tidy()
+    (left,) = paths.state.rglob("thesis.txt")
+    assert left.read_text() == "precious"
+    assert "holds files that oocattn did not write, and is left" in caplog.text
+
+
+def test_a_result_with_a_file_of_others_is_not_replaced(paths: ResultPaths) -> None:
+    state, growing = begin(paths)
+    fill(growing.arrays)
+    state.commit(growing)
+    state.tidy()
+    (paths.result / "out" / "README.txt").write_text("precious")
+    with pytest.raises(ResultExistsError, match=r"README\.txt lies in"):
+        begin(paths)
+    assert (paths.result / "out" / "README.txt").read_text() == "precious"
+
+
+LINKED = ["", "partials", "finished", "GROWING", "GROWING/out", "GROWING/lse", "replaced.zarr"]
+
+
+@pytest.mark.parametrize("place", LINKED)
+def test_links_are_not_followed_out_of_the_folder(paths: ResultPaths, tmp_path: Path, place: str) -> None:
+    """A planted link in place of a folder: nothing is written to, or removed from, where it leads."""
+    state, growing = begin(paths)
+    fill(growing.arrays)
+    link = paths.state / place.replace("GROWING", growing.name) if place else paths.state
+    elsewhere = tmp_path / "elsewhere"
+    link.rename(elsewhere) if link.exists() else elsewhere.mkdir()
+    for name in ("partial-0-0-0", "0-0.json", "c.0.0.0.0", "zarr.json"):
+        (elsewhere / name).write_text("precious")
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    link.symlink_to(elsewhere)
+    for step in (
+        lambda: begin(paths),
+        lambda: state.resume(growing.path, Layout(SHAPE, "float16", 20, ATTRIBUTES), replaces=None),
+        state.remove_leftovers,
+        state.tidy,
+        lambda: state.discard(growing),
+    ):
+        with suppress(IntegrityError, ResultExistsError):
+            step()
+    assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
+
+
+def test_the_folder_must_be_of_this_user(paths: ResultPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths.state.mkdir()
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    with pytest.raises(IntegrityError, match=r"belongs to user .*: expected a folder of user 12345"):
+        paths.make_state()
 
 
 @pytest.mark.parametrize("url", ["memory://r.zarr", "s3://bucket/r.zarr"])
@@ -117,17 +258,16 @@ def test_a_group_without_the_arrays_is_refused(tmp_path: Path) -> None:
         ResultArrays.open(tmp_path / "g.zarr")
 
 
-def test_json_is_replaced_at_once_and_read_with_care(tmp_path: Path) -> None:
+def test_json_is_read_with_care(tmp_path: Path) -> None:
     path = tmp_path / "status.json"
     assert read_json(path) is None
-    for content in ({"a": 1}, {"b": [1.5, "two"]}):
-        write_json(path, content)
-        assert read_json(path) == content
+    write_text(path, json.dumps({"b": [1.5, "two"]}), synced=False)
+    assert read_json(path) == {"b": [1.5, "two"]}
     assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
     for text, message in (("{", "not JSON"), ("", "not JSON"), ("[1]", "expected a JSON object, found list")):
         path.write_text(text)
         with pytest.raises(IntegrityError, match=f"status.json: {message}"):
             read_json(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(IntegrityError, match="not JSON"):
-        read_json(path)
+    path.write_text("{" + " " * 5000 + "}")
+    with pytest.raises(IntegrityError, match="has more than 4,096 bytes"):
+        read_json(path, 4096)
