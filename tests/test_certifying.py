@@ -76,7 +76,7 @@ def test_a_right_result_is_certified(result: Path) -> None:
     ]
     assert re.fullmatch("[0-9a-f]{64}", str(certificate.digest))
     assert certificate.dataset_unchanged
-    assert certificate.computed_with == certificate.verified_with
+    assert certificate.computed_with.items() >= certificate.verified_with.items()
     all_rows = certificate.strata[-1]
     assert (all_rows.rows, all_rows.wrong) == (len(certificate.rows), 0)
     assert 0.1 < all_rows.mean_ulps < 0.3
