@@ -30,7 +30,6 @@ from oocattn.storage.create import (
     chunk_bytes,
     chunk_file,
     create_array,
-    local_path,
     move_into_place,
     numpy_dtype,
     sync_metadata,
@@ -38,6 +37,7 @@ from oocattn.storage.create import (
 )
 from oocattn.storage.durable import PARTIAL, make_durably, remove_leftovers, sync, write_text
 from oocattn.storage.journal import forget, has_begun
+from oocattn.storage.locations import local_path
 from oocattn.storage.mapped_store import MappedStore
 
 ATTRIBUTES = "oocattn"

@@ -1,0 +1,145 @@
+"""Where datasets and results lie: which paths and URLs are taken, checked before Zarr or fsspec see a character of them.
+
+A URL can make fsspec connect to a host, run what that host sends, or import a module, so schemes are taken from a list. Two
+sources are told apart: what a caller typed (`parse_location`) and what a file says (`recorded_location`), which may name a
+local path and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from oocattn.errors import IntegrityError, ProblemError
+from oocattn.text import printable
+
+SCHEMES = ("s3", "gs", "az", "abfs", "http", "https", "memory")
+"""Schemes of remote stores. memory:// is fsspec's store within this process, for tests."""
+
+WRAPPERS = ("zip", "simplecache", "filecache", "blockcache")
+"""Links that may stand before the last one of a chain such as `zip::s3://bucket/qkv.zip`: they do not interpret bytes as
+code, and they open nothing but the next link."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place that may be opened: `text` is an absolute path or a URL, `path` the path where that is a local one."""
+
+    text: str
+    path: Path | None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_location(typed: str | Path | Location) -> Location:
+    """The place that a caller names: a path, a URL with a scheme of `SCHEMES` or file:, or a chain that ends in one.
+
+    A Path is always a local path, and so is a text that begins with "/" or ".", or that has no "://" and is the name of
+    something that exists. `~` is not expanded. Raises ProblemError for anything else.
+    """
+    if isinstance(typed, Location):
+        return typed
+    text = str(typed)
+    if isinstance(typed, Path) or _is_local(text):
+        return _local(text)
+    return _chain(text) if "::" in text else _url(text)
+
+
+def recorded_location(text: object) -> Location:
+    """The place of a dataset that a file names. Raises IntegrityError unless it is an absolute local path."""
+    if isinstance(text, str) and text.startswith("/") and _is_printable(text):
+        return _local(text)
+    raise IntegrityError(
+        f"the dataset is recorded as {printable(repr(text))}: only an absolute local path is believed, and nothing is read "
+        "from there; if you trust that place, name it with --dataset (dataset=)"
+    )
+
+
+def local_path(path: str | Path) -> Path | None:
+    """`path` without symbolic links, or None for the URL of a remote store. Raises as `parse_location`."""
+    found = parse_location(path).path
+    try:
+        return None if found is None else found.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links: Python has had both
+        raise ProblemError(f"{printable(path)} cannot be resolved ({printable(error)}): choose another path") from None
+
+
+def _is_local(text: str) -> bool:
+    if text.startswith(("/", ".")):
+        return True
+    if "://" in text:
+        return False
+    try:
+        return os.path.lexists(text) or not ("::" in text or text.lower().startswith("file:"))
+    except ValueError:  # a null character
+        return True
+
+
+def _local(text: str) -> Location:
+    if not text:
+        raise ProblemError("an empty text is no location: expected a path or a URL")
+    try:
+        os.fsencode(text)
+    except ValueError:
+        text += "\0"  # no file system can have it, as with a null character
+    if "\0" in text:
+        raise ProblemError(f"{printable(repr(text))} is no path: it has characters that a path cannot have")
+    path = Path(text).absolute()
+    return Location(str(path), path)
+
+
+def _url(text: str) -> Location:
+    """A URL without a chain."""
+    if text.lower().startswith("file:"):
+        return _file_url(text)
+    found = _SCHEME.match(text)
+    scheme = found[1].lower() if found else text.partition("://")[0]
+    if found is None or scheme not in SCHEMES:
+        raise ProblemError(
+            f"{printable(text)} has the scheme {printable(repr(scheme))}: expected a local path, or a URL that begins with "
+            f"{', '.join(f'{name}://' for name in ('file', *SCHEMES))}; copy the data to one of these"
+        )
+    if not _is_printable(text):
+        raise ProblemError(f"{printable(text)} has control characters: expected a URL without any")
+    return Location(f"{scheme}://{text[found.end() :]}", None)
+
+
+def _file_url(text: str) -> Location:
+    """The path in a file: URL of this host; percent escapes stand for bytes of the path."""
+    rest = text[len("file:") :]
+    if rest.startswith("//"):
+        host, slash, path = rest[2:].partition("/")
+        rest = slash + path
+        if host.lower() not in ("", "localhost"):
+            raise ProblemError(f"{printable(text)} names the host {printable(repr(host))}: expected file:///PATH")
+    if not rest.startswith("/") or "?" in rest or "#" in rest:
+        raise ProblemError(f"{printable(text)} is no absolute path: expected file:///PATH, with ? and # as %3F and %23")
+    return _local(os.fsdecode(unquote_to_bytes(rest)))
+
+
+def _chain(text: str) -> Location:
+    """A chain as fsspec reads it: each link but the last wraps the next one."""
+    *wrappers, last = text.split("::")
+    for link in wrappers:
+        if link.partition("://")[0] not in WRAPPERS or not _is_printable(link):
+            raise ProblemError(
+                f"{printable(text)} is a chain with the link {printable(repr(link))}: expected {', '.join(WRAPPERS)} before "
+                "the last link"
+            )
+    target = _local(last) if _is_local(last) else _url(last)
+    if target.path is not None and ("::" in target.text or not target.path.is_file()):
+        raise ProblemError(
+            f"{printable(text)}: {printable(target.text)} is no regular file: expected one at the chain's end"
+        )
+    return Location("::".join((*wrappers, target.text)), None)
+
+
+def _is_printable(text: str) -> bool:
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
