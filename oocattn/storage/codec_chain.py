@@ -36,6 +36,9 @@ MOST_SHARD_CHUNKS = 1 << 20
 MOST_DICTIONARY = 1 << 26
 """Bytes of the dictionary of a raw LZMA stream, as large as its highest preset has it."""
 
+SLACK_BYTES = 1 << 16
+"""For headers and the like of what a compressor makes."""
+
 _NUMBERS = re.compile(r"[<>|=]?[a-z]{1,8}[0-9]{0,2}")
 
 _CHECKSUM_BYTES = 4
@@ -94,14 +97,14 @@ def chain_of(codecs: Sequence[Codec], chunk: Sequence[int], itemsize: int, array
             decoded, encoded = _itemsizes(name, config, itemsize, array)
             count = -(-nbytes // decoded)
             nbytes = count * encoded
-            widest = max(widest, 16 * count if name == "fixedscaleoffset" else nbytes)  # numpy's float64, twice
-        widest = max(widest, nbytes)
+            if exact:  # else it is small change
+                widest = max(widest, 16 * count if name == "fixedscaleoffset" else nbytes)  # numpy's float64, twice
     return Chain(tuple(stages), nbytes, widest)
 
 
 def _compressed(nbytes: int) -> int:
     """Bound on what a compressor makes of so many bytes: all of them store what they cannot compress."""
-    return nbytes + nbytes // 64 + 4096
+    return nbytes + nbytes // 64 + SLACK_BYTES
 
 
 def _shards(codecs: Sequence[Codec], shard: Sequence[int], itemsize: int, array: str, depth: int) -> Chain:

@@ -19,7 +19,7 @@ from zarr.storage import LocalStore, StorePath, WrapperStore
 
 from oocattn.errors import OocattnError
 from oocattn.storage.decoding import array_chain, bounded
-from oocattn.storage.layout import chunk_bytes, chunk_key, leading, missing_chunk, undecodable, wrong_size
+from oocattn.storage.layout import chunk_bytes, chunk_key, leading, missing_chunk, too_large, undecodable
 from oocattn.storage.shards import check_shard
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class CompleteStore(WrapperStore["Store"]):
         if value is None:
             raise missing_chunk(self._location, key)
         if len(value) > self._most:
-            raise wrong_size(self._location, key, len(value), self._most)
+            raise too_large(self._location, key, self._most)
         return value
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numcodecs  # type: ignore[import-untyped]
+import numcodecs
 import numpy as np
 import zarr
-from numcodecs.abc import Codec as Numcodec  # type: ignore[import-untyped]
+from numcodecs.abc import Codec as Numcodec
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import ShardingCodec
 
@@ -166,7 +166,12 @@ def _zstd(content: memoryview, stage: Stage) -> Any:
             return _at_most(stage.decoded, numcodecs.Zstd().decode(content))
         if nbytes is None or nbytes > stage.decoded:
             _too_large(stage.decoded)
-    return numcodecs.Zstd().decode(content, out=np.empty(nbytes, np.uint8))
+    try:
+        return numcodecs.Zstd().decode(content, out=np.empty(nbytes, np.uint8))
+    except RuntimeError as error:
+        if "too small" in str(error):
+            _too_large(nbytes)
+        raise
 
 
 def _at_most(most: int, decoded: Any) -> Any:

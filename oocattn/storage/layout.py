@@ -157,6 +157,11 @@ def wrong_size(location: str, key: str, found: int, expected: int) -> IntegrityE
     )
 
 
+def too_large(location: str, key: str, most: int) -> IntegrityError:
+    """The error for a stored chunk of more than `most` bytes."""
+    return IntegrityError(f"{_name(location, key)} has more than {most} bytes, the most that it can have; copy it again")
+
+
 def undecodable(location: str, key: str, error: object) -> IntegrityError:
     """The error for a chunk that its codecs refuse."""
     return IntegrityError(f"{_name(location, key)} cannot be decoded ({printable(error)}): it is damaged; copy it again")

@@ -7,7 +7,6 @@ checked before Zarr reads the shard, and those of shards within it.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,9 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.abc.store import ByteRequest, RangeByteRequest
 from zarr.buffer.cpu import buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
 
 from oocattn.storage.codec_chain import Chain
 from oocattn.storage.decoding import array_chain
@@ -30,10 +28,7 @@ _ABSENT = 2**64 - 1
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard, or a shard within one: its first element in the array, its extents, and its bytes of the object `key`.
-
-    `end` is None for all of a remote object, whose size is not known.
-    """
+    """A shard, or a shard within one: its first element in the array, its extents, and its bytes of the object `key`."""
 
     array: zarr.Array[Any]
     location: str
@@ -41,28 +36,27 @@ class _Shard:
     origin: tuple[int, ...]
     extents: tuple[int, ...]
     begin: int
-    end: int | None
+    end: int
 
 
 def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -> None:
     """Check that the shard at these coordinates exists and that its index lists every chunk within the array's bounds.
 
-    No two chunks may share bytes, none may be longer than its codecs can make it, and in a local folder none may lie beyond
-    the file. Shards within the shard are checked as well. Reads indices alone: 16 bytes a chunk. Raises IntegrityError.
+    No two chunks may share bytes, none may be longer than its codecs can make it, and none may lie beyond the shard. Shards
+    within the shard are checked as well. Reads indices alone: 16 bytes a chunk. Raises IntegrityError.
     """
     assert array.shards is not None
     key = chunk_key(array, shard)
     origin = tuple(at * extent for at, extent in zip(shard, array.shards, strict=True))
-    whole = _Shard(array, location, key, origin, array.shards, 0, _file_bytes(array, key, location))
+    whole = _Shard(array, location, key, origin, array.shards, 0, _size(array, key, location))
     described: Any = array.metadata.to_dict()["codecs"]
     _check(whole, described, array_chain(array))
 
 
-def _file_bytes(array: zarr.Array[Any], key: str, location: str) -> int | None:
-    if not isinstance(array.store, LocalStore):
-        return None
+def _size(array: zarr.Array[Any], key: str, location: str) -> int:
+    """Bytes of a stored object."""
     try:
-        return os.stat(array.store.root / key).st_size
+        return sync(array.store.getsize(key))
     except (FileNotFoundError, NotADirectoryError):
         raise missing_chunk(location, key) from None
 
@@ -104,8 +98,6 @@ def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int])
 def _window(shard: _Shard, size: int, where: str) -> ByteRequest:
     if where == "start":
         return RangeByteRequest(shard.begin, shard.begin + size)
-    if shard.end is None:
-        return SuffixByteRequest(size)
     return RangeByteRequest(max(shard.begin, shard.end - size), shard.end)
 
 
@@ -117,7 +109,7 @@ def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int) -> Non
         raise undecodable(shard.location, shard.key, f"its index lists {int(lengths.max()):,} bytes for one chunk")
     if np.any(offsets > 2**63) or np.any((offsets + lengths)[:-1] > offsets[1:]):
         raise undecodable(shard.location, shard.key, "its index lists chunks that overlap")
-    if shard.end is not None and len(listed) and int(offsets[-1] + lengths[-1]) > shard.end - shard.begin:
+    if len(listed) and int(offsets[-1] + lengths[-1]) > shard.end - shard.begin:
         raise undecodable(shard.location, shard.key, f"its index points beyond its {shard.end - shard.begin:,} bytes")
 
 
