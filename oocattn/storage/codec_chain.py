@@ -33,6 +33,9 @@ MOST_DEPTH = 3
 MOST_SHARD_CHUNKS = 1 << 20
 """Chunks of a shard: its index, 16 bytes for each, is read whole."""
 
+MOST_NESTED = 1 << 12
+"""Shards within a shard: each has an index of its own to be read."""
+
 MOST_DICTIONARY = 1 << 26
 """Bytes of the dictionary of a raw LZMA stream, as large as its highest preset has it."""
 
@@ -123,11 +126,13 @@ def _shards(codecs: Sequence[Codec], shard: Sequence[int], itemsize: int, array:
             f"{array} has shards {list(shard)} of chunks {chunk!r:.80}: expected chunks that divide the shard"
         )
     chunks = math.prod(extent // size for extent, size in zip(shard, chunk or (), strict=True))
-    if chunks > MOST_SHARD_CHUNKS:
-        raise ProblemError(f"{array} has {chunks:,} chunks to a shard: expected at most {MOST_SHARD_CHUNKS:,}")
+    codecs_within = v3_codecs(config.get("codecs"), array)
+    most = MOST_NESTED if any(name == SHARDS for name, _ in codecs_within) else MOST_SHARD_CHUNKS
+    if chunks > most:
+        raise ProblemError(f"{array} has {chunks:,} chunks to a shard: expected at most {most:,}; write the array again")
     if [name for name, _ in v3_codecs(config.get("index_codecs"), array)] not in (["bytes"], ["bytes", "crc32c"]):
         raise ProblemError(f"{array} has a shard index in other codecs than bytes and crc32c: write the array again")
-    inner = chain_of(v3_codecs(config.get("codecs"), array), chunk or (), itemsize, array, depth + 1)
+    inner = chain_of(codecs_within, chunk or (), itemsize, array, depth + 1)
     index = 16 * chunks + _CHECKSUM_BYTES
     stored = 2 * (chunks * inner.stored + index)  # chunks may lie apart
     return Chain((Stage(SHARDS, math.prod(shard) * itemsize, True),), stored, inner.widest, inner, index + inner.index)

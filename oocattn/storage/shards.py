@@ -105,6 +105,8 @@ def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int) -> Non
     """Check the stretches [offset, offset + length) of the chunks that an index lists."""
     listed = index[(index != _ABSENT).any(axis=-1)]
     offsets, lengths = listed[np.argsort(listed[:, 0], kind="stable")].T
+    if np.any(lengths == 0):  # Zarr would read fill values
+        raise undecodable(shard.location, shard.key, "its index lists a chunk of no bytes")
     if np.any(lengths > most):
         raise undecodable(shard.location, shard.key, f"its index lists {int(lengths.max()):,} bytes for one chunk")
     if np.any(offsets > 2**63) or np.any((offsets + lengths)[:-1] > offsets[1:]):

@@ -250,6 +250,7 @@ INDICES = {
     "huge": (lambda index, size: index.__setitem__((1, 1), 1 << 40), "lists 1,099,511,627,776 bytes for one chunk"),
     "same": (lambda index, size: index.__setitem__((1, 0), index[0, 0]), "overlap"),
     "half absent": (lambda index, size: index.__setitem__((1, 0), (1 << 64) - 1), "lists|overlap"),
+    "empty": (lambda index, size: index.__setitem__((1, 1), 0), "a chunk of no bytes"),
     "absent": (lambda index, size: index.__setitem__(1, (1 << 64) - 1), "is missing"),
 }
 
