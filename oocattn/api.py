@@ -60,7 +60,7 @@ def plan(
 
     Raises ProblemError for input that is no attention problem and BudgetError, with the smallest budget that works.
     """
-    opened = Dataset.open(str(dataset))
+    opened = Dataset.open(dataset)
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     return _plan_for(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
@@ -74,12 +74,13 @@ def _plan_for(dataset: Dataset, problem: Problem, choices: Choices, lanes: int |
     device_memory = choices.device_bytes
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
+    host_memory = default_host_memory() if choices.host_bytes is None else choices.host_bytes
     return make_plan(
         problem,
         hardware,
         device_memory=device_memory,
-        host_memory=default_host_memory() if choices.host_bytes is None else choices.host_bytes,
-        inputs=input_cost(dataset, problem),
+        host_memory=host_memory,
+        inputs=input_cost(dataset, problem, host_memory),
         chunks=choices.chunks,
         decomposition=choices.decomposition,
         checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
@@ -120,7 +121,7 @@ def attention(
     """
     until = _end(time_limit)
     paths = ResultPaths.at(result)
-    opened = Dataset.open(str(dataset))
+    opened = Dataset.open(dataset)
     # Bad input is refused before a cluster starts.
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     refuse_to_replace_dataset(paths, opened)
@@ -240,7 +241,7 @@ def verify(
         found.report,
         rows=rows,
         seed=seed,
-        dataset=None if dataset is None else str(dataset),
+        dataset=dataset,
         host_memory=default_host_memory() if host_memory is None else parse_size(host_memory, "host memory"),
         checksums=checksums,
     )

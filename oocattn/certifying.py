@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, nan
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from oocattn.problem import Problem, make_problem
 from oocattn.storage.checksums import Checksums, find_damage, recorded_checksums, result_digest
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.durable import write_text
+from oocattn.storage.locations import recorded_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
 from oocattn.storage.result_rows import RowReader
@@ -78,13 +80,16 @@ class Recorded:
             raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({error})") from None
 
 
-def _open_dataset(named: str | None, recorded: str) -> Dataset:
-    """The dataset of a result, where it was named or where it was. Raises ProblemError where it is not there."""
+def _open_dataset(named: str | Path | None, recorded: str) -> Dataset:
+    """The dataset of a result, where it was named or where it was.
+
+    Raises ProblemError where it is not there, and IntegrityError where the result names something else than a local path.
+    """
+    if named is not None:
+        return Dataset.open(named)
     try:
-        return Dataset.open(named or recorded)
+        return Dataset.open(recorded_location(recorded))
     except ProblemError as error:
-        if named is not None:
-            raise
         raise ProblemError(f"{error}; if it was moved, say where with dataset= (--dataset)") from error
 
 
@@ -95,7 +100,7 @@ def certify(
     *,
     rows: int,
     seed: int,
-    dataset: str | None,
+    dataset: str | Path | None,
     host_memory: int,
     checksums: bool,
 ) -> Certificate:

@@ -229,12 +229,15 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def input_cost(dataset: Dataset, problem: Problem) -> InputCost:
-    """Measure what reading the dataset costs beyond its bytes: nothing, where chunk files are read directly."""
+def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCost:
+    """Measure what reading the dataset costs beyond its bytes: nothing, where chunk files are read directly.
+
+    What would take more than `host_memory` bytes is not measured: its rate is assumed, and no plan fits the budget.
+    """
     slow = [array for array in dataset.arrays.values() if not array.direct]
     if not slow:
         return InputCost()
-    rates = {array.spec.name: read_rate(dataset, array.spec.name, problem) for array in slow}
+    rates = {array.spec.name: read_rate(dataset, array.spec.name, problem, host_memory) for array in slow}
     notes = tuple(
         f"{array.spec.name} is {array.describe()}: that bounds reading to {rates[array.spec.name] / 1e9:.2g} GB/s"
         for array in slow
@@ -247,12 +250,14 @@ def input_cost(dataset: Dataset, problem: Problem) -> InputCost:
     )
 
 
-def read_rate(dataset: Dataset, name: str, problem: Problem) -> float:
-    """Bytes per second at which the beginning of an array can be read, whatever is cached."""
-    array = dataset.arrays[name]
-    rows = min(problem.tokens, max(array.chunk_rows, SAMPLE_BYTES // (problem.head_dim * problem.itemsize)))
-    rows = min(rows, 4 * SAMPLE_BYTES // (problem.head_dim * problem.itemsize))
-    buffer = np.empty((max(1, rows), problem.head_dim), numpy_dtype(problem.dtype))
+def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -> float:
+    """Bytes per second at which the beginning of an array can be read, whatever is cached, within `host_memory` bytes."""
+    array, row_bytes = dataset.arrays[name], problem.head_dim * problem.itemsize
+    most = min(4 * SAMPLE_BYTES, host_memory - array.decode_bytes)
+    rows = min(problem.tokens, max(array.chunk_rows, SAMPLE_BYTES // row_bytes), most // row_bytes)
+    if rows < 1:
+        return ASSUMED_RATE
+    buffer = np.empty((rows, problem.head_dim), numpy_dtype(problem.dtype))
     start = time.perf_counter()
     array.read_rows(0, 0, 0, len(buffer), buffer)
     return buffer.nbytes / max(time.perf_counter() - start, 1e-6)

@@ -165,7 +165,7 @@ class Unfinished:
         Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.
         """
         problem = self.plan.problem
-        dataset = Dataset.open(named if named is not None else recorded_location(self.header.dataset.location).text)
+        dataset = Dataset.open(named if named is not None else recorded_location(self.header.dataset.location))
         posed = make_problem(*dataset.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
         if posed != problem:
             raise ProblemError(f"{dataset.location} poses another problem ({posed}) than the run's ({problem})")

@@ -112,7 +112,7 @@ def plan_for(
     opened = Dataset.open(dataset)
     problem = make_problem(*opened.specs, **posed)
     machine = replace(machine, lanes=lanes, threads=threads)
-    inputs = replace(input_cost(opened, problem), decode_rate=1e9)
+    inputs = replace(input_cost(opened, problem, GENEROUS), decode_rate=1e9)
     budgets = {"device_memory": GENEROUS, "host_memory": GENEROUS}
     plan = make_plan(problem, machine, inputs=inputs, **{**budgets, **options})
     return plan if partials is None else with_partials(plan, partials)

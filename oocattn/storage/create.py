@@ -27,9 +27,11 @@ from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
-from oocattn.errors import ResultExistsError
+from oocattn.errors import ProblemError, ResultExistsError
 from oocattn.storage.durable import PARTIAL, rename_new, sync, write_durably
 from oocattn.storage.folders import GROUP, refuse_foreign, remove_ours
+from oocattn.storage.locations import local_path, parse_location
+from oocattn.text import printable
 
 CHUNK_BYTES = 32 * 2**20
 """Size aimed at for a chunk; 8 to 64 MiB read equally well."""
@@ -154,12 +156,12 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     """A new Zarr group with `attributes`, to be filled inside the `with`; it appears at `path` when that ends well.
 
     Until then it grows under a temporary name beside `path`, and an exception removes it. (At a URL other than file://
-    it is made in place.) Raises ResultExistsError where something is at `path`, unless `overwrite` is given and that
-    something is a Zarr group or array.
+    it is made in place.) Raises ProblemError for a location that is not taken, and ResultExistsError where something is at
+    `path`, unless `overwrite` is given and that something is a Zarr group or array.
     """
     local = local_path(path)
     if local is None:
-        yield _create_remote(str(path), attributes, overwrite)
+        yield _create_remote(parse_location(path).text, attributes, overwrite)
         return
     refuse_to_destroy(local, overwrite)
     local.parent.mkdir(parents=True, exist_ok=True)
@@ -184,17 +186,13 @@ def _is_plain(array: zarr.Array[Any]) -> bool:
     )
 
 
-def local_path(path: str | Path) -> Path | None:
-    """`path` as a path, or None for the URL of a remote store."""
-    text = str(path).removeprefix("file://")
-    return None if "://" in text else Path(text).resolve()
-
-
 def _create_remote(url: str, attributes: dict[str, Any], overwrite: bool) -> zarr.Group:
     try:
         return zarr.open_group(url, mode="w" if overwrite else "w-", attributes=attributes, zarr_format=3)
     except FileExistsError as error:
         raise ResultExistsError(f"{url} exists already: choose another path, or overwrite it (--overwrite)") from error
+    except Exception as error:  # each file system has its own
+        raise ProblemError(f"{url} cannot be created ({printable(error)}): check the URL and its access") from error
 
 
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:

@@ -11,33 +11,46 @@ import itertools
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
-import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
+from zarr.storage import FsspecStore
 
-import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import ProblemError
 from oocattn.problem import ArraySpec
-from oocattn.storage.codecs import check_shard
 from oocattn.storage.direct import FastestReader
-from oocattn.storage.layout import chunk_key, missing_chunk, stored_bytes, stored_chunks, wrong_size
+from oocattn.storage.files import opened
+from oocattn.storage.layout import (
+    chunk_key,
+    coordinates_of,
+    missing_chunk,
+    no_file,
+    stored_bytes,
+    stored_chunks,
+    wrong_size,
+)
+from oocattn.storage.locations import Location, parse_location
 from oocattn.storage.mapped_store import MappedStore
+from oocattn.storage.metadata import array_names, open_array, read_attributes
 from oocattn.storage.readers import InputArray
+from oocattn.storage.shards import check_shard
+from oocattn.text import printable
 
 NAMES = ("q", "k", "v")
 """The arrays that a dataset has."""
 
 SAMPLED_CHUNKS, SAMPLED_BYTES = 5, 1 << 16
 """Stored chunks of an array whose content is part of the fingerprint, and how much at each end of them."""
+
+MOST_NAMED = 10
+"""Arrays that the message names where one is missing."""
 
 # What of an array's metadata says how its bytes are to be read, in Zarr v3 and v2.
 _IDENTITY = (
@@ -58,22 +71,17 @@ class Dataset:
     arrays: dict[str, InputArray]
 
     @classmethod
-    def open(cls, path_or_url: str | Path) -> Dataset:
-        """Open a Zarr group, v3 or v2, for reading: a folder, or a URL that fsspec knows.
+    def open(cls, path_or_url: str | Path | Location) -> Dataset:
+        """Open a Zarr group, v3 or v2, for reading: a folder, or a URL as `parse_location` takes it.
 
-        Raises ProblemError if there is no group, or no array q, k or v in it.
+        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, and IntegrityError if its
+        metadata is damaged. Nothing is read before the location is checked.
         """
-        location = _location(path_or_url)
-        root = Path(location) if Path(location).is_dir() else None
-        try:
-            store = location if root is None else MappedStore(root, read_only=True)
-            group = zarr.open_group(store, mode="r", use_consolidated=False)
-        except (FileNotFoundError, NotADirectoryError, ValueError, ImportError) as error:
-            raise ProblemError(
-                f"no Zarr group at {location} ({error}): give the path or URL of a group with the arrays q, k and v; "
-                "`oocattn import` makes one from other files"
-            ) from error
-        return cls.of(location, {name: _array(group, name, location) for name in NAMES})
+        location = parse_location(path_or_url)
+        store = _open_store(location)
+        if read_attributes(store, location.text) is None:
+            raise _no_group(location, "nothing of that kind is there")
+        return cls.of(location.text, {name: _array(store, name, location.text) for name in NAMES})
 
     @classmethod
     def of(cls, location: str, arrays: dict[str, zarr.Array[Any]]) -> Dataset:
@@ -112,9 +120,10 @@ class Dataset:
         """Half a SHA-256 of each array, joined by "-", that changes when the array is changed.
 
         It covers shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks, and in a local
-        folder the size and modification time of every chunk file.
+        folder the size and modification time of every chunk file. Raises IntegrityError for a chunk that is missing: any in
+        a local folder, elsewhere one of those few.
         """
-        return "-".join(_fingerprint(name, self.arrays[name].array) for name in NAMES)
+        return "-".join(_fingerprint(name, self.arrays[name].array, self.location) for name in NAMES)
 
 
 def changed_arrays(before: str, after: str) -> str:
@@ -124,14 +133,13 @@ def changed_arrays(before: str, after: str) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _fingerprint(name: str, array: zarr.Array[Any]) -> str:
+def _fingerprint(name: str, array: zarr.Array[Any], location: str) -> str:
     metadata = array.metadata.to_dict()
     identity = {key: metadata[key] for key in _IDENTITY if key in metadata}
     digest = hashlib.sha256(json.dumps([name, identity], sort_keys=True, default=str).encode())
-    for _, key, status in _files(array):
-        state = (status.st_size, status.st_mtime_ns) if status else None
-        digest.update(f"\n{key} {state}".encode())
-    for content in _sample(array):
+    for _, key, status in _files(array, location):
+        digest.update(f"\n{key} {(status.st_size, status.st_mtime_ns)}".encode())
+    for content in _sample(array, location):
         digest.update(content)
     return digest.hexdigest()[:32]
 
@@ -142,27 +150,32 @@ def _sampled_keys(array: zarr.Array[Any]) -> Iterator[str]:
     counts = [-(-size // extent) for size, extent in zip(array.shape, extents, strict=True)]
     total = math.prod(counts)
     for number in sorted({round(place * (total - 1) / (SAMPLED_CHUNKS - 1)) for place in range(SAMPLED_CHUNKS)}):
-        yield chunk_key(array, tuple(int(i) for i in np.unravel_index(number, counts)))
+        yield chunk_key(array, coordinates_of(number, counts))
 
 
-def _sample(array: zarr.Array[Any]) -> list[bytes]:
-    """The first and the last bytes of those chunks; nothing of one that is missing."""
+def _sample(array: zarr.Array[Any], location: str) -> list[bytes]:
+    """The first and the last bytes of those chunks."""
     if isinstance(array.store, MappedStore):
-        return [end for key in _sampled_keys(array) for end in _ends(array.store.root / key)]
+        return [end for key in _sampled_keys(array) for end in _ends(array.store.root, key, location)]
     ends: list[ByteRequest] = [RangeByteRequest(0, SAMPLED_BYTES), SuffixByteRequest(SAMPLED_BYTES)]
-    found = sync(_get_all(array, list(itertools.product(_sampled_keys(array), ends))))
-    return [content.to_bytes() for content in found if content is not None]
+    wanted = list(itertools.product(_sampled_keys(array), ends))
+    found = []
+    for (key, _), content in zip(wanted, sync(_get_all(array, wanted)), strict=True):
+        if content is None:
+            raise missing_chunk(location, key)
+        found.append(content.to_bytes())
+    return found
 
 
-def _ends(path: Path) -> list[bytes]:
+def _ends(root: Path, key: str, location: str) -> list[bytes]:
     """The first and the last bytes of a file. No more is read: of a map the system reads megabytes ahead."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            last = max(0, os.fstat(file.fileno()).st_size - SAMPLED_BYTES)
-            return [os.pread(file.fileno(), SAMPLED_BYTES, start) for start in (0, last)]
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return []
+        with opened(root / key) as descriptor:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
+            return [os.pread(descriptor, SAMPLED_BYTES, start) for start in (0, last)]
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_chunk(location, key) from None
 
 
 async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:
@@ -172,13 +185,11 @@ async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]
 
 def _check_files(array: zarr.Array[Any], location: str) -> None:
     expected = stored_bytes(array)
-    for coordinates, key, status in _files(array):
-        if status is None:
-            raise missing_chunk(location, key)
+    for coordinates, key, status in _files(array, location):
         if expected is not None and status.st_size != expected:
             raise wrong_size(location, key, status.st_size, expected)
         if array.shards is not None:
-            check_shard(array, coordinates, location, status.st_size)
+            check_shard(array, coordinates, location)
 
 
 def _check_keys(array: zarr.Array[Any], location: str) -> None:
@@ -195,37 +206,46 @@ async def _listed(array: zarr.Array[Any]) -> list[str]:
     return [key async for key in array.store.list_prefix(array.path)]
 
 
-def _files(array: zarr.Array[Any]) -> Iterator[tuple[tuple[int, ...], str, os.stat_result | None]]:
-    """Coordinates, key and status of the file of every stored chunk of a local array; None where there is no file."""
+def _files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, os.stat_result]]:
+    """Coordinates, key and status of the file of every chunk of a local array. Raises at the first that is missing."""
     if not isinstance(array.store, MappedStore):
         return
     for coordinates in stored_chunks(array):
         key = chunk_key(array, coordinates)
         try:
-            yield coordinates, key, os.stat(array.store.root / key)
+            status = os.stat(array.store.root / key)
         except (FileNotFoundError, NotADirectoryError):
-            yield coordinates, key, None
+            raise missing_chunk(location, key) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise no_file(location, key)
+        yield coordinates, key, status
 
 
-def _location(path_or_url: str | Path) -> str:
-    """An absolute path, also for a `file:` URL, or the URL as it is."""
-    text = str(path_or_url)
-    if text.startswith("file:"):
-        text = url2pathname(urlsplit(text).path)
-    return text if "://" in text or "::" in text else str(Path(text).absolute())
-
-
-def _array(group: zarr.Group, name: str, location: str) -> zarr.Array[Any]:
+def _open_store(location: Location) -> Store:
+    """A store at a location that was checked."""
+    if location.path is not None:
+        return MappedStore(location.path, read_only=True)
     try:
-        found = group[name]
-    except KeyError:
-        raise ProblemError(
-            f"no array {name!r} in {location}: found {sorted(group.array_keys())}; a dataset has the arrays q, k and "
-            "v: rename the array, or import the tensors with `oocattn import`"
-        ) from None
-    except ValueError as error:  # metadata that this zarr does not know: data type, codec, extension
-        version = zarr.__version__
-        raise ProblemError(f"array {name!r} of {location} cannot be opened by zarr {version}: {error}") from error
-    if not isinstance(found, zarr.Array):
-        raise ProblemError(f"{name!r} in {location} is a group: expected an array [B, H, N, D] or [H, N, D]")
-    return found
+        return FsspecStore.from_url(location.text, read_only=True)
+    except Exception as error:  # each file system has its own
+        raise _no_group(location, printable(error)) from error
+
+
+def _no_group(location: Location, reason: str) -> ProblemError:
+    return ProblemError(
+        f"no Zarr group at {printable(location)} ({reason}): give the path or URL of a group with the arrays q, k and v; "
+        "`oocattn import` makes one from other files"
+    )
+
+
+def _array(store: Store, name: str, location: str) -> zarr.Array[Any]:
+    array = open_array(store, name, location)
+    if array is not None:
+        return array
+    found = array_names(store)
+    shown = [printable(other) for other in found[:MOST_NAMED]]
+    more = " and more" if len(found) > MOST_NAMED else ""
+    raise ProblemError(
+        f"no array {name!r} in {printable(location)}: found {shown}{more}; a dataset has the arrays q, k and v: rename the "
+        "array, or import the tensors with `oocattn import`"
+    )

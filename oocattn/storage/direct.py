@@ -15,13 +15,15 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from oocattn.errors import IntegrityError
+from oocattn.storage.files import opened
 from oocattn.storage.layout import ChunkFiles, Part, missing_chunk, wrong_size
 
 Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]
@@ -107,27 +109,18 @@ def _bytes_of(out: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _advise(parts: Iterable[Part]) -> None:
     for part in parts:
-        try:
-            descriptor = os.open(part.path, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # advice only: the read says what is missing
-        try:
+        with suppress(OSError, IntegrityError), opened(part.path) as descriptor:  # the read says what is wrong
             os.posix_fadvise(descriptor, part.offset, part.end - part.begin, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager
 def _opened(files: ChunkFiles, part: Part) -> Iterator[int]:
     """A descriptor of the part's chunk file, which exists and has the size that it must have."""
     try:
-        descriptor = os.open(part.path, os.O_RDONLY)
-    except FileNotFoundError:
+        with opened(part.path) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size != part.file_bytes:
+                raise wrong_size(files.location, part.key, size, part.file_bytes)
+            yield descriptor
+    except (FileNotFoundError, NotADirectoryError):
         raise missing_chunk(files.location, part.key) from None
-    try:
-        size = os.fstat(descriptor).st_size
-        if size != part.file_bytes:
-            raise wrong_size(files.location, part.key, size, part.file_bytes)
-        yield descriptor
-    finally:
-        os.close(descriptor)

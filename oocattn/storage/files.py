@@ -47,7 +47,7 @@ def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, 
 def read_file(path: str | Path, most: int, *, follow: bool = True, folder: int | None = None) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises as `opened`, and IntegrityError for a larger one."""
     with opened(path, follow=follow, folder=folder) as descriptor, open(descriptor, "rb", closefd=False) as file:
-        content = file.read(most + 1)
+        content = file.read(min(os.fstat(descriptor).st_size, most) + 1)  # so much memory is taken at once
     if len(content) > most:
         raise IntegrityError(f"{path} has more than {most:,} bytes: no such file is that large; it is damaged or foreign")
     return content

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from oocattn.errors import ProblemError
 from oocattn.problem import DTYPES, ArraySpec, make_problem
 from oocattn.storage.create import create_array, create_dataset, fill_array, numpy_dtype
+from oocattn.storage.locations import parse_location
+from oocattn.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -110,9 +112,11 @@ def _open(name: str, file: str) -> Source:
     match = _FILE_AND_TENSOR.fullmatch(file)
     if match is None:
         raise ProblemError(f"{name}: {file} is not understood: expected FILE.npy, FILE.safetensors or FILE.pt[:TENSOR]")
-    path, tensor = Path(match[1]), match[2]
+    path, tensor = parse_location(match[1]).path, match[2]
+    if path is None:
+        raise ProblemError(f"{name}: {printable(file)} is a URL: tensors are imported from local files; copy it first")
     if not path.is_file():
-        raise ProblemError(f"{name}: there is no file {path}")
+        raise ProblemError(f"{name}: there is no file {printable(path)}")
     if path.suffix == ".npy":
         return _open_npy(name, path)
     if path.suffix == ".safetensors":
@@ -123,9 +127,10 @@ def _open(name: str, file: str) -> Source:
 def _open_npy(name: str, path: Path) -> Source:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # of a file that is no .npy numpy has many
         raise ProblemError(
-            f"{name}: {path} cannot be mapped as a .npy file of numbers ({error}): save one plain array with numpy.save"
+            f"{name}: {path} cannot be mapped as a .npy file of numbers ({printable(error)}): save one plain array with "
+            "numpy.save"
         ) from error
     if not isinstance(array, np.ndarray):
         raise ProblemError(f"{name}: {path} is an archive of arrays: save one plain array with numpy.save")
@@ -147,7 +152,7 @@ def _open_safetensors(name: str, path: Path, tensor: str | None) -> Source:
     try:
         file: Any = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ProblemError(f"{name}: {path} is not a whole safetensors file: {error}") from error
+        raise ProblemError(f"{name}: {path} is not a whole safetensors file: {printable(error)}") from error
     key = _pick(name, path, tensor, list(file.keys()))
     view = file.get_slice(key)
     dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
@@ -155,13 +160,11 @@ def _open_safetensors(name: str, path: Path, tensor: str | None) -> Source:
 
 
 def _open_torch(name: str, path: Path, tensor: str | None) -> Source:
-    import pickle
-
     import torch
 
     try:
         found = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+    except Exception as error:  # of a file that torch did not write it has many
         raise ProblemError(
             f"{name}: {path} is not a file of plain tensors, as torch.save writes them: save one, or a dict of them"
         ) from error

@@ -5,10 +5,9 @@ Pure arithmetic over an array's metadata, for arrays of rank 3 [H, N, D] and 4 [
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import zarr
 
 from oocattn.errors import IntegrityError
+from oocattn.text import printable
 
 _OTHER_ORDER = "big" if sys.byteorder == "little" else "little"
 
@@ -86,8 +86,18 @@ def chunk_key(array: zarr.Array[Any], coordinates: tuple[int, ...]) -> str:
 def stored_chunks(array: zarr.Array[Any]) -> Iterator[tuple[int, ...]]:
     """Coordinates of every stored object (chunk, or shard) that the array must have."""
     extents = array.shards or array.chunks
-    counts = (-(-size // extent) for size, extent in zip(array.shape, extents, strict=True))
-    return itertools.product(*map(range, counts))
+    counts = [-(-size // extent) for size, extent in zip(array.shape, extents, strict=True)]
+    for number in range(math.prod(counts)):  # itertools.product would list every dimension first
+        yield coordinates_of(number, counts)
+
+
+def coordinates_of(number: int, counts: Sequence[int]) -> tuple[int, ...]:
+    """The coordinates of the object with that number, in C order, on a grid with so many along each dimension."""
+    found = []
+    for count in reversed(counts):
+        number, at = divmod(number, count)
+        found.append(at)
+    return tuple(reversed(found))
 
 
 def codec_names(array: zarr.Array[Any]) -> list[str]:
@@ -135,6 +145,11 @@ def missing_chunk(location: str, key: str) -> IntegrityError:
     )
 
 
+def no_file(location: str, key: str) -> IntegrityError:
+    """The error for a chunk that is a folder, a FIFO or a device."""
+    return IntegrityError(f"{_name(location, key)} is no regular file: expected one; copy it again")
+
+
 def wrong_size(location: str, key: str, found: int, expected: int) -> IntegrityError:
     """The error for a chunk file of `found` bytes that must have `expected`."""
     return IntegrityError(
@@ -142,11 +157,16 @@ def wrong_size(location: str, key: str, found: int, expected: int) -> IntegrityE
     )
 
 
+def too_large(location: str, key: str, most: int) -> IntegrityError:
+    """The error for a stored chunk of more than `most` bytes."""
+    return IntegrityError(f"{_name(location, key)} has more than {most} bytes, the most that it can have; copy it again")
+
+
 def undecodable(location: str, key: str, error: object) -> IntegrityError:
     """The error for a chunk that its codecs refuse."""
-    return IntegrityError(f"{_name(location, key)} cannot be decoded ({error}): it is damaged; copy it again")
+    return IntegrityError(f"{_name(location, key)} cannot be decoded ({printable(error)}): it is damaged; copy it again")
 
 
 def _name(location: str, key: str) -> str:
     array, _, chunk = key.partition("/")
-    return f"array {array!r} of {location}: chunk {chunk!r} (key {key!r})"
+    return f"array {array!r} of {printable(location)}: chunk {chunk!r} (key {key!r})"

@@ -18,6 +18,8 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
+from oocattn.storage.files import opened
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -31,15 +33,15 @@ _live_maps: WeakValueDictionary[tuple[int, int, int], mmap.mmap] = WeakValueDict
 
 
 def _map(path: Path) -> memoryview:
-    """The whole file, mapped read-only. Raises OSError as `open` does."""
-    with path.open("rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
+    """The whole of a regular file, mapped read-only. Raises as `opened` does."""
+    with opened(path) as descriptor:
+        status = os.fstat(descriptor)
         if status.st_size == 0:  # cannot be mapped
             return memoryview(b"")
         identity = (status.st_dev, status.st_ino, status.st_size)
         mapped = _live_maps.get(identity)
         if mapped is None:
-            mapped = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
             _live_maps[identity] = mapped
         return memoryview(mapped)
 
@@ -70,12 +72,17 @@ class MappedStore(LocalStore):
         prototype: BufferPrototype | None = None,
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        """The value of `key`, or the part of it in `byte_range`; None if there is none."""
+        """The value of `key`, or the part of it in `byte_range`; None if there is none, or a folder.
+
+        Raises IntegrityError where something else than a file is.
+        """
         self._ensure_open_sync()
-        window = _window(byte_range)
+        window, path = _window(byte_range), self.root / key
         try:
-            content = _map(self.root / key)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            if path.is_dir():
+                return None
+            content = _map(path)
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return (prototype or default_buffer_prototype()).buffer.from_bytes(content[window])
 

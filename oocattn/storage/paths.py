@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zarr.storage import LocalStore
+
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.records import parse_json
-from oocattn.storage.create import local_path
 from oocattn.storage.durable import MOST_RECORD, make_durably
 from oocattn.storage.files import read_file
 from oocattn.storage.folders import is_folder, require_own
 from oocattn.storage.journal import read_header
+from oocattn.storage.locations import local_path
+from oocattn.storage.metadata import read_attributes
 
 ATTRIBUTES = "oocattn"
 """The one attribute of a result group: what it is the answer to."""
@@ -107,17 +109,8 @@ def recorded_attributes(path: Path) -> dict[str, Any]:
 
     Raises IntegrityError where its metadata is damaged.
     """
-    for name, key in (("zarr.json", "attributes"), (".zattrs", None)):
-        try:
-            content = parse_json(read_file(path / name, MOST_RECORD))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except ValueError as error:
-            raise IntegrityError(f"{path}: no group that Zarr can open ({name}: {error}): it is damaged") from None
-        attributes = content.get(key) if key else content
-        found = attributes.get(ATTRIBUTES) if isinstance(attributes, Mapping) else None
-        return dict(found) if isinstance(found, Mapping) else {}
-    return {}
+    found = (read_attributes(LocalStore(path), str(path)) or {}).get(ATTRIBUTES)
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def identity_at(path: Path) -> str | None:

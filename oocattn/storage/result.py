@@ -10,33 +10,24 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore
 
-from oocattn.errors import IntegrityError
+from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.checksums import ATTRIBUTE as CHECKSUMS
 from oocattn.storage.checksums import Checksums, as_digits, checksum
 from oocattn.storage.create import chunk_bytes, chunk_file, chunk_selection, write_chunk
 from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.files import read_file
 from oocattn.storage.mapped_store import MappedStore
-
-
-@contextmanager
-def _naming_damage(path: Path) -> Iterator[None]:
-    """Zarr's many errors for metadata that is damaged become one, which names the group."""
-    try:
-        yield
-    except Exception as error:
-        raise IntegrityError(f"{path}: no group that Zarr can open ({error}): it is damaged") from error
+from oocattn.storage.metadata import array_names, open_array
 
 
 @dataclass(frozen=True)
@@ -62,17 +53,18 @@ class ResultArrays:
     @classmethod
     def open(cls, path: Path) -> ResultArrays:
         """The arrays of the result at `path`, read through memory maps. Raises IntegrityError where one is missing."""
-        return cls.of(MappedStore(path, read_only=True), "r")
+        return cls.of(MappedStore(path, read_only=True))
 
     @classmethod
-    def of(cls, store: LocalStore, mode: Literal["r", "r+"]) -> ResultArrays:
+    def of(cls, store: LocalStore) -> ResultArrays:
         """The arrays of the result in a store. Raises IntegrityError where one is missing."""
-        with _naming_damage(store.root):
-            group = zarr.open_group(store, mode=mode)
-            out, lse = group.get("out"), group.get("lse")
-        if not (isinstance(out, zarr.Array) and isinstance(lse, zarr.Array)):
+        try:
+            out, lse = (open_array(store, name, str(store.root)) for name in ("out", "lse"))
+        except ProblemError as error:
+            raise IntegrityError(str(error)) from None
+        if out is None or lse is None:
             raise IntegrityError(
-                f"{store.root}: no finished result here: expected the arrays out and lse, found {sorted(group.keys())}"
+                f"{store.root}: no finished result here: expected the arrays out and lse, found {array_names(store)}"
             )
         return cls(out, lse)
 

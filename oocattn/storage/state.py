@@ -120,7 +120,7 @@ class RunState:
                 raise IntegrityError(f"{folder} is not a folder: the unfinished result is damaged: {_AGAIN}")
         if not os.path.lexists(self.paths.scratch):
             self.paths.scratch.mkdir()
-        arrays = ResultArrays.of(LocalStore(path), "r+")
+        arrays = ResultArrays.of(LocalStore(path))
         found = {name: (array.shape, array.dtype, array.chunks) for name, array in arrays.by_name.items()}
         out, lse = (1, 1, layout.chunk_rows, layout.shape[3]), (1, 1, layout.chunk_rows)
         float32 = np.dtype(np.float32)

@@ -93,7 +93,7 @@ def test_specs_name_dtypes_as_problems_do_and_leave_judgement_to_them(tmp_path: 
 
 
 def test_what_is_not_a_dataset_is_refused_with_what_was_found(tmp_path: Path, memory_url: str) -> None:
-    for nowhere in (tmp_path / "none", tmp_path, "memory://none", "no-such-protocol://x", Path(__file__)):
+    for nowhere in (tmp_path / "none", tmp_path, "memory://none", Path(__file__)):
         with pytest.raises(ProblemError, match=r"no Zarr group at .*q, k and v"):
             Dataset.open(nowhere)
     for where in (str(tmp_path / "partial"), memory_url):
@@ -108,7 +108,7 @@ def test_what_is_not_a_dataset_is_refused_with_what_was_found(tmp_path: Path, me
     write(tmp_path / "unknown")
     metadata = tmp_path / "unknown/k/zarr.json"
     metadata.write_text(metadata.read_text().replace('"float16"', '"float8_e5m2"'))
-    with pytest.raises(ProblemError, match=r"array 'k' of .* cannot be opened by zarr .*float8_e5m2"):
+    with pytest.raises(ProblemError, match=r"array 'k' of .* cannot be opened: it has dtype float8_e5m2, expected one of"):
         Dataset.open(tmp_path / "unknown")
 
 
@@ -175,12 +175,21 @@ def test_the_fingerprint_follows_data_and_layout_alone(tmp_path: Path) -> None:
         chunk.write_bytes(content)
         os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns))
         seen.add(dataset.fingerprint())
-    chunk.unlink()
-    seen.add(dataset.fingerprint())
     for storage in ({"chunks": (1, 1, 8, 8)}, {"compressors": ZstdCodec()}, {"data": DATA.astype("f4")}):
         write(tmp_path, **storage)
         seen.add(Dataset.open(tmp_path).fingerprint())
-    assert len(seen) == 8
+    assert len(seen) == 7
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_dataset_without_a_chunk_has_no_fingerprint(tmp_path: Path, memory_url: str, remote: bool) -> None:
+    where = memory_url if remote else str(tmp_path)
+    group = write(where)
+    key = "v/" + group["v"].metadata.encode_chunk_key((0, 1, 1, 0))
+    filesystem, root = fsspec.url_to_fs(where)
+    filesystem.rm(f"{root}/{key}")
+    with pytest.raises(IntegrityError, match=f"array 'v' of {where}: .*{key}.* is missing"):
+        Dataset.open(where).fingerprint()
 
 
 def test_a_remote_fingerprint_needs_metadata_and_a_few_bytes_of_chunks(memory_url: str) -> None:
@@ -193,8 +202,6 @@ def test_a_remote_fingerprint_needs_metadata_and_a_few_bytes_of_chunks(memory_ur
     memory.pipe(f"{memory_url}/q/c/0/0/0/0", bytes(content))
     changed = Dataset.open(memory_url).fingerprint()
     assert changed != first
-    memory.rm(f"{memory_url}/q/c/0/0/0/0")
-    assert Dataset.open(memory_url).fingerprint() not in (first, changed)
     write(memory_url, chunks=(1, 1, 8, 8))
     assert Dataset.open(memory_url).fingerprint() != first
 

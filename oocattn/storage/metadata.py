@@ -1,0 +1,244 @@
+"""The metadata of Zarr groups and arrays: read with a bound, checked, and only then given to Zarr.
+
+Zarr believes what it reads: it makes codecs by name, and objects of any size. Here a node's JSON is read once, as bytes of a
+regular file, and what Zarr gets is the very content that was checked. Consolidated metadata is not looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import zarr
+from zarr.abc.store import RangeByteRequest, Store
+from zarr.buffer.cpu import buffer_prototype
+from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, StorePath
+
+import oocattn.storage.bfloat16  # noqa: F401  registers the data type
+from oocattn.errors import IntegrityError, OocattnError, ProblemError
+from oocattn.records import parse_json
+from oocattn.storage.codec_chain import chain_of, v2_codecs, v3_codecs
+from oocattn.storage.files import read_file
+from oocattn.text import printable
+
+MOST_BYTES = 64 << 20
+"""Of one metadata document; the checksums of a result are in the attributes of its arrays."""
+
+MOST_EXTENT = 1 << 48
+MOST_DIMENSIONS = 8
+MOST_CHUNK_BYTES = 1 << 40
+MOST_ARRAY_BYTES = 1 << 62
+
+MOST_ENTRIES = 1000
+"""Entries of a folder that are looked at for a message."""
+
+_V3_TYPES = {
+    **{"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4},
+    **{"float32": 4, "int64": 8, "uint64": 8, "float64": 8, "complex64": 8, "complex128": 16},
+}
+_V2_TYPE = re.compile(r"[<>|]([biufc])(1|2|4|8|16)")
+
+Node = tuple[str, dict[str, Any]]
+"""Kind of a node, "group" or "array", and its metadata; of format 2 with its attributes."""
+
+
+def read_attributes(store: Store, location: str) -> dict[str, Any] | None:
+    """The attributes of the group at the root of a store; None where no group is.
+
+    Raises IntegrityError where its metadata is damaged. `location` is what messages call the store.
+    """
+    node = _read_node(store, "", location)
+    if node is None or node[0] != "group":
+        return None
+    return _attributes(node[1], location)
+
+
+def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None:
+    """Array `name` of the group at the root of a store; None where nothing has that name.
+
+    Raises IntegrityError where its metadata is damaged, and ProblemError where it is a group or stored in a way that is not
+    read: codecs, data types, extensions.
+    """
+    node = _read_node(store, name, location)
+    if node is None:
+        return None
+    kind, found = node
+    if kind != "array":
+        raise ProblemError(f"{name!r} in {printable(location)} is a group: expected an array [B, H, N, D] or [H, N, D]")
+    described = f"array {name!r} of {printable(location)}"
+    _attributes(found, described)
+    (_check_v3 if found["zarr_format"] == 3 else _check_v2)(found, described)
+    try:
+        metadata: Any = (ArrayV3Metadata if found["zarr_format"] == 3 else ArrayV2Metadata).from_dict(found)
+        return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=StorePath(store, name)))
+    except Exception as error:  # Zarr has many
+        raise ProblemError(
+            f"{described} cannot be opened by zarr {zarr.__version__}: {printable(error)}; write it again"
+        ) from error
+
+
+def array_names(store: Store) -> list[str]:
+    """Names of some arrays in the group at the root of a store, for a message: of the first thousand entries."""
+    if isinstance(store, LocalStore):
+        return _array_folders(store)
+    try:
+        entries = sync(_some_entries(store))
+        return sorted(
+            name for name in entries if any(sync(store.exists(f"{name}/{key}")) for key in ("zarr.json", ".zarray"))
+        )
+    except Exception:  # a store that cannot list
+        return []
+
+
+def _array_folders(store: LocalStore) -> list[str]:
+    try:
+        with os.scandir(store.root) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MOST_ENTRIES)]
+    except OSError:
+        return []
+    documents = ("zarr.json", ".zarray")
+    return sorted(name for name in names if any((store.root / name / document).is_file() for document in documents))
+
+
+async def _some_entries(store: Store) -> list[str]:
+    found = []
+    async for entry in store.list_dir(""):
+        found.append(entry.rstrip("/"))
+        if len(found) == MOST_ENTRIES:
+            break
+    return found
+
+
+def _read_node(store: Store, path: str, location: str) -> Node | None:
+    if (found := _read_document(store, path, "zarr.json", location)) is not None:
+        kind = found.get("node_type")
+        if type(found.get("zarr_format")) is not int or found["zarr_format"] != 3 or kind not in ("array", "group"):
+            raise _damaged(_place(path, location), "it is neither a group nor an array of Zarr format 3")
+        return str(kind), found
+    for key, kind in ((".zarray", "array"), (".zgroup", "group")):
+        if (found := _read_document(store, path, key, location)) is not None:
+            if type(found.get("zarr_format")) is not int or found["zarr_format"] != 2:
+                raise _damaged(_place(path, location), f"{key} is not of Zarr format 2")
+            return kind, {**found, "attributes": _read_document(store, path, ".zattrs", location) or {}}
+    return None
+
+
+def _read_document(store: Store, path: str, name: str, location: str) -> dict[str, Any] | None:
+    key = f"{path}/{name}" if path else name
+    content = _read(store, key, location)
+    try:
+        return None if content is None else parse_json(content)
+    except ValueError as error:
+        raise _damaged(_place(path, location), f"{name} is {printable(error)}") from None
+
+
+def _read(store: Store, key: str, location: str) -> bytes | None:
+    """The content of a key; None where there is none."""
+    try:
+        if isinstance(store, LocalStore):
+            return read_file(store.root / key, MOST_BYTES)
+        found = sync(store.get(key, buffer_prototype, RangeByteRequest(0, MOST_BYTES + 1)))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OocattnError as error:
+        raise IntegrityError(printable(error)) from None
+    except OSError as error:
+        raise IntegrityError(f"{printable(location)}: {key} cannot be read ({printable(error)})") from error
+    except Exception as error:  # each remote store has its own
+        raise ProblemError(f"{printable(location)} cannot be read ({printable(error)}): check its URL and access") from error
+    if found is not None and len(found) > MOST_BYTES:
+        raise _damaged(location, f"{key} has more than {MOST_BYTES:,} bytes")
+    return None if found is None else found.to_bytes()
+
+
+def _place(path: str, location: str) -> str:
+    return f"array {path!r} of {location}" if path else location
+
+
+def _damaged(place: str, reason: str) -> IntegrityError:
+    return IntegrityError(f"the metadata of {printable(place)} is damaged: {reason}; copy it again")
+
+
+def _attributes(found: Mapping[str, Any], place: str) -> dict[str, Any]:
+    attributes = found.get("attributes", {})
+    if not isinstance(attributes, dict):
+        raise _damaged(place, "its attributes are no object")
+    return attributes
+
+
+def _check_v3(found: Mapping[str, Any], array: str) -> None:
+    data_type = found.get("data_type")
+    if not isinstance(data_type, str) or data_type not in _V3_TYPES:
+        raise _unknown_type(array, data_type)
+    itemsize = _V3_TYPES[data_type]
+    grid = _configuration(found, "chunk_grid", ("regular",), array)
+    chunk = _check_extents(found.get("shape"), grid.get("chunk_shape"), itemsize, array)
+    separator = _configuration(found, "chunk_key_encoding", ("default", "v2"), array).get("separator", ".")
+    if separator not in (".", "/"):
+        raise _damaged(array, "the separator of its chunk keys is neither . nor /")
+    if found.get("storage_transformers"):
+        raise ProblemError(f"{array} has storage transformers: these are not read; write it again without them")
+    chain_of(v3_codecs(found.get("codecs"), array), chunk, itemsize, array)
+
+
+def _check_v2(found: Mapping[str, Any], array: str) -> None:
+    data_type = found.get("dtype")
+    match = _V2_TYPE.fullmatch(data_type) if isinstance(data_type, str) else None
+    if match is None:
+        raise _unknown_type(array, data_type)
+    itemsize = int(match[2])
+    chunk = _check_extents(found.get("shape"), found.get("chunks"), itemsize, array)
+    if found.get("dimension_separator", ".") not in (".", "/") or found.get("order") not in ("C", "F"):
+        raise _damaged(array, "its order or the separator of its chunk keys is not one of Zarr's")
+    chain_of(v2_codecs(found.get("filters"), found.get("compressor"), array), chunk, itemsize, array)
+
+
+def _unknown_type(array: str, found: object) -> ProblemError:
+    shown = f"{printable(found if isinstance(found, str) else repr(found)):.80}"
+    return ProblemError(
+        f"{array} cannot be opened: it has dtype {shown}, expected one of float16, bfloat16, float32; convert it first"
+    )
+
+
+def _configuration(found: Mapping[str, Any], field: str, names: tuple[str, ...], array: str) -> Mapping[str, Any]:
+    """The configuration of an extension point of Zarr v3, of which some names are known."""
+    value = found.get(field)
+    if not isinstance(value, dict) or not isinstance(value.get("configuration", {}), dict):
+        raise _damaged(array, f"its {field} is no object with a name and a configuration")
+    name = value.get("name")
+    if name not in names:
+        shown = f"{printable(repr(name)):.80}"
+        raise ProblemError(f"{array} has the {field} {shown}: expected {' or '.join(names)}; write it again")
+    return dict(value.get("configuration", {}))
+
+
+def _check_extents(found_shape: object, found_chunk: object, itemsize: int, array: str) -> list[int]:
+    """The chunk shape, once it and the shape are checked: Zarr divides by the one and multiplies with the other."""
+    shape = _sizes("shape", found_shape, 0, array)
+    chunk = _sizes("chunk shape", found_chunk, 1, array)
+    if len(shape) != len(chunk):
+        raise _damaged(array, f"its shape {shape} and its chunk shape {chunk} have different ranks")
+    if math.prod(chunk) * itemsize > MOST_CHUNK_BYTES or math.prod(shape) * itemsize > MOST_ARRAY_BYTES:
+        raise ProblemError(
+            f"{array} has shape {shape} and chunk shape {chunk}: expected chunks of at most {MOST_CHUNK_BYTES:,} bytes, and "
+            f"{MOST_ARRAY_BYTES:,} in all"
+        )
+    return chunk
+
+
+def _sizes(what: str, found: object, least: int, array: str) -> list[int]:
+    if not isinstance(found, list) or len(found) > MOST_DIMENSIONS:
+        raise _damaged(
+            array, f"its {what} is {printable(repr(found)[:80])}, expected a list of up to {MOST_DIMENSIONS} sizes"
+        )
+    if not all(type(size) is int and least <= size <= MOST_EXTENT for size in found):
+        raise ProblemError(
+            f"{array} has the {what} {printable(repr(found)[:200])}: expected whole numbers from {least} to {MOST_EXTENT:,}"
+        )
+    return found
