@@ -34,9 +34,10 @@ class WorkerLostError(OocattnError, RuntimeError):
 
 
 class TaskError(OocattnError, RuntimeError):
-    """A task of a run failed for a reason that was not foreseen, and failed again when it was tried again.
+    """A step of a run failed for a reason that was not foreseen, and failed again when it was tried again.
 
-    `work` says which it was: a subproblem, or a query chunk that was to be merged or written.
+    `work` says which it was: a subproblem, a query chunk that was to be merged or written, a checkpoint, the set-up of a
+    lane, the check of the dataset, the search for finished work, or the commit of the result.
     """
 
     def __init__(self, work: str, reason: str) -> None:

@@ -28,6 +28,7 @@ from oocattn.pipelines.cluster import living_workers
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.graph import GraphBuilder, Key
+from oocattn.pipelines.failing import naming, place_of
 from oocattn.pipelines.interrupts import InterruptedRunError
 from oocattn.pipelines.lane import Job
 from oocattn.pipelines.schedule import Schedule
@@ -202,7 +203,7 @@ class Attempt:
             except (Exception, CancelledError) as error:
                 self._raise(future, error)
             if event is None:
-                raise WorkerLostError(f"the worker of task {future.key} has no lane: it has begun anew")
+                raise WorkerLostError(f"the worker of {place_of(cast(Key, future.key))} has no lane: it was restarted")
             return event
 
     def _check_workers(self) -> None:
@@ -233,7 +234,7 @@ class Attempt:
         if isinstance(error, OocattnError) or is_disk_full(error) or not isinstance(error, Exception):
             raise error
         # Dask ran a task again whose result was lost with a worker: the lane has what it needs no more.
-        raise TaskError(f"task {future.key}", f"{type(error).__name__}: {error}") from error
+        raise TaskError(place_of(cast(Key, future.key)), f"{type(error).__name__}: {error}") from error
 
     def _finish(self, future: Future[Event | None]) -> None:
         """Pass on what a task did, or raise its error."""
@@ -256,7 +257,8 @@ class Attempt:
     def check_dataset(self) -> None:
         """Raises TaintedError where the dataset is not what it was when the run began."""
         dataset = self._work.dataset
-        changed = changed_arrays(self._work.fingerprint, Dataset.open(dataset.location).fingerprint())
+        with naming("the check of the dataset"):
+            changed = changed_arrays(self._work.fingerprint, Dataset.open(dataset.location).fingerprint())
         if changed:
             raise TaintedError(
                 f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "
