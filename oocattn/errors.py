@@ -48,5 +48,9 @@ class TaskError(OocattnError, RuntimeError):
         return "{} failed: {}".format(*self.args)
 
 
+class StalledError(OocattnError, RuntimeError):
+    """No task of a run has ended for far longer than it was planned to take; what was done before is on disk."""
+
+
 class TimeLimitError(OocattnError, TimeoutError):
     """A run's time limit is reached; what it has done is on disk."""

@@ -21,7 +21,7 @@ from distributed import Client
 
 from oocattn.errors import TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.attempt import Attempt, Work
-from oocattn.pipelines.cluster import assign_devices, wait_for_workers
+from oocattn.pipelines.cluster import assign_devices, wait_for_workers, warn_of_open_ports
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.done import Found, find_done
 from oocattn.pipelines.events import Callback, Event
@@ -125,6 +125,7 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
     deadline = Deadline(until, plan)
     event = Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""})
     devices = _devices(client, plan)
+    warn_of_open_ports(client)
     while True:
         found = insist("the search for finished work", lambda: _look(work))
         schedule = Schedule(plan, len(devices), found.done)
