@@ -26,7 +26,7 @@ from oocattn.errors import OocattnError, StalledError, TaintedError, TaskError, 
 from oocattn.pipelines.cluster import begin_call, living_workers
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.events import Callback, Event
-from oocattn.pipelines.failing import naming, place_of
+from oocattn.pipelines.failing import SET_UP, naming, place_of
 from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.interrupts import InterruptedRunError
 from oocattn.pipelines.lane import Job
@@ -107,21 +107,25 @@ class Attempt:
         Raises what ended it, WorkerLostError where a worker or the scheduler is gone among it; but for a TaintedError, what
         the lanes have done is on disk then.
         """
-        work = self._work
         with self._missing_those_who_left():
-            self._close_lanes_left_behind()
-            names = self._call(lambda: self._client.run(identity, workers=list(self._devices)))
-            devices = {names[address]: device for address, device in self._devices.items()}
-            job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
             try:
-                self._call(lambda: self._client.register_plugin(LanePlugin(job)))
-                self._idle = 0.0
+                self._make_lanes()
                 self._see_to_the_end()
             except BaseException as error:
                 self._stop(keep=not isinstance(error, TaintedError))
                 raise
             finally:
                 self._close_lanes()
+
+    def _make_lanes(self) -> None:
+        work = self._work
+        with naming(SET_UP), self._missing_those_who_left():
+            self._close_lanes_left_behind()
+            names = self._call(lambda: self._client.run(identity, workers=list(self._devices)))
+            devices = {names[address]: device for address, device in self._devices.items()}
+            job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
+            self._call(lambda: self._client.register_plugin(LanePlugin(job)))
+        self._idle = 0.0
 
     @contextmanager
     def _missing_those_who_left(self) -> Iterator[None]:
@@ -283,7 +287,8 @@ class Attempt:
         self.dataset_checked = True
 
     def _submit(self, graph: HighLevelGraph, keys: list[Key]) -> None:
-        futures = self._client.get(graph, keys, sync=False)
+        with naming("the submission of tasks"), self._missing_those_who_left():
+            futures = self._client.get(graph, keys, sync=False)
         self._unfinished.update(zip(keys, futures, strict=True))
         for future in futures:
             future.add_done_callback(self._ended.put)

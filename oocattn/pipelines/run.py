@@ -105,9 +105,9 @@ def _all_finished(work: Work) -> dict[Place, dict[str, Any]]:
     plan = work.plan
     finished = finished_chunks(plan, work.journal)
     chunks = [chunk for chunk in range(plan.chunks) if plan.tokens(chunk)]
-    missing = len(chunks) * plan.problem.head_groups - len(finished)
+    missing = set(itertools.product(range(plan.problem.head_groups), chunks)) - finished.keys()
     if missing:
-        raise OSError(f"the records of {missing:,} finished chunks cannot be read")
+        raise OSError(f"the records of {len(missing):,} finished chunks cannot be read")
     return finished
 
 

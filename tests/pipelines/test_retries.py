@@ -24,6 +24,7 @@ from oocattn.pipelines import attempt, deadline
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.finishing import Finisher
 from oocattn.pipelines.memory_partials import MemoryPartials
+from oocattn.pipelines.partial_files import PartialFiles
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.readers import InputArray
 from oocattn.storage.result import ResultArrays, ResultPaths
@@ -79,6 +80,8 @@ STEPS: dict[str, tuple[Break, str]] = {
     "a checkpoint": (method(MemoryPartials, "save"), "a checkpoint"),
     "the journal": (writing("/finished/"), "query chunk .* of head group"),
     "the set-up of a lane": (method(CpuLane, "__init__"), "the set-up of a lane"),
+    "registering a lane": (method(Client, "register_plugin"), "the set-up of a lane"),
+    "submitting tasks": (method(Client, "get"), "the submission of tasks"),
     "a lane's memory": (method(CpuLane, "allocate"), "the set-up of a lane"),
     "the check of the dataset": (method(Dataset, "fingerprint"), "the check of the dataset"),
     "the checksums": (writing("/zarr.json"), "the commit of the result"),
@@ -168,6 +171,21 @@ def test_a_step_that_always_fails_ends_the_run_with_the_reason(
     assert status.state == "interrupted"
     assert "on fire" in status.error
     assert_same_bits(oocattn.resume(result, client=client), right)
+
+
+def test_a_folder_that_cannot_be_searched_ends_the_run_with_the_reason(
+    client: Client, dataset: Path, right: Result, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for times in (math.inf, 2):
+        trouble = Trouble(OSError(errno.EIO, "the disk is on fire"), times)
+        with monkeypatch.context() as patched:
+            method(PartialFiles, "found")(patched, trouble.begin)
+            if times == 2:
+                assert_same_bits(carry_out(plan_of(dataset, ""), dataset, result, client), right)
+            else:
+                with pytest.raises(TaskError, match=r"^the search for finished work failed: OSError: .*on fire"):
+                    carry_out(plan_of(dataset, ""), dataset, result, client)
+        assert oocattn.status(result).state == ("interrupted" if times == math.inf else "finished")
 
 
 def test_a_status_that_cannot_be_written_is_no_trouble(
