@@ -1,18 +1,21 @@
 """Where a run's dashboard listens, and which web pages may read it.
 
-A browser lets any page open a WebSocket to any address, the loopback too. Only the server can refuse: Bokeh compares the
-page's origin with a list. Ours allows the dashboard's own address and nothing else.
+A browser lets any page open a WebSocket to any address, the loopback too, and a page whose name is made to point at the
+loopback may read all that is there. Only the server can refuse: ours answers requests for the dashboard's own hosts, and
+WebSockets of pages that come from there.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import psutil
 from tornado.netutil import bind_sockets
+from tornado.web import Application, HTTPError, RequestHandler
 
 from oocattn.errors import ProblemError
 
@@ -71,14 +74,31 @@ class DashboardAddress:
         if self.port not in (0, port):
             raise ProblemError(f"dashboard address {str(self)!r}: Address already in use: {ADVICE[errno.EADDRINUSE]}")
 
+    def restrict(self, dashboard: Application) -> None:
+        """Have a web application answer requests for the hosts of this address alone."""
+        own = "|".join(map(re.escape, self._hosts))
+        dashboard.add_handlers(rf"(?!(?:{own})$).*$", [(r".*", _Elsewhere)])
+
     def origins(self, port: int) -> set[str]:
         """HOST:PORT of the pages that may open a WebSocket to a dashboard that listens on `port` of this address."""
+        return {f"{host}:{port}" for host in self._hosts}
+
+    @property
+    def _hosts(self) -> set[str]:
+        """What this address is called in URLs."""
         hosts, ip = {self._in_urls}, _ip_address(self.host)
         if self.host == "localhost" or (ip and (ip.is_loopback or ip.is_unspecified)):
             hosts |= {LOOPBACK, "localhost"}
         if ip and ip.is_unspecified:
             hosts |= {socket.gethostname().lower(), *_own_addresses()}
-        return {f"{host}:{port}" for host in hosts}
+        return hosts
+
+
+class _Elsewhere(RequestHandler):
+    """Refuses a request for another host."""
+
+    def prepare(self) -> None:
+        raise HTTPError(403, reason="Open the dashboard at the address that was printed")
 
 
 def _ip_address(host: str) -> IPv4Address | IPv6Address | None:

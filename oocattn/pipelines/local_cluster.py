@@ -49,6 +49,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     with dask.config.set(settings), _start(address, workers) as cluster:
         http = cluster.scheduler.http_server
         address.check_port(http.port)
+        address.restrict(cluster.scheduler.http_application)
         for application in cluster.scheduler.http_application.applications:
             application.websocket_origins.update(address.origins(http.port))
         cluster.sync(_close_pages, list(cluster.workers.values()))

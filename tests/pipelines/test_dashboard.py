@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,12 +43,13 @@ def listening() -> set[tuple[str, int]]:
     }
 
 
-def answer(client: Client, origin: str) -> int:
-    """What a dashboard answers to a web page of this origin that opens a WebSocket."""
+def answer(client: Client, origin: str, host: str = "") -> int:
+    """What a dashboard answers to a web page of this origin that opens a WebSocket; `host` is what it calls the dashboard."""
     address = urlsplit(client.dashboard_link)
     url = f"ws://{address.netloc}/status/ws"
     token = generate_jwt_token(generate_session_id())
-    request = HTTPRequest(url, headers={"Origin": origin.format(port=address.port)}, connect_timeout=5)
+    headers = {"Origin": origin.format(port=address.port), "Host": host or address.netloc}
+    request = HTTPRequest(url, headers=headers, connect_timeout=5)
 
     async def connect() -> int:
         try:
@@ -73,7 +76,26 @@ def test_a_dashboard_is_read_by_its_own_pages_alone() -> None:
         assert client.dashboard_link == f"http://127.0.0.1:{port}/status"
         assert opened == {("127.0.0.1", port)}  # and no page of a worker
         assert [answer(client, origin) for origin in FOREIGN] == [403] * len(FOREIGN)
-        assert [answer(client, f"http://{host}:{port}") for host in ("127.0.0.1", "localhost")] == [101, 101]
+        for own, other in itertools.permutations([f"127.0.0.1:{port}", f"localhost:{port}"]):
+            assert answer(client, f"http://{own}", host=other) == 101
+
+
+def test_a_name_that_is_made_to_point_at_the_loopback_reads_nothing() -> None:
+    with started("127.0.0.1:0") as (client, _):
+        address = urlsplit(client.dashboard_link)
+        evil = f"evil.example:{address.port}"
+        assert answer(client, f"http://{evil}", host=evil) == 403
+        for host, status in (
+            (evil, 403),
+            (f"localhost.{evil}", 403),
+            (address.netloc, 200),
+            (f"localhost:{address.port}", 200),
+        ):
+            for page in ("/status", "/info/main/workers.html", "/json/identity.json", "/metrics"):
+                connection = HTTPConnection("127.0.0.1", address.port, timeout=10)
+                connection.request("GET", page, headers={"Host": host})
+                assert connection.getresponse().status == status, (host, page)
+                connection.close()
 
 
 def test_a_port_alone_is_the_loopbacks() -> None:
@@ -104,6 +126,7 @@ def test_every_interface_is_opened_only_when_asked_for() -> None:
         port = urlsplit(client.dashboard_link).port
         assert opened == {("0.0.0.0", port)}
         assert [answer(client, f"http://{host}:{port}") for host in (socket.gethostname(), "0.0.0.0")] == [101, 101]
+        assert answer(client, f"http://127.0.0.1:{port}", host=f"{socket.gethostname()}:{port}") == 101
         assert [answer(client, origin) for origin in FOREIGN] == [403] * len(FOREIGN)
 
 
