@@ -44,7 +44,7 @@ def listening() -> set[tuple[str, int]]:
 
 
 def answer(client: Client, origin: str, host: str = "") -> int:
-    """What a dashboard answers to a web page of this origin that opens a WebSocket; `host` is what it calls the dashboard."""
+    """What a dashboard, which the page calls `host`, answers to a web page of this origin that opens a WebSocket."""
     address = urlsplit(client.dashboard_link)
     url = f"ws://{address.netloc}/status/ws"
     token = generate_jwt_token(generate_session_id())
@@ -85,17 +85,12 @@ def test_a_name_that_is_made_to_point_at_the_loopback_reads_nothing() -> None:
         address = urlsplit(client.dashboard_link)
         evil = f"evil.example:{address.port}"
         assert answer(client, f"http://{evil}", host=evil) == 403
-        for host, status in (
-            (evil, 403),
-            (f"localhost.{evil}", 403),
-            (address.netloc, 200),
-            (f"localhost:{address.port}", 200),
-        ):
-            for page in ("/status", "/info/main/workers.html", "/json/identity.json", "/metrics"):
-                connection = HTTPConnection("127.0.0.1", address.port, timeout=10)
-                connection.request("GET", page, headers={"Host": host})
-                assert connection.getresponse().status == status, (host, page)
-                connection.close()
+        statuses = {evil: 403, f"localhost.{evil}": 403, address.netloc: 200, f"localhost:{address.port}": 200}
+        for (host, status), page in itertools.product(statuses.items(), ("/status", "/json/identity.json", "/metrics")):
+            connection = HTTPConnection("127.0.0.1", address.port, timeout=10)
+            connection.request("GET", page, headers={"Host": host})
+            assert connection.getresponse().status == status, (host, page)
+            connection.close()
 
 
 def test_a_port_alone_is_the_loopbacks() -> None:
@@ -271,8 +266,11 @@ def test_a_command_says_in_one_line_why_its_cluster_does_not_start(dataset: Path
 def test_a_cluster_that_others_can_reach_unencrypted_is_warned_of(
     dataset: Path, result: Path, caplog: pytest.LogCaptureFixture, host: str, warned: bool
 ) -> None:
-    options = {"n_workers": 1, "processes": False, "memory_limit": 0, "dashboard_address": None, "protocol": "tcp://"}
-    with LocalCluster(host=host, **options) as cluster, Client(cluster, set_as_default=False) as client:
+    options = {"n_workers": 1, "processes": False, "memory_limit": 0, "protocol": "tcp://"}
+    with (
+        LocalCluster(host=host, dashboard_address="127.0.0.1:0", **options) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
         carry_out(plan_for(dataset), dataset, result, client)
     found = [record.getMessage() for record in caplog.records if "not encrypted" in record.getMessage()]
     assert bool(found) is warned
