@@ -34,9 +34,10 @@ class WorkerLostError(OocattnError, RuntimeError):
 
 
 class TaskError(OocattnError, RuntimeError):
-    """A task of a run failed for a reason that was not foreseen, and failed again when it was tried again.
+    """A step of a run failed for a reason that was not foreseen, and failed again when it was tried again.
 
-    `work` says which it was: a subproblem, or a query chunk that was to be merged or written.
+    `work` says which it was: a subproblem, a query chunk that was to be merged or written, a checkpoint, the set-up of a
+    lane, the check of the dataset, the search for finished work, or the commit of the result.
     """
 
     def __init__(self, work: str, reason: str) -> None:
@@ -45,6 +46,10 @@ class TaskError(OocattnError, RuntimeError):
 
     def __str__(self) -> str:
         return "{} failed: {}".format(*self.args)
+
+
+class StalledError(OocattnError, RuntimeError):
+    """No task of a run has ended for far longer than it was planned to take; what was done before is on disk."""
 
 
 class TimeLimitError(OocattnError, TimeoutError):

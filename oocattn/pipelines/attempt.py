@@ -13,8 +13,7 @@ import time
 import uuid
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future as ThreadFuture
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +22,11 @@ from typing import Any, NoReturn, cast
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future
 
-from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
-from oocattn.pipelines.cluster import living_workers
+from oocattn.errors import OocattnError, StalledError, TaintedError, TaskError, TimeLimitError, WorkerLostError
+from oocattn.pipelines.cluster import begin_call, living_workers
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.events import Callback, Event
+from oocattn.pipelines.failing import SET_UP, naming, place_of
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.interrupts import InterruptedRunError
@@ -107,6 +107,7 @@ class Attempt:
         self._ended: queue.SimpleQueue[Future[Event | None] | None] = queue.SimpleQueue()
         self._attending = self._attended = 0
         self._checked = time.monotonic()
+        self._idle = 0.0
         self._interrupted = False
         self._answering: list[str] = []
         self.dataset_checked = False
@@ -123,20 +124,25 @@ class Attempt:
         Raises what ended it, WorkerLostError where a worker or the scheduler is gone among it; but for a TaintedError, what
         the lanes have done is on disk then.
         """
-        work = self._work
         with self._missing_those_who_left():
-            self._close_lanes_left_behind()
-            names = self._call(lambda: self._client.run(identity, workers=list(self._devices)))
-            devices = {names[address]: device for address, device in self._devices.items()}
-            job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
             try:
-                self._call(lambda: self._client.register_plugin(LanePlugin(job)))
+                self._make_lanes()
                 self._see_to_the_end()
             except BaseException as error:
                 self._stop(keep=not isinstance(error, TaintedError))
                 raise
             finally:
                 self._close_lanes()
+
+    def _make_lanes(self) -> None:
+        work = self._work
+        with naming(SET_UP), self._missing_those_who_left():
+            self._close_lanes_left_behind()
+            names = self._call(lambda: self._client.run(identity, workers=list(self._devices)))
+            devices = {names[address]: device for address, device in self._devices.items()}
+            job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
+            self._call(lambda: self._client.register_plugin(LanePlugin(job)))
+        self._idle = 0.0
 
     @contextmanager
     def _missing_those_who_left(self) -> Iterator[None]:
@@ -173,17 +179,35 @@ class Attempt:
         return self._attending < WINDOW * lanes and len(self._unfinished) < UNFINISHED * lanes
 
     def _next_batch(self) -> list[Future[Event | None]]:
-        """Wait for tasks to end. Raises InterruptedRunError when that is asked for, TimeLimitError when it is time."""
+        """Wait for tasks to end. Raises InterruptedRunError when that is asked for, TimeLimitError when it is time, and
+        StalledError when none ends."""
         batch: list[Future[Event | None]] = []
         while not batch or not self._ended.empty():
             patience = self._check_time()
             if time.monotonic() - self._checked > PATIENCE:
                 self._check_workers()
-            with suppress(queue.Empty):
+            try:
                 future = self._ended.get(timeout=patience)
-                if future is not None:
-                    batch.append(future)
+            except queue.Empty:
+                self._add_idle(patience)
+                continue
+            if future is not None:
+                batch.append(future)
         return batch
+
+    def _add_idle(self, seconds: float) -> None:
+        """So long was waited, and nothing ended. Raises StalledError when it has been too long since anything did.
+
+        Waits are added up, instead of a clock being read: it goes on while this process is stopped.
+        """
+        self._idle += seconds
+        if self._idle > self._deadline.stalled:
+            places = [place_of(key) for key in itertools.islice(self._unfinished, 3)]
+            raise StalledError(
+                f"nothing has ended for {format_seconds(self._idle)}, where two subproblems take about "
+                f"{format_seconds(self._deadline.in_flight)}: {', '.join(places) or 'the set-up of lanes'} hangs on worker "
+                f"{', '.join(self._devices)}; what was done is on disk: see to the workers and their storage, and resume"
+            )
 
     def _check_time(self) -> float:
         """Seconds until it is to be asked again. Raises InterruptedRunError when that was asked for, TimeLimitError when it
@@ -214,12 +238,13 @@ class Attempt:
             try:
                 event = future.result(timeout=patience)
             except TimeoutError:
+                self._add_idle(patience)
                 self._check_workers()
                 continue
             except (Exception, CancelledError) as error:
                 self._raise(future, error)
             if event is None:
-                raise WorkerLostError(f"the worker of task {future.key} has no lane: it has begun anew")
+                raise WorkerLostError(f"the worker of {place_of(cast(Key, future.key))} has no lane: it was restarted")
             return event
 
     def _check_workers(self) -> None:
@@ -230,19 +255,14 @@ class Attempt:
         self._checked = time.monotonic()
 
     def _call(self, function: Callable[[], Any]) -> Any:
-        """What a call that waits for workers or the scheduler returns. They may hang: raises as `_check_time` meanwhile."""
-        called = self._begin(function)
+        """What a call that waits for workers or the scheduler returns. They may hang: raises as `_check_time` and
+        `_add_idle` meanwhile."""
+        called = begin_call(function)
         while not called.done():
-            wait([called], timeout=self._check_time())
+            patience = self._check_time()
+            if not wait([called], timeout=patience).done:
+                self._add_idle(patience)
         return called.result()
-
-    @staticmethod
-    def _begin(function: Callable[[], Any]) -> ThreadFuture[Any]:
-        """A call in a thread of its own."""
-        calling = ThreadPoolExecutor(1, thread_name_prefix="oocattn-call")
-        called = calling.submit(function)
-        calling.shutdown(wait=False)
-        return called
 
     def _raise(self, future: Future[Event | None], error: BaseException) -> NoReturn:
         """Raise a task's error as it is told; WorkerLostError where a worker is gone, for that explains it."""
@@ -250,7 +270,7 @@ class Attempt:
         if isinstance(error, OocattnError) or is_disk_full(error) or not isinstance(error, Exception):
             raise error
         # Dask ran a task again whose result was lost with a worker: the lane has what it needs no more.
-        raise TaskError(f"task {future.key}", f"{type(error).__name__}: {error}") from error
+        raise TaskError(place_of(cast(Key, future.key)), f"{type(error).__name__}: {error}") from error
 
     def _finish(self, future: Future[Event | None]) -> None:
         """Pass on what a task did, or raise its error."""
@@ -258,6 +278,7 @@ class Attempt:
             self._check_workers()
             self._raise(future, cast(BaseException, future.exception()))
         event = self._event(future)
+        self._idle = 0.0
         del self._unfinished[cast(Key, future.key)]
         self._emit(event)
         if event.kind == "attended":
@@ -273,7 +294,8 @@ class Attempt:
     def check_dataset(self) -> None:
         """Raises TaintedError where the dataset is not what it was when the run began."""
         dataset = self._work.dataset
-        changed = changed_arrays(self._work.fingerprint, Dataset.open(dataset.location).fingerprint())
+        with naming("the check of the dataset"):
+            changed = changed_arrays(self._work.fingerprint, Dataset.open(dataset.location).fingerprint())
         if changed:
             raise TaintedError(
                 f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "
@@ -282,7 +304,8 @@ class Attempt:
         self.dataset_checked = True
 
     def _submit(self, graph: HighLevelGraph, keys: list[Key]) -> None:
-        futures = self._client.get(graph, keys, sync=False)
+        with naming("the submission of tasks"), self._missing_those_who_left():
+            futures = self._client.get(graph, keys, sync=False)
         self._unfinished.update(zip(keys, futures, strict=True))
         for future in futures:
             future.add_done_callback(self._ended.put)
@@ -299,10 +322,11 @@ class Attempt:
         start = time.time()
         with self._telling("some tasks may go on"):
             self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
-        until = time.monotonic() + self._deadline.patience
+        stalled = self._idle > self._deadline.stalled  # tasks were waited for already
+        until = time.monotonic() + (self._deadline.silence if stalled else self._deadline.patience)
         while any(self._ask(stop, self._deadline.silence)):
             if time.monotonic() > until:
-                logger.warning("some tasks do not end: what they are at is not saved")
+                logger.warning("some tasks did not end in time: their work is not saved")
                 break
             time.sleep(0.05)
         saved = self._ask(save, SAVING) if keep else []
@@ -312,7 +336,7 @@ class Attempt:
     def _ask(self, function: Callable[..., object], seconds: float) -> list[int]:
         """What this returns on each worker of the run; one that fails or is silent is named, and not asked again."""
         answers = {
-            address: self._begin(partial(self._client.run, function, self._name, workers=[address], on_error="return"))
+            address: begin_call(partial(self._client.run, function, self._name, workers=[address], on_error="return"))
             for address in self._answering
         }
         wait(answers.values(), timeout=seconds)
@@ -338,14 +362,14 @@ class Attempt:
             self._unregister(name)
 
     def _unregister(self, name: str) -> None:
-        closed = self._begin(lambda: self._client.unregister_worker_plugin(name))
+        closed = begin_call(lambda: self._client.unregister_worker_plugin(name))
         with self._telling("not every worker has closed its lane"):
             closed.result(timeout=self._deadline.silence)
 
     def _reachable(self) -> bool:
         """Whether the scheduler is there: else everything else ends by itself."""
         with suppress(WorkerLostError, TimeoutError):
-            self._begin(lambda: living_workers(self._client)).result(timeout=self._deadline.silence)
+            begin_call(lambda: living_workers(self._client)).result(timeout=self._deadline.silence)
             return True
         return False
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from oocattn.pipelines.events import Event, Span
+from oocattn.pipelines.failing import CHECKPOINT, naming
 from oocattn.pipelines.partials import PartialStore
 
 
@@ -52,7 +53,8 @@ class Checkpoints:
         while not self._ended.wait(max(0.0, self._pause - took)):
             start = time.time()
             try:
-                written = self._partials.save(patient=True)
+                with naming(CHECKPOINT):
+                    written = self._partials.save(patient=True)
             except BaseException as error:
                 self._fail(error)
                 return

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future as ThreadFuture
+from ipaddress import ip_address
+from typing import TypeVar
+from urllib.parse import urlsplit
 
 import torch
 from distributed import Client
@@ -13,21 +19,72 @@ from distributed import Client
 from oocattn.arithmetic import arithmetic_of, combine
 from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.plans import Plan
+from oocattn.units import format_seconds
+
+ANSWER = 120.0
+"""Seconds in which a scheduler, and workers that are asked for their GPUs, must answer."""
+
+logger = logging.getLogger("oocattn")
+
+T = TypeVar("T")
+
+
+def begin_call(function: Callable[[], T]) -> ThreadFuture[T]:
+    """A call in a thread of its own, which does not keep the process when it never returns."""
+    called = ThreadFuture[T]()
+
+    def call() -> None:
+        try:
+            called.set_result(function())
+        except BaseException as error:
+            called.set_exception(error)
+
+    threading.Thread(target=call, name="oocattn-call", daemon=True).start()
+    return called
+
+
+def _answer(function: Callable[[], T]) -> T:
+    """What a call to the scheduler returns. Raises TimeoutError after `ANSWER` seconds."""
+    try:
+        return begin_call(function).result(timeout=ANSWER)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"no answer for {format_seconds(ANSWER)}") from error
 
 
 def worker_addresses(client: Client) -> list[str]:
-    """The addresses of the client's workers, in a fixed order: one lane each.
+    """The addresses of the client's workers, in a fixed order: one lane each. Raises TimeoutError after `ANSWER` seconds.
 
     The scheduler is asked itself: the record behind `Client.scheduler_info` is overwritten, without workers, by a task of
     the client that runs every other second.
     """
-    return sorted(client.nthreads())
+    return sorted(_answer(client.nthreads))
+
+
+def warn_of_open_ports(client: Client) -> None:
+    """Log a warning where the caller's cluster is not encrypted and can be reached from other machines."""
+    scheduler = [str(client.scheduler.address)] if client.scheduler else []
+    for address in scheduler + worker_addresses(client):
+        if address.startswith(("tcp://", "ws://")) and not _on_loopback(address):
+            logger.warning(
+                "%s of the Dask cluster is not encrypted: whoever reaches its port can run code there; give the cluster TLS "
+                "certificates (distributed.Security), or keep it on the loopback",
+                address,
+            )
+            return
+
+
+def _on_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def wait_for_workers(
     client: Client, count: int, seconds: float, seconds_for_any: float, check: Callable[[], object]
 ) -> None:
-    """Wait until there are so many workers, but not for ever: longer for the first than for the others.
+    """Wait until there are so many workers, at most `seconds` where there are some, `seconds_for_any` where there is none.
 
     `check` is called meanwhile, and ends it by raising.
     Raises WorkerLostError where the scheduler does not answer, or there is no worker after that.
@@ -63,14 +120,15 @@ def describe_workers(client: Client, plan: Plan) -> dict[str, str]:
 def assign_devices(client: Client, device_type: str) -> dict[str, str]:
     """The device of each worker's lane, by address: "cpu", or a GPU of its own such as "cuda:1".
 
-    Raises ProblemError where there is no worker, and naming one that has no GPU where one is asked for.
+    Raises ProblemError where there is no worker, and naming one that has no GPU where one is asked for; TimeoutError where
+    they have not answered after `ANSWER` seconds.
     """
     addresses = worker_addresses(client)
     if not addresses:
         raise ProblemError("0 workers: a run needs one at least; start them and try again")
     if device_type == "cpu":
         return dict.fromkeys(addresses, "cpu")
-    visible: dict[str, list[str]] = client.run(_visible_gpus)
+    visible: dict[str, list[str]] = _answer(lambda: client.run(_visible_gpus))
     blind = [address for address in addresses if not visible[address]]
     if blind:
         raise ProblemError(

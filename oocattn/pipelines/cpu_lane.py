@@ -21,10 +21,10 @@ class CpuLane(Lane):
     def __init__(self, job: Job) -> None:
         plan = job.plan
         problem = plan.problem
+        self._partial = Partial.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
         allocating = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
         super().__init__(job, readers=1, allocating=allocating)
         allocating.shutdown(wait=False)  # when it has allocated
-        self._partial = Partial.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
         # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.
         self._attending = ThreadPoolExecutor(1, thread_name_prefix="oocattn-attend")
         self._attended: dict[int, Event] = {}

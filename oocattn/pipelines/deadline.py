@@ -14,6 +14,10 @@ MARGIN = 2.0
 SILENCE, LEAST_SILENCE = 15.0, 1.0
 """Seconds in which a worker must answer as a run ends, or it is done without; and those it has however late it is."""
 
+STALLED, STALLED_TIMES = 600.0, 20
+"""Seconds in which one task of a run must end at least, and those in so many times what two subproblems take, where that is
+longer. A task that takes more hangs: in a read of storage that does not answer, or on a worker that was stopped."""
+
 SAVING_RATE = 1e9
 """Bytes per second at which what lanes hold in memory is taken to be saved."""
 
@@ -42,6 +46,11 @@ class Deadline:
         return self._at_a_time * self._longest or self._predicted
 
     @property
+    def stalled(self) -> float:
+        """Seconds without the end of any task after which a run has stalled."""
+        return max(STALLED, STALLED_TIMES * self.in_flight)
+
+    @property
     def least(self) -> float:
         """Seconds that a run needs at least to do anything."""
         return self.in_flight + self._saving + MARGIN
@@ -53,8 +62,8 @@ class Deadline:
 
     @property
     def patience(self) -> float:
-        """Seconds for which to wait as a run ends until tasks have ended: for ever where it need not end."""
-        return math.inf if self._at == math.inf else self.in_flight + self.silence
+        """Seconds for which to wait as a run ends until tasks have ended."""
+        return self.stalled if self._at == math.inf else self.in_flight + self.silence
 
     @property
     def silence(self) -> float:

@@ -1,30 +1,50 @@
-"""What goes wrong in a task is told together with what it was to do."""
+"""What goes wrong in a step of a run is raised with the place where it happened: a subproblem, a query chunk, a checkpoint.
+
+A place says nothing of the attempt or the worker, so the same place again is the same mishap again (`run.Mishaps`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 from oocattn.errors import OocattnError, TaskError
 from oocattn.storage.durable import is_disk_full
 
+SET_UP, CHECKPOINT = "the set-up of a lane", "a checkpoint"
+"""Places that belong to no subproblem and no query chunk."""
 
-@contextmanager
-def naming_subproblem(head_group: int, index: int) -> Iterator[None]:
+PAUSES = 0.1, 0.5
+"""Seconds before the second and the third try of a step that `insist` does."""
+
+logger = logging.getLogger("oocattn")
+
+T = TypeVar("T")
+
+
+def place_of(key: tuple[str, int, int]) -> str:
+    """Where a task works, of which the graph has the key (layer and run, head group, index)."""
+    layer, head_group, index = key
+    kind = "subproblem" if layer.startswith(("stage", "attend")) else "query chunk"
+    return f"{kind} {index} of head group {head_group}"
+
+
+def naming_subproblem(head_group: int, index: int) -> AbstractContextManager[None]:
     """An error that was not foreseen is raised as the TaskError of a subproblem."""
-    with _naming(f"subproblem {index} of head group {head_group}"):
-        yield
+    return naming(place_of(("attend", head_group, index)))
 
 
-@contextmanager
-def naming_chunk(head_group: int, chunk: int) -> Iterator[None]:
+def naming_chunk(head_group: int, chunk: int) -> AbstractContextManager[None]:
     """An error that was not foreseen is raised as the TaskError of a query chunk."""
-    with _naming(f"query chunk {chunk} of head group {head_group}"):
-        yield
+    return naming(place_of(("merge", head_group, chunk)))
 
 
 @contextmanager
-def _naming(work: str) -> Iterator[None]:
+def naming(place: str) -> Iterator[None]:
+    """An error that was not foreseen is raised as the TaskError of a place; a full disk stays what it is."""
     try:
         yield
     except OocattnError:
@@ -32,4 +52,17 @@ def _naming(work: str) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise
-        raise TaskError(work, f"{type(error).__name__}: {error}") from error
+        raise TaskError(place, f"{type(error).__name__}: {error}") from error
+
+
+def insist(place: str, step: Callable[[], T]) -> T:
+    """What a step returns that can be done again after it has failed; the third failure is raised, as `naming` does."""
+    for pause in PAUSES:
+        try:
+            with naming(place):
+                return step()
+        except TaskError as error:
+            logger.warning("%s; trying again", error)
+            time.sleep(pause)
+    with naming(place):
+        return step()

@@ -30,6 +30,7 @@ from oocattn.pipelines.arena import Arena, Pool, as_numpy
 from oocattn.pipelines.checkpoints import Checkpoints
 from oocattn.pipelines.disk_partials import DiskPartials, MergeStates
 from oocattn.pipelines.events import Event, Span
+from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.finishing import Finisher, OutBlock
 from oocattn.pipelines.memory_partials import MemoryPartials
 from oocattn.pipelines.partial_files import PartialFiles
@@ -122,7 +123,8 @@ class Lane(ABC):
     def _allocate_or_tell(self, states: Mapping[str, States], out_blocks: Pool[OutBlock]) -> None:
         """Allocate everything; where that fails, whoever waits for what is missing is told why."""
         try:
-            self._allocate_all(states, out_blocks)
+            with naming(SET_UP):
+                self._allocate_all(states, out_blocks)
         except BaseException as error:
             for slot in self._slots:
                 if not slot.done():

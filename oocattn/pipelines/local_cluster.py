@@ -1,51 +1,121 @@
-"""The cluster of a run that brings none: in this process, with its dashboard."""
+"""The cluster of a run that brings none: in this process, with its dashboard, and with no other port."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from oocattn.errors import ProblemError
 from oocattn.garbage import collection_paused
 
 with collection_paused():
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client, LocalCluster, Worker
 
     with suppress(ImportError):  # what a scheduler imports as it starts, and goes on without a dashboard where it cannot
         import distributed.dashboard.scheduler  # noqa: F401
 
+    from oocattn.pipelines.dashboard import LOOPBACK, DashboardAddress
+
 THREADS = 8
 """Task threads of a worker: up to three attend (on a GPU they wait for it), the others stage, merge and write meanwhile."""
+
+DESCRIPTORS = 24
+"""Files that must be free to be opened: a cluster opens some ten as it starts."""
 
 NO_PROFILER = {"distributed.worker.profile.enabled": False}
 """Dask's profiler walks the frames of running threads every 10 ms: seen to end the process with a segmentation fault, in its
 `profile.process` (CPython 3.11.7, distributed 2026.8)."""
 
+OWN_ORIGIN: dict[str, list[str]] = {"distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": []}
+"""Bokeh's own list, localhost and the port: Dask's allows every web page to read the dashboard."""
+
+ENCRYPTION = "distributed.comm.require-encryption"
+
 
 @contextmanager
-def local_client(dashboard_address: str = "127.0.0.1:0", workers: int = 1) -> Iterator[Client]:
+def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> Iterator[Client]:
     """A client of a new cluster in this process: a worker for the CPU or each GPU, and the dashboard on the loopback.
 
-    The cluster opens no port but those of the dashboard and of the worker's pages. Dask's own memory limit is off: it
-    counts mapped pages, and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Raises ProblemError for
-    an address that is none.
+    The cluster opens no port but that of the dashboard, which pages of other origins cannot read. Dask's own memory limit
+    is off: it counts mapped pages, and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Raises
+    ProblemError, with the cause, where the cluster cannot start.
     """
-    host, _, port = dashboard_address.rpartition(":")
-    if not (port.isdecimal() and int(port) < 1 << 16):
-        raise ProblemError(f"dashboard address {dashboard_address!r}: expected HOST:PORT, such as 127.0.0.1:8787")
-    host = host or "127.0.0.1"
-    with dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status", **NO_PROFILER}):
-        try:
-            cluster = LocalCluster(
+    address = DashboardAddress.parse(dashboard_address)
+    settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER}
+    with dask.config.set(settings), _start(address, workers) as cluster:
+        http = cluster.scheduler.http_server
+        address.check_port(http.port)
+        address.restrict(cluster.scheduler.http_application)
+        for application in cluster.scheduler.http_application.applications:
+            application.websocket_origins.update(address.origins(http.port))
+        cluster.sync(_close_pages, list(cluster.workers.values()))
+        with Client(cluster) as client:
+            yield client
+
+
+def _start(address: DashboardAddress, workers: int) -> LocalCluster:
+    """A new cluster. Raises ProblemError, with the cause, where it cannot start."""
+    try:
+        _check_descriptors()
+        address.check_free()
+        with _silent("distributed.deploy.spec"):  # which logs that the cluster does not start, but not why
+            return LocalCluster(
                 n_workers=workers,
                 threads_per_worker=THREADS,
                 processes=False,
                 memory_limit=0,
-                dashboard_address=dashboard_address,
-                worker_dashboard_address=f"{host}:0",  # left out, a worker listens on every interface
+                dashboard_address=[(address.host, address.port)],
+                worker_dashboard_address=f"{LOOPBACK}:0",  # left out, a worker listens on every interface
             )
-        except RuntimeError as error:
-            raise ProblemError(f"dashboard address {dashboard_address!r}: {error}; choose another") from error
-        with cluster, Client(cluster) as client:
-            yield client
+    except ProblemError:
+        raise
+    except Exception as error:
+        raise ProblemError(f"the cluster of this process cannot start: {_reason(error)}") from error
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Have a logger log nothing for a while."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _check_descriptors() -> None:
+    """Raise OSError where few files can be opened: Dask would log every one of its own that fails, and go on."""
+    with ExitStack() as opened:
+        for _ in range(DESCRIPTORS):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+
+
+def _reason(error: BaseException) -> str:
+    """What is behind an error of Dask, and what to do."""
+    cause = _cause(error)
+    words = str(cause) or type(cause).__name__
+    if isinstance(cause, OSError):
+        if cause.errno in (errno.EMFILE, errno.ENFILE):
+            return f"{cause.strerror}: raise the limit on open files (ulimit -n)"
+        return f"{words}: Dask needs a folder for its workers; set its temporary-directory, or TMPDIR, to one"
+    if dask.config.get(ENCRYPTION, None):
+        return f"{words}: Dask's configuration sets {ENCRYPTION}; set distributed.comm.tls as well, or unset it"
+    return words
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first OSError of those that led to an error, or the first of all."""
+    while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
+        error = before
+    return error
+
+
+async def _close_pages(workers: list[Worker]) -> None:
+    """Stop what workers serve over HTTP: the dashboard shows all of it."""
+    for worker in workers:
+        worker.services.pop("dashboard").stop()

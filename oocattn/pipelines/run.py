@@ -21,10 +21,11 @@ from distributed import Client
 
 from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.attempt import Attempt, Work
-from oocattn.pipelines.cluster import assign_devices, wait_for_workers
+from oocattn.pipelines.cluster import assign_devices, wait_for_workers, warn_of_open_ports
 from oocattn.pipelines.deadline import Deadline
-from oocattn.pipelines.done import find_done
+from oocattn.pipelines.done import Found, find_done
 from oocattn.pipelines.events import Callback, Event
+from oocattn.pipelines.failing import insist
 from oocattn.pipelines.finished import finished_chunks, gather_checksums
 from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
 from oocattn.pipelines.partials import DamagedPartialError
@@ -35,12 +36,14 @@ from oocattn.storage.durable import is_disk_full, write_text
 from oocattn.storage.journal import Place
 
 ATTEMPTS = 3
-"""Times that the same thing may go wrong before the run ends: the same task, the same partial, or, with nothing done in
-between, workers that die."""
+"""Mishaps after which the run ends: so many at the same place, or so many one after another with nothing done in between,
+whatever they are."""
 
 REPLACEMENT, LAST_REPLACEMENT = 10.0, 120.0
 """Seconds to wait for a worker in the place of one that died, and for one where no other is left. A nanny starts one within
 two, and then it imports torch."""
+
+COMMIT = "the commit of the result"
 
 logger = logging.getLogger("oocattn")
 
@@ -68,13 +71,14 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
 
     try:
         lanes = _drive(work, client, emit, start, interrupts, until)
-        finished = finished_chunks(plan, work.journal)
+        finished = insist(COMMIT, lambda: _all_finished(work))
         _check_pairs(plan, finished)
-        work.result.record(gather_checksums(plan, finished))
-        report = tally.report(plan, finished, seconds=time.time() - start, lanes=lanes, **_resumed(work))
+        seconds, other_bits = time.time() - start, work.journal.other_bits
+        report = tally.report(plan, finished, seconds=seconds, lanes=lanes, compared=work.compared, other_bits=other_bits)
+        insist(COMMIT, lambda: work.result.record(gather_checksums(plan, finished)))
         work.state.claim.check()
-        write_text(work.paths.report, json.dumps(report.to_json(), indent=1))
-        work.state.commit(work.growing)
+        insist(COMMIT, lambda: write_text(work.paths.report, json.dumps(report.to_json(), indent=1)))
+        insist(COMMIT, lambda: work.state.commit(work.growing))
     except BaseException as error:
         try:
             emit(Event("failed", start, time.time(), detail={"error": _words(error)}))
@@ -95,16 +99,22 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
     return report
 
 
-def _resumed(work: Work) -> dict[str, Any]:
-    """What the report says of a run that was resumed."""
-    return {"compared": work.compared, "other_bits": work.journal.other_bits}
-
-
 def _words(error: BaseException) -> str:
     """How a run ended, for those who look at it later."""
     if isinstance(error, InterruptedRunError | TimeLimitError):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def _all_finished(work: Work) -> dict[Place, dict[str, Any]]:
+    """The records of all chunks. Raises OSError where the journal does not give one of them back."""
+    plan = work.plan
+    finished = finished_chunks(plan, work.journal)
+    chunks = [chunk for chunk in range(plan.chunks) if plan.tokens(chunk)]
+    missing = set(itertools.product(range(plan.problem.head_groups), chunks)) - finished.keys()
+    if missing:
+        raise OSError(f"the records of {len(missing):,} finished chunks cannot be read")
+    return finished
 
 
 def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> None:
@@ -121,11 +131,9 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
     deadline = Deadline(until, plan)
     event = Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""})
     devices = _devices(client, plan)
+    warn_of_open_ports(client)
     while True:
-        work.state.remove_leftovers()  # of workers that died while they wrote
-        found = find_done(plan, work.journal, work.paths.scratch, work.result)
-        for path in found.useless:
-            path.unlink(missing_ok=True)
+        found = insist("the search for finished work", lambda: _look(work))
         schedule = Schedule(plan, len(devices), found.done)
         left = schedule.left
         mishaps.note(left - len(found.done.chunks))
@@ -150,6 +158,15 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
             logger.warning("%s; the run goes on with what is left", error)
 
 
+def _look(work: Work) -> Found:
+    """What is done; what serves nothing is removed, also what workers left that died while they wrote."""
+    work.state.remove_leftovers()
+    found = find_done(work.plan, work.journal, work.paths.scratch, work.result)
+    for path in found.useless:
+        path.unlink(missing_ok=True)
+    return found
+
+
 def _check(deadline: Deadline, interrupts: Interrupts) -> None:
     """Raise what ends a run while it waits for workers."""
     if interrupts.asked:
@@ -167,32 +184,36 @@ _COUNTED: dict[type[Exception], str] = {
 
 
 class _Mishaps:
-    """What has gone wrong so far: the same thing again and again ends a run."""
+    """What has gone wrong so far. A run has finitely many places and subproblems, so it ends, whatever goes wrong."""
 
     def __init__(self) -> None:
-        self._times: Counter[str] = Counter()
+        self._at: Counter[str] = Counter()
+        self._in_a_row = 0
         self._fewest_left = math.inf
 
     def note(self, left: int) -> None:
-        """The subproblems that are left, less the chunks that are finished: where that has become less, the loss of workers
-        has not kept the run from it."""
+        """The subproblems that are left, less the chunks that are finished: where that has become less, mishaps have not
+        kept the run from it."""
         if left < self._fewest_left:
             self._fewest_left = left
-            self._times.pop(_DEATHS, None)
+            self._in_a_row = 0
 
     def add(self, error: DamagedPartialError | TaskError | WorkerLostError) -> None:
-        """Raises the error where it has come too often."""
-        what = _DEATHS
-        if isinstance(error, TaskError):
-            what = error.work
-        elif isinstance(error, DamagedPartialError):
-            what = f"partial of subproblem {error.subproblem} for chunk {error.chunk} of head group {error.head_group}"
-        self._times[what] += 1
-        if self._times[what] >= ATTEMPTS:
+        """Raises the error where it is one too many."""
+        place = _place(error)
+        self._at[place] += 1
+        self._in_a_row += 1
+        if self._in_a_row >= ATTEMPTS or (place and self._at[place] >= ATTEMPTS):
             raise error
 
 
-_DEATHS = "workers"
+def _place(error: DamagedPartialError | TaskError | WorkerLostError) -> str:
+    """Where something went wrong; "" for the loss of a worker, which may come as often as it likes while work gets done."""
+    if isinstance(error, TaskError):
+        return error.work
+    if isinstance(error, DamagedPartialError):
+        return f"partial of subproblem {error.subproblem} for chunk {error.chunk} of head group {error.head_group}"
+    return ""
 
 
 def _devices(client: Client, plan: Plan) -> dict[str, str]:

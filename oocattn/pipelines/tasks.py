@@ -17,7 +17,7 @@ from distributed import Worker, WorkerPlugin, get_worker
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.cuda_lane import CudaLane
 from oocattn.pipelines.events import Event
-from oocattn.pipelines.failing import naming_chunk, naming_subproblem
+from oocattn.pipelines.failing import SET_UP, naming, naming_chunk, naming_subproblem
 from oocattn.pipelines.lane import Job, Lane
 
 
@@ -35,7 +35,8 @@ class LanePlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         device = self.job.devices.get(worker.id)
         if device is not None:  # a worker that joins later, or begins anew, takes no part
-            self.lane = make_lane(self.job, device)
+            with naming(SET_UP):
+                self.lane = make_lane(self.job, device)
 
     def teardown(self, worker: Worker) -> None:
         if self.lane is not None:  # its set-up may have failed

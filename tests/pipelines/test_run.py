@@ -9,7 +9,7 @@ import pytest
 from distributed import Client, LocalCluster
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
-from oocattn import Event, IntegrityError, Plan
+from oocattn import Event, IntegrityError, Plan, TaskError
 from oocattn.pipelines.lane import Lane
 
 SETTINGS = [
@@ -178,7 +178,7 @@ def test_a_lane_that_cannot_be_made_leaves_nothing_on_the_workers(
         raise MemoryError("no room for a lane")
 
     monkeypatch.setattr(Lane, "__init__", refuse)
-    with pytest.raises(MemoryError, match="no room"):
+    with pytest.raises(TaskError, match="the set-up of a lane failed: MemoryError: no room for a lane"):
         carry_out(plan_for(dataset), dataset, fast_path / "result.zarr", client)
     plugins = client.run(lambda dask_worker: [name for name in dask_worker.plugins if name.startswith("oocattn")])
     assert not any(plugins.values())

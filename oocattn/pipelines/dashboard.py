@@ -1,0 +1,115 @@
+"""Where a run's dashboard listens, and which web pages may read it.
+
+A browser lets any page open a WebSocket to any address, the loopback too, and a page whose name is made to point at the
+loopback may read all that is there. Only the server can refuse: ours answers requests for the dashboard's own hosts, and
+WebSockets of pages that come from there.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import psutil
+from tornado.netutil import bind_sockets
+from tornado.web import Application, HTTPError, RequestHandler
+
+from oocattn.errors import ProblemError
+
+LOOPBACK = "127.0.0.1"
+
+ADVICE = {
+    errno.EADDRINUSE: "another process listens there; choose another port, or 0 for any free one",
+    errno.EACCES: "this user may not listen on that port; choose one from 1024 on",
+}
+"""What to do where nothing can listen at an address; for every other reason the host is wrong."""
+
+
+@dataclass(frozen=True)
+class DashboardAddress:
+    """A host of this machine and a port, 0 for any free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> DashboardAddress:
+        """The address in HOST:PORT, [IPv6]:PORT or, on the loopback, :PORT. Raises ProblemError for anything else."""
+        host, _, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if (":" in host) != bracketed or not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+            raise ProblemError(f"dashboard address {text!r}: expected HOST:PORT, such as 127.0.0.1:8787 or [::1]:8787")
+        return cls((host[1:-1] if bracketed else host).lower() or LOOPBACK, int(port))
+
+    def __str__(self) -> str:
+        return f"{self._in_urls}:{self.port}"
+
+    @property
+    def _in_urls(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def link(self) -> str:
+        """The template, as Dask has it, of the address that is printed."""
+        return f"{{scheme}}://{self._in_urls}:{{port}}/status"
+
+    def check_free(self) -> None:
+        """Raise ProblemError where nothing can listen at this address, OSError where no file can be opened at all."""
+        try:
+            for listener in bind_sockets(self.port, self.host):
+                listener.close()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            advice = ADVICE.get(error.errno or 0, "choose a host of this machine")
+            raise ProblemError(f"dashboard address {str(self)!r}: {error.strerror}: {advice}") from error
+        except ValueError as error:
+            raise ProblemError(f"dashboard address {str(self)!r}: no name of a host ({error})") from error
+
+    def check_port(self, port: int) -> None:
+        """Raise ProblemError where the dashboard listens on another port than was asked for, as Dask lets it."""
+        if self.port not in (0, port):
+            raise ProblemError(f"dashboard address {str(self)!r}: Address already in use: {ADVICE[errno.EADDRINUSE]}")
+
+    def restrict(self, dashboard: Application) -> None:
+        """Have a web application answer requests for the hosts of this address alone."""
+        own = "|".join(map(re.escape, self._hosts))
+        dashboard.add_handlers(rf"(?!(?:{own})$).*$", [(r".*", _Elsewhere)])
+
+    def origins(self, port: int) -> set[str]:
+        """HOST:PORT of the pages that may open a WebSocket to a dashboard that listens on `port` of this address."""
+        return {f"{host}:{port}" for host in self._hosts}
+
+    @property
+    def _hosts(self) -> set[str]:
+        """What this address is called in URLs."""
+        hosts, ip = {self._in_urls}, _ip_address(self.host)
+        if self.host == "localhost" or (ip and (ip.is_loopback or ip.is_unspecified)):
+            hosts |= {LOOPBACK, "localhost"}
+        if ip and ip.is_unspecified:
+            hosts |= {socket.gethostname().lower(), *_own_addresses()}
+        return hosts
+
+
+class _Elsewhere(RequestHandler):
+    """Refuses a request for another host."""
+
+    def prepare(self) -> None:
+        raise HTTPError(403, reason="Open the dashboard at the address that was printed")
+
+
+def _ip_address(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def _own_addresses() -> set[str]:
+    """The addresses of this machine, as URLs have them."""
+    found = {address.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for address in addresses}
+    ips = {ip for ip in map(_ip_address, found) if ip}
+    return {f"[{ip}]" if ip.version == 6 else str(ip) for ip in ips}
