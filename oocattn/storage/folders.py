@@ -110,8 +110,8 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
 
     Return whether nothing is left. A link is neither followed nor removed.
     """
-    if not os.path.lexists(folder):
-        return True
+    if not is_folder(folder):
+        return not os.path.lexists(folder)
     pattern = re.compile("|".join(f"({each})" for each in ours))
     for place, _, files, descriptor in os.fwalk(folder, topdown=False):
         inside = Path(place).relative_to(folder)

@@ -115,11 +115,11 @@ class RunState:
         Raises IntegrityError where it is not what `begin` made of the same layout, or a folder in it is a link.
         """
         self._check()
-        for folder in (path, path / "out", path / "lse"):
-            if not is_folder(folder):
-                raise IntegrityError(f"{folder} is not a folder: the unfinished result is damaged: {_AGAIN}")
-        if not os.path.lexists(self.paths.scratch):
+        with suppress(FileExistsError):
             self.paths.scratch.mkdir()
+        for folder in (path, path / "out", path / "lse", self.paths.scratch, self.paths.state / "finished"):
+            if not is_folder(folder):
+                raise IntegrityError(f"{folder} is not a folder: the unfinished run is damaged: {_AGAIN}")
         arrays = ResultArrays.of(LocalStore(path))
         found = {name: (array.shape, array.dtype, array.chunks) for name, array in arrays.by_name.items()}
         out, lse = (1, 1, layout.chunk_rows, layout.shape[3]), (1, 1, layout.chunk_rows)
