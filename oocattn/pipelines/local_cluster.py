@@ -23,6 +23,11 @@ NO_PROFILER = {"distributed.worker.profile.enabled": False}
 `profile.process` (CPython 3.11.7, distributed 2026.8)."""
 
 
+NO_TIMEOUT = {"distributed.scheduler.worker-ttl": None}
+"""Dask takes a worker for lost that was silent for five minutes by the wall clock, as when that is set forward; those of a
+process of ours live as long as it does."""
+
+
 @contextmanager
 def local_client(dashboard_address: str = "127.0.0.1:0", workers: int = 1) -> Iterator[Client]:
     """A client of a new cluster in this process: a worker for the CPU or each GPU, and the dashboard on the loopback.
@@ -35,7 +40,7 @@ def local_client(dashboard_address: str = "127.0.0.1:0", workers: int = 1) -> It
     if not (port.isdecimal() and int(port) < 1 << 16):
         raise ProblemError(f"dashboard address {dashboard_address!r}: expected HOST:PORT, such as 127.0.0.1:8787")
     host = host or "127.0.0.1"
-    with dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status", **NO_PROFILER}):
+    with dask.config.set({"distributed.dashboard.link": f"http://{host}:{{port}}/status", **NO_PROFILER, **NO_TIMEOUT}):
         try:
             cluster = LocalCluster(
                 n_workers=workers,

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from oocattn import clock
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.timeline import busy_seconds
 from oocattn.plans import Plan
 from oocattn.storage.journal import Place
+from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
 
@@ -68,7 +70,7 @@ class RunReport:
 
     def __str__(self) -> str:
         share = 1 - self.pairs_before / self.pairs
-        rate = self.tokens * share / self.seconds if self.seconds else 0.0
+        rate = clock.rate(self.tokens * share, self.seconds)
         since = " since it was resumed" if self.pairs_before else ""
         lines = [
             f"finished     {self.finished} in {format_seconds(self.seconds)}{since} "
@@ -94,7 +96,7 @@ class RunReport:
             lines.append(
                 f"device       out of memory {self.out_of_memory} times in spite of the plan: went on with smaller tiles"
             )
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 class Tally:
@@ -147,7 +149,7 @@ class Tally:
             retried=self.details["retried"],
             workers_lost=self.details["workers_lost"],
             busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
-            compute_busy=self.computing / max(seconds * lanes, 1e-9),
+            compute_busy=clock.rate(self.computing, seconds * lanes),
             out_of_memory=self.details["out_of_memory"],
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )

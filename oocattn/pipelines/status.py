@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from oocattn import clock
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
 from oocattn.storage.lock import lock_holder
 from oocattn.storage.result import ResultPaths, read_json, write_json
+from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
 
 INTERVAL = 1.0
@@ -66,7 +67,7 @@ class Status:
         if self.state == "finished":
             return f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"
         if not self.subproblems:
-            return f"{self.state}: starting; {self.holder}"
+            return printable(f"{self.state}: starting; {self.holder}")
         lines = [
             f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
             f"{self.tokens:,} tokens ({self.share:.0%})"
@@ -85,12 +86,12 @@ class Status:
             lines.append(f"it ended: {self.error}")
         if self.state == "interrupted":
             lines.append(f"{left}; nobody works on it")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _last_saved(self) -> str:
         if not self.saved:
             return "nothing saved since then" if self.subproblems_done else "nothing saved yet"
-        return f"last saved {format_seconds(max(0.0, time.time() - self.saved))} ago"
+        return f"last saved {format_seconds(max(0.0, clock.now() - self.saved))} ago"
 
 
 class StatusFile:
@@ -113,8 +114,8 @@ class StatusFile:
         elif event.kind == "failed":
             self._status = replace(self._status, error=str(event.detail["error"]))
         important = event.kind in ("started", "mended", "failed")
-        if important or time.time() - self._written >= INTERVAL:
-            self._written = time.time()
+        if important or clock.now() - self._written >= INTERVAL:
+            self._written = clock.now()
             with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
                 write_json(self._path, asdict(self._status))
 
@@ -152,13 +153,13 @@ class StatusFile:
 
     def _advanced(self) -> Status:
         """The status with one more subproblem done."""
-        status, seconds = self._status, time.time() - self._start
+        status, seconds = self._status, clock.now() - self._start
         done = status.subproblems_done + 1
         here = done - self._before
         return replace(
             status,
             subproblems_done=done,
-            rate=status.tokens * here / status.subproblems / seconds,
+            rate=clock.rate(status.tokens * here / status.subproblems, seconds),
             seconds=seconds,
             seconds_left=seconds * (status.subproblems - done) / here,
         )
