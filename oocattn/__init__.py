@@ -6,6 +6,7 @@ with collection_paused():
     # Before Zarr: that imports CuPy where there is one, and torch's import then wakes all of it (0.3 to 1.2 s).
     import torch  # noqa: F401
 
+    import oocattn.log  # noqa: F401 - sets up the logger that all modules get by its name
     from oocattn.api import attention, plan, resume, status, verify
     from oocattn.certificate import Certificate
     from oocattn.errors import (

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 
 from oocattn.cli import main
+from oocattn.printing import keep_descriptors_taken, leave_quietly
 
 
 def run() -> int:
     """Run the command with the process's arguments; return its exit code."""
+    keep_descriptors_taken()
     try:
         return main()
     finally:
+        leave_quietly()
         gc.freeze()  # else all that was imported is searched for garbage as the process ends: 1 to 2 s
 
 

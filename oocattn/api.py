@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from oocattn import clock
 from oocattn.certificate import Certificate
 from oocattn.certifying import certify
 from oocattn.errors import ProblemError
@@ -114,6 +114,12 @@ def attention(
     are called with every `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one
     is resumed, with the plan that it was begun with.
 
+    A callback that raises an `Exception` is logged and called no more; `KeyboardInterrupt` or `SystemExit` from it end the
+    run. In the main thread, the run holds SIGINT, SIGTERM, SIGHUP and SIGUSR1 back until what is in flight is on disk,
+    unless they are ignored, and then delivers the first one; a second one is delivered at once. SIGUSR1, by which Slurm
+    warns that time is short, ends the run as a time limit does, with TimeLimitError, after a handler of the caller's was
+    called; a second SIGUSR1 changes nothing.
+
     Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a result,
     and begins an unfinished run anew), LockedError (another run writes it), IntegrityError (the dataset or a partial is
     damaged), TimeLimitError, TaskError (a task failed time and again), WorkerLostError and OSError. After an error nothing
@@ -176,7 +182,7 @@ def resume(
 
 def _end(time_limit: float | str | None) -> float:
     """When a run that begins now must have ended, in seconds since the epoch."""
-    return math.inf if time_limit is None else time.time() + parse_duration(time_limit, "time limit")
+    return math.inf if time_limit is None else clock.now() + parse_duration(time_limit, "time limit")
 
 
 @contextmanager

@@ -6,24 +6,26 @@ import argparse
 import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
-import psutil
-
 import oocattn
+from oocattn import clock
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.options import PLAN_CHOICES, Command, make_parser
 from oocattn.pipelines.events import Callback, Event
-from oocattn.pipelines.interrupts import SIGNALS, Interrupts
+from oocattn.pipelines.interrupts import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.progress import ProgressBar
 from oocattn.pipelines.timeline import Timeline
 from oocattn.plans import Plan
+from oocattn.printing import Printing
 from oocattn.storage.importing import import_arrays
+from oocattn.storage.outputs import check_output
 from oocattn.storage.synth import synthesise
+from oocattn.text import printable
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -34,37 +36,57 @@ EX_TEMPFAIL of sysexits.h: not an error, try again later."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 75 time limit reached, 130 interrupted, 143 terminated;
-    2 for bad usage."""
-    options = make_parser(_COMMANDS).parse_args(arguments)
+    """Run one command and return its exit code: 0 done, 1 failed, 3 inconclusive (`verify`), 75 time limit reached or
+    SIGUSR1, 129 hung up, 130 interrupted, 143 terminated; 2 for bad usage."""
+    with Printing() as printing:
+        options = make_parser(_COMMANDS).parse_args(arguments)
+        code = _run_command(options)
+        lost = printing.lost() if options.command in _PRINTERS else None
+        if lost is None:
+            return code
+        if not isinstance(lost, BrokenPipeError):  # else the reader has had enough, and knows
+            _say(f"standard output cannot be written: {lost}")
+        return code or FAILED
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    """Do what the options ask for; whatever stops it is one line on standard error, and an exit code."""
     with _Signals() as signals:
         try:
-            code: int = options.command(options)
+            return options.command(options)  # type: ignore[no-any-return]
         except BaseException as error:
-            if signals.received or isinstance(error, KeyboardInterrupt):  # whatever came of it on its way
-                print(f"oocattn: interrupted{_how_to_go_on(options)}", file=sys.stderr)
+            if signals.received == signal.SIGUSR1:  # whatever came of it on its way
+                _say(f"time limit reached (SIGUSR1){_how_to_go_on(options)}")
+                return TIME_LIMIT
+            if signals.received or isinstance(error, KeyboardInterrupt):
+                _say(f"interrupted{_how_to_go_on(options)}")
                 return 128 + (signals.received or signal.SIGINT)
             if isinstance(error, TimeLimitError):
-                print(f"oocattn: {error}{_how_to_go_on(options)}", file=sys.stderr)
+                _say(f"{error}{_how_to_go_on(options)}")
                 return TIME_LIMIT
             if isinstance(error, OocattnError | OSError):
-                print(f"oocattn: {' '.join(str(error).split())}", file=sys.stderr)
+                _say(" ".join(str(error).split()))
                 return FAILED
             raise
-    return code
+
+
+def _say(text: str) -> None:
+    """How a command ended: one line on standard error."""
+    print(f"oocattn: {printable(text)}", file=sys.stderr)
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM, where no run holds them back; the second one during a run ends the process at once."""
+    """Signals where no run holds them back: the first one ends the command, the second one the process, at once."""
 
     received = 0
 
     def __enter__(self) -> _Signals:
         in_charge = threading.current_thread() is threading.main_thread()
-        self._before = {number: signal.getsignal(number) for number in SIGNALS if in_charge}
-        for number, handler in self._before.items():
-            if handler != signal.SIG_IGN:  # as a shell has it for what runs in the background
-                signal.signal(number, self._handle)
+        found = {number: signal.getsignal(number) for number in SIGNALS if in_charge}
+        # None: not Python's. Ignored: as nohup has it, and a shell for what runs in the background.
+        self._before = {number: handler for number, handler in found.items() if handler not in (None, signal.SIG_IGN)}
+        for number in self._before:
+            signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,7 +94,12 @@ class _Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if Interrupts.held:
+        if number == signal.SIGUSR1:
+            if not self.received:
+                self.received = number
+                raise InterruptedRunError
+            return
+        if self.received or Interrupts.held:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = number
@@ -82,7 +109,7 @@ class _Signals:
 def _how_to_go_on(options: argparse.Namespace) -> str:
     with suppress(OocattnError, OSError):  # how it ended is what is to be told
         if options.command in (_run, _resume) and oocattn.status(options.result).state == "interrupted":
-            return f"; go on with: oocattn resume {options.result}"
+            return f"; go on with: oocattn resume {printable(options.result)}"
     return ""
 
 
@@ -116,10 +143,12 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.draw:
+        check_output(Path(options.draw))  # before the machine is measured, which takes a while
     plan = oocattn.plan(options.dataset, **_plan_options(options))
     print(plan)
     if options.draw:
-        print(f"drawn in {plan.visualize(options.draw)}")
+        print(f"drawn in {printable(plan.visualize(options.draw))}")
     return DONE
 
 
@@ -157,7 +186,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _time_left(limit: float | None) -> float | None:
     """What is left of a time limit that began with this process."""
-    return None if limit is None else max(0.0, limit - (time.time() - psutil.Process().create_time()))
+    return None if limit is None else max(0.0, limit - clock.process_age())
 
 
 def _listeners(options: argparse.Namespace, plan_printer: _PlanPrinter) -> list[Callback]:
@@ -173,7 +202,7 @@ def _listeners(options: argparse.Namespace, plan_printer: _PlanPrinter) -> list[
 def _print_end(result: oocattn.Result, plan_printer: _PlanPrinter, timeline: str | None) -> int:
     if not plan_printer.printed:
         untimed = f", and {timeline} not written" if timeline else ""
-        print(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}")
+        print(printable(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}"))
     if result.report is not None:
         print(result.report)
     return DONE
@@ -210,7 +239,7 @@ def _status(options: argparse.Namespace) -> int:
     status = oocattn.status(options.result)
     print(status)
     if status.state == "interrupted":
-        print(f"go on with: oocattn resume {options.result}")
+        print(f"go on with: oocattn resume {printable(options.result)}")
     return FAILED if status.state == "none" else DONE
 
 
@@ -218,7 +247,7 @@ def _verify(options: argparse.Namespace) -> int:
     chosen = {name: getattr(options, name) for name in ("rows", "seed", "dataset", "host_memory", "checksums")}
     certificate = oocattn.verify(options.result, **chosen)
     if certificate.files:
-        print(f"certificate  {', '.join(certificate.files)}")
+        print(f"certificate  {printable(', '.join(certificate.files))}")
     print(certificate)
     return DONE if certificate.passed else FAILED
 
@@ -228,7 +257,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     passed = True
     for check in examine():
-        print(check, flush=True)
+        print(printable(check), flush=True)
         passed &= check.passed
     return DONE if passed else FAILED
 
@@ -260,3 +289,6 @@ _COMMANDS: dict[str, Command] = {
     "doctor": _doctor,
     "bench": _bench,
 }
+
+_PRINTERS = (_plan, _status, _verify, _doctor, _bench)
+"""Commands whose work is what they print: where that cannot be written, they have failed."""

@@ -1,20 +1,38 @@
-"""The one clock of runs: moments that can be compared, whatever becomes of the wall clock meanwhile.
+"""The one clock of runs: moments that can be compared, whatever happens to the wall clock meanwhile.
 
-NTP, an administrator or a suspended virtual machine may set the wall clock to any time. Durations, rates and limits are
+NTP, an administrator or the host of a virtual machine may set the wall clock to any time. Durations, rates and limits are
 differences of the moments here; wall time (`time.time`, `time.strftime`) is for people to read.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import suppress
+from pathlib import Path
 
 _BEGINNING = time.time() - time.monotonic()
-"""When this process's monotonic clock was 0, by the wall clock as it was at import."""
+"""When the monotonic clock was 0, by the wall clock as this process found it."""
 
-TICK = 1e-9
-"""Seconds: durations are taken to be no shorter where something is divided by them, for a clock may stand."""
+_IMPORTED = time.monotonic()
 
 
 def now() -> float:
     """The moment, in seconds since the epoch. It never goes back and never jumps, as the wall clock may."""
     return _BEGINNING + time.monotonic()
+
+
+def rate(amount: float, seconds: float) -> float:
+    """The amount per second; 0 where no time has passed, for a clock may be coarse or stand still."""
+    return amount / seconds if seconds > 0 else 0.0
+
+
+def process_age() -> float:
+    """Seconds since this process started; since this module was imported where the system does not say."""
+    known = time.monotonic() - _IMPORTED
+    with suppress(OSError, ValueError, IndexError):
+        # Field 22 of proc(5): the start in clock ticks since boot. Field 2 is a name in brackets that may hold anything.
+        ticks = int(Path("/proc/self/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+        if ticks > 0:
+            return max(known, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return known

@@ -22,6 +22,7 @@ import torch
 import zarr
 from zarr.storage import MemoryStore
 
+from oocattn import clock
 from oocattn.hardware import copy_rates, kernel_rate
 from oocattn.kernels import Partial, device_type, finalise, get_kernel, kernel_names
 from oocattn.pipelines.local_cluster import local_client
@@ -99,7 +100,8 @@ def _disk() -> tuple[bool, str]:
         begun = time.perf_counter()
         same = file.read(DISK_BYTES) == block
         stop = time.perf_counter()
-    rates = f"write {format_count(DISK_BYTES / (written - start))}B/s, read {format_count(DISK_BYTES / (stop - begun))}B/s"
+    write, read = (clock.rate(DISK_BYTES, seconds) for seconds in (written - start, stop - begun))
+    rates = f"write {format_count(write)}B/s, read {format_count(read)}B/s"
     return same, rates if same else f"{rates}, but what was read is not what was written"
 
 

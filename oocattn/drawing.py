@@ -6,6 +6,7 @@ import colorsys
 from pathlib import Path
 
 from oocattn.quorum import Division
+from oocattn.storage.outputs import SVG_MARK, write_output
 
 MOST_CHUNKS = 133
 """Larger matrices are drawn up to this chunk: more cells than this are neither seen nor loaded by a browser."""
@@ -15,7 +16,10 @@ _MARGIN = 60
 
 
 def draw_division(division: Division, path: Path) -> Path:
-    """Write the matrix as an SVG file: a row a query chunk, a column a key chunk, a colour a subproblem."""
+    """Write the matrix as an SVG file: a row a query chunk, a column a key chunk, a colour a subproblem.
+
+    Raises ResultExistsError where something else is at `path`, and ProblemError where its folder will not do.
+    """
     shown = min(division.chunks, MOST_CHUNKS)
     cell = _SIDE / shown
     cells = []
@@ -32,15 +36,16 @@ def draw_division(division: Division, path: Path) -> Path:
     if shown < division.chunks:
         caption += f" (the first {shown} chunks are shown)"
     size = _SIDE + 2 * _MARGIN
-    path.write_text(
+    picture = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" font-family="sans-serif" font-size="16">'
-        f'<rect width="{size}" height="{size}" fill="white"/>'
+        f'{SVG_MARK}<rect width="{size}" height="{size}" fill="white"/>'
         f'<text x="{_MARGIN}" y="25">{caption}</text>'
         f'<text x="{size / 2}" y="50" text-anchor="middle">key chunk</text>'
         f'<text transform="translate(40 {size / 2}) rotate(-90)" text-anchor="middle">query chunk</text>'
         f"{''.join(cells)}"
         f'<rect x="{_MARGIN}" y="{_MARGIN}" width="{_SIDE}" height="{_SIDE}" fill="none" stroke="black"/></svg>\n'
     )
+    write_output(path, lambda file: file.write(picture))
     return path
 
 

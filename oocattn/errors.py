@@ -1,8 +1,13 @@
 """The errors that a user meets. Every message says what was found, what was expected and what to do."""
 
+from oocattn.text import printable
+
 
 class OocattnError(Exception):
-    """Base of every error that oocattn raises on purpose."""
+    """Base of every error that oocattn raises on purpose. Its text is fit to print, whatever names it holds."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ProblemError(OocattnError, ValueError):
@@ -45,7 +50,7 @@ class TaskError(OocattnError, RuntimeError):
         self.work = work
 
     def __str__(self) -> str:
-        return "{} failed: {}".format(*self.args)
+        return printable("{} failed: {}".format(*self.args))
 
 
 class StalledError(OocattnError, RuntimeError):

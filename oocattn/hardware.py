@@ -182,7 +182,8 @@ def _kernel_rate(name: str, head_dim: int, dtype: str, rows: int, keys: int, whe
     began = time.perf_counter()
     while not seconds or time.perf_counter() - began < MOMENT[where.type]:
         seconds.append(_seconds(attend, where))
-    return 4.0 * rows * keys * head_dim / (median(seconds) if where.type == "cuda" else min(seconds))
+    usual = median(seconds) if where.type == "cuda" else min(seconds)
+    return 4.0 * rows * keys * head_dim / max(usual, 1e-9)  # a clock may be too coarse
 
 
 def warm_up(problem: Problem, kernel: str | None) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 from oocattn.errors import ProblemError
 from oocattn.kernels import kernel_names
 from oocattn.planner import DECOMPOSITIONS
 from oocattn.problem import DTYPES
 from oocattn.storage.importing import LAYOUTS
+from oocattn.text import printable
 from oocattn.units import parse_duration, parse_size
 from oocattn.version import __version__
 
@@ -22,12 +24,13 @@ PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kern
 
 def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The parser of a command line, which puts what is to be done, of these by name, in the option `command`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="oocattn",
         description="Exact attention over tensors that do not fit in memory: Q, K and V in Zarr.",
         epilog="Sizes are written 65536, 64K, 1M (binary), 500MB (decimal) or 2GiB. "
         "Times are written 90, 45s, 10m, 8h or 1h30m. "
-        "Exit codes: 0 done, 1 failed, 2 bad usage, 75 time limit reached, 130 interrupted, 143 terminated.",
+        "Exit codes: 0 done, 1 failed, 2 bad usage, 3 inconclusive (verify), 75 time limit reached or SIGUSR1, "
+        "129 hung up, 130 interrupted, 143 terminated.",
     )
     parser.add_argument("--version", action="version", version=f"oocattn {__version__}")
     added = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -36,6 +39,13 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         command.set_defaults(command=commands[name])
         add_options(command)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose messages hold what the user typed on one line, fit to print."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def _add_synth(parser: argparse.ArgumentParser) -> None:

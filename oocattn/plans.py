@@ -21,6 +21,7 @@ from oocattn.problem import Problem
 from oocattn.quorum import CyclicQuorums, Division
 from oocattn.records import Count, Positive, Range, Seconds, to_json
 from oocattn.strips import Strips
+from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
 ScratchBytes = Callable[[int, int, int, int, str], int]
@@ -202,7 +203,11 @@ class Plan:
         return range(start, min(start + self.chunk_rows, self.problem.tokens))
 
     def visualize(self, path: str | Path) -> Path:
-        """Draw the chunk-pair matrix, coloured by the subproblem that owns each pair, as an SVG file; return its path."""
+        """Draw the chunk-pair matrix, coloured by the subproblem that owns each pair, as an SVG file; return its path.
+
+        Raises ResultExistsError where something is at `path` that oocattn has not drawn, and ProblemError where its folder
+        does not exist or cannot be written to.
+        """
         return draw_division(self.division, Path(path))
 
     def _partials(self) -> str:
@@ -240,7 +245,7 @@ class Plan:
             mark = "  <- binds" if link.name == self.binds else ""
             lines.append(f"{link.name:<12} {amount:>12} {link.seconds:>9.3g}{mark}")
         lines.append(f"{'predicted':<12} {'':>12} {self.seconds:>9.3g}  ({format_seconds(self.seconds)})")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.inputs.notes)])
+        return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in self.inputs.notes)]))
 
 
 def make_division(decomposition: str, chunks: int, span: int, causal: bool) -> Division:

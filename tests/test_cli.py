@@ -94,9 +94,32 @@ def test_import_of_files_in_another_layout(tmp_path):
         np.testing.assert_array_equal(group[name][0], array.swapaxes(0, 1).astype(np.float16))
 
 
+def test_names_are_printed_on_one_line_without_control_characters(tmp_path, capsys):
+    name = str(tmp_path / "a\x1b[2J\nforged: line.zarr")
+    assert cli.main(["plan", name]) == 1
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed
+    assert len(printed.splitlines()) == 1
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "x.zarr", name])
+    assert r"a\x1b[2J\nforged: line.zarr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--draw", "{}"], ["run", "{result}", "--timeline", "{}"]])
+def test_a_foreign_file_is_not_drawn_over(dataset, result, tmp_path, arguments, capsys):
+    drawing = tmp_path / "mine.json"
+    drawing.write_text("mine")
+    command, *options = (argument.format(drawing, result=result) for argument in arguments)
+    assert cli.main([command, dataset, *options]) == 1
+    assert f"{drawing} exists and was not written by oocattn" in capsys.readouterr().err
+    assert drawing.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"qkv.zarr", "mine.json"}
+
+
 def test_plan_draws_the_division(dataset, tmp_path, capsys):
     drawing = tmp_path / "plan.svg"
-    assert cli.main(["plan", dataset, "--draw", str(drawing)]) == 0
+    for _ in range(2):  # what it drew before is replaced
+        assert cli.main(["plan", dataset, "--draw", str(drawing)]) == 0
     assert str(drawing) in capsys.readouterr().out
     assert drawing.read_text().startswith("<svg")
 
@@ -187,21 +210,59 @@ def started(dataset, result, chunks):
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_in_two_lines_and_it_can_be_resumed(dataset, fast_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGTERM, 143, "interrupted"), (signal.SIGUSR1, 75, "time limit reached (SIGUSR1)")]
+)
+def test_a_signal_ends_a_run_in_two_lines_and_it_can_be_resumed(dataset, fast_path, number, code, words):
     result = str(fast_path / "result.zarr")
     process = started(dataset, result, 91)
+    if number == signal.SIGUSR1:
+        process.send_signal(number)  # and another one, which changes nothing
+        time.sleep(0.05)
     process.send_signal(number)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == code
     assert len(printed.splitlines()) == 2, printed
     first, last = printed.splitlines()
     assert first.startswith("ending: what is in flight is finished and saved first, which may take ")
-    assert last == f"oocattn: interrupted; go on with: oocattn resume {result}"
+    assert last == f"oocattn: {words}; go on with: oocattn resume {result}"
     assert oocattn.status(result).state == "interrupted"
     assert not Path(result).exists()
     assert cli.main(["resume", result]) == 0
     assert cli.main(["verify", result, "--rows", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_has_its_exit_code_before_a_run_and_in_it(dataset, result, number, code, monkeypatch, capsys):
+    handlers = [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1)]
+    with monkeypatch.context() as patched:
+        patched.setattr(oocattn, "plan", lambda *_, **__: signal.raise_signal(number))
+        assert cli.main(["plan", dataset]) == code
+    monkeypatch.setattr(cli, "ProgressBar", lambda: lambda event: event.kind == "staged" and signal.raise_signal(number))
+    assert cli.main(["run", dataset, result, "--chunks", "31", "--progress"]) == code
+    assert f"go on with: oocattn resume {result}" in capsys.readouterr().err
+    assert [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1)] == handlers
+    assert cli.main(["resume", result]) == 0
+
+
+def test_a_warning_that_time_is_short_comes_too_late_for_a_committed_result(dataset, result, monkeypatch):
+    monkeypatch.setattr(
+        cli, "ProgressBar", lambda: lambda event: event.kind == "committed" and signal.raise_signal(signal.SIGUSR1)
+    )
+    assert cli.main(["run", dataset, result, "--chunks", "1", "--progress"]) == 0
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_is_gone(dataset, result):
+    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", "91"]
+    process = subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not oocattn.status(result).subproblems_done:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    assert "finished" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0
 
 
 def test_a_time_limit_ends_a_run_with_its_own_code_and_it_can_be_resumed(tmp_path, capsys):

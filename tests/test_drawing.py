@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from support import GENEROUS, MACHINE, a_problem
 
+from oocattn import ResultExistsError
 from oocattn.drawing import MOST_CHUNKS
 from oocattn.planner import make_plan
 from oocattn.quorum import CyclicQuorums
@@ -44,6 +45,17 @@ def test_every_pair_is_drawn_once_in_its_place_and_colour(
         assert y == pytest.approx(top + query * side, abs=0.1)
     assert all(len(colour) == 1 for colour in colours.values())
     assert len({colour for (colour,) in colours.values()}) == len(colours) == plan.division.subproblems
+
+
+def test_only_a_drawing_is_drawn_over(tmp_path: Path) -> None:
+    plan = make_plan(a_problem(1000), MACHINE, device_memory=GENEROUS, host_memory=GENEROUS)
+    path = tmp_path / "plan.svg"
+    for _ in range(2):
+        assert plan.visualize(path) == path
+    path.write_text("<svg>mine</svg>")
+    with pytest.raises(ResultExistsError, match="was not written by oocattn"):
+        plan.visualize(path)
+    assert path.read_text() == "<svg>mine</svg>"
 
 
 def test_what_does_not_fit_is_left_out_and_said_so(tmp_path: Path) -> None:

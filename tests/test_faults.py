@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_of_partials_stops_the_run(
     assert not os.path.lexists(result)
 
 
-def test_a_listener_that_raises_stops_the_run(client: Client, dataset: Path, result: Path) -> None:
+def test_a_listener_ends_the_run_by_a_keyboard_interrupt(client: Client, dataset: Path, result: Path) -> None:
     def refuse() -> None:
         raise KeyboardInterrupt
 

@@ -46,8 +46,8 @@ def dataset(fast_path: Path) -> Path:
     return write_dataset(fast_path / "dataset.zarr", normal_arrays(TOKENS, heads=4, kv_heads=2))
 
 
-class EnoughError(Exception):
-    """What interrupts a run."""
+class EnoughError(BaseException):
+    """What interrupts a run: an Exception of a listener would not."""
 
 
 def interrupt(kind: str, count: int) -> Callable[[Event], None]:

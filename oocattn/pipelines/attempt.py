@@ -22,6 +22,7 @@ from typing import Any, NoReturn, cast
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future
 
+from oocattn import clock
 from oocattn.errors import OocattnError, StalledError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.cluster import begin_call, living_workers
 from oocattn.pipelines.deadline import Deadline
@@ -319,7 +320,7 @@ class Attempt:
         if not self._reachable():
             return
         self._answering = [address for address in living_workers(self._client) if address in self._devices]
-        start = time.time()
+        start = clock.now()
         with self._telling("some tasks may go on"):
             self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
         stalled = self._idle > self._deadline.stalled  # tasks were waited for already
@@ -331,7 +332,7 @@ class Attempt:
             time.sleep(0.05)
         saved = self._ask(save, SAVING) if keep else []
         if any(saved):
-            self._emit(Event("saved", start, time.time(), amount=sum(saved)))
+            self._emit(Event("saved", start, clock.now(), amount=sum(saved)))
 
     def _ask(self, function: Callable[..., object], seconds: float) -> list[int]:
         """What this returns on each worker of the run; one that fails or is silent is named, and not asked again."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
+from oocattn import clock
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.failing import CHECKPOINT, naming
 from oocattn.pipelines.partials import PartialStore
@@ -51,13 +51,13 @@ class Checkpoints:
     def _save_now_and_then(self) -> None:
         took = 0.0
         while not self._ended.wait(max(0.0, self._pause - took)):
-            start = time.time()
+            start = clock.now()
             try:
                 with naming(CHECKPOINT):
                     written = self._partials.save(patient=True)
             except BaseException as error:
                 self._fail(error)
                 return
-            took = time.time() - start
+            took = clock.now() - start
             if written:
-                self._made.append((Span("save", start, time.time()), written))
+                self._made.append((Span("save", start, clock.now()), written))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from oocattn import clock
 from oocattn.kernels import Partial, finalise, merge
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.failing import naming_subproblem
@@ -58,14 +58,14 @@ class CpuLane(Lane):
             return self._attended.pop(turn)
 
     def _attend(self, staged: Staged) -> Event:
-        start = time.time()
+        start = clock.now()
         pairs = committed = 0
         for block in staged.subproblem.blocks:
             if block.query_chunk in staged.queries:  # else it is beyond the last token, or not wanted
                 work = staged.head_group, block.query_chunk, staged.subproblem.index
                 pairs += self._attend_block(staged, block, work)
                 committed += self.partials.end(*work)
-        stop = time.time()
+        stop = clock.now()
         return Event(
             "attended",
             start,

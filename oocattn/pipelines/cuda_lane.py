@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from oocattn import clock
 from oocattn.errors import BudgetError
 from oocattn.kernels import Partial, finalise, get_kernel, merge
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
@@ -160,7 +160,7 @@ class CudaLane(Lane):
             pinning(self._device).submit(close_all, self._pinned)
 
     def compute(self, turn: int) -> Event:
-        start = time.time()
+        start = clock.now()
         launcher(self._device).submit(self._enqueue_until, turn).result()
         work = self._works.pop(turn)
         while work.coming_back:
@@ -170,7 +170,7 @@ class CudaLane(Lane):
         detail = {"partial_bytes": work.partial_bytes, "out_of_memory": work.halved}
         spans = self._clock.spans(work.stretches)
         of = work.staged.head_group, work.staged.subproblem.index
-        return Event("attended", start, time.time(), *of, amount=work.pairs, detail=detail, spans=spans)
+        return Event("attended", start, clock.now(), *of, amount=work.pairs, detail=detail, spans=spans)
 
     def _enqueue_until(self, turn: int) -> None:
         """Enqueue what was staged up to this turn, in order."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 
+from oocattn import clock
 from oocattn.pipelines.events import Event
 from oocattn.plans import Plan
 
@@ -58,7 +58,7 @@ class Deadline:
     @property
     def left(self) -> float:
         """Seconds until the run must begin to end."""
-        return self._at - time.time() - self.least
+        return self._at - clock.now() - self.least
 
     @property
     def patience(self) -> float:
@@ -68,4 +68,4 @@ class Deadline:
     @property
     def silence(self) -> float:
         """Seconds for which to wait for a worker that does not answer: there are two such waits as a run ends."""
-        return max(LEAST_SILENCE, min(SILENCE, (self._at - time.time()) / 2))
+        return max(LEAST_SILENCE, min(SILENCE, (self._at - clock.now()) / 2))

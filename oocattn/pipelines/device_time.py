@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from oocattn import clock
 from oocattn.pipelines.events import Resource, Span
 
 JOIN = 2e-5
@@ -40,7 +40,7 @@ class DeviceClock:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._anchor = recorded(stream)
         self._anchor.synchronize()
-        self._time = time.time()
+        self._time = clock.now()
         self._lock = threading.Lock()
 
     def spans(self, stretches: Sequence[Stretch]) -> tuple[Span, ...]:

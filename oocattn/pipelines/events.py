@@ -50,4 +50,7 @@ class Event:
 
 
 Callback = Callable[[Event], None]
-"""A listener: called with every event of a run, in the order of completion, on the thread that drives the run."""
+"""A listener: called with every event of a run, in the order of completion, on the thread that drives the run.
+
+One that raises an `Exception` is logged and called no more. It ends the run by `KeyboardInterrupt` or `SystemExit`.
+"""

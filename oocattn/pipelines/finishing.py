@@ -6,7 +6,6 @@ a third writes the part before.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from oocattn import clock
 from oocattn.errors import TaintedError
 from oocattn.kernels import Partial
 from oocattn.pipelines.arena import Pool, as_numpy
@@ -105,8 +105,8 @@ class Finisher:
         self._writer.shutdown()
 
     def _collect(self, head_group: int, chunk: int) -> tuple[Collected, Span]:
-        start = time.time()
-        return self._partials.collect(head_group, chunk), Span("merge", start, time.time())
+        start = clock.now()
+        return self._partials.collect(head_group, chunk), Span("merge", start, clock.now())
 
     def _finish(
         self, head_group: int, chunk: int, merging: Future[tuple[Collected, Span]], whole: Iterable[int]
@@ -119,9 +119,9 @@ class Finisher:
         for row in whole:
             while waiting and waiting[0].stop <= row:
                 part = waiting.popleft()
-                start = time.time()
+                start = clock.now()
                 pairs += self._check_ledger(state, head_group, chunk, part)
-                spans.append(Span("merge", start, time.time()))
+                spans.append(Span("merge", start, clock.now()))
                 number = (first + part.start) // self._plan.out_chunk_rows
                 for local, head in enumerate(self._plan.problem.head_group(head_group).query_heads):
                     rows = state.head(local).rows(part.start, part.stop)
@@ -131,7 +131,7 @@ class Finisher:
                 f"head group {head_group}, chunk {chunk}: the rows from {waiting[0].start} on did not come; the result is "
                 "discarded, run again"
             )
-        event = Event("merged", merged.start, time.time(), head_group, chunk, amount=pairs, spans=tuple(spans))
+        event = Event("merged", merged.start, clock.now(), head_group, chunk, amount=pairs, spans=tuple(spans))
         return _Finished(event, collected.not_finite, parts)
 
     def _check_ledger(self, state: Partial, head_group: int, chunk: int, rows: range) -> int:
@@ -155,22 +155,22 @@ class Finisher:
     ) -> Future[tuple[Written, Span]]:
         """Finalise the rows of a head that are chunk `part` of `out`, and have them written."""
         block = self._blocks.take()
-        start = time.time()
+        start = clock.now()
         try:
             out, lse = (memory[:, : len(rows.keys)] for memory in block)
             self._finalise(rows, out, lse)
         except BaseException:
             self._blocks.put(block)  # for what is behind in the queue, or it would wait for ever
             raise
-        spans.append(Span("merge", start, time.time()))
+        spans.append(Span("merge", start, clock.now()))
         batch = self._plan.problem.head_group(head_group).batch
 
         def write() -> tuple[Written, Span]:
-            start = time.time()
+            start = clock.now()
             try:
                 written = self._result.write(batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])
             finally:
                 self._blocks.put(block)
-            return written, Span("write", start, time.time())
+            return written, Span("write", start, clock.now())
 
         return self._writer.submit(write)

@@ -1,7 +1,10 @@
-"""Ctrl-C and SIGTERM while a run is under way: held back until what is in flight is on disk, and then delivered.
+"""Signals while a run is under way: held back until what is in flight is on disk, and then delivered.
 
 Python raises KeyboardInterrupt wherever the main thread is, also within a library's bookkeeping. So a run takes the first
 signal only as a word to its driver, which stops at its next step; a second one goes where it would have gone at once.
+
+SIGUSR1 is Slurm's warning that time is short (`sbatch --signal=USR1@120`). It ends a run as a time limit does, with
+TimeLimitError, because its default action would only kill the process; and a second one changes nothing.
 """
 
 from __future__ import annotations
@@ -9,14 +12,20 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from oocattn.errors import TimeLimitError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class InterruptedRunError(BaseException):
-    """Raised within a driver that was told to stop; `Interrupts` puts the signal in its place."""
+    """Raised within a driver that was told to stop; `Interrupts` puts the signal in its place.
+
+    A handler of SIGUSR1 may raise it, too: where the run has finished meanwhile, `Interrupts` drops it.
+    """
 
 
 class Interrupts:
@@ -53,7 +62,7 @@ class Interrupts:
             self._signal = number
             Interrupts.held += 1
             self.tell()
-        else:
+        elif number != signal.SIGUSR1:
             self._restore()
             signal.raise_signal(number)
 
@@ -68,7 +77,22 @@ class Interrupts:
         if self._signal is None:
             return
         Interrupts.held -= 1
-        if error is None or isinstance(error, InterruptedRunError):
-            signal.raise_signal(self._signal)
-        if isinstance(error, InterruptedRunError):  # where its handler only went on
-            raise KeyboardInterrupt from None
+        stopped = isinstance(error, InterruptedRunError)
+        if error is None or stopped:
+            self._deliver(self._signal, stopped)
+        if stopped:  # where its handler only went on
+            raise _ending(self._signal) from None
+
+    def _deliver(self, number: int, stopped: bool) -> None:
+        """Give the signal to the handler that was there before; a finished run is not stopped by it any more."""
+        if number == signal.SIGUSR1 and self._before[number] is signal.SIG_DFL:
+            return
+        with nullcontext() if stopped else suppress(InterruptedRunError):
+            signal.raise_signal(number)
+
+
+def _ending(number: int) -> BaseException:
+    """How a run ends that a signal has stopped."""
+    if number == signal.SIGUSR1:
+        return TimeLimitError("time limit reached (SIGUSR1): what was in flight is on disk")
+    return KeyboardInterrupt()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from oocattn import clock
 from oocattn.errors import ProblemError
 from oocattn.kernels import Partial, get_kernel
 from oocattn.memory import OUT_BLOCKS, STAGING_SLOTS
@@ -208,7 +208,7 @@ class Lane(ABC):
         RuntimeError for a turn that was taken before.
         """
         self._take_turn("stage", turn)
-        start = time.time()
+        start = clock.now()
         slot = self._slots[turn % len(self._slots)].result()
         subproblem = self.plan.division.subproblem(index)
         chunks = [chunk for chunk in subproblem.query_chunks if wanted is None or chunk in wanted]
@@ -216,7 +216,7 @@ class Lane(ABC):
         reads = list(self._reads(staged))
         for read, not_finite in zip(reads, self._readers.map(self._read, reads), strict=True):
             staged.not_finite[read.chunk] += not_finite
-        stop = time.time()
+        stop = clock.now()
         return Event("staged", start, stop, head_group, index, amount=staged.nbytes, spans=(Span("read", start, stop),))
 
     def _take_turn(self, what: str, turn: int) -> None:

@@ -36,6 +36,11 @@ OWN_ORIGIN: dict[str, list[str]] = {"distributed.scheduler.dashboard.bokeh-appli
 ENCRYPTION = "distributed.comm.require-encryption"
 
 
+NO_TIMEOUT = {"distributed.scheduler.worker-ttl": None}
+"""Dask takes a worker for lost that was silent for five minutes by the wall clock, as when that is set forward; those of a
+process of ours live as long as it does."""
+
+
 @contextmanager
 def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> Iterator[Client]:
     """A client of a new cluster in this process: a worker for the CPU or each GPU, and the dashboard on the loopback.
@@ -45,7 +50,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     ProblemError, with the cause, where the cluster cannot start.
     """
     address = DashboardAddress.parse(dashboard_address)
-    settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER}
+    settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
     with dask.config.set(settings), _start(address, workers) as cluster:
         http = cluster.scheduler.http_server
         address.check_port(http.port)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from oocattn import clock
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
@@ -75,7 +76,7 @@ class RunReport:
 
     def __str__(self) -> str:
         share = 1 - self.pairs_before / self.pairs
-        rate = self.tokens * share / self.seconds if self.seconds else 0.0
+        rate = clock.rate(self.tokens * share, self.seconds)
         since = " since it was resumed" if self.pairs_before else ""
         lines = [
             f"finished     {self.finished} in {format_seconds(self.seconds)}{since} "
@@ -108,7 +109,7 @@ class RunReport:
             lines.append(
                 f"device       out of memory {self.out_of_memory} times in spite of the plan: went on with smaller tiles"
             )
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 class Tally:
@@ -163,7 +164,7 @@ class Tally:
             retried=self.details["retried"],
             workers_lost=self.details["workers_lost"],
             busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
-            compute_busy=self.computing / max(seconds * lanes, 1e-9),
+            compute_busy=clock.rate(self.computing, seconds * lanes),
             out_of_memory=self.details["out_of_memory"],
             chunks_before=compared.finished,
             chunks_compared=compared.compared,

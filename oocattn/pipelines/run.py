@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any, cast
 
 from distributed import Client
 
+from oocattn import clock
 from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.attempt import Attempt, Work
 from oocattn.pipelines.cluster import assign_devices, wait_for_workers, warn_of_open_ports
@@ -28,6 +28,7 @@ from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.failing import insist
 from oocattn.pipelines.finished import finished_chunks, gather_checksums
 from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
+from oocattn.pipelines.listeners import Listeners
 from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
@@ -54,26 +55,26 @@ def run(work: Work, client: Client, callbacks: Sequence[Callback] = (), until: f
     Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, TaskError,
     WorkerLostError, OSError as the file system does, and TimeLimitError where it would not end by `until` (seconds since
     the epoch). Then the result has not appeared under its name, and what was done is on disk; but after an IntegrityError
-    that says so it is discarded. Ctrl-C or SIGTERM end it when what is in flight is on disk.
+    that says so it is discarded. Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 end it when what is in flight is on disk (`Interrupts`).
+    A callback that raises an `Exception` is logged and dropped; any other `BaseException` of a callback ends the run.
     """
     with Interrupts() as interrupts:
         return _run(work, client, callbacks, interrupts, until)
 
 
 def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float) -> RunReport:
-    start = time.time()
-    plan, tally = work.plan, Tally()
+    start = clock.now()
+    plan, tally, listeners = work.plan, Tally(), Listeners(callbacks)
 
     def emit(event: Event) -> None:
         tally(event)
-        for callback in callbacks:
-            callback(event)
+        listeners(event)
 
     try:
         lanes = _drive(work, client, emit, start, interrupts, until)
         finished = insist(COMMIT, lambda: _all_finished(work))
         _check_pairs(plan, finished)
-        seconds, other_bits = time.time() - start, work.journal.other_bits
+        seconds, other_bits = clock.now() - start, work.journal.other_bits
         report = tally.report(plan, finished, seconds=seconds, lanes=lanes, compared=work.compared, other_bits=other_bits)
         insist(COMMIT, lambda: work.result.record(gather_checksums(plan, finished)))
         work.state.claim.check()
@@ -81,7 +82,7 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
         insist(COMMIT, lambda: work.state.commit(work.growing))
     except BaseException as error:
         try:
-            emit(Event("failed", start, time.time(), detail={"error": _words(error)}))
+            emit(Event("failed", start, clock.now(), detail={"error": _words(error)}))
         finally:
             if isinstance(error, TaintedError):
                 work.state.discard(work.growing)
@@ -93,7 +94,7 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
         work.state.tidy()
     except (OocattnError, OSError) as error:  # the result is there: `resume` tidies up
         logger.warning("%s is complete, but not everything beside it was removed: %s", work.paths.result, error)
-    now = time.time()
+    now = clock.now()
     emit(Event("committed", now, now, detail={"path": str(work.paths.result)}))
     emit(Event("ended", start, now, detail={"report": report}))
     return report
@@ -151,7 +152,7 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
             return len(devices)
         except (DamagedPartialError, TaskError, WorkerLostError) as error:
             mishaps.add(error)
-            now = time.time()
+            now = clock.now()
             event = Event("mended", now, now, detail={"error": str(error), _COUNTED[type(error)]: 1})
             wait_for_workers(client, len(devices), REPLACEMENT, LAST_REPLACEMENT, lambda: _check(deadline, interrupts))
             devices = _devices(client, plan)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
+from oocattn import clock
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.report import RunReport
@@ -19,6 +19,7 @@ from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.folders import is_folder
 from oocattn.storage.lock import lock_holder
 from oocattn.storage.paths import ResultPaths
+from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
 
 MOST_BYTES = 1 << 20
@@ -75,7 +76,7 @@ class Status:
         if self.state == "finished":
             return f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"
         if not self.subproblems:
-            return f"{self.state}: starting; {self.holder}"
+            return printable(f"{self.state}: starting; {self.holder}")
         lines = [
             f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
             f"{self.tokens:,} tokens ({self.share:.0%})"
@@ -94,12 +95,12 @@ class Status:
             lines.append(f"it ended: {self.error}")
         if self.state == "interrupted":
             lines.append(f"{left}; nobody works on it")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _last_saved(self) -> str:
         if not self.saved:
             return "nothing saved since then" if self.subproblems_done else "nothing saved yet"
-        return f"last saved {format_seconds(max(0.0, time.time() - self.saved))} ago"
+        return f"last saved {format_seconds(max(0.0, clock.now() - self.saved))} ago"
 
 
 class StatusFile:
@@ -122,8 +123,8 @@ class StatusFile:
         elif event.kind == "failed":
             self._status = replace(self._status, error=str(event.detail["error"]))
         important = event.kind in ("started", "mended", "failed")
-        if important or time.time() - self._written >= INTERVAL:
-            self._written = time.time()
+        if important or clock.now() - self._written >= INTERVAL:
+            self._written = clock.now()
             with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
                 write_text(self._path, json.dumps(to_json(self._status)), synced=False)
 
@@ -161,13 +162,13 @@ class StatusFile:
 
     def _advanced(self) -> Status:
         """The status with one more subproblem done."""
-        status, seconds = self._status, time.time() - self._start
+        status, seconds = self._status, clock.now() - self._start
         done = status.subproblems_done + 1
         here = done - self._before
         return replace(
             status,
             subproblems_done=done,
-            rate=status.tokens * here / status.subproblems / seconds,
+            rate=clock.rate(status.tokens * here / status.subproblems, seconds),
             seconds=seconds,
             seconds_left=seconds * (status.subproblems - done) / here,
         )

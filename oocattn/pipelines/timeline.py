@@ -7,10 +7,9 @@ The trace is in the Trace Event Format, which https://ui.perfetto.dev and chrome
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,8 @@ from numpy.typing import NDArray
 from oocattn.errors import ProblemError
 from oocattn.pipelines.events import Event, Resource, Span
 from oocattn.plans import Plan
+from oocattn.storage.outputs import JSON_MARK, SVG_MARK, check_output, write_output
+from oocattn.text import printable
 from oocattn.units import format_seconds
 
 RESOURCES: tuple[Resource, ...] = get_args(Resource)
@@ -79,18 +80,19 @@ class Timeline:
 
     The trace has a process for each lane and a thread for each resource, and further ones ("read 2") where its spans
     overlap. The picture has a row for each resource of each lane, with the share of the run's wall time in which it was
-    busy. A file that cannot be written then is a warning: the result of the run is worth more. Raises ProblemError where
-    the folder of `path` does not exist or cannot be written to, or `path` is a folder or is named like a picture.
+    busy. A file that cannot be written then is a warning: the result of the run is worth more.
+
+    Raises ResultExistsError where something is at either path that oocattn did not write, and ProblemError where the folder
+    of `path` does not exist or cannot be written to, or `path` is named like a picture.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.picture = self.path.with_suffix(".svg")
-        folder = self.path.parent
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise ProblemError(f"timeline {self.path}: its folder does not exist or cannot be written to; make it first")
-        if self.path.is_dir() or self.path == self.picture:
+        if self.path.suffix == ".svg":
             raise ProblemError(f"timeline {self.path}: expected the name of a file that ends in .json, like timeline.json")
+        check_output(self.path)
+        self.picture = self.path.with_suffix(".svg")
+        check_output(self.picture)
         self._begin("", 0.0)
 
     def __call__(self, event: Event) -> None:
@@ -113,9 +115,9 @@ class Timeline:
         words = "failed after" if event.kind == "failed" else "in"
         caption = f"{self._caption}, {words} {format_seconds(wall)}"
         try:
-            _replace(self.path, lambda file: _write_trace(file, rows, start))
-            _replace(self.picture, lambda file: file.writelines(_picture(rows, caption, start, stop, wall)))
-        except OSError as error:
+            write_output(self.path, lambda file: _write_trace(file, rows, start))
+            write_output(self.picture, lambda file: file.writelines(_picture(rows, caption, start, stop, wall)))
+        except (OSError, ProblemError) as error:
             warnings.warn(f"the timeline was not written: {error}", stacklevel=2)
 
 
@@ -125,21 +127,9 @@ def _order(place: tuple[str, str]) -> tuple[int, str, int]:
     return len(worker), worker, RESOURCES.index(cast(Resource, resource))
 
 
-def _replace(path: Path, write: Callable[[TextIO], None]) -> None:
-    """Write a file under a temporary name and then give it its own."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            write(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _write_trace(file: TextIO, rows: dict[tuple[str, str], _Spans], start: float) -> None:
     """One event a line: the names of a thread, then its spans in order of time."""
-    file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+    file.write(f'{JSON_MARK}"displayTimeUnit": "ms", "traceEvents": [\n')
     file.writelines(
         f"{',' if number else ''}{json.dumps(event, separators=(',', ':'))}\n"
         for number, event in enumerate(_trace(rows, start))
@@ -194,8 +184,8 @@ def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, st
     width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _ROW * max(1, len(rows)) + 40
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>\n'
-        f'<text x="{_LEFT}" y="20" font-size="15">{escape(caption)}</text>'
+        f'font-family="sans-serif" font-size="13">{SVG_MARK}<rect width="100%" height="100%" fill="white"/>\n'
+        f'<text x="{_LEFT}" y="20" font-size="15">{escape(printable(caption))}</text>'
         f'<text x="{_LEFT + _WIDTH + 8}" y="{_TOP - 6}">busy</text>\n'
     )
     yield from _axis(stop - start, height - 40)
@@ -206,8 +196,9 @@ def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, st
         starts, stops = spans.union()
         share = float((stops - starts).sum()) / wall if wall > 0 else 0.0
         colour = _COLOURS[RESOURCES.index(cast(Resource, resource))]
+        label = escape(printable(f"lane {worker}: {resource}"))
         yield (
-            f'<text x="{_LEFT - 8}" y="{top + 15}" text-anchor="end">{escape(f"lane {worker}: {resource}")}</text>'
+            f'<text x="{_LEFT - 8}" y="{top + 15}" text-anchor="end">{label}</text>'
             f'<text x="{_LEFT + _WIDTH + 8}" y="{top + 15}">{share:.1%}</text>\n'
         )
         yield from _bars(_coverage(starts, stops, edges), top, colour)

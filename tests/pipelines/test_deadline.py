@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from distributed import Client
 from support import Recorder, assert_nothing_written, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import Event, ProblemError, TimeLimitError
+from oocattn import Event, ProblemError, TimeLimitError, clock
 from oocattn.pipelines import deadline as deadline_module
 from oocattn.pipelines.deadline import MARGIN, Deadline
 from oocattn.pipelines.events import Span
@@ -35,14 +34,14 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
     paths, done, runs = ResultPaths.at(result), 0, 0
     for _ in range(40):
-        clock = [0.0]  # of which a minute passes with every subproblem
+        moment = [0.0]  # of which a minute passes with every subproblem
         recorder = Recorder([])
 
-        def tick(event: Event, clock: list[float] = clock) -> None:
-            clock[0] += 60.0 * (event.kind == "attended")
+        def tick(event: Event, moment: list[float] = moment) -> None:
+            moment[0] += 60.0 * (event.kind == "attended")
 
         with monkeypatch.context() as patched:
-            patched.setattr(deadline_module, "time", SimpleNamespace(time=lambda clock=clock: clock[0]))
+            patched.setattr(deadline_module, "clock", SimpleNamespace(now=lambda moment=moment: moment[0]))
             patched.setattr(Deadline, "learn", lambda *_: None)
             try:
                 found = run_plan(plan, Dataset.open(dataset), paths, client, callbacks=[recorder, tick], until=80.0)
@@ -63,14 +62,14 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
 def test_time_for_what_is_in_flight_is_kept(dataset: Path) -> None:
     plan = replace(plan_for(dataset, chunks=13, partials="memory"), scratch_disk=3_000_000_000)
     assert Deadline(math.inf, plan).left == math.inf
-    deadline = Deadline(time.time() + 100, plan)
+    deadline = Deadline(clock.now() + 100, plan)
     assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * plan.subproblem_seconds, abs=0.5)
     for seconds in (7.0, 4.0):
         deadline.learn(Event("attended", 10.0, 10.0 + seconds))
         assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * 7, abs=0.5)  # a second one waits behind the first
     deadline.learn(Event("attended", 0.0, 0.0, spans=(Span("save", 20.0, 31.0),)))
     assert deadline.left == pytest.approx(100 - MARGIN - 11 - 2 * 7, abs=0.5)
-    on_gpu = Deadline(time.time() + 100, replace(plan, machine=replace(plan.machine, device="cuda")))
+    on_gpu = Deadline(clock.now() + 100, replace(plan, machine=replace(plan.machine, device="cuda")))
     on_gpu.learn(Event("attended", 10.0, 17.0))
     assert on_gpu.left == pytest.approx(100 - MARGIN - 3 - 7, abs=0.5)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from distributed import Client
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import Event
+from oocattn import Event, TimeLimitError
 from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
 
 
@@ -23,8 +25,11 @@ def under_a_run(*steps: Callable[[Interrupts], object]) -> None:
             step(interrupts)
 
 
-def interrupt(_: Interrupts) -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+def send(number: int) -> Callable[[Interrupts], None]:
+    return lambda _: os.kill(os.getpid(), number)
+
+
+interrupt = send(signal.SIGINT)
 
 
 def raising(error: BaseException) -> Callable[[Interrupts], None]:
@@ -78,6 +83,36 @@ def test_what_is_ignored_stays_ignored() -> None:
             assert not interrupts.asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_sigusr1_ends_a_run_as_a_time_limit_does() -> None:
+    """Also a second one, and after a handler that was there before."""
+    seen: list[int] = []
+    with pytest.raises(TimeLimitError, match="SIGUSR1"):
+        under_a_run(send(signal.SIGUSR1), send(signal.SIGUSR1), raising(InterruptedRunError()))
+    under_a_run(send(signal.SIGUSR1))  # a run that was finished all the same
+    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    try:
+        with pytest.raises(TimeLimitError):
+            under_a_run(send(signal.SIGUSR1), raising(InterruptedRunError()))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
+
+
+def test_an_interrupt_after_sigusr1_is_not_held_back() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        under_a_run(send(signal.SIGUSR1), interrupt, raising(OSError("not reached")))
+
+
+def test_a_process_that_hangs_up_is_killed_when_its_run_has_saved() -> None:
+    script = (
+        "import os, signal\nfrom oocattn.pipelines.interrupts import Interrupts\n"
+        "with Interrupts():\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('saved', flush=True)\nprint('no')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGHUP, "saved\n")
 
 
 @pytest.mark.parametrize("moment", ["started", "staged", "attended", "merged", "written"])

@@ -63,14 +63,14 @@ def test_a_run_that_failed_is_interrupted_and_says_why(client: Client, dataset: 
 
     def refuse(event: Event) -> None:
         if event.kind == "attended":
-            raise RuntimeError("enough")
+            raise SystemExit("enough")
 
-    with pytest.raises(RuntimeError, match="enough"):
+    with pytest.raises(SystemExit, match="enough"):
         carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[refuse])
     status = oocattn.status(result)
     assert status.state == "interrupted"
-    assert status.error == "RuntimeError: enough"
-    assert "it ended: RuntimeError: enough\nabout " in str(status)
+    assert status.error == "SystemExit: enough"
+    assert "it ended: SystemExit: enough\nabout " in str(status)
     assert str(status).endswith("left; nobody works on it")
 
 
@@ -116,9 +116,9 @@ def test_a_damaged_status_does_not_hide_what_the_journal_says(
 
     def refuse(event: Event) -> None:
         if event.kind == "written":
-            raise RuntimeError("enough")
+            raise SystemExit("enough")
 
-    with pytest.raises(RuntimeError, match="enough"):
+    with pytest.raises(SystemExit, match="enough"):
         carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[refuse])
     whole = oocattn.status(result)
     assert whole.subproblems_done > 0
@@ -138,9 +138,9 @@ def test_an_interrupted_second_run_does_not_hide_the_first_result(client: Client
     report = json.loads(ResultPaths.at(result).report.read_text())
 
     def refuse(event: Event) -> None:
-        raise RuntimeError
+        raise SystemExit
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SystemExit):
         carry_out(plan_for(dataset, causal=True), dataset, result, client, callbacks=[refuse], overwrite=True)
     assert oocattn.status(result).state == "interrupted"
     assert json.loads(ResultPaths.at(result).report.read_text()) == report

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
-from oocattn import Event, ProblemError
+from oocattn import Event, ProblemError, ResultExistsError
 from oocattn.pipelines.events import Span
 from oocattn.pipelines.timeline import Timeline, busy_seconds
 
@@ -181,10 +181,28 @@ def test_what_cannot_be_written_at_the_end_is_a_warning(tmp_path: Path) -> None:
         timeline(Event("ended", START, START + 1))
 
 
-@pytest.mark.parametrize("name", ["nowhere/timeline.json", "picture.svg", "."])
+@pytest.mark.parametrize("name", ["nowhere/timeline.json", "picture.svg"])
 def test_a_path_that_will_not_do_is_refused_before_the_run(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ProblemError, match="timeline"):
+    with pytest.raises(ProblemError, match=name):
         Timeline(tmp_path / name)
+
+
+def test_only_files_that_a_timeline_wrote_are_replaced(tmp_path: Path) -> None:
+    for _ in range(2):
+        write(tmp_path / "timeline.json", EVENTS)
+    for name in ("timeline.json", "timeline.svg"):
+        (tmp_path / name).write_text('{"written by": "oocattn"}')
+        with pytest.raises(ResultExistsError, match=name):
+            Timeline(tmp_path / "timeline.json")
+        (tmp_path / name).unlink()
+
+
+def test_a_file_that_appears_during_the_run_is_kept_with_a_warning(tmp_path: Path) -> None:
+    timeline = Timeline(tmp_path / "timeline.json")
+    timeline.picture.write_text("a drawing")
+    with pytest.warns(UserWarning, match=r"timeline was not written: .*timeline\.svg exists"):
+        timeline(Event("ended", START, START + 1))
+    assert timeline.picture.read_text() == "a drawing"
 
 
 def test_a_run_tells_when_its_lane_read_computed_merged_and_wrote(tmp_path: Path, client: Client) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 from test_mending import kill_at
 
 import oocattn
-from oocattn import Event, TimeLimitError
+from oocattn import Event, TimeLimitError, clock
 from oocattn.pipelines.deadline import MARGIN
 from oocattn.pipelines.tasks import LanePlugin
 from oocattn.running import run_plan
@@ -69,11 +68,11 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
                 if len(seen) == 4:
                     os.kill(process, signal.SIGSTOP)
 
-        until = time.time() + MARGIN + 5
+        until = clock.now() + MARGIN + 5
         try:
             with pytest.raises(TimeLimitError, match="time limit reached"):
                 run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), workers, callbacks=[freeze], until=until)
-            assert time.time() < until + 1
+            assert clock.now() < until + 1
         finally:
             os.kill(process, signal.SIGCONT)
     assert oocattn.status(result).state == "interrupted"
@@ -86,11 +85,11 @@ def test_nor_does_one_that_is_frozen_before_it_has_a_lane(dataset: Path, result:
     with processes(2) as workers:
         process = next(iter(workers.run(os.getpid).values()))
         os.kill(process, signal.SIGSTOP)
-        until = time.time() + MARGIN + 3
+        until = clock.now() + MARGIN + 3
         try:
             with pytest.raises(TimeLimitError, match="time limit reached: 0 of 62 subproblems"):
                 run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), workers, until=until)
-            assert time.time() < until + 1
+            assert clock.now() < until + 1
         finally:
             os.kill(process, signal.SIGCONT)
 

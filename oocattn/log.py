@@ -1,0 +1,25 @@
+"""The package's logger: its messages are fit to print, and a handler that fails ends nothing."""
+
+from __future__ import annotations
+
+import logging
+
+from oocattn.text import printable
+
+
+class _Logger(logging.Logger):
+    """A logger of runs of days: a log that cannot be written costs lines of the log, not the run."""
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Pass the record on with its message on one line, control characters escaped; numbers stay what they are."""
+        try:
+            record.msg = printable(record.msg)
+            if isinstance(record.args, tuple):
+                record.args = tuple(each if isinstance(each, int | float) else printable(each) for each in record.args)
+            super().handle(record)
+        except Exception:  # a handler's, such as ValueError of a standard error that was closed: nowhere is left to say it
+            pass
+
+
+logger = logging.getLogger("oocattn")
+logger.__class__ = _Logger  # also where the application asked for the logger first
