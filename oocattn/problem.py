@@ -7,9 +7,12 @@ wrong about them is refused here, by name, before a byte is read or written.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 from oocattn.errors import ProblemError
+from oocattn.records import Positive, Range, from_json
 
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Supported dtypes and their size in bytes."""
@@ -57,15 +60,15 @@ class Problem:
     inputs, `out_dtype` that of the output; the log-sum-exp is always float32.
     """
 
-    batch: int
-    query_heads: int
-    kv_heads: int
-    tokens: int
-    head_dim: int
+    batch: Positive
+    query_heads: Positive
+    kv_heads: Positive
+    tokens: Positive
+    head_dim: Annotated[int, Range(1, MAX_HEAD_DIM)]
     dtype: str
     out_dtype: str
     causal: bool
-    scale: float
+    scale: Annotated[float, Range(math.ulp(0.0), sys.float_info.max)]
 
     @property
     def group_size(self) -> int:
@@ -170,3 +173,21 @@ def make_problem(
         causal,
         1.0 / math.sqrt(head_dim) if scale is None else float(scale),
     )
+
+
+def read_problem(content: object) -> Problem:
+    """The valid problem that JSON holds as the fields of a `Problem`. Raises ValueError for anything else.
+
+    What `make_problem` cannot return is refused, and so is a problem of more elements than 64 bits count.
+    """
+    problem = from_json(Problem, content)
+    for name, dtype in (("dtype", problem.dtype), ("out_dtype", problem.out_dtype)):
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} is {dtype!r:.80}, expected one of {', '.join(DTYPES)}")
+    if problem.query_heads % problem.kv_heads:
+        raise ValueError(
+            f"query_heads is {problem.query_heads} and kv_heads {problem.kv_heads}, expected a multiple of the KV heads"
+        )
+    if problem.rows * problem.head_dim >= 1 << 63:
+        raise ValueError(f"{problem.rows} rows of {problem.head_dim} elements, expected fewer than 2^63 elements in all")
+    return problem
