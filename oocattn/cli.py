@@ -24,18 +24,19 @@ from oocattn.pipelines.timeline import Timeline
 from oocattn.plans import Plan
 from oocattn.storage.importing import import_arrays
 from oocattn.storage.synth import synthesise
+from oocattn.text import printable
 
 if TYPE_CHECKING:
     from distributed import Client
 
-DONE, FAILED, TIME_LIMIT = 0, 1, 75
-"""Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command. 75 is
-EX_TEMPFAIL of sysexits.h: not an error, try again later."""
+DONE, FAILED, INCONCLUSIVE, TIME_LIMIT = 0, 1, 3, 75
+"""Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command. 3 says that
+`verify` found nothing wrong, in rows that show nothing. 75 is EX_TEMPFAIL of sysexits.h: not an error, try again later."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 75 time limit reached, 130 interrupted, 143 terminated;
-    2 for bad usage."""
+    """Run one command and return its exit code: 0 done, 1 failed, 3 inconclusive, 75 time limit reached, 130 interrupted,
+    143 terminated; 2 for bad usage."""
     options = make_parser(_COMMANDS).parse_args(arguments)
     with _Signals() as signals:
         try:
@@ -215,8 +216,10 @@ def _verify(options: argparse.Namespace) -> int:
     chosen = {name: getattr(options, name) for name in ("rows", "seed", "dataset", "host_memory", "checksums")}
     certificate = oocattn.verify(options.result, **chosen)
     if certificate.files:
-        print(f"certificate  {', '.join(certificate.files)}")
+        print(f"certificate  {', '.join(map(printable, certificate.files))}")
     print(certificate)
+    if certificate.inconclusive:
+        return INCONCLUSIVE
     return DONE if certificate.passed else FAILED
 
 

@@ -27,7 +27,7 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         description="Exact attention over tensors that do not fit in memory: Q, K and V in Zarr.",
         epilog="Sizes are written 65536, 64K, 1M (binary), 500MB (decimal) or 2GiB. "
         "Times are written 90, 45s, 10m, 8h or 1h30m. "
-        "Exit codes: 0 done, 1 failed, 2 bad usage, 75 time limit reached, 130 interrupted, 143 terminated.",
+        "Exit codes: 0 done, 1 failed, 2 bad usage, 3 inconclusive, 75 time limit reached, 130 interrupted, 143 terminated.",
     )
     parser.add_argument("--version", action="version", version=f"oocattn {__version__}")
     added = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -199,7 +199,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "run": ("compute exact attention over a dataset and write out and lse", _add_run),
     "resume": ("go on with an unfinished run, with the plan and dataset that it was begun with", _add_resume),
     "status": ("print how far the run to a result is", _add_status),
-    "verify": ("check a result: rows in float64, and all bits; exit 1 if one is wrong", _add_verify),
+    "verify": (
+        "check a result: rows in float64, and all bits; exit 1 if one is wrong, 3 if rows show nothing",
+        _add_verify,
+    ),
     "doctor": (
         "check this machine: kernels against float64, rates, memory, disk, dashboard; exit 1 if one fails",
         lambda parser: None,

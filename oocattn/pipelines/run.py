@@ -84,6 +84,13 @@ def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: 
             words = "no space left for the result and its partials; make room and resume"
             raise OSError(errno.ENOSPC, words, str(work.paths.state)) from error
         raise
+    if report.out_not_finite and not report.not_finite:
+        logger.warning(
+            "%s: %d elements of out are NaN or Inf, and none of the inputs: float32 arithmetic, or the dtype of out, "
+            "overflowed; make scores or values smaller",
+            work.paths.result,
+            report.out_not_finite,
+        )
     now = time.time()
     emit(Event("committed", now, now, detail={"path": str(work.paths.result)}))
     emit(Event("ended", start, now, detail={"report": report}))
