@@ -86,12 +86,18 @@ def test_words() -> None:
         ("busy", {"staged": "long"}),
         ("compute_busy", -0.1),
         ("finished", 7),
-        ("surprise", 1),
     ],
 )
 def test_what_is_no_report_is_refused(name: str, value: object) -> None:
     with pytest.raises(IntegrityError, match=f"not the report of a run: .*{name if name != 'busy' else 'busy|staged'}"):
         RunReport.from_json({**report_of(EVENTS).to_json(), name: value})
+
+
+def test_a_report_with_other_fields_is_refused() -> None:
+    content = report_of(EVENTS).to_json()
+    for changed in ({**content, "surprise": 1}, {}, {name: value for name, value in content.items() if name != "pairs"}):
+        with pytest.raises(IntegrityError, match="not the report of a run: expected the fields"):
+            RunReport.from_json(changed)
 
 
 def test_what_was_there_before_is_told() -> None:
