@@ -8,44 +8,58 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from oocattn.errors import IntegrityError
-from oocattn.problem import Problem
-from oocattn.records import from_json, to_json
+from oocattn.problem import Problem, read_problem
+from oocattn.records import Count, Positive, Range, from_json, to_json
 from oocattn.sampling import STRATA, StratumName, share_bound
 from oocattn.storage.checksums import Damage
+from oocattn.text import printable
 from oocattn.units import format_count
 
-FORMAT = 1
+FORMAT = 2
+
+MOST_OPEN = 0.01
+"""Of `out` (relative) and of lse (absolute: so much is a share of the sum of weights). A row of which more may be lost
+shows nothing."""
+
+MOST_SHOWING_NOTHING = 0.1
+"""The share of such rows above which a certificate is inconclusive."""
 
 MOST_SHOWN = 20
 """Wrong rows, and damaged parts, that are listed for reading; the JSON has all."""
 
 
+Limit = Annotated[float, Range(0.0, math.inf)]
+"""What is not negative, and may be Inf."""
+
+
 @dataclass(frozen=True)
 class RowCheck:
-    """One recomputed row: where it is, the strata it was sampled for, the norm of its exact `out`, and its errors.
+    """One recomputed row: where it is, the strata it was sampled for, and its errors.
 
-    `error` is that of `out` (norm over D, relative), `lse_error` that of lse (absolute), with their limits; `ulps` and
-    `mean_ulps` are the largest and the mean error of an element of `out` in units of the last place of its dtype,
-    `lse_ulps` that of lse in those of float32. The errors of a row that cannot be read are NaN.
+    `error` is that of `out` (norm over D), relative to `length`, which is the norm of the exact row or a little more;
+    `lse_error` is that of lse (absolute). Their limits are Inf where float32 overflows. `ulps` and `mean_ulps` are the
+    largest and the mean error of an element of `out` in units of the last place of its dtype, `lse_ulps` that of lse in
+    those of float32. The errors of a row that cannot be read are NaN.
     """
 
-    batch: int
-    head: int
-    token: int
+    batch: Count
+    head: Count
+    token: Count
     strata: tuple[StratumName, ...]
-    length: float
+    length: Annotated[float, Range(0.0, sys.float_info.max)]
     error: float
-    allowed: float
+    allowed: Limit
     lse_error: float
-    allowed_lse: float
-    ulps: float
-    mean_ulps: float
-    lse_ulps: float
+    allowed_lse: Limit
+    ulps: Limit
+    mean_ulps: Limit
+    lse_ulps: Limit
 
     @property
     def passed(self) -> bool:
@@ -53,9 +67,14 @@ class RowCheck:
         return self.error <= self.allowed and self.lse_error <= self.allowed_lse
 
     @property
+    def shows(self) -> bool:
+        """Whether the row shows anything: float32 arithmetic may not lose more than 1% of it."""
+        return self.allowed <= MOST_OPEN and self.allowed_lse <= MOST_OPEN
+
+    @property
     def of_allowed(self) -> float:
         """The larger of both errors, as a share of what is allowed."""
-        return _largest([self.error / self.allowed, self.lse_error / self.allowed_lse])
+        return _largest([_share(self.error, self.allowed), _share(self.lse_error, self.allowed_lse)])
 
 
 @dataclass(frozen=True)
@@ -64,26 +83,31 @@ class ArrayCheck:
 
     name: str
     state: Literal["checked", "not checked", "not recorded"]
-    parts: int
+    parts: Count
     damaged: tuple[Damage, ...]
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Query-key pairs that the run had to attend and those that it counted, and NaN and Inf in its inputs."""
+    """Query-key pairs that the run had to attend and those that it counted, and NaN and Inf in its inputs and in `out`."""
 
-    expected: int
-    counted: int
-    not_finite: int
+    expected: Count
+    counted: Count
+    not_finite: Count
+    out_not_finite: Count
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """What was found in the rows of a stratum, or in all: how many are wrong, and the largest errors, as in `RowCheck`."""
+    """What was found in the rows of a stratum, or in all: how many are wrong, how many show nothing, and the largest errors.
+
+    Errors are as in `RowCheck`.
+    """
 
     name: str
     rows: int
     wrong: int
+    showing_nothing: int
     error: float
     of_allowed: float
     ulps: float
@@ -106,8 +130,8 @@ class Certificate:
     result: str
     dataset: str
     problem: Problem
-    asked: int
-    seed: int
+    asked: Positive
+    seed: Annotated[int, Range(0, math.inf)]
     rows: tuple[RowCheck, ...]
     arrays: tuple[ArrayCheck, ...]
     digest: str | None
@@ -121,13 +145,28 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether every sampled row is right, and no part of the result is damaged."""
-        return not self.wrong and not self.damaged
+        """Whether every sampled row is right, most of them show something, and no part of the result is damaged."""
+        return not self.failed and not self.inconclusive
+
+    @property
+    def failed(self) -> bool:
+        """Whether a sampled row is wrong, or a part of the result is damaged."""
+        return bool(self.wrong or self.damaged)
+
+    @property
+    def inconclusive(self) -> bool:
+        """Whether nothing is wrong, but more than a tenth of the sampled rows show nothing."""
+        return not self.failed and len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
 
     @property
     def wrong(self) -> list[RowCheck]:
         """The rows that are not right."""
         return [row for row in self.rows if not row.passed]
+
+    @property
+    def showing_nothing(self) -> list[RowCheck]:
+        """The rows of which float32 arithmetic may lose more than 1%: they are not called wrong, and show nothing."""
+        return [row for row in self.rows if row.passed and not row.shows]
 
     @property
     def damaged(self) -> list[Damage]:
@@ -151,11 +190,21 @@ class Certificate:
         return sum("uniform" in row.strata for row in self.rows)
 
     @property
+    def conclusive(self) -> int:
+        """Rows that were drawn uniformly at random and show something: they are those that are counted."""
+        return sum("uniform" in row.strata and row.shows for row in self.rows)
+
+    @property
     def statement(self) -> str:
         """What the rows show of all the others."""
-        drawn, rows = self.drawn, self.problem.rows
+        drawn, rows, left_out = self.conclusive, self.problem.rows, len(self.showing_nothing)
         if self.wrong:
             return f"{len(self.wrong)} of {len(self.rows)} recomputed rows exceed their tolerance: the result is wrong"
+        if not drawn or left_out > MOST_SHOWING_NOTHING * len(self.rows):
+            return (
+                f"{left_out:,} of {len(self.rows):,} recomputed rows show nothing, because float32 arithmetic may lose more "
+                "than 1% of them: nothing is claimed of the other rows"
+            )
         if drawn == rows:
             return f"all {rows:,} rows were recomputed, and none exceeds its tolerance"
         row = "rows" if drawn > 1 else "row"
@@ -164,8 +213,11 @@ class Certificate:
         exact = f" (1 - 0.05^(1/{drawn}) = {bound})" if drawn > 3 else ""
         return (
             f"of {drawn:,} {row} drawn uniformly at random none exceeds its tolerance: with 95% confidence {claim} of all "
-            f"{rows:,} rows do{exact}"
+            f"{rows:,} rows do{exact}{self._left_out(left_out)}"
         )
+
+    def _left_out(self, rows: int) -> str:
+        return f"; not counting rows like {rows:,} of the recomputed ones, which show nothing" if rows else ""
 
     @property
     def strata(self) -> list[Stratum]:
@@ -178,6 +230,11 @@ class Certificate:
         """One line: also what a certificate that passed does not cover."""
         if self.passed:
             return ", ".join(["passed", *self._left_open()])
+        if self.inconclusive:
+            return (
+                f"inconclusive: {len(self.showing_nothing)} of {len(self.rows)} rows show nothing, because their scores or "
+                "values are so large, or cancel so far, that float32 arithmetic may lose more than 1% of them"
+            )
         reasons = []
         if self.wrong:
             against = "" if self.dataset_unchanged else ", but the dataset may not be the one that the run read"
@@ -218,9 +275,9 @@ class Certificate:
         try:
             found = dict(content)
             summary = {name: found.pop(name) for name in ("format", "passed", "verdict", "statement", "strata", "error")}
+            read_problem(found["problem"])
             certificate = from_json(cls, {**found, "files": []})
-            if not certificate.drawn:
-                raise ValueError("none of its rows was drawn at random")
+            certificate._check_rows()
             written = certificate.to_json()
             for name, value in summary.items():
                 if written[name] != value:
@@ -229,8 +286,17 @@ class Certificate:
             raise IntegrityError(f"not a certificate of oocattn: {error}") from None
         return certificate
 
+    def _check_rows(self) -> None:
+        """Raise ValueError where no row was drawn at random, or one is none of the problem's."""
+        if not self.drawn:
+            raise ValueError("none of its rows was drawn at random")
+        sizes = self.problem.batch, self.problem.query_heads, self.problem.tokens
+        for row in self.rows:
+            if any(place >= size for place, size in zip((row.batch, row.head, row.token), sizes, strict=True)):
+                raise ValueError(f"batch {row.batch}, head {row.head}, token {row.token} is no row of its problem")
+
     def __str__(self) -> str:
-        lines = [f"result       {self.result}", f"problem      {self.problem}"]
+        lines = [f"result       {printable(self.result)}", f"problem      {self.problem}"]
         lines += [*self._row_lines(), ""] if self.wrong else [""]
         lines += [f"{'rows':<12} {'':>5} {'wrong':>6} {'error':>9} {'of allowed':>11} {'largest ulp':>12} {'mean ulp':>9}"]
         lines += [
@@ -245,9 +311,9 @@ class Certificate:
             f"{self.problem.out_dtype}",
             f"lse          within {overall.lse_error:.1e}, {overall.lse_ulps:.3g} ulp of float32",
             f"shown        {self.statement}",
-            *(f"checksums    {line}" for line in checksum_lines(self)),
+            *(f"checksums    {printable(line)}" for line in checksum_lines(self)),
             f"ledger       {ledger_line(self)}",
-            f"dataset      {self.dataset}, {dataset_line(self)}",
+            f"dataset      {printable(self.dataset)}, {printable(dataset_line(self))}",
             f"seed         {self.seed}",
             self.verdict,
         ]
@@ -290,7 +356,7 @@ def ledger_line(certificate: Certificate) -> str:
             "its run"
         )
     counted = f"{format_count(ledger.counted)}pairs counted by the run, exactly those expected"
-    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs"
+    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out"
 
 
 def dataset_line(certificate: Certificate) -> str:
@@ -310,6 +376,7 @@ def _stratum(name: str, rows: Sequence[RowCheck]) -> Stratum:
         name,
         rows=len(rows),
         wrong=sum(not row.passed for row in rows),
+        showing_nothing=sum(row.passed and not row.shows for row in rows),
         error=_largest([row.error for row in rows]),
         of_allowed=_largest([row.of_allowed for row in rows]),
         ulps=_largest([row.ulps for row in rows]),
@@ -317,6 +384,13 @@ def _stratum(name: str, rows: Sequence[RowCheck]) -> Stratum:
         lse_error=_largest([row.lse_error for row in rows]),
         lse_ulps=_largest([row.lse_ulps for row in rows]),
     )
+
+
+def _share(error: float, allowed: float) -> float:
+    """The error as a share of what is allowed, which may be nothing or anything."""
+    if error == 0 or (math.isinf(allowed) and not math.isnan(error)):
+        return 0.0
+    return error / allowed if allowed else math.inf
 
 
 def _largest(values: Sequence[float]) -> float:

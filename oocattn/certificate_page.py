@@ -17,6 +17,7 @@ table { border-collapse: collapse; } td, th { padding: .15em .8em .15em 0; text-
 th { font-weight: 600; border-bottom: 1px solid #999; } td:first-child, th:first-child { text-align: left; }
 .facts td, .facts th { text-align: left; vertical-align: top; border: 0; } .facts th { font-weight: 400; color: #666; }
 .verdict { padding: .6em .9em; font-weight: 600; } .right { background: #e3f2e1; } .wrong { background: #f9dcdc; }
+.open { background: #fdf3d0; }
 td, code { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 """
 
@@ -24,7 +25,7 @@ td, code { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 def certificate_page(certificate: Certificate) -> str:
     """The page as HTML."""
     title = f"Certificate of {certificate.result}"
-    colour = "right" if certificate.passed else "wrong"
+    colour = "right" if certificate.passed else "open" if certificate.inconclusive else "wrong"
     bits = _section("Bits", *map(_paragraph, checksum_lines(certificate)), _paragraph(_CHECKSUMS))
     sections = [
         f'<h1>{escape(title)}</h1>\n<p class="verdict {colour}">{escape(certificate.verdict)}</p>',
@@ -72,7 +73,8 @@ def _method(certificate: Certificate) -> list[str]:
     return [
         f"{len(certificate.rows):,} rows were recomputed in float64 by the formula of attention, with K and V streamed from "
         "the dataset and code that shares nothing with the run. A row exceeds its tolerance where out or lse is off by more "
-        "than rounding to its dtype and float32 arithmetic explain; the limits follow from the row's own sums.",
+        "than rounding to its dtype and float32 arithmetic explain; the limits follow from the row's own sums. A row "
+        "shows nothing where that may be more than 1% of out, or 0.01 of lse: it is not called wrong, and not counted.",
         f"{certificate.drawn:,} of them were drawn uniformly, without replacement, from all rows; the others "
         "are the first and last token and both sides of borders between chunks, where mistakes are likely. The statement "
         'above counts the former only. It is the "rule of three" (Hanley and Lippman-Hand, JAMA 249:1743, 1983).',
@@ -80,18 +82,18 @@ def _method(certificate: Certificate) -> list[str]:
 
 
 def _strata(certificate: Certificate) -> str:
-    header = ("stratum", "rows", "wrong", "error", "of allowed", "largest ulp", "mean ulp", "lse error", "lse ulp")
+    counts, errors = ("rows", "wrong", "show nothing"), ("error", "of allowed", "largest ulp", "mean ulp", "lse error")
     rows = [
-        (of.name, f"{of.rows:,}", f"{of.wrong:,}", f"{of.error:.1e}", f"{of.of_allowed:.2f}", f"{of.ulps:.3g}",
-         f"{of.mean_ulps:.3g}", f"{of.lse_error:.1e}", f"{of.lse_ulps:.3g}")
+        (of.name, f"{of.rows:,}", f"{of.wrong:,}", f"{of.showing_nothing:,}", f"{of.error:.1e}", f"{of.of_allowed:.2f}",
+         f"{of.ulps:.3g}", f"{of.mean_ulps:.3g}", f"{of.lse_error:.1e}", f"{of.lse_ulps:.3g}")
         for of in certificate.strata
     ]  # fmt: skip
-    return _table(header, rows)
+    return _table(("stratum", *counts, *errors, "lse ulp"), rows)
 
 
 def _worst(certificate: Certificate) -> Sequence[RowCheck]:
     """All wrong rows first."""
-    return sorted(certificate.rows, key=lambda row: (row.passed, -row.of_allowed))[:WORST]
+    return sorted(certificate.rows, key=lambda row: (row.passed, row.shows, -row.of_allowed))[:WORST]
 
 
 def _title_of_rows(certificate: Certificate) -> str:
@@ -102,10 +104,16 @@ def _rows(certificate: Certificate) -> str:
     header = ("batch", "head", "token", "sampled for", "error", "allowed", "lse error", "allowed", "largest ulp", "")
     rows = [
         (str(row.batch), str(row.head), f"{row.token:,}", ", ".join(row.strata), f"{row.error:.1e}", f"{row.allowed:.1e}",
-         f"{row.lse_error:.1e}", f"{row.allowed_lse:.1e}", f"{row.ulps:.3g}", "" if row.passed else "WRONG")
+         f"{row.lse_error:.1e}", f"{row.allowed_lse:.1e}", f"{row.ulps:.3g}", _mark(row))
         for row in _worst(certificate)
     ]  # fmt: skip
     return _table(header, rows)
+
+
+def _mark(row: RowCheck) -> str:
+    if not row.passed:
+        return "WRONG"
+    return "" if row.shows else "shows nothing"
 
 
 def _versions(certificate: Certificate) -> list[tuple[str, str]]:

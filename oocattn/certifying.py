@@ -19,7 +19,9 @@ from oocattn.certificate import ArrayCheck, Certificate, Ledger, RowCheck
 from oocattn.certificate_page import certificate_page
 from oocattn.errors import BudgetError, IntegrityError, ProblemError
 from oocattn.pipelines.report import RunReport
-from oocattn.problem import Problem, make_problem
+from oocattn.problem import Problem, make_problem, read_problem
+from oocattn.records import Positive, from_json
+from oocattn.rounding import UNIT_ROUNDOFF
 from oocattn.storage.checksums import Checksums, find_damage, recorded_checksums, result_digest
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.durable import write_text
@@ -27,6 +29,7 @@ from oocattn.storage.locations import recorded_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
 from oocattn.storage.result_rows import RowReader
+from oocattn.text import printable
 from oocattn.units import format_bytes
 from oocattn.verification import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
 from oocattn.version import versions
@@ -50,6 +53,33 @@ PART_BYTES = 128
 """For the checksum of a part, as it is read and parsed."""
 
 
+FLOAT32_KERNELS = ("cpu", "torch", "reference")
+"""Kernels that multiply values by softmax weights in float32 at least, whatever the inputs are."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The attribute `dataset` of a result."""
+
+    location: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What is needed of the attribute `plan`."""
+
+    chunk_rows: Positive
+    kernel: str
+
+
+@dataclass(frozen=True)
+class _MadeBy:
+    """The attribute `versions`."""
+
+    versions: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class Recorded:
     """What a result says of itself in its attributes."""
@@ -58,6 +88,7 @@ class Recorded:
     location: str
     fingerprint: str
     chunk_rows: int
+    kernel: str
     versions: Mapping[str, str]
 
     @property
@@ -70,14 +101,20 @@ class Recorded:
         """Of the result at a path. Raises IntegrityError where that is no result of ours."""
         attributes = paths.attributes() or {}
         try:
-            source, chunk_rows = attributes["dataset"], int(attributes["plan"]["chunk_rows"])
-            if chunk_rows < 1:
-                raise ValueError(f"chunk_rows {chunk_rows}")
-            made_by = {str(name): str(number) for name, number in attributes["versions"].items()}
-            problem = Problem(**attributes["problem"])
-            return cls(problem, str(source["location"]), str(source["fingerprint"]), chunk_rows, made_by)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({error})") from None
+            source = from_json(_Source, attributes["dataset"])
+            plan = from_json(_Decided, {name: attributes["plan"][name] for name in ("chunk_rows", "kernel")})
+            made_by = from_json(_MadeBy, {"versions": attributes["versions"]}).versions
+            problem = read_problem(attributes["problem"])
+        except (KeyError, TypeError, ValueError) as error:
+            reason = printable(f"lacking {error}" if isinstance(error, KeyError) else error)
+            raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({reason})") from None
+        return cls(problem, source.location, source.fingerprint, plan.chunk_rows, plan.kernel, made_by)
+
+    @property
+    def weight_roundoff(self) -> float:
+        """The unit roundoff of the dtype that the kernel keeps softmax weights in: the matrix units of GPUs take 16 bits."""
+        rounds = self.kernel not in FLOAT32_KERNELS
+        return UNIT_ROUNDOFF[self.problem.dtype if rounds else "float32"]
 
 
 def _open_dataset(named: str | Path | None, recorded: str) -> Dataset:
@@ -114,7 +151,15 @@ def certify(
     recorded_bits = {name: recorded_checksums(array) for name, array in arrays.by_name.items()}
     compared = {name: found for name, found in recorded_bits.items() if checksums and found is not None}
     sizes = _sizes(problem, opened, readers, compared, rows, host_memory)
-    exact = recompute_rows(problem, opened, borders=recorded.borders, rows=rows, seed=seed, key_rows=sizes.key_rows)
+    exact = recompute_rows(
+        problem,
+        opened,
+        borders=recorded.borders,
+        rows=rows,
+        seed=seed,
+        key_rows=sizes.key_rows,
+        weight_roundoff=recorded.weight_roundoff,
+    )
     certificate = Certificate(
         str(paths.result),
         opened.location,
@@ -124,7 +169,7 @@ def certify(
         rows=tuple(_check_row(problem, row, readers) for row in exact),
         arrays=tuple(_check_array(readers[name], found, sizes.steps.get(name)) for name, found in recorded_bits.items()),
         digest=_digest(arrays, recorded_bits),
-        ledger=None if report is None else Ledger(problem.pairs, report.pairs, report.not_finite),
+        ledger=None if report is None else Ledger(problem.pairs, report.pairs, report.not_finite, report.out_not_finite),
         dataset_recorded=recorded.fingerprint,
         dataset_found=opened.fingerprint(),
         computed_with=recorded.versions,

@@ -30,9 +30,9 @@ from oocattn.text import printable
 if TYPE_CHECKING:
     from distributed import Client
 
-DONE, FAILED, TIME_LIMIT = 0, 1, 75
-"""Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command. 75 is
-EX_TEMPFAIL of sysexits.h: not an error, try again later."""
+DONE, FAILED, INCONCLUSIVE, TIME_LIMIT = 0, 1, 3, 75
+"""Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command. 3 says that
+`verify` found nothing wrong, in rows that show nothing. 75 is EX_TEMPFAIL of sysexits.h: not an error, try again later."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,6 +249,8 @@ def _verify(options: argparse.Namespace) -> int:
     if certificate.files:
         print(f"certificate  {printable(', '.join(certificate.files))}")
     print(certificate)
+    if certificate.inconclusive:
+        return INCONCLUSIVE
     return DONE if certificate.passed else FAILED
 
 

@@ -27,9 +27,9 @@ from oocattn.hardware import copy_rates, kernel_rate
 from oocattn.kernels import Partial, device_type, finalise, get_kernel, kernel_names
 from oocattn.pipelines.local_cluster import local_client
 from oocattn.problem import DTYPES
+from oocattn.rounding import UNIT_ROUNDOFF
 from oocattn.storage.create import numpy_dtype
 from oocattn.units import format_bytes, format_count
-from oocattn.verification import UNIT_ROUNDOFF
 from oocattn.version import versions
 
 DISK_BYTES = 64 << 20

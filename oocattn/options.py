@@ -220,7 +220,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "run": ("compute exact attention over a dataset and write out and lse", _add_run),
     "resume": ("go on with an unfinished run, with the plan and dataset that it was begun with", _add_resume),
     "status": ("print how far the run to a result is", _add_status),
-    "verify": ("check a result: rows in float64, and all bits; exit 1 if one is wrong", _add_verify),
+    "verify": (
+        "check a result: rows in float64, and all bits; exit 1 if one is wrong, 3 if rows show nothing",
+        _add_verify,
+    ),
     "doctor": (
         "check this machine: kernels against float64, rates, memory, disk, dashboard; exit 1 if one fails",
         lambda parser: None,

@@ -7,6 +7,7 @@ wrong about them is refused here, by name, before a byte is read or written.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -70,7 +71,7 @@ class Problem:
     dtype: str
     out_dtype: str
     causal: bool
-    scale: float
+    scale: Annotated[float, Range(math.ulp(0.0), sys.float_info.max)]
 
     @property
     def group_size(self) -> int:
@@ -170,7 +171,7 @@ def make_problem(
 
 
 def read_problem(content: object) -> Problem:
-    """The problem that was written as JSON. Raises ValueError for anything else, and for what is no attention problem."""
+    """The valid problem that JSON holds as the fields of a `Problem`. Raises ValueError for anything else."""
     problem = from_json(Problem, content)
     check_problem(problem)
     return problem
@@ -190,3 +191,5 @@ def check_problem(problem: Problem) -> None:
             raise ProblemError(f"{name} dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if not (math.isfinite(problem.scale) and problem.scale > 0):
         raise ProblemError(f"scale {problem.scale}: expected a positive finite number")
+    if problem.rows * problem.head_dim >= 1 << 63:
+        raise ProblemError(f"{problem.rows} rows of {problem.head_dim} elements: expected fewer than 2^63 elements in all")

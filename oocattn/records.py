@@ -26,10 +26,10 @@ class Range:
     most: float
 
 
-Count = Annotated[int, Range(0, 2**63 - 1)]
+Count = Annotated[int, Range(0, 2**96)]
 """A number of things, bytes among them."""
 
-Positive = Annotated[int, Range(1, 2**63 - 1)]
+Positive = Annotated[int, Range(1, 2**96)]
 """A number of things of which there is at least one."""
 
 Seconds = Annotated[float, Range(0.0, 1e12)]

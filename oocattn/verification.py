@@ -6,6 +6,7 @@ the comparison is `certificate`'s.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy.typing as npt
 
 from oocattn.certificate import RowCheck
 from oocattn.problem import Problem
+from oocattn.repeats import slots_for
+from oocattn.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors
 from oocattn.sampling import Place, StratumName, sample_rows
 from oocattn.storage.create import numpy_dtype
 from oocattn.storage.dataset import Dataset
@@ -25,19 +28,16 @@ KEY_ROWS = 8192
 GROUP_ROWS = 256
 """Rows of one head group that are recomputed together, at most; for more of them K and V are read again."""
 
-UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
-
 Array64 = npt.NDArray[np.float64]
-
-
-SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
-"""The smallest number of each dtype: below it, rounding is absolute."""
 
 
 @dataclass(frozen=True)
 class ExactRow:
-    """A row in float64: where it is and what it was sampled for, out [D], lse, the largest sum of |q k| of a score, and the
-    norm of the sums of |weight * value|."""
+    """A row in float64: where it is and what it was sampled for, out [D] and lse.
+
+    `size` is the sum of weight times |value|; `allowed` and `allowed_lse` are what float32 arithmetic may lose of `out`
+    (norm over D) and of lse.
+    """
 
     batch: int
     head: int
@@ -45,35 +45,41 @@ class ExactRow:
     strata: tuple[StratumName, ...]
     out: Array64
     lse: float
-    magnitude: float
     size: float
+    allowed: float
+    allowed_lse: float
 
 
 def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> RowCheck:
     """The check of one row, found as `out` [D] and `lse`.
 
-    Allowed is what the dtype of `out` rounds away, and what float32 arithmetic may lose in sums as large as those of the
-    row: 2e-6 and four roundings of its largest score, relative to the sum of |weight * value|. Where values cancel, that
-    sum is larger than `out`.
+    Errors of `out` are relative to the norm of the exact row; where that is nearly nothing, because values cancel or are as
+    small as the smallest numbers of the dtype of `out`, to a thousandth of the values' size or to 200 such roundings.
     """
-    length = max(float(np.sqrt(np.nansum(exact.out * exact.out))), 1e-300)
-    of_score = 4 * UNIT_ROUNDOFF["float32"] * exact.magnitude
-    tiny = SMALLEST[problem.out_dtype] * np.sqrt(problem.head_dim)
+    tiny = SMALLEST[problem.out_dtype] / 2 * math.sqrt(problem.head_dim)
+    norm = _norm(np.where(np.isfinite(exact.out), exact.out, 0.0))
+    length = max(norm, exact.size / 1000, 200 * tiny)
+    allowed = UNIT_ROUNDOFF[problem.out_dtype] * norm + tiny + exact.allowed
     of_lse = np.asarray([lse]), np.asarray([exact.lse])
-    ulps = error_in_ulps(out, exact.out, problem.out_dtype)
+    with np.errstate(all="ignore"):
+        ulps = error_in_ulps(out, exact.out, problem.out_dtype)
+        lse_ulps = error_in_ulps(*of_lse, "float32")
+        overflow = (np.abs(exact.out) + allowed > LARGEST[problem.out_dtype]) & (out == np.copysign(np.inf, exact.out))
+        error = _norm(np.where(overflow, 0.0, _difference(out, exact.out)))
+        lse_error = _norm(_difference(*of_lse))
     return RowCheck(
         exact.batch,
         exact.head,
         exact.token,
         exact.strata,
         length=length,
-        error=float(np.linalg.norm(_difference(out, exact.out))) / length,
-        allowed=float(UNIT_ROUNDOFF[problem.out_dtype] + ((2e-6 + of_score) * exact.size + tiny) / length),
-        lse_error=float(np.abs(_difference(*of_lse))[0]),
-        allowed_lse=1e-5 + of_score,
+        error=error / length,
+        allowed=allowed / length,
+        lse_error=lse_error,
+        allowed_lse=exact.allowed_lse,
         ulps=float(ulps.max()),
         mean_ulps=float(ulps.mean()),
-        lse_ulps=float(error_in_ulps(*of_lse, "float32")[0]),
+        lse_ulps=float(lse_ulps[0]),
     )
 
 
@@ -95,33 +101,56 @@ def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
 def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int) -> int:
     """Host memory, in bytes, that recomputing so many rows takes with tiles of `key_rows` keys."""
     members, head_dim = min(rows, GROUP_ROWS), problem.head_dim
-    tile = head_dim * (8 + problem.itemsize + 2) + 8  # float64, as read, masks of NaN and Inf; positions
-    weights = members * (8 + 8 + 2)  # scores, sums of |q k|, masks
-    state = members * 8 * (8 * head_dim + 8)  # query, its size, num, size and what is added to them; the exact rows
+    tile = head_dim * (8 + problem.itemsize + 2 + 3 * 8) + 10 * 8  # float64, as read, masks; hashes; order and positions
+    weights = members * (5 * 8 + 2 * 8 + 3)  # scores, weights and what errors they have; temporaries; masks
+    state = members * 8 * (16 * head_dim + 40)  # query, sums of what is [D], and what is added to them; the exact rows
+    repeats = 4 * slots_for(problem.tokens)
     decoding = max(array.decode_bytes for array in dataset.arrays.values())
-    return min(key_rows, problem.tokens) * (tile + weights) + state + decoding
+    return min(key_rows, problem.tokens) * (tile + weights) + state + repeats + decoding
 
 
 def recompute_rows(
-    problem: Problem, dataset: Dataset, *, borders: Sequence[int], rows: int, seed: int, key_rows: int = KEY_ROWS
+    problem: Problem,
+    dataset: Dataset,
+    *,
+    borders: Sequence[int],
+    rows: int,
+    seed: int,
+    key_rows: int = KEY_ROWS,
+    weight_roundoff: float = UNIT_ROUNDOFF["float32"],
 ) -> Iterator[ExactRow]:
-    """Sampled rows of the result in float64, those of `sample_rows`, by streaming K and V, `key_rows` at a time."""
+    """Sampled rows of the result in float64, those of `sample_rows`, by streaming K and V, `key_rows` at a time.
+
+    What is allowed counts softmax weights as rounded to `weight_roundoff`.
+    """
     groups = defaultdict(list)
     for place in sample_rows(problem, borders, rows, seed):
         groups[place.batch, place.head // problem.group_size].append(place)
     for (batch, kv_head), places in groups.items():
         for first in range(0, len(places), GROUP_ROWS):
-            yield from _recompute(problem, dataset, batch, kv_head, places[first : first + GROUP_ROWS], key_rows)
+            of_group = places[first : first + GROUP_ROWS]
+            yield from _recompute(problem, dataset, batch, kv_head, of_group, key_rows, weight_roundoff)
 
 
 def _difference(found: Array64, expected: Array64) -> Array64:
-    """found - expected, and 0 where both are the same NaN or Inf."""
+    """|found - expected|: 0 where both are the same NaN or Inf, and Inf where only one is not finite."""
     same = (found == expected) | (np.isnan(found) & np.isnan(expected))
-    return np.where(same, 0.0, found - np.where(same, 0.0, expected))
+    finite = np.isfinite(found) & np.isfinite(expected)
+    return np.where(same, 0.0, np.where(finite, np.abs(found - np.where(same, 0.0, expected)), np.inf))
+
+
+def _norm(numbers: Array64) -> float:
+    return float(np.sqrt(np.sum(numbers * numbers)))
 
 
 def _recompute(
-    problem: Problem, dataset: Dataset, batch: int, kv_head: int, places: Sequence[Place], key_rows: int
+    problem: Problem,
+    dataset: Dataset,
+    batch: int,
+    kv_head: int,
+    places: Sequence[Place],
+    key_rows: int,
+    weight_roundoff: float,
 ) -> list[ExactRow]:
     """Each of these rows of one head group in float64."""
     raw = np.empty((min(key_rows, problem.tokens), problem.head_dim), numpy_dtype(problem.dtype))
@@ -137,13 +166,14 @@ def _recompute(
         np.copyto(tile[: len(rows)], rows)
         return tile[: len(rows)]
 
-    softmax = _Softmax(problem, query, np.asarray([place.token for place in places]), len(raw))
+    softmax = _Softmax(problem, query, np.asarray([place.token for place in places]), len(raw), weight_roundoff)
     last = max(place.token for place in places) + 1 if problem.causal else problem.tokens
-    for start in range(0, last, len(raw)):
-        stop = min(start + len(raw), last)
-        softmax.weigh(read("k", start, stop), start)
-        softmax.add(read("v", start, stop), start)
-    return softmax.rows(places)
+    with np.errstate(all="ignore"):  # NaN and Inf flow as they come, and what underflows is nothing
+        for start in range(0, last, len(raw)):
+            stop = min(start + len(raw), last)
+            softmax.weigh(read("k", start, stop), start)
+            softmax.add(read("v", start, stop), start)
+        return softmax.rows(places)
 
 
 class _Softmax:
@@ -153,62 +183,101 @@ class _Softmax:
     overwritten: `recompute_bytes` counts it all.
     """
 
-    def __init__(self, problem: Problem, query: Array64, tokens: npt.NDArray[np.int64], key_rows: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        query: Array64,
+        tokens: npt.NDArray[np.int64],
+        key_rows: int,
+        weight_roundoff: float = UNIT_ROUNDOFF["float32"],
+    ) -> None:
         members = len(query)
         self._problem, self._query, self._tokens = problem, query, tokens
-        self._num, self._size, self._den = np.zeros_like(query), np.zeros_like(query), np.zeros(members)
-        self._maximum, self._magnitude = np.full(members, -np.inf), np.zeros(members)
-        self._kept = np.ones(members)
-        self._scores, self._sizes = (np.empty(members * key_rows) for _ in range(2))
+        self._num, self._special, self._den = np.zeros_like(query), np.zeros_like(query), np.zeros(members)
+        self._maximum = np.full(members, -np.inf)
+        self._buffers = [np.empty(members * key_rows) for _ in range(2)]
+        self._rounding = RoundingErrors(query, problem.scale, problem.tokens, key_rows, weight_roundoff)
+        self._size, self._passed = np.zeros(members), np.zeros(members)
+        self._counted = 0
 
     def weigh(self, key: Array64, start: int) -> None:
         """Attend the keys [n, D] from token `start` on: the scores become weights."""
-        scores, sizes = (self._view(buffer, len(key)) for buffer in (self._scores, self._sizes))
-        with np.errstate(invalid="ignore"):  # Inf - Inf: such rows are NaN, and are to be
-            np.matmul(self._query, key.T, out=scores)
-            np.matmul(np.abs(self._query), np.abs(key, out=key).T, out=sizes)
-            if not np.isfinite(sizes.sum()):
-                sizes[~np.isfinite(sizes)] = 0.0
-            if self._problem.causal:
-                later = self._tokens[:, None] < np.arange(start, start + len(key))
-                np.copyto(scores, -np.inf, where=later)
-                np.copyto(sizes, 0.0, where=later)
-            scores *= self._problem.scale
-            risen = np.maximum(self._maximum, scores.max(axis=1))
-            shift = np.where(np.isneginf(risen), 0.0, risen)
-            self._kept = np.exp(self._maximum - shift)
-            scores -= shift[:, None]
-            np.exp(scores, out=scores)
-        self._den = self._den * self._kept + scores.sum(axis=1)
+        scores, weights = self._views(len(key))
+        np.matmul(self._query, key.T, out=scores)
+        scores *= self._problem.scale
+        if self._problem.causal:
+            np.copyto(scores, -np.inf, where=self._tokens[:, None] < np.arange(start, start + len(key)))
+        self._rounding.see_keys(key, scores)
+        risen = np.maximum(self._maximum, scores.max(axis=1))
+        shift = np.where(np.isneginf(risen), 0.0, risen)
+        kept = np.exp(self._maximum - shift)
+        np.subtract(scores, shift[:, None], out=weights)
+        np.exp(weights, out=weights)
+        self._rounding.see_weights(scores, weights, shift, kept)
+        self._den = self._den * kept + weights.sum(axis=1)
+        self._num *= kept[:, None]
+        self._size *= kept
+        self._passed *= kept
+        self._special *= kept[:, None]
         self._maximum = risen
-        self._magnitude = np.maximum(self._magnitude, self._problem.scale * sizes.max(axis=1))
 
     def add(self, value: Array64, start: int) -> None:
         """Add the values [n, D] of the keys that were weighed last."""
-        weights = self._view(self._scores, len(value))
-        self._num *= self._kept[:, None]
-        if np.isfinite(value.sum()):
-            self._num += weights @ value
-            np.abs(value, out=value)
-        else:  # a NaN or Inf in a value that a row does not attend stays out of that row
-            attended = self._tokens + 1 - start if self._problem.causal else np.full(len(weights), len(value))
-            with np.errstate(invalid="ignore"):
-                for row, keys in enumerate(attended.clip(0, len(value))):
-                    self._num[row] += weights[row, :keys] @ value[:keys]
-            np.abs(value, out=value)
-            value[~np.isfinite(value)] = 0.0
-        self._size *= self._kept[:, None]
-        self._size += weights @ value
+        _, weights = self._views(len(value))
+        attended = self._attended(start + len(value)) - self._attended(start)
+        special = ~np.isfinite(value)
+        if special.any():  # a NaN or Inf in a value that a row does not attend stays out of that row
+            values = np.where(special, value, 0.0)
+            for row, keys in enumerate(attended):
+                self._special[row] += weights[row, :keys] @ values[:keys]
+            value[special] = 0.0
+        lengths = np.sqrt(np.einsum("nd,nd->n", value, value))
+        first = start
+        while first < start + len(value):
+            border = _next_border(first)
+            last = min(border, start + len(value))
+            keys = slice(first - start, last - start)
+            self._num += weights[:, keys] @ value[keys]
+            self._size += weights[:, keys] @ lengths[keys]
+            self._passed += weights[:, keys].sum(axis=1)
+            if last == border:
+                self._count_partial_sum(border)
+            first = last
+        self._rounding.see_values(weights, value, lengths, attended)
 
     def rows(self, places: Sequence[Place]) -> list[ExactRow]:
         """What has come of the rows, which are at these places."""
-        sizes = np.nan_to_num(np.linalg.norm(self._size / self._den[:, None], axis=1))
-        out, lse = self._num / self._den[:, None], self._maximum + np.log(self._den)
+        self._count_partial_sum(self._problem.tokens)
+        keys = self._attended(self._problem.tokens)
+        den = np.where(self._den == 0, 1.0, self._den)  # every score is -inf: out is 0, as of no key
+        out = (self._num + self._special) / den[:, None]
+        lse = self._maximum + np.log(self._den)
+        allowance = self._rounding.allowance(out, lse, self._maximum, self._den, self._size, keys)
+        size = np.nan_to_num(self._size / den)
+        columns = (out, lse, size, allowance.out, allowance.lse)
         return [
-            ExactRow(place.batch, place.head, place.token, place.strata, row, float(sum_), float(largest), float(size))
-            for place, row, sum_, largest, size in zip(places, out, lse, self._magnitude, sizes, strict=True)
+            ExactRow(place.batch, place.head, place.token, place.strata, row, *map(float, of_row))
+            for place, row, *of_row in zip(places, *columns, strict=True)
         ]
 
-    def _view(self, buffer: Array64, keys: int) -> Array64:
-        """As much of a buffer as so many keys need, [rows, keys]."""
-        return buffer[: len(self._query) * keys].reshape(len(self._query), keys)
+    def _attended(self, stop: int) -> npt.NDArray[np.int64]:
+        """The keys before `stop` that each row attends."""
+        return np.minimum(self._tokens + 1, stop) if self._problem.causal else np.full(len(self._tokens), stop)
+
+    def _count_partial_sum(self, stop: int) -> None:
+        """The sums over the keys before `stop` stand for those since the last call."""
+        self._rounding.see_partial_sum(
+            self._num, self._size, self._passed, self._attended(stop) - self._attended(self._counted)
+        )
+        self._counted = stop
+
+    def _views(self, keys: int) -> tuple[Array64, Array64]:
+        """As much of the buffers of scores and of weights as so many keys need, [rows, keys]."""
+        scores, weights = (buffer[: len(self._query) * keys].reshape(len(self._query), keys) for buffer in self._buffers)
+        return scores, weights
+
+
+def _next_border(token: int) -> int:
+    """The first token after `token` up to which a sum over keys is looked at: about 16 in each doubling of the tokens."""
+    step = max(16, 1 << max(0, token.bit_length() - 5))
+    return (token // step + 1) * step

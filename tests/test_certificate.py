@@ -44,7 +44,7 @@ RIGHT = Certificate(
     rows=ROWS,
     arrays=(ArrayCheck("out", "checked", 4, ()), ArrayCheck("lse", "checked", 4, ())),
     digest="ab" * 32,
-    ledger=Ledger(1_001_000, 1_001_000, 0),
+    ledger=Ledger(1_001_000, 1_001_000, 0, 0),
     dataset_recorded="cd" * 32,
     dataset_found="cd" * 32,
     computed_with={"oocattn": "0.1.0", "zarr": "3.1.6"},
@@ -102,7 +102,7 @@ def test_the_words_for_a_terminal() -> None:
     text = str(RIGHT)
     assert "out: all 4 parts are as they were written" in text
     assert f"digest {'ab' * 32}" in text
-    assert "1 Mpairs counted by the run, exactly those expected; 0 NaN or Inf in the inputs" in text
+    assert "1 Mpairs counted by the run, exactly those expected; 0 NaN or Inf in the inputs, 0 in out" in text
     assert text.endswith("\npassed")
     assert text.count("passed") == 1
     assert max(map(len, text.splitlines())) < 200
@@ -137,7 +137,7 @@ def changed(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     "change",
     [
         changed("passed", to=False),
-        changed("format", to=2),
+        changed("format", to=1),
         changed("statement", to="all is well"),
         changed("rows", to=[]),
         changed("rows", to={}),

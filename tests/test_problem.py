@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 from support import a_problem
 
 from oocattn import ProblemError
-from oocattn.problem import ArraySpec, HeadGroup, Problem, make_problem
+from oocattn.problem import ArraySpec, HeadGroup, Problem, make_problem, read_problem
 
 Q, KV = (2, 6, 100, 64), (2, 3, 100, 64)
 
@@ -83,3 +85,39 @@ def test_words() -> None:
         "2 x 6/3 heads x 100 tokens x D = 64, float16 to float32, causal"
     )
     assert str(a_problem(1 << 20, causal=False)) == "1 head x 1,048,576 tokens x D = 64, float16, full"
+
+
+def test_a_problem_is_read_back_from_json() -> None:
+    made = problem(causal=True, scale=0.3, out_dtype="float32")
+    assert read_problem(json.loads(json.dumps(asdict(made)))) == made
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("batch", "query_heads", "kv_heads", "tokens", "head_dim") for value in (0, True, 1.0)),
+        ("tokens", -1),
+        ("tokens", 1 << 63),
+        ("tokens", 1 << 56),  # 2^56 x 12 x 64 elements
+        ("head_dim", 257),
+        ("kv_heads", 4),
+        ("dtype", "float64"),
+        ("out_dtype", None),
+        ("causal", 1),
+        ("scale", 0.0),
+        ("scale", -1.0),
+        ("scale", "nan"),
+        ("scale", "inf"),
+        ("scale", "1"),
+        ("surprise", 1),
+    ],
+)
+def test_json_of_no_valid_problem_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}|2\\^63 elements"):
+        read_problem({**asdict(problem()), name: value})
+
+
+@pytest.mark.parametrize("content", [None, 7, [], {}, {"batch": 1}])
+def test_what_is_no_problem_at_all_is_refused(content: object) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        read_problem(content)

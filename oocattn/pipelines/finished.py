@@ -36,10 +36,14 @@ class Compared:
 NOTHING_FINISHED = Compared()
 
 
-def record_of(pairs: int, not_finite: int, parts: Sequence[Written]) -> dict[str, Any]:
-    """The record of a chunk: its pairs, the NaN and Inf that it met, and what was written, part by part over the heads."""
+def record_of(pairs: int, not_finite: int, out_not_finite: int, parts: Sequence[Written]) -> dict[str, Any]:
+    """The record of a chunk: its pairs, the NaN and Inf in its inputs and in `out`, and what was written.
+
+    Parts are in the order of their rows and then of the heads.
+    """
     checksums = {name: "".join(getattr(part, name) for part in parts) for name in NAMES}
-    return {"pairs": pairs, "not_finite": not_finite, "bytes": sum(part.nbytes for part in parts), **checksums}
+    counts = {"pairs": pairs, "not_finite": not_finite, "out_not_finite": out_not_finite}
+    return {**counts, "bytes": sum(part.nbytes for part in parts), **checksums}
 
 
 def finished_chunks(plan: Plan, journal: Journal) -> dict[Place, dict[str, Any]]:
@@ -122,7 +126,7 @@ def _is_record(plan: Plan, place: Place, record: Mapping[str, Any]) -> bool:
     if head_group not in range(plan.problem.head_groups) or chunk not in range(plan.chunks):
         return False
     parts = -(-len(plan.tokens(chunk)) // plan.out_chunk_rows) * plan.problem.group_size
-    counts = (record.get(name) for name in ("pairs", "not_finite", "bytes"))
+    counts = (record.get(name) for name in ("pairs", "not_finite", "out_not_finite", "bytes"))
     return all(type(count) is int and count >= 0 for count in counts) and all(
         are_digits(record.get(name), parts) for name in NAMES
     )

@@ -20,6 +20,7 @@ from oocattn.kernels import Partial
 from oocattn.pipelines.arena import Pool, as_numpy
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.finished import record_of
+from oocattn.pipelines.not_finite import count_not_finite
 from oocattn.pipelines.partials import Collected, PartialStore
 from oocattn.pipelines.tiles import pieces
 from oocattn.plans import Plan
@@ -35,11 +36,20 @@ OutBlock = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Finished:
-    """A merged chunk, and its parts on their way to disk: each returns what was written, and when."""
+    """A merged chunk, and its parts on their way to disk."""
 
     merged: Event
     not_finite: int
-    parts: list[Future[tuple[Written, Span]]]
+    parts: list[Future[_Part]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part that was written: what, when, and how many elements of `out` are NaN or Inf."""
+
+    written: Written
+    span: Span
+    not_finite: int
 
 
 class Finisher:
@@ -91,9 +101,11 @@ class Finisher:
     def write(self, head_group: int, chunk: int) -> Event:
         """See a merged chunk written to `out` and `lse`, one chunk file at a time; record it, and release its partials."""
         finished = self._begun.pop((head_group, chunk)).result()
-        written = [part.result() for part in finished.parts]
-        spans = tuple(span for _, span in written)
-        record = record_of(finished.merged.amount, finished.not_finite, [part for part, _ in written])
+        parts = [part.result() for part in finished.parts]
+        spans = tuple(part.span for part in parts)
+        out_not_finite = sum(part.not_finite for part in parts)
+        written = [part.written for part in parts]
+        record = record_of(finished.merged.amount, finished.not_finite, out_not_finite, written)
         self._journal.finish(head_group, chunk, record)
         self._partials.release(head_group, chunk)
         return Event("written", spans[0].start, spans[-1].stop, head_group, chunk, amount=record["bytes"], spans=spans)
@@ -113,7 +125,7 @@ class Finisher:
     ) -> _Finished:
         collected, merged = merging.result()
         state = collected.state
-        spans, pairs, parts = [merged], 0, list[Future[tuple[Written, Span]]]()
+        spans, pairs, parts = [merged], 0, list[Future[_Part]]()
         first = self._plan.tokens(chunk).start
         waiting = deque(pieces(range(len(state.keys)), self._plan.out_chunk_rows))
         for row in whole:
@@ -150,9 +162,7 @@ class Finisher:
             )
         return int(attended.sum()) * self._plan.problem.group_size
 
-    def _divide(
-        self, head_group: int, head: int, part: int, rows: Partial, spans: list[Span]
-    ) -> Future[tuple[Written, Span]]:
+    def _divide(self, head_group: int, head: int, part: int, rows: Partial, spans: list[Span]) -> Future[_Part]:
         """Finalise the rows of a head that are chunk `part` of `out`, and have them written."""
         block = self._blocks.take()
         start = clock.now()
@@ -165,12 +175,13 @@ class Finisher:
         spans.append(Span("merge", start, clock.now()))
         batch = self._plan.problem.head_group(head_group).batch
 
-        def write() -> tuple[Written, Span]:
+        def write() -> _Part:
             start = clock.now()
             try:
+                not_finite = count_not_finite(as_numpy(out)[0])
                 written = self._result.write(batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])
             finally:
                 self._blocks.put(block)
-            return written, Span("write", start, clock.now())
+            return _Part(written, Span("write", start, clock.now()), not_finite)
 
         return self._writer.submit(write)

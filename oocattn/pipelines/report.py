@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
@@ -14,6 +14,7 @@ from oocattn.pipelines.events import Event
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.pipelines.timeline import busy_seconds
 from oocattn.plans import Plan
+from oocattn.records import Count, Positive, Range, Seconds, from_json
 from oocattn.storage.journal import Place
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
@@ -23,37 +24,39 @@ from oocattn.units import format_bytes, format_count, format_seconds
 class RunReport:
     """Figures of one finished run.
 
-    `seconds` is wall time from the first task to the committed result, of the process that finished it, as are `busy`, the
-    seconds spent in each kind of task, over all lanes, `bytes_read`, `bytes_partials` (written to disk) and `compute_busy`,
-    the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean. `pairs` are the
-    query-key pairs that the ledger confirmed, `pairs_before` those of them that were attended before the run was resumed;
-    `not_finite` the NaN and Inf found in the inputs; `recomputed` the partials on disk that were damaged, so that they were
-    computed again; `retried` the tasks that failed and were tried again, `workers_lost` how often workers died, so that
-    others took over their work; `out_of_memory` how often a GPU had less memory than was planned, so that the run went on
-    with smaller tiles; `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them
-    whose checksums were compared then; `other_bits` what computed otherwise for a part of the run than when it began, so
-    that its bits are not those of an uninterrupted run.
+    `seconds` is wall time from the first task to the committed result, of the process that finished it, as are `busy`,
+    the seconds spent in each kind of task, over all lanes, `bytes_read`, `bytes_partials` (written to disk) and
+    `compute_busy`, the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean.
+    `pairs` are the query-key pairs that the ledger confirmed, `pairs_before` those of them that were attended before the
+    run was resumed; `not_finite` the NaN and Inf found in the inputs, `out_not_finite` those in `out` as it was written;
+    `recomputed` the partials on disk that were damaged, so that they were computed again; `retried` the tasks that
+    failed and were tried again, `workers_lost` how often workers died, so that others took over their work;
+    `out_of_memory` how often a GPU had less memory than was planned, so that the run went on with smaller tiles;
+    `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them whose checksums
+    were compared then; `other_bits` what computed otherwise for a part of the run than when it began, so that its bits
+    are not those of an uninterrupted run.
     """
 
-    seconds: float
-    predicted_seconds: float
-    tokens: int
-    subproblems: int
-    lanes: int
-    pairs: int
-    pairs_before: int
-    bytes_read: int
-    bytes_partials: int
-    bytes_written: int
-    not_finite: int
-    recomputed: int
-    retried: int
-    workers_lost: int
-    busy: Mapping[str, float]
-    compute_busy: float
-    out_of_memory: int
-    chunks_before: int
-    chunks_compared: int
+    seconds: Seconds
+    predicted_seconds: Seconds
+    tokens: Positive
+    subproblems: Positive
+    lanes: Positive
+    pairs: Positive
+    pairs_before: Count
+    bytes_read: Count
+    bytes_partials: Count
+    bytes_written: Count
+    not_finite: Count
+    out_not_finite: Count
+    recomputed: Count
+    retried: Count
+    workers_lost: Count
+    busy: Mapping[str, Seconds]
+    compute_busy: Annotated[float, Range(0.0, 1e6)]
+    out_of_memory: Count
+    chunks_before: Count
+    chunks_compared: Count
     other_bits: str
     finished: str
 
@@ -65,14 +68,9 @@ class RunReport:
     def from_json(cls, content: Mapping[str, Any]) -> RunReport:
         """The report that `to_json` wrote. Raises IntegrityError for anything else."""
         try:
-            report = cls(**content)
-        except TypeError as error:
+            return from_json(cls, content)
+        except ValueError as error:
             raise IntegrityError(f"not the report of a run: {error}") from None
-        if not isinstance(report.seconds, int | float) or not isinstance(report.busy, Mapping):
-            raise IntegrityError("not the report of a run: its seconds or busy are of another type")
-        if not (isinstance(report.pairs, int) and isinstance(report.not_finite, int)):
-            raise IntegrityError("not the report of a run: its pairs or not_finite are no counts")
-        return report
 
     def __str__(self) -> str:
         share = 1 - self.pairs_before / self.pairs
@@ -99,6 +97,9 @@ class RunReport:
             lines.append(f"bits         other bits than those of an uninterrupted run: {printable(self.other_bits)}")
         if self.not_finite:
             lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
+        if self.out_not_finite:
+            why = "" if self.not_finite else ": float32 arithmetic, or the dtype of out, overflowed"
+            lines.append(f"out          {self.out_not_finite:,} elements are NaN or Inf{why}")
         if self.recomputed:
             lines.append(f"partials     {self.recomputed} damaged on disk, and computed again")
         if self.retried:
@@ -160,6 +161,7 @@ class Tally:
             bytes_partials=self.details["partial_bytes"] + self.details["checkpoint_bytes"] + self.amounts["saved"],
             bytes_written=total("bytes"),
             not_finite=total("not_finite"),
+            out_not_finite=total("out_not_finite"),
             recomputed=self.details["recomputed"],
             retried=self.details["retried"],
             workers_lost=self.details["workers_lost"],

@@ -20,6 +20,7 @@ import zarr
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
+from oocattn.records import Count
 from oocattn.storage.result_rows import RowReader
 
 ATTRIBUTE = "checksums"
@@ -52,10 +53,10 @@ class Damage:
     """Tokens [start, stop) of one head of an array that are not those that were written, and what is wrong with them."""
 
     array: str
-    batch: int
-    head: int
-    start: int
-    stop: int
+    batch: Count
+    head: Count
+    start: Count
+    stop: Count
     reason: str
 
     def __str__(self) -> str:

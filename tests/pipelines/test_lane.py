@@ -22,7 +22,8 @@ from oocattn import IntegrityError, Plan, ProblemError
 from oocattn.pipelines import cpu_lane, partial_files
 from oocattn.pipelines.arena import as_numpy
 from oocattn.pipelines.cpu_lane import CpuLane
-from oocattn.pipelines.lane import Lane, count_not_finite
+from oocattn.pipelines.lane import Lane
+from oocattn.pipelines.not_finite import count_not_finite
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
 

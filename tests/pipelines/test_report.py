@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
 from support import GENEROUS, GPU, a_problem
 
-from oocattn import Event, RunReport
+from oocattn import Event, IntegrityError, RunReport
 from oocattn.pipelines.events import Span
 from oocattn.pipelines.report import Tally
 from oocattn.planner import make_plan
@@ -17,8 +18,8 @@ PROBLEM = a_problem(1000)
 PLAN = replace(make_plan(PROBLEM, GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=7), seconds=1.0)
 
 FINISHED = {
-    (0, 0): {"pairs": 5, "not_finite": 3, "bytes": 10},
-    (0, 1): {"pairs": 10, "not_finite": 0, "bytes": 20},
+    (0, 0): {"pairs": 5, "not_finite": 3, "out_not_finite": 0, "bytes": 10},
+    (0, 1): {"pairs": 10, "not_finite": 0, "out_not_finite": 2, "bytes": 20},
 }
 
 
@@ -61,7 +62,42 @@ def test_words() -> None:
     assert "150 B read, 23 B of partials, 30 B written in all" in text
     assert "3 elements are NaN or Inf" in text
     assert "resumed" not in text
-    assert "NaN" not in str(report_of(EVENTS, {(0, 1): FINISHED[0, 1]}))
+    assert "out          2 elements are NaN or Inf\n" in f"{text}\n"
+    alone = str(report_of(EVENTS, {(0, 1): FINISHED[0, 1]}))
+    assert "inputs" not in alone
+    assert "out          2 elements are NaN or Inf: float32 arithmetic, or the dtype of out, overflowed" in alone
+    assert "NaN" not in str(report_of(EVENTS, {(0, 1): {**FINISHED[0, 1], "out_not_finite": 0}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seconds", "fast"),
+        ("seconds", -1.0),
+        ("seconds", "nan"),
+        ("pairs", 0),
+        ("pairs", 1.0),
+        ("pairs", True),
+        ("lanes", 0),
+        ("bytes_read", -1),
+        ("not_finite", 1 << 63),
+        ("out_not_finite", "none"),
+        ("busy", []),
+        ("busy", {"staged": "long"}),
+        ("compute_busy", -0.1),
+        ("finished", 7),
+    ],
+)
+def test_what_is_no_report_is_refused(name: str, value: object) -> None:
+    with pytest.raises(IntegrityError, match=f"not the report of a run: .*{name if name != 'busy' else 'busy|staged'}"):
+        RunReport.from_json({**report_of(EVENTS).to_json(), name: value})
+
+
+def test_a_report_with_other_fields_is_refused() -> None:
+    content = report_of(EVENTS).to_json()
+    for changed in ({**content, "surprise": 1}, {}, {name: value for name, value in content.items() if name != "pairs"}):
+        with pytest.raises(IntegrityError, match="not the report of a run: expected the fields"):
+            RunReport.from_json(changed)
 
 
 def test_what_was_there_before_is_told() -> None:
