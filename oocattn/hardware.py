@@ -17,9 +17,9 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from oocattn.cost import HALF_RATE_KEYS
 from oocattn.kernels import Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
-from oocattn.planner import HALF_RATE_KEYS
 from oocattn.plans import Device, Hardware, InputCost
 from oocattn.problem import Problem
 from oocattn.storage.create import numpy_dtype

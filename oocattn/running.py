@@ -19,6 +19,7 @@ from oocattn.pipelines.events import Callback
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
 from oocattn.pipelines.report import RunReport
 from oocattn.pipelines.status import StatusFile, read_report
+from oocattn.pipelines.work import Work
 from oocattn.plans import Plan
 from oocattn.problem import Problem
 from oocattn.resuming import Unfinished, begin_journal, describe, find_unfinished
@@ -32,8 +33,6 @@ from oocattn.version import versions
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
-
-    from oocattn.pipelines.attempt import Work
 
 logger = logging.getLogger("oocattn")
 
@@ -120,7 +119,6 @@ def _carry_out(work: Work, client: Client, callbacks: Sequence[Callback], until:
 
 def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwrite: bool) -> Work:
     """A run at its beginning; the result is locked."""
-    from oocattn.pipelines.attempt import Work
     from oocattn.pipelines.cluster import describe_workers
 
     identity = describe(plan.problem, dataset)
@@ -129,12 +127,11 @@ def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwr
     layout = _layout(plan, {**identity, "plan": _decided(plan), "versions": made_with})
     growing = state.begin(layout, overwrite=overwrite)
     journal = begin_journal(state.paths, plan, identity["dataset"], growing, computing, state.claim)
-    return Work(plan, dataset, identity["dataset"]["fingerprint"], state, growing, journal)
+    return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal)
 
 
 def _resume(begun: Unfinished, dataset: Dataset, state: RunState, client: Client, resuming: Resuming) -> Work:
     """A run that was begun before; the result is locked."""
-    from oocattn.pipelines.attempt import Work
     from oocattn.pipelines.cluster import describe_workers
 
     plan, header = begun.plan, begun.header
@@ -145,7 +142,7 @@ def _resume(begun: Unfinished, dataset: Dataset, state: RunState, client: Client
     if other_bits:
         journal.note_other_bits(other_bits)
     compared = compare_finished(plan, growing.arrays, journal, math.inf if resuming.check_finished else COMPARE_SECONDS)
-    return Work(plan, dataset, header.dataset.fingerprint, state, growing, journal, compared)
+    return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal, compared)
 
 
 def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:

@@ -20,7 +20,7 @@ from distributed import Client
 
 from oocattn import clock
 from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
-from oocattn.pipelines.attempt import Attempt, Work
+from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.cluster import assign_devices, wait_for_workers, warn_of_open_ports
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.done import Found, find_done
@@ -32,6 +32,7 @@ from oocattn.pipelines.listeners import Listeners
 from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.work import Work
 from oocattn.plans import Plan
 from oocattn.storage.durable import is_disk_full, write_text
 from oocattn.storage.journal import Place
