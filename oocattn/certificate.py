@@ -267,14 +267,22 @@ class Certificate:
         """The certificate as JSON-ready values, with what follows from them."""
         content = {name: value for name, value in to_json(self).items() if name != "files"}
         summary = {"verdict": self.verdict, "statement": self.statement, "strata": to_json(tuple(self.strata))}
-        return {"format": FORMAT, "passed": self.passed, **summary, "error": to_json(self.error), **content}
+        return {
+            "format": FORMAT,
+            "passed": self.passed,
+            "inconclusive": self.inconclusive,
+            **summary,
+            "error": to_json(self.error),
+            **content,
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Certificate:
         """The certificate that `to_json` wrote. Raises IntegrityError for anything else, also for another verdict."""
+        follows = ("format", "passed", "inconclusive", "verdict", "statement", "strata", "error")
         try:
             found = dict(content)
-            summary = {name: found.pop(name) for name in ("format", "passed", "verdict", "statement", "strata", "error")}
+            summary = {name: found.pop(name) for name in follows}
             read_problem(found["problem"])
             certificate = from_json(cls, {**found, "files": []})
             certificate._check_rows()
