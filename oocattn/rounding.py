@@ -54,6 +54,9 @@ VARIANCE = 1 / 3
 
 SIGMAS = 4.0
 
+MATRIX_UNITS = 1e-5
+"""Of lse: what matrix units that truncate sums and approximate powers of two may lose besides."""
+
 OVERFLOW = 2.0**119
 """Sums as large as this may overflow float32, with weights that a kernel has raised by up to 2^8."""
 
@@ -233,16 +236,18 @@ class RoundingErrors:
             2 * UNIT * length,
             keys * (SMALLEST["float32"] * math.sqrt(self._head_dim) + 2.0**-126 * self._largest_value),  # underflow
         ]
-        if self._rounded is not None:  # independent errors, at most u each, or one error of equal weights
-            rounded = np.hypot(1.2 * np.sqrt(self._rounded.about(out)) / den, 0.7 * length)
-            steady.append(self._weight_roundoff * rounded)
+        if self._rounded is not None:  # weights one by one, or all alike where they are equal; partial results of libraries
+            rounded = [np.sqrt(self._rounded.about(out)) / den, length, partial / den]
+            spread = math.sqrt(VARIANCE / 2) * (1 + SIGMAS / math.sqrt(2 * self._head_dim))  # of a norm over D elements
+            most = np.maximum(spread * np.linalg.norm(rounded, axis=0), self._drift / den)
+            steady.append(self._weight_roundoff * most)
         allowed: Array64 = np.sum(steady, axis=0) + SIGMAS * np.linalg.norm(varying, axis=0)
         return allowed
 
     def _of_lse(self, lse: Array64, rise: Array64, den: Array64, steady: Array64, keys: npt.NDArray[np.int64]) -> Array64:
         of_den = UNIT * np.sqrt(VARIANCE / 3 * np.minimum(keys, 16 + keys / 512))
         varying = np.sqrt(self._random.total / den**2 + of_den**2)
-        steady = steady + 2 * UNIT * np.abs(self._slope) / den + UNIT
+        steady = steady + 2 * UNIT * np.abs(self._slope) / den + (UNIT if self._rounded is None else MATRIX_UNITS)
         return 1.5 * half_spacing(lse) + half_spacing(rise) + steady + SIGMAS * varying
 
 
