@@ -221,7 +221,8 @@ def _lay_out(
     buffers = Buffers(slot, chunk_rows, out_chunk_rows, candidate.partials, candidate.accumulators, hardware.device)
 
     def scratch(queries: int, keys: int) -> int:
-        return hardware.scratch_bytes(problem.group_size, queries, keys, problem.head_dim, problem.dtype)
+        shape = (problem.group_size, queries, keys, problem.head_dim)
+        return hardware.scratch_bytes(*shape, problem.dtype, hardware.threads)
 
     def laid_out(tiles: Tiles) -> _Layout:
         if hardware.device == "cpu":

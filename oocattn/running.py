@@ -17,6 +17,7 @@ import zarr
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
+from oocattn.pipelines.interrupts import Interrupts
 from oocattn.pipelines.report import RunReport
 from oocattn.pipelines.status import StatusFile, read_report
 from oocattn.pipelines.work import Work
@@ -81,7 +82,7 @@ def run_plan(
         return open_result(paths.result)
     dataset.check_complete()
     paths.make_state()
-    with FileLock(paths.lock, until) as lock:
+    with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
         state = RunState(paths, lock.claim)
         if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
@@ -92,8 +93,8 @@ def run_plan(
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
             logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
-            work = _resume(begun, dataset, state, client, Resuming())
-        _carry_out(work, client, callbacks, until)
+            work = _resume(begun, dataset, state, client, Resuming(), interrupts)
+        _carry_out(work, client, callbacks, interrupts, until)
     return open_result(paths.result)
 
 
@@ -102,19 +103,19 @@ def resume_run(
 ) -> Result:
     """Go on with the unfinished run to a result: the part of `resume` after the start of a cluster."""
     paths.make_state()
-    with FileLock(paths.lock, until) as lock:
+    with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
-            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming)
-            _carry_out(work, client, callbacks, until)
+            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming, interrupts)
+            _carry_out(work, client, callbacks, interrupts, until)
     return open_result(paths.result)
 
 
-def _carry_out(work: Work, client: Client, callbacks: Sequence[Callback], until: float) -> None:
+def _carry_out(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float) -> None:
     """Do what is left of a run; the result is locked."""
     from oocattn.pipelines.run import run
 
-    run(work, client, (StatusFile(work.paths.status), *callbacks), until)
+    run(work, client, (StatusFile(work.paths.status, work.state.claim), *callbacks), interrupts, until)
 
 
 def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwrite: bool) -> Work:
@@ -130,7 +131,9 @@ def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwr
     return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal)
 
 
-def _resume(begun: Unfinished, dataset: Dataset, state: RunState, client: Client, resuming: Resuming) -> Work:
+def _resume(
+    begun: Unfinished, dataset: Dataset, state: RunState, client: Client, resuming: Resuming, interrupts: Interrupts
+) -> Work:
     """A run that was begun before; the result is locked."""
     from oocattn.pipelines.cluster import describe_workers
 
@@ -141,7 +144,8 @@ def _resume(begun: Unfinished, dataset: Dataset, state: RunState, client: Client
     journal = replace(begun.journal, claim=state.claim)
     if other_bits:
         journal.note_other_bits(other_bits)
-    compared = compare_finished(plan, growing.arrays, journal, math.inf if resuming.check_finished else COMPARE_SECONDS)
+    seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
+    compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: interrupts.asked)
     return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal, compared)
 
 
