@@ -88,12 +88,12 @@ def run_plan(
             return open_result(paths.result)
         begun = None if overwrite else find_unfinished(paths)
         if begun is None:
-            work = _begin(plan, dataset, state, client, overwrite)
+            work = _begin(plan, dataset, state, client, overwrite, until)
         else:
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
             logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
-            work = _resume(begun, dataset, state, client, Resuming(), interrupts)
+            work = _resume(begun, dataset, state, client, Resuming(), interrupts, until)
         _carry_out(work, client, callbacks, interrupts, until)
     return open_result(paths.result)
 
@@ -106,7 +106,7 @@ def resume_run(
     with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
-            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming, interrupts)
+            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming, interrupts, until)
             _carry_out(work, client, callbacks, interrupts, until)
     return open_result(paths.result)
 
@@ -118,12 +118,12 @@ def _carry_out(work: Work, client: Client, callbacks: Sequence[Callback], interr
     run(work, client, (StatusFile(work.paths.status, work.state.claim), *callbacks), interrupts, until)
 
 
-def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwrite: bool) -> Work:
+def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwrite: bool, until: float) -> Work:
     """A run at its beginning; the result is locked."""
     from oocattn.pipelines.cluster import describe_workers
 
     identity = describe(plan.problem, dataset)
-    computing = describe_workers(client, plan)
+    computing = describe_workers(client, plan, until)
     made_with = {**versions(), **computing}
     layout = _layout(plan, {**identity, "plan": _decided(plan), "versions": made_with})
     growing = state.begin(layout, overwrite=overwrite)
@@ -132,13 +132,19 @@ def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwr
 
 
 def _resume(
-    begun: Unfinished, dataset: Dataset, state: RunState, client: Client, resuming: Resuming, interrupts: Interrupts
+    begun: Unfinished,
+    dataset: Dataset,
+    state: RunState,
+    client: Client,
+    resuming: Resuming,
+    interrupts: Interrupts,
+    until: float,
 ) -> Work:
     """A run that was begun before; the result is locked."""
     from oocattn.pipelines.cluster import describe_workers
 
     plan, header = begun.plan, begun.header
-    other_bits = begun.check_bits(describe_workers(client, plan), resuming.accept_other_bits)
+    other_bits = begun.check_bits(describe_workers(client, plan, until), resuming.accept_other_bits)
     attributes = {"problem": asdict(plan.problem), "dataset": asdict(header.dataset), "plan": _decided(plan)}
     growing = state.resume(begun.path, _layout(plan, attributes), replaces=header.replaces)
     journal = replace(begun.journal, claim=state.claim)

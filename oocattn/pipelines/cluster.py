@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -16,8 +17,9 @@ from urllib.parse import urlsplit
 import torch
 from distributed import Client
 
+from oocattn import clock
 from oocattn.arithmetic import arithmetic_of, combine
-from oocattn.errors import ProblemError, WorkerLostError
+from oocattn.errors import ProblemError, TimeLimitError, WorkerLostError
 from oocattn.plans import Plan
 from oocattn.units import format_seconds
 
@@ -110,10 +112,22 @@ def living_workers(client: Client) -> list[str]:
     raise WorkerLostError(f"the scheduler is gone ({reason}); start one and resume")
 
 
-def describe_workers(client: Client, plan: Plan) -> dict[str, str]:
-    """What the client's workers compute the plan with, by name (`arithmetic`)."""
-    problem = plan.problem
-    found = client.run(arithmetic_of, plan.kernel, problem.head_dim, problem.dtype, plan.device)
+def describe_workers(client: Client, plan: Plan, until: float = math.inf) -> dict[str, str]:
+    """What the client's workers compute the plan with, by name (`arithmetic`).
+
+    Raises WorkerLostError where one does not answer for `ANSWER` seconds, TimeLimitError where it does not by `until`.
+    """
+    asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
+    left = until - clock.now()
+    try:
+        found = begin_call(lambda: client.run(arithmetic_of, *asked)).result(timeout=max(0.0, min(ANSWER, left)))
+    except TimeoutError as error:
+        words = "the workers do not say what they compute with"
+        if left < ANSWER:
+            raise TimeLimitError(
+                f"time limit reached: 0 of {plan.subproblems:,} subproblems are done now: {words}"
+            ) from error
+        raise WorkerLostError(f"{words}, for {format_seconds(ANSWER)}: restart those that hang, and resume") from error
     return combine(list(found.values()))
 
 
