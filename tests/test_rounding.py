@@ -152,12 +152,12 @@ def test_partial_results_of_16_bits_are_allowed_for(fast_path: Path, dtype: str)
 
 def test_equal_keys_have_equal_errors(fast_path: Path) -> None:
     """Where every key and value comes a hundred times, out is the same, and what scores may lose of it is no less."""
-    q, k, v = normal_arrays(16, heads=1, head_dim=64)
-    k += np.where(np.arange(64) % 2, 30, -30).astype(np.float32)
+    q, k, v = normal_arrays(2, heads=1, head_dim=64)
+    k += np.where(np.arange(64) % 2, 8, -8).astype(np.float32)
     allowed = []
     for times in (1, 100):
         arrays = tuple(np.tile(array, (1, 1, times, 1)) for array in (np.abs(q), k, v))
-        _, exact = exact_rows(Case("channels", "normal", arrays, False, 0.1), fast_path, 16 * times)
+        _, exact = exact_rows(Case("channels", "normal", arrays, False, 0.1), fast_path, 2 * times)
         allowed.append(np.median([(row.allowed, row.allowed_lse) for row in exact], axis=0))
     assert (allowed[1] > 0.7 * allowed[0]).all()
 
