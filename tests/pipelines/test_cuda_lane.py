@@ -26,6 +26,7 @@ from support import (
     carry_out,
     job_of,
     normal_arrays,
+    replanned,
     with_partials,
     write_dataset,
     written_bits,
