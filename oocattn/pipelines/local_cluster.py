@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from oocattn.errors import ProblemError
@@ -53,7 +53,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     address = DashboardAddress.parse(dashboard_address)
     inproc.global_manager._ip = LOOPBACK  # else Dask asks for the way to a host of the internet, and warns where is none
     settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
-    with dask.config.set(settings), _filtered("distributed.worker", _is_no_failure), _start(address, workers) as cluster:
+    with dask.config.set(settings), _without_tracebacks(), _start(address, workers) as cluster:
         http = cluster.scheduler.http_server
         address.check_port(http.port)
         address.restrict(cluster.scheduler.http_application)
@@ -85,19 +85,18 @@ def _start(address: DashboardAddress, workers: int) -> LocalCluster:
 
 
 @contextmanager
-def _filtered(name: str, shown: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
-    """Have a logger log nothing else for a while."""
-    logger = logging.getLogger(name)
-    logger.addFilter(shown)
+def _without_tracebacks() -> Iterator[None]:
+    """Have Dask not log that a task failed, with its traceback, for a while: the run says that in its own words."""
+    logger = logging.getLogger("distributed.worker")
+
+    def is_other(record: logging.LogRecord) -> bool:  # a filter of its own for each cluster: they may overlap
+        return not str(record.msg).startswith("Compute Failed")
+
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.removeFilter(shown)
-
-
-def _is_no_failure(record: logging.LogRecord) -> bool:
-    """Whether a message of Dask's is not that a task failed, with its traceback: the run says that in its own words."""
-    return not str(record.msg).startswith("Compute Failed")
+        logger.removeFilter(is_other)
 
 
 @contextmanager
