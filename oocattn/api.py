@@ -121,7 +121,7 @@ def attention(
     called; a second SIGUSR1 changes nothing.
 
     Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a result,
-    and begins an unfinished run anew), LockedError (another run writes it), IntegrityError (the dataset or a partial is
+    and begins an unfinished run again), LockedError (another run writes it), IntegrityError (the dataset or a partial is
     damaged), TimeLimitError, TaskError (a task failed time and again), WorkerLostError and OSError. After an error nothing
     has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """

@@ -1,7 +1,7 @@
 """The certificate of a result: what `verify` has found, as a record, as JSON and as a few lines.
 
 Here is what follows from the findings; how they come about is in `verification` (rows), `storage.checksums` (bits) and
-`certifying` (all of it). The page is `certificate_page`'s.
+`certifying` (all of it). The lines are `certificate_text`'s, the page is `certificate_page`'s.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from oocattn.certificate_text import certificate_text
 from oocattn.errors import IntegrityError
 from oocattn.problem import Problem, read_problem
 from oocattn.records import Count, Positive, Range, from_json, to_json
 from oocattn.sampling import STRATA, StratumName, share_bound
 from oocattn.storage.checksums import Damage
-from oocattn.text import printable
-from oocattn.units import format_count
 
 FORMAT = 2
 
@@ -29,9 +28,6 @@ shows nothing."""
 
 MOST_SHOWING_NOTHING = 0.1
 """The share of such rows above which a certificate is inconclusive."""
-
-MOST_SHOWN = 20
-"""Wrong rows, and damaged parts, that are listed for reading; the JSON has all."""
 
 
 Limit = Annotated[float, Range(0.0, math.inf)]
@@ -267,14 +263,22 @@ class Certificate:
         """The certificate as JSON-ready values, with what follows from them."""
         content = {name: value for name, value in to_json(self).items() if name != "files"}
         summary = {"verdict": self.verdict, "statement": self.statement, "strata": to_json(tuple(self.strata))}
-        return {"format": FORMAT, "passed": self.passed, **summary, "error": to_json(self.error), **content}
+        return {
+            "format": FORMAT,
+            "passed": self.passed,
+            "inconclusive": self.inconclusive,
+            **summary,
+            "error": to_json(self.error),
+            **content,
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Certificate:
         """The certificate that `to_json` wrote. Raises IntegrityError for anything else, also for another verdict."""
+        follows = ("format", "passed", "inconclusive", "verdict", "statement", "strata", "error")
         try:
             found = dict(content)
-            summary = {name: found.pop(name) for name in ("format", "passed", "verdict", "statement", "strata", "error")}
+            summary = {name: found.pop(name) for name in follows}
             read_problem(found["problem"])
             certificate = from_json(cls, {**found, "files": []})
             certificate._check_rows()
@@ -296,79 +300,7 @@ class Certificate:
                 raise ValueError(f"batch {row.batch}, head {row.head}, token {row.token} is no row of its problem")
 
     def __str__(self) -> str:
-        lines = [f"result       {printable(self.result)}", f"problem      {self.problem}"]
-        lines += [*self._row_lines(), ""] if self.wrong else [""]
-        lines += [f"{'rows':<12} {'':>5} {'wrong':>6} {'error':>9} {'of allowed':>11} {'largest ulp':>12} {'mean ulp':>9}"]
-        lines += [
-            f"{of.name:<12} {of.rows:>5,} {of.wrong:>6,} {of.error:>9.1e} {of.of_allowed:>11.2f} {of.ulps:>12.3g} "
-            f"{of.mean_ulps:>9.3g}"
-            for of in self.strata
-        ]
-        overall = self.strata[-1]
-        lines += [
-            "",
-            f"out          relative error {self.error:.1e} over all recomputed rows; an ulp is a unit in the last place of "
-            f"{self.problem.out_dtype}",
-            f"lse          within {overall.lse_error:.1e}, {overall.lse_ulps:.3g} ulp of float32",
-            f"shown        {self.statement}",
-            *(f"checksums    {printable(line)}" for line in checksum_lines(self)),
-            f"ledger       {ledger_line(self)}",
-            f"dataset      {printable(self.dataset)}, {printable(dataset_line(self))}",
-            f"seed         {self.seed}",
-            self.verdict,
-        ]
-        return "\n".join(lines)
-
-    def _row_lines(self) -> list[str]:
-        lines = ["", f"{'batch':>5} {'head':>5} {'token':>12} {'error':>9} {'allowed':>9} {'lse error':>9} {'allowed':>9}"]
-        lines += [
-            f"{row.batch:>5} {row.head:>5} {row.token:>12,} {row.error:>9.1e} {row.allowed:>9.1e} {row.lse_error:>9.1e} "
-            f"{row.allowed_lse:>9.1e}  WRONG"
-            for row in self.wrong[:MOST_SHOWN]
-        ]
-        return lines + more_line(len(self.wrong))
-
-
-def checksum_lines(certificate: Certificate) -> list[str]:
-    """What is known of the result's bits, array by array."""
-    lines = []
-    for array in certificate.arrays:
-        if array.state == "not recorded":
-            lines.append(f"{array.name}: none are recorded, so nothing is known of the rows that were not recomputed")
-        elif array.state == "not checked":
-            lines.append(f"{array.name}: {array.parts:,} parts, not compared, as was asked")
-        elif array.damaged:
-            lines.append(f"{array.name}: {len(array.damaged):,} of {array.parts:,} parts are NOT as they were written:")
-            lines += [f"  {damage}" for damage in array.damaged[:MOST_SHOWN]] + more_line(len(array.damaged))
-        else:
-            lines.append(f"{array.name}: all {array.parts:,} parts are as they were written")
-    return [*lines, f"digest {certificate.digest}"] if certificate.digest else lines
-
-
-def ledger_line(certificate: Certificate) -> str:
-    """What the run counted."""
-    ledger = certificate.ledger
-    if ledger is None:
-        return "not available: the folder of the run is not beside the result"
-    if ledger.counted != ledger.expected:
-        return (
-            f"{ledger.counted:,} pairs counted, {ledger.expected:,} expected: the report beside the result is NOT that of "
-            "its run"
-        )
-    counted = f"{format_count(ledger.counted)}pairs counted by the run, exactly those expected"
-    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out"
-
-
-def dataset_line(certificate: Certificate) -> str:
-    """Whether the dataset is that of the run."""
-    if certificate.dataset_unchanged:
-        return f"unchanged, fingerprint {certificate.dataset_found}"
-    return "which is NOT the one that the run read, as far as fingerprints tell"
-
-
-def more_line(count: int) -> list[str]:
-    """The line below a list that was cut."""
-    return [f"  and {count - MOST_SHOWN:,} more"] if count > MOST_SHOWN else []
+        return certificate_text(self)
 
 
 def _stratum(name: str, rows: Sequence[RowCheck]) -> Stratum:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from oocattn.certificate import Certificate, RowCheck, checksum_lines, dataset_line, ledger_line
+from oocattn.certificate import Certificate, RowCheck
+from oocattn.certificate_text import checksum_lines, dataset_line, ledger_line
 
 WORST = 10
 """Rows that are shown one by one: the worst."""

@@ -17,9 +17,9 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from oocattn.cost import HALF_RATE_KEYS
 from oocattn.kernels import Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
-from oocattn.planner import HALF_RATE_KEYS
 from oocattn.plans import Device, Hardware, InputCost
 from oocattn.problem import Problem
 from oocattn.storage.create import numpy_dtype
@@ -73,7 +73,7 @@ def describe_hardware(
         flops = measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys)
         release_cached_memory(torch.device(device))
         operands = Partial.nbytes_for(1, rows, problem.head_dim) + (rows + 2 * keys) * problem.head_dim * problem.itemsize
-        scratch_bytes = get_kernel(name).scratch_bytes(1, rows, keys, problem.head_dim, problem.dtype)
+        scratch_bytes = get_kernel(name).scratch_bytes(1, rows, keys, problem.head_dim, problem.dtype, threads)
         measuring_bytes = operands + scratch_bytes + SEGMENTS
     found = 2.0 ** round(math.log2(sample_rate(dataset)))  # so that the same conditions make the same plan
     return Hardware(

@@ -24,8 +24,8 @@ from oocattn.strips import Strips
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
-ScratchBytes = Callable[[int, int, int, int, str], int]
-"""Bounds what a kernel allocates: (group_size, rows, keys, head_dim, dtype) to bytes."""
+ScratchBytes = Callable[[int, int, int, int, str, int], int]
+"""Bounds what a kernel allocates: (group_size, rows, keys, head_dim, dtype, threads) to bytes."""
 
 Rate = Annotated[float, Range(1e-3, inf)]
 """Bytes, or floating-point operations, per second."""

@@ -140,7 +140,7 @@ class Unfinished:
         if plan.digest != self.plan.digest:
             raise ResultExistsError(
                 f"{self.journal.state} holds an unfinished run of another plan: resume it with `oocattn resume`, or begin "
-                "anew with overwrite=True (--overwrite)"
+                "again with overwrite=True (--overwrite)"
             )
 
     def check_bits(self, computing: Mapping[str, str], accept: bool) -> str:

@@ -50,9 +50,13 @@ LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120, "float32": 2.0**
 UNIT = UNIT_ROUNDOFF["float32"]
 
 VARIANCE = 1 / 3
-"""Mean square of a rounding error, in units of (u x)^2."""
+"""The mean square of the rounding error of x, at most, in units of (u x)^2."""
 
 SIGMAS = 4.0
+"""Standard deviations that are allowed of errors that vary."""
+
+MATRIX_UNITS = 1e-5
+"""Of lse: what matrix units that truncate sums and approximate powers of two may lose besides."""
 
 OVERFLOW = 2.0**119
 """Sums as large as this may overflow float32, with weights that a kernel has raised by up to 2^8."""
@@ -60,7 +64,10 @@ OVERFLOW = 2.0**119
 LARGE = 0.25
 """An error of a score that is not small: first-order analysis ends."""
 
-_MOST_RAISED = 30.0
+REPEATED = 4
+"""Occurrences of a key up to which sums over keys count as sums of different terms."""
+
+_MOST_RAISED = 30.0  # of an exponent, so that nothing overflows
 
 
 @dataclass(frozen=True)
@@ -125,31 +132,35 @@ class RoundingErrors:
         np.matmul(self._sizes_of_query, np.abs(key, out=key).T, out=sizes)
         sizes *= self._scale
         np.matmul(self._squares_of_query, np.multiply(key, key, out=key).T, out=variance)
-        head_dim = self._head_dim
         np.abs(scores, out=error)
         masked = ~(np.isfinite(error) & np.isfinite(sizes))
         for array in (error, variance, sizes):
             np.copyto(array, 0.0, where=masked)
         np.maximum(self._largest_sum, sizes.max(axis=1), out=self._largest_sum)
-        variance *= (head_dim / 6 + 2) * self._scale**2
+        self._bound_errors(error, variance, sizes)
+        np.maximum(self._largest_error, error.max(axis=1), out=self._largest_error)
+        if self._largest_error.max() > LARGE:
+            reach = np.where(error > LARGE, scores + error, -np.inf).max(axis=1)
+            np.maximum(self._reach, reach, out=self._reach)
+
+    def _bound_errors(self, error: Array64, variance: Array64, sizes: Array64) -> None:
+        """From |s|, sum (q k)^2 and sum|q k| of each score, all in place: what of its error counts as of one sign, and the
+        mean square of the rest."""
+        head_dim = self._head_dim
+        variance *= (head_dim / 6 + 2) * self._scale**2  # + 2: each product is rounded, and so is the scaled query
         variance += error * error * (head_dim / 3)
         variance *= VARIANCE * UNIT**2
-        error *= 2  # from here on it becomes what may have one sign
+        error *= 2
         error -= sizes
         np.maximum(error, 0.0, out=error)
         error *= UNIT * (head_dim + 1) / 2
         np.sqrt(variance, out=sizes)
         sizes *= SIGMAS
-        error += sizes  # all that a score may be off
-        usual = 4 * SIGMAS * UNIT * math.sqrt(VARIANCE * head_dim)
-        np.minimum(error, usual, out=sizes)
+        error += sizes  # all that the score may be off
+        np.minimum(error, 4 * SIGMAS * UNIT * math.sqrt(VARIANCE * head_dim), out=sizes)
         error -= sizes
         sizes /= SIGMAS
         np.multiply(sizes, sizes, out=variance)
-        np.maximum(self._largest_error, error.max(axis=1), out=self._largest_error)
-        if self._largest_error.max() > LARGE:
-            reach = np.where(error > LARGE, scores + error, -np.inf).max(axis=1)
-            np.maximum(self._reach, reach, out=self._reach)
 
     def see_weights(self, scores: Array64, weights: Array64, shift: Array64, kept: Array64) -> None:
         """Take the weights exp(scores - shift) of these keys; those before were of a shift that leaves `kept` of them."""
@@ -159,7 +170,7 @@ class RoundingErrors:
         self._systematic.scale(kept)
         for moments in filter(None, (self._random, self._partials, self._rounded)):
             moments.scale(kept * kept)
-        self._repeated += weights @ (self._coherence > 8)
+        self._repeated += weights @ (self._coherence > 2 * REPEATED)
         error, variance, scratch = self._errors, self._variances, self._scratch
         error += scores
         error -= shift[:, None]
@@ -233,16 +244,18 @@ class RoundingErrors:
             2 * UNIT * length,
             keys * (SMALLEST["float32"] * math.sqrt(self._head_dim) + 2.0**-126 * self._largest_value),  # underflow
         ]
-        if self._rounded is not None:  # independent errors, at most u each, or one error of equal weights
-            rounded = np.hypot(1.2 * np.sqrt(self._rounded.about(out)) / den, 0.7 * length)
-            steady.append(self._weight_roundoff * rounded)
+        if self._rounded is not None:  # weights one by one, or all alike where they are equal; partial results of libraries
+            rounded = [np.sqrt(self._rounded.about(out)) / den, length, partial / den]
+            spread = math.sqrt(VARIANCE / 2) * (1 + SIGMAS / math.sqrt(2 * self._head_dim))  # of a norm over D elements
+            most = np.maximum(spread * np.linalg.norm(rounded, axis=0), self._drift / den)
+            steady.append(self._weight_roundoff * most)
         allowed: Array64 = np.sum(steady, axis=0) + SIGMAS * np.linalg.norm(varying, axis=0)
         return allowed
 
     def _of_lse(self, lse: Array64, rise: Array64, den: Array64, steady: Array64, keys: npt.NDArray[np.int64]) -> Array64:
         of_den = UNIT * np.sqrt(VARIANCE / 3 * np.minimum(keys, 16 + keys / 512))
         varying = np.sqrt(self._random.total / den**2 + of_den**2)
-        steady = steady + 2 * UNIT * np.abs(self._slope) / den + UNIT
+        steady = steady + 2 * UNIT * np.abs(self._slope) / den + (UNIT if self._rounded is None else MATRIX_UNITS)
         return 1.5 * half_spacing(lse) + half_spacing(rise) + steady + SIGMAS * varying
 
 

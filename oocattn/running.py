@@ -17,8 +17,10 @@ import zarr
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
+from oocattn.pipelines.interrupts import Interrupts
 from oocattn.pipelines.report import RunReport
 from oocattn.pipelines.status import StatusFile, read_report
+from oocattn.pipelines.work import Work
 from oocattn.plans import Plan
 from oocattn.problem import Problem
 from oocattn.resuming import Unfinished, begin_journal, describe, find_unfinished
@@ -32,8 +34,6 @@ from oocattn.version import versions
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
-
-    from oocattn.pipelines.attempt import Work
 
 logger = logging.getLogger("oocattn")
 
@@ -82,7 +82,7 @@ def run_plan(
         return open_result(paths.result)
     dataset.check_complete()
     paths.make_state()
-    with FileLock(paths.lock, until) as lock:
+    with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
         state = RunState(paths, lock.claim)
         if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
@@ -93,8 +93,8 @@ def run_plan(
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
             logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
-            work = _resume(begun, dataset, state, client, Resuming())
-        _carry_out(work, client, callbacks, until)
+            work = _resume(begun, dataset, state, client, Resuming(), interrupts)
+        _carry_out(work, client, callbacks, interrupts, until)
     return open_result(paths.result)
 
 
@@ -103,24 +103,23 @@ def resume_run(
 ) -> Result:
     """Go on with the unfinished run to a result: the part of `resume` after the start of a cluster."""
     paths.make_state()
-    with FileLock(paths.lock, until) as lock:
+    with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
-            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming)
-            _carry_out(work, client, callbacks, until)
+            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming, interrupts)
+            _carry_out(work, client, callbacks, interrupts, until)
     return open_result(paths.result)
 
 
-def _carry_out(work: Work, client: Client, callbacks: Sequence[Callback], until: float) -> None:
+def _carry_out(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float) -> None:
     """Do what is left of a run; the result is locked."""
     from oocattn.pipelines.run import run
 
-    run(work, client, (StatusFile(work.paths.status), *callbacks), until)
+    run(work, client, (StatusFile(work.paths.status, work.state.claim), *callbacks), interrupts, until)
 
 
 def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwrite: bool) -> Work:
     """A run at its beginning; the result is locked."""
-    from oocattn.pipelines.attempt import Work
     from oocattn.pipelines.cluster import describe_workers
 
     identity = describe(plan.problem, dataset)
@@ -129,12 +128,13 @@ def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwr
     layout = _layout(plan, {**identity, "plan": _decided(plan), "versions": made_with})
     growing = state.begin(layout, overwrite=overwrite)
     journal = begin_journal(state.paths, plan, identity["dataset"], growing, computing, state.claim)
-    return Work(plan, dataset, identity["dataset"]["fingerprint"], state, growing, journal)
+    return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal)
 
 
-def _resume(begun: Unfinished, dataset: Dataset, state: RunState, client: Client, resuming: Resuming) -> Work:
+def _resume(
+    begun: Unfinished, dataset: Dataset, state: RunState, client: Client, resuming: Resuming, interrupts: Interrupts
+) -> Work:
     """A run that was begun before; the result is locked."""
-    from oocattn.pipelines.attempt import Work
     from oocattn.pipelines.cluster import describe_workers
 
     plan, header = begun.plan, begun.header
@@ -144,8 +144,9 @@ def _resume(begun: Unfinished, dataset: Dataset, state: RunState, client: Client
     journal = replace(begun.journal, claim=state.claim)
     if other_bits:
         journal.note_other_bits(other_bits)
-    compared = compare_finished(plan, growing.arrays, journal, math.inf if resuming.check_finished else COMPARE_SECONDS)
-    return Work(plan, dataset, header.dataset.fingerprint, state, growing, journal, compared)
+    seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
+    compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: interrupts.asked)
+    return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal, compared)
 
 
 def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:

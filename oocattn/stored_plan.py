@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from oocattn.planner import MAX_CHUNKS, MAX_SUBPROBLEMS, recost
+from oocattn.cost import recost
+from oocattn.planner import MAX_CHUNKS, MAX_SUBPROBLEMS
 from oocattn.plans import Plan, ScratchBytes
 from oocattn.problem import check_problem
 from oocattn.records import from_json

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 import oocattn
 from oocattn import Event, Plan, Result
+from oocattn.cost import recost
 from oocattn.hardware import input_cost
 from oocattn.kernels import Kernel, Partial, get_kernel
 from oocattn.pipelines.lane import Job, Lane
-from oocattn.planner import make_plan, recost
+from oocattn.planner import make_plan
 from oocattn.plans import Hardware, Machine
 from oocattn.problem import Problem, make_problem
 from oocattn.running import run_plan

@@ -57,7 +57,15 @@ DAMAGED = replace(RIGHT, arrays=(ArrayCheck("out", "checked", 4, (DAMAGE,)), RIG
 UNKNOWN = replace(
     RIGHT, arrays=(ArrayCheck("out", "not recorded", 0, ()), ArrayCheck("lse", "not checked", 4, ())), digest=None
 )
-ALL = [RIGHT, WRONG, UNREADABLE, DAMAGED, UNKNOWN]
+VAGUE = (
+    row(0, 61, "uniform", allowed=0.02),
+    row(0, 62, "uniform", allowed_lse=0.02),
+    row(0, 63, "uniform", allowed=math.inf),
+)
+SOME_VAGUE = replace(RIGHT, rows=(*ROWS, *VAGUE))
+INCONCLUSIVE = replace(RIGHT, rows=(*ROWS[:25], *VAGUE))
+VAGUE_AND_WRONG = replace(WRONG, rows=(*WRONG.rows[:5], *VAGUE))
+ALL = [RIGHT, WRONG, UNREADABLE, DAMAGED, UNKNOWN, SOME_VAGUE, INCONCLUSIVE, VAGUE_AND_WRONG]
 
 
 def test_what_it_states() -> None:
@@ -81,10 +89,42 @@ def test_with_a_wrong_row_nothing_is_claimed(wrong: Certificate) -> None:
 
 
 def test_what_passes() -> None:
-    assert [certificate.passed for certificate in ALL] == [True, False, False, False, True]
+    assert [certificate.passed for certificate in ALL] == [True, False, False, False, True, True, False, False]
+    assert [certificate for certificate in ALL if certificate.inconclusive] == [INCONCLUSIVE]
+    assert [certificate.failed for certificate in ALL] == [False, True, True, True, False, False, False, True]
     assert "FAILED: 1 of 8 parts are not as they were written" in str(DAMAGED)
     assert not row(0, 0, "uniform", lse_error=1e-4).passed
     assert not row(0, 0, "uniform", error=math.nan).passed
+
+
+def test_rows_that_show_nothing_are_not_counted() -> None:
+    """They are not wrong; where they are more than a tenth, the certificate is inconclusive."""
+    assert [certificate.strata[-1].showing_nothing for certificate in (RIGHT, SOME_VAGUE, INCONCLUSIVE)] == [0, 3, 3]
+    assert (SOME_VAGUE.drawn, SOME_VAGUE.conclusive) == (63, 60)
+    assert SOME_VAGUE.verdict == "passed"
+    assert "of 60 rows drawn uniformly at random none exceeds its tolerance" in SOME_VAGUE.statement
+    assert "fewer than 3/60 = 5.00% of all" in SOME_VAGUE.statement
+    assert SOME_VAGUE.statement.endswith("not counting rows like 3 of the recomputed ones, which show nothing")
+    assert INCONCLUSIVE.verdict.startswith("inconclusive: 3 of 28 rows show nothing")
+    assert "3 of 28 recomputed rows show nothing" in str(INCONCLUSIVE)
+    for said in ("95%", "passed"):
+        assert said not in str(INCONCLUSIVE)
+    assert VAGUE_AND_WRONG.verdict.startswith("FAILED: 1 of 8 rows are wrong")
+    assert replace(RIGHT, rows=(*ROWS[:27], *VAGUE)).passed  # a tenth
+    beyond = row(0, 0, "uniform", error=0.03, allowed=0.02)
+    assert not beyond.passed
+    assert replace(RIGHT, rows=(*ROWS, beyond)).wrong == [beyond]
+
+
+def test_what_is_printed_is_escaped() -> None:
+    strange = replace(RIGHT, result="/a\x1b[2Jb\nFAILED", dataset="\u202e/qkv")
+    assert strange.result == "/a\x1b[2Jb\nFAILED"
+    assert r"result       /a\x1b[2Jb\nFAILED" in str(strange).splitlines()
+    assert r"dataset      \u202e/qkv, unchanged" in str(strange)
+    reason = replace(
+        DAMAGED, arrays=(ArrayCheck("out", "checked", 4, (replace(DAMAGE, reason="\x1b]0;"),)), RIGHT.arrays[1])
+    )
+    assert "\x1b" not in str(reason)
 
 
 def test_strata_and_totals() -> None:
@@ -146,6 +186,22 @@ def changed(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         changed("rows", 3, "error", to=1.0),
         changed("rows", 3, "allowed", to=0.0),
         changed("rows", 3, "head", to=True),
+        changed("rows", 3, "head", to=2),
+        changed("rows", 3, "batch", to=-1),
+        changed("rows", 3, "token", to=1000),
+        changed("rows", 3, "token", to=1 << 70),
+        changed("rows", 3, "length", to="inf"),
+        changed("rows", 3, "allowed", to="nan"),
+        changed("rows", 3, "ulps", to=-1.0),
+        changed("asked", to=0),
+        changed("seed", to=-1),
+        changed("arrays", 0, "parts", to=-4),
+        changed("problem", "tokens", to=0),
+        changed("problem", "kv_heads", to=3),
+        changed("problem", "dtype", to="float64"),
+        changed("problem", "scale", to="nan"),
+        changed("ledger", "out_not_finite", to=-1),
+        changed("inconclusive", to=True),
         changed("rows", 3, "strata", 0, to="chosen"),
         changed("arrays", 0, "state", to="perfect"),
         changed("arrays", 0, "damaged", to=[{"array": "out"}]),
@@ -201,6 +257,7 @@ def test_the_page_says_it_all_and_stands_alone(certificate: Certificate) -> None
         assert said in page.said
     assert (str(certificate.digest) in page.said) == (certificate.digest is not None)
     assert ("WRONG" in page.said) == bool(certificate.wrong)
+    assert page.said.count("shows nothing") - 1 == min(len(certificate.showing_nothing), 10 - len(certificate.wrong))
     assert all(str(damage) in page.said for damage in certificate.damaged)
     assert (page.said.index("Checksums are CRC-32") < page.said.index("What was checked")) == bool(certificate.damaged)
 

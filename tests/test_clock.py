@@ -18,7 +18,7 @@ from oocattn import Event, clock
 from oocattn.pipelines.progress import ProgressBar
 from oocattn.running import run_plan
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 DECADE = 3e8
 

@@ -234,3 +234,25 @@ def test_every_element_that_is_not_finite_is_counted_once(client: Client, fast_p
             result = carry_out(plan, dataset, fast_path / "result.zarr", client, overwrite=True)
             assert result.report.not_finite == 3 * 37
             assert "111 elements are NaN or Inf" in str(result.report)
+
+
+@pytest.mark.parametrize(("size", "out_dtype"), [(3.3e38, "float32"), (7e4, "float16")])
+def test_what_overflows_in_out_is_counted_and_said(
+    client: Client, fast_path: Path, caplog: pytest.LogCaptureFixture, size: float, out_dtype: str
+) -> None:
+    q, k, v = normal_arrays(101, heads=6, kv_heads=2, head_dim=5, batch=2)
+    v = np.where(v > 0, size, -size).astype(np.float32)
+    dataset = write_dataset(fast_path / "dataset.zarr", (q, k, v))
+    for options in ({"chunks": 13}, {"chunks": 6, "decomposition": "strips"}):
+        plan = plan_for(dataset, out_dtype=out_dtype, causal=True, **options)
+        caplog.clear()
+        result = carry_out(plan, dataset, fast_path / "result.zarr", client, overwrite=True)
+        count = int((~np.isfinite(np.asarray(result.out[...]).astype(np.float64))).sum())
+        assert count > 0
+        assert (result.report.not_finite, result.report.out_not_finite) == (0, count)
+        assert f"out          {count:,} elements are NaN or Inf: float32 arithmetic" in str(result.report)
+        assert f"{count} elements of out are NaN or Inf, and none of the inputs" in caplog.text
+        certificate = verify(result.path)
+        assert (certificate.ledger.not_finite, certificate.ledger.out_not_finite) == (0, count)
+        assert f"0 NaN or Inf in the inputs, {count:,} in out" in str(certificate)
+        assert not certificate.failed

@@ -58,6 +58,28 @@ def test_a_dataset_that_changes_during_the_run_is_noticed(
     assert carry_out(plan, dataset, result, client).path == result
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_chunk_that_changes_is_noticed_though_size_and_time_are_set_back(
+    client: Client, fast_path: Path, result: Path, replaced: bool
+) -> None:
+    """In the middle of a chunk whose content is not sampled, in place or by another file."""
+    dataset = write_dataset(fast_path / "large.zarr", normal_arrays(1 << 15, head_dim=32), chunk_rows=1 << 11)
+    chunk = dataset / "k/c/0/0/7/0"
+
+    def change() -> None:
+        status, content = chunk.stat(), bytearray(chunk.read_bytes())
+        content[len(content) // 2] ^= 1
+        if replaced:
+            damage(chunk, lambda _: bytes(content))
+        else:
+            chunk.write_bytes(content)
+        os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    with pytest.raises(IntegrityError, match=r"zarr: k of the dataset changed while the run read it.*run again"):
+        carry_out(plan_for(dataset, chunks=7), dataset, result, client, callbacks=[on_first("attended", change)])
+    assert_nothing_written(result)
+
+
 def test_a_chunk_that_disappears_during_the_run_is_named(client: Client, dataset: Path, result: Path) -> None:
     plan = plan_for(dataset, chunks=31)
     with pytest.raises(IntegrityError, match=r"array 'v' of .*'c/0/0/3/0'.* is missing"):

@@ -62,7 +62,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-def scratch_of_rows(group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
+def scratch_of_rows(group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
     return 4 * (group_size * rows + min(keys, 8192)) * head_dim
 
 

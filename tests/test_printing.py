@@ -17,6 +17,7 @@ from support import GENEROUS, MACHINE, a_problem, normal_arrays, write_dataset
 import oocattn
 from oocattn import cli, printing
 from oocattn.planner import make_plan
+from oocattn.plans import InputCost
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_what_holds_names_from_elsewhere_is_fit_to_print() -> None:
         str(oocattn.Status("running", holder=name)),
         str(oocattn.ResultExistsError(name)),
         str(oocattn.TaskError(name, name)),
-        str(replace(a_plan, notes=(name,))),
+        str(replace(a_plan, inputs=InputCost(notes=(name,)))),
     ]
     for text in texts:
         assert r"a\x1b[2J\nforged" in text

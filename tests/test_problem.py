@@ -113,7 +113,10 @@ def test_a_problem_is_read_back_from_json() -> None:
     ],
 )
 def test_json_of_no_valid_problem_is_refused(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"{name}|2\\^63 elements"):
+    with pytest.raises(
+        ValueError,
+        match=f"{name}|{name.replace('_', ' ')}|2\\^63 elements|multiple of the KV heads|output dtype|input dtype",
+    ):
         read_problem({**asdict(problem()), name: value})
 
 

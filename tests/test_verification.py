@@ -5,7 +5,9 @@ But for the last tests, by recomputing rows alone; what checksums find is in tes
 
 from __future__ import annotations
 
+import copy
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from support import carry_out, normal_arrays, numpy_type, plan_for, write_datase
 
 import oocattn
 from oocattn import Certificate, IntegrityError, ProblemError
+from oocattn.cli import main
 from oocattn.problem import make_problem
 from oocattn.storage.dataset import Dataset
 from oocattn.verification import GROUP_ROWS, error_in_ulps, recompute_rows
@@ -140,9 +143,41 @@ def test_where_there_is_no_result_there_is_no_certificate(tmp_path: Path, finish
             oocattn.verify(path)
 
 
-@pytest.mark.parametrize("attributes", [{}, {"problem": {}}, {"problem": {"batch": 1, "surprise": 2}}, {"problem": 7}])
-def test_attributes_that_are_not_ours_are_refused(result: Path, attributes: dict) -> None:
-    zarr.open_group(result, mode="r+").attrs["oocattn"] = attributes
+def changed(*path: str, to: object) -> Callable[[dict], None]:
+    def change(content: dict) -> None:
+        for name in path[:-1]:
+            content = content[name]
+        content[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attributes: attributes.clear(),
+        *(changed(name, to=value) for name in ("problem", "dataset", "plan", "versions") for value in (None, 7, [], "text")),
+        *(changed(name, to={}) for name in ("problem", "dataset", "plan")),
+        changed("problem", "batch", to=0),
+        changed("problem", "tokens", to=True),
+        changed("problem", "head_dim", to=257),
+        changed("problem", "kv_heads", to=3),
+        changed("problem", "dtype", to="float64"),
+        changed("problem", "scale", to="nan"),
+        changed("problem", "surprise", to=2),
+        changed("dataset", "location", to=5),
+        changed("dataset", "fingerprint", to=None),
+        changed("plan", "chunk_rows", to=0),
+        changed("plan", "chunk_rows", to="30"),
+        changed("plan", "kernel", to=1),
+        changed("versions", "zarr", to=3),
+    ],
+)
+def test_attributes_that_are_not_ours_are_refused(result: Path, change: Callable[[dict], None]) -> None:
+    group = zarr.open_group(result, mode="r+")
+    attributes = copy.deepcopy(group.attrs["oocattn"])
+    change(attributes)
+    group.attrs["oocattn"] = attributes
     with pytest.raises(IntegrityError, match="do not describe a result"):
         oocattn.verify(result)
 
@@ -170,6 +205,41 @@ def test_right_results_of_awkward_values_pass(client: Client, tmp_path: Path, va
     assert certificate.passed, certificate
     spoil(tmp_path / "result.zarr", "out", lambda data: np.add(data, 1e-3, out=data))
     assert not oocattn.verify(tmp_path / "result.zarr", checksums=False).passed
+
+
+def test_rows_of_which_float32_keeps_nothing_are_inconclusive(client: Client, tmp_path: Path) -> None:
+    """Scores near 1e6 that differ by less than their rounding errors: right or not, such rows show nothing."""
+    q, k, v = normal_arrays(200, head_dim=64)
+    dataset = write_dataset(tmp_path / "dataset.zarr", (q + 350, k + 350, v), 50)
+    carry_out(plan_for(dataset, chunks=3), dataset, tmp_path / "result.zarr", client)
+    certificate = oocattn.verify(tmp_path / "result.zarr")
+    assert (certificate.passed, certificate.inconclusive, certificate.wrong) == (False, True, [])
+    assert "rows show nothing" in certificate.verdict
+    assert main(["verify", str(tmp_path / "result.zarr")]) == 3
+    spoil(tmp_path / "result.zarr", "out", lambda data: data.fill(0))
+    assert main(["verify", str(tmp_path / "result.zarr"), "--no-checksums"]) != 0
+    assert main(["verify", str(tmp_path / "result.zarr")]) == 1  # which the checksums show
+
+
+def test_large_scores_that_leave_one_key_are_checked(client: Client, tmp_path: Path) -> None:
+    """A score counts as much as its key weighs: such rows are their values, and zeros are found."""
+    q, k, v = normal_arrays(200, head_dim=64)
+    dataset = write_dataset(tmp_path / "dataset.zarr", (q * 1e3, k * 1e3, v), 50)
+    carry_out(plan_for(dataset, chunks=3), dataset, tmp_path / "result.zarr", client)
+    assert not oocattn.verify(tmp_path / "result.zarr").failed
+    spoil(tmp_path / "result.zarr", "out", lambda data: data.fill(0))
+    assert oocattn.verify(tmp_path / "result.zarr", checksums=False).failed
+
+
+def test_verify_warns_of_nothing_whatever_the_numbers(client: Client, tmp_path: Path) -> None:
+    arrays = tuple(array * np.float32(10) ** (5 * np.arange(8, dtype="f4") - 10) for array in normal_arrays(90))
+    arrays[1][0, 0, 40] = -np.inf
+    arrays[2][0, 0, 50, :3] = np.nan, np.inf, -np.inf
+    dataset = write_dataset(tmp_path / "dataset.zarr", arrays)
+    carry_out(plan_for(dataset, causal=True), dataset, tmp_path / "result.zarr", client)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not oocattn.verify(tmp_path / "result.zarr", rows=180).wrong
 
 
 @pytest.mark.parametrize("options", [{"rows": 0}, {"seed": -1}])

@@ -71,14 +71,14 @@ class CpuKernel:
                 call.triangle(first, last)
             call.rectangle(last if diagonal else 0, rows, first, last)
 
-    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: the tiles, the library's result and buffers, and the merge."""
         tile_rows = group_size * _tile_rows(group_size, rows)
         tiles = tile_rows * head_dim + 2 * min(keys, _KEY_TILE) * head_dim
         result = tile_rows * (head_dim + 1)
         block_rows, block_keys = _LIBRARY_BLOCK
-        library = torch.get_num_threads() * (4 * block_rows * (block_keys + head_dim + 2) + PRODUCT_BYTES)
-        reference = ReferenceKernel().scratch_bytes(group_size, rows, keys, head_dim, dtype)
+        library = threads * (4 * block_rows * (block_keys + head_dim + 2) + PRODUCT_BYTES)
+        reference = ReferenceKernel().scratch_bytes(group_size, rows, keys, head_dim, dtype, threads)
         return max(4 * (tiles + result) + library + SCRATCH_BYTES, reference)
 
     def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:

@@ -47,7 +47,7 @@ class HopperKernel:
             attending = import_module("oocattn.kernels.cuda.attending")
             attending.attend(query, key, value, state, scale=scale, offset=0 if diagonal else None)
 
-    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: a counter for 64 rows, and one more, but not the copies that `attend` may make."""
         return allocated_bytes(4 * (1 + group_size * (rows // 64 + 3)))
 

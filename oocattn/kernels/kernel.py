@@ -51,8 +51,9 @@ class Kernel(Protocol):
         Raises ValueError where shapes or dtypes do not fit.
         """
 
-    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
-        """Bytes that `attend` allocates at most for g = group_size, n = rows, m = keys, D = head_dim and that dtype.
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
+        """Bytes that `attend` allocates at most for g = group_size, n = rows, m = keys, D = head_dim and that dtype, on a
+        CPU on so many threads.
 
         On a GPU: what it makes torch's caching allocator take from the device.
         """

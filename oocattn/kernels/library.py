@@ -48,7 +48,7 @@ class LibraryKernel(ABC):
             fold(state.rows(*tile[:2]), *result, keys=tile.last_key - tile.first_key, diagonal=tile.diagonal)
             del result  # before the next call needs the memory
 
-    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: the output and log-sum-exp of a tile, and those of the one before.
 
         Those are let go before, but torch was once seen to hold 64 MiB more than a call's (756 MiB of 692, H200).

@@ -67,7 +67,7 @@ class PlainKernel:
         counts = attended_keys(block, tile.last_key - tile.first_key, diagonal=tile.diagonal)
         merge(block, Partial(num.float(), weights.sum(-1).float(), maximum, counts))
 
-    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: what a tile needs, and what cuBLAS keeps."""
         return allocated_bytes(*self._tile_bytes(group_size, rows, keys, head_dim)) + _CUBLAS_WORKSPACE
 

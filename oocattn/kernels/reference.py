@@ -21,6 +21,6 @@ class ReferenceKernel(PlainKernel):
     precision = torch.float64
     score_bytes = 1 << 20
 
-    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str) -> int:
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: what a tile needs, and what the CPU's matrix products keep."""
-        return sum(self._tile_bytes(group_size, rows, keys, head_dim)) + torch.get_num_threads() * PRODUCT_BYTES
+        return sum(self._tile_bytes(group_size, rows, keys, head_dim)) + threads * PRODUCT_BYTES

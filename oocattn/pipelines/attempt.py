@@ -15,7 +15,6 @@ from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -23,25 +22,20 @@ from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future
 
 from oocattn import clock
+from oocattn.cost import PIECE, UNFINISHED, WINDOW
 from oocattn.errors import OocattnError, StalledError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.cluster import begin_call, living_workers
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.failing import SET_UP, naming, place_of
-from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.interrupts import InterruptedRunError
 from oocattn.pipelines.lane import Job
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.tasks import LanePlugin, identity, plugin_name, plugins_of, save, stop
-from oocattn.planner import PIECE, UNFINISHED, WINDOW
-from oocattn.plans import Plan
+from oocattn.pipelines.work import Work
 from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.durable import is_disk_full
-from oocattn.storage.journal import Journal
-from oocattn.storage.paths import ResultPaths
-from oocattn.storage.result import ResultArrays
-from oocattn.storage.state import Growing, RunState
 from oocattn.units import format_seconds
 
 PATIENCE = 5.0
@@ -51,33 +45,6 @@ SAVING = 600.0
 """Seconds that saving may take."""
 
 logger = logging.getLogger("oocattn")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run works at: a plan over a dataset, into a `growing` result among the places of `state`.
-
-    The `fingerprint` of the dataset must still be the same when all is read. The journal says what is done, and `compared`
-    what of that was looked at as the run was resumed.
-    """
-
-    plan: Plan
-    dataset: Dataset
-    fingerprint: str
-    state: RunState
-    growing: Growing
-    journal: Journal
-    compared: Compared = NOTHING_FINISHED
-
-    @property
-    def paths(self) -> ResultPaths:
-        """The places of the result."""
-        return self.state.paths
-
-    @property
-    def result(self) -> ResultArrays:
-        """The arrays of the result that grows."""
-        return self.growing.arrays
 
 
 class Attempt:
@@ -296,7 +263,7 @@ class Attempt:
         """Raises TaintedError where the dataset is not what it was when the run began."""
         dataset = self._work.dataset
         with naming("the check of the dataset"):
-            changed = changed_arrays(self._work.fingerprint, Dataset.open(dataset.location).fingerprint())
+            changed = changed_arrays(self._work.fingerprint, Dataset.open(dataset.location).fingerprint(within_run=True))
         if changed:
             raise TaintedError(
                 f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "

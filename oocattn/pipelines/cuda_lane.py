@@ -119,7 +119,7 @@ class CudaLane(Lane):
             tiles = Tiles(self._tile_rows, plan.tiles.key)
             nbytes = device_arena_bytes(problem, tiles, plan.partials)
             scratch = get_kernel(plan.kernel).scratch_bytes(
-                problem.group_size, tiles.query, tiles.key, problem.head_dim, problem.dtype
+                problem.group_size, tiles.query, tiles.key, problem.head_dim, problem.dtype, plan.threads
             )
             try:
                 with torch.cuda.stream(self._compute):  # one segment, of which the results of all calls are cut

@@ -9,36 +9,44 @@ from oocattn.pipelines.finished import finished_chunks, is_written
 from oocattn.pipelines.partial_files import Covered, PartialFiles
 from oocattn.pipelines.schedule import Done
 from oocattn.plans import Plan
+from oocattn.storage.blockfile import is_whole
 from oocattn.storage.journal import Journal
 from oocattn.storage.result import ResultArrays
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is done, the files of partials that serve nothing, and how many of those, and of records, are damaged."""
+    """What is done, the files of partials that serve nothing, how many of those, and of records, are damaged by their own
+    word, and how many partials are by their checksums, if those were compared."""
 
     done: Done
     useless: tuple[Path, ...]
     damaged: int
+    torn: int = 0
 
 
-def find_done(plan: Plan, journal: Journal, scratch: Path, result: ResultArrays | None = None) -> Found:
+def find_done(
+    plan: Plan, journal: Journal, scratch: Path, result: ResultArrays | None = None, *, thorough: bool = False
+) -> Found:
     """Look at the journal, at what partials say of themselves, and at whether the `result` has what the journal says.
 
-    Whether partials are whole shows when they are read.
+    Whether partials are whole shows when they are read, or here if the search is `thorough`.
     """
     chunks = {place for place in finished_chunks(plan, journal) if result is None or is_written(plan, result, *place)}
     partials: set[tuple[int, int, int]] = set()
-    useless, damaged = [], journal.records - len(chunks)
+    useless, damaged, torn = [], journal.records - len(chunks), 0
     for path, of in PartialFiles(scratch, journal.run).found():
         if of is None or not _fits(plan, of):
             damaged += 1
             useless.append(path)
         elif (of.head_group, of.chunk) in chunks:
             useless.append(path)
+        elif thorough and not is_whole(path):
+            torn += 1
+            useless.append(path)
         else:
             partials.update((of.head_group, of.chunk, index) for index in of.subproblems)
-    return Found(Done(chunks, partials), tuple(useless), damaged)
+    return Found(Done(chunks, partials), tuple(useless), damaged, torn)
 
 
 def _fits(plan: Plan, of: Covered) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,10 @@ def is_written(plan: Plan, result: ResultArrays, head_group: int, chunk: int) ->
     return all(result.has(*divmod(head, heads), part) for head, part in _parts(plan, head_group, chunk))
 
 
-def compare_finished(plan: Plan, result: ResultArrays, journal: Journal, seconds: float) -> Compared:
-    """Compare the checksums of finished chunks, those written last first, for so many seconds.
+def compare_finished(
+    plan: Plan, result: ResultArrays, journal: Journal, seconds: float, is_enough: Callable[[], bool]
+) -> Compared:
+    """Compare the checksums of finished chunks, those written last first, for so many seconds, or until that is enough.
 
     What does not match is removed from the result, so that it is computed again.
     """
@@ -68,7 +70,7 @@ def compare_finished(plan: Plan, result: ResultArrays, journal: Journal, seconds
     until = time.monotonic() + seconds
     compared = damaged = 0
     for place, record in sorted(finished.items(), reverse=True):
-        if time.monotonic() > until:
+        if time.monotonic() > until or is_enough():
             break
         compared += 1
         if not _matches(plan, result, place, record):

@@ -55,7 +55,7 @@ READ_BYTES = 8 << 20
 class Job:
     """All that a worker needs to take part in a run: small, and sent once.
 
-    `devices` says where the lane of each worker is, by `Worker.id`: one that begins anew at the same address has another.
+    `devices` says where the lane of each worker is, by `Worker.id`: one that is restarted at the same address has another.
     """
 
     run: str

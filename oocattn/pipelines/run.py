@@ -14,13 +14,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from distributed import Client
 
 from oocattn import clock
 from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
-from oocattn.pipelines.attempt import Attempt, Work
+from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.cluster import assign_devices, wait_for_workers, warn_of_open_ports
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.done import Found, find_done
@@ -32,6 +33,7 @@ from oocattn.pipelines.listeners import Listeners
 from oocattn.pipelines.partials import DamagedPartialError
 from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.work import Work
 from oocattn.plans import Plan
 from oocattn.storage.durable import is_disk_full, write_text
 from oocattn.storage.journal import Place
@@ -49,20 +51,17 @@ COMMIT = "the commit of the result"
 logger = logging.getLogger("oocattn")
 
 
-def run(work: Work, client: Client, callbacks: Sequence[Callback] = (), until: float = math.inf) -> RunReport:
+def run(
+    work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float = math.inf
+) -> RunReport:
     """Do what is left of the work on the client's workers, and commit the result.
 
     Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, TaskError,
     WorkerLostError, OSError as the file system does, and TimeLimitError where it would not end by `until` (seconds since
     the epoch). Then the result has not appeared under its name, and what was done is on disk; but after an IntegrityError
-    that says so it is discarded. Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 end it when what is in flight is on disk (`Interrupts`).
-    A callback that raises an `Exception` is logged and dropped; any other `BaseException` of a callback ends the run.
+    that says so it is discarded. A signal that `interrupts` hold back ends it when what is in flight is on disk. A callback
+    that raises an `Exception` is logged and dropped; any other `BaseException` of a callback ends the run.
     """
-    with Interrupts() as interrupts:
-        return _run(work, client, callbacks, interrupts, until)
-
-
-def _run(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float) -> RunReport:
     start = clock.now()
     plan, tally, listeners = work.plan, Tally(), Listeners(callbacks)
 
@@ -138,14 +137,16 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
     plan, mishaps = work.plan, _Mishaps()
     deadline = Deadline(until, plan)
     event = Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""})
+    thorough = False  # after a partial was found damaged, so are all others looked for
     devices = _devices(client, plan)
     warn_of_open_ports(client)
     while True:
-        found = insist("the search for finished work", lambda: _look(work))
+        found = insist("the search for finished work", partial(_look, work, thorough))
         schedule = Schedule(plan, len(devices), found.done)
         left = schedule.left
         mishaps.note(left - len(found.done.chunks))
-        damaged = found.damaged if event.kind == "started" else cast(int, event.detail.get("recomputed", 0))
+        told = cast(int, event.detail.get("recomputed", 0))
+        damaged = found.damaged if event.kind == "started" else told + found.torn
         resumed = bool(found.done.chunks or found.done.partials)
         emit(replace(event, detail={**event.detail, "left": left, "resumed": resumed, "recomputed": damaged}))
         try:
@@ -159,6 +160,7 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
             return len(devices)
         except (DamagedPartialError, TaskError, WorkerLostError) as error:
             mishaps.add(error)
+            thorough = isinstance(error, DamagedPartialError)
             now = clock.now()
             event = Event("mended", now, now, detail={"error": str(error), _COUNTED[type(error)]: 1})
             wait_for_workers(client, len(devices), REPLACEMENT, LAST_REPLACEMENT, lambda: _check(deadline, interrupts))
@@ -166,10 +168,10 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
             logger.warning("%s; the run goes on with what is left", error)
 
 
-def _look(work: Work) -> Found:
+def _look(work: Work, thorough: bool) -> Found:
     """What is done; what serves nothing is removed, also what workers left that died while they wrote."""
     work.state.remove_leftovers()
-    found = find_done(work.plan, work.journal, work.paths.scratch, work.result)
+    found = find_done(work.plan, work.journal, work.paths.scratch, work.result, thorough=thorough)
     for path in found.useless:
         path.unlink(missing_ok=True)
     return found

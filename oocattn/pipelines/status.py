@@ -17,7 +17,7 @@ from oocattn.plans import Plan
 from oocattn.records import Count, Range, Seconds, from_json, to_json
 from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.folders import is_folder
-from oocattn.storage.lock import lock_holder
+from oocattn.storage.lock import Claim, lock_holder
 from oocattn.storage.paths import ResultPaths
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
@@ -104,10 +104,11 @@ class Status:
 
 
 class StatusFile:
-    """A listener that writes a run's progress to a file, once a second at most."""
+    """A listener that writes a run's progress to a file, once a second at most, while the run holds its lock."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, claim: Claim) -> None:
         self._path = path
+        self._claim = claim
         self._written = self._start = 0.0
         self._before = 0
         self._status = Status("running")
@@ -126,6 +127,7 @@ class StatusFile:
         if important or clock.now() - self._written >= INTERVAL:
             self._written = clock.now()
             with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
+                self._claim.check()
                 write_text(self._path, json.dumps(to_json(self._status)), synced=False)
 
     def _counted(self, event: Event) -> Status:

@@ -34,7 +34,7 @@ class LanePlugin(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         device = self.job.devices.get(worker.id)
-        if device is not None:  # a worker that joins later, or begins anew, takes no part
+        if device is not None:  # a worker that joins later, or is restarted, takes no part
             with naming(SET_UP):
                 self.lane = make_lane(self.job, device)
 

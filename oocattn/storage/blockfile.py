@@ -24,6 +24,7 @@ from oocattn.storage.files import opened
 
 _PAGE = 4096
 _MAX_HEADER = 1 << 24
+_STEP = 1 << 20
 
 Block = Sequence[npt.NDArray[np.generic]]
 
@@ -66,6 +67,22 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
             if found != size or checksum != expected:
                 raise IntegrityError(f"{path}: block {index} is damaged (checksum {checksum:08x}, expected {expected:08x})")
             yield index
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file's blocks match their checksums; False also where it cannot be read."""
+    step = bytearray(_STEP)
+    try:
+        with _opened(path) as file:
+            for size, expected in _read_header(path, file)["blocks"]:
+                checksum, left = 0, size
+                while left and (count := file.readinto(memoryview(step)[: min(left, _STEP)])):
+                    checksum, left = zlib.crc32(memoryview(step)[:count], checksum), left - count
+                if left or checksum != expected:
+                    return False
+    except (IntegrityError, OSError, TypeError, ValueError):
+        return False
+    return True
 
 
 @contextmanager

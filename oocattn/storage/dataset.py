@@ -116,14 +116,15 @@ class Dataset:
             check = _check_files if isinstance(array.store, MappedStore) else _check_keys
             check(array, self.location)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, within_run: bool = False) -> str:
         """Half a SHA-256 of each array, joined by "-", that changes when the array is changed.
 
         It covers shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks, and in a local
-        folder the size and modification time of every chunk file. Raises IntegrityError for a chunk that is missing: any in
-        a local folder, elsewhere one of those few.
+        folder the size and modification time of every chunk file; `within_run` also its change time and inode, which cannot
+        be set back, and which a copy does not share. Raises IntegrityError for a chunk that is missing: any in a local
+        folder, elsewhere one of those few.
         """
-        return "-".join(_fingerprint(name, self.arrays[name].array, self.location) for name in NAMES)
+        return "-".join(_fingerprint(name, self.arrays[name].array, self.location, within_run) for name in NAMES)
 
 
 def changed_arrays(before: str, after: str) -> str:
@@ -133,12 +134,14 @@ def changed_arrays(before: str, after: str) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _fingerprint(name: str, array: zarr.Array[Any], location: str) -> str:
+def _fingerprint(name: str, array: zarr.Array[Any], location: str, within_run: bool) -> str:
     metadata = array.metadata.to_dict()
     identity = {key: metadata[key] for key in _IDENTITY if key in metadata}
     digest = hashlib.sha256(json.dumps([name, identity], sort_keys=True, default=str).encode())
     for _, key, status in _files(array, location):
-        digest.update(f"\n{key} {(status.st_size, status.st_mtime_ns)}".encode())
+        unique = (status.st_ctime_ns, status.st_ino) if within_run else ()
+        state = (status.st_size, status.st_mtime_ns, *unique)
+        digest.update(f"\n{key} {state}".encode())
     for content in _sample(array, location):
         digest.update(content)
     return digest.hexdigest()[:32]

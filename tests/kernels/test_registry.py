@@ -35,7 +35,7 @@ def test_every_kernel_has_its_name_and_bounds():
         kernel = get_kernel(name)
         assert kernel.name == name
         assert 1 <= kernel.max_keys <= 65_536
-        assert kernel.scratch_bytes(2, 1000, 1000, 64, "float16") > 0
+        assert kernel.scratch_bytes(2, 1000, 1000, 64, "float16", 1) > 0
         assert device_type(name) == ("cpu" if name in ("cpu", "reference") else "cuda")
     for call in (get_kernel, device_type):
         with pytest.raises(ProblemError, match="'abacus' is not known: expected one of cpu, reference, hopper, fa3"):

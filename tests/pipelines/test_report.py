@@ -80,7 +80,7 @@ def test_words() -> None:
         ("pairs", True),
         ("lanes", 0),
         ("bytes_read", -1),
-        ("not_finite", 1 << 63),
+        ("not_finite", 1 << 97),
         ("out_not_finite", "none"),
         ("busy", []),
         ("busy", {"staged": "long"}),

@@ -10,13 +10,12 @@ import resource
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import Client
-from support import TOKENS, Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from support import TOKENS, Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
 from oocattn import Event, Plan, Result, StalledError, TaskError
@@ -27,7 +26,8 @@ from oocattn.pipelines.memory_partials import MemoryPartials
 from oocattn.pipelines.partial_files import PartialFiles
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.readers import InputArray
-from oocattn.storage.result import ResultArrays, ResultPaths
+from oocattn.storage.result import ResultArrays
+from oocattn.storage.state import RunState
 
 SECONDS = 20
 """In which a run must end that cannot go on."""
@@ -57,10 +57,11 @@ def writing(pattern: str) -> Break:
     def break_it(monkeypatch: pytest.MonkeyPatch, fail: Callable[[], object]) -> None:
         real = os.replace
 
-        def broken(source: Any, target: Any) -> None:
-            if pattern in str(target):
+        def broken(source: Any, target: Any, **folders: int) -> None:
+            folder = folders.get("dst_dir_fd")
+            if pattern in ("" if folder is None else os.readlink(f"/proc/self/fd/{folder}")) + f"/{target}":
                 fail()
-            real(source, target)
+            real(source, target, **folders)
 
         monkeypatch.setattr(os, "replace", broken)
 
@@ -86,7 +87,7 @@ STEPS: dict[str, tuple[Break, str]] = {
     "the check of the dataset": (method(Dataset, "fingerprint"), "the check of the dataset"),
     "the checksums": (writing("/zarr.json"), "the commit of the result"),
     "the report": (writing("/report.json"), "the commit of the result"),
-    "the commit": (method(ResultPaths, "commit"), "the commit of the result"),
+    "the commit": (method(RunState, "commit"), "the commit of the result"),
 }
 """What may fail, and the place that the run's error names."""
 
@@ -111,7 +112,7 @@ def right(dataset: Path, client: Client) -> Result:
 def plan_of(dataset: Path, step: str) -> Plan:
     """A plan in which the step occurs."""
     plan = plan_for(dataset, chunks=3, causal=True, partials="disk" if step == "a partial's file" else "memory")
-    return replace(plan, checkpoint_seconds=1e-3)
+    return replanned(plan, checkpoint_seconds=1e-3)
 
 
 class Trouble:
@@ -203,7 +204,7 @@ def test_a_limit_on_the_size_of_files_ends_the_run_with_that_reason(
     client: Client, fast_path: Path, result: Path, partials: str
 ) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(1024, head_dim=32))
-    plan = replace(plan_for(dataset, chunks=7, partials=partials), checkpoint_seconds=0.1)
+    plan = replanned(plan_for(dataset, chunks=7, partials=partials), checkpoint_seconds=0.1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, before[1]))
     try:

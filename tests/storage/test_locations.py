@@ -16,7 +16,7 @@ from oocattn.storage.create import create_dataset
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.importing import import_arrays
 from oocattn.storage.locations import parse_location, recorded_location
-from oocattn.storage.result import ResultPaths
+from oocattn.storage.paths import ResultPaths
 
 
 @pytest.fixture
