@@ -194,16 +194,14 @@ class Case:
 def make_case(world: World, seed: int) -> Case:
     """Damage something of a world."""
     random = Random(seed)
-    whole = random.random()
-    if whole < 0.05:
+    if seed % 20 == 0:
         name, how = _other_plan(world, random)
-        return Case(
-            seed, (name,), how, (random.choice(("status", "status", "resume")), str(world.folder / name.split(".oo")[0]))
-        )
-    if whole < 0.12:
+        command = random.choice(("status", "status", "resume")), str(world.folder / name.removesuffix(".oocattn/plan.json"))
+        return Case(seed, (name,), how, command)
+    if seed % 20 == 10:
         names, how = _other_arrays(world, random)
         return Case(seed, names, how, _choose_command(world, names[0], random))
-    name = _choose_target(world, random)
+    name = _choose_target(world, random, seed)
     how = _damage(world, name, random)
     return Case(seed, (name,), how, _choose_command(world, name, random))
 
@@ -270,7 +268,8 @@ def _other_arrays(world: World, random: Random) -> tuple[tuple[str, ...], str]:
     return names, "other arrays"
 
 
-def _choose_target(world: World, random: Random) -> str:
+def _choose_target(world: World, random: Random, turn: int) -> str:
+    """A path; kinds of files take turns, or most would be chunks."""
     kind = random.choices(("state", "result", "dataset", "planted", "folder"), (10, 4, 6, 2, 1))[0]
     if kind == "planted":
         result = random.choice(list(RESULTS))
@@ -293,7 +292,7 @@ def _choose_target(world: World, random: Random) -> str:
         if re.fullmatch(patterns[kind], name) and (kept.content is None) == (kind == "folder")
     ]
     kinds = sorted({_kind_of(name) for name in wanted})
-    chosen = random.choice(kinds)  # else most would be chunks
+    chosen = kinds[turn % len(kinds)]
     return random.choice(sorted(name for name in wanted if _kind_of(name) == chosen))
 
 
@@ -411,7 +410,9 @@ def _replace_node(world: World, path: Path, random: Random) -> str:
 
 
 def _bytes(world: World, content: bytes, name: str, random: Random) -> tuple[bytes, str]:
-    way = random.choice(("flip", "cut", "junk", "longer", "empty", "insert", "sibling", "pickle", "deep", "text"))
+    way = random.choice(
+        ("flip", "flip", "flip", "cut", "junk", "longer", "empty", "insert", "sibling", "pickle", "deep", "text")
+    )
     place = random.randrange(len(content) + 1)
     if way == "flip":
         changed = bytearray(content)
@@ -488,6 +489,9 @@ def _changed(value: Any, random: Random) -> Any:
         place = place[key]
     if last == "":
         return random.choice(NASTY)
+    if random.random() < 0.05:
+        place[last] = DEEP
+        return value
     way = random.choice(("replace", "replace", "replace", "remove", "add", "near", "near"))
     if way == "remove":
         del place[last]
