@@ -15,7 +15,8 @@ from types import FrameType
 import pytest
 from distributed import Client
 from forking import Commands
-from fuzzing import LIMIT_SECONDS, Case, Outcome, World, complaints, make_case, make_world, unwatch, watch
+from fuzzing import LIMIT_SECONDS, Case, Outcome, complaints, make_case, unwatch, watch
+from worlds import World, make_world
 
 from oocattn.cli import main
 from oocattn.pipelines import local_cluster
