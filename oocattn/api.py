@@ -200,9 +200,10 @@ def _planned_cluster(
         from oocattn.pipelines.local_cluster import local_client
 
         warm.result()
-        chosen = decide(count_lanes(kernel))
+        lanes = count_lanes(kernel)
+        chosen = decide(lanes)
         rehearsed = beside.submit(rehearse, chosen)
-        with local_client(dashboard_address, chosen.lanes) as own:
+        with local_client(dashboard_address, min(chosen.lanes, lanes)) as own:  # the plan may be of another machine
             rehearsed.result()
             yield own, chosen
 

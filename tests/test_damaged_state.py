@@ -75,6 +75,18 @@ def test_a_finished_chunk_whose_file_is_not_there_is_computed_again(
     assert found.report.recomputed == 1
 
 
+@pytest.mark.parametrize("array", ["out", "lse"])
+def test_a_folder_in_the_place_of_a_chunk_is_named(client: Client, dataset: Path, result: Path, array: str) -> None:
+    interrupted(plan_for(dataset, chunks=13, causal=True), dataset, result, client, "written", 8)
+    chunk = sorted((ResultPaths.at(result).unfinished / array).glob("c.*"))[0]
+    chunk.unlink()
+    chunk.mkdir()
+    with pytest.raises(IntegrityError, match=rf"{chunk} is a folder: expected a file, or nothing; remove it"):
+        oocattn.resume(result, client=client)
+    chunk.rmdir()
+    assert oocattn.resume(result, client=client).report is not None
+
+
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 def test_many_partials_of_one_subproblem_may_be_damaged(
     client: Client, fast_path: Path, result: Path, partials: str

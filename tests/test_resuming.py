@@ -30,6 +30,7 @@ import oocattn
 from oocattn import BudgetError, Event, IntegrityError, Plan, ProblemError, ResultExistsError
 from oocattn.arithmetic import arithmetic_of
 from oocattn.cli import main
+from oocattn.hardware import count_lanes
 from oocattn.kernels import get_kernel
 from oocattn.pipelines.local_cluster import local_client
 from oocattn.storage.durable import encode_record, read_record
@@ -103,6 +104,15 @@ def test_a_run_may_be_interrupted_many_times(client: Client, dataset: Path, resu
     recorder = Recorder([])
     assert_same_bits(oocattn.resume(result, client=client, callbacks=[recorder]), right)
     assert len(recorder.of("attended")) <= plan.subproblems - 5
+
+
+def test_a_plan_for_many_lanes_starts_no_more_than_this_machine_has(dataset: Path, result: Path, client: Client) -> None:
+    plan = plan_for(dataset, chunks=13, lanes=1024)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    interrupted(plan, dataset, result, client)
+    found = oocattn.resume(result)
+    assert found.report.lanes == count_lanes("cpu")
+    assert_same_bits(found, right)
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])

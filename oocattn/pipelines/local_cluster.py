@@ -14,6 +14,7 @@ from oocattn.garbage import collection_paused
 with collection_paused():
     import dask
     from distributed import Client, LocalCluster, Worker
+    from distributed.comm import inproc
 
     with suppress(ImportError):  # what a scheduler imports as it starts, and goes on without a dashboard where it cannot
         import distributed.dashboard.scheduler  # noqa: F401
@@ -46,12 +47,13 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     """A client of a new cluster in this process: a worker for the CPU or each GPU, and the dashboard on the loopback.
 
     The cluster opens no port but that of the dashboard, which pages of other origins cannot read. Dask's own memory limit
-    is off: it counts mapped pages, and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Raises
-    ProblemError, with the cause, where the cluster cannot start.
+    is off: it counts mapped pages, and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Tracebacks
+    of tasks that fail are not logged. Raises ProblemError, with the cause, where the cluster cannot start.
     """
     address = DashboardAddress.parse(dashboard_address)
+    inproc.global_manager._ip = LOOPBACK  # else Dask asks for the way to a host of the internet, and warns where is none
     settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
-    with dask.config.set(settings), _start(address, workers) as cluster:
+    with dask.config.set(settings), _without_tracebacks(), _start(address, workers) as cluster:
         http = cluster.scheduler.http_server
         address.check_port(http.port)
         address.restrict(cluster.scheduler.http_application)
@@ -80,6 +82,21 @@ def _start(address: DashboardAddress, workers: int) -> LocalCluster:
         raise
     except Exception as error:
         raise ProblemError(f"the cluster of this process cannot start: {_reason(error)}") from error
+
+
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Have Dask not log that a task failed, with its traceback, for a while: the run says that in its own words."""
+    logger = logging.getLogger("distributed.worker")
+
+    def is_other(record: logging.LogRecord) -> bool:  # a filter of its own for each cluster: they may overlap
+        return not str(record.msg).startswith("Compute Failed")
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Partials on disk: subproblems and chunks are dealt out one by one. In both, resu
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -94,8 +95,26 @@ class Schedule:
 
     @property
     def left(self) -> int:
-        """How many subproblems are left."""
-        return sum(1 for _ in self._all_left())
+        """How many subproblems are left. It takes time for what is done, not for the head groups that nobody has begun."""
+        idle, begun = self._idle(), self._begun()
+        done = sum(not self.wanted(head_group, index) for head_group in begun for index in begun[head_group] | idle)
+        return self.plan.subproblems - done - len(idle) * (self.plan.problem.head_groups - len(begun))
+
+    def _idle(self) -> set[int]:
+        """The subproblems of a head group of which no query chunk holds tokens."""
+        plan = self.plan
+        empty = (chunk for chunk in range(plan.chunks) if not plan.tokens(chunk))
+        of_empty = set(itertools.chain.from_iterable(map(plan.division.contributors, empty)))
+        return {index for index in of_empty if not any(map(plan.tokens, plan.division.subproblem(index).query_chunks))}
+
+    def _begun(self) -> dict[int, set[int]]:
+        """The subproblems that contribute to anything that is done, by head group."""
+        begun: defaultdict[int, set[int]] = defaultdict(set)
+        for head_group, chunk in self.done.chunks:
+            begun[head_group].update(self.plan.division.contributors(chunk))
+        for head_group, _, index in self.done.partials:
+            begun[head_group].add(index)
+        return begun
 
     def complete(self) -> Iterator[tuple[int, int]]:
         """All (head group, chunk) whose partials are all there, but which are not written."""

@@ -43,8 +43,8 @@ def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None 
     """Write C-contiguous arrays one after another as the file `path`, in place of any; return the bytes written.
 
     The file is extended by zeros to `size` bytes, if given. When this returns, it is on disk, unless it need not be
-    `synced`. Raises IntegrityError where its folder is none, or a symbolic link, and OSError as the file system does; then
-    what was at `path` is still there.
+    `synced`. Raises IntegrityError where its folder is none, or a symbolic link, or where a folder is at `path`, and OSError
+    as the file system does; then what was at `path` is still there.
     """
     temporary, written = f"{path.name}.{uuid.uuid4().hex}{PARTIAL}", 0
     with opened_folder(path.parent) as folder:
@@ -59,9 +59,11 @@ def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None 
                 if synced:
                     os.fsync(file.fileno())
             os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
+        except BaseException as error:
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
+            if isinstance(error, IsADirectoryError):
+                raise IntegrityError(f"{path} is a folder: expected a file, or nothing; remove it") from None
             raise
         if synced:
             os.fsync(folder)

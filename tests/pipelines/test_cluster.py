@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from random import Random
 
 import dask
 import pytest
 from distributed import Client, LocalCluster
+from distributed.comm import inproc
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,6 +91,27 @@ def test_a_cluster_of_our_own_does_not_profile() -> None:
         callbacks = own.run(lambda dask_worker: list(dask_worker.periodic_callbacks))
     assert callbacks
     assert all("profile" not in names for names in callbacks.values())
+
+
+def test_a_cluster_of_our_own_asks_for_no_way_to_the_internet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask does, to learn the address of this host, and warns where there is none."""
+    asked: list[str] = []
+    monkeypatch.setattr(inproc.global_manager, "_ip", None)
+    monkeypatch.setattr(inproc, "get_ip", lambda: asked.append("") or "192.0.2.1")
+    with local_client() as own:
+        assert own.submit(sum, [1, 2]).result() == 3
+    assert not asked
+
+
+def test_dask_does_not_log_the_tracebacks_of_tasks_in_a_cluster_of_our_own(caplog: pytest.LogCaptureFixture) -> None:
+    worker = logging.getLogger("distributed.worker")
+    worker.addHandler(caplog.handler)  # it does not propagate
+    try:
+        with local_client() as own, pytest.raises(ZeroDivisionError):
+            own.submit(divmod, 1, 0).result()
+    finally:
+        worker.removeHandler(caplog.handler)
+    assert "divmod" not in caplog.text
 
 
 def test_a_cluster_without_workers_is_refused() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import GENEROUS, MACHINE, a_problem, with_partials
 
 from oocattn import Plan
-from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.schedule import Done, Schedule
 from oocattn.planner import make_plan
 from oocattn.plans import InputCost
 
@@ -95,3 +95,35 @@ def test_lanes_take_turns(lanes: int) -> None:
     schedule = Schedule(plan_of(1, 24, "memory", "strips"), lanes)
     taking = [schedule.subproblem_lane(*place) for place in schedule.order()]
     assert all(set(taking[at : at + lanes]) == set(range(lanes)) for at in range(0, len(taking) // 2, lanes))
+
+
+@given(
+    kv_heads=st.integers(1, 4),
+    chunks=st.integers(1, 30),
+    align_rows=st.sampled_from([1, 30, 300]),
+    kind=st.sampled_from(["cqs", "strips", "disk"]),
+    data=st.data(),
+)
+@settings(max_examples=100)
+def test_what_is_left_is_counted_as_it_is_submitted(
+    kv_heads: int, chunks: int, align_rows: int, kind: str, data: st.DataObject
+) -> None:
+    """Also where the last chunks are empty, because chunks are of whole chunks of the input."""
+    decomposition, partials = ("cqs", "disk") if kind == "disk" else (kind, "memory")
+    problem = a_problem(1000, query_heads=kv_heads, kv_heads=kv_heads)
+    options = {"device_memory": GENEROUS, "host_memory": GENEROUS, "chunks": chunks, "decomposition": decomposition}
+    plan = with_partials(make_plan(problem, MACHINE, inputs=InputCost(align_rows=align_rows), **options), partials)
+    places = st.tuples(st.integers(0, kv_heads - 1), st.integers(0, chunks - 1))
+    written = data.draw(st.sets(places))
+    saved = {
+        (group, chunk, index)
+        for group, chunk in data.draw(st.sets(places))
+        for index in plan.division.contributors(chunk)[: data.draw(st.integers(0, 3))]
+    }
+    schedule = Schedule(plan, 2, Done(written, saved))
+    assert schedule.left == len(list(schedule.order()))
+
+
+def test_what_is_left_of_very_many_heads_is_counted_at_once() -> None:
+    schedule = Schedule(plan_of(2**40, 7, "disk"), 1, Done({(5, 0)}, {(2**39, 1, 1)}))
+    assert 7 * 2**40 - 10 < schedule.left <= 7 * 2**40

@@ -292,3 +292,25 @@ def test_arrays_of_results_are_opened_with_their_attributes(tmp_path: Path) -> N
             open_array(store, "inner", "the result")
         assert read_attributes(MappedStore(tmp_path / str(version) / "out"), "the result") is None
         assert read_attributes(MappedStore(tmp_path / "nothing"), "the result") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_in("fill_value", to=1e308),
+        set_in(
+            "codecs",
+            to=[
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "numcodecs.zlib", "configuration": {"level": 1}},
+            ],
+        ),
+    ],
+    ids=["overflow", "codec"],
+)
+def test_what_zarr_and_numpy_warn_of_as_metadata_is_read_is_not_shown(
+    dataset: Path, change: Callable[[dict[str, Any]], None], recwarn: pytest.WarningsRecorder
+) -> None:
+    rewrite(dataset / "k" / "zarr.json", change)
+    Dataset.open(dataset)
+    assert not recwarn.list
