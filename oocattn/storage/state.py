@@ -40,7 +40,7 @@ from oocattn.storage.lock import Claim
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
 from oocattn.storage.result import ResultArrays
 
-_LEFT_BESIDE = re.compile(r"(lock|(plan|status|report)\.json)\.[0-9a-f]{32}\.partial")
+_LEFT_BESIDE = re.compile(r"(lock|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
 
 _AGAIN = "begin again with overwrite=True (--overwrite)"
 
@@ -98,7 +98,8 @@ class RunState:
         self._restore()
         if not overwrite and os.path.lexists(paths.result):
             raise ResultExistsError(f"{paths.result} exists: choose another path, or replace it (--overwrite)")
-        self._throw_away(*self._growing(), paths.scratch)
+        # A result that could not be restored was replaced, by a run that was killed before it removed it.
+        self._throw_away(*self._growing(), paths.scratch, paths.replaced)
         paths.status.unlink(missing_ok=True)
         self._forget_certificate()
         paths.scratch.mkdir()

@@ -271,3 +271,17 @@ def test_json_is_read_with_care(tmp_path: Path) -> None:
     path.write_text("{" + " " * 5000 + "}")
     with pytest.raises(IntegrityError, match="has more than 4,096 bytes"):
         read_json(path, 4096)
+
+
+def test_a_run_that_was_killed_after_its_commit_can_be_replaced(paths: ResultPaths) -> None:
+    """The result that it replaced is still in the folder of job state."""
+    for seed in (1, 2):
+        state, growing = begin(paths)
+        fill(growing.arrays, seed)
+        state.commit(growing)  # and no tidy
+    state, growing = begin(paths)
+    out, _ = fill(growing.arrays, seed=3)
+    state.commit(growing)
+    state.tidy()
+    np.testing.assert_array_equal(ResultArrays.open(paths.result).out[...], out)
+    assert list(paths.state.iterdir()) == []
