@@ -356,8 +356,11 @@ def test_a_journal_that_cannot_be_ours_is_refused(
 
 
 def test_a_plan_survives_its_journal(dataset: Path) -> None:
-    for options in ({"chunks": 13}, {"chunks": 5, "decomposition": "strips"}):
-        plan = plan_for(dataset, causal=True, **options)
+    plans = [
+        plan_for(dataset, causal=True, **options) for options in ({"chunks": 13}, {"chunks": 5, "decomposition": "strips"})
+    ]
+    most = oocattn.plan(dataset, host_memory=2**96, device_memory=2**96, checkpoint_interval=1e9, lanes=5000, kernel="cpu")
+    for plan in (*plans, most):
         assert read_plan(json.loads(json.dumps(plan.to_json())), lambda kernel, _: get_kernel(kernel).scratch_bytes) == plan
 
 
