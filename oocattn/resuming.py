@@ -97,6 +97,13 @@ class Unfinished:
         self._check_same("oocattn", self.header.versions.get("oocattn"), versions()["oocattn"])
         self._check_unchanged(dataset)
 
+    def check_run(self, asked: Unfinished) -> None:
+        """Raise ResultExistsError where this is another run than the one that is asked for."""
+        if self.journal.run != asked.journal.run:
+            raise ResultExistsError(
+                f"{self.journal.state} holds another run than when the command began: resume again to go on with that one"
+            )
+
     def _check_same(self, name: str, found: object, asked: object) -> None:
         if found != asked:
             raise ResultExistsError(

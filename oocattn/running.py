@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import zarr
 
+from oocattn import clock
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
@@ -79,6 +80,7 @@ def run_plan(
     """
     refuse_to_replace_dataset(paths, dataset)
     if is_finished(paths, plan.problem, dataset, overwrite):
+        tidy(paths)
         return open_result(paths.result)
     dataset.check_complete()
     paths.make_state()
@@ -99,13 +101,23 @@ def run_plan(
 
 
 def resume_run(
-    dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback], until: float, resuming: Resuming
+    asked: Unfinished,
+    dataset: Dataset,
+    paths: ResultPaths,
+    client: Client,
+    callbacks: Sequence[Callback],
+    until: float,
+    resuming: Resuming,
 ) -> Result:
-    """Go on with the unfinished run to a result: the part of `resume` after the start of a cluster."""
+    """Go on with the unfinished run that is `asked` for: the part of `resume` after the start of a cluster.
+
+    Raises ResultExistsError where another run has begun since.
+    """
     paths.make_state()
     with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
+            begun.check_run(asked)
             work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming, interrupts, until)
             _carry_out(work, client, callbacks, interrupts, until)
     return open_result(paths.result)
@@ -151,7 +163,7 @@ def _resume(
     if other_bits:
         journal.note_other_bits(other_bits)
     seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
-    compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: interrupts.asked)
+    compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: interrupts.asked or clock.now() > until)
     return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal, compared)
 
 
@@ -182,7 +194,6 @@ def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrit
         return False
     ours = describe(problem, dataset)
     if all(found.get(name) == ours[name] for name in ours):
-        tidy(paths)
         return True
     differs = next((name for name in ours if found and found.get(name) != ours[name]), "content")
     raise ResultExistsError(
@@ -193,9 +204,10 @@ def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrit
 
 def tidy(paths: ResultPaths) -> None:
     """Do what a run that was killed at its very end has left to do; a failure costs nothing but that."""
-    if is_folder(paths.state) and is_untidy(paths):
-        with suppress(LockedError, IntegrityError, OSError), FileLock(paths.lock) as lock:
-            RunState(paths, lock.claim).tidy()
+    with suppress(LockedError, IntegrityError, OSError):
+        if is_folder(paths.state) and is_untidy(paths):
+            with FileLock(paths.lock) as lock:
+                RunState(paths, lock.claim).tidy()
 
 
 def refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:

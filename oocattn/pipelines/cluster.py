@@ -115,7 +115,8 @@ def living_workers(client: Client) -> list[str]:
 def describe_workers(client: Client, plan: Plan, until: float = math.inf) -> dict[str, str]:
     """What the client's workers compute the plan with, by name (`arithmetic`).
 
-    Raises WorkerLostError where one does not answer for `ANSWER` seconds, TimeLimitError where it does not by `until`.
+    Raises WorkerLostError where there is none, or one does not answer for `ANSWER` seconds, and TimeLimitError where it does
+    not by `until`.
     """
     asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
     left = until - clock.now()
@@ -128,6 +129,8 @@ def describe_workers(client: Client, plan: Plan, until: float = math.inf) -> dic
                 f"time limit reached: 0 of {plan.subproblems:,} subproblems are done now: {words}"
             ) from error
         raise WorkerLostError(f"{words}, for {format_seconds(ANSWER)}: restart those that hang, and resume") from error
+    if not found:
+        raise WorkerLostError("all workers are gone before the run began; start some and try again")
     return combine(list(found.values()))
 
 
