@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -231,6 +230,6 @@ def open_result(result: str | Path) -> Result:
     try:
         report = read_report(paths)
     except IntegrityError as error:  # the result is worth more
-        warnings.warn(f"the report of the run cannot be read: {error}", stacklevel=2)
+        logger.warning("the report of the run cannot be read: %s", error)
         report = None
     return Result(paths.result, arrays.out, arrays.lse, report)

@@ -26,6 +26,9 @@ from oocattn.units import format_seconds
 ANSWER = 120.0
 """Seconds in which a scheduler, and workers that are asked for their GPUs, must answer."""
 
+LEAST_ANSWER = 1.0
+"""Seconds that workers have to say what they compute with, also where a time limit has passed."""
+
 logger = logging.getLogger("oocattn")
 
 T = TypeVar("T")
@@ -121,12 +124,12 @@ def describe_workers(client: Client, plan: Plan, until: float = math.inf) -> dic
     asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
     left = until - clock.now()
     try:
-        found = begin_call(lambda: client.run(arithmetic_of, *asked)).result(timeout=max(0.0, min(ANSWER, left)))
+        found = begin_call(lambda: client.run(arithmetic_of, *asked)).result(timeout=min(ANSWER, max(LEAST_ANSWER, left)))
     except TimeoutError as error:
         words = "the workers do not say what they compute with"
         if left < ANSWER:
             raise TimeLimitError(
-                f"time limit reached: 0 of {plan.subproblems:,} subproblems are done now: {words}"
+                f"time limit reached: 0 of {plan.subproblems:,} subproblems are done now, because {words}"
             ) from error
         raise WorkerLostError(f"{words}, for {format_seconds(ANSWER)}: restart those that hang, and resume") from error
     if not found:
