@@ -8,7 +8,7 @@ Partials on disk: subproblems and chunks are dealt out one by one. In both, resu
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,25 +96,23 @@ class Schedule:
     @property
     def left(self) -> int:
         """How many subproblems are left. It takes time for what is done, not for the head groups that nobody has begun."""
-        idle, begun = self._idle(), self._begun()
-        done = sum(not self.wanted(head_group, index) for head_group in begun for index in begun[head_group] | idle)
-        return self.plan.subproblems - done - len(idle) * (self.plan.problem.head_groups - len(begun))
+        filled = filter(self.plan.tokens, range(self.plan.chunks))
+        needed = Counter(itertools.chain.from_iterable(map(self.plan.division.contributors, filled)))
+        finished = 0
+        for contributions in self._contributions().values():
+            finished += sum(needed[index] == count for index, count in contributions.items())
+        return len(needed) * self.plan.problem.head_groups - finished
 
-    def _idle(self) -> set[int]:
-        """The subproblems of a head group of which no query chunk holds tokens."""
-        plan = self.plan
-        empty = (chunk for chunk in range(plan.chunks) if not plan.tokens(chunk))
-        of_empty = set(itertools.chain.from_iterable(map(plan.division.contributors, empty)))
-        return {index for index in of_empty if not any(map(plan.tokens, plan.division.subproblem(index).query_chunks))}
-
-    def _begun(self) -> dict[int, set[int]]:
-        """The subproblems that contribute to anything that is done, by head group."""
-        begun: defaultdict[int, set[int]] = defaultdict(set)
+    def _contributions(self) -> dict[int, Counter[int]]:
+        """To how many chunks with tokens each subproblem has contributed, by head group."""
+        found: defaultdict[int, Counter[int]] = defaultdict(Counter)
         for head_group, chunk in self.done.chunks:
-            begun[head_group].update(self.plan.division.contributors(chunk))
-        for head_group, _, index in self.done.partials:
-            begun[head_group].add(index)
-        return begun
+            if self.plan.tokens(chunk):
+                found[head_group].update(self.plan.division.contributors(chunk))
+        for head_group, chunk, index in self.done.partials:
+            if self.plan.tokens(chunk) and (head_group, chunk) not in self.done.chunks:
+                found[head_group][index] += 1
+        return found
 
     def complete(self) -> Iterator[tuple[int, int]]:
         """All (head group, chunk) whose partials are all there, but which are not written."""
