@@ -5,9 +5,9 @@ result.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, nan
@@ -32,6 +32,8 @@ from oocattn.text import printable
 from oocattn.units import format_bytes
 from oocattn.verification import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
 from oocattn.version import versions
+
+logger = logging.getLogger("oocattn")
 
 LEAST_KEYS = 64
 """Keys of the smallest tile that K and V are streamed in."""
@@ -267,7 +269,7 @@ def _kept(certificate: Certificate, paths: ResultPaths) -> Certificate:
         paths.make_state()
         for path, text in files.items():
             write_text(path, text)
-    except OSError as error:
-        warnings.warn(f"the certificate was not written: {error}", stacklevel=4)
+    except (OSError, IntegrityError) as error:
+        logger.warning("the certificate was not written: %s", error)
         return certificate
     return replace(certificate, files=tuple(map(str, files)))
