@@ -63,6 +63,21 @@ class Resuming:
     check_finished: bool = False
 
 
+@dataclass(frozen=True)
+class _Execution:
+    """What a run is carried out with: workers, listeners, the signals that are held back, and when it must have ended."""
+
+    client: Client
+    callbacks: Sequence[Callback]
+    interrupts: Interrupts
+    until: float
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is to end."""
+        return self.interrupts.asked or clock.now() > self.until
+
+
 def run_plan(
     plan: Plan,
     dataset: Dataset,
@@ -87,15 +102,16 @@ def run_plan(
         state = RunState(paths, lock.claim)
         if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
+        execution = _Execution(client, callbacks, interrupts, until)
         begun = None if overwrite else find_unfinished(paths)
         if begun is None:
-            work = _begin(plan, dataset, state, client, overwrite, until)
+            work = _begin(plan, dataset, state, overwrite, execution)
         else:
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
             logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
-            work = _resume(begun, dataset, state, client, Resuming(), interrupts, until)
-        _carry_out(work, client, callbacks, interrupts, until)
+            work = _resume(begun, dataset, state, Resuming(), execution)
+        _carry_out(work, execution)
     return open_result(paths.result)
 
 
@@ -117,24 +133,25 @@ def resume_run(
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
             begun.check_run(asked)
-            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming, interrupts, until)
-            _carry_out(work, client, callbacks, interrupts, until)
+            execution = _Execution(client, callbacks, interrupts, until)
+            _carry_out(_resume(begun, dataset, RunState(paths, lock.claim), resuming, execution), execution)
     return open_result(paths.result)
 
 
-def _carry_out(work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float) -> None:
+def _carry_out(work: Work, execution: _Execution) -> None:
     """Do what is left of a run; the result is locked."""
     from oocattn.pipelines.run import run
 
-    run(work, client, (StatusFile(work.paths.status, work.state.claim), *callbacks), interrupts, until)
+    listeners = (StatusFile(work.paths.status, work.state.claim), *execution.callbacks)
+    run(work, execution.client, listeners, execution.interrupts, execution.until)
 
 
-def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwrite: bool, until: float) -> Work:
+def _begin(plan: Plan, dataset: Dataset, state: RunState, overwrite: bool, execution: _Execution) -> Work:
     """A run at its beginning; the result is locked."""
     from oocattn.pipelines.cluster import describe_workers
 
     identity = describe(plan.problem, dataset)
-    computing = describe_workers(client, plan, until)
+    computing = describe_workers(execution.client, plan, execution.until)
     made_with = {**versions(), **computing}
     layout = _layout(plan, {**identity, "plan": _decided(plan), "versions": made_with})
     growing = state.begin(layout, overwrite=overwrite)
@@ -142,27 +159,20 @@ def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwr
     return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal)
 
 
-def _resume(
-    begun: Unfinished,
-    dataset: Dataset,
-    state: RunState,
-    client: Client,
-    resuming: Resuming,
-    interrupts: Interrupts,
-    until: float,
-) -> Work:
+def _resume(begun: Unfinished, dataset: Dataset, state: RunState, resuming: Resuming, execution: _Execution) -> Work:
     """A run that was begun before; the result is locked."""
     from oocattn.pipelines.cluster import describe_workers
 
     plan, header = begun.plan, begun.header
-    other_bits = begun.check_bits(describe_workers(client, plan, until), resuming.accept_other_bits)
+    computing = describe_workers(execution.client, plan, execution.until)
+    other_bits = begun.check_bits(computing, resuming.accept_other_bits)
     attributes = {"problem": asdict(plan.problem), "dataset": asdict(header.dataset), "plan": _decided(plan)}
     growing = state.resume(begun.path, _layout(plan, attributes), replaces=header.replaces)
     journal = replace(begun.journal, claim=state.claim)
     if other_bits:
         journal.note_other_bits(other_bits)
     seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
-    compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: interrupts.asked or clock.now() > until)
+    compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: execution.is_over)
     return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal, compared)
 
 
