@@ -142,7 +142,7 @@ def _carry_out(work: Work, execution: _Execution) -> None:
     """Do what is left of a run; the result is locked."""
     from oocattn.pipelines.run import run
 
-    listeners = (StatusFile(work.paths.status, work.state.claim), *execution.callbacks)
+    listeners: list[Callback] = [StatusFile(work.paths.status, work.state.claim), *execution.callbacks]
     run(work, execution.client, listeners, execution.interrupts, execution.until)
 
 
