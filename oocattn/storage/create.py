@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec
 from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.storage import LocalStore
+from zarr.core.sync import sync as zarr_sync
+from zarr.storage import FsspecStore, LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import ProblemError, ResultExistsError
 from oocattn.storage.durable import PARTIAL, rename_new, sync, write_durably
-from oocattn.storage.folders import GROUP, refuse_foreign, remove_ours
+from oocattn.storage.folders import GROUP, pattern_of, refuse_foreign, remove_ours
 from oocattn.storage.locations import local_path, parse_location
 from oocattn.text import printable
 
@@ -188,11 +189,27 @@ def _is_plain(array: zarr.Array[Any]) -> bool:
 
 def _create_remote(url: str, attributes: dict[str, Any], overwrite: bool) -> zarr.Group:
     try:
+        foreign = zarr_sync(_foreign_key(url)) if overwrite else None
+        if foreign is not None:
+            raise ResultExistsError(
+                f"{foreign} lies in {url}, which would be removed, and is not a file of a Zarr group: move it away"
+            )
         return zarr.open_group(url, mode="w" if overwrite else "w-", attributes=attributes, zarr_format=3)
+    except ResultExistsError:
+        raise
     except FileExistsError as error:
         raise ResultExistsError(f"{url} exists already: choose another path, or overwrite it (--overwrite)") from error
     except Exception as error:  # each file system has its own
         raise ProblemError(f"{url} cannot be created ({printable(error)}): check the URL and its access") from error
+
+
+async def _foreign_key(url: str) -> str | None:
+    """A key at a URL that is none of a Zarr group; None where all are."""
+    pattern = pattern_of(GROUP)
+    async for key in FsspecStore.from_url(url, read_only=True).list():
+        if not pattern.fullmatch(key):
+            return key
+    return None
 
 
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:

@@ -75,6 +75,11 @@ def names_in(path: Path) -> list[str]:
         return []
 
 
+def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:
+    """What the paths of our own files match in full."""
+    return re.compile("|".join(f"({each})" for each in ours))
+
+
 def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
     """A file below a folder whose path from there is none of the patterns `ours`, or that is no regular file; None where
     all are ours, or there is no folder."""
@@ -82,7 +87,7 @@ def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
         return None
     if not is_folder(folder):
         return folder
-    pattern = re.compile("|".join(f"({each})" for each in ours))
+    pattern = pattern_of(ours)
     for place, folders, files, descriptor in os.fwalk(folder):
         inside = Path(place).relative_to(folder)
         for name in files:
@@ -112,7 +117,7 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
     """
     if not is_folder(folder):
         return not os.path.lexists(folder)
-    pattern = re.compile("|".join(f"({each})" for each in ours))
+    pattern = pattern_of(ours)
     for place, _, files, descriptor in os.fwalk(folder, topdown=False):
         inside = Path(place).relative_to(folder)
         for name in files:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 
+import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
@@ -114,6 +115,14 @@ def test_a_dataset_behind_a_url_is_written_too():
     np.testing.assert_array_equal(stored, synthetic_rows(0, "v", 0, 1, 0, 100, 4, "float32"))
     with pytest.raises(ResultExistsError):
         synthesise("memory://synth-test", tokens=100, heads=2, head_dim=4, dtype="float32")
+    with fsspec.open("memory://synth-test/q/notes.txt", "wb") as notes:
+        notes.write(b"precious")
+    with pytest.raises(ResultExistsError, match=r"q/notes\.txt lies in memory://synth-test.*move it away"):
+        synthesise("memory://synth-test", tokens=50, heads=2, head_dim=4, dtype="float32", overwrite=True)
+    assert zarr.open_group("memory://synth-test", mode="r")["v"].shape == (1, 2, 100, 4)
+    fsspec.filesystem("memory").rm("/synth-test/q/notes.txt")
+    synthesise("memory://synth-test", tokens=50, heads=2, head_dim=4, dtype="float32", overwrite=True)
+    assert zarr.open_group("memory://synth-test", mode="r")["v"].shape == (1, 2, 50, 4)
 
 
 @settings(max_examples=200)
