@@ -132,6 +132,7 @@ def attention(
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     refuse_to_replace_dataset(paths, opened)
     if is_finished(paths, problem, opened, overwrite):
+        tidy(paths)
         return open_result(paths.result)
 
     choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
@@ -177,7 +178,7 @@ def resume(
     plan, opened = begun.plan, begun.open_dataset(None if dataset is None else str(dataset))
     resuming = Resuming(accept_other_bits, check_finished)
     with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan) as (running, _):
-        return resume_run(opened, paths, running, callbacks, until, resuming)
+        return resume_run(begun, opened, paths, running, callbacks, until, resuming)
 
 
 def _end(time_limit: float | str | None) -> float:

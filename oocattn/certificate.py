@@ -85,12 +85,14 @@ class ArrayCheck:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Query-key pairs that the run had to attend and those that it counted, and NaN and Inf in its inputs and in `out`."""
+    """Query-key pairs that the run had to attend and those that it counted, NaN and Inf in its inputs and in `out`, and what
+    computed otherwise for a part of the run than when it began ("" where nothing did)."""
 
     expected: Count
     counted: Count
     not_finite: Count
     out_not_finite: Count
+    other_bits: str
 
 
 @dataclass(frozen=True)

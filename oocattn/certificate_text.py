@@ -77,7 +77,8 @@ def ledger_line(certificate: Certificate) -> str:
             "its run"
         )
     counted = f"{format_count(ledger.counted)}pairs counted by the run, exactly those expected"
-    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out"
+    bits = f"; a part was computed with {printable(ledger.other_bits)}" if ledger.other_bits else ""
+    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out{bits}"
 
 
 def dataset_line(certificate: Certificate) -> str:

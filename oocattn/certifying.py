@@ -5,9 +5,9 @@ result.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, nan
@@ -25,7 +25,6 @@ from oocattn.rounding import UNIT_ROUNDOFF
 from oocattn.storage.checksums import Checksums, find_damage, recorded_checksums, result_digest
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.durable import write_text
-from oocattn.storage.locations import recorded_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
 from oocattn.storage.result_rows import RowReader
@@ -33,6 +32,8 @@ from oocattn.text import printable
 from oocattn.units import format_bytes
 from oocattn.verification import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
 from oocattn.version import versions
+
+logger = logging.getLogger("oocattn")
 
 LEAST_KEYS = 64
 """Keys of the smallest tile that K and V are streamed in."""
@@ -117,19 +118,6 @@ class Recorded:
         return UNIT_ROUNDOFF[self.problem.dtype if rounds else "float32"]
 
 
-def _open_dataset(named: str | Path | None, recorded: str) -> Dataset:
-    """The dataset of a result, where it was named or where it was.
-
-    Raises ProblemError where it is not there, and IntegrityError where the result names something else than a local path.
-    """
-    if named is not None:
-        return Dataset.open(named)
-    try:
-        return Dataset.open(recorded_location(recorded))
-    except ProblemError as error:
-        raise ProblemError(f"{error}; if it was moved, say where with dataset= (--dataset)") from error
-
-
 def certify(
     paths: ResultPaths,
     arrays: ResultArrays,
@@ -143,7 +131,7 @@ def certify(
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
     recorded = Recorded.of(paths)
-    problem, opened = recorded.problem, _open_dataset(dataset, recorded.location)
+    problem, opened = recorded.problem, Dataset.open_recorded(recorded.location, dataset)
     posed = make_problem(*opened.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
     if posed != problem:
         raise ProblemError(f"{opened.location} poses another problem ({posed}) than the result's ({problem})")
@@ -169,7 +157,7 @@ def certify(
         rows=tuple(_check_row(problem, row, readers) for row in exact),
         arrays=tuple(_check_array(readers[name], found, sizes.steps.get(name)) for name, found in recorded_bits.items()),
         digest=_digest(arrays, recorded_bits),
-        ledger=None if report is None else Ledger(problem.pairs, report.pairs, report.not_finite, report.out_not_finite),
+        ledger=None if report is None else _ledger(problem, report),
         dataset_recorded=recorded.fingerprint,
         dataset_found=opened.fingerprint(),
         computed_with=recorded.versions,
@@ -179,6 +167,11 @@ def certify(
     if Recorded.of(paths) != recorded:
         raise IntegrityError(f"{paths.result} was replaced while it was verified: verify it again")
     return _kept(certificate, paths)
+
+
+def _ledger(problem: Problem, report: RunReport) -> Ledger:
+    """What the report of the run says."""
+    return Ledger(problem.pairs, report.pairs, report.not_finite, report.out_not_finite, report.other_bits)
 
 
 def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict[str, RowReader]:
@@ -276,7 +269,7 @@ def _kept(certificate: Certificate, paths: ResultPaths) -> Certificate:
         paths.make_state()
         for path, text in files.items():
             write_text(path, text)
-    except OSError as error:
-        warnings.warn(f"the certificate was not written: {error}", stacklevel=4)
+    except (OSError, IntegrityError) as error:
+        logger.warning("the certificate was not written: %s", error)
         return certificate
     return replace(certificate, files=tuple(map(str, files)))

@@ -41,12 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Printing() as printing:
         options = make_parser(_COMMANDS).parse_args(arguments)
         code = _run_command(options)
-        lost = printing.lost() if options.command in _PRINTERS else None
-        if lost is None:
-            return code
-        if not isinstance(lost, BrokenPipeError):  # else the reader has had enough, and knows
+        lost = printing.lost()
+        if lost is not None and not isinstance(lost, BrokenPipeError):  # else the reader has had enough, and knows
             _say(f"standard output cannot be written: {lost}")
-        return code or FAILED
+        return code or FAILED if lost is not None and options.command in _PRINTERS else code
 
 
 def _run_command(options: argparse.Namespace) -> int:
@@ -154,7 +152,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     plan_printer = _PlanPrinter()
-    with _client(options.scheduler) as client:
+    with _client(options.scheduler, options.time_limit) as client:
         result = oocattn.attention(
             options.dataset,
             options.result,
@@ -170,7 +168,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     plan_printer = _PlanPrinter()
-    with _client(options.scheduler) as client:
+    with _client(options.scheduler, options.time_limit) as client:
         result = oocattn.resume(
             options.result,
             dataset=options.dataset,
@@ -208,14 +206,16 @@ def _print_end(result: oocattn.Result, plan_printer: _PlanPrinter, timeline: str
     return DONE
 
 
-def _client(scheduler: str | None) -> AbstractContextManager[Client | None]:
-    """Of the scheduler at that address; None where none is given."""
+def _client(scheduler: str | None, limit: float | None) -> AbstractContextManager[Client | None]:
+    """Of the scheduler at that address, which must answer within a time limit; None where none is given."""
     if scheduler is None:
         return nullcontext(None)
     from distributed import Client
 
     try:
-        client: AbstractContextManager[Client] = Client(scheduler)
+        seconds = _time_left(limit)
+        patience = {} if seconds is None else {"timeout": min(30.0, max(1.0, seconds))}
+        client: AbstractContextManager[Client] = Client(scheduler, **patience)
     except (OSError, ValueError) as error:
         raise ProblemError(f"no scheduler at {scheduler!r} ({error}): give its address, like tcp://HOST:8786") from error
     return client

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from oocattn.cost import HALF_RATE_KEYS
 from oocattn.kernels import Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
-from oocattn.plans import Device, Hardware, InputCost
+from oocattn.plans import MAX_LANES, Device, Hardware, InputCost
 from oocattn.problem import Problem
 from oocattn.storage.create import numpy_dtype
 from oocattn.storage.dataset import Dataset
@@ -58,11 +58,11 @@ def describe_hardware(
     """Measure the kernel and reading on this machine and describe it for a plan.
 
     `kernel` pins one (default: the best for device and dtype), `lanes` is the number of workers (default: one, or one for
-    each GPU), which share this machine's cores, and `scratch` the folder whose file system takes the partials. Raises
-    ProblemError for a kernel that is unknown or cannot serve the problem here.
+    each GPU), which share this machine's cores; `MAX_LANES` of them take part at most. `scratch` is the folder whose file
+    system takes the partials. Raises ProblemError for a kernel that is unknown or cannot serve the problem here.
     """
     device, name = _choose_kernel(problem, kernel)
-    lanes = lanes or count_lanes(kernel)
+    lanes = min(lanes or count_lanes(kernel), MAX_LANES)
     threads = max(1, torch.get_num_threads() // lanes)
     if device == "cpu":
         flops, half_rate_rows, measuring_bytes = kernel_rate(name, problem.head_dim, problem.dtype), 256, 0

@@ -22,7 +22,7 @@ from oocattn.quorum import CyclicQuorums, Division
 from oocattn.records import Count, Positive, Range, Seconds, to_json
 from oocattn.strips import Strips
 from oocattn.text import printable
-from oocattn.units import format_bytes, format_count, format_seconds
+from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
 
 ScratchBytes = Callable[[int, int, int, int, str, int], int]
 """Bounds what a kernel allocates: (group_size, rows, keys, head_dim, dtype, threads) to bytes."""
@@ -33,8 +33,8 @@ Rate = Annotated[float, Range(1e-3, inf)]
 Device = Literal["cpu", "cuda"]
 """Where lanes are."""
 
-Several = Annotated[int, Range(1, 1024)]
-"""Lanes of a run, or threads of a lane."""
+MAX_LANES = 1024
+"""Lanes of a run: of more workers than that, the others take no part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class Machine:
     device: Device = "cpu"
     half_rate_rows: Positive = 256
     max_keys: Positive = 1 << 16
-    lanes: Several = 1
-    threads: Several = 1
+    lanes: Annotated[int, Range(1, MAX_LANES)] = 1
+    threads: Annotated[int, Range(1, 1 << 16)] = 1
     copy_rate: Rate = 50e9
     read_rate: Rate = 1e9
     reread_rate: Rate = 1e9
@@ -117,8 +117,8 @@ class Plan:
     device_memory: Positive
     host_memory: Positive
     checkpoint_seconds: Annotated[
-        float, Range(0.0, 1e9)
-    ]  # what a kill may cost; 0: what lanes hold in memory is never saved
+        float, Range(0.0, MOST_SECONDS)
+    ]  # what a kill may cost; 0: partials in memory are not saved
     chunk_rows: Positive
     out_chunk_rows: Positive
     slot_bytes: Positive

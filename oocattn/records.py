@@ -26,10 +26,13 @@ class Range:
     most: float
 
 
-Count = Annotated[int, Range(0, 2**96)]
+MOST_COUNT = 2**96
+"""The largest number of things, bytes among them, that a record holds."""
+
+Count = Annotated[int, Range(0, MOST_COUNT)]
 """A number of things, bytes among them."""
 
-Positive = Annotated[int, Range(1, 2**96)]
+Positive = Annotated[int, Range(1, MOST_COUNT)]
 """A number of things of which there is at least one."""
 
 Seconds = Annotated[float, Range(0.0, 1e12)]

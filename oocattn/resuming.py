@@ -15,7 +15,6 @@ from oocattn.problem import Problem, make_problem
 from oocattn.records import Range, Seconds, from_json, to_json
 from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.journal import Journal, identity, read_header
-from oocattn.storage.locations import recorded_location
 from oocattn.storage.lock import Claim
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.state import Growing
@@ -97,11 +96,19 @@ class Unfinished:
         self._check_same("oocattn", self.header.versions.get("oocattn"), versions()["oocattn"])
         self._check_unchanged(dataset)
 
+    def check_run(self, asked: Unfinished) -> None:
+        """Raise ResultExistsError where this is another run than the one that is asked for."""
+        if self.journal.run != asked.journal.run:
+            raise ResultExistsError(
+                f"{self.journal.state} holds another run than when the command began: resume again to go on with that one"
+            )
+
     def _check_same(self, name: str, found: object, asked: object) -> None:
         if found != asked:
             raise ResultExistsError(
                 f"{self.journal.state} holds an unfinished run of another {name} ({found}, now {asked}): finish that one "
-                "with `oocattn resume`, choose another path, or begin again with overwrite=True (--overwrite)"
+                "with `oocattn resume` (--dataset says where its dataset is now), choose another path, or begin again with "
+                "overwrite=True (--overwrite)"
             )
 
     def _check_unchanged(self, dataset: Dataset) -> None:
@@ -150,7 +157,11 @@ class Unfinished:
         that is not to be accepted: the result would not have the bits that either alone would give.
         """
         before = {name: self.header.versions.get(name, "unknown") for name in computing}
-        others = [f"{name} {before[name]}, now {found}" for name, found in computing.items() if before[name] != found]
+        changed = [name for name, found in computing.items() if before[name] != found]
+        others = [
+            "other bits of a test call" if name == "arithmetic" else f"{name} {before[name]}, now {computing[name]}"
+            for name in changed
+        ]
         if others and not accept:
             raise ResultExistsError(
                 f"the unfinished run in {self.journal.state} was begun with {'; '.join(others)}: its result would not be "
@@ -165,7 +176,7 @@ class Unfinished:
         Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.
         """
         problem = self.plan.problem
-        dataset = Dataset.open(named if named is not None else recorded_location(self.header.dataset.location))
+        dataset = Dataset.open_recorded(self.header.dataset.location, named)
         posed = make_problem(*dataset.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
         if posed != problem:
             raise ProblemError(f"{dataset.location} poses another problem ({posed}) than the run's ({problem})")

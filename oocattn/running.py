@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import zarr
 
+from oocattn import clock
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
@@ -79,6 +79,7 @@ def run_plan(
     """
     refuse_to_replace_dataset(paths, dataset)
     if is_finished(paths, plan.problem, dataset, overwrite):
+        tidy(paths)
         return open_result(paths.result)
     dataset.check_complete()
     paths.make_state()
@@ -88,25 +89,35 @@ def run_plan(
             return open_result(paths.result)
         begun = None if overwrite else find_unfinished(paths)
         if begun is None:
-            work = _begin(plan, dataset, state, client, overwrite)
+            work = _begin(plan, dataset, state, client, overwrite, until)
         else:
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
             logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
-            work = _resume(begun, dataset, state, client, Resuming(), interrupts)
+            work = _resume(begun, dataset, state, client, Resuming(), interrupts, until)
         _carry_out(work, client, callbacks, interrupts, until)
     return open_result(paths.result)
 
 
 def resume_run(
-    dataset: Dataset, paths: ResultPaths, client: Client, callbacks: Sequence[Callback], until: float, resuming: Resuming
+    asked: Unfinished,
+    dataset: Dataset,
+    paths: ResultPaths,
+    client: Client,
+    callbacks: Sequence[Callback],
+    until: float,
+    resuming: Resuming,
 ) -> Result:
-    """Go on with the unfinished run to a result: the part of `resume` after the start of a cluster."""
+    """Go on with the unfinished run that is `asked` for: the part of `resume` after the start of a cluster.
+
+    Raises ResultExistsError where another run has begun since.
+    """
     paths.make_state()
     with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
-            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming, interrupts)
+            begun.check_run(asked)
+            work = _resume(begun, dataset, RunState(paths, lock.claim), client, resuming, interrupts, until)
             _carry_out(work, client, callbacks, interrupts, until)
     return open_result(paths.result)
 
@@ -118,12 +129,12 @@ def _carry_out(work: Work, client: Client, callbacks: Sequence[Callback], interr
     run(work, client, (StatusFile(work.paths.status, work.state.claim), *callbacks), interrupts, until)
 
 
-def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwrite: bool) -> Work:
+def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwrite: bool, until: float) -> Work:
     """A run at its beginning; the result is locked."""
     from oocattn.pipelines.cluster import describe_workers
 
     identity = describe(plan.problem, dataset)
-    computing = describe_workers(client, plan)
+    computing = describe_workers(client, plan, until)
     made_with = {**versions(), **computing}
     layout = _layout(plan, {**identity, "plan": _decided(plan), "versions": made_with})
     growing = state.begin(layout, overwrite=overwrite)
@@ -132,20 +143,26 @@ def _begin(plan: Plan, dataset: Dataset, state: RunState, client: Client, overwr
 
 
 def _resume(
-    begun: Unfinished, dataset: Dataset, state: RunState, client: Client, resuming: Resuming, interrupts: Interrupts
+    begun: Unfinished,
+    dataset: Dataset,
+    state: RunState,
+    client: Client,
+    resuming: Resuming,
+    interrupts: Interrupts,
+    until: float,
 ) -> Work:
     """A run that was begun before; the result is locked."""
     from oocattn.pipelines.cluster import describe_workers
 
     plan, header = begun.plan, begun.header
-    other_bits = begun.check_bits(describe_workers(client, plan), resuming.accept_other_bits)
+    other_bits = begun.check_bits(describe_workers(client, plan, until), resuming.accept_other_bits)
     attributes = {"problem": asdict(plan.problem), "dataset": asdict(header.dataset), "plan": _decided(plan)}
     growing = state.resume(begun.path, _layout(plan, attributes), replaces=header.replaces)
     journal = replace(begun.journal, claim=state.claim)
     if other_bits:
         journal.note_other_bits(other_bits)
     seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
-    compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: interrupts.asked)
+    compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: interrupts.asked or clock.now() > until)
     return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal, compared)
 
 
@@ -176,7 +193,6 @@ def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrit
         return False
     ours = describe(problem, dataset)
     if all(found.get(name) == ours[name] for name in ours):
-        tidy(paths)
         return True
     differs = next((name for name in ours if found and found.get(name) != ours[name]), "content")
     raise ResultExistsError(
@@ -187,9 +203,10 @@ def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrit
 
 def tidy(paths: ResultPaths) -> None:
     """Do what a run that was killed at its very end has left to do; a failure costs nothing but that."""
-    if is_folder(paths.state) and is_untidy(paths):
-        with suppress(LockedError, IntegrityError, OSError), FileLock(paths.lock) as lock:
-            RunState(paths, lock.claim).tidy()
+    with suppress(LockedError, IntegrityError, OSError):
+        if is_folder(paths.state) and is_untidy(paths):
+            with FileLock(paths.lock) as lock:
+                RunState(paths, lock.claim).tidy()
 
 
 def refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:
@@ -213,6 +230,6 @@ def open_result(result: str | Path) -> Result:
     try:
         report = read_report(paths)
     except IntegrityError as error:  # the result is worth more
-        warnings.warn(f"the report of the run cannot be read: {error}", stacklevel=2)
+        logger.warning("the report of the run cannot be read: %s", error)
         report = None
     return Result(paths.result, arrays.out, arrays.lse, report)

@@ -22,9 +22,9 @@ def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes]) -
     plan = from_json(Plan, content)
     check_problem(plan.problem)
     _check_choices(plan)
-    expected = recost(plan, scratch_of(plan.kernel, plan.device))
-    for name, value in expected.to_json().items():
-        if not _same(value, plan.to_json()[name]):
+    found, expected = plan.to_json(), recost(plan, scratch_of(plan.kernel, plan.device)).to_json()
+    for name, value in expected.items():
+        if not _same(value, found[name]):
             raise ValueError(f"its {name.replace('_', ' ')} does not follow from the rest of the plan")
     if plan.peak_host > plan.host_memory or plan.peak_device > plan.device_memory:
         raise ValueError("its peak memory is beyond its budgets")

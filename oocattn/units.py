@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 
 from oocattn.errors import ProblemError
+from oocattn.records import MOST_COUNT
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtKMGT]?)(i?)([bB]?)")
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+MOST_SECONDS = 1e9
+"""Of a duration that a user gives: 31 years. A plan with a longer one could not be read back."""
 
 
 def parse_size(text: str | float, unit: str = "size") -> int:
@@ -26,13 +30,14 @@ def parse_size(text: str | float, unit: str = "size") -> int:
         number = float(match[1]) * base ** _POWER[match[2].upper()]
     else:
         number = float(text)
-    if number < 1 or number != int(number):
-        raise ProblemError(f"{unit} {text!r} must be a whole number of at least 1")
+    if not 1 <= number <= MOST_COUNT or number != int(number):
+        raise ProblemError(f"{unit} {text!r} must be a whole number of at least 1, and at most 2^96")
     return int(number)
 
 
 def parse_duration(text: str | float, name: str = "duration") -> float:
-    """Read `90`, `45s`, `10m`, `8h`, `2d` or `1h30m` as seconds. Raises ProblemError for anything else, and below 0."""
+    """Read `90`, `45s`, `10m`, `8h`, `2d` or `1h30m` as seconds. Raises ProblemError for anything else, below 0 and beyond
+    `MOST_SECONDS`."""
     if isinstance(text, str):
         parts = _DURATION.findall(text.replace(" ", ""))
         understood = len(parts) == 1 or (parts and all(unit for _, unit in parts))
@@ -41,8 +46,8 @@ def parse_duration(text: str | float, name: str = "duration") -> float:
         seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
     else:
         seconds = float(text)
-    if not 0 <= seconds < float("inf"):
-        raise ProblemError(f"{name} {text!r} must be a number of seconds, at least 0")
+    if not 0 <= seconds <= MOST_SECONDS:
+        raise ProblemError(f"{name} {text!r} must be a number of seconds, at least 0 and at most {MOST_SECONDS:g}")
     return seconds
 
 

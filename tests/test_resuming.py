@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,15 @@ from support import (
 )
 
 import oocattn
-from oocattn import BudgetError, Event, IntegrityError, Plan, ProblemError, ResultExistsError
+from oocattn import BudgetError, Event, IntegrityError, Plan, ProblemError, ResultExistsError, TimeLimitError
 from oocattn.arithmetic import arithmetic_of
 from oocattn.cli import main
 from oocattn.hardware import count_lanes
 from oocattn.kernels import get_kernel
 from oocattn.pipelines.local_cluster import local_client
+from oocattn.resuming import find_unfinished
+from oocattn.running import Resuming, resume_run
+from oocattn.storage.dataset import Dataset
 from oocattn.storage.durable import encode_record, read_record
 from oocattn.storage.journal import Journal
 from oocattn.storage.paths import ResultPaths
@@ -238,6 +243,27 @@ def test_a_run_of_something_else_is_not_touched(client: Client, dataset: Path, r
     assert oocattn.resume(result, client=client).report.pairs_before > 0
 
 
+def test_another_run_than_was_asked_for_is_not_resumed(client: Client, dataset: Path, result: Path) -> None:
+    """It has begun in the seconds in which a cluster starts."""
+    plan, causal = plan_for(dataset, chunks=13), plan_for(dataset, chunks=13, causal=True)
+    interrupted(plan, dataset, result, client)
+    paths = ResultPaths.at(result)
+    asked = find_unfinished(paths)
+    with pytest.raises(EnoughError):
+        carry_out(causal, dataset, result, client, callbacks=[interrupt("written", 5)], overwrite=True)
+    with pytest.raises(ResultExistsError, match="holds another run than when the command began: resume again"):
+        resume_run(asked, Dataset.open(dataset), paths, client, (), math.inf, Resuming())
+    assert_same_bits(
+        oocattn.resume(result, client=client), carry_out(causal, dataset, result.with_name("right.zarr"), client)
+    )
+
+
+def test_a_damaged_journal_costs_no_finished_result(client: Client, dataset: Path, result: Path) -> None:
+    done = carry_out(plan_for(dataset), dataset, result, client)
+    (ResultPaths.at(result).state / "plan.json").write_text("damaged")
+    assert oocattn.attention(dataset, result, client=client).path == done.path
+
+
 def test_a_dataset_that_changed_is_refused(client: Client, dataset: Path, result: Path) -> None:
     plan = plan_for(dataset, chunks=13)
     interrupted(plan, dataset, result, client)
@@ -326,9 +352,23 @@ def test_checksums_of_finished_chunks_are_compared(
     assert_same_bits(found, right)
     assert found.report.recomputed == 1
     assert "finished chunks were compared" not in caplog.text
-    assert re.search(
-        r"before       (\d+) chunks were finished, the checksums of \1 of them were compared", str(found.report)
-    )
+    assert re.search(r"before +(\d+) chunks finished, checksums of \1 compared", str(found.report))
+
+
+def test_comparing_ends_with_the_time_limit(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(plan_for(dataset, chunks=13), dataset, result, client, "written", 8)
+    compared = []
+
+    def slowly(*_: object) -> bool:
+        compared.append(time.sleep(0.5))
+        return True
+
+    monkeypatch.setattr("oocattn.pipelines.finished._matches", slowly)
+    with pytest.raises(TimeLimitError):
+        oocattn.resume(result, client=client, check_finished=True, time_limit=1.0)
+    assert len(compared) <= 3
 
 
 def test_a_dataset_that_was_moved_is_named(client: Client, dataset: Path, result: Path) -> None:
@@ -366,8 +406,11 @@ def test_a_journal_that_cannot_be_ours_is_refused(
 
 
 def test_a_plan_survives_its_journal(dataset: Path) -> None:
-    for options in ({"chunks": 13}, {"chunks": 5, "decomposition": "strips"}):
-        plan = plan_for(dataset, causal=True, **options)
+    plans = [
+        plan_for(dataset, causal=True, **options) for options in ({"chunks": 13}, {"chunks": 5, "decomposition": "strips"})
+    ]
+    most = oocattn.plan(dataset, host_memory=2**96, device_memory=2**96, checkpoint_interval=1e9, lanes=5000, kernel="cpu")
+    for plan in (*plans, most):
         assert read_plan(json.loads(json.dumps(plan.to_json())), lambda kernel, _: get_kernel(kernel).scratch_bytes) == plan
 
 

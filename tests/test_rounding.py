@@ -133,6 +133,49 @@ def test_weights_of_16_bits_are_allowed_for(fast_path: Path, dtype: str) -> None
     assert not any(row.passed for row in checks(problem, list(recompute_rows(problem, dataset, **options)), out, None))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_partial_results_of_16_bits_are_allowed_for(fast_path: Path, dtype: str) -> None:
+    """As libraries return them for spans of keys, also where they cancel."""
+    arrays = normal_arrays(512, heads=1, head_dim=64, dtype=dtype)
+    arrays[2][0, 0] = np.where(np.arange(512) < 256, 1.3, -1.3)[:, None] + 1e-2 * arrays[2][0, 0].astype(np.float32)
+    dataset = Dataset.open(write_dataset(fast_path / "dataset.zarr", arrays))
+    problem = make_problem(*dataset.specs, out_dtype="float32")
+    q, k, v = (torch.from_numpy(array[0, 0].astype(np.float64)) for array in arrays)
+    weights = torch.softmax((q @ k.T) * 0.125, -1)
+    parts = [(weights[:, keys], v[keys]) for keys in (slice(0, 256), slice(256, 512))]
+    means = [(of / of.sum(-1, keepdim=True) @ values).to(getattr(torch, dtype)).double() for of, values in parts]
+    out = sum(mean * of.sum(-1, keepdim=True) for mean, (of, _) in zip(means, parts, strict=True))
+    options = {"borders": [], "rows": 100, "seed": 0, "weight_roundoff": UNIT_ROUNDOFF[dtype]}
+    found = checks(problem, list(recompute_rows(problem, dataset, **options)), out, None)
+    assert all(row.passed for row in found)
+
+
+def test_equal_keys_have_equal_errors(fast_path: Path) -> None:
+    """Where every key and value comes a hundred times, out is the same, and what scores may lose of it is no less."""
+    q, k, v = normal_arrays(2, heads=1, head_dim=64)
+    k += np.where(np.arange(64) % 2, 8, -8).astype(np.float32)
+    allowed = []
+    for times in (1, 100):
+        arrays = tuple(np.tile(array, (1, 1, times, 1)) for array in (np.abs(q), k, v))
+        _, exact = exact_rows(Case("channels", "normal", arrays, False, 0.1), fast_path, 2 * times)
+        allowed.append(np.median([(row.allowed, row.allowed_lse) for row in exact], axis=0))
+    assert (allowed[1] > 0.7 * allowed[0]).all()
+
+
+@pytest.mark.parametrize("key_rows", [1, 64])
+def test_a_score_that_is_all_error_makes_a_row_show_nothing(fast_path: Path, key_rows: int) -> None:
+    """It is far below the largest, in terms that cancel; in float32 it may be far above."""
+    q, k, v = (np.zeros((1, 1, 2, 2), np.float32) for _ in range(3))
+    q[:], k[0, 0, 0], v[0, 0] = (2e5, 2e5), (5e4, -5.0000003e4), [[1, 1], [-1, -1]]
+    dataset = Dataset.open(write_dataset(fast_path / "dataset.zarr", (q, k, v)))
+    problem = make_problem(*dataset.specs, scale=1.0)
+    for row in recompute_rows(problem, dataset, borders=[], rows=2, seed=0, key_rows=key_rows):
+        np.testing.assert_allclose(row.out, -1)
+        assert compare_row(problem, row, np.ones(2), row.lse).passed
+        assert not compare_row(problem, row, np.ones(2), row.lse).shows
+        assert not compare_row(problem, row, np.full(2, 2.0), row.lse).passed
+
+
 def test_overflow_is_never_called_wrong_and_shows_nothing(fast_path: Path) -> None:
     q, k, v = normal_arrays(50, heads=1, head_dim=8)
     for arrays in ((q, k, np.full_like(v, 3.3e38)), (q * 1e19, k * 1e19, v), (q * 1e25, k * 1e25, v)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -16,13 +17,17 @@ from urllib.parse import urlsplit
 import torch
 from distributed import Client
 
+from oocattn import clock
 from oocattn.arithmetic import arithmetic_of, combine
-from oocattn.errors import ProblemError, WorkerLostError
+from oocattn.errors import ProblemError, TimeLimitError, WorkerLostError
 from oocattn.plans import Plan
 from oocattn.units import format_seconds
 
 ANSWER = 120.0
 """Seconds in which a scheduler, and workers that are asked for their GPUs, must answer."""
+
+LEAST_ANSWER = 1.0
+"""Seconds that workers have to say what they compute with, also where a time limit has passed."""
 
 logger = logging.getLogger("oocattn")
 
@@ -110,10 +115,25 @@ def living_workers(client: Client) -> list[str]:
     raise WorkerLostError(f"the scheduler is gone ({reason}); start one and resume")
 
 
-def describe_workers(client: Client, plan: Plan) -> dict[str, str]:
-    """What the client's workers compute the plan with, by name (`arithmetic`)."""
-    problem = plan.problem
-    found = client.run(arithmetic_of, plan.kernel, problem.head_dim, problem.dtype, plan.device)
+def describe_workers(client: Client, plan: Plan, until: float = math.inf) -> dict[str, str]:
+    """What the client's workers compute the plan with, by name (`arithmetic`).
+
+    Raises WorkerLostError where there is none, or one does not answer for `ANSWER` seconds, and TimeLimitError where it does
+    not by `until`.
+    """
+    asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
+    left = until - clock.now()
+    try:
+        found = begin_call(lambda: client.run(arithmetic_of, *asked)).result(timeout=min(ANSWER, max(LEAST_ANSWER, left)))
+    except TimeoutError as error:
+        words = "the workers do not say what they compute with"
+        if left < ANSWER:
+            raise TimeLimitError(
+                f"time limit reached: 0 of {plan.subproblems:,} subproblems are done now, because {words}"
+            ) from error
+        raise WorkerLostError(f"{words}, for {format_seconds(ANSWER)}: restart those that hang, and resume") from error
+    if not found:
+        raise WorkerLostError("all workers are gone before the run began; start some and try again")
     return combine(list(found.values()))
 
 

@@ -14,6 +14,7 @@ from oocattn.plans import Plan
 from oocattn.storage.checksums import Checksums, are_digits
 from oocattn.storage.journal import Journal, Place
 from oocattn.storage.result import ResultArrays, Written
+from oocattn.units import format_seconds
 
 NAMES = ("out", "lse")
 
@@ -67,10 +68,10 @@ def compare_finished(
     finished = {
         place: record for place, record in finished_chunks(plan, journal).items() if is_written(plan, result, *place)
     }
-    until = time.monotonic() + seconds
+    began = time.monotonic()
     compared = damaged = 0
     for place, record in sorted(finished.items(), reverse=True):
-        if time.monotonic() > until or is_enough():
+        if time.monotonic() - began > seconds or is_enough():
             break
         compared += 1
         if not _matches(plan, result, place, record):
@@ -80,9 +81,9 @@ def compare_finished(
                 result.remove(*divmod(head, plan.problem.query_heads), part)
     if compared < len(finished):
         logger.warning(
-            "the checksums of %d of %d finished chunks were compared in %g s; --check-finished compares all, and so does "
+            "the checksums of %d of %d finished chunks were compared in %s; --check-finished compares all, and so does "
             "`oocattn verify` in the end",
-            *(compared, len(finished), seconds),
+            *(compared, len(finished), format_seconds(time.monotonic() - began)),
         )
     return Compared(len(finished), compared, damaged)
 

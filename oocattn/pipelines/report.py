@@ -90,8 +90,8 @@ class RunReport:
             lines.append(f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were attended before")
         if self.chunks_before:
             lines.append(
-                f"before       {self.chunks_before:,} chunks were finished, the checksums of {self.chunks_compared:,} "
-                "of them were compared"
+                f"before       {self.chunks_before:,} chunk{'s' * (self.chunks_before > 1)} finished, checksums of "
+                f"{self.chunks_compared:,} compared"
             )
         if self.other_bits:
             lines.append(f"bits         other bits than those of an uninterrupted run: {printable(self.other_bits)}")

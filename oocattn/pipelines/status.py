@@ -196,7 +196,11 @@ def read_status(paths: ResultPaths) -> Status:
     if last is None:
         if "problem" not in (paths.attributes() or {}):
             return Status("none") if holder is None else Status("running", holder=str(holder))
-        report = read_report(paths)
+        try:
+            report = read_report(paths)
+        except IntegrityError as error:  # the result is there
+            logger.warning("the report of the run cannot be read: %s", error)
+            report = None
         return Status("finished", seconds=report.seconds if report else 0.0)
     state: State = "interrupted" if holder is None else "running"
     return replace(last, state=state, holder="" if holder is None else str(holder))

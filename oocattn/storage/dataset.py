@@ -36,7 +36,7 @@ from oocattn.storage.layout import (
     stored_chunks,
     wrong_size,
 )
-from oocattn.storage.locations import Location, parse_location
+from oocattn.storage.locations import Location, parse_location, recorded_location
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, open_array, read_attributes
 from oocattn.storage.readers import InputArray
@@ -82,6 +82,19 @@ class Dataset:
         if read_attributes(store, location.text) is None:
             raise _no_group(location, "nothing of that kind is there")
         return cls.of(location.text, {name: _array(store, name, location.text) for name in NAMES})
+
+    @classmethod
+    def open_recorded(cls, recorded: object, named: str | Path | None) -> Dataset:
+        """The dataset that a result or a journal is of: at the place that a caller has named, else where it was recorded.
+
+        Raises as `open`, and IntegrityError where something else than a local path is recorded.
+        """
+        if named is not None:
+            return cls.open(named)
+        try:
+            return cls.open(recorded_location(recorded))
+        except ProblemError as error:
+            raise ProblemError(f"{error}; if it was moved, say where with dataset= (--dataset)") from error
 
     @classmethod
     def of(cls, location: str, arrays: dict[str, zarr.Array[Any]]) -> Dataset:
@@ -230,6 +243,11 @@ def _open_store(location: Location) -> Store:
         return MappedStore(location.path, read_only=True)
     try:
         return FsspecStore.from_url(location.text, read_only=True)
+    except ImportError as error:
+        raise ProblemError(
+            f"{printable(location)} cannot be opened ({printable(error)}): install the package that is named, besides "
+            "oocattn[remote]"
+        ) from error
     except Exception as error:  # each file system has its own
         raise _no_group(location, printable(error)) from error
 

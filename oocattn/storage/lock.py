@@ -145,11 +145,12 @@ class FileLock:
         self.claim = FileClaim(path, self.holder.token)
         self._descriptor = _acquire(path, self.holder, until)
         self._released = threading.Event()
-        threading.Thread(target=self._beat, name="oocattn-lock", daemon=True).start()
+        self._beating = threading.Thread(target=self._beat, name="oocattn-lock", daemon=True)
+        self._beating.start()
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
-            with suppress(OSError):  # the file system is away, or the file has just been closed
+            with suppress(OSError):  # the file system is away
                 if not self.still_mine():
                     logger.error("%s: %s has taken over; this run ends", self.path.parent, _read(self.path))
                     return
@@ -162,6 +163,7 @@ class FileLock:
     def release(self) -> None:
         """Give the lock up: its file is removed, unless it is another's by now."""
         self._released.set()
+        self._beating.join()  # else it might touch another file, which has the descriptor by then
         with suppress(OSError):
             if _is_at(self._descriptor, self.path) and self.still_mine():
                 self.path.unlink(missing_ok=True)
@@ -218,7 +220,11 @@ def _taken_over(temporary: Path, path: Path, until: float) -> bool:
 
 def _watch(path: Path, until: float) -> None:
     """Return when whoever left a lock file behind is gone, which its kernel or its silence tells."""
-    before, last = _read(path), _touched(path)
+    try:
+        before = _parse(read_file(path, MOST_BYTES, follow=False))
+    except (ValueError, IntegrityError):  # one that cannot be read at all is left: somebody may hold it
+        before = NOBODY
+    last = _touched(path)
     if before != NOBODY and not before.shares_kernel(Holder.this_process()):  # of nobody: no lock that was made whole
         deadline = time.monotonic() + BEATS_MISSED * BEAT
         logger.warning("%s: watching for %g s whether %s is alive", path.parent, BEATS_MISSED * BEAT, before)

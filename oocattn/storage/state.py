@@ -36,11 +36,11 @@ from oocattn.storage.folders import (
     require_own,
 )
 from oocattn.storage.journal import forget, has_begun
-from oocattn.storage.lock import Claim
+from oocattn.storage.lock import Claim, lock_holder
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
 from oocattn.storage.result import ResultArrays
 
-_LEFT_BESIDE = re.compile(r"(lock|(plan|status|report)\.json)\.[0-9a-f]{32}\.partial")
+_LEFT_BESIDE = re.compile(r"(lock|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
 
 _AGAIN = "begin again with overwrite=True (--overwrite)"
 
@@ -98,7 +98,8 @@ class RunState:
         self._restore()
         if not overwrite and os.path.lexists(paths.result):
             raise ResultExistsError(f"{paths.result} exists: choose another path, or replace it (--overwrite)")
-        self._throw_away(*self._growing(), paths.scratch)
+        # A result that could not be restored was replaced, by a run that was killed before it removed it.
+        self._throw_away(*self._growing(), paths.scratch, paths.replaced)
         paths.status.unlink(missing_ok=True)
         self._forget_certificate()
         paths.scratch.mkdir()
@@ -183,7 +184,7 @@ class RunState:
         for folder in (*self._growing(), self.paths.scratch, self.paths.state / "finished"):
             remove_ours(folder, LEFTOVERS, keep_folders=True)
         for name in names_in(self.paths.state):
-            if _LEFT_BESIDE.fullmatch(name):
+            if _LEFT_BESIDE.fullmatch(name) and not _is_waiting(self.paths.state / name):
                 (self.paths.state / name).unlink(missing_ok=True)
 
     def _check(self) -> None:
@@ -223,6 +224,13 @@ class RunState:
     def _forget_certificate(self) -> None:
         for path in (self.paths.certificate, self.paths.certificate_page):
             path.unlink(missing_ok=True)
+
+
+def _is_waiting(path: Path) -> bool:
+    """Whether this is the file by which a live process waits for the lock."""
+    with suppress(IntegrityError):
+        return path.name.startswith("lock.") and lock_holder(path) is not None
+    return False
 
 
 def is_untidy(paths: ResultPaths) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import dask
@@ -13,8 +14,10 @@ from distributed import Client, LocalCluster
 from distributed.comm import inproc
 from hypothesis import given
 from hypothesis import strategies as st
+from support import carry_out, plan_for
 
-from oocattn import ProblemError
+import oocattn
+from oocattn import ProblemError, WorkerLostError
 from oocattn.pipelines import cluster
 from oocattn.pipelines.cluster import assign_devices, share_out, worker_addresses
 from oocattn.pipelines.local_cluster import local_client
@@ -121,6 +124,17 @@ def test_a_cluster_without_workers_is_refused() -> None:
         pytest.raises(ProblemError, match="0 workers: a run needs one at least; start them"),
     ):
         assign_devices(client, "cpu")
+
+
+def test_a_run_does_not_begin_when_its_workers_are_gone(dataset: Path, result: Path) -> None:
+    """Its journal would not say what it was begun with, and no worker could resume it."""
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
+        Client(nobody, set_as_default=False) as client,
+        pytest.raises(WorkerLostError, match="all workers are gone before the run began; start some"),
+    ):
+        carry_out(plan_for(dataset), dataset, result, client)
+    assert oocattn.status(result).state == "none"
 
 
 def test_workers_that_see_no_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from support import (
     carry_out,
     job_of,
     normal_arrays,
+    replanned,
     with_partials,
     write_dataset,
     written_bits,
@@ -204,7 +205,7 @@ def test_bits_do_not_depend_on_workers_runs_or_the_place_of_partials(
         for place in ("memory", "disk", "memory", "disk"):
             same = with_partials(half_plan, place)
             for connected, lanes in ((client, 1), (two, 2)):
-                found = carry_out(replace(same, lanes=lanes), half, tmp_path / "result.zarr", connected, overwrite=True)
+                found = carry_out(replanned(same, lanes=lanes), half, tmp_path / "result.zarr", connected, overwrite=True)
                 assert_same_bits(found, expected)
                 assert found.report.lanes == lanes
                 assert (found.report.bytes_partials > 0) == (place == "disk")

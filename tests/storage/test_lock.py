@@ -142,6 +142,42 @@ def test_the_text_of_a_lock_is_not_believed(tmp_path: Path, text: bytes) -> None
             FileLock(path)
 
 
+def test_a_lock_that_cannot_be_read_is_not_taken_over(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(left))
+
+    os.utime(left, ns=(1, 1))
+    monkeypatch.setattr(lock_module, "read_file", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        FileLock(left)
+    assert json.loads(left.read_text()) == asdict(OTHER)
+    assert list(left.parent.glob("*.partial")) == []
+
+
+def test_a_lock_that_is_released_touches_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a beat is under way, which would find the next file that is opened under its descriptor."""
+    beating, other = threading.Event(), tmp_path / "other"
+    other.touch()
+    os.utime(other, ns=(1, 1))
+    monkeypatch.setattr(lock_module, "BEAT", 0.01)
+    held = FileLock(tmp_path / "lock")
+    real = held.claim.holds
+
+    def slowly() -> bool:
+        found = real()
+        if not beating.is_set():
+            beating.set()
+            time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(held, "still_mine", slowly)
+    beating.wait()
+    held.release()
+    with other.open("rb"):
+        time.sleep(0.3)
+    assert other.stat().st_mtime_ns == 1
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.with_name("victim"))])
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path], object]) -> None:
     path = tmp_path / "lock"

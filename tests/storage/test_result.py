@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import zarr
 from oocattn import IntegrityError, LockedError, ProblemError, ResultExistsError
 from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.journal import Journal
+from oocattn.storage.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
 from oocattn.storage.state import Growing, Layout, RunState
@@ -271,3 +274,36 @@ def test_json_is_read_with_care(tmp_path: Path) -> None:
     path.write_text("{" + " " * 5000 + "}")
     with pytest.raises(IntegrityError, match="has more than 4,096 bytes"):
         read_json(path, 4096)
+
+
+def test_a_run_that_was_killed_after_its_commit_can_be_replaced(paths: ResultPaths) -> None:
+    """The result that it replaced is still in the folder of job state."""
+    for seed in (1, 2):
+        state, growing = begin(paths)
+        fill(growing.arrays, seed)
+        state.commit(growing)  # and no tidy
+    state, growing = begin(paths)
+    out, _ = fill(growing.arrays, seed=3)
+    state.commit(growing)
+    state.tidy()
+    np.testing.assert_array_equal(ResultArrays.open(paths.result).out[...], out)
+    assert list(paths.state.iterdir()) == []
+
+
+def test_whoever_waits_for_the_lock_still_gets_it(paths: ResultPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What killed writes have left is removed meanwhile."""
+    monkeypatch.setattr("oocattn.storage.lock.PATIENCE", 5.0)
+    paths.make_state()
+    abandoned = [paths.state / f"{name}.{'0' * 32}.partial" for name in ("lock", "plan.json", "other-bits.json")]
+    for path in abandoned:
+        path.write_text("{}")
+    with ThreadPoolExecutor(1) as other:
+        with FileLock(paths.lock) as held:
+            waiting = other.submit(FileLock, paths.lock)
+            while len(list(paths.state.glob("lock.*.partial"))) < 2:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            RunState(paths, held.claim).remove_leftovers()
+            assert not any(map(Path.exists, abandoned))
+        waiting.result().release()
+    assert list(paths.state.iterdir()) == []
