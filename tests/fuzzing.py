@@ -192,7 +192,8 @@ def _damage(world: World, name: str, random: Random) -> str:
     status = os.lstat(path) if os.path.lexists(path) else None
     if status is None or not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or random.random() < 0.5:
         return how
-    if kept is not None and not re.fullmatch(r"[a-z0-9]+\.zarr/[qkv]/.*[0-9]", name):  # a dataset's: of chunks, some are read
+    chunk = re.fullmatch(r"[a-z0-9]+\.zarr/[qkv]/.*[0-9]", name)  # of a dataset, of which a fingerprint reads samples
+    if kept is not None and not chunk:
         os.utime(path, ns=(kept.modified, kept.modified))  # hides it
     elif name.endswith("/lock"):
         moment = random.choice((0, 1, 2**33))
