@@ -57,10 +57,11 @@ class Choices:
 
 @dataclass(frozen=True)
 class DatasetIdentity:
-    """Where the dataset of a run is, and its fingerprint when the run began."""
+    """Where the dataset of a run is, and its fingerprints when the run began: also that which no copy shares."""
 
     location: str
     fingerprint: str
+    within_run: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Unfinished:
         self._check_same("problem", self.plan.problem, problem)
         self._check_same("dataset", self.header.dataset.location, dataset.location)
         self._check_same("oocattn", self.header.versions.get("oocattn"), versions()["oocattn"])
-        self._check_unchanged(dataset)
+        self._check_unchanged(dataset, named=False)
 
     def check_run(self, asked: Unfinished) -> None:
         """Raise ResultExistsError where this is another run than the one that is asked for."""
@@ -111,13 +112,21 @@ class Unfinished:
                 "overwrite=True (--overwrite)"
             )
 
-    def _check_unchanged(self, dataset: Dataset) -> None:
+    def _check_unchanged(self, dataset: Dataset, named: bool) -> None:
+        """Raise IntegrityError where the dataset has changed; one that was `named` may be a copy."""
         changed = changed_arrays(self.header.dataset.fingerprint, dataset.fingerprint())
         if changed:
             raise IntegrityError(
                 f"{dataset.location}: {changed} of the dataset changed (metadata, size, time or content of chunks) since "
                 f"the run in {self.journal.state} began, so it cannot be resumed: begin again with overwrite=True "
                 "(--overwrite)"
+            )
+        replaced = "" if named else changed_arrays(self.header.dataset.within_run, dataset.fingerprint(within_run=True))
+        if replaced:
+            raise IntegrityError(
+                f"{dataset.location}: files of {replaced} of the dataset were replaced or written (change time or inode) "
+                f"since the run in {self.journal.state} began, though size, time and samples are the same: if their content "
+                "is, say so by naming it with `oocattn resume --dataset`; else begin again with overwrite=True (--overwrite)"
             )
 
     def check_chosen(self, choices: Choices) -> None:
@@ -182,16 +191,16 @@ class Unfinished:
             raise ProblemError(f"{dataset.location} poses another problem ({posed}) than the run's ({problem})")
         self._check_same("oocattn", self.header.versions.get("oocattn"), versions()["oocattn"])
         dataset.check_complete()
-        self._check_unchanged(dataset)
+        self._check_unchanged(dataset, named is not None)
         return dataset
 
 
 def begin_journal(
-    paths: ResultPaths, plan: Plan, dataset: Mapping[str, str], growing: Growing, computing: Mapping[str, str], claim: Claim
+    paths: ResultPaths, plan: Plan, dataset: DatasetIdentity, growing: Growing, computing: Mapping[str, str], claim: Claim
 ) -> Journal:
     """The journal of a run that begins."""
     made_with = {**versions(), **computing}
-    header = Header(FORMAT, time.time(), DatasetIdentity(**dataset), made_with, growing.name, growing.replaces)
+    header = Header(FORMAT, time.time(), dataset, made_with, growing.name, growing.replaces)
     return Journal.begin(paths.state, {**to_json(header), "plan": plan.to_json()}, claim)
 
 

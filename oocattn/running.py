@@ -23,7 +23,7 @@ from oocattn.pipelines.status import StatusFile, read_report
 from oocattn.pipelines.work import Work
 from oocattn.plans import Plan
 from oocattn.problem import Problem
-from oocattn.resuming import Unfinished, begin_journal, describe, find_unfinished
+from oocattn.resuming import DatasetIdentity, Unfinished, begin_journal, describe, find_unfinished
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.folders import is_folder
 from oocattn.storage.lock import FileLock
@@ -155,8 +155,9 @@ def _begin(plan: Plan, dataset: Dataset, state: RunState, overwrite: bool, execu
     made_with = {**versions(), **computing}
     layout = _layout(plan, {**identity, "plan": _decided(plan), "versions": made_with})
     growing = state.begin(layout, overwrite=overwrite)
-    journal = begin_journal(state.paths, plan, identity["dataset"], growing, computing, state.claim)
-    return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal)
+    recorded = DatasetIdentity(**identity["dataset"], within_run=dataset.fingerprint(within_run=True))
+    journal = begin_journal(state.paths, plan, recorded, growing, computing, state.claim)
+    return Work(plan, dataset, recorded.within_run, state, growing, journal)
 
 
 def _resume(begun: Unfinished, dataset: Dataset, state: RunState, resuming: Resuming, execution: _Execution) -> Work:
@@ -166,7 +167,8 @@ def _resume(begun: Unfinished, dataset: Dataset, state: RunState, resuming: Resu
     plan, header = begun.plan, begun.header
     computing = describe_workers(execution.client, plan, execution.until)
     other_bits = begun.check_bits(computing, resuming.accept_other_bits)
-    attributes = {"problem": asdict(plan.problem), "dataset": asdict(header.dataset), "plan": _decided(plan)}
+    source = {"location": header.dataset.location, "fingerprint": header.dataset.fingerprint}
+    attributes = {"problem": asdict(plan.problem), "dataset": source, "plan": _decided(plan)}
     growing = state.resume(begun.path, _layout(plan, attributes), replaces=header.replaces)
     journal = replace(begun.journal, claim=state.claim)
     if other_bits:

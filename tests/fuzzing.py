@@ -51,8 +51,9 @@ def make_case(world: World, seed: int) -> Case:
     random = Random(seed)
     if seed % 20 == 0:
         name, how = _other_plan(world, random)
-        command = random.choice(("status", "status", "resume")), str(world.folder / name.removesuffix(".oocattn/plan.json"))
-        return Case(seed, (name,), how, command)
+        command = random.choice(("status", "status", "resume"))
+        result = name.removesuffix(".oocattn/plan.json")
+        return Case(seed, (name,), how, _command(world, command, result, random))
     if seed % 20 == 10:
         names, how = _other_arrays(world, random)
         return Case(seed, names, how, _choose_command(world, names[0], random))
@@ -158,15 +159,21 @@ def _choose_command(world: World, name: str, random: Random) -> tuple[str, ...]:
             ("status", "resume", "resume") if RESULTS[top] == "unfinished" else ("status", "verify", "verify", "resume")
         )
         command = "verify" if random.random() < 0.05 else command
-        return command, str(world.folder / top)
+        return _command(world, command, top, random)
     dataset = str(world.folder / top)
     commands: list[tuple[str, ...]] = [
         ("plan", dataset),
         ("verify", str(world.folder / "finished.zarr"), "--dataset", dataset),
     ]
     if top == "plain.zarr":
-        commands += [("resume", str(world.folder / "memory.zarr")), ("resume", str(world.folder / "disk.zarr"))]
+        commands += [_command(world, "resume", f"{run}.zarr", random) for run in ("memory", "disk")]
     return random.choice(commands)
+
+
+def _command(world: World, command: str, result: str, random: Random) -> tuple[str, ...]:
+    """A command on a result. Its dataset is named most of the time: its files have been restored, so their inodes differ."""
+    named = ("--dataset", str(world.folder / "plain.zarr")) if command == "resume" and random.random() < 0.9 else ()
+    return command, str(world.folder / result), *named
 
 
 def _damage(world: World, name: str, random: Random) -> str:
@@ -192,7 +199,7 @@ def _damage(world: World, name: str, random: Random) -> str:
     status = os.lstat(path) if os.path.lexists(path) else None
     if status is None or not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or random.random() < 0.5:
         return how
-    chunk = re.fullmatch(r"[a-z0-9]+\.zarr/[qkv]/.*[0-9]", name)  # of a dataset, of which a fingerprint reads samples
+    chunk = re.fullmatch(r"[a-z0-9]+\.zarr/[qkv]/.*[0-9]", name)  # of a dataset that a command names, and so vouches for
     if kept is not None and not chunk:
         os.utime(path, ns=(kept.modified, kept.modified))  # hides it
     elif name.endswith("/lock"):

@@ -278,6 +278,26 @@ def test_a_dataset_that_changed_is_refused(client: Client, dataset: Path, result
     assert carry_out(plan, dataset, result, client, overwrite=True).report.pairs_before == 0
 
 
+def test_a_chunk_that_was_written_is_noticed_though_size_and_time_are_set_back(
+    client: Client, dataset: Path, result: Path
+) -> None:
+    """A copy, or files that were only touched, are named by who knows that they are the same."""
+    plan = plan_for(dataset, chunks=13)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    interrupted(plan, dataset, result, client)
+    chunk = dataset / "k/c/0/0/0/0"
+    status = chunk.stat()
+    chunk.write_bytes(chunk.read_bytes())
+    os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for again in (
+        lambda: oocattn.resume(result, client=client),
+        lambda: carry_out(plan, dataset, result, client),
+    ):
+        with pytest.raises(IntegrityError, match=r"zarr: files of k of the dataset were replaced or written .*--dataset"):
+            again()
+    assert_same_bits(oocattn.resume(result, client=client, dataset=dataset), right)
+
+
 def test_another_version_does_not_go_on(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
