@@ -275,7 +275,7 @@ def test_the_device_budget_is_kept_and_used_and_given_back(
     usual, before = sys.getswitchinterval(), reserved_bytes()
     torch.cuda.reset_peak_memory_stats()
     kernel_rate.cache_clear()  # measuring counts too
-    plan = oocattn.plan(dataset, **options)
+    plan = oocattn.plan(dataset, lanes=1, **options)
     measuring = torch.cuda.max_memory_reserved() - before
     result = carry_out(plan, dataset, tmp_path / "result.zarr", client)
     peak = torch.cuda.max_memory_reserved() - before
@@ -303,7 +303,8 @@ def test_a_rehearsal_makes_every_call_within_the_plan_and_gives_all_back(
     before = reserved_bytes()
     torch.cuda.reset_peak_memory_stats()
     rehearse(half_plan)
-    assert made == [(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(half_plan)]
+    calls = [(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(half_plan)]
+    assert sorted(made) == sorted(calls * torch.cuda.device_count())
     assert torch.cuda.max_memory_reserved() - before <= half_plan.peak_device
     assert torch.cuda.memory_reserved() == before
 
