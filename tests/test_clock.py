@@ -83,7 +83,7 @@ def test_a_run_is_right_when_the_clock_is_set_meanwhile(
     with monkeypatch.context() as patched:
 
         def look(event: Event) -> None:
-            if event.kind == "staged" and not recorder.of("attended"):
+            if event in recorder.of("staged")[:1]:  # once: what is set by a clock that was set would set Dask's too
                 change(patched)
             if event.kind == "attended":
                 statuses.append(oocattn.status(result))
