@@ -8,6 +8,8 @@ aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. What it gets wrong is kept aw
 * Its bits depend on the number of threads and on where its operands lie, both through the matrix products inside:
   those of a call with a single block of rows are themselves divided among threads, and operands off a cache line take
   other code. So a call has never fewer than `_ROW_QUANTUM` rows, and every tile starts on a cache line.
+* The log-sum-exp of a row whose scores are all large, as where padding is masked by adding -1e9, has lost how many keys
+  it stands for, and rows are merged by it: where one exceeds `_LARGEST_LSE`, the call is made again by the reference.
 * A row whose scores are all -inf comes back as (out 0, lse 0), which looks like a row with keys, and a NaN or Inf in a
   masked value reaches the rows that mask it: calls that may meet them go to the float64 reference, which is slow.
 * A causal call on one head divides its rows, not its work, among the threads, and computes 512 keys at a time whether
@@ -35,6 +37,7 @@ _ROW_TILE_PER_HEAD = 1024  # and at least: below 768 rows the library takes bloc
 _ROW_BLOCKS = 512  # a tile larger than this is cut to a multiple: two threads' blocks of 256, so that none waits
 _ROW_QUANTUM = 64  # rows are padded to two blocks of 32, the library's smallest, or more
 _TRIANGLE = 512  # rows of the triangles that are left: 8 equal blocks of 64 rows, each of 512 keys, masked or not
+_LARGEST_LSE = 4096.0  # beyond it, float32 keeps less than 12 bits of the number of keys in a log-sum-exp
 _LIBRARY_BLOCK = (256, 512)  # rows and keys of the score block that each thread of the library call allocates
 
 
@@ -72,14 +75,14 @@ class CpuKernel:
             call.rectangle(last if diagonal else 0, rows, first, last)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """See `Kernel.scratch_bytes`: the tiles, the library's result and buffers, and the merge."""
+        """See `Kernel.scratch_bytes`: the tiles, then the library's result and buffers, and the merge, or the reference."""
         tile_rows = group_size * _tile_rows(group_size, rows)
         tiles = tile_rows * head_dim + 2 * min(keys, _KEY_TILE) * head_dim
         result = tile_rows * (head_dim + 1)
         block_rows, block_keys = _LIBRARY_BLOCK
         library = threads * (4 * block_rows * (block_keys + head_dim + 2) + PRODUCT_BYTES)
         reference = ReferenceKernel().scratch_bytes(group_size, rows, keys, head_dim, dtype, threads)
-        return max(4 * (tiles + result) + library + SCRATCH_BYTES, reference)
+        return 4 * tiles + max(4 * result + library + SCRATCH_BYTES, reference)
 
     def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
         """See `Kernel.lacks`."""
@@ -136,7 +139,13 @@ class _Call:
             is_causal=causal,
             scale=self.scale,
         )
-        fold(self.state.rows(start, stop), out[0, :, :rows], lse[0, :, :rows], keys=last_key - first_key, diagonal=causal)
+        state = self.state.rows(start, stop)
+        if float(lse[0, :, :rows].abs().amax()) < _LARGEST_LSE:
+            fold(state, out[0, :, :rows], lse[0, :, :rows], keys=last_key - first_key, diagonal=causal)
+            return
+        del out, lse
+        key, value = self.key_tile[keys], self.value_tile[keys]
+        ReferenceKernel().attend(query[:, :rows], key, value, state, scale=self.scale, diagonal=causal)
 
 
 def _tile_rows(group_size: int, rows: int) -> int:

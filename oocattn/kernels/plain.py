@@ -19,6 +19,9 @@ from oocattn.problem import DTYPES
 _CUBLAS_WORKSPACE = 32 << 20
 """What torch keeps for cuBLAS from the first product on: 32 MiB on Hopper, less on others."""
 
+_MOST_APART = 40.0
+"""How far the rounded maximum of a row may lie from the exact one and still be its shift: weights reach exp(40) = 2e17."""
+
 _QUANTUM = 64  # steps above it are cut to a multiple, which suits the matrix products
 
 
@@ -61,11 +64,12 @@ class PlainKernel:
         scores = (query[:, rows].to(self.precision) * scale) @ key[keys].to(self.precision).T  # [g, rows, keys]
         if tile.diagonal:
             scores.masked_fill_(torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu_(1), -math.inf)
-        maximum = scores.amax(-1).float()
-        weights = scores.sub_(finite_shift(maximum).to(self.precision).unsqueeze(-1)).exp_()
+        maximum = scores.amax(-1)
+        kept = maximum.float()  # as the state holds it
+        weights = scores.sub_(_shift(maximum, kept).unsqueeze(-1)).exp_()
         num = _weighted_sum(weights, value[keys].to(self.precision), tile.diagonal)
         counts = attended_keys(block, tile.last_key - tile.first_key, diagonal=tile.diagonal)
-        merge(block, Partial(num.float(), weights.sum(-1).float(), maximum, counts))
+        merge(block, Partial(num.float(), weights.sum(-1).float(), kept, counts))
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: what a tile needs, and what cuBLAS keeps."""
@@ -88,6 +92,16 @@ class PlainKernel:
         of_value = keys * head_dim * itemsize  # key; value, what is finite of it, and sums of what is not
         vectors = 8 * group_size * rows * itemsize + rows * 8
         return (group_size * rows * keys * itemsize, rows * keys, *[of_query] * 2, *[of_value] * 4, vectors, SCRATCH_BYTES)
+
+
+def _shift(maximum: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """What to subtract from scores before exp: `kept`, the float32 maximum, or as near to it as weights stay finite.
+
+    From scores of about 1e9 on, rounding the maximum to float32 moves it by more than exp can take. The weights of a tile
+    are exact all the same; against other tiles the row then counts as float32 scores would.
+    """
+    finite = finite_shift(maximum)
+    return finite - (finite - finite_shift(kept)).clamp_(-_MOST_APART, _MOST_APART)
 
 
 def _weighted_sum(weights: torch.Tensor, value: torch.Tensor, diagonal: bool) -> torch.Tensor:

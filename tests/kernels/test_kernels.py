@@ -168,6 +168,55 @@ def test_scores_of_a_thousand(name, diagonal):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("size", [1e4, 1e9, 1e15, 1e36])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_rows_of_equal_large_scores_weigh_all_their_keys_alike(name, size, sign):
+    """As where padding is masked by a constant: spans of different length count as many keys as they have."""
+    query, key, value = operands(2, 70, 100, 72)
+    query[..., 0], key[:, 0], key[:, 1:] = 1, sign * size, 0
+    state = Partial.empty(*query.shape)
+    for first, last in spans(100, [3, 50]):
+        get_kernel(name).attend(query, key[first:last], value[first:last], state, scale=0.3, diagonal=False)
+    out, lse = finished(state)
+    assert relative_error(out, value.double().mean(0).expand(out.shape).numpy()) <= 1e-6
+    assert (lse - sign * 0.3 * size - math.log(100)).abs().max() <= 1e-6 * size
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("constant", [-1e4, -1e9, -1e30, -1e37])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_keys_that_a_large_constant_masks_weigh_nothing(name, constant, diagonal):
+    query, key, value = operands(2, 90, 90, 72)
+    query[..., -1], key[:, -1] = 1, 0
+    key[1::2, -1] = constant  # row 0 of a causal call has a key
+    state = Partial.empty(*query.shape)
+    for first, last in spans(90, [] if diagonal else [1, 2, 40]):
+        get_kernel(name).attend(query, key[first:last], value[first:last], state, scale=0.1, diagonal=diagonal)
+    out, lse = finished(state)
+    expected_out, expected_lse = attention(query, key, value, 0.1, diagonal)
+    assert relative_error(out, expected_out) <= 2e-6
+    assert np.abs(lse.numpy() - expected_lse).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("size", [1e7, 1e10, 1e15, 1e30])
+@pytest.mark.parametrize("nan", [False, True])
+def test_large_scores_leave_each_row_its_best_key_also_beside_a_nan(name, size, nan):
+    query, key, value = operands(2, 60, 60, 16)
+    query, key = query * math.sqrt(size), key * math.sqrt(size)
+    scores = torch.einsum("gnd,md->gnm", query.double(), key.double())
+    best, second = scores.topk(2).values.unbind(-1)
+    clear = best - second > 1e-5 * size  # float32 scores do not decide the others
+    assert clear.sum() > 100
+    if nan:
+        query[1, 7], clear[1, 7] = math.nan, False
+    out, lse = finished(attend(name, query, key, value, scale=1.0))
+    assert relative_error(out[clear], value[scores.argmax(-1)][clear].double().numpy()) <= 2e-6
+    assert (lse - best)[clear].abs().max() <= 1e-5 * size
+    assert out.isnan().any(-1).sum() == nan
+
+
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_nan_and_inf_reach_the_rows_that_attend_them_and_no_others(name, bad, where):
