@@ -37,7 +37,7 @@ _ROW_TILE_PER_HEAD = 1024  # and at least: below 768 rows the library takes bloc
 _ROW_BLOCKS = 512  # a tile larger than this is cut to a multiple: two threads' blocks of 256, so that none waits
 _ROW_QUANTUM = 64  # rows are padded to two blocks of 32, the library's smallest, or more
 _TRIANGLE = 512  # rows of the triangles that are left: 8 equal blocks of 64 rows, each of 512 keys, masked or not
-_LARGEST_LSE = 4096.0  # beyond it, float32 keeps less than 12 bits of the number of keys in a log-sum-exp
+_LARGEST_LSE = 1024.0  # beyond it, float32 keeps less than 14 bits of what a log-sum-exp says of the number of keys
 _LIBRARY_BLOCK = (256, 512)  # rows and keys of the score block that each thread of the library call allocates
 
 
