@@ -20,7 +20,7 @@ from oocattn.records import Count, Positive, Range, from_json, to_json
 from oocattn.sampling import STRATA, StratumName, share_bound
 from oocattn.storage.checksums import Damage
 
-FORMAT = 2
+FORMAT = 3
 
 MOST_OPEN = 0.01
 """Of `out` (relative) and of lse (absolute: so much is a share of the sum of weights). A row of which more may be lost
@@ -85,13 +85,18 @@ class ArrayCheck:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Query-key pairs that the run had to attend and those that it counted, NaN and Inf in its inputs and in `out`, and what
-    computed otherwise for a part of the run than when it began ("" where nothing did)."""
+    """What the run counted, and what computed otherwise for a part of it than when it began ("" where nothing did).
+
+    Counts are of query-key pairs, expected and found, of NaN and Inf in its inputs and in `out`, and of elements of `out`
+    that only its dtype made Inf or 0.
+    """
 
     expected: Count
     counted: Count
     not_finite: Count
     out_not_finite: Count
+    out_overflowed: Count
+    out_underflowed: Count
     other_bits: str
 
 
@@ -178,9 +183,19 @@ class Certificate:
 
     @property
     def error(self) -> float:
-        """The relative error of `out` over all recomputed rows together (norm)."""
-        lengths = math.fsum(row.length**2 for row in self.rows)
-        return math.sqrt(sum((row.error * row.length) ** 2 for row in self.rows) / max(lengths, 1e-300))
+        """The relative error of `out`: the root mean square over the rows that show something, as causal rows differ in
+        length; over all rows where none does."""
+        return math.hypot(*self._errors) / math.sqrt(len(self._errors))
+
+    @property
+    def worst_error(self) -> float:
+        """The largest relative error of `out` of the same rows."""
+        return _largest(self._errors)
+
+    @property
+    def _errors(self) -> list[float]:
+        showing = [row.error for row in self.rows if row.shows or not row.passed]
+        return showing or [row.error for row in self.rows]
 
     @property
     def drawn(self) -> int:
@@ -271,13 +286,14 @@ class Certificate:
             "inconclusive": self.inconclusive,
             **summary,
             "error": to_json(self.error),
+            "worst_error": to_json(self.worst_error),
             **content,
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Certificate:
         """The certificate that `to_json` wrote. Raises IntegrityError for anything else, also for another verdict."""
-        follows = ("format", "passed", "inconclusive", "verdict", "statement", "strata", "error")
+        follows = ("format", "passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
         try:
             found = dict(content)
             summary = {name: found.pop(name) for name in follows}

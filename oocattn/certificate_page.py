@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from oocattn.certificate import Certificate, RowCheck
-from oocattn.certificate_text import checksum_lines, dataset_line, ledger_line
+from oocattn.certificate_text import checksum_lines, dataset_line, error_line, ledger_line
 
 WORST = 10
 """Rows that are shown one by one: the worst."""
@@ -33,7 +33,12 @@ def certificate_page(certificate: Certificate) -> str:
         f"<p>{escape(_sentence(certificate.statement))}</p>",
         bits if certificate.damaged else "",  # what is wrong comes first
         _section("What was checked", _facts(_subject(certificate)), *map(_paragraph, _method(certificate))),
-        _section("Rows", _strata(certificate), _paragraph(_ULPS.format(dtype=certificate.problem.out_dtype))),
+        _section(
+            "Rows",
+            _paragraph(_sentence(f"out has a {error_line(certificate)}")),
+            _strata(certificate),
+            _paragraph(_ULPS.format(dtype=certificate.problem.out_dtype)),
+        ),
         _section(_title_of_rows(certificate), _rows(certificate)),
         "" if certificate.damaged else bits,
         _section("Ledger", _paragraph(_sentence(ledger_line(certificate)))),

@@ -27,8 +27,7 @@ def certificate_text(certificate: Certificate) -> str:
     overall = certificate.strata[-1]
     lines += [
         "",
-        f"out          relative error {certificate.error:.1e} over all recomputed rows; an ulp is a unit in the last place "
-        f"of {certificate.problem.out_dtype}",
+        f"out          {error_line(certificate)}; an ulp is a unit in the last place of {certificate.problem.out_dtype}",
         f"lse          within {overall.lse_error:.1e}, {overall.lse_ulps:.3g} ulp of float32",
         f"shown        {certificate.statement}",
         *(f"checksums    {printable(line)}" for line in checksum_lines(certificate)),
@@ -48,6 +47,12 @@ def _wrong_rows(certificate: Certificate) -> list[str]:
         for row in certificate.wrong[:MOST_SHOWN]
     ]
     return lines + more_line(len(certificate.wrong))
+
+
+def error_line(certificate: Certificate) -> str:
+    """How far `out` is off."""
+    worst = f"{certificate.worst_error:.1e} in the worst row"
+    return f"relative error {certificate.error:.1e} (root mean square over rows), {worst}"
 
 
 def checksum_lines(certificate: Certificate) -> list[str]:
@@ -78,7 +83,9 @@ def ledger_line(certificate: Certificate) -> str:
         )
     counted = f"{format_count(ledger.counted)}pairs counted by the run, exactly those expected"
     bits = f"; a part was computed with {printable(ledger.other_bits)}" if ledger.other_bits else ""
-    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out{bits}"
+    narrowed = f", {ledger.out_overflowed:,} of them too large for its dtype" if ledger.out_overflowed else ""
+    narrowed += f", and {ledger.out_underflowed:,} zeros too small for it" if ledger.out_underflowed else ""
+    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out{narrowed}{bits}"
 
 
 def dataset_line(certificate: Certificate) -> str:

@@ -171,7 +171,15 @@ def certify(
 
 def _ledger(problem: Problem, report: RunReport) -> Ledger:
     """What the report of the run says."""
-    return Ledger(problem.pairs, report.pairs, report.not_finite, report.out_not_finite, report.other_bits)
+    return Ledger(
+        problem.pairs,
+        report.pairs,
+        report.not_finite,
+        report.out_not_finite,
+        report.out_overflowed,
+        report.out_underflowed,
+        report.other_bits,
+    )
 
 
 def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict[str, RowReader]:

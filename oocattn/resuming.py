@@ -22,9 +22,9 @@ from oocattn.stored_plan import read_plan
 from oocattn.units import format_bytes, parse_duration, parse_size
 from oocattn.version import versions
 
-FORMAT = 3
+FORMAT = 4
 """Of the journal and of what lies beside it; another one is not resumed. 3: machine and inputs of the plan, the name of the
-growing result, what computes."""
+growing result, what computes. 4: what the dtype of `out` made Inf or 0."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,10 @@ MATRIX_UNITS = 1e-5
 """Of lse: what matrix units that truncate sums and approximate powers of two may lose besides."""
 
 OVERFLOW = 2.0**119
-"""Sums as large as this may overflow float32, with weights that a kernel has raised by up to 2^8."""
+"""Sums of values as large as this may overflow float32, with weights that a kernel has raised by up to 2^8."""
+
+SCORE_OVERFLOW = 2.0**126
+"""Sums of products of a query and a key as large as this may overflow float32, before they are scaled."""
 
 LARGE = 0.25
 """An error of a score that is not small: first-order analysis ends."""
@@ -123,7 +126,8 @@ class RoundingErrors:
         self._largest_value = np.zeros(rows)
         self._square_of_values = np.zeros(rows)
         self._drift, self._peak, self._repeated = np.zeros(rows), np.zeros(rows), np.zeros(rows)
-        self._largest_sum, self._largest_error, self._reach = np.zeros(rows), np.zeros(rows), np.full(rows, -np.inf)
+        self._largest_sum, self._largest_error = np.zeros(rows), np.zeros(rows)
+        self._reach, self._lost = np.full(rows, -np.inf), np.full(rows, -np.inf)
         self._repeats = Repeats(tokens, head_dim)
         self._buffers = [np.empty(rows * key_rows) for _ in range(3)]
 
@@ -140,12 +144,24 @@ class RoundingErrors:
         masked = ~(np.isfinite(error) & np.isfinite(sizes))
         for array in (error, variance, sizes):
             np.copyto(array, 0.0, where=masked)
-        np.maximum(self._largest_sum, sizes.max(axis=1), out=self._largest_sum)
+        overflow = self._see_sums(scores, sizes, masked)
         self._bound_errors(error, variance, sizes)
         np.maximum(self._largest_error, error.max(axis=1), out=self._largest_error)
+        if overflow is not None:
+            np.maximum(self._lost, np.where(overflow, scores + error, -np.inf).max(axis=1), out=self._lost)
         if self._largest_error.max() > LARGE:
             reach = np.where(error > LARGE, scores + error, -np.inf).max(axis=1)
             np.maximum(self._reach, reach, out=self._reach)
+
+    def _see_sums(self, scores: Array64, sizes: Array64, masked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
+        """Take sum|q k| of each score: its products above 0 may overflow to Inf, those below 0 to -Inf. The latter scores
+        are returned, if there is one: their keys weigh nothing then, which is wrong only where they should."""
+        largest = SCORE_OVERFLOW * min(1.0, self._scale)
+        if sizes.max(initial=0.0) <= largest:
+            return None
+        finite = np.where(masked, 0.0, scores)
+        np.maximum(self._largest_sum, (sizes + finite).max(axis=1) / 2 / largest, out=self._largest_sum)
+        return (sizes - finite) / 2 > largest
 
     def _bound_errors(self, error: Array64, variance: Array64, sizes: Array64) -> None:
         """From |s|, sum (q k)^2 and sum|q k| of each score, all in place: what of its error counts as of one sign, and the
@@ -217,16 +233,22 @@ class RoundingErrors:
         self, out: Array64, lse: Array64, maximum: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]
     ) -> Allowance:
         """Of rows with these exact `out` [rows, D] and lse, largest scores, sums of weights and of weight times |value|, and
-        numbers of keys."""
+        numbers of keys.
+
+        Nothing is lost of a row whose scores are all -Inf: its weights are 0 in any arithmetic.
+        """
+        empty = np.isneginf(maximum)
         out, lse, rise = (np.where(np.isfinite(array), array, 0.0) for array in (out, lse, lse - maximum))
         den = np.where(den > 0, den, 1.0)
-        unknown = self._reach > lse - 10 - np.log(keys)  # keys that matter have errors that are not small
+        matter = lse - 10 - np.log(keys)  # from such a score on, together
+        unknown = self._reach > matter  # keys that matter have errors that are not small
         steady = np.where(unknown, self._largest_error, self._systematic.total / den)
         of_out, of_lse = self._of_out(out, lse, den, size, keys), self._of_lse(lse, rise, den, steady, keys)
         anything = 1.01 * (np.linalg.norm(out, axis=1) + self._largest_value)  # out is a mean of values
         of_out = np.minimum(np.where(unknown, np.inf, of_out), anything)
-        overflows = np.maximum(self._largest_sum * max(1.0, 1 / self._scale), size) > OVERFLOW
+        overflows = (self._largest_sum > 1) | (self._lost > matter) | (size > OVERFLOW)
         of_out, of_lse = (np.where(overflows, np.inf, allowed) for allowed in (of_out, of_lse))
+        of_out, of_lse = (np.where(empty, 0.0, allowed) for allowed in (of_out, of_lse))
         return Allowance(np.where(np.isnan(of_out), 0.0, of_out), np.where(np.isnan(of_lse), 0.0, of_lse))  # of rows of NaN
 
     def _of_out(self, out: Array64, lse: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]) -> Array64:

@@ -44,7 +44,7 @@ RIGHT = Certificate(
     rows=ROWS,
     arrays=(ArrayCheck("out", "checked", 4, ()), ArrayCheck("lse", "checked", 4, ())),
     digest="ab" * 32,
-    ledger=Ledger(1_001_000, 1_001_000, 0, 0, ""),
+    ledger=Ledger(1_001_000, 1_001_000, 0, 0, 0, 0, ""),
     dataset_recorded="cd" * 32,
     dataset_found="cd" * 32,
     computed_with={"oocattn": "0.1.0", "zarr": "3.1.6"},
@@ -134,8 +134,21 @@ def test_strata_and_totals() -> None:
     assert (last.error, last.ulps, last.mean_ulps, last.of_allowed) == (3e-4, 0.75, 0.5, pytest.approx(0.6))
     assert uniform.mean_ulps == pytest.approx((0.5 + 59 * 0.25) / 60)
     assert RIGHT.error == pytest.approx(math.sqrt((3e-4**2 + 60 * 1e-4**2) / 61))
+    assert RIGHT.worst_error == 3e-4
+    assert "relative error 1.1e-04 (root mean square over rows), 3.0e-04 in the worst row" in str(RIGHT)
     assert math.isnan(UNREADABLE.strata[-1].error)
     assert UNREADABLE.strata[-1].ulps == math.inf
+
+
+def test_the_headline_is_of_all_rows_alike_and_of_those_that_show_something() -> None:
+    """A row of a few keys is ten thousand times as long as one of many."""
+    long = row(0, 0, "first", length=1e4, error=1e-7)
+    assert replace(RIGHT, rows=(long, *ROWS[1:])).error == pytest.approx(RIGHT.error, rel=0.1)
+    assert (SOME_VAGUE.error, SOME_VAGUE.worst_error) == (RIGHT.error, RIGHT.worst_error)
+    none = replace(RIGHT, rows=(row(0, 0, "uniform", error=0.5, allowed=math.inf),))
+    assert (none.error, none.worst_error) == (0.5, 0.5)
+    assert math.isnan(UNREADABLE.error)
+    assert replace(WRONG, rows=(*WRONG.rows, row(0, 0, "uniform", error=math.inf))).worst_error == math.inf
 
 
 def test_the_words_for_a_terminal() -> None:

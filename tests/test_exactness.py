@@ -236,7 +236,7 @@ def test_every_element_that_is_not_finite_is_counted_once(client: Client, fast_p
             assert "111 elements are NaN or Inf" in str(result.report)
 
 
-@pytest.mark.parametrize(("size", "out_dtype"), [(3.3e38, "float32"), (7e4, "float16")])
+@pytest.mark.parametrize(("size", "out_dtype"), [(3.3e38, "float32"), (7e4, "float16"), (1e6, "float16")])
 def test_what_overflows_in_out_is_counted_and_said(
     client: Client, fast_path: Path, caplog: pytest.LogCaptureFixture, size: float, out_dtype: str
 ) -> None:
@@ -250,9 +250,27 @@ def test_what_overflows_in_out_is_counted_and_said(
         count = int((~np.isfinite(np.asarray(result.out[...]).astype(np.float64))).sum())
         assert count > 0
         assert (result.report.not_finite, result.report.out_not_finite) == (0, count)
-        assert f"out          {count:,} elements are NaN or Inf: float32 arithmetic" in str(result.report)
-        assert f"{count} elements of out are NaN or Inf, and none of the inputs" in caplog.text
+        assert result.report.out_overflowed == (0 if out_dtype == "float32" else count)
+        assert f"out          {count:,} elements are NaN or Inf" in str(result.report)
+        said = "NaN or Inf, and none of the inputs" if out_dtype == "float32" else "Inf because their values are too large"
+        assert f"{count:,} elements of out are {said}" in caplog.text
+        assert said in str(result.report)
         certificate = verify(result.path)
         assert (certificate.ledger.not_finite, certificate.ledger.out_not_finite) == (0, count)
         assert f"0 NaN or Inf in the inputs, {count:,} in out" in str(certificate)
         assert not certificate.failed
+
+
+def test_what_the_dtype_of_out_loses_is_told_apart_from_what_inputs_bring(
+    client: Client, fast_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    q, k, v = normal_arrays(101, heads=6, kv_heads=2, head_dim=5, batch=2)
+    v[0, 0, :, 0], v[0, 0, :, 1], v[0, 0, :, 2] = 1e6, np.nan, 1e-9
+    dataset = write_dataset(fast_path / "dataset.zarr", (q, k, v))
+    plan = plan_for(dataset, out_dtype="float16", chunks=7)
+    report = carry_out(plan, dataset, fast_path / "result.zarr", client).report
+    assert (report.not_finite, report.out_not_finite, report.out_overflowed, report.out_underflowed) == (101, 606, 303, 303)
+    assert "303 elements of out are Inf because their values are too large for its dtype" in caplog.text
+    assert "303 elements of out are 0 because their values are too small for its dtype" in caplog.text
+    certificate = verify(fast_path / "result.zarr")
+    assert "606 in out, 303 of them too large for its dtype, and 303 zeros too small for it" in str(certificate)

@@ -231,6 +231,52 @@ def test_large_scores_that_leave_one_key_are_checked(client: Client, tmp_path: P
     assert oocattn.verify(tmp_path / "result.zarr", checksums=False).failed
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_that_attend_only_minus_infinity_are_zeros_and_checked(client: Client, tmp_path: Path, causal: bool) -> None:
+    q, k, v = normal_arrays(90)
+    q[..., 0] = 1
+    k[..., : 30 if causal else 90, 0] = -np.inf
+    dataset = write_dataset(tmp_path / "dataset.zarr", (q, k, v), 20)
+    carry_out(plan_for(dataset, causal=causal, chunks=3), dataset, tmp_path / "result.zarr", client)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        certificate = oocattn.verify(tmp_path / "result.zarr", rows=180)
+    assert (certificate.passed, certificate.showing_nothing) == (True, [])
+    assert certificate.error < 1e-6
+    for name, change in {"out": 1e-6, "lse": 1.0}.items():
+        with zarr.config.set({"array.write_empty_chunks": True}):  # of zeros
+            spoil(tmp_path / "result.zarr", name, lambda data, change=change: data[:, :, 10].fill(change))
+        assert {row.token for row in oocattn.verify(tmp_path / "result.zarr", rows=180).wrong} == {10}
+
+
+@pytest.mark.parametrize("constant", [-1e9, -1e37, -3e38])
+def test_keys_that_a_large_constant_masks_leave_rows_that_show_something(
+    client: Client, tmp_path: Path, constant: float
+) -> None:
+    q, k, v = normal_arrays(90, head_dim=72)
+    q[..., -1], k[..., -1] = 1, 0
+    k[..., 1::2, -1] = constant
+    dataset = write_dataset(tmp_path / "dataset.zarr", (q, k, v), 20)
+    carry_out(plan_for(dataset, causal=True, chunks=7), dataset, tmp_path / "result.zarr", client)
+    certificate = oocattn.verify(tmp_path / "result.zarr", rows=180)
+    assert (certificate.passed, certificate.showing_nothing) == (True, [])
+    assert certificate.worst_error < 2e-6
+
+
+@pytest.mark.parametrize("size", [1e8, 3e9, 1e10, 1e20])
+def test_large_scores_are_no_wrong_rows_and_no_nan(client: Client, tmp_path: Path, size: float) -> None:
+    """With a NaN in a value, which the reference computes."""
+    q, k, v = normal_arrays(90, head_dim=64)
+    q, k = q * np.float32(size**0.5), k * np.float32(size**0.5)
+    v[0, 0, 80, 0] = np.nan
+    dataset = write_dataset(tmp_path / "dataset.zarr", (q, k, v), 20)
+    report = carry_out(plan_for(dataset, causal=True, chunks=7), dataset, tmp_path / "result.zarr", client).report
+    assert report.out_not_finite == 20  # rows 80 to 89 of two heads attend it
+    certificate = oocattn.verify(tmp_path / "result.zarr", rows=180)
+    assert not certificate.failed
+    assert certificate.worst_error < 1e-3  # of float64, unless two scores are nearly equal
+
+
 def test_verify_warns_of_nothing_whatever_the_numbers(client: Client, tmp_path: Path) -> None:
     arrays = tuple(array * np.float32(10) ** (5 * np.arange(8, dtype="f4") - 10) for array in normal_arrays(90))
     arrays[1][0, 0, 40] = -np.inf

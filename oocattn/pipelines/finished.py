@@ -18,6 +18,9 @@ from oocattn.units import format_seconds
 
 NAMES = ("out", "lse")
 
+COUNTS = ("pairs", "not_finite", "out_not_finite", "out_overflowed", "out_underflowed")
+"""Of a finished chunk, as `RunReport` has them of a run."""
+
 COMPARE_SECONDS = 10.0
 """For which the checksums of finished chunks are compared before a run goes on, unless all are to be."""
 
@@ -37,13 +40,12 @@ class Compared:
 NOTHING_FINISHED = Compared()
 
 
-def record_of(pairs: int, not_finite: int, out_not_finite: int, parts: Sequence[Written]) -> dict[str, Any]:
-    """The record of a chunk: its pairs, the NaN and Inf in its inputs and in `out`, and what was written.
+def record_of(counts: Mapping[str, int], parts: Sequence[Written]) -> dict[str, Any]:
+    """The record of a chunk: its `COUNTS`, and what was written.
 
     Parts are in the order of their rows and then of the heads.
     """
     checksums = {name: "".join(getattr(part, name) for part in parts) for name in NAMES}
-    counts = {"pairs": pairs, "not_finite": not_finite, "out_not_finite": out_not_finite}
     return {**counts, "bytes": sum(part.nbytes for part in parts), **checksums}
 
 
@@ -129,7 +131,7 @@ def _is_record(plan: Plan, place: Place, record: Mapping[str, Any]) -> bool:
     if head_group not in range(plan.problem.head_groups) or chunk not in range(plan.chunks):
         return False
     parts = -(-len(plan.tokens(chunk)) // plan.out_chunk_rows) * plan.problem.group_size
-    counts = (record.get(name) for name in ("pairs", "not_finite", "out_not_finite", "bytes"))
+    counts = (record.get(name) for name in (*COUNTS, "bytes"))
     return all(type(count) is int and count >= 0 for count in counts) and all(
         are_digits(record.get(name), parts) for name in NAMES
     )

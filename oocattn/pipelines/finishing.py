@@ -20,7 +20,7 @@ from oocattn.kernels import Partial
 from oocattn.pipelines.arena import Pool, as_numpy
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.finished import record_of
-from oocattn.pipelines.not_finite import count_not_finite
+from oocattn.pipelines.not_finite import count_narrowed, count_not_finite
 from oocattn.pipelines.partials import Collected, PartialStore
 from oocattn.pipelines.tiles import pieces
 from oocattn.plans import Plan
@@ -45,11 +45,12 @@ class _Finished:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part that was written: what, when, and how many elements of `out` are NaN or Inf."""
+    """A part that was written: what, when, how many elements of `out` are NaN or Inf, how many its dtype made Inf or 0."""
 
     written: Written
     span: Span
     not_finite: int
+    narrowed: tuple[int, int]
 
 
 class Finisher:
@@ -103,9 +104,14 @@ class Finisher:
         finished = self._begun.pop((head_group, chunk)).result()
         parts = [part.result() for part in finished.parts]
         spans = tuple(part.span for part in parts)
-        out_not_finite = sum(part.not_finite for part in parts)
-        written = [part.written for part in parts]
-        record = record_of(finished.merged.amount, finished.not_finite, out_not_finite, written)
+        counts = {
+            "pairs": finished.merged.amount,
+            "not_finite": finished.not_finite,
+            "out_not_finite": sum(part.not_finite for part in parts),
+            "out_overflowed": sum(part.narrowed[0] for part in parts),
+            "out_underflowed": sum(part.narrowed[1] for part in parts),
+        }
+        record = record_of(counts, [part.written for part in parts])
         self._journal.finish(head_group, chunk, record)
         self._partials.release(head_group, chunk)
         return Event("written", spans[0].start, spans[-1].stop, head_group, chunk, amount=record["bytes"], spans=spans)
@@ -179,9 +185,10 @@ class Finisher:
             start = clock.now()
             try:
                 not_finite = count_not_finite(as_numpy(out)[0])
+                narrowed = count_narrowed(rows, out, not_finite)
                 written = self._result.write(batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])
             finally:
                 self._blocks.put(block)
-            return _Part(written, Span("write", start, clock.now()), not_finite)
+            return _Part(written, Span("write", start, clock.now()), not_finite, narrowed)
 
         return self._writer.submit(write)

@@ -19,6 +19,9 @@ from oocattn.storage.journal import Place
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
+MOST_UNDERFLOWED = 0.01
+"""Of the elements of `out`: where more are 0 because its dtype holds no smaller number, the others have lost as much."""
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -28,7 +31,9 @@ class RunReport:
     the seconds spent in each kind of task, over all lanes, `bytes_read`, `bytes_partials` (written to disk) and
     `compute_busy`, the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean.
     `pairs` are the query-key pairs that the ledger confirmed, `pairs_before` those of them that were attended before the
-    run was resumed; `not_finite` the NaN and Inf found in the inputs, `out_not_finite` those in `out` as it was written;
+    run was resumed; `not_finite` the NaN and Inf found in the inputs, `out_not_finite` those in `out` as it was written,
+    `out_overflowed` those of them that only the dtype of `out` made Inf, `out_underflowed` those that it made 0, of
+    `out_elements`;
     `recomputed` the partials on disk that were damaged, so that they were computed again; `retried` the tasks that
     failed and were tried again, `workers_lost` how often workers died, so that others took over their work;
     `out_of_memory` how often a GPU had less memory than was planned, so that the run went on with smaller tiles;
@@ -49,6 +54,9 @@ class RunReport:
     bytes_written: Count
     not_finite: Count
     out_not_finite: Count
+    out_overflowed: Count
+    out_underflowed: Count
+    out_elements: Positive
     recomputed: Count
     retried: Count
     workers_lost: Count
@@ -71,6 +79,27 @@ class RunReport:
             return from_json(cls, content)
         except ValueError as error:
             raise IntegrityError(f"not the report of a run: {error}") from None
+
+    @property
+    def lost(self) -> list[str]:
+        """What numbers of a limited range have lost of `out`, and what to do, line by line."""
+        lines = []
+        if self.out_overflowed:
+            lines.append(
+                f"{self.out_overflowed:,} elements of out are Inf because their values are too large for its dtype: "
+                "choose a wider one (--dtype float32)"
+            )
+        elif self.out_not_finite and not self.not_finite:
+            lines.append(
+                f"{self.out_not_finite:,} elements of out are NaN or Inf, and none of the inputs: float32 arithmetic "
+                "overflowed; make scores or values smaller"
+            )
+        if self.out_underflowed > self.out_elements * MOST_UNDERFLOWED:
+            lines.append(
+                f"{self.out_underflowed:,} elements of out are 0 because their values are too small for its dtype: "
+                "choose a wider one (--dtype float32), or make values larger"
+            )
+        return lines
 
     def __str__(self) -> str:
         share = 1 - self.pairs_before / self.pairs
@@ -98,8 +127,8 @@ class RunReport:
         if self.not_finite:
             lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
         if self.out_not_finite:
-            why = "" if self.not_finite else ": float32 arithmetic, or the dtype of out, overflowed"
-            lines.append(f"out          {self.out_not_finite:,} elements are NaN or Inf{why}")
+            lines.append(f"out          {self.out_not_finite:,} elements are NaN or Inf")
+        lines += [f"             {line}" for line in self.lost]
         if self.recomputed:
             lines.append(f"partials     {self.recomputed} damaged on disk, and computed again")
         if self.retried:
@@ -162,6 +191,9 @@ class Tally:
             bytes_written=total("bytes"),
             not_finite=total("not_finite"),
             out_not_finite=total("out_not_finite"),
+            out_overflowed=total("out_overflowed"),
+            out_underflowed=total("out_underflowed"),
+            out_elements=plan.problem.rows * plan.problem.head_dim,
             recomputed=self.details["recomputed"],
             retried=self.details["retried"],
             workers_lost=self.details["workers_lost"],

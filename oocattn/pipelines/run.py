@@ -93,13 +93,8 @@ def run(
         work.state.tidy()
     except (OocattnError, OSError) as error:  # the result is there: `resume` tidies up
         logger.warning("%s is complete, but not everything beside it was removed: %s", work.paths.result, error)
-    if report.out_not_finite and not report.not_finite:
-        logger.warning(
-            "%s: %d elements of out are NaN or Inf, and none of the inputs: float32 arithmetic, or the dtype of out, "
-            "overflowed; make scores or values smaller",
-            work.paths.result,
-            report.out_not_finite,
-        )
+    for line in report.lost:
+        logger.warning("%s: %s", work.paths.result, line)
     now = clock.now()
     emit(Event("committed", now, now, detail={"path": str(work.paths.result)}))
     emit(Event("ended", start, now, detail={"report": report}))

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from support import GENEROUS, GPU, Unlocked, a_problem
 
-from oocattn.pipelines.finished import finished_chunks, gather_checksums, record_of
+from oocattn.pipelines.finished import COUNTS, finished_chunks, gather_checksums, record_of
 from oocattn.planner import make_plan
 from oocattn.plans import Plan
 from oocattn.storage.journal import Journal
 from oocattn.storage.result import Written
 
 PROBLEM = a_problem(170, batch=2, query_heads=4, kv_heads=2)
+
+NO_COUNTS = dict.fromkeys(COUNTS, 7)
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def finish_all(plan: Plan, journal: Journal) -> None:
             for start in range(tokens.start, tokens.stop, 10)
             for head in head_group.query_heads
         ]
-        journal.finish(*place, record_of(7, 0, 0, parts))
+        journal.finish(*place, record_of(NO_COUNTS, parts))
 
 
 def test_they_are_in_c_order(plan: Plan, tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_a_missing_one_is_no_silent_gap(plan: Plan, tmp_path: Path) -> None:
 def test_a_record_of_no_chunk_of_the_plan_counts_for_nothing(plan: Plan, tmp_path: Path, place: tuple[int, int]) -> None:
     """Nor one with the parts of another chunk: the last one has fewer."""
     journal = Journal.begin(tmp_path, {}, Unlocked())
-    journal.finish(*place, record_of(7, 0, 0, [Written(1, "0" * 8, "1" * 8)] * 6))
+    journal.finish(*place, record_of(NO_COUNTS, [Written(1, "0" * 8, "1" * 8)] * 6))
     assert finished_chunks(plan, journal) == {}
-    journal.finish(1, 2, record_of(7, 0, 0, [Written(1, "0" * 8, "1" * 8)] * 6))
+    journal.finish(1, 2, record_of(NO_COUNTS, [Written(1, "0" * 8, "1" * 8)] * 6))
     assert finished_chunks(plan, journal).keys() == {(1, 2)}

@@ -17,9 +17,11 @@ from oocattn.storage.journal import Place
 PROBLEM = a_problem(1000)
 PLAN = replace(make_plan(PROBLEM, GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=7), seconds=1.0)
 
+NARROWED = {"out_overflowed": 0, "out_underflowed": 0}
+
 FINISHED = {
-    (0, 0): {"pairs": 5, "not_finite": 3, "out_not_finite": 0, "bytes": 10},
-    (0, 1): {"pairs": 10, "not_finite": 0, "out_not_finite": 2, "bytes": 20},
+    (0, 0): {"pairs": 5, "not_finite": 3, "out_not_finite": 0, **NARROWED, "bytes": 10},
+    (0, 1): {"pairs": 10, "not_finite": 0, "out_not_finite": 2, **NARROWED, "bytes": 20},
 }
 
 
@@ -64,9 +66,24 @@ def test_words() -> None:
     assert "resumed" not in text
     assert "out          2 elements are NaN or Inf\n" in f"{text}\n"
     alone = str(report_of(EVENTS, {(0, 1): FINISHED[0, 1]}))
-    assert "inputs" not in alone
-    assert "out          2 elements are NaN or Inf: float32 arithmetic, or the dtype of out, overflowed" in alone
+    assert "\ninputs" not in alone
+    assert "2 elements of out are NaN or Inf, and none of the inputs: float32 arithmetic overflowed" in alone
     assert "NaN" not in str(report_of(EVENTS, {(0, 1): {**FINISHED[0, 1], "out_not_finite": 0}}))
+
+
+@pytest.mark.parametrize(
+    ("counts", "found"),
+    [
+        ({}, []),
+        ({"out_overflowed": 1}, ["1 elements of out are Inf because their values are too large for its dtype"]),
+        ({"out_underflowed": 640}, []),
+        ({"out_underflowed": 641}, ["641 elements of out are 0 because their values are too small for its dtype"]),
+    ],
+)
+def test_what_a_narrow_dtype_loses_is_said(counts: dict[str, int], found: list[str]) -> None:
+    report = report_of(EVENTS, {(0, 0): {**FINISHED[0, 0], **counts}})
+    assert report.out_elements == 64_000
+    assert [line.partition(":")[0] for line in report.lost] == found
 
 
 @pytest.mark.parametrize(
