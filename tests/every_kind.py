@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 KEYS = (
     "normal", "cosine times 100", "constant", "levels", "offset", "offset keys", "channels", "sigma 5", "q is k", "huge",
     "huge offset", "tiny", "few keys", "nearly equal", "zero", "sparse", "signs",
+    "masked", "huge masked", "minus infinity",
 )  # fmt: skip
 VALUES = (
     "normal", "mean", "constant", "halves", "alternating", "by key", "tiny", "huge", "zero", "k", "mixed sizes",
@@ -49,7 +50,8 @@ def a_case(seed: int, most_tokens: int = 3000) -> Case:
     q, k = _queries_and_keys(keys, tokens, head_dim, random)
     v = _values(values, k, random)
     most = 6e4 if dtype == "float16" else 3e38
-    arrays = tuple(np.clip(array, -most, most).astype(numpy_type(dtype))[None, None] for array in (q, k, v))
+    k = np.where(np.isinf(k), k, np.clip(k, -most, most))
+    arrays = tuple(np.clip(array, -most if array is not k else -np.inf, most).astype(numpy_type(dtype))[None, None] for array in (q, k, v))
     return Case(keys, values, arrays, bool(random.random() < 0.5), scale)
 
 
@@ -71,6 +73,11 @@ def _queries_and_keys(kind: str, tokens: int, head_dim: int, random: Generator) 
     if kind == "few keys":
         offset = random.choice([0, 5]) * random.choice([-1, 1], head_dim)
         return q + offset, 3 * k[random.integers(min(tokens, 3), size=tokens)] + offset
+    if "masked" in kind or kind == "minus infinity":  # by one channel, and never the first key
+        constant = {"masked": -1e4, "huge masked": -(10.0 ** random.uniform(5, 38.4)), "minus infinity": -math.inf}[kind]
+        q[:, -1] = 1
+        k[:, -1] = np.where((random.random(tokens) < 0.5) & (np.arange(tokens) > 0), constant, 0)
+        return q, k
     size, level = 10 ** random.uniform(1, 4.6), 10 ** random.uniform(0, 4.3)
     found: dict[str, tuple[Matrix, Matrix]] = {
         "normal": (q, k),
