@@ -51,7 +51,10 @@ def a_case(seed: int, most_tokens: int = 3000) -> Case:
     v = _values(values, k, random)
     most = 6e4 if dtype == "float16" else 3e38
     k = np.where(np.isinf(k), k, np.clip(k, -most, most))
-    arrays = tuple(np.clip(array, -most if array is not k else -np.inf, most).astype(numpy_type(dtype))[None, None] for array in (q, k, v))
+    arrays = tuple(
+        np.clip(array, -most if array is not k else -np.inf, most).astype(numpy_type(dtype))[None, None]
+        for array in (q, k, v)
+    )
     return Case(keys, values, arrays, bool(random.random() < 0.5), scale)
 
 

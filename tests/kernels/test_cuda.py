@@ -109,6 +109,48 @@ def test_nan_and_inf_reach_the_rows_that_attend_them_and_none_far_before(name, d
     assert torch.equal(spoilt.keys, clean.keys)
 
 
+our_kernels = pytest.mark.parametrize("name", ["hopper", "torch"])
+
+
+@our_kernels
+@every_dtype
+@pytest.mark.parametrize("size", [3e4, 1e9, 1e15, 1e36])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_rows_of_equal_large_scores_weigh_all_their_keys_alike(name, dtype, size, sign):
+    """As where padding is masked by a constant: spans of different length count as many keys as they have."""
+    kernel = kernel_for(name, dtype, 64)
+    query, key, value = operands(2, 700, 1000, 64, dtype)
+    key[:] = 0
+    query[..., :2], key[:, 0] = 1, sign * min(size, 3e4 if dtype == "float16" else size)
+    state = poisoned_state(2, 700, 64)
+    for first, last in ((0, 3), (3, 500), (500, 1000)):
+        kernel.attend(query, key[first:last], value[first:last], state, scale=0.3, diagonal=False)
+    out, lse = finished(state)
+    expected = value.double().mean(0).expand(out.shape)
+    assert (out - expected).norm() <= BOUND[dtype] * expected.norm()
+    assert (lse / (0.3 * key[0, 0].float()) - 1).abs().max() <= 1e-3
+
+
+@our_kernels
+@every_dtype
+@pytest.mark.parametrize("size", [1e7, 1e10, 1e15, 1e30])
+def test_large_scores_leave_each_row_its_best_key(name, dtype, size):
+    kernel = kernel_for(name, dtype, 64)
+    size = min(size, 1e8) if dtype == "float16" else size
+    query, key, value = operands(2, 700, 1000, 64, "float32")
+    query, key = ((tensor * math.sqrt(size)).to(getattr(torch, dtype)) for tensor in (query, key))
+    value = value.to(query.dtype)
+    scores = query.double() @ key.double().T
+    best, second = scores.topk(2).values.unbind(-1)
+    clear = best - second > 1e-4 * best.abs()
+    assert clear.sum() > 1000
+    state = poisoned_state(2, 700, 64)
+    kernel.attend(query, key, value, state, scale=1.0, diagonal=False)
+    out, lse = finished(state)
+    assert (out - value[scores.argmax(-1)].float())[clear].abs().max() <= 1e-5
+    assert (lse - best)[clear].abs().max() <= 1e-5 * best.max()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_scores_of_minus_infinity_weigh_nothing_in_plain_torch(dtype):
     query, key, value = operands(1, 400, 600, 64, dtype)

@@ -27,6 +27,7 @@ constexpr int STAGE_BYTES = KEYS * WIDTH * 2;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 constexpr float RISE = 8.0f;  // how far, in powers of two, scores may exceed the shift before it is raised
+constexpr float LARGE = 67108864.0f;  // 2^26: float32 holds every fourth number
 constexpr float LN2 = 0.693147180559945f;
 
 // Row i of each head attends the first i + 1 + offset keys; all of them where that is more than there are.
@@ -138,6 +139,16 @@ struct Softmax {
     float shift[2] = {MINUS_INFINITY, MINUS_INFINITY};  // exponents are taken of scaled scores less this
     float den[2] = {0.0f, 0.0f};                          // of the thread's own columns
 
+    // Scores less the shift, which is 0 from then on. The multiply-add of `weigh` does not round the product as the shift was
+    // rounded: of large scores what is left of that would be more than an exponent.
+    __device__ __forceinline__ static void subtract(float (&scores)[SCORES], float scale, float (&less)[2]) {
+        const float back = 1.0f / scale;
+#pragma unroll
+        for (int i = 0; i < SCORES; ++i)
+            scores[i] = __fsub_rn(__fmul_rn(scores[i], scale), less[i / 2 % 2]) * back;
+        less[0] = less[1] = 0.0f;
+    }
+
     // Turn scores into weights. Whether the shift was raised; then what was summed before counts `factor` times as much.
     __device__ __forceinline__ bool weigh(float (&scores)[SCORES], float scale, float (&factor)[2]) {
         float highest[2] = {scores[0], scores[2]};
@@ -160,7 +171,8 @@ struct Softmax {
                 shift[row] = raised;
             }
         }
-        const float less[2] = {shift[0] == MINUS_INFINITY ? 0.0f : shift[0], shift[1] == MINUS_INFINITY ? 0.0f : shift[1]};
+        float less[2] = {shift[0] == MINUS_INFINITY ? 0.0f : shift[0], shift[1] == MINUS_INFINITY ? 0.0f : shift[1]};
+        if (fmaxf(fabsf(less[0]), fabsf(less[1])) > LARGE) subtract(scores, scale, less);
         float sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) {
