@@ -48,6 +48,10 @@ class Kernel(Protocol):
         or Inf in a value may also reach the rows before it in the kernel's tile (less than 512); with a library's, scores
         of -inf may become NaN, and the log-sum-exp of a row with NaN may be anything.
 
+        Where the scores of a row are all large (1e3 and more in size, as of padding that a constant masks), equal ones count
+        alike over any number of calls, and the largest decide the row, as far as float32 tells scores apart. Kernels that
+        merge a library's log-sum-exp on a GPU (fa3, cudnn, flash) do not promise this: it rounds the number of keys away.
+
         Raises ValueError where shapes or dtypes do not fit.
         """
 
