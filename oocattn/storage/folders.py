@@ -6,6 +6,7 @@ removed, nor is anything behind a symbolic link.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from oocattn.errors import IntegrityError, ResultExistsError
+from oocattn.storage.operations import doing
 
 _TEMPORARY = r"(\.[0-9a-f]{32})?(\.partial)?"
 """What the name of a file ends with while it is written."""
@@ -34,13 +36,21 @@ GROUP = (
 
 
 @contextmanager
-def opened_folder(path: Path) -> Iterator[int]:
-    """A descriptor of a folder, which is no symbolic link. Raises IntegrityError for anything else, OSError as `open`."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags)
-    except NotADirectoryError:
-        raise IntegrityError(f"{path} is not a folder but {_kind(path)}: expected a folder; remove it") from None
+def opened_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
+    """A descriptor of a folder, which is no symbolic link. Raises IntegrityError for anything else, OSError as `open`.
+
+    It need not be allowed to list one that is not to be `listed`.
+    """
+    flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with doing("open the folder", path):
+        try:
+            descriptor = os.open(path, flags | os.O_RDONLY)
+        except NotADirectoryError:
+            raise IntegrityError(f"{path} is not a folder but {_kind(path)}: expected a folder; remove it") from None
+        except OSError as error:
+            if listed or error.errno not in (errno.EACCES, errno.EISDIR):
+                raise
+            descriptor = os.open(path, flags | os.O_PATH)
     try:
         yield descriptor
     finally:
@@ -50,14 +60,15 @@ def opened_folder(path: Path) -> Iterator[int]:
 def is_folder(path: Path) -> bool:
     """Whether there is a folder, and no link to one."""
     try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
+        with doing("look at", path):
+            return stat.S_ISDIR(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
 def require_own(path: Path) -> None:
     """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process."""
-    with opened_folder(path) as descriptor:
+    with opened_folder(path, listed=False) as descriptor, doing("look at", path):
         owner = os.fstat(descriptor).st_uid
     if owner != os.geteuid():
         raise IntegrityError(
@@ -69,7 +80,7 @@ def require_own(path: Path) -> None:
 def names_in(path: Path) -> list[str]:
     """The names in a folder, sorted; none where there is no folder. Raises IntegrityError for a link."""
     try:
-        with opened_folder(path) as descriptor:
+        with opened_folder(path) as descriptor, doing("list", path):
             return sorted(os.listdir(descriptor))
     except FileNotFoundError:
         return []
@@ -88,7 +99,7 @@ def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
     if not is_folder(folder):
         return folder
     pattern = pattern_of(ours)
-    for place, folders, files, descriptor in os.fwalk(folder):
+    for place, folders, files, descriptor in os.fwalk(folder, onerror=_reraise):
         inside = Path(place).relative_to(folder)
         for name in files:
             regular = stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
@@ -121,7 +132,7 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
     for place, _, files, descriptor in os.fwalk(folder, topdown=False):
         inside = Path(place).relative_to(folder)
         for name in files:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError), doing("remove", folder / inside / name):
                 regular = stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
                 if regular and pattern.fullmatch((inside / name).as_posix()):
                     os.unlink(name, dir_fd=descriptor)
@@ -129,6 +140,18 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
             with suppress(OSError):  # a file that is not ours is left in it
                 os.rmdir(place)
     return not os.path.lexists(folder)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file of our own, if it is there."""
+    with suppress(FileNotFoundError), doing("remove", path):
+        path.unlink()
+
+
+def _reraise(error: OSError) -> None:
+    """What `os.fwalk` could not list is not passed over."""
+    with doing("list", error.filename):
+        raise error
 
 
 def _kind(path: Path) -> str:

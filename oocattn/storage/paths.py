@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from oocattn.storage.folders import is_folder, require_own
 from oocattn.storage.journal import read_header
 from oocattn.storage.locations import local_path
 from oocattn.storage.metadata import read_attributes
+from oocattn.storage.operations import doing
 
 ATTRIBUTES = "oocattn"
 """The one attribute of a result group: what it is the answer to."""
@@ -114,13 +117,19 @@ def recorded_attributes(path: Path) -> dict[str, Any]:
 
 
 def identity_at(path: Path) -> str | None:
-    """What tells the file or folder at a path from another one that is put there; None where there is nothing."""
+    """What tells the file or folder at a path from another one that is put there; None where there is nothing.
+
+    Of a result it is what its metadata say, and when they came to be there: not every file system gives a folder one number
+    for good.
+    """
     try:
-        status = os.lstat(path)
+        with doing("look at", path):
+            found = os.lstat(path)
     except FileNotFoundError:
         return None
-    try:
-        metadata = hashlib.sha256(read_file(path / "zarr.json", MOST_RECORD)).hexdigest()[:16]
-    except (OSError, IntegrityError):
-        metadata = ""
-    return f"{status.st_ino}-{metadata}"
+    metadata = path / "zarr.json"
+    with suppress(FileNotFoundError, NotADirectoryError, IntegrityError), doing("look at", metadata):
+        content = hashlib.sha256(read_file(metadata, MOST_RECORD)).hexdigest()[:16]
+        if stat.S_ISDIR(found.st_mode):
+            return f"{os.stat(metadata).st_ctime_ns}-{content}"
+    return f"{found.st_ino}-"

@@ -162,13 +162,6 @@ def test_files_that_are_not_plain_tensors_are_refused(tmp_path):
             import_arrays(tmp_path / "qkv.zarr", **(files | {"k": f"{tmp_path}/{file}"}))
 
 
-def test_a_missing_optional_package_is_named(tmp_path, monkeypatch):
-    files = save_safetensors(tmp_path, make_tensors()[1])
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ProblemError, match=r"pip install 'oocattn\[safetensors\]'"):
-        import_arrays(tmp_path / "qkv.zarr", **files)
-
-
 def test_values_that_a_conversion_would_lose_are_refused(tmp_path):
     _, filed = make_tensors()
     filed["v"][1, 1, 69, 7] = 70_000

@@ -1,0 +1,69 @@
+"""Files and folders on disk: fsync, and what takes its place where a file system has none.
+
+Samba, some NFS servers and file systems in user space refuse to sync a folder, and a few a file. Nothing that was written
+is lost by that as long as the system runs; a power cut may cost what was written last. So it is said once, and the run goes
+on. Any other answer is an error: after EIO, what was written may be lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from pathlib import Path
+
+from oocattn.storage.operations import UNSUPPORTED, doing
+
+_CANNOT_OPEN = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, *UNSUPPORTED})
+"""What a file system answers that does not open a folder, or not for this user."""
+
+_warned: set[tuple[int, bool]] = set()
+"""Device, and whether it was of a folder, of what could not be synced: each is said once in a process."""
+
+logger = logging.getLogger("oocattn")
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on disk. Raises OSError as the file system does."""
+    try:
+        with doing("open", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _CANNOT_OPEN and path.is_dir():
+            _warn(path, os.stat(path), error)
+            return
+        raise
+    try:
+        sync_descriptor(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int, path: Path) -> None:
+    """As `sync`, of an open file or folder. `path` is what messages call it."""
+    with doing("sync", path):
+        for function in (os.fsync, os.fdatasync):
+            try:
+                function(descriptor)
+            except OSError as error:
+                if error.errno not in (*UNSUPPORTED, errno.EBADF):  # EBADF: a folder that was opened without being read
+                    raise
+                refused = error
+            else:
+                break
+        else:
+            _warn(path, os.fstat(descriptor), refused)
+
+
+def _warn(path: Path, status: os.stat_result, error: OSError) -> None:
+    """Say once for each file system that it does not sync."""
+    is_folder = stat.S_ISDIR(status.st_mode)
+    place = (status.st_dev, is_folder)
+    if place not in _warned:
+        _warned.add(place)
+        logger.warning(
+            "%s: this file system does not sync %s (%s): a power cut may cost what was written last; after one, resume with "
+            "--check-finished, and verify the result",
+            *(path if is_folder else path.parent, "folders" if is_folder else "files", os.strerror(error.errno or 0)),
+        )
