@@ -112,7 +112,7 @@ def _no_space(error: OSError, work: Work) -> OSError:
     if error.errno == errno.ENOSPC:
         words = "no space left for the result and its partials; make room and resume"
         return OSError(errno.ENOSPC, words, str(work.paths.state))
-    return OSError(error.errno, f"{words_of(error)}; and resume", str(work.paths.state))
+    return OSError(error.errno, f"{words_of(error)}, then resume", str(work.paths.state))
 
 
 def _words(error: BaseException) -> str:

@@ -30,9 +30,10 @@ from zarr.storage import FsspecStore, LocalStore
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import ProblemError, ResultExistsError
 from oocattn.storage.durable import PARTIAL, write_durably
-from oocattn.storage.folders import GROUP, pattern_of, refuse_foreign, remove_ours
+from oocattn.storage.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
 from oocattn.storage.locations import local_path, parse_location
 from oocattn.storage.operations import doing
+from oocattn.storage.own_store import OwnStore
 from oocattn.storage.renaming import rename_new
 from oocattn.storage.syncing import sync
 from oocattn.text import printable
@@ -73,7 +74,7 @@ def create_array(
     tokens, row = shape[2], shape[3:]
     numpy_type = numpy_dtype(dtype)
     rows = chunk_rows or default_chunk_rows(tokens, int(np.prod(row)), numpy_type.itemsize)
-    with doing("make", group.store_path / name):
+    with doing("make", str(group.store_path / name).removeprefix("file://")):
         return group.create_array(
             name,
             shape=shape,
@@ -174,7 +175,7 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         with doing("make", temporary):
-            group = zarr.create_group(LocalStore(temporary), attributes=attributes, zarr_format=3)
+            group = zarr.create_group(OwnStore(temporary), attributes=attributes, zarr_format=3)
         yield group
         sync_metadata(temporary)
         _move_into_place(temporary, local, overwrite)
@@ -223,7 +224,7 @@ async def _foreign_key(url: str) -> str | None:
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:
     """Raise ResultExistsError where something is at `path`, unless `overwrite` is given and it is a Zarr group or array with
     no other file in it."""
-    if not os.path.lexists(path):
+    if not is_taken(path):
         return
     if not overwrite:
         raise ResultExistsError(f"{path} exists already: choose another path, or overwrite it (--overwrite)")
@@ -234,9 +235,9 @@ def refuse_to_destroy(path: Path, overwrite: bool) -> None:
 
 def sync_metadata(group: Path) -> None:
     """Have the metadata of a group and its arrays on disk, which zarr does not see to."""
-    for metadata in group.rglob("zarr.json"):
-        sync(metadata)
-        sync(metadata.parent)
+    for folder in (group, *(group / name for name in names_in(group) if is_folder(group / name))):
+        sync(folder / "zarr.json")
+        sync(folder)
 
 
 def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
@@ -246,7 +247,7 @@ def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     refuse_to_destroy(path, overwrite)
-    if os.path.lexists(path):
+    if is_taken(path):
         rename_new(path, aside)
     try:
         rename_new(temporary, path)

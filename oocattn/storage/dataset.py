@@ -134,9 +134,9 @@ class Dataset:
         """Half a SHA-256 of each array, joined by "-", that changes when the array is changed.
 
         It covers shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks, and in a local
-        folder the size and modification time of every chunk file; `within_run` also its change time, which cannot be
-        set back, and which a copy does not share. (A number, an inode, is not something that every file system keeps.) Raises IntegrityError for a chunk that is missing: any in a local
-        folder, elsewhere one of those few.
+        folder the size and modification time of every chunk file; `within_run` also its change time, which cannot be set
+        back, and which a copy does not share. (Not its inode: not every file system has one for good.) Raises
+        IntegrityError for a chunk that is missing: any in a local folder, elsewhere one of those few.
         """
         return "-".join(_fingerprint(name, self.arrays[name].array, self.location, within_run) for name in NAMES)
 

@@ -66,6 +66,16 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def is_taken(path: Path) -> bool:
+    """Whether anything is at a path, also a link that leads nowhere. Raises OSError where that cannot be told."""
+    try:
+        with doing("look at", path):
+            os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def require_own(path: Path) -> None:
     """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process."""
     with opened_folder(path, listed=False) as descriptor, doing("look at", path):
@@ -94,7 +104,7 @@ def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:
 def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
     """A file below a folder whose path from there is none of the patterns `ours`, or that is no regular file; None where
     all are ours, or there is no folder."""
-    if not os.path.lexists(folder):
+    if not is_taken(folder):
         return None
     if not is_folder(folder):
         return folder
@@ -127,7 +137,7 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
     Return whether nothing is left. A link is neither followed nor removed.
     """
     if not is_folder(folder):
-        return not os.path.lexists(folder)
+        return not is_taken(folder)
     pattern = pattern_of(ours)
     for place, _, files, descriptor in os.fwalk(folder, topdown=False):
         inside = Path(place).relative_to(folder)
@@ -139,7 +149,7 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
         if not keep_folders:
             with suppress(OSError):  # a file that is not ours is left in it
                 os.rmdir(place)
-    return not os.path.lexists(folder)
+    return not is_taken(folder)
 
 
 def remove_file(path: Path) -> None:

@@ -9,7 +9,6 @@ computed again. A run that has lost its lock records nothing. What plan and reco
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 from oocattn.errors import IntegrityError
 from oocattn.storage.durable import encode_record, read_record, write_record
-from oocattn.storage.folders import JOURNAL, names_in, remove_ours
+from oocattn.storage.folders import JOURNAL, is_taken, names_in, remove_ours
 from oocattn.storage.lock import Claim
 from oocattn.storage.operations import doing
 from oocattn.storage.syncing import sync
@@ -109,7 +108,7 @@ def read_header(state: Path) -> dict[str, Any] | None:
 
 def has_begun(state: Path) -> bool:
     """Whether there is the journal of a run in a folder."""
-    return os.path.lexists(state / "plan.json")
+    return is_taken(state / "plan.json")
 
 
 def forget(state: Path) -> None:

@@ -86,5 +86,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _reason(error: OSError) -> str:
-    remedy = REMEDIES.get(error.errno or 0)
+    """Why an operation failed, and what to do; words of our own say that already."""
+    number = error.errno or 0
+    remedy = REMEDIES.get(number) if error.strerror == os.strerror(number) else None
     return f"{error.strerror}; {remedy}" if remedy else str(error.strerror)

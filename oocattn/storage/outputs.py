@@ -14,6 +14,7 @@ from typing import TextIO
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
 from oocattn.storage.files import opened, read_exactly
+from oocattn.storage.folders import is_taken
 from oocattn.storage.operations import doing
 
 SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
@@ -35,7 +36,7 @@ def check_output(path: Path) -> None:
     folder = path.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ProblemError(f"{path}: its folder does not exist or cannot be written to; make it first")
-    if os.path.lexists(path) and not _is_ours(path):
+    if is_taken(path) and not _is_ours(path):
         raise ResultExistsError(
             f"{path} exists and was not written by oocattn, which replaces only its own files: remove it, or choose another "
             "name"

@@ -22,7 +22,7 @@ from zarr.storage import LocalStore
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.durable import MOST_RECORD, make_durably
 from oocattn.storage.files import read_file
-from oocattn.storage.folders import is_folder, require_own
+from oocattn.storage.folders import is_folder, is_taken, require_own
 from oocattn.storage.journal import read_header
 from oocattn.storage.locations import local_path
 from oocattn.storage.metadata import read_attributes
@@ -98,13 +98,13 @@ class ResultPaths:
 
     def make_state(self) -> None:
         """Make the folder of job state, if it is not there. Raises IntegrityError where it is a link, or another user's."""
-        if not os.path.lexists(self.state):
+        if not is_taken(self.state):
             make_durably(self.state)
         require_own(self.state)
 
     def attributes(self) -> dict[str, Any] | None:
         """What the complete result at this path is the answer to; None where nothing is there."""
-        return recorded_attributes(self.result) if os.path.lexists(self.result) else None
+        return recorded_attributes(self.result) if is_taken(self.result) else None
 
 
 def recorded_attributes(path: Path) -> dict[str, Any]:

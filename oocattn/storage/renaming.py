@@ -11,6 +11,7 @@ import errno
 import os
 from pathlib import Path
 
+from oocattn.storage.folders import is_taken
 from oocattn.storage.operations import UNSUPPORTED, doing
 
 _HERE, _NO_REPLACE = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of renameat2(2)
@@ -30,7 +31,7 @@ def rename_new(source: Path, target: Path) -> None:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            if os.path.lexists(target):
+            if is_taken(target):
                 raise _exists(target) from None
             (_rename_folder if source.is_dir() else _rename_file)(source, target)
 

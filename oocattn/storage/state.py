@@ -29,6 +29,7 @@ from oocattn.storage.folders import (
     LEFTOVERS,
     find_foreign,
     is_folder,
+    is_taken,
     names_in,
     refuse_foreign,
     remove_file,
@@ -38,6 +39,7 @@ from oocattn.storage.folders import (
 from oocattn.storage.journal import forget, has_begun
 from oocattn.storage.lock import Claim, lock_holder
 from oocattn.storage.operations import doing
+from oocattn.storage.own_store import OwnStore
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
 from oocattn.storage.renaming import rename_new
 from oocattn.storage.result import ResultArrays
@@ -101,7 +103,7 @@ class RunState:
             refuse_foreign(paths.result, GROUP)
         forget(paths.state)
         self._restore()
-        if not overwrite and os.path.lexists(paths.result):
+        if not overwrite and is_taken(paths.result):
             raise ResultExistsError(f"{paths.result} exists: choose another path, or replace it (--overwrite)")
         # A result that could not be restored was replaced, by a run that was killed before it removed it.
         self._throw_away(*self._growing(), paths.scratch, paths.replaced)
@@ -111,7 +113,7 @@ class RunState:
             paths.scratch.mkdir()
         growing = paths.state / f"result-{uuid.uuid4().hex[:8]}.zarr"
         with doing("make", growing):
-            group = zarr.create_group(LocalStore(growing), attributes={ATTRIBUTES: dict(layout.attributes)}, zarr_format=3)
+            group = zarr.create_group(OwnStore(growing), attributes={ATTRIBUTES: dict(layout.attributes)}, zarr_format=3)
             out = create_array(group, "out", layout.shape, layout.dtype, layout.chunk_rows)
             arrays = ResultArrays(out, create_array(group, "lse", layout.shape[:3], "float32", layout.chunk_rows))
         sync_metadata(growing)
@@ -246,4 +248,4 @@ def is_untidy(paths: ResultPaths) -> bool:
     if paths.unfinished is not None:
         return False
     leftovers = (paths.scratch, paths.replaced, paths.status, paths.lock)
-    return has_begun(paths.state) or any(map(os.path.lexists, leftovers))
+    return has_begun(paths.state) or any(map(is_taken, leftovers))

@@ -62,7 +62,7 @@ class FileTensor:
         out = np.empty([len(span) for span in spans], self.dtype)
         with opened(self.path) as descriptor:
             self._fill(descriptor, out, [span.start for span in spans])
-            if _stamp(descriptor) != self.stamp:
+            if _stamp(descriptor, self.path) != self.stamp:
                 raise ProblemError(f"{self.label} was changed while it was read: import it again")
         return out
 
@@ -92,7 +92,7 @@ def open_npy(name: str, path: Path) -> FileTensor:
             if version not in readers:
                 raise ValueError(f"it has version {version} of the format")
             shape, columns_first, dtype = readers[version](file)
-            offset, stamp = file.tell(), _stamp(descriptor)
+            offset, stamp = file.tell(), _stamp(descriptor, path)
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
         needed = offset + math.prod(shape) * dtype.itemsize
@@ -120,7 +120,7 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
     """
     try:
         with opened(path) as descriptor:
-            stamp = _stamp(descriptor)
+            stamp = _stamp(descriptor, path)
             file_size = stamp[0]
             length = int.from_bytes(read_exactly(descriptor, 8, 0, path), "little")
             if not 2 <= length <= min(_MOST_HEADER, file_size - 8):
@@ -155,7 +155,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
 
     try:
         with opened(path) as descriptor, doing("read", path), open(descriptor, "rb", closefd=False) as file:
-            stamp = _stamp(descriptor)
+            stamp = _stamp(descriptor, path)
             with _without_data():
                 found = torch.load(file, weights_only=True, map_location="meta")
     except (OocattnError, OSError):
@@ -222,9 +222,10 @@ def _numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name).newbyteorder("<")
 
 
-def _stamp(descriptor: int) -> tuple[int, int]:
+def _stamp(descriptor: int, path: Path) -> tuple[int, int]:
     """Size and time of change of an open file."""
-    status = os.fstat(descriptor)
+    with doing("look at", path):
+        status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns
 
 
