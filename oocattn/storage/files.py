@@ -51,7 +51,10 @@ def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, 
 def read_file(path: str | Path, most: int, *, follow: bool = True, folder: int | None = None) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises as `opened`, and IntegrityError for a larger one."""
     with opened(path, follow=follow, folder=folder) as descriptor, doing("read", path):
-        content = read_exactly(descriptor, min(os.fstat(descriptor).st_size, most) + 1, 0, path)  # so much memory is taken
+        size = os.fstat(descriptor).st_size
+        content = read_exactly(descriptor, min(size, most) + 1, 0, path)  # so much memory is taken at once
+        if size < len(content) <= most:  # a file system that does not know how long it is
+            content += read_exactly(descriptor, most + 1 - len(content), len(content), path)
     if len(content) > most:
         raise IntegrityError(f"{path} has more than {most:,} bytes: no such file is that large; it is damaged or foreign")
     return content

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,10 @@ GROUP = (
     *LEFTOVERS,
 )
 """The files of a Zarr group: its metadata and chunks, and what a write that was killed has left of them."""
+
+
+_HELD = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]+")
+"""The name that a network file system gives a file of ours that was removed while it was open: gone when that is closed."""
 
 
 @contextmanager
@@ -77,14 +82,27 @@ def is_taken(path: Path) -> bool:
 
 
 def require_own(path: Path) -> None:
-    """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process."""
+    """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process.
+
+    Some file systems have users of their own (NFS that squashes them, SMB, sshfs): there it must be of the user that they
+    give what this process makes.
+    """
     with opened_folder(path, listed=False) as descriptor, doing("look at", path):
         owner = os.fstat(descriptor).st_uid
-    if owner != os.geteuid():
+    if owner != os.geteuid() and owner != _owner_of_new_files(path.parent):
         raise IntegrityError(
             f"{path} belongs to user {owner}: expected a folder of user {os.geteuid()}, who runs this; remove it, or choose "
             "another path"
         )
+
+
+def _owner_of_new_files(folder: Path) -> int | None:
+    """The user whom the file system says a file is of that this process makes in a folder; None where it makes none."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as made:
+            return os.fstat(made.fileno()).st_uid
+    except OSError:
+        return None
 
 
 def names_in(path: Path) -> list[str]:
@@ -109,14 +127,10 @@ def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
     if not is_folder(folder):
         return folder
     pattern = pattern_of(ours)
-    for place, folders, files, descriptor in os.fwalk(folder, onerror=_reraise):
-        inside = Path(place).relative_to(folder)
-        for name in files:
-            regular = stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
-            if not regular or not pattern.fullmatch((inside / name).as_posix()):
-                return folder / inside / name
-        for name in folders:
-            if stat.S_ISLNK(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
+    for inside, modes, _ in _walk(folder):
+        for name, mode in modes.items():
+            is_ours = stat.S_ISREG(mode) and (pattern.fullmatch((inside / name).as_posix()) or _HELD.fullmatch(name))
+            if not (is_ours or stat.S_ISDIR(mode)):
                 return folder / inside / name
     return None
 
@@ -139,29 +153,45 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
     if not is_folder(folder):
         return not is_taken(folder)
     pattern = pattern_of(ours)
-    for place, _, files, descriptor in os.fwalk(folder, topdown=False):
-        inside = Path(place).relative_to(folder)
-        for name in files:
-            with suppress(FileNotFoundError), doing("remove", folder / inside / name):
-                regular = stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
-                if regular and pattern.fullmatch((inside / name).as_posix()):
+    for inside, modes, descriptor in _walk(folder):
+        for name, mode in modes.items():
+            if stat.S_ISREG(mode) and pattern.fullmatch((inside / name).as_posix()):
+                with suppress(FileNotFoundError), doing("remove", folder / inside / name):
                     os.unlink(name, dir_fd=descriptor)
         if not keep_folders:
             with suppress(OSError):  # a file that is not ours is left in it
-                os.rmdir(place)
+                os.rmdir(folder / inside)
     return not is_taken(folder)
+
+
+def _walk(folder: Path, inside: Path = Path(), parent: int | None = None) -> Iterator[tuple[Path, dict[str, int], int]]:
+    """A folder and all below it, those within a folder before it: the path of each from the first, the modes of what is in
+    it by name, and a descriptor.
+
+    Links are not followed, by the way in which folders are opened: `os.fwalk` compares inodes, which not every file system
+    has for good.
+    """
+    with doing("list", folder / inside):
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(folder if parent is None else inside.name, flags, dir_fd=parent)
+    try:
+        modes = {}
+        with doing("list", folder / inside):
+            for name in sorted(os.listdir(descriptor)):
+                with suppress(FileNotFoundError):  # it was removed in between
+                    modes[name] = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
+        for name, mode in modes.items():
+            if stat.S_ISDIR(mode):
+                yield from _walk(folder, inside / name, descriptor)
+        yield inside, modes, descriptor
+    finally:
+        os.close(descriptor)
 
 
 def remove_file(path: Path) -> None:
     """Remove a file of our own, if it is there."""
     with suppress(FileNotFoundError), doing("remove", path):
         path.unlink()
-
-
-def _reraise(error: OSError) -> None:
-    """What `os.fwalk` could not list is not passed over."""
-    with doing("list", error.filename):
-        raise error
 
 
 def _kind(path: Path) -> str:

@@ -66,7 +66,7 @@ def is_named(error: BaseException) -> bool:
 def words_of(error: BaseException) -> str:
     """An error in words, as a command ends with it: for an OSError what failed, why, and what to do."""
     if isinstance(error, MemoryError):
-        return f"out of memory ({error or 'no more is given'}): lower --host-memory, or {REMEDIES[errno.ENOMEM]}"
+        return f"out of memory ({str(error) or 'no more is given'}): lower --host-memory, or {REMEDIES[errno.ENOMEM]}"
     if not isinstance(error, OSError) or error.errno is None or not error.strerror:
         return str(error) or type(error).__name__
     if is_named(error):

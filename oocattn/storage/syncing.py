@@ -15,8 +15,8 @@ from pathlib import Path
 
 from oocattn.storage.operations import UNSUPPORTED, doing
 
-_CANNOT_OPEN = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, *UNSUPPORTED})
-"""What a file system answers that does not open a folder, or not for this user."""
+_NO_FOLDERS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, *UNSUPPORTED})
+"""What a file system answers that does not open a folder to sync it, or does not sync what is open."""
 
 _warned: set[tuple[int, bool]] = set()
 """Device, and whether it was of a folder, of what could not be synced: each is said once in a process."""
@@ -30,7 +30,7 @@ def sync(path: Path) -> None:
         with doing("open", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in _CANNOT_OPEN and path.is_dir():
+        if error.errno in _NO_FOLDERS and path.is_dir():
             _warn(path, os.stat(path), error)
             return
         raise
@@ -43,17 +43,19 @@ def sync(path: Path) -> None:
 def sync_descriptor(descriptor: int, path: Path) -> None:
     """As `sync`, of an open file or folder. `path` is what messages call it."""
     with doing("sync", path):
+        status = os.fstat(descriptor)
+        unsupported = _NO_FOLDERS if stat.S_ISDIR(status.st_mode) else UNSUPPORTED
         for function in (os.fsync, os.fdatasync):
             try:
                 function(descriptor)
             except OSError as error:
-                if error.errno not in (*UNSUPPORTED, errno.EBADF):  # EBADF: a folder that was opened without being read
+                if error.errno not in unsupported:
                     raise
                 refused = error
             else:
                 break
         else:
-            _warn(path, os.fstat(descriptor), refused)
+            _warn(path, status, refused)
 
 
 def _warn(path: Path, status: os.stat_result, error: OSError) -> None:
