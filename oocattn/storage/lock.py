@@ -42,7 +42,7 @@ from oocattn.errors import IntegrityError, LockedError, TimeLimitError
 from oocattn.records import Range, from_json, parse_json
 from oocattn.storage.durable import PARTIAL
 from oocattn.storage.files import opened, read_exactly, read_file
-from oocattn.storage.operations import UNSUPPORTED, doing
+from oocattn.storage.operations import UNSUPPORTED, doing, warn_once
 from oocattn.storage.renaming import rename_new
 from oocattn.storage.syncing import sync_descriptor
 from oocattn.text import printable
@@ -64,9 +64,6 @@ MOST_BYTES = 4096
 """Of a lock file: a host's name, two numbers and a token."""
 
 _NO_LOCKS = frozenset({errno.ENOLCK, *UNSUPPORTED})
-
-_warned: set[int] = set()
-"""Devices without locks: each is said once in a process."""
 
 logger = logging.getLogger("oocattn")
 
@@ -218,7 +215,13 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
             flocked = _flock(descriptor, fcntl.LOCK_EX, path)
             os.write(descriptor, json.dumps(asdict(replace(holder, flocked=flocked))).encode())
             if not flocked:
-                _warn(descriptor, path)
+                warn_once(
+                    os.fstat(descriptor).st_dev,
+                    "locks",
+                    "%s: this file system gives no locks (flock): other runs are kept away by a file that this one touches "
+                    "every %g s; one that was left behind is watched for %g s before it is taken over",
+                    *(path.parent, BEAT, BEATS_MISSED * BEAT),
+                )
                 sync_descriptor(descriptor, path)  # so that other hosts find it whole, which a lock would see to
             while not _named(temporary, path) and not _taken_over(temporary, path, until, flocked):
                 pass
@@ -316,18 +319,6 @@ def _flock(descriptor: int, kind: int, path: Path) -> bool:
             raise
         return False
     return True
-
-
-def _warn(descriptor: int, path: Path) -> None:
-    """Say once for each file system that it has no locks."""
-    device = os.fstat(descriptor).st_dev
-    if device not in _warned:
-        _warned.add(device)
-        logger.warning(
-            "%s: this file system gives no locks (flock): other runs are kept away by a file that this one touches every "
-            "%g s; one that was left behind is watched for %g s before it is taken over",
-            *(path.parent, BEAT, BEATS_MISSED * BEAT),
-        )
 
 
 def lock_holder(path: Path) -> Holder | None:

@@ -7,7 +7,9 @@ its number and its class (FileNotFoundError and so on), and gets the words that 
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,6 +48,13 @@ REMEDIES = {
 
 _MARK = "cannot "
 
+_said: set[tuple[int, str]] = set()
+"""What was said by `warn_once`."""
+
+_saying = threading.Lock()
+
+logger = logging.getLogger("oocattn")
+
 
 @contextmanager
 def doing(operation: str, path: object) -> Iterator[None]:
@@ -83,6 +92,15 @@ def described(error: BaseException) -> str:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that there is no room for more on a file system, for its user, or in a file."""
     return isinstance(error, OSError) and error.errno in FULL
+
+
+def warn_once(device: int, lacking: str, message: str, *arguments: object) -> None:
+    """Say once in a process what a file system, of that device, is lacking, and what comes of it."""
+    with _saying:
+        if (device, lacking) in _said:
+            return
+        _said.add((device, lacking))
+    logger.warning(message, *arguments)
 
 
 def _reason(error: OSError) -> str:

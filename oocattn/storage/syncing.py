@@ -8,20 +8,14 @@ on. Any other answer is an error: after EIO, what was written may be lost.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 from pathlib import Path
 
-from oocattn.storage.operations import UNSUPPORTED, doing
+from oocattn.storage.operations import UNSUPPORTED, doing, warn_once
 
 _NO_FOLDERS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, *UNSUPPORTED})
 """What a file system answers that does not open a folder to sync it, or does not sync what is open."""
-
-_warned: set[tuple[int, bool]] = set()
-"""Device, and whether it was of a folder, of what could not be synced: each is said once in a process."""
-
-logger = logging.getLogger("oocattn")
 
 
 def sync(path: Path) -> None:
@@ -61,11 +55,10 @@ def sync_descriptor(descriptor: int, path: Path) -> None:
 def _warn(path: Path, status: os.stat_result, error: OSError) -> None:
     """Say once for each file system that it does not sync."""
     is_folder = stat.S_ISDIR(status.st_mode)
-    place = (status.st_dev, is_folder)
-    if place not in _warned:
-        _warned.add(place)
-        logger.warning(
-            "%s: this file system does not sync %s (%s): a power cut may cost what was written last; after one, resume with "
-            "--check-finished, and verify the result",
-            *(path if is_folder else path.parent, "folders" if is_folder else "files", os.strerror(error.errno or 0)),
-        )
+    warn_once(
+        status.st_dev,
+        "sync",
+        "%s: this file system does not sync %s (%s): a power cut may cost what was written last; after one, resume with "
+        "--check-finished, and verify the result",
+        *(path if is_folder else path.parent, "folders" if is_folder else "files", os.strerror(error.errno or 0)),
+    )

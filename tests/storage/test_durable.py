@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oocattn.storage import syncing
+from oocattn.storage import operations
 from oocattn.storage.durable import make_durably, write_durably, write_text
 from oocattn.storage.files import read_file
 from oocattn.storage.syncing import sync
@@ -38,7 +38,7 @@ def answering(number: int, wanted: Callable[[str], bool] = lambda path: True) ->
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(syncing, "_warned", set())
+    monkeypatch.setattr(operations, "_said", set())
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EISDIR, errno.EBADF])

@@ -24,6 +24,7 @@ import pytest
 import oocattn
 from oocattn import IntegrityError, LockedError, TimeLimitError
 from oocattn.storage import lock as lock_module
+from oocattn.storage import operations
 from oocattn.storage.lock import NOBODY, FileLock, Holder, lock_holder
 
 HOLD = """
@@ -257,7 +258,7 @@ def lockless(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    monkeypatch.setattr(lock_module, "_warned", set())
+    monkeypatch.setattr(operations, "_said", set())
     monkeypatch.setattr(lock_module, "BEAT", 0.1)
 
 
