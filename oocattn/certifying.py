@@ -25,6 +25,7 @@ from oocattn.rounding import UNIT_ROUNDOFF
 from oocattn.storage.checksums import Checksums, find_damage, recorded_checksums, result_digest
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.durable import write_text
+from oocattn.storage.operations import words_of
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
 from oocattn.storage.result_rows import RowReader
@@ -248,7 +249,7 @@ def _check_row(problem: Problem, exact: ExactRow, readers: Mapping[str, RowReade
     try:
         for name, reader in readers.items():
             reader.read(exact.batch, exact.head, exact.token, found[name])
-    except (IntegrityError, OSError):
+    except IntegrityError:
         as_if = compare_row(problem, exact, exact.out, exact.lse)
         return replace(as_if, error=nan, lse_error=nan, ulps=inf, mean_ulps=inf, lse_ulps=inf)
     return compare_row(problem, exact, found["out"][0].astype(np.float64), float(found["lse"][0]))
@@ -278,6 +279,6 @@ def _kept(certificate: Certificate, paths: ResultPaths) -> Certificate:
         for path, text in files.items():
             write_text(path, text)
     except (OSError, IntegrityError) as error:
-        logger.warning("the certificate was not written: %s", error)
+        logger.warning("the certificate was not written: %s", words_of(error))
         return certificate
     return replace(certificate, files=tuple(map(str, files)))

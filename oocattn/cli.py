@@ -23,6 +23,7 @@ from oocattn.pipelines.timeline import Timeline
 from oocattn.plans import Plan
 from oocattn.printing import Printing
 from oocattn.storage.importing import import_arrays
+from oocattn.storage.operations import words_of
 from oocattn.storage.outputs import check_output
 from oocattn.storage.synth import synthesise
 from oocattn.text import printable
@@ -62,8 +63,8 @@ def _run_command(options: argparse.Namespace) -> int:
             if isinstance(error, TimeLimitError):
                 _say(f"{error}{_how_to_go_on(options)}")
                 return TIME_LIMIT
-            if isinstance(error, OocattnError | OSError):
-                _say(" ".join(str(error).split()))
+            if isinstance(error, OocattnError | OSError | MemoryError):
+                _say(" ".join(words_of(error).split()))
                 return FAILED
             raise
 

@@ -29,6 +29,9 @@ from oocattn.pipelines.local_cluster import local_client
 from oocattn.problem import DTYPES
 from oocattn.rounding import UNIT_ROUNDOFF
 from oocattn.storage.create import numpy_dtype
+from oocattn.storage.files import advise
+from oocattn.storage.operations import described
+from oocattn.storage.syncing import sync_descriptor
 from oocattn.units import format_bytes, format_count
 from oocattn.version import versions
 
@@ -76,7 +79,7 @@ def _attempt(name: str, look: Callable[[], tuple[bool, str]]) -> Check:
     try:
         return Check(name, *look())
     except Exception as error:
-        return Check(name, False, f"{type(error).__name__}: {error}")
+        return Check(name, False, described(error))
 
 
 def _machine() -> tuple[bool, str]:
@@ -93,9 +96,9 @@ def _disk() -> tuple[bool, str]:
     with tempfile.TemporaryFile(dir=".", buffering=0) as file:
         start = time.perf_counter()
         file.write(block)
-        os.fsync(file.fileno())
+        sync_descriptor(file.fileno(), Path.cwd())
         written = time.perf_counter()
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         begun = time.perf_counter()
         same = file.read(DISK_BYTES) == block

@@ -24,7 +24,11 @@ from oocattn.plans import MAX_LANES, Device, Hardware, InputCost
 from oocattn.problem import Problem
 from oocattn.storage.create import numpy_dtype
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.operations import doing
 from oocattn.storage.readers import InputArray
+
+UNKNOWN_DISK = 1 << 60
+"""Free bytes of a file system that does not say how many it has."""
 
 SAMPLE_BYTES = 16 << 20
 """How much of an array is decoded to measure how fast that is."""
@@ -88,7 +92,7 @@ def describe_hardware(
         read_rate=found,
         reread_rate=max(found, CACHE_RATE) if _fits_page_cache(problem) else found,
         measuring_bytes=measuring_bytes,
-        scratch_disk=1 << 60 if scratch is None else free_disk(scratch),
+        scratch_disk=UNKNOWN_DISK if scratch is None else free_disk(scratch),
     )
 
 
@@ -291,7 +295,14 @@ def default_host_memory() -> int:
 
 
 def free_disk(folder: Path) -> int:
-    """Free bytes on the file system that will hold `folder`, which need not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    """Free bytes on the file system that will hold `folder`, which need not exist yet; `UNKNOWN_DISK` where it says none.
+
+    One in user space may count nothing at all; on one that is full in truth, the first write says so.
+    """
+    with doing("look at", folder):
+        while not folder.exists():
+            folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free or UNKNOWN_DISK
+    except OSError:
+        return UNKNOWN_DISK

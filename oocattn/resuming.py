@@ -124,7 +124,7 @@ class Unfinished:
         replaced = "" if named else changed_arrays(self.header.dataset.within_run, dataset.fingerprint(within_run=True))
         if replaced:
             raise IntegrityError(
-                f"{dataset.location}: files of {replaced} of the dataset were replaced or written (change time or inode) "
+                f"{dataset.location}: files of {replaced} of the dataset were replaced or written (change time) "
                 f"since the run in {self.journal.state} began, though size, time and samples are the same: if their content "
                 "is, say so by naming it with `oocattn resume --dataset`; else begin again with overwrite=True (--overwrite)"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from oocattn.plans import Plan
 from oocattn.problem import Problem
 from oocattn.resuming import DatasetIdentity, Unfinished, begin_journal, describe, find_unfinished
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.folders import is_folder
+from oocattn.storage.folders import is_folder, is_taken
 from oocattn.storage.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
@@ -236,7 +235,7 @@ def refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:
 def open_result(result: str | Path) -> Result:
     """A finished result, its arrays open for reading. Raises IntegrityError where there is none."""
     paths = ResultPaths.at(result)
-    if not os.path.lexists(paths.result):
+    if not is_taken(paths.result):
         raise IntegrityError(f"{paths.result}: no finished result here; `oocattn status` says whether one is under way")
     arrays = ResultArrays.open(paths.result)
     try:

@@ -11,6 +11,9 @@ from pathlib import Path
 from oocattn.bench.records import Ceiling
 from oocattn.hardware import copy_rates, kernel_rate
 from oocattn.plans import Plan
+from oocattn.storage.files import advise, opened
+from oocattn.storage.operations import doing
+from oocattn.storage.syncing import sync_descriptor
 
 BYTES = 256 << 20
 """Read and written at most to measure a rate."""
@@ -62,12 +65,9 @@ def drop_from_cache(files: Iterable[Path]) -> None:
     """Have the system forget what it caches of these files. What they hold is put on disk first, for only that can be
     forgotten; and a file system in memory forgets nothing."""
     for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        with opened(file) as descriptor:
+            sync_descriptor(descriptor, file)
+            advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_files(files: Iterable[Path]) -> None:
@@ -79,18 +79,18 @@ def read_files(files: Iterable[Path]) -> None:
 
 def _read(path: Path) -> None:
     buffer = bytearray(PIECE)
-    with open(path, "rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    with doing("read", path), open(path, "rb", buffering=0) as file:
+        advise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         while file.readinto(buffer):
             pass
 
 
 def _write(path: Path) -> None:
     piece = os.urandom(PIECE)
-    with open(path, "wb", buffering=0) as file:
+    with doing("write", path), open(path, "wb", buffering=0) as file:
         for _ in range(BYTES // PIECE):
             file.write(piece)
-        os.fsync(file.fileno())
+        sync_descriptor(file.fileno(), path)
 
 
 def _seconds(work: Callable[[], None]) -> float:

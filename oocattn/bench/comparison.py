@@ -31,7 +31,7 @@ from oocattn.bench.competitors import (
 )
 from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
 from oocattn.errors import ProblemError
-from oocattn.hardware import choose_device, count_lanes
+from oocattn.hardware import choose_device, count_lanes, free_disk
 from oocattn.pipelines.local_cluster import local_client
 from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
@@ -246,7 +246,7 @@ def _check_room(folder: Path, elements: int, dtype: str) -> None:
         raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with --folder")
     if dtype not in DTYPES:
         raise ProblemError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    needed, free = elements * DTYPES[dtype] + ceilings.BYTES, shutil.disk_usage(folder).free
+    needed, free = elements * DTYPES[dtype] + ceilings.BYTES, free_disk(folder)
     if needed > free:
         raise ProblemError(
             f"folder {folder}: the dataset and a result take {format_bytes(needed)}, {format_bytes(free)} are free; name "

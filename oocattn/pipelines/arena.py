@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import Generic, TypeVar
 
@@ -106,9 +107,16 @@ class PinnedMemory:
     """
 
     def __init__(self, nbytes: int) -> None:
-        region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as refused:
+            raise BudgetError(
+                f"{format_bytes(nbytes)} of host memory cannot be had ({refused.strerror}): lower --host-memory, or raise "
+                "the limit on address space (ulimit -v)"
+            ) from refused
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            region.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without huge pages
+                region.madvise(mmap.MADV_HUGEPAGE)
         content = np.frombuffer(region, np.uint8)
         _touch(content)
         error = torch.cuda.cudart().cudaHostRegister(content.ctypes.data, len(content), _PORTABLE)

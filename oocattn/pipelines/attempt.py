@@ -35,7 +35,7 @@ from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.tasks import LanePlugin, identity, plugin_name, plugins_of, save, stop
 from oocattn.pipelines.work import Work
 from oocattn.storage.dataset import Dataset, changed_arrays
-from oocattn.storage.durable import is_disk_full
+from oocattn.storage.operations import described, is_disk_full, words_of
 from oocattn.units import format_seconds
 
 PATIENCE = 5.0
@@ -238,7 +238,7 @@ class Attempt:
         if isinstance(error, OocattnError) or is_disk_full(error) or not isinstance(error, Exception):
             raise error
         # Dask ran a task again whose result was lost with a worker: the lane has what it needs no more.
-        raise TaskError(place_of(cast(Key, future.key)), f"{type(error).__name__}: {error}") from error
+        raise TaskError(place_of(cast(Key, future.key)), described(error)) from error
 
     def _finish(self, future: Future[Event | None]) -> None:
         """Pass on what a task did, or raise its error."""
@@ -347,4 +347,4 @@ class Attempt:
         try:
             yield
         except Exception as error:
-            logger.warning("%s: %s", consequence, str(error) or type(error).__name__)
+            logger.warning("%s: %s", consequence, words_of(error))

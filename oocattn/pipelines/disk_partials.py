@@ -9,6 +9,7 @@ from oocattn.kernels import Partial
 from oocattn.pipelines.partial_files import Covered, PartialFiles, row_blocks
 from oocattn.pipelines.partials import Accumulators, Collected, DamagedPartialError, Destination, States
 from oocattn.plans import Plan
+from oocattn.storage.operations import words_of
 
 MergeStates = Callable[[Partial, Partial], None]
 """Merge the second state, whose memory is the caller's again afterwards, into the first; both in host memory."""
@@ -62,7 +63,7 @@ class DiskPartials:
             except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(head_group, chunk)
                 self._files.remove(of)
-                raise DamagedPartialError(str(error), head_group, chunk, subproblem) from error
+                raise DamagedPartialError(words_of(error), head_group, chunk, subproblem) from error
         return Collected(state, not_finite)
 
     def _merge(self, of: Covered, state: Partial) -> None:

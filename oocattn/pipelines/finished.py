@@ -13,6 +13,7 @@ from typing import Any
 from oocattn.plans import Plan
 from oocattn.storage.checksums import Checksums, are_digits
 from oocattn.storage.journal import Journal, Place
+from oocattn.storage.operations import words_of
 from oocattn.storage.result import ResultArrays, Written
 from oocattn.units import format_seconds
 
@@ -76,9 +77,10 @@ def compare_finished(
         if time.monotonic() - began > seconds or is_enough():
             break
         compared += 1
-        if not _matches(plan, result, place, record):
+        wrong = _difference(plan, result, place, record)
+        if wrong:
             damaged += 1
-            logger.warning("chunk %d of head group %d is not as it was written: computed again", place[1], place[0])
+            logger.warning("chunk %d of head group %d %s: computed again", place[1], place[0], wrong)
             for head, part in _parts(plan, *place):
                 result.remove(*divmod(head, plan.problem.query_heads), part)
     if compared < len(finished):
@@ -90,12 +92,16 @@ def compare_finished(
     return Compared(len(finished), compared, damaged)
 
 
-def _matches(plan: Plan, result: ResultArrays, place: Place, record: Mapping[str, Any]) -> bool:
+def _difference(plan: Plan, result: ResultArrays, place: Place, record: Mapping[str, Any]) -> str:
+    """What is wrong with a finished chunk, in words; "" where it is as it was written."""
     for number, (head, part) in enumerate(_parts(plan, *place)):
-        found = result.checksums(*divmod(head, plan.problem.query_heads), part)
+        try:
+            found = result.checksums(*divmod(head, plan.problem.query_heads), part)
+        except OSError as error:
+            return f"is not known to be as it was written ({words_of(error)})"
         if any(found[name] != record[name][8 * number : 8 * (number + 1)] for name in NAMES):
-            return False
-    return True
+            return "is not as it was written"
+    return ""
 
 
 def gather_checksums(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> dict[str, Checksums]:

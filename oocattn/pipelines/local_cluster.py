@@ -69,7 +69,8 @@ def _start(address: DashboardAddress, workers: int) -> LocalCluster:
     try:
         _check_descriptors()
         address.check_free()
-        with _silent("distributed.deploy.spec"):  # which logs that the cluster does not start, but not why
+        # They log that the cluster does not start, but not why, and that its folder for temporary files cannot be locked.
+        with _silent("distributed.deploy.spec"), _silent("distributed.diskutils"):
             return LocalCluster(
                 n_workers=workers,
                 threads_per_worker=THREADS,

@@ -10,6 +10,7 @@ from oocattn.kernels import Partial
 from oocattn.pipelines.partial_files import Covered, PartialFiles, row_blocks
 from oocattn.pipelines.partials import Accumulators, Collected, DamagedPartialError, Destination, States
 from oocattn.plans import Plan
+from oocattn.storage.operations import words_of
 
 Place = tuple[int, int]
 """A head group and one of its query chunks."""
@@ -122,7 +123,7 @@ class MemoryPartials:
             except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(*place)
                 self._files.remove(of)
-                raise DamagedPartialError(str(error), *place, of.subproblems[0]) from error
+                raise DamagedPartialError(words_of(error), *place, of.subproblems[0]) from error
         with self._changed:
             self._folds[place] = fold = _Fold(state, count, count, count, not_finite)
         return fold

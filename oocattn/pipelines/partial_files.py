@@ -20,7 +20,7 @@ from oocattn.errors import IntegrityError
 from oocattn.kernels import Partial
 from oocattn.memory import PARTIAL_BLOCK_ROWS
 from oocattn.storage.blockfile import read_blocks, read_label, write_blocks
-from oocattn.storage.folders import names_in
+from oocattn.storage.folders import names_in, remove_file
 from oocattn.storage.lock import Claim
 
 _NAME = re.compile(r"partial-\d+-\d+-\d+")
@@ -77,7 +77,7 @@ class PartialFiles:
     def remove(self, of: Covered) -> None:
         """Remove a partial, if it is there."""
         self._check()
-        self.path(of).unlink(missing_ok=True)
+        remove_file(self.path(of))
 
     def found(self) -> Iterator[tuple[Path, Covered | None]]:
         """Every file, and what it is of by its own word: None if that cannot be, or it is another run's."""

@@ -35,8 +35,10 @@ from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.work import Work
 from oocattn.plans import Plan
-from oocattn.storage.durable import is_disk_full, write_text
+from oocattn.storage.durable import write_text
+from oocattn.storage.folders import remove_file
 from oocattn.storage.journal import Place
+from oocattn.storage.operations import described, is_disk_full, words_of
 
 ATTEMPTS = 3
 """Mishaps after which the run ends: so many at the same place, or so many one after another with nothing done in between,
@@ -86,13 +88,12 @@ def run(
             if isinstance(error, TaintedError):
                 work.state.discard(work.growing)
         if is_disk_full(error):
-            words = "no space left for the result and its partials; make room and resume"
-            raise OSError(errno.ENOSPC, words, str(work.paths.state)) from error
+            raise _no_space(cast(OSError, error), work) from error
         raise
     try:
         work.state.tidy()
     except (OocattnError, OSError) as error:  # the result is there: `resume` tidies up
-        logger.warning("%s is complete, but not everything beside it was removed: %s", work.paths.result, error)
+        logger.warning("%s is complete, but not everything beside it was removed: %s", work.paths.result, words_of(error))
     for line in report.lost:
         logger.warning("%s: %s", work.paths.result, line)
     now = clock.now()
@@ -101,11 +102,19 @@ def run(
     return report
 
 
+def _no_space(error: OSError, work: Work) -> OSError:
+    """What to do about a disk that is full, as the whole run has it; a limit on one file, or a quota, says so itself."""
+    if error.errno == errno.ENOSPC:
+        words = "no space left for the result and its partials; make room and resume"
+        return OSError(errno.ENOSPC, words, str(work.paths.state))
+    return OSError(error.errno, f"{words_of(error)}, then resume", str(work.paths.state))
+
+
 def _words(error: BaseException) -> str:
     """How a run ended, for those who look at it later."""
     if isinstance(error, InterruptedRunError | TimeLimitError):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return described(error)
 
 
 def _all_finished(work: Work) -> dict[Place, dict[str, Any]]:
@@ -115,7 +124,7 @@ def _all_finished(work: Work) -> dict[Place, dict[str, Any]]:
     chunks = [chunk for chunk in range(plan.chunks) if plan.tokens(chunk)]
     missing = set(itertools.product(range(plan.problem.head_groups), chunks)) - finished.keys()
     if missing:
-        raise OSError(f"the records of {len(missing):,} finished chunks cannot be read")
+        raise OSError(f"{work.paths.state}: the records of {len(missing):,} finished chunks cannot be read; resume")
     return finished
 
 
@@ -168,7 +177,7 @@ def _look(work: Work, thorough: bool) -> Found:
     work.state.remove_leftovers()
     found = find_done(work.plan, work.journal, work.paths.scratch, work.result, thorough=thorough)
     for path in found.useless:
-        path.unlink(missing_ok=True)
+        remove_file(path)
     return found
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from oocattn.errors import ProblemError
 from oocattn.pipelines.events import Event, Resource, Span
 from oocattn.plans import Plan
+from oocattn.storage.operations import words_of
 from oocattn.storage.outputs import JSON_MARK, SVG_MARK, check_output, write_output
 from oocattn.text import printable
 from oocattn.units import format_seconds
@@ -118,7 +119,7 @@ class Timeline:
             write_output(self.path, lambda file: _write_trace(file, rows, start))
             write_output(self.picture, lambda file: file.writelines(_picture(rows, caption, start, stop, wall)))
         except (OSError, ProblemError) as error:
-            warnings.warn(f"the timeline was not written: {error}", stacklevel=2)
+            warnings.warn(f"the timeline was not written: {words_of(error)}", stacklevel=2)
 
 
 def _order(place: tuple[str, str]) -> tuple[int, str, int]:

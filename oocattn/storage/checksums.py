@@ -106,7 +106,10 @@ def result_digest(arrays: Mapping[str, zarr.Array[Any]], recorded: Mapping[str, 
 
 
 def find_damage(reader: RowReader, recorded: Checksums, step: int) -> Iterator[Damage]:
-    """The parts of an array that are not as they were written, read `step` rows at a time."""
+    """The parts of an array that are not as they were written, read `step` rows at a time.
+
+    Raises OSError as the file system does: what could not be read may be as it was.
+    """
     batches, heads, tokens, *row = reader.shape
     buffer = np.empty((min(step, recorded.rows, tokens), *row), reader.dtype)
     places = (
@@ -119,7 +122,7 @@ def find_damage(reader: RowReader, recorded: Checksums, step: int) -> Iterator[D
         stop = min(start + recorded.rows, tokens)
         try:
             found = as_digits(_checksum_of_part(reader, batch, head, start, stop, buffer))
-        except (IntegrityError, OSError) as error:
+        except IntegrityError as error:
             yield Damage(reader.name, batch, head, start, stop, str(error))
             continue
         if found != recorded[part]:

@@ -13,7 +13,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,13 @@ from zarr.storage import FsspecStore, LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import ProblemError, ResultExistsError
-from oocattn.storage.durable import PARTIAL, rename_new, sync, write_durably
-from oocattn.storage.folders import GROUP, pattern_of, refuse_foreign, remove_ours
+from oocattn.storage.durable import PARTIAL, write_durably
+from oocattn.storage.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
 from oocattn.storage.locations import local_path, parse_location
+from oocattn.storage.operations import doing
+from oocattn.storage.own_store import OwnStore
+from oocattn.storage.renaming import rename_new
+from oocattn.storage.syncing import sync
 from oocattn.text import printable
 
 CHUNK_BYTES = 32 * 2**20
@@ -70,18 +74,19 @@ def create_array(
     tokens, row = shape[2], shape[3:]
     numpy_type = numpy_dtype(dtype)
     rows = chunk_rows or default_chunk_rows(tokens, int(np.prod(row)), numpy_type.itemsize)
-    return group.create_array(
-        name,
-        shape=shape,
-        dtype=numpy_type,
-        chunks=(1, 1, rows, *row),
-        chunk_key_encoding={"name": "default", "separator": "."},
-        serializer=BytesCodec(endian="little"),
-        compressors=None,
-        filters=None,
-        fill_value=0,
-        config={"write_empty_chunks": True},
-    )
+    with doing("make", str(group.store_path / name).removeprefix("file://")):
+        return group.create_array(
+            name,
+            shape=shape,
+            dtype=numpy_type,
+            chunks=(1, 1, rows, *row),
+            chunk_key_encoding={"name": "default", "separator": "."},
+            serializer=BytesCodec(endian="little"),
+            compressors=None,
+            filters=None,
+            fill_value=0,
+            config={"write_empty_chunks": True},
+        )
 
 
 def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[slice, ...]:
@@ -165,14 +170,18 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
         yield _create_remote(parse_location(path).text, attributes, overwrite)
         return
     refuse_to_destroy(local, overwrite)
-    local.parent.mkdir(parents=True, exist_ok=True)
+    with doing("make", local.parent):
+        local.parent.mkdir(parents=True, exist_ok=True)
     temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        yield zarr.create_group(LocalStore(temporary), attributes=attributes, zarr_format=3)
+        with doing("make", temporary):
+            group = zarr.create_group(OwnStore(temporary), attributes=attributes, zarr_format=3)
+        yield group
         sync_metadata(temporary)
         _move_into_place(temporary, local, overwrite)
     except BaseException:
-        remove_ours(temporary, GROUP)
+        with suppress(OSError):  # what went wrong before is what is to be told
+            remove_ours(temporary, GROUP)
         raise
 
 
@@ -215,7 +224,7 @@ async def _foreign_key(url: str) -> str | None:
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:
     """Raise ResultExistsError where something is at `path`, unless `overwrite` is given and it is a Zarr group or array with
     no other file in it."""
-    if not os.path.lexists(path):
+    if not is_taken(path):
         return
     if not overwrite:
         raise ResultExistsError(f"{path} exists already: choose another path, or overwrite it (--overwrite)")
@@ -226,9 +235,9 @@ def refuse_to_destroy(path: Path, overwrite: bool) -> None:
 
 def sync_metadata(group: Path) -> None:
     """Have the metadata of a group and its arrays on disk, which zarr does not see to."""
-    for metadata in group.rglob("zarr.json"):
-        sync(metadata)
-        sync(metadata.parent)
+    for folder in (group, *(group / name for name in names_in(group) if is_folder(group / name))):
+        sync(folder / "zarr.json")
+        sync(folder)
 
 
 def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
@@ -238,7 +247,7 @@ def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     refuse_to_destroy(path, overwrite)
-    if os.path.lexists(path):
+    if is_taken(path):
         rename_new(path, aside)
     try:
         rename_new(temporary, path)

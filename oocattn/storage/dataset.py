@@ -26,7 +26,7 @@ from zarr.storage import FsspecStore
 from oocattn.errors import ProblemError
 from oocattn.problem import ArraySpec
 from oocattn.storage.direct import FastestReader
-from oocattn.storage.files import opened
+from oocattn.storage.files import advise, opened, read_exactly
 from oocattn.storage.layout import (
     chunk_key,
     coordinates_of,
@@ -39,6 +39,7 @@ from oocattn.storage.layout import (
 from oocattn.storage.locations import Location, parse_location, recorded_location
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, open_array, read_attributes
+from oocattn.storage.operations import doing
 from oocattn.storage.readers import InputArray
 from oocattn.storage.shards import check_shard
 from oocattn.text import printable
@@ -133,9 +134,9 @@ class Dataset:
         """Half a SHA-256 of each array, joined by "-", that changes when the array is changed.
 
         It covers shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks, and in a local
-        folder the size and modification time of every chunk file; `within_run` also its change time and inode, which cannot
-        be set back, and which a copy does not share. Raises IntegrityError for a chunk that is missing: any in a local
-        folder, elsewhere one of those few.
+        folder the size and modification time of every chunk file; `within_run` also its change time, which cannot be set
+        back, and which a copy does not share. (Not its inode: not every file system has one for good.) Raises
+        IntegrityError for a chunk that is missing: any in a local folder, elsewhere one of those few.
         """
         return "-".join(_fingerprint(name, self.arrays[name].array, self.location, within_run) for name in NAMES)
 
@@ -152,7 +153,7 @@ def _fingerprint(name: str, array: zarr.Array[Any], location: str, within_run: b
     identity = {key: metadata[key] for key in _IDENTITY if key in metadata}
     digest = hashlib.sha256(json.dumps([name, identity], sort_keys=True, default=str).encode())
     for _, key, status in _files(array, location):
-        unique = (status.st_ctime_ns, status.st_ino) if within_run else ()
+        unique = (status.st_ctime_ns,) if within_run else ()
         state = (status.st_size, status.st_mtime_ns, *unique)
         digest.update(f"\n{key} {state}".encode())
     for content in _sample(array, location):
@@ -187,9 +188,9 @@ def _ends(root: Path, key: str, location: str) -> list[bytes]:
     """The first and the last bytes of a file. No more is read: of a map the system reads megabytes ahead."""
     try:
         with opened(root / key) as descriptor:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
             last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
-            return [os.pread(descriptor, SAMPLED_BYTES, start) for start in (0, last)]
+            return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]
     except (FileNotFoundError, NotADirectoryError):
         raise missing_chunk(location, key) from None
 
@@ -229,7 +230,8 @@ def _files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, .
     for coordinates in stored_chunks(array):
         key = chunk_key(array, coordinates)
         try:
-            status = os.stat(array.store.root / key)
+            with doing("look at", array.store.root / key):
+                status = os.stat(array.store.root / key)
         except (FileNotFoundError, NotADirectoryError):
             raise missing_chunk(location, key) from None
         if not stat.S_ISREG(status.st_mode):

@@ -23,8 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.files import opened
+from oocattn.storage.files import advise, opened
 from oocattn.storage.layout import ChunkFiles, Part, missing_chunk, wrong_size
+from oocattn.storage.mapping import map_file
+from oocattn.storage.operations import doing
 
 Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]
 """(files, batch, head, start, stop, out): read tokens [start, stop) of one head into out [stop - start, D]."""
@@ -49,27 +51,35 @@ def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int,
     for part in files.parts(batch, head, start, stop):
         _advise(islice(ahead, 1))
         with _opened(files, part) as descriptor:
-            wanted = memoryview(content.data)[part.begin : part.end]
-            offset = part.offset
-            while wanted:
-                count = os.preadv(descriptor, [wanted], offset)
-                if count == 0:
-                    raise wrong_size(files.location, part.key, offset, part.file_bytes)
-                wanted, offset = wanted[count:], offset + count
+            _read(descriptor, files, part, content)
 
 
 def read_mapped(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-    """As `read_preadv`, by mapping each chunk file, copying from the map and unmapping it."""
+    """As `read_preadv`, by mapping each chunk file, copying from the map and unmapping it; it is read where it cannot be
+    mapped."""
     content = _bytes_of(out)
     for part in files.parts(batch, head, start, stop):
         wanted = content[part.begin : part.end]
         slack = part.offset % mmap.ALLOCATIONGRANULARITY
         first, length = part.offset - slack, wanted.nbytes + slack
-        with (
-            _opened(files, part) as descriptor,
-            mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=first) as mapped,
-        ):
-            np.copyto(wanted, np.frombuffer(mapped, np.uint8, offset=slack))
+        with _opened(files, part) as descriptor:
+            mapped = map_file(descriptor, length, first)
+            if mapped is None:
+                _read(descriptor, files, part, content)
+                continue
+            with mapped:
+                np.copyto(wanted, np.frombuffer(mapped, np.uint8, offset=slack))
+
+
+def _read(descriptor: int, files: ChunkFiles, part: Part, content: NDArray[np.uint8]) -> None:
+    """Read the bytes of a part from its open file to their place in `content`."""
+    wanted, offset = memoryview(content.data)[part.begin : part.end], part.offset
+    while wanted:
+        with doing("read", part.path):
+            count = os.preadv(descriptor, [wanted], offset)
+        if count == 0:
+            raise wrong_size(files.location, part.key, offset, part.file_bytes)
+        wanted, offset = wanted[count:], offset + count
 
 
 class FastestReader:
@@ -110,7 +120,7 @@ def _bytes_of(out: NDArray[Any]) -> NDArray[np.uint8]:
 def _advise(parts: Iterable[Part]) -> None:
     for part in parts:
         with suppress(OSError, IntegrityError), opened(part.path) as descriptor:  # the read says what is wrong
-            os.posix_fadvise(descriptor, part.offset, part.end - part.begin, os.POSIX_FADV_WILLNEED)
+            advise(descriptor, part.offset, part.end - part.begin, os.POSIX_FADV_WILLNEED)
 
 
 @contextmanager

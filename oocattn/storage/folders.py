@@ -6,14 +6,17 @@ removed, nor is anything behind a symbolic link.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from oocattn.errors import IntegrityError, ResultExistsError
+from oocattn.storage.operations import doing
 
 _TEMPORARY = r"(\.[0-9a-f]{32})?(\.partial)?"
 """What the name of a file ends with while it is written."""
@@ -33,14 +36,26 @@ GROUP = (
 """The files of a Zarr group: its metadata and chunks, and what a write that was killed has left of them."""
 
 
+_HELD = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]+")
+"""The name that a network file system gives a file of ours that was removed while it was open: gone when that is closed."""
+
+
 @contextmanager
-def opened_folder(path: Path) -> Iterator[int]:
-    """A descriptor of a folder, which is no symbolic link. Raises IntegrityError for anything else, OSError as `open`."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags)
-    except NotADirectoryError:
-        raise IntegrityError(f"{path} is not a folder but {_kind(path)}: expected a folder; remove it") from None
+def opened_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
+    """A descriptor of a folder, which is no symbolic link. Raises IntegrityError for anything else, OSError as `open`.
+
+    It need not be allowed to list one that is not to be `listed`.
+    """
+    flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with doing("open the folder", path):
+        try:
+            descriptor = os.open(path, flags | os.O_RDONLY)
+        except NotADirectoryError:
+            raise IntegrityError(f"{path} is not a folder but {_kind(path)}: expected a folder; remove it") from None
+        except OSError as error:
+            if listed or error.errno not in (errno.EACCES, errno.EISDIR):
+                raise
+            descriptor = os.open(path, flags | os.O_PATH)
     try:
         yield descriptor
     finally:
@@ -50,26 +65,50 @@ def opened_folder(path: Path) -> Iterator[int]:
 def is_folder(path: Path) -> bool:
     """Whether there is a folder, and no link to one."""
     try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
+        with doing("look at", path):
+            return stat.S_ISDIR(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
+def is_taken(path: Path) -> bool:
+    """Whether anything is at a path, also a link that leads nowhere. Raises OSError where that cannot be told."""
+    try:
+        with doing("look at", path):
+            os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def require_own(path: Path) -> None:
-    """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process."""
-    with opened_folder(path) as descriptor:
+    """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process.
+
+    Some file systems have users of their own (NFS that squashes them, SMB, sshfs): there it must be of the user that they
+    give what this process makes.
+    """
+    with opened_folder(path, listed=False) as descriptor, doing("look at", path):
         owner = os.fstat(descriptor).st_uid
-    if owner != os.geteuid():
+    if owner != os.geteuid() and owner != _owner_of_new_files(path.parent):
         raise IntegrityError(
             f"{path} belongs to user {owner}: expected a folder of user {os.geteuid()}, who runs this; remove it, or choose "
             "another path"
         )
 
 
+def _owner_of_new_files(folder: Path) -> int | None:
+    """The user whom the file system says a file is of that this process makes in a folder; None where it makes none."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as made:
+            return os.fstat(made.fileno()).st_uid
+    except OSError:
+        return None
+
+
 def names_in(path: Path) -> list[str]:
     """The names in a folder, sorted; none where there is no folder. Raises IntegrityError for a link."""
     try:
-        with opened_folder(path) as descriptor:
+        with opened_folder(path) as descriptor, doing("list", path):
             return sorted(os.listdir(descriptor))
     except FileNotFoundError:
         return []
@@ -83,19 +122,15 @@ def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:
 def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
     """A file below a folder whose path from there is none of the patterns `ours`, or that is no regular file; None where
     all are ours, or there is no folder."""
-    if not os.path.lexists(folder):
+    if not is_taken(folder):
         return None
     if not is_folder(folder):
         return folder
     pattern = pattern_of(ours)
-    for place, folders, files, descriptor in os.fwalk(folder):
-        inside = Path(place).relative_to(folder)
-        for name in files:
-            regular = stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
-            if not regular or not pattern.fullmatch((inside / name).as_posix()):
-                return folder / inside / name
-        for name in folders:
-            if stat.S_ISLNK(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
+    for inside, modes, _ in _walk(folder):
+        for name, mode in modes.items():
+            is_ours = stat.S_ISREG(mode) and (pattern.fullmatch((inside / name).as_posix()) or _HELD.fullmatch(name))
+            if not (is_ours or stat.S_ISDIR(mode)):
                 return folder / inside / name
     return None
 
@@ -116,19 +151,47 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
     Return whether nothing is left. A link is neither followed nor removed.
     """
     if not is_folder(folder):
-        return not os.path.lexists(folder)
+        return not is_taken(folder)
     pattern = pattern_of(ours)
-    for place, _, files, descriptor in os.fwalk(folder, topdown=False):
-        inside = Path(place).relative_to(folder)
-        for name in files:
-            with suppress(FileNotFoundError):
-                regular = stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
-                if regular and pattern.fullmatch((inside / name).as_posix()):
+    for inside, modes, descriptor in _walk(folder):
+        for name, mode in modes.items():
+            if stat.S_ISREG(mode) and pattern.fullmatch((inside / name).as_posix()):
+                with suppress(FileNotFoundError), doing("remove", folder / inside / name):
                     os.unlink(name, dir_fd=descriptor)
         if not keep_folders:
             with suppress(OSError):  # a file that is not ours is left in it
-                os.rmdir(place)
-    return not os.path.lexists(folder)
+                os.rmdir(folder / inside)
+    return not is_taken(folder)
+
+
+def _walk(folder: Path, inside: Path = Path(), parent: int | None = None) -> Iterator[tuple[Path, dict[str, int], int]]:
+    """A folder and all below it, those within a folder before it: the path of each from the first, the modes of what is in
+    it by name, and a descriptor.
+
+    Links are not followed, by the way in which folders are opened: `os.fwalk` compares inodes, which not every file system
+    has for good.
+    """
+    with doing("list", folder / inside):
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(folder if parent is None else inside.name, flags, dir_fd=parent)
+    try:
+        modes = {}
+        with doing("list", folder / inside):
+            for name in sorted(os.listdir(descriptor)):
+                with suppress(FileNotFoundError):  # it was removed in between
+                    modes[name] = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
+        for name, mode in modes.items():
+            if stat.S_ISDIR(mode):
+                yield from _walk(folder, inside / name, descriptor)
+        yield inside, modes, descriptor
+    finally:
+        os.close(descriptor)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file of our own, if it is there."""
+    with suppress(FileNotFoundError), doing("remove", path):
+        path.unlink()
 
 
 def _kind(path: Path) -> str:

@@ -1,20 +1,16 @@
 """Import of tensors from .npy, .safetensors and .pt files into a dataset of our own kind.
 
-A file is opened without being loaded and without running what it may carry (numpy's allow_pickle=False, torch's
-weights_only=True); the three tensors are checked against each other before anything is written; then they are copied
-chunk by chunk.
+The three tensors are checked against each other before anything is written; then they are copied chunk by chunk. Where they
+lie in their files, and how they are read from there, is tensor_files.py's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,26 +18,13 @@ from oocattn.errors import ProblemError
 from oocattn.problem import DTYPES, ArraySpec, make_problem
 from oocattn.storage.create import create_array, create_dataset, fill_array, numpy_dtype
 from oocattn.storage.locations import parse_location
+from oocattn.storage.tensor_files import FileTensor, open_npy, open_safetensors, open_torch
 from oocattn.text import printable
-
-if TYPE_CHECKING:
-    import torch
 
 LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
 """Orders of a tensor's axes that are understood: b batch, h heads, n tokens, d head dimension."""
 
-_SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One tensor in a file: `read` takes a slice for each axis of `shape`, in the file's order, and gives that part."""
-
-    label: str
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[tuple[slice, ...]], NDArray[Any]]
 
 
 def import_arrays(
@@ -76,27 +59,28 @@ def import_arrays(
             fill_array(array, partial(_read_rows, source, layout, specs[name].dtype))
 
 
-def _spec(name: str, source: Source, layout: str, dtype: str | None) -> ArraySpec:
+def _spec(name: str, source: FileTensor, layout: str, dtype: str | None) -> ArraySpec:
     """What `source` will be in the dataset; raises ProblemError where its rank or dtype cannot become that."""
     if len(source.shape) != len(layout):
         raise ProblemError(
             f"{name} ({source.label}) has shape {list(source.shape)}: layout {layout} has {len(layout)} dimensions; "
             f"name the order of the axes with --layout, one of {', '.join(LAYOUTS)}"
         )
-    if source.dtype not in (*DTYPES, "float64"):
+    found = source.dtype.name
+    if found not in (*DTYPES, "float64"):
         raise ProblemError(
-            f"{name} ({source.label}) has dtype {source.dtype}: expected one of {', '.join(DTYPES)}; convert it first"
+            f"{name} ({source.label}) has dtype {found}: expected one of {', '.join(DTYPES)}; convert it first"
         )
-    if source.dtype == "float64" and dtype is None:
+    if found == "float64" and dtype is None:
         raise ProblemError(f"{name} ({source.label}) has dtype float64: convert it on the way in with --dtype float32")
     size = dict(zip(layout, source.shape, strict=True))
-    return ArraySpec(f"{name} ({source.label})", tuple(size.get(axis, 1) for axis in "bhnd"), dtype or source.dtype)
+    return ArraySpec(f"{name} ({source.label})", tuple(size.get(axis, 1) for axis in "bhnd"), dtype or found)
 
 
-def _read_rows(source: Source, layout: str, dtype: str, batch: int, head: int, start: int, stop: int) -> NDArray[Any]:
+def _read_rows(source: FileTensor, layout: str, dtype: str, batch: int, head: int, start: int, stop: int) -> NDArray[Any]:
     """Rows [start, stop) of one head: [stop - start, D] in `dtype`."""
     part = {"b": slice(batch, batch + 1), "h": slice(head, head + 1), "n": slice(start, stop), "d": slice(None)}
-    rows = source.read(tuple(part[axis] for axis in layout)).reshape(stop - start, -1)
+    rows = source.read([part[axis] for axis in layout]).reshape(stop - start, -1)
     try:
         with np.errstate(over="raise"):
             return rows.astype(numpy_dtype(dtype), copy=False)
@@ -107,7 +91,7 @@ def _read_rows(source: Source, layout: str, dtype: str, batch: int, head: int, s
         ) from error
 
 
-def _open(name: str, file: str) -> Source:
+def _open(name: str, file: str) -> FileTensor:
     """Open the tensor that is to become array `name`."""
     match = _FILE_AND_TENSOR.fullmatch(file)
     if match is None:
@@ -115,85 +99,11 @@ def _open(name: str, file: str) -> Source:
     path, tensor = parse_location(match[1]).path, match[2]
     if path is None:
         raise ProblemError(f"{name}: {printable(file)} is a URL: tensors are imported from local files; copy it first")
-    if not path.is_file():
-        raise ProblemError(f"{name}: there is no file {printable(path)}")
-    if path.suffix == ".npy":
-        return _open_npy(name, path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(name, path, tensor)
-    return _open_torch(name, path, tensor)
-
-
-def _open_npy(name: str, path: Path) -> Source:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # of a file that is no .npy numpy has many
-        raise ProblemError(
-            f"{name}: {path} cannot be mapped as a .npy file of numbers ({printable(error)}): save one plain array with "
-            "numpy.save"
-        ) from error
-    if not isinstance(array, np.ndarray):
-        raise ProblemError(f"{name}: {path} is an archive of arrays: save one plain array with numpy.save")
-    if array.dtype.str[1:] in ("V2", "u2"):
-        raise ProblemError(
-            f"{name}: {path} has dtype {array.dtype}: .npy cannot say bfloat16, if that is what it holds; "
-            "save it as .safetensors or .pt, or as float32"
-        )
-    return Source(str(path), array.shape, array.dtype.name, lambda part: np.array(array[part]))
-
-
-def _open_safetensors(name: str, path: Path, tensor: str | None) -> Source:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ProblemError(
-            f"{name}: reading {path} needs the safetensors package: pip install 'oocattn[safetensors]'"
-        ) from error
-    try:
-        file: Any = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ProblemError(f"{name}: {path} is not a whole safetensors file: {printable(error)}") from error
-    key = _pick(name, path, tensor, list(file.keys()))
-    view = file.get_slice(key)
-    dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
-    return Source(f"{path}:{key}", tuple(view.get_shape()), dtype, lambda part: _as_numpy(view[part]))
-
-
-def _open_torch(name: str, path: Path, tensor: str | None) -> Source:
-    import torch
-
-    try:
-        found = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    except Exception as error:  # of a file that torch did not write it has many
-        raise ProblemError(
-            f"{name}: {path} is not a file of plain tensors, as torch.save writes them: save one, or a dict of them"
-        ) from error
-    label = str(path)
-    if isinstance(found, dict):
-        key = _pick(name, path, tensor, [key for key in found if isinstance(key, str)])
-        found, label = found[key], f"{path}:{key}"
-    if not isinstance(found, torch.Tensor) or found.layout is not torch.strided:
-        raise ProblemError(f"{name}: {label} is a {type(found).__name__}: expected a dense tensor")
-    dense = found.detach()
-    return Source(label, tuple(dense.shape), str(dense.dtype).removeprefix("torch."), lambda part: _as_numpy(dense[part]))
-
-
-def _pick(name: str, path: Path, tensor: str | None, found: list[str]) -> str:
-    """The key of the tensor meant: the one that is named, or called `name`, or the only one."""
-    if tensor is None and len(found) == 1:
-        return found[0]
-    key = tensor or name
-    if key not in found:
-        some = ", ".join(found[:10]) + (", ..." if len(found) > 10 else "")
-        raise ProblemError(f"{name}: {path} has no tensor {key!r}: name one as {path}:TENSOR; it holds {some or 'none'}")
-    return key
-
-
-def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
-    """A contiguous numpy array of the tensor's values; bfloat16 as that of ml_dtypes."""
-    import torch
-
-    dense = tensor.contiguous()
-    if dense.dtype == torch.bfloat16:
-        return dense.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return dense.numpy()
+        if path.suffix == ".npy":
+            return open_npy(name, path)
+        if path.suffix == ".safetensors":
+            return open_safetensors(name, path, tensor)
+        return open_torch(name, path, tensor)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ProblemError(f"{name}: there is no file {printable(path)}") from None

@@ -9,7 +9,6 @@ computed again. A run that has lost its lock records nothing. What plan and reco
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.durable import encode_record, read_record, sync, write_record
-from oocattn.storage.folders import JOURNAL, names_in, remove_ours
+from oocattn.storage.durable import encode_record, read_record, write_record
+from oocattn.storage.folders import JOURNAL, is_taken, names_in, remove_ours
 from oocattn.storage.lock import Claim
+from oocattn.storage.operations import doing
+from oocattn.storage.syncing import sync
 from oocattn.text import printable
 
 OTHER_BITS = "other-bits.json"
@@ -43,7 +44,8 @@ class Journal:
     def begin(cls, state: Path, header: Mapping[str, Any], claim: Claim) -> Journal:
         """A new journal of the run that `header` describes; none may be there."""
         journal = cls(state, identity(header), claim)
-        journal._folder.mkdir()
+        with doing("make", journal._folder):
+            journal._folder.mkdir()
         claim.check()
         write_record(state / "plan.json", header)
         return journal
@@ -106,13 +108,13 @@ def read_header(state: Path) -> dict[str, Any] | None:
 
 def has_begun(state: Path) -> bool:
     """Whether there is the journal of a run in a folder."""
-    return os.path.lexists(state / "plan.json")
+    return is_taken(state / "plan.json")
 
 
 def forget(state: Path) -> None:
     """Remove the journal in a folder, if there is one: what it says goes first, so that half of it is never believed."""
     for name in ("plan.json", OTHER_BITS):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), doing("remove", state / name):
             (state / name).unlink()
             sync(state)
     remove_ours(state / "finished", JOURNAL)

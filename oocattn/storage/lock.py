@@ -3,20 +3,25 @@
 The lock is the kernel's (`flock`), so it is gone with the process that held it, however that ended; the file's text only
 says who holds it. Whether such a lock is seen by other hosts depends on the file system (flock(2): on NFS since Linux
 2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also touches the file every few seconds:
-what another kernel's process left there is taken over only when that has stopped.
+what another kernel's process left there is taken over only when that has stopped. A file system may have no locks at all
+(NFS without its lock daemon, some in user space): there, touching and watching is all that keeps others away, also on the
+same host. A lock file says whether its holder had the kernel's lock too.
 
 A holder that slept through that goes on where its lock is another's by then. So each acquisition has a token of its own, in
 the file, which is asked for before every step that commits, discards, deletes or records: who does not find its own ends.
 
 How the file changes, always whole:
-  1. Write holder and token to a temporary file beside it, and lock that.
+  1. Lock a temporary file beside it, if that can be, and write holder and token to it.
   2. Nothing at the path: give it that name, unless something has it by now; then begin again.
-  3. A file at the path: lock it, which succeeds only if its holder is gone or on another kernel; if it is on another kernel,
-     watch for its beats. Then give the temporary file its name. Whoever waited for the old file finds that it has no name.
+  3. A file at the path: lock it, which succeeds only if its holder is gone or on another kernel; if it is on another
+     kernel, or without the kernel's lock, watch for its beats. Then give the temporary file its name. Whoever waited for
+     the old file finds another one under its name. Which file is which is told by its text: not every file system has
+     numbers for that.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -27,7 +32,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Protocol
@@ -35,8 +40,11 @@ from typing import Annotated, Protocol
 from oocattn.clock import now
 from oocattn.errors import IntegrityError, LockedError, TimeLimitError
 from oocattn.records import Range, from_json, parse_json
-from oocattn.storage.durable import PARTIAL, rename_new
-from oocattn.storage.files import opened, read_file
+from oocattn.storage.durable import PARTIAL
+from oocattn.storage.files import opened, read_exactly, read_file
+from oocattn.storage.operations import UNSUPPORTED, doing, warn_once
+from oocattn.storage.renaming import rename_new
+from oocattn.storage.syncing import sync_descriptor
 from oocattn.text import printable
 
 PATIENCE = 0.5
@@ -48,8 +56,14 @@ BEAT = 2.0
 BEATS_MISSED = 3
 """So many of them may fail to appear before a holder on another host is taken for dead."""
 
+GRACE = 0.1
+"""Seconds for which a lock file without words is watched: one is whole from its first moment where the file system can
+rename or link it, and nearly so elsewhere."""
+
 MOST_BYTES = 4096
 """Of a lock file: a host's name, two numbers and a token."""
+
+_NO_LOCKS = frozenset({errno.ENOLCK, *UNSUPPORTED})
 
 logger = logging.getLogger("oocattn")
 
@@ -62,6 +76,7 @@ class Holder:
     process: Annotated[int, Range(0, 2**32)]
     kernel: str = ""  # of which boot of which machine, as far as that is known
     token: str = field(default="", compare=False)
+    flocked: bool = field(default=True, compare=False)  # whether the kernel's lock is held, and not the file alone
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -75,6 +90,11 @@ class Holder:
     def shares_kernel(self, other: Holder) -> bool:
         """Whether both see the same kernel's locks."""
         return self.kernel == other.kernel if self.kernel and other.kernel else self.host == other.host
+
+    @property
+    def is_told_by_kernel(self) -> bool:
+        """Whether the kernel of this process says by its locks whether this holder is alive."""
+        return self.flocked and self.shares_kernel(Holder.this_process())
 
     def __str__(self) -> str:
         return f"process {self.process} on host {printable(self.host)}"
@@ -154,7 +174,15 @@ class FileLock:
                 if not self.still_mine():
                     logger.error("%s: %s has taken over; this run ends", self.path.parent, _read(self.path))
                     return
-                os.utime(self._descriptor)
+                self._touch()
+
+    def _touch(self) -> None:
+        """Have the file's time of change move on: by writing it again where its time cannot be set."""
+        before = os.fstat(self._descriptor).st_mtime_ns
+        with suppress(OSError):
+            os.utime(self._descriptor)
+        if os.fstat(self._descriptor).st_mtime_ns == before:
+            os.pwrite(self._descriptor, os.pread(self._descriptor, MOST_BYTES, 0), 0)
 
     def still_mine(self) -> bool:
         """Whether nobody has taken this for left behind, as this process slept."""
@@ -165,7 +193,7 @@ class FileLock:
         self._released.set()
         self._beating.join()  # else it might touch another file, which has the descriptor by then
         with suppress(OSError):
-            if _is_at(self._descriptor, self.path) and self.still_mine():
+            if self.still_mine():
                 self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
@@ -181,16 +209,27 @@ class FileLock:
 def _acquire(path: Path, holder: Holder, until: float) -> int:
     """A descriptor of the lock file at `path`, which is locked and says that it is the holder's."""
     temporary = path.with_name(f"{path.name}.{holder.token}{PARTIAL}")
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        os.write(descriptor, json.dumps(asdict(holder)).encode())
-        _flock(descriptor, fcntl.LOCK_EX, path)
-        while not _named(temporary, path) and not _taken_over(temporary, path, until):
-            pass
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        os.close(descriptor)
-        raise
+    with doing("lock", path):
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            flocked = _flock(descriptor, fcntl.LOCK_EX, path)
+            os.write(descriptor, json.dumps(asdict(replace(holder, flocked=flocked))).encode())
+            if not flocked:
+                warn_once(
+                    os.fstat(descriptor).st_dev,
+                    "locks",
+                    "%s: this file system gives no locks (flock): other runs are kept away by a file that this one touches "
+                    "every %g s; one that was left behind is watched for %g s before it is taken over",
+                    *(path.parent, BEAT, BEATS_MISSED * BEAT),
+                )
+                sync_descriptor(descriptor, path)  # so that other hosts find it whole, which a lock would see to
+            while not _named(temporary, path) and not _taken_over(temporary, path, until, flocked):
+                pass
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
     return descriptor
 
 
@@ -203,13 +242,14 @@ def _named(temporary: Path, path: Path) -> bool:
     return True
 
 
-def _taken_over(temporary: Path, path: Path, until: float) -> bool:
+def _taken_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
     """Put the lock file in the place of one that was left behind; False where that has gone meanwhile."""
     try:
         with opened(path, follow=False, writable=True) as left:  # NFS locks only those exclusively
-            if not _lock(left, path):
+            flocked &= _lock(left, path)
+            if not _is_at(left, path):
                 return False
-            _watch(path, until)
+            _watch(path, until, flocked)
             if not _is_at(left, path):
                 return False
             os.rename(temporary, path)
@@ -218,14 +258,16 @@ def _taken_over(temporary: Path, path: Path, until: float) -> bool:
     return True
 
 
-def _watch(path: Path, until: float) -> None:
-    """Return when whoever left a lock file behind is gone, which its kernel or its silence tells."""
+def _watch(path: Path, until: float, flocked: bool) -> None:
+    """Return when whoever left a lock file behind is gone: its kernel tells, where it was `flocked`, or else its silence."""
     try:
         before = _parse(read_file(path, MOST_BYTES, follow=False))
     except (ValueError, IntegrityError):  # one that cannot be read at all is left: somebody may hold it
         before = NOBODY
     last = _touched(path)
-    if before != NOBODY and not before.shares_kernel(Holder.this_process()):  # of nobody: no lock that was made whole
+    if flocked and before == NOBODY:  # no lock that was made whole
+        time.sleep(GRACE)
+    elif not (flocked and before.is_told_by_kernel):
         deadline = time.monotonic() + BEATS_MISSED * BEAT
         logger.warning("%s: watching for %g s whether %s is alive", path.parent, BEATS_MISSED * BEAT, before)
         while time.monotonic() < deadline:
@@ -247,40 +289,36 @@ def _locked(path: Path) -> LockedError:
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Lock an open file; False if it is no longer the one at `path`: its last holder removed it in between."""
+    """Lock the open file of another holder; False where the file system has no locks."""
     deadline = time.monotonic() + PATIENCE
-    while not _try(descriptor, path):
-        if time.monotonic() > deadline:
-            raise _locked(path)
+    while True:
+        try:
+            return _flock(descriptor, fcntl.LOCK_EX, path)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise _locked(path) from None
         time.sleep(0.05)
-    return _is_at(descriptor, path)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one at `path`: its holder may remove that at any time."""
+    """Whether an open lock file is the one at `path`: its holder may remove that at any time."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+        with opened(path, follow=False) as there:
+            return read_exactly(there, MOST_BYTES, 0, path) == read_exactly(descriptor, MOST_BYTES, 0, path)
     except FileNotFoundError:
         return False
 
 
-def _try(descriptor: int, path: Path) -> bool:
+def _flock(descriptor: int, kind: int, path: Path) -> bool:
+    """Lock an open file; False where the file system has no locks. Raises BlockingIOError where another has it."""
     try:
-        _flock(descriptor, fcntl.LOCK_EX, path)
-    except BlockingIOError:
+        with doing("lock", path):
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
         return False
     return True
-
-
-def _flock(descriptor: int, kind: int, path: Path) -> None:
-    """Lock an open file. Raises BlockingIOError where another has it, OSError where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        words = "this file system gives no locks (flock), without which two runs could write one result: choose another path"
-        raise OSError(error.errno, words, str(path)) from error
 
 
 def lock_holder(path: Path) -> Holder | None:
@@ -290,15 +328,16 @@ def lock_holder(path: Path) -> Holder | None:
     """
     try:
         with opened(path, follow=False) as descriptor:
-            _flock(descriptor, fcntl.LOCK_SH, path)
+            flocked = _flock(descriptor, fcntl.LOCK_SH, path)
             touched = os.fstat(descriptor).st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
     except BlockingIOError:
         return _read(path)
     holder = _read(path)
-    elsewhere = holder != NOBODY and not holder.shares_kernel(Holder.this_process())
-    return holder if elsewhere and time.time() - touched < BEATS_MISSED * BEAT else None
+    if holder == NOBODY or (flocked and holder.is_told_by_kernel):
+        return None
+    return holder if time.time() - touched < BEATS_MISSED * BEAT else None
 
 
 def _read(path: Path) -> Holder:
@@ -309,4 +348,4 @@ def _read(path: Path) -> Holder:
 
 
 def _parse(content: bytes) -> Holder:
-    return from_json(Holder, parse_json(content))
+    return from_json(Holder, {"flocked": True, **parse_json(content)})  # which older versions do not say

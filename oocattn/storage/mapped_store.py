@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -18,7 +19,9 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
-from oocattn.storage.files import opened
+from oocattn.errors import IntegrityError
+from oocattn.storage.files import opened, read_exactly
+from oocattn.storage.mapping import map_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,22 +31,24 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
 # Python's mmap keeps a file descriptor, and one read of a shard asks for thousands of ranges of one file: they share
-# its map while any of them lives. A live map holds its inode, so the number cannot come to mean another file.
-_live_maps: WeakValueDictionary[tuple[int, int, int], mmap.mmap] = WeakValueDictionary()
+# its map while any of them lives. A live map holds its inode, so the number cannot come to mean another file; where a file
+# system has no numbers, path and times tell files apart.
+_live_maps: WeakValueDictionary[tuple[object, ...], mmap.mmap] = WeakValueDictionary()
 
 
-def _map(path: Path) -> memoryview:
-    """The whole of a regular file, mapped read-only. Raises as `opened` does."""
+def _content(path: Path, window: slice) -> bytes | memoryview:
+    """The bytes of a regular file in a window, mapped read-only, or read where they cannot be. Raises as `opened` does."""
     with opened(path) as descriptor:
         status = os.fstat(descriptor)
         if status.st_size == 0:  # cannot be mapped
-            return memoryview(b"")
-        identity = (status.st_dev, status.st_ino, status.st_size)
-        mapped = _live_maps.get(identity)
+            return b""
+        identity = (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        mapped = _live_maps.get(identity) or map_file(descriptor, status.st_size)
         if mapped is None:
-            mapped = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
-            _live_maps[identity] = mapped
-        return memoryview(mapped)
+            start, stop, _ = window.indices(status.st_size)
+            return read_exactly(descriptor, stop - start, start, path)
+        _live_maps[identity] = mapped
+        return memoryview(mapped)[window]
 
 
 def _window(byte_range: ByteRequest | None) -> slice:
@@ -62,8 +67,19 @@ def _window(byte_range: ByteRequest | None) -> slice:
 class MappedStore(LocalStore):
     """A `zarr.storage.LocalStore` that reads by memory map; `root` and `read_only` are LocalStore's.
 
-    The buffers that its reads return are read-only views of the files, valid for as long as they are held.
+    The buffers that its reads return are read-only views of the files, valid for as long as they are held. What cannot be
+    mapped is read.
     """
+
+    def can_map(self, path: str) -> bool:
+        """Whether files are mapped, and not read, as far as the metadata of the array or group at a path tells."""
+        for name in ("zarr.json", ".zarray", ".zgroup"):
+            with suppress(OSError, IntegrityError), opened(self.root / path / name) as descriptor:
+                mapped = map_file(descriptor, os.fstat(descriptor).st_size)
+                if mapped is not None:
+                    mapped.close()
+                return mapped is not None
+        return False
 
     def get_sync(
         self,
@@ -81,10 +97,10 @@ class MappedStore(LocalStore):
         try:
             if path.is_dir():
                 return None
-            content = _map(path)
+            content = _content(path, window)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return (prototype or default_buffer_prototype()).buffer.from_bytes(content[window])
+        return (prototype or default_buffer_prototype()).buffer.from_bytes(content)
 
     async def get(
         self,

@@ -26,6 +26,7 @@ from oocattn.errors import IntegrityError, OocattnError, ProblemError
 from oocattn.records import parse_json
 from oocattn.storage.codec_chain import chain_of, v2_codecs, v3_codecs
 from oocattn.storage.files import read_file
+from oocattn.storage.operations import doing, is_named
 from oocattn.text import printable
 
 MOST_BYTES = 64 << 20
@@ -100,9 +101,9 @@ def array_names(store: Store) -> list[str]:
 
 def _array_folders(store: LocalStore) -> list[str]:
     try:
-        with os.scandir(store.root) as entries:
+        with doing("list", store.root), os.scandir(store.root) as entries:
             names = [entry.name for entry in itertools.islice(entries, MOST_ENTRIES)]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     documents = ("zarr.json", ".zarray")
     return sorted(name for name in names if any((store.root / name / document).is_file() for document in documents))
@@ -151,6 +152,8 @@ def _read(store: Store, key: str, location: str) -> bytes | None:
     except OocattnError as error:
         raise IntegrityError(printable(error)) from None
     except OSError as error:
+        if is_named(error):  # of a local file: nothing is wrong with what it holds, as far as is known
+            raise
         raise IntegrityError(f"{printable(location)}: {key} cannot be read ({printable(error)})") from error
     except Exception as error:  # each remote store has its own
         raise ProblemError(f"{printable(location)} cannot be read ({printable(error)}): check its URL and access") from error

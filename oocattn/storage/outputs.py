@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
-from oocattn.storage.files import opened
+from oocattn.storage.files import opened, read_exactly
+from oocattn.storage.folders import is_taken
+from oocattn.storage.operations import doing
 
 SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
 """Follows the opening tag of a picture."""
@@ -28,12 +31,12 @@ def check_output(path: Path) -> None:
     """Raise unless a file may be written to `path`: nothing is there, or a regular file that oocattn wrote.
 
     Raises ResultExistsError for anything else, also a symbolic link or a folder, and ProblemError where the folder of `path`
-    does not exist or cannot be written to.
+    does not exist or cannot be written to, OSError where the file that is there cannot be read.
     """
     folder = path.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ProblemError(f"{path}: its folder does not exist or cannot be written to; make it first")
-    if os.path.lexists(path) and not _is_ours(path):
+    if is_taken(path) and not _is_ours(path):
         raise ResultExistsError(
             f"{path} exists and was not written by oocattn, which replaces only its own files: remove it, or choose another "
             "name"
@@ -45,19 +48,21 @@ def write_output(path: Path, write: Callable[[TextIO], object]) -> None:
     check_output(path)
     temporary = path.with_name(f".oocattn-{uuid.uuid4().hex[:8]}.partial")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            write(file)
-        check_output(path)  # writing may take a while
-        os.replace(temporary, path)
+        with doing("write", path):
+            with open(temporary, "x", encoding="utf-8") as file:
+                write(file)
+            check_output(path)  # writing may take a while
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong before is what is to be told
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def _is_ours(path: Path) -> bool:
     try:
         with opened(path, follow=False) as descriptor:
-            head = os.read(descriptor, _HEAD).decode("utf-8", "replace")
-    except (OSError, IntegrityError):  # no regular file, or one that may not be read
+            head = read_exactly(descriptor, _HEAD, 0, path).decode("utf-8", "replace")
+    except IntegrityError:  # no regular file
         return False
     return head.startswith(JSON_MARK) or (head.startswith("<svg ") and SVG_MARK in head)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ from zarr.storage import LocalStore
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.durable import MOST_RECORD, make_durably
 from oocattn.storage.files import read_file
-from oocattn.storage.folders import is_folder, require_own
+from oocattn.storage.folders import is_folder, is_taken, require_own
 from oocattn.storage.journal import read_header
 from oocattn.storage.locations import local_path
 from oocattn.storage.metadata import read_attributes
+from oocattn.storage.operations import doing
 
 ATTRIBUTES = "oocattn"
 """The one attribute of a result group: what it is the answer to."""
@@ -95,13 +98,13 @@ class ResultPaths:
 
     def make_state(self) -> None:
         """Make the folder of job state, if it is not there. Raises IntegrityError where it is a link, or another user's."""
-        if not os.path.lexists(self.state):
+        if not is_taken(self.state):
             make_durably(self.state)
         require_own(self.state)
 
     def attributes(self) -> dict[str, Any] | None:
         """What the complete result at this path is the answer to; None where nothing is there."""
-        return recorded_attributes(self.result) if os.path.lexists(self.result) else None
+        return recorded_attributes(self.result) if is_taken(self.result) else None
 
 
 def recorded_attributes(path: Path) -> dict[str, Any]:
@@ -114,13 +117,19 @@ def recorded_attributes(path: Path) -> dict[str, Any]:
 
 
 def identity_at(path: Path) -> str | None:
-    """What tells the file or folder at a path from another one that is put there; None where there is nothing."""
+    """What tells the file or folder at a path from another one that is put there; None where there is nothing.
+
+    Of a result it is what its metadata say, and when they came to be there: not every file system gives a folder one number
+    for good.
+    """
     try:
-        status = os.lstat(path)
+        with doing("look at", path):
+            found = os.lstat(path)
     except FileNotFoundError:
         return None
-    try:
-        metadata = hashlib.sha256(read_file(path / "zarr.json", MOST_RECORD)).hexdigest()[:16]
-    except (OSError, IntegrityError):
-        metadata = ""
-    return f"{status.st_ino}-{metadata}"
+    metadata = path / "zarr.json"
+    with suppress(FileNotFoundError, NotADirectoryError, IntegrityError), doing("look at", metadata):
+        content = hashlib.sha256(read_file(metadata, MOST_RECORD)).hexdigest()[:16]
+        if stat.S_ISDIR(found.st_mode):
+            return f"{os.stat(metadata).st_ctime_ns}-{content}"
+    return f"{found.st_ino}-"

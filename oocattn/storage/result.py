@@ -26,8 +26,10 @@ from oocattn.storage.checksums import Checksums, as_digits, checksum
 from oocattn.storage.create import chunk_bytes, chunk_file, chunk_selection, write_chunk
 from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.files import read_file
+from oocattn.storage.folders import remove_file
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, open_array
+from oocattn.storage.operations import doing
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class ResultArrays:
         for array in (self.out, self.lse):
             path = chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:])))
             try:
-                status = os.lstat(path)
+                with doing("look at", path):
+                    status = os.lstat(path)
             except FileNotFoundError:
                 return False
             if not stat.S_ISREG(status.st_mode) or status.st_size != chunk_bytes(array):
@@ -81,7 +84,10 @@ class ResultArrays:
         return True
 
     def checksums(self, batch: int, head: int, part: int) -> dict[str, str]:
-        """The checksums of chunk `part` of one head, as it is on disk; what cannot be read has none that fits."""
+        """The checksums of chunk `part` of one head, as it is on disk; what is no chunk has none that fits.
+
+        Raises OSError as the file system does.
+        """
         found = {}
         for name, array in self.by_name.items():
             index = (batch, head, part, *(0 for _ in array.shape[3:]))
@@ -91,14 +97,14 @@ class ResultArrays:
                 found[name] = as_digits(
                     zlib.crc32(read_file(chunk_file(array, index), chunk_bytes(array), follow=False)[:nbytes])
                 )
-            except (IntegrityError, OSError):
+            except IntegrityError:
                 found[name] = ""
         return found
 
     def remove(self, batch: int, head: int, part: int) -> None:
         """Remove chunk `part` of one head."""
         for array in self.by_name.values():
-            chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:]))).unlink(missing_ok=True)
+            remove_file(chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:]))))
 
     def write(self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]) -> Written:
         """Write chunk `part` of one head, out [n, D] and lse [n]."""

@@ -22,7 +22,8 @@ class RowReader:
         self.name = name
         self.shape = array.shape
         self.dtype: np.dtype[Any] = array.dtype.newbyteorder("=")
-        self.mapped = isinstance(array.store, MappedStore) and stored_bytes(array) is not None
+        store = array.store
+        self.mapped = isinstance(store, MappedStore) and stored_bytes(array) is not None and store.can_map(array.path)
         self._array = complete_array(array, location)
         self._chain = array_chain(array)
         self._location = location

@@ -22,7 +22,6 @@ from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
 from oocattn.storage.create import create_array, numpy_dtype, sync_metadata
-from oocattn.storage.durable import rename_new, sync
 from oocattn.storage.folders import (
     CHECKPOINTS,
     GROUP,
@@ -30,15 +29,21 @@ from oocattn.storage.folders import (
     LEFTOVERS,
     find_foreign,
     is_folder,
+    is_taken,
     names_in,
     refuse_foreign,
+    remove_file,
     remove_ours,
     require_own,
 )
 from oocattn.storage.journal import forget, has_begun
 from oocattn.storage.lock import Claim, lock_holder
+from oocattn.storage.operations import doing
+from oocattn.storage.own_store import OwnStore
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
+from oocattn.storage.renaming import rename_new
 from oocattn.storage.result import ResultArrays
+from oocattn.storage.syncing import sync
 
 _LEFT_BESIDE = re.compile(r"(lock|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
 
@@ -86,7 +91,9 @@ class RunState:
         """
         paths = self.paths
         self._check()
-        if paths.state.stat().st_dev != paths.result.parent.stat().st_dev:
+        with doing("look at", paths.state):
+            elsewhere = paths.state.stat().st_dev != paths.result.parent.stat().st_dev
+        if elsewhere:
             raise ProblemError(
                 f"{paths.state} is on another file system than {paths.result.parent}: what grows there cannot be moved to "
                 "its place; choose another path"
@@ -96,17 +103,19 @@ class RunState:
             refuse_foreign(paths.result, GROUP)
         forget(paths.state)
         self._restore()
-        if not overwrite and os.path.lexists(paths.result):
+        if not overwrite and is_taken(paths.result):
             raise ResultExistsError(f"{paths.result} exists: choose another path, or replace it (--overwrite)")
         # A result that could not be restored was replaced, by a run that was killed before it removed it.
         self._throw_away(*self._growing(), paths.scratch, paths.replaced)
-        paths.status.unlink(missing_ok=True)
+        remove_file(paths.status)
         self._forget_certificate()
-        paths.scratch.mkdir()
+        with doing("make", paths.scratch):
+            paths.scratch.mkdir()
         growing = paths.state / f"result-{uuid.uuid4().hex[:8]}.zarr"
-        group = zarr.create_group(LocalStore(growing), attributes={ATTRIBUTES: dict(layout.attributes)}, zarr_format=3)
-        out = create_array(group, "out", layout.shape, layout.dtype, layout.chunk_rows)
-        arrays = ResultArrays(out, create_array(group, "lse", layout.shape[:3], "float32", layout.chunk_rows))
+        with doing("make", growing):
+            group = zarr.create_group(OwnStore(growing), attributes={ATTRIBUTES: dict(layout.attributes)}, zarr_format=3)
+            out = create_array(group, "out", layout.shape, layout.dtype, layout.chunk_rows)
+            arrays = ResultArrays(out, create_array(group, "lse", layout.shape[:3], "float32", layout.chunk_rows))
         sync_metadata(growing)
         return Growing(growing, arrays, identity_at(paths.result))
 
@@ -116,7 +125,7 @@ class RunState:
         Raises IntegrityError where it is not what `begin` made of the same layout, or a folder in it is a link.
         """
         self._check()
-        with suppress(FileExistsError):
+        with suppress(FileExistsError), doing("make", self.paths.scratch):
             self.paths.scratch.mkdir()
         for folder in (path, path / "out", path / "lse", self.paths.scratch, self.paths.state / "finished"):
             if not is_folder(folder):
@@ -168,7 +177,7 @@ class RunState:
         self._check()
         forget(self.paths.state)
         self._throw_away(self.paths.scratch, self.paths.replaced, *self._growing(), *self._trash())
-        self.paths.status.unlink(missing_ok=True)
+        remove_file(self.paths.status)
 
     def discard(self, growing: Growing) -> None:
         """Remove what a run has done, for it cannot be trusted."""
@@ -176,7 +185,7 @@ class RunState:
         self._restore()
         forget(self.paths.state)
         self._throw_away(growing.path, self.paths.scratch)
-        self.paths.status.unlink(missing_ok=True)
+        remove_file(self.paths.status)
 
     def remove_leftovers(self) -> None:
         """Remove what writes that were killed have left in the folders of this run."""
@@ -185,7 +194,7 @@ class RunState:
             remove_ours(folder, LEFTOVERS, keep_folders=True)
         for name in names_in(self.paths.state):
             if _LEFT_BESIDE.fullmatch(name) and not _is_waiting(self.paths.state / name):
-                (self.paths.state / name).unlink(missing_ok=True)
+                remove_file(self.paths.state / name)
 
     def _check(self) -> None:
         """Raise LockedError where the lock was lost, IntegrityError where the folder is not this user's own any more."""
@@ -216,14 +225,15 @@ class RunState:
         """Remove folders; first their names, so that whoever still writes there finds them no more."""
         for folder in folders:
             if is_folder(folder) and not TRASH_NAME.fullmatch(folder.name):
-                os.rename(folder, self.paths.state / f"trash-{uuid.uuid4().hex[:8]}")
+                with doing("rename", folder):
+                    os.rename(folder, self.paths.state / f"trash-{uuid.uuid4().hex[:8]}")
         for trash in self._trash():
             if not remove_ours(trash, (*GROUP, *CHECKPOINTS, *JOURNAL)):
                 logger.warning("%s holds files that oocattn did not write, and is left", find_foreign(trash, GROUP) or trash)
 
     def _forget_certificate(self) -> None:
         for path in (self.paths.certificate, self.paths.certificate_page):
-            path.unlink(missing_ok=True)
+            remove_file(path)
 
 
 def _is_waiting(path: Path) -> bool:
@@ -238,4 +248,4 @@ def is_untidy(paths: ResultPaths) -> bool:
     if paths.unfinished is not None:
         return False
     leftovers = (paths.scratch, paths.replaced, paths.status, paths.lock)
-    return has_begun(paths.state) or any(map(os.path.lexists, leftovers))
+    return has_begun(paths.state) or any(map(is_taken, leftovers))

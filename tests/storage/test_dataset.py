@@ -1,5 +1,7 @@
 """A dataset is found at paths and URLs, in Zarr v2 and v3, and says what is wrong with it before a run finds out."""
 
+import errno
+import itertools
 import os
 import pickle
 import shutil
@@ -224,3 +226,27 @@ print(dataset.fingerprint(), out.astype("float32").sum())
     command = [sys.executable, "-c", script]
     printed = subprocess.run(command, input=pickle.dumps(dataset), capture_output=True, check=True).stdout.split()
     assert printed == [dataset.fingerprint().encode(), str(out.astype("float32").sum()).encode()]
+
+
+def test_the_fingerprint_needs_no_inodes_no_advice_and_no_whole_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not every file system has them."""
+    write(tmp_path)
+    first = Dataset.open(tmp_path).fingerprint(within_run=True)
+    look, read, numbers = os.stat, os.pread, itertools.count()
+
+    class OtherNumber:
+        def __init__(self, status: os.stat_result) -> None:
+            self._status, self.st_ino = status, next(numbers)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._status, name)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+
+    monkeypatch.setattr(os, "stat", lambda *arguments, **options: OtherNumber(look(*arguments, **options)))
+    monkeypatch.setattr(os, "pread", lambda descriptor, count, offset: read(descriptor, min(count, 50), offset))
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    assert Dataset.open(tmp_path).fingerprint(within_run=True) == first

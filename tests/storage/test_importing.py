@@ -1,5 +1,7 @@
 """Imported datasets hold what the files held, to the bit; what cannot be imported is refused with nothing written."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import zarr
 from safetensors.torch import save_file
 
 from oocattn.errors import ProblemError, ResultExistsError
-from oocattn.storage import create
+from oocattn.storage import create, tensor_files
 from oocattn.storage.importing import import_arrays
 
 AXES = {"bhnd": (0, 1, 2, 3), "bnhd": (0, 2, 1, 3), "hnd": (0, 1, 2), "nhd": (1, 0, 2)}  # from [B, H, N, D], to and fro
@@ -162,11 +164,126 @@ def test_files_that_are_not_plain_tensors_are_refused(tmp_path):
             import_arrays(tmp_path / "qkv.zarr", **(files | {"k": f"{tmp_path}/{file}"}))
 
 
-def test_a_missing_optional_package_is_named(tmp_path, monkeypatch):
-    files = save_safetensors(tmp_path, make_tensors()[1])
+@pytest.mark.parametrize("save", [save_npy, save_safetensors, save_torch])
+def test_tensors_are_read_where_nothing_can_be_mapped(tmp_path, monkeypatch, save):
+    held, filed = make_tensors(layout="bnhd")
+    files = save(tmp_path, filed)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    import_arrays(tmp_path / "qkv.zarr", **files, layout="bnhd")
+    check_dataset(tmp_path / "qkv.zarr", held)
+
+
+def test_safetensors_are_read_without_their_package(tmp_path, monkeypatch):
+    held, filed = make_tensors()
+    files = save_safetensors(tmp_path, filed)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ProblemError, match=r"pip install 'oocattn\[safetensors\]'"):
+    import_arrays(tmp_path / "qkv.zarr", **files)
+    check_dataset(tmp_path / "qkv.zarr", held)
+
+
+@pytest.mark.parametrize("step", [1, 100, 1 << 20])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_tensors_are_views_of_others_in_files_of_torch(tmp_path, monkeypatch, step, dtype):
+    """Read in steps of any size: transposed, every other row, repeated, and from the middle of a larger one."""
+    monkeypatch.setattr(tensor_files, "STEP_BYTES", step)
+    held, _ = make_tensors(dtype, heads=2, kv_heads=2, tokens=10)
+    whole = to_torch(np.concatenate([held["q"], held["k"]], axis=1))
+    views = {
+        "q": whole.transpose(2, 3).contiguous().transpose(2, 3)[:, 1:3, ::2],
+        "k": whole[:, 2:, 5:],
+        "v": whole[:, :1, 5:].expand(-1, 2, -1, -1),
+    }
+    torch.save(views, tmp_path / "views.pt")
+    import_arrays(tmp_path / "qkv.zarr", **dict.fromkeys("qkv", f"{tmp_path}/views.pt"))
+    both = np.concatenate([held["q"], held["k"]], axis=1)
+    check_dataset(
+        tmp_path / "qkv.zarr",
+        {"q": both[:, 1:3, ::2], "k": both[:, 2:, 5:], "v": np.repeat(both[:, :1, 5:], 2, axis=1)},
+    )
+
+
+def test_files_of_an_old_torch_are_named(tmp_path):
+    files = save_npy(tmp_path, make_tensors()[1])
+    torch.save(torch.zeros(2, 2, 70, 8), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ProblemError, match=r"old.pt is in the format of torch before 1.6: load it and save it again"):
+        import_arrays(tmp_path / "qkv.zarr", **(files | {"k": f"{tmp_path}/old.pt"}))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize(
+    ("save", "file"), [(save_npy, "q.npy"), (save_safetensors, "qkv.safetensors"), (save_torch, "kv.pt")]
+)
+def test_a_file_that_cannot_be_opened_is_not_called_anything_else(tmp_path, monkeypatch, number, save, file):
+    files, real = save(tmp_path, make_tensors()[1]), os.open
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith(file):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match=rf"cannot open {tmp_path}/{file}: {os.strerror(number)}") as failure:
         import_arrays(tmp_path / "qkv.zarr", **files)
+    assert failure.value.errno == number
+
+
+def test_a_file_that_is_cut_short_is_refused(tmp_path):
+    files = save_npy(tmp_path, make_tensors()[1])
+    os.truncate(files["k"], Path(files["k"]).stat().st_size - 8)
+    with pytest.raises(ProblemError, match=r"k.npy cannot be mapped to an array of numbers \(it has .* bytes of .*\)"):
+        import_arrays(tmp_path / "qkv.zarr", **files)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: os.truncate(path, 200), r"v.npy ends at byte 200: it is cut short"),
+        (lambda path: np.save(path, np.load(path) + 1), r"v.npy was changed while it was read: import it again"),
+    ],
+)
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch, change, message):
+    files, real = save_npy(tmp_path, make_tensors()[1]), create.write_chunk
+    changes = [lambda: change(files["v"])]
+
+    def write(*arguments):
+        real(*arguments)
+        while changes:
+            changes.pop()()
+
+    monkeypatch.setattr(create, "write_chunk", write)
+    with pytest.raises(ProblemError, match=message):
+        import_arrays(tmp_path / "qkv.zarr", **files)
+    assert not (tmp_path / "qkv.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{",
+        b'{"q": 3}',
+        b'{"q": {"dtype": "F32", "shape": [1, 1, 2, 1], "data_offsets": [0, 4]}}',
+        b'{"q": {"dtype": "F32", "shape": [1, 1, -1, -1], "data_offsets": [0, 4]}}',
+        b'{"q": {"dtype": "F32", "shape": [1, 1, 1, 1], "data_offsets": [-4, 0]}}',
+        b'{"q": {"dtype": "F32", "shape": [1, 1, 1, 1], "data_offsets": [4, 8]}}',
+        b'{"q": {"dtype": "F32", "shape": [1, 1, 1, 0.5], "data_offsets": [0, 4]}}',
+        b'{"q": {"dtype": "F32", "shape": "1111", "data_offsets": "04"}}',
+        b'{"q": {"shape": [1, 1, 1, 1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_header_of_safetensors_is_not_believed(tmp_path, header):
+    file = tmp_path / "qkv.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ProblemError, match=r"q: .*qkv.safetensors is not a whole safetensors file"):
+        import_arrays(tmp_path / "qkv.zarr", q=file, k=file, v=file)
+    file.write_bytes((1 << 60).to_bytes(8, "little"))
+    with pytest.raises(ProblemError, match=r"its header would have"):
+        import_arrays(tmp_path / "qkv.zarr", q=file, k=file, v=file)
 
 
 def test_values_that_a_conversion_would_lose_are_refused(tmp_path):
@@ -194,7 +311,7 @@ def test_an_existing_dataset_is_kept_unless_overwriting_is_asked_for(tmp_path):
 MEMORY_PROBE = """
 import resource, sys
 import oocattn.storage.importing as importing, torch, safetensors
-from oocattn.storage import create
+from oocattn.storage import create, tensor_files
 create.CHUNK_BYTES = 2**20
 def anonymous():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024

@@ -1,5 +1,7 @@
 """Rows read by every way equal what plain zarr reads, to the bit; a chunk that is missing or damaged is an error."""
 
+import errno
+import os
 import shutil
 import tempfile
 import threading
@@ -21,6 +23,7 @@ from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ZstdCodec
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import IntegrityError
+from oocattn.storage import direct
 from oocattn.storage.codecs import CodecReader
 from oocattn.storage.direct import TRIAL_BYTES, TRIALS, FastestReader, Reader, read_mapped, read_preadv
 from oocattn.storage.layout import ChunkFiles
@@ -335,3 +338,56 @@ def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any]
     assert same_bits(out, data[0, 1])
     assert peak <= array.decode_bytes
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOMEM])
+@pytest.mark.parametrize("compressor", [None, ZstdCodec()], ids=["plain", "zstd"])
+def test_what_cannot_be_mapped_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, compressor: ZstdCodec | None
+) -> None:
+    data = random_data((2, 30, 4))
+    write(tmp_path, data, chunks=(1, 8, 4), compressors=compressor)
+    array = opened(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    ways = [array.read_rows, CodecReader(array.array, "dataset").read]
+    if array.direct:
+        ways.append(partial(read_mapped, ChunkFiles(array.array, tmp_path, "dataset")))
+    for read in ways:
+        out = buffer_for(array, 20)
+        read(0, 1, 5, 25, out)
+        assert same_bits(out, data[1, 5:25])
+
+
+def test_a_chunk_that_shrinks_before_it_is_mapped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random_data((1, 8, 4))
+    write(tmp_path, data, chunks=(1, 8, 4))
+    array = opened(tmp_path)
+    real = direct.map_file
+
+    def shrink(*arguments: int) -> object:
+        os.truncate(tmp_path / "q/c/0/0/0", 10)
+        return real(*arguments)
+
+    monkeypatch.setattr(direct, "map_file", shrink)
+    with pytest.raises(IntegrityError, match=r"chunk 'c/0/0/0'.* has 10 bytes, expected 64"):
+        read_mapped(ChunkFiles(array.array, tmp_path, "dataset"), 0, 0, 0, 8, buffer_for(array, 8))
+
+
+@pytest.mark.parametrize("read", [read_preadv, read_mapped])
+def test_a_chunk_that_cannot_be_read_is_no_evidence_of_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Reader
+) -> None:
+    write(tmp_path, random_data((1, 8, 4)), chunks=(1, 8, 4))
+    array = opened(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(OSError, match=rf"cannot read {tmp_path}/q/c/0/0/0: Input/output error; the disk"):
+        read(ChunkFiles(array.array, tmp_path, "dataset"), 0, 0, 0, 8, buffer_for(array, 8))

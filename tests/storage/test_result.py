@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -230,11 +232,29 @@ def test_links_are_not_followed_out_of_the_folder(paths: ResultPaths, tmp_path: 
     assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
 
 
+def owned(monkeypatch: pytest.MonkeyPatch, owner: Callable[[str], int]) -> None:
+    """Have the file system say whose what is open is, by its path."""
+    real = os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        found = list(real(descriptor))
+        found[4] = owner(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return os.stat_result(found)
+
+    monkeypatch.setattr("os.fstat", fstat)
+
+
 def test_the_folder_must_be_of_this_user(paths: ResultPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     paths.state.mkdir()
-    monkeypatch.setattr("os.geteuid", lambda: 12345)
-    with pytest.raises(IntegrityError, match=r"belongs to user .*: expected a folder of user 12345"):
+    owned(monkeypatch, lambda path: 12345 if path == str(paths.state) else os.geteuid())
+    with pytest.raises(IntegrityError, match=r"belongs to user 12345: expected a folder of user"):
         paths.make_state()
+
+
+def test_a_file_system_may_have_users_of_its_own(paths: ResultPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    owned(monkeypatch, lambda path: 12345)
+    paths.make_state()
+    assert list(paths.state.parent.iterdir()) == [paths.state]
 
 
 @pytest.mark.parametrize("url", ["memory://r.zarr", "s3://bucket/r.zarr"])

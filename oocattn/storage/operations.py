@@ -1,0 +1,110 @@
+"""What an operation of the file system says when it fails: what was done, to which path, why not, and what to do.
+
+The system's own errors name no operation, and those of operations on open files name no path either. Here an error keeps
+its number and its class (FileNotFoundError and so on), and gets the words that it lacks.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from oocattn.text import printable
+
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+"""What a file system answers that does not have an operation."""
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What it answers where there is no room for more: on it, for its user, or in one file."""
+
+_GONE = "its file system is away: mount it again, and try again"
+
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "the quota of its user is used up: make room",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose a file system that has larger ones",
+    errno.EROFS: "it is mounted read-only: choose another path",
+    errno.EACCES: "check the permissions of it and of the folders above it",
+    errno.EPERM: "check who owns it, and whether its file system allows that",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "it is, or leads through, symbolic links that are not followed: name the place itself",
+    errno.EXDEV: "the two places are on different file systems: choose a path where they are on one",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the system has too many open files: close others",
+    errno.ENOMEM: "close other programs, or raise the limit on address space (ulimit -v)",
+    errno.EIO: "the disk or its connection failed: see the system's log (dmesg)",
+    errno.ESTALE: "it was replaced or removed on its server: mount it again, and try again",
+    errno.ENOTCONN: _GONE,
+    errno.ETIMEDOUT: _GONE,
+    errno.EHOSTDOWN: _GONE,
+    errno.ETXTBSY: "a program runs from it: end that, or choose another path",
+    errno.EBUSY: "another process uses it: end that, and try again",
+}
+"""What to do about an error, by its number."""
+
+_MARK = "cannot "
+
+_said: set[tuple[int, str]] = set()
+"""What was said by `warn_once`."""
+
+_saying = threading.Lock()
+
+logger = logging.getLogger("oocattn")
+
+
+@contextmanager
+def doing(operation: str, path: object) -> Iterator[None]:
+    """An OSError within says that `operation`, a verb, failed on `path`, unless it names what failed already."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or is_named(error):
+            raise
+        raise OSError(error.errno, f"{_MARK}{operation} {printable(path)}: {_reason(error)}") from error
+
+
+def is_named(error: BaseException) -> bool:
+    """Whether an error says which operation failed, and on which path."""
+    return isinstance(error, OSError) and isinstance(error.strerror, str) and error.strerror.startswith(_MARK)
+
+
+def words_of(error: BaseException) -> str:
+    """An error in words, as a command ends with it: for an OSError what failed, why, and what to do."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({str(error) or 'no more is given'}): lower --host-memory, or {REMEDIES[errno.ENOMEM]}"
+    if not isinstance(error, OSError) or error.errno is None or not error.strerror:
+        return str(error) or type(error).__name__
+    if is_named(error):
+        return str(error.strerror)
+    places = [printable(os.fsdecode(place)) for place in (error.filename, error.filename2) if isinstance(place, str | bytes)]
+    return f"{' and '.join(places)}: {_reason(error)}" if places else str(error)
+
+
+def described(error: BaseException) -> str:
+    """An error in words that begin with its type, unless they say what failed without it."""
+    return words_of(error) if is_named(error) else f"{type(error).__name__}: {error}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room for more on a file system, for its user, or in a file."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def warn_once(device: int, lacking: str, message: str, *arguments: object) -> None:
+    """Say once in a process what a file system, of that device, is lacking, and what comes of it."""
+    with _saying:
+        if (device, lacking) in _said:
+            return
+        _said.add((device, lacking))
+    logger.warning(message, *arguments)
+
+
+def _reason(error: OSError) -> str:
+    """Why an operation failed, and what to do; words of our own say that already."""
+    number = error.errno or 0
+    remedy = REMEDIES.get(number) if error.strerror == os.strerror(number) else None
+    return f"{error.strerror}; {remedy}" if remedy else str(error.strerror)
