@@ -25,6 +25,7 @@ from oocattn.problem import Problem, make_problem
 from oocattn.resuming import Choices, find_unfinished
 from oocattn.running import Result, Resuming, is_finished, open_result, refuse_to_replace_dataset, resume_run, run_plan, tidy
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
 from oocattn.units import parse_duration, parse_size
@@ -168,14 +169,14 @@ def resume(
     where the dataset has changed since or the journal is damaged, and what `attention` raises.
     """
     until = _end(time_limit)
-    paths = ResultPaths.at(result)
+    paths, named = ResultPaths.at(result), None if dataset is None else parse_location(dataset)
     begun = find_unfinished(paths)
     if begun is None:
         if paths.attributes():
             tidy(paths)
             return open_result(paths.result)
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
-    plan, opened = begun.plan, begun.open_dataset(None if dataset is None else str(dataset))
+    plan, opened = begun.plan, begun.open_dataset(named)
     resuming = Resuming(accept_other_bits, check_finished)
     with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan) as (running, _):
         return resume_run(begun, opened, paths, running, callbacks, until, resuming)

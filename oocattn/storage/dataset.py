@@ -84,7 +84,7 @@ class Dataset:
         return cls.of(location.text, {name: _array(store, name, location.text) for name in NAMES})
 
     @classmethod
-    def open_recorded(cls, recorded: object, named: str | Path | None) -> Dataset:
+    def open_recorded(cls, recorded: object, named: str | Path | Location | None) -> Dataset:
         """The dataset that a result or a journal is of: at the place that a caller has named, else where it was recorded.
 
         Raises as `open`, and IntegrityError where something else than a local path is recorded.

@@ -7,6 +7,7 @@ chunk by chunk.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from oocattn.errors import ProblemError
 from oocattn.problem import DTYPES, ArraySpec, make_problem
 from oocattn.storage.create import create_array, create_dataset, fill_array, numpy_dtype
 from oocattn.storage.locations import parse_location
+from oocattn.storage.mistaken import no_file
 from oocattn.text import printable
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def import_arrays(
         raise ProblemError(f"layout {layout!r} is not understood: expected one of {', '.join(LAYOUTS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ProblemError(f"dtype {dtype!r} is not supported: expected one of {', '.join(DTYPES)}")
-    sources = {name: _open(name, str(file)) for name, file in (("q", q), ("k", k), ("v", v))}
+    sources = {name: _open(name, file) for name, file in (("q", q), ("k", k), ("v", v))}
     specs = {name: _spec(name, source, layout, dtype) for name, source in sources.items()}
     make_problem(specs["q"], specs["k"], specs["v"])
     origin = {name: source.label for name, source in sources.items()}
@@ -107,8 +109,11 @@ def _read_rows(source: Source, layout: str, dtype: str, batch: int, head: int, s
         ) from error
 
 
-def _open(name: str, file: str) -> Source:
+def _open(name: str, typed: object) -> Source:
     """Open the tensor that is to become array `name`."""
+    if not isinstance(typed, str | os.PathLike):
+        raise no_file(typed, name)
+    file = os.fsdecode(typed)
     match = _FILE_AND_TENSOR.fullmatch(file)
     if match is None:
         raise ProblemError(f"{name}: {file} is not understood: expected FILE.npy, FILE.safetensors or FILE.pt[:TENSOR]")

@@ -17,12 +17,12 @@ from typing import Any
 
 from zarr.storage import LocalStore
 
-from oocattn.errors import IntegrityError, ProblemError
+from oocattn.errors import IntegrityError
 from oocattn.storage.durable import MOST_RECORD, make_durably
 from oocattn.storage.files import read_file
 from oocattn.storage.folders import is_folder, require_own
 from oocattn.storage.journal import read_header
-from oocattn.storage.locations import local_path
+from oocattn.storage.locations import output_path, resolved
 from oocattn.storage.metadata import read_attributes
 
 ATTRIBUTES = "oocattn"
@@ -40,11 +40,8 @@ class ResultPaths:
 
     @classmethod
     def at(cls, path: str | Path) -> ResultPaths:
-        """The places of the result at `path`. Raises ProblemError for a URL: results are local."""
-        local = local_path(path)
-        if local is None:
-            raise ProblemError(f"result {path}: results are written to a local path, not to a URL")
-        return cls(local)
+        """The places of the result at `path`. Raises ProblemError for a URL of another host: results are local."""
+        return cls(resolved(output_path(path, "result")))
 
     @property
     def state(self) -> Path:
