@@ -24,6 +24,7 @@ from oocattn.plans import Plan
 from oocattn.problem import Problem, make_problem
 from oocattn.resuming import Choices, find_unfinished
 from oocattn.running import Result, Resuming, is_finished, open_result, refuse_to_replace_dataset, resume_run, run_plan, tidy
+from oocattn.storage.axes import warn_if_transposed
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
@@ -63,6 +64,7 @@ def plan(
     """
     opened = Dataset.open(dataset)
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
+    warn_if_transposed(opened.specs[0])
     choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     return _plan_for(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
 
@@ -131,6 +133,7 @@ def attention(
     opened = Dataset.open(dataset)
     # Bad input is refused before a cluster starts.
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
+    warn_if_transposed(opened.specs[0])
     refuse_to_replace_dataset(paths, opened)
     if is_finished(paths, problem, opened, overwrite):
         tidy(paths)

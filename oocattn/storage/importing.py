@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from oocattn.errors import ProblemError
 from oocattn.problem import DTYPES, ArraySpec, make_problem
+from oocattn.storage.axes import LAYOUTS, warn_if_transposed
 from oocattn.storage.create import create_array, create_dataset, fill_array, numpy_dtype
 from oocattn.storage.locations import parse_location
 from oocattn.storage.mistaken import no_file
@@ -28,9 +29,6 @@ from oocattn.text import printable
 
 if TYPE_CHECKING:
     import torch
-
-LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
-"""Orders of a tensor's axes that are understood: b batch, h heads, n tokens, d head dimension."""
 
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
@@ -71,6 +69,7 @@ def import_arrays(
     sources = {name: _open(name, file) for name, file in (("q", q), ("k", k), ("v", v))}
     specs = {name: _spec(name, source, layout, dtype) for name, source in sources.items()}
     make_problem(specs["q"], specs["k"], specs["v"])
+    warn_if_transposed(replace(specs["q"], shape=sources["q"].shape), layout)
     origin = {name: source.label for name, source in sources.items()}
     with create_dataset(path, attributes={"oocattn": {"imported_from": origin}}, overwrite=overwrite) as group:
         for name, source in sources.items():

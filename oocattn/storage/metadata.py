@@ -135,7 +135,7 @@ def _read_document(store: Store, path: str, name: str, location: str) -> dict[st
     key = f"{path}/{name}" if path else name
     content = _read(store, key, location)
     try:
-        return None if content is None else parse_json(content)
+        return None if content is None else parse_json(content, not_finite=True)
     except ValueError as error:
         raise _damaged(_place(path, location), f"{name} is {printable(error)}") from None
 
