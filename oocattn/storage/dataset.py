@@ -39,7 +39,7 @@ from oocattn.storage.layout import (
 )
 from oocattn.storage.locations import Location, parse_location, recorded_location
 from oocattn.storage.mapped_store import MappedStore
-from oocattn.storage.metadata import array_names, open_array, read_attributes
+from oocattn.storage.metadata import array_names, is_array, open_array, read_attributes
 from oocattn.storage.packing import refuse_packed
 from oocattn.storage.readers import InputArray
 from oocattn.storage.shards import check_shard
@@ -83,7 +83,9 @@ class Dataset:
         location = parse_location(path_or_url)
         store = _open_store(location)
         if read_attributes(store, location.text) is None:
-            raise _no_group(location, "nothing of that kind is there")
+            raise _no_group(
+                location, "an array is there" if is_array(store, location.text) else "nothing of that kind is there"
+            )
         arrays = {name: _array(store, name, location.text) for name in NAMES}
         for array in arrays.values():
             refuse_packed(array, location.text)

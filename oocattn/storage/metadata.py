@@ -60,6 +60,12 @@ def read_attributes(store: Store, location: str) -> dict[str, Any] | None:
     return _attributes(node[1], location)
 
 
+def is_array(store: Store, location: str) -> bool:
+    """Whether an array, and no group, is at the root of a store."""
+    node = _read_node(store, "", location)
+    return node is not None and node[0] == "array"
+
+
 def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None:
     """Array `name` of the group at the root of a store; None where nothing has that name.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from zarr.storage import LocalStore
 
-from oocattn.errors import IntegrityError
+from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.durable import MOST_RECORD, make_durably
 from oocattn.storage.files import read_file
 from oocattn.storage.folders import is_folder, require_own
@@ -41,7 +41,10 @@ class ResultPaths:
     @classmethod
     def at(cls, path: str | Path) -> ResultPaths:
         """The places of the result at `path`. Raises ProblemError for a URL of another host: results are local."""
-        return cls(resolved(output_path(path, "result")))
+        result = resolved(output_path(path, "result"))
+        if not result.name:
+            raise ProblemError(f"result {result}: expected a path with a name for the Zarr group; add one")
+        return cls(result)
 
     @property
     def state(self) -> Path:

@@ -221,6 +221,12 @@ def test_what_is_written_locally_alone_is_refused_at_a_url(url: str, tmp_path: P
             work()
 
 
+@pytest.mark.parametrize("root", ["/", "file:///", "/usr/.."])
+def test_a_result_has_a_name(root: str) -> None:
+    with pytest.raises(ProblemError, match="result /: expected a path with a name"):
+        oocattn.status(root)
+
+
 def test_a_user_without_a_home_folder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.path.expanduser", lambda text: text)
     with pytest.raises(ProblemError, match=r"^~/x: this user has no home folder; give an absolute path$"):
