@@ -60,6 +60,9 @@ def plan(
     minute; 0: no checkpoints, only finished query chunks are kept). `lanes` is the number of workers that will share the run
     (default: one, or one for each GPU); `result` tells on which file system partials would lie.
 
+    Here and elsewhere a path may begin with `~` or `file://`. More heads than tokens are logged as a warning: the axes may
+    be in another order.
+
     Raises ProblemError for input that is no attention problem and BudgetError, with the smallest budget that works.
     """
     opened = Dataset.open(dataset)

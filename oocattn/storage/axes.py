@@ -27,20 +27,20 @@ LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
 _OTHER = {"bhnd": "bnhd", "bnhd": "bhnd", "hnd": "nhd", "nhd": "hnd"}
 """The layout that another one is taken for."""
 
-_OF = r"(q|k|v|kv|query|key|value|keyvalue|attention|attn)?"
-_INDEX = r"(s|ids?|idx|index|size|count)?"
+_OF = r"(q|k|v|kv|query|key|value|keyvalue|source|src|target|tgt|context|attention|attn)?"
+_INDEX = r"(s|ids?|idx|index|size|count|axis|dim|pos|position)?"
 _WORDS = {
-    "b": rf"b|bs|bsz|batch(es)?|batch{_INDEX}|(num|n)batch(es)?|samples?|examples?",
-    "h": rf"[hn]|nh|h(q|k|v|kv)|(q|k|v|kv)h|(num|n)?{_OF}heads?(q|k|v|kv|ids?|idx|index|count)?",
+    "b": rf"[bn]|bs|bsz|(num|n)?batch(es)?{_INDEX}|samples?|examples?",
+    "h": rf"[hn]|nh|h(q|k|v|kv)|(q|k|v|kv)h|(num|n)?{_OF}(heads?(ids?|idx|index|count|axis)?|groups?){_OF}",
     "n": (
-        rf"[nstlmqk]|[nstl](q|k|v|kv)|queries|(num|n|max)?(q|k|v|kv|query|key|value|source|src|target|tgt|context)?"
-        rf"(tokens?|seqs?|sequences?|positions?|pos|times?|timesteps?|steps?|lengths?|len|seqlen|seqlength|sequencelength|"
-        rf"contexts?|contextlength|ctx|patch|patches|words?|frames?|query|key){_INDEX}"
+        rf"[nstlmqk]|[nstl](q|k|v|kv)|queries|(num|n|max)?{_OF}(tokens?|seq|sequences?|positions?|pos|time|timesteps?|steps?|"
+        rf"lengths?|len|seqlen|seqlength|sequencelength|contexts?|contextlength|ctx|patch|patches|words?|frames?|query|key)"
+        rf"{_INDEX}{_OF}"
     ),
     "d": (
-        r"[dhkecf]|d(h|k|v|q|qk)|hd|(q|k|v|kv|qk|query|key|value)?(head)?"
-        r"(dims?|dimensions?|depth|channels?|features?|embed|embedding|embeddingdim|embeddim|hidden|hiddendim|hiddensize)|"
-        r"headsize|headwidth|dimhead|dhead|dimperhead|sizeperhead|components?"
+        rf"[dhkecf]|d(h|k|v|q|qk|model)|hd|(qk)?{_OF}(head)?(dims?|dimensions?|depth|channels?|features?|embed|embedding|"
+        rf"embeddingdim|embeddim|hidden|hiddendim|hiddensize)(qk)?{_OF}|head(size|width)|dimhead|dhead|dimperhead|"
+        rf"sizeperhead|components?"
     ),
 }
 """What the axes are called, in small letters and digits alone. Of some single letters the others decide: BTNH and BHND."""
@@ -100,7 +100,7 @@ def _order(names: list[Any] | tuple[Any, ...]) -> str | None:
     if len(names) not in (3, 4) or not all(isinstance(name, str) for name in names):
         return None
     axes = [_axes_called(name) for name in names]
-    found = [order for order in itertools.permutations("bhnd", len(names)) if all(map(set.__contains__, axes, order))]
+    found = [order for order in itertools.permutations("bhnd"[4 - len(names) :]) if all(map(set.__contains__, axes, order))]
     return "".join(found[0]) if len(found) == 1 else None
 
 

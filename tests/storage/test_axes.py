@@ -38,6 +38,8 @@ RIGHT = [
     "b n s h",  # n heads of h dimensions
     "b h q d",
     "b h n k",  # n and h may be two things each: not believed
+    "N H L E",  # as torch has it: a batch of n
+    "batch kv_group token_index d_k",
     "x y z w",
     "dim_0 dim_1 dim_2 dim_3",
     "batch token head layer",
@@ -52,6 +54,9 @@ WRONG = {
     "b q h d": ("B, N, H, D", "bnhd"),
     "b m h k": ("B, N, H, D", "bnhd"),
     "batch_size seq_len n_heads head-dim": ("B, N, H, D", "bnhd"),
+    "N L H E": ("B, N, H, D", "bnhd"),
+    "batch seqlen_q heads_q dim_qk": ("B, N, H, D", "bnhd"),
+    "sample source-token attention.heads value_dim": ("B, N, H, D", "bnhd"),
     "batch position kv_head channels": ("B, N, H, D", "bnhd"),
     "sequence batch head dim": ("N, B, H, D", None),
     "batch head dim token": ("B, H, D, N", None),
@@ -71,9 +76,8 @@ def test_names_of_another_order_are_refused(
     tmp_path: Path, names: str, order: str, layout: str | None, zarr_format: int
 ) -> None:
     dataset = write(tmp_path, {name: names.split() for name in "qkv"}, zarr_format=zarr_format)
-    message = (
-        rf"q is \[{order}\] \({names.replace(' ', ', ')}\); k is .*expected are \[B, H, N, D\] .*write the array transposed"
-    )
+    said = re.escape(f"q is [{order}] ({names.replace(' ', ', ')}); k is [{order}]")
+    message = rf"{said} .*expected are \[B, H, N, D\] .*write the array transposed"
     with pytest.raises(ProblemError, match=message) as refused:
         oocattn.plan(dataset)
     assert (f"oocattn import --layout {layout}" in str(refused.value)) == (layout is not None)
@@ -90,7 +94,9 @@ def test_names_that_contradict_each_other_are_told(tmp_path: Path) -> None:
     assert "v is" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("names", "refused"), [("token head dim", True), ("n h d", True), ("head token dim", False)])
+@pytest.mark.parametrize(
+    ("names", "refused"), [("token head dim", True), ("n h d", True), ("h n d", False), ("batch token dim", False)]
+)
 def test_three_dimensions_are_named_as_well(tmp_path: Path, names: str, refused: bool) -> None:
     dataset = write(tmp_path, {name: names.split() for name in "qkv"}, shape=(4, 20, 8))
     if refused:
