@@ -247,6 +247,7 @@ def test_what_is_cut_short_is_refused(tmp_path: Path, compressor: dict[str, Any]
 
 INDICES = {
     "beyond": (lambda index, size: index.__setitem__((1, 0), size - 10), "points beyond|overlap"),
+    "into the index": (lambda index, size: index.__setitem__((1, 0), size - index[1, 1]), "points beyond"),
     "far beyond": (lambda index, size: index.__setitem__((1, 0), 1 << 62), "points beyond"),
     "wraps": (lambda index, size: index.__setitem__((1, 0), (1 << 64) - 100), "overlap"),
     "huge": (lambda index, size: index.__setitem__((1, 1), 1 << 40), "lists 1,099,511,627,776 bytes for one chunk"),
