@@ -183,6 +183,7 @@ def resume(
             return open_result(paths.result)
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
     plan, opened = begun.plan, begun.open_dataset(named)
+    warn_if_transposed(opened.specs[0])
     resuming = Resuming(accept_other_bits, check_finished)
     with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan) as (running, _):
         return resume_run(begun, opened, paths, running, callbacks, until, resuming)

@@ -142,6 +142,7 @@ def test_more_heads_than_tokens_are_doubted(tmp_path: Path, caplog: pytest.LogCa
     for work in (
         lambda: oocattn.plan(dataset, kernel="cpu"),
         lambda: oocattn.attention(dataset, tmp_path / "result.zarr", kernel="cpu"),
+        lambda: oocattn.verify(tmp_path / "result.zarr"),
         lambda: main(["plan", str(dataset), "--kernel", "cpu"]),
         lambda: main(["run", str(dataset), str(tmp_path / "other.zarr"), "--kernel", "cpu"]),
     ):
