@@ -56,12 +56,13 @@ def import_arrays(
 ) -> None:
     """Copy the tensors of three files into a new dataset at `path`, with arrays q, k, v of shape [B, H, N, D].
 
+    More heads than tokens, by `layout`, are logged as a warning: the axes may be in another order.
+
     A file is `FILE.npy`, `FILE.safetensors` or `FILE.pt`, the last two with `:TENSOR` where they hold several tensors
-    and none is called q, k or v. `layout` is the order of the axes in the files; where it makes more heads than
-    tokens, a warning is logged. float16, bfloat16 and float32 are kept unless `dtype` asks for another of them;
-    float64 is read only with a `dtype`. Raises ProblemError for a file that is missing or not understood and for
-    shapes and dtypes that do not go together, before anything is written, and for a finite value that overflows
-    `dtype`; ResultExistsError where `path` is taken and `overwrite` is not given.
+    and none is called q, k or v. `layout` is the order of the axes in the files. float16, bfloat16 and float32 are kept
+    unless `dtype` asks for another of them; float64 is read only with a `dtype`. Raises ProblemError for a file that is
+    missing or not understood and for shapes and dtypes that do not go together, before anything is written, and for
+    a finite value that overflows `dtype`; ResultExistsError where `path` is taken and `overwrite` is not given.
     """
     if layout not in LAYOUTS:
         raise ProblemError(f"layout {layout!r} is not understood: expected one of {', '.join(LAYOUTS)}")
