@@ -24,7 +24,9 @@ from oocattn.plans import Plan
 from oocattn.problem import Problem, make_problem
 from oocattn.resuming import Choices, find_unfinished
 from oocattn.running import Result, Resuming, is_finished, open_result, refuse_to_replace_dataset, resume_run, run_plan, tidy
+from oocattn.storage.axes import warn_if_transposed
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
 from oocattn.units import parse_duration, parse_size
@@ -58,10 +60,14 @@ def plan(
     minute; 0: no checkpoints, only finished query chunks are kept). `lanes` is the number of workers that will share the run
     (default: one, or one for each GPU); `result` tells on which file system partials would lie.
 
+    Here and elsewhere a path may begin with `~` or `file://`. More heads than tokens are logged as a warning: the axes may
+    be in another order.
+
     Raises ProblemError for input that is no attention problem and BudgetError, with the smallest budget that works.
     """
     opened = Dataset.open(dataset)
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
+    warn_if_transposed(opened.specs[0])
     choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     return _plan_for(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
 
@@ -130,6 +136,7 @@ def attention(
     opened = Dataset.open(dataset)
     # Bad input is refused before a cluster starts.
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
+    warn_if_transposed(opened.specs[0])
     refuse_to_replace_dataset(paths, opened)
     if is_finished(paths, problem, opened, overwrite):
         tidy(paths)
@@ -168,14 +175,15 @@ def resume(
     where the dataset has changed since or the journal is damaged, and what `attention` raises.
     """
     until = _end(time_limit)
-    paths = ResultPaths.at(result)
+    paths, named = ResultPaths.at(result), None if dataset is None else parse_location(dataset)
     begun = find_unfinished(paths)
     if begun is None:
         if paths.attributes():
             tidy(paths)
             return open_result(paths.result)
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
-    plan, opened = begun.plan, begun.open_dataset(None if dataset is None else str(dataset))
+    plan, opened = begun.plan, begun.open_dataset(named)
+    warn_if_transposed(opened.specs[0])
     resuming = Resuming(accept_other_bits, check_finished)
     with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan) as (running, _):
         return resume_run(begun, opened, paths, running, callbacks, until, resuming)

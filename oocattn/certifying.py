@@ -22,6 +22,7 @@ from oocattn.pipelines.report import RunReport
 from oocattn.problem import Problem, make_problem, read_problem
 from oocattn.records import Positive, from_json
 from oocattn.rounding import UNIT_ROUNDOFF
+from oocattn.storage.axes import warn_if_transposed
 from oocattn.storage.checksums import Checksums, find_damage, recorded_checksums, result_digest
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.durable import write_text
@@ -136,6 +137,7 @@ def certify(
     posed = make_problem(*opened.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
     if posed != problem:
         raise ProblemError(f"{opened.location} poses another problem ({posed}) than the result's ({problem})")
+    warn_if_transposed(opened.specs[0])
     readers = _readers(problem, arrays, paths)
     recorded_bits = {name: recorded_checksums(array) for name, array in arrays.by_name.items()}
     compared = {name: found for name, found in recorded_bits.items() if checksums and found is not None}

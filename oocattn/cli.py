@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +22,7 @@ from oocattn.pipelines.timeline import Timeline
 from oocattn.plans import Plan
 from oocattn.printing import Printing
 from oocattn.storage.importing import import_arrays
+from oocattn.storage.locations import output_path
 from oocattn.storage.operations import words_of
 from oocattn.storage.outputs import check_output
 from oocattn.storage.synth import synthesise
@@ -143,11 +143,12 @@ def _import(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     if options.draw:
-        check_output(Path(options.draw))  # before the machine is measured, which takes a while
+        check_output(output_path(options.draw, "picture"))  # before the machine is measured, which takes a while
     plan = oocattn.plan(options.dataset, **_plan_options(options))
     print(plan)
     if options.draw:
-        print(f"drawn in {printable(plan.visualize(options.draw))}")
+        plan.visualize(options.draw)
+        print(f"drawn in {printable(options.draw)}")
     return DONE
 
 

@@ -6,6 +6,7 @@ import colorsys
 from pathlib import Path
 
 from oocattn.quorum import Division
+from oocattn.storage.locations import output_path
 from oocattn.storage.outputs import SVG_MARK, write_output
 
 MOST_CHUNKS = 133
@@ -15,11 +16,12 @@ _SIDE = 720
 _MARGIN = 60
 
 
-def draw_division(division: Division, path: Path) -> Path:
+def draw_division(division: Division, path: str | Path) -> Path:
     """Write the matrix as an SVG file: a row a query chunk, a column a key chunk, a colour a subproblem.
 
     Raises ResultExistsError where something else is at `path`, and ProblemError where its folder will not do.
     """
+    place = output_path(path, "picture")
     shown = min(division.chunks, MOST_CHUNKS)
     cell = _SIDE / shown
     cells = []
@@ -45,8 +47,8 @@ def draw_division(division: Division, path: Path) -> Path:
         f"{''.join(cells)}"
         f'<rect x="{_MARGIN}" y="{_MARGIN}" width="{_SIDE}" height="{_SIDE}" fill="none" stroke="black"/></svg>\n'
     )
-    write_output(path, lambda file: file.write(picture))
-    return path
+    write_output(place, lambda file: file.write(picture))
+    return place
 
 
 def _colour(index: int) -> str:

@@ -10,7 +10,7 @@ from oocattn.errors import ProblemError
 from oocattn.kernels import kernel_names
 from oocattn.planner import DECOMPOSITIONS
 from oocattn.problem import DTYPES
-from oocattn.storage.importing import LAYOUTS
+from oocattn.storage.axes import LAYOUTS
 from oocattn.text import printable
 from oocattn.units import parse_duration, parse_size
 from oocattn.version import __version__

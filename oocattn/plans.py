@@ -208,7 +208,7 @@ class Plan:
         Raises ResultExistsError where something is at `path` that oocattn has not drawn, and ProblemError where its folder
         does not exist or cannot be written to.
         """
-        return draw_division(self.division, Path(path))
+        return draw_division(self.division, path)
 
     def _partials(self) -> str:
         if self.partials == "disk":

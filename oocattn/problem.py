@@ -19,6 +19,9 @@ DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 MAX_HEAD_DIM = 256
 
+_OTHER_ORDER = "; if the axes are in another order than [B, H, N, D], import the tensors with --layout"
+"""What else may be wrong with a shape, and what to do then."""
+
 Extent = Annotated[int, Range(1, 2**48)]
 """The size of one dimension."""
 
@@ -142,19 +145,15 @@ def make_problem(
             raise ProblemError(
                 f"array {spec.name!r} has dtype {spec.dtype}: expected one of {', '.join(DTYPES)}; convert it first"
             )
+    _check_shapes(q, k, v)
+    for spec in (k, v):
+        if spec.dtype != q.dtype:
+            raise ProblemError(
+                f"array {spec.name!r} has dtype {spec.dtype}: expected {q.dtype}, the dtype of q: all three have one dtype; "
+                "convert one of them, or import the tensors with --dtype"
+            )
     batch, query_heads, tokens, head_dim = q.four_dimensional
     kv_heads = k.four_dimensional[1]
-    expected = (batch, kv_heads, tokens, head_dim)
-    if 0 in q.four_dimensional or kv_heads == 0:
-        raise ProblemError(f"array {(q if 0 in q.shape else k).name!r} is empty: every dimension must be at least 1")
-    for spec in (k, v):
-        if spec.four_dimensional != expected:
-            raise ProblemError(
-                f"array {spec.name!r} has shape {list(spec.shape)}: expected {list(expected)} (B, Hkv, N, D) "
-                f"to go with q {list(q.shape)} and k {list(k.shape)}"
-            )
-        if spec.dtype != q.dtype:
-            raise ProblemError(f"array {spec.name!r} has dtype {spec.dtype}: expected {q.dtype}, the dtype of q")
     problem = Problem(
         batch,
         query_heads,
@@ -170,6 +169,31 @@ def make_problem(
     return problem
 
 
+def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
+    """Check the shapes of the arrays against each other, but for how many query heads share one of k and v."""
+    for spec in (q, k, v):
+        if 0 in spec.four_dimensional:
+            raise ProblemError(
+                f"array {spec.name!r} is empty: every dimension must be at least 1, found {list(spec.shape)}; write it again"
+            )
+    shapes = ", ".join(f"{name} {list(spec.shape)}" for name, spec in (("q", q), ("k", k), ("v", v)))
+    (batch, _, queries, head_dim), (_, kv_heads, keys, _) = q.four_dimensional, k.four_dimensional
+    if queries != keys:
+        raise ProblemError(
+            f"array {k.name!r} has shape {list(k.shape)}: expected {queries:,} tokens, as {q.name!r} has ({shapes}), for "
+            "queries and keys must be equally many for now; give queries for all keys, and take the rows of the result that "
+            f"you need{_OTHER_ORDER}"
+        )
+    expected = [batch, kv_heads, keys, head_dim]
+    for spec, heads in ((k, ""), (v, ", and the heads and tokens of k")):
+        if list(spec.four_dimensional) != expected:
+            fitting = expected[-len(spec.shape) :] if batch == 1 else expected
+            raise ProblemError(
+                f"array {spec.name!r} has shape {list(spec.shape)}: expected {fitting}, with the batch "
+                f"size and head dimension of q{heads} ({shapes}); write the one that is wrong again{_OTHER_ORDER}"
+            )
+
+
 def read_problem(content: object) -> Problem:
     """The valid problem that JSON holds as the fields of a `Problem`. Raises ValueError for anything else."""
     problem = from_json(Problem, content)
@@ -182,10 +206,12 @@ def check_problem(problem: Problem) -> None:
     if problem.query_heads % problem.kv_heads:
         raise ProblemError(
             f"q has {problem.query_heads} heads and k has {problem.kv_heads}: the query heads must be a multiple of the KV "
-            "heads"
+            f"heads; write k and v with one head for each group of query heads{_OTHER_ORDER}"
         )
     if problem.head_dim > MAX_HEAD_DIM:
-        raise ProblemError(f"head dimension {problem.head_dim} of q is larger than {MAX_HEAD_DIM}, the largest supported")
+        raise ProblemError(
+            f"head dimension {problem.head_dim} of q is larger than {MAX_HEAD_DIM}, the largest supported{_OTHER_ORDER}"
+        )
     for name, dtype in (("input", problem.dtype), ("output", problem.out_dtype)):
         if dtype not in DTYPES:
             raise ProblemError(f"{name} dtype {dtype!r}: expected one of {', '.join(DTYPES)}")

@@ -39,10 +39,13 @@ Seconds = Annotated[float, Range(0.0, 1e12)]
 """A duration, or a moment since the epoch."""
 
 
-def parse_json(content: bytes) -> dict[str, Any]:
-    """The JSON object in a text. Raises ValueError for anything else, however long, deep or badly encoded it is."""
+def parse_json(content: bytes, not_finite: bool = False) -> dict[str, Any]:
+    """The JSON object in a text. Raises ValueError for anything else, however long, deep or badly encoded it is.
+
+    `not_finite` takes NaN, Infinity and -Infinity too, which JSON has not, and which Zarr writes in attributes.
+    """
     try:
-        found = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        found = json.loads(content.decode("utf-8"), parse_constant=None if not_finite else _refuse_constant)
     except RecursionError:
         raise ValueError("not JSON that is believed: it is nested too deeply") from None
     except ValueError as error:

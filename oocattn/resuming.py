@@ -15,6 +15,7 @@ from oocattn.problem import Problem, make_problem
 from oocattn.records import Range, Seconds, from_json, to_json
 from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.journal import Journal, identity, read_header
+from oocattn.storage.locations import Location
 from oocattn.storage.lock import Claim
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.state import Growing
@@ -179,7 +180,7 @@ class Unfinished:
             )
         return "; ".join(others)
 
-    def open_dataset(self, named: str | None) -> Dataset:
+    def open_dataset(self, named: Location | None) -> Dataset:
         """The dataset that it reads, at the place that is named, else where its journal says, if that is a local path.
 
         Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.

@@ -56,6 +56,19 @@ REFUSED = {
     "rank": ({"q": (100, 64)}, r"array 'q' has shape \[100, 64\]: expected \[B, H, N, D\]"),
     "rank of k": ({"k": (1, 2, 3, 100, 64)}, r"array 'k' has shape \[1, 2, 3, 100, 64\]: expected"),
     "batch": ({"k": (1, 3, 100, 64), "v": (1, 3, 100, 64)}, r"array 'k' .* expected \[2, 3, 100, 64\]"),
+    "fewer queries": (
+        {"q": (1, 2, 100, 64), "k": (1, 2, 128, 64), "v": (1, 2, 128, 64)},
+        r"'k' has shape \[1, 2, 128, 64\]: expected 100 tokens, as 'q' has \(q \[1, 2, 100, 64\], .*\), for queries and "
+        r"keys must be equally many for now; give queries for all keys.*--layout",
+    ),
+    "tokens of k": ({"k": (2, 3, 99, 64)}, r"'k' has .*\(q \[2, 6, 100, 64\], k \[2, 3, 99, 64\], v \[2, 3, 100, 64\]\)"),
+    "batch of three dimensions": ({"k": (3, 100, 64), "v": (3, 100, 64)}, r"'k' has .* expected \[2, 3, 100, 64\]"),
+    "no batch": (
+        {"q": (6, 100, 64), "k": (3, 100, 32), "v": (3, 100, 64)},
+        r"'k' has shape \[3, 100, 32\]: expected \[3, 100, 64\], with the batch size and head dimension of q \(q \[6, 100",
+    ),
+    "no keys": ({"k": (2, 3, 0, 64), "v": (2, 3, 0, 64)}, r"'k' is empty: .* found \[2, 3, 0, 64\]"),
+    "no values": ({"v": (2, 3, 100, 0)}, r"'v' is empty: .* found \[2, 3, 100, 0\]"),
     "tokens of v": ({"v": (2, 3, 99, 64)}, r"array 'v' has shape \[2, 3, 99, 64\]: expected \[2, 3, 100, 64\]"),
     "head dimension": ({"k": (2, 3, 100, 32)}, r"array 'k' .* expected \[2, 3, 100, 64\]"),
     "heads of v": ({"v": (2, 6, 100, 64)}, r"array 'v' .* expected \[2, 3, 100, 64\]"),

@@ -37,6 +37,7 @@ from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
 from oocattn.problem import DTYPES
 from oocattn.storage.dataset import Dataset
+from oocattn.storage.locations import output_path
 from oocattn.storage.synth import synthesise
 from oocattn.units import format_bytes
 from oocattn.verification import ExactRow, recompute_rows
@@ -85,11 +86,12 @@ def bench(
         raise ProblemError(f"repeats = {repeats}, rows = {rows}: expected at least one of each")
     default = choose_device(kernel)
     tokens, heads = tokens or TOKENS[default], heads or HEADS[default]
-    _check_room(Path(folder), tokens * head_dim * 2 * (heads + (kv_heads or heads)), dtype)
+    where = output_path(folder, "folder")
+    _check_room(where, tokens * head_dim * 2 * (heads + (kv_heads or heads)), dtype)
     options: dict[str, Any] = {"causal": causal, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
     options["checkpoint_interval"] = checkpoint_interval
     with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder)))
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=where)))
         client = stack.enter_context(local_client(workers=count_lanes(kernel)))
         dataset, start = place / "qkv.zarr", time.perf_counter()
         synthesise(dataset, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, seed=seed)

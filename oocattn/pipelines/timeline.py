@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from oocattn.errors import ProblemError
 from oocattn.pipelines.events import Event, Resource, Span
 from oocattn.plans import Plan
+from oocattn.storage.locations import output_path
 from oocattn.storage.operations import words_of
 from oocattn.storage.outputs import JSON_MARK, SVG_MARK, check_output, write_output
 from oocattn.text import printable
@@ -88,7 +89,7 @@ class Timeline:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = output_path(path, "timeline")
         if self.path.suffix == ".svg":
             raise ProblemError(f"timeline {self.path}: expected the name of a file that ends in .json, like timeline.json")
         check_output(self.path)

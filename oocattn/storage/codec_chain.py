@@ -111,10 +111,15 @@ def _compressed(nbytes: int) -> int:
 
 
 def _shards(codecs: Sequence[Codec], shard: Sequence[int], itemsize: int, array: str, depth: int) -> Chain:
-    if len(codecs) != 1 or depth > MOST_DEPTH:
+    if len(codecs) != 1:  # an index that other codecs hide or turn is not read: Zarr would give fill values for it
+        found = ", ".join(name for name, _ in codecs)
         raise ProblemError(
-            f"{array} has shards among other codecs or more than {MOST_DEPTH} deep: expected sharding_indexed as the only "
-            "codec; write the array again"
+            f"{array} has the codecs {found}: expected {SHARDS} alone, for the index of a shard among others does not show "
+            "which chunks were never written; write the array again with the others among the codecs within the shard"
+        )
+    if depth > MOST_DEPTH:
+        raise ProblemError(
+            f"{array} has shards more than {MOST_DEPTH} deep: expected fewer levels; write the array again with fewer"
         )
     config = codecs[0][1]
     chunk = config.get("chunk_shape")

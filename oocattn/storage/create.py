@@ -69,7 +69,8 @@ def create_array(
 
     Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks written, all chunk files in one folder
     (a durable write then syncs that folder and no others). `chunk_rows` is T, by
-    default `default_chunk_rows`. Raises zarr's ContainsArrayError where the group has such an array.
+    default `default_chunk_rows`. Dimensions are named, so that xarray opens the group: only k and v share their heads.
+    Raises zarr's ContainsArrayError where the group has such an array.
     """
     tokens, row = shape[2], shape[3:]
     numpy_type = numpy_dtype(dtype)
@@ -80,6 +81,7 @@ def create_array(
             shape=shape,
             dtype=numpy_type,
             chunks=(1, 1, rows, *row),
+            dimension_names=("batch", "kv_head" if name in ("k", "v") else "query_head", "token", "head_dim")[: len(shape)],
             chunk_key_encoding={"name": "default", "separator": "."},
             serializer=BytesCodec(endian="little"),
             compressors=None,

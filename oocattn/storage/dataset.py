@@ -25,6 +25,7 @@ from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError
 from oocattn.problem import ArraySpec
+from oocattn.storage.axes import check_axes
 from oocattn.storage.direct import FastestReader
 from oocattn.storage.files import advise, opened, read_exactly
 from oocattn.storage.layout import (
@@ -38,8 +39,9 @@ from oocattn.storage.layout import (
 )
 from oocattn.storage.locations import Location, parse_location, recorded_location
 from oocattn.storage.mapped_store import MappedStore
-from oocattn.storage.metadata import array_names, open_array, read_attributes
+from oocattn.storage.metadata import array_names, is_array, open_array, read_attributes
 from oocattn.storage.operations import doing
+from oocattn.storage.packing import refuse_packed
 from oocattn.storage.readers import InputArray
 from oocattn.storage.shards import check_shard
 from oocattn.text import printable
@@ -75,17 +77,24 @@ class Dataset:
     def open(cls, path_or_url: str | Path | Location) -> Dataset:
         """Open a Zarr group, v3 or v2, for reading: a folder, or a URL as `parse_location` takes it.
 
-        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, and IntegrityError if its
-        metadata is damaged. Nothing is read before the location is checked.
+        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes say that
+        its numbers or its axes are not what they would be taken for, and IntegrityError if its metadata is damaged. Nothing
+        is read before the location is checked.
         """
         location = parse_location(path_or_url)
         store = _open_store(location)
         if read_attributes(store, location.text) is None:
-            raise _no_group(location, "nothing of that kind is there")
-        return cls.of(location.text, {name: _array(store, name, location.text) for name in NAMES})
+            raise _no_group(
+                location, "an array is there" if is_array(store, location.text) else "nothing of that kind is there"
+            )
+        arrays = {name: _array(store, name, location.text) for name in NAMES}
+        for array in arrays.values():
+            refuse_packed(array, location.text)
+        check_axes(arrays, location.text)
+        return cls.of(location.text, arrays)
 
     @classmethod
-    def open_recorded(cls, recorded: object, named: str | Path | None) -> Dataset:
+    def open_recorded(cls, recorded: object, named: str | Path | Location | None) -> Dataset:
         """The dataset that a result or a journal is of: at the place that a caller has named, else where it was recorded.
 
         Raises as `open`, and IntegrityError where something else than a local path is recorded.

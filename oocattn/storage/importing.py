@@ -6,7 +6,9 @@ lie in their files, and how they are read from there, is tensor_files.py's.
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,12 @@ from numpy.typing import NDArray
 
 from oocattn.errors import ProblemError
 from oocattn.problem import DTYPES, ArraySpec, make_problem
+from oocattn.storage.axes import LAYOUTS, warn_if_transposed
 from oocattn.storage.create import create_array, create_dataset, fill_array, numpy_dtype
 from oocattn.storage.locations import parse_location
+from oocattn.storage.mistaken import no_file
 from oocattn.storage.tensor_files import FileTensor, open_npy, open_safetensors, open_torch
 from oocattn.text import printable
-
-LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
-"""Orders of a tensor's axes that are understood: b batch, h heads, n tokens, d head dimension."""
 
 _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
 
@@ -39,6 +40,8 @@ def import_arrays(
 ) -> None:
     """Copy the tensors of three files into a new dataset at `path`, with arrays q, k, v of shape [B, H, N, D].
 
+    More heads than tokens, by `layout`, are logged as a warning: the axes may be in another order.
+
     A file is `FILE.npy`, `FILE.safetensors` or `FILE.pt`, the last two with `:TENSOR` where they hold several tensors
     and none is called q, k or v. `layout` is the order of the axes in the files. float16, bfloat16 and float32 are kept
     unless `dtype` asks for another of them; float64 is read only with a `dtype`. Raises ProblemError for a file that is
@@ -49,9 +52,10 @@ def import_arrays(
         raise ProblemError(f"layout {layout!r} is not understood: expected one of {', '.join(LAYOUTS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ProblemError(f"dtype {dtype!r} is not supported: expected one of {', '.join(DTYPES)}")
-    sources = {name: _open(name, str(file)) for name, file in (("q", q), ("k", k), ("v", v))}
+    sources = {name: _open(name, file) for name, file in (("q", q), ("k", k), ("v", v))}
     specs = {name: _spec(name, source, layout, dtype) for name, source in sources.items()}
     make_problem(specs["q"], specs["k"], specs["v"])
+    warn_if_transposed(replace(specs["q"], shape=sources["q"].shape), layout)
     origin = {name: source.label for name, source in sources.items()}
     with create_dataset(path, attributes={"oocattn": {"imported_from": origin}}, overwrite=overwrite) as group:
         for name, source in sources.items():
@@ -91,8 +95,11 @@ def _read_rows(source: FileTensor, layout: str, dtype: str, batch: int, head: in
         ) from error
 
 
-def _open(name: str, file: str) -> FileTensor:
+def _open(name: str, typed: object) -> FileTensor:
     """Open the tensor that is to become array `name`."""
+    if not isinstance(typed, str | os.PathLike):
+        raise no_file(typed, name)
+    file = os.fsdecode(typed)
     match = _FILE_AND_TENSOR.fullmatch(file)
     if match is None:
         raise ProblemError(f"{name}: {file} is not understood: expected FILE.npy, FILE.safetensors or FILE.pt[:TENSOR]")

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from oocattn.errors import IntegrityError, ProblemError
+from oocattn.storage.mistaken import no_path
 from oocattn.text import printable
 
 SCHEMES = ("s3", "gs", "az", "abfs", "http", "https", "memory")
@@ -38,17 +39,18 @@ class Location:
         return self.text
 
 
-def parse_location(typed: str | Path | Location) -> Location:
+def parse_location(typed: object, what: str = "dataset") -> Location:
     """The place that a caller names: a path, a URL with a scheme of `SCHEMES` or file:, or a chain that ends in one.
 
-    A Path is always a local path, and so is a text that begins with "/" or ".", or that has no "://" and is the name of
-    something that exists. `~` is not expanded. Raises ProblemError for anything else.
+    A Path is always a local path, and so is a text that begins with "/", "." or "~/", or that has no "://" and is the name
+    of something that exists. `~` and `~USER` at the beginning are home folders, as in a shell. Raises ProblemError for
+    anything else, which messages call `what`.
     """
     if isinstance(typed, Location):
         return typed
-    text = str(typed)
-    if isinstance(typed, Path) or _is_local(text):
-        return _local(text)
+    text = _text(typed, what)
+    if not isinstance(typed, str) or _is_local(text):
+        return _local(_at_home(text))
     return _chain(text) if "::" in text else _url(text)
 
 
@@ -62,17 +64,56 @@ def recorded_location(text: object) -> Location:
     )
 
 
-def local_path(path: str | Path) -> Path | None:
-    """`path` without symbolic links, or None for the URL of a remote store. Raises as `parse_location`."""
-    found = parse_location(path).path
+def local_path(typed: object, what: str = "dataset") -> Path | None:
+    """`typed` without symbolic links, or None for the URL of a remote store. Raises as `parse_location`."""
+    found = parse_location(typed, what).path
+    return None if found is None else resolved(found)
+
+
+def resolved(path: Path) -> Path:
+    """`path` without symbolic links. Raises ProblemError where they lead nowhere."""
     try:
-        return None if found is None else found.resolve()
+        return path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links: Python has had both
         raise ProblemError(f"{printable(path)} cannot be resolved ({printable(error)}): choose another path") from None
 
 
+def output_path(typed: object, what: str) -> Path:
+    """The absolute path of what is written to local files alone. Raises ProblemError for a URL, else as `parse_location`."""
+    if isinstance(typed, str) and not (_is_local(typed) or typed.lower().startswith("file:")):
+        raise ProblemError(
+            f"{what} {printable(typed)}: {what}s are written to a local path, not to a URL: give a local path, and copy it "
+            "from there"
+        )
+    path = parse_location(typed, what).path
+    assert path is not None
+    return path
+
+
+def _text(typed: object, what: str) -> str:
+    """The text of a path or URL. Raises ProblemError for an object that is neither."""
+    try:
+        text = os.fspath(typed)  # type: ignore[call-overload]
+    except TypeError:
+        raise no_path(typed, what) from None
+    if not isinstance(text, str):
+        raise no_path(text, what)
+    return str(text)
+
+
+def _at_home(text: str) -> str:
+    """The path with its home folder in the place of `~`. Raises ProblemError where there is none for this user."""
+    try:
+        found = os.path.expanduser(text)
+    except ValueError:  # a null character or a surrogate, which no path has
+        return text
+    if found.partition("/")[0] == "~":
+        raise ProblemError(f"{printable(text)}: this user has no home folder; give an absolute path")
+    return found
+
+
 def _is_local(text: str) -> bool:
-    if text.startswith(("/", ".")):
+    if text.startswith(("/", ".", "~/")):
         return True
     if "://" in text:
         return False
@@ -133,7 +174,7 @@ def _chain(text: str) -> Location:
                 f"{printable(text)} is a chain with the link {printable(repr(link))}: expected {', '.join(WRAPPERS)} before "
                 "the last link"
             )
-    target = _local(last) if _is_local(last) else _url(last)
+    target = _local(_at_home(last)) if _is_local(last) else _url(last)
     if target.path is not None and ("::" in target.text or not target.path.is_file()):
         raise ProblemError(
             f"{printable(text)}: {printable(target.text)} is no regular file: expected one at the chain's end"

@@ -61,6 +61,12 @@ def read_attributes(store: Store, location: str) -> dict[str, Any] | None:
     return _attributes(node[1], location)
 
 
+def is_array(store: Store, location: str) -> bool:
+    """Whether an array, and no group, is at the root of a store."""
+    node = _read_node(store, "", location)
+    return node is not None and node[0] == "array"
+
+
 def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None:
     """Array `name` of the group at the root of a store; None where nothing has that name.
 
@@ -136,7 +142,7 @@ def _read_document(store: Store, path: str, name: str, location: str) -> dict[st
     key = f"{path}/{name}" if path else name
     content = _read(store, key, location)
     try:
-        return None if content is None else parse_json(content)
+        return None if content is None else parse_json(content, not_finite=True)
     except ValueError as error:
         raise _damaged(_place(path, location), f"{name} is {printable(error)}") from None
 

@@ -24,7 +24,7 @@ from oocattn.storage.durable import MOST_RECORD, make_durably
 from oocattn.storage.files import read_file
 from oocattn.storage.folders import is_folder, is_taken, require_own
 from oocattn.storage.journal import read_header
-from oocattn.storage.locations import local_path
+from oocattn.storage.locations import output_path, resolved
 from oocattn.storage.metadata import read_attributes
 from oocattn.storage.operations import doing
 
@@ -43,11 +43,11 @@ class ResultPaths:
 
     @classmethod
     def at(cls, path: str | Path) -> ResultPaths:
-        """The places of the result at `path`. Raises ProblemError for a URL: results are local."""
-        local = local_path(path)
-        if local is None:
-            raise ProblemError(f"result {path}: results are written to a local path, not to a URL")
-        return cls(local)
+        """The places of the result at `path`. Raises ProblemError for a URL of another host: results are local."""
+        result = resolved(output_path(path, "result"))
+        if not result.name:
+            raise ProblemError(f"result {result}: expected a path with a name for the Zarr group; add one")
+        return cls(result)
 
     @property
     def state(self) -> Path:

@@ -42,8 +42,9 @@ class _Shard:
 def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -> None:
     """Check that the shard at these coordinates exists and that its index lists every chunk within the array's bounds.
 
-    No two chunks may share bytes, none may be longer than its codecs can make it, and none may lie beyond the shard. Shards
-    within the shard are checked as well. Reads indices alone: 16 bytes a chunk. Raises IntegrityError.
+    No two chunks may share bytes, nor a chunk and the index; none may be longer than its codecs can make it, and none may
+    lie beyond the shard. Shards within the shard are checked as well. Reads indices alone: 16 bytes a chunk. Raises
+    IntegrityError.
     """
     assert array.shards is not None
     key = chunk_key(array, shard)
@@ -66,8 +67,10 @@ def _check(shard: _Shard, codecs: Any, chain: Chain) -> None:
     assert inner is not None
     chunk = tuple(config["chunk_shape"])
     counts = tuple(extent // size for extent, size in zip(shard.extents, chunk, strict=True))
-    index = _read_index(shard, config, counts)
-    _check_stretches(shard, index.reshape(-1, 2), inner.stored)
+    size = 16 * math.prod(counts) + (4 if len(config["index_codecs"]) == 2 else 0)
+    index = _read_index(shard, config, counts, size)
+    first = size if config["index_location"] == "start" else 0
+    _check_stretches(shard, index.reshape(-1, 2), inner.stored, range(first, first + shard.end - shard.begin - size))
     present = index[_inside(shard, chunk)]
     absent = np.argwhere((present == _ABSENT).all(axis=-1))
     if len(absent):
@@ -81,16 +84,14 @@ def _check(shard: _Shard, codecs: Any, chain: Chain) -> None:
             _check(nested, config["codecs"], inner)
 
 
-def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int]) -> NDArray[np.uint64]:
-    """Offset and length of every chunk, from the beginning of the shard: [*counts, 2]."""
-    codecs = config["index_codecs"]
-    size = 16 * math.prod(counts) + (4 if len(codecs) == 2 else 0)
+def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int], size: int) -> NDArray[np.uint64]:
+    """Offset and length of every chunk, from the beginning of the shard: [*counts, 2], of `size` bytes as stored."""
     content = sync(shard.array.store.get(shard.key, buffer_prototype, _window(shard, size, config["index_location"])))
     if content is None:
         raise missing_chunk(shard.location, shard.key)
     if len(content) != size:
         raise undecodable(shard.location, shard.key, f"its index has {len(content)} bytes of {size}")
-    order = codecs[0].get("configuration", {}).get("endian", "little")
+    order = config["index_codecs"][0].get("configuration", {}).get("endian", "little")
     numbers = np.frombuffer(content.to_bytes(), ">u8" if order == "big" else "<u8", 2 * math.prod(counts))
     return numbers.astype(np.uint64, copy=False).reshape(*counts, 2)
 
@@ -101,8 +102,9 @@ def _window(shard: _Shard, size: int, where: str) -> ByteRequest:
     return RangeByteRequest(max(shard.begin, shard.end - size), shard.end)
 
 
-def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int) -> None:
-    """Check the stretches [offset, offset + length) of the chunks that an index lists."""
+def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int, content: range) -> None:
+    """Check the stretches [offset, offset + length) of the chunks that an index lists: each has up to `most` bytes, and all
+    lie in `content`, the shard without its index."""
     listed = index[(index != _ABSENT).any(axis=-1)]
     offsets, lengths = listed[np.argsort(listed[:, 0], kind="stable")].T
     if np.any(lengths == 0):  # Zarr would read fill values
@@ -111,8 +113,8 @@ def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int) -> Non
         raise undecodable(shard.location, shard.key, f"its index lists {int(lengths.max()):,} bytes for one chunk")
     if np.any(offsets > 2**63) or np.any((offsets + lengths)[:-1] > offsets[1:]):
         raise undecodable(shard.location, shard.key, "its index lists chunks that overlap")
-    if len(listed) and int(offsets[-1] + lengths[-1]) > shard.end - shard.begin:
-        raise undecodable(shard.location, shard.key, f"its index points beyond its {shard.end - shard.begin:,} bytes")
+    if len(listed) and not content.start <= int(offsets[0]) <= int(offsets[-1] + lengths[-1]) <= content.stop:
+        raise undecodable(shard.location, shard.key, f"its index points beyond the {len(content):,} bytes of its chunks")
 
 
 def _inside(shard: _Shard, chunk: tuple[int, ...]) -> tuple[slice, ...]:

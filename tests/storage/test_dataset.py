@@ -105,7 +105,7 @@ def test_what_is_not_a_dataset_is_refused_with_what_was_found(tmp_path: Path, me
     write(tmp_path / "group", names="qk").create_group("v")
     with pytest.raises(ProblemError, match=r"'v' in .* is a group: expected an array"):
         Dataset.open(tmp_path / "group")
-    with pytest.raises(ProblemError, match="no Zarr group"):
+    with pytest.raises(ProblemError, match=r"no Zarr group at .*\(an array is there\): give the path or URL of a group"):
         Dataset.open(tmp_path / "group" / "q")
     write(tmp_path / "unknown")
     metadata = tmp_path / "unknown/k/zarr.json"

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import struct
 import subprocess
@@ -15,8 +16,9 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
+import oocattn
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.dataset import Dataset
 
@@ -245,6 +247,7 @@ def test_what_is_cut_short_is_refused(tmp_path: Path, compressor: dict[str, Any]
 
 INDICES = {
     "beyond": (lambda index, size: index.__setitem__((1, 0), size - 10), "points beyond|overlap"),
+    "into the index": (lambda index, size: index.__setitem__((1, 0), size - index[1, 1]), "points beyond"),
     "far beyond": (lambda index, size: index.__setitem__((1, 0), 1 << 62), "points beyond"),
     "wraps": (lambda index, size: index.__setitem__((1, 0), (1 << 64) - 100), "overlap"),
     "huge": (lambda index, size: index.__setitem__((1, 1), 1 << 40), "lists 1,099,511,627,776 bytes for one chunk"),
@@ -273,20 +276,69 @@ def test_an_index_that_cannot_be_is_refused(tmp_path: Path, change: Any, message
         read(where)
 
 
-def test_a_chunk_missing_within_a_nested_shard_is_found(tmp_path: Path) -> None:
-    inner = ShardingCodec(chunk_shape=CHUNK, codecs=[BytesCodec()], index_codecs=[BytesCodec()])
-    outer = ShardingCodec(chunk_shape=(1, 1, 32, 8), codecs=[inner], index_codecs=[BytesCodec()])
-    write(tmp_path, chunks=(1, 1, 64, 8), serializer=outer, compressors=None)
-    np.testing.assert_array_equal(read(tmp_path), DATA[0, 0])
-    shard = tmp_path / "q/c/0/0/0/0"
-    content = bytearray(shard.read_bytes())
-    begin = int.from_bytes(content[-16:-8], "little")  # of the second shard within it
-    end = begin + int.from_bytes(content[-8:], "little")
-    content[end - 16 : end] = b"\xff" * 16
-    shard.write_bytes(content)
-    for work in (lambda: read(tmp_path), Dataset.open(tmp_path).check_complete):
-        with pytest.raises(IntegrityError, match=r"q/c/0/0/0/0, chunk 0/0/1/0 of the shard.* is missing"):
+def sharded(rows: int, *codecs: Any, **options: Any) -> ShardingCodec:
+    """Shards of chunks of so many rows."""
+    return ShardingCodec(chunk_shape=(1, 1, rows, 8), codecs=codecs or [BytesCodec()], **options)
+
+
+PLAIN_INDEX: dict[str, Any] = {"index_codecs": [BytesCodec()], "index_location": "start"}
+
+SHARDED: dict[str, ShardingCodec] = {
+    "alone": sharded(16),
+    "index without checksum": sharded(16, index_codecs=[BytesCodec()]),
+    "index at the start": sharded(16, **PLAIN_INDEX),
+    "big-endian index": sharded(16, index_codecs=[BytesCodec(endian="big"), Crc32cCodec()]),
+    "compressed chunks": sharded(16, BytesCodec(), ZstdCodec()),
+    "turned chunks": sharded(16, TransposeCodec(order=(0, 1, 3, 2)), BytesCodec()),
+    "in a shard": sharded(32, sharded(16)),
+    "in a shard of another kind": sharded(32, sharded(16, **PLAIN_INDEX)),
+    "in a shard of a shard": sharded(32, sharded(16, sharded(8), **PLAIN_INDEX)),
+    "in a shard of one shard": sharded(64, sharded(64, sharded(8, BytesCodec(), ZstdCodec()))),
+}
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("serializer", SHARDED.values(), ids=SHARDED)
+def test_a_chunk_that_was_never_written_is_found_within_every_shard(
+    tmp_path: Path, serializer: ShardingCodec, remote: bool
+) -> None:
+    where = "memory://never-written.zarr" if remote else str(tmp_path)
+    group = write(where, chunks=(1, 1, 64, 8), serializer=serializer, compressors=None)
+    Dataset.open(where).check_complete()
+    np.testing.assert_array_equal(read(where), DATA[0, 0])
+    group["q"][:, :, 32:48] = 0  # Zarr writes no chunk that is all fill value
+    np.testing.assert_array_equal(group["q"][0, 0, 32:48], 0)
+    for work in (lambda: read(where), Dataset.open(where).check_complete):
+        with pytest.raises(IntegrityError, match=r"q/c/0/0/0/0, chunk 0/0/\d/0 of the shard.* is missing"):
             work()
+
+
+HIDDEN: dict[str, tuple[Any, ...]] = {
+    "compressed": (sharded(16), ZstdCodec()),
+    "checked": (sharded(16), Crc32cCodec()),
+    "twice": (sharded(16), GzipCodec(), Crc32cCodec()),
+    "turned": (TransposeCodec(order=(0, 1, 3, 2)), ShardingCodec(chunk_shape=(1, 1, 8, 8))),
+    "compressed in a shard": (sharded(32, sharded(16), ZstdCodec()),),
+    "turned in a shard": (sharded(32, TransposeCodec(order=(0, 1, 3, 2)), ShardingCodec(chunk_shape=(1, 1, 8, 8))),),
+    "compressed in a shard of a shard": (sharded(64, sharded(32, sharded(16), ZstdCodec())),),
+    "compressed index": ({"name": "sharding_indexed", "configuration": {
+        "chunk_shape": CHUNK, "codecs": [{"name": "bytes"}], "index_codecs": [{"name": "bytes"}, {"name": "zstd"}]}},),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("codecs", HIDDEN.values(), ids=HIDDEN)
+def test_shards_whose_index_other_codecs_hide_are_refused(tmp_path: Path, codecs: tuple[Any, ...]) -> None:
+    for name in "qkv":
+        write(tmp_path, chunks=(1, 1, 64, 8))
+        document = tmp_path / name / "zarr.json"
+        metadata = {
+            **json.loads(document.read_text()),
+            "codecs": [codec if isinstance(codec, dict) else codec.to_dict() for codec in codecs],
+        }
+        document.write_text(json.dumps(metadata, default=list))
+        for work in (lambda: oocattn.plan(tmp_path), lambda: oocattn.attention(tmp_path, tmp_path.with_name("result"))):
+            with pytest.raises(ProblemError, match=rf"array '{name}' .* has .*(sharding_indexed.* alone|index).*write"):
+                work()
 
 
 def test_filters_that_widen_are_counted_in_the_bound(tmp_path: Path) -> None:

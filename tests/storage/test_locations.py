@@ -1,17 +1,23 @@
 """What is opened is what the caller named: files name local paths alone, and URLs have schemes that do not run code."""
 
 import os
+import re
 import socket
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
+import torch
 import zarr
-from support import normal_arrays, write_dataset
+from support import normal_arrays, plan_for, write_dataset
+from zarr.storage import MemoryStore
 
 import oocattn
-from oocattn import IntegrityError, ProblemError
+from oocattn import IntegrityError, ProblemError, synthesise
+from oocattn.pipelines.timeline import Timeline
 from oocattn.storage.create import create_dataset
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.importing import import_arrays
@@ -75,13 +81,23 @@ def test_other_schemes_and_chains_are_refused_before_anything_is_opened(typed: s
 
 def test_paths_and_file_urls_are_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
     for typed, path in {
         "/x": "/x",
         "/x/a::b": "/x/a::b",
         "/s3://x": "/s3:/x",
         "x": tmp_path / "x",
         "./s3://x": tmp_path / "s3:/x",
-        "~/x": tmp_path / "~/x",
+        "~": "/home/me",
+        "~/x": "/home/me/x",
+        "~/a::b": "/home/me/a::b",
+        "~root/x": Path("~root").expanduser() / "x",
+        "~nobody of that name/x": tmp_path / "~nobody of that name/x",
+        "./~/x": tmp_path / "~/x",
+        "/~/x": "/~/x",
+        "file:///~/x": "/~/x",
+        Path("~/x"): "/home/me/x",
+        PurePosixPath("x"): tmp_path / "x",
         "s3:x": tmp_path / "s3:x",
         "file:///x%20y": "/x y",
         "FILE:///x": "/x",
@@ -145,3 +161,134 @@ def test_verify_opens_nothing_that_a_result_names(tmp_path: Path, recorded: str,
     with pytest.raises(IntegrityError, match=r"recorded as [^\n\x1b]*--dataset"):
         oocattn.verify(result)
     assert oocattn.verify(result, dataset=dataset).passed
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder with a space in its name, and an empty current folder beside it."""
+    for name in ("my home", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "my home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "my home"
+
+
+def as_tilde(home: Path, name: str) -> str:
+    return f"~/{name}"
+
+
+def as_file_url(home: Path, name: str) -> str:
+    return (home / name).as_uri()
+
+
+def as_url_of_this_host(home: Path, name: str) -> str:
+    return f"file://localhost{home.as_uri().removeprefix('file://')}/{name}"
+
+
+def as_path(home: Path, name: str) -> Path:
+    return Path("~") / name
+
+
+@pytest.mark.parametrize("typed", [as_tilde, as_file_url, as_url_of_this_host, as_path])
+def test_every_path_may_be_below_home_or_a_file_url(home: Path, typed: Callable[[Path, str], Any]) -> None:
+    def place(name: str) -> Any:
+        return typed(home, name)
+
+    synthesise(place("qkv.zarr"), tokens=20, heads=2, head_dim=8, dtype="float32")
+    oocattn.plan(place("qkv.zarr"), kernel="cpu", result=place("out.zarr")).visualize(place("plan.svg"))
+    timeline = Timeline(place("timeline.json"))
+    oocattn.attention(place("qkv.zarr"), place("out.zarr"), kernel="cpu", callbacks=[timeline])
+    assert oocattn.status(place("out.zarr")).state == "finished"
+    assert oocattn.resume(place("out.zarr"), dataset=place("qkv.zarr")).path == home / "out.zarr"
+    assert oocattn.verify(place("out.zarr"), dataset=place("qkv.zarr")).passed
+    np.save(home / "q.npy", np.zeros((1, 2, 20, 8), np.float32))
+    import_arrays(place("imported.zarr"), q=place("q.npy"), k=place("q.npy"), v=place("q.npy"))
+    files = ("qkv.zarr", "out.zarr", "plan.svg", "timeline.json", "timeline.svg", "imported.zarr")
+    assert all((home / name).exists() for name in files)
+    assert not os.listdir()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "memory://x", "ftp://host/x", "zip::s3://bucket/x"])
+def test_what_is_written_locally_alone_is_refused_at_a_url(url: str, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(20))
+    works: dict[str, Callable[[], Any]] = {
+        "result": lambda: oocattn.attention(dataset, url),
+        "timeline": lambda: Timeline(f"{url}.json"),
+        "picture": lambda: plan_for(dataset).visualize(url),
+    }
+    for what, work in works.items():
+        with pytest.raises(ProblemError, match=f"{what} {url}.*: {what}s are written to a local path, not to a URL"):
+            work()
+
+
+@pytest.mark.parametrize("root", ["/", "file:///", "/usr/.."])
+def test_a_result_has_a_name(root: str) -> None:
+    with pytest.raises(ProblemError, match="result /: expected a path with a name"):
+        oocattn.status(root)
+
+
+def test_a_user_without_a_home_folder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda text: text)
+    with pytest.raises(ProblemError, match=r"^~/x: this user has no home folder; give an absolute path$"):
+        parse_location("~/x")
+
+
+class Unprintable:
+    """An object that is no path."""
+
+    def __str__(self) -> str:
+        pytest.fail("asked for its text")
+
+
+def group_in(folder: Path) -> zarr.Group:
+    return zarr.open_group(folder / "dataset.zarr", mode="r")
+
+
+NO_PATHS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "None": (lambda folder: None, "found None"),
+    "bytes": (lambda folder: b"dataset.zarr", r"found the bytes b'dataset.zarr'.*os\.fsdecode"),
+    "int": (lambda folder: 3, "found the int 3"),
+    "bool": (lambda folder: True, "found the bool True"),
+    "object": (lambda folder: Unprintable(), r"found a test_locations\.Unprintable"),
+    "list": (lambda folder: ["dataset.zarr"], "found a list"),
+    "group": (group_in, r"found a zarr\.Group.*such as '.*/dataset\.zarr'"),
+    "array": (lambda folder: group_in(folder)["q"], r"found a zarr\.Array \[1, 2, 20, 8\].*such as '.*/dataset\.zarr'"),
+    "store": (lambda folder: group_in(folder).store, r"found a zarr\.LocalStore.*such as '.*/dataset\.zarr'"),
+    "store in memory": (lambda folder: MemoryStore(), r"found a zarr\.MemoryStore.*write it to a folder first"),
+    "group in memory": (lambda folder: zarr.create_group(MemoryStore()), r"found a zarr\.Group.*write it to a folder first"),
+    "dict": (lambda folder: {"q": np.zeros(3)}, "found a dict"),
+    "numpy array": (lambda folder: np.zeros((2, 3)), r"found a numpy\.ndarray \[2, 3\]"),
+    "tensor": (lambda folder: torch.zeros(2, 3), r"found a torch\.Tensor \[2, 3\]"),
+    "tensors": (lambda folder: (torch.zeros(2, 3),) * 3, "found a tuple"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NO_PATHS.values(), ids=NO_PATHS)
+def test_what_is_no_path_is_refused_with_what_it_is(
+    tmp_path: Path, make: Callable[[Path], Any], message: str, request: pytest.FixtureRequest
+) -> None:
+    dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(20))
+    found, there = make(tmp_path), set(os.listdir(tmp_path))
+    shape: dict[str, Any] = {"tokens": 20, "heads": 2, "head_dim": 8, "dtype": "float32"}
+    works: list[Callable[[], Any]] = [
+        lambda: oocattn.plan(found),
+        lambda: oocattn.attention(found, tmp_path / "result.zarr"),
+        lambda: synthesise(found, **shape),
+        lambda: oocattn.attention(dataset, found),
+        lambda: oocattn.resume(found),
+        lambda: oocattn.status(found),
+        lambda: oocattn.verify(found),
+        lambda: Timeline(found),
+        lambda: import_arrays(tmp_path / "imported.zarr", q=found, k=found, v=found),
+    ]
+    if found is not None:
+        works += [lambda: oocattn.plan(dataset, result=found), lambda: oocattn.resume(tmp_path / "none", dataset=found)]
+    for number, work in enumerate(works):
+        with pytest.raises(ProblemError, match=r"^[a-z]+: found .*, expected ") as refused:
+            work()
+        if number < 3:
+            assert re.search(message, str(refused.value))
+    if request.node.callspec.id in ("dict", "list", "numpy array", "tensor", "tensors"):
+        with pytest.raises(ProblemError, match=r"oocattn\.import_arrays\(DATASET, q="):
+            oocattn.plan(found)
+    assert set(os.listdir(tmp_path)) == there

@@ -92,7 +92,7 @@ V3 = {
     "index codec": (set_in("codecs", to=[{"name": "sharding_indexed", "configuration": {
         **SHARDED, "index_codecs": [{"name": "bytes"}, {"name": "zstd"}]}}]), "'k' .*index"),
     "shards deep": (set_in("codecs", to=nested(4)), "'k' .*deep"),
-    "shards among others": (set_in("codecs", to=[*nested(1), {"name": "zstd"}]), "'k' .*only codec"),
+    "shards among others": (set_in("codecs", to=[*nested(1), {"name": "zstd"}]), "'k' .*sharding_indexed, zstd: .* alone"),
     "shards that do not divide": (set_in("codecs", to=[{"name": "sharding_indexed", "configuration": {
         **SHARDED, "chunk_shape": [1, 1, 33, 8]}}]), "'k' .*divide"),
     "attributes": (set_in("attributes", to=[1]), "'k' .*attributes"),
