@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from oocattn import arguments
+from oocattn.arguments import Duration, Size
 from oocattn.errors import BudgetError, IntegrityError, ProblemError, ResultExistsError
 from oocattn.kernels import device_type, get_kernel
 from oocattn.plans import Plan, ScratchBytes
@@ -19,7 +21,7 @@ from oocattn.storage.lock import Claim
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.state import Growing
 from oocattn.stored_plan import read_plan
-from oocattn.units import format_bytes, parse_duration, parse_size
+from oocattn.units import format_bytes
 from oocattn.version import versions
 
 FORMAT = 3
@@ -31,28 +33,28 @@ growing result, what computes."""
 class Choices:
     """What a user may choose of a plan."""
 
-    device_memory: float | str | None
-    host_memory: float | str | None
+    device_memory: Size | None
+    host_memory: Size | None
     chunks: int | None
     decomposition: str
     kernel: str | None
-    checkpoint_interval: float | str | None
+    checkpoint_interval: Duration | None
 
     @property
     def device_bytes(self) -> int | None:
         """The budget of device memory in bytes. Raises ProblemError for what is no size."""
-        return None if self.device_memory is None else parse_size(self.device_memory, "device memory")
+        return None if self.device_memory is None else arguments.size("device_memory", self.device_memory)
 
     @property
     def host_bytes(self) -> int | None:
         """The budget of host memory in bytes. Raises ProblemError for what is no size."""
-        return None if self.host_memory is None else parse_size(self.host_memory, "host memory")
+        return None if self.host_memory is None else arguments.size("host_memory", self.host_memory)
 
     @property
     def checkpoint_seconds(self) -> float | None:
         """What a kill may cost, 0 for whatever it costs. Raises ProblemError for what is no duration."""
         chosen = self.checkpoint_interval
-        return None if chosen is None else parse_duration(chosen, "checkpoint interval")
+        return None if chosen is None else arguments.duration("checkpoint_interval", chosen)
 
 
 @dataclass(frozen=True)

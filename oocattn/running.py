@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import zarr
 
-from oocattn import clock
+from oocattn import arguments, clock
+from oocattn.arguments import checked
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
@@ -78,6 +79,7 @@ class _Execution:
         return self.interrupts.asked or clock.now() > self.until
 
 
+@checked(callbacks=arguments.functions, overwrite=arguments.boolean)
 def run_plan(
     plan: Plan,
     dataset: Dataset,
