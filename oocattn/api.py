@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.certificate import Certificate
-from oocattn.certifying import certify
+from oocattn.certifying import certify, read_certificate
 from oocattn.errors import ProblemError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.kernels import kernel_names
@@ -20,12 +21,21 @@ from oocattn.pipelines.done import find_done
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.rehearsal import rehearse
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.status import Status, as_resumed, read_status
+from oocattn.pipelines.status import Status, as_planned, read_status
 from oocattn.planner import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, make_plan
-from oocattn.plans import MAX_LANES, Plan
+from oocattn.plans import Plan
 from oocattn.problem import SCALE, Problem, make_problem
 from oocattn.resuming import Choices, find_unfinished
-from oocattn.running import Result, Resuming, is_finished, open_result, refuse_to_replace_dataset, resume_run, run_plan, tidy
+from oocattn.running import (
+    Result,
+    Resuming,
+    finished_result,
+    is_finished,
+    open_result,
+    refuse_to_replace_dataset,
+    resume_run,
+    run_plan,
+)
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
@@ -55,7 +65,7 @@ RUN_OPTIONS = {
 """What the options may be that say how a run is carried out."""
 
 
-@checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, lanes=arguments.integer(1, MAX_LANES))
+@checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, lanes=arguments.integer(1))
 def plan(
     dataset: str | Path,
     *,
@@ -137,8 +147,9 @@ def attention(
     The options up to `checkpoint_interval` are those of `plan`. A run that would take longer than `time_limit`, in seconds
     or like "8h" from this call, ends before that with all it has done on disk. The run uses the workers of `client`, which
     must see the same paths, or a cluster of its own in this process with its dashboard at `dashboard_address`. `callbacks`
-    are called with every `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one
-    is resumed, with the plan that it was begun with.
+    are called with every `Event`. A finished result of the same problem and dataset is returned as it is, with a warning
+    where its certificate failed (`overwrite` computes it again); an unfinished one is resumed, with the plan that it was
+    begun with.
 
     A callback that raises an `Exception` is logged and called no more; `KeyboardInterrupt` or `SystemExit` from it end the
     run. In the main thread, the run holds SIGINT, SIGTERM, SIGHUP and SIGUSR1 back until what is in flight is on disk,
@@ -158,8 +169,7 @@ def attention(
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
     refuse_to_replace_dataset(paths, opened)
     if is_finished(paths, problem, opened, overwrite):
-        tidy(paths)
-        return open_result(paths.result)
+        return finished_result(paths)
 
     choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     begun = None if overwrite else find_unfinished(paths)
@@ -191,16 +201,16 @@ def resume(
     `dataset` says where it is now; without it, the journal is believed only if it names a local path. On a processor, GPU or
     torch that rounds otherwise the run is refused, unless `accept_other_bits` is given; then the report says so. The
     checksums of finished chunks are compared for a few seconds, or with `check_finished` all of them. The other options are
-    those of `attention`. A finished result is returned as it is. Raises ProblemError where no run has begun, IntegrityError
-    where the dataset has changed since or the journal is damaged, and what `attention` raises.
+    those of `attention`. A finished result is returned as it is, with a warning where its certificate failed. Raises
+    ProblemError where no run has begun, IntegrityError where the dataset has changed since or the journal is damaged, and
+    what `attention` raises.
     """
     until = _end(time_limit)
     paths = ResultPaths.at(result)
     begun = find_unfinished(paths)
     if begun is None:
         if paths.attributes():
-            tidy(paths)
-            return open_result(paths.result)
+            return finished_result(paths)
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
     plan, opened = begun.plan, begun.open_dataset(None if dataset is None else str(dataset))
     resuming = Resuming(accept_other_bits, check_finished)
@@ -237,14 +247,24 @@ def _planned_cluster(
 
 
 def status(result: str | Path) -> Status:
-    """How far the run to `result` is: from any process, whether or not a run is alive."""
+    """How far the run to `result` is: from any process, whether or not a run is alive.
+
+    Of a finished result it says what the certificate beside it says, if that is of this very result. Raises IntegrityError,
+    with what to do, where the run's own files are damaged and no result is there.
+    """
     paths = ResultPaths.at(result)
     found = read_status(paths)
-    begun = find_unfinished(paths) if found.state == "interrupted" else None
+    if found.state == "finished":
+        certificate = read_certificate(paths)
+        if certificate is None:
+            return found
+        return replace(found, certificate=certificate.outcome, verdict=f"{certificate.made}: {certificate.verdict}")
+    known = found.state == "none" or (found.state == "running" and found.subproblems)
+    begun = None if known else find_unfinished(paths)
     if begun is None:
         return found
     done = find_done(begun.plan, begun.journal, paths.scratch).done
-    return as_resumed(found, begun.plan, Schedule(begun.plan, 1, done).left)
+    return as_planned(found, begun.plan, Schedule(begun.plan, 1, done).left)
 
 
 @checked(

@@ -157,6 +157,11 @@ class Certificate:
         return not self.failed and len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
 
     @property
+    def outcome(self) -> Literal["passed", "inconclusive", "failed"]:
+        """What it says of the result, in a word."""
+        return "failed" if self.failed else "inconclusive" if self.inconclusive else "passed"
+
+    @property
     def wrong(self) -> list[RowCheck]:
         """The rows that are not right."""
         return [row for row in self.rows if not row.passed]

@@ -14,7 +14,7 @@ from oocattn.errors import BudgetError, IntegrityError, ProblemError, ResultExis
 from oocattn.kernels import device_type, get_kernel
 from oocattn.plans import Plan, ScratchBytes
 from oocattn.problem import Problem, make_problem
-from oocattn.records import Range, Seconds, from_json, to_json
+from oocattn.records import Range, Seconds, differences, from_json, to_json
 from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.journal import Journal, identity, read_header
 from oocattn.storage.lock import Claim
@@ -103,15 +103,16 @@ class Unfinished:
         """Raise ResultExistsError where this is another run than the one that is asked for."""
         if self.journal.run != asked.journal.run:
             raise ResultExistsError(
-                f"{self.journal.state} holds another run than when the command began: resume again to go on with that one"
+                f"{self.journal.state} holds another run than when the command began "
+                f"({_plan_differences(asked.plan, self.plan) or 'begun again'}): resume again to go on with that one"
             )
 
     def _check_same(self, name: str, found: object, asked: object) -> None:
         if found != asked:
             raise ResultExistsError(
-                f"{self.journal.state} holds an unfinished run of another {name} ({found}, now {asked}): finish that one "
-                "with `oocattn resume` (--dataset says where its dataset is now), choose another path, or begin again with "
-                "overwrite=True (--overwrite)"
+                f"{self.journal.state} holds an unfinished run of another {name} ({differences(found, asked)}): finish that "
+                "one with `oocattn resume` (--dataset says where its dataset is now), choose another path, or begin again "
+                "with overwrite=True (--overwrite)"
             )
 
     def _check_unchanged(self, dataset: Dataset, named: bool) -> None:
@@ -157,8 +158,8 @@ class Unfinished:
         """Raise ResultExistsError where this plan would not give the same result bit for bit."""
         if plan.digest != self.plan.digest:
             raise ResultExistsError(
-                f"{self.journal.state} holds an unfinished run of another plan: resume it with `oocattn resume`, or begin "
-                "again with overwrite=True (--overwrite)"
+                f"{self.journal.state} holds an unfinished run of another plan ({_plan_differences(self.plan, plan)}): "
+                "resume it with `oocattn resume`, or begin again with overwrite=True (--overwrite)"
             )
 
     def check_bits(self, computing: Mapping[str, str], accept: bool) -> str:
@@ -190,7 +191,10 @@ class Unfinished:
         dataset = Dataset.open_recorded(self.header.dataset.location, named)
         posed = make_problem(*dataset.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
         if posed != problem:
-            raise ProblemError(f"{dataset.location} poses another problem ({posed}) than the run's ({problem})")
+            raise ProblemError(
+                f"{dataset.location} poses another problem than the run's ({differences(problem, posed)}): name the dataset "
+                "that the run began with (--dataset)"
+            )
         self._check_same("oocattn", self.header.versions.get("oocattn"), versions()["oocattn"])
         dataset.check_complete()
         self._check_unchanged(dataset, named is not None)
@@ -208,11 +212,7 @@ def begin_journal(
 
 def find_unfinished(paths: ResultPaths) -> Unfinished | None:
     """The unfinished run to this result; None where there is none. Raises IntegrityError for a journal that is damaged."""
-    try:
-        header = read_header(paths.state)
-        path = paths.unfinished
-    except IntegrityError as error:
-        raise IntegrityError(f"{error}; begin again with overwrite=True (--overwrite)") from error
+    header, path = read_header(paths.state), paths.unfinished
     if header is None or (path is None and "result" in header):
         return None
     run = identity(header)
@@ -235,6 +235,24 @@ def _scratch_of(kernel: str, device: str) -> ScratchBytes:
     if device_type(kernel) != device:
         raise ValueError(f"kernel {kernel} is not for {device}")
     return get_kernel(kernel).scratch_bytes
+
+
+def _plan_differences(before: Plan, now: Plan) -> str:
+    return differences({**asdict(before.problem), **before.decided}, {**asdict(now.problem), **now.decided})
+
+
+def result_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """In what a result that records this differs from one that is asked for, both as `describe` says; "" in nothing."""
+    problem = differences(recorded.get("problem"), asked["problem"])
+    found = [f"its problem differs: {problem}"] if problem else []
+    source, dataset = recorded.get("dataset"), asked["dataset"]
+    source = source if isinstance(source, Mapping) else {}
+    if source.get("location") != dataset["location"]:
+        found.append(f"its dataset differs: {differences(source.get('location'), dataset['location'])}")
+    changed = changed_arrays(str(source.get("fingerprint")), dataset["fingerprint"])
+    if changed:
+        found.append(f"its dataset differs: {changed} not the same in metadata, size, time or content of chunks")
+    return "; ".join(found)
 
 
 def describe(problem: Problem, dataset: Dataset) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def dataset(fast_path: Path) -> Path:
 
 def test_from_none_over_running_to_finished(client: Client, dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
-    assert oocattn.status(result) == Status("none")
-    assert str(oocattn.status(result)) == "none: no run has begun here"
+    assert oocattn.status(result) == Status("none", result=str(result))
+    assert str(oocattn.status(result)) == f"none: no run to {result} has begun"
     seen: list[tuple[str, Status]] = []
     plan = plan_for(dataset, chunks=13)
     carry_out(plan, dataset, result, client, callbacks=[lambda event: seen.append((event.kind, oocattn.status(result)))])
