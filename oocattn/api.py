@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.certificate import Certificate
-from oocattn.certifying import certify, read_certificate
+from oocattn.certifying import certify, read_summary
 from oocattn.errors import ProblemError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.kernels import kernel_names
@@ -255,7 +255,7 @@ def status(result: str | Path) -> Status:
     paths = ResultPaths.at(result)
     found = read_status(paths)
     if found.state == "finished":
-        certificate = read_certificate(paths)
+        certificate = read_summary(paths)
         if certificate is None:
             return found
         return replace(found, certificate=certificate.outcome, verdict=f"{certificate.made}: {certificate.verdict}")

@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from oocattn.certificate_text import certificate_text
@@ -115,6 +115,36 @@ class Stratum:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What is read of a certificate that is beside a result: what it says, when it was made, and of which result it is."""
+
+    format: Annotated[int, Range(FORMAT, FORMAT)]
+    passed: bool
+    inconclusive: bool
+    verdict: str
+    made: str
+    digest: str | None
+    problem: Problem
+    dataset_recorded: str
+
+    @property
+    def outcome(self) -> Literal["passed", "inconclusive", "failed"]:
+        """What it says of the result, in a word."""
+        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Summary:
+        """Of what `Certificate.to_json` wrote; rows are left out, which take seconds where they are many.
+
+        Raises IntegrityError for anything else.
+        """
+        try:
+            return from_json(cls, {each.name: content[each.name] for each in fields(cls)})
+        except (KeyError, ValueError) as error:
+            raise IntegrityError(f"not a certificate of oocattn: {error}") from None
+
+
+@dataclass(frozen=True)
 class Certificate:
     """The outcome of `verify`.
 
@@ -155,11 +185,6 @@ class Certificate:
     def inconclusive(self) -> bool:
         """Whether nothing is wrong, but more than a tenth of the sampled rows show nothing."""
         return not self.failed and len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
-
-    @property
-    def outcome(self) -> Literal["passed", "inconclusive", "failed"]:
-        """What it says of the result, in a word."""
-        return "failed" if self.failed else "inconclusive" if self.inconclusive else "passed"
 
     @property
     def wrong(self) -> list[RowCheck]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from oocattn.certificate import ArrayCheck, Certificate, Ledger, RowCheck
+from oocattn.certificate import ArrayCheck, Certificate, Ledger, RowCheck, Summary
 from oocattn.certificate_page import certificate_page
 from oocattn.errors import BudgetError, IntegrityError, ProblemError
 from oocattn.pipelines.report import RunReport
@@ -173,8 +173,8 @@ def certify(
     return _kept(certificate, paths)
 
 
-def read_certificate(paths: ResultPaths) -> Certificate | None:
-    """The certificate beside a finished result; None where there is none, or it is of a result that was replaced since.
+def read_summary(paths: ResultPaths) -> Summary | None:
+    """Of the certificate beside a finished result; None where there is none, or it is of a result that was replaced since.
 
     A warning says that one is damaged, and no more is said of it.
     """
@@ -182,7 +182,7 @@ def read_certificate(paths: ResultPaths) -> Certificate | None:
         content = read_json(paths.certificate) if is_folder(paths.state) else None
         if content is None:
             return None
-        found, recorded, arrays = Certificate.from_json(content), Recorded.of(paths), ResultArrays.open(paths.result)
+        found, recorded, arrays = Summary.from_json(content), Recorded.of(paths), ResultArrays.open(paths.result)
         bits = _digest(arrays, {name: recorded_checksums(array) for name, array in arrays.by_name.items()})
     except (IntegrityError, OSError) as error:
         logger.warning("the certificate beside %s cannot be read (%s): verify the result again", paths.result, error)

@@ -203,7 +203,7 @@ def _print_end(result: oocattn.Result, plan_printer: _PlanPrinter, timeline: str
         print(printable(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}"))
     if result.report is not None:
         print(result.report)
-    failed = result.certificate is not None and result.certificate.failed  # a warning has said so
+    failed = result.certificate is not None and result.certificate.outcome == "failed"  # a warning has said so
     return FAILED if failed else DONE
 
 

@@ -15,8 +15,8 @@ import zarr
 
 from oocattn import arguments, clock
 from oocattn.arguments import checked
-from oocattn.certificate import Certificate
-from oocattn.certifying import read_certificate
+from oocattn.certificate import Summary
+from oocattn.certifying import read_summary
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
@@ -45,15 +45,15 @@ logger = logging.getLogger("oocattn")
 class Result:
     """A finished result: `out` [B, Hq, N, D] in the output's dtype, `lse` [B, Hq, N] float32, and how it came about.
 
-    `report` is None for a result that was copied without the folder beside it. `certificate` is that of a result that was
-    there already, where it was verified: it may have failed.
+    `report` is None for a result that was copied without the folder beside it. `certificate` sums up that of a result that
+    was there already, where it was verified: it may have failed.
     """
 
     path: Path
     out: zarr.Array[Any]
     lse: zarr.Array[Any]
     report: RunReport | None
-    certificate: Certificate | None = None
+    certificate: Summary | None = None
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrit
 def finished_result(paths: ResultPaths) -> Result:
     """The finished result that is there, tidied up. A warning says where its certificate failed."""
     tidy(paths)
-    certificate = read_certificate(paths)
-    if certificate is not None and certificate.failed:
+    certificate = read_summary(paths)
+    if certificate is not None and certificate.outcome == "failed":
         logger.warning(
             "%s is there, but its certificate of %s says %s; `oocattn verify` checks it again",
             paths.result,

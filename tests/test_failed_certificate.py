@@ -161,12 +161,12 @@ def test_a_damaged_certificate_is_a_warning(
     assert "verify the result again" in caplog.text
 
 
-@pytest.mark.parametrize("field", ["rows", "passed", "digest", "made", "problem", "arrays"])
+@pytest.mark.parametrize("field", ["format", "passed", "digest", "made", "verdict", "problem"])
 def test_a_certificate_with_a_damaged_field_is_a_warning(
     dataset: Path, result: Path, field: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = json.loads(certificate_of(result).read_text())
-    for value in (7, [], {}, True):
+    for value in (7, [], {}, 1.5):
         certificate_of(result).write_text(json.dumps({**content, field: value}))
         assert_not_believed(dataset, result)
         assert "verify the result again" in caplog.text

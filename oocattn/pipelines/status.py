@@ -40,18 +40,19 @@ State = Literal["none", "running", "interrupted", "finished"]
 
 @dataclass(frozen=True)
 class Status:
-    """State of a result: "none", "running", "interrupted" (unfinished, and nobody works on it) or "finished".
+    """How far the run to `result` is: `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody
+    works on it) or "finished".
 
-    `share` of the work is done, from 0 ("none") to 1 ("finished"); `subproblems` and `tokens` are those of the whole run, 0
-    where they are not known: before a run has planned, and of a finished result without its report beside it.
-    Of an interrupted run, `subproblems_done` are those that need not be done again when it is resumed. `tokens_done` is that
-    share of the tokens; `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and
-    bytes are those read, saved as partials and written to the result since then. `seconds_left` is wall time too, of an
-    interrupted run at that rate, or as its plan predicts it; None where there is no plan yet.
-    `saved` is when something was last brought to disk for good, in seconds since the epoch, or 0.
-    A finished result has the figures of its report. `certificate` says what `verify` found of it ("" where it did not, or
-    where the certificate is another result's), `verdict` when and in words. `dashboard` is the address of a running run's,
-    `holder` says who works on it, `error` how an interrupted one ended, and `result` where the result is, or would be.
+    `share` of the work is done: 0 of no run, 1 of a finished result. `subproblems` and `tokens` are those of the whole run,
+    0 where they are not known: before a run has planned, and `subproblems` of a result without its report. Of an interrupted
+    run, `subproblems_done` are those that need not be done again when it is resumed; `tokens_done` is that share of the
+    tokens. `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and `bytes_read`,
+    `bytes_saved` (as partials) and `bytes_written` (to the result) are those since then. `seconds_left` is wall time too, of
+    an interrupted run at that rate, or as its plan predicts it; None where there is no plan yet. `saved` is when something
+    was last brought to disk for good, in seconds since the epoch, or 0. A finished result has the figures of its report.
+
+    `dashboard` is the address of a running run's, `holder` says who works on it, and `error` how an interrupted one ended.
+    `certificate` is what `verify` found of this very result, "" where it was not verified, and `verdict` when and in words.
     """
 
     state: State
