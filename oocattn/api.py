@@ -6,64 +6,99 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oocattn import clock
+from oocattn import arguments, clock
+from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.certificate import Certificate
-from oocattn.certifying import certify
+from oocattn.certifying import certify, read_summary
 from oocattn.errors import ProblemError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
+from oocattn.kernels import kernel_names
 from oocattn.pipelines.done import find_done
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.rehearsal import rehearse
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.status import Status, as_resumed, read_status
-from oocattn.planner import CHECKPOINT_SECONDS, make_plan
+from oocattn.pipelines.status import Status, as_planned, read_status
+from oocattn.planner import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, make_plan
 from oocattn.plans import Plan
-from oocattn.problem import Problem, make_problem
+from oocattn.problem import SCALE, Problem, make_problem
 from oocattn.resuming import Choices, find_unfinished
-from oocattn.running import Result, Resuming, is_finished, open_result, refuse_to_replace_dataset, resume_run, run_plan, tidy
+from oocattn.running import (
+    Result,
+    Resuming,
+    finished_result,
+    is_finished,
+    open_result,
+    refuse_to_replace_dataset,
+    resume_run,
+    run_plan,
+)
 from oocattn.storage.axes import warn_if_transposed
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.result import ResultArrays
-from oocattn.units import parse_duration, parse_size
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
 
 
+PROBLEM_OPTIONS = {"causal": arguments.boolean, "scale": SCALE, "dtype": arguments.dtype}
+"""What the options that pose a problem may be."""
+
+PLAN_OPTIONS = {
+    "device_memory": arguments.size,
+    "host_memory": arguments.size,
+    "chunks": arguments.integer(1, MAX_CHUNKS),
+    "decomposition": arguments.choice(*DECOMPOSITIONS),
+    "kernel": arguments.choice(*kernel_names()),
+    "checkpoint_interval": arguments.duration,
+}
+"""What the options may be that change the plan and not the problem."""
+
+RUN_OPTIONS = {
+    "time_limit": arguments.duration,
+    "dashboard_address": arguments.text,
+    "callbacks": arguments.functions,
+}
+"""What the options may be that say how a run is carried out."""
+
+
+@checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, lanes=arguments.integer(1))
 def plan(
     dataset: str | Path,
     *,
     causal: bool = False,
     scale: float | None = None,
-    dtype: str | None = None,
-    device_memory: float | str | None = None,
-    host_memory: float | str | None = None,
+    dtype: Dtype | None = None,
+    device_memory: Size | None = None,
+    host_memory: Size | None = None,
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
-    checkpoint_interval: float | str | None = None,
+    checkpoint_interval: Duration | None = None,
     lanes: int | None = None,
     result: str | Path | None = None,
 ) -> Plan:
     """Decide everything about a run of exact attention over `dataset`, and predict its bytes, memory and seconds.
 
     `dataset` is the path or URL of a Zarr group with q [B, Hq, N, D], k and v [B, Hkv, N, D] (or three-dimensional, as B =
-    1) in float16, bfloat16 or float32. `scale` defaults to 1/sqrt(D), `dtype` of the output to the inputs'. `device_memory`
-    and `host_memory` are hard limits in bytes, as numbers or like "2GiB", on all that the run allocates (default: half of
-    the free memory). `chunks` pins the number of chunks c, `decomposition` is "auto", "cqs" or "strips", `kernel` pins a
-    kernel, and with it the CPU or GPUs. `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a
-    minute; 0: no checkpoints, only finished query chunks are kept). `lanes` is the number of workers that will share the run
-    (default: one, or one for each GPU); `result` tells on which file system partials would lie.
+    1) in float16, bfloat16 or float32. `scale` (positive, finite) defaults to 1/sqrt(D), `dtype` of the output to the
+    inputs'; it is a name ("bfloat16", "bf16") or a dtype of NumPy or PyTorch. `device_memory` and `host_memory` are hard
+    limits in bytes, as numbers or like "2GiB", on all that the run allocates (default: half of the free memory). `chunks`
+    pins the number of chunks c, `decomposition` is "auto", "cqs" or "strips", `kernel` pins a kernel, and with it the CPU or
+    GPUs. `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a minute; 0: no checkpoints, only
+    finished query chunks are kept). `lanes` is the number of workers that will share the run (default: one, or one for each
+    GPU); `result` tells on which file system partials would lie.
 
     Here and elsewhere a path may begin with `~` or `file://`. More heads than tokens are logged as a warning: the axes may
     be in another order.
 
-    Raises ProblemError for input that is no attention problem and BudgetError, with the smallest budget that works.
+    Raises ProblemError for input that is no attention problem, and for an option of another type, before anything is opened,
+    and BudgetError, with the smallest budget that works.
     """
     opened = Dataset.open(dataset)
     problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
@@ -93,20 +128,21 @@ def _plan_for(dataset: Dataset, problem: Problem, choices: Choices, lanes: int |
     )
 
 
+@checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, overwrite=arguments.boolean)
 def attention(
     dataset: str | Path,
     result: str | Path,
     *,
     causal: bool = False,
     scale: float | None = None,
-    dtype: str | None = None,
-    device_memory: float | str | None = None,
-    host_memory: float | str | None = None,
+    dtype: Dtype | None = None,
+    device_memory: Size | None = None,
+    host_memory: Size | None = None,
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
-    checkpoint_interval: float | str | None = None,
-    time_limit: float | str | None = None,
+    checkpoint_interval: Duration | None = None,
+    time_limit: Duration | None = None,
     client: Client | None = None,
     dashboard_address: str = "127.0.0.1:0",
     callbacks: Sequence[Callback] = (),
@@ -117,8 +153,9 @@ def attention(
     The options up to `checkpoint_interval` are those of `plan`. A run that would take longer than `time_limit`, in seconds
     or like "8h" from this call, ends before that with all it has done on disk. The run uses the workers of `client`, which
     must see the same paths, or a cluster of its own in this process with its dashboard at `dashboard_address`. `callbacks`
-    are called with every `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one
-    is resumed, with the plan that it was begun with.
+    are called with every `Event`. A finished result of the same problem and dataset is returned as it is, with a warning
+    where its certificate failed (`overwrite` computes it again); an unfinished one is resumed, with the plan that it was
+    begun with.
 
     A callback that raises an `Exception` is logged and called no more; `KeyboardInterrupt` or `SystemExit` from it end the
     run. In the main thread, the run holds SIGINT, SIGTERM, SIGHUP and SIGUSR1 back until what is in flight is on disk,
@@ -139,8 +176,7 @@ def attention(
     warn_if_transposed(opened.specs[0])
     refuse_to_replace_dataset(paths, opened)
     if is_finished(paths, problem, opened, overwrite):
-        tidy(paths)
-        return open_result(paths.result)
+        return finished_result(paths)
 
     choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     begun = None if overwrite else find_unfinished(paths)
@@ -155,13 +191,14 @@ def attention(
         return run_plan(chosen, opened, paths, running, callbacks=callbacks, overwrite=overwrite, until=until)
 
 
+@checked(**RUN_OPTIONS, accept_other_bits=arguments.boolean, check_finished=arguments.boolean)
 def resume(
     result: str | Path,
     *,
     dataset: str | Path | None = None,
     accept_other_bits: bool = False,
     check_finished: bool = False,
-    time_limit: float | str | None = None,
+    time_limit: Duration | None = None,
     client: Client | None = None,
     dashboard_address: str = "127.0.0.1:0",
     callbacks: Sequence[Callback] = (),
@@ -171,16 +208,16 @@ def resume(
     `dataset` says where it is now; without it, the journal is believed only if it names a local path. On a processor, GPU or
     torch that rounds otherwise the run is refused, unless `accept_other_bits` is given; then the report says so. The
     checksums of finished chunks are compared for a few seconds, or with `check_finished` all of them. The other options are
-    those of `attention`. A finished result is returned as it is. Raises ProblemError where no run has begun, IntegrityError
-    where the dataset has changed since or the journal is damaged, and what `attention` raises.
+    those of `attention`. A finished result is returned as it is, with a warning where its certificate failed. Raises
+    ProblemError where no run has begun, IntegrityError where the dataset has changed since or the journal is damaged, and
+    what `attention` raises.
     """
     until = _end(time_limit)
     paths, named = ResultPaths.at(result), None if dataset is None else parse_location(dataset)
     begun = find_unfinished(paths)
     if begun is None:
         if paths.attributes():
-            tidy(paths)
-            return open_result(paths.result)
+            return finished_result(paths)
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
     plan, opened = begun.plan, begun.open_dataset(named)
     warn_if_transposed(opened.specs[0])
@@ -189,9 +226,9 @@ def resume(
         return resume_run(begun, opened, paths, running, callbacks, until, resuming)
 
 
-def _end(time_limit: float | str | None) -> float:
+def _end(time_limit: Duration | None) -> float:
     """When a run that begins now must have ended, in seconds since the epoch."""
-    return math.inf if time_limit is None else clock.now() + parse_duration(time_limit, "time limit")
+    return math.inf if time_limit is None else clock.now() + arguments.duration("time_limit", time_limit)
 
 
 @contextmanager
@@ -218,23 +255,39 @@ def _planned_cluster(
 
 
 def status(result: str | Path) -> Status:
-    """How far the run to `result` is: from any process, whether or not a run is alive."""
+    """How far the run to `result` is: from any process, whether or not a run is alive.
+
+    Of a finished result it says what the certificate beside it says, if that is of this very result. Raises IntegrityError,
+    with what to do, where the run's own files are damaged and no result is there.
+    """
     paths = ResultPaths.at(result)
     found = read_status(paths)
-    begun = find_unfinished(paths) if found.state == "interrupted" else None
+    if found.state == "finished":
+        certificate = read_summary(paths)
+        if certificate is None:
+            return found
+        return replace(found, certificate=certificate.outcome, verdict=f"{certificate.made}: {certificate.verdict}")
+    known = found.state == "none" or (found.state == "running" and found.subproblems)
+    begun = None if known else find_unfinished(paths)
     if begun is None:
         return found
     done = find_done(begun.plan, begun.journal, paths.scratch).done
-    return as_resumed(found, begun.plan, Schedule(begun.plan, 1, done).left)
+    return as_planned(found, begun.plan, Schedule(begun.plan, 1, done).left)
 
 
+@checked(
+    rows=arguments.integer(1),
+    seed=arguments.integer(0, MOST_SEED),
+    host_memory=arguments.size,
+    checksums=arguments.boolean,
+)
 def verify(
     result: str | Path,
     *,
     rows: int = 64,
     seed: int = 0,
     dataset: str | Path | None = None,
-    host_memory: float | str | None = None,
+    host_memory: Size | None = None,
     checksums: bool = True,
 ) -> Certificate:
     """Recompute sampled rows of a finished result in float64, compare its checksums, and write a certificate beside it.
@@ -248,8 +301,6 @@ def verify(
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.
     """
-    if rows < 1 or seed < 0:
-        raise ProblemError(f"rows = {rows}, seed = {seed}: expected at least one row and a seed that is not negative")
     found = open_result(result)
     return certify(
         ResultPaths.at(result),
@@ -258,6 +309,6 @@ def verify(
         rows=rows,
         seed=seed,
         dataset=dataset,
-        host_memory=default_host_memory() if host_memory is None else parse_size(host_memory, "host memory"),
+        host_memory=default_host_memory() if host_memory is None else arguments.size("host_memory", host_memory),
         checksums=checksums,
     )

@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from oocattn.certificate_text import certificate_text
@@ -117,6 +117,36 @@ class Stratum:
     mean_ulps: float
     lse_error: float
     lse_ulps: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is read of a certificate that is beside a result: what it says, when it was made, and of which result it is."""
+
+    format: Annotated[int, Range(FORMAT, FORMAT)]
+    passed: bool
+    inconclusive: bool
+    verdict: str
+    made: str
+    digest: str | None
+    problem: Problem
+    dataset_recorded: str
+
+    @property
+    def outcome(self) -> Literal["passed", "inconclusive", "failed"]:
+        """What it says of the result, in a word."""
+        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Summary:
+        """Of what `Certificate.to_json` wrote; rows are left out, which take seconds where they are many.
+
+        Raises IntegrityError for anything else.
+        """
+        try:
+            return from_json(cls, {each.name: content[each.name] for each in fields(cls)})
+        except (KeyError, ValueError) as error:
+            raise IntegrityError(f"not a certificate of oocattn: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from oocattn.storage.dataset import changed_arrays
 from oocattn.text import printable
 from oocattn.units import format_count
 
@@ -92,7 +93,8 @@ def dataset_line(certificate: Certificate) -> str:
     """Whether the dataset is that of the run."""
     if certificate.dataset_unchanged:
         return f"unchanged, fingerprint {certificate.dataset_found}"
-    return "which is NOT the one that the run read, as far as fingerprints tell"
+    changed = changed_arrays(certificate.dataset_recorded, certificate.dataset_found)
+    return f"which is NOT the one that the run read, as far as fingerprints tell: {changed} differ in them"
 
 
 def more_line(count: int) -> list[str]:

@@ -15,19 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from oocattn.certificate import ArrayCheck, Certificate, Ledger, RowCheck
+from oocattn.certificate import ArrayCheck, Certificate, Ledger, RowCheck, Summary
 from oocattn.certificate_page import certificate_page
 from oocattn.errors import BudgetError, IntegrityError, ProblemError
 from oocattn.pipelines.report import RunReport
 from oocattn.problem import Problem, make_problem, read_problem
-from oocattn.records import Positive, from_json
+from oocattn.records import Positive, differences, from_json
 from oocattn.rounding import UNIT_ROUNDOFF
 from oocattn.storage.axes import warn_if_transposed
 from oocattn.storage.checksums import Checksums, find_damage, recorded_checksums, result_digest
 from oocattn.storage.dataset import Dataset
-from oocattn.storage.durable import write_text
+from oocattn.storage.durable import read_json, write_text
+from oocattn.storage.folders import is_folder
 from oocattn.storage.operations import words_of
-from oocattn.storage.paths import ResultPaths
+from oocattn.storage.paths import ResultPaths, identity_at
 from oocattn.storage.result import ResultArrays
 from oocattn.storage.result_rows import RowReader
 from oocattn.text import printable
@@ -132,11 +133,14 @@ def certify(
     checksums: bool,
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
-    recorded = Recorded.of(paths)
+    recorded, identity = Recorded.of(paths), identity_at(paths.result)
     problem, opened = recorded.problem, Dataset.open_recorded(recorded.location, dataset)
     posed = make_problem(*opened.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
     if posed != problem:
-        raise ProblemError(f"{opened.location} poses another problem ({posed}) than the result's ({problem})")
+        raise ProblemError(
+            f"{opened.location} poses another problem than the result's ({differences(problem, posed)}): name the dataset "
+            "that the run read (--dataset)"
+        )
     warn_if_transposed(opened.specs[0])
     readers = _readers(problem, arrays, paths)
     recorded_bits = {name: recorded_checksums(array) for name, array in arrays.by_name.items()}
@@ -167,9 +171,27 @@ def certify(
         verified_with=versions(),
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    if Recorded.of(paths) != recorded:
+    if (Recorded.of(paths), identity_at(paths.result)) != (recorded, identity):
         raise IntegrityError(f"{paths.result} was replaced while it was verified: verify it again")
     return _kept(certificate, paths)
+
+
+def read_summary(paths: ResultPaths) -> Summary | None:
+    """Of the certificate beside a finished result; None where there is none, or it is of a result that was replaced since.
+
+    A warning says that one is damaged, and no more is said of it.
+    """
+    try:
+        content = read_json(paths.certificate) if is_folder(paths.state) else None
+        if content is None:
+            return None
+        found, recorded, arrays = Summary.from_json(content), Recorded.of(paths), ResultArrays.open(paths.result)
+        bits = _digest(arrays, {name: recorded_checksums(array) for name, array in arrays.by_name.items()})
+    except (IntegrityError, OSError) as error:
+        logger.warning("the certificate beside %s cannot be read (%s): verify the result again", paths.result, error)
+        return None
+    of = (found.digest, found.problem, found.dataset_recorded)
+    return found if of == (bits, recorded.problem, recorded.fingerprint) else None
 
 
 def _ledger(problem: Problem, report: RunReport) -> Ledger:

@@ -205,7 +205,8 @@ def _print_end(result: oocattn.Result, plan_printer: _PlanPrinter, timeline: str
         print(printable(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}"))
     if result.report is not None:
         print(result.report)
-    return DONE
+    failed = result.certificate is not None and result.certificate.outcome == "failed"  # a warning has said so
+    return FAILED if failed else DONE
 
 
 def _client(scheduler: str | None, limit: float | None) -> AbstractContextManager[Client | None]:
@@ -242,7 +243,7 @@ def _status(options: argparse.Namespace) -> int:
     print(status)
     if status.state == "interrupted":
         print(f"go on with: oocattn resume {printable(options.result)}")
-    return FAILED if status.state == "none" else DONE
+    return FAILED if status.state == "none" or status.certificate == "failed" else DONE
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from oocattn import arguments
 from oocattn.errors import ProblemError
 from oocattn.kernels import kernel_names
 from oocattn.planner import DECOMPOSITIONS
-from oocattn.problem import DTYPES
+from oocattn.problem import DTYPES, SCALE
 from oocattn.storage.axes import LAYOUTS
 from oocattn.text import printable
 from oocattn.units import parse_duration, parse_size
@@ -41,6 +42,26 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     return parser
 
 
+def _checked(name: str, check: arguments.Check, read: Callable[[str], object]) -> Callable[[str], Any]:
+    """What reads an option's text and checks it as the functions do that take it."""
+
+    def parse(text: str) -> Any:
+        try:
+            found = read(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        try:
+            return check(name, found)
+        except ProblemError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+_DTYPE: dict[str, Any] = {"type": _checked("dtype", arguments.dtype, str), "metavar": f"{{{','.join(DTYPES)}}}"}
+_SEED = _checked("seed", arguments.integer(0, arguments.MOST_SEED), int)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose messages hold what the user typed on one line, fit to print."""
 
@@ -54,10 +75,12 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=_size, required=True, metavar="HQ", help="query heads")
     parser.add_argument("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
     parser.add_argument("--head-dim", type=_size, required=True, metavar="D", help="head dimension, at most 256")
-    parser.add_argument("--dtype", choices=DTYPES, required=True, help="dtype of all three arrays")
+    parser.add_argument("--dtype", **_DTYPE, required=True, help="dtype of all three arrays")
     parser.add_argument("--batch", type=_size, default=1, metavar="B", help="batch size (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the numbers (default: %(default)s)")
-    parser.add_argument("--mean", type=float, default=0.0, help="added to v (default: %(default)s)")
+    parser.add_argument("--seed", type=_SEED, default=0, help="seed of the numbers (default: %(default)s)")
+    parser.add_argument(
+        "--mean", type=_checked("mean", arguments.number(), float), default=0.0, help="added to v (default: %(default)s)"
+    )
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +92,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", choices=LAYOUTS, default="bhnd", help="order of the axes in the files (default: %(default)s)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype in the dataset (default: that of the files)")
+    parser.add_argument("--dtype", **_DTYPE, help="dtype in the dataset (default: that of the files)")
 
 
 def _add_new_dataset(parser: argparse.ArgumentParser) -> None:
@@ -137,8 +160,8 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
 def _add_problem_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="path or URL of a Zarr group with arrays q, k and v")
     parser.add_argument("--causal", action="store_true", help="attend no later tokens (default: attend all)")
-    parser.add_argument("--scale", type=float, help="factor of the scores (default: 1/sqrt(D))")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of out (default: that of q)")
+    parser.add_argument("--scale", type=_checked("scale", SCALE, float), help="factor of the scores (default: 1/sqrt(D))")
+    parser.add_argument("--dtype", **_DTYPE, help="dtype of out (default: that of q)")
 
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +190,7 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("result", metavar="RESULT", help="path of a finished result")
     parser.add_argument("--rows", type=_size, default=64, metavar="R", help="rows to recompute (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of rows (default: %(default)s)")
+    parser.add_argument("--seed", type=_SEED, default=0, help="seed of the choice of rows (default: %(default)s)")
     parser.add_argument("--dataset", metavar="PATH", help="where the dataset is (default: where it was when it was run)")
     parser.add_argument("--host-memory", type=_size, metavar="SIZE", help="hard limit (default: half of what is free)")
     parser.add_argument(
@@ -180,7 +203,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=_size, metavar="HQ", help="query heads (default: 8; 4 without a GPU)")
     parser.add_argument("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
     parser.add_argument("--head-dim", type=_size, default=64, metavar="D", help="head dimension (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of all arrays (default: %(default)s)")
+    parser.add_argument("--dtype", **_DTYPE, default="float16", help="dtype of all arrays (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="attend all tokens (default: causal)")
     _add_plan_options(parser)
     parser.add_argument(
@@ -196,7 +219,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=_size, default=32, metavar="R", help="rows to compare with float64 (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the numbers and rows (default: %(default)s)")
+    parser.add_argument("--seed", type=_SEED, default=0, help="seed of the numbers and rows (default: %(default)s)")
 
 
 def _duration(text: str) -> float:

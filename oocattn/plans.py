@@ -185,11 +185,23 @@ class Plan:
         return longest.name
 
     @property
+    def decided(self) -> dict[str, str | int]:
+        """What determines the result bit for bit besides the problem, in the order in which it is hashed."""
+        return {
+            "decomposition": self.decomposition,
+            "chunks": self.chunks,
+            "span": self.span,
+            "chunk_rows": self.chunk_rows,
+            "out_chunk_rows": self.out_chunk_rows,
+            "query_tile": min(self.tiles.query, self.tiles.key),
+            "key_tile": self.tiles.key,
+            "kernel": self.kernel,
+        }
+
+    @property
     def digest(self) -> str:
         """Identity of what determines the result bit for bit: the problem, the division and the kernel."""
-        tiling = [self.chunk_rows, self.out_chunk_rows, min(self.tiles.query, self.tiles.key), self.tiles.key]
-        decided = [self.decomposition, self.chunks, self.span, *tiling, self.kernel]
-        text = json.dumps([asdict(self.problem), decided], sort_keys=True)
+        text = json.dumps([asdict(self.problem), [*self.decided.values()]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:

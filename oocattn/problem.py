@@ -7,10 +7,11 @@ wrong about them is refused here, by name, before a byte is read or written.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
+from oocattn import arguments
+from oocattn.arguments import checked
 from oocattn.errors import ProblemError
 from oocattn.records import Range, from_json
 
@@ -21,6 +22,9 @@ MAX_HEAD_DIM = 256
 
 _OTHER_ORDER = "; if the axes are in another order than [B, H, N, D], import the tensors with --layout"
 """What else may be wrong with a shape, and what to do then."""
+
+LEAST_SCALE, MOST_SCALE = 2.0**-126, (2 - 2**-23) * 2.0**127
+"""The positive numbers of float32, in which scores are computed."""
 
 Extent = Annotated[int, Range(1, 2**48)]
 """The size of one dimension."""
@@ -74,7 +78,7 @@ class Problem:
     dtype: str
     out_dtype: str
     causal: bool
-    scale: Annotated[float, Range(math.ulp(0.0), sys.float_info.max)]
+    scale: Annotated[float, Range(LEAST_SCALE, MOST_SCALE)]
 
     @property
     def group_size(self) -> int:
@@ -126,6 +130,13 @@ class Problem:
         return HeadGroup(batch, kv_head, range(first, first + self.group_size))
 
 
+SCALE = arguments.number(
+    LEAST_SCALE, MOST_SCALE, "a positive finite number that float32 holds (for a negative one, negate q)"
+)
+"""What the option `scale` may be."""
+
+
+@checked(causal=arguments.boolean, scale=SCALE, out_dtype=arguments.dtype)
 def make_problem(
     q: ArraySpec,
     k: ArraySpec,
@@ -133,7 +144,7 @@ def make_problem(
     *,
     causal: bool = False,
     scale: float | None = None,
-    out_dtype: str | None = None,
+    out_dtype: arguments.Dtype | None = None,
 ) -> Problem:
     """Check the three arrays against each other and return the problem they pose.
 
@@ -161,9 +172,9 @@ def make_problem(
         tokens,
         head_dim,
         q.dtype,
-        out_dtype or q.dtype,
+        q.dtype if out_dtype is None else str(out_dtype),
         causal,
-        1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        1.0 / math.sqrt(head_dim) if scale is None else scale,
     )
     check_problem(problem)
     return problem
@@ -215,7 +226,6 @@ def check_problem(problem: Problem) -> None:
     for name, dtype in (("input", problem.dtype), ("output", problem.out_dtype)):
         if dtype not in DTYPES:
             raise ProblemError(f"{name} dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    if not (math.isfinite(problem.scale) and problem.scale > 0):
-        raise ProblemError(f"scale {problem.scale}: expected a positive finite number")
+    SCALE("scale", problem.scale)
     if problem.rows * problem.head_dim >= 1 << 63:
         raise ProblemError(f"{problem.rows} rows of {problem.head_dim} elements: expected fewer than 2^63 elements in all")

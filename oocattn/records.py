@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -86,15 +86,34 @@ def from_json(kind: type[T], content: object) -> T:
     return kind(**{name: _value(hint, content[name], name) for name, hint in hints.items()})
 
 
+def differences(before: object, now: object) -> str:
+    """Where two records, JSON objects or values differ, with both values: "causal False, now True; scale 0.1, now 0.2".
+
+    "" where they do not. A value that is missing is "none".
+    """
+    old, new = to_json(before), to_json(now)
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return "" if old == new else f"{_shown(old)}, now {_shown(new)}"
+    found = []
+    for name in dict.fromkeys([*old, *new]):
+        if old.get(name) != new.get(name):
+            found.append(f"{str(name).replace('_', ' ')} {differences(old.get(name), new.get(name))}")
+    return "; ".join(found)
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else f"{value!s:.200}"
+
+
 def _value(hint: Any, found: object, name: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _in_range(arguments[1], _value(arguments[0], found, name), name)
     if origin is Literal and isinstance(found, str) and found in arguments:
         return found
-    if origin is UnionType and found is None and NoneType in arguments:
+    if origin in (Union, UnionType) and found is None and NoneType in arguments:
         return None
-    if origin is UnionType and found is not None:
+    if origin in (Union, UnionType) and found is not None:
         return _value(next(argument for argument in arguments if argument is not NoneType), found, name)
     if origin is tuple and isinstance(found, list):
         return tuple(_value(arguments[0], item, name) for item in found)

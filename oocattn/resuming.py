@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from oocattn import arguments
+from oocattn.arguments import Duration, Size
 from oocattn.errors import BudgetError, IntegrityError, ProblemError, ResultExistsError
 from oocattn.kernels import device_type, get_kernel
 from oocattn.plans import Plan, ScratchBytes
 from oocattn.problem import Problem, make_problem
-from oocattn.records import Range, Seconds, from_json, to_json
+from oocattn.records import Range, Seconds, differences, from_json, to_json
 from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.journal import Journal, identity, read_header
 from oocattn.storage.locations import Location
@@ -20,7 +22,7 @@ from oocattn.storage.lock import Claim
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.state import Growing
 from oocattn.stored_plan import read_plan
-from oocattn.units import format_bytes, parse_duration, parse_size
+from oocattn.units import format_bytes
 from oocattn.version import versions
 
 FORMAT = 4
@@ -32,28 +34,28 @@ growing result, what computes. 4: what the dtype of `out` made Inf or 0."""
 class Choices:
     """What a user may choose of a plan."""
 
-    device_memory: float | str | None
-    host_memory: float | str | None
+    device_memory: Size | None
+    host_memory: Size | None
     chunks: int | None
     decomposition: str
     kernel: str | None
-    checkpoint_interval: float | str | None
+    checkpoint_interval: Duration | None
 
     @property
     def device_bytes(self) -> int | None:
         """The budget of device memory in bytes. Raises ProblemError for what is no size."""
-        return None if self.device_memory is None else parse_size(self.device_memory, "device memory")
+        return None if self.device_memory is None else arguments.size("device_memory", self.device_memory)
 
     @property
     def host_bytes(self) -> int | None:
         """The budget of host memory in bytes. Raises ProblemError for what is no size."""
-        return None if self.host_memory is None else parse_size(self.host_memory, "host memory")
+        return None if self.host_memory is None else arguments.size("host_memory", self.host_memory)
 
     @property
     def checkpoint_seconds(self) -> float | None:
         """What a kill may cost, 0 for whatever it costs. Raises ProblemError for what is no duration."""
         chosen = self.checkpoint_interval
-        return None if chosen is None else parse_duration(chosen, "checkpoint interval")
+        return None if chosen is None else arguments.duration("checkpoint_interval", chosen)
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,16 @@ class Unfinished:
         """Raise ResultExistsError where this is another run than the one that is asked for."""
         if self.journal.run != asked.journal.run:
             raise ResultExistsError(
-                f"{self.journal.state} holds another run than when the command began: resume again to go on with that one"
+                f"{self.journal.state} holds another run than when the command began "
+                f"({_plan_differences(asked.plan, self.plan) or 'begun again'}): resume again to go on with that one"
             )
 
     def _check_same(self, name: str, found: object, asked: object) -> None:
         if found != asked:
             raise ResultExistsError(
-                f"{self.journal.state} holds an unfinished run of another {name} ({found}, now {asked}): finish that one "
-                "with `oocattn resume` (--dataset says where its dataset is now), choose another path, or begin again with "
-                "overwrite=True (--overwrite)"
+                f"{self.journal.state} holds an unfinished run of another {name} ({differences(found, asked)}): finish that "
+                "one with `oocattn resume` (--dataset says where its dataset is now), choose another path, or begin again "
+                "with overwrite=True (--overwrite)"
             )
 
     def _check_unchanged(self, dataset: Dataset, named: bool) -> None:
@@ -156,8 +159,8 @@ class Unfinished:
         """Raise ResultExistsError where this plan would not give the same result bit for bit."""
         if plan.digest != self.plan.digest:
             raise ResultExistsError(
-                f"{self.journal.state} holds an unfinished run of another plan: resume it with `oocattn resume`, or begin "
-                "again with overwrite=True (--overwrite)"
+                f"{self.journal.state} holds an unfinished run of another plan ({_plan_differences(self.plan, plan)}): "
+                "resume it with `oocattn resume`, or begin again with overwrite=True (--overwrite)"
             )
 
     def check_bits(self, computing: Mapping[str, str], accept: bool) -> str:
@@ -189,7 +192,10 @@ class Unfinished:
         dataset = Dataset.open_recorded(self.header.dataset.location, named)
         posed = make_problem(*dataset.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
         if posed != problem:
-            raise ProblemError(f"{dataset.location} poses another problem ({posed}) than the run's ({problem})")
+            raise ProblemError(
+                f"{dataset.location} poses another problem than the run's ({differences(problem, posed)}): name the dataset "
+                "that the run began with (--dataset)"
+            )
         self._check_same("oocattn", self.header.versions.get("oocattn"), versions()["oocattn"])
         dataset.check_complete()
         self._check_unchanged(dataset, named is not None)
@@ -207,11 +213,7 @@ def begin_journal(
 
 def find_unfinished(paths: ResultPaths) -> Unfinished | None:
     """The unfinished run to this result; None where there is none. Raises IntegrityError for a journal that is damaged."""
-    try:
-        header = read_header(paths.state)
-        path = paths.unfinished
-    except IntegrityError as error:
-        raise IntegrityError(f"{error}; begin again with overwrite=True (--overwrite)") from error
+    header, path = read_header(paths.state), paths.unfinished
     if header is None or (path is None and "result" in header):
         return None
     run = identity(header)
@@ -234,6 +236,24 @@ def _scratch_of(kernel: str, device: str) -> ScratchBytes:
     if device_type(kernel) != device:
         raise ValueError(f"kernel {kernel} is not for {device}")
     return get_kernel(kernel).scratch_bytes
+
+
+def _plan_differences(before: Plan, now: Plan) -> str:
+    return differences({**asdict(before.problem), **before.decided}, {**asdict(now.problem), **now.decided})
+
+
+def result_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """In what a result that records this differs from one that is asked for, both as `describe` says; "" in nothing."""
+    problem = differences(recorded.get("problem"), asked["problem"])
+    found = [f"its problem differs: {problem}"] if problem else []
+    source, dataset = recorded.get("dataset"), asked["dataset"]
+    source = source if isinstance(source, Mapping) else {}
+    if source.get("location") != dataset["location"]:
+        found.append(f"its dataset differs: {differences(source.get('location'), dataset['location'])}")
+    changed = changed_arrays(str(source.get("fingerprint")), dataset["fingerprint"])
+    if changed:
+        found.append(f"its dataset differs: {changed} not the same in metadata, size, time or content of chunks")
+    return "; ".join(found)
 
 
 def describe(problem: Problem, dataset: Dataset) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import zarr
 
-from oocattn import clock
+from oocattn import arguments, clock
+from oocattn.arguments import checked
+from oocattn.certificate import Summary
+from oocattn.certifying import read_summary
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
@@ -22,7 +25,7 @@ from oocattn.pipelines.status import StatusFile, read_report
 from oocattn.pipelines.work import Work
 from oocattn.plans import Plan
 from oocattn.problem import Problem
-from oocattn.resuming import DatasetIdentity, Unfinished, begin_journal, describe, find_unfinished
+from oocattn.resuming import DatasetIdentity, Unfinished, begin_journal, describe, find_unfinished, result_differences
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.folders import is_folder, is_taken
 from oocattn.storage.lock import FileLock
@@ -41,13 +44,15 @@ logger = logging.getLogger("oocattn")
 class Result:
     """A finished result: `out` [B, Hq, N, D] in the output's dtype, `lse` [B, Hq, N] float32, and how it came about.
 
-    `report` is None for a result that was copied without the folder beside it.
+    `report` is None for a result that was copied without the folder beside it. `certificate` sums up that of a result that
+    was there already, where it was verified: it may have failed.
     """
 
     path: Path
     out: zarr.Array[Any]
     lse: zarr.Array[Any]
     report: RunReport | None
+    certificate: Summary | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class _Execution:
         return self.interrupts.asked or clock.now() > self.until
 
 
+@checked(callbacks=arguments.functions, overwrite=arguments.boolean)
 def run_plan(
     plan: Plan,
     dataset: Dataset,
@@ -93,8 +99,7 @@ def run_plan(
     """
     refuse_to_replace_dataset(paths, dataset)
     if is_finished(paths, plan.problem, dataset, overwrite):
-        tidy(paths)
-        return open_result(paths.result)
+        return finished_result(paths)
     dataset.check_complete()
     paths.make_state()
     with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
@@ -202,14 +207,27 @@ def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrit
         )
     if overwrite:
         return False
-    ours = describe(problem, dataset)
-    if all(found.get(name) == ours[name] for name in ours):
+    differing = result_differences(found, describe(problem, dataset))
+    if not differing:
         return True
-    differs = next((name for name in ours if found and found.get(name) != ours[name]), "content")
     raise ResultExistsError(
-        f"{paths.result} exists and is not the result of this run (its {differs} differs): choose another path, or "
-        "replace it with overwrite=True (--overwrite)"
+        f"{paths.result} exists and is not the result of this run ({differing}): choose another path, or replace it with "
+        "overwrite=True (--overwrite)"
     )
+
+
+def finished_result(paths: ResultPaths) -> Result:
+    """The finished result that is there, tidied up. A warning says where its certificate failed."""
+    tidy(paths)
+    certificate = read_summary(paths)
+    if certificate is not None and certificate.outcome == "failed":
+        logger.warning(
+            "%s is there, but its certificate of %s says %s; `oocattn verify` checks it again",
+            paths.result,
+            certificate.made,
+            certificate.verdict,
+        )
+    return replace(open_result(paths.result), certificate=certificate)
 
 
 def tidy(paths: ResultPaths) -> None:

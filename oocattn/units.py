@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from oocattn.errors import ProblemError
 from oocattn.records import MOST_COUNT
@@ -27,9 +28,9 @@ def parse_size(text: str | float, unit: str = "size") -> int:
         if match is None or (match[3] and not match[2]):
             raise ProblemError(f"{unit} {text!r} is not understood: write it as 65536, 64K, 500MB or 2GiB")
         base = 1000 if match[4] and not match[3] else 1024
-        number = float(match[1]) * base ** _POWER[match[2].upper()]
+        number: Fraction | float = Fraction(match[1]) * base ** _POWER[match[2].upper()]
     else:
-        number = float(text)
+        number = text
     if not 1 <= number <= MOST_COUNT or number != int(number):
         raise ProblemError(f"{unit} {text!r} must be a whole number of at least 1, and at most 2^96")
     return int(number)

@@ -217,5 +217,6 @@ def test_a_finished_result_with_damaged_metadata_is_named(
     ResultPaths.at(result).report.write_text("{")
     caplog.clear()
     assert oocattn.resume(result).report is None
-    assert oocattn.status(result) == oocattn.Status("finished")
+    status = oocattn.status(result)
+    assert (status.state, status.share, status.tokens_done) == ("finished", 1.0, plan.problem.tokens)
     assert [record.message for record in caplog.records if "the report of the run cannot be read" in record.message]

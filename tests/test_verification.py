@@ -133,7 +133,9 @@ def test_a_dataset_that_was_moved_is_named_and_one_that_was_changed_is_noticed(r
 
 def test_another_problem_is_refused(result: Path, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other.zarr", normal_arrays(TOKENS, heads=2, dtype="float16"))
-    with pytest.raises(ProblemError, match="poses another problem"):
+    with pytest.raises(
+        ProblemError, match=r"another problem than the result's \(query heads 4, now 2; kv heads 2, now 1\): .*--dataset"
+    ):
         oocattn.verify(result, dataset=other)
 
 
@@ -288,10 +290,9 @@ def test_verify_warns_of_nothing_whatever_the_numbers(client: Client, tmp_path: 
         assert not oocattn.verify(tmp_path / "result.zarr", rows=180).wrong
 
 
-@pytest.mark.parametrize("options", [{"rows": 0}, {"seed": -1}])
-def test_no_rows_prove_nothing(result: Path, options: dict[str, int]) -> None:
-    with pytest.raises(ProblemError, match="at least one row"):
-        oocattn.verify(result, **options)
+def test_no_rows_prove_nothing(result: Path) -> None:
+    with pytest.raises(ProblemError, match=r"rows = 0 \(int\): expected a whole number of at least 1"):
+        oocattn.verify(result, rows=0)
 
 
 HAND_COMPUTED = [  # found, exact, dtype, error in units of the last place, which at 1 is 2^-10, 2^-7 and 2^-23

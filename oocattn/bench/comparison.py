@@ -19,6 +19,9 @@ import torch
 from distributed import Client
 
 import oocattn.api
+from oocattn import arguments
+from oocattn.api import PLAN_OPTIONS
+from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.bench import ceilings
 from oocattn.bench.competitors import (
     Competitor,
@@ -35,7 +38,7 @@ from oocattn.hardware import choose_device, count_lanes, free_disk
 from oocattn.pipelines.local_cluster import local_client
 from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
-from oocattn.problem import DTYPES
+from oocattn.problem import DTYPES, MAX_HEAD_DIM
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.locations import output_path
 from oocattn.storage.synth import synthesise
@@ -52,6 +55,19 @@ MEMORY_FOLDER = Path("/dev/shm")
 _PREFIX = f"oocattn-bench-{os.getpid()}-"
 
 
+@checked(
+    **PLAN_OPTIONS,
+    tokens=arguments.integer(1),
+    heads=arguments.integer(1),
+    kv_heads=arguments.integer(1),
+    head_dim=arguments.integer(1, MAX_HEAD_DIM),
+    dtype=arguments.dtype,
+    causal=arguments.boolean,
+    repeats=arguments.integer(1),
+    warm_up=arguments.boolean,
+    rows=arguments.integer(1),
+    seed=arguments.integer(0, MOST_SEED),
+)
 def bench(
     folder: str | Path = ".",
     *,
@@ -59,14 +75,14 @@ def bench(
     heads: int | None = None,
     kv_heads: int | None = None,
     head_dim: int = 64,
-    dtype: str = "float16",
+    dtype: Dtype = "float16",
     causal: bool = True,
-    device_memory: float | str | None = None,
-    host_memory: float | str | None = None,
+    device_memory: Size | None = None,
+    host_memory: Size | None = None,
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
-    checkpoint_interval: float | str | None = None,
+    checkpoint_interval: Duration | None = None,
     repeats: int = 3,
     warm_up: bool = True,
     rows: int = 32,
@@ -82,12 +98,10 @@ def bench(
     One that fails has a row that says so. Raises ProblemError and BudgetError as `oocattn.plan`, and ProblemError where
     `folder` is no folder or has no room.
     """
-    if repeats < 1 or rows < 1:
-        raise ProblemError(f"repeats = {repeats}, rows = {rows}: expected at least one of each")
     default = choose_device(kernel)
     tokens, heads = tokens or TOKENS[default], heads or HEADS[default]
     where = output_path(folder, "folder")
-    _check_room(where, tokens * head_dim * 2 * (heads + (kv_heads or heads)), dtype)
+    _check_room(where, tokens * head_dim * 2 * (heads + (kv_heads or heads)), str(dtype))
     options: dict[str, Any] = {"causal": causal, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
     options["checkpoint_interval"] = checkpoint_interval
     with ExitStack() as stack:
@@ -246,8 +260,6 @@ def _check_room(folder: Path, elements: int, dtype: str) -> None:
     """Raise ProblemError unless the dataset and a result, of so many elements, fit into `folder`."""
     if not folder.is_dir():
         raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with --folder")
-    if dtype not in DTYPES:
-        raise ProblemError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     needed, free = elements * DTYPES[dtype] + ceilings.BYTES, free_disk(folder)
     if needed > free:
         raise ProblemError(

@@ -101,13 +101,16 @@ class RunReport:
             )
         return lines
 
+    @property
+    def rate(self) -> float:
+        """Tokens/s of the work done since the run was started or resumed."""
+        return clock.rate(self.tokens * (1 - self.pairs_before / self.pairs), self.seconds)
+
     def __str__(self) -> str:
-        share = 1 - self.pairs_before / self.pairs
-        rate = clock.rate(self.tokens * share, self.seconds)
         since = " since it was resumed" if self.pairs_before else ""
         lines = [
             f"finished     {self.finished} in {format_seconds(self.seconds)}{since} "
-            f"(predicted {format_seconds(self.predicted_seconds)}), {rate:,.0f} tokens/s",
+            f"(predicted {format_seconds(self.predicted_seconds)}), {self.rate:,.0f} tokens/s",
             f"work         {self.subproblems:,} subproblems on {self.lanes} lane{'s' * (self.lanes > 1)}, "
             f"{format_count(self.pairs)}pairs, every one counted",
             f"bytes        {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_partials)} of partials{since}, "

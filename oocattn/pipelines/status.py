@@ -6,6 +6,7 @@ import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -14,6 +15,7 @@ from oocattn.errors import IntegrityError
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
+from oocattn.problem import Problem, read_problem
 from oocattn.records import Count, Range, Seconds, from_json, to_json
 from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.folders import is_folder
@@ -31,18 +33,26 @@ INTERVAL = 1.0
 logger = logging.getLogger("oocattn")
 
 
+Outcome = Literal["", "passed", "inconclusive", "failed"]
+
 State = Literal["none", "running", "interrupted", "finished"]
 
 
 @dataclass(frozen=True)
 class Status:
-    """State of a result: "none", "running", "interrupted" (unfinished, and nobody works on it) or "finished".
+    """How far the run to `result` is: `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody
+    works on it) or "finished".
 
-    Of an interrupted run, `subproblems_done` are those that need not be done again when it is resumed. `tokens_done` is that
-    share of the tokens; `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and
-    bytes are those read, saved as partials and written to the result since then. `seconds_left` is wall time too, of an
-    interrupted run at that rate, or as its plan predicts it. `saved` is when something was last brought to disk for good, in
-    seconds since the epoch, or 0.
+    `share` of the work is done: 0 of no run, 1 of a finished result. `subproblems` and `tokens` are those of the whole run,
+    0 where they are not known: before a run has planned, and `subproblems` of a result without its report. Of an interrupted
+    run, `subproblems_done` are those that need not be done again when it is resumed; `tokens_done` is that share of the
+    tokens. `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and `bytes_read`,
+    `bytes_saved` (as partials) and `bytes_written` (to the result) are those since then. `seconds_left` is wall time too, of
+    an interrupted run at that rate, or as its plan predicts it; None where there is no plan yet. `saved` is when something
+    was last brought to disk for good, in seconds since the epoch, or 0. A finished result has the figures of its report.
+
+    `dashboard` is the address of a running run's, `holder` says who works on it, and `error` how an interrupted one ended.
+    `certificate` is what `verify` found of this very result, "" where it was not verified, and `verdict` when and in words.
     """
 
     state: State
@@ -51,7 +61,7 @@ class Status:
     tokens: Count = 0
     rate: Annotated[float, Range(0.0, 1e18)] = 0.0
     seconds: Seconds = 0.0
-    seconds_left: Seconds = 0.0
+    seconds_left: Seconds | None = None
     bytes_read: Count = 0
     bytes_saved: Count = 0
     bytes_written: Count = 0
@@ -59,10 +69,15 @@ class Status:
     dashboard: str = ""
     holder: str = ""
     error: str = ""
+    result: str = ""
+    certificate: Outcome = ""
+    verdict: str = ""
 
     @property
     def share(self) -> float:
-        """Of the work that is done, between 0 and 1."""
+        """Of the work that is done, between 0 and 1. Whether the result is there says `state`."""
+        if self.state == "finished":
+            return 1.0
         return self.subproblems_done / self.subproblems if self.subproblems else 0.0
 
     @property
@@ -72,9 +87,11 @@ class Status:
 
     def __str__(self) -> str:
         if self.state == "none":
-            return "none: no run has begun here"
+            return printable(f"none: no run to {self.result or 'this path'} has begun")
         if self.state == "finished":
-            return f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"
+            lines = [f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"]
+            lines += [f"certificate of {self.verdict}"] if self.certificate else []
+            return "\n".join(map(printable, lines))
         if not self.subproblems:
             return printable(f"{self.state}: starting; {self.holder}")
         lines = [
@@ -88,7 +105,7 @@ class Status:
                 f"{format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_saved)} of partials, "
                 f"{format_bytes(self.bytes_written)} written; {self._last_saved()}"
             )
-        left = f"about {format_seconds(self.seconds_left)} left"
+        left = "time left not known" if self.seconds_left is None else f"about {format_seconds(self.seconds_left)} left"
         if self.state == "running":
             lines.append(f"{left}; {self.holder}; dashboard {self.dashboard or 'none'}")
         if self.error:
@@ -152,7 +169,7 @@ class StatusFile:
             self._status = Status(
                 "running",
                 plan.subproblems,
-                tokens=_tokens(plan),
+                tokens=_tokens(plan.problem),
                 seconds_left=plan.seconds * left / plan.subproblems,
                 dashboard=str(event.detail["dashboard"]),
             )
@@ -182,7 +199,7 @@ def read_status(paths: ResultPaths) -> Status:
     Raises IntegrityError for a damaged file, and warns of one where the journal still says how far an interrupted run came.
     """
     holder = lock_holder(paths.lock) if is_folder(paths.state) else None
-    unfinished = paths.unfinished is not None
+    unfinished = _is_unfinished(paths)
     last = None
     if holder is not None or unfinished:  # else it says nothing that the result does not
         try:
@@ -194,16 +211,56 @@ def read_status(paths: ResultPaths) -> Status:
         if last is None and unfinished:
             last = Status("interrupted")  # killed before it was written
     if last is None:
+        recorded = paths.attributes() or {}
+        if "problem" in recorded:
+            return replace(_finished(paths, recorded["problem"]), result=str(paths.result))
+        last = Status("none" if holder is None else "running")
+    elif holder is not None:
+        last = replace(last, state="running")
+    else:
+        last = replace(last, state="interrupted", dashboard="")
+    return replace(last, holder="" if holder is None else str(holder), result=str(paths.result))
+
+
+def _is_unfinished(paths: ResultPaths) -> bool:
+    """Whether a run has begun and is not complete. Raises IntegrityError for a damaged journal, unless a result is there."""
+    try:
+        return paths.unfinished is not None
+    except IntegrityError as error:
         if "problem" not in (paths.attributes() or {}):
-            return Status("none") if holder is None else Status("running", holder=str(holder))
-        try:
-            report = read_report(paths)
-        except IntegrityError as error:  # the result is there
-            logger.warning("the report of the run cannot be read: %s", error)
-            report = None
-        return Status("finished", seconds=report.seconds if report else 0.0)
-    state: State = "interrupted" if holder is None else "running"
-    return replace(last, state=state, holder="" if holder is None else str(holder))
+            raise
+        logger.warning("%s; the result that is there is not touched by that", error)
+        return False
+
+
+def _finished(paths: ResultPaths, problem: object) -> Status:
+    """The status of a finished result, with the figures of its report, or as much as follows from its problem."""
+    try:
+        report = read_report(paths)
+    except IntegrityError as error:  # the result is there
+        logger.warning("the report of the run cannot be read: %s", error)
+        report = None
+    if report is None:
+        tokens = 0
+        with suppress(ValueError):
+            tokens = _tokens(read_problem(problem))
+        return Status("finished", tokens=tokens, seconds_left=0.0)
+    saved = 0.0
+    with suppress(ValueError):
+        saved = max(0.0, datetime.fromisoformat(report.finished).timestamp())
+    return Status(
+        "finished",
+        report.subproblems,
+        report.subproblems,
+        report.tokens,
+        rate=report.rate,
+        seconds=report.seconds,
+        seconds_left=0.0,
+        bytes_read=report.bytes_read,
+        bytes_saved=report.bytes_partials,
+        bytes_written=report.bytes_written,
+        saved=saved,
+    )
 
 
 def read_report(paths: ResultPaths) -> RunReport | None:
@@ -212,18 +269,16 @@ def read_report(paths: ResultPaths) -> RunReport | None:
     return RunReport.from_json(found) if found else None
 
 
-def as_resumed(status: Status, plan: Plan, left: int) -> Status:
-    """The status of an interrupted run, of which so many subproblems are left, as a resumed one would find it."""
-    done = plan.subproblems - left
+def as_planned(status: Status, plan: Plan, left: int) -> Status:
+    """The status of a run of which the plan is known, and how many subproblems are left."""
+    done, tokens = plan.subproblems - left, _tokens(plan.problem)
     share = left / plan.subproblems
-    seconds_left = _tokens(plan) * share / status.rate if status.rate else plan.seconds * share
-    return replace(
-        status, subproblems=plan.subproblems, subproblems_done=done, tokens=_tokens(plan), seconds_left=seconds_left
-    )
+    seconds_left = tokens * share / status.rate if status.rate else plan.seconds * share
+    return replace(status, subproblems=plan.subproblems, subproblems_done=done, tokens=tokens, seconds_left=seconds_left)
 
 
-def _tokens(plan: Plan) -> int:
-    return plan.problem.tokens * plan.problem.batch
+def _tokens(problem: Problem) -> int:
+    return problem.tokens * problem.batch
 
 
 def _last_written(path: Path) -> Status | None:
@@ -234,4 +289,6 @@ def _last_written(path: Path) -> Status | None:
     try:
         return from_json(Status, content)
     except ValueError as error:
-        raise IntegrityError(f"{path}: not the status of a run ({error})") from None
+        raise IntegrityError(
+            f"{path}: not the status of a run ({error}); a run that is alive writes it again: ask again"
+        ) from None

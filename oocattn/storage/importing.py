@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oocattn import arguments
+from oocattn.arguments import Dtype, checked
 from oocattn.errors import ProblemError
 from oocattn.problem import DTYPES, ArraySpec, make_problem
 from oocattn.storage.axes import LAYOUTS, warn_if_transposed
@@ -28,6 +30,7 @@ from oocattn.text import printable
 _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
 
 
+@checked(layout=arguments.choice(*LAYOUTS), dtype=arguments.dtype, overwrite=arguments.boolean)
 def import_arrays(
     path: str | Path,
     *,
@@ -35,7 +38,7 @@ def import_arrays(
     k: str | Path,
     v: str | Path,
     layout: str = "bhnd",
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     overwrite: bool = False,
 ) -> None:
     """Copy the tensors of three files into a new dataset at `path`, with arrays q, k, v of shape [B, H, N, D].
@@ -44,16 +47,14 @@ def import_arrays(
 
     A file is `FILE.npy`, `FILE.safetensors` or `FILE.pt`, the last two with `:TENSOR` where they hold several tensors
     and none is called q, k or v. `layout` is the order of the axes in the files. float16, bfloat16 and float32 are kept
-    unless `dtype` asks for another of them; float64 is read only with a `dtype`. Raises ProblemError for a file that is
-    missing or not understood and for shapes and dtypes that do not go together, before anything is written, and for
-    a finite value that overflows `dtype`; ResultExistsError where `path` is taken and `overwrite` is not given.
+    unless `dtype` asks for another of them, by a name or as that of NumPy or PyTorch; float64 is read only with a `dtype`.
+    Raises ProblemError for a file that is missing or not understood and for options, shapes and dtypes that cannot be,
+    before anything is written, and for a finite value that overflows `dtype`; ResultExistsError where `path` is taken and
+    `overwrite` is not given.
     """
-    if layout not in LAYOUTS:
-        raise ProblemError(f"layout {layout!r} is not understood: expected one of {', '.join(LAYOUTS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ProblemError(f"dtype {dtype!r} is not supported: expected one of {', '.join(DTYPES)}")
+    converted = None if dtype is None else str(dtype)
     sources = {name: _open(name, file) for name, file in (("q", q), ("k", k), ("v", v))}
-    specs = {name: _spec(name, source, layout, dtype) for name, source in sources.items()}
+    specs = {name: _spec(name, source, layout, converted) for name, source in sources.items()}
     make_problem(specs["q"], specs["k"], specs["v"])
     warn_if_transposed(replace(specs["q"], shape=sources["q"].shape), layout)
     origin = {name: source.label for name, source in sources.items()}

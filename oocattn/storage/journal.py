@@ -104,6 +104,10 @@ def read_header(state: Path) -> dict[str, Any] | None:
         return read_record(state / "plan.json")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{error}, so the unfinished run cannot be resumed: begin again with overwrite=True (--overwrite)"
+        ) from error
 
 
 def has_begun(state: Path) -> bool:

@@ -108,7 +108,8 @@ class RunState:
         # A result that could not be restored was replaced, by a run that was killed before it removed it.
         self._throw_away(*self._growing(), paths.scratch, paths.replaced)
         remove_file(paths.status)
-        self._forget_certificate()
+        if not is_taken(paths.result):
+            self._forget_certificate()  # else it is of the result that is there until the commit
         with doing("make", paths.scratch):
             paths.scratch.mkdir()
         growing = paths.state / f"result-{uuid.uuid4().hex[:8]}.zarr"
@@ -136,8 +137,12 @@ class RunState:
         float32 = np.dtype(np.float32)
         expected = {"out": (layout.shape, numpy_dtype(layout.dtype), out), "lse": (layout.shape[:3], float32, lse)}
         recorded = recorded_attributes(path)
-        if found != expected or any(recorded.get(name) != value for name, value in layout.attributes.items()):
-            raise IntegrityError(f"{path}: the metadata of the unfinished result is damaged: {_AGAIN}")
+        differing = [name for name in expected if found[name] != expected[name]]
+        differing += [name for name, value in layout.attributes.items() if recorded.get(name) != value]
+        if differing:
+            raise IntegrityError(
+                f"{path}: the metadata of the unfinished result is damaged ({', '.join(differing)}): {_AGAIN}"
+            )
         return Growing(path, arrays, replaces)
 
     # The commit, under the lock. It can be repeated from any step at which it failed.
@@ -156,11 +161,11 @@ class RunState:
                 if found != growing.replaces:
                     raise self._appeared()
                 refuse_foreign(result, GROUP)
-                self._forget_certificate()  # of the result that is replaced, if it was verified meanwhile
                 rename_new(result, replaced)
                 if identity_at(replaced) != found:  # exchanged between two looks
                     rename_new(replaced, result)
                     raise self._appeared()
+            self._forget_certificate()  # of the result that was replaced
             try:
                 rename_new(growing.path, result)
             except FileExistsError:

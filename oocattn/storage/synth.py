@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from oocattn.errors import ProblemError
-from oocattn.problem import ArraySpec, make_problem
+from oocattn import arguments
+from oocattn.arguments import MOST_SEED, Dtype, checked
+from oocattn.problem import MAX_HEAD_DIM, ArraySpec, make_problem
 from oocattn.storage.create import create_array, create_dataset, fill_array, numpy_dtype
 
 BLOCK_ROWS = 4096
@@ -26,9 +28,27 @@ BLOCK_ROWS = 4096
 GENERATOR = "philox-normal-1"
 """Name and version of the generator, recorded in the dataset's attributes; a change of the numbers is a new version."""
 
+MAX_WORKERS = 1 << 10
+"""Threads that write at a time."""
+
+MOST_DEVIATION = 16.0
+"""A normal number is smaller than that, in all that are ever drawn."""
+
 ARRAYS = ("q", "k", "v")
 
 
+@checked(
+    tokens=arguments.integer(1),
+    heads=arguments.integer(1),
+    kv_heads=arguments.integer(1),
+    head_dim=arguments.integer(1, MAX_HEAD_DIM),
+    dtype=arguments.dtype,
+    batch=arguments.integer(1),
+    seed=arguments.integer(0, MOST_SEED),
+    mean=arguments.number(),
+    workers=arguments.integer(1, MAX_WORKERS),
+    overwrite=arguments.boolean,
+)
 def synthesise(
     path: str | Path,
     *,
@@ -36,7 +56,7 @@ def synthesise(
     heads: int,
     kv_heads: int | None = None,
     head_dim: int,
-    dtype: str,
+    dtype: Dtype,
     batch: int = 1,
     seed: int = 0,
     mean: float = 0.0,
@@ -46,15 +66,16 @@ def synthesise(
     """Write a dataset of unit-normal q [batch, heads, tokens, head_dim] and k, v [batch, kv_heads, tokens, head_dim].
 
     `mean` is added to v; `kv_heads` defaults to `heads`; `workers` is the number of threads (default: one a core), each
-    holding one chunk. The group's attributes record what makes the dataset again. Raises ProblemError for shapes, dtype
-    or seed, ResultExistsError where `path` is taken and `overwrite` is not given.
+    holding one chunk. `dtype` is float16, bfloat16 or float32, as a name ("bf16" and the like too) or as that of NumPy or
+    PyTorch. The group's attributes record what makes the dataset again. Raises ProblemError for an option that cannot be,
+    ResultExistsError where `path` is taken and `overwrite` is not given.
     """
     shape = (batch, heads, tokens, head_dim)
     kv_shape = (batch, heads if kv_heads is None else kv_heads, tokens, head_dim)
-    if min(*shape, *kv_shape) < 1:
-        raise ProblemError(f"q {list(shape)} and k, v {list(kv_shape)}: every dimension must be at least 1")
-    if not 0 <= seed < 2**64:
-        raise ProblemError(f"seed {seed}: expected an integer from 0 to 2**64 - 1")
+    dtype = str(dtype)
+    largest = float(ml_dtypes.finfo(numpy_dtype(dtype)).max)  # type: ignore[no-untyped-call]
+    if abs(mean) > largest - MOST_DEVIATION:
+        raise arguments.refused("mean", mean, f"{largest - MOST_DEVIATION:g} at most in size, so that {dtype} holds the sum")
     shapes = {"q": shape, "k": kv_shape, "v": kv_shape}
     make_problem(*(ArraySpec(name, shapes[name], dtype) for name in ARRAYS))
     attributes = {"oocattn": {"generator": GENERATOR, "seed": seed, "v_mean": mean}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from distributed import Client
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import Event, IntegrityError, Status
+from oocattn import Event, IntegrityError, Status, clock
+from oocattn.cli import main
 from oocattn.storage.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 
@@ -23,8 +26,8 @@ def dataset(fast_path: Path) -> Path:
 
 def test_from_none_over_running_to_finished(client: Client, dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
-    assert oocattn.status(result) == Status("none")
-    assert str(oocattn.status(result)) == "none: no run has begun here"
+    assert oocattn.status(result) == Status("none", result=str(result))
+    assert str(oocattn.status(result)) == f"none: no run to {result} has begun"
     seen: list[tuple[str, Status]] = []
     plan = plan_for(dataset, chunks=13)
     carry_out(plan, dataset, result, client, callbacks=[lambda event: seen.append((event.kind, oocattn.status(result)))])
@@ -145,3 +148,115 @@ def test_an_interrupted_second_run_does_not_hide_the_first_result(client: Client
     assert oocattn.status(result).state == "interrupted"
     assert json.loads(ResultPaths.at(result).report.read_text()) == report
     assert oocattn.verify(result, rows=8).passed
+
+
+# Share, counts and time left of every state
+
+
+def test_a_finished_run_has_share_one_and_the_counts_of_its_report(client: Client, dataset: Path, fast_path: Path) -> None:
+    result = fast_path / "result.zarr"
+    report = carry_out(plan_for(dataset, chunks=13), dataset, result, client).report
+    status = oocattn.status(result)
+    assert (status.share, status.subproblems, status.subproblems_done) == (1.0, 13, 13)
+    assert (status.tokens, status.tokens_done, status.seconds_left) == (130, 130, 0.0)
+    assert (status.seconds, status.rate) == (report.seconds, report.rate)
+    found = (status.bytes_read, status.bytes_saved, status.bytes_written)
+    assert found == (report.bytes_read, report.bytes_partials, report.bytes_written)
+    assert abs(clock.now() - status.saved) < 60
+
+
+@pytest.mark.parametrize("report", [None, "{", "[]", '{"seconds": 1}'])
+def test_a_finished_result_without_a_report_has_share_one(
+    client: Client, dataset: Path, fast_path: Path, report: str | None
+) -> None:
+    paths = ResultPaths.at(carry_out(plan_for(dataset), dataset, fast_path / "result.zarr", client).path)
+    if report is None:
+        shutil.rmtree(paths.state)
+    else:
+        paths.report.write_text(report)
+    status = oocattn.status(paths.result)
+    assert (status.state, status.share, status.seconds_left) == ("finished", 1.0, 0.0)
+    assert (status.subproblems, status.tokens, status.tokens_done) == (0, 130, 130)
+    assert str(status) == "finished"
+
+
+def test_a_wait_for_share_one_ends(client: Client, dataset: Path, fast_path: Path) -> None:
+    result, shares = fast_path / "result.zarr", [oocattn.status(fast_path / "result.zarr").share]
+
+    def look(event: Event) -> None:
+        shares.append(oocattn.status(result).share)
+
+    carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[look])
+    shares.append(oocattn.status(result).share)
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
+
+
+def test_of_no_run_nothing_is_done_and_nobody_knows_how_long_it_takes(fast_path: Path) -> None:
+    status = oocattn.status(fast_path / "result.zarr")
+    assert (status.share, status.tokens_done, status.seconds_left) == (0.0, 0, None)
+
+
+def test_a_run_that_has_not_planned_yet_is_starting(fast_path: Path) -> None:
+    paths = ResultPaths.at(fast_path / "result.zarr")
+    paths.make_state()
+    with FileLock(paths.lock):
+        status = oocattn.status(paths.result)
+    assert (status.state, status.share, status.seconds_left, status.result) == ("running", 0.0, None, str(paths.result))
+    assert str(status).startswith("running: starting; ")
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_without_a_status_file_the_plan_says_how_much_there_is(
+    client: Client, dataset: Path, fast_path: Path, alive: bool
+) -> None:
+    paths = ResultPaths.at(fast_path / "result.zarr")
+    plan = plan_for(dataset, chunks=13)
+
+    def refuse(event: Event) -> None:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        carry_out(plan, dataset, paths.result, client, callbacks=[refuse])
+    paths.status.unlink()
+    with FileLock(paths.lock) if alive else nullcontext():
+        status = oocattn.status(paths.result)
+    assert status.state == ("running" if alive else "interrupted")
+    assert (status.share, status.subproblems, status.tokens) == (0.0, 13, 130)
+    assert status.seconds_left == pytest.approx(plan.seconds)
+    assert "0 of 13 subproblems" in str(status)
+
+
+@pytest.mark.parametrize("content", ["", "damaged", "00000000 {}"])
+def test_a_damaged_journal_is_an_error_that_says_what_to_do(
+    client: Client, dataset: Path, fast_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = ResultPaths.at(fast_path / "result.zarr")
+
+    def refuse(event: Event) -> None:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        carry_out(plan_for(dataset), dataset, paths.result, client, callbacks=[refuse])
+    (paths.state / "plan.json").write_text(content)
+    for use in (oocattn.status, oocattn.resume, lambda result: oocattn.attention(dataset, result)):
+        with pytest.raises(IntegrityError, match=r"plan\.json.* cannot be resumed: begin again with .*\(--overwrite\)$"):
+            use(paths.result)
+    assert main(["status", str(paths.result)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert oocattn.attention(dataset, paths.result, overwrite=True).report.pairs > 0
+
+
+def test_a_damaged_journal_beside_a_finished_result_is_a_warning(
+    client: Client, dataset: Path, fast_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = ResultPaths.at(carry_out(plan_for(dataset), dataset, fast_path / "result.zarr", client).path)
+    finished = oocattn.status(paths.result)
+    (paths.state / "plan.json").write_text("damaged")
+    assert oocattn.status(paths.result) == finished
+    assert "the result that is there is not touched by that" in caplog.text
+
+
+def test_every_field_of_a_status_is_documented() -> None:
+    for field in fields(Status):
+        assert f"`{field.name}`" in Status.__doc__

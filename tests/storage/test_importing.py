@@ -125,8 +125,8 @@ def shaped(*shape, dtype=np.float32):
         (replace("k", np.array([{}])), {}, r"k.npy cannot be mapped.*Python objects"),
         (lambda folder: (folder / "v.npy").write_bytes(b"not numpy"), {}, r"v.npy cannot be mapped"),
         (lambda folder: (folder / "v.npy").unlink(), {}, r"v: there is no file .*v.npy"),
-        (lambda folder: None, {"layout": "dnhb"}, r"layout 'dnhb'.*bhnd, bnhd"),
-        (lambda folder: None, {"dtype": "int8"}, r"dtype 'int8'.*float16"),
+        (lambda folder: None, {"layout": "dnhb"}, r"layout = 'dnhb'.*bhnd, bnhd"),
+        (lambda folder: None, {"dtype": "int8"}, r"dtype = 'int8'.*float16"),
         (lambda folder: None, {"q": "q.csv"}, r"q: q.csv is not understood: expected FILE.npy"),
     ],
 )

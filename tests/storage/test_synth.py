@@ -65,7 +65,7 @@ def test_numbers_are_those_of_this_version_of_the_generator():
         ({"kv_heads": 3}, "multiple of the KV heads"),
         ({"dtype": "float64"}, "float64"),
         ({"head_dim": 512}, "512"),
-        ({"seed": -1}, "seed -1"),
+        ({"seed": -1}, "seed = -1"),
     ],
 )
 def test_a_wrong_problem_is_refused_before_anything_is_written(tmp_path, change, message):

@@ -1,0 +1,203 @@
+"""What a caller may pass as an option: a checker for each kind, and `checked`, which applies them before a function begins.
+
+A checker takes the option's name and what was passed. It returns that as Python's own (a bool, int, float, str or tuple), or
+raises ProblemError, which names the option, what was found and what was expected. Scalars of NumPy and PyTorch, and their
+arrays without dimensions, count as the numbers that they hold; a bool is no number. Which options a function has, and what
+each may be, is said above the function.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from functools import wraps
+from numbers import Real
+from reprlib import Repr
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+from oocattn.errors import ProblemError
+from oocattn.units import parse_duration, parse_size
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Check = Callable[[str, object], Any]
+"""(name, value) to the value as Python's own. Raises ProblemError."""
+
+Dtype = str | torch.dtype | np.dtype[Any] | type
+"""How callers name a dtype: "float16", "bf16", torch.float16, numpy.float16, numpy.dtype("float16")."""
+
+Size = float | str
+"""How callers give bytes: 2147483648, "2GiB"."""
+
+Duration = float | str | timedelta
+"""How callers give a duration: 90, "1h30m", timedelta(minutes=90)."""
+
+MOST_COUNT = 2**48
+"""Of rows, heads and the like: the size of a dimension at most."""
+
+MOST_SEED = 2**64 - 1
+
+_DTYPES = {
+    "float16": ("float16", "fp16", "f16", "half"),
+    "bfloat16": ("bfloat16", "bf16"),
+    "float32": ("float32", "fp32", "f32", "single", "float"),  # `float` as in torch
+}
+"""The supported dtypes, and how they are written."""
+
+_shown = Repr()
+_shown.maxstring = _shown.maxother = 80
+
+
+def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have the options of a function checked before anything else is done. None passes where it is the default."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = inspect.signature(function).parameters
+        optional = {name for name, parameter in parameters.items() if parameter.default is None}
+
+        @wraps(function)
+        def checking(*positional: P.args, **options: P.kwargs) -> R:
+            for name, value in options.items():
+                if name in checks and not (value is None and name in optional):
+                    options[name] = checks[name](name, value)
+            return function(*positional, **options)
+
+        return checking
+
+    return decorate
+
+
+def boolean(name: str, value: object) -> bool:
+    """True or False."""
+    found = _own(value)
+    if isinstance(found, bool):
+        return found
+    raise refused(name, value, "True or False")
+
+
+def integer(least: int, most: int = MOST_COUNT) -> Check:
+    """A whole number between two, both included."""
+    expected = f"a whole number of at least {least}" if most == MOST_COUNT else f"a whole number, {least} to {most:,}"
+
+    def check(name: str, value: object) -> int:
+        found = _own(value)
+        with suppress(TypeError):
+            number = least - 1 if isinstance(found, bool) else operator.index(found)  # type: ignore[arg-type]
+            if least <= number <= most:
+                return number
+        raise refused(name, value, expected)
+
+    return check
+
+
+def number(least: float = -math.inf, most: float = math.inf, expected: str = "a finite number") -> Check:
+    """A finite number between two, both included."""
+
+    def check(name: str, value: object) -> float:
+        found = _real(value)
+        if not (math.isfinite(found) and least <= found <= most):
+            raise refused(name, value, expected)
+        return found
+
+    return check
+
+
+def size(name: str, value: object) -> int:
+    """Bytes, as a whole number or as a text."""
+    found = _own(value)
+    if isinstance(found, str):
+        return parse_size(found, name)
+    if not math.isfinite(_real(found)):
+        raise refused(name, value, 'bytes, as a whole number of at least 1 or like "2GiB"')
+    return parse_size(found, name)  # type: ignore[arg-type] # an int is kept as it is
+
+
+def duration(name: str, value: object) -> float:
+    """Seconds, as a number, a timedelta or a text."""
+    found = _own(value)
+    if isinstance(found, str):
+        return parse_duration(found, name)
+    seconds = found.total_seconds() if isinstance(found, timedelta) else _real(found)
+    if not math.isfinite(seconds):
+        raise refused(name, value, 'seconds, as a number of at least 0 or like "8h"')
+    return parse_duration(seconds, name)
+
+
+def text(name: str, value: object) -> str:
+    """Any text."""
+    found = _own(value)
+    if not isinstance(found, str):
+        raise refused(name, value, "a text")
+    return str.__str__(found)
+
+
+def choice(*allowed: str) -> Check:
+    """One of some words."""
+
+    def check(name: str, value: object) -> str:
+        found = _own(value)
+        if isinstance(found, str) and found in allowed:
+            return allowed[allowed.index(found)]  # no subclass of str
+        raise refused(name, value, f"one of {', '.join(allowed)}")
+
+    return check
+
+
+def dtype(name: str, value: object) -> str:
+    """The name of a supported dtype, however it is written."""
+    written = value
+    if isinstance(value, torch.dtype):
+        written = str(value)
+    elif isinstance(value, np.dtype | type):
+        with suppress(TypeError):
+            found = np.dtype(value)
+            written = found.name if found.isnative else value
+    if isinstance(written, str):
+        word = written.lower().removeprefix("torch.").removeprefix("numpy.").removeprefix("np.")
+        for supported, words in _DTYPES.items():
+            if word in words:
+                return supported
+    raise refused(name, value, f"one of {', '.join(_DTYPES)}")
+
+
+def functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
+    """A list, or another sequence, of functions."""
+    try:
+        found: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise refused(name, value, "a list of functions of an Event, such as [print]") from None
+    for each in found:
+        if not callable(each) or inspect.iscoroutinefunction(each):
+            raise refused(name, each, "functions of an Event, none of them async")
+    return found
+
+
+def refused(name: str, found: object, expected: str) -> ProblemError:
+    """The error that an option was given what it cannot be."""
+    return ProblemError(f"{name} = {_shown.repr(found)} ({type(found).__name__}): expected {expected}")
+
+
+def _own(value: object) -> object:
+    """A scalar of NumPy or PyTorch, or an array without dimensions, as Python's own."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0:
+        with suppress(RuntimeError):  # a tensor on the device "meta" holds none
+            return value.item()
+    return value
+
+
+def _real(value: object) -> float:
+    """A real number; NaN for anything else."""
+    found = _own(value)
+    if isinstance(found, bool) or not isinstance(found, Real):
+        return math.nan
+    with suppress(OverflowError):
+        return float(found)
+    return math.inf
