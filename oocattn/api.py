@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from oocattn import clock
 from oocattn.certificate import Certificate
 from oocattn.certifying import certify
+from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.pipelines.done import find_done
@@ -243,13 +244,14 @@ def verify(
     if rows < 1 or seed < 0:
         raise ProblemError(f"rows = {rows}, seed = {seed}: expected at least one row and a seed that is not negative")
     found = open_result(result)
-    return certify(
-        ResultPaths.at(result),
-        ResultArrays(found.out, found.lse),
-        found.report,
-        rows=rows,
-        seed=seed,
-        dataset=dataset,
-        host_memory=default_host_memory() if host_memory is None else parse_size(host_memory, "host memory"),
-        checksums=checksums,
-    )
+    with denormals_kept():
+        return certify(
+            ResultPaths.at(result),
+            ResultArrays(found.out, found.lse),
+            found.report,
+            rows=rows,
+            seed=seed,
+            dataset=dataset,
+            host_memory=default_host_memory() if host_memory is None else parse_size(host_memory, "host memory"),
+            checksums=checksums,
+        )

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError
 from oocattn.problem import DTYPES, ArraySpec, make_problem
 from oocattn.storage.create import create_array, create_dataset, fill_array, numpy_dtype
@@ -44,6 +45,7 @@ class Source:
     read: Callable[[tuple[slice, ...]], NDArray[Any]]
 
 
+@denormals_kept()
 def import_arrays(
     path: str | Path,
     *,
