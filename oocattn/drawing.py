@@ -5,8 +5,9 @@ from __future__ import annotations
 import colorsys
 from pathlib import Path
 
+from oocattn.errors import ProblemError
 from oocattn.quorum import Division
-from oocattn.storage.outputs import SVG_MARK, write_output
+from oocattn.storage.outputs import SVG_MARK, check_output, write_output
 
 MOST_CHUNKS = 133
 """Larger matrices are drawn up to this chunk: more cells than this are neither seen nor loaded by a browser."""
@@ -15,11 +16,22 @@ _SIDE = 720
 _MARGIN = 60
 
 
+def check_drawing(path: Path) -> None:
+    """Raise as `draw_division` unless a division may be drawn there."""
+    check_output(path)
+    if path.suffix.lower() != ".svg":
+        raise ProblemError(
+            f"drawing {path}: plans are drawn as SVG, expected the name of a file that ends in .svg, like plan.svg"
+        )
+
+
 def draw_division(division: Division, path: Path) -> Path:
     """Write the matrix as an SVG file: a row a query chunk, a column a key chunk, a colour a subproblem.
 
-    Raises ResultExistsError where something else is at `path`, and ProblemError where its folder will not do.
+    Raises ResultExistsError where something else is at `path`, and ProblemError where its folder will not do, or its name,
+    which must end in .svg.
     """
+    check_drawing(path)
     shown = min(division.chunks, MOST_CHUNKS)
     cell = _SIDE / shown
     cells = []

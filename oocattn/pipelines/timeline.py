@@ -83,14 +83,14 @@ class Timeline:
     busy. A file that cannot be written then is a warning: the result of the run is worth more.
 
     Raises ResultExistsError where something is at either path that oocattn did not write, and ProblemError where the folder
-    of `path` does not exist or cannot be written to, or `path` is named like a picture.
+    of `path` does not exist or cannot be written to, or `path` does not end in .json.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if self.path.suffix == ".svg":
-            raise ProblemError(f"timeline {self.path}: expected the name of a file that ends in .json, like timeline.json")
         check_output(self.path)
+        if self.path.suffix.lower() != ".json":
+            raise ProblemError(f"timeline {self.path}: expected the name of a file that ends in .json, like timeline.json")
         self.picture = self.path.with_suffix(".svg")
         check_output(self.picture)
         self._begin("", 0.0)

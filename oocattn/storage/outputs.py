@@ -31,7 +31,8 @@ def check_output(path: Path) -> None:
     does not exist or cannot be written to.
     """
     folder = path.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+    removed = folder.is_dir() and not folder.stat().st_nlink  # as a current folder may be
+    if removed or not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ProblemError(f"{path}: its folder does not exist or cannot be written to; make it first")
     if os.path.lexists(path) and not _is_ours(path):
         raise ResultExistsError(
