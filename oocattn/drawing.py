@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import textwrap
 from pathlib import Path
 
 from oocattn.errors import ProblemError
@@ -14,6 +15,7 @@ MOST_CHUNKS = 133
 
 _SIDE = 720
 _MARGIN = 60
+_CELL = 7.5  # the width of a character at most, in a monospaced font of size 12
 
 
 def check_drawing(path: Path) -> None:
@@ -47,12 +49,13 @@ def draw_division(division: Division, path: Path) -> Path:
     caption = f"{division.chunks} chunks, {division.subproblems} subproblems, {mask}: a colour is a subproblem"
     if shown < division.chunks:
         caption += f" (the first {shown} chunks are shown)"
+    lines = textwrap.wrap(caption, int((_SIDE + _MARGIN) / _CELL))
     size = _SIDE + 2 * _MARGIN
     picture = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" font-family="sans-serif" font-size="16">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" font-family="monospace" font-size="12">'
         f'{SVG_MARK}<rect width="{size}" height="{size}" fill="white"/>'
-        f'<text x="{_MARGIN}" y="25">{caption}</text>'
-        f'<text x="{size / 2}" y="50" text-anchor="middle">key chunk</text>'
+        + "".join(f'<text x="{_MARGIN}" y="{17 * number}">{line}</text>' for number, line in enumerate(lines, 1))
+        + f'<text x="{size / 2}" y="53" text-anchor="middle">key chunk</text>'
         f'<text transform="translate(40 {size / 2}) rotate(-90)" text-anchor="middle">query chunk</text>'
         f"{''.join(cells)}"
         f'<rect x="{_MARGIN}" y="{_MARGIN}" width="{_SIDE}" height="{_SIDE}" fill="none" stroke="black"/></svg>\n'
