@@ -39,20 +39,20 @@ class _Stream:
                     self._stream.write(text)
                 except UnicodeEncodeError as error:
                     self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
-            except (OSError, ValueError) as error:
+            except Exception as error:  # of any kind: the caller's own stream may be in its place
                 self.lost = error
 
     def flush(self) -> None:
         """Have what was written leave this process."""
         if self._stream is not None and self.lost is None:
             try:
-                self._stream.flush()
-            except (OSError, ValueError) as error:
+                getattr(self._stream, "flush", lambda: None)()
+            except Exception as error:
                 self.lost = error
 
     def isatty(self) -> bool:
         """Whether somebody sees it."""
-        with suppress(OSError, ValueError):
+        with suppress(Exception):
             return self._stream is not None and self._stream.isatty()
         return False
 

@@ -90,7 +90,7 @@ class ProgressBar:
 
         Where the next one is overdue, it counts with the time that it has taken so far.
         """
-        done = bar.n - bar.initial
+        done = int(bar.n - bar.initial)
         if done <= 0:
             return math.inf
         overdue = (clock.now() - self._start) / (done + 1) if bar.n < bar.total else 0.0
