@@ -1,8 +1,9 @@
 """Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
 
 from oocattn.garbage import collection_paused
+from oocattn.surroundings import in_some_folder
 
-with collection_paused():
+with collection_paused(), in_some_folder():
     # Before Zarr: that imports CuPy where there is one, and torch's import then wakes all of it (0.3 to 1.2 s).
     import torch  # noqa: F401
 

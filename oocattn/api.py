@@ -14,6 +14,7 @@ from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.certificate import Certificate
 from oocattn.certifying import certify, read_summary
+from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.kernels import kernel_names
@@ -302,13 +303,14 @@ def verify(
     and BudgetError, with the smallest budget that works.
     """
     found = open_result(result)
-    return certify(
-        ResultPaths.at(result),
-        ResultArrays(found.out, found.lse),
-        found.report,
-        rows=rows,
-        seed=seed,
-        dataset=dataset,
-        host_memory=default_host_memory() if host_memory is None else arguments.size("host_memory", host_memory),
-        checksums=checksums,
-    )
+    with denormals_kept():
+        return certify(
+            ResultPaths.at(result),
+            ResultArrays(found.out, found.lse),
+            found.report,
+            rows=rows,
+            seed=seed,
+            dataset=dataset,
+            host_memory=default_host_memory() if host_memory is None else arguments.size("host_memory", host_memory),
+            checksums=checksums,
+        )

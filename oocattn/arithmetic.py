@@ -47,7 +47,8 @@ def _blas() -> str:
 def _bits(kernel: str, head_dim: int, dtype: str) -> str:
     """A digest of what the kernel makes of numbers that are always the same, to the last bit."""
     count = (ROWS + 2 * KEYS) * head_dim
-    numbers = torch.arange(count, dtype=torch.int64).mul_(2654435761).remainder_(1 << 16)  # Knuth's multiplicative hashing
+    numbers = torch.arange(count, dtype=torch.int64, device="cpu")
+    numbers.mul_(2654435761).remainder_(1 << 16)  # Knuth's multiplicative hashing
     values = numbers.to(torch.float32).div_(1 << 14).sub_(2.0).to(getattr(torch, dtype))  # between -2 and 2
     query, key, value = values.split([ROWS * head_dim, KEYS * head_dim, KEYS * head_dim])
     state = Partial.empty(1, ROWS, head_dim, torch.device("cpu"))

@@ -7,6 +7,7 @@ from html import escape
 
 from oocattn.certificate import Certificate, RowCheck
 from oocattn.certificate_text import checksum_lines, dataset_line, error_line, ledger_line
+from oocattn.text import printable
 
 WORST = 10
 """Rows that are shown one by one: the worst."""
@@ -29,8 +30,8 @@ def certificate_page(certificate: Certificate) -> str:
     colour = "right" if certificate.passed else "open" if certificate.inconclusive else "wrong"
     bits = _section("Bits", *map(_paragraph, checksum_lines(certificate)), _paragraph(_CHECKSUMS))
     sections = [
-        f'<h1>{escape(title)}</h1>\n<p class="verdict {colour}">{escape(certificate.verdict)}</p>',
-        f"<p>{escape(_sentence(certificate.statement))}</p>",
+        f'<h1>{_shown(title)}</h1>\n<p class="verdict {colour}">{_shown(certificate.verdict)}</p>',
+        f"<p>{_shown(_sentence(certificate.statement))}</p>",
         bits if certificate.damaged else "",  # what is wrong comes first
         _section("What was checked", _facts(_subject(certificate)), *map(_paragraph, _method(certificate))),
         _section(
@@ -43,9 +44,9 @@ def certificate_page(certificate: Certificate) -> str:
         "" if certificate.damaged else bits,
         _section("Ledger", _paragraph(_sentence(ledger_line(certificate)))),
         _section("Made with", _facts(_versions(certificate))),
-        _section("To check it again", f"<pre>{escape(certificate.again)}</pre>"),
+        _section("To check it again", f"<pre>{_shown(certificate.again)}</pre>"),
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{_shown(title)}</title><style>{_STYLE}</style>'
     body = "\n".join(filter(None, sections))
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
 
@@ -127,22 +128,27 @@ def _versions(certificate: Certificate) -> list[tuple[str, str]]:
     return [(what, ", ".join(f"{name} {number}" for name, number in of.items()) or "unknown") for what, of in pairs]
 
 
+def _shown(text: str) -> str:
+    """A text as HTML. What hides in it, such as in the name of a file, is shown by its number."""
+    return escape(printable(text))
+
+
 def _section(title: str, *content: str) -> str:
-    return "\n".join([f"<h2>{escape(title)}</h2>", *content])
+    return "\n".join([f"<h2>{_shown(title)}</h2>", *content])
 
 
 def _paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+    return f"<p>{_shown(text)}</p>"
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> str:
-    rows = "\n".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
+    rows = "\n".join(f"<tr><th>{_shown(name)}</th><td>{_shown(value)}</td></tr>" for name, value in facts)
     return f'<table class="facts">\n{rows}\n</table>'
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{_shown(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     return "<table>\n" + "\n".join([line("th", header), *(line("td", row) for row in rows)]) + "\n</table>"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import oocattn
 from oocattn import clock
+from oocattn.drawing import check_drawing
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.options import PLAN_CHOICES, Command, make_parser
 from oocattn.pipelines.events import Callback, Event
@@ -22,9 +23,7 @@ from oocattn.pipelines.timeline import Timeline
 from oocattn.plans import Plan
 from oocattn.printing import Printing
 from oocattn.storage.importing import import_arrays
-from oocattn.storage.locations import output_path
 from oocattn.storage.operations import words_of
-from oocattn.storage.outputs import check_output
 from oocattn.storage.synth import synthesise
 from oocattn.text import printable
 
@@ -40,12 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 3 inconclusive (`verify`), 75 time limit reached or
     SIGUSR1, 129 hung up, 130 interrupted, 143 terminated; 2 for bad usage."""
     with Printing() as printing:
-        options = make_parser(_COMMANDS).parse_args(arguments)
+        try:
+            options = make_parser(_COMMANDS).parse_args(arguments)
+        except SystemExit as ended:  # it has printed help, the version, or what is wrong
+            if not isinstance(_say_lost(printing), BrokenPipeError | None):
+                raise SystemExit(ended.code or FAILED) from None
+            raise
         code = _run_command(options)
-        lost = printing.lost()
-        if lost is not None and not isinstance(lost, BrokenPipeError):  # else the reader has had enough, and knows
-            _say(f"standard output cannot be written: {lost}")
+        lost = _say_lost(printing)
         return code or FAILED if lost is not None and options.command in _PRINTERS else code
+
+
+def _say_lost(printing: Printing) -> Exception | None:
+    """Say on standard error why something of standard output was not written; return it, or None where all of it was."""
+    lost = printing.lost()
+    if lost is not None and not isinstance(lost, BrokenPipeError):  # else the reader has had enough, and knows
+        _say(f"standard output cannot be written: {lost}")
+    return lost
 
 
 def _run_command(options: argparse.Namespace) -> int:
@@ -143,7 +153,7 @@ def _import(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     if options.draw:
-        check_output(output_path(options.draw, "picture"))  # before the machine is measured, which takes a while
+        check_drawing(options.draw)  # before the machine is measured, which takes a while
     plan = oocattn.plan(options.dataset, **_plan_options(options))
     print(plan)
     if options.draw:

@@ -25,6 +25,7 @@ from zarr.storage import MemoryStore
 from oocattn import clock
 from oocattn.hardware import copy_rates, kernel_rate
 from oocattn.kernels import Partial, device_type, finalise, get_kernel, kernel_names
+from oocattn.kernels.settings import plain_threads
 from oocattn.pipelines.local_cluster import local_client
 from oocattn.problem import DTYPES
 from oocattn.rounding import UNIT_ROUNDOFF
@@ -77,7 +78,8 @@ def examine() -> Iterator[Check]:
 def _attempt(name: str, look: Callable[[], tuple[bool, str]]) -> Check:
     """The outcome of a check; whatever it raises is a finding, and the checks after it still run."""
     try:
-        return Check(name, *look())
+        with plain_threads(1, "oocattn-doctor") as thread:
+            return Check(name, *thread.submit(look).result())
     except Exception as error:
         return Check(name, False, described(error))
 
@@ -157,9 +159,10 @@ def kernel_error(name: str, dtype: str, diagonal: bool) -> tuple[float, float]:
     Of the output the relative one, over all rows; of the log-sum-exp the largest.
     """
     device = torch.device(device_type(name))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     query, key, value = (
-        torch.randn(ROWS, HEAD_DIM, generator=generator).to(device, getattr(torch, dtype)) for _ in range(3)
+        torch.randn(ROWS, HEAD_DIM, generator=generator, dtype=torch.float32, device="cpu").to(device, getattr(torch, dtype))
+        for _ in range(3)
     )
     state = Partial.empty(1, ROWS, HEAD_DIM, device)
     get_kernel(name).attend(query[None], key, value, state, scale=HEAD_DIM**-0.5, diagonal=diagonal)

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import colorsys
+import textwrap
 from pathlib import Path
 
+from oocattn.errors import ProblemError
 from oocattn.quorum import Division
 from oocattn.storage.locations import output_path
-from oocattn.storage.outputs import SVG_MARK, write_output
+from oocattn.storage.outputs import SVG_MARK, check_output, write_output
 
 MOST_CHUNKS = 133
 """Larger matrices are drawn up to this chunk: more cells than this are neither seen nor loaded by a browser."""
 
 _SIDE = 720
 _MARGIN = 60
+_CELL = 7.5  # the width of a character at most, in a monospaced font of size 12
+
+
+def check_drawing(typed: str | Path) -> Path:
+    """The path of a picture. Raises as `draw_division` unless a division may be drawn there."""
+    path = output_path(typed, "picture")
+    check_output(path)
+    if path.suffix.lower() != ".svg":
+        raise ProblemError(
+            f"drawing {path}: plans are drawn as SVG, expected the name of a file that ends in .svg, like plan.svg"
+        )
+    return path
 
 
 def draw_division(division: Division, path: str | Path) -> Path:
     """Write the matrix as an SVG file: a row a query chunk, a column a key chunk, a colour a subproblem.
 
-    Raises ResultExistsError where something else is at `path`, and ProblemError where its folder will not do.
+    Raises ResultExistsError where something else is at `path`, and ProblemError where its folder will not do, or its name,
+    which must end in .svg.
     """
-    place = output_path(path, "picture")
+    place = check_drawing(path)
     shown = min(division.chunks, MOST_CHUNKS)
     cell = _SIDE / shown
     cells = []
@@ -37,12 +52,13 @@ def draw_division(division: Division, path: str | Path) -> Path:
     caption = f"{division.chunks} chunks, {division.subproblems} subproblems, {mask}: a colour is a subproblem"
     if shown < division.chunks:
         caption += f" (the first {shown} chunks are shown)"
+    lines = textwrap.wrap(caption, int((_SIDE + _MARGIN) / _CELL))
     size = _SIDE + 2 * _MARGIN
     picture = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" font-family="sans-serif" font-size="16">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" font-family="monospace" font-size="12">'
         f'{SVG_MARK}<rect width="{size}" height="{size}" fill="white"/>'
-        f'<text x="{_MARGIN}" y="25">{caption}</text>'
-        f'<text x="{size / 2}" y="50" text-anchor="middle">key chunk</text>'
+        + "".join(f'<text x="{_MARGIN}" y="{17 * number}">{line}</text>' for number, line in enumerate(lines, 1))
+        + f'<text x="{size / 2}" y="53" text-anchor="middle">key chunk</text>'
         f'<text transform="translate(40 {size / 2}) rotate(-90)" text-anchor="middle">query chunk</text>'
         f"{''.join(cells)}"
         f'<rect x="{_MARGIN}" y="{_MARGIN}" width="{_SIDE}" height="{_SIDE}" fill="none" stroke="black"/></svg>\n'

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from oocattn.cost import HALF_RATE_KEYS
 from oocattn.kernels import Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.kernels.settings import plain_threads
 from oocattn.plans import MAX_LANES, Device, Hardware, InputCost
 from oocattn.problem import Problem
 from oocattn.storage.create import numpy_dtype
@@ -166,7 +167,8 @@ def kernel_rate(
     """
     where = torch.device(device or device_type(name))
     if where.type == "cpu":
-        return _kernel_rate(name, head_dim, dtype, rows, keys, where)
+        with plain_threads(1, "oocattn-time") as thread:
+            return thread.submit(_kernel_rate, name, head_dim, dtype, rows, keys, where).result()
     where = torch.device("cuda", where.index or 0)
     return launcher(where).submit(_kernel_rate, name, head_dim, dtype, rows, keys, where).result()
 
@@ -272,7 +274,7 @@ def copy_rates(index: int) -> tuple[float, float]:
     """Bytes per second of a copy to GPU `index` and of one back; each is timed on the GPU, the second time it is made."""
     device = torch.device("cuda", index)
     with torch.cuda.device(device):
-        host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+        host = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
     there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
 
     def rate(into: torch.Tensor, source: torch.Tensor) -> float:

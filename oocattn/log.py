@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 from oocattn.text import printable
 
@@ -10,16 +13,21 @@ from oocattn.text import printable
 class _Logger(logging.Logger):
     """A logger of runs of days: a log that cannot be written costs lines of the log, not the run."""
 
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What a message is handled in: a progress bar makes way for it."""
+
     def handle(self, record: logging.LogRecord) -> None:
         """Pass the record on with its message on one line, control characters escaped; numbers stay what they are."""
         try:
             record.msg = printable(record.msg)
             if isinstance(record.args, tuple):
                 record.args = tuple(each if isinstance(each, int | float) else printable(each) for each in record.args)
-            super().handle(record)
+            with self.around():
+                super().handle(record)
         except Exception:  # a handler's, such as ValueError of a standard error that was closed: nowhere is left to say it
             pass
 
 
-logger = logging.getLogger("oocattn")
-logger.__class__ = _Logger  # also where the application asked for the logger first
+_logger = logging.getLogger("oocattn")
+_logger.__class__ = _Logger  # also where the application asked for the logger first
+logger = cast(_Logger, _logger)

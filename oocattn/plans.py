@@ -218,7 +218,7 @@ class Plan:
         """Draw the chunk-pair matrix, coloured by the subproblem that owns each pair, as an SVG file; return its path.
 
         Raises ResultExistsError where something is at `path` that oocattn has not drawn, and ProblemError where its folder
-        does not exist or cannot be written to.
+        does not exist or cannot be written to, or `path` does not end in .svg.
         """
         return draw_division(self.division, path)
 

@@ -18,30 +18,41 @@ class _Stream:
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.lost: Exception | None = None if stream is not None else ValueError("it is closed")
+        self._bar = False  # the line is that of a progress bar
 
     def write(self, text: str) -> int:
-        """Write the text, with escapes such as `\\xe9` for characters that the stream's encoding lacks."""
+        """Write the text, with escapes such as `\\xe9` for characters that the stream's encoding lacks.
+
+        What is no progress bar begins on a line of its own.
+        """
+        if self._bar and text and text[0] not in "\r\n":
+            self._write("\n")
+        if text:
+            self._bar = text[0] == "\r" and not text.isspace() and "\n" not in text
+        self._write(text)
+        return len(text)
+
+    def _write(self, text: str) -> None:
         if self._stream is not None and self.lost is None:
             try:
                 try:
                     self._stream.write(text)
                 except UnicodeEncodeError as error:
                     self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
-            except (OSError, ValueError) as error:
+            except Exception as error:  # of any kind: the caller's own stream may be in its place
                 self.lost = error
-        return len(text)
 
     def flush(self) -> None:
         """Have what was written leave this process."""
         if self._stream is not None and self.lost is None:
             try:
-                self._stream.flush()
-            except (OSError, ValueError) as error:
+                getattr(self._stream, "flush", lambda: None)()
+            except Exception as error:
                 self.lost = error
 
     def isatty(self) -> bool:
         """Whether somebody sees it."""
-        with suppress(OSError, ValueError):
+        with suppress(Exception):
             return self._stream is not None and self._stream.isatty()
         return False
 

@@ -21,5 +21,10 @@ def printable(text: object) -> str:
     return "".join(_escaped(character) if unicodedata.category(character) in _HIDDEN else character for character in cut)
 
 
+def display_width(text: str) -> int:
+    """The columns that a text takes where every character has the same width, but for wide ones of East Asia."""
+    return sum(1 + (unicodedata.east_asian_width(character) in ("W", "F")) for character in text)
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")

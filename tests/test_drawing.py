@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from support import GENEROUS, MACHINE, a_problem
 
-from oocattn import ResultExistsError
+from oocattn import ProblemError, ResultExistsError
 from oocattn.drawing import MOST_CHUNKS
 from oocattn.planner import make_plan
 from oocattn.quorum import CyclicQuorums
@@ -58,9 +58,19 @@ def test_only_a_drawing_is_drawn_over(tmp_path: Path) -> None:
     assert path.read_text() == "<svg>mine</svg>"
 
 
+@pytest.mark.parametrize("name", ["plan.png", "plan.pdf", "plan", "plan.svg.gz"])
+def test_a_drawing_is_named_as_what_it_is(tmp_path: Path, name: str) -> None:
+    plan = make_plan(a_problem(1000), MACHINE, device_memory=GENEROUS, host_memory=GENEROUS)
+    with pytest.raises(ProblemError, match=rf"{name}: plans are drawn as SVG, .* ends in \.svg"):
+        plan.visualize(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert plan.visualize(tmp_path / "PLAN.SVG").exists()
+
+
 def test_what_does_not_fit_is_left_out_and_said_so(tmp_path: Path) -> None:
     from oocattn.drawing import draw_division
 
     text = draw_division(CyclicQuorums(9507, causal=True), tmp_path / "large.svg").read_text()
     assert f"9507 chunks, 9507 subproblems, causal: a colour is a subproblem (the first {MOST_CHUNKS} chunks" in text
     assert text.count("<title>") == MOST_CHUNKS * (MOST_CHUNKS + 1) // 2
+    assert all(7.3 * len(line) <= 840 - 60 for line in re.findall(r'<text x="60"[^>]*>(.*?)</text>', text))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
@@ -71,6 +72,45 @@ def test_a_command_that_only_prints_has_failed_then(
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == (0 if make is broken_pipe else 1)
     assert all(line.startswith("oocattn: standard output cannot be written: ") for line in printed)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("make", BROKEN, ids=IDS)
+def test_help_that_cannot_be_printed_is_a_failure_unless_its_reader_left(
+    arguments: list[str],
+    make: Callable[[], TextIO],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", make())
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+    printed = capsys.readouterr().err.splitlines()
+    left = make is broken_pipe
+    assert (ended.value.code, len(printed)) == ((0, 0) if left else (1, 1))
+    assert all(line.startswith("oocattn: standard output cannot be written: ") for line in printed)
+
+
+def test_a_stream_of_the_caller_need_only_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(oocattn, "status", lambda _: oocattn.Status("finished", seconds=1.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", SimpleNamespace(write=written.append))
+        patched.setattr(sys, "stderr", SimpleNamespace(write=written.append))
+        assert cli.main(["status", "nowhere"]) == 0
+    assert "".join(written) == "finished in 1 s\n"
+
+
+def test_a_stream_of_the_caller_may_raise_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> None:
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(oocattn, "status", lambda _: oocattn.Status("finished", seconds=1.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", SimpleNamespace(write=refuse))
+        patched.setattr(sys, "stderr", SimpleNamespace(write=refuse))
+        assert cli.main(["status", "nowhere"]) == 1
 
 
 def test_characters_that_an_encoding_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ class Inputs:
 
 def _host_tensor(problem: Problem, heads: int, device: str) -> torch.Tensor:
     shape = (problem.batch, heads, problem.tokens, problem.head_dim)
-    return torch.empty(shape, dtype=getattr(torch, problem.dtype), pin_memory=device == "cuda")
+    return torch.empty(shape, dtype=getattr(torch, problem.dtype), device="cpu", pin_memory=device == "cuda")
 
 
 class ResidentCall:

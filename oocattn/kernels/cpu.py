@@ -26,6 +26,7 @@ from oocattn.kernels.kernel import MAX_KEYS, check_operands, lacks_dtype
 from oocattn.kernels.merge import SCRATCH_BYTES, fold
 from oocattn.kernels.partial import Partial
 from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
+from oocattn.kernels.settings import full_precision
 from oocattn.kernels.tiles import round_up
 from oocattn.problem import DTYPES
 
@@ -48,6 +49,7 @@ class CpuKernel:
     plans_shapes = False
     max_keys = MAX_KEYS
 
+    @full_precision(torch.device("cpu"))
     def attend(
         self,
         query: torch.Tensor,
@@ -96,8 +98,8 @@ class _Call:
         group_size, rows, head_dim = query.shape
         self.query, self.state, self.scale = query, state, scale
         self.row_tile = _tile_rows(group_size, rows)
-        self.query_tile = torch.zeros((group_size, self.row_tile, head_dim), dtype=torch.float32)
-        self.key_tile = torch.empty((min(keys, _KEY_TILE), head_dim), dtype=torch.float32)
+        self.query_tile = torch.zeros((group_size, self.row_tile, head_dim), dtype=torch.float32, device=query.device)
+        self.key_tile = torch.empty((min(keys, _KEY_TILE), head_dim), dtype=torch.float32, device=query.device)
         self.value_tile = torch.empty_like(self.key_tile)
         self.first_key = 0
 

@@ -88,7 +88,7 @@ def check_operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 def attended_keys(state: Partial, keys: int, *, diagonal: bool) -> torch.Tensor:
     """What a call over `keys` keys enters in the ledger of the state's rows: keys each, or i + 1 for row i on a diagonal."""
     if diagonal:
-        return torch.arange(1, keys + 1, device=state.keys.device)
+        return torch.arange(1, keys + 1, dtype=torch.int64, device=state.keys.device)
     return torch.full_like(state.keys, keys)
 
 

@@ -60,7 +60,7 @@ def fold(state: Partial, out: torch.Tensor, lse: torch.Tensor, *, keys: int, dia
     if fused is not None:
         fused.fold(state, out, lse, keys=keys, diagonal=diagonal)
         return
-    ones = torch.ones((), device=lse.device).expand_as(lse)
+    ones = torch.ones((), dtype=torch.float32, device=lse.device).expand_as(lse)
     merge(state, Partial(out, ones, lse, attended_keys(state, keys, diagonal=diagonal)))
 
 

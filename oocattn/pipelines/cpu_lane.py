@@ -8,6 +8,7 @@ import torch
 
 from oocattn import clock
 from oocattn.kernels import Partial, finalise, merge
+from oocattn.kernels.settings import plain_threads
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane import Job, Lane, Staged
@@ -26,15 +27,17 @@ class CpuLane(Lane):
         super().__init__(job, readers=1, allocating=allocating)
         allocating.shutdown(wait=False)  # when it has allocated
         # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.
-        self._attending = ThreadPoolExecutor(1, thread_name_prefix="oocattn-attend")
+        self._attending = plain_threads(1, "oocattn-attend")
+        self._threads = self._attending.submit(torch.get_num_threads).result()
         self._attended: dict[int, Event] = {}
         self._turn = 0
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def close(self) -> None:
         super().close()
+        self._attending.submit(torch.set_num_threads, self._threads)  # which also counts for threads that begin later
         self._attending.shutdown()
 
     def merge_states(self, into: Partial, partial: Partial) -> None:

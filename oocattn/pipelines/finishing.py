@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from oocattn import clock
 from oocattn.errors import TaintedError
 from oocattn.kernels import Partial
+from oocattn.kernels.settings import plain_threads
 from oocattn.pipelines.arena import Pool, as_numpy
 from oocattn.pipelines.events import Event, Span
 from oocattn.pipelines.finished import record_of
@@ -72,7 +73,7 @@ class Finisher:
         self._blocks = blocks
         self._finalise = finalise
         self._collector, self._divider, self._writer = (
-            ThreadPoolExecutor(1, thread_name_prefix=f"oocattn-{work}") for work in ("merge", "divide", "write")
+            plain_threads(1, f"oocattn-{work}") for work in ("merge", "divide", "write")
         )
         self._begun: dict[tuple[int, int], Future[_Finished]] = {}
 

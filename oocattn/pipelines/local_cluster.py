@@ -10,13 +10,15 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from oocattn.errors import ProblemError
 from oocattn.garbage import collection_paused
+from oocattn.surroundings import with_some_home
 
 with collection_paused():
     import dask
     from distributed import Client, LocalCluster, Worker
     from distributed.comm import inproc
 
-    with suppress(ImportError):  # what a scheduler imports as it starts, and goes on without a dashboard where it cannot
+    # What a scheduler imports as it starts; it goes on without a dashboard where it cannot.
+    with suppress(ImportError), with_some_home():
         import distributed.dashboard.scheduler  # noqa: F401
 
     from oocattn.pipelines.dashboard import LOOPBACK, DashboardAddress
@@ -91,7 +93,7 @@ def _without_tracebacks() -> Iterator[None]:
     logger = logging.getLogger("distributed.worker")
 
     def is_other(record: logging.LogRecord) -> bool:  # a filter of its own for each cluster: they may overlap
-        return not str(record.msg).startswith("Compute Failed")
+        return not str(record.msg).startswith(("Compute Failed", "Run Failed"))
 
     logger.addFilter(is_other)
     try:

@@ -7,6 +7,8 @@ The trace is in the Trace Event Format, which https://ui.perfetto.dev and chrome
 from __future__ import annotations
 
 import json
+import math
+import textwrap
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator
@@ -24,7 +26,7 @@ from oocattn.plans import Plan
 from oocattn.storage.locations import output_path
 from oocattn.storage.operations import words_of
 from oocattn.storage.outputs import JSON_MARK, SVG_MARK, check_output, write_output
-from oocattn.text import printable
+from oocattn.text import display_width, printable
 from oocattn.units import format_seconds
 
 RESOURCES: tuple[Resource, ...] = get_args(Resource)
@@ -35,7 +37,9 @@ MOST_CELLS = 30_000
 
 _COLOURS = ("#4e79a7", "#76b7b2", "#e15759", "#f28e2b", "#b07aa1", "#edc948", "#59a14f")
 _SHADES = 4  # a cell is drawn as dark as it is busy, in quarters
-_WIDTH, _ROW, _LEFT, _RIGHT, _TOP = 1000, 22, 190, 70, 50
+_WIDTH, _ROW, _LEFT, _RIGHT, _LINE = 1000, 22, 190, 70, 20
+_CELL, _CAPTION_CELL = 8.5, 9.6  # the width of a character at most, in a monospaced font of size 13, and of 15
+_MOST_NAME = 100  # characters of a worker's name; of a longer one the middle is left out
 
 Floats = NDArray[np.float64]
 
@@ -85,14 +89,14 @@ class Timeline:
     busy. A file that cannot be written then is a warning: the result of the run is worth more.
 
     Raises ResultExistsError where something is at either path that oocattn did not write, and ProblemError where the folder
-    of `path` does not exist or cannot be written to, or `path` is named like a picture.
+    of `path` does not exist or cannot be written to, or `path` does not end in .json.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = output_path(path, "timeline")
-        if self.path.suffix == ".svg":
-            raise ProblemError(f"timeline {self.path}: expected the name of a file that ends in .json, like timeline.json")
         check_output(self.path)
+        if self.path.suffix.lower() != ".json":
+            raise ProblemError(f"timeline {self.path}: expected the name of a file that ends in .json, like timeline.json")
         self.picture = self.path.with_suffix(".svg")
         check_output(self.picture)
         self._begin("", 0.0)
@@ -183,28 +187,37 @@ def _slice(spans: _Spans, index: int, resource: str, start: float) -> dict[str, 
 
 def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, stop: float, wall: float) -> Iterator[str]:
     """The lines of an SVG file: a row a resource, time across, the share of the run's wall time at the right."""
-    width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _ROW * max(1, len(rows)) + 40
+    labels = [printable(f"lane {_shortened(worker)}: {resource}") for worker, resource in rows]
+    left = max([_LEFT, *(math.ceil(_CELL * display_width(label)) + 16 for label in labels)])
+    width = left + _WIDTH + _RIGHT
+    lines = textwrap.wrap(printable(caption), int((width - 20) / _CAPTION_CELL))
+    top = _LINE * len(lines) + 30
+    height = top + _ROW * max(1, len(rows)) + 40
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif" font-size="13">{SVG_MARK}<rect width="100%" height="100%" fill="white"/>\n'
-        f'<text x="{_LEFT}" y="20" font-size="15">{escape(printable(caption))}</text>'
-        f'<text x="{_LEFT + _WIDTH + 8}" y="{_TOP - 6}">busy</text>\n'
+        f'font-family="monospace" font-size="13">{SVG_MARK}<rect width="100%" height="100%" fill="white"/>\n'
     )
-    yield from _axis(stop - start, height - 40)
+    for number, line in enumerate(lines, 1):
+        yield f'<text x="10" y="{_LINE * number}" font-size="15">{escape(line)}</text>\n'
+    yield f'<text x="{left + _WIDTH + 8}" y="{top - 6}">busy</text>\n'
+    yield from _axis(stop - start, left, top, height - 40)
     columns = max(1, min(_WIDTH, MOST_CELLS // max(1, len(rows))))
     edges = np.linspace(start, stop, columns + 1)
-    for number, ((worker, resource), spans) in enumerate(rows.items()):
-        top = _TOP + _ROW * number
+    for number, ((_, resource), spans) in enumerate(rows.items()):
         starts, stops = spans.union()
         share = float((stops - starts).sum()) / wall if wall > 0 else 0.0
         colour = _COLOURS[RESOURCES.index(cast(Resource, resource))]
-        label = escape(printable(f"lane {worker}: {resource}"))
+        row = top + _ROW * number
         yield (
-            f'<text x="{_LEFT - 8}" y="{top + 15}" text-anchor="end">{label}</text>'
-            f'<text x="{_LEFT + _WIDTH + 8}" y="{top + 15}">{share:.1%}</text>\n'
+            f'<text x="{left - 8}" y="{row + 15}" text-anchor="end">{escape(labels[number])}</text>'
+            f'<text x="{left + _WIDTH + 8}" y="{row + 15}">{share:.1%}</text>\n'
         )
-        yield from _bars(_coverage(starts, stops, edges), top, colour)
+        yield from _bars(_coverage(starts, stops, edges), left, row, colour)
     yield "</svg>\n"
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MOST_NAME else f"{name[: _MOST_NAME // 2]}...{name[-_MOST_NAME // 2 :]}"
 
 
 def _coverage(starts: Floats, stops: Floats, edges: Floats) -> Floats:
@@ -218,14 +231,14 @@ def _coverage(starts: Floats, stops: Floats, edges: Floats) -> Floats:
     return share
 
 
-def _bars(coverage: Floats, top: int, colour: str) -> Iterator[str]:
+def _bars(coverage: Floats, left: int, top: int, colour: str) -> Iterator[str]:
     """A path for each shade, of one bar for each run of cells of that shade: spans narrower than a cell become one."""
     width = _WIDTH / len(coverage)
     shades = np.ceil(np.round(coverage, 6) * _SHADES).astype(int)
     borders = [0, *(np.flatnonzero(np.diff(shades)) + 1).tolist(), len(shades)]
     for shade in range(1, _SHADES + 1):
         bars = "".join(
-            f"M{_LEFT + first * width:.6g} {top + 2}h{(last - first) * width:.6g}v{_ROW - 4}h-{(last - first) * width:.6g}z"
+            f"M{left + first * width:.6g} {top + 2}h{(last - first) * width:.6g}v{_ROW - 4}h-{(last - first) * width:.6g}z"
             for first, last in pairwise(borders)
             if shades[first] == shade
         )
@@ -233,7 +246,7 @@ def _bars(coverage: Floats, top: int, colour: str) -> Iterator[str]:
             yield f'<path fill="{colour}" fill-opacity="{shade / _SHADES}" d="{bars}"/>\n'
 
 
-def _axis(seconds: float, bottom: int) -> Iterator[str]:
+def _axis(seconds: float, left: int, top: int, bottom: int) -> Iterator[str]:
     """Lines across all rows at round times, and their labels."""
     unit, name = next(
         (size, name)
@@ -244,8 +257,8 @@ def _axis(seconds: float, bottom: int) -> Iterator[str]:
     power = 10.0 ** np.floor(np.log10(length / 5))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * 10 >= length)
     for number in range(int(length / step + 1e-9) + 1):
-        x = _LEFT + number * step / length * _WIDTH
+        x = left + number * step / length * _WIDTH
         yield (
-            f'<path stroke="#ccc" d="M{x:.1f} {_TOP - 4}V{bottom + 4}"/>'
+            f'<path stroke="#ccc" d="M{x:.1f} {top - 4}V{bottom + 4}"/>'
             f'<text x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{number * step:g} {name}</text>\n'
         )

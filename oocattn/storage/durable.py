@@ -111,8 +111,8 @@ def make_durably(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, synced: bool = True) -> None:
-    """Write a text, durably unless it need not be `synced`."""
-    write_durably(path, [np.frombuffer(text.encode(), np.uint8)], synced=synced)
+    """Write a text, durably unless it need not be `synced`, with escapes for bytes of file names that are no UTF-8."""
+    write_durably(path, [np.frombuffer(text.encode("utf-8", "backslashreplace"), np.uint8)], synced=synced)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

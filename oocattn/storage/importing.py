@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from oocattn import arguments
 from oocattn.arguments import Dtype, checked
+from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError
 from oocattn.problem import DTYPES, ArraySpec, make_problem
 from oocattn.storage.axes import LAYOUTS, warn_if_transposed
@@ -31,6 +32,7 @@ _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
 
 
 @checked(layout=arguments.choice(*LAYOUTS), dtype=arguments.dtype, overwrite=arguments.boolean)
+@denormals_kept()
 def import_arrays(
     path: str | Path,
     *,

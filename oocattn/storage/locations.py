@@ -27,6 +27,9 @@ code, and they open nothing but the next link."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
+_BYTES = re.compile("[\udc80-\udcff]")
+"""Bytes of a path that are no UTF-8, as Python has them in a text."""
+
 
 @dataclass(frozen=True)
 class Location:
@@ -56,7 +59,7 @@ def parse_location(typed: object, what: str = "dataset") -> Location:
 
 def recorded_location(text: object) -> Location:
     """The place of a dataset that a file names. Raises IntegrityError unless it is an absolute local path."""
-    if isinstance(text, str) and text.startswith("/") and _is_printable(text):
+    if isinstance(text, str) and text.startswith("/") and _is_printable(_BYTES.sub("", text)):
         return _local(text)
     raise IntegrityError(
         f"the dataset is recorded as {printable(repr(text))}: only an absolute local path is believed, and nothing is read "
@@ -132,7 +135,12 @@ def _local(text: str) -> Location:
         text += "\0"  # no file system can have it, as with a null character
     if "\0" in text:
         raise ProblemError(f"{printable(repr(text))} is no path: it has characters that a path cannot have")
-    path = Path(text).absolute()
+    try:
+        path = Path(text).absolute()
+    except FileNotFoundError:
+        raise ProblemError(
+            f"{printable(text)}: the current folder was removed: change to one that is there, or give an absolute path"
+        ) from None
     return Location(str(path), path)
 
 

@@ -34,7 +34,8 @@ def check_output(path: Path) -> None:
     does not exist or cannot be written to, OSError where the file that is there cannot be read.
     """
     folder = path.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+    removed = folder.is_dir() and not folder.stat().st_nlink  # as a current folder may be
+    if removed or not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ProblemError(f"{path}: its folder does not exist or cannot be written to; make it first")
     if is_taken(path) and not _is_ours(path):
         raise ResultExistsError(

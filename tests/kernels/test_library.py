@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from oocattn.kernels import Partial, finalise, fold, get_kernel
 from oocattn.kernels import fa3 as fa3_module
 from oocattn.kernels import library as library_module
-from oocattn.kernels.cuda.device import allocated_bytes, full_precision
+from oocattn.kernels.cuda.device import allocated_bytes
+from oocattn.kernels.settings import full_precision
 from oocattn.kernels.tiles import level_step, make_tiles
 
 MIB = 1 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -52,9 +53,11 @@ def span(resource: Any, start: float, stop: float) -> Span:
     return Span(resource, START + start, START + stop)
 
 
-def write(path: Path, events: list[Event], stop: float = 10.0, kind: Any = "ended") -> Timeline:
+def write(
+    path: Path, events: list[Event], stop: float = 10.0, kind: Any = "ended", problem: str = "2 heads & <more>"
+) -> Timeline:
     timeline = Timeline(path)
-    plan = SimpleNamespace(problem="2 heads & <more>")
+    plan = SimpleNamespace(problem=problem)
     timeline(Event("started", START, START, detail={"plan": plan}))
     for event in events:
         timeline(event)
@@ -144,6 +147,27 @@ def test_the_picture_shows_each_lane_and_resource_and_how_busy_it_was(tmp_path: 
     assert [length / 10 for length in lengths] == pytest.approx([40, 5, 47.5, 20, 10], abs=0.2)  # 1,000 wide
 
 
+@pytest.mark.parametrize(
+    "name", ["0", "tcp://node-0123.partition.cluster.example.org:34567", "W" * 300, "ワーカー" * 9, "a\x1b[31m\udcff" * 9]
+)
+def test_no_name_or_caption_leaves_the_picture(tmp_path: Path, name: str) -> None:
+    problem = "128/16 heads x 16,777,216 tokens x D = 256, " + "bfloat16 to float32, " * 12 + "causal"
+    events = [Event("attended", 0, 0, 0, 0, name, spans=(span("compute", 0, 1), span("copy out", 0, 1)))]
+    timeline = write(tmp_path / "timeline.json", events, problem=problem)
+    root = ElementTree.parse(timeline.picture).getroot()
+    width = float(root.get("width"))
+    for text in root.iter(f"{SVG}text"):
+        size = float(text.get("font-size", root.get("font-size")))
+        cells = sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text.text)
+        length = 0.61 * size * cells  # of the usual monospaced fonts
+        begins = {"end": 1.0, "middle": 0.5, None: 0.0}[text.get("text-anchor")]
+        start = float(text.get("x")) - begins * length
+        assert start >= 0, text.text
+        assert start + length <= width, text.text
+    shown = " ".join(text.text for text in root.iter(f"{SVG}text"))
+    assert shown.startswith(" ".join(f"{problem}, in 10 s".split()))
+
+
 @pytest.mark.parametrize("lanes", [1, 60])
 def test_the_picture_of_many_short_spans_stays_small(tmp_path: Path, lanes: int) -> None:
     count = 25_000 // lanes
@@ -181,7 +205,7 @@ def test_what_cannot_be_written_at_the_end_is_a_warning(tmp_path: Path) -> None:
         timeline(Event("ended", START, START + 1))
 
 
-@pytest.mark.parametrize("name", ["nowhere/timeline.json", "picture.svg"])
+@pytest.mark.parametrize("name", ["nowhere/timeline.json", "picture.svg", "picture.SVG", "picture.png", "timeline"])
 def test_a_path_that_will_not_do_is_refused_before_the_run(tmp_path: Path, name: str) -> None:
     with pytest.raises(ProblemError, match=name):
         Timeline(tmp_path / name)

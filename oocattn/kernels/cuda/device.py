@@ -1,11 +1,8 @@
-"""What the kernels for GPUs share: what a device can do, what torch's allocator takes from it, exact float32 products."""
+"""What the kernels for GPUs share: what a device can do, what torch's allocator takes from it."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -13,7 +10,6 @@ import torch
 from oocattn.kernels.tiles import round_up
 
 _MIB = 1 << 20
-_PRECISION = threading.Lock()
 
 
 @cache
@@ -71,27 +67,3 @@ def _shared_segments(sizes: list[int]) -> int:
     if not sizes:
         return 0
     return min(-(-len(sizes) // 2), -(-sum(sizes) // (20 * _MIB - max(sizes))))
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 matrices launched within are not computed in TF32, whatever the process allows.
-
-    The permission is a global one: it is taken away for the moment of launching and given back, under a lock so that no
-    other thread of this kind gives it back too early. Other products launched meanwhile are more exact than asked.
-    """
-    matmul = torch.backends.cuda.matmul
-    if device.type != "cuda":
-        yield
-        return
-    with _PRECISION:
-        # The setting has two names: the older, all that torch 2.8 has, cannot be read where they disagree, but sets both.
-        precision = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
-        if precision != "tf32":
-            yield
-            return
-        matmul.allow_tf32 = False
-        try:
-            yield
-        finally:
-            matmul.allow_tf32 = True

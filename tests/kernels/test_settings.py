@@ -1,0 +1,143 @@
+"""What a kernel computes does not depend on what the caller asks of torch, and the caller finds that as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from oocattn.kernels import Partial, finalise, get_kernel
+from oocattn.kernels.settings import full_precision, plain_threads
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def asked(set_it: Callable[[Any], object], value: Any, before: Any) -> Iterator[None]:
+    set_it(value)
+    try:
+        yield
+    finally:
+        set_it(before)
+
+
+def cpu_precision(value: str) -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = value
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "default device": lambda: asked(torch.set_default_device, "meta", None),
+    "default dtype float64": lambda: asked(torch.set_default_dtype, torch.float64, torch.float32),
+    "default dtype float16": lambda: asked(torch.set_default_dtype, torch.float16, torch.float32),
+    "medium precision": lambda: asked(torch.set_float32_matmul_precision, "medium", "highest"),
+    "high precision": lambda: asked(torch.set_float32_matmul_precision, "high", "highest"),
+    "deterministic": lambda: asked(torch.use_deterministic_algorithms, True, False),
+    "inference mode": torch.inference_mode,
+    "gradients off": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+if hasattr(torch.backends.mkldnn, "matmul"):
+    SETTINGS["bfloat16 on CPUs"] = lambda: asked(cpu_precision, "bf16", "none")
+
+
+def computed(name: str, diagonal: bool) -> list[torch.Tensor]:
+    """What a kernel makes of some tiles, as bits; in a thread of its own, as everything calls it."""
+
+    def compute() -> list[torch.Tensor]:
+        generator = torch.Generator("cpu").manual_seed(0)
+        query, key, value = torch.randn((3, 300, 64), generator=generator, dtype=torch.float32, device="cpu")
+        state = Partial.empty(1, 300, 64)
+        for first, is_diagonal in ((0, diagonal), (100, False)):
+            keys = slice(first, 300)
+            get_kernel(name).attend(query[None], key[keys], value[keys], state, scale=0.125, diagonal=is_diagonal)
+        out, lse = torch.empty_like(state.num), torch.empty_like(state.den)
+        finalise(state, out, lse)
+        return [out.view(torch.int32), lse.view(torch.int32), state.keys]
+
+    with plain_threads(1, "test") as thread:
+        return thread.submit(compute).result()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["cpu", "reference", "torch"])
+@pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diagonal"])
+def test_a_kernel_gives_the_same_bits_whatever_the_caller_asks_of_torch(setting: str, name: str, diagonal: bool) -> None:
+    expected = computed(name, diagonal)
+    with SETTINGS[setting]():
+        found = computed(name, diagonal)
+    assert all(ours.equal(theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def precisions() -> list[str]:
+    """What float32 products are computed in: on CPUs, on all devices of oneDNN, and on all devices."""
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        pytest.skip("torch 2.8 has one name for it")
+    return [place.fp32_precision for place in (torch.backends.mkldnn.matmul, torch.backends.mkldnn, torch.backends)]
+
+
+@pytest.mark.parametrize("asked_for", ["none", "ieee", "tf32", "bf16"])
+def test_reduced_precision_is_off_within_and_as_before_after_it(asked_for: str) -> None:
+    try:
+        cpu_precision(asked_for)
+        before = precisions()
+        with full_precision(CPU):
+            assert precisions()[0] in ("none", "ieee")
+        assert precisions() == before
+    finally:
+        cpu_precision("none")
+
+
+def test_precision_that_was_inherited_is_inherited_again() -> None:
+    every = torch.backends.mkldnn
+    precisions()
+    try:
+        every.fp32_precision = "bf16"
+        with full_precision(CPU):
+            assert precisions()[0] == "ieee"
+        assert precisions()[0] == "bf16"
+        every.fp32_precision = "none"
+        assert precisions()[0] == "none"
+    finally:
+        every.fp32_precision = "none"
+
+
+def test_the_last_of_several_threads_gives_the_permission_back() -> None:
+    try:
+        cpu_precision("bf16")
+        first, second = contextlib.ExitStack(), contextlib.ExitStack()
+        first.enter_context(full_precision(CPU))
+        second.enter_context(full_precision(CPU))
+        first.close()
+        assert precisions()[0] == "ieee"
+        second.close()
+        assert precisions()[0] == "bf16"
+    finally:
+        cpu_precision("none")
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_nothing_is_refused_on_a_gpu_for_not_being_deterministic(warn_only: bool) -> None:
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+        with full_precision(torch.device("cuda")):
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_threads_that_compute_do_not_flush_small_numbers_to_zero() -> None:
+    small = torch.full((1000,), 1e-40)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush them")
+    try:
+        assert not (small + small).any()
+        with plain_threads(1, "test") as thread:
+            assert thread.submit(lambda: (small + small).all()).result()
+    finally:
+        torch.set_flush_denormal(False)
