@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from oocattn import clock
 from oocattn.certificate import Certificate
 from oocattn.certifying import certify
-from oocattn.errors import ProblemError
+from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.pipelines.done import find_done
 from oocattn.pipelines.events import Callback
@@ -126,6 +126,7 @@ def attention(
     has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
     until = _end(time_limit)
+    _check_client(client)
     paths = ResultPaths.at(result)
     opened = Dataset.open(dataset)
     # Bad input is refused before a cluster starts.
@@ -144,7 +145,7 @@ def attention(
     def decide(lanes: int) -> Plan:
         return begun.plan if begun is not None else _plan_for(opened, problem, choices, lanes, paths.state)
 
-    with _planned_cluster(client, dashboard_address, problem, kernel, decide) as (running, chosen):
+    with _planned_cluster(client, dashboard_address, problem, kernel, decide, until) as (running, chosen):
         return run_plan(chosen, opened, paths, running, callbacks=callbacks, overwrite=overwrite, until=until)
 
 
@@ -168,6 +169,7 @@ def resume(
     where the dataset has changed since or the journal is damaged, and what `attention` raises.
     """
     until = _end(time_limit)
+    _check_client(client)
     paths = ResultPaths.at(result)
     begun = find_unfinished(paths)
     if begun is None:
@@ -177,7 +179,7 @@ def resume(
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
     plan, opened = begun.plan, begun.open_dataset(None if dataset is None else str(dataset))
     resuming = Resuming(accept_other_bits, check_finished)
-    with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan) as (running, _):
+    with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan, until) as (running, _):
         return resume_run(begun, opened, paths, running, callbacks, until, resuming)
 
 
@@ -186,14 +188,32 @@ def _end(time_limit: float | str | None) -> float:
     return math.inf if time_limit is None else clock.now() + parse_duration(time_limit, "time limit")
 
 
+def _check_time(until: float) -> None:
+    if clock.now() > until:
+        raise TimeLimitError("time limit reached while it waited for a first worker: nothing was begun")
+
+
+def _check_client(client: Client | None) -> None:
+    if client is not None:
+        from oocattn.pipelines.connecting import check_client
+
+        check_client(client)
+
+
 @contextmanager
 def _planned_cluster(
-    client: Client | None, dashboard_address: str, problem: Problem, kernel: str | None, decide: Callable[[int], Plan]
+    client: Client | None,
+    dashboard_address: str,
+    problem: Problem,
+    kernel: str | None,
+    decide: Callable[[int], Plan],
+    until: float,
 ) -> Iterator[tuple[Client, Plan]]:
     """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
-        from oocattn.pipelines.cluster import worker_addresses
+        from oocattn.pipelines.cluster import wait_for_first, worker_addresses
 
+        wait_for_first(client, lambda: _check_time(until))
         yield client, decide(len(worker_addresses(client)))
         return
     with ThreadPoolExecutor(1) as beside:

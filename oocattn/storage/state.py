@@ -40,7 +40,7 @@ from oocattn.storage.lock import Claim, lock_holder
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
 from oocattn.storage.result import ResultArrays
 
-_LEFT_BESIDE = re.compile(r"(lock|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
+_LEFT_BESIDE = re.compile(r"(lock|ready|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
 
 _AGAIN = "begin again with overwrite=True (--overwrite)"
 
