@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +107,7 @@ def run_plan(
         tidy(paths)
         return open_result(paths.result)
     dataset.check_complete()
-    paths.make_state()
-    with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
+    with _locked(paths, until) as (lock, interrupts):
         state = RunState(paths, lock.claim)
         if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
@@ -140,8 +139,7 @@ def resume_run(
 
     Raises ResultExistsError where another run has begun since.
     """
-    paths.make_state()
-    with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
+    with _locked(paths, until) as (lock, interrupts):
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
             begun.check_run(asked)
@@ -150,6 +148,20 @@ def resume_run(
             roll = _enlist(begun.plan, dataset, state, execution)
             _carry_out(_resume(begun, dataset, state, resuming, roll.computing, execution), roll, execution)
     return open_result(paths.result)
+
+
+@contextmanager
+def _locked(paths: ResultPaths, until: float) -> Iterator[tuple[FileLock, Interrupts]]:
+    """Lock a result, in its folder of job state, and hold signals back. A new folder is removed where no run began."""
+    new = not os.path.lexists(paths.state)
+    paths.make_state()
+    try:
+        with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
+            yield lock, interrupts
+    finally:
+        if new:
+            with suppress(OSError):  # there is something in it
+                paths.state.rmdir()
 
 
 def _enlist(plan: Plan, dataset: Dataset, state: RunState, execution: _Execution) -> Roll:

@@ -21,13 +21,14 @@ from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.pipelines.cluster import ANSWER, LEAST_ANSWER, begin_call, living_workers, wait_for_first
 from oocattn.pipelines.readiness import (
     EXPRESSION,
+    NAMES,
     PACKAGES,
+    SAME_SOFTWARE,
     Expected,
     Seen,
     describe_interpreter,
     faults,
     interpreter_faults,
-    interpreter_names,
     look,
     remove_probes,
 )
@@ -95,7 +96,8 @@ def enlist(client: Client, expected: Expected, check: Callable[[], object]) -> R
     for name, values in roll.computing.items():
         if " | " in values:
             logger.warning(
-                "the workers compute with different %s (%s): another run may give other bits, which depend on who attends what",
+                "the workers compute with different %s (%s): bits of the result depend on who attends what; another run may "
+                "give others",
                 name,
                 values,
             )
@@ -112,12 +114,14 @@ def enlist_again(client: Client, expected: Expected, check: Callable[[], object]
 
 def call_roll(client: Client, expected: Expected, check: Callable[[], object]) -> Roll:
     """Ask the scheduler and every worker; nothing of that remains. Raises LockedError where the result's lock was lost."""
-    wrong = _scheduler_faults(client, check)
-    same = []
-    hosts = {}
-    for address, found in _ask(client, living_workers(client), check, eval, EXPRESSION, interpreter_names()).items():
+    here = describe_interpreter(PACKAGES)
+    scheduler = _call(lambda: client.run_on_scheduler(eval, EXPRESSION, NAMES), check)
+    reasons = _software_faults(scheduler, here)  # it unpickles the tasks as well
+    wrong = {"the scheduler": reasons} if reasons else {}
+    same, hosts = [], {}
+    for address, found in _ask(client, living_workers(client), check, eval, EXPRESSION, NAMES).items():
         hosts[address] = f" (host {found['host']})" if isinstance(found, dict) else ""
-        if reasons := _software_faults(found):
+        if reasons := _software_faults(found, here):
             wrong[f"worker {address}{hosts[address]}"] = reasons
         else:
             same.append(address)
@@ -138,16 +142,9 @@ def call_roll(client: Client, expected: Expected, check: Callable[[], object]) -
     return Roll(ready, wrong)
 
 
-def _scheduler_faults(client: Client, check: Callable[[], object]) -> dict[str, Sequence[str]]:
-    """What is wrong with the scheduler, which unpickles the tasks as well."""
-    answer = _call(lambda: client.run_on_scheduler(eval, EXPRESSION, interpreter_names()), check)
-    reasons = _software_faults(answer)
-    return {"the scheduler": reasons} if reasons else {}
-
-
-def _software_faults(answer: object) -> list[str]:
+def _software_faults(answer: object, here: Mapping[str, str]) -> list[str]:
     if isinstance(answer, dict):
-        return interpreter_faults(answer, describe_interpreter(PACKAGES))
+        return interpreter_faults(answer, here)
     return [_silence(answer)]
 
 
@@ -155,7 +152,7 @@ def _silence(answer: object) -> str:
     """What is wrong with a process whose answer is an error."""
     if isinstance(answer, TimeoutError):
         return f"does not answer for {format_seconds(ANSWER)}: restart it"
-    return f"cannot answer ({type(answer).__name__}: {answer}): see its log, and restart it"
+    return f"cannot answer ({type(answer).__name__}: {answer}): see its log; {SAME_SOFTWARE}"
 
 
 def _ask(

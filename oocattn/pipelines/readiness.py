@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import dask
 from distributed import Status, Worker
@@ -30,6 +29,7 @@ from oocattn.storage.locations import parse_location
 from oocattn.storage.lock import Claim
 from oocattn.storage.state import RunState
 from oocattn.units import format_bytes
+from oocattn.version import __version__, source_digest
 
 PACKAGES = ("oocattn", "torch", "zarr", "dask", "distributed")
 """Packages whose versions must be the driver's: what computes, and what is sent between processes."""
@@ -37,28 +37,36 @@ PACKAGES = ("oocattn", "torch", "zarr", "dask", "distributed")
 SAME_DATA = "mount the same file system there, or copy the dataset to the same path with its times (rsync -a)"
 """What to do about a worker that sees another dataset."""
 
+SAME_SOFTWARE = "install there what is here, and restart it"
+"""What to do about a process that has other software."""
+
 
 def describe_interpreter(packages: tuple[str, ...]) -> dict[str, str]:
-    """Host, version of Python and versions of packages of a process; it needs nothing around it, for its text is sent."""
-    import importlib
+    """Host, version of Python and versions of packages of a process; it needs nothing around it, for its text is sent.
+
+    The first package is imported, as what is sent next will be; of others that are not, the version is the installed one.
+    """
+    import importlib.metadata
     import socket
     import sys
 
     found = {"host": socket.gethostname(), "Python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
     for name in packages:
         try:
-            found[name] = str(importlib.import_module(name).__version__)
+            if name == packages[0]:
+                importlib.import_module(name)
+            found[name] = str(sys.modules[name].__version__ if name in sys.modules else importlib.metadata.version(name))
         except Exception as error:  # whatever an installation that is broken raises
             found[name] = f"none ({type(error).__name__}: {error})"
     return found
 
 
 EXPRESSION = f"(exec(source), {describe_interpreter.__name__}(packages))[1]"
+"""What a process is asked for its versions."""
 
 
-def interpreter_names() -> dict[str, Any]:
-    """The names that `EXPRESSION` is evaluated with, as by `eval`, which every Python has."""
-    return {"source": inspect.getsource(describe_interpreter), "packages": PACKAGES}
+NAMES = {"source": inspect.getsource(describe_interpreter), "packages": PACKAGES}
+"""What `EXPRESSION` is evaluated with, by `eval`, which every Python has."""
 
 
 def interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
@@ -68,7 +76,7 @@ def interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -> lis
         for name, value in found.items()
         if name != "host" and value.partition("+")[0] != here[name].partition("+")[0]
     ]
-    return [f"has {' and '.join(others)}: install there what is here"] if others else []
+    return [f"has {' and '.join(others)}: {SAME_SOFTWARE}"] if others else []
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ class Expected:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a worker sees. `dataset` is its fingerprints, or why it cannot be read, `result` why no result can be written.
+    """What a worker sees. `code` is the digest of its sources of this package, `dataset` its fingerprints, or why it cannot
+    be read, `result` why no result can be written.
 
     `probe` names the file that it has written beside the result. Of its memory in bytes it says what is in use, Dask's limit
     (0: none), and from which use on Dask gives it no tasks.
@@ -105,6 +114,7 @@ class Seen:
 
     id: str
     host: str
+    code: str
     dataset: Fingerprints | str
     result: str
     probe: str
@@ -125,6 +135,7 @@ async def look(expected: Expected, dask_worker: Worker) -> Seen:
     return Seen(
         id=str(dask_worker.id),
         host=socket.gethostname(),
+        code=source_digest(),
         dataset=dataset,
         result=result,
         probe=probe,
@@ -204,6 +215,8 @@ def _result_faults(seen: Seen, expected: Expected, written: bool) -> list[str]:
 
 def _other_faults(seen: Seen, expected: Expected) -> list[str]:
     found = []
+    if seen.code != source_digest():
+        found.append(f"has oocattn {__version__} with other code than here: {SAME_SOFTWARE}")
     used, limit = format_bytes(seen.memory_used), format_bytes(seen.memory_limit)
     if seen.paused:
         found.append(
