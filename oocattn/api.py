@@ -109,10 +109,11 @@ def attention(
     """Run exact attention over `dataset` and write `out` and `lse` as the Zarr group `result`, a local path.
 
     The options up to `checkpoint_interval` are those of `plan`. A run that would take longer than `time_limit`, in seconds
-    or like "8h" from this call, ends before that with all it has done on disk. The run uses the workers of `client`, which
-    must see the same paths, or a cluster of its own in this process with its dashboard at `dashboard_address`. `callbacks`
-    are called with every `Event`. A finished result of the same problem and dataset is returned as it is; an unfinished one
-    is resumed, with the plan that it was begun with.
+    or like "8h" from this call, ends before that with all it has done on disk. The run uses the workers of `client`,
+    a connected `distributed.Client` that is not asynchronous, or a cluster of its own in this process with its dashboard at
+    `dashboard_address`. All workers of a client must have the same software and see the same dataset and result; for the
+    first one it waits 60 seconds. `callbacks` are called with every `Event`. A finished result of the same problem and
+    dataset is returned as it is; an unfinished one is resumed, with the plan that it was begun with.
 
     A callback that raises an `Exception` is logged and called no more; `KeyboardInterrupt` or `SystemExit` from it end the
     run. In the main thread, the run holds SIGINT, SIGTERM, SIGHUP and SIGUSR1 back until what is in flight is on disk,
@@ -120,10 +121,10 @@ def attention(
     warns that time is short, ends the run as a time limit does, with TimeLimitError, after a handler of the caller's was
     called; a second SIGUSR1 changes nothing.
 
-    Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a result,
-    and begins an unfinished run again), LockedError (another run writes it), IntegrityError (the dataset or a partial is
-    damaged), TimeLimitError, TaskError (a task failed time and again), WorkerLostError and OSError. After an error nothing
-    has appeared at `result`, and the run can be resumed unless the error says otherwise.
+    Raises ProblemError (also where the cluster is not ready), BudgetError, ResultExistsError (something else is at `result`;
+    `overwrite` replaces a result, and begins an unfinished run again), LockedError (another run writes it), IntegrityError
+    (the dataset or a partial is damaged), TimeLimitError, TaskError (a task failed time and again), WorkerLostError and
+    OSError. After an error nothing has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
     until = _end(time_limit)
     _check_client(client)

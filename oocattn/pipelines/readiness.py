@@ -229,6 +229,8 @@ def _other_faults(seen: Seen, expected: Expected) -> list[str]:
             "more, and Dask would give it no tasks: restart it with memory_limit=0 or a larger one, or lower host_memory "
             "(--host-memory)"
         )
+    if seen.computing.get("gpu") == "none":
+        found.append("sees no GPU: start it where there is one, or choose --kernel cpu")
     for name, recorded in (expected.computing or {}).items():
         value = seen.computing.get(name, "none")
         if value not in recorded.split(" | "):

@@ -33,9 +33,8 @@ from oocattn.version import source_digest
 EXPECTED = Expected(
     "/d.zarr", Fingerprints("q1-k1-v1", "", "q-k-v"), Path("/r.zarr.oocattn"), Unlocked(), 100, ("cpu", 8, "float32", "cpu")
 )
-GOOD = Seen(
-    "id", "host", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, {"cpu": "AVX2", "arithmetic": "a"}
-)
+COMPUTING = {"cpu": "AVX2", "arithmetic": "a"}
+GOOD = Seen("id", "host", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, COMPUTING)
 
 HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu", "dask": "2026.1"}
 
@@ -52,6 +51,7 @@ HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu
         ),
         ({"dataset": Fingerprints("q1-k1-v1", "another inode", "q-k-v")}, []),
         ({"code": "another"}, [f"has oocattn {oocattn.__version__} with other code than here: install there what is here"]),
+        ({"computing": {**COMPUTING, "gpu": "none"}}, ["sees no GPU: start it where there is one, or choose --kernel cpu"]),
         ({"result": "cannot write to /r"}, ["cannot write to /r: choose a result on a file system that all workers share"]),
         ({"paused": True, "memory_limit": 20}, ["is paused by Dask, with 10 B of its memory limit of 20 B in use: restart"]),
         (
