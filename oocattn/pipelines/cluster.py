@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import torch
-from distributed import Client
+from distributed import Client, fire_and_forget
 
 from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.units import format_seconds
@@ -27,6 +28,9 @@ LEAST_ANSWER = 1.0
 
 FIRST_WORKER = 60.0
 """Seconds for which a run waits for a first worker."""
+
+KEPT = 5.0
+"""Seconds of a task that keeps it, on an adaptive cluster, until it has work of the run."""
 
 logger = logging.getLogger("oocattn")
 
@@ -112,14 +116,20 @@ def wait_for_workers(
 
 def _wait(client: Client, count: int, seconds: float, seconds_for_any: float, check: Callable[[], object]) -> int:
     """Wait as `wait_for_workers`; return how many there are."""
-    began, task = time.monotonic(), None
-    while (there := len(living_workers(client))) < count:
-        if time.monotonic() - began > (seconds if there else seconds_for_any):
-            break
-        if not there and task is None:  # an adaptive cluster starts workers for tasks alone
-            task = client.submit(abs, 0, pure=False)
-        check()
-        time.sleep(0.1)
+    began, task, there = time.monotonic(), None, 0
+    try:
+        while (there := len(living_workers(client))) < count:
+            if time.monotonic() - began > (seconds if there else seconds_for_any):
+                break
+            if not there and task is None:  # an adaptive cluster starts workers for tasks alone, and stops those without
+                task = client.submit(time.sleep, KEPT, pure=False)
+                fire_and_forget(task)
+            check()
+            time.sleep(0.1)
+    finally:
+        if task is not None and not there:
+            with suppress(Exception):  # the scheduler is gone
+                client.cancel([task], force=True)
     return there
 
 

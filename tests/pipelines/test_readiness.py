@@ -333,8 +333,9 @@ def test_a_worker_that_is_silent_is_named(dataset: Path, result: Path, monkeypat
 
 
 def test_an_adaptive_cluster_without_workers_is_waited_for(
-    dataset: Path, result: Path, caplog: pytest.LogCaptureFixture
+    dataset: Path, result: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cluster, "KEPT", 1.5)
     with in_process(n_workers=0) as (own, client):
         own.adapt(minimum=0, maximum=1, interval="100 ms")
         oocattn.attention(dataset, result, client=client, kernel="cpu")
