@@ -15,7 +15,7 @@ from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.certificate import Certificate
 from oocattn.certifying import certify, read_summary
 from oocattn.denormals import denormals_kept
-from oocattn.errors import ProblemError
+from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.kernels import kernel_names
 from oocattn.pipelines.done import find_done
@@ -152,11 +152,12 @@ def attention(
     """Run exact attention over `dataset` and write `out` and `lse` as the Zarr group `result`, a local path.
 
     The options up to `checkpoint_interval` are those of `plan`. A run that would take longer than `time_limit`, in seconds
-    or like "8h" from this call, ends before that with all it has done on disk. The run uses the workers of `client`, which
-    must see the same paths, or a cluster of its own in this process with its dashboard at `dashboard_address`. `callbacks`
-    are called with every `Event`. A finished result of the same problem and dataset is returned as it is, with a warning
-    where its certificate failed (`overwrite` computes it again); an unfinished one is resumed, with the plan that it was
-    begun with.
+    or like "8h" from this call, ends before that with all it has done on disk. The run uses the workers of `client`,
+    a connected `distributed.Client` that is not asynchronous, or a cluster of its own in this process with its dashboard at
+    `dashboard_address`. All workers of a client must have the same software and see the same dataset and result; for the
+    first one it waits 60 seconds. `callbacks` are called with every `Event`. A finished result of the same problem and
+    dataset is returned as it is, with a warning where its certificate failed (`overwrite` computes it again); an unfinished
+    one is resumed, with the plan that it was begun with.
 
     A callback that raises an `Exception` is logged and called no more; `KeyboardInterrupt` or `SystemExit` from it end the
     run. In the main thread, the run holds SIGINT, SIGTERM, SIGHUP and SIGUSR1 back until what is in flight is on disk,
@@ -164,12 +165,13 @@ def attention(
     warns that time is short, ends the run as a time limit does, with TimeLimitError, after a handler of the caller's was
     called; a second SIGUSR1 changes nothing.
 
-    Raises ProblemError, BudgetError, ResultExistsError (something else is at `result`; `overwrite` replaces a result,
-    and begins an unfinished run again), LockedError (another run writes it), IntegrityError (the dataset or a partial is
-    damaged), TimeLimitError, TaskError (a task failed time and again), WorkerLostError and OSError. After an error nothing
-    has appeared at `result`, and the run can be resumed unless the error says otherwise.
+    Raises ProblemError (also where the cluster is not ready), BudgetError, ResultExistsError (something else is at `result`;
+    `overwrite` replaces a result, and begins an unfinished run again), LockedError (another run writes it), IntegrityError
+    (the dataset or a partial is damaged), TimeLimitError, TaskError (a task failed time and again), WorkerLostError and
+    OSError. After an error nothing has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
     until = _end(time_limit)
+    _check_client(client)
     paths = ResultPaths.at(result)
     opened = Dataset.open(dataset)
     # Bad input is refused before a cluster starts.
@@ -188,7 +190,7 @@ def attention(
     def decide(lanes: int) -> Plan:
         return begun.plan if begun is not None else _plan_for(opened, problem, choices, lanes, paths.state)
 
-    with _planned_cluster(client, dashboard_address, problem, kernel, decide) as (running, chosen):
+    with _planned_cluster(client, dashboard_address, problem, kernel, decide, until) as (running, chosen):
         return run_plan(chosen, opened, paths, running, callbacks=callbacks, overwrite=overwrite, until=until)
 
 
@@ -214,6 +216,7 @@ def resume(
     what `attention` raises.
     """
     until = _end(time_limit)
+    _check_client(client)
     paths, named = ResultPaths.at(result), None if dataset is None else parse_location(dataset)
     begun = find_unfinished(paths)
     if begun is None:
@@ -223,7 +226,7 @@ def resume(
     plan, opened = begun.plan, begun.open_dataset(named)
     warn_if_transposed(opened.specs[0])
     resuming = Resuming(accept_other_bits, check_finished)
-    with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan) as (running, _):
+    with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan, until) as (running, _):
         return resume_run(begun, opened, paths, running, callbacks, until, resuming)
 
 
@@ -232,14 +235,32 @@ def _end(time_limit: Duration | None) -> float:
     return math.inf if time_limit is None else clock.now() + arguments.duration("time_limit", time_limit)
 
 
+def _check_time(until: float) -> None:
+    if clock.now() > until:
+        raise TimeLimitError("time limit reached while it waited for a first worker: nothing was begun")
+
+
+def _check_client(client: Client | None) -> None:
+    if client is not None:
+        from oocattn.pipelines.connecting import check_client
+
+        check_client(client)
+
+
 @contextmanager
 def _planned_cluster(
-    client: Client | None, dashboard_address: str, problem: Problem, kernel: str | None, decide: Callable[[int], Plan]
+    client: Client | None,
+    dashboard_address: str,
+    problem: Problem,
+    kernel: str | None,
+    decide: Callable[[int], Plan],
+    until: float,
 ) -> Iterator[tuple[Client, Plan]]:
     """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
-        from oocattn.pipelines.cluster import worker_addresses
+        from oocattn.pipelines.cluster import wait_for_first, worker_addresses
 
+        wait_for_first(client, lambda: _check_time(until))
         yield client, decide(len(worker_addresses(client)))
         return
     with ThreadPoolExecutor(1) as beside:

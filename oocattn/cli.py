@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import oocattn
 from oocattn import clock
 from oocattn.drawing import check_drawing
-from oocattn.errors import OocattnError, ProblemError, TimeLimitError
+from oocattn.errors import OocattnError, TimeLimitError
 from oocattn.options import PLAN_CHOICES, Command, make_parser
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.interrupts import SIGNALS, InterruptedRunError, Interrupts
@@ -223,15 +223,10 @@ def _client(scheduler: str | None, limit: float | None) -> AbstractContextManage
     """Of the scheduler at that address, which must answer within a time limit; None where none is given."""
     if scheduler is None:
         return nullcontext(None)
-    from distributed import Client
+    from oocattn.pipelines.connecting import CONNECT, connect
 
-    try:
-        seconds = _time_left(limit)
-        patience = {} if seconds is None else {"timeout": min(30.0, max(1.0, seconds))}
-        client: AbstractContextManager[Client] = Client(scheduler, **patience)
-    except (OSError, ValueError) as error:
-        raise ProblemError(f"no scheduler at {scheduler!r} ({error}): give its address, like tcp://HOST:8786") from error
-    return client
+    left = _time_left(limit)
+    return connect(scheduler, CONNECT if left is None else min(CONNECT, left))
 
 
 class _PlanPrinter:

@@ -148,7 +148,9 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         help="end before so long after the start of the command, with all that was done on disk and exit code 75",
     )
     cluster = parser.add_mutually_exclusive_group()
-    cluster.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler to run on (default: this process)")
+    cluster.add_argument(
+        "--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler to run on; tried for 30 s (default: this process)"
+    )
     cluster.add_argument(
         "--dashboard",
         metavar="HOST:PORT",

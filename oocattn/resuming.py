@@ -118,14 +118,14 @@ class Unfinished:
 
     def _check_unchanged(self, dataset: Dataset, named: bool) -> None:
         """Raise IntegrityError where the dataset has changed; one that was `named` may be a copy."""
-        changed = changed_arrays(self.header.dataset.fingerprint, dataset.fingerprint())
+        changed = changed_arrays(self.header.dataset.fingerprint, dataset.as_found.recorded)
         if changed:
             raise IntegrityError(
                 f"{dataset.location}: {changed} of the dataset changed (metadata, size, time or content of chunks) since "
                 f"the run in {self.journal.state} began, so it cannot be resumed: begin again with overwrite=True "
                 "(--overwrite)"
             )
-        replaced = "" if named else changed_arrays(self.header.dataset.within_run, dataset.fingerprint(within_run=True))
+        replaced = "" if named else changed_arrays(self.header.dataset.within_run, dataset.as_found.within_run)
         if replaced:
             raise IntegrityError(
                 f"{dataset.location}: files of {replaced} of the dataset were replaced or written (change time) "
@@ -260,5 +260,5 @@ def describe(problem: Problem, dataset: Dataset) -> dict[str, Any]:
     """What a result is the answer to."""
     return {
         "problem": asdict(problem),
-        "dataset": {"location": dataset.location, "fingerprint": dataset.fingerprint()},
+        "dataset": {"location": dataset.location, "fingerprint": dataset.as_found.recorded},
     }

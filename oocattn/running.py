@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,10 @@ from oocattn import arguments, clock
 from oocattn.arguments import checked
 from oocattn.certificate import Summary
 from oocattn.certifying import read_summary
-from oocattn.errors import IntegrityError, LockedError, ResultExistsError
+from oocattn.errors import IntegrityError, LockedError, ResultExistsError, TimeLimitError
 from oocattn.pipelines.events import Callback
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
-from oocattn.pipelines.interrupts import Interrupts
+from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
 from oocattn.pipelines.report import RunReport
 from oocattn.pipelines.status import StatusFile, read_report
 from oocattn.pipelines.work import Work
@@ -36,6 +36,8 @@ from oocattn.version import versions
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
+
+    from oocattn.pipelines.enlisting import Roll
 
 logger = logging.getLogger("oocattn")
 
@@ -81,6 +83,14 @@ class _Execution:
         """Whether the run is to end."""
         return self.interrupts.asked or clock.now() > self.until
 
+    def check_waiting(self, plan: Plan) -> None:
+        """Raise what ends a run that waits for its workers."""
+        words = f"0 of {plan.subproblems:,} subproblems are done now, because it waited for workers"
+        if self.interrupts.asked:
+            raise InterruptedRunError(f"interrupted: {words}")
+        if clock.now() > self.until:
+            raise TimeLimitError(f"time limit reached: {words}")
+
 
 @checked(callbacks=arguments.functions, overwrite=arguments.boolean)
 def run_plan(
@@ -101,21 +111,22 @@ def run_plan(
     if is_finished(paths, plan.problem, dataset, overwrite):
         return finished_result(paths)
     dataset.check_complete()
-    paths.make_state()
-    with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
+    with _locked(paths, until) as (lock, interrupts):
         state = RunState(paths, lock.claim)
         if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
         execution = _Execution(client, callbacks, interrupts, until)
         begun = None if overwrite else find_unfinished(paths)
         if begun is None:
-            work = _begin(plan, dataset, state, overwrite, execution)
+            roll = _enlist(plan, dataset, state, execution)
+            work = _begin(plan, dataset, state, overwrite, roll.computing)
         else:
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
             logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
-            work = _resume(begun, dataset, state, Resuming(), execution)
-        _carry_out(work, execution)
+            roll = _enlist(begun.plan, dataset, state, execution)
+            work = _resume(begun, dataset, state, Resuming(), roll.computing, execution)
+        _carry_out(work, roll, execution)
     return open_result(paths.result)
 
 
@@ -132,44 +143,69 @@ def resume_run(
 
     Raises ResultExistsError where another run has begun since.
     """
-    paths.make_state()
-    with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
+    with _locked(paths, until) as (lock, interrupts):
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
             begun.check_run(asked)
             execution = _Execution(client, callbacks, interrupts, until)
-            _carry_out(_resume(begun, dataset, RunState(paths, lock.claim), resuming, execution), execution)
+            state = RunState(paths, lock.claim)
+            roll = _enlist(begun.plan, dataset, state, execution)
+            _carry_out(_resume(begun, dataset, state, resuming, roll.computing, execution), roll, execution)
     return open_result(paths.result)
 
 
-def _carry_out(work: Work, execution: _Execution) -> None:
+@contextmanager
+def _locked(paths: ResultPaths, until: float) -> Iterator[tuple[FileLock, Interrupts]]:
+    """Lock a result, in its folder of job state, and hold signals back. A new folder is removed where no run began."""
+    new = not is_taken(paths.state)
+    paths.make_state()
+    try:
+        with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
+            yield lock, interrupts
+    finally:
+        if new:
+            with suppress(OSError):  # there is something in it
+                paths.state.rmdir()
+
+
+def _enlist(plan: Plan, dataset: Dataset, state: RunState, execution: _Execution) -> Roll:
+    """The workers of the run, all of which are ready; the result is locked, and nothing of the run is written yet."""
+    from oocattn.pipelines.enlisting import enlist
+    from oocattn.pipelines.readiness import Expected
+
+    expected = Expected.of(plan, dataset, state)
+    return enlist(execution.client, expected, lambda: execution.check_waiting(plan))
+
+
+def _carry_out(work: Work, roll: Roll, execution: _Execution) -> None:
     """Do what is left of a run; the result is locked."""
     from oocattn.pipelines.run import run
 
     listeners: list[Callback] = [StatusFile(work.paths.status, work.state.claim), *execution.callbacks]
-    run(work, execution.client, listeners, execution.interrupts, execution.until)
+    run(work, execution.client, roll, listeners, execution.interrupts, execution.until)
 
 
-def _begin(plan: Plan, dataset: Dataset, state: RunState, overwrite: bool, execution: _Execution) -> Work:
-    """A run at its beginning; the result is locked."""
-    from oocattn.pipelines.cluster import describe_workers
-
+def _begin(plan: Plan, dataset: Dataset, state: RunState, overwrite: bool, computing: Mapping[str, str]) -> Work:
+    """A run at its beginning, whose workers compute with what is named; the result is locked."""
     identity = describe(plan.problem, dataset)
-    computing = describe_workers(execution.client, plan, execution.until)
     made_with = {**versions(), **computing}
     layout = _layout(plan, {**identity, "plan": _decided(plan), "versions": made_with})
     growing = state.begin(layout, overwrite=overwrite)
-    recorded = DatasetIdentity(**identity["dataset"], within_run=dataset.fingerprint(within_run=True))
+    recorded = DatasetIdentity(**identity["dataset"], within_run=dataset.as_found.within_run)
     journal = begin_journal(state.paths, plan, recorded, growing, computing, state.claim)
     return Work(plan, dataset, recorded.within_run, state, growing, journal)
 
 
-def _resume(begun: Unfinished, dataset: Dataset, state: RunState, resuming: Resuming, execution: _Execution) -> Work:
+def _resume(
+    begun: Unfinished,
+    dataset: Dataset,
+    state: RunState,
+    resuming: Resuming,
+    computing: Mapping[str, str],
+    execution: _Execution,
+) -> Work:
     """A run that was begun before; the result is locked."""
-    from oocattn.pipelines.cluster import describe_workers
-
     plan, header = begun.plan, begun.header
-    computing = describe_workers(execution.client, plan, execution.until)
     other_bits = begun.check_bits(computing, resuming.accept_other_bits)
     source = {"location": header.dataset.location, "fingerprint": header.dataset.fingerprint}
     attributes = {"problem": asdict(plan.problem), "dataset": source, "plan": _decided(plan)}
@@ -179,7 +215,7 @@ def _resume(begun: Unfinished, dataset: Dataset, state: RunState, resuming: Resu
         journal.note_other_bits(other_bits)
     seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
     compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: execution.is_over)
-    return Work(plan, dataset, dataset.fingerprint(within_run=True), state, growing, journal, compared)
+    return Work(plan, dataset, dataset.as_found.within_run, state, growing, journal, compared)
 
 
 def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:

@@ -1,12 +1,24 @@
 """The version of this package, and of what it computes and stores results with."""
 
+import hashlib
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 import zarr
 
 __version__ = "0.1.0"
+
+
+@cache
+def source_digest() -> str:
+    """Digest of the sources of this package: two processes may have the same version, and other code."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(path for pattern in ("*.py", "*.cu", "*.cuh") for path in folder.rglob(pattern)):
+        digest.update(f"\n{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

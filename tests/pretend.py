@@ -22,7 +22,7 @@ from support import GPU, plan_for, replanned
 from oocattn import Plan
 from oocattn.kernels import get_kernel
 from oocattn.memory import Tiles
-from oocattn.pipelines import cuda_lane, device_time, run
+from oocattn.pipelines import cuda_lane, device_time, readiness, run
 from oocattn.pipelines.cluster import worker_addresses
 
 PRETENDED = replace(GPU, kernel="torch", scratch_bytes=get_kernel("torch").scratch_bytes)
@@ -98,6 +98,7 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return dict.fromkeys(worker_addresses(client), "cuda:0" if device_type == "cuda" else "cpu")
 
     monkeypatch.setattr(run, "assign_devices", assign)
+    monkeypatch.setattr(readiness, "arithmetic_of", lambda *_: {"gpu": "pretended"})
 
 
 def gpu_plan(dataset: Path, tiles: tuple[int, int] | None = None, partials: str | None = None, **options: object) -> Plan:

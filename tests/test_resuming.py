@@ -319,7 +319,7 @@ def test_other_bits_are_refused_or_accepted_and_reported(
     interrupted(plan, dataset, result, client)
     words = rf"was begun with torch {re.escape(versions()['torch'])}, now 99; cpu .*, now AVX99: .*--accept-other-bits"
     with monkeypatch.context() as patched:
-        patched.setattr("oocattn.pipelines.cluster.arithmetic_of", other_arithmetic)
+        patched.setattr("oocattn.pipelines.readiness.arithmetic_of", other_arithmetic)
         for again in (
             lambda: oocattn.resume(result, client=client),
             lambda: carry_out(plan, dataset, result, client),

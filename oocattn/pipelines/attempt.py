@@ -32,7 +32,7 @@ from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.interrupts import InterruptedRunError
 from oocattn.pipelines.lane import Job
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.tasks import LanePlugin, identity, plugin_name, plugins_of, save, stop
+from oocattn.pipelines.tasks import LanePlugin, plugin_name, plugins_of, save, stop
 from oocattn.pipelines.work import Work
 from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.operations import described, is_disk_full, words_of
@@ -50,7 +50,8 @@ logger = logging.getLogger("oocattn")
 class Attempt:
     """What is left of a run, from the making of its lanes to their end.
 
-    `devices` says where the lane of each worker is, by address, `left` how many subproblems are to be staged.
+    `devices` says where the lane of each worker is, by address, `ids` its `Worker.id`, `left` how many subproblems are to be
+    staged.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Attempt:
         work: Work,
         client: Client,
         devices: Mapping[str, str],
+        ids: Mapping[str, str],
         schedule: Schedule,
         left: int,
         emit: Callback,
@@ -67,6 +69,7 @@ class Attempt:
         self._work = work
         self._client = client
         self._devices = devices
+        self._ids = ids
         self._schedule = schedule
         self._left = self._to_attend = left
         self._emit = emit
@@ -106,8 +109,7 @@ class Attempt:
         work = self._work
         with naming(SET_UP), self._missing_those_who_left():
             self._close_lanes_left_behind()
-            names = self._call(lambda: self._client.run(identity, workers=list(self._devices)))
-            devices = {names[address]: device for address, device in self._devices.items()}
+            devices = {self._ids[address]: device for address, device in self._devices.items()}
             job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
             self._call(lambda: self._client.register_plugin(LanePlugin(job)))
         self._idle = 0.0

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import logging
-import math
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import torch
-from distributed import Client
+from distributed import Client, fire_and_forget
 
-from oocattn import clock
-from oocattn.arithmetic import arithmetic_of, combine
-from oocattn.errors import ProblemError, TimeLimitError, WorkerLostError
-from oocattn.plans import Plan
+from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.units import format_seconds
 
 ANSWER = 120.0
 """Seconds in which a scheduler, and workers that are asked for their GPUs, must answer."""
 
 LEAST_ANSWER = 1.0
-"""Seconds that workers have to say what they compute with, also where a time limit has passed."""
+"""Seconds that workers have to say whether they are ready, also where a time limit has passed."""
+
+FIRST_WORKER = 60.0
+"""Seconds for which a run waits for a first worker."""
+
+KEPT = 5.0
+"""Seconds of a task that keeps it, on an adaptive cluster, until it has work of the run."""
 
 logger = logging.getLogger("oocattn")
 
@@ -86,6 +89,19 @@ def _on_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def wait_for_first(client: Client, check: Callable[[], object]) -> None:
+    """Wait for a first worker, at most `FIRST_WORKER` seconds, and say so. `check` ends it by raising.
+
+    Raises ProblemError where none has come.
+    """
+    if living_workers(client):
+        return
+    seconds = format_seconds(FIRST_WORKER)
+    logger.warning("the cluster has no worker: waiting for one, %s at most", seconds)
+    if not _wait(client, 1, FIRST_WORKER, FIRST_WORKER, check):
+        raise ProblemError(f"0 workers after {seconds}: a run needs one at least; start them and try again")
+
+
 def wait_for_workers(
     client: Client, count: int, seconds: float, seconds_for_any: float, check: Callable[[], object]
 ) -> None:
@@ -94,14 +110,27 @@ def wait_for_workers(
     `check` is called meanwhile, and ends it by raising.
     Raises WorkerLostError where the scheduler does not answer, or there is no worker after that.
     """
-    began = time.monotonic()
-    while (there := len(living_workers(client))) < count:
-        if time.monotonic() - began > (seconds if there else seconds_for_any):
-            break
-        check()
-        time.sleep(0.1)
-    if not there:
+    if not _wait(client, count, seconds, seconds_for_any, check):
         raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
+
+
+def _wait(client: Client, count: int, seconds: float, seconds_for_any: float, check: Callable[[], object]) -> int:
+    """Wait as `wait_for_workers`; return how many there are."""
+    began, task, there = time.monotonic(), None, 0
+    try:
+        while (there := len(living_workers(client))) < count:
+            if time.monotonic() - began > (seconds if there else seconds_for_any):
+                break
+            if not there and task is None:  # an adaptive cluster starts workers for tasks alone, and stops those without
+                task = client.submit(time.sleep, KEPT, pure=False)
+                fire_and_forget(task)
+            check()
+            time.sleep(0.1)
+    finally:
+        if task is not None and not there:
+            with suppress(Exception):  # the scheduler is gone
+                client.cancel([task], force=True)
+    return there
 
 
 def living_workers(client: Client) -> list[str]:
@@ -113,28 +142,6 @@ def living_workers(client: Client) -> list[str]:
     except (OSError, TimeoutError, ValueError) as error:
         reason = error
     raise WorkerLostError(f"the scheduler is gone ({reason}); start one and resume")
-
-
-def describe_workers(client: Client, plan: Plan, until: float = math.inf) -> dict[str, str]:
-    """What the client's workers compute the plan with, by name (`arithmetic`).
-
-    Raises WorkerLostError where there is none, or one does not answer for `ANSWER` seconds, and TimeLimitError where it does
-    not by `until`.
-    """
-    asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
-    left = until - clock.now()
-    try:
-        found = begin_call(lambda: client.run(arithmetic_of, *asked)).result(timeout=min(ANSWER, max(LEAST_ANSWER, left)))
-    except TimeoutError as error:
-        words = "the workers do not say what they compute with"
-        if left < ANSWER:
-            raise TimeLimitError(
-                f"time limit reached: 0 of {plan.subproblems:,} subproblems are done now, because {words}"
-            ) from error
-        raise WorkerLostError(f"{words}, for {format_seconds(ANSWER)}: restart those that hang, and resume") from error
-    if not found:
-        raise WorkerLostError("all workers are gone before the run began; start some and try again")
-    return combine(list(found.values()))
 
 
 def assign_devices(client: Client, device_type: str) -> dict[str, str]:

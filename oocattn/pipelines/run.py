@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -25,12 +25,14 @@ from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.cluster import assign_devices, wait_for_workers, warn_of_open_ports
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.done import Found, find_done
+from oocattn.pipelines.enlisting import Roll, enlist_again
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.failing import insist
 from oocattn.pipelines.finished import finished_chunks, gather_checksums
 from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
 from oocattn.pipelines.listeners import Listeners
 from oocattn.pipelines.partials import DamagedPartialError
+from oocattn.pipelines.readiness import Expected
 from oocattn.pipelines.report import RunReport, Tally
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.work import Work
@@ -54,9 +56,14 @@ logger = logging.getLogger("oocattn")
 
 
 def run(
-    work: Work, client: Client, callbacks: Sequence[Callback], interrupts: Interrupts, until: float = math.inf
+    work: Work,
+    client: Client,
+    roll: Roll,
+    callbacks: Sequence[Callback],
+    interrupts: Interrupts,
+    until: float = math.inf,
 ) -> RunReport:
-    """Do what is left of the work on the client's workers, and commit the result.
+    """Do what is left of the work on the client's workers that are ready, and commit the result.
 
     Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, TaskError,
     WorkerLostError, OSError as the file system does, and TimeLimitError where it would not end by `until` (seconds since
@@ -72,7 +79,7 @@ def run(
         listeners(event)
 
     try:
-        lanes = _drive(work, client, emit, start, interrupts, until)
+        lanes = _drive(work, client, roll, emit, start, interrupts, until)
         finished = insist(COMMIT, lambda: _all_finished(work))
         _check_pairs(plan, finished)
         seconds, other_bits = clock.now() - start, work.journal.other_bits
@@ -136,13 +143,17 @@ def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> Non
         )
 
 
-def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts: Interrupts, until: float) -> int:
+def _drive(
+    work: Work, client: Client, roll: Roll, emit: Callback, start: float, interrupts: Interrupts, until: float
+) -> int:
     """Attempt to do what is left until nothing is; return how many lanes did the last of it."""
     plan, mishaps = work.plan, _Mishaps()
     deadline = Deadline(until, plan)
     event = Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""})
     thorough = False  # after a partial was found damaged, so are all others looked for
-    devices = _devices(client, plan)
+    ids = roll.ids
+    expected = replace(Expected.of(plan, work.dataset, work.state), computing=roll.computing)
+    devices = _devices(client, plan, ids)
     warn_of_open_ports(client)
     while True:
         found = insist("the search for finished work", partial(_look, work, thorough))
@@ -154,7 +165,7 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
         resumed = bool(found.done.chunks or found.done.partials)
         emit(replace(event, detail={**event.detail, "left": left, "resumed": resumed, "recomputed": damaged}))
         try:
-            attempt = Attempt(work, client, devices, schedule, left, emit, deadline)
+            attempt = Attempt(work, client, devices, ids, schedule, left, emit, deadline)
             interrupts.tell = attempt.interrupt
             if interrupts.asked:
                 attempt.interrupt()
@@ -168,7 +179,8 @@ def _drive(work: Work, client: Client, emit: Callback, start: float, interrupts:
             now = clock.now()
             event = Event("mended", now, now, detail={"error": str(error), _COUNTED[type(error)]: 1})
             wait_for_workers(client, len(devices), REPLACEMENT, LAST_REPLACEMENT, lambda: _check(deadline, interrupts))
-            devices = _devices(client, plan)
+            ids = enlist_again(client, expected, lambda: _check(deadline, interrupts))
+            devices = _devices(client, plan, ids)
             logger.warning("%s; the run goes on with what is left", error)
 
 
@@ -230,6 +242,11 @@ def _place(error: DamagedPartialError | TaskError | WorkerLostError) -> str:
     return ""
 
 
-def _devices(client: Client, plan: Plan) -> dict[str, str]:
-    """The devices of the workers that take part, as many as were planned at most: their memory is that of so many."""
-    return dict(itertools.islice(assign_devices(client, plan.device).items(), plan.lanes))
+def _devices(client: Client, plan: Plan, ready: Container[str]) -> dict[str, str]:
+    """The devices of the workers that take part: those that are ready, as many as were planned at most, for their memory is
+    that of so many. Raises WorkerLostError where none is left."""
+    found = ((address, device) for address, device in assign_devices(client, plan.device).items() if address in ready)
+    devices = dict(itertools.islice(found, plan.lanes))
+    if not devices:
+        raise WorkerLostError("no worker is ready to go on: what was done is on disk; start some and resume")
+    return devices

@@ -56,11 +56,6 @@ def plugin_name(run: str) -> str:
     return f"oocattn-{run}"
 
 
-def identity(dask_worker: Worker) -> str:
-    """What no other worker is called, not even the next one at the same address."""
-    return str(dask_worker.id)
-
-
 def plugins_of(scratch: Path, dask_worker: Worker) -> list[str]:
     """The plugins on a worker with lanes that work, or have worked, with partials in this folder."""
     plugins = [plugin for plugin in dask_worker.plugins.values() if isinstance(plugin, LanePlugin)]

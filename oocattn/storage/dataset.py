@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,21 @@ _IDENTITY = (
     *("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs"),
     *("dtype", "chunks", "dimension_separator", "compressor", "filters", "order"),
 )
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """What tells a dataset from another, or from itself before it was changed: each is a digest of each array, with "-".
+
+    All cover shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks and, in a local folder,
+    the size of every chunk file. `recorded` covers their modification times as well: results keep it, and a copy shares it
+    if times were copied. `within_run` also covers change times, which cannot be set back, and which no copy shares
+    (not inodes: not every file system has them for good). `untimed` covers none of these.
+    """
+
+    recorded: str
+    within_run: str
+    untimed: str
 
 
 @dataclass(frozen=True)
@@ -139,15 +155,21 @@ class Dataset:
             check = _check_files if isinstance(array.store, MappedStore) else _check_keys
             check(array, self.location)
 
-    def fingerprint(self, *, within_run: bool = False) -> str:
-        """Half a SHA-256 of each array, joined by "-", that changes when the array is changed.
+    def fingerprints(self) -> Fingerprints:
+        """The fingerprints of the dataset as it is now. Raises IntegrityError for a chunk that is missing: any in a local
+        folder, elsewhere one of the few that are sampled."""
+        found = [_fingerprints(name, self.arrays[name].array, self.location) for name in NAMES]
+        return Fingerprints(*("-".join(digests) for digests in zip(*found, strict=True)))
 
-        It covers shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks, and in a local
-        folder the size and modification time of every chunk file; `within_run` also its change time, which cannot be set
-        back, and which a copy does not share. (Not its inode: not every file system has one for good.) Raises
-        IntegrityError for a chunk that is missing: any in a local folder, elsewhere one of those few.
-        """
-        return "-".join(_fingerprint(name, self.arrays[name].array, self.location, within_run) for name in NAMES)
+    @cached_property
+    def as_found(self) -> Fingerprints:
+        """The fingerprints when they were first asked for: compared with later ones, they show every change since."""
+        return self.fingerprints()
+
+    def fingerprint(self, *, within_run: bool = False) -> str:
+        """One of the `fingerprints` of the dataset as it is now: that which results record, or that `within_run`."""
+        found = self.fingerprints()
+        return found.within_run if within_run else found.recorded
 
 
 def changed_arrays(before: str, after: str) -> str:
@@ -157,17 +179,22 @@ def changed_arrays(before: str, after: str) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _fingerprint(name: str, array: zarr.Array[Any], location: str, within_run: bool) -> str:
+def _fingerprints(name: str, array: zarr.Array[Any], location: str) -> tuple[str, str, str]:
+    """Half a SHA-256 for each of `Fingerprints`, in their order, in one walk."""
     metadata = array.metadata.to_dict()
     identity = {key: metadata[key] for key in _IDENTITY if key in metadata}
-    digest = hashlib.sha256(json.dumps([name, identity], sort_keys=True, default=str).encode())
+    beginning = json.dumps([name, identity], sort_keys=True, default=str).encode()
+    recorded, within_run, untimed = digests = tuple(hashlib.sha256(beginning) for _ in range(3))
     for _, key, status in _files(array, location):
-        unique = (status.st_ctime_ns,) if within_run else ()
-        state = (status.st_size, status.st_mtime_ns, *unique)
-        digest.update(f"\n{key} {state}".encode())
+        state = (status.st_size, status.st_mtime_ns)
+        recorded.update(f"\n{key} {state}".encode())
+        within_run.update(f"\n{key} {(*state, status.st_ctime_ns)}".encode())
+        untimed.update(f"\n{key} {status.st_size}".encode())
     for content in _sample(array, location):
-        digest.update(content)
-    return digest.hexdigest()[:32]
+        for digest in digests:
+            digest.update(content)
+    first, second, third = (digest.hexdigest()[:32] for digest in digests)
+    return first, second, third
 
 
 def _sampled_keys(array: zarr.Array[Any]) -> Iterator[str]:

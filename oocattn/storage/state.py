@@ -45,7 +45,7 @@ from oocattn.storage.renaming import rename_new
 from oocattn.storage.result import ResultArrays
 from oocattn.storage.syncing import sync
 
-_LEFT_BESIDE = re.compile(r"(lock|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
+_LEFT_BESIDE = re.compile(r"(lock|ready|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
 
 _AGAIN = "begin again with overwrite=True (--overwrite)"
 

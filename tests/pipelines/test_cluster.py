@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support import carry_out, plan_for
 
 import oocattn
-from oocattn import ProblemError, WorkerLostError
+from oocattn import ProblemError
 from oocattn.pipelines import cluster
 from oocattn.pipelines.cluster import assign_devices, share_out, worker_addresses
 from oocattn.pipelines.local_cluster import local_client
@@ -126,12 +126,13 @@ def test_a_cluster_without_workers_is_refused() -> None:
         assign_devices(client, "cpu")
 
 
-def test_a_run_does_not_begin_when_its_workers_are_gone(dataset: Path, result: Path) -> None:
+def test_a_run_does_not_begin_without_workers(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its journal would not say what it was begun with, and no worker could resume it."""
+    monkeypatch.setattr(cluster, "FIRST_WORKER", 0.3)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
         Client(nobody, set_as_default=False) as client,
-        pytest.raises(WorkerLostError, match="all workers are gone before the run began; start some"),
+        pytest.raises(ProblemError, match=r"0 workers after 0\.3 s: a run needs one at least; start them"),
     ):
         carry_out(plan_for(dataset), dataset, result, client)
     assert oocattn.status(result).state == "none"
