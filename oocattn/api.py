@@ -193,7 +193,9 @@ def _planned_cluster(
     """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
         from oocattn.pipelines.cluster import worker_addresses
+        from oocattn.pipelines.standstill import refuse_own_thread
 
+        refuse_own_thread(client)
         yield client, decide(len(worker_addresses(client)))
         return
     with ThreadPoolExecutor(1) as beside:

@@ -42,7 +42,8 @@ class Status:
     share of the tokens; `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and
     bytes are those read, saved as partials and written to the result since then. `seconds_left` is wall time too, of an
     interrupted run at that rate, or as its plan predicts it. `saved` is when something was last brought to disk for good, in
-    seconds since the epoch, or 0.
+    seconds since the epoch, or 0. `stalled` says why a run that is alive has not gone on since `stalled_since`, in seconds
+    since the epoch, and what to do; or it is "".
     """
 
     state: State
@@ -59,6 +60,8 @@ class Status:
     dashboard: str = ""
     holder: str = ""
     error: str = ""
+    stalled: str = ""
+    stalled_since: Seconds = 0.0
 
     @property
     def share(self) -> float:
@@ -77,8 +80,9 @@ class Status:
             return f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"
         if not self.subproblems:
             return printable(f"{self.state}: starting; {self.holder}")
+        state = "stalled" if self.stalled else self.state
         lines = [
-            f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
+            f"{state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
             f"{self.tokens:,} tokens ({self.share:.0%})"
         ]
         if self.rate:  # known from the first subproblem on
@@ -89,8 +93,10 @@ class Status:
                 f"{format_bytes(self.bytes_written)} written; {self._last_saved()}"
             )
         left = f"about {format_seconds(self.seconds_left)} left"
+        if self.stalled:
+            lines.append(f"no progress for {format_seconds(max(0.0, clock.now() - self.stalled_since))}: {self.stalled}")
         if self.state == "running":
-            lines.append(f"{left}; {self.holder}; dashboard {self.dashboard or 'none'}")
+            lines.append(f"{'' if self.stalled else f'{left}; '}{self.holder}; dashboard {self.dashboard or 'none'}")
         if self.error:
             lines.append(f"it ended: {self.error}")
         if self.state == "interrupted":
@@ -122,8 +128,10 @@ class StatusFile:
         elif event.kind == "attended":
             self._status = self._advanced()
         elif event.kind == "failed":
-            self._status = replace(self._status, error=str(event.detail["error"]))
-        important = event.kind in ("started", "mended", "failed")
+            self._status = replace(self._status, error=str(event.detail["error"]), stalled="")
+        elif event.kind == "stalled":
+            self._status = replace(self._status, stalled=str(event.detail["reason"]), stalled_since=event.start)
+        important = event.kind in ("started", "mended", "stalled", "failed")
         if important or clock.now() - self._written >= INTERVAL:
             self._written = clock.now()
             with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
@@ -160,7 +168,7 @@ class StatusFile:
             self._start = event.start
         done = self._status.subproblems - cast(int, event.detail["left"])
         self._before = min(self._before, done)
-        self._status = replace(self._status, subproblems_done=done)
+        self._status = replace(self._status, subproblems_done=done, stalled="")
 
     def _advanced(self) -> Status:
         """The status with one more subproblem done."""
@@ -202,8 +210,9 @@ def read_status(paths: ResultPaths) -> Status:
             logger.warning("the report of the run cannot be read: %s", error)
             report = None
         return Status("finished", seconds=report.seconds if report else 0.0)
-    state: State = "interrupted" if holder is None else "running"
-    return replace(last, state=state, holder="" if holder is None else str(holder))
+    if holder is None:
+        return replace(last, state="interrupted", holder="", stalled="")
+    return replace(last, state="running", holder=str(holder), error="")  # of a run before this one
 
 
 def read_report(paths: ResultPaths) -> RunReport | None:

@@ -5,6 +5,9 @@ says who holds it. Whether such a lock is seen by other hosts depends on the fil
 2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also touches the file every few seconds:
 what another kernel's process left there is taken over only when that has stopped.
 
+A process that is forked while it holds a lock shares it with the fork: so the fork closes the file, and the token is worth
+nothing there.
+
 A holder that slept through that goes on where its lock is another's by then. So each acquisition has a token of its own, in
 the file, which is asked for before every step that commits, discards, deletes or records: who does not find its own ends.
 
@@ -31,6 +34,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Protocol
+from weakref import WeakSet
 
 from oocattn.clock import now
 from oocattn.errors import IntegrityError, LockedError, TimeLimitError
@@ -118,6 +122,10 @@ class FileClaim:
 
     def check(self) -> None:
         """Raise LockedError where the lock is not held any more, OSError where that cannot be told."""
+        if self.token in _left_to_parent:
+            raise LockedError(
+                f"{self.path.parent}: this process is a fork of {_read(self.path)}, and the run goes on there alone"
+            )
         if not self.holds():
             raise LockedError(
                 f"{self.path.parent}: the lock of this run was lost to {_read(self.path)}, which took it for dead: this run "
@@ -125,7 +133,9 @@ class FileClaim:
             )
 
     def holds(self) -> bool:
-        """Whether the file is there and has the token."""
+        """Whether the file is there and has the token, which counts for nothing in a fork of the process that made it."""
+        if self.token in _left_to_parent:
+            return False
         try:
             return _parse(read_file(self.path, MOST_BYTES, follow=False)).token == self.token
         except (FileNotFoundError, NotADirectoryError, IntegrityError, ValueError):
@@ -147,6 +157,7 @@ class FileLock:
         self._released = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="oocattn-lock", daemon=True)
         self._beating.start()
+        _held.add(self)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
@@ -161,12 +172,20 @@ class FileLock:
         return self.claim.holds()
 
     def release(self) -> None:
-        """Give the lock up: its file is removed, unless it is another's by now."""
+        """Give the lock up: its file is removed, unless it is another's by now, or that of the process this is a fork of."""
+        if self.claim.token in _left_to_parent:
+            return
+        _held.discard(self)
         self._released.set()
         self._beating.join()  # else it might touch another file, which has the descriptor by then
         with suppress(OSError):
             if _is_at(self._descriptor, self.path) and self.still_mine():
                 self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def leave_to_parent(self) -> None:
+        """In a fork of the process that holds it: have no part in it, or it would be held as long as the fork lives."""
+        _left_to_parent.add(self.claim.token)
         os.close(self._descriptor)
 
     def __enter__(self) -> FileLock:
@@ -176,6 +195,20 @@ class FileLock:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
+
+
+_held: WeakSet[FileLock] = WeakSet()
+
+_left_to_parent: set[str] = set()
+"""Tokens of locks that were held when this process was forked."""
+
+
+def _leave_all_to_parent() -> None:
+    while _held:
+        _held.pop().leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def _acquire(path: Path, holder: Holder, until: float) -> int:
