@@ -13,6 +13,7 @@ from oocattn import clock
 from oocattn.certificate import Certificate
 from oocattn.certifying import certify
 from oocattn.errors import ProblemError
+from oocattn.forks import refuse_lost_client
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.pipelines.done import find_done
 from oocattn.pipelines.events import Callback
@@ -195,6 +196,7 @@ def _planned_cluster(
         from oocattn.pipelines.cluster import worker_addresses
         from oocattn.pipelines.standstill import refuse_own_thread
 
+        refuse_lost_client(client)
         refuse_own_thread(client)
         yield client, decide(len(worker_addresses(client)))
         return

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from oocattn.errors import ProblemError
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 FORKED = 0x40
 """The flag of a process that was forked and executed no program since: PF_FORKNOEXEC of Linux."""
@@ -27,7 +32,7 @@ LOOP = 1 << 18
 """Elements of a loop that PyTorch shares out among threads: it does above 32,768."""
 
 ASLEEP, ENOUGH = 1.0, 10.0
-"""Seconds after which a loop does not end any more: those in which its process slept, and those in all."""
+"""Seconds after which a loop does not end any more, or a thread is not there: those asleep, and those in all."""
 
 PAUSE = 0.01
 """Seconds between two looks at that process."""
@@ -63,6 +68,18 @@ def refuse_lost_gpus() -> None:
             f"this process was forked from one that had used CUDA, which does not work in forks: {REMEDY}, or choose a "
             "kernel for the CPU (--kernel cpu)"
         )
+
+
+def refuse_lost_client(client: Client) -> None:
+    """Raise ProblemError where the client was made before this process was forked: the thread that serves it is not here."""
+    if is_forked():
+        served = threading.Event()
+        if client.loop is not None:
+            client.loop.add_callback(served.set)
+        if not served.wait(ENOUGH):
+            raise ProblemError(
+                "the client was made before this process was forked, and does not work here: make one in this process"
+            )
 
 
 def _loop_ends() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import queue
 import time
 import uuid
@@ -65,6 +66,7 @@ class Attempt:
         emit: Callback,
         deadline: Deadline,
     ) -> None:
+        self._process = os.getpid()
         self._name = uuid.uuid4().hex[:8]
         self._work = work
         self._client = client
@@ -347,7 +349,9 @@ class Attempt:
             closed.result(timeout=self._deadline.silence)
 
     def _reachable(self) -> bool:
-        """Whether the scheduler is there: else everything else ends by itself."""
+        """Whether the scheduler is there: else everything else ends by itself, or goes on with the process of the run."""
+        if os.getpid() != self._process:  # a listener has forked
+            return False
         with suppress(WorkerLostError, TimeoutError):
             begin_call(lambda: living_workers(self._client)).result(timeout=self._deadline.silence)
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from distributed import Client
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import Event, IntegrityError, Status
+from oocattn import Event, IntegrityError, Status, clock
 from oocattn.storage.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 
@@ -81,6 +82,15 @@ def test_before_the_first_subproblem_is_done_the_plan_says_how_long_it_takes(fas
         "5 GiB read, 0 B of partials, 0 B written; nothing saved yet",
         "about 90 s left; held by somebody; dashboard none",
     ]
+
+
+def test_a_run_that_does_not_go_on_says_why_and_since_when_not_how_long_it_takes() -> None:
+    why = "worker tcp://host:1 is paused"
+    stalled = Status("running", 10, seconds_left=11.0, holder="somebody", stalled=why, stalled_since=clock.now() - 45)
+    head, reason, last = str(stalled).splitlines()
+    assert head == "stalled: 0 of 10 subproblems, 0 of 0 tokens (0%)"
+    assert re.fullmatch(rf"no progress for 45(\.\d)? s: {why}", reason)
+    assert last == "somebody; dashboard none"
 
 
 @pytest.mark.parametrize(
