@@ -231,7 +231,7 @@ class Attempt:
 
     def _check_workers(self) -> None:
         """Raise WorkerLostError when a worker is gone, for its tasks can end nowhere else."""
-        lost = self._devices.keys() - self._call(lambda: living_workers(self._client))
+        lost = self._devices.keys() - self._call(lambda: living_workers(self._client, patience=None))
         if lost:
             raise WorkerLostError(f"worker {', '.join(sorted(lost))} is gone with what it held in memory")
         self._checked = time.monotonic()

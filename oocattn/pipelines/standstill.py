@@ -33,6 +33,9 @@ from oocattn.units import format_bytes, format_seconds
 ANSWER = 5.0
 """Seconds in which a worker says what it does, and a scheduler where tasks are."""
 
+WAITS = 10
+"""Waits in that time: one that ends late, because this process was stopped, is not all of it."""
+
 MOST_NAMED = 3
 """Tasks or workers of a kind that a message names."""
 
@@ -183,8 +186,11 @@ class Standstill:
         for name, question in questions.items():
             if name not in self._asked or self._asked[name].done():
                 self._asked[name] = begin_call(question)
-        wait([self._asked[name] for name in questions], timeout=ANSWER)
-        return {name: asked.result() if (asked := self._asked[name]).done() else None for name in questions}
+        asked = [self._asked[name] for name in questions]
+        for _ in range(WAITS):
+            if not wait(asked, timeout=ANSWER / WAITS).not_done:
+                break
+        return {name: self._asked[name].result() if self._asked[name].done() else None for name in questions}
 
     def _unexplained(self, pending: Mapping[str, Sequence[Key]]) -> Obstacle:
         """What is left where no worker is kept from its tasks: one of those does not end."""

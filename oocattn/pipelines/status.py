@@ -11,13 +11,14 @@ from typing import Annotated, Literal, cast
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
+from oocattn.pipelines.deadline import NOTICED
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
 from oocattn.records import Count, Range, Seconds, from_json, to_json
 from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.folders import is_folder
-from oocattn.storage.lock import Claim, lock_holder
+from oocattn.storage.lock import Claim, holder_silence, lock_holder
 from oocattn.storage.paths import ResultPaths
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
@@ -212,7 +213,12 @@ def read_status(paths: ResultPaths) -> Status:
         return Status("finished", seconds=report.seconds if report else 0.0)
     if holder is None:
         return replace(last, state="interrupted", holder="", stalled="")
-    return replace(last, state="running", holder=str(holder), error="")  # of a run before this one
+    running = replace(last, state="running", holder=str(holder), error="")  # of a run before this one
+    silence = holder_silence(paths.lock)
+    if silence < NOTICED:
+        return running
+    stopped = f"{holder} is stopped, and its run with it: let it go on (kill -CONT {holder.process})"
+    return replace(running, stalled=stopped, stalled_since=clock.now() - silence)
 
 
 def read_report(paths: ResultPaths) -> RunReport | None:

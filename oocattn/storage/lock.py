@@ -334,6 +334,19 @@ def lock_holder(path: Path) -> Holder | None:
     return holder if elsewhere and time.time() - touched < BEATS_MISSED * BEAT else None
 
 
+def holder_silence(path: Path) -> float:
+    """Seconds since the holder of the lock at `path` touched it: some `BEAT` at most, unless its process is stopped.
+
+    0 where that cannot be told: of a holder with another kernel, the clock may differ.
+    """
+    if not _read(path).shares_kernel(Holder.this_process()):
+        return 0.0
+    try:
+        return max(0.0, time.time() - _touched(path) / 1e9)
+    except OSError:
+        return 0.0
+
+
 def _read(path: Path) -> Holder:
     try:
         return _parse(read_file(path, MOST_BYTES, follow=False))

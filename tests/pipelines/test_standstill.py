@@ -8,17 +8,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import dask
 import pytest
 from distributed import Client, LocalCluster, Status, get_worker, secede
 from distributed.worker import Worker
-from support import assert_nothing_written, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from support import Recorder, assert_nothing_written, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import Event, Result, StalledError
 from oocattn.pipelines import attempt, deadline, standstill
-from oocattn.pipelines.standstill import Occupation, find_obstacle
+from oocattn.pipelines.standstill import Occupation, Standstill, find_obstacle
 
 RUN = "1234abcd"
 
@@ -61,6 +63,28 @@ def test_what_keeps_a_worker(found: Occupation | None, words: str) -> None:
     else:
         assert obstacle is not None
         assert re.search(words, f"{obstacle.found};{obstacle.remedy}")
+
+
+def test_one_of_two_workers_that_stands_still_is_told_while_the_other_works() -> None:
+    keys = {name: [(f"stage-{RUN}", 0, index)] for index, name in enumerate("ab")}
+    said = {"a": Occupation("running", 4, (), 0, 0), "b": Occupation("paused", 4, (), 0, 0)}
+    client: Any = SimpleNamespace(
+        scheduler=SimpleNamespace(get_task_status=None),
+        sync=lambda _, keys: dict.fromkeys(keys, "processing"),
+        run=lambda _, workers: {name: said[name] for name in workers},
+    )
+    limits: Any = SimpleNamespace(stalled=1000.0, noticed=1000.0)
+    recorder = Recorder([])
+    watch = Standstill(RUN, client, "ab", lambda: keys, recorder, limits)
+    for _ in range(4):
+        watch.add(deadline.NOTICED / 2)
+        watch.progress("a")
+    (told,) = recorder.events
+    assert str(told.detail["reason"]).startswith("worker b is paused by Dask: ")
+    watch.progress("b")
+    assert recorder.events[-1].detail["reason"] == ""
+    with pytest.raises(StalledError, match="worker b is paused"):
+        watch.add(1001.0)
 
 
 def set_status(status: Status, dask_worker: Worker) -> None:

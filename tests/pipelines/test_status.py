@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -91,6 +93,19 @@ def test_a_run_that_does_not_go_on_says_why_and_since_when_not_how_long_it_takes
     assert head == "stalled: 0 of 10 subproblems, 0 of 0 tokens (0%)"
     assert re.fullmatch(rf"no progress for 45(\.\d)? s: {why}", reason)
     assert last == "somebody; dashboard none"
+
+
+def test_a_run_whose_process_is_stopped_is_stalled(fast_path: Path) -> None:
+    paths = ResultPaths.at(fast_path / "result.zarr")
+    paths.make_state()
+    with FileLock(paths.lock):
+        paths.status.write_text(json.dumps(asdict(Status("running", 10, seconds_left=11.0))))
+        assert " left" in str(oocattn.status(paths.result))
+        hour_ago = time.time() - 3600
+        os.utime(paths.lock, (hour_ago, hour_ago))
+        stopped = str(oocattn.status(paths.result))
+    assert re.search(r"^stalled: 0 of 10 .*\nno progress for 60 min: process \d+ on host .* is stopped.*kill -CONT", stopped)
+    assert " left" not in stopped
 
 
 @pytest.mark.parametrize(
