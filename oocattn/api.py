@@ -16,6 +16,7 @@ from oocattn.certificate import Certificate
 from oocattn.certifying import certify, read_summary
 from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError, TimeLimitError
+from oocattn.forks import refuse_lost_client
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.kernels import kernel_names
 from oocattn.pipelines.done import find_done
@@ -259,7 +260,10 @@ def _planned_cluster(
     """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
         from oocattn.pipelines.cluster import wait_for_first, worker_addresses
+        from oocattn.pipelines.standstill import refuse_own_thread
 
+        refuse_lost_client(client)
+        refuse_own_thread(client)
         wait_for_first(client, lambda: _check_time(until))
         yield client, decide(len(worker_addresses(client)))
         return

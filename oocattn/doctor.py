@@ -23,6 +23,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from oocattn import clock
+from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.hardware import copy_rates, kernel_rate
 from oocattn.kernels import Partial, device_type, finalise, get_kernel, kernel_names
 from oocattn.kernels.settings import plain_threads
@@ -62,7 +63,10 @@ class Check:
 
 
 def examine() -> Iterator[Check]:
-    """Look at everything, one check at a time."""
+    """Look at everything, one check at a time. Raises ProblemError in a fork where computing would never end or begin."""
+    refuse_lost_threads()
+    if torch.cuda.is_available():
+        refuse_lost_gpus()
     yield Check("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Check("versions", True, ", ".join(f"{name} {version}" for name, version in versions().items()))
     yield _attempt("cores and memory", _machine)

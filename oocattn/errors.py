@@ -54,7 +54,11 @@ class TaskError(OocattnError, RuntimeError):
 
 
 class StalledError(OocattnError, RuntimeError):
-    """No task of a run has ended for far longer than it was planned to take; what was done before is on disk."""
+    """No task of a run has ended for three minutes, or for far longer than the plan predicts where that is more.
+
+    The message names the workers, what keeps them and what to do; what was done before is on disk. Also: a run cannot begin,
+    because it would wait for the thread that starts it.
+    """
 
 
 class TimeLimitError(OocattnError, TimeoutError):

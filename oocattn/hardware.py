@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from oocattn.cost import HALF_RATE_KEYS
+from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels import Partial, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.kernels.settings import plain_threads
@@ -64,11 +65,13 @@ def describe_hardware(
 
     `kernel` pins one (default: the best for device and dtype), `lanes` is the number of workers (default: one, or one for
     each GPU), which share this machine's cores; `MAX_LANES` of them take part at most. `scratch` is the folder whose file
-    system takes the partials. Raises ProblemError for a kernel that is unknown or cannot serve the problem here.
+    system takes the partials. Raises ProblemError for a kernel that is unknown or cannot serve the problem here, and where
+    computing would never end, as in a fork.
     """
     device, name = _choose_kernel(problem, kernel)
     lanes = min(lanes or count_lanes(kernel), MAX_LANES)
     threads = max(1, torch.get_num_threads() // lanes)
+    refuse_lost_threads()
     if device == "cpu":
         flops, half_rate_rows, measuring_bytes = kernel_rate(name, problem.head_dim, problem.dtype), 256, 0
         flops *= threads / torch.get_num_threads()
@@ -106,10 +109,14 @@ def _choose_kernel(problem: Problem, kernel: str | None) -> tuple[Device, str]:
 
 
 def choose_device(kernel: str | None) -> Device:
-    """ "cuda" where there is a GPU, unless `kernel` is one for the CPU; else "cpu". Raises ProblemError if it is unknown."""
-    if kernel is not None:
-        return device_type(kernel)
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """ "cuda" where there is a GPU, unless `kernel` is one for the CPU; else "cpu".
+
+    Raises ProblemError if it is unknown, or for GPUs that are lost in a fork.
+    """
+    device = device_type(kernel) if kernel is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        refuse_lost_gpus()
+    return device
 
 
 def count_lanes(kernel: str | None) -> int:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import queue
 import time
 import uuid
 from asyncio import CancelledError
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
@@ -32,6 +34,7 @@ from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.interrupts import InterruptedRunError
 from oocattn.pipelines.lane import Job
 from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.tasks import LanePlugin, plugin_name, plugins_of, save, stop
 from oocattn.pipelines.work import Work
 from oocattn.storage.dataset import Dataset, changed_arrays
@@ -65,6 +68,7 @@ class Attempt:
         emit: Callback,
         deadline: Deadline,
     ) -> None:
+        self._process = os.getpid()
         self._name = uuid.uuid4().hex[:8]
         self._work = work
         self._client = client
@@ -78,7 +82,7 @@ class Attempt:
         self._ended: queue.SimpleQueue[Future[Event | None] | None] = queue.SimpleQueue()
         self._attending = self._attended = 0
         self._checked = time.monotonic()
-        self._idle = 0.0
+        self._standstill = Standstill(self._name, client, devices, self._pending, emit, deadline)
         self._interrupted = False
         self._answering: list[str] = []
         self.dataset_checked = False
@@ -95,12 +99,14 @@ class Attempt:
         Raises what ended it, WorkerLostError where a worker or the scheduler is gone among it; but for a TaintedError, what
         the lanes have done is on disk then.
         """
+        deadline = self._deadline
         with self._missing_those_who_left():
             try:
                 self._make_lanes()
                 self._see_to_the_end()
             except BaseException as error:
-                self._stop(keep=not isinstance(error, TaintedError))
+                patience = deadline.silence if isinstance(error, StalledError) else deadline.patience
+                self._stop(patience, keep=not isinstance(error, TaintedError))
                 raise
             finally:
                 self._close_lanes()
@@ -112,7 +118,7 @@ class Attempt:
             devices = {self._ids[address]: device for address, device in self._devices.items()}
             job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
             self._call(lambda: self._client.register_plugin(LanePlugin(job)))
-        self._idle = 0.0
+        self._standstill.begin()
 
     @contextmanager
     def _missing_those_who_left(self) -> Iterator[None]:
@@ -156,28 +162,36 @@ class Attempt:
             patience = self._check_time()
             if time.monotonic() - self._checked > PATIENCE:
                 self._check_workers()
-            try:
+            with self._waiting(patience), suppress(queue.Empty):
                 future = self._ended.get(timeout=patience)
-            except queue.Empty:
-                self._add_idle(patience)
-                continue
-            if future is not None:
-                batch.append(future)
+                if future is not None:
+                    batch.append(future)
         return batch
 
-    def _add_idle(self, seconds: float) -> None:
-        """So long was waited, and nothing ended. Raises StalledError when it has been too long since anything did.
+    @contextmanager
+    def _waiting(self, most: float) -> Iterator[None]:
+        """What is inside waits for tasks or workers. Raises StalledError where nothing has ended for too long.
 
-        Waits are added up, instead of a clock being read: it goes on while this process is stopped.
+        No more than `most` seconds are counted: the clock goes on while this process is stopped.
         """
-        self._idle += seconds
-        if self._idle > self._deadline.stalled:
-            places = [place_of(key) for key in itertools.islice(self._unfinished, 3)]
-            raise StalledError(
-                f"nothing has ended for {format_seconds(self._idle)}, where two subproblems take about "
-                f"{format_seconds(self._deadline.in_flight)}: {', '.join(places) or 'the set-up of lanes'} hangs on worker "
-                f"{', '.join(self._devices)}; what was done is on disk: see to the workers and their storage, and resume"
-            )
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._standstill.add(min(most, time.monotonic() - began))
+
+    def _pending(self) -> dict[str, list[Key]]:
+        """The unfinished tasks of each worker."""
+        pending: defaultdict[str, list[Key]] = defaultdict(list)
+        for key in list(self._unfinished):
+            pending[self._worker_of(key)].append(key)
+        return pending
+
+    def _worker_of(self, key: Key) -> str:
+        layer, head_group, index = key
+        of_subproblem = layer.startswith(("stage", "attend"))
+        lane_of = self._schedule.subproblem_lane if of_subproblem else self._schedule.chunk_lane
+        return list(self._devices)[lane_of(head_group, index)]
 
     def _check_time(self) -> float:
         """Seconds until it is to be asked again. Raises InterruptedRunError when that was asked for, TimeLimitError when it
@@ -206,9 +220,9 @@ class Attempt:
         while True:
             patience = self._check_time()
             try:
-                event = future.result(timeout=patience)
+                with self._waiting(patience):
+                    event = future.result(timeout=patience)
             except TimeoutError:
-                self._add_idle(patience)
                 self._check_workers()
                 continue
             except (Exception, CancelledError) as error:
@@ -219,19 +233,19 @@ class Attempt:
 
     def _check_workers(self) -> None:
         """Raise WorkerLostError when a worker is gone, for its tasks can end nowhere else."""
-        lost = self._devices.keys() - self._call(lambda: living_workers(self._client))
+        lost = self._devices.keys() - self._call(lambda: living_workers(self._client, patience=None))
         if lost:
             raise WorkerLostError(f"worker {', '.join(sorted(lost))} is gone with what it held in memory")
         self._checked = time.monotonic()
 
     def _call(self, function: Callable[[], Any]) -> Any:
         """What a call that waits for workers or the scheduler returns. They may hang: raises as `_check_time` and
-        `_add_idle` meanwhile."""
+        `_waiting` meanwhile."""
         called = begin_call(function)
         while not called.done():
             patience = self._check_time()
-            if not wait([called], timeout=patience).done:
-                self._add_idle(patience)
+            with self._waiting(patience):
+                wait([called], timeout=patience)
         return called.result()
 
     def _raise(self, future: Future[Event | None], error: BaseException) -> NoReturn:
@@ -248,14 +262,15 @@ class Attempt:
             self._check_workers()
             self._raise(future, cast(BaseException, future.exception()))
         event = self._event(future)
-        self._idle = 0.0
-        del self._unfinished[cast(Key, future.key)]
+        key = cast(Key, future.key)
+        self._standstill.progress(self._worker_of(key))
+        del self._unfinished[key]
         self._emit(event)
+        self._deadline.learn(event)
         if event.kind == "attended":
             self._attending -= 1
             self._attended += 1
             self._to_attend -= 1
-            self._deadline.learn(event)
         elif event.kind == "staged":
             self._left -= 1
             if not self._left:  # all is read, and the driver has little else to do
@@ -280,9 +295,9 @@ class Attempt:
         for future in futures:
             future.add_done_callback(self._ended.put)
 
-    def _stop(self, keep: bool) -> None:
-        """Let what is executing end, let nothing else begin, and have what lanes hold in memory on disk, if it is to be
-        kept.
+    def _stop(self, patience: float, keep: bool) -> None:
+        """Let what is executing end, for so many seconds, let nothing else begin, and have what lanes hold in memory on
+        disk, if it is to be kept.
 
         Whatever fails here costs no more than that work: what ended the attempt is what is told.
         """
@@ -292,8 +307,7 @@ class Attempt:
         start = clock.now()
         with self._telling("some tasks may go on"):
             self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
-        stalled = self._idle > self._deadline.stalled  # tasks were waited for already
-        until = time.monotonic() + (self._deadline.silence if stalled else self._deadline.patience)
+        until = time.monotonic() + patience
         while any(self._ask(stop, self._deadline.silence)):
             if time.monotonic() > until:
                 logger.warning("some tasks did not end in time: their work is not saved")
@@ -337,7 +351,9 @@ class Attempt:
             closed.result(timeout=self._deadline.silence)
 
     def _reachable(self) -> bool:
-        """Whether the scheduler is there: else everything else ends by itself."""
+        """Whether the scheduler is there: else everything else ends by itself, or goes on with the process of the run."""
+        if os.getpid() != self._process:  # a listener has forked
+            return False
         with suppress(WorkerLostError, TimeoutError):
             begin_call(lambda: living_workers(self._client)).result(timeout=self._deadline.silence)
             return True

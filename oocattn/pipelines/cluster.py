@@ -51,21 +51,21 @@ def begin_call(function: Callable[[], T]) -> ThreadFuture[T]:
     return called
 
 
-def _answer(function: Callable[[], T]) -> T:
-    """What a call to the scheduler returns. Raises TimeoutError after `ANSWER` seconds."""
+def _answer(function: Callable[[], T], patience: float | None = ANSWER) -> T:
+    """What a call to the scheduler returns. Raises TimeoutError after so many seconds."""
     try:
-        return begin_call(function).result(timeout=ANSWER)
+        return begin_call(function).result(timeout=patience)
     except TimeoutError as error:
         raise TimeoutError(str(error) or f"no answer for {format_seconds(ANSWER)}") from error
 
 
-def worker_addresses(client: Client) -> list[str]:
-    """The addresses of the client's workers, in a fixed order: one lane each. Raises TimeoutError after `ANSWER` seconds.
+def worker_addresses(client: Client, patience: float | None = ANSWER) -> list[str]:
+    """The addresses of the client's workers, in a fixed order: one lane each. Raises TimeoutError after so many seconds.
 
     The scheduler is asked itself: the record behind `Client.scheduler_info` is overwritten, without workers, by a task of
     the client that runs every other second.
     """
-    return sorted(_answer(client.nthreads))
+    return sorted(_answer(client.nthreads, patience))
 
 
 def warn_of_open_ports(client: Client) -> None:
@@ -133,11 +133,11 @@ def _wait(client: Client, count: int, seconds: float, seconds_for_any: float, ch
     return there
 
 
-def living_workers(client: Client) -> list[str]:
-    """The addresses of the client's workers. Raises WorkerLostError where the scheduler does not answer."""
+def living_workers(client: Client, patience: float | None = ANSWER) -> list[str]:
+    """The addresses of the client's workers. Raises WorkerLostError where the scheduler is gone, or silent for so long."""
     try:
         if client.status in ("running", "newly-created"):
-            return worker_addresses(client)
+            return worker_addresses(client, patience)
         reason: object = f"the client is {client.status}"
     except (OSError, TimeoutError, ValueError) as error:
         reason = error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict, deque
+from statistics import median
 
 from oocattn import clock
 from oocattn.pipelines.events import Event
@@ -14,9 +16,16 @@ MARGIN = 2.0
 SILENCE, LEAST_SILENCE = 15.0, 1.0
 """Seconds in which a worker must answer as a run ends, or it is done without; and those it has however late it is."""
 
-STALLED, STALLED_TIMES = 600.0, 20
-"""Seconds in which one task of a run must end at least, and those in so many times what two subproblems take, where that is
-longer. A task that takes more hangs: in a read of storage that does not answer, or on a worker that was stopped."""
+STALLED, STALLED_TIMES = 180.0, 5
+"""A run ends after so many seconds in which none of its tasks ended, or after so many times its longest step
+(`Deadline.step`) where that is longer."""
+
+NOTICED, NOTICED_TIMES = 30.0, 2
+"""After so many seconds the workers are asked what keeps them, and again after as many. Where nothing is found that does,
+the run is said to stall only after so many times its longest step."""
+
+REMEMBERED = 31
+"""Tasks of each kind whose seconds are remembered."""
 
 SAVING_RATE = 1e9
 """Bytes per second at which what lanes hold in memory is taken to be saved."""
@@ -34,10 +43,15 @@ class Deadline:
         self._at_a_time = 2 if plan.device == "cpu" else 1  # a GPU's lane counts the time behind the one before
         self._saving = plan.scratch_disk / SAVING_RATE if plan.saves else 0.0
         self._longest = 0.0
+        tasks = min(plan.subproblems, plan.chunks * plan.problem.head_groups)
+        self._planned_step = self._at_a_time * max(link.seconds for link in plan.links) * plan.lanes / tasks
+        self._took: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
 
     def learn(self, event: Event) -> None:
-        """A subproblem was attended, and what was held in memory saved meanwhile: how long that took."""
-        self._longest = max(self._longest, event.stop - event.start)
+        """A task ended, and what was held in memory was saved meanwhile: how long that took."""
+        self._took[event.kind].append(event.stop - event.start)
+        if event.kind == "attended":
+            self._longest = max(self._longest, event.stop - event.start)
         self._saving = max([self._saving, *(span.stop - span.start for span in event.spans if span.resource == "save")])
 
     @property
@@ -46,9 +60,23 @@ class Deadline:
         return self._at_a_time * self._longest or self._predicted
 
     @property
+    def step(self) -> float:
+        """Seconds of the longest step between the ends of two tasks: as planned, or as tasks took so far.
+
+        Of those it is the median: one that was stopped for a while does not make a run wait longer the next time.
+        """
+        took = max(map(median, self._took.values()), default=0.0)
+        return max(self._planned_step, self._at_a_time * took, self._saving)
+
+    @property
     def stalled(self) -> float:
-        """Seconds without the end of any task after which a run has stalled."""
-        return max(STALLED, STALLED_TIMES * self.in_flight)
+        """Seconds without the end of any task after which a run ends."""
+        return max(STALLED, STALLED_TIMES * self.step)
+
+    @property
+    def noticed(self) -> float:
+        """Seconds without the end of any task after which a run is said to stall, though nothing is found that keeps it."""
+        return max(NOTICED, NOTICED_TIMES * self.step)
 
     @property
     def least(self) -> float:

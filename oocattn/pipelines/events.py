@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["started", "staged", "attended", "merged", "written", "saved", "mended", "committed", "failed", "ended"]
+Kind = Literal[
+    "started", "staged", "attended", "merged", "written", "saved", "stalled", "mended", "committed", "failed", "ended"
+]
 
 Resource = Literal["read", "copy in", "compute", "copy out", "merge", "save", "write"]
 """What a lane has one or more of, in the order in which bytes pass through: see `Span`."""
@@ -31,8 +33,9 @@ class Event:
     """One step of a run.
 
     `kind` is what happened: the run started, a subproblem was staged or attended, a query chunk was merged or written, what
-    lanes held in memory was saved as they stopped, something went wrong and was mended, so that the run goes on with what is
-    left, the result was committed under its final name, the run failed, or it ended. `index` counts subproblems (staged,
+    lanes held in memory was saved as they stopped, the run stalled (`detail["reason"]` says why, and is "" when it goes on),
+    something went wrong and was mended, so that the run goes on with what is left, the result was committed under its final
+    name, the run failed, or it ended. `index` counts subproblems (staged,
     attended) or chunks (merged, written) within `head_group`; `start` and `stop` are seconds since the epoch on `worker`;
     `amount` is bytes (staged, written, saved) or query-key pairs (attended, merged); `detail` holds what only one kind has;
     `spans` says which resources of the lane were busy when.

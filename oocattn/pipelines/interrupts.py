@@ -9,6 +9,7 @@ TimeLimitError, because its default action would only kill the process; and a se
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Interrupts:
             self._before = {number: found for number, found in handlers.items() if found not in (None, signal.SIG_IGN)}
             for number in self._before:
                 signal.signal(number, self._handle)
+            _active.append(self)
         return self
 
     @property
@@ -74,6 +76,8 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._restore()
+        if self in _active:
+            _active.remove(self)
         if self._signal is None:
             return
         Interrupts.held -= 1
@@ -89,6 +93,21 @@ class Interrupts:
             return
         with nullcontext() if stopped else suppress(InterruptedRunError):
             signal.raise_signal(number)
+
+
+_active: list[Interrupts] = []
+
+
+def _let_go() -> None:
+    """In a fork of a process with runs: they go on there alone, so signals do here what they did before."""
+    Interrupts.held = 0
+    for interrupts in reversed(_active):
+        interrupts._restore()
+        interrupts._signal = None
+    _active.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _ending(number: int) -> BaseException:

@@ -55,15 +55,27 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     address = DashboardAddress.parse(dashboard_address)
     inproc.global_manager._ip = LOOPBACK  # else Dask asks for the way to a host of the internet, and warns where is none
     settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
-    with dask.config.set(settings), _without_tracebacks(), _start(address, workers) as cluster:
+    with dask.config.set(settings), _without_tracebacks(), _here_alone() as here:
+        cluster = here.enter_context(_start(address, workers))
         http = cluster.scheduler.http_server
         address.check_port(http.port)
         address.restrict(cluster.scheduler.http_application)
         for application in cluster.scheduler.http_application.applications:
             application.websocket_origins.update(address.origins(http.port))
         cluster.sync(_close_pages, list(cluster.workers.values()))
-        with Client(cluster) as client:
-            yield client
+        yield here.enter_context(Client(cluster))
+
+
+@contextmanager
+def _here_alone() -> Iterator[ExitStack]:
+    """A stack that is left alone in a fork of this process: threads that a cluster waits for as it closes are not there."""
+    process = os.getpid()
+    with ExitStack() as stack:
+        try:
+            yield stack
+        finally:
+            if os.getpid() != process:
+                stack.pop_all()
 
 
 def _start(address: DashboardAddress, workers: int) -> LocalCluster:

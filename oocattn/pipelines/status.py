@@ -12,6 +12,7 @@ from typing import Annotated, Literal, cast
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
+from oocattn.pipelines.deadline import NOTICED
 from oocattn.pipelines.events import Event
 from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
@@ -19,7 +20,7 @@ from oocattn.problem import Problem, read_problem
 from oocattn.records import Count, Range, Seconds, from_json, to_json
 from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.folders import is_folder
-from oocattn.storage.lock import Claim, lock_holder
+from oocattn.storage.lock import Claim, Holder, holder_silence, lock_holder
 from oocattn.storage.paths import ResultPaths
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
@@ -53,6 +54,9 @@ class Status:
 
     `dashboard` is the address of a running run's, `holder` says who works on it, and `error` how an interrupted one ended.
     `certificate` is what `verify` found of this very result, "" where it was not verified, and `verdict` when and in words.
+
+    `stalled` says why a run that is alive has not gone on since `stalled_since`, in seconds since the epoch, and what to do;
+    or it is "".
     """
 
     state: State
@@ -72,6 +76,8 @@ class Status:
     result: str = ""
     certificate: Outcome = ""
     verdict: str = ""
+    stalled: str = ""
+    stalled_since: Seconds = 0.0
 
     @property
     def share(self) -> float:
@@ -94,8 +100,9 @@ class Status:
             return "\n".join(map(printable, lines))
         if not self.subproblems:
             return printable(f"{self.state}: starting; {self.holder}")
+        state = "stalled" if self.stalled else self.state
         lines = [
-            f"{self.state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
+            f"{state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
             f"{self.tokens:,} tokens ({self.share:.0%})"
         ]
         if self.rate:  # known from the first subproblem on
@@ -106,8 +113,10 @@ class Status:
                 f"{format_bytes(self.bytes_written)} written; {self._last_saved()}"
             )
         left = "time left not known" if self.seconds_left is None else f"about {format_seconds(self.seconds_left)} left"
+        if self.stalled:
+            lines.append(f"no progress for {format_seconds(max(0.0, clock.now() - self.stalled_since))}: {self.stalled}")
         if self.state == "running":
-            lines.append(f"{left}; {self.holder}; dashboard {self.dashboard or 'none'}")
+            lines.append(f"{'' if self.stalled else f'{left}; '}{self.holder}; dashboard {self.dashboard or 'none'}")
         if self.error:
             lines.append(f"it ended: {self.error}")
         if self.state == "interrupted":
@@ -139,8 +148,10 @@ class StatusFile:
         elif event.kind == "attended":
             self._status = self._advanced()
         elif event.kind == "failed":
-            self._status = replace(self._status, error=str(event.detail["error"]))
-        important = event.kind in ("started", "mended", "failed")
+            self._status = replace(self._status, error=str(event.detail["error"]), stalled="")
+        elif event.kind == "stalled":
+            self._status = replace(self._status, stalled=str(event.detail["reason"]), stalled_since=event.start)
+        important = event.kind in ("started", "mended", "stalled", "failed")
         if important or clock.now() - self._written >= INTERVAL:
             self._written = clock.now()
             with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
@@ -177,7 +188,7 @@ class StatusFile:
             self._start = event.start
         done = self._status.subproblems - cast(int, event.detail["left"])
         self._before = min(self._before, done)
-        self._status = replace(self._status, subproblems_done=done)
+        self._status = replace(self._status, subproblems_done=done, stalled="")
 
     def _advanced(self) -> Status:
         """The status with one more subproblem done."""
@@ -216,10 +227,19 @@ def read_status(paths: ResultPaths) -> Status:
             return replace(_finished(paths, recorded["problem"]), result=str(paths.result))
         last = Status("none" if holder is None else "running")
     elif holder is not None:
-        last = replace(last, state="running")
+        last = replace(_seen(last, holder, paths), error="")  # which is of a run before this one
     else:
-        last = replace(last, state="interrupted", dashboard="")
+        last = replace(last, state="interrupted", dashboard="", stalled="")
     return replace(last, holder="" if holder is None else str(holder), result=str(paths.result))
+
+
+def _seen(last: Status, holder: Holder, paths: ResultPaths) -> Status:
+    """The status of a run that is alive; its process may be stopped."""
+    running, silence = replace(last, state="running"), holder_silence(paths.lock)
+    if silence < NOTICED:
+        return running
+    stopped = f"{holder} is stopped, and its run with it: let it go on (kill -CONT {holder.process})"
+    return replace(running, stalled=stopped, stalled_since=clock.now() - silence)
 
 
 def _is_unfinished(paths: ResultPaths) -> bool:

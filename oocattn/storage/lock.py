@@ -7,6 +7,9 @@ what another kernel's process left there is taken over only when that has stoppe
 (NFS without its lock daemon, some in user space): there, touching and watching is all that keeps others away, also on the
 same host. A lock file says whether its holder had the kernel's lock too.
 
+A process that is forked while it holds a lock shares it with the fork: so the fork closes the file, and the token is worth
+nothing there.
+
 A holder that slept through that goes on where its lock is another's by then. So each acquisition has a token of its own, in
 the file, which is asked for before every step that commits, discards, deletes or records: who does not find its own ends.
 
@@ -36,6 +39,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Protocol
+from weakref import WeakSet
 
 from oocattn.clock import now
 from oocattn.errors import IntegrityError, LockedError, TimeLimitError
@@ -138,6 +142,10 @@ class FileClaim:
 
     def check(self) -> None:
         """Raise LockedError where the lock is not held any more, OSError where that cannot be told."""
+        if self.token in _left_to_parent:
+            raise LockedError(
+                f"{self.path.parent}: this process is a fork of {_read(self.path)}, and the run goes on there alone"
+            )
         if not self.holds():
             raise LockedError(
                 f"{self.path.parent}: the lock of this run was lost to {_read(self.path)}, which took it for dead: this run "
@@ -145,7 +153,9 @@ class FileClaim:
             )
 
     def holds(self) -> bool:
-        """Whether the file is there and has the token."""
+        """Whether the file is there and has the token, which counts for nothing in a fork of the process that made it."""
+        if self.token in _left_to_parent:
+            return False
         try:
             return _parse(read_file(self.path, MOST_BYTES, follow=False)).token == self.token
         except (FileNotFoundError, NotADirectoryError, IntegrityError, ValueError):
@@ -167,6 +177,7 @@ class FileLock:
         self._released = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="oocattn-lock", daemon=True)
         self._beating.start()
+        _held.add(self)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
@@ -189,12 +200,20 @@ class FileLock:
         return self.claim.holds()
 
     def release(self) -> None:
-        """Give the lock up: its file is removed, unless it is another's by now."""
+        """Give the lock up: its file is removed, unless it is another's by now, or that of the process this is a fork of."""
+        if self.claim.token in _left_to_parent:
+            return
+        _held.discard(self)
         self._released.set()
         self._beating.join()  # else it might touch another file, which has the descriptor by then
         with suppress(OSError):
             if self.still_mine():
                 self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def leave_to_parent(self) -> None:
+        """In a fork of the process that holds it: have no part in it, or it would be held as long as the fork lives."""
+        _left_to_parent.add(self.claim.token)
         os.close(self._descriptor)
 
     def __enter__(self) -> FileLock:
@@ -204,6 +223,20 @@ class FileLock:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
+
+
+_held: WeakSet[FileLock] = WeakSet()
+
+_left_to_parent: set[str] = set()
+"""Tokens of locks that were held when this process was forked."""
+
+
+def _leave_all_to_parent() -> None:
+    while _held:
+        _held.pop().leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def _acquire(path: Path, holder: Holder, until: float) -> int:
@@ -338,6 +371,19 @@ def lock_holder(path: Path) -> Holder | None:
     if holder == NOBODY or (flocked and holder.is_told_by_kernel):
         return None
     return holder if time.time() - touched < BEATS_MISSED * BEAT else None
+
+
+def holder_silence(path: Path) -> float:
+    """Seconds since the holder of the lock at `path` touched it: some `BEAT` at most, unless its process is stopped.
+
+    0 where that cannot be told: of a holder with another kernel, the clock may differ.
+    """
+    if not _read(path).shares_kernel(Holder.this_process()):
+        return 0.0
+    try:
+        return max(0.0, time.time() - _touched(path) / 1e9)
+    except OSError:
+        return 0.0
 
 
 def _read(path: Path) -> Holder:

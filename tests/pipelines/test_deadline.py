@@ -74,6 +74,21 @@ def test_time_for_what_is_in_flight_is_kept(dataset: Path) -> None:
     assert on_gpu.left == pytest.approx(100 - MARGIN - 3 - 7, abs=0.5)
 
 
+def test_a_run_stalls_after_three_minutes_or_where_the_plan_predicts_longer_steps_later(dataset: Path) -> None:
+    short = plan_for(dataset, chunks=13, partials="memory")
+    deadline = Deadline(math.inf, short)
+    assert (deadline.noticed, deadline.stalled) == (30, 180)
+    for seconds in (0.1, 0.2, 170.0):  # the last was stopped for a while
+        deadline.learn(Event("attended", 10.0, 10.0 + seconds))
+    assert (deadline.noticed, deadline.stalled) == (30, 180)
+    for _ in range(3):
+        deadline.learn(Event("staged", 10.0, 70.0))
+    assert (deadline.noticed, deadline.stalled) == (240, 600)
+    link = replace(short.links[0], seconds=100.0 * min(short.subproblems, short.chunks * short.problem.head_groups))
+    slow_reading = replace(short, links=(link, *short.links[1:]))
+    assert Deadline(math.inf, slow_reading).stalled == pytest.approx(1000)
+
+
 def test_a_limit_that_has_passed_computes_nothing(client: Client, dataset: Path, result: Path) -> None:
     words = r"time limit reached: 0 of \d+ subproblems are done, .*, none of them since the start: one takes .*allow .* and "
     with pytest.raises(TimeLimitError, match=words):

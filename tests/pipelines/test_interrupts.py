@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 
 import pytest
 from distributed import Client
@@ -15,7 +16,7 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 
 import oocattn
 from oocattn import Event, TimeLimitError
-from oocattn.pipelines.interrupts import InterruptedRunError, Interrupts
+from oocattn.pipelines.interrupts import SIGNALS, InterruptedRunError, Interrupts
 
 
 def under_a_run(*steps: Callable[[Interrupts], object]) -> None:
@@ -140,3 +141,15 @@ def test_an_interrupted_run_leaves_what_was_in_flight_on_disk(
     assert_same_bits(oocattn.resume(result, client=client, callbacks=[again]), right)
     if partials == "disk":  # of what had been attended nothing is attended again
         assert len(again.of("attended")) <= plan.subproblems - len(recorder.of("attended"))
+
+
+def test_signals_end_a_fork_of_a_process_with_a_run() -> None:
+    with Interrupts():
+        process = os.fork()
+        if process == 0:
+            for number in SIGNALS:
+                if isinstance(signal.getsignal(number), MethodType):
+                    os._exit(1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        assert isinstance(signal.getsignal(signal.SIGTERM), MethodType)

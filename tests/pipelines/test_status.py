@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -84,6 +87,28 @@ def test_before_the_first_subproblem_is_done_the_plan_says_how_long_it_takes(fas
         "5 GiB read, 0 B of partials, 0 B written; nothing saved yet",
         "about 90 s left; held by somebody; dashboard none",
     ]
+
+
+def test_a_run_that_does_not_go_on_says_why_and_since_when_not_how_long_it_takes() -> None:
+    why = "worker tcp://host:1 is paused"
+    stalled = Status("running", 10, seconds_left=11.0, holder="somebody", stalled=why, stalled_since=clock.now() - 45)
+    head, reason, last = str(stalled).splitlines()
+    assert head == "stalled: 0 of 10 subproblems, 0 of 0 tokens (0%)"
+    assert re.fullmatch(rf"no progress for 45(\.\d)? s: {why}", reason)
+    assert last == "somebody; dashboard none"
+
+
+def test_a_run_whose_process_is_stopped_is_stalled(fast_path: Path) -> None:
+    paths = ResultPaths.at(fast_path / "result.zarr")
+    paths.make_state()
+    with FileLock(paths.lock):
+        paths.status.write_text(json.dumps(asdict(Status("running", 10, seconds_left=11.0))))
+        assert " left" in str(oocattn.status(paths.result))
+        hour_ago = time.time() - 3600
+        os.utime(paths.lock, (hour_ago, hour_ago))
+        stopped = str(oocattn.status(paths.result))
+    assert re.search(r"^stalled: 0 of 10 .*\nno progress for 60 min: process \d+ on host .* is stopped.*kill -CONT", stopped)
+    assert " left" not in stopped
 
 
 @pytest.mark.parametrize(

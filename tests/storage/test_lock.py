@@ -373,3 +373,17 @@ def test_many_contenders_hold_it_one_at_a_time(tmp_path: Path) -> None:
     assert [future.result() for future in ended] == [None] * 4
     assert set(most) == {1}
     assert len(taken) > 4
+
+
+def test_a_fork_has_no_part_in_the_lock_of_its_parent(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with FileLock(path) as lock:
+        process = os.fork()
+        if process == 0:
+            open_files = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+            lock.release()
+            os._exit(bool(lock.still_mine()) + 2 * (str(path) in open_files))
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        lock.claim.check()
+        assert lock_holder(path) == lock.holder
+    assert not path.exists()
