@@ -110,6 +110,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class _Quiet(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # with the default of 5, clients that come together wait for seconds
 
     def handle_error(self, *_: object) -> None:
         """A client that has left is no news."""
@@ -161,8 +162,9 @@ def stall(seconds: float) -> Fault:
         request.send_response(200)
         request.send_header("Content-Length", "100000")
         request.end_headers()
-        request.wfile.write(b"{")
-        request.wfile.flush()
+        if request.command != "HEAD":
+            request.wfile.write(b"{")
+            request.wfile.flush()
         time.sleep(seconds)
         request.drop()
         return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,7 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
     """fsspec's file system for http and https, with ranges and sizes as the server really sends them."""
 
     _head_works = True
+    _session: Any = None
 
     async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """The bytes of a file: all of them, [start, end), or the last -`start`, whether or not the server knows ranges.
@@ -78,6 +80,14 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
                 size = _size(response)
             self._head_works = False
         return {"name": url, "size": size, "type": "file"}
+
+    async def set_session(self) -> aiohttp.ClientSession:
+        """The session of this object, which is closed with it."""
+        if self._session is None:
+            self._session = await self.get_client(**self.client_kwargs)
+            weakref.finalize(self, self.close_session, asyncio.get_running_loop(), self._session)
+        session: aiohttp.ClientSession = self._session
+        return session
 
     async def _request(self, method: str, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
         """A response whose body has not been read. Ranges and sizes are of bytes that are not compressed on their way."""

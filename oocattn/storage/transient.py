@@ -50,7 +50,7 @@ _TRANSIENT_ERRNO = {
 }
 
 _TRANSIENT_TYPES = {
-    *("aiohttp.ClientPayloadError", "aiohttp.ServerConnectionError", "aiohttp.ServerTimeoutError"),
+    *("aiohttp.ClientPayloadError", "aiohttp.ServerConnectionError", "aiohttp.HttpProcessingError"),
     *("botocore.HTTPClientError", "botocore.IncompleteReadError", "aiobotocore.AioReadTimeoutError"),
     *("azure.ServiceRequestError", "azure.ServiceResponseError"),
     *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError", "requests.ContentDecodingError"),
@@ -132,7 +132,8 @@ def _error(operation: str, url: str, failure: Failure, tries: int, seconds: floa
 def classify(error: BaseException) -> Failure:
     """What an exception of a file system means: by the first status code in it and its causes, else by their types."""
     chain = list(_causes(error))
-    for each in chain:
+    garbled = any("aiohttp.HttpProcessingError" in _names(each) for each in chain)  # with status codes of aiohttp's own
+    for each in () if garbled else chain:
         if (found := _by_status(each)) is not None:
             return found
     for each in chain:
@@ -164,7 +165,7 @@ def _by_status(error: BaseException) -> Failure | None:
     described = response if isinstance(response, Mapping) else {}  # botocore's
     metadata, said = described.get("ResponseMetadata", {}), described.get("Error", {})
     status = _status(error, metadata)
-    if status is None or "aiohttp.HttpProcessingError" in _names(error):  # its code is aiohttp's own
+    if status is None:
         return None
     phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
     words = str(said.get("Message") or getattr(error, "message", "") or phrase)
@@ -207,6 +208,8 @@ def _by_type(error: BaseException) -> Failure | None:
     if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
         return Failure(Kind.PERMANENT, f"unknown host ({error.strerror or error})", "check the host's name in the URL")
     names = _names(error)
+    if "aiohttp.TooManyRedirects" in names:
+        return Failure(Kind.PERMANENT, "it redirects again and again", "check the URL")
     if isinstance(error, TimeoutError):
         return Failure(Kind.TRANSIENT, f"no answer in time ({error or type(error).__name__})")
     transient = isinstance(error, OSError) and (error.errno in _TRANSIENT_ERRNO or isinstance(error, socket.gaierror))

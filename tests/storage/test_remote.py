@@ -109,7 +109,7 @@ def test_each_request_for_a_dataset_may_fail_once(server: Server, storage: str, 
     dataset = Dataset.open(f"{server.url}/{storage}.zarr")
     read(dataset)
     assert dataset.reopened().fingerprint() == expected
-    assert min(server.tries.values()) >= 2
+    assert min(tries for (method, _), tries in server.tries.items() if method == "GET") >= 2
 
 
 def test_each_request_of_plan_run_and_verify_may_fail_once(
@@ -122,7 +122,7 @@ def test_each_request_of_plan_run_and_verify_may_fail_once(
     result = carry_out(plan_for(url, chunks=3), url, tmp_path / "result", client)
     assert_same_bits(result, right)
     assert oocattn.verify(tmp_path / "result", dataset=url).passed
-    assert min(server.tries.values()) >= 2
+    assert min(tries for (method, _), tries in server.tries.items() if method == "GET") >= 2
 
 
 @pytest.mark.usefixtures("impatient")
@@ -176,9 +176,9 @@ def test_poor_servers_serve(folder: Path, storage: str, options: dict[str, bool]
     with serving(folder, **options) as served:
         dataset = Dataset.open(f"{served.url}/{storage}.zarr")
         read(dataset)
-        assert dataset.fingerprint() == Dataset.open(f"{served.url}/{storage}.zarr").fingerprint()
+        found = dataset.fingerprint()
     with serving(folder) as served:
-        assert Dataset.open(f"{served.url}/{storage}.zarr").fingerprint() == dataset.fingerprint()
+        assert Dataset.open(f"{served.url}/{storage}.zarr").fingerprint() == found
 
 
 def test_a_part_of_a_compressed_body_is_cut_from_the_whole(server: Server) -> None:
@@ -262,7 +262,7 @@ async def near(host: str) -> list[int]:
 
 def test_redirects_end(server: Server) -> None:
     server.fault = lambda request: status(302, Location=request.path)(request)
-    with pytest.raises(RemoteError, match="302"):
+    with pytest.raises(RemoteError, match="redirects again and again"):
         Dataset.open(f"{server.url}/plain.zarr")
 
 
@@ -316,8 +316,9 @@ def test_a_retry_after_beyond_the_minute_ends_it(server: Server) -> None:
 def test_an_archive_behind_a_url_is_read(server: Server, folder: Path, hurried: None, tmp_path: Path) -> None:
     with serving(tmp_path) as served:
         shutil.make_archive(str(tmp_path / "d"), "zip", folder / "plain.zarr")
-        for fault in (None, first_try(status(503)), first_try(drop)):
-            served.fault = fault
+        for fault in (None, status(503), drop):
+            served.tries.clear()
+            served.fault = lambda request, fault=fault: max(served.tries.values()) == 1 and fault and fault(request)
             read(Dataset.open(f"zip::{served.url}/d.zip"))
         served.fault = status(503)
         with pytest.raises(RemoteError, match=r"opening zip::.*503"):
