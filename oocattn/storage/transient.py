@@ -30,8 +30,8 @@ PATIENCE = 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 8.0
 """Seconds between two tries: at first, and at most. They double; up to half is taken off, so that clients come apart."""
 
-WARNING_SECONDS = 5.0
-"""Seconds of failing after which it is logged that a request is tried again, and between two such lines of the log."""
+WARNING_SECONDS, SILENT_SECONDS = 5.0, 30.0
+"""Seconds of failing after which it is logged that a request is tried again, and least seconds between two such lines."""
 
 TRY_SECONDS = 600.0
 """Seconds that one try may take, whatever the server sends meanwhile."""
@@ -106,7 +106,7 @@ async def retrying(operation: str, url: str, step: Callable[[], Awaitable[T]], p
             wait = max(pause * random.uniform(0.5, 1.0), failure.wait)
             if failure.kind is not Kind.TRANSIENT or now + wait > first + patience:
                 raise _error(operation, url, failure, tries, now - began) from error
-            if now + wait > max(first, _warned) + WARNING_SECONDS:
+            if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
                 _warn("%s %s: %s; it is tried again for %.0f s", operation, url, failure.found, first + patience - now)
         await asyncio.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
