@@ -30,6 +30,17 @@ class TaintedError(IntegrityError):
     """What a run has computed cannot be trusted: it is discarded, and cannot be resumed."""
 
 
+class RemoteError(OocattnError, OSError):
+    """A remote store did not answer, though it was asked for a minute, or answered that it never will.
+
+    What a run has done is on disk: `resume` goes on.
+    """
+
+
+class RemoteDeniedError(RemoteError):
+    """A remote store does not let an object be read; some, as S3, answer so where there is none, too."""
+
+
 class LockedError(OocattnError, RuntimeError):
     """Another live run holds the result."""
 

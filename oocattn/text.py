@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -10,13 +11,25 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 MOST_SHOWN = 2000
 """Characters of a text that are printed at most."""
 
+_USER = re.compile(
+    r"(https?://)[^/?#\s]*@"
+    r"|(://)(?!\[)(?:[^/?#\s@]*:[^/?#\s]*@|[^/?#\s:@]*:(?!\d{0,5}(?:[/?#\s'\",;)]|$))\S*@)"  # last: a slash in a password
+)
+_SECRET = re.compile(r"([?&][^=&#\s]*(?:sig|token|key|secret|passw|credential|auth)[^=&#\s]*=)[^&#\s'\"]+", re.IGNORECASE)
+
+
+def without_credentials(text: str) -> str:
+    """The text without what URLs in it have before the host, and without the values of signatures, keys and the like."""
+    return text if "://" not in text else _SECRET.sub(r"\1***", _USER.sub(r"\1\2", text))
+
 
 def printable(text: object) -> str:
     r"""The text on one line, with control characters, line breaks and surrogates as escapes such as `\x1b`.
 
-    A terminal is told nothing by it, and no line is forged. What is longer than `MOST_SHOWN` characters is cut.
+    A terminal is told nothing by it, no line is forged, and URLs are without credentials. What is longer than `MOST_SHOWN`
+    characters is cut.
     """
-    found = str(text)
+    found = without_credentials(str(text))
     cut = found if len(found) <= MOST_SHOWN else f"{found[:MOST_SHOWN]}..."
     return "".join(_escaped(character) if unicodedata.category(character) in _HIDDEN else character for character in cut)
 

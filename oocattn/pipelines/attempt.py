@@ -37,7 +37,7 @@ from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.tasks import LanePlugin, plugin_name, plugins_of, save, stop
 from oocattn.pipelines.work import Work
-from oocattn.storage.dataset import Dataset, changed_arrays
+from oocattn.storage.dataset import changed_arrays
 from oocattn.storage.operations import described, is_disk_full, words_of
 from oocattn.units import format_seconds
 
@@ -280,7 +280,7 @@ class Attempt:
         """Raises TaintedError where the dataset is not what it was when the run began."""
         dataset = self._work.dataset
         with naming("the check of the dataset"):
-            changed = changed_arrays(self._work.fingerprint, Dataset.open(dataset.location).fingerprint(within_run=True))
+            changed = changed_arrays(self._work.fingerprint, dataset.reopened().fingerprint(within_run=True))
         if changed:
             raise TaintedError(
                 f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "

@@ -19,7 +19,19 @@ from zarr.storage import LocalStore, StorePath, WrapperStore
 
 from oocattn.errors import OocattnError
 from oocattn.storage.decoding import array_chain, bounded
-from oocattn.storage.layout import chunk_bytes, chunk_key, leading, missing_chunk, too_large, undecodable
+from oocattn.storage.layout import (
+    chunk_bytes,
+    chunk_key,
+    described,
+    html_page,
+    is_html,
+    leading,
+    missing_chunk,
+    stored_bytes,
+    too_large,
+    undecodable,
+    wrong_size,
+)
 from oocattn.storage.shards import check_shard
 
 if TYPE_CHECKING:
@@ -43,22 +55,26 @@ INDEX_COPIES = 4
 
 
 class CompleteStore(WrapperStore["Store"]):
-    """A store of whole chunks: an absent key is an error, and so is an object of more than `most` bytes.
+    """A store of whole chunks: an absent key is an error, and so are more than `most` bytes, or not `exact` ones.
 
     Of a remote object no more than that is fetched; local ones are mapped. `location` is for the message.
     """
 
-    def __init__(self, store: Store, location: str = "", most: int = 2**63 - 1) -> None:
+    def __init__(self, store: Store, location: str = "", most: int = 2**63 - 1, exact: int | None = None) -> None:
         super().__init__(store)
         self._location = location
         self._most = most
+        self._exact = exact
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of `key`. Raises IntegrityError if there is none, or more than a chunk can have."""
         window = byte_range
         if byte_range is None and not isinstance(self._store, LocalStore):
             window = RangeByteRequest(0, self._most + 1)
-        return self._whole(key, await self._store.get(key, prototype, window))
+        value = self._whole(key, await self._store.get(key, prototype, window))
+        if byte_range is None:
+            self._check_content(key, value)
+        return value
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -66,6 +82,13 @@ class CompleteStore(WrapperStore["Store"]):
         """As `get`, where the wrapped store reads synchronously."""
         store: Any = self._store
         return self._whole(key, store.get_sync(key, prototype=prototype, byte_range=byte_range))
+
+    def _check_content(self, key: str, value: Buffer) -> None:
+        beginning = value[:64].to_bytes()
+        if is_html(beginning):
+            raise html_page(described(self._location, key), beginning)
+        if self._exact is not None and len(value) != self._exact:
+            raise wrong_size(self._location, key, len(value), self._exact)
 
     def _whole(self, key: str, value: Buffer | None) -> Buffer:
         if value is None:
@@ -80,7 +103,8 @@ def complete_array(array: zarr.Array[Any], location: str) -> zarr.Array[Any]:
 
     Raises ProblemError for codecs that are not decoded.
     """
-    path = StorePath(CompleteStore(array.store, location, array_chain(array).stored), array.path)
+    store = CompleteStore(array.store, location, array_chain(array).stored, stored_bytes(array))
+    path = StorePath(store, array.path)
     return zarr.Array(zarr.AsyncArray(metadata=bounded(array), store_path=path))
 
 
@@ -139,11 +163,18 @@ def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low
         array.get_basic_selection(selection, out=NDBuffer.from_ndarray_like(target), prototype=buffer_prototype)
     except (OocattnError, OSError):
         raise
+    except BaseExceptionGroup as group:  # as Zarr raises what reads of a shard's parts raised
+        raise _first(group) from group
     except Exception as error:  # each codec has its own: RuntimeError, ValueError, zlib.error, EOFError, ...
         if low // rows == (high - 1) // rows:
             raise undecodable(location, _key(array, index, low), error) from error
         for first, last in _spans(low, high, rows):  # to find out which chunk it is
             read_span(array, location, index, first, out[first - low : last - low])
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first exception in a group that holds no group."""
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _key(array: zarr.Array[Any], index: tuple[int, ...], token: int) -> str:

@@ -25,15 +25,16 @@ from zarr.codecs import BytesCodec
 from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.core.sync import sync as zarr_sync
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
-from oocattn.errors import ProblemError, ResultExistsError
+from oocattn.errors import OocattnError, ProblemError, ResultExistsError
 from oocattn.storage.durable import PARTIAL, write_durably
 from oocattn.storage.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
-from oocattn.storage.locations import local_path, parse_location
+from oocattn.storage.locations import Location, local_path, parse_location
 from oocattn.storage.operations import doing
 from oocattn.storage.own_store import OwnStore
+from oocattn.storage.remote import RemoteStore, open_remote
 from oocattn.storage.renaming import rename_new
 from oocattn.storage.syncing import sync
 from oocattn.text import printable
@@ -169,7 +170,7 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     """
     local = local_path(path)
     if local is None:
-        yield _create_remote(parse_location(path).text, attributes, overwrite)
+        yield _create_remote(parse_location(path), attributes, overwrite)
         return
     refuse_to_destroy(local, overwrite)
     with doing("make", local.parent):
@@ -198,15 +199,17 @@ def _is_plain(array: zarr.Array[Any]) -> bool:
     )
 
 
-def _create_remote(url: str, attributes: dict[str, Any], overwrite: bool) -> zarr.Group:
+def _create_remote(location: Location, attributes: dict[str, Any], overwrite: bool) -> zarr.Group:
+    url = str(location)
     try:
-        foreign = zarr_sync(_foreign_key(url)) if overwrite else None
+        store = open_remote(location, read_only=False)
+        foreign = zarr_sync(_foreign_key(store)) if overwrite else None
         if foreign is not None:
             raise ResultExistsError(
                 f"{foreign} lies in {url}, which would be removed, and is not a file of a Zarr group: move it away"
             )
-        return zarr.open_group(url, mode="w" if overwrite else "w-", attributes=attributes, zarr_format=3)
-    except ResultExistsError:
+        return zarr.open_group(store, mode="w" if overwrite else "w-", attributes=attributes, zarr_format=3)
+    except OocattnError:
         raise
     except FileExistsError as error:
         raise ResultExistsError(f"{url} exists already: choose another path, or overwrite it (--overwrite)") from error
@@ -214,10 +217,10 @@ def _create_remote(url: str, attributes: dict[str, Any], overwrite: bool) -> zar
         raise ProblemError(f"{url} cannot be created ({printable(error)}): check the URL and its access") from error
 
 
-async def _foreign_key(url: str) -> str | None:
-    """A key at a URL that is none of a Zarr group; None where all are."""
+async def _foreign_key(store: RemoteStore) -> str | None:
+    """A key in a store that is none of a Zarr group; None where all are."""
     pattern = pattern_of(GROUP)
-    async for key in FsspecStore.from_url(url, read_only=True).list():
+    async for key in store.list():
         if not pattern.fullmatch(key):
             return key
     return None

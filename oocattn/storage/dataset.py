@@ -5,7 +5,6 @@ Here a dataset is found, identified and checked to be whole; how rows are read i
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import itertools
 import json
@@ -22,7 +21,6 @@ import zarr
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError
 from oocattn.problem import ArraySpec
@@ -44,6 +42,7 @@ from oocattn.storage.metadata import array_names, is_array, open_array, read_att
 from oocattn.storage.operations import doing
 from oocattn.storage.packing import refuse_packed
 from oocattn.storage.readers import InputArray
+from oocattn.storage.remote import all_of, open_remote
 from oocattn.storage.shards import check_shard
 from oocattn.text import printable
 
@@ -52,6 +51,9 @@ NAMES = ("q", "k", "v")
 
 SAMPLED_CHUNKS, SAMPLED_BYTES = 5, 1 << 16
 """Stored chunks of an array whose content is part of the fingerprint, and how much at each end of them."""
+
+ASKED = 64
+"""Chunks of a remote array that are asked for at the same time, where they are not listed."""
 
 MOST_NAMED = 10
 """Arrays that the message names where one is missing."""
@@ -80,7 +82,7 @@ class Fingerprints:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The input of a run: `location` (an absolute path, or a URL) and its arrays by name, "q", "k" and "v".
+    """The input of a run: `location` (an absolute path, or a URL without credentials) and its arrays, "q", "k" and "v".
 
     Opening reads metadata alone. It is sent to other processes as its arrays' metadata; how they are read best is learned
     anew there.
@@ -98,16 +100,21 @@ class Dataset:
         is read before the location is checked.
         """
         location = parse_location(path_or_url)
-        store = _open_store(location)
-        if read_attributes(store, location.text) is None:
-            raise _no_group(
-                location, "an array is there" if is_array(store, location.text) else "nothing of that kind is there"
-            )
-        arrays = {name: _array(store, name, location.text) for name in NAMES}
+        return cls._in(_open_store(location), str(location))
+
+    @classmethod
+    def _in(cls, store: Store, location: str) -> Dataset:
+        if read_attributes(store, location) is None:
+            raise _no_group(location, "an array is there" if is_array(store, location) else "nothing of that kind is there")
+        arrays = {name: _array(store, name, location) for name in NAMES}
         for array in arrays.values():
-            refuse_packed(array, location.text)
-        check_axes(arrays, location.text)
-        return cls.of(location.text, arrays)
+            refuse_packed(array, location)
+        check_axes(arrays, location)
+        return cls.of(location, arrays)
+
+    def reopened(self) -> Dataset:
+        """The dataset as it is now: its metadata is read again. Raises as `open`."""
+        return self._in(self.arrays["q"].array.store, self.location)
 
     @classmethod
     def open_recorded(cls, recorded: object, named: str | Path | Location | None) -> Dataset:
@@ -147,9 +154,10 @@ class Dataset:
         """Check that every chunk of q, k and v is there. Raises IntegrityError naming array, chunk and key.
 
         In a local folder each chunk file must exist and, where it is stored as it is (no compressor, no shards), have
-        exactly the size of a chunk: one `stat` a file. Elsewhere the keys are listed once, and those not listed are
-        asked for one by one. Of a shard the index is read as well (16 bytes a chunk): every chunk that lies within the
-        array's bounds must be in it and, in a local folder, within the file. What chunks decode to is not checked.
+        exactly the size of a chunk: one `stat` a file. Elsewhere the keys are listed once, where that is possible, and
+        those not listed are asked for by name; a size counts where it is told. Of a shard the index is read as well (16
+        bytes a chunk): every chunk that lies within the array's bounds must be in it and, in a local folder, within the
+        file. What chunks decode to is not checked.
         """
         for array in (self.arrays[name].array for name in NAMES):
             check = _check_files if isinstance(array.store, MappedStore) else _check_keys
@@ -233,7 +241,7 @@ def _ends(root: Path, key: str, location: str) -> list[bytes]:
 
 async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:
     prototype = default_buffer_prototype()
-    return list(await asyncio.gather(*(array.store.get(key, prototype, part) for key, part in wanted)))
+    return await all_of(array.store.get(key, prototype, part) for key, part in wanted)
 
 
 def _check_files(array: zarr.Array[Any], location: str) -> None:
@@ -246,17 +254,24 @@ def _check_files(array: zarr.Array[Any], location: str) -> None:
 
 
 def _check_keys(array: zarr.Array[Any], location: str) -> None:
-    listed = set(sync(_listed(array)))
-    for coordinates in stored_chunks(array):
-        key = chunk_key(array, coordinates)
-        if key not in listed and not sync(array.store.exists(key)):
-            raise missing_chunk(location, key)
+    expected = stored_bytes(array)
+    for coordinates, key, size in _objects(array, location):
+        if expected is not None and size is not None and size != expected:
+            raise wrong_size(location, key, size, expected)
         if array.shards is not None:
             check_shard(array, coordinates, location)
 
 
-async def _listed(array: zarr.Array[Any]) -> list[str]:
-    return [key async for key in array.store.list_prefix(array.path)]
+def _objects(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
+    """Coordinates, key and size, if it is told, of every chunk of a remote array. Raises at the first that is missing."""
+    store: Any = array.store
+    listed, stored = sync(store.list_sizes(array.path)), stored_chunks(array)
+    while batch := {chunk_key(array, coordinates): coordinates for coordinates in itertools.islice(stored, ASKED)}:
+        found = sync(store.find_sizes([key for key in batch if key not in listed]))
+        for key, coordinates in batch.items():
+            if key not in listed and key not in found:
+                raise missing_chunk(location, key)
+            yield coordinates, key, listed[key] if key in listed else found[key]
 
 
 def _files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, os.stat_result]]:
@@ -280,17 +295,12 @@ def _open_store(location: Location) -> Store:
     if location.path is not None:
         return MappedStore(location.path, read_only=True)
     try:
-        return FsspecStore.from_url(location.text, read_only=True)
-    except ImportError as error:
-        raise ProblemError(
-            f"{printable(location)} cannot be opened ({printable(error)}): install the package that is named, besides "
-            "oocattn[remote]"
-        ) from error
-    except Exception as error:  # each file system has its own
-        raise _no_group(location, printable(error)) from error
+        return open_remote(location)
+    except FileNotFoundError as error:
+        raise _no_group(str(location), "nothing is there") from error
 
 
-def _no_group(location: Location, reason: str) -> ProblemError:
+def _no_group(location: str, reason: str) -> ProblemError:
     return ProblemError(
         f"no Zarr group at {printable(location)} ({reason}): give the path or URL of a group with the arrays q, k and v; "
         "`oocattn import` makes one from other files"
@@ -302,9 +312,11 @@ def _array(store: Store, name: str, location: str) -> zarr.Array[Any]:
     if array is not None:
         return array
     found = array_names(store)
-    shown = [printable(other) for other in found[:MOST_NAMED]]
     more = " and more" if len(found) > MOST_NAMED else ""
+    shown = f"found {[printable(other) for other in found[:MOST_NAMED]]}{more}"
+    if not store.supports_listing:
+        shown = "its server does not list what is there"
     raise ProblemError(
-        f"no array {name!r} in {printable(location)}: found {shown}{more}; a dataset has the arrays q, k and v: rename the "
+        f"no array {name!r} in {printable(location)}: {shown}; a dataset has the arrays q, k and v: rename the "
         "array, or import the tensors with `oocattn import`"
     )

@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes
 
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.mistaken import no_path
-from oocattn.text import printable
+from oocattn.text import printable, without_credentials
 
 SCHEMES = ("s3", "gs", "az", "abfs", "http", "https", "memory")
 """Schemes of remote stores. memory:// is fsspec's store within this process, for tests."""
@@ -33,13 +33,16 @@ _BYTES = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class Location:
-    """A place that may be opened: `text` is an absolute path or a URL, `path` the path where that is a local one."""
+    """A place that may be opened: `text` is an absolute path or a URL, `path` the path where that is a local one.
+
+    As a str it is fit to be printed and recorded: without the credentials that a URL may have.
+    """
 
     text: str
     path: Path | None
 
     def __str__(self) -> str:
-        return self.text
+        return self.text if self.path is not None else without_credentials(self.text)
 
 
 def parse_location(typed: object, what: str = "dataset") -> Location:

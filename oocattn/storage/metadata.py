@@ -22,10 +22,11 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, StorePath
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
-from oocattn.errors import IntegrityError, OocattnError, ProblemError
+from oocattn.errors import IntegrityError, OocattnError, ProblemError, RemoteDeniedError, RemoteError
 from oocattn.records import parse_json
 from oocattn.storage.codec_chain import chain_of, v2_codecs, v3_codecs
 from oocattn.storage.files import read_file
+from oocattn.storage.layout import html_page, is_html
 from oocattn.storage.operations import doing, is_named
 from oocattn.text import printable
 
@@ -96,6 +97,8 @@ def array_names(store: Store) -> list[str]:
     """Names of some arrays in the group at the root of a store, for a message: of the first thousand entries."""
     if isinstance(store, LocalStore):
         return _array_folders(store)
+    if not store.supports_listing:
+        return []
     try:
         entries = sync(_some_entries(store))
         return sorted(
@@ -125,16 +128,28 @@ async def _some_entries(store: Store) -> list[str]:
 
 
 def _read_node(store: Store, path: str, location: str) -> Node | None:
-    if (found := _read_document(store, path, "zarr.json", location)) is not None:
+    """A node; None where there is none. Raises RemoteDeniedError where a server lets no document be read."""
+    denied: list[RemoteDeniedError] = []
+
+    def read(name: str) -> dict[str, Any] | None:
+        try:
+            return _read_document(store, path, name, location)
+        except RemoteDeniedError as error:  # said of what is missing, too, where listing is not allowed
+            denied.append(error)
+            return None
+
+    if (found := read("zarr.json")) is not None:
         kind = found.get("node_type")
         if type(found.get("zarr_format")) is not int or found["zarr_format"] != 3 or kind not in ("array", "group"):
             raise _damaged(_place(path, location), "it is neither a group nor an array of Zarr format 3")
         return str(kind), found
     for key, kind in ((".zarray", "array"), (".zgroup", "group")):
-        if (found := _read_document(store, path, key, location)) is not None:
+        if (found := read(key)) is not None:
             if type(found.get("zarr_format")) is not int or found["zarr_format"] != 2:
                 raise _damaged(_place(path, location), f"{key} is not of Zarr format 2")
-            return kind, {**found, "attributes": _read_document(store, path, ".zattrs", location) or {}}
+            return kind, {**found, "attributes": read(".zattrs") or {}}
+    if denied:
+        raise denied[0]
     return None
 
 
@@ -144,6 +159,8 @@ def _read_document(store: Store, path: str, name: str, location: str) -> dict[st
     try:
         return None if content is None else parse_json(content, not_finite=True)
     except ValueError as error:
+        if content is not None and is_html(content):
+            raise html_page(f"{name} of {_place(path, location)}", content) from None
         raise _damaged(_place(path, location), f"{name} is {printable(error)}") from None
 
 
@@ -155,14 +172,14 @@ def _read(store: Store, key: str, location: str) -> bytes | None:
         found = sync(store.get(key, buffer_prototype, RangeByteRequest(0, MOST_BYTES + 1)))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except RemoteError:
+        raise
     except OocattnError as error:
         raise IntegrityError(printable(error)) from None
     except OSError as error:
         if is_named(error):  # of a local file: nothing is wrong with what it holds, as far as is known
             raise
         raise IntegrityError(f"{printable(location)}: {key} cannot be read ({printable(error)})") from error
-    except Exception as error:  # each remote store has its own
-        raise ProblemError(f"{printable(location)} cannot be read ({printable(error)}): check its URL and access") from error
     if found is not None and len(found) > MOST_BYTES:
         raise _damaged(location, f"{key} has more than {MOST_BYTES:,} bytes")
     return None if found is None else found.to_bytes()

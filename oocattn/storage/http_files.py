@@ -1,0 +1,195 @@
+"""Files behind http and https, as servers really are: without ranges, without HEAD, compressing, redirecting, stalling.
+
+fsspec's own class takes the whole file for a range where a server ignores ranges, and takes every failure to learn a size
+for a missing file. Importing this module needs aiohttp. What failures mean, and further tries, are transient.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+from fsspec.implementations.http import HTTPFileSystem
+from yarl import URL
+
+from oocattn import clock
+from oocattn.errors import RemoteError
+from oocattn.text import printable
+
+CONNECT_SECONDS, IDLE_SECONDS = 15.0, 20.0
+"""Seconds in which a server must take a connection, and in which it must send something."""
+
+LEAST_RATE = 1000.0
+"""Bytes per second that a body must have on average after `IDLE_SECONDS`: a server may not drip for hours."""
+
+TOTAL_SECONDS = 300.0
+"""Seconds that a request may take whose body is not read here, as in a chain such as zip::https."""
+
+_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
+
+
+async def get_client(**options: Any) -> aiohttp.ClientSession:
+    """A session with timeouts, which follows no redirect to a network that is nearer than the server's."""
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(_check_redirect)
+    timeout = aiohttp.ClientTimeout(total=TOTAL_SECONDS, sock_connect=CONNECT_SECONDS, sock_read=IDLE_SECONDS)
+    return aiohttp.ClientSession(**{"timeout": timeout, **options, "trace_configs": [trace]})
+
+
+class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
+    """fsspec's file system for http and https, with ranges and sizes as the server really sends them."""
+
+    _head_works = True
+    _session: Any = None
+
+    async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        """The bytes of a file: all of them, [start, end), or the last -`start`, whether or not the server knows ranges.
+
+        Little more than these is held in memory. Raises FileNotFoundError and aiohttp's exceptions.
+        """
+        if start is not None and start == end:
+            return b""
+        async with await self._request("get", url, _range_header(start, end)) as response:
+            if response.status == 416:  # the file ends before `start`
+                return b""
+            self._check(response, url)
+            if not (_is_encoded(response) and response.status == 206):
+                return await _read(response, start or 0, end)
+        async with await self._request("get", url, {}) as response:  # a part of what is compressed means nothing
+            self._check(response, url)
+            return await _read(response, start or 0, end)
+
+    async def _info(self, url: str, **_: Any) -> dict[str, Any]:
+        """The file's name and size, None for one that the server does not tell. What GET says counts, not HEAD."""
+        size = None
+        if self._head_works:
+            try:
+                async with await self._request("head", url, {}) as response:
+                    size = _size(response) if response.status == 200 else None
+            except (aiohttp.ClientError, TimeoutError):
+                pass
+        if size is None:
+            async with await self._request("get", url, {"Range": "bytes=0-0"}) as response:
+                if response.status != 416:  # an empty file
+                    self._check(response, url)
+                size = _size(response)
+            self._head_works = False
+        return {"name": url, "size": size, "type": "file"}
+
+    async def set_session(self) -> aiohttp.ClientSession:
+        """The session of this object, which is closed with it."""
+        if self._session is None:
+            self._session = await self.get_client(**self.client_kwargs)
+            weakref.finalize(self, self.close_session, asyncio.get_running_loop(), self._session)
+        session: aiohttp.ClientSession = self._session
+        return session
+
+    async def _request(self, method: str, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        """A response whose body has not been read. Ranges and sizes are of bytes that are not compressed on their way."""
+        session = await self.set_session()
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=IDLE_SECONDS)
+        options = {"timeout": timeout, **self.kwargs, "allow_redirects": True}
+        options["headers"] = {**self.kwargs.get("headers", {}), "Accept-Encoding": "identity", **headers}
+        response: aiohttp.ClientResponse = await session.request(method, self.encode_url(url), **options)
+        return response
+
+    def _check(self, response: aiohttp.ClientResponse, url: str) -> None:
+        self._raise_not_found_for_status(response, url)
+        if response.status not in (200, 206):
+            raise RemoteError(
+                f"{printable(url)} is answered with status {response.status}, expected 200 or 206: check the URL"
+            )
+
+
+def _range_header(start: int | None, end: int | None) -> dict[str, str]:
+    if start is None and end is None:
+        return {}
+    if start is not None and start < 0:
+        return {"Range": f"bytes={start}"}
+    return {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
+
+
+def _is_encoded(response: aiohttp.ClientResponse) -> bool:
+    return response.headers.get("Content-Encoding", "identity") not in ("identity", "")
+
+
+def _size(response: aiohttp.ClientResponse) -> int | None:
+    """Bytes of the whole file, where the response to HEAD, or to GET of the first byte, says so."""
+    if response.status in (206, 416):
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        return int(total) if total.isascii() and total.isdigit() else None
+    return None if _is_encoded(response) else response.content_length
+
+
+async def _read(response: aiohttp.ClientResponse, start: int, end: int | None) -> bytes:
+    """[start, end) of a file, or its last -`start` bytes, of a response that has these, or has the whole file."""
+    expected = None if response.status == 200 else _part_bytes(response, start)
+    most = None if end is None else end - start
+    skip = start if response.status == 200 and start > 0 else 0
+    content, began, received = bytearray(), clock.now(), 0
+    async for piece in response.content.iter_any():
+        received += len(piece)
+        if (seconds := clock.now() - began) > IDLE_SECONDS and received < LEAST_RATE * seconds:
+            raise TimeoutError(f"{received:,} bytes in {seconds:.0f} s")
+        content += piece[skip:]
+        skip = max(0, skip - len(piece))
+        if start < 0 and len(content) > -2 * start:
+            del content[:start]
+        if most is not None and len(content) >= most:
+            return bytes(content[:most])
+    if expected is not None and received < expected:
+        raise aiohttp.ClientPayloadError(f"{received:,} bytes of {expected:,}")
+    return bytes(content[start:] if start < 0 else content)
+
+
+def _part_bytes(response: aiohttp.ClientResponse, start: int) -> int | None:
+    """How many bytes a response to a request of a range has; None where it does not say. Raises for another range."""
+    match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2])
+    wrong = first != start if start >= 0 else match[3] != "*" and last != int(match[3]) - 1
+    if wrong:
+        raise RemoteError(
+            f"{printable(response.url)} is answered with bytes {first} to {last}, expected those from {start} on: its "
+            "server does not do as it is asked; copy the dataset elsewhere"
+        )
+    return last - first + 1
+
+
+async def _check_redirect(session: Any, context: SimpleNamespace, redirect: aiohttp.TraceRequestRedirectParams) -> None:
+    """Raise RemoteError where a server sends its client to the client's own host or network, or away from TLS."""
+    there = redirect.url.join(URL(redirect.response.headers.get("Location", "")))
+    if there.scheme not in ("http", "https") or (redirect.url.scheme == "https" and there.scheme == "http"):
+        raise _refused(redirect, there, f"from {redirect.url.scheme} to {there.scheme}")
+    if there.host != redirect.url.host and max(await _nearness(there.host)) > min(await _nearness(redirect.url.host)):
+        raise _refused(redirect, there, "to a host in a network that is nearer than its own")
+
+
+def _refused(redirect: aiohttp.TraceRequestRedirectParams, there: URL, why: str) -> RemoteError:
+    return RemoteError(
+        f"{printable(redirect.url)} redirects to {printable(there)}: redirects {why} are not followed; if you trust that "
+        "place, give its URL"
+    )
+
+
+async def _nearness(host: str | None) -> list[int]:
+    """Of each address of a host: 0 on the Internet, 1 in a private network, 2 on the same link, 3 on this host."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None)
+    except OSError:  # the request will say so
+        return [0]
+    return [_nearness_of(str(address[0])) for *_, address in found]
+
+
+def _nearness_of(text: str) -> int:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_loopback or address.is_unspecified:
+        return 3
+    return 2 if address.is_link_local else 0 if address.is_global else 1
