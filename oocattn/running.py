@@ -25,7 +25,15 @@ from oocattn.pipelines.status import StatusFile, read_report
 from oocattn.pipelines.work import Work
 from oocattn.plans import Plan
 from oocattn.problem import Problem
-from oocattn.resuming import DatasetIdentity, Unfinished, begin_journal, describe, find_unfinished, result_differences
+from oocattn.resuming import (
+    DatasetIdentity,
+    Unfinished,
+    begin_journal,
+    check_made,
+    describe,
+    find_unfinished,
+    result_differences,
+)
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.folders import is_folder, is_taken
 from oocattn.storage.lock import FileLock
@@ -105,8 +113,10 @@ def run_plan(
 ) -> Result:
     """Carry out a plan made for `dataset`: the part of `attention` after planning, for callers who plan themselves.
 
-    It ends by `until`, a moment of `clock.now`. An unfinished run of an equal plan is resumed.
+    It ends by `until`, a moment of `clock.now`. An unfinished run of an equal plan is resumed. Raises ProblemError for a
+    plan that was changed, and what `attention` raises.
     """
+    check_made(plan)
     refuse_to_replace_dataset(paths, dataset)
     if is_finished(paths, plan.problem, dataset, overwrite):
         return finished_result(paths)
