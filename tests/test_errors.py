@@ -19,6 +19,7 @@ from support import TOKENS, assert_nothing_written, carry_out, damage, normal_ar
 
 import oocattn
 from oocattn import BudgetError, Event, IntegrityError, LockedError, OocattnError, ProblemError, ResultExistsError
+from oocattn.pipelines import cluster
 from oocattn.storage.paths import ResultPaths
 
 
@@ -98,11 +99,12 @@ def test_what_is_no_problem_is_refused(
     assert_nothing_written(result)
 
 
-def test_a_cluster_without_workers_is_refused(dataset: Path, result: Path) -> None:
+def test_a_cluster_without_workers_is_refused(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "FIRST_WORKER", 0.2)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
         Client(nobody, set_as_default=False) as client,
-        pytest.raises(ProblemError, match="0 workers: a run needs one at least; start them"),
+        pytest.raises(ProblemError, match=r"0 workers after 0\.2 s: a run needs one at least; start them"),
     ):
         oocattn.attention(dataset, result, client=client)
     with pytest.raises(ProblemError, match=r"lanes = 0 .*: expected a whole number of at least 1"):
