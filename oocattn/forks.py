@@ -97,7 +97,8 @@ def _loop_ends() -> bool:
         while os.waitpid(process, os.WNOHANG) == (0, 0):
             if asleep > ASLEEP or time.monotonic() - start > ENOUGH:
                 os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
+                with suppress(ChildProcessError):
+                    os.waitpid(process, 0)
                 return False
             asleep += PAUSE * (psutil.Process(process).status() == psutil.STATUS_SLEEPING)
             time.sleep(PAUSE)

@@ -167,6 +167,8 @@ class Standstill:
         keys = list(itertools.chain.from_iterable(pending.values()))
         scheduler: Any = self._client.scheduler
         states = self._ask({"": lambda: self._client.sync(scheduler.get_task_status, keys=keys)})
+        if "" not in states:
+            return {}
         if states[""] is None:
             return {"": Obstacle("the scheduler does not answer", "let it go on or restart it")}
         if keys and set(states[""].values()) <= UNASSIGNED:
@@ -182,7 +184,10 @@ class Standstill:
         return obstacles or ({"": unassigned} if unassigned else {})
 
     def _ask(self, questions: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-        """The answers: None where there is none in time. Who has not answered the last question is not asked another one."""
+        """The answers: None where there is none in time, and nothing of who is gone, which the attempt finds itself.
+
+        Who has not answered the last question is not asked another one.
+        """
         for name, question in questions.items():
             if name not in self._asked or self._asked[name].done():
                 self._asked[name] = begin_call(question)
@@ -190,7 +195,12 @@ class Standstill:
         for _ in range(WAITS):
             if not wait(asked, timeout=ANSWER / WAITS).not_done:
                 break
-        return {name: self._asked[name].result() if self._asked[name].done() else None for name in questions}
+        answers = {name: self._asked[name] for name in questions}
+        return {
+            name: answer.result() if answer.done() else None
+            for name, answer in answers.items()
+            if not answer.done() or answer.exception() is None
+        }
 
     def _unexplained(self, pending: Mapping[str, Sequence[Key]]) -> Obstacle:
         """What is left where no worker is kept from its tasks: one of those does not end."""
@@ -211,7 +221,7 @@ class Standstill:
         reason = _words(obstacles)
         if reason:
             limit = format_seconds(self._deadline.stalled)
-            logger.warning("the run stalls: %s; where nothing ends for %s, the run does, to be resumed", reason, limit)
+            logger.warning("the run stalls: %s; it ends, to be resumed, when no task has ended for %s", reason, limit)
         else:
             logger.warning("the run goes on")
         since = min((self._ended[name] for name in obstacles if name), default=self._progressed)
