@@ -145,3 +145,22 @@ def test_verify_opens_nothing_that_a_result_names(tmp_path: Path, recorded: str,
     with pytest.raises(IntegrityError, match=r"recorded as [^\n\x1b]*--dataset"):
         oocattn.verify(result)
     assert oocattn.verify(result, dataset=dataset).passed
+
+
+def test_a_location_is_shown_without_credentials() -> None:
+    for typed, shown in {
+        "https://me:secret@host/x": "https://host/x",
+        "https://token@host:80/x@y": "https://host:80/x@y",
+        "https://host:80/x@y": "https://host:80/x@y",
+        "zip::https://me:se@cret@host/x.zip": "zip::https://host/x.zip",
+        "s3://key:secret@bucket/x": "s3://bucket/x",
+        "abfs://container@account.host/x": "abfs://container@account.host/x",
+        "https://host/x.zip?X-Amz-Signature=secret&part=1": "https://host/x.zip?X-Amz-Signature=***&part=1",
+        "https://host/x?sv=1&sig=secret": "https://host/x?sv=1&sig=***",
+    }.items():
+        assert parse_location(typed).text == typed
+        assert str(parse_location(typed)) == shown
+    for refused in ("ftp://me:secret@host/x", "https://me:sec/ret@host/x\n"):
+        with pytest.raises(ProblemError, match="host/x") as found:
+            parse_location(refused)
+        assert "ret" not in str(found.value)
