@@ -152,6 +152,17 @@ def test_a_server_that_fails_later_is_no_damage(server: Server, storage: str) ->
 
 
 @pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(("code", "expected"), [(503, RemoteError), (404, IntegrityError)])
+def test_a_part_of_a_shard_that_cannot_be_read_is_no_zeros(server: Server, code: int, expected: type[Exception]) -> None:
+    dataset = Dataset.open(f"{server.url}/sharded.zarr")
+    read(dataset)
+    index = "bytes=-"
+    server.fault = lambda request: not request.headers.get("Range", index).startswith(index) and status(code)(request)
+    with pytest.raises(expected, match=f"{code} |is missing"):
+        read_all_of(dataset, "k", 20)
+
+
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("code", [404, 410])
 def test_missing_is_what_a_server_says_is_missing(server: Server, code: int) -> None:
     server.fault = lambda request: request.path.endswith("/k/c/0/0/1/0") and status(code)(request)
