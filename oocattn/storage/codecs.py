@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import RangeByteRequest
+from zarr.abc.store import RangeByteRequest, Store
 from zarr.buffer.cpu import NDBuffer, buffer_prototype
 from zarr.storage import LocalStore, StorePath, WrapperStore
 
@@ -35,7 +35,7 @@ from oocattn.storage.layout import (
 from oocattn.storage.shards import check_shard
 
 if TYPE_CHECKING:
-    from zarr.abc.store import ByteRequest, Store
+    from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
 STEP_BYTES = 32 * 2**20
@@ -54,7 +54,7 @@ INDEX_COPIES = 4
 """Bound on the copies of a shard's index: as stored, as numbers, sorted, and Zarr's own."""
 
 
-class CompleteStore(WrapperStore["Store"]):
+class CompleteStore(WrapperStore[Store]):
     """A store of whole chunks: an absent key is an error, and so are more than `most` bytes, or not `exact` ones.
 
     Of a remote object no more than that is fetched; local ones are mapped. `location` is for the message.
@@ -82,6 +82,9 @@ class CompleteStore(WrapperStore["Store"]):
         """As `get`, where the wrapped store reads synchronously."""
         store: Any = self._store
         return self._whole(key, store.get_sync(key, prototype=prototype, byte_range=byte_range))
+
+    if hasattr(Store, "get_ranges"):  # from zarr 3.2 on: by `get`, not by the wrapped store's own
+        get_ranges = Store.get_ranges
 
     def _check_content(self, key: str, value: Buffer) -> None:
         beginning = value[:64].to_bytes()

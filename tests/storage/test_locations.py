@@ -292,3 +292,22 @@ def test_what_is_no_path_is_refused_with_what_it_is(
         with pytest.raises(ProblemError, match=r"oocattn\.import_arrays\(DATASET, q="):
             oocattn.plan(found)
     assert set(os.listdir(tmp_path)) == there
+
+
+def test_a_location_is_shown_without_credentials() -> None:
+    for typed, shown in {
+        "https://me:secret@host/x": "https://host/x",
+        "https://token@host:80/x@y": "https://host:80/x@y",
+        "https://host:80/x@y": "https://host:80/x@y",
+        "zip::https://me:se@cret@host/x.zip": "zip::https://host/x.zip",
+        "s3://key:secret@bucket/x": "s3://bucket/x",
+        "abfs://container@account.host/x": "abfs://container@account.host/x",
+        "https://host/x.zip?X-Amz-Signature=secret&part=1": "https://host/x.zip?X-Amz-Signature=***&part=1",
+        "https://host/x?sv=1&sig=secret": "https://host/x?sv=1&sig=***",
+    }.items():
+        assert parse_location(typed).text == typed
+        assert str(parse_location(typed)) == shown
+    for refused in ("ftp://me:secret@host/x", "https://me:sec/ret@host/x\n"):
+        with pytest.raises(ProblemError, match="host/x") as found:
+            parse_location(refused)
+        assert "ret" not in str(found.value)

@@ -71,11 +71,6 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transient.retrying, "__defaults__", (SOME_SECONDS,))
 
 
-@pytest.fixture
-def impatient(hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_files, "IDLE_SECONDS", 0.05)
-
-
 def read(dataset: Dataset) -> None:
     """Compare all rows with what was written."""
     dataset.check_complete()
@@ -125,10 +120,13 @@ def test_each_request_of_plan_run_and_verify_may_fail_once(
     assert min(tries for (method, _), tries in server.tries.items() if method == "GET") >= 2
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_server_that_stalls_once_is_asked_again(server: Server, folder: Path) -> None:
-    server.fault = first_try(stall(0.2))
-    read(Dataset.open(f"{server.url}/zstd.zarr"))
+def test_a_server_that_stalls_once_is_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_files, "IDLE_SECONDS", 0.5)
+    dataset = Dataset.open(f"{server.url}/zstd.zarr")
+    stalling = first_try(stall(5))
+    server.fault = lambda request: request.command == "GET" and "/k/c/0/0/0/0" in request.path and stalling(request)
+    read(dataset)
+    assert server.tries["GET", "/zstd.zarr/k/c/0/0/0/0"] == 2
 
 
 @pytest.mark.usefixtures("hurried")
@@ -140,6 +138,28 @@ def test_what_stays_broken_ends_in_one_line(server: Server, storage: str, where:
         with pytest.raises(RemoteError, match=rf"^\w[^\n]* {server.url}/{storage}.zarr/[^\n]*{said}") as found:
             read(Dataset.open(f"{server.url}/{storage}.zarr"))
         assert isinstance(found.value, RemoteDeniedError) == (code in (401, 403))
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("storage", STORAGE)
+def test_a_server_that_fails_later_is_no_damage(server: Server, storage: str) -> None:
+    dataset = Dataset.open(f"{server.url}/{storage}.zarr")
+    read(dataset)
+    server.fault = status(503)
+    for rows in (64, 20):  # a shard as a whole, and parts of it
+        with pytest.raises(RemoteError, match=r"reading .*/k/c/.* 503"):
+            read_all_of(dataset, "k", rows)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(("code", "expected"), [(503, RemoteError), (404, IntegrityError)])
+def test_a_part_of_a_shard_that_cannot_be_read_is_no_zeros(server: Server, code: int, expected: type[Exception]) -> None:
+    dataset = Dataset.open(f"{server.url}/sharded.zarr")
+    read(dataset)
+    index = "bytes=-"
+    server.fault = lambda request: not request.headers.get("Range", index).startswith(index) and status(code)(request)
+    with pytest.raises(expected, match=f"{code} |is missing"):
+        read_all_of(dataset, "k", 20)
 
 
 @pytest.mark.usefixtures("hurried")
@@ -155,9 +175,9 @@ def test_missing_is_what_a_server_says_is_missing(server: Server, code: int) -> 
         Dataset.open(f"{server.url}/plain.zarr")
 
 
-def read_all_of(dataset: Dataset, name: str) -> None:
+def read_all_of(dataset: Dataset, name: str, rows: int = 64) -> None:
     array = dataset.arrays[name]
-    array.read_rows(0, 0, 0, 64, np.empty((64, 8), array.dtype))
+    array.read_rows(0, 0, 0, rows, np.empty((rows, 8), array.dtype))
 
 
 SERVERS: dict[str, dict[str, bool]] = {
