@@ -80,6 +80,8 @@ def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None
         with warnings.catch_warnings(action="ignore"):  # of codecs outside the specification, of a fill value that overflows
             metadata: Any = (ArrayV3Metadata if found["zarr_format"] == 3 else ArrayV2Metadata).from_dict(found)
         return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=StorePath(store, name)))
+    except MemoryError:
+        raise
     except Exception as error:  # Zarr has many
         raise ProblemError(
             f"{described} cannot be opened by zarr {zarr.__version__}: {printable(error)}; write it again"
