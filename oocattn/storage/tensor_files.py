@@ -2,8 +2,8 @@
 
 A file is opened without being loaded and without running what it may carry (.npy and .safetensors hold none, torch's
 weights_only=True keeps it from running). It is read, not mapped: not every file system can map, and a mapped file that is
-cut short ends the process. Only where the elements that are wanted lie scattered, they are copied from a map, if there can be
-one, for the time of one read. What the tensors are for is importing.py's.
+cut short ends the process. Only elements that lie scattered are copied from a map, if there can be one, for the time of
+one read. What the tensors are for is importing.py's.
 """
 
 from __future__ import annotations
