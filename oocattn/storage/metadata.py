@@ -6,6 +6,7 @@ regular file, and what Zarr gets is the very content that was checked. Consolida
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -26,7 +27,7 @@ from oocattn.errors import IntegrityError, OocattnError, ProblemError
 from oocattn.records import parse_json
 from oocattn.storage.codec_chain import chain_of, v2_codecs, v3_codecs
 from oocattn.storage.files import read_file
-from oocattn.storage.operations import doing, is_named
+from oocattn.storage.operations import doing, is_named, words_of
 from oocattn.text import printable
 
 MOST_BYTES = 64 << 20
@@ -154,9 +155,9 @@ def _read(store: Store, key: str, location: str) -> bytes | None:
     except OocattnError as error:
         raise IntegrityError(printable(error)) from None
     except OSError as error:
-        if is_named(error):  # of a local file: nothing is wrong with what it holds, as far as is known
+        if is_named(error) and error.errno != errno.ELOOP:  # of a local file: nothing is known to be wrong with it
             raise
-        raise IntegrityError(f"{printable(location)}: {key} cannot be read ({printable(error)})") from error
+        raise IntegrityError(f"{printable(location)}: {key} cannot be read ({words_of(error)})") from error
     except Exception as error:  # each remote store has its own
         raise ProblemError(f"{printable(location)} cannot be read ({printable(error)}): check its URL and access") from error
     if found is not None and len(found) > MOST_BYTES:
