@@ -279,7 +279,6 @@ def test_a_file_system_that_counts_nothing_has_room(tmp_path: Path, monkeypatch:
     ("number", "remedy"),
     [
         (errno.EDQUOT, "Disk quota exceeded; the quota of its user is used up: make room, then resume"),
-        (errno.EFBIG, r"File too large; raise the limit on the size of files \(ulimit -f\).*, then resume"),
         (errno.ENOSPC, "no space left for the result and its partials; make room and resume$"),
     ],
 )

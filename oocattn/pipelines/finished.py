@@ -77,7 +77,10 @@ def compare_finished(
         if time.monotonic() - began > seconds or is_enough():
             break
         compared += 1
-        wrong = _difference(plan, result, place, record)
+        try:
+            wrong = "" if _matches(plan, result, place, record) else "is not as it was written"
+        except OSError as error:
+            wrong = f"is not known to be as it was written ({words_of(error)})"
         if wrong:
             damaged += 1
             logger.warning("chunk %d of head group %d %s: computed again", place[1], place[0], wrong)
@@ -92,16 +95,12 @@ def compare_finished(
     return Compared(len(finished), compared, damaged)
 
 
-def _difference(plan: Plan, result: ResultArrays, place: Place, record: Mapping[str, Any]) -> str:
-    """What is wrong with a finished chunk, in words; "" where it is as it was written."""
+def _matches(plan: Plan, result: ResultArrays, place: Place, record: Mapping[str, Any]) -> bool:
     for number, (head, part) in enumerate(_parts(plan, *place)):
-        try:
-            found = result.checksums(*divmod(head, plan.problem.query_heads), part)
-        except OSError as error:
-            return f"is not known to be as it was written ({words_of(error)})"
+        found = result.checksums(*divmod(head, plan.problem.query_heads), part)
         if any(found[name] != record[name][8 * number : 8 * (number + 1)] for name in NAMES):
-            return "is not as it was written"
-    return ""
+            return False
+    return True
 
 
 def gather_checksums(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> dict[str, Checksums]:

@@ -110,7 +110,7 @@ def run(
 
 
 def _no_space(error: OSError, work: Work) -> OSError:
-    """What to do about a disk that is full, as the whole run has it; a limit on one file, or a quota, says so itself."""
+    """What to do about a disk that is full, as the whole run has it; a quota says so itself."""
     if error.errno == errno.ENOSPC:
         words = "no space left for the result and its partials; make room and resume"
         return OSError(errno.ENOSPC, words, str(work.paths.state))

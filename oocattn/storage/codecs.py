@@ -7,6 +7,7 @@ decoding.py bounds what the codecs give.
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -164,11 +165,13 @@ def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low
     target: Any = out.reshape(*(1 for _ in index), *out.shape)
     try:
         array.get_basic_selection(selection, out=NDBuffer.from_ndarray_like(target), prototype=buffer_prototype)
-    except (OocattnError, OSError):
+    except (OocattnError, OSError, MemoryError):
         raise
     except BaseExceptionGroup as group:  # as Zarr raises what reads of a shard's parts raised
         raise _first(group) from group
     except Exception as error:  # each codec has its own: RuntimeError, ValueError, zlib.error, EOFError, ...
+        if str(error) == "can't start new thread":  # nor does that say anything of the chunk
+            raise OSError(errno.EAGAIN, "cannot start a thread: raise the limit on processes (ulimit -u)") from error
         if low // rows == (high - 1) // rows:
             raise undecodable(location, _key(array, index, low), error) from error
         for first, last in _spans(low, high, rows):  # to find out which chunk it is

@@ -6,6 +6,7 @@ regular file, and what Zarr gets is the very content that was checked. Consolida
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -27,7 +28,7 @@ from oocattn.records import parse_json
 from oocattn.storage.codec_chain import chain_of, v2_codecs, v3_codecs
 from oocattn.storage.files import read_file
 from oocattn.storage.layout import html_page, is_html
-from oocattn.storage.operations import doing, is_named
+from oocattn.storage.operations import doing, is_named, words_of
 from oocattn.text import printable
 
 MOST_BYTES = 64 << 20
@@ -87,6 +88,8 @@ def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None
         with warnings.catch_warnings(action="ignore"):  # of codecs outside the specification, of a fill value that overflows
             metadata: Any = (ArrayV3Metadata if found["zarr_format"] == 3 else ArrayV2Metadata).from_dict(found)
         return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=StorePath(store, name)))
+    except MemoryError:
+        raise
     except Exception as error:  # Zarr has many
         raise ProblemError(
             f"{described} cannot be opened by zarr {zarr.__version__}: {printable(error)}; write it again"
@@ -177,9 +180,9 @@ def _read(store: Store, key: str, location: str) -> bytes | None:
     except OocattnError as error:
         raise IntegrityError(printable(error)) from None
     except OSError as error:
-        if is_named(error):  # of a local file: nothing is wrong with what it holds, as far as is known
+        if is_named(error) and error.errno != errno.ELOOP:  # of a local file: nothing is known to be wrong with it
             raise
-        raise IntegrityError(f"{printable(location)}: {key} cannot be read ({printable(error)})") from error
+        raise IntegrityError(f"{printable(location)}: {key} cannot be read ({words_of(error)})") from error
     if found is not None and len(found) > MOST_BYTES:
         raise _damaged(location, f"{key} has more than {MOST_BYTES:,} bytes")
     return None if found is None else found.to_bytes()

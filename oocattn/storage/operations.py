@@ -18,8 +18,8 @@ from oocattn.text import printable
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
 """What a file system answers that does not have an operation."""
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What it answers where there is no room for more: on it, for its user, or in one file."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What it answers where there is no room for more: on it, or for its user."""
 
 _GONE = "its file system is away: mount it again, and try again"
 
@@ -90,7 +90,7 @@ def described(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room for more on a file system, for its user, or in a file."""
+    """Whether an error says that there is no room for more on a file system, or for its user."""
     return isinstance(error, OSError) and error.errno in FULL
 
 

@@ -1,13 +1,15 @@
 """Tensors in .npy, .safetensors and .pt files: where their elements lie, and parts of them read from there.
 
-A file is opened without being loaded, without being mapped (not every file system can, and a mapped file that is cut short
-ends the process) and without running what it may carry (.npy and .safetensors hold none, torch's weights_only=True keeps it
-from running). What the tensors are for is importing.py's.
+A file is opened without being loaded and without running what it may carry (.npy and .safetensors hold none, torch's
+weights_only=True keeps it from running). It is read, not mapped: not every file system can map, and a mapped file that is
+cut short ends the process. Only elements that lie scattered are copied from a map, if there can be one, for the time of
+one read. What the tensors are for is importing.py's.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.records import parse_json
 from oocattn.storage.files import opened, read_exactly
+from oocattn.storage.mapping import map_file
 from oocattn.storage.operations import doing
 from oocattn.text import printable
 
@@ -60,25 +63,45 @@ class FileTensor:
         """
         spans = [range(*each.indices(size)) for each, size in zip(part, self.shape, strict=True)]
         out = np.empty([len(span) for span in spans], self.dtype)
+        first = [span.start for span in spans]
         with opened(self.path) as descriptor:
-            self._fill(descriptor, out, [span.start for span in spans])
+            if not self._copy_mapped(descriptor, out, first):
+                self._read(descriptor, out, first)
             if _stamp(descriptor, self.path) != self.stamp:
                 raise ProblemError(f"{self.label} was changed while it was read: import it again")
         return out
 
-    def _fill(self, descriptor: int, out: NDArray[Any], first: Sequence[int]) -> None:
-        """Read the elements from index `first` on: at once where they lie close together, else in halves."""
-        last = sum((size - 1) * stride for size, stride in zip(out.shape, self.strides, strict=True))
-        if out.size > 1 and last + self.dtype.itemsize > STEP_BYTES:
+    def _span(self, shape: Sequence[int], first: Sequence[int]) -> tuple[int, int]:
+        """Where so many elements from index `first` on begin in the file, and the bytes to the end of the last of them."""
+        begin = self.offset + sum(at * stride for at, stride in zip(first, self.strides, strict=True))
+        last = sum((size - 1) * stride for size, stride in zip(shape, self.strides, strict=True))
+        return begin, last + self.dtype.itemsize
+
+    def _copy_mapped(self, descriptor: int, out: NDArray[Any], first: Sequence[int]) -> bool:
+        """Copy elements that lie among as many others; False where they do not, or there is no map."""
+        begin, length = self._span(out.shape, first)
+        if length < 2 * out.nbytes or _stamp(descriptor, self.path) != self.stamp:
+            return False
+        slack = begin % mmap.ALLOCATIONGRANULARITY
+        mapped = map_file(descriptor, length + slack, begin - slack)
+        if mapped is None:
+            return False
+        with mapped:
+            out[...] = np.ndarray(out.shape, self.dtype, mapped, slack, self.strides)
+        return True
+
+    def _read(self, descriptor: int, out: NDArray[Any], first: Sequence[int]) -> None:
+        """Read elements: at once where they lie close together, else in halves."""
+        begin, length = self._span(out.shape, first)
+        if out.size > 1 and length > STEP_BYTES:
             axis = max(range(out.ndim), key=lambda axis: (out.shape[axis] > 1) * self.strides[axis])
             half = out.shape[axis] // 2
-            for begin, end in ((0, half), (half, out.shape[axis])):
-                within = tuple(slice(begin, end) if each == axis else slice(None) for each in range(out.ndim))
-                self._fill(descriptor, out[within], [at + begin * (each == axis) for each, at in enumerate(first)])
+            for low, high in ((0, half), (half, out.shape[axis])):
+                within = tuple(slice(low, high) if each == axis else slice(None) for each in range(out.ndim))
+                self._read(descriptor, out[within], [at + low * (each == axis) for each, at in enumerate(first)])
         elif out.size:
-            begin = self.offset + sum(at * stride for at, stride in zip(first, self.strides, strict=True))
-            content = read_exactly(descriptor, last + self.dtype.itemsize, begin, self.path)
-            if len(content) < last + self.dtype.itemsize:
+            content = read_exactly(descriptor, length, begin, self.path)
+            if len(content) < length:
                 raise ProblemError(f"{self.label} ends at byte {begin + len(content):,}: it is cut short; copy it again")
             out[...] = np.ndarray(out.shape, self.dtype, content, strides=self.strides)
 
@@ -158,7 +181,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
             stamp = _stamp(descriptor, path)
             with _without_data():
                 found = torch.load(file, weights_only=True, map_location="meta")
-    except (OocattnError, OSError):
+    except (OocattnError, OSError, MemoryError):
         raise
     except Exception as error:  # of a file that torch did not write it has many
         raise ProblemError(

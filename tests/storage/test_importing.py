@@ -186,11 +186,13 @@ def test_safetensors_are_read_without_their_package(tmp_path, monkeypatch):
     check_dataset(tmp_path / "qkv.zarr", held)
 
 
-@pytest.mark.parametrize("step", [1, 100, 1 << 20])
+@pytest.mark.parametrize("step", [1, 100, 1 << 20, None])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_tensors_are_views_of_others_in_files_of_torch(tmp_path, monkeypatch, step, dtype):
-    """Read in steps of any size: transposed, every other row, repeated, and from the middle of a larger one."""
-    monkeypatch.setattr(tensor_files, "STEP_BYTES", step)
+    """Mapped, or read in steps of any size: transposed, every other row, repeated, from the middle of a larger one."""
+    if step is not None:
+        monkeypatch.setattr(tensor_files, "STEP_BYTES", step)
+        monkeypatch.setattr(tensor_files, "map_file", lambda *_: None)
     held, _ = make_tensors(dtype, heads=2, kv_heads=2, tokens=10)
     whole = to_torch(np.concatenate([held["q"], held["k"]], axis=1))
     views = {

@@ -71,7 +71,7 @@ def test_other_errors_say_what_they_know(error: Exception, words: str) -> None:
     assert words_of(error).startswith(words)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_no_room_is_told_from_other_failures(number: int) -> None:
     assert is_disk_full(failing(number))
     assert not is_disk_full(failing(errno.EIO))

@@ -391,3 +391,18 @@ def test_a_chunk_that_cannot_be_read_is_no_evidence_of_damage(
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(OSError, match=rf"cannot read {tmp_path}/q/c/0/0/0: Input/output error; the disk"):
         read(ChunkFiles(array.array, tmp_path, "dataset"), 0, 0, 0, 8, buffer_for(array, 8))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_a_chunk_that_there_is_no_room_to_decode_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    write(tmp_path, random_data((1, 8, 4)), chunks=(1, 8, 4), compressors=ZstdCodec())
+    array = opened(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(zarr.Array, "get_basic_selection", refuse)
+    with pytest.raises((MemoryError, OSError), match=r"^$|cannot start a thread: .*ulimit -u"):
+        array.read_rows(0, 0, 0, 8, buffer_for(array, 8))
