@@ -52,20 +52,21 @@ class _CpuPrecision:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._within = 0
-        self._before = ""
+        self._before, self._taken = "", False
 
     def __enter__(self) -> None:
         with self._lock:
             self._within += 1
             if self._within == 1:
                 self._before = _get_cpu_precision()
-                if self._before in ("bf16", "tf32", "medium", "high"):
+                self._taken = self._before in ("bf16", "tf32", "medium", "high")
+                if self._taken:
                     _set_cpu_precision("ieee")
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._within -= 1
-            if not self._within and self._before != _get_cpu_precision():
+            if not self._within and self._taken and _get_cpu_precision() in ("ieee", "highest"):  # else the caller set it
                 _set_cpu_precision("none")  # which inherits it
                 if self._before != _get_cpu_precision():
                     _set_cpu_precision(self._before)
@@ -109,12 +110,9 @@ def _no_refusals() -> Iterator[None]:
 
     None of ours depends on it: sums of floats are over zeros, NaN and Inf, and products are launched on one stream.
     """
-    asked, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if not asked:
-        yield
-        return
-    torch.use_deterministic_algorithms(False)
+    asked = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(True, warn_only=warned)
+        torch.set_deterministic_debug_mode(asked)

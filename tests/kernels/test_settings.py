@@ -35,7 +35,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "default dtype float16": lambda: asked(torch.set_default_dtype, torch.float16, torch.float32),
     "medium precision": lambda: asked(torch.set_float32_matmul_precision, "medium", "highest"),
     "high precision": lambda: asked(torch.set_float32_matmul_precision, "high", "highest"),
-    "deterministic": lambda: asked(torch.use_deterministic_algorithms, True, False),
+    "deterministic": lambda: asked(torch.set_deterministic_debug_mode, "error", "default"),
     "inference mode": torch.inference_mode,
     "gradients off": torch.no_grad,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
@@ -119,16 +119,21 @@ def test_the_last_of_several_threads_gives_the_permission_back() -> None:
         cpu_precision("none")
 
 
-@pytest.mark.parametrize("warn_only", [False, True])
-def test_nothing_is_refused_on_a_gpu_for_not_being_deterministic(warn_only: bool) -> None:
+def test_what_the_caller_asks_for_meanwhile_stays() -> None:
     try:
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+        with full_precision(CPU):
+            cpu_precision("bf16")
+        assert precisions()[0] == "bf16"
+    finally:
+        cpu_precision("none")
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_nothing_is_refused_on_a_gpu_for_not_being_deterministic(mode: int) -> None:
+    with asked(torch.set_deterministic_debug_mode, mode, 0):
         with full_precision(torch.device("cuda")):
             assert not torch.are_deterministic_algorithms_enabled()
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
-    finally:
-        torch.use_deterministic_algorithms(False)
+        assert torch.get_deterministic_debug_mode() == mode
 
 
 def test_threads_that_compute_do_not_flush_small_numbers_to_zero() -> None:
