@@ -7,7 +7,7 @@ streams wait for what they must, is for the tests marked `gpu`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +94,7 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_lane, "PinnedMemory", Memory)
     monkeypatch.setattr(cuda_lane, "release_cached_memory", lambda device: None)
 
-    def assign(client: Client, device_type: str) -> dict[str, str]:
+    def assign(client: Client, device_type: str, workers: Container[str]) -> dict[str, str]:
         return dict.fromkeys(worker_addresses(client), "cuda:0" if device_type == "cuda" else "cpu")
 
     monkeypatch.setattr(run, "assign_devices", assign)

@@ -1,4 +1,4 @@
-"""One attempt at what is left of a run: lanes are made, the graph is sent to them a bounded window at a time, lanes close.
+"""One attempt at what is left of a run: lanes are opened, the graph is sent to them a bounded window at a time, lanes close.
 
 The window bounds what the scheduler knows of at a time, the edges of the graph bound what a lane holds (see `graph`). An
 attempt ends with the first thing that goes wrong, and then what is in flight is on disk; what comes of that is `run`'s.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import queue
 import time
 import uuid
@@ -17,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, NoReturn, cast
 
 from dask.highlevelgraph import HighLevelGraph
@@ -33,25 +31,22 @@ from oocattn.pipelines.failing import SET_UP, naming, place_of
 from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.interrupts import InterruptedRunError
 from oocattn.pipelines.lane import Job
+from oocattn.pipelines.lanes import Lanes
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.standstill import Standstill
-from oocattn.pipelines.tasks import LanePlugin, plugin_name, plugins_of, save, stop
 from oocattn.pipelines.work import Work
 from oocattn.storage.dataset import changed_arrays
-from oocattn.storage.operations import described, is_disk_full, words_of
+from oocattn.storage.operations import described, is_disk_full
 from oocattn.units import format_seconds
 
 PATIENCE = 5.0
 """Seconds after which it is checked again whether the workers still live."""
 
-SAVING = 600.0
-"""Seconds that saving may take."""
-
 logger = logging.getLogger("oocattn")
 
 
 class Attempt:
-    """What is left of a run, from the making of its lanes to their end.
+    """What is left of a run, from the opening of its lanes to their end.
 
     `devices` says where the lane of each worker is, by address, `ids` its `Worker.id`, `left` how many subproblems are to be
     staged.
@@ -68,12 +63,13 @@ class Attempt:
         emit: Callback,
         deadline: Deadline,
     ) -> None:
-        self._process = os.getpid()
         self._name = uuid.uuid4().hex[:8]
         self._work = work
         self._client = client
         self._devices = devices
-        self._ids = ids
+        by_id = {ids[address]: device for address, device in devices.items()}
+        job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, by_id)
+        self._lanes = Lanes(client, job, devices.keys(), deadline)
         self._schedule = schedule
         self._left = self._to_attend = left
         self._emit = emit
@@ -84,7 +80,6 @@ class Attempt:
         self._checked = time.monotonic()
         self._standstill = Standstill(self._name, client, devices, self._pending, emit, deadline)
         self._interrupted = False
-        self._answering: list[str] = []
         self.dataset_checked = False
         """Whether the dataset was found unchanged after all of it was read."""
 
@@ -94,31 +89,34 @@ class Attempt:
         self._ended.put(None)
 
     def drive(self) -> None:
-        """Make the lanes, see every task to its end, and close the lanes, however it ends.
+        """Open the lanes, see every task to its end, and close the lanes, however it ends.
 
         Raises what ended it, WorkerLostError where a worker or the scheduler is gone among it; but for a TaintedError, what
         the lanes have done is on disk then.
         """
-        deadline = self._deadline
         with self._missing_those_who_left():
             try:
-                self._make_lanes()
+                self._open_lanes()
                 self._see_to_the_end()
             except BaseException as error:
-                patience = deadline.silence if isinstance(error, StalledError) else deadline.patience
-                self._stop(patience, keep=not isinstance(error, TaintedError))
+                self._stop(error)
                 raise
             finally:
-                self._close_lanes()
+                self._lanes.close()
 
-    def _make_lanes(self) -> None:
-        work = self._work
+    def _open_lanes(self) -> None:
         with naming(SET_UP), self._missing_those_who_left():
-            self._close_lanes_left_behind()
-            devices = {self._ids[address]: device for address, device in self._devices.items()}
-            job = Job(self._name, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
-            self._call(lambda: self._client.register_plugin(LanePlugin(job)))
+            self._call(self._lanes.open)
         self._standstill.begin()
+
+    def _stop(self, error: BaseException) -> None:
+        """Let what is executing end, and have what lanes hold in memory on disk, unless the error says that it is wrong."""
+        start = clock.now()
+        patience = self._deadline.silence if isinstance(error, StalledError) else self._deadline.patience
+        self._lanes.stop(list(self._unfinished.values()), patience)
+        saved = 0 if isinstance(error, TaintedError) else self._lanes.save()
+        if saved:
+            self._emit(Event("saved", start, clock.now(), amount=saved))
 
     @contextmanager
     def _missing_those_who_left(self) -> Iterator[None]:
@@ -294,75 +292,3 @@ class Attempt:
         self._unfinished.update(zip(keys, futures, strict=True))
         for future in futures:
             future.add_done_callback(self._ended.put)
-
-    def _stop(self, patience: float, keep: bool) -> None:
-        """Let what is executing end, for so many seconds, let nothing else begin, and have what lanes hold in memory on
-        disk, if it is to be kept.
-
-        Whatever fails here costs no more than that work: what ended the attempt is what is told.
-        """
-        if not self._reachable():
-            return
-        self._answering = [address for address in living_workers(self._client) if address in self._devices]
-        start = clock.now()
-        with self._telling("some tasks may go on"):
-            self._client.cancel(list(self._unfinished.values()), force=True, reason="the run has ended")
-        until = time.monotonic() + patience
-        while any(self._ask(stop, self._deadline.silence)):
-            if time.monotonic() > until:
-                logger.warning("some tasks did not end in time: their work is not saved")
-                break
-            time.sleep(0.05)
-        saved = self._ask(save, SAVING) if keep else []
-        if any(saved):
-            self._emit(Event("saved", start, clock.now(), amount=sum(saved)))
-
-    def _ask(self, function: Callable[..., object], seconds: float) -> list[int]:
-        """What this returns on each worker of the run; one that fails or is silent is named, and not asked again."""
-        answers = {
-            address: begin_call(partial(self._client.run, function, self._name, workers=[address], on_error="return"))
-            for address in self._answering
-        }
-        wait(answers.values(), timeout=seconds)
-        found: dict[str, int] = {}
-        for address, answer in answers.items():
-            with self._telling(f"what worker {address} held in memory may be lost, and is computed again"):
-                said = answer.result(timeout=0)[address]
-                if isinstance(said, BaseException):
-                    raise said
-                found[address] = int(said)
-        self._answering = list(found)
-        return list(found.values())
-
-    def _close_lanes(self) -> None:
-        """Close the lanes of all workers that are still there; those of the others are gone with them."""
-        if self._reachable():
-            self._unregister(plugin_name(self._name))
-
-    def _close_lanes_left_behind(self) -> None:
-        """Close those of a run to the same result whose driver was killed, or they would hold their memory for ever."""
-        there = self._call(lambda: self._client.run(plugins_of, self._work.paths.scratch)).values()
-        for name in {name for names in there for name in names}:
-            self._unregister(name)
-
-    def _unregister(self, name: str) -> None:
-        closed = begin_call(lambda: self._client.unregister_worker_plugin(name))
-        with self._telling("not every worker has closed its lane"):
-            closed.result(timeout=self._deadline.silence)
-
-    def _reachable(self) -> bool:
-        """Whether the scheduler is there: else everything else ends by itself, or goes on with the process of the run."""
-        if os.getpid() != self._process:  # a listener has forked
-            return False
-        with suppress(WorkerLostError, TimeoutError):
-            begin_call(lambda: living_workers(self._client)).result(timeout=self._deadline.silence)
-            return True
-        return False
-
-    @contextmanager
-    def _telling(self, consequence: str) -> Iterator[None]:
-        """What fails inside is logged, with what comes of it."""
-        try:
-            yield
-        except Exception as error:
-            logger.warning("%s: %s", consequence, words_of(error))

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from contextlib import suppress
 from ipaddress import ip_address
@@ -144,18 +144,16 @@ def living_workers(client: Client, patience: float | None = ANSWER) -> list[str]
     raise WorkerLostError(f"the scheduler is gone ({reason}); start one and resume")
 
 
-def assign_devices(client: Client, device_type: str) -> dict[str, str]:
-    """The device of each worker's lane, by address: "cpu", or a GPU of its own such as "cuda:1".
+def assign_devices(client: Client, device_type: str, workers: Container[str]) -> dict[str, str]:
+    """The device of the lane of each of these workers that is there: "cpu", or a GPU of its own such as "cuda:1".
 
-    Raises ProblemError where there is no worker, and naming one that has no GPU where one is asked for; TimeoutError where
-    they have not answered after `ANSWER` seconds.
+    Raises ProblemError naming one that has no GPU where one is asked for; TimeoutError where they have not answered after
+    `ANSWER` seconds.
     """
-    addresses = worker_addresses(client)
-    if not addresses:
-        raise ProblemError("0 workers: a run needs one at least; start them and try again")
-    if device_type == "cpu":
+    addresses = [address for address in worker_addresses(client) if address in workers]
+    if device_type == "cpu" or not addresses:
         return dict.fromkeys(addresses, "cpu")
-    visible: dict[str, list[str]] = _answer(lambda: client.run(_visible_gpus))
+    visible: dict[str, list[str]] = _answer(lambda: client.run(_visible_gpus, workers=addresses))
     blind = [address for address in addresses if not visible[address]]
     if blind:
         raise ProblemError(

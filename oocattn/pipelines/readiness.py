@@ -22,6 +22,7 @@ from distributed import Status, Worker
 
 from oocattn.arithmetic import arithmetic_of
 from oocattn.errors import LockedError, OocattnError
+from oocattn.pipelines.tasks import close_lanes_left_behind
 from oocattn.plans import Plan
 from oocattn.storage.dataset import Dataset, Fingerprints, changed_arrays
 from oocattn.storage.durable import PARTIAL
@@ -126,7 +127,8 @@ class Seen:
 
 
 async def look(expected: Expected, dask_worker: Worker) -> Seen:
-    """What this worker sees."""
+    """What this worker sees, when what an earlier driver of the same run left in its memory is closed."""
+    await close_lanes_left_behind(expected.state, dask_worker)
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
     share = manager.memory_pause_fraction or dask.config.get("distributed.worker.memory.terminate") or math.inf
@@ -219,10 +221,8 @@ def _other_faults(seen: Seen, expected: Expected) -> list[str]:
         found.append(f"has oocattn {__version__} with other code than here: {SAME_SOFTWARE}")
     used, limit = format_bytes(seen.memory_used), format_bytes(seen.memory_limit)
     if seen.paused:
-        found.append(
-            f"is paused by Dask, with {used} of its memory limit of {limit} in use: restart it with memory_limit=0, or a "
-            "larger one"
-        )
+        uses = f", with {used} of its memory limit of {limit} in use" if seen.memory_limit else ""
+        found.append(f"is paused by Dask{uses}: restart it with memory_limit=0, or a larger one")
     elif seen.memory_used + expected.lane_bytes > seen.memory_pause:
         found.append(
             f"has a memory limit of {limit}, of which {used} are in use: a lane takes {format_bytes(expected.lane_bytes)} "

@@ -245,8 +245,7 @@ def _place(error: DamagedPartialError | TaskError | WorkerLostError) -> str:
 def _devices(client: Client, plan: Plan, ready: Container[str]) -> dict[str, str]:
     """The devices of the workers that take part: those that are ready, as many as were planned at most, for their memory is
     that of so many. Raises WorkerLostError where none is left."""
-    found = ((address, device) for address, device in assign_devices(client, plan.device).items() if address in ready)
-    devices = dict(itertools.islice(found, plan.lanes))
+    devices = dict(itertools.islice(assign_devices(client, plan.device, ready).items(), plan.lanes))
     if not devices:
         raise WorkerLostError("no worker is ready to go on: what was done is on disk; start some and resume")
     return devices

@@ -1,4 +1,4 @@
-"""The functions that Dask tasks call, and the worker plugin that holds the lane they work on.
+"""The functions that Dask tasks call, and the worker plugin that keeps the lane they work on.
 
 Tasks carry numbers only: which slot, head group, subproblem or chunk. Arrays stay in the lane and in the stores. The
 further arguments of a task are the results of those it waits for, and say nothing to it.
@@ -22,26 +22,24 @@ from oocattn.pipelines.lane import Job, Lane
 
 
 class LanePlugin(WorkerPlugin):
-    """Gives every worker of a run its lane."""
+    """Keeps the lane that a worker has for a run, with partials in the folder `scratch`, and closes it with the worker."""
 
-    idempotent = True
-    lane: Lane | None = None
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.name = plugin_name(job.run)
+    def __init__(self, scratch: Path, lane: Lane) -> None:
+        self.scratch = scratch
+        self.lane = lane
         self.stopped = False
 
-    def setup(self, worker: Worker) -> None:
-        device = self.job.devices.get(worker.id)
-        if device is not None:  # a worker that joins later, or is restarted, takes no part
-            with naming(SET_UP):
-                self.lane = make_lane(self.job, device)
-
     def teardown(self, worker: Worker) -> None:
-        if self.lane is not None:  # its set-up may have failed
-            self.lane.close()
-            self.lane = None
+        self.lane.close()
+
+
+async def open_lane(job: Job, dask_worker: Worker) -> None:
+    """Make the lane of this worker, unless it was restarted after it was asked for its `Worker.id`."""
+    device = job.devices.get(dask_worker.id)
+    if device is not None:
+        with naming(SET_UP):
+            lane = make_lane(job, device)
+        await dask_worker.plugin_add(LanePlugin(job.scratch, lane), plugin_name(job.run))
 
 
 def make_lane(job: Job, device: str) -> Lane:
@@ -56,10 +54,20 @@ def plugin_name(run: str) -> str:
     return f"oocattn-{run}"
 
 
-def plugins_of(scratch: Path, dask_worker: Worker) -> list[str]:
-    """The plugins on a worker with lanes that work, or have worked, with partials in this folder."""
-    plugins = [plugin for plugin in dask_worker.plugins.values() if isinstance(plugin, LanePlugin)]
-    return [plugin.name for plugin in plugins if plugin.job.scratch == scratch]
+async def close_lane(run: str, dask_worker: Worker) -> int:
+    """Close the lane of a run on this worker; return how many there were."""
+    if plugin_name(run) not in dask_worker.plugins:
+        return 0
+    await dask_worker.plugin_remove(plugin_name(run))
+    return 1
+
+
+async def close_lanes_left_behind(state: Path, dask_worker: Worker) -> None:
+    """Close those of runs to the same result whose driver is gone, or they would hold their memory until the worker ends."""
+    for name, plugin in list(dask_worker.plugins.items()):
+        if isinstance(plugin, LanePlugin) and plugin.scratch.is_relative_to(state):
+            plugin.stopped = True
+            await dask_worker.plugin_remove(name)
 
 
 def stop(run: str, dask_worker: Worker) -> int:
@@ -76,7 +84,7 @@ def stop(run: str, dask_worker: Worker) -> int:
 async def save(run: str, dask_worker: Worker) -> int:
     """Have on disk what the lane of a stopped run on this worker holds in memory alone; return the bytes written."""
     plugin = dask_worker.plugins.get(plugin_name(run))
-    if not isinstance(plugin, LanePlugin) or plugin.lane is None:
+    if not isinstance(plugin, LanePlugin):
         return 0
     return await asyncio.to_thread(plugin.lane.save)
 
@@ -111,6 +119,6 @@ def _on_lane(run: str, work: Callable[[Lane], Event]) -> Event | None:
     """
     worker = get_worker()
     plugin = cast(LanePlugin | None, worker.plugins.get(plugin_name(run)))
-    if plugin is None or plugin.stopped or plugin.lane is None:
+    if plugin is None or plugin.stopped:
         return None
     return replace(work(plugin.lane), worker=str(worker.name))

@@ -78,7 +78,8 @@ def test_of_equals_the_first_that_is_seen() -> None:
 
 
 def test_on_the_cpu_every_worker_has_it(client: Client) -> None:
-    assert assign_devices(client, "cpu") == dict.fromkeys(worker_addresses(client), "cpu")
+    assert assign_devices(client, "cpu", worker_addresses(client)) == dict.fromkeys(worker_addresses(client), "cpu")
+    assert assign_devices(client, "cpu", []) == assign_devices(client, "cuda", []) == {}
 
 
 def test_workers_are_found_while_the_client_renews_its_record(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,15 +118,6 @@ def test_dask_does_not_log_the_tracebacks_of_tasks_in_a_cluster_of_our_own(caplo
     assert "divmod" not in caplog.text
 
 
-def test_a_cluster_without_workers_is_refused() -> None:
-    with (
-        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
-        Client(nobody, set_as_default=False) as client,
-        pytest.raises(ProblemError, match="0 workers: a run needs one at least; start them"),
-    ):
-        assign_devices(client, "cpu")
-
-
 def test_a_run_does_not_begin_without_workers(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its journal would not say what it was begun with, and no worker could resume it."""
     monkeypatch.setattr(cluster, "FIRST_WORKER", 0.3)
@@ -146,10 +138,12 @@ def test_workers_that_see_no_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         first, second = worker_addresses(client)
         monkeypatch.setattr(cluster, "_visible_gpus", lambda: [])
         with pytest.raises(ProblemError, match=f"worker {first}, {second} sees no GPU: start workers where .*--kernel cpu"):
-            assign_devices(client, "cuda")
+            assign_devices(client, "cuda", [first, second])
         seen = iter([["host GPU-7"], []])
-        monkeypatch.setattr(client, "run", lambda function: dict(zip((first, second), seen, strict=True)))
+        monkeypatch.setattr(client, "run", lambda function, workers: dict(zip((first, second), seen, strict=True)))
         with pytest.raises(ProblemError, match=f"^worker {second} sees no GPU"):
-            assign_devices(client, "cuda")
-        monkeypatch.setattr(client, "run", lambda function: {second: ["host a", "host b"], first: ["host b", "host a"]})
-        assert assign_devices(client, "cuda") == {first: "cuda:0", second: "cuda:0"}
+            assign_devices(client, "cuda", [first, second])
+        monkeypatch.setattr(
+            client, "run", lambda function, workers: {second: ["host a", "host b"], first: ["host b", "host a"]}
+        )
+        assert assign_devices(client, "cuda", [first, second]) == {first: "cuda:0", second: "cuda:0"}

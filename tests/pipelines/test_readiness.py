@@ -21,7 +21,7 @@ from distributed import Client, LocalCluster, Status
 from support import Recorder, Unlocked, assert_same_bits, carry_out, damage, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import ProblemError, TaskError, TimeLimitError, cli
+from oocattn import Event, ProblemError, TaskError, TimeLimitError, cli
 from oocattn.pipelines import cluster, enlisting
 from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.enlisting import Roll, call_roll
@@ -246,7 +246,7 @@ def test_a_worker_that_comes_later_and_sees_other_data_takes_no_part(
 STUBS = {
     "older": "__version__ = '0.0.1'",
     "absent": "raise ModuleNotFoundError(\"No module named 'oocattn'\")",
-    "empty": "__version__ = 'VERSION'",
+    "empty": "import sys; __version__ = 'VERSION'; sys.modules['oocattn.pipelines'] = None",
 }
 """What workers have in the place of the package; the last one says that it is this version, and is not."""
 
@@ -266,6 +266,27 @@ def test_workers_with_other_software_are_all_named(dataset: Path, result: Path, 
     assert "No module named 'oocattn.pipelines" in text
     assert text.count("worker tcp://") == 3
     assert not os.path.lexists(ResultPaths.at(result).state)
+
+
+def test_workers_without_the_package_that_join_a_run_neither_harm_it_nor_are_harmed(
+    dataset: Path, result: Path, fast_path: Path, client: Client
+) -> None:
+    (fast_path / "absent/oocattn").mkdir(parents=True)
+    (fast_path / "absent/oocattn/__init__.py").write_text(STUBS["absent"])
+    plan = plan_for(dataset, chunks=13)
+    with cluster_of(1) as (connected, ending):
+        start(ending, command(connected.scheduler.address), PYTHONPATH=str(Path(oocattn.__file__).parents[1]))
+        connected.wait_for_workers(1, timeout=60)
+
+        def join(event: Event) -> None:
+            if event.kind == "started" or (event.kind == "attended" and event.index == 3):
+                start(ending, command(connected.scheduler.address), PYTHONPATH=str(fast_path / "absent"))
+                connected.wait_for_workers(len(connected.nthreads()) + 1, timeout=60)
+
+        found = carry_out(plan, dataset, result, connected, callbacks=[join])
+        assert len(connected.nthreads()) == 3
+    assert_same_bits(found, carry_out(plan, dataset, result.with_name("right.zarr"), client))
+    assert (found.report.retried, found.report.workers_lost) == (0, 0)
 
 
 def test_a_scheduler_without_the_package_is_named(

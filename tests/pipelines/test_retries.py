@@ -22,6 +22,7 @@ from oocattn import Event, Plan, Result, StalledError, TaskError
 from oocattn.pipelines import attempt, deadline
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.finishing import Finisher
+from oocattn.pipelines.lanes import Lanes
 from oocattn.pipelines.memory_partials import MemoryPartials
 from oocattn.pipelines.partial_files import PartialFiles
 from oocattn.storage.dataset import Dataset
@@ -81,7 +82,7 @@ STEPS: dict[str, tuple[Break, str]] = {
     "a checkpoint": (method(MemoryPartials, "save"), "a checkpoint"),
     "the journal": (writing("/finished/"), "query chunk .* of head group"),
     "the set-up of a lane": (method(CpuLane, "__init__"), "the set-up of a lane"),
-    "registering a lane": (method(Client, "register_plugin"), "the set-up of a lane"),
+    "asking workers to open lanes": (method(Lanes, "open"), "the set-up of a lane"),
     "submitting tasks": (method(Client, "get"), "the submission of tasks"),
     "a lane's memory": (method(CpuLane, "allocate"), "the set-up of a lane"),
     "the check of the dataset": (method(Dataset, "fingerprint"), "the check of the dataset"),

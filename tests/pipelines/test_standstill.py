@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,9 @@ from oocattn.pipelines import attempt, deadline, standstill
 from oocattn.pipelines.standstill import Occupation, Standstill, find_obstacle
 
 RUN = "1234abcd"
+
+Kept = Callable[[Client], AbstractContextManager[None]]
+"""Keeps the workers of a client from their tasks."""
 
 
 @pytest.fixture
@@ -141,16 +144,19 @@ def busy(client: Client) -> Iterator[None]:
     ids=["paused", "without resources", "busy"],
 )
 def test_a_run_that_stands_still_from_the_start_ends(
-    client: Client, dataset: Path, right: Result, result: Path, kept: object, words: str, caplog: pytest.LogCaptureFixture
+    client: Client, dataset: Path, right: Result, result: Path, kept: Kept, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     told = []
 
     def look(event: Event) -> None:
+        if event.kind == "started":  # when all workers were found ready
+            until_the_end.enter_context(kept(client))
         if event.kind == "stalled":
             told.append(oocattn.status(result))
 
     caplog.set_level(logging.WARNING, "oocattn")
-    with kept(client), pytest.raises(StalledError, match=rf"nothing has ended for .*: ({words}).*on disk: resume"):  # type: ignore[operator]
+    match = rf"nothing has ended for .*: ({words}).*on disk: resume"
+    with ExitStack() as until_the_end, pytest.raises(StalledError, match=match):
         carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[look])
     assert "the run stalls: " in caplog.text
     assert {status.state for status in told} == {"running"}
