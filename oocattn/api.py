@@ -169,8 +169,8 @@ def attention(
     Raises ProblemError (also where the cluster is not ready), BudgetError, ResultExistsError (something else is at `result`;
     `overwrite` replaces a result, and begins an unfinished run again), LockedError (another run writes it), IntegrityError
     (the dataset or a partial is damaged), TimeLimitError, TaskError (a task failed time and again), StalledError (no task
-    ended for three minutes, or for far longer than planned), WorkerLostError and OSError. After an error nothing has
-    appeared at `result`, and the run can be resumed unless the error says otherwise.
+    ended or got on for three minutes, or for far longer than planned), WorkerLostError and OSError. After an error nothing
+    has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
     until = _end(time_limit)
     _check_client(client)

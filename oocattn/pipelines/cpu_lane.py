@@ -92,6 +92,7 @@ class CpuLane(Lane):
             key, value = (tensor[tile.keys.start : tile.keys.stop] for tensor in (staged.key, staged.value))
             for call in tile.calls:
                 self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=call.diagonal)
+                self.step()
         pairs = int(state.keys.sum()) * len(query)
         if destination.merged:
             merge(destination.state, state)

@@ -215,6 +215,7 @@ class CudaLane(Lane):
         with naming_subproblem(head_group, index):
             returned.synchronize()
             work.partial_bytes += self.partials.end(head_group, chunk, index)
+        self.step()
         work.coming_back -= 1
         self._coming_back.popleft()
 
@@ -227,6 +228,7 @@ class CudaLane(Lane):
             tile = range(first, min(first + self._tile_rows, rows))
             try:
                 tiles.append(_TileBack(tile.stop, self._enqueue_tile(work, block, tile, destination)))
+                self.step()  # the device works off what was enqueued: only so much waits there
             except torch.OutOfMemoryError as error:
                 self._halve(error)
                 work.halved, self._halved = work.halved + self._halved, 0

@@ -17,7 +17,7 @@ SILENCE, LEAST_SILENCE = 15.0, 1.0
 """Seconds in which a worker must answer as a run ends, or it is done without; and those it has however late it is."""
 
 STALLED, STALLED_TIMES = 180.0, 5
-"""A run ends after so many seconds in which none of its tasks ended, or after so many times its longest step
+"""A run ends after so many seconds in which none of its tasks ended or got on, or after so many times its longest step
 (`Deadline.step`) where that is longer."""
 
 NOTICED, NOTICED_TIMES = 30.0, 2

@@ -97,6 +97,8 @@ class Lane(ABC):
     def __init__(self, job: Job, readers: int, allocating: Executor) -> None:
         self.plan = plan = job.plan
         self._closing = False
+        self.stepped = clock.now()
+        """When a piece of a task was last done: a tile, a read, a block to be written, a file of partials."""
         for folder in filter(None, (job.scratch, job.dataset.folder)):
             if not folder.is_dir():
                 raise ProblemError(
@@ -107,10 +109,10 @@ class Lane(ABC):
         self._slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self._allocated = allocating.submit(self._allocate_or_tell, states, out_blocks)
         self.partials = make_partials(
-            plan, PartialFiles(job.scratch, job.journal.run, job.journal.claim), states, self.merge_states
+            plan, PartialFiles(job.scratch, job.journal.run, job.journal.claim, self.step), states, self.merge_states
         )
         self.result = job.result
-        self.finisher = Finisher(plan, self.partials, self.result, job.journal, out_blocks, self.finalise)
+        self.finisher = Finisher(plan, self.partials, self.result, job.journal, out_blocks, self._divide)
         self.kernel = get_kernel(plan.kernel)
         self._dataset = job.dataset
         self._staged: dict[int, Staged] = {}
@@ -187,6 +189,14 @@ class Lane(ABC):
     def merge_states(self, into: Partial, partial: Partial) -> None:
         """Merge one state in host memory into another; when this returns, `partial` may be overwritten."""
 
+    def step(self) -> None:
+        """A piece of a task is done, so the lane works, however long the task takes."""
+        self.stepped = clock.now()
+
+    def _divide(self, state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
+        self.finalise(state, out, lse)
+        self.step()
+
     @abstractmethod
     def finalise(self, state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""
@@ -235,6 +245,7 @@ class Lane(ABC):
         # What is decoded is decoded one read at a time: the plan counts the memory of one.
         with nullcontext() if read.array.direct else self._decoding:
             read.array.read_rows(read.batch, read.head, read.tokens.start, read.tokens.stop, read.out)
+        self.step()
         return count_not_finite(read.out) if read.counted else 0
 
     def _reads(self, staged: Staged) -> Iterator[_Read]:

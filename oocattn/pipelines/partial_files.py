@@ -8,7 +8,7 @@ checkpoint holds what the first few of a chunk's contributors did.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,14 @@ class Covered:
 class PartialFiles:
     """The partials of the run `run` in a folder, one file for a chunk and the first subproblem that is in it.
 
-    They are written and removed under a `claim` to the result's lock.
+    They are written and removed under a `claim` to the result's lock. `step` is called when a file is written, and after
+    each block that is read.
     """
 
     folder: Path
     run: str
     claim: Claim | None = None
+    step: Callable[[], None] = lambda: None
 
     def path(self, of: Covered) -> Path:
         """The file of a partial."""
@@ -57,7 +59,9 @@ class PartialFiles:
         """
         self._check()
         blocks = [_arrays(rows) for rows in row_blocks(state)]
-        return write_blocks(self.path(of), blocks, {**self._label(of), "not_finite": not_finite})
+        written = write_blocks(self.path(of), blocks, {**self._label(of), "not_finite": not_finite})
+        self.step()
+        return written
 
     def not_finite(self, of: Covered) -> int:
         """What was written of NaN and Inf with a partial. Raises IntegrityError where there is none of just that."""
@@ -72,7 +76,9 @@ class PartialFiles:
 
         Raises IntegrityError, naming the file, for one that is not.
         """
-        return read_blocks(self.path(of), [_arrays(buffer) for buffer in buffers])
+        for index in read_blocks(self.path(of), [_arrays(buffer) for buffer in buffers]):
+            self.step()
+            yield index
 
     def remove(self, of: Covered) -> None:
         """Remove a partial, if it is there."""

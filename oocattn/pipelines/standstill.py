@@ -1,14 +1,16 @@
 """A run in which nothing ends: for how long, which worker is why, what to do, and when it has been too long.
 
 Dask waits without a word for a worker that is paused, stopped, closing or busy with the tasks of others. So a lane of which
-no task has ended for a while is looked at: its worker is asked what it does, and its scheduler where it put the tasks. Time
-is that in which the driver waited: what passes while its own process is stopped does not count.
+no task has ended for a while is looked at: its worker is asked what it does, and its scheduler where it put the tasks. A
+lane that still does pieces of a task works, however much longer the task takes than was planned. Time is that in which the
+driver waited: what passes while its own process is stopped does not count.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import wait
@@ -27,6 +29,7 @@ from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.failing import place_of
 from oocattn.pipelines.graph import Key
+from oocattn.pipelines.tasks import LanePlugin, plugin_name
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
 
@@ -47,13 +50,15 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class Occupation:
-    """What a worker says of itself: its state as Dask has it, its threads, the tasks that hold one, its memory in bytes."""
+    """What a worker says of itself: its state as Dask has it, its threads, the tasks that hold one, its memory in bytes, and
+    the seconds since its lane last did a piece of a task (Inf without a lane)."""
 
     status: str
     threads: int
     executing: tuple[str, ...]
     memory: int
     memory_limit: int
+    since_step: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,14 @@ class Obstacle:
     remedy: str
 
 
-def occupation(dask_worker: Worker) -> Occupation:
-    """What this worker does."""
+def occupation(run: str, dask_worker: Worker) -> Occupation:
+    """What this worker does, for a run and otherwise."""
     executing = tuple(str(task.key) for task in dask_worker.state.executing)
     limit = dask_worker.memory_manager.memory_limit or 0
     memory = dask_worker.monitor.get_process_memory()
-    return Occupation(dask_worker.status.name, dask_worker.state.nthreads, executing, memory, limit)
+    plugin = dask_worker.plugins.get(plugin_name(run))
+    since_step = clock.now() - plugin.lane.stepped if isinstance(plugin, LanePlugin) else math.inf
+    return Occupation(dask_worker.status.name, dask_worker.state.nthreads, executing, memory, limit, since_step)
 
 
 def find_obstacle(run: str, found: Occupation | None) -> Obstacle | None:
@@ -144,24 +151,32 @@ class Standstill:
     def add(self, seconds: float) -> None:
         """So long was waited. Raises StalledError where nothing has ended for too long."""
         self._waited += seconds
-        idle = self._waited - self._progressed
-        if idle > self._deadline.stalled:
+        if self._idle > self._deadline.stalled:
             pending = self._pending()
             obstacles = self._look(pending, list(pending or self._ended)) or {"": self._unexplained(pending)}
+            if (idle := self._idle) <= self._deadline.stalled:
+                return  # a task that takes long goes on
             raise StalledError(
                 f"nothing has ended for {format_seconds(idle)}: {_words(obstacles)}; what was done is on disk: resume then"
             )
         if self._waited - max(self._looked, min(self._ended.values())) >= limits.NOTICED:
-            self._looked = self._waited
+            before, self._looked = self._progressed, self._waited
             pending = self._pending()
             at_rest = [name for name in pending or self._ended if self._waited - self._ended[name] >= limits.NOTICED]
             obstacles = self._look(pending, at_rest)
-            if not obstacles and idle >= self._deadline.noticed:
+            if not obstacles and self._progressed > before:
+                self._looked = self._progressed
+            elif not obstacles and self._idle >= self._deadline.noticed:
                 obstacles = {"": self._unexplained(pending)}
             self._tell(obstacles)
 
+    @property
+    def _idle(self) -> float:
+        """Seconds for which nothing has gone on."""
+        return self._waited - self._progressed
+
     def _look(self, pending: Mapping[str, Sequence[Key]], workers: Sequence[str]) -> dict[str, Obstacle]:
-        """What keeps these workers, or under "" what keeps all."""
+        """What keeps these workers, or under "" what keeps all. Those whose lanes are at a task that takes long go on."""
         if not workers:
             return {}
         keys = list(itertools.chain.from_iterable(pending.values()))
@@ -178,7 +193,11 @@ class Standstill:
             )
         else:
             unassigned = None
-        said = self._ask({name: partial(self._client.run, occupation, workers=[name]) for name in workers})
+        said = self._ask({name: partial(self._client.run, occupation, self._run, workers=[name]) for name in workers})
+        for name, answer in said.items():
+            if answer and answer[name].since_step < limits.NOTICED:
+                self._ended[name] = max(self._ended[name], self._waited - answer[name].since_step)
+                self._progressed = max(self._progressed, self._ended[name])
         found = {name: find_obstacle(self._run, answer and answer[name]) for name, answer in said.items()}
         obstacles = {name: obstacle for name, obstacle in found.items() if obstacle}
         return obstacles or ({"": unassigned} if unassigned else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from support import Recorder, assert_nothing_written, assert_same_bits, carry_ou
 import oocattn
 from oocattn import Event, Result, StalledError
 from oocattn.pipelines import attempt, deadline, standstill
+from oocattn.pipelines.cpu_lane import CpuLane
+from oocattn.pipelines.lane import Staged
 from oocattn.pipelines.standstill import Occupation, Standstill, find_obstacle
 
 RUN = "1234abcd"
@@ -74,7 +77,7 @@ def test_one_of_two_workers_that_stands_still_is_told_while_the_other_works() ->
     client: Any = SimpleNamespace(
         scheduler=SimpleNamespace(get_task_status=None),
         sync=lambda _, keys: dict.fromkeys(keys, "processing"),
-        run=lambda _, workers: {name: said[name] for name in workers},
+        run=lambda _, run, workers: {name: said[name] for name in workers},
     )
     limits: Any = SimpleNamespace(stalled=1000.0, noticed=1000.0)
     recorder = Recorder([])
@@ -188,6 +191,30 @@ def test_a_run_goes_on_when_its_worker_does(
     assert "is paused by Dask" in first
     assert (told_first, last, told_last) == (first, "", "")
     assert_same_bits(found, right)
+
+
+@pytest.mark.parametrize("works", [True, False], ids=["works", "hangs"])
+def test_a_task_may_take_longer_than_planned_while_its_lane_works(
+    client: Client, dataset: Path, right: Result, result: Path, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, attend = Recorder([]), CpuLane._attend
+
+    def attend_slowly(lane: CpuLane, staged: Staged) -> Event:
+        for _ in range(30 if staged.subproblem.index == 3 else 0):
+            time.sleep(deadline.NOTICED / 4)
+            if works:
+                lane.step()
+        return attend(lane, staged)
+
+    monkeypatch.setattr(CpuLane, "_attend", attend_slowly)
+    plan = plan_for(dataset, chunks=13)
+    if works:
+        assert_same_bits(carry_out(plan, dataset, result, client, callbacks=[recorder]), right)
+        assert not recorder.of("stalled")
+    else:
+        with pytest.raises(StalledError, match=r"subproblem \d of head group 0 does not end on worker inproc"):
+            carry_out(plan, dataset, result, client, callbacks=[recorder])
+        assert recorder.of("stalled")
 
 
 def test_a_scheduler_that_does_not_answer_is_named(
