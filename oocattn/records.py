@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -72,18 +72,19 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def from_json(kind: type[T], content: object) -> T:
+def from_json(kind: type[T], content: object, may_lack: Collection[str] = ()) -> T:
     """The dataclass of type `kind` that `to_json` made this of. Raises ValueError for anything else.
 
-    Numbers must lie in the `Range` of their field. A NaN or an Inf is taken only where the field has none.
+    Numbers must lie in the `Range` of their field. A NaN or an Inf is taken only where the field has none. The fields
+    `may_lack`, which older versions did not write, have their defaults where they are missing.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a {kind.__name__}, found {content!r:.80}")
     hints = get_type_hints(kind, include_extras=True)
-    if content.keys() != hints.keys():
+    if not hints.keys() - set(may_lack) <= content.keys() <= hints.keys():
         found = str(sorted(map(str, content)))
         raise ValueError(f"expected the fields {sorted(hints)} of a {kind.__name__}, found {found:.200}")
-    return kind(**{name: _value(hint, content[name], name) for name, hint in hints.items()})
+    return kind(**{name: _value(hint, content[name], name) for name, hint in hints.items() if name in content})
 
 
 def differences(before: object, now: object) -> str:

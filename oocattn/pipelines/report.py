@@ -19,6 +19,9 @@ from oocattn.storage.journal import Place
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
+ADDED = ("out_overflowed", "out_underflowed", "out_elements")
+"""Fields of a report that older versions do not write."""
+
 MOST_UNDERFLOWED = 0.01
 """Of the elements of `out`: where more are 0 because its dtype holds no smaller number, the others have lost as much."""
 
@@ -33,7 +36,7 @@ class RunReport:
     `pairs` are the query-key pairs that the ledger confirmed, `pairs_before` those of them that were attended before the
     run was resumed; `not_finite` the NaN and Inf found in the inputs, `out_not_finite` those in `out` as it was written,
     `out_overflowed` those of them that only the dtype of `out` made Inf, `out_underflowed` those that it made 0, of
-    `out_elements`;
+    `out_elements` (0, 0 and 1 in reports of older versions);
     `recomputed` the partials on disk that were damaged, so that they were computed again; `retried` the tasks that
     failed and were tried again, `workers_lost` how often workers died, so that others took over their work;
     `out_of_memory` how often a GPU had less memory than was planned, so that the run went on with smaller tiles;
@@ -54,9 +57,6 @@ class RunReport:
     bytes_written: Count
     not_finite: Count
     out_not_finite: Count
-    out_overflowed: Count
-    out_underflowed: Count
-    out_elements: Positive
     recomputed: Count
     retried: Count
     workers_lost: Count
@@ -67,6 +67,9 @@ class RunReport:
     chunks_compared: Count
     other_bits: str
     finished: str
+    out_overflowed: Count = 0
+    out_underflowed: Count = 0
+    out_elements: Positive = 1
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -76,7 +79,7 @@ class RunReport:
     def from_json(cls, content: Mapping[str, Any]) -> RunReport:
         """The report that `to_json` wrote. Raises IntegrityError for anything else."""
         try:
-            return from_json(cls, content)
+            return from_json(cls, content, ADDED)
         except ValueError as error:
             raise IntegrityError(f"not the report of a run: {error}") from None
 

@@ -28,6 +28,9 @@ from oocattn.units import format_bytes, format_seconds
 MOST_BYTES = 1 << 20
 """Of the files of status and report."""
 
+ADDED = ("result", "certificate", "verdict", "stalled", "stalled_since")
+"""Fields of a status that older versions do not write."""
+
 INTERVAL = 1.0
 """Seconds between updates of the file."""
 
@@ -238,7 +241,10 @@ def _seen(last: Status, holder: Holder, paths: ResultPaths) -> Status:
     running, silence = replace(last, state="running"), holder_silence(paths.lock)
     if silence < NOTICED:
         return running
-    stopped = f"{holder} is stopped, and its run with it: let it go on (kill -CONT {holder.process})"
+    stopped = (
+        f"{holder} is stopped, and its run with it: let it go on (kill -CONT {holder.process}); or else {paths.state} is on "
+        "a file system that does not answer it"
+    )
     return replace(running, stalled=stopped, stalled_since=clock.now() - silence)
 
 
@@ -307,7 +313,7 @@ def _last_written(path: Path) -> Status | None:
     if content is None:
         return None
     try:
-        return from_json(Status, content)
+        return from_json(Status, content, ADDED)
     except ValueError as error:
         raise IntegrityError(
             f"{path}: not the status of a run ({error}); a run that is alive writes it again: ask again"

@@ -394,4 +394,4 @@ def _read(path: Path) -> Holder:
 
 
 def _parse(content: bytes) -> Holder:
-    return from_json(Holder, {"flocked": True, **parse_json(content)})  # which older versions do not say
+    return from_json(Holder, parse_json(content), may_lack=["flocked"])  # which older versions do not say

@@ -10,7 +10,7 @@ from support import GENEROUS, GPU, a_problem
 
 from oocattn import Event, IntegrityError, RunReport
 from oocattn.pipelines.events import Span
-from oocattn.pipelines.report import Tally
+from oocattn.pipelines.report import ADDED, Tally
 from oocattn.planner import make_plan
 from oocattn.storage.journal import Place
 
@@ -115,6 +115,13 @@ def test_a_report_with_other_fields_is_refused() -> None:
     for changed in ({**content, "surprise": 1}, {}, {name: value for name, value in content.items() if name != "pairs"}):
         with pytest.raises(IntegrityError, match="not the report of a run: expected the fields"):
             RunReport.from_json(changed)
+
+
+def test_a_report_of_an_older_version_is_read() -> None:
+    report = report_of(EVENTS)
+    older = {name: value for name, value in report.to_json().items() if name not in ADDED}
+    assert RunReport.from_json(older) == replace(report, out_elements=1)
+    assert RunReport.from_json(older).lost == []
 
 
 def test_what_was_there_before_is_told() -> None:

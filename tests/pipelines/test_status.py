@@ -18,6 +18,7 @@ from support import carry_out, normal_arrays, plan_for, write_dataset
 import oocattn
 from oocattn import Event, IntegrityError, Status, clock
 from oocattn.cli import main
+from oocattn.pipelines.status import ADDED
 from oocattn.storage.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 
@@ -126,6 +127,16 @@ def test_a_damaged_status_is_an_error(fast_path: Path, content: str) -> None:
         paths.status.write_text(content)
         with pytest.raises(IntegrityError, match=r"status\.json"):
             str(oocattn.status(paths.result))
+
+
+def test_a_status_of_an_older_version_is_read(fast_path: Path) -> None:
+    paths, status = ResultPaths.at(fast_path / "result.zarr"), Status("running", 10, 4, 1000, bytes_read=7)
+    paths.make_state()
+    with FileLock(paths.lock):
+        content = {name: value for name, value in asdict(status).items() if name not in ADDED}
+        paths.status.write_text(json.dumps(content))
+        found = oocattn.status(paths.result)
+    assert (found.share, found.bytes_read, found.stalled) == (0.4, 7, "")
 
 
 def test_what_an_earlier_run_left_says_nothing_of_a_finished_result(client: Client, dataset: Path, fast_path: Path) -> None:
