@@ -220,8 +220,8 @@ def _other_faults(seen: Seen, expected: Expected) -> list[str]:
     used, limit = format_bytes(seen.memory_used), format_bytes(seen.memory_limit)
     if seen.paused:
         found.append(
-            f"is paused by Dask, with {used} of its memory limit of {limit} in use: restart it with memory_limit=0, or a "
-            "larger one"
+            f"is paused by Dask, with {used}{f' of its memory limit of {limit}' if seen.memory_limit else ''} in use: "
+            "restart it with memory_limit=0, or a larger one"
         )
     elif seen.memory_used + expected.lane_bytes > seen.memory_pause:
         found.append(
