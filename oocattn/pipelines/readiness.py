@@ -14,6 +14,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from oocattn.storage.dataset import Dataset, Fingerprints, changed_arrays
 from oocattn.storage.durable import PARTIAL
 from oocattn.storage.locations import parse_location
 from oocattn.storage.lock import Claim
+from oocattn.storage.operations import doing, words_of
 from oocattn.storage.state import RunState
 from oocattn.units import format_bytes
 from oocattn.version import __version__, source_digest
@@ -155,7 +157,7 @@ def _look_at_dataset(location: str) -> Fingerprints | str:
             os.stat(path)
         return Dataset.open(location).fingerprints()
     except (OocattnError, OSError) as error:
-        return str(error)
+        return words_of(error)
     except Exception as error:  # a remote file system has its own
         return f"{type(error).__name__}: {error}"
 
@@ -179,11 +181,9 @@ def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
     """Remove what workers have written into the folder of job state; return the names of those files that were there."""
     there = []
     for name in names:
-        try:
+        with suppress(FileNotFoundError), doing("remove", state / name):
             (state / name).unlink()
-        except FileNotFoundError:
-            continue
-        there.append(name)
+            there.append(name)
     return there
 
 
