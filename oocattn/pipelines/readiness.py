@@ -26,7 +26,6 @@ from oocattn.errors import LockedError, OocattnError
 from oocattn.plans import Plan
 from oocattn.storage.dataset import Dataset, Fingerprints, changed_arrays
 from oocattn.storage.durable import PARTIAL
-from oocattn.storage.locations import parse_location
 from oocattn.storage.lock import Claim
 from oocattn.storage.operations import doing, words_of
 from oocattn.storage.state import RunState
@@ -89,7 +88,7 @@ class Expected:
     the arguments of `arithmetic_of`. `computing` is what the workers of the run may compute with, where it has begun.
     """
 
-    location: str
+    dataset: Dataset
     fingerprints: Fingerprints
     state: Path
     claim: Claim
@@ -102,7 +101,7 @@ class Expected:
         """What a run of this plan expects."""
         asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
         lane_bytes = -(-plan.peak_host // plan.lanes)
-        return cls(dataset.location, dataset.as_found, state.paths.state, state.claim, lane_bytes, asked)
+        return cls(dataset, dataset.as_found, state.paths.state, state.claim, lane_bytes, asked)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ async def look(expected: Expected, dask_worker: Worker) -> Seen:
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
     share = manager.memory_pause_fraction or dask.config.get("distributed.worker.memory.terminate") or math.inf
-    dataset = await asyncio.to_thread(_look_at_dataset, expected.location)  # which may take seconds
+    dataset = await asyncio.to_thread(_look_at_dataset, expected.dataset)  # which may take seconds
     result, probe = await asyncio.to_thread(_look_at_state, expected.state, expected.claim)
     return Seen(
         id=str(dask_worker.id),
@@ -149,13 +148,12 @@ async def look(expected: Expected, dask_worker: Worker) -> Seen:
     )
 
 
-def _look_at_dataset(location: str) -> Fingerprints | str:
-    """The fingerprints of the dataset that is at a location, or why it cannot be read."""
+def _look_at_dataset(dataset: Dataset) -> Fingerprints | str:
+    """The fingerprints of the dataset that is there now, or why it cannot be read."""
     try:
-        path = parse_location(location).path
-        if path is not None:
-            os.stat(path)
-        return Dataset.open(location).fingerprints()
+        if dataset.folder is not None:
+            os.stat(dataset.folder)
+        return dataset.reopened().fingerprints()
     except (OocattnError, OSError) as error:
         return words_of(error)
     except Exception as error:  # a remote file system has its own
@@ -193,7 +191,7 @@ def faults(seen: Seen, expected: Expected, written: bool) -> list[str]:
 
 
 def _dataset_faults(seen: Seen, expected: Expected) -> list[str]:
-    place, here = f"the dataset {expected.location}", expected.fingerprints
+    place, here = f"the dataset {expected.dataset.location}", expected.fingerprints
     if isinstance(seen.dataset, str):
         return [f"cannot read {place} as it can be read here ({seen.dataset}): {SAME_DATA}"]
     if changed := changed_arrays(here.untimed, seen.dataset.untimed):
