@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from distributed.worker import Worker
 from support import Recorder, assert_nothing_written, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import Event, Result, StalledError
+from oocattn import Callback, Event, Result, StalledError
 from oocattn.pipelines import attempt, deadline, standstill
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.lane import Staged
@@ -27,8 +27,8 @@ from oocattn.pipelines.standstill import Occupation, Standstill, find_obstacle
 
 RUN = "1234abcd"
 
-Kept = Callable[[Client], AbstractContextManager[None]]
-"""Keeps the workers of a client from their tasks."""
+Keep = Callable[[Client], AbstractContextManager[Callback]]
+"""Keeps the workers of a client from the tasks of a run that has this callback."""
 
 
 @pytest.fixture
@@ -101,18 +101,23 @@ def set_status(status: Status, dask_worker: Worker) -> None:
 
 
 @contextmanager
-def paused(client: Client) -> Iterator[None]:
-    client.run(set_status, Status.paused)
+def paused(client: Client) -> Iterator[Callback]:
+    """Once the run has begun: before that, a paused worker is refused."""
+
+    def pause(event: Event) -> None:
+        if event.kind == "started":
+            client.run(set_status, Status.paused)
+
     try:
-        yield
+        yield pause
     finally:
         client.run(set_status, Status.running)
 
 
 @contextmanager
-def without_resources(client: Client) -> Iterator[None]:
+def without_resources(client: Client) -> Iterator[Callback]:
     with dask.annotate(resources={"ELSEWHERE": 1}):
-        yield
+        yield ignore
 
 
 BEGUN, END = threading.Semaphore(0), threading.Event()
@@ -123,15 +128,19 @@ def hold_thread() -> None:
     END.wait(60)
 
 
+def ignore(event: Event) -> None:
+    pass
+
+
 @contextmanager
-def busy(client: Client) -> Iterator[None]:
+def busy(client: Client) -> Iterator[Callback]:
     """All threads of the workers execute tasks of somebody else."""
     END.clear()
     held = [client.submit(hold_thread, key=f"theirs-{number}") for number in range(sum(client.nthreads().values()))]
     try:
         for _ in held:
             assert BEGUN.acquire(timeout=30)
-        yield
+        yield ignore
     finally:
         END.set()
         client.gather(held)
@@ -147,20 +156,18 @@ def busy(client: Client) -> Iterator[None]:
     ids=["paused", "without resources", "busy"],
 )
 def test_a_run_that_stands_still_from_the_start_ends(
-    client: Client, dataset: Path, right: Result, result: Path, kept: Kept, words: str, caplog: pytest.LogCaptureFixture
+    client: Client, dataset: Path, right: Result, result: Path, kept: Keep, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     told = []
 
     def look(event: Event) -> None:
-        if event.kind == "started":  # when all workers were found ready
-            until_the_end.enter_context(kept(client))
         if event.kind == "stalled":
             told.append(oocattn.status(result))
 
     caplog.set_level(logging.WARNING, "oocattn")
-    match = rf"nothing has ended for .*: ({words}).*on disk: resume"
-    with ExitStack() as until_the_end, pytest.raises(StalledError, match=match):
-        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[look])
+    ends = pytest.raises(StalledError, match=rf"nothing has ended for .*: ({words}).*on disk: resume")
+    with kept(client) as keep, ends:
+        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[keep, look])
     assert "the run stalls: " in caplog.text
     assert {status.state for status in told} == {"running"}
     assert str(told[0]).startswith("stalled: 0 of 13 subproblems")
