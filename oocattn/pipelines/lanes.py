@@ -1,4 +1,4 @@
-"""The lanes of an attempt as its driver has them: opened on the workers that take part, stopped, saved and closed.
+"""The driver's side of the lanes of an attempt: opened on the workers that take part, stopped, saved and closed.
 
 No other worker of the cluster is touched. As a run ends, a worker that fails or is silent costs what it held, never the end.
 """
