@@ -297,9 +297,9 @@ class Certificate:
         if self.ledger is not None and self.ledger.counted != self.ledger.expected:
             found.append("but the report beside the result is not that of its run")
         if self.ledger is not None and self.ledger.out_overflowed:
-            found.append(f"but {self.ledger.out_overflowed:,} elements of out are Inf: too large for {self.problem.out_dtype}")
+            found.append(f"but {self.ledger.out_overflowed:,} elements of out are Inf, too large for its dtype")
         if self.ledger is not None and self.ledger.out_underflowed:
-            found.append(f"but {self.ledger.out_underflowed:,} elements of out are 0: too small for {self.problem.out_dtype}")
+            found.append(f"but {self.ledger.out_underflowed:,} elements of out are 0, too small for its dtype")
         return found
 
     @property
