@@ -118,7 +118,7 @@ def test_three_dimensions_are_named_as_well(tmp_path: Path, names: str, refused:
 def test_names_of_some_axes_are_believed_where_the_others_follow(
     tmp_path: Path, names: list[str | None], refused: bool
 ) -> None:
-    dataset = write(tmp_path, {name: names for name in "qkv"})
+    dataset = write(tmp_path, dict.fromkeys("qkv", names))
     if refused:
         with pytest.raises(ProblemError, match=r"q is \[B, N, H, D\] \(.*unnamed.*--layout bnhd"):
             Dataset.open(dataset)
