@@ -31,6 +31,7 @@ import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import OocattnError, ProblemError, ResultExistsError
 from oocattn.storage.durable import PARTIAL, write_durably
 from oocattn.storage.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
+from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.locations import Location, local_path, parse_location
 from oocattn.storage.operations import doing, words_of
 from oocattn.storage.own_store import OwnStore
@@ -104,11 +105,6 @@ def chunk_file(array: zarr.Array[Any], coords: tuple[int, ...]) -> Path:
     """The file of chunk `coords` of an array that `create_array` made in a local store."""
     assert isinstance(array.store, LocalStore)
     return array.store.root / array.path / array.metadata.encode_chunk_key(coords)
-
-
-def chunk_bytes(array: zarr.Array[Any]) -> int:
-    """The size of each of its chunk files, also at the edge."""
-    return int(np.prod(array.chunks)) * array.dtype.itemsize
 
 
 # The durable commit of one chunk. After a crash at any step, what lies under the chunk's name is whole: the old bytes,
