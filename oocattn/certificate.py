@@ -296,6 +296,10 @@ class Certificate:
             found.append("against a dataset that may not be the one that the run read")
         if self.ledger is not None and self.ledger.counted != self.ledger.expected:
             found.append("but the report beside the result is not that of its run")
+        if self.ledger is not None and self.ledger.out_overflowed:
+            found.append(f"but {self.ledger.out_overflowed:,} elements of out are Inf, too large for its dtype")
+        if self.ledger is not None and self.ledger.out_underflowed:
+            found.append(f"but {self.ledger.out_underflowed:,} elements of out are 0, too small for its dtype")
         return found
 
     @property

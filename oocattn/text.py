@@ -12,8 +12,8 @@ MOST_SHOWN = 2000
 """Characters of a text that are printed at most."""
 
 _USER = re.compile(
-    r"(https?://)[^/?#\s]*@"
-    r"|(://)(?!\[)(?:[^/?#\s@]*:[^/?#\s]*@|[^/?#\s:@]*:(?!\d{0,5}(?:[/?#\s'\",;)]|$))\S*@)"  # last: a slash in a password
+    r"(https?://)[^/?#\n]*@"
+    r"|(://)(?!\[)(?:[^/?#\s@]*:[^/?#\n]*@|[^/?#\s:@]*:(?!\d{0,5}(?:[/?#\s'\",;)]|$))\S*@)"  # last: a slash in a password
 )
 _SECRET = re.compile(r"([?&][^=&#\s]*(?:sig|token|key|secret|passw|credential|auth)[^=&#\s]*=)[^&#\s'\"]+", re.IGNORECASE)
 

@@ -68,6 +68,16 @@ VAGUE_AND_WRONG = replace(WRONG, rows=(*WRONG.rows[:5], *VAGUE))
 ALL = [RIGHT, WRONG, UNREADABLE, DAMAGED, UNKNOWN, SOME_VAGUE, INCONCLUSIVE, VAGUE_AND_WRONG]
 
 
+def test_a_verdict_names_the_elements_that_a_narrow_dtype_lost() -> None:
+    lost = replace(RIGHT, ledger=Ledger(1_001_000, 1_001_000, 0, 12, 12, 3456, ""))
+    assert lost.passed
+    assert lost.verdict == (
+        "passed, but 12 elements of out are Inf, too large for its dtype, but 3,456 elements of out are 0, too small for "
+        "its dtype"
+    )
+    assert Certificate.from_json(lost.to_json()) == lost
+
+
 def test_what_it_states() -> None:
     assert RIGHT.drawn == 60
     assert RIGHT.statement == (

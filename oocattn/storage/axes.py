@@ -1,8 +1,8 @@
 """The order of an array's axes: what its dimension names say of it, and where its sizes make it doubtful.
 
 An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads of H
-tokens, and nothing about the result shows it. Names are believed where each of them is known and together they can be
-read in one way only.
+tokens, and nothing about the result shows it. Names are believed where each one that is given is known and together they
+can be read in one way only.
 """
 
 from __future__ import annotations
@@ -92,19 +92,24 @@ def _named_orders(array: zarr.Array[Any]) -> Iterator[tuple[list[str], str]]:
     """The dimension names of an array that are believed, and the order of axes that they say."""
     for names in (getattr(array.metadata, "dimension_names", None), array.attrs.get("_ARRAY_DIMENSIONS")):
         if isinstance(names, list | tuple) and len(names) == array.ndim and (order := _order(names)):
-            yield [str(name) for name in names], order
+            yield ["unnamed" if name is None else str(name) for name in names], order
 
 
 def _order(names: list[Any] | tuple[Any, ...]) -> str | None:
-    """The one order of axes, like "bhnd", that can be called by these names; None where there is none, or several."""
-    if len(names) not in (3, 4) or not all(isinstance(name, str) for name in names):
+    """The one order of axes, like "bhnd", that can be called by these names; None where there is none, or several.
+
+    An axis without a name, None, may be any.
+    """
+    if len(names) not in (3, 4) or not all(name is None or isinstance(name, str) for name in names):
         return None
     axes = [_axes_called(name) for name in names]
     found = [order for order in itertools.permutations("bhnd"[4 - len(names) :]) if all(map(set.__contains__, axes, order))]
     return "".join(found[0]) if len(found) == 1 else None
 
 
-def _axes_called(name: str) -> set[str]:
+def _axes_called(name: str | None) -> set[str]:
     """The axes that may be called so."""
+    if name is None:
+        return {*_KNOWN}
     plain = re.sub("[^a-z0-9]", "", name[: 2 * _MOST_LETTERS].lower())
     return {axis for axis, words in _KNOWN.items() if len(plain) <= _MOST_LETTERS and words.fullmatch(plain)}

@@ -31,8 +31,9 @@ import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import OocattnError, ProblemError, ResultExistsError
 from oocattn.storage.durable import PARTIAL, write_durably
 from oocattn.storage.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
+from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.locations import Location, local_path, parse_location
-from oocattn.storage.operations import doing
+from oocattn.storage.operations import doing, words_of
 from oocattn.storage.own_store import OwnStore
 from oocattn.storage.remote import RemoteStore, open_remote
 from oocattn.storage.renaming import rename_new
@@ -104,11 +105,6 @@ def chunk_file(array: zarr.Array[Any], coords: tuple[int, ...]) -> Path:
     """The file of chunk `coords` of an array that `create_array` made in a local store."""
     assert isinstance(array.store, LocalStore)
     return array.store.root / array.path / array.metadata.encode_chunk_key(coords)
-
-
-def chunk_bytes(array: zarr.Array[Any]) -> int:
-    """The size of each of its chunk files, also at the edge."""
-    return int(np.prod(array.chunks)) * array.dtype.itemsize
 
 
 # The durable commit of one chunk. After a crash at any step, what lies under the chunk's name is whole: the old bytes,
@@ -248,16 +244,30 @@ def sync_metadata(group: Path) -> None:
 def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
     """Give the group at `temporary`, all of which is on disk, the name `path`, in place of one that may be overwritten.
 
-    Raises ResultExistsError, and moves nothing, where something else is there by then.
+    Raises ResultExistsError where something else is there by then. What was to be overwritten has its name again where the
+    new one could not be given it.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     refuse_to_destroy(path, overwrite)
-    if is_taken(path):
+    replaced = is_taken(path)
+    if replaced:
         rename_new(path, aside)
     try:
         rename_new(temporary, path)
-    except FileExistsError:
-        raise ResultExistsError(f"{path} has appeared meanwhile: move it away and try again") from None
+    except OSError as error:
+        if replaced:
+            _give_back(aside, path)
+        if isinstance(error, FileExistsError):
+            raise ResultExistsError(f"{path} has appeared meanwhile: move it away and try again") from None
+        raise
     sync(path.parent)
     if not remove_ours(aside, GROUP):
         logger.warning("%s holds files that are not Zarr's, and is left", aside)
+
+
+def _give_back(aside: Path, path: Path) -> None:
+    """Give a group that was not replaced its name again; where that fails too, say where it is."""
+    try:
+        rename_new(aside, path)
+    except OSError as error:
+        logger.warning("%s; what was there before is at %s", words_of(error), aside)

@@ -27,6 +27,9 @@ code, and they open nothing but the next link."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
+_ADDRESS = re.compile(r"(?<=[/@])\[[0-9A-Fa-f:.]*\]")
+"""A host that is given as an address of IPv6, such as [::1]."""
+
 _BYTES = re.compile("[\udc80-\udcff]")
 """Bytes of a path that are no UTF-8, as Python has them in a text."""
 
@@ -57,7 +60,12 @@ def parse_location(typed: object, what: str = "dataset") -> Location:
     text = _text(typed, what)
     if not isinstance(typed, str) or _is_local(text):
         return _local(_at_home(text))
-    return _chain(text) if "::" in text else _url(text)
+    return _chain(text) if is_chain(text) else _url(text)
+
+
+def is_chain(text: str) -> bool:
+    """Whether a URL is a chain such as `zip::s3://bucket/qkv.zip`."""
+    return "::" in _ADDRESS.sub("", text)
 
 
 def recorded_location(text: object) -> Location:

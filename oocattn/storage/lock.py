@@ -357,18 +357,19 @@ def _flock(descriptor: int, kind: int, path: Path) -> bool:
 def lock_holder(path: Path) -> Holder | None:
     """Who holds the lock at `path`, or None where no live process does, as far as can be told at once.
 
-    Raises IntegrityError where something other than a file is there.
+    Raises IntegrityError where something other than a file is there, OSError as the file system does.
     """
     try:
         with opened(path, follow=False) as descriptor:
             flocked = _flock(descriptor, fcntl.LOCK_SH, path)
+            content = read_exactly(descriptor, MOST_BYTES, 0, path)
             touched = os.fstat(descriptor).st_mtime
-    except (FileNotFoundError, NotADirectoryError):
+        holder = _parse(content)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # none, or one that nobody made
         return None
     except BlockingIOError:
         return _read(path)
-    holder = _read(path)
-    if holder == NOBODY or (flocked and holder.is_told_by_kernel):
+    if flocked and holder.is_told_by_kernel:
         return None
     return holder if time.time() - touched < BEATS_MISSED * BEAT else None
 

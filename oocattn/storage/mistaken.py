@@ -36,8 +36,9 @@ def describe(found: object) -> str:
     if found is None:
         return "None"
     kind = type(found)
-    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
-    article = "an" if name[0] in "aeiou" else "a"
+    module = kind.__module__.partition(".")[0].removeprefix("_")  # as of _io.BytesIO
+    name = kind.__name__ if module == "builtins" else f"{module}.{kind.__name__}"
+    article = "an" if name[0] in "aeiouAEIO" else "a"
     shape = getattr(found, "shape", None)
     if isinstance(shape, tuple):
         return f"{article} {name} {printable(list(shape))}"

@@ -15,7 +15,7 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError, RemoteError
-from oocattn.storage.locations import Location
+from oocattn.storage.locations import Location, is_chain
 from oocattn.storage.transient import retrying
 from oocattn.text import printable
 
@@ -162,13 +162,14 @@ def open_remote(location: Location, *, read_only: bool = True) -> RemoteStore:
 
 
 def _open(url: str, read_only: bool) -> RemoteStore:
-    scheme = url.rpartition("::")[2].partition("://")[0]
+    chained = is_chain(url)
+    scheme = (url.rpartition("::")[2] if chained else url).partition("://")[0]
     try:
         if scheme not in ("http", "https"):
             return cast(RemoteStore, RemoteStore.from_url(url, read_only=read_only))
         from oocattn.storage.http_files import HttpFiles, get_client
 
-        if "::" in url:
+        if chained:
             options = {scheme: {"get_client": get_client}}
             return cast(RemoteStore, RemoteStore.from_url(url, options, read_only=read_only))
         store = RemoteStore(HttpFiles(asynchronous=True, get_client=get_client), read_only=read_only, path=url)

@@ -23,10 +23,11 @@ from zarr.storage import LocalStore
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.checksums import ATTRIBUTE as CHECKSUMS
 from oocattn.storage.checksums import Checksums, as_digits, checksum
-from oocattn.storage.create import chunk_bytes, chunk_file, chunk_selection, write_chunk
+from oocattn.storage.create import chunk_file, chunk_selection, write_chunk
 from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.files import read_file
 from oocattn.storage.folders import remove_file
+from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, open_array
 from oocattn.storage.operations import doing

@@ -7,7 +7,7 @@ checked before Zarr reads the shard, and those of shards within it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,15 @@ _ABSENT = 2**64 - 1
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard, or a shard within one: its first element in the array, its extents, and its bytes of the object `key`."""
+    """A shard, or a shard within one: its first element in the array, its extents, and its bytes of the object `key`.
+
+    `place` is what messages call it.
+    """
 
     array: zarr.Array[Any]
     location: str
     key: str
+    place: str
     origin: tuple[int, ...]
     extents: tuple[int, ...]
     begin: int
@@ -49,7 +53,7 @@ def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -
     assert array.shards is not None
     key = chunk_key(array, shard)
     origin = tuple(at * extent for at, extent in zip(shard, array.shards, strict=True))
-    whole = _Shard(array, location, key, origin, array.shards, 0, _size(array, key, location))
+    whole = _Shard(array, location, key, key, origin, array.shards, 0, _size(array, key, location))
     described: Any = array.metadata.to_dict()["codecs"]
     _check(whole, described, array_chain(array))
 
@@ -74,23 +78,29 @@ def _check(shard: _Shard, codecs: Any, chain: Chain) -> None:
     present = index[_inside(shard, chunk)]
     absent = np.argwhere((present == _ABSENT).all(axis=-1))
     if len(absent):
-        raise missing_chunk(shard.location, f"{shard.key}, chunk {'/'.join(map(str, absent[0]))} of the shard")
+        raise missing_chunk(shard.location, _place_of(shard, absent[0]))
     if inner.inner is not None:
         for at in np.ndindex(present.shape[:-1]):
             begin, length = (int(number) for number in present[at])
             origin = tuple(start + i * size for start, i, size in zip(shard.origin, at, chunk, strict=True))
             begin += shard.begin
-            nested = _Shard(shard.array, shard.location, shard.key, origin, chunk, begin, begin + length)
+            place = _place_of(shard, at)
+            nested = _Shard(shard.array, shard.location, shard.key, place, origin, chunk, begin, begin + length)
             _check(nested, config["codecs"], inner)
+
+
+def _place_of(shard: _Shard, at: Iterable[int]) -> str:
+    """What messages call the chunk at these coordinates in a shard."""
+    return f"{shard.place}, chunk {'/'.join(map(str, at))} of the shard"
 
 
 def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int], size: int) -> NDArray[np.uint64]:
     """Offset and length of every chunk, from the beginning of the shard: [*counts, 2], of `size` bytes as stored."""
     content = sync(shard.array.store.get(shard.key, buffer_prototype, _window(shard, size, config["index_location"])))
     if content is None:
-        raise missing_chunk(shard.location, shard.key)
+        raise missing_chunk(shard.location, shard.place)
     if len(content) != size:
-        raise undecodable(shard.location, shard.key, f"its index has {len(content)} bytes of {size}")
+        raise undecodable(shard.location, shard.place, f"its index has {len(content)} bytes of {size}")
     order = config["index_codecs"][0].get("configuration", {}).get("endian", "little")
     numbers = np.frombuffer(content.to_bytes(), ">u8" if order == "big" else "<u8", 2 * math.prod(counts))
     return numbers.astype(np.uint64, copy=False).reshape(*counts, 2)
@@ -108,13 +118,13 @@ def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int, conten
     listed = index[(index != _ABSENT).any(axis=-1)]
     offsets, lengths = listed[np.argsort(listed[:, 0], kind="stable")].T
     if np.any(lengths == 0):  # Zarr would read fill values
-        raise undecodable(shard.location, shard.key, "its index lists a chunk of no bytes")
+        raise undecodable(shard.location, shard.place, "its index lists a chunk of no bytes")
     if np.any(lengths > most):
-        raise undecodable(shard.location, shard.key, f"its index lists {int(lengths.max()):,} bytes for one chunk")
+        raise undecodable(shard.location, shard.place, f"its index lists {int(lengths.max()):,} bytes for one chunk")
     if np.any(offsets > 2**63) or np.any((offsets + lengths)[:-1] > offsets[1:]):
-        raise undecodable(shard.location, shard.key, "its index lists chunks that overlap")
+        raise undecodable(shard.location, shard.place, "its index lists chunks that overlap")
     if len(listed) and not content.start <= int(offsets[0]) <= int(offsets[-1] + lengths[-1]) <= content.stop:
-        raise undecodable(shard.location, shard.key, f"its index points beyond the {len(content):,} bytes of its chunks")
+        raise undecodable(shard.location, shard.place, f"its index points beyond the {len(content):,} bytes of its chunks")
 
 
 def _inside(shard: _Shard, chunk: tuple[int, ...]) -> tuple[slice, ...]:

@@ -243,9 +243,14 @@ class RunState:
 
 def _is_waiting(path: Path) -> bool:
     """Whether this is the file by which a live process waits for the lock."""
-    with suppress(IntegrityError):
-        return path.name.startswith("lock.") and lock_holder(path) is not None
-    return False
+    if not path.name.startswith("lock."):
+        return False
+    try:
+        return lock_holder(path) is not None
+    except IntegrityError:
+        return False
+    except OSError:  # nothing is known of it
+        return True
 
 
 def is_untidy(paths: ResultPaths) -> bool:

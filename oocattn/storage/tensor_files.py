@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import zipfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -159,6 +160,8 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
         if dtype not in _SAFETENSORS_DTYPES.values():
             raise _unsupported(name, f"{path}:{key}", dtype)
         numbers = _numpy_dtype(dtype)
+        if not all(type(number) is int for number in (begin, end, *shape)):
+            raise ValueError(f"tensor {key!r} has a shape or a place that is not of whole numbers")
         if end - begin != math.prod(shape) * numbers.itemsize or min(begin, *shape, 0) < 0:
             raise ValueError(f"tensor {key!r} lies at bytes {begin} to {end}, which is no {dtype} {list(shape)}")
     except ProblemError:
@@ -179,6 +182,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
     try:
         with opened(path) as descriptor, doing("read", path), open(descriptor, "rb", closefd=False) as file:
             stamp = _stamp(descriptor, path)
+            _check_archive(name, path, file)
             with _without_data():
                 found = torch.load(file, weights_only=True, map_location="meta")
     except (OocattnError, OSError, MemoryError):
@@ -194,7 +198,29 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
         found, label = found[key], f"{path}:{key}"
     if not isinstance(found, torch.Tensor) or found.layout is not torch.strided:
         raise ProblemError(f"{name}: {label} is a {type(found).__name__}: expected a dense tensor")
+    if found.is_neg():  # torch keeps a negation beside the elements
+        raise ProblemError(f"{name}: {label} is the negative of what is stored: save tensor.resolve_neg()")
     return _torch_tensor(name, path, label, found, stamp)
+
+
+def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
+    """Raise ProblemError where the elements in an archive of torch.save are not what the tensors are made of.
+
+    torch tells where an element lies, and not that it is compressed; numbers of another byte order crash it.
+    """
+    if not zipfile.is_zipfile(file):  # torch says what it is
+        file.seek(0)
+        return
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ProblemError(f"{name}: {printable(path)} is compressed: load it, and save it again with torch.save")
+        for each in archive.namelist():
+            if each.rpartition("/")[2] == "byteorder" and archive.open(each).read(16) != b"little":
+                raise ProblemError(
+                    f"{name}: {printable(path)} has numbers of another byte order than little-endian: save it again on "
+                    "this machine"
+                )
+    file.seek(0)
 
 
 def _without_data() -> AbstractContextManager[object]:

@@ -96,7 +96,7 @@ async def retrying(operation: str, url: str, step: Callable[[], Awaitable[T]], p
         tries += 1
         try:
             return await asyncio.wait_for(step(), TRY_SECONDS)
-        except OocattnError:
+        except (OocattnError, MemoryError):
             raise
         except Exception as error:  # each file system has its own
             failure, now = classify(error), clock.now()

@@ -106,6 +106,26 @@ def test_three_dimensions_are_named_as_well(tmp_path: Path, names: str, refused:
         Dataset.open(dataset)
 
 
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (["batch", None, "heads", "dim"], True),
+        ([None, "token", "heads", "dim"], True),
+        (["batch", "heads", None, "dim"], False),
+        ([None, None, "heads", None], False),
+    ],
+)
+def test_names_of_some_axes_are_believed_where_the_others_follow(
+    tmp_path: Path, names: list[str | None], refused: bool
+) -> None:
+    dataset = write(tmp_path, dict.fromkeys("qkv", names))
+    if refused:
+        with pytest.raises(ProblemError, match=r"q is \[B, N, H, D\] \(.*unnamed.*--layout bnhd"):
+            Dataset.open(dataset)
+    else:
+        Dataset.open(dataset)
+
+
 @pytest.mark.parametrize("names", [7, "bnhd", [], ["batch"], [1, 2, 3, 4], [None] * 4, {"a": 1}, [["b"], "n", "h", "d"]])
 def test_names_may_be_anything(tmp_path: Path, names: Any) -> None:
     Dataset.open(write(tmp_path, dict.fromkeys("qkv", names), zarr_format=2))

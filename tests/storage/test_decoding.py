@@ -313,6 +313,13 @@ def test_a_chunk_that_was_never_written_is_found_within_every_shard(
             work()
 
 
+def test_a_chunk_that_is_missing_in_a_shard_within_a_shard_is_named_by_both(tmp_path: Path) -> None:
+    group = write(str(tmp_path), chunks=(1, 1, 64, 8), serializer=sharded(32, sharded(16)), compressors=None)
+    group["q"][:, :, 48:64] = 0
+    with pytest.raises(IntegrityError, match=r"chunk 0/0/1/0 of the shard, chunk 0/0/1/0 of the shard.* is missing"):
+        Dataset.open(str(tmp_path)).check_complete()
+
+
 HIDDEN: dict[str, tuple[Any, ...]] = {
     "compressed": (sharded(16), ZstdCodec()),
     "checked": (sharded(16), Crc32cCodec()),

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -216,6 +217,36 @@ def test_files_of_an_old_torch_are_named(tmp_path):
         import_arrays(tmp_path / "qkv.zarr", **(files | {"k": f"{tmp_path}/old.pt"}))
 
 
+def write_archive(file, source, compression=zipfile.ZIP_STORED, order=b"little"):
+    """The file of torch that `source` is, written again by another program."""
+    with zipfile.ZipFile(source) as before, zipfile.ZipFile(file, "w", compression) as after:
+        for name in before.namelist():
+            after.writestr(name, order if name.endswith("/byteorder") else before.read(name))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"compression": zipfile.ZIP_DEFLATED}, "k.pt is compressed"), ({"order": b"big"}, "k.pt has numbers of another byte")],
+)
+def test_archives_that_torch_did_not_write_are_read_as_they_are_or_refused(tmp_path, options, message):
+    held, filed = make_tensors()
+    files = save_npy(tmp_path, filed) | {"k": f"{tmp_path}/k.pt"}
+    torch.save(to_torch(filed["k"]), tmp_path / "whole.pt")
+    write_archive(tmp_path / "k.pt", tmp_path / "whole.pt")
+    import_arrays(tmp_path / "qkv.zarr", **files)
+    check_dataset(tmp_path / "qkv.zarr", held)
+    write_archive(tmp_path / "k.pt", tmp_path / "whole.pt", **options)
+    with pytest.raises(ProblemError, match=message):
+        import_arrays(tmp_path / "other.zarr", **files)
+
+
+def test_a_negation_that_torch_keeps_beside_the_elements_is_refused(tmp_path):
+    files = save_npy(tmp_path, make_tensors()[1]) | {"k": f"{tmp_path}/k.pt"}
+    torch.save(torch._neg_view(torch.ones(2, 2, 70, 8)), tmp_path / "k.pt")
+    with pytest.raises(ProblemError, match=r"k.pt is the negative of what is stored: save tensor.resolve_neg"):
+        import_arrays(tmp_path / "qkv.zarr", **files)
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])
 @pytest.mark.parametrize(
     ("save", "file"), [(save_npy, "q.npy"), (save_safetensors, "qkv.safetensors"), (save_torch, "kv.pt")]
@@ -274,6 +305,8 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch, change,
         b'{"q": {"dtype": "F32", "shape": [1, 1, 1, 1], "data_offsets": [-4, 0]}}',
         b'{"q": {"dtype": "F32", "shape": [1, 1, 1, 1], "data_offsets": [4, 8]}}',
         b'{"q": {"dtype": "F32", "shape": [1, 1, 1, 0.5], "data_offsets": [0, 4]}}',
+        b'{"q": {"dtype": "F32", "shape": [1.0, 1, 1, 1], "data_offsets": [0, 4]}}',
+        b'{"q": {"dtype": "F32", "shape": [1, 1, 1, 1], "data_offsets": [0.0, 4.0]}}',
         b'{"q": {"dtype": "F32", "shape": "1111", "data_offsets": "04"}}',
         b'{"q": {"shape": [1, 1, 1, 1], "data_offsets": [0, 4]}}',
     ],

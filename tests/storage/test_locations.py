@@ -297,6 +297,10 @@ def test_what_is_no_path_is_refused_with_what_it_is(
 def test_a_location_is_shown_without_credentials() -> None:
     for typed, shown in {
         "https://me:secret@host/x": "https://host/x",
+        "https://me:se cr et@host/x": "https://host/x",
+        "s3://key:se cret@bucket/x": "s3://bucket/x",
+        "http://[::1]:80/x": "http://[::1]:80/x",
+        "http://me:secret@[::1]/x": "http://[::1]/x",
         "https://token@host:80/x@y": "https://host:80/x@y",
         "https://host:80/x@y": "https://host:80/x@y",
         "zip::https://me:se@cret@host/x.zip": "zip::https://host/x.zip",

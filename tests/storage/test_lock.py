@@ -127,6 +127,15 @@ def test_nobody_watches_beyond_a_time_limit(left: Path) -> None:
     assert json.loads(left.read_text()) == asdict(OTHER)
 
 
+def test_a_lock_that_cannot_be_read_is_not_taken_for_left_behind(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", refuse)
+    with pytest.raises(OSError, match=f"cannot read {left}: Input/output error"):
+        lock_holder(left)
+
+
 @pytest.mark.parametrize(
     "text", [b"", b"not JSON", b"[]", b'{"host": "a"}', b'{"host": "a", "process": "b"}', b"\xff\xfe", b"[" * 100_000]
 )

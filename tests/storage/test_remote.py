@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gzip
 import itertools
@@ -411,3 +412,11 @@ MEANINGS: list[tuple[Exception, Kind]] = [
 @pytest.mark.parametrize(("error", "kind"), MEANINGS, ids=lambda value: f"{value!r:.60}")
 def test_an_exception_of_any_file_system_means(error: Exception, kind: Kind) -> None:
     assert classify(error).kind is kind
+
+
+def test_memory_that_runs_out_is_no_failure_of_the_server() -> None:
+    async def step() -> None:
+        raise MemoryError("8 GiB")
+
+    with pytest.raises(MemoryError, match="8 GiB"):
+        asyncio.run(transient.retrying("reading", "https://host/x", step))

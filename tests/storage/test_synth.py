@@ -1,5 +1,6 @@
 """Arrays of our own kind, and synthetic datasets: on disk is what the seed says, whole or not at all."""
 
+import errno
 import hashlib
 import os
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oocattn.errors import ProblemError, ResultExistsError
-from oocattn.storage import create
+from oocattn.storage import create, renaming
 from oocattn.storage.create import create_array, create_dataset, default_chunk_rows, write_chunk
 from oocattn.storage.synth import synthesise, synthetic_rows
 
@@ -107,6 +108,27 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path):
         fail_half_way(overwrite=True)
     assert zarr.open_group(tmp_path / "qkv.zarr").attrs["mine"] == 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("refused", [1, 100])
+def test_what_was_to_be_overwritten_is_given_back_where_the_new_dataset_cannot_take_its_name(
+    tmp_path, monkeypatch, caplog, refused
+):
+    synthesise(tmp_path / "qkv.zarr", tokens=10, heads=1, head_dim=8, dtype="float16")
+    renames = []
+
+    def rename(source, target):
+        renames.append(target)
+        if 1 < len(renames) <= 1 + refused:
+            raise OSError(errno.EIO, f"cannot rename {source} to {target}")
+        renaming.rename_new(source, target)
+
+    monkeypatch.setattr(create, "rename_new", rename)
+    with pytest.raises(OSError, match="cannot rename"):
+        synthesise(tmp_path / "qkv.zarr", tokens=20, heads=1, head_dim=8, dtype="float16", overwrite=True)
+    (left,) = tmp_path.iterdir()
+    assert zarr.open_group(left)["q"].shape == (1, 1, 10, 8)
+    assert left.name == "qkv.zarr" if refused == 1 else f"what was there before is at {left}" in caplog.text
 
 
 def test_a_dataset_behind_a_url_is_written_too():
