@@ -112,7 +112,7 @@ def plan(
 def _plan_for(dataset: Dataset, problem: Problem, choices: Choices, lanes: int | None, scratch: Path | None) -> Plan:
     """Measure this machine and plan; partials would lie in the folder `scratch`."""
     if lanes is not None and lanes < 1:
-        raise ProblemError(f"{lanes} workers: a run needs one at least; start them and try again")
+        raise ProblemError(f"{lanes} workers: a run needs at least one; start workers and run again")
     hardware = describe_hardware(dataset, problem, kernel=choices.kernel, lanes=lanes, scratch=scratch)
     device_memory = choices.device_bytes
     if device_memory is None:

@@ -4,7 +4,8 @@ A forked process has the memory of its parent, but of its threads the one that f
 computes on CPUs, keeps a pool of threads for each thread that computes: in the child, the first parallel loop of the thread
 that forked waits for threads that are not there (GCC bug 58378). Other threads of the child make pools of their own, and so
 does one whose parent had not computed yet. Where a run had computed in the parent, a run in the child was seen to hang in
-threads of its own as well, which no trial loop shows: so processes in which a lane was made are remembered. CUDA refuses to work in the child of a process that used it.
+threads of its own as well, which no trial loop shows: so processes in which a lane was made are remembered. CUDA refuses to
+work in the child of a process that used it.
 """
 
 from __future__ import annotations

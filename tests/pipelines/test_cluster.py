@@ -121,7 +121,7 @@ def test_a_cluster_without_workers_is_refused() -> None:
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
         Client(nobody, set_as_default=False) as client,
-        pytest.raises(ProblemError, match="0 workers: a run needs one at least; start them"),
+        pytest.raises(ProblemError, match="0 workers: a run needs at least one; start workers"),
     ):
         assign_devices(client, "cpu")
 
@@ -132,7 +132,7 @@ def test_a_run_does_not_begin_without_workers(dataset: Path, result: Path, monke
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
         Client(nobody, set_as_default=False) as client,
-        pytest.raises(ProblemError, match=r"0 workers after 0\.3 s: a run needs one at least; start them"),
+        pytest.raises(ProblemError, match=r"0 workers after 0\.3 s: a run needs at least one; start workers"),
     ):
         carry_out(plan_for(dataset), dataset, result, client)
     assert oocattn.status(result).state == "none"
