@@ -110,7 +110,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_problem_options(parser)
     _add_plan_options(parser)
     parser.add_argument("result", metavar="RESULT", help="local path of the Zarr group to create, with arrays out and lse")
-    parser.add_argument("--overwrite", action="store_true", help="replace RESULT if it is another run's")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace RESULT, if oocattn wrote it, or begin an unfinished run again"
+    )
     _add_watching(parser)
 
 
@@ -120,7 +122,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-other-bits",
         action="store_true",
-        help="go on also where processor, GPU or torch round otherwise than when the run began; the report says so",
+        help="go on also where this processor, GPU or torch rounds differently from the one that began; the report says so",
     )
     parser.add_argument(
         "--check-finished",
@@ -139,13 +141,13 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeline",
         metavar="FILE.json",
-        help="write when what was busy: a trace for https://ui.perfetto.dev, and a picture beside it, FILE.svg",
+        help="record which resource was busy when: a trace for https://ui.perfetto.dev, and a picture beside it, FILE.svg",
     )
     parser.add_argument(
         "--time-limit",
         type=_duration,
         metavar="TIME",
-        help="end before so long after the start of the command, with all that was done on disk and exit code 75",
+        help="end within this time of the start of the command, with all work saved and exit code 75; resume goes on",
     )
     cluster = parser.add_mutually_exclusive_group()
     cluster.add_argument(
@@ -194,7 +196,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=_size, default=64, metavar="R", help="rows to recompute (default: %(default)s)")
     parser.add_argument("--seed", type=_SEED, default=0, help="seed of the choice of rows (default: %(default)s)")
     parser.add_argument("--dataset", metavar="PATH", help="where the dataset is (default: where it was when it was run)")
-    parser.add_argument("--host-memory", type=_size, metavar="SIZE", help="hard limit (default: half of what is free)")
+    parser.add_argument(
+        "--host-memory", type=_size, metavar="SIZE", help="hard limit on memory (default: half of what is free)"
+    )
     parser.add_argument(
         "--no-checksums", dest="checksums", action="store_false", help="only rows: do not read all of RESULT"
     )
@@ -246,7 +250,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "resume": ("go on with an unfinished run, with the plan and dataset that it was begun with", _add_resume),
     "status": ("print how far the run to a result is", _add_status),
     "verify": (
-        "check a result: rows in float64, and all bits; exit 1 if one is wrong, 3 if rows show nothing",
+        "check a result: some rows in float64, and all checksums; exit 1 if it is wrong, 3 if too many rows show nothing",
         _add_verify,
     ),
     "doctor": (

@@ -104,7 +104,7 @@ def test_a_cluster_without_workers_is_refused(dataset: Path, result: Path, monke
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
         Client(nobody, set_as_default=False) as client,
-        pytest.raises(ProblemError, match=r"0 workers after 0\.2 s: a run needs one at least; start them"),
+        pytest.raises(ProblemError, match=r"0 workers after 0\.2 s: a run needs at least one; start workers"),
     ):
         oocattn.attention(dataset, result, client=client)
     with pytest.raises(ProblemError, match=r"lanes = 0 .*: expected a whole number of at least 1"):

@@ -99,7 +99,10 @@ def wait_for_first(client: Client, check: Callable[[], object]) -> None:
     seconds = format_seconds(FIRST_WORKER)
     logger.warning("the cluster has no worker: waiting for one, %s at most", seconds)
     if not _wait(client, 1, FIRST_WORKER, FIRST_WORKER, check):
-        raise ProblemError(f"0 workers after {seconds}: a run needs one at least; start them and try again")
+        raise ProblemError(
+            f"0 workers after {seconds}: a run needs at least one; start workers and run again (if Dask keeps restarting "
+            "them, set memory_limit=0)"
+        )
 
 
 def wait_for_workers(

@@ -105,7 +105,7 @@ class Dataset:
     @classmethod
     def _in(cls, store: Store, location: str) -> Dataset:
         if read_attributes(store, location) is None:
-            raise _no_group(location, "an array is there" if is_array(store, location) else "nothing of that kind is there")
+            raise _no_group(location, _what_is_at(store, location))
         arrays = {name: _array(store, name, location) for name in NAMES}
         for array in arrays.values():
             refuse_packed(array, location)
@@ -297,7 +297,19 @@ def _open_store(location: Location) -> Store:
     try:
         return open_remote(location)
     except FileNotFoundError as error:
-        raise _no_group(str(location), "nothing is there") from error
+        raise _no_group(str(location), "found nothing") from error
+
+
+def _what_is_at(store: Store, location: str) -> str:
+    """What is at a location where no group is, in a few words."""
+    if is_array(store, location):
+        return "found an array"
+    if "://" in location:
+        return "found neither zarr.json nor .zgroup"
+    path = Path(location)
+    if path.is_dir():
+        return "found a folder without zarr.json or .zgroup"
+    return "found a file" if path.exists() else "found nothing"
 
 
 def _no_group(location: str, reason: str) -> ProblemError:

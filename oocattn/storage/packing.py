@@ -50,7 +50,7 @@ def refuse_packed(array: zarr.Array[Any], location: str) -> None:
 def _packed(array: zarr.Array[Any], location: str, found: str) -> ProblemError:
     return ProblemError(
         f"array {array.path!r} of {printable(location)} has {found} by which its numbers are packed or masked (CF "
-        "conventions): expected are the numbers that are meant; write the decoded ones, as with "
+        "conventions): expected plain numbers; write the decoded ones, as with "
         "xarray.open_zarr(PATH).drop_encoding().astype('float32').to_zarr(NEW), and give NEW"
     )
 

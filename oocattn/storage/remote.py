@@ -177,6 +177,5 @@ def _open(url: str, read_only: bool) -> RemoteStore:
         return store
     except ImportError as error:
         raise ProblemError(
-            f"{printable(url)} cannot be opened ({printable(error)}): install the package that is named, besides "
-            "oocattn[remote]"
+            f"{printable(url)} cannot be opened ({printable(error)}): install that package, and oocattn[remote]"
         ) from error

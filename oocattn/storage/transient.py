@@ -107,7 +107,7 @@ async def retrying(operation: str, url: str, step: Callable[[], Awaitable[T]], p
             if failure.kind is not Kind.TRANSIENT or now + wait > first + patience:
                 raise _error(operation, url, failure, tries, now - began) from error
             if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
-                _warn("%s %s: %s; it is tried again for %.0f s", operation, url, failure.found, first + patience - now)
+                _warn("%s %s: %s; retrying for %.0f s", operation, url, failure.found, first + patience - now)
         await asyncio.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -123,7 +123,8 @@ def _error(operation: str, url: str, failure: Failure, tries: int, seconds: floa
     if failure.kind is Kind.TRANSIENT:
         asked = f"; it asks to wait {failure.wait:.0f} s" if failure.wait else ""
         advice = (
-            f"{tries} tries in {seconds:.0f} s{asked}; see to the server or the network, then do it again (a run: resume)"
+            f"{tries} tries in {seconds:.0f} s{asked}; check the server and the network, then run the command again "
+            "(`oocattn resume` for a run)"
         )
     kind = RemoteDeniedError if failure.kind is Kind.DENIED else RemoteError
     return kind(f"{operation} {printable(url)} failed: {printable(failure.found)}; {advice}")
@@ -229,6 +230,6 @@ def _denied(found: str) -> Failure:
     return Failure(
         Kind.DENIED,
         found,
-        "not allowed, or missing where listing is not allowed (as S3 answers then): check the URL and the credentials in "
-        "the environment; a public bucket needs FSSPEC_S3='{\"anon\": true}'",
+        "not allowed, or missing (servers that do not allow listing, such as S3, answer so): check the URL and the "
+        "credentials in the environment; a public S3 bucket needs FSSPEC_S3='{\"anon\": true}'",
     )

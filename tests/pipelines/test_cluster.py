@@ -124,7 +124,7 @@ def test_a_run_does_not_begin_without_workers(dataset: Path, result: Path, monke
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
         Client(nobody, set_as_default=False) as client,
-        pytest.raises(ProblemError, match=r"0 workers after 0\.3 s: a run needs one at least; start them"),
+        pytest.raises(ProblemError, match=r"0 workers after 0\.3 s: a run needs at least one; start workers"),
     ):
         carry_out(plan_for(dataset), dataset, result, client)
     assert oocattn.status(result).state == "none"

@@ -386,7 +386,10 @@ def test_the_command_says_in_one_line_that_a_cluster_is_not_ready(
     with LocalCluster(n_workers=0, processes=True, dashboard_address="127.0.0.1:0", host="127.0.0.1") as own:
         assert cli.main(["run", str(dataset), str(result), "--scheduler", own.scheduler_address]) == 1
     *_, last = capsys.readouterr().err.splitlines()
-    assert last == "oocattn: 0 workers after 0.2 s: a run needs one at least; start them and try again"
+    assert last == (
+        "oocattn: 0 workers after 0.2 s: a run needs at least one; start workers and run again (if Dask keeps restarting "
+        "them, set memory_limit=0)"
+    )
 
 
 def test_what_readiness_wrote_is_gone(dataset: Path, result: Path, client: Client) -> None:

@@ -95,8 +95,13 @@ def test_specs_name_dtypes_as_problems_do_and_leave_judgement_to_them(tmp_path: 
 
 
 def test_what_is_not_a_dataset_is_refused_with_what_was_found(tmp_path: Path, memory_url: str) -> None:
-    for nowhere in (tmp_path / "none", tmp_path, "memory://none", Path(__file__)):
-        with pytest.raises(ProblemError, match=r"no Zarr group at .*q, k and v"):
+    for nowhere, found in (
+        (tmp_path / "none", "nothing"),
+        (tmp_path, r"a folder without zarr.json or \.zgroup"),
+        ("memory://none", r"neither zarr.json nor \.zgroup"),
+        (Path(__file__), "a file"),
+    ):
+        with pytest.raises(ProblemError, match=rf"no Zarr group at .*\(found {found}\).*q, k and v"):
             Dataset.open(nowhere)
     for where in (str(tmp_path / "partial"), memory_url):
         write(where, names="qv")
@@ -105,7 +110,7 @@ def test_what_is_not_a_dataset_is_refused_with_what_was_found(tmp_path: Path, me
     write(tmp_path / "group", names="qk").create_group("v")
     with pytest.raises(ProblemError, match=r"'v' in .* is a group: expected an array"):
         Dataset.open(tmp_path / "group")
-    with pytest.raises(ProblemError, match=r"no Zarr group at .*\(an array is there\): give the path or URL of a group"):
+    with pytest.raises(ProblemError, match=r"no Zarr group at .*\(found an array\): give the path or URL of a group"):
         Dataset.open(tmp_path / "group" / "q")
     write(tmp_path / "unknown")
     metadata = tmp_path / "unknown/k/zarr.json"
