@@ -16,7 +16,7 @@ from oocattn.certificate import Certificate
 from oocattn.certifying import certify, read_summary
 from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError, TimeLimitError
-from oocattn.forks import refuse_lost_client, refuse_lost_threads
+from oocattn.forks import refuse_lost_client
 from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.kernels import kernel_names
 from oocattn.pipelines.done import find_done
@@ -268,7 +268,6 @@ def _planned_cluster(
         wait_for_first(client, lambda: _check_time(until))
         yield client, decide(len(worker_addresses(client)))
         return
-    refuse_lost_threads()
     with ThreadPoolExecutor(1) as beside:
         warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
         from oocattn.pipelines.local_cluster import local_client

@@ -3,9 +3,7 @@
 A forked process has the memory of its parent, but of its threads the one that forked alone. libgomp, with which PyTorch
 computes on CPUs, keeps a pool of threads for each thread that computes: in the child, the first parallel loop of the thread
 that forked waits for threads that are not there (GCC bug 58378). Other threads of the child make pools of their own, and so
-does one whose parent had not computed yet. Where a run had computed in the parent, a run in the child was seen to hang in
-threads of its own as well, which no trial loop shows: so processes in which a lane was made are remembered. CUDA refuses to
-work in the child of a process that used it.
+does one whose parent had not computed yet. CUDA refuses to work in the child of a process that used it.
 """
 
 from __future__ import annotations
@@ -39,9 +37,6 @@ ASLEEP, ENOUGH = 1.0, 10.0
 PAUSE = 0.01
 """Seconds between two looks at that process."""
 
-_lane_in: int | None = None
-"""The process in which a lane was made last."""
-
 REMEDY = "start processes by spawn (multiprocessing.set_start_method('spawn')), or fork before anything is computed"
 
 
@@ -54,18 +49,12 @@ def is_forked() -> bool:
     return False
 
 
-def remember_lane() -> None:
-    """Remember that a lane is made in this process: forks of it cannot compute."""
-    global _lane_in
-    _lane_in = os.getpid()
-
-
 def refuse_lost_threads() -> None:
-    """Raise ProblemError where computing would wait for threads of the process that this one was forked from.
+    """Raise ProblemError where computing in this thread would wait for threads of the process that it was forked from.
 
-    Whether it would in this thread, libgomp does not say: another fork tries it.
+    Whether it would, libgomp does not say: another fork tries it.
     """
-    if is_forked() and (_lane_in not in (None, os.getpid()) or not _loop_ends()):
+    if is_forked() and not _loop_ends():
         raise ProblemError(
             "this process was forked from one in which PyTorch had computed, and the threads that it computed with are not "
             f"here, so computing would never end: {REMEDY}"

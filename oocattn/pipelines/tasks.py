@@ -14,7 +14,6 @@ from typing import cast
 
 from distributed import Worker, WorkerPlugin, get_worker
 
-from oocattn.forks import remember_lane
 from oocattn.pipelines.cpu_lane import CpuLane
 from oocattn.pipelines.cuda_lane import CudaLane
 from oocattn.pipelines.events import Event
@@ -45,7 +44,6 @@ async def open_lane(job: Job, dask_worker: Worker) -> None:
 
 def make_lane(job: Job, device: str) -> Lane:
     """The lane of a worker: a new kind of device is registered here."""
-    remember_lane()
     if device == "cpu":
         return CpuLane(job)
     return CudaLane(job, device)
