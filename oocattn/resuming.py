@@ -232,16 +232,6 @@ def find_unfinished(paths: ResultPaths) -> Unfinished | None:
     return Unfinished(plan, found, path, Journal(paths.state, run))
 
 
-def check_made(plan: object) -> None:
-    """Raise ProblemError for a plan that a caller made or changed, unless the planner would make it of the same choices."""
-    if not isinstance(plan, Plan):
-        raise arguments.refused("plan", plan, "a Plan, as oocattn.plan() makes it")
-    try:
-        read_plan(plan.to_json(), _scratch_of)
-    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise ProblemError(f"the plan cannot be carried out ({error}): make one with oocattn.plan()") from error
-
-
 def _scratch_of(kernel: str, device: str) -> ScratchBytes:
     if device_type(kernel) != device:
         raise ValueError(f"kernel {kernel} is not for {device}")

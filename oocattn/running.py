@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import zarr
 
-from oocattn import arguments, clock
-from oocattn.arguments import checked
+from oocattn import clock
 from oocattn.certificate import Summary
 from oocattn.certifying import read_summary
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError, TimeLimitError
@@ -29,7 +28,6 @@ from oocattn.resuming import (
     DatasetIdentity,
     Unfinished,
     begin_journal,
-    check_made,
     describe,
     find_unfinished,
     result_differences,
@@ -100,7 +98,6 @@ class _Execution:
             raise TimeLimitError(f"time limit reached: {words}")
 
 
-@checked(callbacks=arguments.functions, overwrite=arguments.boolean)
 def run_plan(
     plan: Plan,
     dataset: Dataset,
@@ -116,7 +113,6 @@ def run_plan(
     It ends by `until`, a moment of `clock.now`. An unfinished run of an equal plan is resumed. Raises ProblemError for a
     plan that was changed, and what `attention` raises.
     """
-    check_made(plan)
     refuse_to_replace_dataset(paths, dataset)
     if is_finished(paths, plan.problem, dataset, overwrite):
         return finished_result(paths)

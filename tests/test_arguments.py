@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -17,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from distributed import Client
-from support import carry_out, normal_arrays, plan_for, write_dataset
+from support import normal_arrays, write_dataset
 
 import oocattn
-from oocattn import Plan, ProblemError
+from oocattn import ProblemError
 from oocattn.arguments import dtype
 from oocattn.bench import bench
 from oocattn.cli import main
@@ -176,43 +174,6 @@ def test_a_size_or_duration_out_of_range_is_refused(options: dict[str, Any], wor
 @pytest.fixture
 def dataset(fast_path: Path) -> Path:
     return write_dataset(fast_path / "dataset.zarr", normal_arrays(32))
-
-
-CHANGED: list[Callable[[Plan], object]] = [
-    lambda plan: None,
-    lambda plan: "cqs",
-    lambda plan: plan.problem,
-    lambda plan: replace(plan, chunks=True),
-    lambda plan: replace(plan, chunks=1.5),
-    lambda plan: replace(plan, chunk_rows=7),
-    lambda plan: replace(plan, decomposition="rings"),
-    lambda plan: replace(plan, problem=None),
-    lambda plan: replace(plan, problem=replace(plan.problem, causal="false")),
-    lambda plan: replace(plan, problem=replace(plan.problem, scale="0.125")),
-    lambda plan: replace(plan, problem=replace(plan.problem, out_dtype="int8")),
-    lambda plan: replace(plan, machine=replace(plan.machine, kernel="abacus")),
-    lambda plan: replace(plan, machine=replace(plan.machine, lanes=0)),
-    lambda plan: replace(plan, checkpoint_seconds=float("nan")),
-    lambda plan: replace(plan, host_memory=1),
-]
-
-
-@pytest.mark.parametrize("change", CHANGED)
-def test_a_plan_that_was_changed_is_not_carried_out(
-    client: Client, dataset: Path, fast_path: Path, change: Callable[[Plan], Any]
-) -> None:
-    plan = change(plan_for(dataset))
-    with pytest.raises(ProblemError, match=r"the plan cannot be carried out|plan = .*: expected a Plan"):
-        carry_out(plan, dataset, fast_path / "out.zarr", client)
-    assert [path.name for path in fast_path.iterdir()] == ["dataset.zarr"]
-
-
-@pytest.mark.parametrize("options", [{"overwrite": "no"}, {"callbacks": print}])
-def test_options_of_a_plan_that_is_carried_out_are_checked(
-    client: Client, dataset: Path, fast_path: Path, options: dict[str, Any]
-) -> None:
-    with pytest.raises(ProblemError, match=f"^{next(iter(options))} = "):
-        carry_out(plan_for(dataset), dataset, fast_path / "out.zarr", client, **options)
 
 
 # What is taken

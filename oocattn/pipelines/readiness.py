@@ -14,6 +14,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from oocattn.errors import LockedError, OocattnError
 from oocattn.plans import Plan
 from oocattn.storage.dataset import Dataset, Fingerprints, changed_arrays
 from oocattn.storage.durable import PARTIAL
-from oocattn.storage.locations import parse_location
 from oocattn.storage.lock import Claim
+from oocattn.storage.operations import doing, words_of
 from oocattn.storage.state import RunState
 from oocattn.units import format_bytes
 from oocattn.version import __version__, source_digest
@@ -87,7 +88,7 @@ class Expected:
     the arguments of `arithmetic_of`. `computing` is what the workers of the run may compute with, where it has begun.
     """
 
-    location: str
+    dataset: Dataset
     fingerprints: Fingerprints
     state: Path
     claim: Claim
@@ -100,7 +101,7 @@ class Expected:
         """What a run of this plan expects."""
         asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
         lane_bytes = -(-plan.peak_host // plan.lanes)
-        return cls(dataset.location, dataset.as_found, state.paths.state, state.claim, lane_bytes, asked)
+        return cls(dataset, dataset.as_found, state.paths.state, state.claim, lane_bytes, asked)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ async def look(expected: Expected, dask_worker: Worker) -> Seen:
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
     share = manager.memory_pause_fraction or dask.config.get("distributed.worker.memory.terminate") or math.inf
-    dataset = await asyncio.to_thread(_look_at_dataset, expected.location)  # which may take seconds
+    dataset = await asyncio.to_thread(_look_at_dataset, expected.dataset)  # which may take seconds
     result, probe = await asyncio.to_thread(_look_at_state, expected.state, expected.claim)
     return Seen(
         id=str(dask_worker.id),
@@ -147,15 +148,14 @@ async def look(expected: Expected, dask_worker: Worker) -> Seen:
     )
 
 
-def _look_at_dataset(location: str) -> Fingerprints | str:
-    """The fingerprints of the dataset that is at a location, or why it cannot be read."""
+def _look_at_dataset(dataset: Dataset) -> Fingerprints | str:
+    """The fingerprints of the dataset that is there now, or why it cannot be read."""
     try:
-        path = parse_location(location).path
-        if path is not None:
-            os.stat(path)
-        return Dataset.open(location).fingerprints()
+        if dataset.folder is not None:
+            os.stat(dataset.folder)
+        return dataset.reopened().fingerprints()
     except (OocattnError, OSError) as error:
-        return str(error)
+        return words_of(error)
     except Exception as error:  # a remote file system has its own
         return f"{type(error).__name__}: {error}"
 
@@ -179,11 +179,9 @@ def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
     """Remove what workers have written into the folder of job state; return the names of those files that were there."""
     there = []
     for name in names:
-        try:
+        with suppress(FileNotFoundError), doing("remove", state / name):
             (state / name).unlink()
-        except FileNotFoundError:
-            continue
-        there.append(name)
+            there.append(name)
     return there
 
 
@@ -193,7 +191,7 @@ def faults(seen: Seen, expected: Expected, written: bool) -> list[str]:
 
 
 def _dataset_faults(seen: Seen, expected: Expected) -> list[str]:
-    place, here = f"the dataset {expected.location}", expected.fingerprints
+    place, here = f"the dataset {expected.dataset.location}", expected.fingerprints
     if isinstance(seen.dataset, str):
         return [f"cannot read {place} as it can be read here ({seen.dataset}): {SAME_DATA}"]
     if changed := changed_arrays(here.untimed, seen.dataset.untimed):
@@ -220,8 +218,8 @@ def _other_faults(seen: Seen, expected: Expected) -> list[str]:
     used, limit = format_bytes(seen.memory_used), format_bytes(seen.memory_limit)
     if seen.paused:
         found.append(
-            f"is paused by Dask, with {used} of its memory limit of {limit} in use: restart it with memory_limit=0, or a "
-            "larger one"
+            f"is paused by Dask, with {used}{f' of its memory limit of {limit}' if seen.memory_limit else ''} in use: "
+            "restart it with memory_limit=0, or a larger one"
         )
     elif seen.memory_used + expected.lane_bytes > seen.memory_pause:
         found.append(

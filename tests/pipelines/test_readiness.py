@@ -26,12 +26,17 @@ from oocattn.pipelines import cluster, enlisting
 from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.enlisting import Roll, call_roll
 from oocattn.pipelines.readiness import NAMES, PACKAGES, Expected, Seen, describe_interpreter, faults, interpreter_faults
-from oocattn.storage.dataset import Fingerprints
+from oocattn.storage.dataset import Dataset, Fingerprints
 from oocattn.storage.paths import ResultPaths
 from oocattn.version import source_digest
 
 EXPECTED = Expected(
-    "/d.zarr", Fingerprints("q1-k1-v1", "", "q-k-v"), Path("/r.zarr.oocattn"), Unlocked(), 100, ("cpu", 8, "float32", "cpu")
+    Dataset("/d.zarr", {}),
+    Fingerprints("q1-k1-v1", "", "q-k-v"),
+    Path("/r.zarr.oocattn"),
+    Unlocked(),
+    100,
+    ("cpu", 8, "float32", "cpu"),
 )
 COMPUTING = {"cpu": "AVX2", "arithmetic": "a"}
 GOOD = Seen("id", "host", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, COMPUTING)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +18,14 @@ from distributed.worker import Worker
 from support import Recorder, assert_nothing_written, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import Event, Result, StalledError
+from oocattn import Callback, Event, Result, StalledError
 from oocattn.pipelines import attempt, deadline, standstill
 from oocattn.pipelines.standstill import Occupation, Standstill, find_obstacle
 
 RUN = "1234abcd"
+
+Keep = Callable[[Client], AbstractContextManager[Callback]]
+"""Keeps the workers of a client from the tasks of a run that has this callback."""
 
 
 @pytest.fixture
@@ -95,18 +98,23 @@ def set_status(status: Status, dask_worker: Worker) -> None:
 
 
 @contextmanager
-def paused(client: Client) -> Iterator[None]:
-    client.run(set_status, Status.paused)
+def paused(client: Client) -> Iterator[Callback]:
+    """Once the run has begun: before that, a paused worker is refused."""
+
+    def pause(event: Event) -> None:
+        if event.kind == "started":
+            client.run(set_status, Status.paused)
+
     try:
-        yield
+        yield pause
     finally:
         client.run(set_status, Status.running)
 
 
 @contextmanager
-def without_resources(client: Client) -> Iterator[None]:
+def without_resources(client: Client) -> Iterator[Callback]:
     with dask.annotate(resources={"ELSEWHERE": 1}):
-        yield
+        yield ignore
 
 
 BEGUN, END = threading.Semaphore(0), threading.Event()
@@ -117,15 +125,19 @@ def hold_thread() -> None:
     END.wait(60)
 
 
+def ignore(event: Event) -> None:
+    pass
+
+
 @contextmanager
-def busy(client: Client) -> Iterator[None]:
+def busy(client: Client) -> Iterator[Callback]:
     """All threads of the workers execute tasks of somebody else."""
     END.clear()
     held = [client.submit(hold_thread, key=f"theirs-{number}") for number in range(sum(client.nthreads().values()))]
     try:
         for _ in held:
             assert BEGUN.acquire(timeout=30)
-        yield
+        yield ignore
     finally:
         END.set()
         client.gather(held)
@@ -141,7 +153,7 @@ def busy(client: Client) -> Iterator[None]:
     ids=["paused", "without resources", "busy"],
 )
 def test_a_run_that_stands_still_from_the_start_ends(
-    client: Client, dataset: Path, right: Result, result: Path, kept: object, words: str, caplog: pytest.LogCaptureFixture
+    client: Client, dataset: Path, right: Result, result: Path, kept: Keep, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     told = []
 
@@ -150,8 +162,9 @@ def test_a_run_that_stands_still_from_the_start_ends(
             told.append(oocattn.status(result))
 
     caplog.set_level(logging.WARNING, "oocattn")
-    with kept(client), pytest.raises(StalledError, match=rf"nothing has ended for .*: ({words}).*on disk: resume"):  # type: ignore[operator]
-        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[look])
+    ends = pytest.raises(StalledError, match=rf"nothing has ended for .*: ({words}).*on disk: resume")
+    with kept(client) as keep, ends:
+        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[keep, look])
     assert "the run stalls: " in caplog.text
     assert {status.state for status in told} == {"running"}
     assert str(told[0]).startswith("stalled: 0 of 13 subproblems")
