@@ -31,7 +31,6 @@ class Server:
     url: str = ""
     fault: Fault | None = None
     ranges: bool = True
-    head: bool = True
     length: bool = True
     compress: bool = False
     pages: bool = False
@@ -55,9 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         if served.fault is not None and served.fault(self):
             return
         path = served.folder / self.path.partition("?")[0].lstrip("/")
-        if self.command == "HEAD" and not served.head:
-            self.answer(405)
-        elif path.is_dir():
+        if path.is_dir():
             self.answer(403)
         elif path.is_file():
             self.answer_content(path.read_bytes())

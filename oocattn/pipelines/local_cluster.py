@@ -6,20 +6,23 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 
 from oocattn.errors import ProblemError
+from oocattn.forks import is_forked
 from oocattn.garbage import collection_paused
 from oocattn.surroundings import with_some_home
 
 with collection_paused():
     import dask
+    import distributed.utils
     from distributed import Client, LocalCluster, Worker
     from distributed.comm import inproc
 
     # What a scheduler imports as it starts; it goes on without a dashboard where it cannot.
     with suppress(ImportError), with_some_home():
-        import distributed.dashboard.scheduler  # noqa: F401
+        import distributed.dashboard.scheduler
 
     from oocattn.pipelines.dashboard import LOOPBACK, DashboardAddress
 
@@ -53,6 +56,9 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     of tasks that fail are not logged. Raises ProblemError, with the cause, where the cluster cannot start.
     """
     address = DashboardAddress.parse(dashboard_address)
+    if is_forked():
+        # Dask has one thread for the whole process that unpacks tasks: where it was in use before the fork, it is not here.
+        distributed.utils._offload_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Offload")
     inproc.global_manager._ip = LOOPBACK  # else Dask asks for the way to a host of the internet, and warns where is none
     settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
     with dask.config.set(settings), _without_tracebacks(), _here_alone() as here:

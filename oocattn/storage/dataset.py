@@ -38,9 +38,9 @@ from oocattn.storage.layout import (
 )
 from oocattn.storage.locations import Location, parse_location, recorded_location
 from oocattn.storage.mapped_store import MappedStore
-from oocattn.storage.metadata import array_names, is_array, open_array, read_attributes
+from oocattn.storage.metadata import array_names, is_array, open_array, open_consolidated, read_group
 from oocattn.storage.operations import doing
-from oocattn.storage.packing import refuse_packed
+from oocattn.storage.packing import MEANINGFUL, refuse_packed
 from oocattn.storage.readers import InputArray
 from oocattn.storage.remote import all_of, open_remote
 from oocattn.storage.shards import check_shard
@@ -104,9 +104,12 @@ class Dataset:
 
     @classmethod
     def _in(cls, store: Store, location: str) -> Dataset:
-        if read_attributes(store, location) is None:
+        group = read_group(store, location)
+        if group is None:
             raise _no_group(location, _what_is_at(store, location))
         arrays = {name: _array(store, name, location) for name in NAMES}
+        for name, other in open_consolidated(store, group, NAMES, location).items():
+            _check_consolidated(arrays[name], other, location)
         for array in arrays.values():
             refuse_packed(array, location)
         check_axes(arrays, location)
@@ -189,9 +192,7 @@ def changed_arrays(before: str, after: str) -> str:
 
 def _fingerprints(name: str, array: zarr.Array[Any], location: str) -> tuple[str, str, str]:
     """Half a SHA-256 for each of `Fingerprints`, in their order, in one walk."""
-    metadata = array.metadata.to_dict()
-    identity = {key: metadata[key] for key in _IDENTITY if key in metadata}
-    beginning = json.dumps([name, identity], sort_keys=True, default=str).encode()
+    beginning = json.dumps([name, _identity(array)], sort_keys=True, default=str).encode()
     recorded, within_run, untimed = digests = tuple(hashlib.sha256(beginning) for _ in range(3))
     for _, key, status in _files(array, location):
         state = (status.st_size, status.st_mtime_ns)
@@ -203,6 +204,30 @@ def _fingerprints(name: str, array: zarr.Array[Any], location: str) -> tuple[str
             digest.update(content)
     first, second, third = (digest.hexdigest()[:32] for digest in digests)
     return first, second, third
+
+
+def _identity(array: zarr.Array[Any]) -> dict[str, Any]:
+    metadata = array.metadata.to_dict()
+    return {key: metadata[key] for key in _IDENTITY if key in metadata}
+
+
+def _meaning(array: zarr.Array[Any]) -> dict[str, Any]:
+    """What an array's metadata say of its numbers and axes, by the names that they have there."""
+    attributes = {name: array.attrs[name] for name in MEANINGFUL if name in array.attrs}
+    names = getattr(array.metadata, "dimension_names", None)
+    return {**_identity(array), "dimension_names": names and list(names), **attributes}
+
+
+def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], location: str) -> None:
+    """Raise ProblemError where consolidated metadata, which Zarr and xarray believe, say something else than the array's."""
+    own, other = _meaning(array), _meaning(consolidated)
+    for field in sorted({*own, *other}):
+        if json.dumps(own.get(field), default=str) != json.dumps(other.get(field), default=str):
+            raise ProblemError(
+                f"array {array.path!r} of {printable(location)} has {field} = {printable(repr(own.get(field))):.80}, but "
+                f"{printable(repr(other.get(field))):.80} in the consolidated metadata of its group: expected the same in "
+                "both, for many programs read these; bring them up to date with zarr.consolidate_metadata(PATH)"
+            )
 
 
 def _sampled_keys(array: zarr.Array[Any]) -> Iterator[str]:

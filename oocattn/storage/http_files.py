@@ -44,7 +44,6 @@ async def get_client(**options: Any) -> aiohttp.ClientSession:
 class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
     """fsspec's file system for http and https, with ranges and sizes as the server really sends them."""
 
-    _head_works = True
     _session: Any = None
 
     async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
@@ -54,32 +53,23 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
         """
         if start is not None and start == end:
             return b""
-        async with await self._request("get", url, _range_header(start, end)) as response:
+        async with await self._request(url, _range_header(start, end)) as response:
             if response.status == 416:  # the file ends before `start`
                 return b""
             self._check(response, url)
             if not (_is_encoded(response) and response.status == 206):
                 return await _read(response, start or 0, end)
-        async with await self._request("get", url, {}) as response:  # a part of what is compressed means nothing
+        async with await self._request(url, {}) as response:  # a part of what is compressed means nothing
             self._check(response, url)
             return await _read(response, start or 0, end)
 
     async def _info(self, url: str, **_: Any) -> dict[str, Any]:
-        """The file's name and size, None for one that the server does not tell. What GET says counts, not HEAD."""
-        size = None
-        if self._head_works:
-            try:
-                async with await self._request("head", url, {}) as response:
-                    size = _size(response) if response.status == 200 else None
-            except (aiohttp.ClientError, TimeoutError):
-                pass
-        if size is None:
-            async with await self._request("get", url, {"Range": "bytes=0-0"}) as response:
-                if response.status != 416:  # an empty file
-                    self._check(response, url)
-                size = _size(response)
-            self._head_works = False
-        return {"name": url, "size": size, "type": "file"}
+        """The file's name and size, None for one that the server does not tell. HEAD is not asked: some servers answer it
+        with another size, 0 or that of a compressed body."""
+        async with await self._request(url, {"Range": "bytes=0-0"}) as response:
+            if response.status != 416:  # an empty file
+                self._check(response, url)
+            return {"name": url, "size": _size(response), "type": "file"}
 
     async def set_session(self) -> aiohttp.ClientSession:
         """The session of this object, which is closed with it."""
@@ -89,13 +79,13 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
         session: aiohttp.ClientSession = self._session
         return session
 
-    async def _request(self, method: str, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
-        """A response whose body has not been read. Ranges and sizes are of bytes that are not compressed on their way."""
+    async def _request(self, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        """A response to GET whose body has not been read. Ranges and sizes are of bytes not compressed on their way."""
         session = await self.set_session()
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=IDLE_SECONDS)
         options = {"timeout": timeout, **self.kwargs, "allow_redirects": True}
         options["headers"] = {**self.kwargs.get("headers", {}), "Accept-Encoding": "identity", **headers}
-        response: aiohttp.ClientResponse = await session.request(method, self.encode_url(url), **options)
+        response: aiohttp.ClientResponse = await session.get(self.encode_url(url), **options)
         return response
 
     def _check(self, response: aiohttp.ClientResponse, url: str) -> None:
@@ -119,11 +109,13 @@ def _is_encoded(response: aiohttp.ClientResponse) -> bool:
 
 
 def _size(response: aiohttp.ClientResponse) -> int | None:
-    """Bytes of the whole file, where the response to HEAD, or to GET of the first byte, says so."""
+    """Bytes of the whole file, where the response to GET of its first byte says so."""
+    if response.status != 416 and _is_encoded(response):
+        return None
     if response.status in (206, 416):
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         return int(total) if total.isascii() and total.isdigit() else None
-    return None if _is_encoded(response) else response.content_length
+    return response.content_length
 
 
 async def _read(response: aiohttp.ClientResponse, start: int, end: int | None) -> bytes:
@@ -147,11 +139,14 @@ async def _read(response: aiohttp.ClientResponse, start: int, end: int | None) -
     return bytes(content[start:] if start < 0 else content)
 
 
-def _part_bytes(response: aiohttp.ClientResponse, start: int) -> int | None:
-    """How many bytes a response to a request of a range has; None where it does not say. Raises for another range."""
+def _part_bytes(response: aiohttp.ClientResponse, start: int) -> int:
+    """How many bytes a response to a request of a range has. Raises for another range, or one that is not said."""
     match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if match is None:
-        return None
+        raise RemoteError(
+            f"{printable(response.url)} is answered with a part of it, status 206, that does not say which (Content-Range): "
+            "its server does not do as it is asked; copy the dataset elsewhere"
+        )
     first, last = int(match[1]), int(match[2])
     wrong = first != start if start >= 0 else match[3] != "*" and last != int(match[3]) - 1
     if wrong:

@@ -1,7 +1,8 @@
 """The metadata of Zarr groups and arrays: read with a bound, checked, and only then given to Zarr.
 
 Zarr believes what it reads: it makes codecs by name, and objects of any size. Here a node's JSON is read once, as bytes of a
-regular file, and what Zarr gets is the very content that was checked. Consolidated metadata is not looked at.
+regular file, and what Zarr gets is the very content that was checked. An array is opened by its own metadata; what the
+consolidated metadata of its group say of it can be opened as well, to be compared.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import zarr
@@ -53,14 +54,21 @@ Node = tuple[str, dict[str, Any]]
 
 
 def read_attributes(store: Store, location: str) -> dict[str, Any] | None:
-    """The attributes of the group at the root of a store; None where no group is.
+    """The attributes of the group at the root of a store; None where no group is. Raises as `read_group`."""
+    group = read_group(store, location)
+    return None if group is None else _attributes(group, location)
 
-    Raises IntegrityError where its metadata is damaged. `location` is what messages call the store.
+
+def read_group(store: Store, location: str) -> dict[str, Any] | None:
+    """The metadata of the group at the root of a store; None where no group is.
+
+    Raises IntegrityError where it is damaged. `location` is what messages call the store.
     """
     node = _read_node(store, "", location)
     if node is None or node[0] != "group":
         return None
-    return _attributes(node[1], location)
+    _attributes(node[1], location)
+    return node[1]
 
 
 def is_array(store: Store, location: str) -> bool:
@@ -81,12 +89,54 @@ def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None
     kind, found = node
     if kind != "array":
         raise ProblemError(f"{name!r} in {printable(location)} is a group: expected an array [B, H, N, D] or [H, N, D]")
-    described = f"array {name!r} of {printable(location)}"
+    return _array(store, name, found, f"array {name!r} of {printable(location)}")
+
+
+def open_consolidated(
+    store: Store, group: Mapping[str, Any], names: Iterable[str], location: str
+) -> dict[str, zarr.Array[Any]]:
+    """Those of these arrays that the consolidated metadata of `group`, the root of a store, have, as they have them.
+
+    Raises as `open_array`.
+    """
+    found = _read_consolidated(store, group, location)
+    arrays = {}
+    for name in names:
+        node = found.get(name)
+        if isinstance(node, dict):
+            arrays[name] = _array(store, name, node, f"array {name!r} in the consolidated metadata of {printable(location)}")
+    return arrays
+
+
+def _read_consolidated(store: Store, group: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """The consolidated metadata of a group, by path, as metadata of single nodes are; empty where there are none."""
+    if group["zarr_format"] == 3:
+        return _metadata_in(group.get("consolidated_metadata"))
+    try:
+        found = _metadata_in(_read_document(store, "", ".zmetadata", location))
+    except RemoteDeniedError:  # said of what is missing, too
+        return {}
+    nodes = {key.removesuffix("/.zarray"): node for key, node in found.items() if key.endswith("/.zarray")}
+    return {
+        path: {**node, "attributes": found.get(f"{path}/.zattrs", {})}
+        for path, node in nodes.items()
+        if isinstance(node, dict)
+    }
+
+
+def _metadata_in(consolidated: object) -> dict[str, Any]:
+    found = consolidated.get("metadata") if isinstance(consolidated, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _array(store: Store, name: str, found: dict[str, Any], described: str) -> zarr.Array[Any]:
+    """The array that metadata describe."""
     _attributes(found, described)
-    (_check_v3 if found["zarr_format"] == 3 else _check_v2)(found, described)
+    version_3 = found.get("zarr_format") == 3
+    (_check_v3 if version_3 else _check_v2)(found, described)
     try:
         with warnings.catch_warnings(action="ignore"):  # of codecs outside the specification, of a fill value that overflows
-            metadata: Any = (ArrayV3Metadata if found["zarr_format"] == 3 else ArrayV2Metadata).from_dict(found)
+            metadata: Any = (ArrayV3Metadata if version_3 else ArrayV2Metadata).from_dict(found)
         return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=StorePath(store, name)))
     except MemoryError:
         raise
@@ -220,6 +270,11 @@ def _check_v3(found: Mapping[str, Any], array: str) -> None:
 
 def _check_v2(found: Mapping[str, Any], array: str) -> None:
     data_type = found.get("dtype")
+    if data_type == "bfloat16":
+        raise ProblemError(
+            f"{array} has dtype bfloat16 in Zarr format 2, as TensorStore writes it: expected Zarr format 3, for Zarr reads "
+            "no such array; write it again in format 3 (TensorStore's driver zarr3)"
+        )
     match = _V2_TYPE.fullmatch(data_type) if isinstance(data_type, str) else None
     if match is None:
         raise _unknown_type(array, data_type)

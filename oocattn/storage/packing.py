@@ -33,6 +33,9 @@ _CHANGES_NOTHING: Mapping[str, Callable[[float], bool]] = {
 _NAMED_DIMENSIONS = "_ARRAY_DIMENSIONS"
 """What xarray adds to an array of Zarr v2."""
 
+MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
+"""The attributes of an array that say what its numbers and its axes are."""
+
 
 def refuse_packed(array: zarr.Array[Any], location: str) -> None:
     """Raise ProblemError, naming the attribute, where the numbers of an array are not those that are meant."""

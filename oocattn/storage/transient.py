@@ -183,11 +183,9 @@ def _by_status(error: BaseException) -> Failure | None:
 
 def _status(error: BaseException, metadata: Mapping[str, Any]) -> int | None:
     """The HTTP status code that an exception carries, under the names that libraries have for it."""
-    for name in ("status", "status_code", "code"):
-        text = str(metadata.get("HTTPStatusCode") or getattr(error, name, None))
-        if text.isascii() and text.isdigit() and 300 <= int(text) < 600:
-            return int(text)
-    return None
+    named = (getattr(error, name) for name in ("status", "status_code", "code") if hasattr(error, name))
+    text = str(metadata.get("HTTPStatusCode") or next(named, None))
+    return int(text) if text.isascii() and text.isdigit() and 300 <= int(text) < 600 else None
 
 
 def _retry_after(headers: Any) -> float:

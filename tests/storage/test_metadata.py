@@ -118,6 +118,10 @@ V2 = {
     "categorize": (set_in("filters", to=[{"id": "categorize", "labels": ["a"], "dtype": "O"}]), "'k' .*'categorize'"),
     "object": (set_in("dtype", to="|O"), "'k' .*dtype"),
     "struct": (set_in("dtype", to=[["a", "<f4"]]), "'k' .*dtype"),
+    "bfloat16": (
+        set_in("dtype", to="bfloat16"),
+        "'k' .*bfloat16 in Zarr format 2, as TensorStore .*: expected Zarr format 3",
+    ),
     "text": (set_in("dtype", to="<U1000000"), "'k' .*dtype"),
     "filter of objects": (set_in("filters", to=[{"id": "delta", "dtype": "O"}]), "'k' .*filter"),
     "filter of text": (

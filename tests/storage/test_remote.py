@@ -182,11 +182,9 @@ def read_all_of(dataset: Dataset, name: str, rows: int = 64) -> None:
 
 
 SERVERS: dict[str, dict[str, bool]] = {
-    "no HEAD": {"head": False},
     "no ranges": {"ranges": False},
-    "no HEAD, no ranges": {"head": False, "ranges": False},
     "no lengths": {"length": False},
-    "no HEAD, no ranges, no lengths": {"head": False, "ranges": False, "length": False},
+    "no ranges, no lengths": {"ranges": False, "length": False},
     "all compressed": {"ranges": False, "compress": True},
 }
 
@@ -200,6 +198,22 @@ def test_poor_servers_serve(folder: Path, storage: str, options: dict[str, bool]
         found = dataset.fingerprint()
     with serving(folder) as served:
         assert Dataset.open(f"{served.url}/{storage}.zarr").fingerprint() == found
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_what_head_says_does_not_count(server: Server, storage: str) -> None:
+    server.fault = lambda request: request.command == "HEAD" and not request.answer(200, b"x")
+    read(Dataset.open(f"{server.url}/{storage}.zarr"))
+
+
+def test_a_part_that_is_not_said_to_be_one_is_refused(server: Server) -> None:
+    def whole(request: Handler) -> bool:
+        path = server.folder / request.path.lstrip("/")
+        return "Range" in request.headers and path.is_file() and not request.answer(206, path.read_bytes())
+
+    server.fault = whole
+    with pytest.raises(RemoteError, match=r"a part of it, status 206, that does not say which .* copy the dataset"):
+        read(Dataset.open(f"{server.url}/sharded.zarr"))
 
 
 def test_a_part_of_a_compressed_body_is_cut_from_the_whole(server: Server) -> None:
@@ -296,7 +310,7 @@ def test_credentials_in_a_url_are_used_and_never_shown(
 
     def note(request: Handler) -> bool:
         sent.add(request.headers.get("Authorization"))
-        return fault is not None and fault(request)
+        return (fault or status(401))(request) if fault or None in sent else False
 
     server.fault = note
     url = server.url.replace("//", "//me:pa%40ss@") + "/plain.zarr"
