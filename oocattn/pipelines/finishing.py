@@ -177,7 +177,7 @@ class Finisher:
             out, lse = (memory[:, : len(rows.keys)] for memory in block)
             self._finalise(rows, out, lse)
         except BaseException:
-            self._blocks.put(block)  # for what is behind in the queue, or it would wait for ever
+            self._blocks.put(block)  # for what is behind in the queue, or it would wait without end
             raise
         spans.append(Span("merge", start, clock.now()))
         batch = self._plan.problem.head_group(head_group).batch

@@ -143,7 +143,7 @@ class RunReport:
             lines.append(f"workers      {self.workers_lost} lost; others took over")
         if self.out_of_memory:
             lines.append(
-                f"device       out of memory {self.out_of_memory} times in spite of the plan: went on with smaller tiles"
+                f"device       out of memory {self.out_of_memory} times although the plan fits: went on with smaller tiles"
             )
         return "\n".join(map(printable, lines))
 

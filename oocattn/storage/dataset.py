@@ -84,8 +84,8 @@ class Fingerprints:
 class Dataset:
     """The input of a run: `location` (an absolute path, or a URL without credentials) and its arrays, "q", "k" and "v".
 
-    Opening reads metadata alone. It is sent to other processes as its arrays' metadata; how they are read best is learned
-    anew there.
+    Opening reads metadata alone. It is sent to other processes as its arrays' metadata; each learns again how they are
+    read best.
     """
 
     location: str

@@ -109,7 +109,7 @@ def test_a_holder_on_another_host_is_known_by_its_beats(left: Path) -> None:
     assert json.loads(left.read_text()) == asdict(OTHER)
 
 
-def test_one_that_has_fallen_silent_is_succeeded(left: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lock_whose_holder_has_fallen_silent_is_taken_over(left: Path, caplog: pytest.LogCaptureFixture) -> None:
     os.utime(left, ns=(1, 1))
     assert lock_holder(left) is None
     began = time.monotonic()

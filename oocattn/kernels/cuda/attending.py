@@ -24,7 +24,7 @@ KEYS_OF_STEP = 128
 """`KEYS` of hopper.cu."""
 
 MOST_SPAN = 16_384
-"""Keys after which an accumulation begins anew: its error is then a third of that of rounding the weights (NOTES.md)."""
+"""Keys after which an accumulation begins again: its error is then a third of that of rounding the weights (NOTES.md)."""
 
 PROCESSORS = 132
 """Multiprocessors that spans are chosen for, those of an H100 or H200, whatever the GPU has: the same bits on all."""
