@@ -59,7 +59,8 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     if is_forked():
         # Dask has one thread for the whole process that unpacks tasks: where it was in use before the fork, it is not here.
         distributed.utils._offload_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Offload")
-    inproc.global_manager._ip = LOOPBACK  # else Dask asks for the way to a host of the internet, and warns where is none
+    # Else Dask asks for the way to a host of the internet, and warns where is none. Other clusters here keep their address.
+    inproc.global_manager._ip = inproc.global_manager._ip or LOOPBACK
     settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
     with dask.config.set(settings), _without_tracebacks(), _here_alone() as here:
         cluster = here.enter_context(_start(address, workers))

@@ -147,9 +147,12 @@ class FileClaim:
                 f"{self.path.parent}: this process is a fork of {_read(self.path)}, and the run goes on there alone"
             )
         if not self.holds():
+            taken = (
+                f"lost to {_read(self.path)}, which took it for dead" if os.path.lexists(self.path) else "removed or moved"
+            )
             raise LockedError(
-                f"{self.path.parent}: the lock of this run was lost to {_read(self.path)}, which took it for dead: this run "
-                "ends; see whether the other one goes on, and resume if not"
+                f"{self.path.parent}: the lock of this run was {taken}: this run ends; see whether another one goes on, and "
+                "resume if not"
             )
 
     def holds(self) -> bool:

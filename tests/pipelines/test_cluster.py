@@ -107,6 +107,19 @@ def test_a_cluster_of_our_own_asks_for_no_way_to_the_internet(monkeypatch: pytes
     assert not asked
 
 
+def test_a_cluster_of_our_own_leaves_the_addresses_of_others_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inproc.global_manager, "_ip", "192.0.2.1")
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address=None) as others,
+        Client(others, set_as_default=False) as client,
+    ):
+        with local_client():
+            pass
+        address = others.scheduler_address
+        assert client.submit(sum, [1, 2]).result() == 3
+        inproc.global_manager.validate_address(address.removeprefix("inproc://"))
+
+
 def test_dask_does_not_log_the_tracebacks_of_tasks_in_a_cluster_of_our_own(caplog: pytest.LogCaptureFixture) -> None:
     worker = logging.getLogger("distributed.worker")
     worker.addHandler(caplog.handler)  # it does not propagate

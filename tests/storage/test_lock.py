@@ -220,7 +220,7 @@ def test_whoever_has_lost_the_lock_is_told_and_leaves_it_alone(tmp_path: Path) -
     with successor:
         successor.claim.check()
     assert not path.exists()
-    with pytest.raises(LockedError, match="was lost to process 0 on host unknown"):
+    with pytest.raises(LockedError, match="the lock of this run was removed or moved: this run ends"):
         successor.claim.check()
 
 
