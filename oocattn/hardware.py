@@ -147,7 +147,7 @@ def sample_rate(dataset: Dataset) -> float:
         out = buffer[: rows * row_bytes].view(array.dtype).reshape(rows, head_dim)
         try:
             array.read_rows(int(share * batches), int(share * heads), start, start + rows, out)
-        finally:  # or the other reads would wait for it for ever
+        finally:  # or the other reads would never end
             buffers.put(buffer)
         return out.nbytes
 

@@ -15,10 +15,10 @@ from oocattn.kernels import device_type, get_kernel
 from oocattn.plans import Plan, ScratchBytes
 from oocattn.problem import Problem, make_problem
 from oocattn.records import Range, Seconds, differences, from_json, to_json
+from oocattn.storage.claims import Claim
 from oocattn.storage.dataset import Dataset, changed_arrays
 from oocattn.storage.journal import Journal, identity, read_header
 from oocattn.storage.locations import Location
-from oocattn.storage.lock import Claim
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.state import Growing
 from oocattn.stored_plan import read_plan

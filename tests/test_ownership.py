@@ -18,7 +18,7 @@ from test_resuming import EnoughError, interrupt, interrupted
 import oocattn
 from oocattn import Event, IntegrityError, LockedError, ResultExistsError
 from oocattn.cli import main
-from oocattn.storage.lock import Holder
+from oocattn.storage.claims import Holder
 from oocattn.storage.paths import ResultPaths
 
 OTHER = Holder("elsewhere", 17, "another kernel", "another token")

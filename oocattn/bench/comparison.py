@@ -243,7 +243,7 @@ def _words(error: Exception) -> str:
 
 
 def _reset_peak() -> None:
-    """Give device memory back that is cached or held by cycles, and begin to measure the peak anew."""
+    """Give device memory back that is cached or held by cycles, and measure the peak from here."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

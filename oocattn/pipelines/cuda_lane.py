@@ -357,9 +357,7 @@ class CudaLane(Lane):
         self._tile_rows //= 2
         self._halved += 1
         torch.cuda.empty_cache()
-        logger.warning(
-            "%s is out of memory in spite of the plan: on with tiles of %d queries", self._device, self._tile_rows
-        )
+        logger.warning("%s has less memory than planned: tiles of %d queries now", self._device, self._tile_rows)
 
 
 _switching = threading.Lock()

@@ -20,8 +20,8 @@ from oocattn.errors import IntegrityError
 from oocattn.kernels import Partial
 from oocattn.memory import PARTIAL_BLOCK_ROWS
 from oocattn.storage.blockfile import read_blocks, read_label, write_blocks
+from oocattn.storage.claims import Claim
 from oocattn.storage.folders import names_in, remove_file
-from oocattn.storage.lock import Claim
 
 _NAME = re.compile(r"partial-\d+-\d+-\d+")
 

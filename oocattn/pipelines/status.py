@@ -18,9 +18,10 @@ from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
 from oocattn.problem import Problem, read_problem
 from oocattn.records import Count, Range, Seconds, from_json, to_json
+from oocattn.storage.claims import Claim, Holder
 from oocattn.storage.durable import read_json, write_text
 from oocattn.storage.folders import is_folder
-from oocattn.storage.lock import Claim, Holder, holder_silence, lock_holder
+from oocattn.storage.lock import holder_silence, lock_holder
 from oocattn.storage.paths import ResultPaths
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds

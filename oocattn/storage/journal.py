@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from oocattn.errors import IntegrityError
+from oocattn.storage.claims import Claim
 from oocattn.storage.durable import encode_record, read_record, write_record
 from oocattn.storage.folders import JOURNAL, is_taken, names_in, remove_ours
-from oocattn.storage.lock import Claim
 from oocattn.storage.operations import doing
 from oocattn.storage.syncing import sync
 from oocattn.text import printable

@@ -30,26 +30,22 @@ import json
 import logging
 import math
 import os
-import socket
 import threading
 import time
-import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Protocol
 from weakref import WeakSet
 
 from oocattn.clock import now
 from oocattn.errors import IntegrityError, LockedError, TimeLimitError
-from oocattn.records import Range, from_json, parse_json
+from oocattn.storage.claims import MOST_BYTES, NOBODY, Holder, parse_holder, read_holder
 from oocattn.storage.durable import PARTIAL
 from oocattn.storage.files import opened, read_exactly, read_file
 from oocattn.storage.operations import UNSUPPORTED, doing, warn_once
 from oocattn.storage.renaming import rename_new
 from oocattn.storage.syncing import sync_descriptor
-from oocattn.text import printable
 
 PATIENCE = 0.5
 """Seconds to wait for a lock: one who only looks at who holds it has it for a moment."""
@@ -64,73 +60,9 @@ GRACE = 0.1
 """Seconds for which a lock file without words is watched: one is whole from its first moment where the file system can
 rename or link it, and nearly so elsewhere."""
 
-MOST_BYTES = 4096
-"""Of a lock file: a host's name, two numbers and a token."""
-
 _NO_LOCKS = frozenset({errno.ENOLCK, *UNSUPPORTED})
 
 logger = logging.getLogger("oocattn")
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The host and process that hold a lock; `token` is another one each time."""
-
-    host: str
-    process: Annotated[int, Range(0, 2**32)]
-    kernel: str = ""  # of which boot of which machine, as far as that is known
-    token: str = field(default="", compare=False)
-    flocked: bool = field(default=True, compare=False)  # whether the kernel's lock is held, and not the file alone
-
-    @classmethod
-    def this_process(cls) -> Holder:
-        """The one that asks."""
-        try:
-            kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        except OSError:
-            kernel = ""
-        return cls(socket.gethostname(), os.getpid(), kernel, uuid.uuid4().hex)
-
-    def shares_kernel(self, other: Holder) -> bool:
-        """Whether both see the same kernel's locks."""
-        return self.kernel == other.kernel if self.kernel and other.kernel else self.host == other.host
-
-    @property
-    def is_told_by_kernel(self) -> bool:
-        """Whether the kernel of this process says by its locks whether this holder is alive."""
-        return self.flocked and self.shares_kernel(Holder.this_process())
-
-    def __str__(self) -> str:
-        return f"process {self.process} on host {printable(self.host)}"
-
-
-NOBODY = Holder("unknown", 0)
-"""Who holds a lock whose text cannot be read."""
-
-
-class Claim(Protocol):
-    """What a lock gives to all who work under it, on any host: small, and it can be sent."""
-
-    def check(self) -> None:
-        """Raise LockedError where the lock is not held any more. To be called before each step that others would see."""
-
-
-class Lock(Protocol):
-    """Exclusive use of a result, as a context manager, wherever results are."""
-
-    @property
-    def holder(self) -> Holder:
-        """Who holds it."""
-
-    @property
-    def claim(self) -> Claim:
-        """What those who work under it ask."""
-
-    def still_mine(self) -> bool:
-        """Whether nobody has taken it over."""
-
-    def release(self) -> None:
-        """Give it up."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +76,12 @@ class FileClaim:
         """Raise LockedError where the lock is not held any more, OSError where that cannot be told."""
         if self.token in _left_to_parent:
             raise LockedError(
-                f"{self.path.parent}: this process is a fork of {_read(self.path)}, and the run goes on there alone"
+                f"{self.path.parent}: this process is a fork of {read_holder(self.path)}, and the run goes on there alone"
             )
         if not self.holds():
-            taken = (
-                f"lost to {_read(self.path)}, which took it for dead" if os.path.lexists(self.path) else "removed or moved"
-            )
+            taken = "removed or moved"
+            if os.path.lexists(self.path):
+                taken = f"lost to {read_holder(self.path)}, which took it for dead"
             raise LockedError(
                 f"{self.path.parent}: the lock of this run was {taken}: this run ends; see whether another one goes on, and "
                 "resume if not"
@@ -160,7 +92,7 @@ class FileClaim:
         if self.token in _left_to_parent:
             return False
         try:
-            return _parse(read_file(self.path, MOST_BYTES, follow=False)).token == self.token
+            return parse_holder(read_file(self.path, MOST_BYTES, follow=False)).token == self.token
         except (FileNotFoundError, NotADirectoryError, IntegrityError, ValueError):
             return False
 
@@ -186,7 +118,7 @@ class FileLock:
         while not self._released.wait(BEAT):
             with suppress(OSError):  # the file system is away
                 if not self.still_mine():
-                    logger.error("%s: %s has taken over; this run ends", self.path.parent, _read(self.path))
+                    logger.error("%s: %s has taken over; this run ends", self.path.parent, read_holder(self.path))
                     return
                 self._touch()
 
@@ -297,7 +229,7 @@ def _taken_over(temporary: Path, path: Path, until: float, flocked: bool) -> boo
 def _watch(path: Path, until: float, flocked: bool) -> None:
     """Return when whoever left a lock file behind is gone: its kernel tells, where it was `flocked`, or else its silence."""
     try:
-        before = _parse(read_file(path, MOST_BYTES, follow=False))
+        before = parse_holder(read_file(path, MOST_BYTES, follow=False))
     except (ValueError, IntegrityError):  # one that cannot be read at all is left: somebody may hold it
         before = NOBODY
     last = _touched(path)
@@ -321,7 +253,7 @@ def _touched(path: Path) -> int:
 
 
 def _locked(path: Path) -> LockedError:
-    return LockedError(f"{path.parent}: the result is being written by {_read(path)}; wait for it to end, or stop it")
+    return LockedError(f"{path.parent}: the result is being written by {read_holder(path)}; wait for it to end, or stop it")
 
 
 def _lock(descriptor: int, path: Path) -> bool:
@@ -367,11 +299,11 @@ def lock_holder(path: Path) -> Holder | None:
             flocked = _flock(descriptor, fcntl.LOCK_SH, path)
             content = read_exactly(descriptor, MOST_BYTES, 0, path)
             touched = os.fstat(descriptor).st_mtime
-        holder = _parse(content)
+        holder = parse_holder(content)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # none, or one that nobody made
         return None
     except BlockingIOError:
-        return _read(path)
+        return read_holder(path)
     if flocked and holder.is_told_by_kernel:
         return None
     return holder if time.time() - touched < BEATS_MISSED * BEAT else None
@@ -382,20 +314,9 @@ def holder_silence(path: Path) -> float:
 
     0 where that cannot be told: of a holder with another kernel, the clock may differ.
     """
-    if not _read(path).shares_kernel(Holder.this_process()):
+    if not read_holder(path).shares_kernel(Holder.this_process()):
         return 0.0
     try:
         return max(0.0, time.time() - _touched(path) / 1e9)
     except OSError:
         return 0.0
-
-
-def _read(path: Path) -> Holder:
-    try:
-        return _parse(read_file(path, MOST_BYTES, follow=False))
-    except (OSError, ValueError, IntegrityError):
-        return NOBODY
-
-
-def _parse(content: bytes) -> Holder:
-    return from_json(Holder, parse_json(content), may_lack=["flocked"])  # which older versions do not say

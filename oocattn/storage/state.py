@@ -21,6 +21,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.storage.claims import Claim
 from oocattn.storage.create import create_array, numpy_dtype, sync_metadata
 from oocattn.storage.folders import (
     CHECKPOINTS,
@@ -37,7 +38,7 @@ from oocattn.storage.folders import (
     require_own,
 )
 from oocattn.storage.journal import forget, has_begun
-from oocattn.storage.lock import Claim, lock_holder
+from oocattn.storage.lock import lock_holder
 from oocattn.storage.operations import doing
 from oocattn.storage.own_store import OwnStore
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes

@@ -25,7 +25,8 @@ import oocattn
 from oocattn import IntegrityError, LockedError, TimeLimitError
 from oocattn.storage import lock as lock_module
 from oocattn.storage import operations
-from oocattn.storage.lock import NOBODY, FileLock, Holder, lock_holder
+from oocattn.storage.claims import NOBODY, Holder
+from oocattn.storage.lock import FileLock, lock_holder
 
 HOLD = """
 import sys
