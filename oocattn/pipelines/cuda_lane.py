@@ -357,7 +357,7 @@ class CudaLane(Lane):
         self._tile_rows //= 2
         self._halved += 1
         torch.cuda.empty_cache()
-        logger.warning("%s has less memory than planned: tiles of %d queries now", self._device, self._tile_rows)
+        logger.warning("%s is out of memory: tiles of %d queries from here on", self._device, self._tile_rows)
 
 
 _switching = threading.Lock()
