@@ -5,12 +5,13 @@ What is no connected client of a Dask scheduler is refused here, with its cause,
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-from distributed import Client
+from distributed import Client, Security, rpc
 from distributed.deploy.cluster import Cluster
 
 from oocattn.errors import ProblemError
@@ -68,7 +69,10 @@ def connect(address: str, seconds: float = CONNECT) -> Client:
     left = max(LEAST_CONNECT, until - time.monotonic())
     try:
         # In a thread: Dask waits longer than it is told for what accepts connections and is silent.
-        return begin_call(lambda: Client(address, timeout=left)).result(timeout=left + LEAST_CONNECT)
+        kind = begin_call(lambda: asyncio.run(_kind_of_server(address, left))).result(timeout=left + LEAST_CONNECT)
+        if kind == "Scheduler":
+            return Client(address, timeout=left)
+        reason = f"it is a {kind}"
     except TimeoutError:
         reason = f"no answer for {format_seconds(left)}"
     except Exception as error:  # whatever Dask makes of bytes that are not its own
@@ -77,6 +81,17 @@ def connect(address: str, seconds: float = CONNECT) -> Client:
         f"what listens at {printable(address)} does not answer as a Dask scheduler ({printable(reason)[:300]}): {_EXPECTED}"
         "; one with certificates is at tls://, and Dask's configuration names them"
     )
+
+
+async def _kind_of_server(address: str, seconds: float) -> str:
+    """What kind of Dask server listens at an address, such as "Scheduler".
+
+    It is asked before a client is made, for a client that cannot connect is never closed, and Dask may hang when it is
+    collected as garbage.
+    """
+    async with rpc(address, timeout=seconds, connection_args=Security().get_connection_args("client")) as server:
+        found = await asyncio.wait_for(server.identity(), seconds)
+    return str(found["type"])
 
 
 def _parse(address: str) -> tuple[str, int]:
