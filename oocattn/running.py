@@ -110,8 +110,8 @@ def run_plan(
 ) -> Result:
     """Carry out a plan made for `dataset`: the part of `attention` after planning, for callers who plan themselves.
 
-    It ends by `until`, a moment of `clock.now`. An unfinished run of an equal plan is resumed. Raises ProblemError for a
-    plan that was changed, and what `attention` raises.
+    It ends by `until`, a moment of `clock.now`. An unfinished run of an equal plan is resumed. Raises what `attention`
+    raises.
     """
     refuse_to_replace_dataset(paths, dataset)
     if is_finished(paths, plan.problem, dataset, overwrite):

@@ -95,9 +95,9 @@ def resolved(path: Path) -> Path:
 def output_path(typed: object, what: str) -> Path:
     """The absolute path of what is written to local files alone. Raises ProblemError for a URL, else as `parse_location`."""
     if isinstance(typed, str) and not (_is_local(typed) or typed.lower().startswith("file:")):
-        shown = printable(without_credentials(typed))
         raise ProblemError(
-            f"{what} {shown}: {what}s are written to a local path, not to a URL: give a local path, and copy it from there"
+            f"{what} {printable(typed)}: {what}s are written to a local path, not to a URL: give a local path, and copy it "
+            "from there"
         )
     path = parse_location(typed, what).path
     assert path is not None
