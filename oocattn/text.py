@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that move a cursor, reverse or break a line, show nothing, or cannot be encoded."""
@@ -32,6 +33,12 @@ def printable(text: object) -> str:
     found = without_credentials(str(text))
     cut = found if len(found) <= MOST_SHOWN else f"{found[:MOST_SHOWN]}..."
     return "".join(_escaped(character) if unicodedata.category(character) in _HIDDEN else character for character in cut)
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first of the names, fit to print, and how many there are more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in names[:most]) + more
 
 
 def display_width(text: str) -> int:

@@ -32,7 +32,7 @@ from oocattn.pipelines.readiness import (
     look,
     remove_probes,
 )
-from oocattn.text import MOST_SHOWN
+from oocattn.text import MOST_SHOWN, some_of
 from oocattn.units import format_seconds
 
 MOST_NAMED = 20
@@ -71,12 +71,7 @@ class Roll:
         alike: dict[tuple[str, ...], list[str]] = {}
         for name, found in self.wrong.items():
             alike.setdefault(tuple(found), []).append(name)
-        return [f"{_some(names)} {', and '.join(found)}" for found, names in alike.items()]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+        return [f"{some_of(names, MOST_NAMED)} {', and '.join(found)}" for found, names in alike.items()]
 
 
 def enlist(client: Client, expected: Expected, check: Callable[[], object]) -> Roll:

@@ -30,7 +30,7 @@ from oocattn.pipelines.events import Callback, Event
 from oocattn.pipelines.failing import place_of
 from oocattn.pipelines.graph import Key
 from oocattn.pipelines.tasks import LanePlugin, plugin_name
-from oocattn.text import printable
+from oocattn.text import some_of
 from oocattn.units import format_bytes, format_seconds
 
 ANSWER = 5.0
@@ -98,17 +98,11 @@ def find_obstacle(run: str, found: Occupation | None) -> Obstacle | None:
     if len(others) >= found.threads:
         threads = "its only thread" if found.threads == 1 else f"all of its {found.threads} threads"
         return Obstacle(
-            f"is busy with tasks of others on {threads}: {_some(others)}",
+            f"is busy with tasks of others on {threads}: {some_of(others, MOST_NAMED)}",
             "wait until they end, or give the run a worker of its own or one with more threads; a task that starts a run "
             "does it within distributed.worker_client()",
         )
     return None
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of the names, and how many there are more."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(printable(name) for name in names[:MOST_NAMED]) + more
 
 
 class Standstill:
@@ -224,8 +218,9 @@ class Standstill:
     def _unexplained(self, pending: Mapping[str, Sequence[Key]]) -> Obstacle:
         """What is left where no worker is kept from its tasks: one of those does not end."""
         places = dict.fromkeys(place_of(key) for keys in pending.values() for key in keys[:1])
+        what = some_of(list(places), MOST_NAMED) or "the set-up of lanes"
         return Obstacle(
-            f"{_some(list(places)) or 'the set-up of lanes'} does not end on worker {_some(list(pending or self._ended))}",
+            f"{what} does not end on worker {some_of(list(pending or self._ended), MOST_NAMED)}",
             "see to the storage that it reads and writes, and restart the worker",
         )
 
@@ -253,7 +248,7 @@ def _words(obstacles: Mapping[str, Obstacle]) -> str:
     for name, obstacle in obstacles.items():
         named.setdefault(obstacle, []).append(name)
     words = [
-        f"{f'worker {_some(names)} ' if any(names) else ''}{obstacle.found}: {obstacle.remedy}"
+        f"{f'worker {some_of(names, MOST_NAMED)} ' if any(names) else ''}{obstacle.found}: {obstacle.remedy}"
         for obstacle, names in itertools.islice(named.items(), MOST_NAMED)
     ]
     return "; ".join(words)
