@@ -21,7 +21,7 @@ from distributed import Client
 import oocattn.api
 from oocattn import arguments
 from oocattn.api import PLAN_OPTIONS
-from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
+from oocattn.arguments import Dtype, Duration, Size, checked
 from oocattn.bench import ceilings
 from oocattn.bench.competitors import (
     Competitor,
@@ -38,10 +38,10 @@ from oocattn.hardware import choose_device, count_lanes, free_disk
 from oocattn.pipelines.local_cluster import local_client
 from oocattn.pipelines.report import RunReport
 from oocattn.plans import Plan
-from oocattn.problem import DTYPES, MAX_HEAD_DIM
+from oocattn.problem import DTYPES
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.locations import output_path
-from oocattn.storage.synth import synthesise
+from oocattn.storage.synth import DATASET_OPTIONS, synthesise
 from oocattn.units import format_bytes
 from oocattn.verification import ExactRow, recompute_rows
 
@@ -56,17 +56,12 @@ _PREFIX = f"oocattn-bench-{os.getpid()}-"
 
 
 @checked(
+    **DATASET_OPTIONS,
     **PLAN_OPTIONS,
-    tokens=arguments.integer(1),
-    heads=arguments.integer(1),
-    kv_heads=arguments.integer(1),
-    head_dim=arguments.integer(1, MAX_HEAD_DIM),
-    dtype=arguments.dtype,
     causal=arguments.boolean,
     repeats=arguments.integer(1),
     warm_up=arguments.boolean,
     rows=arguments.integer(1),
-    seed=arguments.integer(0, MOST_SEED),
 )
 def bench(
     folder: str | Path = ".",

@@ -37,14 +37,20 @@ MOST_DEVIATION = 16.0
 ARRAYS = ("q", "k", "v")
 
 
+DATASET_OPTIONS = {
+    "tokens": arguments.integer(1),
+    "heads": arguments.integer(1),
+    "kv_heads": arguments.integer(1),
+    "head_dim": arguments.integer(1, MAX_HEAD_DIM),
+    "dtype": arguments.dtype,
+    "seed": arguments.integer(0, MOST_SEED),
+}
+"""What the options may be that every dataset of random numbers is made by."""
+
+
 @checked(
-    tokens=arguments.integer(1),
-    heads=arguments.integer(1),
-    kv_heads=arguments.integer(1),
-    head_dim=arguments.integer(1, MAX_HEAD_DIM),
-    dtype=arguments.dtype,
+    **DATASET_OPTIONS,
     batch=arguments.integer(1),
-    seed=arguments.integer(0, MOST_SEED),
     mean=arguments.number(),
     workers=arguments.integer(1, MAX_WORKERS),
     overwrite=arguments.boolean,
