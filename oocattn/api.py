@@ -26,7 +26,8 @@ from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.status import Status, as_planned, read_status
 from oocattn.planner import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, make_plan
 from oocattn.plans import Plan
-from oocattn.problem import SCALE, Problem, make_problem
+from oocattn.posing import pose
+from oocattn.problem import SCALE, Problem
 from oocattn.resuming import Choices, find_unfinished
 from oocattn.running import (
     Result,
@@ -38,7 +39,6 @@ from oocattn.running import (
     resume_run,
     run_plan,
 )
-from oocattn.storage.axes import warn_if_transposed
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
@@ -103,8 +103,7 @@ def plan(
     and BudgetError, with the smallest budget that works.
     """
     opened = Dataset.open(dataset)
-    problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
-    warn_if_transposed(opened.specs[0])
+    problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
     choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     return _plan_for(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
 
@@ -177,8 +176,7 @@ def attention(
     paths = ResultPaths.at(result)
     opened = Dataset.open(dataset)
     # Bad input is refused before a cluster starts.
-    problem = make_problem(*opened.specs, causal=causal, scale=scale, out_dtype=dtype)
-    warn_if_transposed(opened.specs[0])
+    problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
     refuse_to_replace_dataset(paths, opened)
     if is_finished(paths, problem, opened, overwrite):
         return finished_result(paths)
@@ -226,7 +224,6 @@ def resume(
             return finished_result(paths)
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
     plan, opened = begun.plan, begun.open_dataset(named)
-    warn_if_transposed(opened.specs[0])
     resuming = Resuming(accept_other_bits, check_finished)
     with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan, until) as (running, _):
         return resume_run(begun, opened, paths, running, callbacks, until, resuming)

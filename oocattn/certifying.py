@@ -17,12 +17,12 @@ import numpy as np
 
 from oocattn.certificate import ArrayCheck, Certificate, Ledger, RowCheck, Summary
 from oocattn.certificate_page import certificate_page
-from oocattn.errors import BudgetError, IntegrityError, ProblemError
+from oocattn.errors import BudgetError, IntegrityError
 from oocattn.pipelines.report import RunReport
-from oocattn.problem import Problem, make_problem, read_problem
-from oocattn.records import Positive, differences, from_json
+from oocattn.posing import check_poses
+from oocattn.problem import Problem, read_problem
+from oocattn.records import Positive, from_json
 from oocattn.rounding import UNIT_ROUNDOFF
-from oocattn.storage.axes import warn_if_transposed
 from oocattn.storage.checksums import Checksums, find_damage, recorded_checksums, result_digest
 from oocattn.storage.dataset import Dataset
 from oocattn.storage.durable import read_json, write_text
@@ -135,13 +135,7 @@ def certify(
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
     recorded, identity = Recorded.of(paths), identity_at(paths.result)
     problem, opened = recorded.problem, Dataset.open_recorded(recorded.location, dataset)
-    posed = make_problem(*opened.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
-    if posed != problem:
-        raise ProblemError(
-            f"{opened.location} poses another problem than the result's ({differences(problem, posed)}): name the dataset "
-            "that the run read (--dataset)"
-        )
-    warn_if_transposed(opened.specs[0])
+    check_poses(opened, problem, "result")
     readers = _readers(problem, arrays, paths)
     recorded_bits = {name: recorded_checksums(array) for name, array in arrays.by_name.items()}
     compared = {name: found for name, found in recorded_bits.items() if checksums and found is not None}

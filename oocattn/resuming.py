@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 from oocattn import arguments
 from oocattn.arguments import Duration, Size
-from oocattn.errors import BudgetError, IntegrityError, ProblemError, ResultExistsError
+from oocattn.errors import BudgetError, IntegrityError, ResultExistsError
 from oocattn.kernels import device_type, get_kernel
 from oocattn.plans import Plan, ScratchBytes
-from oocattn.problem import Problem, make_problem
+from oocattn.posing import check_poses
+from oocattn.problem import Problem
 from oocattn.records import Range, Seconds, differences, from_json, to_json
 from oocattn.storage.claims import Claim
 from oocattn.storage.dataset import Dataset, changed_arrays
@@ -188,14 +189,8 @@ class Unfinished:
 
         Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.
         """
-        problem = self.plan.problem
         dataset = Dataset.open_recorded(self.header.dataset.location, named)
-        posed = make_problem(*dataset.specs, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
-        if posed != problem:
-            raise ProblemError(
-                f"{dataset.location} poses another problem than the run's ({differences(problem, posed)}): name the dataset "
-                "that the run began with (--dataset)"
-            )
+        check_poses(dataset, self.plan.problem, "run")
         self._check_same("oocattn", self.header.versions.get("oocattn"), versions()["oocattn"])
         dataset.check_complete()
         self._check_unchanged(dataset, named is not None)
