@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oocattn.storage.dataset import changed_arrays
+from oocattn.storage.fingerprints import changed_arrays
 from oocattn.text import printable
 from oocattn.units import format_count
 

@@ -17,7 +17,8 @@ from oocattn.posing import check_poses
 from oocattn.problem import Problem
 from oocattn.records import Range, Seconds, differences, from_json, to_json
 from oocattn.storage.claims import Claim
-from oocattn.storage.dataset import Dataset, changed_arrays
+from oocattn.storage.dataset import Dataset
+from oocattn.storage.fingerprints import changed_arrays
 from oocattn.storage.journal import Journal, identity, read_header
 from oocattn.storage.locations import Location
 from oocattn.storage.paths import ResultPaths

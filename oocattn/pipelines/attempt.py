@@ -35,7 +35,7 @@ from oocattn.pipelines.lanes import Lanes
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.work import Work
-from oocattn.storage.dataset import changed_arrays
+from oocattn.storage.fingerprints import changed_arrays
 from oocattn.storage.operations import described, is_disk_full
 from oocattn.units import format_seconds
 

@@ -26,8 +26,9 @@ from oocattn.errors import LockedError, OocattnError
 from oocattn.pipelines.tasks import close_lanes_left_behind
 from oocattn.plans import Plan
 from oocattn.storage.claims import Claim
-from oocattn.storage.dataset import Dataset, Fingerprints, changed_arrays
+from oocattn.storage.dataset import Dataset
 from oocattn.storage.durable import PARTIAL
+from oocattn.storage.fingerprints import Fingerprints, changed_arrays
 from oocattn.storage.operations import doing, words_of
 from oocattn.storage.state import RunState
 from oocattn.units import format_bytes

@@ -1,16 +1,12 @@
 """A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL.
 
-Here a dataset is found, identified and checked to be whole; how rows are read is readers.py's.
+Here a dataset is found and checked to be whole; what identifies it is fingerprints.py's, how rows are read readers.py's.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import math
-import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,20 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import zarr
-from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.abc.store import Store
 from zarr.core.sync import sync
 
 from oocattn.errors import ProblemError
 from oocattn.problem import ArraySpec
 from oocattn.storage.axes import check_axes
 from oocattn.storage.direct import FastestReader
-from oocattn.storage.files import advise, opened, read_exactly
+from oocattn.storage.fingerprints import NAMES, Fingerprints, chunk_files, fingerprints_of, identity
 from oocattn.storage.layout import (
     chunk_key,
-    coordinates_of,
     missing_chunk,
-    no_file,
     stored_bytes,
     stored_chunks,
     wrong_size,
@@ -39,45 +32,17 @@ from oocattn.storage.layout import (
 from oocattn.storage.locations import Location, parse_location, recorded_location
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, is_array, open_array, open_consolidated, read_group
-from oocattn.storage.operations import doing
 from oocattn.storage.packing import MEANINGFUL, refuse_packed
 from oocattn.storage.readers import InputArray
-from oocattn.storage.remote import all_of, open_remote
+from oocattn.storage.remote import open_remote
 from oocattn.storage.shards import check_shard
 from oocattn.text import printable
-
-NAMES = ("q", "k", "v")
-"""The arrays that a dataset has."""
-
-SAMPLED_CHUNKS, SAMPLED_BYTES = 5, 1 << 16
-"""Stored chunks of an array whose content is part of the fingerprint, and how much at each end of them."""
 
 ASKED = 64
 """Chunks of a remote array that are asked for at the same time, where they are not listed."""
 
 MOST_NAMED = 10
 """Arrays that the message names where one is missing."""
-
-# What of an array's metadata says how its bytes are to be read, in Zarr v3 and v2.
-_IDENTITY = (
-    *("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs"),
-    *("dtype", "chunks", "dimension_separator", "compressor", "filters", "order"),
-)
-
-
-@dataclass(frozen=True)
-class Fingerprints:
-    """What tells a dataset from another, or from itself before it was changed: each is a digest of each array, with "-".
-
-    All cover shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks and, in a local folder,
-    the size of every chunk file. `recorded` covers their modification times as well: results keep it, and a copy shares it
-    if times were copied. `within_run` also covers change times, which cannot be set back, and which no copy shares
-    (not inodes: not every file system has them for good). `untimed` covers none of these.
-    """
-
-    recorded: str
-    within_run: str
-    untimed: str
 
 
 @dataclass(frozen=True)
@@ -163,13 +128,12 @@ class Dataset:
         file. What chunks decode to is not checked.
         """
         for array in (self.arrays[name].array for name in NAMES):
-            check = _check_files if isinstance(array.store, MappedStore) else _check_keys
-            check(array, self.location)
+            _check_chunks(array, self.location)
 
     def fingerprints(self) -> Fingerprints:
         """The fingerprints of the dataset as it is now. Raises IntegrityError for a chunk that is missing: any in a local
         folder, elsewhere one of the few that are sampled."""
-        found = [_fingerprints(name, self.arrays[name].array, self.location) for name in NAMES]
+        found = [fingerprints_of(name, self.arrays[name].array, self.location) for name in NAMES]
         return Fingerprints(*("-".join(digests) for digests in zip(*found, strict=True)))
 
     @cached_property
@@ -183,39 +147,11 @@ class Dataset:
         return found.within_run if within_run else found.recorded
 
 
-def changed_arrays(before: str, after: str) -> str:
-    """Which arrays differ between two fingerprints, in words: "k", "k and v", "q, k and v"; "" where none does."""
-    pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
-    *first, last = [name for name, old, new in pairs if old != new] or [""]
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def _fingerprints(name: str, array: zarr.Array[Any], location: str) -> tuple[str, str, str]:
-    """Half a SHA-256 for each of `Fingerprints`, in their order, in one walk."""
-    beginning = json.dumps([name, _identity(array)], sort_keys=True, default=str).encode()
-    recorded, within_run, untimed = digests = tuple(hashlib.sha256(beginning) for _ in range(3))
-    for _, key, status in _files(array, location):
-        state = (status.st_size, status.st_mtime_ns)
-        recorded.update(f"\n{key} {state}".encode())
-        within_run.update(f"\n{key} {(*state, status.st_ctime_ns)}".encode())
-        untimed.update(f"\n{key} {status.st_size}".encode())
-    for content in _sample(array, location):
-        for digest in digests:
-            digest.update(content)
-    first, second, third = (digest.hexdigest()[:32] for digest in digests)
-    return first, second, third
-
-
-def _identity(array: zarr.Array[Any]) -> dict[str, Any]:
-    metadata = array.metadata.to_dict()
-    return {key: metadata[key] for key in _IDENTITY if key in metadata}
-
-
 def _meaning(array: zarr.Array[Any]) -> dict[str, Any]:
     """What an array's metadata say of its numbers and axes, by the names that they have there."""
     attributes = {name: array.attrs[name] for name in MEANINGFUL if name in array.attrs}
     names = getattr(array.metadata, "dimension_names", None)
-    return {**_identity(array), "dimension_names": names and list(names), **attributes}
+    return {**identity(array), "dimension_names": names and list(names), **attributes}
 
 
 def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], location: str) -> None:
@@ -230,61 +166,20 @@ def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], l
             )
 
 
-def _sampled_keys(array: zarr.Array[Any]) -> Iterator[str]:
-    """The keys of a few stored chunks, from the first to the last."""
-    extents = array.shards or array.chunks
-    counts = [-(-size // extent) for size, extent in zip(array.shape, extents, strict=True)]
-    total = math.prod(counts)
-    for number in sorted({round(place * (total - 1) / (SAMPLED_CHUNKS - 1)) for place in range(SAMPLED_CHUNKS)}):
-        yield chunk_key(array, coordinates_of(number, counts))
-
-
-def _sample(array: zarr.Array[Any], location: str) -> list[bytes]:
-    """The first and the last bytes of those chunks."""
-    if isinstance(array.store, MappedStore):
-        return [end for key in _sampled_keys(array) for end in _ends(array.store.root, key, location)]
-    ends: list[ByteRequest] = [RangeByteRequest(0, SAMPLED_BYTES), SuffixByteRequest(SAMPLED_BYTES)]
-    wanted = list(itertools.product(_sampled_keys(array), ends))
-    found = []
-    for (key, _), content in zip(wanted, sync(_get_all(array, wanted)), strict=True):
-        if content is None:
-            raise missing_chunk(location, key)
-        found.append(content.to_bytes())
-    return found
-
-
-def _ends(root: Path, key: str, location: str) -> list[bytes]:
-    """The first and the last bytes of a file. No more is read: of a map the system reads megabytes ahead."""
-    try:
-        with opened(root / key) as descriptor:
-            advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-            last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
-            return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]
-    except (FileNotFoundError, NotADirectoryError):
-        raise missing_chunk(location, key) from None
-
-
-async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:
-    prototype = default_buffer_prototype()
-    return await all_of(array.store.get(key, prototype, part) for key, part in wanted)
-
-
-def _check_files(array: zarr.Array[Any], location: str) -> None:
+def _check_chunks(array: zarr.Array[Any], location: str) -> None:
     expected = stored_bytes(array)
-    for coordinates, key, status in _files(array, location):
-        if expected is not None and status.st_size != expected:
-            raise wrong_size(location, key, status.st_size, expected)
-        if array.shards is not None:
-            check_shard(array, coordinates, location)
-
-
-def _check_keys(array: zarr.Array[Any], location: str) -> None:
-    expected = stored_bytes(array)
-    for coordinates, key, size in _objects(array, location):
+    for coordinates, key, size in _sizes(array, location):
         if expected is not None and size is not None and size != expected:
             raise wrong_size(location, key, size, expected)
         if array.shards is not None:
             check_shard(array, coordinates, location)
+
+
+def _sizes(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
+    """Coordinates, key and size, if it is told, of every chunk. Raises at the first that is missing."""
+    if isinstance(array.store, MappedStore):
+        return ((coordinates, key, status.st_size) for coordinates, key, status in chunk_files(array, location))
+    return _objects(array, location)
 
 
 def _objects(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
@@ -297,22 +192,6 @@ def _objects(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int,
             if key not in listed and key not in found:
                 raise missing_chunk(location, key)
             yield coordinates, key, listed[key] if key in listed else found[key]
-
-
-def _files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, os.stat_result]]:
-    """Coordinates, key and status of the file of every chunk of a local array. Raises at the first that is missing."""
-    if not isinstance(array.store, MappedStore):
-        return
-    for coordinates in stored_chunks(array):
-        key = chunk_key(array, coordinates)
-        try:
-            with doing("look at", array.store.root / key):
-                status = os.stat(array.store.root / key)
-        except (FileNotFoundError, NotADirectoryError):
-            raise missing_chunk(location, key) from None
-        if not stat.S_ISREG(status.st_mode):
-            raise no_file(location, key)
-        yield coordinates, key, status
 
 
 def _open_store(location: Location) -> Store:

@@ -26,7 +26,8 @@ from oocattn.pipelines import cluster, enlisting
 from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.enlisting import Roll, call_roll
 from oocattn.pipelines.readiness import NAMES, PACKAGES, Expected, Seen, describe_interpreter, faults, interpreter_faults
-from oocattn.storage.dataset import Dataset, Fingerprints
+from oocattn.storage.dataset import Dataset
+from oocattn.storage.fingerprints import Fingerprints
 from oocattn.storage.paths import ResultPaths
 from oocattn.version import source_digest
 
