@@ -27,7 +27,7 @@ from oocattn.pipelines.status import Status, as_planned, read_status
 from oocattn.planner import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, make_plan
 from oocattn.plans import Plan
 from oocattn.posing import pose
-from oocattn.problem import SCALE, Problem
+from oocattn.problem import Problem
 from oocattn.resuming import Choices, find_unfinished
 from oocattn.running import (
     Result,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while t
     from distributed import Client
 
 
-PROBLEM_OPTIONS = {"causal": arguments.boolean, "scale": SCALE, "dtype": arguments.dtype}
+PROBLEM_OPTIONS = {"causal": arguments.boolean, "scale": arguments.scale, "dtype": arguments.dtype}
 """What the options that pose a problem may be."""
 
 PLAN_OPTIONS = {

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from oocattn.errors import ProblemError
+from oocattn.problem import LEAST_SCALE, MOST_SCALE, SCALES
 from oocattn.units import parse_duration, parse_size
 
 P = ParamSpec("P")
@@ -108,6 +109,10 @@ def number(least: float = -math.inf, most: float = math.inf, expected: str = "a 
         return found
 
     return check
+
+
+scale = number(LEAST_SCALE, MOST_SCALE, SCALES)
+"""The factor of the scores."""
 
 
 def size(name: str, value: object) -> int:

@@ -10,7 +10,7 @@ from oocattn import arguments
 from oocattn.errors import ProblemError
 from oocattn.kernels import kernel_names
 from oocattn.planner import DECOMPOSITIONS
-from oocattn.problem import DTYPES, SCALE
+from oocattn.problem import DTYPES
 from oocattn.storage.axes import LAYOUTS
 from oocattn.text import printable
 from oocattn.units import parse_duration, parse_size
@@ -164,7 +164,8 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
 def _add_problem_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="path or URL of a Zarr group with arrays q, k and v")
     parser.add_argument("--causal", action="store_true", help="attend no later tokens (default: attend all)")
-    parser.add_argument("--scale", type=_checked("scale", SCALE, float), help="factor of the scores (default: 1/sqrt(D))")
+    scale = _checked("scale", arguments.scale, float)
+    parser.add_argument("--scale", type=scale, help="factor of the scores (default: 1/sqrt(D))")
     parser.add_argument("--dtype", **_DTYPE, help="dtype of out (default: that of q)")
 
 

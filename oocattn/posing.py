@@ -12,7 +12,8 @@ from oocattn.storage.dataset import Dataset
 
 def pose(dataset: Dataset, *, causal: bool, scale: float | None, out_dtype: Dtype | None) -> Problem:
     """The problem of a dataset with these options. Raises as `make_problem`, and warns of more heads than tokens."""
-    problem = make_problem(*dataset.specs, causal=causal, scale=scale, out_dtype=out_dtype)
+    chosen = None if out_dtype is None else str(out_dtype)
+    problem = make_problem(*dataset.specs, causal=causal, scale=scale, out_dtype=chosen)
     warn_if_transposed(dataset.specs[0])
     return problem
 

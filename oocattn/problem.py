@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from oocattn import arguments
-from oocattn.arguments import checked
 from oocattn.errors import ProblemError
 from oocattn.records import Range, from_json
 
@@ -25,6 +23,9 @@ _OTHER_ORDER = "; if the axes are in another order than [B, H, N, D], import the
 
 LEAST_SCALE, MOST_SCALE = 2.0**-126, (2 - 2**-23) * 2.0**127
 """The positive numbers of float32, in which scores are computed."""
+
+SCALES = "a positive finite number that float32 holds (for a negative one, negate q)"
+"""These numbers in words."""
 
 Extent = Annotated[int, Range(1, 2**48)]
 """The size of one dimension."""
@@ -130,13 +131,6 @@ class Problem:
         return HeadGroup(batch, kv_head, range(first, first + self.group_size))
 
 
-SCALE = arguments.number(
-    LEAST_SCALE, MOST_SCALE, "a positive finite number that float32 holds (for a negative one, negate q)"
-)
-"""What the option `scale` may be."""
-
-
-@checked(causal=arguments.boolean, scale=SCALE, out_dtype=arguments.dtype)
 def make_problem(
     q: ArraySpec,
     k: ArraySpec,
@@ -144,7 +138,7 @@ def make_problem(
     *,
     causal: bool = False,
     scale: float | None = None,
-    out_dtype: arguments.Dtype | None = None,
+    out_dtype: str | None = None,
 ) -> Problem:
     """Check the three arrays against each other and return the problem they pose.
 
@@ -172,7 +166,7 @@ def make_problem(
         tokens,
         head_dim,
         q.dtype,
-        q.dtype if out_dtype is None else str(out_dtype),
+        out_dtype or q.dtype,
         causal,
         1.0 / math.sqrt(head_dim) if scale is None else scale,
     )
@@ -223,9 +217,10 @@ def check_problem(problem: Problem) -> None:
         raise ProblemError(
             f"head dimension {problem.head_dim} of q is larger than {MAX_HEAD_DIM}, the largest supported{_OTHER_ORDER}"
         )
-    for name, dtype in (("input", problem.dtype), ("output", problem.out_dtype)):
+    for name, dtype in (("dtype", problem.dtype), ("out_dtype", problem.out_dtype)):
         if dtype not in DTYPES:
-            raise ProblemError(f"{name} dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    SCALE("scale", problem.scale)
+            raise ProblemError(f"{name} = {dtype!r} (str): expected one of {', '.join(DTYPES)}")
+    if not LEAST_SCALE <= problem.scale <= MOST_SCALE:
+        raise ProblemError(f"scale = {problem.scale} (float): expected {SCALES}")
     if problem.rows * problem.head_dim >= 1 << 63:
         raise ProblemError(f"{problem.rows} rows of {problem.head_dim} elements: expected fewer than 2^63 elements in all")
