@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from oocattn.certificate import Certificate, RowCheck
+from oocattn.certificate import Certificate
 from oocattn.certificate_text import checksum_lines, dataset_line, error_line, ledger_line
+from oocattn.findings import RowCheck
 from oocattn.text import printable
 
 WORST = 10

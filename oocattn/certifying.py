@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from oocattn.certificate import ArrayCheck, Certificate, Ledger, RowCheck, Summary
+from oocattn.certificate import Certificate, Summary
 from oocattn.certificate_page import certificate_page
 from oocattn.errors import BudgetError, IntegrityError
+from oocattn.findings import ArrayCheck, Ledger, RowCheck
 from oocattn.pipelines.report import RunReport
 from oocattn.posing import check_poses
 from oocattn.problem import Problem, read_problem

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from oocattn.certificate import RowCheck
+from oocattn.findings import RowCheck
 from oocattn.problem import Problem
 from oocattn.repeats import slots_for
 from oocattn.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors

@@ -13,8 +13,8 @@ import pytest
 from support import a_problem
 
 from oocattn import Certificate, IntegrityError
-from oocattn.certificate import ArrayCheck, Ledger, RowCheck
 from oocattn.certificate_page import certificate_page
+from oocattn.findings import ArrayCheck, Ledger, RowCheck
 from oocattn.storage.checksums import Damage
 
 PROBLEM = a_problem(1000, query_heads=2)

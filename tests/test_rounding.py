@@ -13,7 +13,7 @@ from every_kind import Case, a_case, in_float32
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn.certificate import RowCheck
+from oocattn.findings import RowCheck
 from oocattn.problem import Problem, make_problem
 from oocattn.rounding import UNIT_ROUNDOFF
 from oocattn.storage.dataset import Dataset
