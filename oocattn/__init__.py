@@ -9,7 +9,6 @@ with collection_paused(), in_some_folder():
 
     import oocattn.log  # noqa: F401 - sets up the logger that all modules get by its name
     from oocattn.api import attention, plan, resume, status, verify
-    from oocattn.certificate import Certificate
     from oocattn.errors import (
         BudgetError,
         IntegrityError,
@@ -24,14 +23,15 @@ with collection_paused(), in_some_folder():
         TimeLimitError,
         WorkerLostError,
     )
-    from oocattn.pipelines.events import Callback, Event
-    from oocattn.pipelines.report import RunReport
-    from oocattn.pipelines.status import Status
-    from oocattn.plans import Plan
-    from oocattn.running import Result
+    from oocattn.pipelines.session import Result
+    from oocattn.pipelines.watch.events import Callback, Event
+    from oocattn.pipelines.watch.report import RunReport
+    from oocattn.pipelines.watch.status import Status
+    from oocattn.planning.plan import Plan
     from oocattn.storage.bfloat16 import BFloat16
-    from oocattn.storage.importing import import_arrays
-    from oocattn.storage.synth import synthesise
+    from oocattn.storage.make.importing import import_arrays
+    from oocattn.storage.make.synth import synthesise
+    from oocattn.verification.certificate import Certificate
     from oocattn.version import __version__
 
 __all__ = [

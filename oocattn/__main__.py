@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 
-from oocattn.cli import main
-from oocattn.printing import keep_descriptors_taken, leave_quietly
+from oocattn.cli.main import main
+from oocattn.cli.printing import keep_descriptors_taken, leave_quietly
 
 
 def run() -> int:

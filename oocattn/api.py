@@ -12,24 +12,15 @@ from typing import TYPE_CHECKING
 
 from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
-from oocattn.certificate import Certificate
-from oocattn.certifying import certify, read_summary
-from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client
-from oocattn.hardware import count_lanes, default_device_memory, default_host_memory, describe_hardware, input_cost, warm_up
 from oocattn.kernels import kernel_names
-from oocattn.pipelines.done import find_done
-from oocattn.pipelines.events import Callback
-from oocattn.pipelines.rehearsal import rehearse
+from oocattn.kernels.denormals import denormals_kept
+from oocattn.pipelines.lane.rehearsal import rehearse
+from oocattn.pipelines.resuming import Choices, find_unfinished
+from oocattn.pipelines.scan import scan_completed
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.status import Status, as_planned, read_status
-from oocattn.planner import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, make_plan
-from oocattn.plans import Plan
-from oocattn.posing import pose
-from oocattn.problem import Problem
-from oocattn.resuming import Choices, find_unfinished
-from oocattn.running import (
+from oocattn.pipelines.session import (
     Result,
     Resuming,
     finished_result,
@@ -39,10 +30,26 @@ from oocattn.running import (
     resume_run,
     run_plan,
 )
-from oocattn.storage.dataset import Dataset
+from oocattn.pipelines.watch.events import Callback
+from oocattn.pipelines.watch.status import Status, as_planned, read_status
+from oocattn.planning.candidates import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, make_plan
+from oocattn.planning.measure import (
+    count_lanes,
+    default_device_memory,
+    default_host_memory,
+    describe_hardware,
+    input_cost,
+    warm_up,
+)
+from oocattn.planning.plan import Plan
+from oocattn.problem.problem import Problem
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.inputs.posing import pose
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.result import ResultArrays
+from oocattn.storage.results.arrays import ResultArrays
+from oocattn.verification.certificate import Certificate
+from oocattn.verification.certify import certify, read_summary
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
@@ -241,7 +248,7 @@ def _check_time(until: float) -> None:
 
 def _check_client(client: Client | None) -> None:
     if client is not None:
-        from oocattn.pipelines.connecting import check_client
+        from oocattn.pipelines.engines.dask.connecting import check_client
 
         check_client(client)
 
@@ -257,8 +264,8 @@ def _planned_cluster(
 ) -> Iterator[tuple[Client, Plan]]:
     """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
-        from oocattn.pipelines.cluster import wait_for_first, worker_addresses
-        from oocattn.pipelines.standstill import refuse_own_thread
+        from oocattn.pipelines.engines.dask.cluster import wait_for_first, worker_addresses
+        from oocattn.pipelines.engines.dask.standstill import refuse_own_thread
 
         refuse_lost_client(client)
         refuse_own_thread(client)
@@ -267,7 +274,7 @@ def _planned_cluster(
         return
     with ThreadPoolExecutor(1) as beside:
         warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
-        from oocattn.pipelines.local_cluster import local_client
+        from oocattn.pipelines.engines.dask.local_cluster import local_client
 
         warm.result()
         lanes = count_lanes(kernel)
@@ -295,7 +302,7 @@ def status(result: str | Path) -> Status:
     begun = None if known else find_unfinished(paths)
     if begun is None:
         return found
-    done = find_done(begun.plan, begun.journal, paths.scratch).done
+    done = scan_completed(begun.plan, begun.journal, paths.scratch).done
     return as_planned(found, begun.plan, Schedule(begun.plan, 1, done).left)
 
 

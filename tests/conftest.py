@@ -12,7 +12,7 @@ from distributed import Client
 from hypothesis import HealthCheck, settings
 from support import TOKENS, normal_arrays, write_dataset
 
-from oocattn.pipelines.local_cluster import NO_PROFILER, local_client
+from oocattn.pipelines.engines.dask.local_cluster import NO_PROFILER, local_client
 
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -62,10 +62,6 @@ def _serve(folder: Path) -> None:
     import distributed  # noqa: F401
     import torch  # noqa: F401
 
-    import oocattn.api
-    import oocattn.pipelines.local_cluster
-    import oocattn.pipelines.run  # noqa: F401
-
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for line in sys.stdin:
         start = time.monotonic()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from oocattn import Event
-from oocattn.pipelines import cpu_lane
-from oocattn.pipelines.cpu_lane import CpuLane
-from oocattn.pipelines.lane import Staged
+from oocattn.pipelines.lane import cpu as cpu_lane
+from oocattn.pipelines.lane.cpu import CpuLane
+from oocattn.pipelines.lane.lane import Staged
 
 STEPS = ("pwrite", "fsync", "replace", "rename", "unlink")
 """Functions of `os` that bring a run's files about; each call is a moment."""

@@ -20,9 +20,9 @@ from worlds import DATASETS, RESULTS, World, remove, result_bits
 
 from oocattn import Plan
 from oocattn.kernels import get_kernel
+from oocattn.planning.stored_plan import read_plan
 from oocattn.records import from_json
-from oocattn.storage.durable import encode_record
-from oocattn.stored_plan import read_plan
+from oocattn.storage.files.durable import encode_record
 
 LIMIT_SECONDS = 10.0
 """For any command on any bytes."""

@@ -28,7 +28,7 @@ from support import carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
 from oocattn import Plan
-from oocattn.pipelines.local_cluster import NO_PROFILER, local_client
+from oocattn.pipelines.engines.dask.local_cluster import NO_PROFILER, local_client
 from oocattn.storage.paths import ResultPaths
 
 

@@ -21,9 +21,12 @@ from support import GPU, plan_for, replanned
 
 from oocattn import Plan
 from oocattn.kernels import get_kernel
-from oocattn.memory import Tiles
-from oocattn.pipelines import cuda_lane, device_time, readiness, run
-from oocattn.pipelines.cluster import worker_addresses
+from oocattn.pipelines import driver as run
+from oocattn.pipelines.engines.dask import readiness
+from oocattn.pipelines.engines.dask.cluster import worker_addresses
+from oocattn.pipelines.lane import cuda as cuda_lane
+from oocattn.pipelines.lane import device_time
+from oocattn.planning.memory import Tiles
 
 PRETENDED = replace(GPU, kernel="torch", scratch_bytes=get_kernel("torch").scratch_bytes)
 """A made-up GPU with the one kernel for GPUs that also runs on a CPU."""

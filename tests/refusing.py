@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oocattn.storage import renaming
+from oocattn.storage.files import renaming
 
 CALLS: dict[str, tuple[tuple[Any, str], ...]] = {
     "open": ((os, "open"), (io, "open"), (builtins, "open")),

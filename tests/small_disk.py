@@ -12,7 +12,7 @@ from pathlib import Path
 from support import assert_same_bits, carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
-from oocattn.pipelines.local_cluster import local_client
+from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.storage.paths import ResultPaths
 
 

@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 
 import oocattn
 from oocattn import Event, Plan, Result
-from oocattn.cost import recost
-from oocattn.hardware import input_cost
-from oocattn.kernels import Kernel, Partial, get_kernel
-from oocattn.pipelines.lane import Job, Lane
-from oocattn.planner import make_plan
-from oocattn.plans import Hardware, Machine
-from oocattn.problem import Problem, make_problem
-from oocattn.running import run_plan
-from oocattn.storage.dataset import Dataset
-from oocattn.storage.journal import Journal
+from oocattn.kernels import AttentionState, Kernel, get_kernel
+from oocattn.pipelines.lane.lane import Job, Lane
+from oocattn.pipelines.session import run_plan
+from oocattn.planning.candidates import make_plan
+from oocattn.planning.cost import recost
+from oocattn.planning.measure import input_cost
+from oocattn.planning.plan import Hardware, Machine
+from oocattn.problem.problem import Problem, make_problem
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.journal.journal import Journal
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.state import Growing, Layout, RunState
+from oocattn.storage.results.growing import Growing, Layout, RunState
 
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
@@ -215,7 +215,7 @@ class CrampedKernel:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        state: Partial,
+        state: AttentionState,
         *,
         scale: float,
         diagonal: bool,

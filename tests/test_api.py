@@ -18,7 +18,7 @@ from support import Recorder, bits, carry_out, normal_arrays, plan_for, replanne
 import oocattn
 from oocattn import ProblemError, ResultExistsError
 from oocattn.kernels import device_type, kernel_names
-from oocattn.storage.synth import synthesise
+from oocattn.storage.make.synth import synthesise
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_result_that_is_there_costs_no_start(
 
     for name in ("warm_up", "describe_hardware", "rehearse"):
         monkeypatch.setattr(f"oocattn.api.{name}", start)
-    monkeypatch.setattr("oocattn.pipelines.local_cluster.local_client", start)
+    monkeypatch.setattr("oocattn.pipelines.engines.dask.local_cluster.local_client", start)
     assert oocattn.attention(dataset, fast_path / "out.zarr").report == result.report
     with pytest.raises(ResultExistsError, match="its problem differs"):
         oocattn.attention(dataset, fast_path / "out.zarr", causal=True)

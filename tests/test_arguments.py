@@ -22,8 +22,8 @@ import oocattn
 from oocattn import ProblemError
 from oocattn.arguments import dtype
 from oocattn.bench import bench
-from oocattn.cli import main
-from oocattn.problem import DTYPES
+from oocattn.cli.main import main
+from oocattn.problem.problem import DTYPES
 
 PUBLIC: dict[Callable[..., Any], tuple[str, ...]] = {
     oocattn.plan: ("no.zarr",),

@@ -16,8 +16,8 @@ from distributed import Client
 from support import assert_same_bits, carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
-from oocattn.doctor import kernel_error
-from oocattn.hardware import kernel_rate
+from oocattn.cli.doctor import kernel_error
+from oocattn.planning.measure import kernel_rate
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def test_a_run_and_its_certificate_are_those_of_a_plain_call(fast_path: Path, se
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_doctor_finds_a_kernel_right(setting: str) -> None:
-    from oocattn.doctor import _attempt
+    from oocattn.cli.doctor import _attempt
 
     with SETTINGS[setting]():
         check = _attempt("kernel", lambda: (max(kernel_error("cpu", "float32", True)) < 1e-5, ""))

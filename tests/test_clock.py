@@ -15,9 +15,9 @@ from tornado.ioloop import IOLoop
 
 import oocattn
 from oocattn import Event, clock
-from oocattn.pipelines.progress import ProgressBar
-from oocattn.running import run_plan
-from oocattn.storage.dataset import Dataset
+from oocattn.pipelines.session import run_plan
+from oocattn.pipelines.watch.progress import ProgressBar
+from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 
 DECADE = 3e8
@@ -76,7 +76,7 @@ def test_a_run_is_right_when_the_clock_is_set_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("oocattn.pipelines.status.INTERVAL", 0.0)
+    monkeypatch.setattr("oocattn.pipelines.watch.status.INTERVAL", 0.0)
     plan, paths = plan_for(dataset, chunks=7), ResultPaths.at(result)
     recorder, statuses = Recorder([]), []
 

@@ -18,8 +18,8 @@ from test_resuming import EnoughError, interrupt, interrupted
 
 import oocattn
 from oocattn import Event, IntegrityError, Plan, ResultExistsError
-from oocattn.pipelines.cpu_lane import CpuLane
-from oocattn.storage import journal
+from oocattn.pipelines.lane.cpu import CpuLane
+from oocattn.storage.journal import journal
 from oocattn.storage.paths import ResultPaths
 
 
@@ -196,7 +196,7 @@ def test_a_result_that_was_being_replaced_comes_back_if_another_run_begins(
     result.rename(paths.replaced)
     with pytest.raises(EnoughError):
         carry_out(plan, dataset, result, client, callbacks=[interrupt("attended", 3)], overwrite=True)
-    np.testing.assert_array_equal(oocattn.running.open_result(result).out[...], old)
+    np.testing.assert_array_equal(oocattn.pipelines.session.open_result(result).out[...], old)
     assert not paths.replaced.exists()
 
 

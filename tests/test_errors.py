@@ -19,7 +19,7 @@ from support import TOKENS, assert_nothing_written, carry_out, damage, normal_ar
 
 import oocattn
 from oocattn import BudgetError, Event, IntegrityError, LockedError, OocattnError, ProblemError, ResultExistsError
-from oocattn.pipelines import cluster
+from oocattn.pipelines.engines.dask import cluster
 from oocattn.storage.paths import ResultPaths
 
 
@@ -266,7 +266,7 @@ def test_the_dataset_is_never_replaced(client: Client, dataset: Path, fast_path:
 HOLD = """
 import sys, time
 from pathlib import Path
-from oocattn.storage.lock import FileLock
+from oocattn.storage.journal.lock import FileLock
 with FileLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -26,8 +26,8 @@ from support import (
 
 import oocattn
 from oocattn import Event, IntegrityError
-from oocattn.kernels import Partial
-from oocattn.pipelines.partial_files import Covered, PartialFiles
+from oocattn.kernels import AttentionState
+from oocattn.pipelines.lane.partials.files import Covered, PartialFiles
 from oocattn.storage.paths import ResultPaths
 
 # Damage while a run is under way
@@ -137,7 +137,7 @@ def test_so_is_one_that_cannot_be_read(
         carry_out(plan, dataset, result, client, callbacks=[recorder, stop])
     real, refused = PartialFiles.read, []
 
-    def read(files: PartialFiles, of: Covered, buffers: Sequence[Partial]) -> Iterator[int]:
+    def read(files: PartialFiles, of: Covered, buffers: Sequence[AttentionState]) -> Iterator[int]:
         if not refused:
             refused.append(of)
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(files.path(of)))

@@ -25,12 +25,13 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 
 import oocattn
 from oocattn import Event, OocattnError, Result
-from oocattn.hardware import UNKNOWN_DISK, free_disk
 from oocattn.pipelines import failing
-from oocattn.storage import lock, operations
-from oocattn.storage.importing import import_arrays
-from oocattn.storage.operations import words_of
-from oocattn.storage.synth import synthesise
+from oocattn.planning.measure import UNKNOWN_DISK, free_disk
+from oocattn.storage.files import operations
+from oocattn.storage.files.operations import words_of
+from oocattn.storage.journal import lock
+from oocattn.storage.make.importing import import_arrays
+from oocattn.storage.make.synth import synthesise
 
 LACKING = {
     "sync": errno.EINVAL,

@@ -13,7 +13,7 @@ from distributed import Client
 from support import carry_out, plan_for
 
 from oocattn import ProblemError
-from oocattn.hardware import choose_device
+from oocattn.planning.measure import choose_device
 
 FORK = """
 import json, os, signal, sys, threading, time
@@ -21,7 +21,7 @@ import torch
 from distributed import Client
 import oocattn
 from oocattn import forks
-from oocattn.doctor import examine
+from oocattn.cli.doctor import examine
 
 dataset, result = sys.argv[1:]
 forks.ASLEEP = 0.1

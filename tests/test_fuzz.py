@@ -18,9 +18,9 @@ from forking import Commands
 from fuzzing import LIMIT_SECONDS, Case, Outcome, complaints, make_case, unwatch, watch
 from worlds import World, make_world
 
-from oocattn.cli import main
-from oocattn.pipelines import local_cluster
-from oocattn.storage import lock
+from oocattn.cli.main import main
+from oocattn.pipelines.engines.dask import local_cluster
+from oocattn.storage.journal import lock
 
 
 @pytest.fixture(scope="module")

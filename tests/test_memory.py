@@ -21,7 +21,7 @@ from support import plan_for
 
 import oocattn
 from oocattn import BudgetError
-from oocattn.storage.synth import synthesise
+from oocattn.storage.make.synth import synthesise
 
 MIB = 1 << 20
 ALLOWANCE = 64 * MIB

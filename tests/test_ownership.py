@@ -17,8 +17,8 @@ from test_resuming import EnoughError, interrupt, interrupted
 
 import oocattn
 from oocattn import Event, IntegrityError, LockedError, ResultExistsError
-from oocattn.cli import main
-from oocattn.storage.claims import Holder
+from oocattn.cli.main import main
+from oocattn.storage.journal.claims import Holder
 from oocattn.storage.paths import ResultPaths
 
 OTHER = Holder("elsewhere", 17, "another kernel", "another token")
@@ -152,7 +152,7 @@ def test_an_error_while_tidying_up_is_no_failure(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr("oocattn.storage.state.forget", lambda state: None if not result.exists() else refuse())
+        patched.setattr("oocattn.storage.results.growing.forget", lambda state: None if not result.exists() else refuse())
         found = carry_out(plan_for(dataset, chunks=7), dataset, result, client)
     assert "is complete, but not everything beside it was removed: [Errno 5] Input/output error" in caplog.text
     assert oocattn.status(result).state == "finished"

@@ -30,18 +30,18 @@ from support import (
 
 import oocattn
 from oocattn import BudgetError, Event, IntegrityError, Plan, ProblemError, ResultExistsError, TimeLimitError
-from oocattn.arithmetic import arithmetic_of
-from oocattn.cli import main
-from oocattn.hardware import count_lanes
+from oocattn.cli.main import main
 from oocattn.kernels import get_kernel
-from oocattn.pipelines.local_cluster import local_client
-from oocattn.resuming import find_unfinished
-from oocattn.running import Resuming, resume_run
-from oocattn.storage.dataset import Dataset
-from oocattn.storage.durable import encode_record, read_record
-from oocattn.storage.journal import Journal
+from oocattn.kernels.arithmetic import arithmetic_of
+from oocattn.pipelines.engines.dask.local_cluster import local_client
+from oocattn.pipelines.resuming import find_unfinished
+from oocattn.pipelines.session import Resuming, resume_run
+from oocattn.planning.measure import count_lanes
+from oocattn.planning.stored_plan import read_plan
+from oocattn.storage.files.durable import encode_record, read_record
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.journal.journal import Journal
 from oocattn.storage.paths import ResultPaths
-from oocattn.stored_plan import read_plan
 from oocattn.version import versions
 
 TOKENS = 170
@@ -302,7 +302,7 @@ def test_another_version_does_not_go_on(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(plan_for(dataset, chunks=13), dataset, result, client)
-    monkeypatch.setattr("oocattn.resuming.versions", lambda: {"oocattn": "99"})
+    monkeypatch.setattr("oocattn.pipelines.resuming.versions", lambda: {"oocattn": "99"})
     with pytest.raises(ResultExistsError, match=r"unfinished run of another oocattn \(0\.1\.0, now 99\)"):
         oocattn.resume(result, client=client)
 
@@ -319,7 +319,7 @@ def test_other_bits_are_refused_or_accepted_and_reported(
     interrupted(plan, dataset, result, client)
     words = rf"was begun with torch {re.escape(versions()['torch'])}, now 99; cpu .*, now AVX99: .*--accept-other-bits"
     with monkeypatch.context() as patched:
-        patched.setattr("oocattn.pipelines.readiness.arithmetic_of", other_arithmetic)
+        patched.setattr("oocattn.pipelines.engines.dask.readiness.arithmetic_of", other_arithmetic)
         for again in (
             lambda: oocattn.resume(result, client=client),
             lambda: carry_out(plan, dataset, result, client),
@@ -336,7 +336,9 @@ def test_other_bits_are_refused_or_accepted_and_reported(
 
 def test_a_processor_that_computes_otherwise_is_told(dataset: Path) -> None:
     """The bits of a small call differ where torch takes other vector instructions, and not with the number of threads."""
-    script = "import torch, sys; from oocattn.arithmetic import arithmetic_of; torch.set_num_threads(int(sys.argv[1])); "
+    script = (
+        "import torch, sys; from oocattn.kernels.arithmetic import arithmetic_of; torch.set_num_threads(int(sys.argv[1])); "
+    )
     script += "print(arithmetic_of('cpu', 64, 'float32', 'cpu'))"
     said = {}
     for name, capability, threads in (("one", None, "1"), ("two", None, "2"), ("other", "default", "1")):
@@ -363,7 +365,7 @@ def test_checksums_of_finished_chunks_are_compared(
     unfinished = ResultPaths.at(result).unfinished
     damaged = sorted((unfinished / "lse").glob("c.0.0.*"))[0]  # of the chunk that is compared last
     damage(damaged, lambda content: bytes([content[0] ^ 1]) + content[1:])
-    monkeypatch.setattr("oocattn.running.COMPARE_SECONDS", -1.0)
+    monkeypatch.setattr("oocattn.pipelines.session.COMPARE_SECONDS", -1.0)
     found = oocattn.resume(result, client=client, check_finished=everything)
     if not everything:
         assert re.search(r"the checksums of 0 of \d+ finished chunks were compared", caplog.text)

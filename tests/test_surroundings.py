@@ -17,9 +17,10 @@ import pytest
 from support import assert_same_bits, normal_arrays, write_dataset
 
 import oocattn
-from oocattn import ProblemError, cli
-from oocattn.running import open_result
-from oocattn.storage.outputs import check_output
+from oocattn import ProblemError
+from oocattn.cli import main as cli
+from oocattn.pipelines.session import open_result
+from oocattn.storage.files.outputs import check_output
 from oocattn.surroundings import in_some_folder, with_some_home
 
 SOURCE = str(Path(oocattn.__file__).parents[1])

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from oocattn.bench.records import Ceiling
-from oocattn.hardware import copy_rates, kernel_rate
-from oocattn.plans import Plan
-from oocattn.storage.files import advise, opened
-from oocattn.storage.operations import doing
-from oocattn.storage.syncing import sync_descriptor
+from oocattn.planning.measure import copy_rates, kernel_rate
+from oocattn.planning.plan import Plan
+from oocattn.storage.files.operations import doing
+from oocattn.storage.files.regular import advise, opened
+from oocattn.storage.files.syncing import sync_descriptor
 
 BYTES = 256 << 20
 """Read and written at most to measure a rate."""

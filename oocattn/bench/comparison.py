@@ -34,16 +34,16 @@ from oocattn.bench.competitors import (
 )
 from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
 from oocattn.errors import ProblemError
-from oocattn.hardware import choose_device, count_lanes, free_disk
-from oocattn.pipelines.local_cluster import local_client
-from oocattn.pipelines.report import RunReport
-from oocattn.plans import Plan
-from oocattn.problem import DTYPES
-from oocattn.storage.dataset import Dataset
+from oocattn.pipelines.engines.dask.local_cluster import local_client
+from oocattn.pipelines.watch.report import RunReport
+from oocattn.planning.measure import choose_device, count_lanes, free_disk
+from oocattn.planning.plan import Plan
+from oocattn.problem.problem import DTYPES
+from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.locations import output_path
-from oocattn.storage.synth import DATASET_OPTIONS, synthesise
+from oocattn.storage.make.synth import DATASET_OPTIONS, synthesise
 from oocattn.units import format_bytes
-from oocattn.verification import ExactRow, recompute_rows
+from oocattn.verification.recompute import ExactRow, recompute_rows
 
 TOKENS = {"cpu": 32 << 10, "cuda": 1 << 20}
 HEADS = {"cpu": 4, "cuda": 8}

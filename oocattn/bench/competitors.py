@@ -22,13 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from oocattn.api import attention
 from oocattn.bench.records import RESIDENT
 from oocattn.errors import OocattnError
-from oocattn.kernels import Partial, finalise, get_kernel
-from oocattn.pipelines.report import RunReport
-from oocattn.problem import Problem
-from oocattn.running import Result
-from oocattn.storage.dataset import Dataset
+from oocattn.kernels import AttentionState, finalise, get_kernel
+from oocattn.pipelines.session import Result
+from oocattn.pipelines.watch.report import RunReport
+from oocattn.problem.problem import Problem
+from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
-from oocattn.verification import Array64
+from oocattn.verification.recompute import Array64
 
 TILE = {"cpu": 8192, "cuda": 131_072}
 """Queries and keys of a tile of the query-stationary loop."""
@@ -190,7 +190,7 @@ class QueryStationaryLoop:
         inputs, problem, kv_head = self._inputs, self._inputs.problem, head // self._inputs.problem.group_size
         stop = min(start + self._tile, problem.tokens)
         query = inputs.q[batch, head, start:stop].to(inputs.device, non_blocking=True).unsqueeze(0)  # [1, n, D]
-        state = Partial.empty(1, stop - start, problem.head_dim, inputs.device)
+        state = AttentionState.empty(1, stop - start, problem.head_dim, inputs.device)
         for first in range(0, stop if problem.causal else problem.tokens, self._tile):
             keys = slice(first, min(first + self._tile, problem.tokens))
             key, value = (kv[batch, kv_head, keys].to(inputs.device, non_blocking=True) for kv in (inputs.k, inputs.v))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from oocattn.pipelines.report import RunReport
-from oocattn.problem import Problem
+from oocattn.pipelines.watch.report import RunReport
+from oocattn.problem.problem import Problem
 from oocattn.units import format_bytes, format_count, format_seconds
 
 RESIDENT = "resident call"

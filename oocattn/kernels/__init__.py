@@ -2,12 +2,12 @@
 
 from oocattn.kernels.kernel import Kernel
 from oocattn.kernels.merge import finalise, fold, merge
-from oocattn.kernels.partial import Partial
 from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel
+from oocattn.kernels.state import AttentionState
 
 __all__ = [
+    "AttentionState",
     "Kernel",
-    "Partial",
     "default_kernel",
     "device_type",
     "finalise",

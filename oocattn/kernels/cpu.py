@@ -24,11 +24,11 @@ import torch
 
 from oocattn.kernels.kernel import MAX_KEYS, check_operands, lacks_dtype
 from oocattn.kernels.merge import SCRATCH_BYTES, fold
-from oocattn.kernels.partial import Partial
 from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
 from oocattn.kernels.settings import full_precision
+from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import round_up
-from oocattn.problem import DTYPES
+from oocattn.problem.problem import DTYPES
 
 # Tiles. The rates are of 2 cores (Zen 4, torch 2.13) on float32, D = 64, where no tile above 1,024 x 1,024 differs by
 # more than 5%: 158 to 169 GFLOP/s (D = 32: 134 to 140; D = 128: 171 to 185).
@@ -55,7 +55,7 @@ class CpuKernel:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        state: Partial,
+        state: AttentionState,
         *,
         scale: float,
         diagonal: bool,
@@ -94,7 +94,7 @@ class CpuKernel:
 class _Call:
     """One call of `attend`: its operands and its scratch. Rows and keys are numbered as in the whole call."""
 
-    def __init__(self, query: torch.Tensor, state: Partial, scale: float, keys: int) -> None:
+    def __init__(self, query: torch.Tensor, state: AttentionState, scale: float, keys: int) -> None:
         group_size, rows, head_dim = query.shape
         self.query, self.state, self.scale = query, state, scale
         self.row_tile = _tile_rows(group_size, rows)

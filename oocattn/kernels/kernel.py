@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from oocattn.kernels.partial import Partial
+from oocattn.kernels.state import AttentionState
 
 MAX_KEYS = 65_536
 """Keys that one accumulation may chain at most: beyond it the error of 16-bit matrix units grows with the keys."""
@@ -30,7 +30,7 @@ class Kernel(Protocol):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        state: Partial,
+        state: AttentionState,
         *,
         scale: float,
         diagonal: bool,
@@ -69,7 +69,9 @@ class Kernel(Protocol):
         """
 
 
-def check_operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: Partial, *, diagonal: bool) -> None:
+def check_operands(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, *, diagonal: bool
+) -> None:
     """Raise ValueError unless the operands of `Kernel.attend` fit each other: torch would broadcast some misfits."""
     group_size, rows, head_dim = query.shape
     if key.shape != value.shape or key.dim() != 2 or key.shape[1] != head_dim:
@@ -85,7 +87,7 @@ def check_operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         raise ValueError(f"a diagonal call needs as many keys as queries: found {key.shape[0]} and {rows}")
 
 
-def attended_keys(state: Partial, keys: int, *, diagonal: bool) -> torch.Tensor:
+def attended_keys(state: AttentionState, keys: int, *, diagonal: bool) -> torch.Tensor:
     """What a call over `keys` keys enters in the ledger of the state's rows: keys each, or i + 1 for row i on a diagonal."""
     if diagonal:
         return torch.arange(1, keys + 1, dtype=torch.int64, device=state.keys.device)

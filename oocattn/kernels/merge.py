@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from oocattn.kernels.kernel import attended_keys
-from oocattn.kernels.partial import Partial
+from oocattn.kernels.state import AttentionState
 
 logger = logging.getLogger("oocattn")
 
@@ -27,7 +27,7 @@ second-level cache of a core."""
 _VECTORS = 8  # temporaries of one float32 per head and row that are alive at once, at most
 
 
-def merge(into: Partial, other: Partial) -> None:
+def merge(into: AttentionState, other: AttentionState) -> None:
     """Add the keys of `other` to those of `into`, in place; both are states of the same query rows.
 
     With m = max(m1, m2): num = num1 exp(m1 - m) + num2 exp(m2 - m), den likewise, keys = keys1 + keys2 (Milakov and
@@ -45,7 +45,7 @@ def merge(into: Partial, other: Partial) -> None:
         _merge_block(into.rows(start, stop), other.rows(start, stop))
 
 
-def fold(state: Partial, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
+def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
     """Add what a library's attention call returned to `state`, in place: merging num = out, den = 1 and max = lse.
 
     `out` [g, n, D] of any float dtype, divided already, and the natural log-sum-exp `lse` [g, n] float32, of any
@@ -61,10 +61,10 @@ def fold(state: Partial, out: torch.Tensor, lse: torch.Tensor, *, keys: int, dia
         fused.fold(state, out, lse, keys=keys, diagonal=diagonal)
         return
     ones = torch.ones((), dtype=torch.float32, device=lse.device).expand_as(lse)
-    merge(state, Partial(out, ones, lse, attended_keys(state, keys, diagonal=diagonal)))
+    merge(state, AttentionState(out, ones, lse, attended_keys(state, keys, diagonal=diagonal)))
 
 
-def finalise(state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
+def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Write out = num / den and the natural logarithm lse = max + log(den).
 
     `out` [g, n, D] float16, bfloat16 or float32 and `lse` [g, n] float32 are overwritten whatever they hold. A row with
@@ -99,7 +99,7 @@ def _fused(tensor: torch.Tensor) -> ModuleType | None:
 def _load_fused() -> ModuleType | None:
     try:
         fused = import_module("oocattn.kernels.cuda.merging")
-        state = Partial.empty(1, 1, 1, "cuda")
+        state = AttentionState.empty(1, 1, 1, "cuda")
         fused.merge(state, state)
     except torch.OutOfMemoryError:
         raise
@@ -109,14 +109,14 @@ def _load_fused() -> ModuleType | None:
     return fused
 
 
-def _row_blocks(state: Partial) -> Iterator[tuple[int, int]]:
+def _row_blocks(state: AttentionState) -> Iterator[tuple[int, int]]:
     """Ranges of rows whose temporaries fit SCRATCH_BYTES."""
     group_size, rows, head_dim = state.num.shape
     step = max(1, SCRATCH_BYTES // (4 * group_size * (head_dim + _VECTORS)))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _merge_block(into: Partial, other: Partial) -> None:
+def _merge_block(into: AttentionState, other: AttentionState) -> None:
     maximum = torch.maximum(into.max, other.max)
     shift = finite_shift(maximum)
     kept = torch.exp(into.max - shift)

@@ -12,10 +12,10 @@ import torch
 from oocattn.kernels.cuda.device import allocated_bytes, lacks_capability
 from oocattn.kernels.kernel import MAX_KEYS, attended_keys, check_operands, lacks_dtype
 from oocattn.kernels.merge import SCRATCH_BYTES, finite_shift, merge
-from oocattn.kernels.partial import Partial
 from oocattn.kernels.settings import full_precision
+from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import Tile, make_tiles
-from oocattn.problem import DTYPES
+from oocattn.problem.problem import DTYPES
 
 _CUBLAS_WORKSPACE = 32 << 20
 """What torch keeps for cuBLAS from the first product on: 32 MiB on Hopper, less on others."""
@@ -45,7 +45,7 @@ class PlainKernel:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        state: Partial,
+        state: AttentionState,
         *,
         scale: float,
         diagonal: bool,
@@ -58,7 +58,7 @@ class PlainKernel:
                 self._attend_tile(tile, query, key, value, state, scale)
 
     def _attend_tile(
-        self, tile: Tile, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: Partial, scale: float
+        self, tile: Tile, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, scale: float
     ) -> None:
         rows, keys = slice(tile.first_row, tile.last_row), slice(tile.first_key, tile.last_key)
         block = state.rows(tile.first_row, tile.last_row)
@@ -70,7 +70,7 @@ class PlainKernel:
         weights = scores.sub_(_shift(maximum, kept).unsqueeze(-1)).exp_()
         num = _weighted_sum(weights, value[keys].to(self.precision), tile.diagonal)
         counts = attended_keys(block, tile.last_key - tile.first_key, diagonal=tile.diagonal)
-        merge(block, Partial(num.float(), weights.sum(-1).float(), kept, counts))
+        merge(block, AttentionState(num.float(), weights.sum(-1).float(), kept, counts))
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: what a tile needs, and what cuBLAS keeps."""

@@ -29,10 +29,10 @@ class _Registration:
 _KERNELS = (  # of those that can serve, the first of its device type is the default: measured, hopper before cudnn
     _Registration("cpu", "oocattn.kernels.cpu", "CpuKernel", "cpu"),
     _Registration("reference", "oocattn.kernels.reference", "ReferenceKernel", "cpu", default=False),
-    _Registration("hopper", "oocattn.kernels.hopper", "HopperKernel", "cuda"),
-    _Registration("fa3", "oocattn.kernels.fa3", "Fa3Kernel", "cuda"),
-    _Registration("cudnn", "oocattn.kernels.cudnn", "CudnnKernel", "cuda"),
-    _Registration("flash", "oocattn.kernels.flash", "FlashKernel", "cuda"),
+    _Registration("hopper", "oocattn.kernels.cuda.hopper", "HopperKernel", "cuda"),
+    _Registration("fa3", "oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda"),
+    _Registration("cudnn", "oocattn.kernels.libraries.cudnn", "CudnnKernel", "cuda"),
+    _Registration("flash", "oocattn.kernels.libraries.flash", "FlashKernel", "cuda"),
     _Registration("torch", "oocattn.kernels.plain", "PlainKernel", "cuda"),
 )
 

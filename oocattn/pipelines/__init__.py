@@ -1,1 +1,1 @@
-"""A run: the Dask graph, the lane that works through it, and what watches it; no mathematics belongs here."""
+"""A run: it begins or goes on, works through the plan on an engine, and commits the result; no mathematics."""

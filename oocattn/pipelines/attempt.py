@@ -22,21 +22,21 @@ from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future
 
 from oocattn import clock
-from oocattn.cost import PIECE, UNFINISHED, WINDOW
 from oocattn.errors import OocattnError, StalledError, TaintedError, TaskError, TimeLimitError, WorkerLostError
-from oocattn.pipelines.cluster import begin_call, living_workers
 from oocattn.pipelines.deadline import Deadline
-from oocattn.pipelines.events import Callback, Event
+from oocattn.pipelines.engines.dask.cluster import begin_call, living_workers
+from oocattn.pipelines.engines.dask.lanes import Lanes
+from oocattn.pipelines.engines.dask.standstill import Standstill
 from oocattn.pipelines.failing import SET_UP, naming, place_of
 from oocattn.pipelines.graph import GraphBuilder, Key
-from oocattn.pipelines.interrupts import InterruptedRunError
-from oocattn.pipelines.lane import Job
-from oocattn.pipelines.lanes import Lanes
+from oocattn.pipelines.lane.lane import Job
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.standstill import Standstill
+from oocattn.pipelines.signals import InterruptedRunError
+from oocattn.pipelines.watch.events import Callback, Event
 from oocattn.pipelines.work import Work
-from oocattn.storage.fingerprints import changed_arrays
-from oocattn.storage.operations import described, is_disk_full
+from oocattn.planning.cost import PIECE, UNFINISHED, WINDOW
+from oocattn.storage.files.operations import described, is_disk_full
+from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.units import format_seconds
 
 PATIENCE = 5.0

@@ -7,8 +7,8 @@ from collections import defaultdict, deque
 from statistics import median
 
 from oocattn import clock
-from oocattn.pipelines.events import Event
-from oocattn.plans import Plan
+from oocattn.pipelines.watch.events import Event
+from oocattn.planning.plan import Plan
 
 MARGIN = 2.0
 """Seconds for what is not foreseen: closing the lanes, the last entry of the journal, a disk that is busy."""

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from oocattn.errors import OocattnError, TaskError
-from oocattn.storage.operations import described, is_disk_full
+from oocattn.storage.files.operations import described, is_disk_full
 
 SET_UP, CHECKPOINT = "the set-up of a lane", "a checkpoint"
 """Places that belong to no subproblem and no query chunk."""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oocattn.plans import Plan
-from oocattn.storage.checksums import Checksums, are_digits
-from oocattn.storage.journal import Journal, Place
-from oocattn.storage.operations import words_of
-from oocattn.storage.result import ResultArrays, Written
+from oocattn.planning.plan import Plan
+from oocattn.storage.files.operations import words_of
+from oocattn.storage.journal.journal import Journal, Place
+from oocattn.storage.results.arrays import ResultArrays, Written
+from oocattn.storage.results.checksums import Checksums, are_digits
 from oocattn.units import format_seconds
 
 NAMES = ("out", "lse")

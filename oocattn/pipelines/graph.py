@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import Task, TaskRef
 
-from oocattn.memory import STAGING_SLOTS
-from oocattn.pipelines import tasks
-from oocattn.pipelines.events import Event
+from oocattn.pipelines.engines.dask import tasks
 from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.watch.events import Event
+from oocattn.planning.memory import STAGING_SLOTS
 
 Key = tuple[str, int, int]
 """Layer and run, head group, and index of the subproblem or chunk."""

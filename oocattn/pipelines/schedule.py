@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from oocattn.plans import Plan
+from oocattn.planning.plan import Plan
 
 
 @dataclass(frozen=True)
-class Done:
+class CompletedWork:
     """What need not be done again: query chunks (head group, chunk) that are written, and partials (head group, chunk,
     subproblem) that are there."""
 
@@ -25,7 +25,7 @@ class Done:
     partials: Set[tuple[int, int, int]] = field(default_factory=frozenset)
 
 
-NOTHING = Done()
+NOTHING_COMPLETED = CompletedWork()
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Schedule:
 
     plan: Plan
     lanes: int
-    done: Done = NOTHING
+    done: CompletedWork = NOTHING_COMPLETED
 
     def subproblem_lane(self, head_group: int, index: int) -> int:
         """The lane that stages and attends a subproblem."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
-from oocattn.plans import Plan
-from oocattn.storage.dataset import Dataset
-from oocattn.storage.journal import Journal
+from oocattn.planning.plan import Plan
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.journal.journal import Journal
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.result import ResultArrays
-from oocattn.storage.state import Growing, RunState
+from oocattn.storage.results.arrays import ResultArrays
+from oocattn.storage.results.growing import Growing, RunState
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Bytes at rest: Zarr arrays and how they are read, written, made and imported; nothing of attention belongs here."""
+"""Bytes at rest: datasets, results and the state of jobs; nothing of attention."""

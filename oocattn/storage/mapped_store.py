@@ -20,8 +20,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.files import opened, read_exactly
-from oocattn.storage.mapping import map_file
+from oocattn.storage.files.mapping import map_file
+from oocattn.storage.files.regular import opened, read_exactly
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

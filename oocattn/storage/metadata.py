@@ -26,10 +26,10 @@ from zarr.storage import LocalStore, StorePath
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import IntegrityError, OocattnError, ProblemError, RemoteDeniedError, RemoteError
 from oocattn.records import parse_json
-from oocattn.storage.codec_chain import chain_of, v2_codecs, v3_codecs
-from oocattn.storage.files import read_file
+from oocattn.storage.files.operations import doing, is_named, words_of
+from oocattn.storage.files.regular import read_file
+from oocattn.storage.inputs.codec_chain import chain_of, v2_codecs, v3_codecs
 from oocattn.storage.layout import html_page, is_html
-from oocattn.storage.operations import doing, is_named, words_of
 from oocattn.text import printable
 
 MOST_BYTES = 64 << 20

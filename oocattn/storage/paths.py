@@ -20,13 +20,13 @@ from typing import Any
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.storage.durable import MOST_RECORD, make_durably
-from oocattn.storage.files import read_file
-from oocattn.storage.folders import is_folder, is_taken, require_own
-from oocattn.storage.journal import read_header
+from oocattn.storage.files.durable import MOST_RECORD, make_durably
+from oocattn.storage.files.folders import is_folder, is_taken, require_own
+from oocattn.storage.files.operations import doing
+from oocattn.storage.files.regular import read_file
+from oocattn.storage.journal.journal import read_header
 from oocattn.storage.locations import output_path, resolved
 from oocattn.storage.metadata import read_attributes
-from oocattn.storage.operations import doing
 
 ATTRIBUTES = "oocattn"
 """The one attribute of a result group: what it is the answer to."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from oocattn.kernels import Partial, finalise, get_kernel
+from oocattn.kernels import AttentionState, finalise, get_kernel
 
 CUDA = torch.device("cuda")
 BOUND = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 2e-6}  # relative error of the output, before it is rounded
@@ -28,7 +28,7 @@ def operands(group_size, rows, keys, head_dim, dtype, seed=0):
 
 def poisoned_state(*shape):
     """An empty state whose memory held NaN before."""
-    state = Partial.empty(*shape, CUDA)
+    state = AttentionState.empty(*shape, CUDA)
     for tensor in (state.num, state.den, state.max):
         tensor.fill_(math.nan)
     state.reset()

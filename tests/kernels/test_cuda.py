@@ -7,7 +7,7 @@ import pytest
 import torch
 from on_gpu import BOUND, CUDA, check, finished, kernel_for, operands, poisoned_state
 
-from oocattn.kernels import Partial, device_type, finalise, fold, get_kernel, kernel_names, merge
+from oocattn.kernels import AttentionState, device_type, finalise, fold, get_kernel, kernel_names, merge
 from oocattn.kernels.kernel import attended_keys
 
 pytestmark = pytest.mark.gpu
@@ -235,7 +235,7 @@ def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, grou
 
 def random_state(group_size, rows, head_dim, generator):
     """A state with rows of every kind: ordinary ones, without keys, with NaN, with an infinite maximum."""
-    state = Partial(
+    state = AttentionState(
         torch.randn(group_size, rows, head_dim, generator=generator),
         torch.rand(group_size, rows, generator=generator) + 0.1,
         20 * torch.randn(group_size, rows, generator=generator),
@@ -254,7 +254,7 @@ def random_state(group_size, rows, head_dim, generator):
 def on_device(state, padding):
     """A copy on the device, as a view into a larger state that is filled with 7; and that state."""
     group_size, rows, head_dim = state.num.shape
-    whole = Partial.empty(group_size, rows + 2 * padding, head_dim, CUDA)
+    whole = AttentionState.empty(group_size, rows + 2 * padding, head_dim, CUDA)
     view = whole.rows(padding, padding + rows)
     for tensor, inner, source in zip(fields(whole), fields(view), fields(state), strict=True):
         tensor.fill_(7)
@@ -318,5 +318,5 @@ def test_folding_is_merging_a_divided_result_of_any_strides(shape, dtype, diagon
     lse = torch.empty(group_size, rows, 2, device=CUDA)[..., 1]
     fold(view, by_rows.copy_(out), lse.copy_(result.max), keys=keys, diagonal=diagonal)
     counts = attended_keys(state, keys, diagonal=diagonal)
-    merge(state, Partial(out.float(), torch.ones(group_size, rows), result.max, counts))
+    merge(state, AttentionState(out.float(), torch.ones(group_size, rows), result.max, counts))
     assert_same(view, whole, state)

@@ -11,9 +11,9 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds 
 
 from on_gpu import CUDA, check, exact, finished, kernel_for, operands, poisoned_state
 
-from oocattn.kernels import Partial, get_kernel
-from oocattn.kernels.cuda import attending
-from oocattn.kernels.cuda.attending import PROCESSORS, attend, choose_span, program_for, steps_of_items
+from oocattn.kernels import AttentionState, get_kernel
+from oocattn.kernels.cuda import launch as attending
+from oocattn.kernels.cuda.launch import PROCESSORS, attend, choose_span, program_for, steps_of_items
 
 every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
@@ -130,7 +130,7 @@ def test_rows_that_are_not_aligned_are_served():
 @pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 64), ("float16", 60), ("float16", 136)])
 def test_what_it_would_misread_is_refused(dtype, head_dim):
     rows = torch.zeros(4, head_dim, dtype=getattr(torch, dtype))
-    state = Partial.empty(1, 4, head_dim)
+    state = AttentionState.empty(1, 4, head_dim)
     with pytest.raises(ValueError, match=r"expected float16 or bfloat16, D a multiple of 8 up to 128"):
         get_kernel("hopper").attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=True)
 
@@ -138,7 +138,7 @@ def test_what_it_would_misread_is_refused(dtype, head_dim):
 def test_a_state_at_odd_addresses_is_refused():
     rows = torch.zeros(4, 64, dtype=torch.float16)
     num = torch.zeros(4 * 64 + 1)[1:].view(1, 4, 64)
-    state = Partial(num, torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(4, dtype=torch.int64))
+    state = AttentionState(num, torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="multiples of 8 bytes"):
         get_kernel("hopper").attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=True)
 

@@ -13,7 +13,7 @@ from exact import DTYPES, TOLERANCE, attention, operands, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oocattn.kernels import Partial, finalise, get_kernel
+from oocattn.kernels import AttentionState, finalise, get_kernel
 
 KERNELS = ("cpu", "reference", "torch")
 
@@ -27,7 +27,7 @@ def finished(state, dtype=torch.float32):
 
 
 def attend(name, query, key, value, *, scale=None, diagonal=False):
-    state = Partial.empty(*query.shape)
+    state = AttentionState.empty(*query.shape)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     get_kernel(name).attend(query, key, value, state, scale=scale, diagonal=diagonal)
     return state
@@ -53,7 +53,7 @@ def spans(total, cuts):
 def test_any_call_in_any_spans_of_keys_is_attention(name, group_size, rows, keys, head_dim, dtype, causal, cuts, seed):
     query, key, value = operands(group_size, rows, rows if causal else keys, head_dim, dtype, seed)
     scale = head_dim**-0.5
-    state = Partial.empty(group_size, rows, head_dim)
+    state = AttentionState.empty(group_size, rows, head_dim)
     kernel = get_kernel(name)
     for first, last in spans(key.shape[0], cuts):
         span = (key[first:last], value[first:last])
@@ -131,7 +131,7 @@ def test_cpu_bits_depend_neither_on_threads_nor_on_alignment(rows, diagonal, dty
 def test_one_kernel_serves_threads_at_once():
     kernel = get_kernel("cpu")
     problems = [operands(1, 600, 900, 32, seed=seed) for seed in range(4)]
-    states = [Partial.empty(1, 600, 32) for _ in problems]
+    states = [AttentionState.empty(1, 600, 32) for _ in problems]
     work = [
         threading.Thread(target=kernel.attend, args=(*problem, state), kwargs={"scale": 0.2, "diagonal": False})
         for problem, state in zip(problems, states, strict=True)
@@ -174,7 +174,7 @@ def test_rows_of_equal_large_scores_weigh_all_their_keys_alike(name, size, sign)
     """As where padding is masked by a constant: spans of different length count as many keys as they have."""
     query, key, value = operands(2, 70, 100, 72)
     query[..., 0], key[:, 0], key[:, 1:] = 1, sign * size, 0
-    state = Partial.empty(*query.shape)
+    state = AttentionState.empty(*query.shape)
     for first, last in spans(100, [3, 50]):
         get_kernel(name).attend(query, key[first:last], value[first:last], state, scale=0.3, diagonal=False)
     out, lse = finished(state)
@@ -189,7 +189,7 @@ def test_keys_that_a_large_constant_masks_weigh_nothing(name, constant, diagonal
     query, key, value = operands(2, 90, 90, 72)
     query[..., -1], key[:, -1] = 1, 0
     key[1::2, -1] = constant  # row 0 of a causal call has a key
-    state = Partial.empty(*query.shape)
+    state = AttentionState.empty(*query.shape)
     for first, last in spans(90, [] if diagonal else [1, 2, 40]):
         get_kernel(name).attend(query, key[first:last], value[first:last], state, scale=0.1, diagonal=diagonal)
     out, lse = finished(state)
@@ -248,7 +248,7 @@ def test_scores_of_minus_infinity_weigh_nothing(name):
     query, key, value = operands(1, 40, 30, 4)
     query, key = query.abs() + 1, key.clone()
     key[10:20] = -math.inf
-    state = Partial.empty(1, 40, 4)
+    state = AttentionState.empty(1, 40, 4)
     kernel = get_kernel(name)
     for first in (0, 10, 20):
         span = slice(first, first + 10)
@@ -266,7 +266,7 @@ def test_finite_inputs_whose_scores_overflow_behave_as_minus_infinity(name):
     query, key, value = operands(1, 3, 6, 4)
     query, key = query.abs() + 1, key.clone()
     key[2:] = -3e38
-    state = Partial.empty(1, 3, 4)
+    state = AttentionState.empty(1, 3, 4)
     for first in (0, 2, 4):
         span = slice(first, first + 2)
         get_kernel(name).attend(query, key[span], value[span], state, scale=2.0, diagonal=False)
@@ -277,7 +277,7 @@ def test_finite_inputs_whose_scores_overflow_behave_as_minus_infinity(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_misfits_are_refused(name):
     query, key, value = operands(2, 6, 5, 8)
-    state = Partial.empty(2, 6, 8)
+    state = AttentionState.empty(2, 6, 8)
     kernel = get_kernel(name)
     for misfit in (
         (query, key, value[:4], state, False),
@@ -293,7 +293,7 @@ def test_misfits_are_refused(name):
 
 MEASURE = """
 import sys, torch
-from oocattn.kernels import Partial, get_kernel
+from oocattn.kernels import AttentionState, get_kernel
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
@@ -305,7 +305,7 @@ kernel = get_kernel(name)
 def operands(rows, keys):
     shapes = (group_size, rows, head_dim), (keys, head_dim), (keys, head_dim)
     tensors = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape in shapes]
-    return *tensors, Partial.empty(group_size, rows, head_dim)
+    return *tensors, AttentionState.empty(group_size, rows, head_dim)
 
 kernel.attend(*operands(64, 64), scale=0.1, diagonal=diagonal)  # loads the code
 call = operands(rows, keys)

@@ -10,10 +10,10 @@ from exact import attention, operands, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oocattn.kernels import Partial, finalise, fold, get_kernel
-from oocattn.kernels import fa3 as fa3_module
-from oocattn.kernels import library as library_module
+from oocattn.kernels import AttentionState, finalise, fold, get_kernel
 from oocattn.kernels.cuda.device import allocated_bytes
+from oocattn.kernels.libraries import fa3 as fa3_module
+from oocattn.kernels.libraries import library as library_module
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.tiles import level_step, make_tiles
 
@@ -89,7 +89,7 @@ def libraries(monkeypatch):
 def test_operands_are_laid_out_cut_and_folded(monkeypatch, name, group_size, rows, keys, diagonal):
     monkeypatch.setattr(library_module, "MAX_KEYS", 256)
     query, key, value = operands(group_size, rows, rows if diagonal else keys, 8)
-    whole = Partial.empty(group_size, rows + 7, 8)
+    whole = AttentionState.empty(group_size, rows + 7, 8)
     state = whole.rows(3, rows + 3)
     half = len(key) // 2  # a state goes on over calls
     for span in [slice(None)] if diagonal else [slice(0, half), slice(half, None)]:
@@ -104,7 +104,7 @@ def test_operands_are_laid_out_cut_and_folded(monkeypatch, name, group_size, row
 
 
 def test_fold_refuses_misfits():
-    state = Partial.empty(2, 6, 8)
+    state = AttentionState.empty(2, 6, 8)
     for out, lse in ((torch.zeros(2, 1, 8), torch.zeros(2, 6)), (torch.zeros(2, 6, 8), torch.zeros(2, 1))):
         with pytest.raises(ValueError, match="cannot fold"):
             fold(state, out, lse, keys=3, diagonal=False)

@@ -9,7 +9,7 @@ from exact import DTYPES, TOLERANCE, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oocattn.kernels import Partial, finalise, merge
+from oocattn.kernels import AttentionState, finalise, merge
 
 
 def partial_of(scores, value):
@@ -18,7 +18,7 @@ def partial_of(scores, value):
     weights = np.exp(scores - np.where(np.isinf(maximum), 0, maximum)[..., None])
     tensors = (weights @ value, weights.sum(-1), maximum)
     keys = torch.full((scores.shape[1],), scores.shape[2], dtype=torch.int64)
-    return Partial(*(torch.from_numpy(array).float() for array in tensors), keys)
+    return AttentionState(*(torch.from_numpy(array).float() for array in tensors), keys)
 
 
 def finished(state, dtype=torch.float32):
@@ -47,7 +47,7 @@ def test_merging_partials_of_any_split_is_the_whole(group_size, rows, head_dim, 
     random = np.random.default_rng(seed)
     scores = (magnitude * random.standard_normal((group_size, rows, sum(sizes)))).astype(np.float32).astype(float)
     value = random.standard_normal((sum(sizes), head_dim))
-    state = Partial.empty(group_size, rows, head_dim)
+    state = AttentionState.empty(group_size, rows, head_dim)
     for stop, size in zip(np.cumsum(sizes), sizes, strict=True):
         span = slice(stop - size, stop)
         merge(state, partial_of(scores[..., span], value[span]))
@@ -70,7 +70,7 @@ def test_finalise_rounds_once_to_each_dtype_and_overwrites_poison(dtype):
 def test_many_merges_do_not_add_up_errors():
     random = np.random.default_rng(0)
     scores, value = random.standard_normal((1, 200, 256 * 16)), random.standard_normal((256 * 16, 8)) + 1
-    state = Partial.empty(1, 200, 8)
+    state = AttentionState.empty(1, 200, 8)
     for first in range(0, 256 * 16, 16):
         merge(state, partial_of(scores[..., first : first + 16], value[first : first + 16]))
     assert relative_error(finished(state)[0], softmax_product(scores, value)) <= 1e-6
@@ -78,12 +78,12 @@ def test_many_merges_do_not_add_up_errors():
 
 def test_rows_without_keys_contribute_nothing_and_finish_as_zero():
     full = partial_of(np.random.default_rng(0).standard_normal((1, 4, 3)), np.ones((3, 2)))
-    for into, other in ((full, Partial.empty(1, 4, 2)), (Partial.empty(1, 4, 2), full)):
+    for into, other in ((full, AttentionState.empty(1, 4, 2)), (AttentionState.empty(1, 4, 2), full)):
         expected = full.num.clone()
         merge(into, other)
         assert torch.equal(into.num, expected)
-    nothing = Partial.empty(1, 4, 2)
-    merge(nothing, Partial.empty(1, 4, 2))
+    nothing = AttentionState.empty(1, 4, 2)
+    merge(nothing, AttentionState.empty(1, 4, 2))
     out, lse = finished(nothing)
     assert out.abs().sum() == 0
     assert (lse == -math.inf).all()
@@ -128,24 +128,24 @@ def test_bits_do_not_depend_on_threads():
 
 
 def test_misfits_are_refused():
-    state = Partial.empty(2, 6, 8)
+    state = AttentionState.empty(2, 6, 8)
     with pytest.raises(ValueError, match="cannot merge"):
-        merge(state, Partial.empty(2, 1, 8))
+        merge(state, AttentionState.empty(2, 1, 8))
     with pytest.raises(ValueError, match="cannot write"):
         finalise(state, torch.empty(2, 1, 8), torch.empty(2, 6))
     with pytest.raises(ValueError, match="expected den and max"):
-        Partial(state.num, state.den[:1], state.max, state.keys)
+        AttentionState(state.num, state.den[:1], state.max, state.keys)
 
 
 def test_reset_and_nbytes():
     state = partial_of(np.zeros((2, 5, 3)), np.ones((3, 7)))
     assert (
         state.nbytes
-        == Partial.nbytes_for(2, 5, 7)
+        == AttentionState.nbytes_for(2, 5, 7)
         == sum(tensor.nbytes for tensor in (state.num, state.den, state.max, state.keys))
     )
     state.reset()
-    fresh = Partial.empty(2, 5, 7)
+    fresh = AttentionState.empty(2, 5, 7)
     assert torch.equal(state.num, fresh.num)
     assert torch.equal(state.max, fresh.max)
     assert state.keys.sum() == 0
@@ -161,7 +161,7 @@ def peak_of_torch(work):
 
 @pytest.mark.parametrize("shape", [(1, 100_000, 64), (8, 20_000, 8), (1, 300_000, 1)])
 def test_temporaries_are_bounded_by_a_mebibyte(shape):
-    a, b = Partial.empty(*shape), Partial.empty(*shape)
+    a, b = AttentionState.empty(*shape), AttentionState.empty(*shape)
     out, lse = torch.empty(shape), torch.empty(shape[:2])
     assert 1 << 18 < peak_of_torch(lambda: merge(a, b)) <= 1 << 20
     assert 1 << 18 < peak_of_torch(lambda: finalise(a, out, lse)) <= 1 << 20

@@ -5,8 +5,8 @@ import torch
 
 from oocattn.errors import ProblemError
 from oocattn.kernels import default_kernel, device_type, get_kernel, kernel_names, require_kernel
-from oocattn.kernels import fa3 as fa3_module
-from oocattn.kernels.hopper import HopperKernel
+from oocattn.kernels.cuda.hopper import HopperKernel
+from oocattn.kernels.libraries import fa3 as fa3_module
 
 CUDA = torch.device("cuda:0")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from oocattn.kernels import Partial, finalise, get_kernel
+from oocattn.kernels import AttentionState, finalise, get_kernel
 from oocattn.kernels.settings import full_precision, plain_threads
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def computed(name: str, diagonal: bool) -> list[torch.Tensor]:
     def compute() -> list[torch.Tensor]:
         generator = torch.Generator("cpu").manual_seed(0)
         query, key, value = torch.randn((3, 300, 64), generator=generator, dtype=torch.float32, device="cpu")
-        state = Partial.empty(1, 300, 64)
+        state = AttentionState.empty(1, 300, 64)
         for first, is_diagonal in ((0, diagonal), (100, False)):
             keys = slice(first, 300)
             get_kernel(name).attend(query[None], key[keys], value[keys], state, scale=0.125, diagonal=is_diagonal)

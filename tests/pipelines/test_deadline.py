@@ -15,9 +15,9 @@ import oocattn
 from oocattn import Event, ProblemError, TimeLimitError, clock
 from oocattn.pipelines import deadline as deadline_module
 from oocattn.pipelines.deadline import MARGIN, Deadline
-from oocattn.pipelines.events import Span
-from oocattn.running import run_plan
-from oocattn.storage.dataset import Dataset
+from oocattn.pipelines.session import run_plan
+from oocattn.pipelines.watch.events import Span
+from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 
 

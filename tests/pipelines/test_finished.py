@@ -9,10 +9,10 @@ import pytest
 from support import GENEROUS, GPU, Unlocked, a_problem
 
 from oocattn.pipelines.finished import COUNTS, finished_chunks, gather_checksums, record_of
-from oocattn.planner import make_plan
-from oocattn.plans import Plan
-from oocattn.storage.journal import Journal
-from oocattn.storage.result import Written
+from oocattn.planning.candidates import make_plan
+from oocattn.planning.plan import Plan
+from oocattn.storage.journal.journal import Journal
+from oocattn.storage.results.arrays import Written
 
 PROBLEM = a_problem(170, batch=2, query_heads=4, kv_heads=2)
 

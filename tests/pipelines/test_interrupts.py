@@ -16,7 +16,7 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 
 import oocattn
 from oocattn import Event, TimeLimitError
-from oocattn.pipelines.interrupts import SIGNALS, InterruptedRunError, Interrupts
+from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 
 
 def under_a_run(*steps: Callable[[Interrupts], object]) -> None:
@@ -108,7 +108,7 @@ def test_an_interrupt_after_sigusr1_is_not_held_back() -> None:
 
 def test_a_process_that_hangs_up_is_killed_when_its_run_has_saved() -> None:
     script = (
-        "import os, signal\nfrom oocattn.pipelines.interrupts import Interrupts\n"
+        "import os, signal\nfrom oocattn.pipelines.signals import Interrupts\n"
         "with Interrupts():\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('saved', flush=True)\nprint('no')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}

@@ -20,15 +20,15 @@ from support import TOKENS, Recorder, assert_same_bits, carry_out, normal_arrays
 import oocattn
 from oocattn import Event, Plan, Result, StalledError, TaskError
 from oocattn.pipelines import attempt, deadline
-from oocattn.pipelines.cpu_lane import CpuLane
-from oocattn.pipelines.finishing import Finisher
-from oocattn.pipelines.lanes import Lanes
-from oocattn.pipelines.memory_partials import MemoryPartials
-from oocattn.pipelines.partial_files import PartialFiles
-from oocattn.storage.dataset import Dataset
-from oocattn.storage.readers import InputArray
-from oocattn.storage.result import ResultArrays
-from oocattn.storage.state import RunState
+from oocattn.pipelines.engines.dask.lanes import Lanes
+from oocattn.pipelines.lane.cpu import CpuLane
+from oocattn.pipelines.lane.finisher import Finisher
+from oocattn.pipelines.lane.partials.files import PartialFiles
+from oocattn.pipelines.lane.partials.memory import MemoryPartials
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.inputs.readers import InputArray
+from oocattn.storage.results.arrays import ResultArrays
+from oocattn.storage.results.growing import RunState
 
 SECONDS = 20
 """In which a run must end that cannot go on."""

@@ -10,7 +10,7 @@ from distributed import Client, LocalCluster
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 from oocattn import Event, IntegrityError, Plan, TaskError
-from oocattn.pipelines.lane import Lane
+from oocattn.pipelines.lane.lane import Lane
 
 SETTINGS = [
     ({"chunks": 1}, True, "memory"),

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from support import GENEROUS, MACHINE, a_problem, with_partials
 
 from oocattn import Plan
-from oocattn.pipelines.schedule import Done, Schedule
-from oocattn.planner import make_plan
-from oocattn.plans import InputCost
+from oocattn.pipelines.schedule import CompletedWork, Schedule
+from oocattn.planning.candidates import make_plan
+from oocattn.planning.plan import InputCost
 
 
 def plan_of(kv_heads: int, chunks: int, partials: str, decomposition: str = "cqs", causal: bool = True) -> Plan:
@@ -121,7 +121,7 @@ def test_what_is_left_is_counted_as_it_is_submitted(
         for group, chunk in data.draw(st.sets(places))
         for index in plan.division.contributors(chunk)[: data.draw(st.integers(0, 3))]
     }
-    schedule = Schedule(plan, 2, Done(written, saved))
+    schedule = Schedule(plan, 2, CompletedWork(written, saved))
     assert schedule.left == len(list(schedule.order()))
 
 
@@ -131,6 +131,6 @@ def test_what_is_left_of_very_many_heads_and_chunks_is_counted_soon(chunks: int)
     budgets = {"device_memory": 2**90, "host_memory": 2**90}
     plan = with_partials(make_plan(problem, MACHINE, **budgets, chunks=chunks, decomposition="cqs"), "disk")
     start = time.perf_counter()
-    left = Schedule(plan, 1, Done({(5, chunk) for chunk in range(chunks)}, {(2**29, 1, 1)})).left
+    left = Schedule(plan, 1, CompletedWork({(5, chunk) for chunk in range(chunks)}, {(2**29, 1, 1)})).left
     assert left == chunks * (2**30 - 1)
     assert time.perf_counter() - start < 5

@@ -12,8 +12,8 @@ from support import normal_arrays, write_dataset
 
 import oocattn
 from oocattn import ProblemError, import_arrays, synthesise
-from oocattn.cli import main
-from oocattn.storage.dataset import Dataset
+from oocattn.cli.main import main
+from oocattn.storage.inputs.dataset import Dataset
 
 
 def write(path: Path, names: dict[str, Any], shape: tuple[int, ...] = (1, 4, 20, 8), zarr_format: int = 3) -> Path:

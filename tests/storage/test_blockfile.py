@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oocattn import IntegrityError
-from oocattn.storage.blockfile import read_blocks, write_blocks
+from oocattn.storage.journal.blocks import read_blocks, write_blocks
 
 LABEL = {"run": "abc", "work": [0, 1, 2]}
 

@@ -13,7 +13,8 @@ import zarr
 from support import numpy_type
 
 from oocattn import IntegrityError
-from oocattn.storage.checksums import (
+from oocattn.storage.mapped_store import MappedStore
+from oocattn.storage.results.checksums import (
     Checksums,
     Damage,
     are_digits,
@@ -23,8 +24,7 @@ from oocattn.storage.checksums import (
     recorded_checksums,
     result_digest,
 )
-from oocattn.storage.mapped_store import MappedStore
-from oocattn.storage.result_rows import RowReader
+from oocattn.storage.results.rows import RowReader
 
 SHAPE, ROWS = (2, 3, 50, 4), 20
 

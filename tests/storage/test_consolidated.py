@@ -13,7 +13,7 @@ import zarr
 from support import normal_arrays
 
 from oocattn.errors import ProblemError
-from oocattn.storage.dataset import Dataset
+from oocattn.storage.inputs.dataset import Dataset
 
 
 @pytest.fixture(params=[2, 3])

@@ -18,8 +18,8 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.problem import ArraySpec, make_problem
-from oocattn.storage.dataset import Dataset
+from oocattn.problem.problem import ArraySpec, make_problem
+from oocattn.storage.inputs.dataset import Dataset
 
 SHAPE, CHUNKS = (1, 2, 40, 8), (1, 1, 16, 8)
 DATA = np.arange(1, 641, dtype="float16").reshape(SHAPE)

@@ -20,7 +20,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, Sharding
 
 import oocattn
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.storage.dataset import Dataset
+from oocattn.storage.inputs.dataset import Dataset
 
 SHAPE, CHUNK = (1, 1, 64, 8), (1, 1, 16, 8)
 DATA = np.random.default_rng(0).standard_normal(SHAPE).astype("float16")
@@ -156,7 +156,7 @@ import resource, sys
 import numpy as np
 import numcodecs
 from oocattn.errors import IntegrityError
-from oocattn.storage.dataset import Dataset
+from oocattn.storage.inputs.dataset import Dataset
 folders = sys.argv[1:]
 out = np.empty((64, 8), "f2")
 Dataset.open(folders.pop(0)).arrays["q"].read_rows(0, 0, 0, 64, out)

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oocattn.storage import operations
-from oocattn.storage.durable import make_durably, write_durably, write_text
-from oocattn.storage.files import read_file
-from oocattn.storage.syncing import sync
+from oocattn.storage.files import operations
+from oocattn.storage.files.durable import make_durably, write_durably, write_text
+from oocattn.storage.files.regular import read_file
+from oocattn.storage.files.syncing import sync
 
 
 def test_every_folder_that_gets_an_entry_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr("oocattn.storage.durable.sync", synced.append)
+    monkeypatch.setattr("oocattn.storage.files.durable.sync", synced.append)
     make_durably(tmp_path / "a" / "b" / "c")
     assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
     synced.clear()

@@ -15,8 +15,8 @@ import zarr
 from safetensors.torch import save_file
 
 from oocattn.errors import ProblemError, ResultExistsError
-from oocattn.storage import create, tensor_files
-from oocattn.storage.importing import import_arrays
+from oocattn.storage.make import create, tensor_files
+from oocattn.storage.make.importing import import_arrays
 
 AXES = {"bhnd": (0, 1, 2, 3), "bnhd": (0, 2, 1, 3), "hnd": (0, 1, 2), "nhd": (1, 0, 2)}  # from [B, H, N, D], to and fro
 
@@ -345,8 +345,9 @@ def test_an_existing_dataset_is_kept_unless_overwriting_is_asked_for(tmp_path):
 
 MEMORY_PROBE = """
 import resource, sys
-import oocattn.storage.importing as importing, torch, safetensors
-from oocattn.storage import create, tensor_files
+import oocattn.storage.make.importing as importing, torch, safetensors
+from oocattn.storage.make import create
+from oocattn.storage.make import tensor_files
 create.CHUNK_BYTES = 2**20
 def anonymous():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024

@@ -17,11 +17,11 @@ from zarr.storage import MemoryStore
 
 import oocattn
 from oocattn import IntegrityError, ProblemError, synthesise
-from oocattn.pipelines.timeline import Timeline
-from oocattn.storage.create import create_dataset
-from oocattn.storage.dataset import Dataset
-from oocattn.storage.importing import import_arrays
+from oocattn.pipelines.watch.timeline import Timeline
+from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.locations import parse_location, recorded_location
+from oocattn.storage.make.create import create_dataset
+from oocattn.storage.make.importing import import_arrays
 from oocattn.storage.paths import ResultPaths
 
 

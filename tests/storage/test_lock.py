@@ -23,15 +23,15 @@ import pytest
 
 import oocattn
 from oocattn import IntegrityError, LockedError, TimeLimitError
-from oocattn.storage import lock as lock_module
-from oocattn.storage import operations
-from oocattn.storage.claims import NOBODY, Holder
-from oocattn.storage.lock import FileLock, lock_holder
+from oocattn.storage.files import operations
+from oocattn.storage.journal import lock as lock_module
+from oocattn.storage.journal.claims import NOBODY, Holder
+from oocattn.storage.journal.lock import FileLock, lock_holder
 
 HOLD = """
 import sys
 from pathlib import Path
-from oocattn.storage.lock import FileLock
+from oocattn.storage.journal.lock import FileLock
 with FileLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -16,7 +16,7 @@ from zarr.codecs import ZstdCodec
 
 import oocattn
 from oocattn import BudgetError, IntegrityError, OocattnError, ProblemError
-from oocattn.storage.dataset import Dataset
+from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import open_array, read_attributes
 
@@ -272,7 +272,7 @@ def test_a_chunk_that_the_budget_cannot_hold_is_not_decoded_to_be_measured(
     dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(64), compressors=ZstdCodec())
     rewrite(dataset / "k/zarr.json", set_in(*GRID, to=[1, 1, 2**22, 8]))
     monkeypatch.setattr(
-        "oocattn.storage.codecs.CodecReader.read",
+        "oocattn.storage.inputs.codecs.CodecReader.read",
         lambda self, *_: pytest.fail("decoded") if self.decode_bytes > 64 << 20 else None,
     )
     with pytest.raises(BudgetError, match="--host-memory 64 MiB is too small"):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from oocattn import cli
-from oocattn.storage.operations import described, doing, is_disk_full, words_of
+from oocattn.cli import main as cli
+from oocattn.storage.files.operations import described, doing, is_disk_full, words_of
 
 
 def failing(number: int, *places: str) -> OSError:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from oocattn import ProblemError, ResultExistsError
-from oocattn.storage.outputs import JSON_MARK, SVG_MARK, check_output, write_output
+from oocattn.storage.files.outputs import JSON_MARK, SVG_MARK, check_output, write_output
 
 OURS = {"trace": f'{JSON_MARK}"traceEvents": []}}', "picture": f'<svg width="1">{SVG_MARK}</svg>'}
 FOREIGN = {

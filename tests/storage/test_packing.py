@@ -12,7 +12,7 @@ from support import assert_nothing_written, normal_arrays
 
 import oocattn
 from oocattn import ProblemError
-from oocattn.storage.dataset import Dataset
+from oocattn.storage.inputs.dataset import Dataset
 
 NAN = float("nan")
 

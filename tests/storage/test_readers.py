@@ -23,12 +23,12 @@ from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ZstdCodec
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import IntegrityError
-from oocattn.storage import direct
-from oocattn.storage.codecs import CodecReader
-from oocattn.storage.direct import TRIAL_BYTES, TRIALS, FastestReader, Reader, read_mapped, read_preadv
+from oocattn.storage.inputs import direct
+from oocattn.storage.inputs.codecs import CodecReader
+from oocattn.storage.inputs.direct import TRIAL_BYTES, TRIALS, FastestReader, Reader, read_mapped, read_preadv
+from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.layout import ChunkFiles
 from oocattn.storage.mapped_store import MappedStore
-from oocattn.storage.readers import InputArray
 
 CODECS = {"none": None, "zstd": ZstdCodec(), "blosc": BloscCodec(), "gzip": GzipCodec(level=1)}
 V2_CODECS = {"none": None, "zstd": {"id": "zstd"}, "blosc": {"id": "blosc"}, "gzip": {"id": "gzip", "level": 1}}

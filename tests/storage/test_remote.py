@@ -21,16 +21,16 @@ from http_server import PAGE, Fault, Handler, Server, drop, serving, stall, stat
 from support import assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn.cli import main
+from oocattn.cli.main import main
 from oocattn.errors import IntegrityError, ProblemError, RemoteDeniedError, RemoteError
-from oocattn.resuming import find_unfinished
-from oocattn.storage import transient
-from oocattn.storage.dataset import Dataset
+from oocattn.pipelines.resuming import find_unfinished
+from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.transient import Kind, classify
+from oocattn.storage.remote import transient
+from oocattn.storage.remote.transient import Kind, classify
 
 aiohttp = pytest.importorskip("aiohttp")
-http_files = pytest.importorskip("oocattn.storage.http_files")
+http_files = pytest.importorskip("oocattn.storage.remote.http_files")
 
 ARRAYS = normal_arrays(64)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from oocattn.storage import renaming
-from oocattn.storage.renaming import rename_new
+from oocattn.storage.files import renaming
+from oocattn.storage.files.renaming import rename_new
 
 
 @pytest.fixture(params=["renameat2", "links", "neither"])

@@ -17,12 +17,12 @@ import pytest
 import zarr
 
 from oocattn import IntegrityError, LockedError, ProblemError, ResultExistsError
-from oocattn.storage.durable import read_json, write_text
-from oocattn.storage.journal import Journal
-from oocattn.storage.lock import FileLock
+from oocattn.storage.files.durable import read_json, write_text
+from oocattn.storage.journal.journal import Journal
+from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.result import ResultArrays
-from oocattn.storage.state import Growing, Layout, RunState
+from oocattn.storage.results.arrays import ResultArrays
+from oocattn.storage.results.growing import Growing, Layout, RunState
 
 SHAPE = (1, 2, 50, 4)
 ATTRIBUTES = {"problem": {"tokens": 50}}
@@ -312,7 +312,7 @@ def test_a_run_that_was_killed_after_its_commit_can_be_replaced(paths: ResultPat
 
 def test_whoever_waits_for_the_lock_still_gets_it(paths: ResultPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     """What killed writes have left is removed meanwhile."""
-    monkeypatch.setattr("oocattn.storage.lock.PATIENCE", 5.0)
+    monkeypatch.setattr("oocattn.storage.journal.lock.PATIENCE", 5.0)
     paths.make_state()
     abandoned = [paths.state / f"{name}.{'0' * 32}.partial" for name in ("lock", "plan.json", "other-bits.json")]
     for path in abandoned:

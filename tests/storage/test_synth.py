@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oocattn.errors import ProblemError, ResultExistsError
-from oocattn.storage import create, renaming
-from oocattn.storage.create import create_array, create_dataset, default_chunk_rows, write_chunk
-from oocattn.storage.synth import synthesise, synthetic_rows
+from oocattn.storage.files import renaming
+from oocattn.storage.make import create
+from oocattn.storage.make.create import create_array, create_dataset, default_chunk_rows, write_chunk
+from oocattn.storage.make.synth import synthesise, synthetic_rows
 
 MIB = 2**20
 

@@ -13,7 +13,7 @@ import torch
 
 from oocattn.kernels.cuda.program import Program
 from oocattn.kernels.cuda.state import row_strides, state_of
-from oocattn.kernels.partial import Partial
+from oocattn.kernels.state import AttentionState
 
 _WARPS = 8  # rows of a block
 
@@ -27,23 +27,23 @@ class _Output(ctypes.Structure):
     )
 
 
-def merge(into: Partial, other: Partial) -> None:
+def merge(into: AttentionState, other: AttentionState) -> None:
     """See `merge.merge`: one launch for all fields."""
     _launch("merge", into, state_of(other))
 
 
-def fold(state: Partial, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
+def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
     """See `merge.fold`: one launch for all fields."""
     result = _output(out, lse)
     _launch(f"fold_{_name(out)}", state, result, ctypes.c_longlong(keys), ctypes.c_int(diagonal))
 
 
-def finalise(state: Partial, out: torch.Tensor, lse: torch.Tensor) -> None:
+def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
     """See `merge.finalise`: one launch."""
     _launch(f"finalise_{_name(out)}", state, _output(out, lse))
 
 
-def _launch(kernel: str, state: Partial, other: ctypes.Structure, *more: ctypes.c_longlong | ctypes.c_int) -> None:
+def _launch(kernel: str, state: AttentionState, other: ctypes.Structure, *more: ctypes.c_longlong | ctypes.c_int) -> None:
     """Launch a kernel that takes a row of one head of `state` with each warp."""
     heads, rows, head_dim = state.num.shape
     blocks = -(-heads * rows // _WARPS)

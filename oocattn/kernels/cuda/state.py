@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from oocattn.kernels.partial import Partial
+from oocattn.kernels.state import AttentionState
 
 
 class State(ctypes.Structure):
@@ -19,7 +19,7 @@ class State(ctypes.Structure):
     )
 
 
-def state_of(state: Partial) -> State:
+def state_of(state: AttentionState) -> State:
     """The argument that stands for a partial on a GPU."""
     tensors = (state.num, state.den, state.max, state.keys)
     pointers = (tensor.data_ptr() for tensor in tensors)

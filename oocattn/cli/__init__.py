@@ -1,0 +1,1 @@
+"""The `oocattn` command: its options, what it prints, its exit codes; no decisions."""

@@ -1,0 +1,304 @@
+"""The `oocattn` command: it calls what the options ask for and prints what comes back. What that does is in `api`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
+
+import oocattn
+from oocattn import clock
+from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
+from oocattn.cli.printing import Printing
+from oocattn.division.drawing import check_drawing
+from oocattn.errors import OocattnError, TimeLimitError
+from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
+from oocattn.pipelines.watch.events import Callback, Event
+from oocattn.pipelines.watch.progress import ProgressBar
+from oocattn.pipelines.watch.timeline import Timeline
+from oocattn.planning.plan import Plan
+from oocattn.storage.files.operations import words_of
+from oocattn.storage.make.importing import import_arrays
+from oocattn.storage.make.synth import synthesise
+from oocattn.text import printable
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+DONE, FAILED, INCONCLUSIVE, TIME_LIMIT = 0, 1, 3, 75
+"""Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command. 3 says that
+`verify` found nothing wrong, in rows that show nothing. 75 is EX_TEMPFAIL of sysexits.h: not an error, try again later."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 3 inconclusive (`verify`), 75 time limit reached or
+    SIGUSR1, 129 hung up, 130 interrupted, 143 terminated; 2 for bad usage."""
+    with Printing() as printing:
+        try:
+            options = make_parser(_COMMANDS).parse_args(arguments)
+        except SystemExit as ended:  # it has printed help, the version, or what is wrong
+            if not isinstance(_say_lost(printing), BrokenPipeError | None):
+                raise SystemExit(ended.code or FAILED) from None
+            raise
+        code = _run_command(options)
+        lost = _say_lost(printing)
+        return code or FAILED if lost is not None and options.command in _PRINTERS else code
+
+
+def _say_lost(printing: Printing) -> Exception | None:
+    """Say on standard error why something of standard output was not written; return it, or None where all of it was."""
+    lost = printing.lost()
+    if lost is not None and not isinstance(lost, BrokenPipeError):  # else the reader has had enough, and knows
+        _say(f"standard output cannot be written: {lost}")
+    return lost
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    """Do what the options ask for; whatever stops it is one line on standard error, and an exit code."""
+    with _Signals() as signals:
+        try:
+            return options.command(options)  # type: ignore[no-any-return]
+        except BaseException as error:
+            if signals.received == signal.SIGUSR1:  # whatever came of it on its way
+                _say(f"time limit reached (SIGUSR1){_how_to_go_on(options)}")
+                return TIME_LIMIT
+            if signals.received or isinstance(error, KeyboardInterrupt):
+                _say(f"interrupted{_how_to_go_on(options)}")
+                return 128 + (signals.received or signal.SIGINT)
+            if isinstance(error, TimeLimitError):
+                _say(f"{error}{_how_to_go_on(options)}")
+                return TIME_LIMIT
+            if isinstance(error, OocattnError | OSError | MemoryError):
+                _say(" ".join(words_of(error).split()))
+                return FAILED
+            raise
+
+
+def _say(text: str) -> None:
+    """How a command ended: one line on standard error."""
+    print(f"oocattn: {printable(text)}", file=sys.stderr)
+
+
+class _Signals:
+    """Signals where no run holds them back: the first one ends the command, the second one the process, at once."""
+
+    received = 0
+
+    def __enter__(self) -> _Signals:
+        in_charge = threading.current_thread() is threading.main_thread()
+        found = {number: signal.getsignal(number) for number in SIGNALS if in_charge}
+        # None: not Python's. Ignored: as nohup has it, and a shell for what runs in the background.
+        self._before = {number: handler for number, handler in found.items() if handler not in (None, signal.SIG_IGN)}
+        for number in self._before:
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            if not self.received:
+                self.received = number
+                raise InterruptedRunError
+            return
+        if self.received or Interrupts.held:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+        raise KeyboardInterrupt
+
+
+def _how_to_go_on(options: argparse.Namespace) -> str:
+    with suppress(OocattnError, OSError):  # how it ended is what is to be told
+        if options.command in (_run, _resume) and oocattn.status(options.result).state == "interrupted":
+            return f"; go on with: oocattn resume {printable(options.result)}"
+    return ""
+
+
+def _synth(options: argparse.Namespace) -> int:
+    synthesise(
+        options.dataset,
+        tokens=options.tokens,
+        heads=options.heads,
+        kv_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        dtype=options.dtype,
+        batch=options.batch,
+        seed=options.seed,
+        mean=options.mean,
+        overwrite=options.overwrite,
+    )
+    return DONE
+
+
+def _import(options: argparse.Namespace) -> int:
+    import_arrays(
+        options.dataset,
+        q=options.q,
+        k=options.k,
+        v=options.v,
+        layout=options.layout,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    return DONE
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if options.draw:
+        check_drawing(options.draw)  # before the machine is measured, which takes a while
+    plan = oocattn.plan(options.dataset, **_plan_options(options))
+    print(plan)
+    if options.draw:
+        plan.visualize(options.draw)
+        print(f"drawn in {printable(options.draw)}")
+    return DONE
+
+
+def _run(options: argparse.Namespace) -> int:
+    plan_printer = _PlanPrinter()
+    with _client(options.scheduler, options.time_limit) as client:
+        result = oocattn.attention(
+            options.dataset,
+            options.result,
+            **_plan_options(options),
+            time_limit=_time_left(options.time_limit),
+            client=client,
+            dashboard_address=options.dashboard,
+            callbacks=_listeners(options, plan_printer),
+            overwrite=options.overwrite,
+        )
+    return _print_end(result, plan_printer, options.timeline)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    plan_printer = _PlanPrinter()
+    with _client(options.scheduler, options.time_limit) as client:
+        result = oocattn.resume(
+            options.result,
+            dataset=options.dataset,
+            accept_other_bits=options.accept_other_bits,
+            check_finished=options.check_finished,
+            time_limit=_time_left(options.time_limit),
+            client=client,
+            dashboard_address=options.dashboard,
+            callbacks=_listeners(options, plan_printer),
+        )
+    return _print_end(result, plan_printer, options.timeline)
+
+
+def _time_left(limit: float | None) -> float | None:
+    """What is left of a time limit that began with this process."""
+    return None if limit is None else max(0.0, limit - clock.process_age())
+
+
+def _listeners(options: argparse.Namespace, plan_printer: _PlanPrinter) -> list[Callback]:
+    """Those that a command line asks for."""
+    listeners: list[Callback] = [plan_printer]
+    if sys.stderr.isatty() if options.progress is None else options.progress:
+        listeners.append(ProgressBar())
+    if options.timeline:
+        listeners.append(Timeline(options.timeline))
+    return listeners
+
+
+def _print_end(result: oocattn.Result, plan_printer: _PlanPrinter, timeline: str | None) -> int:
+    if not plan_printer.printed:
+        untimed = f", and {timeline} not written" if timeline else ""
+        print(printable(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}"))
+    if result.report is not None:
+        print(result.report)
+    failed = result.certificate is not None and result.certificate.outcome == "failed"  # a warning has said so
+    return FAILED if failed else DONE
+
+
+def _client(scheduler: str | None, limit: float | None) -> AbstractContextManager[Client | None]:
+    """Of the scheduler at that address, which must answer within a time limit; None where none is given."""
+    if scheduler is None:
+        return nullcontext(None)
+    from oocattn.pipelines.engines.dask.connecting import CONNECT, connect
+
+    left = _time_left(limit)
+    return connect(scheduler, CONNECT if left is None else min(CONNECT, left))
+
+
+class _PlanPrinter:
+    """A listener that prints the plan before the run's first task."""
+
+    printed = False
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "started":
+            plan, left = cast(Plan, event.detail["plan"]), cast(int, event.detail["left"])
+            print(plan, end="\n\n", flush=True)
+            if event.detail["resumed"]:
+                print(f"resumed      {left:,} of {plan.subproblems:,} subproblems are left", end="\n\n", flush=True)
+            self.printed = True
+
+
+def _status(options: argparse.Namespace) -> int:
+    status = oocattn.status(options.result)
+    print(status)
+    if status.state == "interrupted":
+        print(f"go on with: oocattn resume {printable(options.result)}")
+    return FAILED if status.state == "none" or status.certificate == "failed" else DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    chosen = {name: getattr(options, name) for name in ("rows", "seed", "dataset", "host_memory", "checksums")}
+    certificate = oocattn.verify(options.result, **chosen)
+    if certificate.files:
+        print(f"certificate  {printable(', '.join(certificate.files))}")
+    print(certificate)
+    if certificate.inconclusive:
+        return INCONCLUSIVE
+    return DONE if certificate.passed else FAILED
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from oocattn.cli.doctor import examine  # imports Dask, as bench does: not for the commands that need none
+
+    passed = True
+    for check in examine():
+        print(printable(check), flush=True)
+        passed &= check.passed
+    return DONE if passed else FAILED
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from oocattn.bench import Progress, bench
+
+    shape = {name: getattr(options, name) for name in ("tokens", "heads", "kv_heads", "head_dim", "dtype")}
+    sampling = {name: getattr(options, name) for name in ("repeats", "warm_up", "rows", "seed")}
+    choices = {name: getattr(options, name) for name in PLAN_CHOICES}
+    with closing(bench(options.folder, causal=not options.full, **shape, **choices, **sampling)) as records:
+        for record in records:
+            print(record, file=sys.stderr if isinstance(record, Progress) else sys.stdout, flush=True)
+    return DONE
+
+
+def _plan_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("causal", "scale", "dtype", *PLAN_CHOICES)}
+
+
+_COMMANDS: dict[str, Command] = {
+    "synth": _synth,
+    "import": _import,
+    "plan": _plan,
+    "run": _run,
+    "resume": _resume,
+    "status": _status,
+    "verify": _verify,
+    "doctor": _doctor,
+    "bench": _bench,
+}
+
+_PRINTERS = (_plan, _status, _verify, _doctor, _bench)
+"""Commands whose work is what they print: where that cannot be written, they have failed."""

@@ -1,0 +1,1 @@
+"""Who computes which pairs of chunks: divisions of one head group into subproblems, in pure integers."""

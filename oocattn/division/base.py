@@ -1,0 +1,98 @@
+"""What a division is: chunk pairs dealt out to subproblems, whatever the rule. The rules are in `quorums` and `strips`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one query chunk attends within a subproblem.
+
+    `key_chunks` are attended in full, ascending; the query chunk itself is never among them. `diagonal` says whether
+    (query_chunk, query_chunk) is owned too: a triangle when causal, else one more rectangle.
+    """
+
+    query_chunk: int
+    key_chunks: tuple[int, ...]
+    diagonal: bool
+
+
+@dataclass(frozen=True)
+class Subproblem:
+    """The chunk pairs that one task computes.
+
+    `query_chunks` (whose Q is needed, one for each of `blocks`) and `key_chunks` (whose K and V are needed) are
+    ascending; so are `blocks`, by query chunk, and none of them is empty.
+    """
+
+    index: int
+    query_chunks: tuple[int, ...]
+    key_chunks: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+
+class Division(Protocol):
+    """A decomposition of one head group's chunk pairs into subproblems; each ordered pair is owned exactly once.
+
+    Causal divisions own the pairs with key chunk <= query chunk, full ones all c^2. Indices out of range raise
+    IndexError; `owner` of a pair that a causal mask hides raises ValueError.
+    """
+
+    @property
+    def chunks(self) -> int:
+        """c, the number of chunks."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token attends only to itself and what precedes it."""
+
+    @property
+    def subproblems(self) -> int:
+        """Number of subproblems."""
+
+    def subproblem(self, index: int) -> Subproblem:
+        """Everything that subproblem `index` owns and needs."""
+
+    def contributors(self, chunk: int) -> tuple[int, ...]:
+        """Ascending indices of the subproblems that hand back a partial for this query chunk."""
+
+    def owner(self, query_chunk: int, key_chunk: int) -> int:
+        """Index of the one subproblem that owns the pair."""
+
+    def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
+        """Which of `lanes` lanes takes each query chunk and all that contributes to it, where each merges in its own memory:
+        [chunks].
+
+        All 0, where subproblems contribute to several chunks.
+        """
+
+
+@singledispatch
+def chunk_reads(division: Division) -> tuple[int, int]:
+    """Query chunks and key chunks staged, each counted once for every subproblem that needs it.
+
+    The rows of Q, K and V read, in units of N, are (query + 2 key) / c. This general form walks every subproblem; the
+    divisions of this package register closed forms, milliseconds at c = 10,000.
+    """
+    parts = [division.subproblem(index) for index in range(division.subproblems)]
+    return sum(len(part.query_chunks) for part in parts), sum(len(part.key_chunks) for part in parts)
+
+
+def require_index(index: int, count: int, what: str) -> None:
+    """Raise IndexError unless 0 <= index < count."""
+    if not 0 <= index < count:
+        raise IndexError(f"{what} {index}: expected 0 to {count - 1}")
+
+
+def require_pair(division: Division, query_chunk: int, key_chunk: int) -> None:
+    """Raise IndexError for chunks out of range, ValueError for a pair that the causal mask hides."""
+    require_index(query_chunk, division.chunks, "query chunk")
+    require_index(key_chunk, division.chunks, "key chunk")
+    if division.causal and key_chunk > query_chunk:
+        raise ValueError(f"query chunk {query_chunk} does not attend key chunk {key_chunk}: the mask is causal")

@@ -1,0 +1,67 @@
+"""What the bits of a result depend on besides the plan: the processor's or GPU's way to compute, as a record to compare.
+
+The same kernel on the same inputs rounds otherwise where torch picks other vector instructions, where its matrix products
+come from another library, or where that library picks other code for the processor. All of that is seen in the bits of one
+small call, which is made and hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from oocattn.kernels import AttentionState, get_kernel
+
+ROWS, KEYS = 64, 512
+"""Of the call whose bits are hashed: enough for every vector width, and some milliseconds."""
+
+
+def arithmetic_of(kernel: str, head_dim: int, dtype: str, device: str) -> dict[str, str]:
+    """What this process computes with, by name: torch, and the processor's capability and bits, or the GPU's name."""
+    found = {"torch": str(torch.__version__)}
+    if device != "cpu":
+        gpus = range(torch.cuda.device_count())
+        names = {f"{torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}" for index in gpus}
+        return {**found, "gpu": " | ".join(sorted(names)) or "none"}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {**found, "cpu": capability, "blas": _blas(), "arithmetic": _bits(kernel, head_dim, dtype)}
+
+
+def combine(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What several processes compute with: where they differ, all of it."""
+    names = dict.fromkeys(name for each in found for name in each)
+    return {name: " | ".join(sorted({each.get(name, "none") for each in found})) for name in names}
+
+
+def _blas() -> str:
+    """The library of matrix products, as torch's build names it."""
+    if torch.backends.mkl.is_available():
+        lines = torch.__config__.show().splitlines()
+        return next((line.strip(" -").partition(" for ")[0] for line in lines if "Math Kernel Library" in line), "MKL")
+    found = [part for part in torch.__config__.show().replace("\n", ", ").split(", ") if part.startswith("BLAS_INFO=")]
+    return found[0].partition("=")[2] if found else "unknown"
+
+
+def _bits(kernel: str, head_dim: int, dtype: str) -> str:
+    """A digest of what the kernel makes of numbers that are always the same, to the last bit."""
+    count = (ROWS + 2 * KEYS) * head_dim
+    numbers = torch.arange(count, dtype=torch.int64, device="cpu")
+    numbers.mul_(2654435761).remainder_(1 << 16)  # Knuth's multiplicative hashing
+    values = numbers.to(torch.float32).div_(1 << 14).sub_(2.0).to(getattr(torch, dtype))  # between -2 and 2
+    query, key, value = values.split([ROWS * head_dim, KEYS * head_dim, KEYS * head_dim])
+    state = AttentionState.empty(1, ROWS, head_dim, torch.device("cpu"))
+    state.reset()
+    get_kernel(kernel).attend(
+        query.view(1, ROWS, head_dim),
+        key.view(KEYS, head_dim),
+        value.view(KEYS, head_dim),
+        state,
+        scale=head_dim**-0.5,
+        diagonal=False,
+    )
+    digest = hashlib.sha256()
+    for tensor in (state.num, state.den, state.max):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

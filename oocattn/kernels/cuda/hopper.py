@@ -1,0 +1,87 @@
+"""The project's own kernel for Hopper GPUs (compute capability 9.0): attention that continues the float32 state.
+
+Unlike a library's call it rounds and divides nothing in between, needs no second pass to merge, and begins a new
+accumulation every 16K keys at most, so that it is exact over any number of keys. How it works is in cuda/hopper.cu.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib import import_module
+
+import torch
+
+from oocattn.kernels.cuda.device import allocated_bytes, lacks_hopper
+from oocattn.kernels.kernel import MAX_KEYS, check_operands, lacks_dtype
+from oocattn.kernels.state import AttentionState
+
+logger = logging.getLogger("oocattn")
+
+_DTYPES = ("float16", "bfloat16")
+_MOST_HEAD_DIM = 128
+
+
+class HopperKernel:
+    """Our own CUDA C++, compiled when it is first needed."""
+
+    name = "hopper"
+    max_keys = MAX_KEYS
+    plans_shapes = False
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: AttentionState,
+        *,
+        scale: float,
+        diagonal: bool,
+    ) -> None:
+        """See `Kernel.attend`. One launch; tensors with an address or strides that are no multiples of 16 bytes are copied
+        before it. Raises ValueError also for calls that it cannot count in 32 bits."""
+        check_operands(query, key, value, state, diagonal=diagonal)
+        _check_limits(query, state)
+        if query.shape[1] and key.shape[0]:
+            attending = import_module("oocattn.kernels.cuda.launch")
+            attending.attend(query, key, value, state, scale=scale, offset=0 if diagonal else None)
+
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
+        """See `Kernel.scratch_bytes`: a counter for 64 rows, and one more, but not the copies that `attend` may make."""
+        return allocated_bytes(4 * (1 + group_size * (rows // 64 + 3)))
+
+    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.lacks`. The first question about a device, dtype and head dimension makes a tiny call."""
+        return lacks_hopper(device) or _lacks_operands(dtype, head_dim) or self._refusal(device, dtype, head_dim)
+
+    @staticmethod
+    @cache
+    def _refusal(device: torch.device, dtype: str, head_dim: int) -> str:
+        """Why it does not compile or load here, in one line; "" if it does."""
+        rows = torch.zeros(1, head_dim, dtype=getattr(torch, dtype), device=device)
+        try:
+            state = AttentionState.empty(1, 1, head_dim, device)
+            HopperKernel().attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
+            reason = f"it cannot be compiled or loaded here: {str(error).strip().partition(chr(10))[0]}"
+            logger.warning("the kernel hopper cannot be had, and a library's takes its place: %s", reason)
+            return reason
+        return ""
+
+
+def _lacks_operands(dtype: str, head_dim: int) -> str:
+    """Why the kernel cannot read rows of `dtype` and D = head_dim; "" if it can."""
+    fits = head_dim % 8 == 0 and head_dim <= _MOST_HEAD_DIM
+    return lacks_dtype(dtype, _DTYPES) or ("" if fits else f"D must be a multiple of 8, {_MOST_HEAD_DIM} at most")
+
+
+def _check_limits(query: torch.Tensor, state: AttentionState) -> None:
+    """Raise ValueError for operands that the kernel would misread: those that `lacks` tells of, and odd states."""
+    head_dim = query.shape[-1]
+    if _lacks_operands(str(query.dtype).removeprefix("torch."), head_dim):
+        raise ValueError(f"{query.dtype} with D = {head_dim}: expected {' or '.join(_DTYPES)}, D a multiple of 8 up to 128")
+    if state.num.data_ptr() % 8 or any(stride % 2 for stride in state.num.stride()[:-1]):
+        raise ValueError("num of the state must lie at multiples of 8 bytes")

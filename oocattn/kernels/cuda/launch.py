@@ -1,0 +1,204 @@
+"""Attention by our own kernel on Hopper GPUs (hopper.cu): its launches, and how it is cut into items.
+
+Imported only where `cuda.bindings` is installed. Everything is launched on torch's current stream of the tensors' device,
+and nothing waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import math
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from cuda.bindings import driver
+
+from oocattn.kernels.cuda.program import Program, checked
+from oocattn.kernels.cuda.state import row_strides, state_of
+from oocattn.kernels.state import AttentionState
+from oocattn.kernels.tiles import round_up
+
+KEYS_OF_STEP = 128
+"""`KEYS` of hopper.cu."""
+
+MOST_SPAN = 16_384
+"""Keys after which an accumulation begins again: its error is then a third of that of rounding the weights (NOTES.md)."""
+
+PROCESSORS = 132
+"""Multiprocessors that spans are chosen for, those of an H100 or H200, whatever the GPU has: the same bits on all."""
+
+MOST_ROWS = (1 << 31) - (1 << 15)
+"""Rows, keys and items of a call: the kernel counts them in 32 bits."""
+
+ITEMS = 4
+"""Items of a block: then it ends, and the small kernels of other streams, which go first, get in."""
+
+_ITEM_STEPS = 3
+"""What an item costs beside its steps, in steps: filling the pipeline, and adding to the state."""
+
+_CHOICES, _MANY_ITEMS = 8, 20
+"""Numbers of spans that are tried (3 ms in all), and items of a multiprocessor from which on they hardly matter."""
+
+_PANEL = 64
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the program is cut for one head dimension."""
+
+    consumers: int
+    stages: int
+    ring: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.consumers
+
+
+TUNING = {64: Tuning(consumers=3, stages=2, ring=True), 128: Tuning(consumers=2, stages=2, ring=False)}
+"""By the head dimension, rounded up to a multiple of 64."""
+
+
+class _Call(ctypes.Structure):
+    """`Call` of hopper.cu."""
+
+    _fields_ = (
+        *[(name, ctypes.c_int) for name in ("heads", "rows", "keys", "span")],
+        ("offset", ctypes.c_longlong),
+        ("scale", ctypes.c_float),
+        ("turns", ctypes.c_void_p),
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    state: AttentionState,
+    *,
+    scale: float,
+    offset: int | None = None,
+) -> None:
+    """Add attention of query [g, n, D] over key and value [m, D] to `state`, in place, in one launch.
+
+    Row i attends the first i + 1 + `offset` keys (any number of them may not exist), or all where `offset` is None. float16
+    or bfloat16, D a multiple of 8 up to 128, scale > 0; n and m are not 0.
+    """
+    group_size, rows, head_dim = query.shape
+    keys, device = key.shape[0], query.device
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    program = program_for(head_dim, query.dtype)
+    tuning = TUNING[round_up(head_dim, _PANEL)]
+    offset = keys if offset is None else offset
+    span = choose_span(group_size, rows, keys, max(-rows, min(offset, keys)), tuning.rows)
+    tiles = group_size * -(-rows // tuning.rows)
+    counters, items = 1 + tiles * tuning.consumers, tiles * -(-keys // span)  # fewer where some attend nothing
+    if max(rows, keys, counters, items) > MOST_ROWS:
+        raise ValueError(f"a call of {group_size} heads x {rows} rows and {keys} keys is too large: divide it")
+    turns = torch.zeros(counters, dtype=torch.int32, device=device)
+    call = _Call(group_size, rows, keys, span, offset, scale * math.log2(math.e), turns.data_ptr())
+    maps = [
+        _tensor_map(query, tuning.rows),
+        *(_tensor_map(tensor.unsqueeze(0), KEYS_OF_STEP) for tensor in (key, value)),
+    ]
+    threads = 128 * (tuning.consumers + 1)
+    # A block for each multiprocessor to spare: so the last items are not left to those that have taken few.
+    blocks = -(-items // ITEMS) + torch.cuda.get_device_properties(device).multi_processor_count
+    program.launch("attend", device, blocks, threads, (*maps, state_of(state), call))
+
+
+@lru_cache(4096)
+def choose_span(group_size: int, rows: int, keys: int, offset: int, tile: int) -> int:
+    """Keys of a span, 16K at most: where there are few items, with which they fill the multiprocessors best."""
+    fewest, tiles = -(-keys // MOST_SPAN), group_size * -(-rows // tile)
+    times: dict[int, int] = {}
+    for spans in range(fewest, fewest + _CHOICES):
+        span = round_up(-(-keys // spans), KEYS_OF_STEP)
+        if tiles * spans > _MANY_ITEMS * PROCESSORS:
+            return min(times, key=times.__getitem__, default=span)
+        times[span] = _makespan(steps_of_items(group_size, rows, keys, offset, tile, span))
+    return min(times, key=times.__getitem__)
+
+
+def steps_of_items(group_size: int, rows: int, keys: int, offset: int, tile: int, span: int) -> list[int]:
+    """Steps of the items of a call, in the order in which hopper.cu takes them."""
+    tiles = -(-rows // tile)
+    visible = [max(0, min(keys, min(rows, (index + 1) * tile) + offset)) for index in range(tiles)]
+    return [
+        -(-(min(first + span, end) - first) // KEYS_OF_STEP)
+        for first in range(0, keys, span)
+        for end in reversed(visible)
+        if end > first
+        for _ in range(group_size)
+    ]
+
+
+def _makespan(items: list[int]) -> int:
+    """Steps until the last item ends, if each goes to the processor that is free first."""
+    free = [0] * PROCESSORS
+    for steps in items:
+        heapq.heapreplace(free, free[0] + steps + _ITEM_STEPS)
+    return max(free)
+
+
+@cache
+def program_for(head_dim: int, dtype: torch.dtype) -> Program:
+    """hopper.cu for float16 or bfloat16 rows of D = head_dim, a multiple of 8 up to 128."""
+    width = round_up(head_dim, _PANEL)
+    tuning = TUNING[width]
+    shared = 2 * width * (tuning.rows + 2 * tuning.stages * KEYS_OF_STEP) + 2048
+    macros = {
+        "HEAD_DIM": head_dim,
+        "CONSUMERS": tuning.consumers,
+        "STAGES": tuning.stages,
+        "RING": int(tuning.ring),
+        "ITEMS": ITEMS,
+        "BFLOAT16": int(dtype == torch.bfloat16),
+        "SHARED_BYTES": shared,
+    }
+    return Program("hopper.cu", macros, variant="a", shared_bytes=shared)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where TMA cannot read it: it takes addresses and strides of 16 bytes."""
+    odd = tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:-1])
+    return tensor.clone(memory_format=torch.contiguous_format) if odd else tensor
+
+
+def _tensor_map(tensor: torch.Tensor, rows: int) -> ctypes.Array[ctypes.c_char]:
+    """How TMA reads boxes of `rows` rows and 64 columns of [h, n, D]; zeros beyond its ends."""
+    heads, count, head_dim = tensor.shape
+    head_stride, row_stride = row_strides(tensor)
+    return _encode(
+        tensor.data_ptr(),
+        tensor.dtype == torch.bfloat16,
+        (head_dim, count, heads),
+        (2 * row_stride, 2 * (head_stride if heads > 1 else count * row_stride)),
+        rows,
+    )
+
+
+@lru_cache(1024)
+def _encode(
+    address: int, bfloat16: bool, shape: tuple[int, ...], strides: tuple[int, ...], rows: int
+) -> ctypes.Array[ctypes.c_char]:
+    kinds = driver.CUtensorMapDataType
+    tensor_map = checked(
+        driver.cuTensorMapEncodeTiled(
+            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            len(shape),
+            address,
+            [driver.cuuint64_t(size) for size in shape],
+            [driver.cuuint64_t(stride) for stride in strides],
+            [driver.cuuint32_t(size) for size in (_PANEL, rows, 1)],
+            [driver.cuuint32_t(1) for _ in shape],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return ctypes.create_string_buffer(ctypes.string_at(tensor_map.getPtr(), 128), 128)

@@ -1,0 +1,51 @@
+"""The cuDNN kernel: `aten::_scaled_dot_product_cudnn_attention`, the fastest that comes with torch on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from oocattn.kernels.cuda.device import lacks_capability
+from oocattn.kernels.kernel import lacks_dtype
+from oocattn.kernels.libraries.library import LibraryKernel, shared_by_heads
+
+_DTYPES = ("float16", "bfloat16")
+_WIDE = 91900  # from cuDNN 9.19 on, D up to 256 is right on Hopper: 3e-4 measured at D = 160 and 256 (H200, float16)
+
+
+class CudnnKernel(LibraryKernel):
+    """Flash attention by cuDNN, through torch. Its causal mask starts at the top left, the same for a square tile."""
+
+    name = "cudnn"
+    plans_shapes = True
+
+    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.lacks`."""
+        lacking = lacks_capability(device, (8, 0)) or lacks_dtype(dtype, _DTYPES)
+        if lacking:
+            return lacking
+        version = torch.backends.cudnn.version()
+        if version is None:
+            return "torch finds no cuDNN"
+        wide = torch.cuda.get_device_capability(device) == (9, 0) and version >= _WIDE
+        most = 256 if wide else 128
+        return "" if head_dim % 8 == 0 and head_dim <= most else f"D must be a multiple of 8, {most} at most"
+
+    def _call(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        copies = 2 if len(key) == 1 else 1  # cuDNN refuses a single key (PyTorch, sdp_utils.cpp): two weigh double
+        key, value = (tensor.repeat(copies, 1) if copies > 1 else tensor for tensor in (key, value))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query.unsqueeze(0),
+            shared_by_heads(key, len(query)),
+            shared_by_heads(value, len(query)),
+            None,
+            True,
+            0.0,
+            causal and copies == 1,
+            False,
+            scale=scale,
+        )
+        return out[0], lse[0, ..., 0] - math.log(copies) if copies > 1 else lse[0, ..., 0]

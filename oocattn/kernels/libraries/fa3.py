@@ -1,0 +1,74 @@
+"""The FlashAttention-3 kernel, for Hopper GPUs on which that library is installed; never a dependency.
+
+Shah et al., arXiv 2407.08608. Its official build is the module `flash_attn_interface`, a forward-only one
+`fa3_fwd_interface`. Builds differ in the dtypes and head dimensions that they were compiled for: a trial call tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from oocattn.kernels.cuda.device import lacks_hopper
+from oocattn.kernels.kernel import lacks_dtype
+from oocattn.kernels.libraries.library import LibraryKernel
+
+_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
+_DTYPES = ("float16", "bfloat16")
+
+
+class Fa3Kernel(LibraryKernel):
+    """FlashAttention-3. Its causal mask ends at the bottom right, the same for a square tile."""
+
+    name = "fa3"
+
+    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.lacks`. The first question about a device, dtype and head dimension makes a tiny call."""
+        lacking = lacks_hopper(device) or lacks_dtype(dtype, _DTYPES)
+        if lacking:
+            return lacking
+        if _library() is None:
+            return f"neither {' nor '.join(_MODULES)} is installed"
+        return self._refusal(device, dtype, head_dim)
+
+    @staticmethod
+    @cache
+    def _refusal(device: torch.device, dtype: str, head_dim: int) -> str:
+        """What the library says to a tiny call, "" if nothing."""
+        rows = torch.zeros(64, head_dim, dtype=getattr(torch, dtype), device=device)
+        try:
+            Fa3Kernel()._call(rows.unsqueeze(0), rows, rows, 1.0, False)
+        except Exception as error:
+            return f"the library refuses it: {str(error).strip().partition(chr(10))[0]}"
+        return ""
+
+    def _call(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attend = _library()
+        assert attend is not None, "`lacks` was not asked"
+        out, lse, *_ = attend(
+            query.transpose(0, 1).unsqueeze(0),  # [1, n, g, D]
+            key[None, :, None],  # [1, m, 1, D]
+            value[None, :, None],
+            softmax_scale=scale,
+            causal=causal,
+            return_attn_probs=True,  # without it, newer versions return no log-sum-exp
+        )
+        return out[0].transpose(0, 1), lse[0]
+
+
+@cache
+def _library() -> Callable[..., Any] | None:
+    """The library's attention function, if one is installed and loads."""
+    for name in _MODULES:
+        try:
+            attend: Callable[..., Any] = import_module(name).flash_attn_func
+        except (ImportError, OSError):
+            continue
+        return attend
+    return None

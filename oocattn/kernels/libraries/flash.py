@@ -1,0 +1,53 @@
+"""The FlashAttention-2 kernel: `aten::_scaled_dot_product_flash_attention`, in every torch for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import torch
+
+from oocattn.kernels.cuda.device import lacks_capability
+from oocattn.kernels.kernel import lacks_dtype
+from oocattn.kernels.libraries.library import LibraryKernel, shared_by_heads
+
+_DTYPES = ("float16", "bfloat16")
+
+# Where a call has too few blocks of rows for the GPU, the library splits the keys and keeps a float32 result of each
+# split: num_splits_heuristic in flash_api.cpp. For `blocks` below 0.8 x 2 x multiprocessors, blocks x splits stays below
+# 5 x 2 x multiprocessors (computed for all cases).
+_BLOCK_ROWS = 64
+_MULTIPROCESSORS = 192  # as many as the largest GPUs have, or more
+
+
+class FlashKernel(LibraryKernel):
+    """FlashAttention-2 through torch. Its causal mask ends at the bottom right, the same for a square tile."""
+
+    name = "flash"
+
+    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.lacks`."""
+        lacking = lacks_capability(device, (8, 0)) or lacks_dtype(dtype, _DTYPES)
+        if not lacking and (head_dim % 8 or head_dim > 256):
+            return "D must be a multiple of 8, 256 at most"
+        return lacking
+
+    def _call(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query.unsqueeze(0),
+            shared_by_heads(key, len(query)),
+            shared_by_heads(value, len(query)),
+            0.0,
+            causal,
+            False,
+            scale=scale,
+        )
+        return out[0], lse[0]
+
+    def _buffers(self, group_size: int, rows: int, keys: int, head_dim: int) -> tuple[int, ...]:
+        blocks = group_size * -(-rows // _BLOCK_ROWS)
+        if blocks >= 0.8 * 2 * _MULTIPROCESSORS:
+            return ()
+        key_block = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
+        splits = min(128, -(-keys // key_block), 5 * 2 * _MULTIPROCESSORS // max(1, blocks))
+        padded = -(-head_dim // 32) * 32 if head_dim <= 192 else 256
+        return (splits * group_size * rows * padded * 4, splits * group_size * rows * 4)

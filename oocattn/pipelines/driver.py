@@ -1,0 +1,251 @@
+"""The driver of a run: attempts to do what is left until nothing is, and commits the result.
+
+What goes wrong and can be mended (a damaged partial, a task that failed, a worker that died) ends an attempt, and the next
+one does what then is left, as a resumed run does.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+from distributed import Client
+
+from oocattn import clock
+from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
+from oocattn.pipelines.attempt import Attempt
+from oocattn.pipelines.deadline import Deadline
+from oocattn.pipelines.engines.dask.cluster import assign_devices, wait_for_workers, warn_of_open_ports
+from oocattn.pipelines.engines.dask.enlisting import Roll, enlist_again
+from oocattn.pipelines.engines.dask.readiness import Expected
+from oocattn.pipelines.failing import insist
+from oocattn.pipelines.finished import finished_chunks, gather_checksums
+from oocattn.pipelines.lane.partials.store import DamagedPartialError
+from oocattn.pipelines.scan import ScanResult, scan_completed
+from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.signals import InterruptedRunError, Interrupts
+from oocattn.pipelines.watch.events import Callback, Event
+from oocattn.pipelines.watch.listeners import Listeners
+from oocattn.pipelines.watch.report import RunReport, Tally
+from oocattn.pipelines.work import Work
+from oocattn.planning.plan import Plan
+from oocattn.storage.files.durable import write_text
+from oocattn.storage.files.folders import remove_file
+from oocattn.storage.files.operations import described, is_disk_full, words_of
+from oocattn.storage.journal.journal import Place
+
+ATTEMPTS = 3
+"""Mishaps after which the run ends: so many at the same place, or so many one after another with nothing done in between,
+whatever they are."""
+
+REPLACEMENT, LAST_REPLACEMENT = 10.0, 120.0
+"""Seconds to wait for a worker in the place of one that died, and for one where no other is left. A nanny starts one within
+two, and then it imports torch."""
+
+COMMIT = "the commit of the result"
+
+logger = logging.getLogger("oocattn")
+
+
+def run(
+    work: Work,
+    client: Client,
+    roll: Roll,
+    callbacks: Sequence[Callback],
+    interrupts: Interrupts,
+    until: float = math.inf,
+) -> RunReport:
+    """Do what is left of the work on the client's workers that are ready, and commit the result.
+
+    Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, TaskError,
+    WorkerLostError, OSError as the file system does, and TimeLimitError where it would not end by `until` (seconds since
+    the epoch). Then the result has not appeared under its name, and what was done is on disk; but after an IntegrityError
+    that says so it is discarded. A signal that `interrupts` hold back ends it when what is in flight is on disk. A callback
+    that raises an `Exception` is logged and dropped; any other `BaseException` of a callback ends the run.
+    """
+    start = clock.now()
+    plan, tally, listeners = work.plan, Tally(), Listeners(callbacks)
+
+    def emit(event: Event) -> None:
+        tally(event)
+        listeners(event)
+
+    try:
+        lanes = _drive(work, client, roll, emit, start, interrupts, until)
+        finished = insist(COMMIT, lambda: _all_finished(work))
+        _check_pairs(plan, finished)
+        seconds, other_bits = clock.now() - start, work.journal.other_bits
+        report = tally.report(plan, finished, seconds=seconds, lanes=lanes, compared=work.compared, other_bits=other_bits)
+        insist(COMMIT, lambda: work.result.record(gather_checksums(plan, finished)))
+        work.state.claim.check()
+        insist(COMMIT, lambda: write_text(work.paths.report, json.dumps(report.to_json(), indent=1)))
+        insist(COMMIT, lambda: work.state.commit(work.growing))
+    except BaseException as error:
+        try:
+            emit(Event("failed", start, clock.now(), detail={"error": _words(error)}))
+        finally:
+            if isinstance(error, TaintedError):
+                work.state.discard(work.growing)
+        if is_disk_full(error):
+            raise _no_space(cast(OSError, error), work) from error
+        raise
+    try:
+        work.state.tidy()
+    except (OocattnError, OSError) as error:  # the result is there: `resume` tidies up
+        logger.warning("%s is complete, but not everything beside it was removed: %s", work.paths.result, words_of(error))
+    for line in report.lost:
+        logger.warning("%s: %s", work.paths.result, line)
+    now = clock.now()
+    emit(Event("committed", now, now, detail={"path": str(work.paths.result)}))
+    emit(Event("ended", start, now, detail={"report": report}))
+    return report
+
+
+def _no_space(error: OSError, work: Work) -> OSError:
+    """What to do about a disk that is full, as the whole run has it; a quota says so itself."""
+    if error.errno == errno.ENOSPC:
+        words = "no space left for the result and its partials; make room and resume"
+        return OSError(errno.ENOSPC, words, str(work.paths.state))
+    return OSError(error.errno, f"{words_of(error)}, then resume", str(work.paths.state))
+
+
+def _words(error: BaseException) -> str:
+    """How a run ended, for those who look at it later."""
+    if isinstance(error, InterruptedRunError | TimeLimitError):
+        return str(error)
+    return described(error)
+
+
+def _all_finished(work: Work) -> dict[Place, dict[str, Any]]:
+    """The records of all chunks. Raises OSError where the journal does not give one of them back."""
+    plan = work.plan
+    finished = finished_chunks(plan, work.journal)
+    chunks = [chunk for chunk in range(plan.chunks) if plan.tokens(chunk)]
+    missing = set(itertools.product(range(plan.problem.head_groups), chunks)) - finished.keys()
+    if missing:
+        raise OSError(f"{work.paths.state}: the records of {len(missing):,} finished chunks cannot be read; resume")
+    return finished
+
+
+def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> None:
+    pairs = sum(record["pairs"] for record in finished.values())
+    if pairs != plan.problem.pairs:
+        raise TaintedError(
+            f"{pairs:,} query-key pairs were attended, expected {plan.problem.pairs:,}; the result is discarded, run again"
+        )
+
+
+def _drive(
+    work: Work, client: Client, roll: Roll, emit: Callback, start: float, interrupts: Interrupts, until: float
+) -> int:
+    """Attempt to do what is left until nothing is; return how many lanes did the last of it."""
+    plan, mishaps = work.plan, _Mishaps()
+    deadline = Deadline(until, plan)
+    event = Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""})
+    thorough = False  # after a partial was found damaged, so are all others looked for
+    ids = roll.ids
+    expected = replace(Expected.of(plan, work.dataset, work.state), computing=roll.computing)
+    devices = _devices(client, plan, ids)
+    warn_of_open_ports(client)
+    while True:
+        found = insist("the search for finished work", partial(_look, work, thorough))
+        schedule = Schedule(plan, len(devices), found.done)
+        left = schedule.left
+        mishaps.note(left - len(found.done.chunks))
+        told = cast(int, event.detail.get("recomputed", 0))
+        damaged = found.damaged if event.kind == "started" else told + found.torn
+        resumed = bool(found.done.chunks or found.done.partials)
+        emit(replace(event, detail={**event.detail, "left": left, "resumed": resumed, "recomputed": damaged}))
+        try:
+            attempt = Attempt(work, client, devices, ids, schedule, left, emit, deadline)
+            interrupts.tell = attempt.interrupt
+            if interrupts.asked:
+                attempt.interrupt()
+            attempt.drive()
+            if not attempt.dataset_checked:  # it had nothing left to read
+                attempt.check_dataset()
+            return len(devices)
+        except (DamagedPartialError, TaskError, WorkerLostError) as error:
+            mishaps.add(error)
+            thorough = isinstance(error, DamagedPartialError)
+            now = clock.now()
+            event = Event("mended", now, now, detail={"error": str(error), _COUNTED[type(error)]: 1})
+            wait_for_workers(client, len(devices), REPLACEMENT, LAST_REPLACEMENT, lambda: _check(deadline, interrupts))
+            ids = enlist_again(client, expected, lambda: _check(deadline, interrupts))
+            devices = _devices(client, plan, ids)
+            logger.warning("%s; the run goes on with what is left", error)
+
+
+def _look(work: Work, thorough: bool) -> ScanResult:
+    """What is done; what serves nothing is removed, also what workers left that died while they wrote."""
+    work.state.remove_leftovers()
+    found = scan_completed(work.plan, work.journal, work.paths.scratch, work.result, thorough=thorough)
+    for path in found.useless:
+        remove_file(path)
+    return found
+
+
+def _check(deadline: Deadline, interrupts: Interrupts) -> None:
+    """Raise what ends a run while it waits for workers."""
+    if interrupts.asked:
+        raise InterruptedRunError("interrupted while it waited for workers: what was done is on disk")
+    if deadline.left <= 0:
+        raise TimeLimitError("time limit reached while it waited for workers: what was done is on disk")
+
+
+_COUNTED: dict[type[Exception], str] = {
+    DamagedPartialError: "recomputed",
+    TaskError: "retried",
+    WorkerLostError: "workers_lost",
+}
+"""What each mishap that can be mended is counted as."""
+
+
+class _Mishaps:
+    """What has gone wrong so far. A run has finitely many places and subproblems, so it ends, whatever goes wrong."""
+
+    def __init__(self) -> None:
+        self._at: Counter[str] = Counter()
+        self._in_a_row = 0
+        self._fewest_left = math.inf
+
+    def note(self, left: int) -> None:
+        """The subproblems that are left, less the chunks that are finished: where that has become less, mishaps have not
+        kept the run from it."""
+        if left < self._fewest_left:
+            self._fewest_left = left
+            self._in_a_row = 0
+
+    def add(self, error: DamagedPartialError | TaskError | WorkerLostError) -> None:
+        """Raises the error where it is one too many."""
+        place = _place(error)
+        self._at[place] += 1
+        self._in_a_row += 1
+        if self._in_a_row >= ATTEMPTS or (place and self._at[place] >= ATTEMPTS):
+            raise error
+
+
+def _place(error: DamagedPartialError | TaskError | WorkerLostError) -> str:
+    """Where something went wrong; "" for the loss of a worker, which may come as often as it likes while work gets done."""
+    if isinstance(error, TaskError):
+        return error.work
+    if isinstance(error, DamagedPartialError):
+        return f"partial of subproblem {error.subproblem} for chunk {error.chunk} of head group {error.head_group}"
+    return ""
+
+
+def _devices(client: Client, plan: Plan, ready: Container[str]) -> dict[str, str]:
+    """The devices of the workers that take part: those that are ready, as many as were planned at most, for their memory is
+    that of so many. Raises WorkerLostError where none is left."""
+    devices = dict(itertools.islice(assign_devices(client, plan.device, ready).items(), plan.lanes))
+    if not devices:
+        raise WorkerLostError("no worker is ready to go on: what was done is on disk; start some and resume")
+    return devices

@@ -1,0 +1,1 @@
+"""What runs the tasks and edges of a run."""

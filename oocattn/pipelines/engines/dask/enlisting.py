@@ -1,0 +1,189 @@
+"""Which workers take part in a run: all are asked whether they are ready, before it begins and after some were lost.
+
+A run does not begin while one is not ready, and all that is wrong is told at once. Of a run that goes on, those that are not
+ready take no part. What they are asked is in `readiness`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from distributed import Client
+
+from oocattn import clock
+from oocattn.errors import ProblemError, WorkerLostError
+from oocattn.kernels.arithmetic import combine
+from oocattn.pipelines.engines.dask.cluster import ANSWER, LEAST_ANSWER, begin_call, living_workers, wait_for_first
+from oocattn.pipelines.engines.dask.readiness import (
+    EXPRESSION,
+    NAMES,
+    PACKAGES,
+    SAME_SOFTWARE,
+    Expected,
+    Seen,
+    describe_interpreter,
+    faults,
+    interpreter_faults,
+    look,
+    remove_probes,
+)
+from oocattn.text import MOST_SHOWN, some_of
+from oocattn.units import format_seconds
+
+MOST_NAMED = 20
+"""Workers with the same fault that are named."""
+
+POLL = 0.2
+"""Seconds between looks at whether to go on waiting for answers."""
+
+logger = logging.getLogger("oocattn")
+
+
+@dataclass(frozen=True)
+class Roll:
+    """Workers that are ready, by address, and what is wrong with others, by name."""
+
+    ready: Mapping[str, Seen]
+    wrong: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """`Worker.id` of those that are ready, by address: one that is restarted there has another."""
+        return {address: seen.id for address, seen in self.ready.items()}
+
+    @property
+    def computing(self) -> dict[str, str]:
+        """What those that are ready compute with (`arithmetic`)."""
+        return combine([seen.computing for seen in self.ready.values()])
+
+    def __str__(self) -> str:
+        """What is wrong, those with the same fault together."""
+        return "; ".join(self.lines)
+
+    @property
+    def lines(self) -> list[str]:
+        """What is wrong: one for each fault that workers share."""
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name, found in self.wrong.items():
+            alike.setdefault(tuple(found), []).append(name)
+        return [f"{some_of(names, MOST_NAMED)} {', and '.join(found)}" for found, names in alike.items()]
+
+
+def enlist(client: Client, expected: Expected, check: Callable[[], object]) -> Roll:
+    """The workers of a run that is to begin, all of which are ready. `check` ends it by raising while they are waited for.
+
+    Raises ProblemError with all that is wrong with the cluster.
+    """
+    wait_for_first(client, check)
+    roll = call_roll(client, expected, check)
+    if roll.wrong:
+        if len(str(roll)) > MOST_SHOWN // 2:
+            for line in roll.lines:
+                logger.error("%s", line)
+        raise ProblemError(f"the cluster is not ready for this run: {roll}")
+    if not roll.ready:
+        raise WorkerLostError("all workers are gone before the run began; start some and try again")
+    for name, values in roll.computing.items():
+        if " | " in values:
+            logger.warning(
+                "the workers compute with different %s (%s): bits of the result depend on who attends what; another run may "
+                "give others",
+                name,
+                values,
+            )
+    return roll
+
+
+def enlist_again(client: Client, expected: Expected, check: Callable[[], object]) -> dict[str, str]:
+    """The workers that can go on with a run, as `Roll.ids`. Those that are not ready are logged."""
+    roll = call_roll(client, expected, check)
+    for line in roll.lines:
+        logger.warning("%s; it takes no part", line)
+    return roll.ids
+
+
+def call_roll(client: Client, expected: Expected, check: Callable[[], object]) -> Roll:
+    """Ask the scheduler and every worker; nothing of that remains. Raises LockedError where the result's lock was lost."""
+    here = describe_interpreter(PACKAGES)
+    scheduler = _call(lambda: client.run_on_scheduler(eval, EXPRESSION, NAMES), check)
+    reasons = _software_faults(scheduler, here)  # it unpickles the tasks as well
+    wrong = {"the scheduler": reasons} if reasons else {}
+    same, hosts = [], {}
+    for address, found in _ask(client, living_workers(client), check, eval, EXPRESSION, NAMES).items():
+        hosts[address] = f" (host {found['host']})" if isinstance(found, dict) else ""
+        if reasons := _software_faults(found, here):
+            wrong[f"worker {address}{hosts[address]}"] = reasons
+        else:
+            same.append(address)
+    seen = _ask(client, same, check, look, expected)
+    probes = {address: each.probe for address, each in seen.items() if isinstance(each, Seen) and each.probe}
+    there = set(remove_probes(expected.state, probes.values()))
+    astray = [name for name in probes.values() if name not in there]
+    if astray:  # on another file system, where they would stay
+        _ask(client, list(probes), check, remove_probes, expected.state, astray)
+    expected.claim.check()
+    ready = {}
+    for address, each in seen.items():
+        reasons = faults(each, expected, each.probe in there) if isinstance(each, Seen) else [_silence(each)]
+        if reasons:
+            wrong[f"worker {address}{hosts[address]}"] = reasons
+        else:
+            ready[address] = each
+    return Roll(ready, wrong)
+
+
+def _software_faults(answer: object, here: Mapping[str, str]) -> list[str]:
+    if isinstance(answer, dict):
+        return interpreter_faults(answer, here)
+    return [_silence(answer)]
+
+
+def _silence(answer: object) -> str:
+    """What is wrong with a process whose answer is an error."""
+    if isinstance(answer, TimeoutError):
+        return f"does not answer for {format_seconds(ANSWER)}: restart it"
+    return f"cannot answer ({type(answer).__name__}: {answer}): see its log; {SAME_SOFTWARE}"
+
+
+def _ask(
+    client: Client, workers: Sequence[str], check: Callable[[], object], function: Callable[..., Any], *arguments: object
+) -> dict[str, Any]:
+    """What a function returns on each of these workers, or the error that it raises; TimeoutError where one is silent."""
+    if not workers:
+        return {}
+
+    def run(addresses: Sequence[str]) -> Any:
+        return _call(lambda: client.run(function, *arguments, workers=list(addresses), on_error="return"), check)
+
+    answers = run(workers)
+    if isinstance(answers, TimeoutError):  # of some, perhaps: the others are asked again
+        awake = [address for address, ping in _ping(client, workers).items() if ping.done()]
+        answers = run(awake) if awake else {}
+    if isinstance(answers, BaseException):
+        raise WorkerLostError(f"the workers cannot be asked ({answers}); see to the scheduler and try again") from answers
+    silent = dict.fromkeys(set(workers) - answers.keys(), TimeoutError())
+    there = living_workers(client)
+    return {address: answer for address, answer in {**answers, **silent}.items() if address in there}
+
+
+def _ping(client: Client, workers: Sequence[str]) -> dict[str, Future[Any]]:
+    """Calls to each worker, which those that are awake have answered."""
+    calls = {address: begin_call(partial(client.run, int, workers=[address])) for address in workers}
+    wait(calls.values(), timeout=LEAST_ANSWER)
+    return calls
+
+
+def _call(function: Callable[[], Any], check: Callable[[], object]) -> Any:
+    """What a call returns, or the error that it raises; TimeoutError after `ANSWER` seconds. `check` ends it by raising."""
+    called, began = begin_call(function), clock.now()
+    while not wait([called], timeout=POLL).done:
+        if (waited := clock.now() - began) > ANSWER:
+            return TimeoutError()
+        if waited > LEAST_ANSWER:  # they have that also where a time limit has passed
+            check()
+    return called.exception() or called.result()

@@ -1,0 +1,165 @@
+"""The cluster of a run that brings none: in this process, with its dashboard, and with no other port."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+
+from oocattn.errors import ProblemError
+from oocattn.forks import is_forked
+from oocattn.garbage import collection_paused
+from oocattn.surroundings import with_some_home
+
+with collection_paused():
+    import dask
+    import distributed.utils
+    from distributed import Client, LocalCluster, Worker
+    from distributed.comm import inproc
+
+    # What a scheduler imports as it starts; it goes on without a dashboard where it cannot.
+    with suppress(ImportError), with_some_home():
+        import distributed.dashboard.scheduler
+
+    from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress
+
+THREADS = 8
+"""Task threads of a worker: up to three attend (on a GPU they wait for it), the others stage, merge and write meanwhile."""
+
+DESCRIPTORS = 24
+"""Files that must be free to be opened: a cluster opens some ten as it starts."""
+
+NO_PROFILER = {"distributed.worker.profile.enabled": False}
+"""Dask's profiler walks the frames of running threads every 10 ms: seen to end the process with a segmentation fault, in its
+`profile.process` (CPython 3.11.7, distributed 2026.8)."""
+
+OWN_ORIGIN: dict[str, list[str]] = {"distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": []}
+"""Bokeh's own list, localhost and the port: Dask's allows every web page to read the dashboard."""
+
+ENCRYPTION = "distributed.comm.require-encryption"
+
+
+NO_TIMEOUT = {"distributed.scheduler.worker-ttl": None}
+"""Dask takes a worker for lost that was silent for five minutes by the wall clock, as when that is set forward; those of a
+process of ours live as long as it does."""
+
+
+@contextmanager
+def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> Iterator[Client]:
+    """A client of a new cluster in this process: a worker for the CPU or each GPU, and the dashboard on the loopback.
+
+    The cluster opens no port but that of the dashboard, which pages of other origins cannot read. Dask's own memory limit
+    is off: it counts mapped pages, and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Tracebacks
+    of tasks that fail are not logged. Raises ProblemError, with the cause, where the cluster cannot start.
+    """
+    address = DashboardAddress.parse(dashboard_address)
+    if is_forked():
+        # Dask has one thread for the whole process that unpacks tasks: where it was in use before the fork, it is not here.
+        distributed.utils._offload_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Offload")
+    # Else Dask asks for the way to a host of the internet, and warns where is none. Other clusters here keep their address.
+    inproc.global_manager._ip = inproc.global_manager._ip or LOOPBACK
+    settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
+    with dask.config.set(settings), _without_tracebacks(), _here_alone() as here:
+        cluster = here.enter_context(_start(address, workers))
+        http = cluster.scheduler.http_server
+        address.check_port(http.port)
+        address.restrict(cluster.scheduler.http_application)
+        for application in cluster.scheduler.http_application.applications:
+            application.websocket_origins.update(address.origins(http.port))
+        cluster.sync(_close_pages, list(cluster.workers.values()))
+        yield here.enter_context(Client(cluster))
+
+
+@contextmanager
+def _here_alone() -> Iterator[ExitStack]:
+    """A stack that is left alone in a fork of this process: threads that a cluster waits for as it closes are not there."""
+    process = os.getpid()
+    with ExitStack() as stack:
+        try:
+            yield stack
+        finally:
+            if os.getpid() != process:
+                stack.pop_all()
+
+
+def _start(address: DashboardAddress, workers: int) -> LocalCluster:
+    """A new cluster. Raises ProblemError, with the cause, where it cannot start."""
+    try:
+        _check_descriptors()
+        address.check_free()
+        # They log that the cluster does not start, but not why, and that its folder for temporary files cannot be locked.
+        with _silent("distributed.deploy.spec"), _silent("distributed.diskutils"):
+            return LocalCluster(
+                n_workers=workers,
+                threads_per_worker=THREADS,
+                processes=False,
+                memory_limit=0,
+                dashboard_address=[(address.host, address.port)],
+                worker_dashboard_address=f"{LOOPBACK}:0",  # left out, a worker listens on every interface
+            )
+    except ProblemError:
+        raise
+    except Exception as error:
+        raise ProblemError(f"the cluster of this process cannot start: {_reason(error)}") from error
+
+
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Have Dask not log that a task failed, with its traceback, for a while: the run says that in its own words."""
+    logger = logging.getLogger("distributed.worker")
+
+    def is_other(record: logging.LogRecord) -> bool:  # a filter of its own for each cluster: they may overlap
+        return not str(record.msg).startswith(("Compute Failed", "Run Failed"))
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Have a logger log nothing for a while."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _check_descriptors() -> None:
+    """Raise OSError where few files can be opened: Dask would log every one of its own that fails, and go on."""
+    with ExitStack() as opened:
+        for _ in range(DESCRIPTORS):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+
+
+def _reason(error: BaseException) -> str:
+    """What is behind an error of Dask, and what to do."""
+    cause = _cause(error)
+    words = str(cause) or type(cause).__name__
+    if isinstance(cause, OSError):
+        if cause.errno in (errno.EMFILE, errno.ENFILE):
+            return f"{cause.strerror}: raise the limit on open files (ulimit -n)"
+        return f"{words}: Dask needs a folder for its workers; set its temporary-directory, or TMPDIR, to one"
+    if dask.config.get(ENCRYPTION, None):
+        return f"{words}: Dask's configuration sets {ENCRYPTION}; set distributed.comm.tls as well, or unset it"
+    return words
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first OSError of those that led to an error, or the first of all."""
+    while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
+        error = before
+    return error
+
+
+async def _close_pages(workers: list[Worker]) -> None:
+    """Stop what workers serve over HTTP: the dashboard shows all of it."""
+    for worker in workers:
+        worker.services.pop("dashboard").stop()

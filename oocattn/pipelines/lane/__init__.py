@@ -1,0 +1,1 @@
+"""A lane: one device with its buffers, which stages, attends, merges and writes."""

@@ -1,0 +1,63 @@
+"""A lane's checkpoints: what it holds in memory alone is saved every so often, beside its work."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from oocattn import clock
+from oocattn.pipelines.failing import CHECKPOINT, naming
+from oocattn.pipelines.lane.partials.store import PartialStore
+from oocattn.pipelines.watch.events import Event, Span
+
+
+class Checkpoints:
+    """Saves the partials of a lane twice in an interval of so many seconds, so that a kill costs no more than one of work:
+    what came after the last save began, which is half an interval before the next one ends, and what is in flight.
+
+    With an interval of 0 nothing is saved but at the end. `fail` is told what goes wrong.
+    """
+
+    def __init__(self, partials: PartialStore, interval: float, fail: Callable[[BaseException], object]) -> None:
+        self._partials = partials
+        self._pause = interval / 2
+        self._fail = fail
+        self._ended = threading.Event()
+        self._made: deque[tuple[Span, int]] = deque()
+        self._thread: threading.Thread | None = None
+        if interval:
+            self._thread = threading.Thread(target=self._save_now_and_then, name="oocattn-checkpoints", daemon=True)
+            self._thread.start()
+
+    def tell(self, event: Event) -> Event:
+        """The event, with the checkpoints that were made since the last one."""
+        made = [self._made.popleft() for _ in range(len(self._made))]
+        if not made:
+            return event
+        spans = tuple(span for span, _ in made)
+        written = sum(written for _, written in made)
+        detail = {**event.detail, "checkpoint_bytes": written, "checkpointed": spans[-1].stop}
+        return replace(event, detail=detail, spans=(*event.spans, *spans))
+
+    def close(self) -> None:
+        """Make no more of them."""
+        self._ended.set()
+        self._partials.hurry()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _save_now_and_then(self) -> None:
+        took = 0.0
+        while not self._ended.wait(max(0.0, self._pause - took)):
+            start = clock.now()
+            try:
+                with naming(CHECKPOINT):
+                    written = self._partials.save(patient=True)
+            except BaseException as error:
+                self._fail(error)
+                return
+            took = clock.now() - start
+            if written:
+                self._made.append((Span("save", start, clock.now()), written))

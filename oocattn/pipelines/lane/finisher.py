@@ -1,0 +1,195 @@
+"""What becomes of a query chunk when its last partials come: merged, its ledger checked, divided, and written.
+
+One thread merges partials from disk, another checks and divides the chunk before, part by part as its rows are whole, and
+a third writes the part before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from oocattn import clock
+from oocattn.errors import TaintedError
+from oocattn.kernels import AttentionState
+from oocattn.kernels.settings import plain_threads
+from oocattn.pipelines.finished import record_of
+from oocattn.pipelines.lane.memory import Pool, as_numpy
+from oocattn.pipelines.lane.not_finite import count_narrowed, count_not_finite
+from oocattn.pipelines.lane.partials.store import Collected, PartialStore
+from oocattn.pipelines.lane.tiles import pieces
+from oocattn.pipelines.watch.events import Event, Span
+from oocattn.planning.plan import Plan
+from oocattn.storage.journal.journal import Journal
+from oocattn.storage.results.arrays import ResultArrays, Written
+
+Finalise = Callable[[AttentionState, torch.Tensor, torch.Tensor], None]
+"""Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""
+
+OutBlock = tuple[torch.Tensor, torch.Tensor]
+"""Host memory for a chunk of `out` [1, T, D] and of `lse` [1, T]."""
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A merged chunk, and its parts on their way to disk."""
+
+    merged: Event
+    not_finite: int
+    parts: list[Future[_Part]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part that was written: what, when, how many elements of `out` are NaN or Inf, how many its dtype made Inf or 0."""
+
+    written: Written
+    span: Span
+    not_finite: int
+    narrowed: tuple[int, int]
+
+
+class Finisher:
+    """Finishes the chunks of one lane, whose partials are in `partials`, by way of the blocks of `out` in `blocks`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        partials: PartialStore,
+        result: ResultArrays,
+        journal: Journal,
+        blocks: Pool[OutBlock],
+        finalise: Finalise,
+    ) -> None:
+        self._plan = plan
+        self._partials = partials
+        self._result = result
+        self._journal = journal
+        self._blocks = blocks
+        self._finalise = finalise
+        self._collector, self._divider, self._writer = (
+            plain_threads(1, f"oocattn-{work}") for work in ("merge", "divide", "write")
+        )
+        self._begun: dict[tuple[int, int], Future[_Finished]] = {}
+
+    def begin(self, head_group: int, chunk: int, whole: Iterable[int]) -> None:
+        """Begin to finish a chunk all of whose partials have begun to come, before its tasks do, which find it begun.
+
+        `whole` waits for them: it yields, again and again, up to which row they are there. So the chunks of the last
+        subproblem are written bit by bit while it is computed, not together at the end.
+        """
+        merging = self._collector.submit(self._collect, head_group, chunk)
+        self._begun[head_group, chunk] = self._divider.submit(self._finish, head_group, chunk, merging, whole)
+
+    def merge(self, head_group: int, chunk: int) -> Event:
+        """See a chunk's partials merged, checked that every row attended exactly the keys it must, and divided.
+
+        Raises DamagedPartialError for a partial on disk that is not whole, after which a chunk may be merged again, and
+        TaintedError for a wrong ledger.
+        """
+        if (head_group, chunk) not in self._begun:
+            self.begin(head_group, chunk, [len(self._plan.tokens(chunk))])
+        try:
+            return self._begun[head_group, chunk].result().merged
+        except BaseException:
+            del self._begun[head_group, chunk]
+            raise
+
+    def write(self, head_group: int, chunk: int) -> Event:
+        """See a merged chunk written to `out` and `lse`, one chunk file at a time; record it, and release its partials."""
+        finished = self._begun.pop((head_group, chunk)).result()
+        parts = [part.result() for part in finished.parts]
+        spans = tuple(part.span for part in parts)
+        counts = {
+            "pairs": finished.merged.amount,
+            "not_finite": finished.not_finite,
+            "out_not_finite": sum(part.not_finite for part in parts),
+            "out_overflowed": sum(part.narrowed[0] for part in parts),
+            "out_underflowed": sum(part.narrowed[1] for part in parts),
+        }
+        record = record_of(counts, [part.written for part in parts])
+        self._journal.finish(head_group, chunk, record)
+        self._partials.release(head_group, chunk)
+        return Event("written", spans[0].start, spans[-1].stop, head_group, chunk, amount=record["bytes"], spans=spans)
+
+    def close(self) -> None:
+        """Wait for what is under way; nothing else is begun."""
+        for threads in (self._collector, self._divider):
+            threads.shutdown(cancel_futures=True)
+        self._writer.shutdown()
+
+    def _collect(self, head_group: int, chunk: int) -> tuple[Collected, Span]:
+        start = clock.now()
+        return self._partials.collect(head_group, chunk), Span("merge", start, clock.now())
+
+    def _finish(
+        self, head_group: int, chunk: int, merging: Future[tuple[Collected, Span]], whole: Iterable[int]
+    ) -> _Finished:
+        collected, merged = merging.result()
+        state = collected.state
+        spans, pairs, parts = [merged], 0, list[Future[_Part]]()
+        first = self._plan.tokens(chunk).start
+        waiting = deque(pieces(range(len(state.keys)), self._plan.out_chunk_rows))
+        for row in whole:
+            while waiting and waiting[0].stop <= row:
+                part = waiting.popleft()
+                start = clock.now()
+                pairs += self._check_ledger(state, head_group, chunk, part)
+                spans.append(Span("merge", start, clock.now()))
+                number = (first + part.start) // self._plan.out_chunk_rows
+                for local, head in enumerate(self._plan.problem.head_group(head_group).query_heads):
+                    rows = state.head(local).rows(part.start, part.stop)
+                    parts.append(self._divide(head_group, head, number, rows, spans))
+        if waiting:
+            raise TaintedError(
+                f"head group {head_group}, chunk {chunk}: the rows from {waiting[0].start} on did not come; the result is "
+                "discarded, run again"
+            )
+        event = Event("merged", merged.start, clock.now(), head_group, chunk, amount=pairs, spans=tuple(spans))
+        return _Finished(event, collected.not_finite, parts)
+
+    def _check_ledger(self, state: AttentionState, head_group: int, chunk: int, rows: range) -> int:
+        """Check the ledger of some rows of a chunk; return the pairs they attended, of all heads of the group."""
+        tokens = self._plan.tokens(chunk)[rows.start : rows.stop]
+        attended = state.keys[rows.start : rows.stop].numpy()
+        expected = np.full_like(attended, self._plan.problem.tokens)
+        if self._plan.problem.causal:
+            expected = np.arange(tokens.start + 1, tokens.stop + 1)
+        wrong = np.flatnonzero(attended != expected)
+        if len(wrong):
+            row = int(wrong[0])
+            raise TaintedError(
+                f"head group {head_group}, token {tokens[row]}: {attended[row]} keys were attended, expected "
+                f"{expected[row]}; the result is discarded, run again"
+            )
+        return int(attended.sum()) * self._plan.problem.group_size
+
+    def _divide(self, head_group: int, head: int, part: int, rows: AttentionState, spans: list[Span]) -> Future[_Part]:
+        """Finalise the rows of a head that are chunk `part` of `out`, and have them written."""
+        block = self._blocks.take()
+        start = clock.now()
+        try:
+            out, lse = (memory[:, : len(rows.keys)] for memory in block)
+            self._finalise(rows, out, lse)
+        except BaseException:
+            self._blocks.put(block)  # for what is behind in the queue, or it would wait without end
+            raise
+        spans.append(Span("merge", start, clock.now()))
+        batch = self._plan.problem.head_group(head_group).batch
+
+        def write() -> _Part:
+            start = clock.now()
+            try:
+                not_finite = count_not_finite(as_numpy(out)[0])
+                narrowed = count_narrowed(rows, out, not_finite)
+                written = self._result.write(batch, head, part, as_numpy(out)[0], as_numpy(lse)[0])
+            finally:
+                self._blocks.put(block)
+            return _Part(written, Span("write", start, clock.now()), not_finite, narrowed)
+
+        return self._writer.submit(write)

@@ -1,0 +1,48 @@
+"""How many elements are NaN or Inf: of inputs as they are read, and of `out` as it is written, and whether its dtype made
+them so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from oocattn.kernels import AttentionState
+
+_BLOCK = 1 << 16
+"""Elements of temporary arrays, which stay small."""
+
+
+def count_not_finite(array: npt.NDArray[Any]) -> int:
+    """How many elements are NaN or Inf: those whose exponent bits are all ones.
+
+    Usually none: as integers, these are the largest without a sign and the largest with one, so two maxima tell.
+    """
+    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[array.dtype.name]
+    unsigned, signed = (np.uint16, np.int16) if array.itemsize == 2 else (np.uint32, np.int32)
+    bits: npt.NDArray[Any] = array.reshape(-1).view(unsigned)
+    with_sign: npt.NDArray[Any] = bits.view(signed)
+    sign = 1 << (8 * array.itemsize - 1)
+    if not len(bits) or (int(np.max(bits)) < sign + exponent and int(np.max(with_sign)) < exponent):
+        return 0
+    mask = bits.dtype.type(exponent)
+    return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(_BLOCK, len(bits), _BLOCK)))
+
+
+def count_narrowed(state: AttentionState, out: torch.Tensor, not_finite: int) -> tuple[int, int]:
+    """How many elements of `out` [g, n, D] are Inf, and how many 0, though the state gives them another float32 value.
+
+    `not_finite` of them are NaN or Inf. Where there are none, and few zeros (0.5%), nothing is counted: it takes time.
+    """
+    if not not_finite and out.numel() - int(torch.count_nonzero(out)) <= out.numel() / 200:
+        return 0, 0
+    rows = max(1, _BLOCK // out.shape[-1])
+    overflowed = underflowed = 0
+    for start in range(0, out.shape[1], rows):
+        block, narrow = state.rows(start, start + rows), out[:, start : start + rows]
+        wide = block.num / block.den.unsqueeze(-1)
+        overflowed += int((narrow.isinf() & wide.isfinite()).sum())
+        underflowed += int(((narrow == 0) & (wide.abs() > 0)).sum())
+    return overflowed, underflowed

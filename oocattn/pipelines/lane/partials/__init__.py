@@ -1,0 +1,1 @@
+"""Partials between being computed and being merged: in memory with checkpoints, or in files."""

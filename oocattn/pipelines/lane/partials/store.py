@@ -1,0 +1,104 @@
+"""Between computing the partials of a query chunk and having them merged: what every store of them does.
+
+Two stores do it, `memory_partials` and `disk_partials`. Partials are merged by quorum index, so a merged state is the same
+bit for bit in either of them, whatever computed the partials and when. A store for another place is one more module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from oocattn.errors import IntegrityError
+from oocattn.kernels import AttentionState
+from oocattn.pipelines.lane.memory import Pool
+from oocattn.planning.plan import Plan
+
+States = Pool[AttentionState]
+"""States of one head group in host memory."""
+
+
+class DamagedPartialError(IntegrityError):
+    """A partial was lost or damaged, and what was left of it removed: compute its subproblem again, and then merge."""
+
+    def __init__(self, message: str, head_group: int, chunk: int, subproblem: int) -> None:
+        super().__init__(message, head_group, chunk, subproblem)
+        self.head_group = head_group
+        self.chunk = chunk
+        self.subproblem = subproblem
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a partial goes: host memory that it overwrites or, where `merged`, into whose content it is merged."""
+
+    state: AttentionState
+    merged: bool
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The merged state of a query chunk, and how many elements of its rows of q, k and v are NaN or Inf."""
+
+    state: AttentionState
+    not_finite: int
+
+
+class PartialStore(Protocol):
+    """Takes partials as they are computed and gives back the merged state of a query chunk.
+
+    A chunk holds one of the lane's accumulators from its first partial (in memory) or its merge (on disk) to its release.
+    """
+
+    def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
+        """Where the partial of `chunk` from `subproblem` goes; this waits where a buffer, or the accumulator, is in use.
+
+        `not_finite` is what the subproblem found in the chunk's inputs. Raises DamagedPartialError where what was on disk
+        of the chunk before is not whole.
+        """
+
+    def awaited(self, head_group: int, chunk: int) -> bool:
+        """Whether a `save` waits until what is under way to this chunk has ended."""
+
+    def end(self, head_group: int, chunk: int, subproblem: int) -> int:
+        """The partial is there, whole; return the bytes written to disk."""
+
+    def collect(self, head_group: int, chunk: int) -> Collected:
+        """Merge every partial of the chunk; the state is valid until `release`.
+
+        In memory, where each is merged as it comes, this is the state into which the last have begun to be merged. Raises
+        DamagedPartialError, and holds nothing, if one is not whole.
+        """
+
+    def release(self, head_group: int, chunk: int) -> None:
+        """Forget the chunk: its output is written."""
+
+    def save(self, patient: bool) -> int:
+        """Have on disk what is in memory alone; return the bytes written.
+
+        What is under way while this begins is left out or, where it is `patient`, waited for.
+        """
+
+    def hurry(self) -> None:
+        """Let no `save` be patient any more."""
+
+
+class Accumulators:
+    """The chunk states of a lane, allocated once. The edges of the graph see to it that one is free when it is needed."""
+
+    def __init__(self, plan: Plan, free: States) -> None:
+        self._plan = plan
+        self._free = free
+        self._held: dict[tuple[int, int], AttentionState] = {}
+
+    def take(self, head_group: int, chunk: int) -> AttentionState:
+        """An accumulator for a chunk, its rows of it; what it holds is undefined."""
+        self._held[head_group, chunk] = self._free.take()
+        return self._held[head_group, chunk].rows(0, len(self._plan.tokens(chunk)))
+
+    def give_back(self, head_group: int, chunk: int) -> None:
+        """Let another chunk have it."""
+        self._free.put(self._held.pop((head_group, chunk)))

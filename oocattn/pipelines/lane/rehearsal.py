@@ -1,0 +1,47 @@
+"""Every shape of call that a run on GPUs will make, made once before it.
+
+cuDNN takes 45 ms to plan a shape (H200, cuDNN 9.19), in which a run's GPU would have nothing to do. The launching threads
+of this process keep the plans (`kernels.cuda.device.launcher`).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from oocattn.kernels import AttentionState, get_kernel
+from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.pipelines.lane.tiles import call_shapes
+from oocattn.planning.plan import Plan
+
+logger = logging.getLogger("oocattn")
+
+
+def rehearse(plan: Plan) -> None:
+    """Make a plan's calls on random data, on every GPU of this process, within what the plan allocates there.
+
+    Only where the kernel plans shapes. What fails here is left to the run, which says it or gets by.
+    """
+    if not get_kernel(plan.kernel).plans_shapes:
+        return
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for gpu, calls in [(gpu, launcher(gpu).submit(_make_calls, plan, gpu)) for gpu in gpus]:
+        if error := calls.exception():
+            logger.debug("the rehearsal on %s failed: %s", gpu, error)
+    for gpu in gpus:
+        release_cached_memory(gpu)
+
+
+def _make_calls(plan: Plan, gpu: torch.device) -> None:
+    problem, tiles, kernel = plan.problem, plan.tiles, get_kernel(plan.kernel)
+    heads, dim, dtype = problem.group_size, problem.head_dim, getattr(torch, problem.dtype)
+    with torch.cuda.device(gpu):
+        queries = torch.randn((heads * tiles.query, dim), dtype=dtype, device=gpu)
+        key, value = torch.randn((2, tiles.key, dim), dtype=dtype, device=gpu)
+        state = AttentionState.empty(heads, tiles.query, dim, gpu)
+        for shape in call_shapes(plan):
+            query = queries[: heads * shape.tile_rows].view(heads, shape.tile_rows, dim)[:, : shape.rows]
+            keys, part = slice(0, shape.keys), state.rows(0, shape.rows)
+            kernel.attend(query, key[keys], value[keys], part, scale=problem.scale, diagonal=shape.diagonal)
+        torch.cuda.synchronize(gpu)

@@ -1,0 +1,97 @@
+"""A progress bar on the terminal: subproblems, tokens per second and the time left."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import nullcontext
+from functools import partial
+from typing import cast
+
+from tqdm import tqdm
+
+from oocattn import clock
+from oocattn.log import logger
+from oocattn.pipelines.watch.events import Event
+from oocattn.planning.plan import Plan
+from oocattn.text import printable
+from oocattn.units import format_seconds
+
+INTERVAL = 0.1
+"""Seconds between two drawings of the bar at least, where subproblems end faster than that."""
+
+
+class ProgressBar:
+    """A listener that draws a tqdm bar on standard error and prints the dashboard's address above it.
+
+    Its times are by the clock of the run: tqdm's own are by the wall clock, which may be set meanwhile. The rate is that of
+    the subproblems that this process has seen end, up to the last one; lines of the log are printed above the bar.
+    """
+
+    def __init__(self) -> None:
+        self._bar: tqdm[None] | None = None
+        self._tokens_each = 0.0
+        self._start = self._drawn = self._advanced = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "started":
+            self._begin(event)
+        elif self._bar is not None:
+            if event.kind == "mended":
+                self._bar.n = self._bar.total - cast(int, event.detail["left"])
+                self._bar.initial = min(self._bar.initial, self._bar.n)  # what was lost is done again
+            elif event.kind == "attended":
+                self._bar.n += 1
+                self._advanced = clock.now()
+            if event.kind in ("failed", "ended"):
+                self._end(self._bar)
+            elif self._is_due(event, self._bar):
+                self._draw(self._bar)
+
+    def _begin(self, event: Event) -> None:
+        plan = cast(Plan, event.detail["plan"])
+        if event.detail["dashboard"]:
+            tqdm.write(f"dashboard {printable(event.detail['dashboard'])}", file=sys.stderr)
+        self._tokens_each = plan.problem.tokens * plan.problem.batch / plan.subproblems
+        self._start = self._drawn = self._advanced = clock.now()
+        self._bar = tqdm(
+            total=plan.subproblems,
+            initial=plan.subproblems - cast(int, event.detail["left"]),
+            dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} subproblems{postfix}",
+        )
+        logger.around = partial(tqdm.external_write_mode, file=sys.stderr)
+
+    def _end(self, bar: tqdm[None]) -> None:
+        logger.around = nullcontext
+        self._bar = None
+        self._draw(bar)
+        bar.close()
+
+    def _is_due(self, event: Event, bar: tqdm[None]) -> bool:
+        """Whether to draw it now: where subproblems take long the next event is far away."""
+        slow = event.kind == "attended" and self._seconds_each(bar) >= INTERVAL
+        return slow or clock.now() - self._drawn >= INTERVAL
+
+    def _draw(self, bar: tqdm[None]) -> None:
+        self._drawn = clock.now()
+        each = self._seconds_each(bar)
+        words = format_seconds(self._drawn - self._start)
+        if each < math.inf:
+            rate = clock.rate(self._tokens_each, each)
+            words += f", {rate:,.{0 if rate >= 10 else 1}f} tokens/s"
+        if each < math.inf and bar.n < bar.total:
+            left = (bar.total - bar.n) * each - (self._drawn - self._advanced)
+            words += f", about {format_seconds(max(0.0, left))} left"
+        bar.set_postfix_str(words)  # which draws it
+
+    def _seconds_each(self, bar: tqdm[None]) -> float:
+        """Seconds that a subproblem took on average in this process, until the last one ended; Inf before the first.
+
+        Where the next one is overdue, it counts with the time that it has taken so far.
+        """
+        done = int(bar.n - bar.initial)
+        if done <= 0:
+            return math.inf
+        overdue = (clock.now() - self._start) / (done + 1) if bar.n < bar.total else 0.0
+        return max((self._advanced - self._start) / done, overdue)

@@ -1,0 +1,213 @@
+"""What a run did, in numbers: gathered from its events, kept beside its result."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from oocattn import clock
+from oocattn.errors import IntegrityError
+from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
+from oocattn.pipelines.watch.events import Event
+from oocattn.pipelines.watch.timeline import busy_seconds
+from oocattn.planning.plan import Plan
+from oocattn.records import Count, Positive, Range, Seconds, from_json
+from oocattn.storage.journal.journal import Place
+from oocattn.text import printable
+from oocattn.units import format_bytes, format_count, format_seconds
+
+ADDED = ("out_overflowed", "out_underflowed", "out_elements")
+"""Fields of a report that older versions do not write."""
+
+MOST_UNDERFLOWED = 0.01
+"""Of the elements of `out`: where more are 0 because its dtype holds no smaller number, the others have lost as much."""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Figures of one finished run.
+
+    `seconds` is wall time from the first task to the committed result, of the process that finished it, as are `busy`,
+    the seconds spent in each kind of task, over all lanes, `bytes_read`, `bytes_partials` (written to disk) and
+    `compute_busy`, the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean.
+    `pairs` are the query-key pairs that the ledger confirmed, `pairs_before` those of them that were attended before the
+    run was resumed; `not_finite` the NaN and Inf found in the inputs, `out_not_finite` those in `out` as it was written,
+    `out_overflowed` those of them that only the dtype of `out` made Inf, `out_underflowed` those that it made 0, of
+    `out_elements` (0, 0 and 1 in reports of older versions);
+    `recomputed` the partials on disk that were damaged, so that they were computed again; `retried` the tasks that
+    failed and were tried again, `workers_lost` how often workers died, so that others took over their work;
+    `out_of_memory` how often a GPU had less memory than was planned, so that the run went on with smaller tiles;
+    `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them whose checksums
+    were compared then; `other_bits` what computed otherwise for a part of the run than when it began, so that its bits
+    are not those of an uninterrupted run.
+    """
+
+    seconds: Seconds
+    predicted_seconds: Seconds
+    tokens: Positive
+    subproblems: Positive
+    lanes: Positive
+    pairs: Positive
+    pairs_before: Count
+    bytes_read: Count
+    bytes_partials: Count
+    bytes_written: Count
+    not_finite: Count
+    out_not_finite: Count
+    recomputed: Count
+    retried: Count
+    workers_lost: Count
+    busy: Mapping[str, Seconds]
+    compute_busy: Annotated[float, Range(0.0, 1e6)]
+    out_of_memory: Count
+    chunks_before: Count
+    chunks_compared: Count
+    other_bits: str
+    finished: str
+    out_overflowed: Count = 0
+    out_underflowed: Count = 0
+    out_elements: Positive = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RunReport:
+        """The report that `to_json` wrote. Raises IntegrityError for anything else."""
+        try:
+            return from_json(cls, content, ADDED)
+        except ValueError as error:
+            raise IntegrityError(f"not the report of a run: {error}") from None
+
+    @property
+    def lost(self) -> list[str]:
+        """What numbers of a limited range have lost of `out`, and what to do, line by line."""
+        lines = []
+        if self.out_overflowed:
+            lines.append(
+                f"{self.out_overflowed:,} elements of out are Inf because their values are too large for its dtype: "
+                "choose a wider one (--dtype float32)"
+            )
+        elif self.out_not_finite and not self.not_finite:
+            lines.append(
+                f"{self.out_not_finite:,} elements of out are NaN or Inf, and none of the inputs: float32 arithmetic "
+                "overflowed; make scores or values smaller"
+            )
+        if self.out_underflowed > self.out_elements * MOST_UNDERFLOWED:
+            lines.append(
+                f"{self.out_underflowed:,} elements of out are 0 because their values are too small for its dtype: "
+                "choose a wider one (--dtype float32), or make values larger"
+            )
+        return lines
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s of the work done since the run was started or resumed."""
+        return clock.rate(self.tokens * (1 - self.pairs_before / self.pairs), self.seconds)
+
+    def __str__(self) -> str:
+        since = " since it was resumed" if self.pairs_before else ""
+        lines = [
+            f"finished     {self.finished} in {format_seconds(self.seconds)}{since} "
+            f"(predicted {format_seconds(self.predicted_seconds)}), {self.rate:,.0f} tokens/s",
+            f"work         {self.subproblems:,} subproblems on {self.lanes} lane{'s' * (self.lanes > 1)}, "
+            f"{format_count(self.pairs)}pairs, every one counted",
+            f"bytes        {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_partials)} of partials{since}, "
+            f"{format_bytes(self.bytes_written)} written in all",
+            "busy         " + ", ".join(f"{kind} {format_seconds(seconds)}" for kind, seconds in self.busy.items()),
+            f"compute      busy {self.compute_busy:.1%} of the time",
+        ]
+        if self.pairs_before:
+            lines.append(f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were attended before")
+        if self.chunks_before:
+            lines.append(
+                f"before       {self.chunks_before:,} chunk{'s' * (self.chunks_before > 1)} finished, checksums of "
+                f"{self.chunks_compared:,} compared"
+            )
+        if self.other_bits:
+            lines.append(f"bits         other bits than those of an uninterrupted run: {printable(self.other_bits)}")
+        if self.not_finite:
+            lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
+        if self.out_not_finite:
+            lines.append(f"out          {self.out_not_finite:,} elements are NaN or Inf")
+        lines += [f"             {line}" for line in self.lost]
+        if self.recomputed:
+            lines.append(f"partials     {self.recomputed} damaged on disk, and computed again")
+        if self.retried:
+            lines.append(f"tasks        {self.retried} failed and were tried again")
+        if self.workers_lost:
+            lines.append(f"workers      {self.workers_lost} lost; others took over")
+        if self.out_of_memory:
+            lines.append(
+                f"device       out of memory {self.out_of_memory} times although the plan fits: went on with smaller tiles"
+            )
+        return "\n".join(map(printable, lines))
+
+
+class Tally:
+    """A listener that adds a run's events up."""
+
+    def __init__(self) -> None:
+        self.amounts: defaultdict[str, int] = defaultdict(int)
+        self.busy: defaultdict[str, float] = defaultdict(float)
+        self.details: defaultdict[str, int] = defaultdict(int)
+        self.computing = 0.0
+        self.resumed = False
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "started":
+            self.resumed = bool(event.detail["resumed"])
+        self.computing += busy_seconds(span for span in event.spans if span.resource == "compute")
+        bit_by_bit = event.kind in ("merged", "written")
+        self.busy[event.kind] += busy_seconds(event.spans) if bit_by_bit else event.stop - event.start
+        self.amounts[event.kind] += event.amount
+        for name, value in event.detail.items():
+            if isinstance(value, int):
+                self.details[name] += value
+
+    def report(
+        self,
+        plan: Plan,
+        finished: Mapping[Place, Mapping[str, Any]],
+        *,
+        seconds: float,
+        lanes: int,
+        compared: Compared = NOTHING_FINISHED,
+        other_bits: str = "",
+    ) -> RunReport:
+        """The figures of a run: the journal has those of all its finished chunks."""
+
+        def total(name: str) -> int:
+            return sum(int(record[name]) for record in finished.values())
+
+        return RunReport(
+            seconds=seconds,
+            predicted_seconds=plan.seconds,
+            tokens=plan.problem.tokens * plan.problem.batch,
+            subproblems=plan.subproblems,
+            lanes=lanes,
+            pairs=total("pairs"),
+            pairs_before=max(0, total("pairs") - self.amounts["attended"]) if self.resumed else 0,
+            bytes_read=self.amounts["staged"],
+            bytes_partials=self.details["partial_bytes"] + self.details["checkpoint_bytes"] + self.amounts["saved"],
+            bytes_written=total("bytes"),
+            not_finite=total("not_finite"),
+            out_not_finite=total("out_not_finite"),
+            out_overflowed=total("out_overflowed"),
+            out_underflowed=total("out_underflowed"),
+            out_elements=plan.problem.rows * plan.problem.head_dim,
+            recomputed=self.details["recomputed"],
+            retried=self.details["retried"],
+            workers_lost=self.details["workers_lost"],
+            busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
+            compute_busy=clock.rate(self.computing, seconds * lanes),
+            out_of_memory=self.details["out_of_memory"],
+            chunks_before=compared.finished,
+            chunks_compared=compared.compared,
+            other_bits=other_bits,
+            finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )

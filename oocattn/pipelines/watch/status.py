@@ -1,0 +1,321 @@
+"""How far a run is, for those who did not start it: a small file that the run keeps up to date, and its reader."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+from oocattn import clock
+from oocattn.errors import IntegrityError
+from oocattn.pipelines.deadline import NOTICED
+from oocattn.pipelines.watch.events import Event
+from oocattn.pipelines.watch.report import RunReport
+from oocattn.planning.plan import Plan
+from oocattn.problem.problem import Problem, read_problem
+from oocattn.records import Count, Range, Seconds, from_json, to_json
+from oocattn.storage.files.durable import read_json, write_text
+from oocattn.storage.files.folders import is_folder
+from oocattn.storage.journal.claims import Claim, Holder
+from oocattn.storage.journal.lock import holder_silence, lock_holder
+from oocattn.storage.paths import ResultPaths
+from oocattn.text import printable
+from oocattn.units import format_bytes, format_seconds
+
+MOST_BYTES = 1 << 20
+"""Of the files of status and report."""
+
+ADDED = ("result", "certificate", "verdict", "stalled", "stalled_since")
+"""Fields of a status that older versions do not write."""
+
+INTERVAL = 1.0
+"""Seconds between updates of the file."""
+
+logger = logging.getLogger("oocattn")
+
+
+Outcome = Literal["", "passed", "inconclusive", "failed"]
+
+State = Literal["none", "running", "interrupted", "finished"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far the run to `result` is: `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody
+    works on it) or "finished".
+
+    `share` of the work is done: 0 of no run, 1 of a finished result. `subproblems` and `tokens` are those of the whole run,
+    0 where they are not known: before a run has planned, and `subproblems` of a result without its report. Of an interrupted
+    run, `subproblems_done` are those that need not be done again when it is resumed; `tokens_done` is that share of the
+    tokens. `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and `bytes_read`,
+    `bytes_saved` (as partials) and `bytes_written` (to the result) are those since then. `seconds_left` is wall time too, of
+    an interrupted run at that rate, or as its plan predicts it; None where there is no plan yet. `saved` is when something
+    was last brought to disk for good, in seconds since the epoch, or 0. A finished result has the figures of its report.
+
+    `dashboard` is the address of a running run's, `holder` says who works on it, and `error` how an interrupted one ended.
+    `certificate` is what `verify` found of this very result, "" where it was not verified, and `verdict` when and in words.
+
+    `stalled` says why a run that is alive has not gone on since `stalled_since`, in seconds since the epoch, and what to do;
+    or it is "".
+    """
+
+    state: State
+    subproblems: Count = 0
+    subproblems_done: Count = 0
+    tokens: Count = 0
+    rate: Annotated[float, Range(0.0, 1e18)] = 0.0
+    seconds: Seconds = 0.0
+    seconds_left: Seconds | None = None
+    bytes_read: Count = 0
+    bytes_saved: Count = 0
+    bytes_written: Count = 0
+    saved: Seconds = 0.0
+    dashboard: str = ""
+    holder: str = ""
+    error: str = ""
+    result: str = ""
+    certificate: Outcome = ""
+    verdict: str = ""
+    stalled: str = ""
+    stalled_since: Seconds = 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the work that is done, between 0 and 1. Whether the result is there says `state`."""
+        if self.state == "finished":
+            return 1.0
+        return self.subproblems_done / self.subproblems if self.subproblems else 0.0
+
+    @property
+    def tokens_done(self) -> int:
+        """Tokens in the measure of the work that is done."""
+        return int(self.tokens * self.share)
+
+    def __str__(self) -> str:
+        if self.state == "none":
+            return printable(f"none: no run to {self.result or 'this path'} has begun")
+        if self.state == "finished":
+            lines = [f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"]
+            lines += [f"certificate of {self.verdict}"] if self.certificate else []
+            return "\n".join(map(printable, lines))
+        if not self.subproblems:
+            return printable(f"{self.state}: starting; {self.holder}")
+        state = "stalled" if self.stalled else self.state
+        lines = [
+            f"{state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
+            f"{self.tokens:,} tokens ({self.share:.0%})"
+        ]
+        if self.rate:  # known from the first subproblem on
+            lines[0] += f" after {format_seconds(self.seconds)}, {self.rate:,.0f} tokens/s"
+        if self.bytes_read or self.bytes_saved or self.bytes_written:
+            lines.append(
+                f"{format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_saved)} of partials, "
+                f"{format_bytes(self.bytes_written)} written; {self._last_saved()}"
+            )
+        left = "time left not known" if self.seconds_left is None else f"about {format_seconds(self.seconds_left)} left"
+        if self.stalled:
+            lines.append(f"no progress for {format_seconds(max(0.0, clock.now() - self.stalled_since))}: {self.stalled}")
+        if self.state == "running":
+            lines.append(f"{'' if self.stalled else f'{left}; '}{self.holder}; dashboard {self.dashboard or 'none'}")
+        if self.error:
+            lines.append(f"it ended: {self.error}")
+        if self.state == "interrupted":
+            lines.append(f"{left}; nobody works on it")
+        return "\n".join(map(printable, lines))
+
+    def _last_saved(self) -> str:
+        if not self.saved:
+            return "nothing saved since then" if self.subproblems_done else "nothing saved yet"
+        return f"last saved {format_seconds(max(0.0, clock.now() - self.saved))} ago"
+
+
+class StatusFile:
+    """A listener that writes a run's progress to a file, once a second at most, while the run holds its lock."""
+
+    def __init__(self, path: Path, claim: Claim) -> None:
+        self._path = path
+        self._claim = claim
+        self._written = self._start = 0.0
+        self._before = 0
+        self._status = Status("running")
+
+    def __call__(self, event: Event) -> None:
+        if event.kind in ("committed", "ended"):
+            return  # the file has been removed
+        self._status = self._counted(event)
+        if event.kind in ("started", "mended"):
+            self._again(event)
+        elif event.kind == "attended":
+            self._status = self._advanced()
+        elif event.kind == "failed":
+            self._status = replace(self._status, error=str(event.detail["error"]), stalled="")
+        elif event.kind == "stalled":
+            self._status = replace(self._status, stalled=str(event.detail["reason"]), stalled_since=event.start)
+        important = event.kind in ("started", "mended", "stalled", "failed")
+        if important or clock.now() - self._written >= INTERVAL:
+            self._written = clock.now()
+            with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
+                self._claim.check()
+                write_text(self._path, json.dumps(to_json(self._status)), synced=False)
+
+    def _counted(self, event: Event) -> Status:
+        """The status with the bytes of an event, and when they were brought to disk."""
+        status = self._status
+        partials = sum(cast(int, event.detail.get(name, 0)) for name in ("partial_bytes", "checkpoint_bytes"))
+        partials += event.amount if event.kind == "saved" else 0
+        saved = event.stop if event.kind == "written" or partials else 0.0
+        saved = cast(float, event.detail.get("checkpointed", saved))
+        return replace(
+            status,
+            bytes_read=status.bytes_read + (event.amount if event.kind == "staged" else 0),
+            bytes_saved=status.bytes_saved + partials,
+            bytes_written=status.bytes_written + (event.amount if event.kind == "written" else 0),
+            saved=max(status.saved, saved),
+        )
+
+    def _again(self, event: Event) -> None:
+        """So many subproblems are left, and the others were done before."""
+        if event.kind == "started":
+            plan, left = cast(Plan, event.detail["plan"]), cast(int, event.detail["left"])
+            self._status = Status(
+                "running",
+                plan.subproblems,
+                tokens=_tokens(plan.problem),
+                seconds_left=plan.seconds * left / plan.subproblems,
+                dashboard=str(event.detail["dashboard"]),
+            )
+            self._before = plan.subproblems - left
+            self._start = event.start
+        done = self._status.subproblems - cast(int, event.detail["left"])
+        self._before = min(self._before, done)
+        self._status = replace(self._status, subproblems_done=done, stalled="")
+
+    def _advanced(self) -> Status:
+        """The status with one more subproblem done."""
+        status, seconds = self._status, clock.now() - self._start
+        done = status.subproblems_done + 1
+        here = done - self._before
+        return replace(
+            status,
+            subproblems_done=done,
+            rate=clock.rate(status.tokens * here / status.subproblems, seconds),
+            seconds=seconds,
+            seconds_left=seconds * (status.subproblems - done) / here,
+        )
+
+
+def read_status(paths: ResultPaths) -> Status:
+    """How far the run to this result is, whether or not one is alive.
+
+    Raises IntegrityError for a damaged file, and warns of one where the journal still says how far an interrupted run came.
+    """
+    holder = lock_holder(paths.lock) if is_folder(paths.state) else None
+    unfinished = _is_unfinished(paths)
+    last = None
+    if holder is not None or unfinished:  # else it says nothing that the result does not
+        try:
+            last = _last_written(paths.status)
+        except IntegrityError as error:
+            if not unfinished:
+                raise
+            logger.warning("%s: what the run had read and written, and how fast it was, is not known", error)
+        if last is None and unfinished:
+            last = Status("interrupted")  # killed before it was written
+    if last is None:
+        recorded = paths.attributes() or {}
+        if "problem" in recorded:
+            return replace(_finished(paths, recorded["problem"]), result=str(paths.result))
+        last = Status("none" if holder is None else "running")
+    elif holder is not None:
+        last = replace(_seen(last, holder, paths), error="")  # which is of a run before this one
+    else:
+        last = replace(last, state="interrupted", dashboard="", stalled="")
+    return replace(last, holder="" if holder is None else str(holder), result=str(paths.result))
+
+
+def _seen(last: Status, holder: Holder, paths: ResultPaths) -> Status:
+    """The status of a run that is alive; its process may be stopped."""
+    running, silence = replace(last, state="running"), holder_silence(paths.lock)
+    if silence < NOTICED:
+        return running
+    stopped = (
+        f"{holder} is stopped, and its run with it: let it go on (kill -CONT {holder.process}); or else {paths.state} is on "
+        "a file system that does not answer it"
+    )
+    return replace(running, stalled=stopped, stalled_since=clock.now() - silence)
+
+
+def _is_unfinished(paths: ResultPaths) -> bool:
+    """Whether a run has begun and is not complete. Raises IntegrityError for a damaged journal, unless a result is there."""
+    try:
+        return paths.unfinished is not None
+    except IntegrityError as error:
+        if "problem" not in (paths.attributes() or {}):
+            raise
+        logger.warning("%s; the result that is there is not touched by that", error)
+        return False
+
+
+def _finished(paths: ResultPaths, problem: object) -> Status:
+    """The status of a finished result, with the figures of its report, or as much as follows from its problem."""
+    try:
+        report = read_report(paths)
+    except IntegrityError as error:  # the result is there
+        logger.warning("the report of the run cannot be read: %s", error)
+        report = None
+    if report is None:
+        tokens = 0
+        with suppress(ValueError):
+            tokens = _tokens(read_problem(problem))
+        return Status("finished", tokens=tokens, seconds_left=0.0)
+    saved = 0.0
+    with suppress(ValueError):
+        saved = max(0.0, datetime.fromisoformat(report.finished).timestamp())
+    return Status(
+        "finished",
+        report.subproblems,
+        report.subproblems,
+        report.tokens,
+        rate=report.rate,
+        seconds=report.seconds,
+        seconds_left=0.0,
+        bytes_read=report.bytes_read,
+        bytes_saved=report.bytes_partials,
+        bytes_written=report.bytes_written,
+        saved=saved,
+    )
+
+
+def read_report(paths: ResultPaths) -> RunReport | None:
+    """The report beside a result; None where there is none. Raises IntegrityError for a damaged one."""
+    found = read_json(paths.report, MOST_BYTES) if is_folder(paths.state) else None
+    return RunReport.from_json(found) if found else None
+
+
+def as_planned(status: Status, plan: Plan, left: int) -> Status:
+    """The status of a run of which the plan is known, and how many subproblems are left."""
+    done, tokens = plan.subproblems - left, _tokens(plan.problem)
+    share = left / plan.subproblems
+    seconds_left = tokens * share / status.rate if status.rate else plan.seconds * share
+    return replace(status, subproblems=plan.subproblems, subproblems_done=done, tokens=tokens, seconds_left=seconds_left)
+
+
+def _tokens(problem: Problem) -> int:
+    return problem.tokens * problem.batch
+
+
+def _last_written(path: Path) -> Status | None:
+    """The status in a file, None where there is none. Raises IntegrityError unless it is as `StatusFile` writes it."""
+    content = read_json(path, MOST_BYTES)
+    if content is None:
+        return None
+    try:
+        return from_json(Status, content, ADDED)
+    except ValueError as error:
+        raise IntegrityError(
+            f"{path}: not the status of a run ({error}); a run that is alive writes it again: ask again"
+        ) from None

@@ -1,0 +1,58 @@
+"""A plan that was kept in a file, checked before it is believed: its numbers must be those that the planner computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from oocattn.planning.candidates import MAX_CHUNKS, MAX_SUBPROBLEMS
+from oocattn.planning.cost import recost
+from oocattn.planning.plan import Plan, ScratchBytes
+from oocattn.problem.problem import check_problem
+from oocattn.records import from_json
+
+
+def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes]) -> Plan:
+    """The plan that `Plan.to_json` wrote; `scratch_of(kernel, device)` says what a kernel allocates.
+
+    Raises ValueError for anything else: another type, a number out of range, a choice that does not exist, a number that
+    does not follow from what was given and chosen, a peak beyond its budget.
+    """
+    plan = from_json(Plan, content)
+    check_problem(plan.problem)
+    _check_choices(plan)
+    found, expected = plan.to_json(), recost(plan, scratch_of(plan.kernel, plan.device)).to_json()
+    for name, value in expected.items():
+        if not _same(value, found[name]):
+            raise ValueError(f"its {name.replace('_', ' ')} does not follow from the rest of the plan")
+    if plan.peak_host > plan.host_memory or plan.peak_device > plan.device_memory:
+        raise ValueError("its peak memory is beyond its budgets")
+    return plan
+
+
+def _check_choices(plan: Plan) -> None:
+    """Raise ValueError where no plan would have been chosen so."""
+    limit = min(plan.problem.tokens, MAX_CHUNKS)
+    strips = plan.decomposition == "strips"
+    if plan.chunks > limit:
+        raise ValueError(f"{plan.chunks:,} chunks: expected {limit:,} at most")
+    if plan.span > plan.chunks or strips != (plan.span > 0):
+        raise ValueError(f"strips of {plan.span:,} of {plan.chunks:,} chunks")
+    if plan.division.subproblems > MAX_SUBPROBLEMS:
+        raise ValueError(f"{plan.division.subproblems:,} subproblems of a head group: expected {MAX_SUBPROBLEMS:,} at most")
+    if plan.accumulators > 3 * plan.chunks + 4 or (strips and plan.partials == "disk"):
+        raise ValueError(f"{plan.accumulators:,} accumulators, partials in {plan.partials}")
+    if max(plan.tiles.query, plan.tiles.key) > max(plan.problem.tokens, plan.chunk_rows):
+        raise ValueError(f"tiles of {plan.tiles.query:,} by {plan.tiles.key:,} tokens")
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two JSON values are equal, numbers that are not whole up to their last digits."""
+    if isinstance(value, float) or isinstance(other, float):
+        return isinstance(value, int | float) and isinstance(other, int | float) and math.isclose(value, other, rel_tol=1e-9)
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return value.keys() == other.keys() and all(_same(value[name], other[name]) for name in value)
+    if isinstance(value, list) and isinstance(other, list):
+        return len(value) == len(other) and all(map(_same, value, other))
+    return type(value) is type(other) and bool(value == other)

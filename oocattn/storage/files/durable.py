@@ -1,0 +1,151 @@
+"""Files that are whole or not there, whatever happens: written under a temporary name, synced, renamed, their folder synced.
+
+Everything that a run may need again goes through here: chunks, partials, the journal. A failure takes the temporary file
+with it; a kill leaves `*.partial`, as zarr's own writes do, and nobody reads it. A file is written relative to its folder,
+which may not be a symbolic link.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+import uuid
+import zlib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oocattn.errors import IntegrityError
+from oocattn.records import parse_json
+from oocattn.storage.files.folders import opened_folder
+from oocattn.storage.files.operations import UNSUPPORTED, doing
+from oocattn.storage.files.regular import read_file
+from oocattn.storage.files.syncing import sync, sync_descriptor
+
+PARTIAL = ".partial"
+"""How the names of files end that are not whole."""
+
+MOST_RECORD = 1 << 26
+"""Bytes of a record at most: of the checksums of 8 million parts."""
+
+
+def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None = None, *, synced: bool = True) -> int:
+    """Write C-contiguous arrays one after another as the file `path`, in place of any; return the bytes written.
+
+    The file is extended by zeros to `size` bytes, if given. When this returns, it is on disk, unless it need not be
+    `synced`. Raises IntegrityError where its folder is none, or a symbolic link, or where a folder is at `path`, and OSError
+    as the file system does; then what was at `path` is still there.
+    """
+    temporary, written = f"{path.name}.{uuid.uuid4().hex}{PARTIAL}", 0
+    with opened_folder(path.parent, listed=False) as folder, doing("write", path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(temporary, flags, 0o666, dir_fd=folder)
+            try:
+                for array in content:
+                    _write(descriptor, array.reshape(-1).view(np.uint8), written)
+                    written += array.nbytes
+                if size is not None and size > written:
+                    _extend(descriptor, written, size)
+                if synced:
+                    sync_descriptor(descriptor, path)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException as error:
+            with suppress(OSError):  # what went wrong before is what is to be told
+                os.unlink(temporary, dir_fd=folder)
+            if isinstance(error, IsADirectoryError):
+                raise IntegrityError(f"{path} is a folder: expected a file, or nothing; remove it") from None
+            raise
+        if synced:
+            sync_descriptor(folder, path.parent)
+    return written
+
+
+def _write(descriptor: int, content: NDArray[np.uint8], offset: int) -> None:
+    """Write bytes at `offset`: directly where they are whole pages in memory and the file system can, as fast again.
+
+    Measured on a local disk, up to fsync: 1.6 to 2.3 GB/s directly, 0.9 to 1.25 GB/s through the page cache.
+    """
+    written = 0
+    whole_pages = not any(number % mmap.PAGESIZE for number in (content.ctypes.data, content.nbytes, offset))
+    if whole_pages and hasattr(os, "O_DIRECT"):
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        with suppress(OSError):  # not every file system can
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+            written = os.pwrite(descriptor, content.data, offset)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    while written < content.nbytes:
+        count = os.pwrite(descriptor, content.data[written:], offset + written)
+        if count == 0:
+            raise OSError(errno.EIO, "nothing is written, and no reason given")
+        written += count
+
+
+def _extend(descriptor: int, written: int, size: int) -> None:
+    """Extend a file of `written` bytes by zeros, which are written where the file system cannot extend it."""
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EPERM):
+            raise
+        _write(descriptor, np.zeros(size - written, np.uint8), written)
+
+
+def make_durably(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, so that their entries are on disk; it may be there."""
+    with doing("make", folder):
+        missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+        folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync(made.parent)
+
+
+def write_text(path: Path, text: str, *, synced: bool = True) -> None:
+    """Write a text, durably unless it need not be `synced`, with escapes for bytes of file names that are no UTF-8."""
+    write_durably(path, [np.frombuffer(text.encode("utf-8", "backslashreplace"), np.uint8)], synced=synced)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object and its checksum durably."""
+    write_text(path, encode_record(record).decode())
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object that `write_record` wrote. Raises IntegrityError for anything else, FileNotFoundError for nothing."""
+    return decode_record(read_file(path, MOST_RECORD, follow=False), path)
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """A JSON object as one line that begins with its checksum."""
+    text = dumps(record, sort_keys=True).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def decode_record(line: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in a line. Raises IntegrityError, naming the file, where it does not match its checksum."""
+    checksum, _, text = line.rstrip().partition(b" ")
+    if checksum == b"%08x" % zlib.crc32(text):
+        with suppress(ValueError):
+            return parse_json(text)
+    raise IntegrityError(f"{path}: the record is damaged: it does not match its checksum")
+
+
+def read_json(path: Path, most: int = MOST_RECORD) -> dict[str, Any] | None:
+    """The JSON object in a file of at most `most` bytes; None where there is no file. Raises IntegrityError for anything
+    else, also for a symbolic link."""
+    try:
+        return parse_json(read_file(path, most, follow=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise IntegrityError(f"{path}: {error}") from None

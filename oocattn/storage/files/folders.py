@@ -1,0 +1,198 @@
+"""Folders of our own: opened without following a link, and what is removed from them, files of our own names alone.
+
+What is ours is told by names: a set of patterns of paths relative to a folder. A file that somebody else put there is never
+removed, nor is anything behind a symbolic link.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from oocattn.errors import IntegrityError, ResultExistsError
+from oocattn.storage.files.operations import doing
+
+_TEMPORARY = r"(\.[0-9a-f]{32})?(\.partial)?"
+"""What the name of a file ends with while it is written."""
+
+CHECKPOINTS = (r"partial-\d+-\d+-\d+" + _TEMPORARY,)
+JOURNAL = (r"\d+-\d+\.json" + _TEMPORARY,)
+
+LEFTOVERS = (r"([^/]+/)*[^/]+\.[0-9a-f]{32}\.partial",)
+"""What a write that was killed has left."""
+
+GROUP = (
+    r"([^/]+/)*(zarr\.json|\.zgroup|\.zarray|\.zattrs|\.zmetadata)" + _TEMPORARY,
+    r"([^/]+/)*c([./]\d+)*" + _TEMPORARY,  # chunks of Zarr v3, and of a scalar
+    r"([^/]+/)*\d+([./]\d+)*" + _TEMPORARY,  # chunks of Zarr v2
+    *LEFTOVERS,
+)
+"""The files of a Zarr group: its metadata and chunks, and what a write that was killed has left of them."""
+
+
+_HELD = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]+")
+"""The name that a network file system gives a file of ours that was removed while it was open: gone when that is closed."""
+
+
+@contextmanager
+def opened_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
+    """A descriptor of a folder, which is no symbolic link. Raises IntegrityError for anything else, OSError as `open`.
+
+    It need not be allowed to list one that is not to be `listed`.
+    """
+    flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with doing("open the folder", path):
+        try:
+            descriptor = os.open(path, flags | os.O_RDONLY)
+        except NotADirectoryError:
+            raise IntegrityError(f"{path} is not a folder but {_kind(path)}: expected a folder; remove it") from None
+        except OSError as error:
+            if listed or error.errno not in (errno.EACCES, errno.EISDIR):
+                raise
+            descriptor = os.open(path, flags | os.O_PATH)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, and no link to one."""
+    try:
+        with doing("look at", path):
+            return stat.S_ISDIR(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def is_taken(path: Path) -> bool:
+    """Whether anything is at a path, also a link that leads nowhere. Raises OSError where that cannot be told."""
+    try:
+        with doing("look at", path):
+            os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def require_own(path: Path) -> None:
+    """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process.
+
+    Some file systems have users of their own (NFS that squashes them, SMB, sshfs): there it must be of the user that they
+    give what this process makes.
+    """
+    with opened_folder(path, listed=False) as descriptor, doing("look at", path):
+        owner = os.fstat(descriptor).st_uid
+    if owner != os.geteuid() and owner != _owner_of_new_files(path.parent):
+        raise IntegrityError(
+            f"{path} belongs to user {owner}: expected a folder of user {os.geteuid()}, who runs this; remove it, or choose "
+            "another path"
+        )
+
+
+def _owner_of_new_files(folder: Path) -> int | None:
+    """The user whom the file system says a file is of that this process makes in a folder; None where it makes none."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as made:
+            return os.fstat(made.fileno()).st_uid
+    except OSError:
+        return None
+
+
+def names_in(path: Path) -> list[str]:
+    """The names in a folder, sorted; none where there is no folder. Raises IntegrityError for a link."""
+    try:
+        with opened_folder(path) as descriptor, doing("list", path):
+            return sorted(os.listdir(descriptor))
+    except FileNotFoundError:
+        return []
+
+
+def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:
+    """What the paths of our own files match in full."""
+    return re.compile("|".join(f"({each})" for each in ours))
+
+
+def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
+    """A file below a folder whose path from there is none of the patterns `ours`, or that is no regular file; None where
+    all are ours, or there is no folder."""
+    if not is_taken(folder):
+        return None
+    if not is_folder(folder):
+        return folder
+    pattern = pattern_of(ours)
+    for inside, modes, _ in _walk(folder):
+        for name, mode in modes.items():
+            is_ours = stat.S_ISREG(mode) and (pattern.fullmatch((inside / name).as_posix()) or _HELD.fullmatch(name))
+            if not (is_ours or stat.S_ISDIR(mode)):
+                return folder / inside / name
+    return None
+
+
+def refuse_foreign(folder: Path, ours: Sequence[str]) -> None:
+    """Raise ResultExistsError where a folder that would be removed holds a file that is not ours."""
+    foreign = find_foreign(folder, ours)
+    if foreign is not None:
+        raise ResultExistsError(
+            f"{foreign} lies in {folder}, which would be removed, and is not a file that oocattn writes there: move it away"
+        )
+
+
+def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False) -> bool:
+    """Remove the regular files below a folder that match one of the patterns `ours`, and the folders that are empty then,
+    unless they are kept.
+
+    Return whether nothing is left. A link is neither followed nor removed.
+    """
+    if not is_folder(folder):
+        return not is_taken(folder)
+    pattern = pattern_of(ours)
+    for inside, modes, descriptor in _walk(folder):
+        for name, mode in modes.items():
+            if stat.S_ISREG(mode) and pattern.fullmatch((inside / name).as_posix()):
+                with suppress(FileNotFoundError), doing("remove", folder / inside / name):
+                    os.unlink(name, dir_fd=descriptor)
+        if not keep_folders:
+            with suppress(OSError):  # a file that is not ours is left in it
+                os.rmdir(folder / inside)
+    return not is_taken(folder)
+
+
+def _walk(folder: Path, inside: Path = Path(), parent: int | None = None) -> Iterator[tuple[Path, dict[str, int], int]]:
+    """A folder and all below it, those within a folder before it: the path of each from the first, the modes of what is in
+    it by name, and a descriptor.
+
+    Links are not followed, by the way in which folders are opened: `os.fwalk` compares inodes, which not every file system
+    has for good.
+    """
+    with doing("list", folder / inside):
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(folder if parent is None else inside.name, flags, dir_fd=parent)
+    try:
+        modes = {}
+        with doing("list", folder / inside):
+            for name in sorted(os.listdir(descriptor)):
+                with suppress(FileNotFoundError):  # it was removed in between
+                    modes[name] = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
+        for name, mode in modes.items():
+            if stat.S_ISDIR(mode):
+                yield from _walk(folder, inside / name, descriptor)
+        yield inside, modes, descriptor
+    finally:
+        os.close(descriptor)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file of our own, if it is there."""
+    with suppress(FileNotFoundError), doing("remove", path):
+        path.unlink()
+
+
+def _kind(path: Path) -> str:
+    return "a symbolic link" if path.is_symlink() else "a file"

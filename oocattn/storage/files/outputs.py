@@ -1,0 +1,69 @@
+"""Files that a user names as an output, such as a picture: only what oocattn wrote is replaced, and at once.
+
+Each begins with a mark, by which the next run knows that it may be replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.storage.files.folders import is_taken
+from oocattn.storage.files.operations import doing
+from oocattn.storage.files.regular import opened, read_exactly
+
+SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
+"""Follows the opening tag of a picture."""
+
+JSON_MARK = '{"otherData": {"producer": "oocattn"}, '
+"""The beginning of a trace."""
+
+_HEAD = 512
+"""Bytes at the beginning of a file within which its mark lies."""
+
+
+def check_output(path: Path) -> None:
+    """Raise unless a file may be written to `path`: nothing is there, or a regular file that oocattn wrote.
+
+    Raises ResultExistsError for anything else, also a symbolic link or a folder, and ProblemError where the folder of `path`
+    does not exist or cannot be written to, OSError where the file that is there cannot be read.
+    """
+    folder = path.parent
+    removed = folder.is_dir() and not folder.stat().st_nlink  # as a current folder may be
+    if removed or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ProblemError(f"{path}: its folder does not exist or cannot be written to; make it first")
+    if is_taken(path) and not _is_ours(path):
+        raise ResultExistsError(
+            f"{path} exists and was not written by oocattn, which replaces only its own files: remove it, or choose another "
+            "name"
+        )
+
+
+def write_output(path: Path, write: Callable[[TextIO], object]) -> None:
+    """Check `path`, have `write` fill a file under a temporary name, and give it its own. Raises as `check_output`."""
+    check_output(path)
+    temporary = path.with_name(f".oocattn-{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with doing("write", path):
+            with open(temporary, "x", encoding="utf-8") as file:
+                write(file)
+            check_output(path)  # writing may take a while
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # what went wrong before is what is to be told
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with opened(path, follow=False) as descriptor:
+            head = read_exactly(descriptor, _HEAD, 0, path).decode("utf-8", "replace")
+    except IntegrityError:  # no regular file
+        return False
+    return head.startswith(JSON_MARK) or (head.startswith("<svg ") and SVG_MARK in head)

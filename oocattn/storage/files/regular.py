@@ -1,0 +1,79 @@
+"""Reading files that may be anything: only regular ones, without waiting, and no more of them than is allowed.
+
+A FIFO, a device or a folder may stand where a file should, and a file may be of any size. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from oocattn.errors import IntegrityError
+from oocattn.storage.files.operations import doing
+
+
+@contextmanager
+def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, writable: bool = False) -> Iterator[int]:
+    """A descriptor of a regular file, open for reading, and for writing where it is to be `writable`.
+
+    `path` is relative to the open `folder`, if one is given.
+
+    With `follow=False` the last component may not be a symbolic link. Raises FileNotFoundError where nothing is there,
+    IntegrityError where something other than a regular file is, and OSError as the system does, which names the path.
+    """
+    flags = (
+        (os.O_RDWR if writable else os.O_RDONLY)
+        | os.O_CLOEXEC
+        | os.O_NONBLOCK
+        | os.O_NOCTTY
+        | (0 if follow else os.O_NOFOLLOW)
+    )
+    with doing("open", path):
+        if not follow and stat.S_ISLNK(os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode):
+            raise IntegrityError(f"{path} is a symbolic link: expected a file, and links are not followed here; remove it")
+        try:
+            descriptor = os.open(path, flags, dir_fd=folder)
+        except IsADirectoryError:
+            raise IntegrityError(f"{path} is a folder: expected a file; remove it") from None
+    try:
+        with doing("look at", path):
+            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if not regular:
+            raise IntegrityError(f"{path} is no regular file: expected one; remove it")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: str | Path, most: int, *, follow: bool = True, folder: int | None = None) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises as `opened`, and IntegrityError for a larger one."""
+    with opened(path, follow=follow, folder=folder) as descriptor, doing("read", path):
+        size = os.fstat(descriptor).st_size
+        content = read_exactly(descriptor, min(size, most) + 1, 0, path)  # so much memory is taken at once
+        if size < len(content) <= most:  # a file system that does not know how long it is
+            content += read_exactly(descriptor, most + 1 - len(content), len(content), path)
+    if len(content) > most:
+        raise IntegrityError(f"{path} has more than {most:,} bytes: no such file is that large; it is damaged or foreign")
+    return content
+
+
+def read_exactly(descriptor: int, nbytes: int, offset: int, path: str | Path) -> bytes:
+    """So many bytes of an open file from `offset` on, fewer only where it ends; a read may give fewer anywhere else too.
+
+    `path` is what an OSError calls the file.
+    """
+    pieces: list[bytes] = []
+    with doing("read", path):
+        while nbytes > 0 and (piece := os.pread(descriptor, nbytes, offset)):
+            pieces.append(piece)
+            nbytes, offset = nbytes - len(piece), offset + len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+    """Tell the system how a file will be read (posix_fadvise), where the file system takes advice."""
+    with suppress(OSError):
+        os.posix_fadvise(descriptor, offset, length, advice)

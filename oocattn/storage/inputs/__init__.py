@@ -1,0 +1,1 @@
+"""Datasets as they are found: located, checked, and read into buffers of the caller."""

@@ -1,0 +1,115 @@
+"""The order of an array's axes: what its dimension names say of it, and where its sizes make it doubtful.
+
+An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads of H
+tokens, and nothing about the result shows it. Names are believed where each one that is given is known and together they
+can be read in one way only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import zarr
+
+from oocattn.errors import ProblemError
+from oocattn.problem.problem import ArraySpec
+from oocattn.text import printable
+
+logger = logging.getLogger("oocattn")
+
+LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
+"""Orders of a tensor's axes that are imported: b batch, h heads, n tokens, d head dimension."""
+
+_OTHER = {"bhnd": "bnhd", "bnhd": "bhnd", "hnd": "nhd", "nhd": "hnd"}
+"""The layout that another one is taken for."""
+
+_OF = r"(q|k|v|kv|query|key|value|keyvalue|source|src|target|tgt|context|attention|attn)?"
+_INDEX = r"(s|ids?|idx|index|size|count|axis|dim|pos|position)?"
+_WORDS = {
+    "b": rf"[bn]|bs|bsz|(num|n)?batch(es)?{_INDEX}|samples?|examples?",
+    "h": rf"[hn]|nh|h(q|k|v|kv)|(q|k|v|kv)h|(num|n)?{_OF}(heads?(ids?|idx|index|count|axis)?|groups?){_OF}",
+    "n": (
+        rf"[nstlmqk]|[nstl](q|k|v|kv)|queries|(num|n|max)?{_OF}(tokens?|seq|sequences?|positions?|pos|time|timesteps?|steps?|"
+        rf"lengths?|len|seqlen|seqlength|sequencelength|contexts?|contextlength|ctx|patch|patches|words?|frames?|query|key)"
+        rf"{_INDEX}{_OF}"
+    ),
+    "d": (
+        rf"[dhkecf]|d(h|k|v|q|qk|model)|hd|(qk)?{_OF}(head)?(dims?|dimensions?|depth|channels?|features?|embed|embedding|"
+        rf"embeddingdim|embeddim|hidden|hiddendim|hiddensize)(qk)?{_OF}|head(size|width)|dimhead|dhead|dimperhead|"
+        rf"sizeperhead|components?"
+    ),
+}
+"""What the axes are called, in small letters and digits alone. Of some single letters the others decide: BTNH and BHND."""
+
+_KNOWN = {axis: re.compile(words) for axis, words in _WORDS.items()}
+
+_MOST_LETTERS = 40
+"""Of a name that is known."""
+
+
+def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
+    """Raise ProblemError where dimension names say that an array has another order of axes than [B, H, N, D].
+
+    The names are `dimension_names` of Zarr v3, and the attribute `_ARRAY_DIMENSIONS` that xarray adds in v2.
+    """
+    named = [(name, names, order) for name, array in arrays.items() for names, order in _named_orders(array)]
+    wrong = {order for _, _, order in named if order not in ("bhnd", "hnd")}
+    if not wrong:
+        return
+    told = "; ".join(f"{name} is {_letters(order)} ({', '.join(names)})" for name, names, order in named)
+    layout = min(wrong) if len(wrong) == 1 and wrong <= {*LAYOUTS} else None
+    imported = f", or save its tensors as files and import them with `oocattn import --layout {layout}`" if layout else ""
+    raise ProblemError(
+        f"the dimension names in {printable(location)} say that {printable(told)}; expected are [B, H, N, D] (batch, head, "
+        f"token, head_dim) or [H, N, D]: write the array transposed{imported}; if its names are wrong, correct them"
+    )
+
+
+def warn_if_transposed(q: ArraySpec, layout: str | None = None) -> None:
+    """Log a warning where `q`, whose axes are taken for `layout` (default: [B, H, N, D]), has more heads than tokens."""
+    taken = layout or "bhnd"[4 - len(q.shape) :]
+    size = dict(zip(taken, q.shape, strict=True))
+    if size["h"] <= size["n"]:
+        return
+    other = _OTHER[taken]
+    logger.warning(
+        "%s",
+        f"{q.name} {list(q.shape)} is taken for {_letters(taken)}, {size['h']:,} heads x {size['n']:,} tokens: more heads "
+        f"than tokens; if it is {_letters(other)}, the result is wrong: import its tensors with `oocattn import --layout "
+        f"{other}`, or write it transposed",
+    )
+
+
+def _letters(order: str) -> str:
+    return f"[{', '.join(order.upper())}]"
+
+
+def _named_orders(array: zarr.Array[Any]) -> Iterator[tuple[list[str], str]]:
+    """The dimension names of an array that are believed, and the order of axes that they say."""
+    for names in (getattr(array.metadata, "dimension_names", None), array.attrs.get("_ARRAY_DIMENSIONS")):
+        if isinstance(names, list | tuple) and len(names) == array.ndim and (order := _order(names)):
+            yield ["unnamed" if name is None else str(name) for name in names], order
+
+
+def _order(names: list[Any] | tuple[Any, ...]) -> str | None:
+    """The one order of axes, like "bhnd", that can be called by these names; None where there is none, or several.
+
+    An axis without a name, None, may be any.
+    """
+    if len(names) not in (3, 4) or not all(name is None or isinstance(name, str) for name in names):
+        return None
+    axes = [_axes_called(name) for name in names]
+    found = [order for order in itertools.permutations("bhnd"[4 - len(names) :]) if all(map(set.__contains__, axes, order))]
+    return "".join(found[0]) if len(found) == 1 else None
+
+
+def _axes_called(name: str | None) -> set[str]:
+    """The axes that may be called so."""
+    if name is None:
+        return {*_KNOWN}
+    plain = re.sub("[^a-z0-9]", "", name[: 2 * _MOST_LETTERS].lower())
+    return {axis for axis, words in _KNOWN.items() if len(plain) <= _MOST_LETTERS and words.fullmatch(plain)}

@@ -1,0 +1,238 @@
+"""A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL.
+
+Here a dataset is found and checked to be whole; what identifies it is fingerprints.py's, how rows are read readers.py's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.abc.store import Store
+from zarr.core.sync import sync
+
+from oocattn.errors import ProblemError
+from oocattn.problem.problem import ArraySpec
+from oocattn.storage.inputs.axes import check_axes
+from oocattn.storage.inputs.direct import FastestReader
+from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, chunk_files, fingerprints_of, identity
+from oocattn.storage.inputs.packing import MEANINGFUL, refuse_packed
+from oocattn.storage.inputs.readers import InputArray
+from oocattn.storage.inputs.shards import check_shard
+from oocattn.storage.layout import (
+    chunk_key,
+    missing_chunk,
+    stored_bytes,
+    stored_chunks,
+    wrong_size,
+)
+from oocattn.storage.locations import Location, parse_location, recorded_location
+from oocattn.storage.mapped_store import MappedStore
+from oocattn.storage.metadata import array_names, is_array, open_array, open_consolidated, read_group
+from oocattn.storage.remote.store import open_remote
+from oocattn.text import printable
+
+ASKED = 64
+"""Chunks of a remote array that are asked for at the same time, where they are not listed."""
+
+MOST_NAMED = 10
+"""Arrays that the message names where one is missing."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The input of a run: `location` (an absolute path, or a URL without credentials) and its arrays, "q", "k" and "v".
+
+    Opening reads metadata alone. It is sent to other processes as its arrays' metadata; each learns again how they are
+    read best.
+    """
+
+    location: str
+    arrays: dict[str, InputArray]
+
+    @classmethod
+    def open(cls, path_or_url: str | Path | Location) -> Dataset:
+        """Open a Zarr group, v3 or v2, for reading: a folder, or a URL as `parse_location` takes it.
+
+        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes say that
+        its numbers or its axes are not what they would be taken for, and IntegrityError if its metadata is damaged. Nothing
+        is read before the location is checked.
+        """
+        location = parse_location(path_or_url)
+        return cls._in(_open_store(location), str(location))
+
+    @classmethod
+    def _in(cls, store: Store, location: str) -> Dataset:
+        group = read_group(store, location)
+        if group is None:
+            raise _no_group(location, _what_is_at(store, location))
+        arrays = {name: _array(store, name, location) for name in NAMES}
+        for name, other in open_consolidated(store, group, NAMES, location).items():
+            _check_consolidated(arrays[name], other, location)
+        for array in arrays.values():
+            refuse_packed(array, location)
+        check_axes(arrays, location)
+        return cls.of(location, arrays)
+
+    def reopened(self) -> Dataset:
+        """The dataset as it is now: its metadata is read again. Raises as `open`."""
+        return self._in(self.arrays["q"].array.store, self.location)
+
+    @classmethod
+    def open_recorded(cls, recorded: object, named: str | Path | Location | None) -> Dataset:
+        """The dataset that a result or a journal is of: at the place that a caller has named, else where it was recorded.
+
+        Raises as `open`, and IntegrityError where something else than a local path is recorded.
+        """
+        if named is not None:
+            return cls.open(named)
+        try:
+            return cls.open(recorded_location(recorded))
+        except ProblemError as error:
+            raise ProblemError(f"{error}; if it was moved, say where with dataset= (--dataset)") from error
+
+    @classmethod
+    def of(cls, location: str, arrays: dict[str, zarr.Array[Any]]) -> Dataset:
+        """The dataset of these open arrays, by name."""
+        fastest = FastestReader()
+        return cls(location, {name: InputArray(name, array, location, fastest) for name, array in arrays.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dataset.of, (self.location, {name: self.arrays[name].array for name in NAMES})
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the dataset lies, or None where that is no local folder."""
+        store = self.arrays["q"].array.store
+        return store.root if isinstance(store, MappedStore) else None
+
+    @property
+    def specs(self) -> tuple[ArraySpec, ArraySpec, ArraySpec]:
+        """Names, shapes and dtypes of q, k and v."""
+        q, k, v = (self.arrays[name].spec for name in NAMES)
+        return q, k, v
+
+    def check_complete(self) -> None:
+        """Check that every chunk of q, k and v is there. Raises IntegrityError naming array, chunk and key.
+
+        In a local folder each chunk file must exist and, where it is stored as it is (no compressor, no shards), have
+        exactly the size of a chunk: one `stat` a file. Elsewhere the keys are listed once, where that is possible, and
+        those not listed are asked for by name; a size counts where it is told. Of a shard the index is read as well (16
+        bytes a chunk): every chunk that lies within the array's bounds must be in it and, in a local folder, within the
+        file. What chunks decode to is not checked.
+        """
+        for array in (self.arrays[name].array for name in NAMES):
+            _check_chunks(array, self.location)
+
+    def fingerprints(self) -> Fingerprints:
+        """The fingerprints of the dataset as it is now. Raises IntegrityError for a chunk that is missing: any in a local
+        folder, elsewhere one of the few that are sampled."""
+        found = [fingerprints_of(name, self.arrays[name].array, self.location) for name in NAMES]
+        return Fingerprints(*("-".join(digests) for digests in zip(*found, strict=True)))
+
+    @cached_property
+    def as_found(self) -> Fingerprints:
+        """The fingerprints when they were first asked for: compared with later ones, they show every change since."""
+        return self.fingerprints()
+
+    def fingerprint(self, *, within_run: bool = False) -> str:
+        """One of the `fingerprints` of the dataset as it is now: that which results record, or that `within_run`."""
+        found = self.fingerprints()
+        return found.within_run if within_run else found.recorded
+
+
+def _meaning(array: zarr.Array[Any]) -> dict[str, Any]:
+    """What an array's metadata say of its numbers and axes, by the names that they have there."""
+    attributes = {name: array.attrs[name] for name in MEANINGFUL if name in array.attrs}
+    names = getattr(array.metadata, "dimension_names", None)
+    return {**identity(array), "dimension_names": names and list(names), **attributes}
+
+
+def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], location: str) -> None:
+    """Raise ProblemError where consolidated metadata, which Zarr and xarray believe, say something else than the array's."""
+    own, other = _meaning(array), _meaning(consolidated)
+    for field in sorted({*own, *other}):
+        if json.dumps(own.get(field), default=str) != json.dumps(other.get(field), default=str):
+            raise ProblemError(
+                f"array {array.path!r} of {printable(location)} has {field} = {printable(repr(own.get(field))):.80}, but "
+                f"{printable(repr(other.get(field))):.80} in the consolidated metadata of its group: expected the same in "
+                "both, for many programs read these; bring them up to date with zarr.consolidate_metadata(PATH)"
+            )
+
+
+def _check_chunks(array: zarr.Array[Any], location: str) -> None:
+    expected = stored_bytes(array)
+    for coordinates, key, size in _sizes(array, location):
+        if expected is not None and size is not None and size != expected:
+            raise wrong_size(location, key, size, expected)
+        if array.shards is not None:
+            check_shard(array, coordinates, location)
+
+
+def _sizes(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
+    """Coordinates, key and size, if it is told, of every chunk. Raises at the first that is missing."""
+    if isinstance(array.store, MappedStore):
+        return ((coordinates, key, status.st_size) for coordinates, key, status in chunk_files(array, location))
+    return _objects(array, location)
+
+
+def _objects(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
+    """Coordinates, key and size, if it is told, of every chunk of a remote array. Raises at the first that is missing."""
+    store: Any = array.store
+    listed, stored = sync(store.list_sizes(array.path)), stored_chunks(array)
+    while batch := {chunk_key(array, coordinates): coordinates for coordinates in itertools.islice(stored, ASKED)}:
+        found = sync(store.find_sizes([key for key in batch if key not in listed]))
+        for key, coordinates in batch.items():
+            if key not in listed and key not in found:
+                raise missing_chunk(location, key)
+            yield coordinates, key, listed[key] if key in listed else found[key]
+
+
+def _open_store(location: Location) -> Store:
+    """A store at a location that was checked."""
+    if location.path is not None:
+        return MappedStore(location.path, read_only=True)
+    try:
+        return open_remote(location)
+    except FileNotFoundError as error:
+        raise _no_group(str(location), "found nothing") from error
+
+
+def _what_is_at(store: Store, location: str) -> str:
+    """What is at a location where no group is, in a few words."""
+    if is_array(store, location):
+        return "found an array"
+    if "://" in location:
+        return "found neither zarr.json nor .zgroup"
+    path = Path(location)
+    if path.is_dir():
+        return "found a folder without zarr.json or .zgroup"
+    return "found a file" if path.exists() else "found nothing"
+
+
+def _no_group(location: str, reason: str) -> ProblemError:
+    return ProblemError(
+        f"no Zarr group at {printable(location)} ({reason}): give the path or URL of a group with the arrays q, k and v; "
+        "`oocattn import` makes one from other files"
+    )
+
+
+def _array(store: Store, name: str, location: str) -> zarr.Array[Any]:
+    array = open_array(store, name, location)
+    if array is not None:
+        return array
+    found = array_names(store)
+    more = " and more" if len(found) > MOST_NAMED else ""
+    shown = f"found {[printable(other) for other in found[:MOST_NAMED]]}{more}"
+    if not store.supports_listing:
+        shown = "its server does not list what is there"
+    raise ProblemError(
+        f"no array {name!r} in {printable(location)}: {shown}; a dataset has the arrays q, k and v: rename the "
+        "array, or import the tensors with `oocattn import`"
+    )

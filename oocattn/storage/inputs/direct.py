@@ -1,0 +1,136 @@
+"""Reading rows straight from uncompressed chunk files into the caller's buffer, by `preadv` or by memory map.
+
+Both readers take the same arguments and give the same bytes; which is faster depends on the machine, the file system
+and how much of the files is in the page cache, so `FastestReader` measures it on the dataset's own reads. Neither keeps
+a file open or mapped beyond its call, and each file is checked against the size that it must have. (A file cut short in
+place *while* it is copied from a map kills the process, where `preadv` raises. Writers that replace files by renaming,
+as Zarr's do, cannot bring that about.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oocattn.errors import IntegrityError
+from oocattn.storage.files.mapping import map_file
+from oocattn.storage.files.operations import doing
+from oocattn.storage.files.regular import advise, opened
+from oocattn.storage.layout import ChunkFiles, Part, missing_chunk, wrong_size
+
+Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]
+"""(files, batch, head, start, stop, out): read tokens [start, stop) of one head into out [stop - start, D]."""
+
+READ_AHEAD = 2
+"""Chunks that `read_preadv` asks the kernel for ahead of the one that it copies."""
+
+TRIALS = 4
+TRIAL_BYTES = 4 * 2**20
+"""Each reader is timed on its first 4 reads of 4 MiB or more; of smaller reads the processor's caches decide."""
+
+
+def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
+    """Read tokens [start, stop) of one head into `out` [stop - start, D], C-contiguous, of the array's dtype.
+
+    While a chunk is copied the kernel reads the next two of the request. Raises IntegrityError for a chunk file that is
+    missing or of another size than it must be.
+    """
+    content = _bytes_of(out)
+    ahead = files.parts(batch, head, start, stop)
+    _advise(islice(ahead, 1 + READ_AHEAD))
+    for part in files.parts(batch, head, start, stop):
+        _advise(islice(ahead, 1))
+        with _opened(files, part) as descriptor:
+            _read(descriptor, files, part, content)
+
+
+def read_mapped(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
+    """As `read_preadv`, by mapping each chunk file, copying from the map and unmapping it; it is read where it cannot be
+    mapped."""
+    content = _bytes_of(out)
+    for part in files.parts(batch, head, start, stop):
+        wanted = content[part.begin : part.end]
+        slack = part.offset % mmap.ALLOCATIONGRANULARITY
+        first, length = part.offset - slack, wanted.nbytes + slack
+        with _opened(files, part) as descriptor:
+            mapped = map_file(descriptor, length, first)
+            if mapped is None:
+                _read(descriptor, files, part, content)
+                continue
+            with mapped:
+                np.copyto(wanted, np.frombuffer(mapped, np.uint8, offset=slack))
+
+
+def _read(descriptor: int, files: ChunkFiles, part: Part, content: NDArray[np.uint8]) -> None:
+    """Read the bytes of a part from its open file to their place in `content`."""
+    wanted, offset = memoryview(content.data)[part.begin : part.end], part.offset
+    while wanted:
+        with doing("read", part.path):
+            count = os.preadv(descriptor, [wanted], offset)
+        if count == 0:
+            raise wrong_size(files.location, part.key, offset, part.file_bytes)
+        wanted, offset = wanted[count:], offset + count
+
+
+class FastestReader:
+    """Reads by the faster of two readers, which it learns from the first eight large reads of a dataset.
+
+    Until then the readers take turns, and their median seconds a byte decide: at the size of the reads that are made,
+    into the buffers that are used, on files as cold or warm as they are, and without reading a byte for it. The second
+    reader must win by a tenth, since no truncation can kill `read_preadv`. Small reads are left to the first.
+    """
+
+    def __init__(self, usual: Reader = read_preadv, other: Reader = read_mapped) -> None:
+        self._readers = (usual, other)
+        self._seconds_a_byte: dict[Reader, list[float]] = {usual: [], other: []}
+        self._turn = itertools.count()
+        self.learned: Reader | None = None
+
+    def read(self, files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Read tokens [start, stop) of one head into `out`, as `read_preadv` does."""
+        trial = self.learned is None and out.nbytes >= TRIAL_BYTES
+        reader = self._readers[next(self._turn) % 2] if trial else self.learned or self._readers[0]
+        began = time.perf_counter()
+        reader(files, batch, head, start, stop, out)
+        if trial:
+            self._learn(reader, (time.perf_counter() - began) / out.nbytes)
+
+    def _learn(self, reader: Reader, seconds_a_byte: float) -> None:
+        self._seconds_a_byte[reader].append(seconds_a_byte)
+        usual, other = self._seconds_a_byte.values()
+        if min(len(usual), len(other)) >= TRIALS:
+            self.learned = self._readers[statistics.median(other) < 0.9 * statistics.median(usual)]
+
+
+def _bytes_of(out: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same memory as bytes; numpy copies bytes faster than bfloat16."""
+    return out.reshape(-1).view(np.uint8)
+
+
+def _advise(parts: Iterable[Part]) -> None:
+    for part in parts:
+        with suppress(OSError, IntegrityError), opened(part.path) as descriptor:  # the read says what is wrong
+            advise(descriptor, part.offset, part.end - part.begin, os.POSIX_FADV_WILLNEED)
+
+
+@contextmanager
+def _opened(files: ChunkFiles, part: Part) -> Iterator[int]:
+    """A descriptor of the part's chunk file, which exists and has the size that it must have."""
+    try:
+        with opened(part.path) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size != part.file_bytes:
+                raise wrong_size(files.location, part.key, size, part.file_bytes)
+            yield descriptor
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_chunk(files.location, part.key) from None

@@ -1,0 +1,136 @@
+"""The identity of a dataset: what is seen of its arrays without reading them all, to notice that they were changed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.sync import sync
+
+from oocattn.storage.files.operations import doing
+from oocattn.storage.files.regular import advise, opened, read_exactly
+from oocattn.storage.layout import chunk_key, coordinates_of, missing_chunk, no_file, stored_chunks
+from oocattn.storage.mapped_store import MappedStore
+from oocattn.storage.remote.store import all_of
+
+NAMES = ("q", "k", "v")
+"""The arrays that a dataset has."""
+
+SAMPLED_CHUNKS, SAMPLED_BYTES = 5, 1 << 16
+"""Stored chunks of an array whose content is part of the fingerprint, and how much at each end of them."""
+
+# What of an array's metadata says how its bytes are to be read, in Zarr v3 and v2.
+_IDENTITY = (
+    *("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs"),
+    *("dtype", "chunks", "dimension_separator", "compressor", "filters", "order"),
+)
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """What tells a dataset from another, or from itself before it was changed: each is a digest of each array, with "-".
+
+    All cover shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks and, in a local folder,
+    the size of every chunk file. `recorded` covers their modification times as well: results keep it, and a copy shares it
+    if times were copied. `within_run` also covers change times, which cannot be set back, and which no copy shares
+    (not inodes: not every file system has them for good). `untimed` covers none of these.
+    """
+
+    recorded: str
+    within_run: str
+    untimed: str
+
+
+def changed_arrays(before: str, after: str) -> str:
+    """Which arrays differ between two fingerprints, in words: "k", "k and v", "q, k and v"; "" where none does."""
+    pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
+    *first, last = [name for name, old, new in pairs if old != new] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def fingerprints_of(name: str, array: zarr.Array[Any], location: str) -> tuple[str, str, str]:
+    """Half a SHA-256 for each of `Fingerprints`, in their order, in one walk."""
+    beginning = json.dumps([name, identity(array)], sort_keys=True, default=str).encode()
+    recorded, within_run, untimed = digests = tuple(hashlib.sha256(beginning) for _ in range(3))
+    for _, key, status in chunk_files(array, location):
+        state = (status.st_size, status.st_mtime_ns)
+        recorded.update(f"\n{key} {state}".encode())
+        within_run.update(f"\n{key} {(*state, status.st_ctime_ns)}".encode())
+        untimed.update(f"\n{key} {status.st_size}".encode())
+    for content in _sample(array, location):
+        for digest in digests:
+            digest.update(content)
+    first, second, third = (digest.hexdigest()[:32] for digest in digests)
+    return first, second, third
+
+
+def identity(array: zarr.Array[Any]) -> dict[str, Any]:
+    """What of an array's metadata says how its bytes are to be read."""
+    metadata = array.metadata.to_dict()
+    return {key: metadata[key] for key in _IDENTITY if key in metadata}
+
+
+def chunk_files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, os.stat_result]]:
+    """Coordinates, key and status of the file of every chunk of a local array. Raises at the first that is missing."""
+    if not isinstance(array.store, MappedStore):
+        return
+    for coordinates in stored_chunks(array):
+        key = chunk_key(array, coordinates)
+        try:
+            with doing("look at", array.store.root / key):
+                status = os.stat(array.store.root / key)
+        except (FileNotFoundError, NotADirectoryError):
+            raise missing_chunk(location, key) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise no_file(location, key)
+        yield coordinates, key, status
+
+
+def _sampled_keys(array: zarr.Array[Any]) -> Iterator[str]:
+    """The keys of a few stored chunks, from the first to the last."""
+    extents = array.shards or array.chunks
+    counts = [-(-size // extent) for size, extent in zip(array.shape, extents, strict=True)]
+    total = math.prod(counts)
+    for number in sorted({round(place * (total - 1) / (SAMPLED_CHUNKS - 1)) for place in range(SAMPLED_CHUNKS)}):
+        yield chunk_key(array, coordinates_of(number, counts))
+
+
+def _sample(array: zarr.Array[Any], location: str) -> list[bytes]:
+    """The first and the last bytes of those chunks."""
+    if isinstance(array.store, MappedStore):
+        return [end for key in _sampled_keys(array) for end in _ends(array.store.root, key, location)]
+    ends: list[ByteRequest] = [RangeByteRequest(0, SAMPLED_BYTES), SuffixByteRequest(SAMPLED_BYTES)]
+    wanted = list(itertools.product(_sampled_keys(array), ends))
+    found = []
+    for (key, _), content in zip(wanted, sync(_get_all(array, wanted)), strict=True):
+        if content is None:
+            raise missing_chunk(location, key)
+        found.append(content.to_bytes())
+    return found
+
+
+def _ends(root: Path, key: str, location: str) -> list[bytes]:
+    """The first and the last bytes of a file. No more is read: of a map the system reads megabytes ahead."""
+    try:
+        with opened(root / key) as descriptor:
+            advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
+            return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_chunk(location, key) from None
+
+
+async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:
+    prototype = default_buffer_prototype()
+    return await all_of(array.store.get(key, prototype, part) for key, part in wanted)

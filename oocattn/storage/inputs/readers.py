@@ -1,0 +1,115 @@
+"""One input array as the run sees it: what it is, how it is read, and its rows read into the caller's buffers.
+
+`InputArray` picks the way: chunk files that are plain rows are read directly (direct.py), all else through Zarr
+(codecs.py). Finding the arrays of a dataset and checking them is dataset.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from oocattn.problem.problem import ArraySpec
+from oocattn.storage.inputs.codecs import CodecReader
+from oocattn.storage.inputs.direct import FastestReader, read_mapped
+from oocattn.storage.layout import ChunkFiles, obstacles
+from oocattn.storage.mapped_store import MappedStore
+
+
+class InputArray:
+    """An array [B, H, N, D] or [H, N, D] of a dataset, read by rows of one head.
+
+    `location` is what messages call the dataset; the arrays of a dataset share one `fastest`. Every read fills a buffer
+    that the caller owns; reads may run in several threads at once.
+    """
+
+    def __init__(self, name: str, array: zarr.Array[Any], location: str, fastest: FastestReader | None = None) -> None:
+        self.name = name
+        self.array = array
+        self._location = location
+        self._root = array.store.root if isinstance(array.store, MappedStore) else None
+        self._fastest = fastest or FastestReader()
+
+    @property
+    def spec(self) -> ArraySpec:
+        """Name, shape and dtype; a dtype that is not ours keeps Zarr's name for it."""
+        return ArraySpec(self.name, self.array.shape, self.array.dtype.name)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy dtype of the buffers that `read_rows` fills: the array's, in native byte order."""
+        return self.array.dtype.newbyteorder("=")
+
+    @property
+    def direct(self) -> bool:
+        """Whether the chunk files are read directly, not through Zarr."""
+        return self._files is not None
+
+    @property
+    def chunk_rows(self) -> int:
+        """Tokens a chunk; reads that start and stop at its multiples touch no chunk in part."""
+        return self.array.chunks[-2]
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bound on the host memory, in bytes, that one read needs besides the caller's buffer."""
+        return 0 if self.direct else self._codec_reader.decode_bytes
+
+    @property
+    def reader(self) -> str:
+        """How rows are read: "preadv" or "map", as the dataset's first large reads have shown, or "zarr"."""
+        if not self.direct:
+            return "zarr"
+        return "map" if self._fastest.learned is read_mapped else "preadv"
+
+    def describe(self) -> str:
+        """How the array is stored and therefore read, for the plan to print."""
+        if self.direct:
+            return "uncompressed, read directly"
+        found = obstacles(self.array)
+        if (heads := math.prod(self.array.chunks[:-2])) > 1:
+            found.append(f"{heads} heads to a chunk")
+        if self._root is None:
+            found.append("not in a local folder")
+        return f"{', '.join(found)}: read through Zarr's codecs"
+
+    def read_rows(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Read tokens [start, stop) of one head into `out` [stop - start, D], C-contiguous, of dtype `dtype`.
+
+        Raises ValueError for rows that the array has not or a buffer that does not fit, and IntegrityError for a chunk
+        that is missing, of the wrong size or undecodable; `out` is then undefined.
+        """
+        self._check_rows(batch, head, start, stop)
+        expected = (stop - start, self.array.shape[-1])
+        if out.shape != expected or out.dtype != self.dtype or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(
+                f"buffer of {out.dtype} {list(out.shape)} for rows of {self.name!r}: expected {self.dtype} "
+                f"{list(expected)}, C-contiguous and writeable"
+            )
+        if self._files is not None:
+            self._fastest.read(self._files, batch, head, start, stop, out)
+        else:
+            self._codec_reader.read(batch, head, start, stop, out)
+
+    def _check_rows(self, batch: int, head: int, start: int, stop: int) -> None:
+        batches, heads, tokens, _ = self.spec.four_dimensional
+        if not (0 <= batch < batches and 0 <= head < heads and 0 <= start < stop <= tokens):
+            raise ValueError(
+                f"tokens [{start}, {stop}) of batch {batch}, head {head} of {self.name!r}: "
+                f"the array has {batches} batches, {heads} heads and {tokens} tokens"
+            )
+
+    @cached_property
+    def _files(self) -> ChunkFiles | None:
+        if self._root is None or obstacles(self.array):
+            return None
+        return ChunkFiles(self.array, self._root, self._location)
+
+    @cached_property
+    def _codec_reader(self) -> CodecReader:
+        return CodecReader(self.array, self._location)

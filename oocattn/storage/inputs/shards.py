@@ -1,0 +1,133 @@
+"""The index of a shard: whether it lists every chunk that it must, and nothing but stretches of bytes that can be.
+
+Zarr reads a chunk that an index does not list as fill values, and believes every offset and length in it. Here an index is
+checked before Zarr reads the shard, and those of shards within it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest, RangeByteRequest
+from zarr.buffer.cpu import buffer_prototype
+from zarr.core.sync import sync
+
+from oocattn.storage.inputs.codec_chain import Chain
+from oocattn.storage.inputs.decoding import array_chain
+from oocattn.storage.layout import chunk_key, missing_chunk, undecodable
+
+_ABSENT = 2**64 - 1
+"""Offset and length of a chunk that a shard does not hold (Zarr v3 sharding codec, binary shard format)."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard, or a shard within one: its first element in the array, its extents, and its bytes of the object `key`.
+
+    `place` is what messages call it.
+    """
+
+    array: zarr.Array[Any]
+    location: str
+    key: str
+    place: str
+    origin: tuple[int, ...]
+    extents: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -> None:
+    """Check that the shard at these coordinates exists and that its index lists every chunk within the array's bounds.
+
+    No two chunks may share bytes, nor a chunk and the index; none may be longer than its codecs can make it, and none may
+    lie beyond the shard. Shards within the shard are checked as well. Reads indices alone: 16 bytes a chunk. Raises
+    IntegrityError.
+    """
+    assert array.shards is not None
+    key = chunk_key(array, shard)
+    origin = tuple(at * extent for at, extent in zip(shard, array.shards, strict=True))
+    whole = _Shard(array, location, key, key, origin, array.shards, 0, _size(array, key, location))
+    described: Any = array.metadata.to_dict()["codecs"]
+    _check(whole, described, array_chain(array))
+
+
+def _size(array: zarr.Array[Any], key: str, location: str) -> int:
+    """Bytes of a stored object."""
+    try:
+        return sync(array.store.getsize(key))
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_chunk(location, key) from None
+
+
+def _check(shard: _Shard, codecs: Any, chain: Chain) -> None:
+    config, inner = codecs[0]["configuration"], chain.inner
+    assert inner is not None
+    chunk = tuple(config["chunk_shape"])
+    counts = tuple(extent // size for extent, size in zip(shard.extents, chunk, strict=True))
+    size = 16 * math.prod(counts) + (4 if len(config["index_codecs"]) == 2 else 0)
+    index = _read_index(shard, config, counts, size)
+    first = size if config["index_location"] == "start" else 0
+    _check_stretches(shard, index.reshape(-1, 2), inner.stored, range(first, first + shard.end - shard.begin - size))
+    present = index[_inside(shard, chunk)]
+    absent = np.argwhere((present == _ABSENT).all(axis=-1))
+    if len(absent):
+        raise missing_chunk(shard.location, _place_of(shard, absent[0]))
+    if inner.inner is not None:
+        for at in np.ndindex(present.shape[:-1]):
+            begin, length = (int(number) for number in present[at])
+            origin = tuple(start + i * size for start, i, size in zip(shard.origin, at, chunk, strict=True))
+            begin += shard.begin
+            place = _place_of(shard, at)
+            nested = _Shard(shard.array, shard.location, shard.key, place, origin, chunk, begin, begin + length)
+            _check(nested, config["codecs"], inner)
+
+
+def _place_of(shard: _Shard, at: Iterable[int]) -> str:
+    """What messages call the chunk at these coordinates in a shard."""
+    return f"{shard.place}, chunk {'/'.join(map(str, at))} of the shard"
+
+
+def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int], size: int) -> NDArray[np.uint64]:
+    """Offset and length of every chunk, from the beginning of the shard: [*counts, 2], of `size` bytes as stored."""
+    content = sync(shard.array.store.get(shard.key, buffer_prototype, _window(shard, size, config["index_location"])))
+    if content is None:
+        raise missing_chunk(shard.location, shard.place)
+    if len(content) != size:
+        raise undecodable(shard.location, shard.place, f"its index has {len(content)} bytes of {size}")
+    order = config["index_codecs"][0].get("configuration", {}).get("endian", "little")
+    numbers = np.frombuffer(content.to_bytes(), ">u8" if order == "big" else "<u8", 2 * math.prod(counts))
+    return numbers.astype(np.uint64, copy=False).reshape(*counts, 2)
+
+
+def _window(shard: _Shard, size: int, where: str) -> ByteRequest:
+    if where == "start":
+        return RangeByteRequest(shard.begin, shard.begin + size)
+    return RangeByteRequest(max(shard.begin, shard.end - size), shard.end)
+
+
+def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int, content: range) -> None:
+    """Check the stretches [offset, offset + length) of the chunks that an index lists: each has up to `most` bytes, and all
+    lie in `content`, the shard without its index."""
+    listed = index[(index != _ABSENT).any(axis=-1)]
+    offsets, lengths = listed[np.argsort(listed[:, 0], kind="stable")].T
+    if np.any(lengths == 0):  # Zarr would read fill values
+        raise undecodable(shard.location, shard.place, "its index lists a chunk of no bytes")
+    if np.any(lengths > most):
+        raise undecodable(shard.location, shard.place, f"its index lists {int(lengths.max()):,} bytes for one chunk")
+    if np.any(offsets > 2**63) or np.any((offsets + lengths)[:-1] > offsets[1:]):
+        raise undecodable(shard.location, shard.place, "its index lists chunks that overlap")
+    if len(listed) and not content.start <= int(offsets[0]) <= int(offsets[-1] + lengths[-1]) <= content.stop:
+        raise undecodable(shard.location, shard.place, f"its index points beyond the {len(content):,} bytes of its chunks")
+
+
+def _inside(shard: _Shard, chunk: tuple[int, ...]) -> tuple[slice, ...]:
+    """The part of a shard's grid of chunks that lies within the array."""
+    extents = zip(shard.origin, shard.extents, shard.array.shape, chunk, strict=True)
+    return tuple(slice(-(-min(extent, size - start) // step)) for start, extent, size, step in extents)

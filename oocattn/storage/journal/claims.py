@@ -1,0 +1,95 @@
+"""Who holds a lock, as its file says it, and what a lock gives: the words that all share who work under one.
+
+How a lock is taken, kept and lost is in `lock`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Protocol
+
+from oocattn.errors import IntegrityError
+from oocattn.records import Range, from_json, parse_json
+from oocattn.storage.files.regular import read_file
+from oocattn.text import printable
+
+MOST_BYTES = 4096
+"""Of a lock file: a host's name, two numbers and a token."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The host and process that hold a lock; `token` is another one each time."""
+
+    host: str
+    process: Annotated[int, Range(0, 2**32)]
+    kernel: str = ""  # of which boot of which machine, as far as that is known
+    token: str = field(default="", compare=False)
+    flocked: bool = field(default=True, compare=False)  # whether the kernel's lock is held, and not the file alone
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """The one that asks."""
+        try:
+            kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        except OSError:
+            kernel = ""
+        return cls(socket.gethostname(), os.getpid(), kernel, uuid.uuid4().hex)
+
+    def shares_kernel(self, other: Holder) -> bool:
+        """Whether both see the same kernel's locks."""
+        return self.kernel == other.kernel if self.kernel and other.kernel else self.host == other.host
+
+    @property
+    def is_told_by_kernel(self) -> bool:
+        """Whether the kernel of this process says by its locks whether this holder is alive."""
+        return self.flocked and self.shares_kernel(Holder.this_process())
+
+    def __str__(self) -> str:
+        return f"process {self.process} on host {printable(self.host)}"
+
+
+NOBODY = Holder("unknown", 0)
+"""Who holds a lock whose text cannot be read."""
+
+
+class Claim(Protocol):
+    """What a lock gives to all who work under it, on any host: small, and it can be sent."""
+
+    def check(self) -> None:
+        """Raise LockedError where the lock is not held any more. To be called before each step that others would see."""
+
+
+class Lock(Protocol):
+    """Exclusive use of a result, as a context manager, wherever results are."""
+
+    @property
+    def holder(self) -> Holder:
+        """Who holds it."""
+
+    @property
+    def claim(self) -> Claim:
+        """What those who work under it ask."""
+
+    def still_mine(self) -> bool:
+        """Whether nobody has taken it over."""
+
+    def release(self) -> None:
+        """Give it up."""
+
+
+def read_holder(path: Path) -> Holder:
+    """Who holds the lock whose file this is; `NOBODY` where that cannot be read."""
+    try:
+        return parse_holder(read_file(path, MOST_BYTES, follow=False))
+    except (OSError, ValueError, IntegrityError):
+        return NOBODY
+
+
+def parse_holder(content: bytes) -> Holder:
+    """The holder that a lock file names. Raises ValueError for anything else."""
+    return from_json(Holder, parse_json(content), may_lack=["flocked"])  # which older versions do not say

@@ -1,0 +1,129 @@
+"""What a run leaves on disk so that it can be resumed: what it works at, and the query chunks that it has finished.
+
+`RESULT.oocattn/plan.json` is written before the first task, and `RESULT.oocattn/finished/HEADGROUP-CHUNK.json` once `out`
+and `lse` of a chunk are on disk, before its partials are removed. All are records with a checksum, written durably. A record
+of a chunk carries the identity of its run: one of another run, or a damaged one, counts for nothing, and the chunk is
+computed again. A run that has lost its lock records nothing. What plan and records say is the caller's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oocattn.errors import IntegrityError
+from oocattn.storage.files.durable import encode_record, read_record, write_record
+from oocattn.storage.files.folders import JOURNAL, is_taken, names_in, remove_ours
+from oocattn.storage.files.operations import doing
+from oocattn.storage.files.syncing import sync
+from oocattn.storage.journal.claims import Claim
+from oocattn.text import printable
+
+OTHER_BITS = "other-bits.json"
+
+Place = tuple[int, int]
+"""A head group and one of its query chunks."""
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The journal of the run `run`, an identity of everything that determines its result, in the folder `state`.
+
+    It is written under a `claim` to the result's lock.
+    """
+
+    state: Path
+    run: str
+    claim: Claim | None = None
+
+    @classmethod
+    def begin(cls, state: Path, header: Mapping[str, Any], claim: Claim) -> Journal:
+        """A new journal of the run that `header` describes; none may be there."""
+        journal = cls(state, identity(header), claim)
+        with doing("make", journal._folder):
+            journal._folder.mkdir()
+        claim.check()
+        write_record(state / "plan.json", header)
+        return journal
+
+    @property
+    def _folder(self) -> Path:
+        return self.state / "finished"
+
+    def finish(self, head_group: int, chunk: int, record: Mapping[str, Any]) -> None:
+        """Record a query chunk that is on disk. Raises LockedError where the run has lost its lock."""
+        if self.claim is None:
+            raise ValueError("the journal was opened to be read: expected one under a lock")
+        self.claim.check()
+        write_record(self._folder / f"{head_group}-{chunk}.json", {"run": self.run, **record})
+
+    def note_other_bits(self, words: str) -> None:
+        """Record that from here on something else computes than when the run began."""
+        if self.claim is not None:
+            self.claim.check()
+        write_record(self.state / OTHER_BITS, {"run": self.run, "words": words})
+
+    @property
+    def other_bits(self) -> str:
+        """What computed otherwise for a part of the run than when it began; "" where nothing did."""
+        with suppress(FileNotFoundError, IntegrityError):
+            record = read_record(self.state / OTHER_BITS)
+            if record.get("run") == self.run:
+                return printable(record.get("words", ""))
+        return ""
+
+    @property
+    def records(self) -> int:
+        """How many records there are, damaged ones and those of other runs among them."""
+        return len(self._names())
+
+    def finished(self) -> dict[Place, dict[str, Any]]:
+        """The records of the finished chunks of this run; those that are damaged or another run's are left out."""
+        found = {}
+        for name in self._names():
+            try:
+                head_group, chunk = map(int, name.removesuffix(".json").split("-"))
+                record = read_record(self._folder / name)
+            except (ValueError, IntegrityError, OSError):
+                continue
+            if record.pop("run", None) == self.run:
+                found[head_group, chunk] = record
+        return found
+
+    def _names(self) -> list[str]:
+        return [name for name in names_in(self._folder) if "-" in name and name.endswith(".json")]
+
+
+def read_header(state: Path) -> dict[str, Any] | None:
+    """What the unfinished run in the folder `state` works at, None where there is none. Raises IntegrityError if damaged."""
+    try:
+        return read_record(state / "plan.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{error}, so the unfinished run cannot be resumed: begin again with overwrite=True (--overwrite)"
+        ) from error
+
+
+def has_begun(state: Path) -> bool:
+    """Whether there is the journal of a run in a folder."""
+    return is_taken(state / "plan.json")
+
+
+def forget(state: Path) -> None:
+    """Remove the journal in a folder, if there is one: what it says goes first, so that half of it is never believed."""
+    for name in ("plan.json", OTHER_BITS):
+        with suppress(FileNotFoundError), doing("remove", state / name):
+            (state / name).unlink()
+            sync(state)
+    remove_ours(state / "finished", JOURNAL)
+
+
+def identity(header: Mapping[str, Any]) -> str:
+    """A digest of what a run works at."""
+    return hashlib.sha256(encode_record(header)).hexdigest()[:32]

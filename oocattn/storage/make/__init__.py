@@ -1,0 +1,1 @@
+"""Arrays and datasets of our own kind: created, synthesised, imported."""

@@ -1,0 +1,273 @@
+"""Our own kind of Zarr array, and how it is made: plain chunks of one head each, written whole and durably.
+
+Here live the chunk shape, the durable commit of one chunk (`write_chunk`), the creation of a dataset that appears under
+its name only when it is complete (`create_dataset`), and the loop that fills an array in parallel (`fill_array`).
+What is written comes from elsewhere: synth, importing and the results; reading is the business of dataset.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BytesCodec
+from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.core.sync import sync as zarr_sync
+from zarr.storage import LocalStore
+
+import oocattn.storage.bfloat16  # noqa: F401  registers the data type
+from oocattn.errors import OocattnError, ProblemError, ResultExistsError
+from oocattn.storage.files.durable import PARTIAL, write_durably
+from oocattn.storage.files.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
+from oocattn.storage.files.operations import doing, words_of
+from oocattn.storage.files.renaming import rename_new
+from oocattn.storage.files.syncing import sync
+from oocattn.storage.layout import chunk_bytes
+from oocattn.storage.locations import Location, local_path, parse_location
+from oocattn.storage.make.own_store import OwnStore
+from oocattn.storage.remote.store import RemoteStore, open_remote
+from oocattn.text import printable
+
+CHUNK_BYTES = 32 * 2**20
+"""Size aimed at for a chunk; 8 to 64 MiB read equally well."""
+
+ROW_MULTIPLE = 4096
+"""Chunks of longer arrays hold a multiple of this many rows, so that they start on page boundaries."""
+
+
+logger = logging.getLogger("oocattn")
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype called `name` in a Problem: float16, bfloat16 (of ml_dtypes) or float32."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def default_chunk_rows(tokens: int, head_dim: int, itemsize: int) -> int:
+    """T, the rows of a chunk: all `tokens` where they fit 32 MiB, else level parts of 16 to 32 MiB (little padding)."""
+    most = CHUNK_BYTES // (head_dim * itemsize)
+    if tokens <= most:
+        return tokens
+    level = -(-tokens // -(-tokens // most))
+    return -(-level // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def create_array(
+    group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, chunk_rows: int | None = None
+) -> zarr.Array[Any]:
+    """Create array `name` of shape [B, H, N, D] or [B, H, N] with chunks (1, 1, T, D) or (1, 1, T).
+
+    Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks written, all chunk files in one folder
+    (a durable write then syncs that folder and no others). `chunk_rows` is T, by
+    default `default_chunk_rows`. Dimensions are named, so that xarray opens the group: only k and v share their heads.
+    Raises zarr's ContainsArrayError where the group has such an array.
+    """
+    tokens, row = shape[2], shape[3:]
+    numpy_type = numpy_dtype(dtype)
+    rows = chunk_rows or default_chunk_rows(tokens, int(np.prod(row)), numpy_type.itemsize)
+    with doing("make", str(group.store_path / name).removeprefix("file://")):
+        return group.create_array(
+            name,
+            shape=shape,
+            dtype=numpy_type,
+            chunks=(1, 1, rows, *row),
+            dimension_names=("batch", "kv_head" if name in ("k", "v") else "query_head", "token", "head_dim")[: len(shape)],
+            chunk_key_encoding={"name": "default", "separator": "."},
+            serializer=BytesCodec(endian="little"),
+            compressors=None,
+            filters=None,
+            fill_value=0,
+            config={"write_empty_chunks": True},
+        )
+
+
+def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[slice, ...]:
+    """The part of `array` that chunk `coords` covers; at the edge it is shorter than a chunk."""
+    return tuple(
+        slice(i * size, min((i + 1) * size, length))
+        for i, size, length in zip(coords, array.chunks, array.shape, strict=True)
+    )
+
+
+def chunk_file(array: zarr.Array[Any], coords: tuple[int, ...]) -> Path:
+    """The file of chunk `coords` of an array that `create_array` made in a local store."""
+    assert isinstance(array.store, LocalStore)
+    return array.store.root / array.path / array.metadata.encode_chunk_key(coords)
+
+
+# The durable commit of one chunk. After a crash at any step, what lies under the chunk's name is whole: the old bytes,
+# the new bytes, or nothing.
+#   1. Write the rows under a temporary name in the chunk's own folder. The name is unique, so that a writer given up
+#      for dead cannot tear the file of its successor. Whole pages go to the disk directly, past the page cache.
+#   2. Extend the file with zeros to a full chunk, which is what Zarr demands of a chunk at the edge.
+#   3. fsync the file: its bytes are on disk before its name is.
+#   4. Rename it to the chunk's name; within a folder this is atomic.
+#   5. fsync the array's folder, which holds all its chunks: now the name is on disk too.
+def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[Any]) -> None:
+    """Write chunk `coords` of `array` whole; when this returns, it is on disk.
+
+    `data` has the shape of `chunk_selection(array, coords)` and the dtype of the array. Arrays that are not of the kind
+    made by `create_array`, or not in a local store, are written through Zarr, without that promise. Raises ValueError
+    for another shape or dtype, OSError as the file system does.
+    """
+    selection = chunk_selection(array, coords)
+    expected = tuple(part.stop - part.start for part in selection)
+    if data.shape != expected or data.dtype != array.dtype:
+        raise ValueError(
+            f"chunk {coords} of array {array.name!r} takes {list(expected)} {array.dtype}: "
+            f"found {list(data.shape)} {data.dtype}"
+        )
+    if not (isinstance(array.store, LocalStore) and _is_plain(array)):
+        array[selection] = data
+        return
+    write_durably(chunk_file(array, coords), [np.ascontiguousarray(data)], chunk_bytes(array))
+
+
+def fill_array(
+    array: zarr.Array[Any], rows: Callable[[int, int, int, int], NDArray[Any]], workers: int | None = None
+) -> None:
+    """Write every chunk of `array` from `rows(batch, head, start, stop)`, [stop - start, D] in the dtype of the array.
+
+    Runs in `workers` threads (default: one a core), each with one chunk in memory. The heads of one range of rows are
+    asked for one after another, so that a source which interleaves them is read from disk once.
+    """
+    batch, heads, tokens = array.cdata_shape[:3]
+
+    def write(chunk: tuple[int, int, int]) -> None:
+        b, part, h = chunk
+        coords = (b, h, part, *(0 for _ in array.shape[3:]))
+        span = chunk_selection(array, coords)[2]
+        write_chunk(array, coords, rows(b, h, span.start, span.stop)[np.newaxis, np.newaxis])
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for _ in pool.map(write, itertools.product(range(batch), range(tokens), range(heads))):
+            pass
+
+
+@contextmanager
+def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: bool = False) -> Iterator[zarr.Group]:
+    """A new Zarr group with `attributes`, to be filled inside the `with`; it appears at `path` when that ends well.
+
+    Until then it grows under a temporary name beside `path`, and an exception removes it. (At a URL other than file://
+    it is made in place.) Raises ProblemError for a location that is not taken, and ResultExistsError where something is at
+    `path`, unless `overwrite` is given and that something is a Zarr group or array.
+    """
+    local = local_path(path)
+    if local is None:
+        yield _create_remote(parse_location(path), attributes, overwrite)
+        return
+    refuse_to_destroy(local, overwrite)
+    with doing("make", local.parent):
+        local.parent.mkdir(parents=True, exist_ok=True)
+    temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        with doing("make", temporary):
+            group = zarr.create_group(OwnStore(temporary), attributes=attributes, zarr_format=3)
+        yield group
+        sync_metadata(temporary)
+        _move_into_place(temporary, local, overwrite)
+    except BaseException:
+        with suppress(OSError):  # what went wrong before is what is to be told
+            remove_ours(temporary, GROUP)
+        raise
+
+
+def _is_plain(array: zarr.Array[Any]) -> bool:
+    """Whether a chunk of `array` is a file of its rows, little-endian and nothing else, as `create_array` makes it."""
+    return (
+        isinstance(array.metadata, ArrayV3Metadata)
+        and array.metadata.codecs == (BytesCodec(endian="little"),)
+        and array.metadata.chunk_key_encoding == DefaultChunkKeyEncoding(separator=".")
+        and array.chunks[:2] == (1, 1)
+        and array.chunks[3:] == array.shape[3:]
+    )
+
+
+def _create_remote(location: Location, attributes: dict[str, Any], overwrite: bool) -> zarr.Group:
+    url = str(location)
+    try:
+        store = open_remote(location, read_only=False)
+        foreign = zarr_sync(_foreign_key(store)) if overwrite else None
+        if foreign is not None:
+            raise ResultExistsError(
+                f"{foreign} lies in {url}, which would be removed, and is not a file of a Zarr group: move it away"
+            )
+        return zarr.open_group(store, mode="w" if overwrite else "w-", attributes=attributes, zarr_format=3)
+    except OocattnError:
+        raise
+    except FileExistsError as error:
+        raise ResultExistsError(f"{url} exists already: choose another path, or overwrite it (--overwrite)") from error
+    except Exception as error:  # each file system has its own
+        raise ProblemError(f"{url} cannot be created ({printable(error)}): check the URL and its access") from error
+
+
+async def _foreign_key(store: RemoteStore) -> str | None:
+    """A key in a store that is none of a Zarr group; None where all are."""
+    pattern = pattern_of(GROUP)
+    async for key in store.list():
+        if not pattern.fullmatch(key):
+            return key
+    return None
+
+
+def refuse_to_destroy(path: Path, overwrite: bool) -> None:
+    """Raise ResultExistsError where something is at `path`, unless `overwrite` is given and it is a Zarr group or array with
+    no other file in it."""
+    if not is_taken(path):
+        return
+    if not overwrite:
+        raise ResultExistsError(f"{path} exists already: choose another path, or overwrite it (--overwrite)")
+    if not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray")):
+        raise ResultExistsError(f"{path} is not a Zarr group: only those are overwritten; remove it or choose another path")
+    refuse_foreign(path, GROUP)
+
+
+def sync_metadata(group: Path) -> None:
+    """Have the metadata of a group and its arrays on disk, which zarr does not see to."""
+    for folder in (group, *(group / name for name in names_in(group) if is_folder(group / name))):
+        sync(folder / "zarr.json")
+        sync(folder)
+
+
+def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give the group at `temporary`, all of which is on disk, the name `path`, in place of one that may be overwritten.
+
+    Raises ResultExistsError where something else is there by then. What was to be overwritten has its name again where the
+    new one could not be given it.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    refuse_to_destroy(path, overwrite)
+    replaced = is_taken(path)
+    if replaced:
+        rename_new(path, aside)
+    try:
+        rename_new(temporary, path)
+    except OSError as error:
+        if replaced:
+            _give_back(aside, path)
+        if isinstance(error, FileExistsError):
+            raise ResultExistsError(f"{path} has appeared meanwhile: move it away and try again") from None
+        raise
+    sync(path.parent)
+    if not remove_ours(aside, GROUP):
+        logger.warning("%s holds files that are not Zarr's, and is left", aside)
+
+
+def _give_back(aside: Path, path: Path) -> None:
+    """Give a group that was not replaced its name again; where that fails too, say where it is."""
+    try:
+        rename_new(aside, path)
+    except OSError as error:
+        logger.warning("%s; what was there before is at %s", words_of(error), aside)

@@ -1,0 +1,119 @@
+"""Import of tensors from .npy, .safetensors and .pt files into a dataset of our own kind.
+
+The three tensors are checked against each other before anything is written; then they are copied chunk by chunk. Where they
+lie in their files, and how they are read from there, is tensor_files.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oocattn import arguments
+from oocattn.arguments import Dtype, checked
+from oocattn.errors import ProblemError
+from oocattn.kernels.denormals import denormals_kept
+from oocattn.problem.problem import DTYPES, ArraySpec, make_problem
+from oocattn.storage.inputs.axes import LAYOUTS, warn_if_transposed
+from oocattn.storage.locations import parse_location
+from oocattn.storage.make.create import create_array, create_dataset, fill_array, numpy_dtype
+from oocattn.storage.make.tensor_files import FileTensor, open_npy, open_safetensors, open_torch
+from oocattn.storage.mistaken import no_file
+from oocattn.text import printable
+
+_FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
+
+
+@checked(layout=arguments.choice(*LAYOUTS), dtype=arguments.dtype, overwrite=arguments.boolean)
+@denormals_kept()
+def import_arrays(
+    path: str | Path,
+    *,
+    q: str | Path,
+    k: str | Path,
+    v: str | Path,
+    layout: str = "bhnd",
+    dtype: Dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Copy the tensors of three files into a new dataset at `path`, with arrays q, k, v of shape [B, H, N, D].
+
+    More heads than tokens, by `layout`, are logged as a warning: the axes may be in another order.
+
+    A file is `FILE.npy`, `FILE.safetensors` or `FILE.pt`, the last two with `:TENSOR` where they hold several tensors
+    and none is called q, k or v. `layout` is the order of the axes in the files. float16, bfloat16 and float32 are kept
+    unless `dtype` asks for another of them, by a name or as that of NumPy or PyTorch; float64 is read only with a `dtype`.
+    Raises ProblemError for a file that is missing or not understood and for options, shapes and dtypes that cannot be,
+    before anything is written, and for a finite value that overflows `dtype`; ResultExistsError where `path` is taken and
+    `overwrite` is not given.
+    """
+    converted = None if dtype is None else str(dtype)
+    sources = {name: _open(name, file) for name, file in (("q", q), ("k", k), ("v", v))}
+    specs = {name: _spec(name, source, layout, converted) for name, source in sources.items()}
+    make_problem(specs["q"], specs["k"], specs["v"])
+    warn_if_transposed(replace(specs["q"], shape=sources["q"].shape), layout)
+    origin = {name: source.label for name, source in sources.items()}
+    with create_dataset(path, attributes={"oocattn": {"imported_from": origin}}, overwrite=overwrite) as group:
+        for name, source in sources.items():
+            array = create_array(group, name, specs[name].shape, specs[name].dtype)
+            fill_array(array, partial(_read_rows, source, layout, specs[name].dtype))
+
+
+def _spec(name: str, source: FileTensor, layout: str, dtype: str | None) -> ArraySpec:
+    """What `source` will be in the dataset; raises ProblemError where its rank or dtype cannot become that."""
+    if len(source.shape) != len(layout):
+        raise ProblemError(
+            f"{name} ({source.label}) has shape {list(source.shape)}: layout {layout} has {len(layout)} dimensions; "
+            f"name the order of the axes with --layout, one of {', '.join(LAYOUTS)}"
+        )
+    found = source.dtype.name
+    if found not in (*DTYPES, "float64"):
+        raise ProblemError(
+            f"{name} ({source.label}) has dtype {found}: expected one of {', '.join(DTYPES)}; convert it first"
+        )
+    if found == "float64" and dtype is None:
+        raise ProblemError(f"{name} ({source.label}) has dtype float64: convert it on the way in with --dtype float32")
+    size = dict(zip(layout, source.shape, strict=True))
+    return ArraySpec(f"{name} ({source.label})", tuple(size.get(axis, 1) for axis in "bhnd"), dtype or found)
+
+
+def _read_rows(source: FileTensor, layout: str, dtype: str, batch: int, head: int, start: int, stop: int) -> NDArray[Any]:
+    """Rows [start, stop) of one head: [stop - start, D] in `dtype`."""
+    part = {"b": slice(batch, batch + 1), "h": slice(head, head + 1), "n": slice(start, stop), "d": slice(None)}
+    rows = source.read([part[axis] for axis in layout]).reshape(stop - start, -1)
+    try:
+        with np.errstate(over="raise"):
+            return rows.astype(numpy_dtype(dtype), copy=False)
+    except FloatingPointError as error:
+        raise ProblemError(
+            f"{source.label} holds values too large for {dtype}, head {head}, tokens {start} to {stop}: "
+            "import it as bfloat16 or float32 (--dtype)"
+        ) from error
+
+
+def _open(name: str, typed: object) -> FileTensor:
+    """Open the tensor that is to become array `name`."""
+    if not isinstance(typed, str | os.PathLike):
+        raise no_file(typed, name)
+    file = os.fsdecode(typed)
+    match = _FILE_AND_TENSOR.fullmatch(file)
+    if match is None:
+        raise ProblemError(f"{name}: {file} is not understood: expected FILE.npy, FILE.safetensors or FILE.pt[:TENSOR]")
+    path, tensor = parse_location(match[1]).path, match[2]
+    if path is None:
+        raise ProblemError(f"{name}: {printable(file)} is a URL: tensors are imported from local files; copy it first")
+    try:
+        if path.suffix == ".npy":
+            return open_npy(name, path)
+        if path.suffix == ".safetensors":
+            return open_safetensors(name, path, tensor)
+        return open_torch(name, path, tensor)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ProblemError(f"{name}: there is no file {printable(path)}") from None

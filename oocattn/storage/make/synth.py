@@ -1,0 +1,120 @@
+"""Synthetic datasets of any size, whose every row can be made again from the seed alone.
+
+Rows come in fixed blocks of `BLOCK_ROWS`. Each block of each head of each array has a stretch of its own in the stream
+of a counter-based generator: Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed
+by (seed, array), its 256-bit counter started at (0, block, head, batch). So the numbers depend on neither the chunks
+nor the threads; and within a block they are drawn in order, because the normal deviates (ziggurat, with rejection) use
+a varying number of random words.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from oocattn import arguments
+from oocattn.arguments import MOST_SEED, Dtype, checked
+from oocattn.problem.problem import MAX_HEAD_DIM, ArraySpec, make_problem
+from oocattn.storage.make.create import create_array, create_dataset, fill_array, numpy_dtype
+
+BLOCK_ROWS = 4096
+"""Rows drawn from one start of the counter; part of the generator's definition."""
+
+GENERATOR = "philox-normal-1"
+"""Name and version of the generator, recorded in the dataset's attributes; a change of the numbers is a new version."""
+
+MAX_WORKERS = 1 << 10
+"""Threads that write at a time."""
+
+MOST_DEVIATION = 16.0
+"""A normal number is smaller than that, in all that are ever drawn."""
+
+ARRAYS = ("q", "k", "v")
+
+
+DATASET_OPTIONS = {
+    "tokens": arguments.integer(1),
+    "heads": arguments.integer(1),
+    "kv_heads": arguments.integer(1),
+    "head_dim": arguments.integer(1, MAX_HEAD_DIM),
+    "dtype": arguments.dtype,
+    "seed": arguments.integer(0, MOST_SEED),
+}
+"""What the options may be that every dataset of random numbers is made by."""
+
+
+@checked(
+    **DATASET_OPTIONS,
+    batch=arguments.integer(1),
+    mean=arguments.number(),
+    workers=arguments.integer(1, MAX_WORKERS),
+    overwrite=arguments.boolean,
+)
+def synthesise(
+    path: str | Path,
+    *,
+    tokens: int,
+    heads: int,
+    kv_heads: int | None = None,
+    head_dim: int,
+    dtype: Dtype,
+    batch: int = 1,
+    seed: int = 0,
+    mean: float = 0.0,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a dataset of unit-normal q [batch, heads, tokens, head_dim] and k, v [batch, kv_heads, tokens, head_dim].
+
+    `mean` is added to v; `kv_heads` defaults to `heads`; `workers` is the number of threads (default: one a core), each
+    holding one chunk. `dtype` is float16, bfloat16 or float32, as a name ("bf16" and the like too) or as that of NumPy or
+    PyTorch. The group's attributes record what makes the dataset again. Raises ProblemError for an option that cannot be,
+    ResultExistsError where `path` is taken and `overwrite` is not given.
+    """
+    shape = (batch, heads, tokens, head_dim)
+    kv_shape = (batch, heads if kv_heads is None else kv_heads, tokens, head_dim)
+    dtype = str(dtype)
+    largest = float(ml_dtypes.finfo(numpy_dtype(dtype)).max)  # type: ignore[no-untyped-call]
+    if abs(mean) > largest - MOST_DEVIATION:
+        raise arguments.refused("mean", mean, f"{largest - MOST_DEVIATION:g} at most in size, so that {dtype} holds the sum")
+    shapes = {"q": shape, "k": kv_shape, "v": kv_shape}
+    make_problem(*(ArraySpec(name, shapes[name], dtype) for name in ARRAYS))
+    attributes = {"oocattn": {"generator": GENERATOR, "seed": seed, "v_mean": mean}}
+    with create_dataset(path, attributes=attributes, overwrite=overwrite) as group:
+        for name in ARRAYS:
+            array = create_array(group, name, shapes[name], dtype)
+            offset = mean if name == "v" else 0.0
+            fill_array(array, partial(synthetic_rows, seed, name, head_dim=head_dim, dtype=dtype, mean=offset), workers)
+
+
+def synthetic_rows(
+    seed: int,
+    array_name: str,
+    batch: int,
+    head: int,
+    start: int,
+    stop: int,
+    head_dim: int,
+    dtype: str,
+    mean: float = 0.0,
+) -> NDArray[Any]:
+    """Rows [start, stop) of one head of array q, k or v: [stop - start, head_dim] in `dtype`, normal around `mean`.
+
+    They are drawn as float32 and then rounded to `dtype`.
+    """
+    rows = np.empty((stop - start, head_dim), numpy_dtype(dtype))
+    for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
+        first, last = max(start, block * BLOCK_ROWS), min(stop, (block + 1) * BLOCK_ROWS)
+        bits = np.random.Philox(
+            key=np.array([seed, ARRAYS.index(array_name)], np.uint64),
+            counter=np.array([0, block, head, batch], np.uint64),
+        )
+        drawn = np.random.Generator(bits).standard_normal((last - block * BLOCK_ROWS, head_dim), np.float32)
+        drawn += np.float32(mean)
+        rows[first - start : last - start] = drawn[first - block * BLOCK_ROWS :]
+    return rows

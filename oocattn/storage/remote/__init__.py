@@ -1,0 +1,1 @@
+"""Stores behind URLs: requests that are retried, and what their failures mean."""

@@ -1,0 +1,1 @@
+"""Results: they grow chunk by chunk, get their name when complete, and carry checksums."""

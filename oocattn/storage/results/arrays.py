@@ -1,0 +1,124 @@
+"""The arrays of a result, `out` and `lse`: written chunk by chunk while it grows, read once it is complete.
+
+Where they lie is `paths`' business, how the group begins and takes its name `state`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.storage import LocalStore
+
+from oocattn.errors import IntegrityError, ProblemError
+from oocattn.storage.files.durable import read_json, write_text
+from oocattn.storage.files.folders import remove_file
+from oocattn.storage.files.operations import doing
+from oocattn.storage.files.regular import read_file
+from oocattn.storage.layout import chunk_bytes
+from oocattn.storage.make.create import chunk_file, chunk_selection, write_chunk
+from oocattn.storage.mapped_store import MappedStore
+from oocattn.storage.metadata import array_names, open_array
+from oocattn.storage.results.checksums import ATTRIBUTE as CHECKSUMS
+from oocattn.storage.results.checksums import Checksums, as_digits, checksum
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of a part: its bytes, and the checksums of its rows of `out` and `lse`."""
+
+    nbytes: int
+    out: str
+    lse: str
+
+
+class ResultArrays:
+    """The arrays of a result; while it grows it is written chunk by chunk, each by one writer."""
+
+    def __init__(self, out: zarr.Array[Any], lse: zarr.Array[Any]) -> None:
+        self.out = out
+        self.lse = lse
+
+    @property
+    def by_name(self) -> dict[str, zarr.Array[Any]]:
+        return {"out": self.out, "lse": self.lse}
+
+    @classmethod
+    def open(cls, path: Path) -> ResultArrays:
+        """The arrays of the result at `path`, read through memory maps. Raises IntegrityError where one is missing."""
+        return cls.of(MappedStore(path, read_only=True))
+
+    @classmethod
+    def of(cls, store: LocalStore) -> ResultArrays:
+        """The arrays of the result in a store. Raises IntegrityError where one is missing."""
+        try:
+            out, lse = (open_array(store, name, str(store.root)) for name in ("out", "lse"))
+        except ProblemError as error:
+            raise IntegrityError(str(error)) from None
+        if out is None or lse is None:
+            raise IntegrityError(
+                f"{store.root}: no finished result here: expected the arrays out and lse, found {array_names(store)}"
+            )
+        return cls(out, lse)
+
+    def has(self, batch: int, head: int, part: int) -> bool:
+        """Whether chunk `part` of one head is there, as long as it must be."""
+        for array in (self.out, self.lse):
+            path = chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:])))
+            try:
+                with doing("look at", path):
+                    status = os.lstat(path)
+            except FileNotFoundError:
+                return False
+            if not stat.S_ISREG(status.st_mode) or status.st_size != chunk_bytes(array):
+                return False
+        return True
+
+    def checksums(self, batch: int, head: int, part: int) -> dict[str, str]:
+        """The checksums of chunk `part` of one head, as it is on disk; what is no chunk has none that fits.
+
+        Raises OSError as the file system does.
+        """
+        found = {}
+        for name, array in self.by_name.items():
+            index = (batch, head, part, *(0 for _ in array.shape[3:]))
+            rows = chunk_selection(array, index)[2]
+            nbytes = (rows.stop - rows.start) * math.prod(array.shape[3:]) * array.dtype.itemsize
+            try:
+                found[name] = as_digits(
+                    zlib.crc32(read_file(chunk_file(array, index), chunk_bytes(array), follow=False)[:nbytes])
+                )
+            except IntegrityError:
+                found[name] = ""
+        return found
+
+    def remove(self, batch: int, head: int, part: int) -> None:
+        """Remove chunk `part` of one head."""
+        for array in self.by_name.values():
+            remove_file(chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:]))))
+
+    def write(self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]) -> Written:
+        """Write chunk `part` of one head, out [n, D] and lse [n]."""
+        checksums = [as_digits(checksum(rows)) for rows in (out, lse)]  # of what is to be written, not of what was
+        write_chunk(self.out, (batch, head, part, 0), out[np.newaxis, np.newaxis])
+        write_chunk(self.lse, (batch, head, part), lse[np.newaxis, np.newaxis])
+        return Written(out.nbytes + lse.nbytes, *checksums)
+
+    def record(self, checksums: Mapping[str, Checksums]) -> None:
+        """Keep the checksums of `out` and `lse` with the arrays; when this returns, they are on disk."""
+        for name, array in self.by_name.items():
+            assert isinstance(array.store, LocalStore)
+            path = array.store.root / array.path / "zarr.json"
+            metadata = read_json(path) or {}  # not through zarr, which does not sync what it writes
+            metadata.setdefault("attributes", {})[CHECKSUMS] = checksums[name].to_json()
+            write_text(path, json.dumps(metadata, indent=2))

@@ -1,0 +1,262 @@
+"""The certificate of a result: what `verify` has found, as a record, as JSON and as a few lines.
+
+Here is what follows from the findings; how they come about is in `verification` (rows), `storage.checksums` (bits) and
+`certifying` (all of it). The lines are `certificate_text`'s, the page is `certificate_page`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+from oocattn.errors import IntegrityError
+from oocattn.problem.problem import Problem, read_problem
+from oocattn.records import Positive, Range, from_json, to_json
+from oocattn.storage.results.checksums import Damage
+from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
+from oocattn.verification.sampling import STRATA, share_bound
+from oocattn.verification.text import certificate_text
+
+FORMAT = 3
+
+MOST_SHOWING_NOTHING = 0.1
+"""The share of rows that show nothing above which a certificate is inconclusive."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is read of a certificate that is beside a result: what it says, when it was made, and of which result it is."""
+
+    format: Annotated[int, Range(FORMAT, FORMAT)]
+    passed: bool
+    inconclusive: bool
+    verdict: str
+    made: str
+    digest: str | None
+    problem: Problem
+    dataset_recorded: str
+
+    @property
+    def outcome(self) -> Literal["passed", "inconclusive", "failed"]:
+        """What it says of the result, in a word."""
+        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Summary:
+        """Of what `Certificate.to_json` wrote; rows are left out, which take seconds where they are many.
+
+        Raises IntegrityError for anything else.
+        """
+        try:
+            return from_json(cls, {each.name: content[each.name] for each in fields(cls)})
+        except (KeyError, ValueError) as error:
+            raise IntegrityError(f"not a certificate of oocattn: {error}") from None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The outcome of `verify`.
+
+    `asked` and `seed` determine the sample, of `asked` rows at most. `dataset_recorded` and `dataset_found` are the
+    fingerprints of the dataset that the run read and of the one that was read now; `digest` is the identity of the result's
+    bits, as they were written (None: no checksums are recorded); `ledger` is None where the run's report was not beside the
+    result. `computed_with` and `verified_with` are versions, `made` is when. `files` says where the certificate was
+    written, and is not part of it.
+    """
+
+    result: str
+    dataset: str
+    problem: Problem
+    asked: Positive
+    seed: Annotated[int, Range(0, math.inf)]
+    rows: tuple[RowCheck, ...]
+    arrays: tuple[ArrayCheck, ...]
+    digest: str | None
+    ledger: Ledger | None
+    dataset_recorded: str
+    dataset_found: str
+    computed_with: Mapping[str, str]
+    verified_with: Mapping[str, str]
+    made: str = field(compare=False)
+    files: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every sampled row is right, most of them show something, and no part of the result is damaged."""
+        return not self.failed and not self.inconclusive
+
+    @property
+    def failed(self) -> bool:
+        """Whether a sampled row is wrong, or a part of the result is damaged."""
+        return bool(self.wrong or self.damaged)
+
+    @property
+    def inconclusive(self) -> bool:
+        """Whether nothing is wrong, but more than a tenth of the sampled rows show nothing."""
+        return not self.failed and len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
+
+    @property
+    def wrong(self) -> list[RowCheck]:
+        """The rows that are not right."""
+        return [row for row in self.rows if not row.passed]
+
+    @property
+    def showing_nothing(self) -> list[RowCheck]:
+        """The rows of which float32 arithmetic may lose more than 1%: they are not called wrong, and show nothing."""
+        return [row for row in self.rows if row.passed and not row.shows]
+
+    @property
+    def damaged(self) -> list[Damage]:
+        """The parts of the result that are not as they were written."""
+        return [damage for array in self.arrays for damage in array.damaged]
+
+    @property
+    def dataset_unchanged(self) -> bool:
+        """Whether the dataset is the one that the run read, as far as its fingerprint tells."""
+        return self.dataset_found == self.dataset_recorded
+
+    @property
+    def error(self) -> float:
+        """The relative error of `out`: the root mean square over the rows that show something, as causal rows differ in
+        length; over all rows where none does."""
+        return math.hypot(*self._errors) / math.sqrt(len(self._errors))
+
+    @property
+    def worst_error(self) -> float:
+        """The largest relative error of `out` of the same rows."""
+        return largest(self._errors)
+
+    @property
+    def _errors(self) -> list[float]:
+        showing = [row.error for row in self.rows if row.shows or not row.passed]
+        return showing or [row.error for row in self.rows]
+
+    @property
+    def drawn(self) -> int:
+        """Rows that were drawn uniformly at random."""
+        return sum("uniform" in row.strata for row in self.rows)
+
+    @property
+    def conclusive(self) -> int:
+        """Rows that were drawn uniformly at random and show something: they are those that are counted."""
+        return sum("uniform" in row.strata and row.shows for row in self.rows)
+
+    @property
+    def statement(self) -> str:
+        """What the rows show of all the others."""
+        drawn, rows, left_out = self.conclusive, self.problem.rows, len(self.showing_nothing)
+        if self.wrong:
+            return f"{len(self.wrong)} of {len(self.rows)} recomputed rows exceed their tolerance: the result is wrong"
+        if not drawn or left_out > MOST_SHOWING_NOTHING * len(self.rows):
+            return (
+                f"{left_out:,} of {len(self.rows):,} recomputed rows show nothing, because float32 arithmetic may lose more "
+                "than 1% of them: nothing is claimed of the other rows"
+            )
+        if drawn == rows:
+            return f"all {rows:,} rows were recomputed, and none exceeds its tolerance"
+        row = "rows" if drawn > 1 else "row"
+        bound = f"{share_bound(drawn):.2%}"
+        claim = f"fewer than 3/{drawn} = {3 / drawn:.2%}" if drawn > 3 else f"at most {bound}"
+        exact = f" (1 - 0.05^(1/{drawn}) = {bound})" if drawn > 3 else ""
+        return (
+            f"of {drawn:,} {row} drawn uniformly at random none exceeds its tolerance: with 95% confidence {claim} of all "
+            f"{rows:,} rows do{exact}{self._left_out(left_out)}"
+        )
+
+    def _left_out(self, rows: int) -> str:
+        return f"; not counting rows like {rows:,} of the recomputed ones, which show nothing" if rows else ""
+
+    @property
+    def strata(self) -> list[Stratum]:
+        """The findings by stratum, and those of all rows."""
+        groups = [(name, [row for row in self.rows if name in row.strata]) for name in STRATA]
+        return [stratum_of(name, rows) for name, rows in [*groups, ("all", list(self.rows))] if rows]
+
+    @property
+    def verdict(self) -> str:
+        """One line: also what a certificate that passed does not cover."""
+        if self.passed:
+            return ", ".join(["passed", *self._left_open()])
+        if self.inconclusive:
+            return (
+                f"inconclusive: {len(self.showing_nothing)} of {len(self.rows)} rows show nothing, because their scores or "
+                "values are so large, or cancel so far, that float32 arithmetic may lose more than 1% of them"
+            )
+        reasons = []
+        if self.wrong:
+            against = "" if self.dataset_unchanged else ", but the dataset may not be the one that the run read"
+            reasons.append(f"{len(self.wrong)} of {len(self.rows)} rows are wrong{against}")
+        if self.damaged:
+            parts = sum(array.parts for array in self.arrays)
+            reasons.append(f"{len(self.damaged)} of {parts:,} parts are not as they were written")
+        return f"FAILED: {', and '.join(reasons)}; compute it again with `oocattn run --overwrite`, or take another copy"
+
+    def _left_open(self) -> list[str]:
+        """What would have to be known besides the rows."""
+        found = []
+        if any(array.state != "checked" for array in self.arrays):
+            found.append("the rows alone: not all checksums were compared")
+        if not self.dataset_unchanged:
+            found.append("against a dataset that may not be the one that the run read")
+        if self.ledger is not None and self.ledger.counted != self.ledger.expected:
+            found.append("but the report beside the result is not that of its run")
+        if self.ledger is not None and self.ledger.out_overflowed:
+            found.append(f"but {self.ledger.out_overflowed:,} elements of out are Inf, too large for its dtype")
+        if self.ledger is not None and self.ledger.out_underflowed:
+            found.append(f"but {self.ledger.out_underflowed:,} elements of out are 0, too small for its dtype")
+        return found
+
+    @property
+    def again(self) -> str:
+        """The command that checks the same rows again."""
+        words = ["oocattn", "verify", self.result, "--rows", str(self.asked), "--seed", str(self.seed)]
+        words += ["--dataset", self.dataset]
+        words += ["--no-checksums"] if any(array.state == "not checked" for array in self.arrays) else []
+        return shlex.join(words)
+
+    def to_json(self) -> dict[str, Any]:
+        """The certificate as JSON-ready values, with what follows from them."""
+        content = {name: value for name, value in to_json(self).items() if name != "files"}
+        summary = {"verdict": self.verdict, "statement": self.statement, "strata": to_json(tuple(self.strata))}
+        return {
+            "format": FORMAT,
+            "passed": self.passed,
+            "inconclusive": self.inconclusive,
+            **summary,
+            "error": to_json(self.error),
+            "worst_error": to_json(self.worst_error),
+            **content,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Certificate:
+        """The certificate that `to_json` wrote. Raises IntegrityError for anything else, also for another verdict."""
+        follows = ("format", "passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
+        try:
+            found = dict(content)
+            summary = {name: found.pop(name) for name in follows}
+            read_problem(found["problem"])
+            certificate = from_json(cls, {**found, "files": []})
+            certificate._check_rows()
+            written = certificate.to_json()
+            for name, value in summary.items():
+                if written[name] != value:
+                    raise ValueError(f"its {name} does not follow from what it says")
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"not a certificate of oocattn: {error}") from None
+        return certificate
+
+    def _check_rows(self) -> None:
+        """Raise ValueError where no row was drawn at random, or one is none of the problem's."""
+        if not self.drawn:
+            raise ValueError("none of its rows was drawn at random")
+        sizes = self.problem.batch, self.problem.query_heads, self.problem.tokens
+        for row in self.rows:
+            if any(place >= size for place, size in zip((row.batch, row.head, row.token), sizes, strict=True)):
+                raise ValueError(f"batch {row.batch}, head {row.head}, token {row.token} is no row of its problem")
+
+    def __str__(self) -> str:
+        return certificate_text(self)

@@ -1,0 +1,283 @@
+"""Proof after the fact: sampled rows of a result recomputed in float64, with K and V streamed from the dataset.
+
+Nothing of a run is reused here: no kernel, no merge, no division; the formula of attention alone, in numpy. What is made of
+the comparison is `certificate`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from oocattn.problem.problem import Problem
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.make.create import numpy_dtype
+from oocattn.verification.findings import RowCheck
+from oocattn.verification.repeats import slots_for
+from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors
+from oocattn.verification.sampling import Place, StratumName, sample_rows
+
+KEY_ROWS = 8192
+"""Keys that are read and attended at a time, at most."""
+
+GROUP_ROWS = 256
+"""Rows of one head group that are recomputed together, at most; for more of them K and V are read again."""
+
+Array64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ExactRow:
+    """A row in float64: where it is and what it was sampled for, out [D] and lse.
+
+    `size` is the sum of weight times |value|; `allowed` and `allowed_lse` are what float32 arithmetic may lose of `out`
+    (norm over D) and of lse.
+    """
+
+    batch: int
+    head: int
+    token: int
+    strata: tuple[StratumName, ...]
+    out: Array64
+    lse: float
+    size: float
+    allowed: float
+    allowed_lse: float
+
+
+def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> RowCheck:
+    """The check of one row, found as `out` [D] and `lse`.
+
+    Errors of `out` are relative to the norm of the exact row; where that is nearly nothing, because values cancel or are as
+    small as the smallest numbers of the dtype of `out`, to a thousandth of the values' size or to 200 such roundings.
+    """
+    tiny = SMALLEST[problem.out_dtype] / 2 * math.sqrt(problem.head_dim)
+    norm = _norm(np.where(np.isfinite(exact.out), exact.out, 0.0))
+    length = max(norm, exact.size / 1000, 200 * tiny)
+    allowed = UNIT_ROUNDOFF[problem.out_dtype] * norm + tiny + exact.allowed
+    of_lse = np.asarray([lse]), np.asarray([exact.lse])
+    with np.errstate(all="ignore"):
+        ulps = error_in_ulps(out, exact.out, problem.out_dtype)
+        lse_ulps = error_in_ulps(*of_lse, "float32")
+        overflow = (np.abs(exact.out) + allowed > LARGEST[problem.out_dtype]) & (out == np.copysign(np.inf, exact.out))
+        error = _norm(np.where(overflow, 0.0, _difference(out, exact.out)))
+        lse_error = _norm(_difference(*of_lse))
+    return RowCheck(
+        exact.batch,
+        exact.head,
+        exact.token,
+        exact.strata,
+        length=length,
+        error=error / length,
+        allowed=allowed / length,
+        lse_error=lse_error,
+        allowed_lse=exact.allowed_lse,
+        ulps=float(ulps.max()),
+        mean_ulps=float(ulps.mean()),
+        lse_ulps=float(lse_ulps[0]),
+    )
+
+
+def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
+    """|found - exact| in units of the last place of `exact` as it is in `dtype`: at most 0.5 where it is rounded right.
+
+    0 where both are NaN or the same Inf, after rounding; Inf where only one is.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        rounded = exact.astype(numpy_dtype(dtype)).astype(np.float64)
+        _, exponent = np.frexp(rounded)  # rounded = m * 2^exponent with 0.5 <= m < 1
+        unit = np.where(rounded == 0, 0.0, np.ldexp(2 * UNIT_ROUNDOFF[dtype], exponent - 1))
+        ulps = np.abs(found - exact) / np.maximum(unit, SMALLEST[dtype])
+    special = ~(np.isfinite(found) & np.isfinite(rounded))
+    same = (found == rounded) | (np.isnan(found) & np.isnan(rounded))
+    return np.where(special, np.where(same, 0.0, np.inf), ulps)
+
+
+def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int) -> int:
+    """Host memory, in bytes, that recomputing so many rows takes with tiles of `key_rows` keys."""
+    members, head_dim = min(rows, GROUP_ROWS), problem.head_dim
+    tile = head_dim * (8 + problem.itemsize + 2 + 3 * 8) + 10 * 8  # float64, as read, masks; hashes; order and positions
+    weights = members * (5 * 8 + 2 * 8 + 3)  # scores, weights and what errors they have; temporaries; masks
+    state = members * 8 * (16 * head_dim + 40)  # query, sums of what is [D], and what is added to them; the exact rows
+    repeats = 4 * slots_for(problem.tokens)
+    decoding = max(array.decode_bytes for array in dataset.arrays.values())
+    return min(key_rows, problem.tokens) * (tile + weights) + state + repeats + decoding
+
+
+def recompute_rows(
+    problem: Problem,
+    dataset: Dataset,
+    *,
+    borders: Sequence[int],
+    rows: int,
+    seed: int,
+    key_rows: int = KEY_ROWS,
+    weight_roundoff: float = UNIT_ROUNDOFF["float32"],
+) -> Iterator[ExactRow]:
+    """Sampled rows of the result in float64, those of `sample_rows`, by streaming K and V, `key_rows` at a time.
+
+    What is allowed counts softmax weights as rounded to `weight_roundoff`.
+    """
+    groups = defaultdict(list)
+    for place in sample_rows(problem, borders, rows, seed):
+        groups[place.batch, place.head // problem.group_size].append(place)
+    for (batch, kv_head), places in groups.items():
+        for first in range(0, len(places), GROUP_ROWS):
+            of_group = places[first : first + GROUP_ROWS]
+            yield from _recompute(problem, dataset, batch, kv_head, of_group, key_rows, weight_roundoff)
+
+
+def _difference(found: Array64, expected: Array64) -> Array64:
+    """|found - expected|: 0 where both are the same NaN or Inf, and Inf where only one is not finite."""
+    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    finite = np.isfinite(found) & np.isfinite(expected)
+    return np.where(same, 0.0, np.where(finite, np.abs(found - np.where(same, 0.0, expected)), np.inf))
+
+
+def _norm(numbers: Array64) -> float:
+    return float(np.sqrt(np.sum(numbers * numbers)))
+
+
+def _recompute(
+    problem: Problem,
+    dataset: Dataset,
+    batch: int,
+    kv_head: int,
+    places: Sequence[Place],
+    key_rows: int,
+    weight_roundoff: float,
+) -> list[ExactRow]:
+    """Each of these rows of one head group in float64."""
+    raw = np.empty((min(key_rows, problem.tokens), problem.head_dim), numpy_dtype(problem.dtype))
+    tile = np.empty(raw.shape)
+    query = np.empty((len(places), problem.head_dim))
+    for index, place in enumerate(places):
+        dataset.arrays["q"].read_rows(batch, place.head, place.token, place.token + 1, raw[:1])
+        query[index] = raw[0]
+
+    def read(name: str, start: int, stop: int) -> Array64:
+        rows = raw[: stop - start]
+        dataset.arrays[name].read_rows(batch, kv_head, start, stop, rows)
+        np.copyto(tile[: len(rows)], rows)
+        return tile[: len(rows)]
+
+    softmax = _Softmax(problem, query, np.asarray([place.token for place in places]), len(raw), weight_roundoff)
+    last = max(place.token for place in places) + 1 if problem.causal else problem.tokens
+    with np.errstate(all="ignore"):  # NaN and Inf flow as they come, and what underflows is nothing
+        for start in range(0, last, len(raw)):
+            stop = min(start + len(raw), last)
+            softmax.weigh(read("k", start, stop), start)
+            softmax.add(read("v", start, stop), start)
+        return softmax.rows(places)
+
+
+class _Softmax:
+    """Some rows of one head group, softmax(scale q k) v over the keys that have come, in float64.
+
+    What is as large as a tile of keys lives in buffers that are used again, and the keys and values that are passed are
+    overwritten: `recompute_bytes` counts it all.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        query: Array64,
+        tokens: npt.NDArray[np.int64],
+        key_rows: int,
+        weight_roundoff: float = UNIT_ROUNDOFF["float32"],
+    ) -> None:
+        members = len(query)
+        self._problem, self._query, self._tokens = problem, query, tokens
+        self._num, self._special, self._den = np.zeros_like(query), np.zeros_like(query), np.zeros(members)
+        self._maximum = np.full(members, -np.inf)
+        self._buffers = [np.empty(members * key_rows) for _ in range(2)]
+        self._rounding = RoundingErrors(query, problem.scale, problem.tokens, key_rows, weight_roundoff)
+        self._size, self._passed = np.zeros(members), np.zeros(members)
+        self._counted = 0
+
+    def weigh(self, key: Array64, start: int) -> None:
+        """Attend the keys [n, D] from token `start` on: the scores become weights."""
+        scores, weights = self._views(len(key))
+        np.matmul(self._query, key.T, out=scores)
+        scores *= self._problem.scale
+        if self._problem.causal:
+            np.copyto(scores, -np.inf, where=self._tokens[:, None] < np.arange(start, start + len(key)))
+        self._rounding.see_keys(key, scores)
+        risen = np.maximum(self._maximum, scores.max(axis=1))
+        shift = np.where(np.isneginf(risen), 0.0, risen)
+        kept = np.exp(self._maximum - shift)
+        np.subtract(scores, shift[:, None], out=weights)
+        np.exp(weights, out=weights)
+        self._rounding.see_weights(scores, weights, shift, kept)
+        self._den = self._den * kept + weights.sum(axis=1)
+        self._num *= kept[:, None]
+        self._size *= kept
+        self._passed *= kept
+        self._special *= kept[:, None]
+        self._maximum = risen
+
+    def add(self, value: Array64, start: int) -> None:
+        """Add the values [n, D] of the keys that were weighed last."""
+        _, weights = self._views(len(value))
+        attended = self._attended(start + len(value)) - self._attended(start)
+        special = ~np.isfinite(value)
+        if special.any():  # a NaN or Inf in a value that a row does not attend stays out of that row
+            values = np.where(special, value, 0.0)
+            for row, keys in enumerate(attended):
+                self._special[row] += weights[row, :keys] @ values[:keys]
+            value[special] = 0.0
+        lengths = np.sqrt(np.einsum("nd,nd->n", value, value))
+        first = start
+        while first < start + len(value):
+            border = _next_border(first)
+            last = min(border, start + len(value))
+            keys = slice(first - start, last - start)
+            self._num += weights[:, keys] @ value[keys]
+            self._size += weights[:, keys] @ lengths[keys]
+            self._passed += weights[:, keys].sum(axis=1)
+            if last == border:
+                self._count_partial_sum(border)
+            first = last
+        self._rounding.see_values(weights, value, lengths, attended)
+
+    def rows(self, places: Sequence[Place]) -> list[ExactRow]:
+        """What has come of the rows, which are at these places."""
+        self._count_partial_sum(self._problem.tokens)
+        keys = self._attended(self._problem.tokens)
+        den = np.where(self._den == 0, 1.0, self._den)  # every score is -inf: out is 0, as of no key
+        out = (self._num + self._special) / den[:, None]
+        lse = self._maximum + np.log(self._den)
+        allowance = self._rounding.allowance(out, lse, self._maximum, self._den, self._size, keys)
+        size = np.nan_to_num(self._size / den)
+        columns = (out, lse, size, allowance.out, allowance.lse)
+        return [
+            ExactRow(place.batch, place.head, place.token, place.strata, row, *map(float, of_row))
+            for place, row, *of_row in zip(places, *columns, strict=True)
+        ]
+
+    def _attended(self, stop: int) -> npt.NDArray[np.int64]:
+        """The keys before `stop` that each row attends."""
+        return np.minimum(self._tokens + 1, stop) if self._problem.causal else np.full(len(self._tokens), stop)
+
+    def _count_partial_sum(self, stop: int) -> None:
+        """The sums over the keys before `stop` stand for those since the last call."""
+        self._rounding.see_partial_sum(
+            self._num, self._size, self._passed, self._attended(stop) - self._attended(self._counted)
+        )
+        self._counted = stop
+
+    def _views(self, keys: int) -> tuple[Array64, Array64]:
+        """As much of the buffers of scores and of weights as so many keys need, [rows, keys]."""
+        scores, weights = (buffer[: len(self._query) * keys].reshape(len(self._query), keys) for buffer in self._buffers)
+        return scores, weights
+
+
+def _next_border(token: int) -> int:
+    """The first token after `token` up to which a sum over keys is looked at: about 16 in each doubling of the tokens."""
+    step = max(16, 1 << max(0, token.bit_length() - 5))
+    return (token // step + 1) * step

@@ -1,0 +1,292 @@
+"""What float32 arithmetic may lose in a row of attention: the allowance of the row, from its own numbers.
+
+The row is out = sum_j P_j v_j with P = softmax(s), and lse = log sum_j exp(s_j). u is the unit roundoff of float32, 2^-24.
+No order of summation is assumed, because libraries differ in it. To first order an error e_j of each score changes
+
+    lse by sum_j P_j e_j    and    out by sum_j P_j e_j (v_j - out),
+
+so a score counts as much as its key weighs. Rounding errors come in two kinds, which add up differently.
+
+*Errors of one sign.* A dot product of D terms may be off by gamma_D sum|q k|, gamma_D = D u / (1 - D u) (Higham, Accuracy
+and Stability of Numerical Algorithms, 2nd edition, section 3.1). A running sum that rises evenly, as that of constant rows
+does, may be off by half of that. As far as the terms of a score have one sign, (D + 1) u / 2 times the excess
+max(0, 2 |s| - sum|q k|) is allowed. Such errors C_j add up without cancellation: sum_j P_j (exp(C_j) - 1) |v_j - out|,
+bounded by Cauchy and Schwarz. The same holds for sums over keys: there the largest excess of a partial sum counts, and the
+largest partial sum as far as keys are repeated. A common factor 1 + 2 u of all scores (the scale is rounded, and so is
+log2(e) where a kernel takes powers of two) moves out along its derivative, sum_j P_j s_j (v_j - out).
+
+*Errors that vary.* Other rounding errors behave as independent ones of mean 0 (Higham and Mary, SIAM J. Sci. Comput.
+41:A2815, 2019). Their squares add up; that of a number x is at most u^2 x^2 / 3 in the mean. In a sum of D terms t in any
+order, the squares of the partial sums add up to D (s^2 / 3 + sum t^2 / 6) in the mean. Equal keys have equal errors: the sum
+of the squares of c such keys is c times as large. `SIGMAS` standard deviations are allowed. What exceeds the errors of
+scores of a few units counts as of one sign, because keys that differ little may have nearly equal errors, too.
+
+Libraries block sums over keys: a partial sum has hundreds of terms, whatever n is. The numbers of additions and the factors
+of merges and exponentials in `_of_out` and `_of_lse` were measured with torch on CPUs. Over thousands of random problems of
+every kind, the largest float32 errors are 0.8 of what is allowed; on unit-normal inputs, the median allowance is 5 to 11
+times the median error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from oocattn.verification.repeats import Repeats
+
+Array64 = npt.NDArray[np.float64]
+
+UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+
+SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
+"""The smallest number of each dtype: below it, rounding is absolute."""
+
+LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120, "float32": 2.0**128 - 2.0**104}
+"""The largest finite number of each dtype."""
+
+UNIT = UNIT_ROUNDOFF["float32"]
+
+VARIANCE = 1 / 3
+"""The mean square of the rounding error of x, at most, in units of (u x)^2."""
+
+SIGMAS = 4.0
+"""Standard deviations that are allowed of errors that vary."""
+
+FEW_WEIGHTS = 1.2
+"""Where a few weights make up a row, their rounding is less even: 1.15 was the most in 11,520 rows of cuDNN's and
+FlashAttention's calls on problems of every kind (H200)."""
+
+MATRIX_UNITS = 1e-5
+"""Of lse: what matrix units that truncate sums and approximate powers of two may lose besides."""
+
+OVERFLOW = 2.0**119
+"""Sums of values as large as this may overflow float32, with weights that a kernel has raised by up to 2^8."""
+
+SCORE_OVERFLOW = 2.0**126
+"""Sums of products of a query and a key as large as this may overflow float32, before they are scaled."""
+
+LARGE = 0.25
+"""An error of a score that is not small: first-order analysis ends."""
+
+REPEATED = 4
+"""Occurrences of a key up to which sums over keys count as sums of different terms."""
+
+_MOST_RAISED = 30.0  # of an exponent, so that nothing overflows
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What float32 arithmetic may lose in rows: of `out` (norm over D, absolute) and of lse (absolute), both [rows]."""
+
+    out: Array64
+    lse: Array64
+
+
+class _Moments:
+    """Sums over the keys of a weight x_j, of x_j v_j and of x_j |v_j|^2, for some rows."""
+
+    def __init__(self, rows: int, head_dim: int) -> None:
+        self.total, self.square = np.zeros(rows), np.zeros(rows)
+        self.vector = np.zeros((rows, head_dim))
+
+    def scale(self, factor: Array64) -> None:
+        self.total *= factor
+        self.square *= factor
+        self.vector *= factor[:, None]
+
+    def add(self, weights: Array64, value: Array64, squares: Array64) -> None:
+        self.total += weights.sum(axis=1)
+        self.square += weights @ squares
+        self.vector += weights @ value
+
+    def about(self, out: Array64) -> Array64:
+        """The sum of x_j |v_j - out|^2."""
+        cross = np.einsum("md,md->m", out, self.vector)
+        found: Array64 = np.maximum(self.square - 2 * cross + self.total * np.einsum("md,md->m", out, out), 0.0)
+        return found
+
+
+class RoundingErrors:
+    """Collects, over the keys that come, what the allowance of some rows of one head group follows from.
+
+    `weight_roundoff` is that of the dtype that softmax weights were rounded to.
+    """
+
+    def __init__(self, query: Array64, scale: float, tokens: int, key_rows: int, weight_roundoff: float = UNIT) -> None:
+        rows, head_dim = query.shape
+        self._head_dim, self._scale, self._weight_roundoff = head_dim, scale, weight_roundoff
+        self._sizes_of_query, self._squares_of_query = np.abs(query), query * query
+        self._systematic, self._random = _Moments(rows, head_dim), _Moments(rows, head_dim)
+        self._slope, self._slope_vector = np.zeros(rows), np.zeros((rows, head_dim))
+        self._partials = _Moments(rows, head_dim)
+        self._rounded = _Moments(rows, head_dim) if weight_roundoff > UNIT else None
+        self._largest_value = np.zeros(rows)
+        self._square_of_values = np.zeros(rows)
+        self._drift, self._peak, self._repeated = np.zeros(rows), np.zeros(rows), np.zeros(rows)
+        self._largest_sum, self._largest_error = np.zeros(rows), np.zeros(rows)
+        self._reach, self._lost = np.full(rows, -np.inf), np.full(rows, -np.inf)
+        self._repeats = Repeats(tokens, head_dim)
+        self._buffers = [np.empty(rows * key_rows) for _ in range(3)]
+
+    def see_keys(self, key: Array64, scores: Array64) -> None:
+        """Take the scores [rows, n] of the keys [n, D], -inf where one is masked. The keys are overwritten."""
+        self._coherence = 2 * self._repeats.count(key) - 1  # of c equal keys, these sum up to c^2
+        error, variance, sizes = self._errors, self._variances, self._scratch = [
+            buffer[: scores.size].reshape(scores.shape) for buffer in self._buffers
+        ]
+        np.matmul(self._sizes_of_query, np.abs(key, out=key).T, out=sizes)
+        sizes *= self._scale
+        np.matmul(self._squares_of_query, np.multiply(key, key, out=key).T, out=variance)
+        np.abs(scores, out=error)
+        masked = ~(np.isfinite(error) & np.isfinite(sizes))
+        for array in (error, variance, sizes):
+            np.copyto(array, 0.0, where=masked)
+        overflow = self._see_sums(scores, sizes, masked)
+        self._bound_errors(error, variance, sizes)
+        np.maximum(self._largest_error, error.max(axis=1), out=self._largest_error)
+        if overflow is not None:
+            np.maximum(self._lost, np.where(overflow, scores + error, -np.inf).max(axis=1), out=self._lost)
+        if self._largest_error.max() > LARGE:
+            reach = np.where(error > LARGE, scores + error, -np.inf).max(axis=1)
+            np.maximum(self._reach, reach, out=self._reach)
+
+    def _see_sums(self, scores: Array64, sizes: Array64, masked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
+        """Take sum|q k| of each score: its products above 0 may overflow to Inf, those below 0 to -Inf. The latter scores
+        are returned, if there is one: their keys weigh nothing then, which is wrong only where they should."""
+        largest = SCORE_OVERFLOW * min(1.0, self._scale)
+        if sizes.max(initial=0.0) <= largest:
+            return None
+        finite = np.where(masked, 0.0, scores)
+        np.maximum(self._largest_sum, (sizes + finite).max(axis=1) / 2 / largest, out=self._largest_sum)
+        return (sizes - finite) / 2 > largest
+
+    def _bound_errors(self, error: Array64, variance: Array64, sizes: Array64) -> None:
+        """From |s|, sum (q k)^2 and sum|q k| of each score, all in place: what of its error counts as of one sign, and the
+        mean square of the rest."""
+        head_dim = self._head_dim
+        variance *= (head_dim / 6 + 2) * self._scale**2  # + 2: each product is rounded, and so is the scaled query
+        variance += error * error * (head_dim / 3)
+        variance *= VARIANCE * UNIT**2
+        error *= 2
+        error -= sizes
+        np.maximum(error, 0.0, out=error)
+        error *= UNIT * (head_dim + 1) / 2
+        np.sqrt(variance, out=sizes)
+        sizes *= SIGMAS
+        error += sizes  # all that the score may be off
+        np.minimum(error, 4 * SIGMAS * UNIT * math.sqrt(VARIANCE * head_dim), out=sizes)
+        error -= sizes
+        sizes /= SIGMAS
+        np.multiply(sizes, sizes, out=variance)
+
+    def see_weights(self, scores: Array64, weights: Array64, shift: Array64, kept: Array64) -> None:
+        """Take the weights exp(scores - shift) of these keys; those before were of a shift that leaves `kept` of them."""
+        for array in (self._slope, self._drift, self._peak, self._repeated, self._square_of_values):
+            array *= kept
+        self._slope_vector *= kept[:, None]
+        self._systematic.scale(kept)
+        for moments in filter(None, (self._random, self._partials, self._rounded)):
+            moments.scale(kept * kept)
+        self._repeated += weights @ (self._coherence > 2 * REPEATED)
+        error, variance, scratch = self._errors, self._variances, self._scratch
+        error += scores
+        error -= shift[:, None]
+        np.minimum(error, _MOST_RAISED, out=error)
+        np.exp(error, out=error)
+        error -= weights
+        variance += VARIANCE * 2 * UNIT**2  # of exp, and of its argument
+        variance *= self._coherence
+        variance *= weights
+        variance *= weights
+        np.multiply(weights, scores, out=scratch)
+        np.copyto(scratch, 0.0, where=~np.isfinite(scratch))
+
+    def see_values(self, weights: Array64, value: Array64, lengths: Array64, last: npt.NDArray[np.int64]) -> None:
+        """Take the values [n, D] of these keys, all finite, of which row i attends those before `last[i]`."""
+        squares = lengths * lengths
+        self._square_of_values += weights @ squares
+        self._systematic.add(self._errors, value, squares)
+        self._random.add(self._variances, value, squares)
+        if self._rounded is not None:
+            self._rounded.add(self._coherence * weights * weights, value, squares)
+        self._slope += self._scratch.sum(axis=1)
+        self._slope_vector += self._scratch @ value
+        attended = np.maximum.accumulate(lengths)[np.maximum(last, 1) - 1]
+        np.maximum(self._largest_value, np.where(last > 0, attended, 0.0), out=self._largest_value)
+
+    def see_partial_sum(self, num: Array64, size: Array64, den: Array64, keys: npt.NDArray[np.int64]) -> None:
+        """Take the sums of weight times value [rows, D], of weight times |value| and of weights as they are now.
+
+        They stand for so many keys of each row.
+        """
+        squares = np.einsum("md,md->m", num, num)
+        self._partials.total += keys * den * den
+        self._partials.vector += (keys * den)[:, None] * num
+        self._partials.square += keys * squares
+        np.maximum(self._peak, np.sqrt(squares), out=self._peak)
+        np.maximum(self._drift, 2 * np.sqrt(squares) - size, out=self._drift)
+
+    def allowance(
+        self, out: Array64, lse: Array64, maximum: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]
+    ) -> Allowance:
+        """Of rows with these exact `out` [rows, D] and lse, largest scores, sums of weights and of weight times |value|, and
+        numbers of keys.
+
+        Nothing is lost of a row whose scores are all -Inf: its weights are 0 in any arithmetic.
+        """
+        empty = np.isneginf(maximum)
+        out, lse, rise = (np.where(np.isfinite(array), array, 0.0) for array in (out, lse, lse - maximum))
+        den = np.where(den > 0, den, 1.0)
+        matter = lse - 10 - np.log(keys)  # from such a score on, together
+        unknown = self._reach > matter  # keys that matter have errors that are not small
+        steady = np.where(unknown, self._largest_error, self._systematic.total / den)
+        of_out, of_lse = self._of_out(out, lse, den, size, keys), self._of_lse(lse, rise, den, steady, keys)
+        anything = 1.01 * (np.linalg.norm(out, axis=1) + self._largest_value)  # out is a mean of values
+        of_out = np.minimum(np.where(unknown, np.inf, of_out), anything)
+        overflows = (self._largest_sum > 1) | (self._lost > matter) | (size > OVERFLOW)
+        of_out, of_lse = (np.where(overflows, np.inf, allowed) for allowed in (of_out, of_lse))
+        of_out, of_lse = (np.where(empty, 0.0, allowed) for allowed in (of_out, of_lse))
+        return Allowance(np.where(np.isnan(of_out), 0.0, of_out), np.where(np.isnan(of_lse), 0.0, of_lse))  # of rows of NaN
+
+    def _of_out(self, out: Array64, lse: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]) -> Array64:
+        length = np.linalg.norm(out, axis=1)
+        deviation = UNIT * math.sqrt(VARIANCE)
+        partial = np.sqrt(self._partials.square / keys)
+        if self._head_dim == 1:  # the product with one column is a dot product, whose lanes add up keys that lie apart
+            partial = np.maximum(partial, size)
+        varying = [
+            np.sqrt(self._random.about(out)) / den,
+            deviation * np.sqrt(np.minimum(keys, 128 + keys / 128)) * partial / den,
+            2 * deviation * (np.abs(lse) + 2) * np.sqrt(self._partials.about(out) / keys) / den,  # merges of whole spans
+        ]
+        steady = [
+            np.sqrt(self._systematic.total * self._systematic.about(out)) / den,
+            2 * UNIT * np.linalg.norm(self._slope_vector - out * self._slope[:, None], axis=1) / den,
+            UNIT / 2 * np.sqrt(np.maximum(self._square_of_values / den - length**2, 0.0)),  # of exp, where values go with it
+            UNIT / 2 * np.minimum(keys, 256 + keys / 256) * np.maximum(self._drift, self._repeated * self._peak / den) / den,
+            2 * UNIT * length,
+            keys * (SMALLEST["float32"] * math.sqrt(self._head_dim) + 2.0**-126 * self._largest_value),  # underflow
+        ]
+        if self._rounded is not None:  # weights one by one, or all alike where they are equal; partial results of libraries
+            rounded = [np.sqrt(self._rounded.about(out)) / den, length, partial / den]
+            spread = math.sqrt(VARIANCE / 2) * (1 + SIGMAS / math.sqrt(2 * self._head_dim))  # of a norm over D elements
+            most = np.maximum(FEW_WEIGHTS * spread * np.linalg.norm(rounded, axis=0), self._drift / den)
+            steady.append(self._weight_roundoff * most)
+        allowed: Array64 = np.sum(steady, axis=0) + SIGMAS * np.linalg.norm(varying, axis=0)
+        return allowed
+
+    def _of_lse(self, lse: Array64, rise: Array64, den: Array64, steady: Array64, keys: npt.NDArray[np.int64]) -> Array64:
+        of_den = UNIT * np.sqrt(VARIANCE / 3 * np.minimum(keys, 16 + keys / 512))
+        varying = np.sqrt(self._random.total / den**2 + of_den**2)
+        steady = steady + 2 * UNIT * np.abs(self._slope) / den + (UNIT if self._rounded is None else MATRIX_UNITS)
+        return 1.5 * half_spacing(lse) + half_spacing(rise) + steady + SIGMAS * varying
+
+
+def half_spacing(numbers: Array64) -> Array64:
+    """The largest error of rounding numbers of such a size to float32."""
+    _, exponent = np.frexp(np.maximum(np.abs(numbers), 2.0**-100))
+    spacing: Array64 = np.ldexp(UNIT, exponent - 1)
+    return spacing

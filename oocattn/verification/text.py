@@ -1,0 +1,102 @@
+"""A certificate as a few lines for a terminal. What comes from files and names is escaped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from oocattn.storage.inputs.fingerprints import changed_arrays
+from oocattn.text import printable
+from oocattn.units import format_count
+
+if TYPE_CHECKING:
+    from oocattn.verification.certificate import Certificate
+
+MOST_SHOWN = 20
+"""Wrong rows, and damaged parts, that are listed for reading; the JSON has all."""
+
+
+def certificate_text(certificate: Certificate) -> str:
+    """The certificate for a terminal."""
+    lines = [f"result       {printable(certificate.result)}", f"problem      {certificate.problem}"]
+    lines += [*_wrong_rows(certificate), ""] if certificate.wrong else [""]
+    lines += [f"{'rows':<12} {'':>5} {'wrong':>6} {'error':>9} {'of allowed':>11} {'largest ulp':>12} {'mean ulp':>9}"]
+    lines += [
+        f"{of.name:<12} {of.rows:>5,} {of.wrong:>6,} {of.error:>9.1e} {of.of_allowed:>11.2f} {of.ulps:>12.3g} "
+        f"{of.mean_ulps:>9.3g}"
+        for of in certificate.strata
+    ]
+    overall = certificate.strata[-1]
+    lines += [
+        "",
+        f"out          {error_line(certificate)}; an ulp is a unit in the last place of {certificate.problem.out_dtype}",
+        f"lse          within {overall.lse_error:.1e}, {overall.lse_ulps:.3g} ulp of float32",
+        f"shown        {certificate.statement}",
+        *(f"checksums    {printable(line)}" for line in checksum_lines(certificate)),
+        f"ledger       {ledger_line(certificate)}",
+        f"dataset      {printable(certificate.dataset)}, {printable(dataset_line(certificate))}",
+        f"seed         {certificate.seed}",
+        certificate.verdict,
+    ]
+    return "\n".join(lines)
+
+
+def _wrong_rows(certificate: Certificate) -> list[str]:
+    lines = ["", f"{'batch':>5} {'head':>5} {'token':>12} {'error':>9} {'allowed':>9} {'lse error':>9} {'allowed':>9}"]
+    lines += [
+        f"{row.batch:>5} {row.head:>5} {row.token:>12,} {row.error:>9.1e} {row.allowed:>9.1e} {row.lse_error:>9.1e} "
+        f"{row.allowed_lse:>9.1e}  WRONG"
+        for row in certificate.wrong[:MOST_SHOWN]
+    ]
+    return lines + more_line(len(certificate.wrong))
+
+
+def error_line(certificate: Certificate) -> str:
+    """How far `out` is off."""
+    worst = f"{certificate.worst_error:.1e} in the worst row"
+    return f"relative error {certificate.error:.1e} (root mean square over rows), {worst}"
+
+
+def checksum_lines(certificate: Certificate) -> list[str]:
+    """What is known of the result's bits, array by array."""
+    lines = []
+    for array in certificate.arrays:
+        if array.state == "not recorded":
+            lines.append(f"{array.name}: none are recorded, so nothing is known of the rows that were not recomputed")
+        elif array.state == "not checked":
+            lines.append(f"{array.name}: {array.parts:,} parts, not compared, as was asked")
+        elif array.damaged:
+            lines.append(f"{array.name}: {len(array.damaged):,} of {array.parts:,} parts are NOT as they were written:")
+            lines += [f"  {damage}" for damage in array.damaged[:MOST_SHOWN]] + more_line(len(array.damaged))
+        else:
+            lines.append(f"{array.name}: all {array.parts:,} parts are as they were written")
+    return [*lines, f"digest {certificate.digest}"] if certificate.digest else lines
+
+
+def ledger_line(certificate: Certificate) -> str:
+    """What the run counted."""
+    ledger = certificate.ledger
+    if ledger is None:
+        return "not available: the folder of the run is not beside the result"
+    if ledger.counted != ledger.expected:
+        return (
+            f"{ledger.counted:,} pairs counted, {ledger.expected:,} expected: the report beside the result is NOT that of "
+            "its run"
+        )
+    counted = f"{format_count(ledger.counted)}pairs counted by the run, exactly those expected"
+    bits = f"; a part was computed with {printable(ledger.other_bits)}" if ledger.other_bits else ""
+    narrowed = f", {ledger.out_overflowed:,} of them too large for its dtype" if ledger.out_overflowed else ""
+    narrowed += f", and {ledger.out_underflowed:,} zeros too small for it" if ledger.out_underflowed else ""
+    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out{narrowed}{bits}"
+
+
+def dataset_line(certificate: Certificate) -> str:
+    """Whether the dataset is that of the run."""
+    if certificate.dataset_unchanged:
+        return f"unchanged, fingerprint {certificate.dataset_found}"
+    changed = changed_arrays(certificate.dataset_recorded, certificate.dataset_found)
+    return f"which is NOT the one that the run read, as far as fingerprints tell: {changed} differ in them"
+
+
+def more_line(count: int) -> list[str]:
+    """The line below a list that was cut."""
+    return [f"  and {count - MOST_SHOWN:,} more"] if count > MOST_SHOWN else []

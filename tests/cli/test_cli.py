@@ -1,0 +1,351 @@
+"""The command line: what it prints, its exit codes, and that its options reach the library."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from distributed import LocalCluster
+
+import oocattn
+from oocattn.bench import Ceiling, Progress
+from oocattn.cli import main as cli
+from oocattn.cli.doctor import Check
+
+SMALL = ["--tokens", "1K", "--heads", "2", "--head-dim", "16", "--dtype", "float32"]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    path = str(tmp_path / "qkv.zarr")
+    assert cli.main(["synth", path, *SMALL]) == 0
+    return path
+
+
+@pytest.fixture
+def result(tmp_path):
+    return str(tmp_path / "out.zarr")
+
+
+def test_from_synth_to_verify(dataset, result, capsys):
+    options = ["--causal", "--host-memory", "64MiB", "--chunks", "7", "--dtype", "float16", "--scale", "0.5"]
+    assert cli.main(["plan", dataset, *options]) == 0
+    plan = capsys.readouterr().out
+    assert "2 heads x 1,024 tokens x D = 16, float32 to float16, causal" in plan
+    assert "c = 7" in plan
+    assert "of 64 MiB" in plan
+    assert cli.main(["status", result]) == 1
+    assert capsys.readouterr().out.startswith("none")
+    assert cli.main(["run", dataset, result, *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("problem ") < printed.index("14 subproblems on 1 lane")
+    assert "nothing was run" not in printed
+    assert cli.main(["status", result]) == 0
+    assert capsys.readouterr().out.startswith("finished")
+    assert cli.main(["verify", result, "--rows", "8"]) == 0
+    assert capsys.readouterr().out.endswith("passed\n")
+    out = zarr.open_group(result, mode="r")["out"]
+    assert out.dtype == np.float16
+    problem = zarr.open_group(result, mode="r").attrs["oocattn"]["problem"]
+    assert (problem["scale"], problem["causal"]) == (0.5, True)
+
+
+def test_a_finished_result_is_neither_run_again_nor_replaced_unasked(dataset, result, capsys):
+    assert cli.main(["run", dataset, result, "--chunks", "1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["run", dataset, result, "--chunks", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("nothing was run")
+    assert cli.main(["run", dataset, result, "--chunks", "1", "--timeline", "t.json"]) == 0
+    assert "nothing was run, and t.json not written" in capsys.readouterr().out
+    assert cli.main(["run", dataset, result, "--chunks", "1", "--causal"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main(["run", dataset, result, "--chunks", "1", "--causal", "--overwrite"]) == 0
+
+
+def test_options_of_synth_reach_the_dataset(tmp_path):
+    path = str(tmp_path / "qkv.zarr")
+    options = ["--kv-heads", "1", "--batch", "2", "--seed", "5", "--mean", "3"]
+    assert cli.main(["synth", path, *SMALL, *options]) == 0
+    group = zarr.open_group(path, mode="r")
+    assert (group["q"].shape, group["k"].shape) == ((2, 2, 1024, 16), (2, 1, 1024, 16))
+    assert np.mean(group["v"][:]) == pytest.approx(3, abs=0.1)
+    assert group.attrs["oocattn"]["seed"] == 5
+    assert cli.main(["synth", path, *SMALL]) == 1
+    assert cli.main(["synth", path, *SMALL, "--overwrite"]) == 0
+    assert zarr.open_group(path, mode="r")["q"].shape == (1, 2, 1024, 16)
+
+
+def test_import_of_files_in_another_layout(tmp_path):
+    arrays = {name: np.random.default_rng(i).standard_normal((20, 3, 8)) for i, name in enumerate("qkv")}
+    files = []
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        files += [f"--{name}", str(tmp_path / f"{name}.npy")]
+    path = str(tmp_path / "qkv.zarr")
+    assert cli.main(["import", path, *files, "--layout", "nhd", "--dtype", "float16"]) == 0
+    group = zarr.open_group(path, mode="r")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(group[name][0], array.swapaxes(0, 1).astype(np.float16))
+
+
+def test_names_are_printed_on_one_line_without_control_characters(tmp_path, capsys):
+    name = str(tmp_path / "a\x1b[2J\nforged: line.zarr")
+    assert cli.main(["plan", name]) == 1
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed
+    assert len(printed.splitlines()) == 1
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "x.zarr", name])
+    assert r"a\x1b[2J\nforged: line.zarr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--draw", "{}"], ["run", "{result}", "--timeline", "{}"]])
+def test_a_foreign_file_is_not_drawn_over(dataset, result, tmp_path, arguments, capsys):
+    drawing = tmp_path / "mine.json"
+    drawing.write_text("mine")
+    command, *options = (argument.format(drawing, result=result) for argument in arguments)
+    assert cli.main([command, dataset, *options]) == 1
+    assert f"{drawing} exists and was not written by oocattn" in capsys.readouterr().err
+    assert drawing.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"qkv.zarr", "mine.json"}
+
+
+def test_plan_draws_the_division(dataset, tmp_path, capsys):
+    drawing = tmp_path / "plan.svg"
+    for _ in range(2):  # what it drew before is replaced
+        assert cli.main(["plan", dataset, "--draw", str(drawing)]) == 0
+    assert str(drawing) in capsys.readouterr().out
+    assert drawing.read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: COMMAND"),
+        (["plan"], "DATASET"),
+        (["plan", "x.zarr", "--host-memory", "8 apples"], "'8 apples' is not understood: write it as"),
+        (["plan", "x.zarr", "--chunks", "0"], "at least 1"),
+        (["plan", "x.zarr", "--kernel", "magic"], "'magic'"),
+        (["run", "x.zarr", "y.zarr", "--decomposition", "magic"], "'magic'"),
+        (["run", "x.zarr", "y.zarr", "--scheduler", "tcp://a:1", "--dashboard", "a:2"], "not allowed with"),
+        (["synth", "x.zarr", "--tokens", "1.5"], "whole number"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_says_why(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "nowhere.zarr"],
+        ["verify", "nowhere.zarr"],
+        ["run", "qkv.zarr", "out.zarr", "--host-memory", "1MiB"],
+        ["plan", "qkv.zarr", "--chunks", "2K"],
+        ["synth", "other.zarr", *SMALL, "--kv-heads", "3"],
+        ["plan", "qkv.zarr", "--draw", "no-folder/plan.svg"],
+        ["run", "qkv.zarr", "out.zarr", "--timeline", "no-folder/timeline.json"],
+        ["bench", "--folder", "no-folder"],
+    ],
+)
+def test_a_failure_is_one_line_and_exits_with_1(arguments, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"qkv.zarr"}
+
+
+def test_verify_finds_a_changed_row(dataset, result, capsys):
+    assert cli.main(["run", dataset, result]) == 0
+    zarr.open_group(result)["out"][0, :, -1, 0] += 1e-3  # the last token is always among the rows
+    assert cli.main(["verify", result, "--rows", "4"]) == 1
+    assert "FAILED: 1 of 4 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "shown"), [([], False), (["--progress"], True), (["--no-progress"], False)])
+def test_progress_and_dashboard_appear_when_asked(option, shown, dataset, result, capsys):
+    assert cli.main(["run", dataset, result, *option]) == 0
+    captured = capsys.readouterr()
+    assert ("dashboard http://127.0.0.1:" in captured.err) is shown
+    assert ("subproblem" in captured.err) is shown
+
+
+def test_the_timeline_of_a_run(dataset, result, tmp_path):
+    assert cli.main(["run", dataset, result, "--timeline", str(tmp_path / "timeline.json")]) == 0
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    assert {"read", "compute", "merge", "write"} <= {event.get("cat") for event in events}
+    assert "2 heads x 1,024 tokens" in (tmp_path / "timeline.svg").read_text()
+
+
+def test_a_run_on_another_dask_cluster(dataset, result, capsys):
+    with LocalCluster(n_workers=2, processes=True, dashboard_address=None, memory_limit=0) as cluster:
+        assert cli.main(["run", dataset, result, "--scheduler", cluster.scheduler_address]) == 0
+    assert "on 2 lanes" in capsys.readouterr().out
+    assert cli.main(["verify", result, "--rows", "4"]) == 0
+
+
+def started(dataset, result, chunks):
+    """A run in a process of its own that has attended something."""
+    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", str(chunks)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background makes them, and this child, ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not oocattn.status(result).subproblems_done:
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGTERM, 143, "interrupted"), (signal.SIGUSR1, 75, "time limit reached (SIGUSR1)")]
+)
+def test_a_signal_ends_a_run_in_two_lines_and_it_can_be_resumed(dataset, fast_path, number, code, words):
+    result = str(fast_path / "result.zarr")
+    process = started(dataset, result, 91)
+    if number == signal.SIGUSR1:
+        process.send_signal(number)  # and another one, which changes nothing
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert len(printed.splitlines()) == 2, printed
+    first, last = printed.splitlines()
+    assert first.startswith("ending: what is in flight is finished and saved first, which may take ")
+    assert last == f"oocattn: {words}; go on with: oocattn resume {result}"
+    assert oocattn.status(result).state == "interrupted"
+    assert not Path(result).exists()
+    assert cli.main(["resume", result]) == 0
+    assert cli.main(["verify", result, "--rows", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_has_its_exit_code_before_a_run_and_in_it(dataset, result, number, code, monkeypatch, capsys):
+    handlers = [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1)]
+    with monkeypatch.context() as patched:
+        patched.setattr(oocattn, "plan", lambda *_, **__: signal.raise_signal(number))
+        assert cli.main(["plan", dataset]) == code
+    monkeypatch.setattr(cli, "ProgressBar", lambda: lambda event: event.kind == "staged" and signal.raise_signal(number))
+    assert cli.main(["run", dataset, result, "--chunks", "31", "--progress"]) == code
+    assert f"go on with: oocattn resume {result}" in capsys.readouterr().err
+    assert [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1)] == handlers
+    assert cli.main(["resume", result]) == 0
+
+
+def test_a_warning_that_time_is_short_comes_too_late_for_a_committed_result(dataset, result, monkeypatch):
+    monkeypatch.setattr(
+        cli, "ProgressBar", lambda: lambda event: event.kind == "committed" and signal.raise_signal(signal.SIGUSR1)
+    )
+    assert cli.main(["run", dataset, result, "--chunks", "1", "--progress"]) == 0
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_is_gone(dataset, result):
+    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", "91"]
+    process = subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not oocattn.status(result).subproblems_done:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    assert "finished" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+
+
+def test_a_time_limit_ends_a_run_with_its_own_code_and_it_can_be_resumed(tmp_path, capsys):
+    """Of a run that would take some ten seconds, in a process that needs some of the limit to start."""
+    dataset, result = str(tmp_path / "large.zarr"), str(tmp_path / "result.zarr")
+    assert cli.main(["synth", dataset, "--tokens", "32K", "--heads", "4", "--head-dim", "64", "--dtype", "float32"]) == 0
+    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", "31", "--time-limit", "12s"]
+    began = time.monotonic()
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 75
+    done = r"time limit reached: \d+ of 124 subproblems are done, not counting those in flight"
+    assert re.fullmatch(rf"oocattn: {done}; go on with: oocattn resume {result}\n", ended.stderr), ended.stderr
+    assert time.monotonic() - began < 12
+    assert 0 < oocattn.status(result).subproblems_done < 4 * 31
+    assert cli.main(["status", result]) == 0
+    assert re.search(r"interrupted: \d+ of 124 subproblems, .* tokens/s\n.* last saved ", capsys.readouterr().out)
+    assert cli.main(["resume", result]) == 0
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
+    """In a run whose subproblems take some seconds."""
+    dataset, result = str(tmp_path / "large.zarr"), str(tmp_path / "result.zarr")
+    assert cli.main(["synth", dataset, "--tokens", "64K", "--heads", "1", "--head-dim", "64", "--dtype", "float32"]) == 0
+    process = started(dataset, result, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    process.communicate()
+
+
+@pytest.mark.parametrize("command", ["synth", "import", "plan", "run", "resume", "status", "verify", "doctor", "bench"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    options = re.split(r"^  (?=-)", capsys.readouterr().out.partition("options:")[2], flags=re.MULTILINE)[1:]
+    assert len(options) > 0
+    assert all(re.search(r"\s{2,}\S", option) for option in options), options  # an option, and then what it means
+
+
+@pytest.mark.parametrize(("passed", "code", "word"), [(True, 0, "ok"), (False, 1, "FAILED")])
+def test_doctor_exits_with_1_if_a_check_fails(passed, code, word, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "oocattn.cli.doctor.examine", lambda: iter([Check("disk", passed, "as found"), Check("python", True, "3")])
+    )
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().out.startswith(f"{word} ")
+
+
+def test_bench_passes_its_options_on_and_prints_results_apart_from_progress(monkeypatch, capsys):
+    asked = {}
+
+    def fake(folder, **options):
+        asked.update(options, folder=folder)
+        yield Ceiling("disk", 2e9, "B/s")
+        yield Progress("wrote the dataset", 1.5)
+
+    monkeypatch.setattr("oocattn.bench.bench", fake)
+    arguments = ["--tokens", "2K", "--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--dtype", "float32", "--full"]
+    arguments += ["--host-memory", "1GiB", "--device-memory", "1MiB", "--chunks", "7", "--decomposition", "cqs"]
+    arguments += [
+        "--kernel",
+        "cpu",
+        "--checkpoint-interval",
+        "1m30s",
+        "--folder",
+        "/tmp",
+        "--repeats",
+        "5",
+        "--rows",
+        "9",
+        "--seed",
+        "3",
+        "--no-warm-up",
+    ]
+    assert cli.main(["bench", *arguments]) == 0
+    assert asked == {
+        "tokens": 2048, "heads": 4, "kv_heads": 2, "head_dim": 32, "dtype": "float32", "causal": False,
+        "host_memory": 1 << 30, "device_memory": 1 << 20, "chunks": 7, "decomposition": "cqs", "kernel": "cpu",
+        "checkpoint_interval": 90.0, "folder": "/tmp", "repeats": 5, "rows": 9, "seed": 3, "warm_up": False,
+    }  # fmt: skip
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["disk", "2", "GB/s"]
+    assert captured.err == "wrote the dataset: 1.5 s\n"

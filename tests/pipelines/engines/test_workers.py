@@ -1,0 +1,127 @@
+"""Workers that begin anew, hang, or still hold the lanes of a driver that is gone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from distributed import Client, LocalCluster
+from distributed.worker import Worker
+from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from test_mending import kill_at
+
+import oocattn
+from oocattn import Event, TimeLimitError, clock
+from oocattn.pipelines.deadline import MARGIN
+from oocattn.pipelines.engines.dask.tasks import LanePlugin
+from oocattn.pipelines.session import run_plan
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.paths import ResultPaths
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=4, kv_heads=2))
+
+
+@contextmanager
+def processes(count: int, **options: object) -> Iterator[Client]:
+    """Worker processes, which are replaced when they die."""
+    with (
+        LocalCluster(n_workers=count, threads_per_worker=4, memory_limit=0, dashboard_address=None, **options) as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
+
+
+def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path, result: Path, client: Client) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    with processes(1, worker_port="27341:27399") as workers:
+        (before,) = workers.run(os.getpid).items()
+        recorder = Recorder([])
+        found = carry_out(plan, dataset, result, workers, callbacks=[recorder, kill_at(6, before[1])])
+        (after,) = workers.run(os.getpid).items()
+    assert (after[0], after[1] != before[1]) == (before[0], True)
+    assert_same_bits(found, right)
+    assert found.report.workers_lost == len(recorder.of("mended")) == 1
+
+
+def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Path, client: Client) -> None:
+    plan = plan_for(dataset, chunks=31, causal=True, lanes=2)
+    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    with processes(2) as workers:
+        workers.run(importlib.import_module, "oocattn")  # which takes as long as the run may
+        process = next(iter(workers.run(os.getpid).values()))
+        seen = []
+
+        def freeze(event: Event) -> None:
+            if event.kind == "attended":
+                seen.append(event)
+                if len(seen) == 4:
+                    os.kill(process, signal.SIGSTOP)
+
+        until = clock.now() + MARGIN + 5
+        try:
+            with pytest.raises(TimeLimitError, match="time limit reached"):
+                run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), workers, callbacks=[freeze], until=until)
+            assert clock.now() < until + 1
+        finally:
+            os.kill(process, signal.SIGCONT)
+    assert oocattn.status(result).state == "interrupted"
+    assert oocattn.status(result).subproblems_done > 0
+    assert_same_bits(oocattn.resume(result, client=client), right)
+
+
+def test_nor_does_one_that_is_frozen_before_it_has_a_lane(dataset: Path, result: Path, client: Client) -> None:
+    plan = plan_for(dataset, chunks=31, causal=True, lanes=2)
+    with processes(2) as workers:
+        process = next(iter(workers.run(os.getpid).values()))
+        os.kill(process, signal.SIGSTOP)
+        until = clock.now() + MARGIN + 3
+        try:
+            with pytest.raises(TimeLimitError, match="time limit reached: 0 of 62 subproblems"):
+                run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), workers, until=until)
+            assert clock.now() < until + 1
+        finally:
+            os.kill(process, signal.SIGCONT)
+
+
+DRIVE = """
+import os, signal, sys
+import oocattn
+from distributed import Client
+seen = []
+def listen(event):
+    seen.append(event.kind)
+    if seen.count("attended") == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+address, dataset, result = sys.argv[1:]
+options = {"causal": True, "chunks": 13, "kernel": "cpu"}
+oocattn.attention(dataset, result, client=Client(address), callbacks=[listen], **options)
+"""
+
+
+def lanes_on(dask_worker: Worker) -> int:
+    return sum(isinstance(plugin, LanePlugin) for plugin in dask_worker.plugins.values())
+
+
+def test_lanes_of_a_driver_that_was_killed_are_closed_by_the_next(dataset: Path, result: Path, client: Client) -> None:
+    options = {"causal": True, "chunks": 13, "kernel": "cpu"}
+    right = oocattn.attention(dataset, result.with_name("right.zarr"), client=client, **options)
+    with processes(1) as workers:
+        environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}
+        arguments = [workers.scheduler.address, str(dataset), str(result)]
+        driver = subprocess.run([sys.executable, "-c", DRIVE, *arguments], env=environment, check=False)
+        assert driver.returncode == -signal.SIGKILL
+        assert oocattn.status(result).state == "interrupted"
+        assert list(workers.run(lanes_on).values()) == [1]
+        assert_same_bits(oocattn.resume(result, client=workers), right)
+        assert list(workers.run(lanes_on).values()) == [0]

@@ -1,0 +1,288 @@
+"""What is folded in memory is saved, at the interval and as a run stops; what was saved is not computed again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client
+from support import (
+    GENEROUS,
+    MACHINE,
+    Recorder,
+    a_problem,
+    assert_same_bits,
+    carry_out,
+    normal_arrays,
+    plan_for,
+    replanned,
+    write_dataset,
+)
+
+import oocattn
+from oocattn import Event, Plan
+from oocattn.kernels import AttentionState, merge
+from oocattn.pipelines.lane.partials import files as partial_files
+from oocattn.pipelines.lane.partials.files import PartialFiles
+from oocattn.pipelines.lane.partials.memory import MemoryPartials
+from oocattn.pipelines.lane.partials.store import DamagedPartialError, States
+from oocattn.planning.candidates import make_plan
+from oocattn.storage.paths import ResultPaths
+
+CHUNK = 4
+
+
+def plan_of(**options: Any) -> Plan:
+    problem = a_problem(70, query_heads=3, kv_heads=1, head_dim=4, causal=False)
+    return make_plan(problem, MACHINE, device_memory=GENEROUS, host_memory=GENEROUS, chunks=7, **options)
+
+
+def store_of(plan: Plan, folder: Path, run: str = "run") -> MemoryPartials:
+    states = States()
+    for _ in range(plan.accumulators):
+        states.put(AttentionState.empty(plan.problem.group_size, plan.chunk_rows, plan.problem.head_dim))
+    return MemoryPartials(plan, PartialFiles(folder, run), states)
+
+
+def fold(store: MemoryPartials, plan: Plan, position: int, ended: bool = True, chunk: int = CHUNK) -> None:
+    """Fold the partial of the chunk's contributor at that position, as a lane does."""
+    subproblem = plan.division.contributors(chunk)[position]
+    generator = torch.Generator().manual_seed(100 * chunk + subproblem)
+    rows = len(plan.tokens(chunk))
+    partial = AttentionState.empty(plan.problem.group_size, rows, plan.problem.head_dim)
+    for tensor in (partial.num, partial.den, partial.max):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator).abs())
+    partial.keys.fill_(1 + subproblem)
+    destination = store.begin(0, chunk, subproblem, not_finite=position)
+    if not destination.merged:
+        destination.state.reset()
+    merge(destination.state, partial)
+    if ended:
+        store.end(0, chunk, subproblem)
+
+
+def bits(state: AttentionState) -> list[np.ndarray]:
+    return [tensor.numpy().copy().view(np.uint8) for tensor in (state.num, state.den, state.max, state.keys)]
+
+
+def folded(folder: Path) -> list[tuple[int, ...]]:
+    """Of what the files in a folder are, by their own word."""
+    return [of.subproblems if of else () for _, of in PartialFiles(folder, "run").found()]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_was_saved_goes_on_to_the_same_bits(tmp_path: Path, count: int) -> None:
+    plan = plan_of()
+    everyone = plan.division.contributors(CHUNK)
+    whole, killed = store_of(plan, tmp_path), store_of(plan, tmp_path)
+    for position in range(len(everyone)):
+        fold(whole, plan, position)
+    for position in range(count):
+        fold(killed, plan, position)
+    written = killed.save(patient=False)
+    assert folded(tmp_path) == [everyone[:count]]
+    assert written == sum(path.stat().st_size for path in tmp_path.iterdir()) <= plan.scratch_disk
+    assert killed.save(patient=False) == 0  # nothing has come since
+    resumed = store_of(plan, tmp_path)
+    for position in range(count, len(everyone)):
+        fold(resumed, plan, position)
+    expected, found = whole.collect(0, CHUNK), resumed.collect(0, CHUNK)
+    assert found.not_finite == expected.not_finite == sum(range(len(everyone)))
+    for ours, right in zip(bits(found.state), bits(expected.state), strict=True):
+        np.testing.assert_array_equal(ours, right)
+    resumed.release(0, CHUNK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_later_save_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    plan = plan_of()
+    store = store_of(plan, tmp_path)
+    for position in range(2):
+        fold(store, plan, position)
+        store.save(patient=False)
+    assert folded(tmp_path) == [plan.division.contributors(CHUNK)[:2]]
+
+
+@pytest.mark.parametrize("spoil", ["flip", "cut", "remove", "another run", "older"])
+def test_a_damaged_checkpoint_is_named_and_removed(tmp_path: Path, spoil: str) -> None:
+    plan = plan_of()
+    store = store_of(plan, tmp_path, "another" if spoil == "another run" else "run")
+    for position in range(1 if spoil == "older" else 2):
+        fold(store, plan, position)
+    store.save(patient=False)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    if spoil == "remove":
+        path.unlink()
+    elif spoil in ("flip", "cut"):
+        path.write_bytes(content if spoil == "flip" else content[:-1])
+    resumed = store_of(plan, tmp_path)
+    with pytest.raises(DamagedPartialError, match=path.name) as damaged:
+        fold(resumed, plan, 2)
+    assert damaged.value.subproblem == plan.division.contributors(CHUNK)[0]
+    assert not list(tmp_path.iterdir())
+    fold(resumed, plan, 0)  # from the beginning, and with the accumulator that was given back
+    for _ in range(plan.accumulators - 1):
+        assert resumed._accumulators._free.take()
+
+
+def test_nothing_is_folded_into_what_is_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    store = store_of(plan, tmp_path)
+    fold(store, plan, 0)
+    writing, may_write = threading.Event(), threading.Event()
+    real = partial_files.write_blocks
+
+    def slow(*arguments: Any) -> int:
+        writing.set()
+        assert may_write.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(partial_files, "write_blocks", slow)
+    saving = threading.Thread(target=store.save, args=(True,))
+    folding = threading.Thread(target=fold, args=(store, plan, 1))
+    saving.start()
+    assert writing.wait(10)
+    folding.start()
+    fold(store, plan, 0, chunk=5)  # another chunk does not wait
+    folding.join(0.2)
+    assert folding.is_alive()
+    may_write.set()
+    folding.join(10)
+    saving.join(10)
+    assert folded(tmp_path) == [plan.division.contributors(CHUNK)[:1]]
+
+
+def test_what_is_being_folded_is_waited_for_or_left_out(tmp_path: Path) -> None:
+    plan = plan_of()
+    store = store_of(plan, tmp_path)
+    fold(store, plan, 0)
+    fold(store, plan, 1, ended=False)
+    assert store.save(patient=False) == 0
+    waiting = threading.Thread(target=store.save, args=(True,))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    store.end(0, CHUNK, plan.division.contributors(CHUNK)[1])
+    waiting.join(10)
+    assert folded(tmp_path) == [plan.division.contributors(CHUNK)[:2]]
+    fold(store, plan, 2, ended=False)
+    waiting = threading.Thread(target=store.save, args=(True,))
+    waiting.start()
+    store.hurry()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_a_chunk_that_is_never_quiet_is_made_so_for_a_save(tmp_path: Path) -> None:
+    plan = plan_of()
+    store, first = store_of(plan, tmp_path), plan.division.contributors(CHUNK)[0]
+    fold(store, plan, 0, ended=False)
+    assert not store.awaited(0, CHUNK)
+    saving = threading.Thread(target=store.save, args=(True,))
+    saving.start()
+    while not store.awaited(0, CHUNK):  # from then on a lane brings back what is under way before it begins more
+        saving.join(0.01)
+    store.end(0, CHUNK, first)
+    fold(store, plan, 1, ended=False)  # comes at once, and waits all the same
+    assert folded(tmp_path) == [(first,)]
+    saving.join(10)
+    assert not saving.is_alive()
+
+
+# In a run
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=4, kv_heads=2))
+
+
+def scratch_bytes(result: Path) -> int:
+    total = 0
+    for path in ResultPaths.at(result).scratch.glob("*"):
+        with suppress(FileNotFoundError):  # it has just been replaced or removed
+            total += path.stat().st_size
+    return total
+
+
+def in_the_middle(look: Callable[[Event], None], count: int = 9) -> Callable[[Event], None]:
+    seen = []
+
+    def listen(event: Event) -> None:
+        if event.kind == "attended":
+            seen.append(event)
+            if len(seen) == count:
+                look(event)
+
+    return listen
+
+
+def test_checkpoints_are_made_at_the_interval_and_told(client: Client, dataset: Path, result: Path) -> None:
+    plan = replanned(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
+    right = carry_out(plan_for(dataset, chunks=31, causal=True), dataset, result.with_name("right.zarr"), client)
+    recorder, most = Recorder([]), [0]
+
+    def measure(event: Event) -> None:
+        most[0] = max(most[0], scratch_bytes(result))
+
+    found = carry_out(plan, dataset, result, client, callbacks=[recorder, measure])
+    assert_same_bits(found, right)
+    told = [event for event in recorder.of("attended") if "checkpointed" in event.detail]
+    assert len(told) > 3
+    assert 0 < most[0] <= plan.scratch_disk
+    assert found.report.bytes_partials == sum(event.detail["checkpoint_bytes"] for event in told)
+    assert all(any(span.resource == "save" for span in event.spans) for event in told)
+    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
+
+
+def test_without_checkpoints_nothing_is_saved(client: Client, dataset: Path, result: Path) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True, partials="memory", checkpoint_seconds=0.0)
+    assert plan.scratch_disk == 0
+    assert "never saved" in str(plan)
+
+    def stop(event: Event) -> None:
+        raise SystemExit("enough")
+
+    with pytest.raises(SystemExit, match="enough"):
+        carry_out(plan, dataset, result, client, callbacks=[in_the_middle(stop)])
+    assert scratch_bytes(result) == 0
+    assert_same_bits(oocattn.resume(result, client=client), carry_out(plan, dataset, result.with_name("right.zarr"), client))
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replanned(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(partial_files, "write_blocks", full)
+        with pytest.raises(OSError, match="no space left for the result and its partials; make room and resume"):
+            carry_out(plan, dataset, result, client)
+    assert_same_bits(oocattn.resume(result, client=client), carry_out(plan, dataset, result.with_name("right.zarr"), client))
+
+
+@pytest.mark.parametrize(("partials", "chunks"), [("memory", 1), ("memory", 7), ("memory", 31), ("disk", 7), ("disk", 31)])
+def test_scratch_stays_below_what_the_plan_says(
+    client: Client, fast_path: Path, result: Path, partials: str, chunks: int
+) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(6000, head_dim=64))
+    plan = plan_for(dataset, chunks=chunks, decomposition="cqs", partials=partials)
+    most = [0]
+
+    def measure(event: Event) -> None:
+        most[0] = max(most[0], scratch_bytes(result))
+
+    carry_out(replanned(plan, checkpoint_seconds=0.01), dataset, result, client, callbacks=[measure])
+    assert most[0] <= plan.scratch_disk
+    assert most[0] > 0 or chunks == 1  # which may be merged before its first checkpoint

@@ -1,0 +1,401 @@
+"""Whole runs on a GPU: exact, the same bits whatever the way, within their budgets, and through what goes wrong.
+
+Sizes are few, and used by several tests: cuDNN prepares every shape at its first use.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from reference import attention64, relative_error
+from support import (
+    CrampedKernel,
+    Recorder,
+    assert_same_bits,
+    carry_out,
+    job_of,
+    normal_arrays,
+    replanned,
+    with_partials,
+    write_dataset,
+    written_bits,
+)
+from zarr.codecs import ZstdCodec
+
+import oocattn
+from oocattn import BudgetError, Event, Plan, Result
+from oocattn.kernels import get_kernel
+from oocattn.kernels.libraries.cudnn import CudnnKernel
+from oocattn.pipelines.lane import cuda as cuda_lane
+from oocattn.pipelines.lane import lane
+from oocattn.pipelines.lane.cuda import CudaLane
+from oocattn.pipelines.lane.rehearsal import rehearse
+from oocattn.pipelines.lane.tiles import call_shapes
+from oocattn.planning.measure import kernel_rate
+from oocattn.storage.paths import ResultPaths
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")]
+
+TOKENS = 100_003
+MIB = 1 << 20
+BOUND = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 2e-6}
+"""Relative error of the output over all sampled rows; for 16 bits it is rounded up to three times on its way."""
+
+BUDGETS = {"device_memory": "1GiB", "host_memory": "4GiB"}
+
+Datasets = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Datasets:
+    """Makes the dataset of these sizes, once."""
+    made: dict[str, Path] = {}
+
+    def make(tokens: int = TOKENS, *, storage: dict[str, Any] | None = None, **sizes: Any) -> Path:
+        name = str((tokens, storage, sizes))
+        if name not in made:
+            folder = tmp_path_factory.mktemp("datasets")
+            made[name] = write_dataset(
+                folder / "dataset.zarr", normal_arrays(tokens, **sizes), min(tokens, 1 << 16), **storage or {}
+            )
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def half(datasets: Datasets) -> Path:
+    """Two heads of 64 float16 dimensions: what most tests run on."""
+    return datasets(heads=2, kv_heads=2, head_dim=64, dtype="float16")
+
+
+@pytest.fixture
+def half_plan(half: Path) -> Plan:
+    """Causal, seven chunks, cuDNN."""
+    return oocattn.plan(half, causal=True, chunks=7, decomposition="cqs", kernel="cudnn", **BUDGETS)
+
+
+def require(kernel: str, dtype: str, head_dim: int) -> None:
+    """Skip the test where the kernel cannot serve."""
+    lacking = get_kernel(kernel).lacks(torch.device("cuda"), dtype, head_dim)
+    if lacking:
+        pytest.skip(f"{kernel}: {lacking}")
+
+
+def assert_verified(result: Result, dtype: str) -> None:
+    certificate = oocattn.verify(result.path, rows=64)
+    assert certificate.passed, str(certificate)
+    assert certificate.error <= BOUND[dtype], str(certificate)
+
+
+# Exactness
+
+STRIPS = {"chunks": 8, "decomposition": "strips"}
+CASES = [
+    ("hopper", "float16", 64, (2, 2), True, {"chunks": 7}),
+    ("hopper", "bfloat16", 128, (3, 1), True, STRIPS),
+    ("hopper", "float16", 96, (8, 1), False, {"chunks": 7}),
+    ("hopper", "bfloat16", 64, (8, 1), True, {"chunks": 1}),
+    ("cudnn", "float16", 64, (2, 2), True, {"chunks": 7}),
+    ("cudnn", "float16", 64, (2, 2), False, {"chunks": 1}),
+    ("cudnn", "bfloat16", 128, (3, 1), True, STRIPS),
+    ("cudnn", "float16", 96, (8, 1), False, {"chunks": 7}),
+    ("cudnn", "bfloat16", 64, (8, 1), True, {"chunks": 1}),
+    ("flash", "float16", 128, (1, 1), True, {"chunks": 7}),
+    ("flash", "bfloat16", 96, (3, 1), False, STRIPS),
+    ("flash", "float16", 64, (2, 2), True, {"chunks": 1}),
+    ("fa3", "bfloat16", 64, (8, 1), True, {"chunks": 7}),
+    ("fa3", "float16", 128, (1, 1), False, {"chunks": 1}),
+    ("fa3", "float16", 64, (2, 2), True, STRIPS),
+    ("torch", "float32", 64, (3, 1), True, {"chunks": 7}),
+    ("torch", "float32", 128, (1, 1), False, {"chunks": 1}),
+    ("torch", "float16", 64, (2, 2), True, STRIPS),
+]
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "head_dim", "heads", "causal", "options"), CASES, ids=str)
+def test_every_kernel_and_division_is_attention(
+    client: Client,
+    datasets: Datasets,
+    tmp_path: Path,
+    kernel: str,
+    dtype: str,
+    head_dim: int,
+    heads: tuple[int, int],
+    causal: bool,
+    options: dict[str, Any],
+) -> None:
+    require(kernel, dtype, head_dim)
+    dataset = datasets(heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype)
+    result = oocattn.attention(
+        dataset, tmp_path / "result.zarr", causal=causal, kernel=kernel, client=client, **BUDGETS, **options
+    )
+    assert_verified(result, dtype)
+    pairs = TOKENS * (TOKENS + 1) // 2 if causal else TOKENS**2
+    assert result.report.pairs == heads[0] * pairs
+    assert result.report.out_of_memory == 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("tokens", "chunks"), [(1, 1), (31, 31), (1000, 7)])
+@pytest.mark.parametrize("kernel", ["hopper", "cudnn", "flash", "torch"])
+def test_few_tokens_are_attention(
+    client: Client, datasets: Datasets, tmp_path: Path, kernel: str, tokens: int, chunks: int, causal: bool
+) -> None:
+    sizes: dict[str, Any] = {"heads": 3, "kv_heads": 1, "head_dim": 64, "dtype": "float16"}
+    dataset = datasets(tokens, **sizes)
+    result = oocattn.attention(
+        dataset, tmp_path / "result.zarr", causal=causal, chunks=chunks, kernel=kernel, client=client, **BUDGETS
+    )
+    expected, lse = attention64(*normal_arrays(tokens, **sizes), causal, 0.125)
+    assert relative_error(result.out[...], expected) <= BOUND["float16"]
+    np.testing.assert_allclose(result.lse[...], lse, atol=2e-5)
+
+
+def test_batches_that_are_compressed(client: Client, datasets: Datasets, tmp_path: Path) -> None:
+    storage = {"compressors": ZstdCodec(level=1), "chunks": (1, 1, 7000, 64)}
+    dataset = datasets(20_011, batch=2, heads=2, kv_heads=1, head_dim=64, dtype="float16", storage=storage)
+    result = oocattn.attention(dataset, tmp_path / "result.zarr", causal=True, client=client, **BUDGETS)
+    assert_verified(result, "float16")
+    assert oocattn.plan(dataset, **BUDGETS).device == "cuda"
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [("float16", "flash"), ("float32", "torch")])
+def test_every_element_that_is_not_finite_is_counted_once(client: Client, tmp_path: Path, dtype: str, kernel: str) -> None:
+    random = np.random.default_rng(1)
+    arrays = normal_arrays(5003, heads=6, kv_heads=2, head_dim=64, batch=2, dtype=dtype)
+    for array in arrays:
+        array.reshape(-1)[random.choice(array.size, 37, replace=False)] = random.choice([np.nan, np.inf, -np.inf], 37)
+    dataset = write_dataset(tmp_path / "dataset.zarr", arrays, 1000)
+    for options in ({"chunks": 13}, {"chunks": 6, "decomposition": "strips"}, {"chunks": 8}):
+        for causal in (False, True):
+            plan = oocattn.plan(dataset, causal=causal, kernel=kernel, **BUDGETS, **options)
+            result = carry_out(plan, dataset, tmp_path / "result.zarr", client, overwrite=True)
+            assert result.report.not_finite == 3 * 37
+            assert result.report.pairs == plan.problem.pairs
+
+
+# The same bits
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Client]:
+    """Workers in this process, which share its GPUs."""
+    options = {"n_workers": count, "threads_per_worker": 4, "processes": False, "memory_limit": 0}
+    with LocalCluster(**options, dashboard_address=None) as cluster, Client(cluster, set_as_default=False) as connected:
+        yield connected
+
+
+def test_bits_do_not_depend_on_workers_runs_or_the_place_of_partials(
+    client: Client, half: Path, half_plan: Plan, tmp_path: Path
+) -> None:
+    expected = carry_out(with_partials(half_plan, "memory"), half, tmp_path / "expected.zarr", client)
+    assert_verified(expected, "float16")
+    with workers(2) as two:
+        for place in ("memory", "disk", "memory", "disk"):
+            same = with_partials(half_plan, place)
+            for connected, lanes in ((client, 1), (two, 2)):
+                found = carry_out(replanned(same, lanes=lanes), half, tmp_path / "result.zarr", connected, overwrite=True)
+                assert_same_bits(found, expected)
+                assert found.report.lanes == lanes
+                assert (found.report.bytes_partials > 0) == (place == "disk")
+
+
+def test_turns_are_taken_in_order_whichever_task_comes_first(half: Path, half_plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "dataset.zarr").symlink_to(half)
+    plan = replace(with_partials(half_plan, "memory"), accumulators=7)
+    in_order, shuffled = (CudaLane(job_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
+    events: dict[int, Event] = {}
+    for turns, order in (((0, 1, 2), (2, 0, 1)), ((3, 4, 5), (4, 3, 5)), ((6,), (6,))):
+        for turn in turns:
+            in_order.stage(turn, 0, turn)
+            in_order.attend(turn)
+            shuffled.stage(turn, 0, turn)
+        events |= {turn: shuffled.attend(turn) for turn in order}
+    assert all(event.index == turn for turn, event in events.items())
+    assert 2 * sum(event.amount for event in events.values()) == plan.problem.pairs
+    for ours, theirs in zip(written_bits(shuffled), written_bits(in_order), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for made in (in_order, shuffled):
+        made.close()
+
+
+def test_a_damaged_partial_is_computed_again(client: Client, datasets: Datasets, tmp_path: Path) -> None:
+    """Of a chunk whose last partial is not even submitted when the first is done: so it cannot be merged before."""
+    dataset = datasets(20_011, heads=2, kv_heads=1, head_dim=64, dtype="float16")
+    plan = oocattn.plan(dataset, causal=True, chunks=40, decomposition="cqs", kernel="flash", **BUDGETS)
+    plan = with_partials(plan, "disk")
+    contributors = {chunk: plan.division.contributors(chunk) for chunk in range(40) if plan.tokens(chunk)}
+    chunk = next(chunk for chunk, these in contributors.items() if these[0] == 0 and these[-1] >= 33)
+    partial = ResultPaths.at(tmp_path / "result.zarr").scratch / f"partial-0-{chunk}-0"
+    damaged: list[int] = []
+
+    def damage(event: Event) -> None:
+        if event.kind == "attended" and not damaged:
+            content = bytearray(partial.read_bytes())
+            content[-7] ^= 16
+            damaged.append(partial.write_bytes(content))
+
+    right = carry_out(plan, dataset, tmp_path / "right.zarr", client)
+    found = carry_out(plan, dataset, tmp_path / "result.zarr", client, callbacks=[damage])
+    assert found.report.recomputed == 1
+    assert found.report.pairs == right.report.pairs == plan.problem.pairs
+    assert_same_bits(found, right)
+
+
+# Memory
+
+
+def reserved_bytes() -> int:
+    """What torch holds of the device when it has given back what it need not."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+@pytest.mark.parametrize(
+    ("budget", "causal"), [(128 * MIB, True), (512 * MIB, True), (512 * MIB, False), (2048 * MIB, True)]
+)
+def test_the_device_budget_is_kept_and_used_and_given_back(
+    client: Client, datasets: Datasets, tmp_path: Path, budget: int, causal: bool
+) -> None:
+    dataset = datasets(heads=4, kv_heads=4, head_dim=64, dtype="float16")
+    options: dict[str, Any] = {"causal": causal, "device_memory": budget, "host_memory": "4GiB", "kernel": "cudnn"}
+    usual, before = sys.getswitchinterval(), reserved_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    kernel_rate.cache_clear()  # measuring counts too
+    plan = oocattn.plan(dataset, lanes=1, **options)
+    measuring = torch.cuda.max_memory_reserved() - before
+    result = carry_out(plan, dataset, tmp_path / "result.zarr", client)
+    peak = torch.cuda.max_memory_reserved() - before
+    assert peak <= plan.peak_device <= budget
+    assert measuring <= plan.peak_device
+    assert peak >= 0.85 * plan.peak_device or plan.peak_device < measuring + 48 * MIB
+    assert reserved_bytes() - before <= 4 * MIB
+    assert sys.getswitchinterval() == usual
+    assert result.report.out_of_memory == 0
+    assert_verified(result, "float16")
+
+
+@pytest.mark.usefixtures("half")
+def test_a_rehearsal_makes_every_call_within_the_plan_and_gives_all_back(
+    half_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    attend = CudnnKernel.attend
+
+    def note(self: CudnnKernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
+        made.append((query.shape[1], len(key), how["diagonal"]))
+        attend(self, query, key, *rest, **how)
+
+    monkeypatch.setattr(CudnnKernel, "attend", note)
+    before = reserved_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    rehearse(half_plan)
+    calls = [(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(half_plan)]
+    assert sorted(made) == sorted(calls * torch.cuda.device_count())
+    assert torch.cuda.max_memory_reserved() - before <= half_plan.peak_device
+    assert torch.cuda.memory_reserved() == before
+
+
+def test_a_budget_too_small_for_any_tile_is_refused_with_one_that_works(
+    client: Client, datasets: Datasets, tmp_path: Path
+) -> None:
+    dataset = datasets(20_011, heads=2, kv_heads=1, head_dim=64, dtype="float16")
+    with pytest.raises(BudgetError, match=r"--device-memory 1 MiB is too small .* works is (\d+)MiB") as refused:
+        oocattn.plan(dataset, kernel="flash", device_memory="1MiB")
+    smallest = str(refused.value).rpartition(" ")[2]
+    before = reserved_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    options: dict[str, Any] = {"kernel": "flash", "causal": True, "device_memory": smallest, "client": client}
+    assert_verified(oocattn.attention(dataset, tmp_path / "result.zarr", **options), "float16")
+    assert torch.cuda.max_memory_reserved() - before <= int(smallest.removesuffix("MiB")) * MIB
+
+
+# Out of memory
+
+
+def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
+    usual = lane.get_kernel
+    monkeypatch.setattr(lane, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_out_of_memory_goes_on_with_smaller_tiles(
+    client: Client, half: Path, half_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partials: str
+) -> None:
+    most_rows = half_plan.tiles.query // 3
+    cramp(monkeypatch, most_rows)
+    result = carry_out(with_partials(half_plan, partials), half, tmp_path / "result.zarr", client)
+    assert_verified(result, "float16")
+    assert result.report.out_of_memory == 2
+    assert result.report.pairs == half_plan.problem.pairs
+
+
+def test_no_memory_at_all_is_said(
+    client: Client, datasets: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = datasets(20_011, heads=2, kv_heads=1, head_dim=64, dtype="float16")
+    plan = oocattn.plan(dataset, chunks=1, decomposition="cqs", kernel="flash", **BUDGETS)
+    cramp(monkeypatch, 0)
+    with pytest.raises(BudgetError, match=r"no memory left even for tiles of \d+ queries: free some, or lower"):
+        carry_out(plan, dataset, tmp_path / "result.zarr", client)
+    assert not (tmp_path / "result.zarr").exists()
+
+
+def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
+    client: Client, half: Path, half_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[int] = []
+    made: list[CudaLane] = []
+    empty, take = torch.empty, CudaLane.__init__
+
+    def refuse_once(*shape: Any, **options: Any) -> torch.Tensor:
+        if "device" in options and torch.device(options["device"]).type == "cuda" and not refused:
+            refused.append(1)
+            raise torch.OutOfMemoryError("the device is full")
+        return empty(*shape, **options)
+
+    def keep(self: CudaLane, *arguments: Any) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(cuda_lane.torch, "empty", refuse_once)
+            take(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(CudaLane, "__init__", keep)
+    result = carry_out(half_plan, half, tmp_path / "result.zarr", client)
+    assert refused
+    assert made[0]._tile_rows == half_plan.tiles.query // 2
+    assert_verified(result, "float16")
+
+
+# What a run tells
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_every_resource_is_told_of_and_compute_is_one_thing_at_a_time(
+    client: Client, half: Path, half_plan: Plan, tmp_path: Path, partials: str
+) -> None:
+    recorder = Recorder([])
+    plan = with_partials(half_plan, partials)
+    report = carry_out(plan, half, tmp_path / "result.zarr", client, [recorder]).report
+    spans = [span for event in recorder.events for span in event.spans]
+    assert {span.resource for span in spans} == {"read", "copy in", "compute", "copy out", "merge", "write"}
+    started, ended = recorder.of("started")[0].start, recorder.of("ended")[0].stop
+    assert all(started - 0.01 <= span.start <= span.stop <= ended + 0.01 for span in spans)  # two clocks, one epoch
+    computing = sorted((span.start, span.stop) for span in spans if span.resource == "compute")
+    assert all(before[1] <= after[0] + 2e-5 for before, after in pairwise(computing))
+    assert 0 < report.compute_busy <= 1
+    assert report.compute_busy == pytest.approx(sum(stop - start for start, stop in computing) / report.seconds)

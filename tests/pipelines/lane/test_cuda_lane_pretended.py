@@ -1,0 +1,214 @@
+"""The CUDA lane without a GPU: its tiles, buffers, turns and errors, on streams that compute at once on the CPU.
+
+Real GPUs are in `test_cuda_lane`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pretend
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import attention64, relative_error
+from support import (
+    Arrays,
+    CrampedKernel,
+    Recorder,
+    assert_same_bits,
+    carry_out,
+    normal_arrays,
+    replanned,
+    with_partials,
+    write_dataset,
+)
+
+import oocattn
+from oocattn import BudgetError, Event, Plan, Result
+from oocattn.kernels import Kernel, get_kernel
+from oocattn.pipelines.lane import cuda as cuda_lane
+from oocattn.pipelines.lane import lane
+from oocattn.pipelines.lane.tiles import call_shapes
+from oocattn.planning.memory import (
+    Tiles,
+)
+
+
+@pytest.fixture(autouse=True)
+def _pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend.pretend_a_gpu(monkeypatch)
+    monkeypatch.setattr(cuda_lane, "SMALLEST_TILE", 1)
+
+
+def assert_attention(result: Result, plan: Plan, arrays: Arrays) -> None:
+    expected, lse = attention64(*arrays, plan.problem.causal, plan.problem.scale)
+    assert relative_error(result.out[...], expected) < {"float32": 2e-6, "float16": 3e-4}[plan.problem.out_dtype]
+    np.testing.assert_allclose(result.lse[...], lse, atol=1e-5)
+    assert result.report.pairs == plan.problem.pairs
+
+
+@given(
+    tokens=st.integers(1, 100),
+    heads=st.sampled_from([(1, 1), (3, 1), (4, 2)]),
+    dtype=st.sampled_from(["float16", "float32"]),
+    causal=st.booleans(),
+    chunks=st.integers(1, 7),
+    kind=st.sampled_from(["memory", "disk", "strips"]),
+    tiles=st.tuples(st.integers(3, 60), st.integers(3, 60)),
+)
+@settings(max_examples=25)
+def test_any_tiles_and_partials_are_attention(
+    client: Client,
+    fast_path: Path,
+    tokens: int,
+    heads: tuple[int, int],
+    dtype: str,
+    causal: bool,
+    chunks: int,
+    kind: str,
+    tiles: tuple[int, int],
+) -> None:
+    arrays = normal_arrays(tokens, heads=heads[0], kv_heads=heads[1], dtype=dtype)
+    dataset = write_dataset(fast_path / "dataset.zarr", arrays)
+    options = {"causal": causal, "chunks": min(chunks, tokens), "decomposition": "strips" if kind == "strips" else "cqs"}
+    made = pretend.gpu_plan(dataset, None, None if kind == "strips" else kind, **options)
+    made = replanned(made, tiles=Tiles(min(tiles[0], made.chunk_rows), min(tiles[1], made.chunk_rows)))
+    assert_attention(carry_out(made, dataset, fast_path / "result.zarr", client, overwrite=True), made, arrays)
+
+
+@pytest.mark.parametrize("options", [{"chunks": 7}, {"chunks": 3, "causal": True}, {"chunks": 4, "decomposition": "strips"}])
+def test_every_call_was_foreseen(
+    client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(331))
+    plan = pretend.gpu_plan(dataset, (29, 17), **options)
+    made = set()
+    kernel = type(get_kernel(plan.kernel))
+    attend = kernel.attend
+
+    def note(self: Kernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
+        made.add((query.shape[1], len(key), how["diagonal"]))
+        attend(self, query, key, *rest, **how)
+
+    monkeypatch.setattr(kernel, "attend", note)
+    carry_out(plan, dataset, fast_path / "result.zarr", client)
+    assert made == {(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(plan)}
+
+
+@contextmanager
+def workers(count: int, threads: int) -> Iterator[Client]:
+    options = {"n_workers": count, "threads_per_worker": threads, "processes": False, "memory_limit": 0}
+    with LocalCluster(**options, dashboard_address=None) as cluster, Client(cluster, set_as_default=False) as connected:
+        yield connected
+
+
+def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(client: Client, fast_path: Path) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(151, heads=4, kv_heads=2, dtype="float16"))
+    made = pretend.gpu_plan(dataset, (20, 10), causal=True, chunks=7)
+    expected = carry_out(made, dataset, fast_path / "expected.zarr", client)
+    for count, threads in ((1, 1), (2, 3)):
+        with workers(count, threads) as connected:
+            for partials in ("memory", "disk"):
+                same = replanned(with_partials(made, partials), lanes=count)
+                assert same.digest == made.digest
+                found = carry_out(same, dataset, fast_path / "result.zarr", connected, overwrite=True)
+                assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+@pytest.mark.parametrize("count", [4, 9, 13])
+def test_an_interrupted_run_goes_on_to_the_same_bits(client: Client, fast_path: Path, partials: str, count: int) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(151, heads=4, kv_heads=2, dtype="float16"))
+    made = replanned(pretend.gpu_plan(dataset, (20, 10), partials, causal=True, chunks=13), checkpoint_seconds=0.02)
+    expected = carry_out(made, dataset, fast_path / "expected.zarr", client)
+    before, after = Recorder([]), Recorder([])
+
+    def stop(event: Event) -> None:
+        if event.kind == "attended" and len(before.of("attended")) == count:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(made, dataset, fast_path / "result.zarr", client, callbacks=[before, stop])
+    found = oocattn.resume(fast_path / "result.zarr", client=client, callbacks=[after])
+    assert_same_bits(found, expected)
+    assert len(after.of("attended")) <= made.subproblems - count
+
+
+# Out of memory
+
+
+def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
+    usual = lane.get_kernel
+    monkeypatch.setattr(lane, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+@pytest.mark.parametrize("most_rows", [31, 5])
+def test_out_of_memory_goes_on_with_smaller_tiles(
+    client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int, partials: str
+) -> None:
+    arrays = normal_arrays(301, heads=3, kv_heads=1)
+    dataset = write_dataset(fast_path / "dataset.zarr", arrays)
+    cramp(monkeypatch, most_rows)
+    made = pretend.gpu_plan(dataset, (43, 20), partials, causal=True, chunks=7)
+    result = carry_out(made, dataset, fast_path / "result.zarr", client)
+    assert_attention(result, made, arrays)
+    assert result.report.out_of_memory == {31: 1, 5: 3}[most_rows]  # tiles of 43, 21, 10, 5
+    assert f"out of memory {result.report.out_of_memory} times" in str(result.report)
+
+
+def test_no_memory_at_all_is_said(client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301))
+    cramp(monkeypatch, 0)
+    with pytest.raises(BudgetError, match="no memory left even for tiles of 1 queries: free some, or lower --device-memory"):
+        carry_out(pretend.gpu_plan(dataset, (64, 20), chunks=1), dataset, fast_path / "result.zarr", client)
+    assert not (fast_path / "result.zarr").exists()
+
+
+def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
+    client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrays = normal_arrays(301)
+    dataset = write_dataset(fast_path / "dataset.zarr", arrays)
+    refused = []
+
+    class Full(pretend.Torch):
+        def empty(self, *shape: object, **options: object) -> torch.Tensor:
+            if len(refused) < 2:
+                refused.append(shape)
+                raise torch.OutOfMemoryError("the device is full")
+            return torch.empty(*shape, **options)
+
+    monkeypatch.setattr(cuda_lane, "torch", Full())
+    made = pretend.gpu_plan(dataset, (64, 20), chunks=7)
+    result = carry_out(made, dataset, fast_path / "result.zarr", client)
+    assert_attention(result, made, arrays)
+    assert [record.args[1] for record in caplog.records if "out of memory" in record.msg] == [32, 16]
+
+
+# What a run tells
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_every_resource_is_told_of_and_compute_is_one_thing_at_a_time(
+    client: Client, fast_path: Path, partials: str
+) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301, heads=4, kv_heads=2))
+    recorder = Recorder([])
+    made = pretend.gpu_plan(dataset, (40, 20), partials, causal=True, chunks=7)
+    report = carry_out(made, dataset, fast_path / "result.zarr", client, [recorder]).report
+    spans = [span for event in recorder.events for span in event.spans]
+    assert {span.resource for span in spans} == {"read", "copy in", "compute", "copy out", "merge", "write"}
+    computing = sorted((span.start, span.stop) for span in spans if span.resource == "compute")
+    assert all(before[1] <= after[0] + 1e-6 for before, after in itertools.pairwise(computing))
+    assert report.compute_busy == pytest.approx(sum(stop - start for start, stop in computing) / report.seconds)
+    assert 0 < report.compute_busy <= 1
+    assert report.out_of_memory == 0

@@ -1,0 +1,135 @@
+"""The progress bar: what it says of a run at any moment, and that nothing else is printed into its line."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from oocattn import Event, clock
+from oocattn.cli.printing import Printing
+from oocattn.log import logger
+from oocattn.pipelines.watch.progress import INTERVAL, ProgressBar
+
+PLAN = SimpleNamespace(problem=SimpleNamespace(tokens=1000, batch=2), subproblems=20)
+"""A subproblem is 100 tokens."""
+
+
+class Watched:
+    """A progress bar on a terminal of its own, at times that the test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written = io.StringIO()
+        self.now = 1e9
+        monkeypatch.setattr(clock, "now", lambda: self.now)
+        self._bar = ProgressBar()
+
+    def see(self, kind: Any, at: float, **detail: object) -> str:
+        """What is on the line after an event at so many seconds."""
+        self.now = 1e9 + at
+        self._bar(Event(kind, self.now, self.now, detail=detail))
+        return self.lines()[-1]
+
+    def lines(self) -> list[str]:
+        """What a terminal shows."""
+        lines = self.written.getvalue().split("\n")
+        return [next((part for part in reversed(line.split("\r")) if part.strip()), "").rstrip() for line in lines]
+
+    def begin(self, left: int = 20) -> str:
+        return self.see("started", 0, plan=PLAN, left=left, dashboard="")
+
+    def end(self) -> None:
+        """tqdm counts bars that are not closed."""
+        self.see("failed", 1e6)
+
+
+@pytest.fixture
+def bar(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    watched = Watched(monkeypatch)
+    yield watched
+    watched.end()
+
+
+@pytest.fixture
+def terminal(bar: Watched, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """To be called in the test itself: pytest puts another standard error in place for it."""
+    return lambda: monkeypatch.setattr(sys, "stderr", bar.written)
+
+
+def test_every_subproblem_that_ended_counts_in_the_rate(bar: Watched, terminal: Callable[[], None]) -> None:
+    terminal()
+    assert "0/20 subproblems" in bar.begin()
+    assert bar.see("attended", 10).endswith("1/20 subproblems, 10 s, 10 tokens/s, about 3 min left")
+    assert bar.see("attended", 10 + INTERVAL / 2).endswith("2/20 subproblems, 10 s, 20 tokens/s, about 90.4 s left")
+    assert bar.see("attended", 30).endswith("3/20 subproblems, 30 s, 10 tokens/s, about 3 min left")
+
+
+def test_time_goes_on_while_a_subproblem_is_computed(bar: Watched, terminal: Callable[[], None]) -> None:
+    terminal()
+    bar.begin()
+    bar.see("attended", 10)
+    assert bar.see("staged", 15).endswith("1/20 subproblems, 15 s, 10 tokens/s, about 3 min left")
+    assert bar.see("staged", 500).endswith("1/20 subproblems, 8 min, 0.4 tokens/s, about 71 min left")
+
+
+def test_the_rate_of_a_resumed_run_is_that_of_this_process(bar: Watched, terminal: Callable[[], None]) -> None:
+    terminal()
+    assert "15/20 subproblems" in bar.begin(left=5)
+    assert bar.see("attended", 10).endswith("16/20 subproblems, 10 s, 10 tokens/s, about 40 s left")
+
+
+def test_work_that_was_lost_is_counted_when_it_is_done_again(bar: Watched, terminal: Callable[[], None]) -> None:
+    terminal()
+    bar.begin(left=5)
+    bar.see("attended", 10)
+    assert "10/20 subproblems, 12 s" in bar.see("mended", 12, left=10)
+    assert bar.see("attended", 20).endswith("11/20 subproblems, 20 s, 5.0 tokens/s, about 3 min left")
+
+
+def test_fast_subproblems_are_not_all_drawn_but_the_last_one_is(bar: Watched, terminal: Callable[[], None]) -> None:
+    terminal()
+    bar.begin()
+    for number in range(1, 21):
+        bar.see("attended", number * INTERVAL / 10)
+    assert bar.written.getvalue().count("\r") < 8
+    bar.see("ended", 0.5)
+    assert bar.lines()[-2].endswith("20/20 subproblems, 0.5 s, 10,000 tokens/s")
+
+
+def test_a_line_of_the_log_is_printed_above_the_bar(bar: Watched, terminal: Callable[[], None]) -> None:
+    terminal()
+    bar.begin()
+    bar.see("attended", 10)
+    handler = logging.StreamHandler(bar.written)
+    logger.addHandler(handler)
+    try:
+        logger.warning("ending: something is saved")
+        bar.see("failed", 12)
+        logger.warning("afterwards")
+    finally:
+        logger.removeHandler(handler)
+    *_, message, shown, after, _ = bar.lines()
+    assert message == "ending: something is saved"
+    assert "1/20 subproblems" in shown
+    assert after == "afterwards"
+
+
+def test_what_others_print_begins_on_a_line_of_its_own(bar: Watched, terminal: Callable[[], None]) -> None:
+    terminal()
+    with Printing():
+        bar.begin()
+        print("a warning of a library", file=sys.stderr)
+        bar.see("attended", 10)
+        bar.see("ended", 20)
+        print("the report", file=sys.stderr)
+    assert [line for line in bar.lines() if not re.search("subproblems", line)] == [
+        "a warning of a library",
+        "the report",
+        "",
+    ]

@@ -1,0 +1,63 @@
+"""What is measured of this machine is what a run will meet."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support import normal_arrays, write_dataset
+
+import oocattn
+from oocattn import IntegrityError, ProblemError
+from oocattn.planning.measure import PIECE_BYTES, sample_rate
+from oocattn.problem.problem import ArraySpec
+
+SECONDS = 0.02
+
+
+class ColdArray:
+    """An array of 64 MiB of which every place is slow to read once, from a disk that does one thing at a time."""
+
+    dtype = np.dtype("float16")
+    direct = True
+    spec = ArraySpec("q", (1, 1, 1 << 19, 64), "float16")
+
+    disk = threading.Lock()
+
+    def __init__(self) -> None:
+        self.read: set[int] = set()
+
+    def read_rows(self, batch: int, head: int, start: int, stop: int, out: np.ndarray) -> None:
+        with self.disk:
+            if start not in self.read:
+                time.sleep(SECONDS)
+            self.read.add(start)
+
+
+@pytest.mark.parametrize("names", ["q", "qkv"])
+def test_what_is_not_cached_is_measured_so(names: str) -> None:
+    dataset = SimpleNamespace(arrays={name: ColdArray() for name in names})
+    rate = sample_rate(dataset)
+    assert 0.5 * PIECE_BYTES / SECONDS < rate <= PIECE_BYTES / SECONDS
+    assert sample_rate(dataset) > 2 * rate  # now it is cached
+
+
+def test_reads_that_all_fail_end_with_their_error() -> None:
+    class NoArray(ColdArray):
+        def read_rows(self, batch: int, head: int, start: int, stop: int, out: np.ndarray) -> None:
+            raise IntegrityError("gone")
+
+    with pytest.raises(IntegrityError, match="gone"):
+        sample_rate(SimpleNamespace(arrays={name: NoArray() for name in "qkv"}))
+
+
+@pytest.mark.parametrize("address", ["foo", "127.0.0.1", "127.0.0.1:99999", "127.0.0.1:-1"])
+def test_an_address_that_is_none_is_refused(fast_path: Path, address: str) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(20))
+    with pytest.raises(ProblemError, match=r"expected HOST:PORT, such as 127\.0\.0\.1:8787"):
+        oocattn.attention(dataset, fast_path / "out.zarr", dashboard_address=address)
+    assert [path.name for path in fast_path.iterdir()] == ["dataset.zarr"]

@@ -1,0 +1,231 @@
+"""Planning is a pure function: what it promises is checked on machines and problems that are made up."""
+
+from __future__ import annotations
+
+import re
+import time
+import tracemalloc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import GENEROUS, MACHINE, a_problem
+
+from oocattn import BudgetError, Plan, ProblemError
+from oocattn.division.quorums import candidate_chunk_counts
+from oocattn.planning.candidates import make_plan
+from oocattn.planning.plan import Hardware, InputCost
+from oocattn.problem.problem import Problem
+
+MIB = 1 << 20
+
+
+def plan(problem: Problem, hardware: Hardware = MACHINE, **options: Any) -> Plan:
+    return make_plan(problem, hardware, **{"device_memory": GENEROUS, "host_memory": GENEROUS, **options})
+
+
+def smallest_named(error: BudgetError) -> tuple[str, int]:
+    """The budget that the message is about, and the smallest that it says works."""
+    match = re.search(r"--(device|host)-memory .* the smallest that works is (\d+)MiB$", str(error))
+    assert match, str(error)
+    return f"{match[1]}_memory", int(match[2]) * MIB
+
+
+def check_the_smallest_budget(problem: Problem, hardware: Hardware, name: str, decomposition: str) -> None:
+    """The budget that a refusal names works, and one mebibyte less does not."""
+    options: dict[str, Any] = {"decomposition": decomposition, "checkpoint_seconds": 60.0 if hardware.scratch_disk else 0.0}
+    with pytest.raises(BudgetError) as refused:
+        plan(problem, hardware, **options, **{name: 1})
+    named, smallest = smallest_named(refused.value)
+    assert named == name
+    assert getattr(plan(problem, hardware, **options, **{name: smallest}), f"peak_{name[:-7]}") <= smallest
+    with pytest.raises(BudgetError):
+        plan(problem, hardware, **options, **{name: smallest - MIB})
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    kv_heads = draw(st.integers(1, 8))
+    tokens = draw(st.one_of(st.integers(1, 1000), st.integers(1, 1 << 21), st.sampled_from([1, 1 << 20, 999_983])))
+    dtype, out_dtype = (draw(st.sampled_from(["float16", "bfloat16", "float32"])) for _ in range(2))
+    return a_problem(
+        tokens,
+        batch=draw(st.integers(1, 3)),
+        query_heads=kv_heads * draw(st.sampled_from([1, 2, 7])),
+        kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 256)),
+        dtype=dtype,
+        out_dtype=out_dtype,
+        causal=draw(st.booleans()),
+    )
+
+
+def scratch_of_rows(group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
+    return 4 * (group_size * rows + min(keys, 8192)) * head_dim
+
+
+machines = st.builds(
+    Hardware,
+    kernel=st.just("cpu"),
+    kernel_flops=st.floats(1e9, 1e15),
+    scratch_bytes=st.just(scratch_of_rows),
+    lanes=st.integers(1, 8),
+    read_rate=st.floats(1e7, 1e11),
+    write_rate=st.floats(1e7, 1e11),
+    scratch_disk=st.sampled_from([0, 1 << 34, 1 << 60]),
+)
+inputs = st.builds(InputCost, decode_bytes=st.sampled_from([0, 1 << 27]), align_rows=st.sampled_from([1, 1000, 65536]))
+budgets = st.integers(20, 40).map(lambda power: 1 << power)
+
+
+@given(problems(), machines, inputs, budgets, budgets)
+@settings(max_examples=100)
+def test_peaks_stay_within_the_budgets_or_the_smallest_that_works_is_named(
+    problem: Problem, hardware: Hardware, cost: InputCost, device: int, host: int
+) -> None:
+    try:
+        made = plan(problem, hardware, inputs=cost, device_memory=device, host_memory=host)
+    except BudgetError:
+        return
+    assert made.peak_device <= device
+    assert made.peak_host <= host
+    assert made.scratch_disk <= hardware.scratch_disk
+    assert made.peak_host >= hardware.lanes * 2 * made.slot_bytes
+    assert made.chunk_rows * made.chunks >= problem.tokens
+    assert made.chunk_rows % made.out_chunk_rows == 0
+    assert sum(len(made.tokens(chunk)) for chunk in range(made.chunks)) == problem.tokens
+    assert made.seconds >= max(link.seconds for link in made.links)
+
+
+@given(problems(), machines, st.sampled_from(["host_memory", "device_memory"]), st.sampled_from(["auto", "cqs", "strips"]))
+@settings(max_examples=60)
+def test_the_smallest_budget_that_is_named_works_and_one_mebibyte_less_does_not(
+    problem: Problem, hardware: Hardware, name: str, decomposition: str
+) -> None:
+    check_the_smallest_budget(problem, hardware, name, decomposition)
+
+
+def test_two_budgets_too_small_are_named_one_after_the_other() -> None:
+    options = {"device_memory": 1, "host_memory": 1}
+    for expected in ("device_memory", "host_memory"):
+        with pytest.raises(BudgetError) as refused:
+            plan(a_problem(1 << 20), **options)
+        name, options[expected] = smallest_named(refused.value)
+        assert name == expected
+    assert plan(a_problem(1 << 20), **options).peak_host <= options["host_memory"]
+
+
+def test_no_room_for_partials_on_disk_is_said() -> None:
+    problem = a_problem(1 << 22, batch=1, query_heads=8, kv_heads=8, head_dim=128, causal=False)
+    with pytest.raises(BudgetError) as refused:
+        plan(problem, decomposition="cqs", host_memory=1)
+    smallest = smallest_named(refused.value)[1]
+    assert plan(problem, decomposition="cqs", host_memory=smallest).partials == "disk"
+    full = replace(MACHINE, scratch_disk=0)
+    with pytest.raises(BudgetError, match=r"partials need at least .* of scratch on disk and 0 B is free beside the result"):
+        plan(problem, full, decomposition="cqs")
+    with pytest.raises(BudgetError, match="smallest that works is"):
+        plan(problem, full, decomposition="cqs", host_memory=smallest, checkpoint_seconds=0.0)
+    assert plan(problem, full, checkpoint_seconds=0.0).scratch_disk == 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_billion_tokens_are_planned_in_a_second(causal: bool) -> None:
+    problem = a_problem(10**9, query_heads=8, kv_heads=8, causal=causal)
+    tracemalloc.start()
+    began = time.perf_counter()
+    made = plan(problem, device_memory=16 << 30, host_memory=64 << 30)
+    seconds = time.perf_counter() - began
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert made.peak_host <= 64 << 30
+    assert peak < 100 * MIB
+    assert seconds < 5  # tracing makes it several times slower
+    began = time.perf_counter()
+    plan(problem, device_memory=16 << 30, host_memory=64 << 30)
+    assert time.perf_counter() - began < 1
+
+
+def test_quorums_come_before_strips_on_ties() -> None:
+    compute_bound = replace(MACHINE, kernel_flops=1e13, read_rate=1e12, write_rate=1e12, task_seconds=1e-9)
+    problem = a_problem(1 << 20)
+    quorums, strips = (plan(problem, compute_bound, decomposition=kind) for kind in ("cqs", "strips"))
+    assert strips.seconds / 1.05 < quorums.seconds < strips.seconds * 1.05
+    assert plan(problem, compute_bound).decomposition == "cqs"
+
+
+def test_strips_come_first_where_they_are_faster() -> None:
+    """Small budget, slow disk: quorums write every partial and read it again, strips hold one query chunk."""
+    machine = replace(MACHINE, kernel_flops=1e15, read_rate=2e9, write_rate=2e8, task_seconds=1e-9)
+    problem = a_problem(1 << 20, head_dim=128, causal=False)
+    options = {"host_memory": 64 * MIB}
+    quorums, strips = (plan(problem, machine, decomposition=kind, **options) for kind in ("cqs", "strips"))
+    assert strips.seconds * 1.05 < quorums.seconds
+    assert plan(problem, machine, **options) == strips
+
+
+@given(problems(), st.integers(1, 200), st.sampled_from(["cqs", "strips"]))
+@settings(max_examples=50)
+def test_chunks_and_decomposition_can_be_pinned(problem: Problem, chunks: int, decomposition: str) -> None:
+    chunks = min(chunks, problem.tokens)
+    made = plan(problem, chunks=chunks, decomposition=decomposition)
+    assert (made.chunks, made.decomposition, made.division.chunks) == (chunks, decomposition, chunks)
+
+
+def test_what_cannot_be_pinned_is_refused() -> None:
+    for chunks in (0, -1, 101):
+        with pytest.raises(ProblemError, match=rf"chunks = {chunks}: expected 1 to 100 for 100 tokens"):
+            plan(a_problem(100), chunks=chunks)
+    with pytest.raises(ProblemError, match="decomposition 'rings': expected one of auto, cqs, strips"):
+        plan(a_problem(100), decomposition="rings")
+
+
+def test_a_free_choice_of_quorums_is_perfect() -> None:
+    for power in range(26, 40):
+        made = plan(a_problem(1 << 22), decomposition="cqs", host_memory=1 << power)
+        assert made.chunks in candidate_chunk_counts(made.chunks)
+
+
+def test_no_subproblem_takes_longer_than_a_checkpoint_where_there_is_a_choice() -> None:
+    slow = replace(MACHINE, kernel_flops=1e10)
+    made = plan(a_problem(1 << 18), slow)
+    compute = next(link for link in made.links if link.name == "compute")
+    assert compute.seconds > 60
+    assert compute.seconds / made.subproblems <= 60
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("chunks", "decomposition"), [(1, "cqs"), (7, "cqs"), (8, "cqs"), (31, "cqs"), (9, "strips")])
+def test_bytes_to_read_are_those_of_every_subproblem(causal: bool, chunks: int, decomposition: str) -> None:
+    problem = a_problem(31 * 9 * 8 * 7, query_heads=6, kv_heads=2, causal=causal)
+    made = plan(problem, chunks=chunks, decomposition=decomposition)
+    row = problem.head_dim * problem.itemsize
+    total = 0
+    for index in range(made.division.subproblems):
+        part = made.division.subproblem(index)
+        staged = row * made.chunk_rows * (3 * len(part.query_chunks) + 2 * len(part.key_chunks))
+        assert staged <= made.slot_bytes
+        total += staged
+    link = next(link for link in made.links if link.name == "read")
+    assert link.amount == 2 * total
+    assert made.subproblems == 2 * made.division.subproblems
+
+
+def test_slow_decoding_bounds_reading_and_is_noted() -> None:
+    problem = a_problem(1 << 16)
+    cost = InputCost(decode_bytes=100 * MIB, decode_rate=1e8, align_rows=5000, notes=("k is zstd-compressed",))
+    fast, slow = plan(problem, chunks=7), plan(problem, chunks=7, inputs=cost)
+    reading = [next(link for link in made.links if link.name == "read") for made in (fast, slow)]
+    assert reading[1].seconds >= 9 * reading[0].seconds
+    assert slow.peak_host >= fast.peak_host + 100 * MIB
+    assert slow.chunk_rows % 5000 == 0
+    assert "note: k is zstd-compressed" in str(slow)
+
+
+def test_more_lanes_take_more_memory_and_less_time() -> None:
+    problem = a_problem(1 << 20, query_heads=8, kv_heads=8)
+    one, four = (plan(problem, replace(MACHINE, lanes=lanes), chunks=13) for lanes in (1, 4))
+    assert four.peak_host == 4 * one.peak_host
+    assert four.seconds < one.seconds / 2

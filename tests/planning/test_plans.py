@@ -1,0 +1,85 @@
+"""A plan describes itself: on a screen, as a picture, and by a digest of what decides the bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import GENEROUS, MACHINE, a_problem
+from test_planner import problems
+
+from oocattn.planning.candidates import make_plan
+from oocattn.planning.memory import Tiles
+from oocattn.planning.plan import InputCost, Plan
+from oocattn.problem.problem import Problem
+
+NOTES = tuple(
+    f"{name} is blosc-compressed, sharded, 8 heads to a chunk: read through Zarr's codecs: that bounds it" for name in "qkv"
+)
+
+
+def plan(problem: Problem, **options: object) -> Plan:
+    return make_plan(problem, MACHINE, **{"device_memory": GENEROUS, "host_memory": GENEROUS, **options})
+
+
+@given(problems(), st.sampled_from(["auto", "cqs", "strips"]), st.sampled_from([(), NOTES]))
+@settings(max_examples=50)
+def test_it_fits_a_screen(problem: Problem, decomposition: str, notes: tuple[str, ...]) -> None:
+    lines = str(plan(problem, decomposition=decomposition, inputs=InputCost(notes=notes))).splitlines()
+    assert len(lines) <= 25
+    assert max(len(line) for line in lines) <= 100
+
+
+def test_it_says_what_a_user_asks() -> None:
+    problem = a_problem(10**9, query_heads=8, kv_heads=8)
+    made = plan(problem, chunks=31, decomposition="cqs", host_memory=1 << 40)
+    text = str(made)
+    assert "8 heads x 1,000,000,000 tokens x D = 64, float16, causal" in text
+    assert f"cyclic quorums over c = 31 chunks of {made.chunk_rows:,} tokens, k = 6; 248 subproblems" in text
+    assert "of 1 TiB" in text
+    assert made.binds == "compute"
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("<- binds")] == ["compute"]
+    strips = plan(problem, chunks=32, decomposition="strips")
+    assert f"strips over c = 32 chunks of {strips.chunk_rows:,} tokens, 1 key chunk at a time" in str(strips)
+
+
+def test_scratch_on_disk_is_said() -> None:
+    problem = a_problem(1 << 22, causal=False)
+    made = plan(problem, decomposition="cqs", host_memory=256 << 20)
+    assert made.partials == "disk"
+    assert made.scratch_disk > 0
+    assert "partials     merged in files" in str(made)
+
+
+def test_chunks_of_tokens_cover_the_sequence_without_overlap() -> None:
+    for tokens in (1, 2, 50, 97, 100):
+        for chunks in (1, 7, 21, 50):
+            made = plan(a_problem(tokens), chunks=min(chunks, tokens))
+            assert [token for chunk in range(made.chunks) for token in made.tokens(chunk)] == list(range(tokens))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"chunks": 13}, {"chunk_rows": 300}, {"decomposition": "strips", "span": 2},
+        {"machine": replace(MACHINE.machine, kernel="reference")},
+        {"problem": a_problem(1000, causal=False)}, {"out_chunk_rows": 1}, {"tiles": Tiles(1000, 500)},
+    ],
+)  # fmt: skip
+def test_the_digest_names_what_decides_the_bits(changed: dict) -> None:
+    made = plan(a_problem(1000), chunks=7)
+    assert replace(made, **changed).digest != made.digest
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"partials": "disk"}, {"machine": replace(MACHINE.machine, lanes=4, threads=9)},
+        {"seconds": 1.0}, {"accumulators": 2},
+    ],
+)  # fmt: skip
+def test_the_digest_ignores_what_does_not(changed: dict) -> None:
+    made = plan(a_problem(1000), chunks=7)
+    assert replace(made, **changed).digest == made.digest

@@ -1,0 +1,92 @@
+"""`verify` allocates no more than its budget, whatever it reads."""
+
+from __future__ import annotations
+
+import re
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from distributed import Client
+from support import MACHINE, carry_out, plan_for, write_dataset
+
+import oocattn
+from oocattn import BudgetError
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.make.synth import synthesise
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def large(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result of 16 MiB and a dataset of 24 MiB, in chunks of 4 MiB."""
+    folder = tmp_path_factory.mktemp("large")
+    synthesise(folder / "dataset.zarr", tokens=16384, heads=4, kv_heads=1, head_dim=64, dtype="float32", mean=1)
+    dataset = folder / "dataset.zarr"
+    plan = plan_for(dataset, chunks=1, causal=True, machine=MACHINE)
+    assert plan.out_chunk_rows == 16384
+    carry_out(plan, dataset, folder / "result.zarr", client)
+    return folder / "result.zarr"
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes that Python and numpy had allocated at a time."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def least_budget(result: Path, rows: int) -> int:
+    with pytest.raises(
+        BudgetError, match=r"--host-memory 1 B is too small .*: the smallest that works is \d+MiB"
+    ) as refused:
+        oocattn.verify(result, host_memory=1, rows=rows)
+    return int(re.search(r"(\d+)MiB$", str(refused.value))[1]) * MIB
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_the_budget_is_kept(large: Path, rows: int) -> None:
+    """The smallest that works, which is that of the smallest tiles, and larger ones."""
+    least = least_budget(large, rows)
+    assert least <= 10 * MIB
+    certificates = []
+    for budget in (least, least + 4 * MIB, least + 20 * MIB, 256 * MIB):
+        assert (
+            peak_of(lambda given=budget: certificates.append(oocattn.verify(large, rows=rows, host_memory=given))) <= budget
+        )
+    assert certificates[-1].passed, certificates[-1]
+    unbounded = peak_of(lambda: oocattn.verify(large, rows=rows, host_memory="1GiB"))
+    assert unbounded > least  # the budget did bind
+    for certificate in certificates[:-1]:  # sums are added up in another order, and nothing else
+        assert [(row.head, row.token, row.strata) for row in certificate.rows] == [
+            (row.head, row.token, row.strata) for row in certificates[-1].rows
+        ]
+        assert certificate.passed
+
+
+def test_compressed_chunks_are_counted(large: Path, tmp_path: Path) -> None:
+    old, new = zarr.open_group(large, mode="r"), zarr.open_group(tmp_path / "new.zarr", mode="w")
+    new.attrs.update(old.attrs)
+    for name in ("out", "lse"):
+        new.create_array(name, data=old[name][...], chunks=old[name].chunks).attrs.update(old[name].attrs)
+    least = least_budget(tmp_path / "new.zarr", 8)
+    assert least >= 16 * MIB  # a chunk as it is stored and as it is decoded
+    assert peak_of(lambda: oocattn.verify(tmp_path / "new.zarr", rows=8, host_memory=least)) <= least
+
+
+def test_a_dataset_that_must_be_decoded_is_counted(large: Path, tmp_path: Path) -> None:
+    dataset = Dataset.open(large.with_name("dataset.zarr"))
+    arrays = tuple(np.asarray(dataset.arrays[name].array[...]) for name in ("q", "k", "v"))
+    compressed = write_dataset(tmp_path / "dataset.zarr", arrays, compressors="auto")
+    with pytest.raises(BudgetError) as refused:
+        oocattn.verify(large, host_memory=1, rows=8, dataset=compressed)
+    least = int(re.search(r"(\d+)MiB$", str(refused.value))[1]) * MIB
+    assert least >= 16 * MIB
+    assert peak_of(lambda: oocattn.verify(large, rows=8, host_memory=least, dataset=compressed)) <= least

@@ -1,0 +1,35 @@
+"""Keys that came before are counted, whatever tiles they come in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from oocattn.verification.repeats import MOST_SLOTS, Repeats, slots_for
+
+
+@pytest.mark.parametrize("tile", [1, 7, 1000])
+def test_occurrences_are_counted(tile: int) -> None:
+    random = np.random.default_rng(0)
+    different, chosen = random.standard_normal((40, 8)), random.integers(40, size=1000)
+    expected = [int((chosen[: place + 1] == key).sum()) for place, key in enumerate(chosen)]
+    repeats = Repeats(1000, 8)
+    found = [repeats.count(different[chosen[start : start + tile]]) for start in range(0, 1000, tile)]
+    assert np.concatenate(found).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["normal", "signs", "one element"])
+def test_different_keys_are_hardly_ever_taken_for_equal(kind: str) -> None:
+    random = np.random.default_rng(1)
+    keys = random.standard_normal((5000, 32)).astype(np.float16).astype(np.float64)
+    if kind == "signs":
+        keys = np.unique(np.sign(keys), axis=0)
+    elif kind == "one element":
+        keys[:, 1:] = 1.0
+        keys = np.unique(keys, axis=0)
+    assert (Repeats(5000, 32).count(keys) > 1).mean() < 0.15  # some share a count
+    assert (Repeats(5000, 32).count(keys) > 3).sum() == 0
+
+
+def test_counts_take_little_memory() -> None:
+    assert [slots_for(tokens) for tokens in (1, 100, 1 << 24)] == [8, 1024, MOST_SLOTS]

@@ -1,0 +1,241 @@
+"""No arithmetic as good as torch's float32 is called wrong, whatever the problem; and errors that it has not are found."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client
+from every_kind import Case, a_case, in_float32
+from support import carry_out, normal_arrays, plan_for, write_dataset
+
+import oocattn
+from oocattn.problem.problem import Problem, make_problem
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.verification.findings import RowCheck
+from oocattn.verification.recompute import ExactRow, compare_row, recompute_rows
+from oocattn.verification.rounding import UNIT_ROUNDOFF
+
+ROWS = 24
+
+
+def exact_rows(case: Case, folder: Path, rows: int = ROWS, out_dtype: str | None = None) -> tuple[Problem, list[ExactRow]]:
+    dataset = Dataset.open(write_dataset(folder / "dataset.zarr", case.arrays))
+    problem = make_problem(*dataset.specs, causal=case.causal, scale=case.scale, out_dtype=out_dtype)
+    return problem, list(recompute_rows(problem, dataset, borders=[], rows=rows, seed=0))
+
+
+def checks(problem: Problem, exact: list[ExactRow], out: torch.Tensor, lse: torch.Tensor | None) -> list[RowCheck]:
+    found = out.to(getattr(torch, problem.out_dtype)).double().numpy()
+    return [compare_row(problem, row, found[row.token], row.lse if lse is None else float(lse[row.token])) for row in exact]
+
+
+def check_in_torch(seed: int, folder: Path, most_tokens: int) -> None:
+    case = a_case(seed, most_tokens)
+    for out_dtype in dict.fromkeys(("float32", case.arrays[0].dtype.name)):
+        problem, exact = exact_rows(case, folder, out_dtype=out_dtype)
+        for name, out, lse in in_float32(case):
+            wrong = [check for check in checks(problem, exact, out, lse) if not check.passed]
+            assert not wrong, f"seed {seed}, {case}, {name} to {out_dtype}: {wrong[0]}"
+
+
+def check_a_run(seed: int, folder: Path, client: Client, most_tokens: int) -> None:
+    case = a_case(seed, most_tokens)
+    random = np.random.default_rng(seed)
+    dataset = write_dataset(folder / "dataset.zarr", case.arrays)
+    out_dtype = str(random.choice(["float32", case.arrays[0].dtype.name]))
+    chunks = min(int(random.choice([1, 3, 7, 13])), case.arrays[0].shape[2])
+    plan = plan_for(dataset, causal=case.causal, scale=case.scale, out_dtype=out_dtype, chunks=chunks)
+    carry_out(plan, dataset, folder / "result.zarr", client, overwrite=True)
+    certificate = oocattn.verify(folder / "result.zarr", rows=ROWS)
+    assert not certificate.failed, f"seed {seed}, {case}: {certificate}"
+
+
+@pytest.mark.parametrize("first", range(0, 100, 25))
+def test_no_arithmetic_of_torch_is_called_wrong(first: int, fast_path: Path) -> None:
+    for seed in range(first, first + 25):
+        check_in_torch(seed, fast_path, 250)
+
+
+def test_no_run_is_called_wrong(client: Client, fast_path: Path) -> None:
+    for seed in range(10_000, 10_012):
+        check_a_run(seed, fast_path, client, 500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(20_000, 21_500, 100))
+def test_no_arithmetic_of_torch_is_called_wrong_in_many_problems(first: int, fast_path: Path) -> None:
+    for seed in range(first, first + 100):
+        check_in_torch(seed, fast_path, 3000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(30_000, 31_000, 100))
+def test_no_run_is_called_wrong_in_many_problems(first: int, client: Client, fast_path: Path) -> None:
+    for seed in range(first, first + 100):
+        check_a_run(seed, fast_path, client, 3000)
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(300, 64), (1500, 64), (1500, 128), (700, 256)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_unit_normal_rows_are_allowed_little(fast_path: Path, tokens: int, head_dim: int, causal: bool) -> None:
+    """The median allowance is at most ten times the median error of torch's float32."""
+    case = Case("normal", "normal", normal_arrays(tokens, heads=1, head_dim=head_dim), causal, head_dim**-0.5)
+    problem, exact = exact_rows(case, fast_path, 200)
+    for _, out, lse in in_float32(case):
+        found = checks(problem, exact, out, lse)
+        assert np.median([row.allowed for row in found]) < 10 * np.median([row.error for row in found])
+        if lse is not None:
+            assert np.median([row.allowed_lse for row in found]) < 12 * np.median([row.lse_error for row in found])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_percent_is_found_in_rows_with_an_offset(fast_path: Path, head_dim: int) -> None:
+    q, k, v = normal_arrays(600, heads=1, head_dim=head_dim)
+    case = Case("offset", "normal", (q + 5, k + 5, v), False, head_dim**-0.5)
+    problem, exact = exact_rows(case, fast_path)
+    for row in exact:
+        assert compare_row(problem, row, row.out.astype(np.float32), row.lse).passed
+        assert not compare_row(problem, row, 1.01 * row.out, row.lse).passed
+        assert not compare_row(problem, row, row.out, row.lse + 0.01).passed
+
+
+def test_a_score_counts_as_much_as_its_key_weighs(fast_path: Path) -> None:
+    """A key that no row attends to speak of may have any score: the allowances hardly change."""
+    q, k, v = normal_arrays(200, heads=1, head_dim=64)
+    q = np.abs(q)
+    allowed = []
+    for level in (-1.0, -1000.0):
+        k[0, 0, 17] = level
+        _, exact = exact_rows(Case("one", "normal", (q, k, v), False, 0.125), fast_path)
+        allowed.append([(row.allowed, row.allowed_lse) for row in exact if row.token != 17])
+    np.testing.assert_allclose(allowed[1], allowed[0], rtol=0.2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_16_bits_are_allowed_for(fast_path: Path, dtype: str) -> None:
+    """As the matrix units of GPUs take them: with an output in float32, which hides nothing of it."""
+    case = Case("normal", "normal", normal_arrays(1000, heads=1, head_dim=64, dtype=dtype), False, 0.125)
+    dataset = Dataset.open(write_dataset(fast_path / "dataset.zarr", case.arrays))
+    problem = make_problem(*dataset.specs, out_dtype="float32")
+    q, k, v = (torch.from_numpy(array[0, 0].astype(np.float32)) for array in case.arrays)
+    scores = (q @ k.T) * 0.125
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    out = (weights.to(getattr(torch, dtype)).float() @ v) / weights.sum(-1, keepdim=True)
+    options = {"borders": [], "rows": 100, "seed": 0}
+    rounded = list(recompute_rows(problem, dataset, **options, weight_roundoff=UNIT_ROUNDOFF[dtype]))
+    found = checks(problem, rounded, out, None)
+    assert all(row.passed and row.shows for row in found)
+    assert max(row.error / row.allowed for row in found) > 0.2
+    assert not any(row.passed for row in checks(problem, list(recompute_rows(problem, dataset, **options)), out, None))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_partial_results_of_16_bits_are_allowed_for(fast_path: Path, dtype: str) -> None:
+    """As libraries return them for spans of keys, also where they cancel."""
+    arrays = normal_arrays(512, heads=1, head_dim=64, dtype=dtype)
+    arrays[2][0, 0] = np.where(np.arange(512) < 256, 1.3, -1.3)[:, None] + 1e-2 * arrays[2][0, 0].astype(np.float32)
+    dataset = Dataset.open(write_dataset(fast_path / "dataset.zarr", arrays))
+    problem = make_problem(*dataset.specs, out_dtype="float32")
+    q, k, v = (torch.from_numpy(array[0, 0].astype(np.float64)) for array in arrays)
+    weights = torch.softmax((q @ k.T) * 0.125, -1)
+    parts = [(weights[:, keys], v[keys]) for keys in (slice(0, 256), slice(256, 512))]
+    means = [(of / of.sum(-1, keepdim=True) @ values).to(getattr(torch, dtype)).double() for of, values in parts]
+    out = sum(mean * of.sum(-1, keepdim=True) for mean, (of, _) in zip(means, parts, strict=True))
+    options = {"borders": [], "rows": 100, "seed": 0, "weight_roundoff": UNIT_ROUNDOFF[dtype]}
+    found = checks(problem, list(recompute_rows(problem, dataset, **options)), out, None)
+    assert all(row.passed for row in found)
+
+
+def test_equal_keys_have_equal_errors(fast_path: Path) -> None:
+    """Where every key and value comes a hundred times, out is the same, and what scores may lose of it is no less."""
+    q, k, v = normal_arrays(2, heads=1, head_dim=64)
+    k += np.where(np.arange(64) % 2, 8, -8).astype(np.float32)
+    allowed = []
+    for times in (1, 100):
+        arrays = tuple(np.tile(array, (1, 1, times, 1)) for array in (np.abs(q), k, v))
+        _, exact = exact_rows(Case("channels", "normal", arrays, False, 0.1), fast_path, 2 * times)
+        allowed.append(np.median([(row.allowed, row.allowed_lse) for row in exact], axis=0))
+    assert (allowed[1] > 0.7 * allowed[0]).all()
+
+
+@pytest.mark.parametrize("key_rows", [1, 64])
+def test_a_score_that_is_all_error_makes_a_row_show_nothing(fast_path: Path, key_rows: int) -> None:
+    """It is far below the largest, in terms that cancel; in float32 it may be far above."""
+    q, k, v = (np.zeros((1, 1, 2, 2), np.float32) for _ in range(3))
+    q[:], k[0, 0, 0], v[0, 0] = (2e5, 2e5), (5e4, -5.0000003e4), [[1, 1], [-1, -1]]
+    dataset = Dataset.open(write_dataset(fast_path / "dataset.zarr", (q, k, v)))
+    problem = make_problem(*dataset.specs, scale=1.0)
+    for row in recompute_rows(problem, dataset, borders=[], rows=2, seed=0, key_rows=key_rows):
+        np.testing.assert_allclose(row.out, -1)
+        assert compare_row(problem, row, np.ones(2), row.lse).passed
+        assert not compare_row(problem, row, np.ones(2), row.lse).shows
+        assert not compare_row(problem, row, np.full(2, 2.0), row.lse).passed
+
+
+def test_overflow_is_never_called_wrong_and_shows_nothing(fast_path: Path) -> None:
+    q, k, v = normal_arrays(50, heads=1, head_dim=8)
+    for arrays in ((q, k, np.full_like(v, 3.3e38)), (q * 1e19, k * 1e19, v), (q * 1e25, k * 1e25, v)):
+        problem, exact = exact_rows(Case("huge", "huge", arrays, False, 1.0), fast_path)
+        for row in exact:
+            for out in (row.out, np.full_like(row.out, np.nan), np.full_like(row.out, np.inf)):
+                found = compare_row(problem, row, out, math.nan)
+                assert found.passed
+                assert not found.shows
+
+
+def test_what_the_dtype_of_out_cannot_hold_is_inf(fast_path: Path) -> None:
+    q, k, v = normal_arrays(1, heads=1, head_dim=8)
+    v[..., :4] = 7e4
+    problem, (row,) = exact_rows(Case("one", "large", (q, k, v), False, 1.0), fast_path, out_dtype="float16")
+    right = torch.from_numpy(row.out).half().double().numpy()
+    assert np.isinf(right[:4]).all()
+    assert compare_row(problem, row, right, row.lse).passed
+    for wrong in (-right, np.full(8, np.inf), np.where(np.isinf(right), 65504.0, right)):
+        assert not compare_row(problem, row, wrong, row.lse).passed
+
+
+def test_values_of_zero_are_shown_to_give_zero(fast_path: Path) -> None:
+    q, k, v = normal_arrays(40, heads=1, head_dim=8)
+    problem, exact = exact_rows(Case("normal", "zero", (q, k, 0 * v), True, 1.0), fast_path)
+    for row in exact:
+        found = compare_row(problem, row, np.zeros(8), row.lse)
+        assert (found.passed, found.shows, found.error) == (True, True, 0.0)
+        assert not compare_row(problem, row, np.full(8, 1e-30), row.lse).passed
+
+
+def test_values_that_cancel_show_something(fast_path: Path) -> None:
+    """out is 0 up to rounding: that it is, is shown."""
+    q, k, v = normal_arrays(1000, heads=1, head_dim=8)
+    v = np.broadcast_to(np.where(np.arange(1000) < 500, 1, -1).astype(np.float32)[:, None], v.shape).copy()
+    problem, exact = exact_rows(Case("zero", "halves", (0 * q, k, v), False, 1.0), fast_path)
+    for row in exact:
+        found = compare_row(problem, row, np.full(8, 1e-8), row.lse)
+        assert found.passed
+        assert found.shows
+        assert not compare_row(problem, row, np.full(8, 1e-3), row.lse).passed
+
+
+def test_rows_without_a_finite_score_are_zero(fast_path: Path) -> None:
+    """Every score is -inf: out is 0 and lse -inf, as of a row without a key; and one NaN makes a row NaN."""
+    q, k, v = np.abs(normal_arrays(6, heads=1, head_dim=4))
+    k = np.full_like(k, -np.inf)
+    problem, exact = exact_rows(Case("one", "normal", (q, k, v), True, 1.0), fast_path)
+    assert all(compare_row(problem, row, np.zeros(4), -np.inf).passed for row in exact)
+    assert not any(compare_row(problem, row, np.full(4, np.nan), np.nan).passed for row in exact)
+    k[0, 0, 2] = np.nan
+    problem, exact = exact_rows(Case("one", "normal", (q, k, v), True, 1.0), fast_path)
+    assert [bool(np.isnan(row.out).all()) for row in exact] == [False, False, True, True, True, True]
+    assert all(compare_row(problem, row, row.out, row.lse).passed for row in exact)
+
+
+def test_an_inf_in_a_value_hides_no_other_element(fast_path: Path) -> None:
+    q, k, v = normal_arrays(20, heads=1, head_dim=8)
+    v[0, 0, 3, 2] = np.inf
+    problem, exact = exact_rows(Case("normal", "inf", (q, k, v), False, 1.0), fast_path)
+    for row in exact:
+        assert compare_row(problem, row, row.out, row.lse).passed
+        assert not compare_row(problem, row, np.where(np.isinf(row.out), row.out, 2 * row.out), row.lse).passed
