@@ -1,35 +1,69 @@
-"""Every example of the README and of docs/ runs as written, page by page; links lead somewhere."""
+"""The README and docs/: every command and example runs as written, and what they list is what there is."""
 
+from __future__ import annotations
+
+import argparse
+import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import oocattn
 from oocattn.cli import main as cli
+from oocattn.cli.options import make_parser
+from oocattn.pipelines.resuming import FORMAT
+from oocattn.storage.files.durable import decode_record, read_record
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, DOCS, CONTRIBUTING = ROOT / "README.md", ROOT / "docs", ROOT / "CONTRIBUTING.md"
+PAGES = [README, *(ROOT / page for page in dict.fromkeys(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text())))]
+"""The README and the pages of its table, in reading order: an example may use what an earlier page has made."""
+
+OTHERS = [CONTRIBUTING, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
+
+NOT_RUN = ("pip install ", "make demo", "oocattn doctor")
+"""Commands that install, that take minutes, or that have tests of their own."""
+
+AVOIDED = r"\b(anew|for ever|in spite of|tells? of|is succeeded|what it is at|goes on with|is mended)\b"
+"""Archaisms and turns of phrase."""
 
 
-def test_the_commands_and_examples_of_the_readme_and_docs(tmp_path, monkeypatch, capsys):
+def blocks(page: Path, *languages: str) -> Iterator[tuple[str, str, int]]:
+    """The language, text and first line of every fenced block of a page in one of these languages."""
+    text = page.read_text()
+    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if not languages or found[1] in languages:
+            yield found[1], found[2], text.count("\n", 0, found.start(2)) + 1
+
+
+def test_every_command_and_example_of_the_readme_and_docs_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__main__"}
-    ran = 0
-    for language, block in re.findall(
-        r"^```(console|python)\n(.*?)^```$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE | re.DOTALL
-    ):
-        if language == "python":
-            exec(block, namespace)
-            ran += 1
-        for command in re.findall(r"^\$ oocattn (?!doctor)(.*)$", block, re.MULTILINE):  # doctor has tests of its own
-            assert cli.main(shlex.split(command)) == 0, command
-            ran += 1
-    assert ran >= 9
-    assert capsys.readouterr().out.count("passed") == 1
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for page in PAGES:
+        for language, block, line in blocks(page, "console", "python"):
+            place = f"{page.name}:{line}"
+            if language == "python":  # with empty lines before it, so that a traceback names the line of the page
+                exec(compile("\n" * (line - 1) + block, page, "exec"), namespace)
+                continue
+            for command in re.findall(r"^\$ (.*)$", block, re.MULTILINE):
+                if not command.startswith(NOT_RUN):
+                    program, *options = shlex.split(command)
+                    assert program == "oocattn", f"{place}: {command}: say how it is tested"
+                    assert cli.main(options) == 0, f"{place}: {command}"
+    printed = capsys.readouterr().out
+    assert printed.count("passed") == 2  # the README's result and that of docs/certificates.md, verified
+    assert printed.count("go on with: oocattn resume") == 1  # docs/interruptions.md
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_every_page_of_docs_is_in_the_table_of_the_readme():
+    assert set(PAGES) == {README, *DOCS.glob("*.md")}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
 def test_links_of_a_page_lead_to_files_and_headings(page):
     for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
         linked = page.parent / target if target else page
@@ -39,7 +73,86 @@ def test_links_of_a_page_lead_to_files_and_headings(page):
             assert heading in [re.sub(r"[^\w\- ]", "", found.lower()).replace(" ", "-") for found in headings]
 
 
-def test_contributing_names_every_module_of_the_package():
-    table = (ROOT / "CONTRIBUTING.md").read_text()
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
+def test_a_page_avoids_archaisms(page):
+    assert not re.findall(AVOIDED, page.read_text())
+
+
+def test_the_plan_that_is_explained_looks_like_a_real_one(tmp_path):
+    """Line by line but for numbers, units and what binds, which are the machine's."""
+    (shown,) = [text for _, text, _ in blocks(DOCS / "plans.md", "text")]
+    dataset = tmp_path / "qkv.zarr"
+    oocattn.synthesise(dataset, tokens=16384, heads=8, kv_heads=2, head_dim=64, dtype="bfloat16")
+    plan = oocattn.plan(dataset, causal=True, host_memory="48MiB", chunks=7, decomposition="cqs")
+    numbers = r"[\d.,]+(e-?\d+)?( ?(m|µ)?s\b| ?[KMGT]?i?(B|FLOP)\b| min\b)?|  <- binds| +"
+    expected = re.sub(numbers, " ", f"{plan}\ndrawn in plan.svg\n")
+    assert re.sub(numbers, " ", shown) == expected
+
+
+def shape_of(value: Any) -> Any:
+    """The names in a JSON value, at all depths; names that are data themselves are left out."""
+    if isinstance(value, dict):
+        return {name: shape_of(inner) for name, inner in value.items() if name not in ("versions", "busy")}
+    return [shape_of(inner) for inner in value[:1]] if isinstance(value, list) else None
+
+
+def test_file_formats_name_every_field_of_the_files(tmp_path, monkeypatch):
+    text = (DOCS / "file-formats.md").read_text()
+    sections = dict(re.findall(r"^### `([^`]*)`\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL))
+    shown = {
+        name: json.loads(block)
+        for name, section in sections.items()
+        for block in re.findall(r"```json\n(.*?)```", section, re.DOTALL)
+    }
+    dataset, result = tmp_path / "qkv.zarr", tmp_path / "out.zarr"
+    state = result.with_name("out.zarr.oocattn")
+    oocattn.synthesise(dataset, tokens=64, heads=2, kv_heads=1, head_dim=8, dtype="float32")
+
+    def stop(event: oocattn.Event) -> None:
+        if isinstance(event, oocattn.Written):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        oocattn.attention(dataset, result, causal=True, chunks=7, callbacks=[stop])
+    partial = next((state / "partials").iterdir())
+    found = {
+        "plan.json": read_record(state / "plan.json"),
+        "finished/HEADGROUP-CHUNK.json": read_record(next((state / "finished").iterdir())),
+        "partials/partial-HEADGROUP-CHUNK-SUBPROBLEM": decode_record(partial.read_bytes().splitlines()[0], partial),
+        "status.json": json.loads((state / "status.json").read_text()),
+    }
+    oocattn.resume(result)
+    found["RESULT/zarr.json"] = json.loads((result / "zarr.json").read_text())["attributes"]["oocattn"]
+    found["RESULT/out/zarr.json"] = json.loads((result / "out" / "zarr.json").read_text())["attributes"]["checksums"]
+    found["report.json"] = json.loads((state / "report.json").read_text())
+    assert shown.keys() == found.keys()
+    for name, content in found.items():
+        assert shape_of(shown[name]) == shape_of(content), name
+    assert shown["plan.json"]["format"] == found["plan.json"]["format"] == FORMAT
+    assert f"`format` is {FORMAT}." in text
+
+
+def test_command_line_names_every_command_and_option():
+    page = (DOCS / "command-line.md").read_text()
+    (commands,) = [
+        action.choices for action in make_parser(cli._COMMANDS)._actions if isinstance(action, argparse._SubParsersAction)
+    ]
+    names = {name for name in commands if f"| `{name}" not in page}
+    for command in commands.values():
+        names |= {option for action in command._actions for option in action.option_strings if f"{option}" not in page}
+    assert not names - {"-h"}
+
+
+def test_python_names_every_function_event_and_error():
+    page = (DOCS / "python.md").read_text()
+    assert not [name for name in oocattn.__all__ if name not in page and name not in ("BFloat16", "__version__")]
+
+
+def test_contributing_names_every_room_and_files_that_exist():
+    text = CONTRIBUTING.read_text()
+    rooms = {path.parent.name for path in (ROOT / "oocattn").glob("*/__init__.py")}
     modules = {path.name for path in (ROOT / "oocattn").glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert not {module for module in modules if f"`{module}`" not in table and f"/{module}`" not in table}
+    assert not {room for room in rooms if f"`{room}/`" not in text}
+    assert not {module for module in modules if f"`{module}`" not in text}
+    for path in re.findall(r"`((?:tests/|oocattn/)?[\w/]+\.(?:py|md|cu|cuh))`", text):
+        assert any((base / path).exists() for base in (ROOT, ROOT / "oocattn")), path
