@@ -20,7 +20,7 @@ from oocattn.storage.files.durable import decode_record, read_record
 
 ROOT = Path(__file__).parents[2]
 README, DOCS, CONTRIBUTING = ROOT / "README.md", ROOT / "docs", ROOT / "CONTRIBUTING.md"
-PAGES = [README, *(ROOT / page for page in dict.fromkeys(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text())))]
+PAGES = [README, *(ROOT / page for page in re.findall(r"^\| \[.*\]\((docs/[\w-]+\.md)\)", README.read_text(), re.MULTILINE))]
 """The README and the pages of its table, in reading order: an example may use what an earlier page has made."""
 
 OTHERS = [CONTRIBUTING, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
