@@ -154,5 +154,9 @@ def test_contributing_names_every_room_and_files_that_exist():
     modules = {path.name for path in (ROOT / "oocattn").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert not {room for room in rooms if f"`{room}/`" not in text}
     assert not {module for module in modules if f"`{module}`" not in text}
-    for path in re.findall(r"`((?:tests/|oocattn/)?[\w/]+\.(?:py|md|cu|cuh))`", text):
-        assert any((base / path).exists() for base in (ROOT, ROOT / "oocattn")), path
+    files = [
+        f"/{path.relative_to(ROOT)}" for folder in ("oocattn", "tests", "docs") for path in (ROOT / folder).rglob("*.*")
+    ]
+    named = {name for name in re.findall(r"`([\w/-]+\.(?:py|md|cu|cuh))`", text) if "NAME" not in name}
+    assert len(named) > 50
+    assert not [name for name in named if not any(path.endswith(f"/{name}") for path in files)]
