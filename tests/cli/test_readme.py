@@ -15,7 +15,6 @@ import pytest
 import oocattn
 from oocattn.cli import main as cli
 from oocattn.cli.options import make_parser
-from oocattn.pipelines.resuming import FORMAT
 from oocattn.storage.files.durable import decode_record, read_record
 
 ROOT = Path(__file__).parents[2]
@@ -128,8 +127,9 @@ def test_file_formats_name_every_field_of_the_files(tmp_path, monkeypatch):
     assert shown.keys() == found.keys()
     for name, content in found.items():
         assert shape_of(shown[name]) == shape_of(content), name
-    assert shown["plan.json"]["format"] == found["plan.json"]["format"] == FORMAT
-    assert f"`format` is {FORMAT}." in text
+    written = found["plan.json"]["format"]
+    assert shown["plan.json"]["format"] == written
+    assert f"`format` is {written}." in sections["plan.json"]
 
 
 def test_command_line_names_every_command_and_option():
