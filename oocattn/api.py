@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
+from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client
 from oocattn.kernels import kernel_names
-from oocattn.kernels.denormals import denormals_kept
 from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.pipelines.resuming import Choices, find_unfinished
 from oocattn.pipelines.scan import scan_completed
