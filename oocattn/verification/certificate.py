@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem, read_problem
-from oocattn.records import Positive, Range, from_json, to_json
+from oocattn.records import ADDED, Excerpt, Positive, Range, from_json, to_json
 from oocattn.storage.results.checksums import Damage
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
@@ -27,7 +27,7 @@ MOST_SHOWING_NOTHING = 0.1
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Excerpt):
     """What is read of a certificate that is beside a result: what it says, when it was made, and of which result it is."""
 
     format: Annotated[int, Range(FORMAT, FORMAT)]
@@ -51,8 +51,8 @@ class Summary:
         Raises IntegrityError for anything else.
         """
         try:
-            return from_json(cls, {each.name: content[each.name] for each in fields(cls)})
-        except (KeyError, ValueError) as error:
+            return from_json(cls, content)
+        except ValueError as error:
             raise IntegrityError(f"not a certificate of oocattn: {error}") from None
 
 
@@ -81,7 +81,7 @@ class Certificate:
     computed_with: Mapping[str, str]
     verified_with: Mapping[str, str]
     made: str = field(compare=False)
-    files: tuple[str, ...] = field(default=(), compare=False)
+    files: Annotated[tuple[str, ...], ADDED] = field(default=(), compare=False)
 
     @property
     def passed(self) -> bool:
@@ -239,7 +239,7 @@ class Certificate:
             found = dict(content)
             summary = {name: found.pop(name) for name in follows}
             read_problem(found["problem"])
-            certificate = from_json(cls, {**found, "files": []})
+            certificate = from_json(cls, found)
             certificate._check_rows()
             written = certificate.to_json()
             for name, value in summary.items():

@@ -17,8 +17,8 @@ import numpy as np
 
 from oocattn.errors import BudgetError, IntegrityError
 from oocattn.pipelines.watch.report import RunReport
-from oocattn.problem.problem import Problem, read_problem
-from oocattn.records import Positive, from_json
+from oocattn.problem.problem import Problem, check_problem
+from oocattn.records import Excerpt, Positive, from_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.files.operations import words_of
@@ -71,17 +71,20 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Decided:
-    """What is needed of the attribute `plan`."""
+class _Decisions(Excerpt):
+    """Some of the attribute `plan`."""
 
     chunk_rows: Positive
     kernel: str
 
 
 @dataclass(frozen=True)
-class _MadeBy:
-    """The attribute `versions`."""
+class _Attributes(Excerpt):
+    """The attributes of a result."""
 
+    problem: Problem
+    dataset: _Source
+    plan: _Decisions
     versions: Mapping[str, str]
 
 
@@ -104,16 +107,15 @@ class Recorded:
     @classmethod
     def of(cls, paths: ResultPaths) -> Recorded:
         """Of the result at a path. Raises IntegrityError where that is no result of ours."""
-        attributes = paths.attributes() or {}
         try:
-            source = from_json(_Source, attributes["dataset"])
-            plan = from_json(_Decided, {name: attributes["plan"][name] for name in ("chunk_rows", "kernel")})
-            made_by = from_json(_MadeBy, {"versions": attributes["versions"]}).versions
-            problem = read_problem(attributes["problem"])
-        except (KeyError, TypeError, ValueError) as error:
-            reason = printable(f"lacking {error}" if isinstance(error, KeyError) else error)
-            raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({reason})") from None
-        return cls(problem, source.location, source.fingerprint, plan.chunk_rows, plan.kernel, made_by)
+            found = from_json(_Attributes, paths.attributes() or {})
+            check_problem(found.problem)
+        except ValueError as error:
+            raise IntegrityError(
+                f"{paths.result}: the attributes do not describe a result of oocattn ({printable(error)})"
+            ) from None
+        source, plan = found.dataset, found.plan
+        return cls(found.problem, source.location, source.fingerprint, plan.chunk_rows, plan.kernel, found.versions)
 
     @property
     def weight_roundoff(self) -> float:

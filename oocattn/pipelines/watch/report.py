@@ -14,13 +14,10 @@ from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.pipelines.watch.events import Event
 from oocattn.pipelines.watch.timeline import busy_seconds
 from oocattn.planning.plan import Plan
-from oocattn.records import Count, Positive, Range, Seconds, from_json
+from oocattn.records import ADDED, Count, Positive, Range, Seconds, from_json
 from oocattn.storage.journal.journal import Place
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
-
-ADDED = ("out_overflowed", "out_underflowed", "out_elements")
-"""Fields of a report that older versions do not write."""
 
 MOST_UNDERFLOWED = 0.01
 """Of the elements of `out`: where more are 0 because its dtype holds no smaller number, the others have lost as much."""
@@ -67,9 +64,9 @@ class RunReport:
     chunks_compared: Count
     other_bits: str
     finished: str
-    out_overflowed: Count = 0
-    out_underflowed: Count = 0
-    out_elements: Positive = 1
+    out_overflowed: Annotated[Count, ADDED] = 0
+    out_underflowed: Annotated[Count, ADDED] = 0
+    out_elements: Annotated[Positive, ADDED] = 1
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -79,7 +76,7 @@ class RunReport:
     def from_json(cls, content: Mapping[str, Any]) -> RunReport:
         """The report that `to_json` wrote. Raises IntegrityError for anything else."""
         try:
-            return from_json(cls, content, ADDED)
+            return from_json(cls, content)
         except ValueError as error:
             raise IntegrityError(f"not the report of a run: {error}") from None
 
