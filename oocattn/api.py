@@ -337,7 +337,6 @@ def verify(
         return certify(
             ResultPaths.at(result),
             ResultArrays(found.out, found.lse),
-            found.report,
             rows=rows,
             seed=seed,
             dataset=dataset,

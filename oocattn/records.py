@@ -1,7 +1,7 @@
 """Records: frozen dataclasses to JSON and back, validated by the types of their fields.
 
-Every JSON text that this package reads is parsed here, whoever wrote it. An unknown field is refused, and so is a missing one,
-a wrong type or a number out of range. JSON has no NaN and no Inf: they are written as the strings "nan", "inf" and "-inf".
+Every JSON text that this package reads is parsed here, whoever wrote it. Unknown and missing fields are refused, and so are
+wrong types and numbers out of range. JSON has no NaN and no Inf: they are written as the strings "nan", "inf" and "-inf".
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def from_json(kind: type[T], content: object, name: str = "") -> T:
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a {kind.__name__}, found {content!r:.80}")
-    hints, required = _hints(kind)
+    hints, required = _hints(kind)  # type: ignore[arg-type]  # a class is hashable
     if not (required <= content.keys() and (issubclass(kind, Excerpt) or content.keys() <= hints.keys())):
         found = str(sorted(map(str, content)))
         raise ValueError(f"expected the fields {sorted(hints)} of a {kind.__name__}, found {found:.200}")
