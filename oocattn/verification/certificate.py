@@ -20,6 +20,8 @@ from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum,
 from oocattn.verification.sampling import STRATA, share_bound
 from oocattn.verification.text import certificate_text
 
+Outcome = Literal["passed", "inconclusive", "failed"]
+
 FORMAT = 3
 
 MOST_SHOWING_NOTHING = 0.1
@@ -40,8 +42,8 @@ class Summary(Excerpt):
     dataset_recorded: str
 
     @property
-    def outcome(self) -> Literal["passed", "inconclusive", "failed"]:
-        """What it says of the result, in a word."""
+    def outcome(self) -> Outcome:
+        """The verdict in one word."""
         return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
 
     @classmethod
@@ -97,6 +99,11 @@ class Certificate:
     def inconclusive(self) -> bool:
         """Whether nothing is wrong, but more than a tenth of the sampled rows show nothing."""
         return not self.failed and len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
+
+    @property
+    def outcome(self) -> Outcome:
+        """The verdict in one word."""
+        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
 
     @property
     def wrong(self) -> list[RowCheck]:
