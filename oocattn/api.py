@@ -49,7 +49,8 @@ from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.verification.certificate import Certificate
-from oocattn.verification.certify import certify, read_summary
+from oocattn.verification.certify import certify
+from oocattn.verification.summary import read_summary
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
