@@ -29,7 +29,7 @@ from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.checksums import Checksums, read_bits, result_digest
 from oocattn.storage.results.damage import find_damage
 from oocattn.storage.results.rows import RowReader
-from oocattn.units import format_bytes
+from oocattn.units import ceil_div, format_bytes
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
 from oocattn.verification.page import certificate_page
@@ -190,7 +190,7 @@ def _sizes(
     if max(least) > host_memory:
         raise BudgetError(
             f"--host-memory {format_bytes(host_memory)} is too small to verify this result: the smallest that works is "
-            f"{-(-max(least) // (1 << 20))}MiB"
+            f"{ceil_div(max(least), 1 << 20)}MiB"
         )
     return _Sizes(key_rows, steps)
 
