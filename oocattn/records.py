@@ -1,4 +1,4 @@
-"""Records: frozen dataclasses to JSON and back, validated by the types of their fields.
+"""Records: frozen dataclasses to JSON and back, validated by field types.
 
 Every JSON text that this package reads is parsed here, whoever wrote it. Unknown and missing fields are refused, and so are
 wrong types and numbers out of range. JSON has no NaN and no Inf: they are written as the strings "nan", "inf" and "-inf".
@@ -22,7 +22,7 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, both included: the annotation of a field, as in `Annotated[int, Range(1, 64)]`."""
+    """Bounds of a number, both included: `Annotated[int, Range(1, 64)]`."""
 
     least: float
     most: float
@@ -40,7 +40,7 @@ ADDED = object()
 
 
 class Excerpt:
-    """Base of records that hold some fields of a larger JSON object; the other fields are ignored."""
+    """Base of records that hold some fields of a JSON object, and ignore others."""
 
 
 MOST_COUNT = 2**96
@@ -57,9 +57,10 @@ Seconds = Annotated[float, Range(0.0, 1e12)]
 
 
 def parse_json(content: bytes, not_finite: bool = False) -> dict[str, Any]:
-    """Parse a JSON object. Raises ValueError for anything else, however long, deep or badly encoded it is.
+    """Parse a JSON object.
 
-    `not_finite` accepts NaN, Infinity and -Infinity too, which JSON lacks, and which Zarr writes in attributes.
+    Raises ValueError for anything else, however long, deep or badly encoded it is. `not_finite` accepts NaN, Infinity and
+    -Infinity too, which JSON lacks, and which Zarr writes in attributes.
     """
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=None if not_finite else _refuse_constant)
@@ -90,10 +91,10 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], content: object, name: str = "") -> T:
-    """Convert JSON-ready values to the record `kind` of which `to_json` made them. Raises ValueError for anything else.
+    """Convert what `to_json` made to the record `kind`.
 
-    Numbers must lie in the `Range` of their field. A NaN or an Inf is accepted only where the field has none. `name` is what
-    messages call the record: the field that holds it.
+    Raises ValueError for anything else. Numbers must lie in the `Range` of their field. A NaN or an Inf is accepted only
+    where the field has none. `name` is what messages call the record: the field that holds it.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a {kind.__name__}, found {content!r:.80}")
@@ -107,14 +108,14 @@ def from_json(kind: type[T], content: object, name: str = "") -> T:
 
 @cache
 def _hints(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
-    """The types of a record's fields by name, and the names of those that may not be missing."""
+    """A record's field types by name, and the names of required fields."""
     hints = get_type_hints(kind, include_extras=True)
     own: dict[str, Any] = {field.name: hints[field.name] for field in fields(kind)}
     return own, frozenset(name for name, hint in own.items() if ADDED not in get_args(hint))
 
 
 def differences(before: object, now: object) -> str:
-    """Describe where two records or JSON values differ: "causal False, now True; scale 0.1, now 0.2".
+    """Describe differences: "causal False, now True; scale 0.1, now 0.2".
 
     "" where they are equal. A missing value is "none".
     """

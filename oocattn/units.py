@@ -42,8 +42,10 @@ def parse_size(text: str | float, unit: str = "size") -> int:
 
 
 def parse_duration(text: str | float, name: str = "duration") -> float:
-    """Read `90`, `45s`, `10m`, `8h`, `2d` or `1h30m` as seconds. Raises ProblemError for anything else, below 0 and beyond
-    `MOST_SECONDS`."""
+    """Read `90`, `45s`, `10m`, `8h`, `2d` or `1h30m` as seconds.
+
+    Raises ProblemError for anything else, below 0 and beyond `MOST_SECONDS`.
+    """
     if isinstance(text, str):
         parts = _DURATION.findall(text.replace(" ", ""))
         understood = len(parts) == 1 or (parts and all(unit for _, unit in parts))

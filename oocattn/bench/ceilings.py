@@ -1,4 +1,4 @@
-"""What the parts of this machine can do at best, each measured alone: the kernel, copies to and from a GPU, the disk."""
+"""The best rates of this machine: kernel, copies to a GPU, disk."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def copy_ceilings() -> Iterator[Ceiling]:
 
 
 def disk_ceilings(dataset: Path, folder: Path) -> Iterator[Ceiling]:
-    """Reading the dataset's chunk files with four threads, first dropped from the page cache and then from it; and
-    writing a file in `folder` up to its fsync."""
+    """Measure reading the dataset, cold and warm, and a write with fsync."""
     files, total = [], 0
     for file in chunk_files(dataset):
         if total < BYTES:
@@ -62,8 +61,10 @@ def chunk_files(dataset: Path) -> list[Path]:
 
 
 def drop_from_cache(files: Iterable[Path]) -> None:
-    """Have the system forget what it caches of these files. What they hold is put on disk first, for only that can be
-    forgotten; and a file system in memory forgets nothing."""
+    """Drop files from the page cache.
+
+    What they hold is put on disk first, for only that can be dropped; a file system in memory drops nothing.
+    """
     for file in files:
         with opened(file) as descriptor:
             sync_descriptor(descriptor, file)

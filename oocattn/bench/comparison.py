@@ -1,4 +1,4 @@
-"""A bench from beginning to end: the dataset, the ceilings, the rounds, the table; and that nothing of it stays."""
+"""A bench from beginning to end: dataset, ceilings, rounds and table."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ def bench(
     rows: int = 32,
     seed: int = 0,
 ) -> Generator[Plan | Ceiling | Progress | Table, None, None]:
-    """Measure this machine and compare ways to attend the same synthetic dataset; yields what is known as it is known.
+    """Measure this machine, and compare ways to attend a synthetic dataset.
 
-    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M and
-    8 with a GPU, 32K and 4 without one; the options from `device_memory` to `checkpoint_interval` are those of
-    `oocattn.plan`. The dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are
-    removed at the end and when the iterator is closed. oocattn runs on all GPUs, the others on one. Every competitor runs
-    once in each of `repeats` rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64.
-    One that fails has a row that says so. Raises ProblemError and BudgetError as `oocattn.plan`, and ProblemError where
-    `folder` is no folder or has no room.
+    Records are yielded as they are known. The plan comes first, then the ceilings, the table last, and progress in between.
+    `tokens` and `heads` default to 1M and 8 with a GPU, 32K and 4 without one; the options from `device_memory` to
+    `checkpoint_interval` are those of `oocattn.plan`. The dataset, from `seed`, and the results lie in new folders in
+    `folder` and in /dev/shm, which are removed at the end and when the iterator is closed. oocattn runs on all GPUs, the
+    others on one. Every competitor runs once in each of `repeats` rounds, after an untimed one with `warm_up`; `rows` rows
+    of `out` are compared with float64. One that fails has a row that says so. Raises ProblemError and BudgetError as
+    `oocattn.plan`, and ProblemError where `folder` is no folder or has no room.
     """
     default = choose_device(kernel)
     tokens, heads = tokens or TOKENS[default], heads or HEADS[default]
@@ -133,9 +133,10 @@ def _exact_rows(plan: Plan, dataset: Path, rows: int, seed: int) -> list[ExactRo
 
 
 def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any], stack: ExitStack) -> list[Competitor]:
-    """Everything that is compared, in the order of the table; what cannot run here says so when its turn comes.
+    """All competitors, in the order of the table.
 
-    What a competitor needs beyond the dataset in `place` is removed when `stack` is closed.
+    What cannot run here says so when its turn comes. What a competitor needs beyond the dataset in `place` is removed when
+    `stack` is closed.
     """
     dataset, result = place / "qkv.zarr", place / "out.zarr"
     found: list[Competitor] = []
@@ -158,7 +159,7 @@ def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any]
 
 
 def _from_memory(plan: Plan, dataset: Path, client: Client, options: dict[str, Any], stack: ExitStack) -> Competitor:
-    """oocattn with dataset and result on a file system in memory, if there is one with room."""
+    """oocattn with dataset and result in memory, if there is room."""
     name = "oocattn, from memory"
     if not MEMORY_FOLDER.is_dir():
         return Skipped(name, f"there is no {MEMORY_FOLDER}")
@@ -172,7 +173,7 @@ def _from_memory(plan: Plan, dataset: Path, client: Client, options: dict[str, A
 
 
 def _stream_cqsa(inputs: Inputs | None) -> list[Competitor]:
-    """The package of the method's authors, where it is installed and there is a GPU for it."""
+    """The package of the method's authors, where it and a GPU are there."""
     if inputs is None or inputs.device != "cuda" or importlib.util.find_spec("stream_cqsa") is None:
         return []
     try:
@@ -218,7 +219,10 @@ class _Entrant:
 
 
 def _round(entrants: Sequence[_Entrant], name: str, *, timed: bool) -> Iterator[Progress]:
-    """Let every competitor that has not failed run once; the failure of one is its own."""
+    """Run every competitor that has not failed once.
+
+    The failure of one is its own.
+    """
     for entrant in (entrant for entrant in entrants if not entrant.note):
         what, start = f"{name}, {entrant.competitor.name}", time.perf_counter()
         try:
@@ -238,7 +242,7 @@ def _words(error: Exception) -> str:
 
 
 def _reset_peak() -> None:
-    """Give device memory back that is cached or held by cycles, and measure the peak from here."""
+    """Free cached device memory, and measure its peak from here."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -252,7 +256,10 @@ def _device_peak() -> int:
 
 
 def _check_room(folder: Path, elements: int, dtype: str) -> None:
-    """Raise ProblemError unless the dataset and a result, of so many elements, fit into `folder`."""
+    """Raise ProblemError unless a dataset and a result fit into `folder`.
+
+    `elements` counts both.
+    """
     if not folder.is_dir():
         raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with --folder")
     needed, free = elements * DTYPES[dtype] + ceilings.BYTES, free_disk(folder)

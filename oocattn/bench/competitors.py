@@ -1,4 +1,4 @@
-"""The ways to compute the problem that a bench compares: oocattn, and what people would use or write instead.
+"""The ways to compute a problem that a bench compares.
 
 Each is a `Competitor`; a new one is a class here and a line in `comparison.competitors`. Timing them is not done here.
 """
@@ -77,7 +77,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q [B, Hq, N, D], k and v [B, Hkv, N, D] and room for `out` in host memory, pinned where there is a GPU."""
+    """q, k, v and room for `out` in host memory, pinned where there is a GPU.
+
+    q is [B, Hq, N, D], k and v are [B, Hkv, N, D].
+    """
 
     problem: Problem
     device: str
@@ -115,7 +118,7 @@ def _host_tensor(problem: Problem, heads: int, device: str) -> torch.Tensor:
 
 
 class ResidentCall:
-    """What PyTorch offers: q, k and v copied to the device, one call of its attention, `out` copied back.
+    """PyTorch's way: copy q, k and v to the device, one call, copy `out` back.
 
     On a GPU cuDNN is asked for, as the fastest, and PyTorch's own choice is taken where that refuses.
     """
@@ -159,7 +162,7 @@ class ResidentCall:
 
 
 class QueryStationaryLoop:
-    """What people write first, in three loops: for each head, for each tile of queries, over the tiles of keys.
+    """The loop people write first: over heads, query tiles, and key tiles.
 
     A tile of 128K queries (8K on the CPU) and their state stay on the device. Tiles of as many keys and values, up to the
     diagonal where causal, are copied there one after another, attended by one call of the kernel that oocattn would use,
@@ -206,7 +209,10 @@ class QueryStationaryLoop:
 
 
 class StreamCqsa:
-    """The Stream-CQSA package of the method's authors, if it is installed: streamed from host memory, least memory."""
+    """The Stream-CQSA package of the method's authors, if installed.
+
+    It streams from host memory, with the least memory.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         self._forward = import_module("stream_cqsa").stream_cqsa_forward
@@ -250,7 +256,7 @@ class OutOfCore:
         self._result: Result | None = None
 
     def prepare(self) -> None:
-        """Remove the result of the run before, and put the page cache into the state that `before` stands for."""
+        """Remove the result of the last run, and set the page cache's state."""
         for path in (self._paths.result, self._paths.state):
             shutil.rmtree(path, ignore_errors=True)
         self._before()

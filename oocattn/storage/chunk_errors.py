@@ -1,4 +1,4 @@
-"""The errors for a chunk that is missing, torn, too large or undecodable, and for an HTML page in its place."""
+"""The errors for a chunk that is missing, torn, too large or undecodable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wrong_size(location: str, key: str, found: int, expected: int) -> IntegrityE
 
 
 def is_html(content: bytes) -> bool:
-    """Whether this is the beginning of a page for people, with which some servers answer for what they have not."""
+    """Whether content begins as an HTML page, as some servers answer for 404."""
     return content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
@@ -50,6 +50,9 @@ def undecodable(location: str, key: str, error: object) -> IntegrityError:
 
 
 def described(location: str, key: str) -> str:
-    """A chunk as messages name it: its array, its coordinates and its key, which starts with the array's name."""
+    """Name a chunk for messages: array, coordinates and key.
+
+    The key starts with the array's name.
+    """
     array, _, chunk = key.partition("/")
     return f"array {array!r} of {printable(location)}: chunk {chunk!r} (key {key!r})"

@@ -1,4 +1,4 @@
-"""Where an array's chunks lie in its store: their extents, keys, files and offsets.
+"""Where an array's chunks lie in its store: extents, keys and offsets.
 
 Pure arithmetic over an array's metadata, for arrays of rank 3 [H, N, D] and 4 [B, H, N, D]; nothing here opens a file.
 """
@@ -36,14 +36,17 @@ class Part:
 
 @dataclass(frozen=True)
 class ChunkFiles:
-    """The chunk files of a directly readable array under the folder `root`; `location` is what messages call it."""
+    """The chunk files of a directly readable array under the folder `root`.
+
+    `location` is what messages call it.
+    """
 
     array: zarr.Array[Any]
     root: Path
     location: str
 
     def parts(self, batch: int, head: int, start: int, stop: int) -> Iterator[Part]:
-        """Tokens [start, stop) of one head, `start` < `stop`, split at chunk boundaries, in order."""
+        """Tokens [start, stop) of one head, split at chunk boundaries, in order."""
         *grouped, rows, head_dim = self.array.chunks
         row_bytes = head_dim * self.array.dtype.itemsize
         outer: list[int] = []
@@ -60,7 +63,7 @@ class ChunkFiles:
 
 
 def leading(array: zarr.Array[Any], batch: int, head: int) -> tuple[int, ...]:
-    """The indices of the dimensions before N and D: (batch, head), or (head,) where the array has no batch."""
+    """Indices of the dimensions before N and D: (batch, head) or (head,)."""
     return (batch, head)[4 - array.ndim :]
 
 
@@ -77,7 +80,7 @@ def stored_bytes(array: zarr.Array[Any]) -> int | None:
 
 
 def chunk_key(array: zarr.Array[Any], coordinates: tuple[int, ...]) -> str:
-    """The store key of the stored object (chunk, or shard) at `coordinates`, from the root of the store."""
+    """The key of the stored object at `coordinates`, from the store's root."""
     key = array.metadata.encode_chunk_key(coordinates)
     return f"{array.store_path.path}/{key}" if array.store_path.path else key
 
@@ -95,7 +98,7 @@ def stored_counts(array: zarr.Array[Any]) -> list[int]:
 
 
 def coordinates_of(number: int, counts: Sequence[int]) -> tuple[int, ...]:
-    """The coordinates of the object with that number, in C order, on a grid with so many along each dimension."""
+    """Coordinates of object `number`, in C order, on a grid of `counts`."""
     found = []
     for count in reversed(counts):
         number, at = divmod(number, count)
@@ -113,7 +116,7 @@ def codec_names(array: zarr.Array[Any]) -> list[str]:
 
 
 def obstacles(array: zarr.Array[Any]) -> list[str]:
-    """Why a chunk file is not simply the little-endian rows of its heads; empty where it is."""
+    """Why a chunk file is not plain little-endian rows; empty where it is."""
     found = []
     if names := codec_names(array):
         found.append(f"{'+'.join(names)}-compressed")

@@ -1,4 +1,4 @@
-"""Where datasets and results lie: which paths and URLs are taken, checked before Zarr or fsspec see a character of them.
+"""Paths and URLs of datasets and results, checked before Zarr sees them.
 
 A URL can make fsspec connect to a host, run what that host sends, or import a module, so schemes are taken from a list. Two
 sources are told apart: what a caller typed (`parse_location`) and what a file says (`recorded_location`), which may name a
@@ -36,9 +36,9 @@ _BYTES = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class Location:
-    """A place that may be opened: `text` is an absolute path or a URL, `path` the path where that is a local one.
+    """A place that may be opened: an absolute path or a URL.
 
-    As a str it is fit to be printed and recorded: without the credentials that a URL may have.
+    `path` is None for a URL. As a str it is fit to be printed and recorded: without the credentials that a URL may have.
     """
 
     text: str
@@ -49,11 +49,11 @@ class Location:
 
 
 def parse_location(typed: object, what: str = "dataset") -> Location:
-    """The place that a caller names: a path, a URL with a scheme of `SCHEMES` or file:, or a chain that ends in one.
+    """The place that a caller names: a path, a URL or a chain.
 
-    A Path is always a local path, and so is a text that begins with "/", "." or "~/", or that has no "://" and is the name
-    of something that exists. `~` and `~USER` at the beginning are home folders, as in a shell. Raises ProblemError for
-    anything else, which messages call `what`.
+    URLs have a scheme of `SCHEMES`, or file:. A Path is always a local path, and so is a text that begins with "/", "." or
+    "~/", or that has no "://" and is the name of something that exists. `~` and `~USER` at the beginning are home folders,
+    as in a shell. Raises ProblemError for anything else, which messages call `what`.
     """
     if isinstance(typed, Location):
         return typed
@@ -69,7 +69,10 @@ def is_chain(text: str) -> bool:
 
 
 def recorded_location(text: object) -> Location:
-    """The place of a dataset that a file names. Raises IntegrityError unless it is an absolute local path."""
+    """The place of a dataset that a file names.
+
+    Raises IntegrityError unless it is an absolute local path.
+    """
     if isinstance(text, str) and text.startswith("/") and _is_printable(_BYTES.sub("", text)):
         return _local(text)
     raise IntegrityError(
@@ -79,7 +82,10 @@ def recorded_location(text: object) -> Location:
 
 
 def local_path(typed: object, what: str = "dataset") -> Path | None:
-    """`typed` without symbolic links, or None for the URL of a remote store. Raises as `parse_location`."""
+    """`typed` without symbolic links, or None for the URL of a remote store.
+
+    Raises as `parse_location`.
+    """
     found = parse_location(typed, what).path
     return None if found is None else resolved(found)
 
@@ -93,7 +99,10 @@ def resolved(path: Path) -> Path:
 
 
 def output_path(typed: object, what: str) -> Path:
-    """The absolute path of what is written to local files alone. Raises ProblemError for a URL, else as `parse_location`."""
+    """The absolute path of an output, which is local.
+
+    Raises ProblemError for a URL, else as `parse_location`.
+    """
     if isinstance(typed, str) and not (_is_local(typed) or typed.lower().startswith("file:")):
         raise ProblemError(
             f"{what} {printable(typed)}: {what}s are written to a local path, not to a URL: give a local path, and copy it "
@@ -116,7 +125,10 @@ def _text(typed: object, what: str) -> str:
 
 
 def _at_home(text: str) -> str:
-    """The path with its home folder in the place of `~`. Raises ProblemError where there is none for this user."""
+    """The path with its home folder in the place of `~`.
+
+    Raises ProblemError where there is none for this user.
+    """
     try:
         found = os.path.expanduser(text)
     except ValueError:  # a null character or a surrogate, which no path has
@@ -172,7 +184,7 @@ def _url(text: str) -> Location:
 
 
 def _file_url(text: str) -> Location:
-    """The path in a file: URL of this host; percent escapes stand for bytes of the path."""
+    """The path in a file: URL of this host, percent escapes decoded."""
     rest = text[len("file:") :]
     if rest.startswith("//"):
         host, slash, path = rest[2:].partition("/")

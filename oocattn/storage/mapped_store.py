@@ -1,4 +1,4 @@
-"""A Zarr store over a local folder whose reads are views of memory-mapped files; writing is LocalStore's.
+"""A local Zarr store whose reads are views of memory-mapped files.
 
 Zarr decodes uncompressed chunks without a copy, so that over this store `array.get_basic_selection(..., out=...)`
 copies once, from the page cache into the caller's buffer. A view stays valid while its file is replaced by renaming or
@@ -42,7 +42,10 @@ _live_maps: WeakValueDictionary[tuple[object, ...], mmap.mmap] = WeakValueDictio
 
 
 def _content(path: Path, window: slice) -> bytes | memoryview:
-    """The bytes of a regular file in a window, mapped read-only, or read where they cannot be. Raises as `opened` does."""
+    """A window of a regular file, mapped read-only, or else read.
+
+    Raises as `opened` does.
+    """
     with opened(path) as descriptor:
         status = os.fstat(descriptor)
         if status.st_size == 0:  # cannot be mapped
@@ -70,14 +73,14 @@ def _window(byte_range: ByteRequest | None) -> slice:
 
 
 class MappedStore(LocalStore):
-    """A `zarr.storage.LocalStore` that reads by memory map; `root` and `read_only` are LocalStore's.
+    """A `zarr.storage.LocalStore` that reads by memory map.
 
     The buffers that its reads return are read-only views of the files, valid for as long as they are held. What cannot be
     mapped is read.
     """
 
     def can_map(self, path: str) -> bool:
-        """Whether files are mapped, and not read, as far as the metadata of the array or group at a path tells."""
+        """Whether files are mapped and not read, by the metadata of a node."""
         for name in ("zarr.json", ".zarray", ".zgroup"):
             with suppress(OSError, IntegrityError), opened(self.root / path / name) as descriptor:
                 mapped = map_file(descriptor, os.fstat(descriptor).st_size)
@@ -93,7 +96,7 @@ class MappedStore(LocalStore):
         prototype: BufferPrototype | None = None,
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        """The value of `key`, or the part of it in `byte_range`; None if there is none, or a folder.
+        """The value of `key`, or a part of it; None if there is none, or a folder.
 
         Raises IntegrityError where something else than a file is.
         """
@@ -121,7 +124,7 @@ class MappedStore(LocalStore):
         prototype: BufferPrototype,
         key_ranges: Iterable[tuple[str, ByteRequest | None]],
     ) -> list[Buffer | None]:
-        """The values of several (key, range), in their order; None where a key does not exist."""
+        """The values of several (key, range), in order; None where one is missing."""
         return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))
 
     def __repr__(self) -> str:

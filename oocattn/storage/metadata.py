@@ -1,4 +1,4 @@
-"""The metadata of Zarr arrays: read with a bound, checked, and only then given to Zarr.
+"""Zarr arrays, opened only after their metadata is checked.
 
 Zarr believes what it reads: it makes codecs by name, and objects of any size. Here a node's JSON is read once (`nodes`), and
 what Zarr gets is the very content that was checked. An array is opened by its own metadata; what the
@@ -55,7 +55,7 @@ def is_array(store: Store, location: str) -> bool:
 
 
 def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None:
-    """Array `name` of the group at the root of a store; None where nothing has that name.
+    """Open array `name` of the root group; None where nothing has that name.
 
     Raises IntegrityError where its metadata is damaged, and ProblemError where it is a group or stored in a way that is not
     read: codecs, data types, extensions.
@@ -72,7 +72,7 @@ def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None
 def open_consolidated(
     store: Store, group: Mapping[str, Any], names: Iterable[str], location: str
 ) -> dict[str, zarr.Array[Any]]:
-    """Those of these arrays that the consolidated metadata of `group`, the root of a store, have, as they have them.
+    """Open arrays as the consolidated metadata of `group`, the root, has them.
 
     Raises as `open_array`.
     """
@@ -86,7 +86,7 @@ def open_consolidated(
 
 
 def _read_consolidated(store: Store, group: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """The consolidated metadata of a group, by path, as metadata of single nodes are; empty where there are none."""
+    """The consolidated metadata of a group, by path; empty where there is none."""
     if group["zarr_format"] == 3:
         return _metadata_in(group.get("consolidated_metadata"))
     try:
@@ -122,7 +122,10 @@ def _array(store: Store, name: str, found: dict[str, Any], described: str) -> za
 
 
 def array_names(store: Store) -> list[str]:
-    """Names of some arrays in the group at the root of a store, for a message: of the first thousand entries."""
+    """Names of some arrays in the root group, for a message.
+
+    The first thousand entries are looked at.
+    """
     if isinstance(store, LocalStore):
         return _array_folders(store)
     if not store.supports_listing:
@@ -209,7 +212,7 @@ def _unknown_type(array: str, found: object) -> ProblemError:
 
 
 def _configuration(found: Mapping[str, Any], field: str, names: tuple[str, ...], array: str) -> Mapping[str, Any]:
-    """The configuration of an extension point of Zarr v3, of which some names are known."""
+    """The configuration of an extension point of Zarr v3 with a known name."""
     value = found.get(field)
     if not isinstance(value, dict) or not isinstance(value.get("configuration", {}), dict):
         raise damaged(array, f"its {field} is no object with a name and a configuration")
@@ -221,7 +224,10 @@ def _configuration(found: Mapping[str, Any], field: str, names: tuple[str, ...],
 
 
 def _check_extents(found_shape: object, found_chunk: object, itemsize: int, array: str) -> list[int]:
-    """The chunk shape, once it and the shape are checked: Zarr divides by the one and multiplies with the other."""
+    """The chunk shape, once it and the shape are checked.
+
+    Zarr divides by the one and multiplies with the other.
+    """
     shape = _sizes("shape", found_shape, 0, array)
     chunk = _sizes("chunk shape", found_chunk, 1, array)
     if len(shape) != len(chunk):

@@ -1,4 +1,4 @@
-"""Zarr's private and moving parts, for every version that this package runs with: only this module imports them.
+"""Zarr's private modules, for every version: only this module imports them.
 
 What others use of Zarr is `zarr`, `zarr.codecs` and `zarr.storage`.
 """
@@ -56,11 +56,14 @@ __all__ = [
 
 
 def parse_metadata(document: dict[str, Any]) -> Any:
-    """The metadata object of an array's JSON document, of Zarr format 2 or 3. Raises whatever Zarr raises."""
+    """The metadata object of an array's JSON document, of format 2 or 3.
+
+    Raises whatever Zarr raises.
+    """
     kind: Any = ArrayV3Metadata if document.get("zarr_format") == 3 else ArrayV2Metadata
     return kind.from_dict(document)
 
 
 def array_at(store: Store, path: str, metadata: Any) -> zarr.Array[Any]:
-    """The array with this metadata object at a path of a store, of which nothing is read."""
+    """The array with this metadata at a path of a store; nothing is read."""
     return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=StorePath(store, path)))

@@ -1,1 +1,4 @@
-"""Proof after the fact: rows in float64, checksums and the certificate; it shares nothing with a run."""
+"""Proof after the fact: float64 rows, checksums and the certificate.
+
+It shares nothing with a run.
+"""

@@ -1,4 +1,4 @@
-"""The certificate of a result: what `verify` has found, as a record, as JSON and as a few lines.
+"""The certificate of a result, as a record and as JSON.
 
 Here is what follows from the findings; how they come about is in `verification` (rows), `storage.checksums` (bits) and
 `certifying` (all of it). The lines are `certificate_text`'s, the page is `certificate_page`'s.
@@ -54,7 +54,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether every sampled row is right, most of them show something, and no part of the result is damaged."""
+        """Whether nothing is wrong or damaged, and most rows show something."""
         return not self.failed and not self.inconclusive
 
     @property
@@ -64,7 +64,7 @@ class Certificate:
 
     @property
     def inconclusive(self) -> bool:
-        """Whether nothing is wrong, but more than a tenth of the sampled rows show nothing."""
+        """Whether nothing is wrong, but over a tenth of the rows show nothing."""
         return not self.failed and len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
 
     @property
@@ -79,7 +79,7 @@ class Certificate:
 
     @property
     def showing_nothing(self) -> list[RowCheck]:
-        """The rows of which float32 arithmetic may lose more than 1%: they are not called wrong, and show nothing."""
+        """The right rows of which float32 arithmetic may lose more than 1%."""
         return [row for row in self.rows if row.passed and not row.shows]
 
     @property
@@ -89,13 +89,15 @@ class Certificate:
 
     @property
     def dataset_unchanged(self) -> bool:
-        """Whether the dataset is the one that the run read, as far as its fingerprint tells."""
+        """Whether the dataset is the run's, as far as its fingerprint tells."""
         return self.dataset_found == self.dataset_recorded
 
     @property
     def error(self) -> float:
-        """The relative error of `out`: the root mean square over the rows that show something, as causal rows differ in
-        length; over all rows where none does."""
+        """The root mean square over rows of the relative error of `out`.
+
+        Rows that show nothing are left out, unless all do.
+        """
         return math.hypot(*self._errors) / math.sqrt(len(self._errors))
 
     @property
@@ -115,7 +117,7 @@ class Certificate:
 
     @property
     def conclusive(self) -> int:
-        """Rows that were drawn uniformly at random and show something: they are those that are counted."""
+        """The number of uniformly drawn rows that show something."""
         return sum("uniform" in row.strata and row.shows for row in self.rows)
 
     @property
@@ -207,7 +209,10 @@ class Certificate:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Certificate:
-        """The certificate that `to_json` wrote. Raises IntegrityError for anything else, also for another verdict."""
+        """The certificate that `to_json` wrote.
+
+        Raises IntegrityError for anything else, also for another verdict.
+        """
         follows = ("format", "passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
         try:
             found = dict(content)
@@ -224,7 +229,7 @@ class Certificate:
         return certificate
 
     def _check_rows(self) -> None:
-        """Raise ValueError where no row was drawn at random, or one is none of the problem's."""
+        """Raise ValueError for rows that no sample of the problem has."""
         if not self.drawn:
             raise ValueError("none of its rows was drawn at random")
         sizes = self.problem.batch, self.problem.query_heads, self.problem.tokens

@@ -1,6 +1,4 @@
-"""How a certificate comes about: rows recomputed, checksums compared, the ledger's totals, and all of it kept beside the
-result.
-"""
+"""Making a certificate: rows, checksums and ledger, kept beside the result."""
 
 from __future__ import annotations
 
@@ -85,7 +83,10 @@ def certify(
     host_memory: int,
     checksums: bool,
 ) -> Certificate:
-    """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
+    """Verify a finished result, and write its certificate beside it.
+
+    The arguments are those of `oocattn.verify`.
+    """
     recorded, identity = ResultAttributes.read(paths), identity_at(paths.result)
     problem, opened = recorded.problem, Dataset.open_recorded(recorded.dataset.location, dataset)
     check_poses(opened, problem, "result")
@@ -124,7 +125,10 @@ def certify(
 
 
 def _weight_roundoff(recorded: ResultAttributes) -> float:
-    """The unit roundoff of the dtype that the kernel keeps softmax weights in: the matrix units of GPUs take 16 bits."""
+    """The unit roundoff of the dtype that softmax weights are rounded to.
+
+    The matrix units of GPUs take 16 bits.
+    """
     rounds = recorded.plan.kernel not in FLOAT32_KERNELS
     return UNIT_ROUNDOFF[recorded.problem.dtype if rounds else "float32"]
 
@@ -143,7 +147,10 @@ def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
 
 
 def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict[str, RowReader]:
-    """Of `out` and `lse`. Raises IntegrityError where they are not the arrays of such a problem."""
+    """The readers of `out` and `lse`.
+
+    Raises IntegrityError where they are not the arrays of such a problem.
+    """
     shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
     expected = {"out": (shape, problem.out_dtype), "lse": (shape[:3], "float32")}
     for name, array in arrays.by_name.items():
@@ -158,7 +165,7 @@ def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What is read at a time: keys of K and V, and rows of the arrays whose checksums are compared."""
+    """Keys of K and V that are read at a time, and rows for checksums."""
 
     key_rows: int
     steps: Mapping[str, int]
@@ -172,7 +179,10 @@ def _sizes(
     rows: int,
     host_memory: int,
 ) -> _Sizes:
-    """The largest that fit the budget, one after another. Raises BudgetError where the smallest do not."""
+    """The largest sizes that fit the budget, one after another.
+
+    Raises BudgetError where the smallest do not.
+    """
     rows = min(rows, problem.rows)
     always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(checksums) for checksums in compared.values())
     one_row = max(reader.nbytes(1) for reader in readers.values())
@@ -196,7 +206,10 @@ def _sizes(
 
 
 def _steps(reader: RowReader, part: int) -> tuple[int, int]:
-    """The most and the fewest rows of an array that are read at a time, of parts of so many."""
+    """The most and the fewest rows of an array to read at a time.
+
+    Its parts have `part` rows.
+    """
     row = math.prod(reader.shape[3:]) * reader.dtype.itemsize
     most = min(part, reader.shape[2], max(1, STEP_BYTES // row) if reader.mapped else part)
     return most, min(most, max(1, LEAST_STEP_BYTES // row))

@@ -1,4 +1,4 @@
-"""A certificate as a page that stands alone: one HTML file without scripts or links, to be read, printed or attached."""
+"""A certificate as a page: one HTML file without scripts or links."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORST = 10
 
 
 def certificate_page(certificate: Certificate) -> str:
-    """Render the page as HTML: all names escaped, and what hides in them shown by its number."""
+    """Render the page as HTML, names escaped and hidden characters shown."""
     environment = Environment(
         loader=PackageLoader("oocattn", "verification"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Proof after the fact: sampled rows of a result recomputed in float64, with K and V streamed from the dataset.
+"""Sampled rows of a result in float64, with K and V streamed.
 
 Nothing of a run is reused here: no kernel, no merge, no division; the formula of attention alone, in numpy. What is made of
 the comparison is `certificate`'s.
@@ -84,9 +84,10 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
 
 
 def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
-    """|found - exact| in units of the last place of `exact` as it is in `dtype`: at most 0.5 where it is rounded right.
+    """|found - exact| in units of the last place of `exact` in `dtype`.
 
-    0 where both are NaN or the same Inf, after rounding; Inf where only one is.
+    That is at most 0.5 where it is rounded right. 0 where both are NaN or the same Inf, after rounding; Inf where only one
+    is.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         rounded = exact.astype(numpy_dtype(dtype)).astype(np.float64)
@@ -99,7 +100,7 @@ def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
 
 
 def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int) -> int:
-    """Host memory, in bytes, that recomputing so many rows takes with tiles of `key_rows` keys."""
+    """Host memory, in bytes, to recompute `rows` rows by tiles of keys."""
     members, head_dim = min(rows, GROUP_ROWS), problem.head_dim
     tile = head_dim * (8 + problem.itemsize + 2 + 3 * 8) + 10 * 8  # float64, as read, masks; hashes; order and positions
     weights = members * (5 * 8 + 2 * 8 + 3)  # scores, weights and what errors they have; temporaries; masks
@@ -119,7 +120,7 @@ def recompute_rows(
     key_rows: int = KEY_ROWS,
     weight_roundoff: float = UNIT_ROUNDOFF["float32"],
 ) -> Iterator[ExactRow]:
-    """Sampled rows of the result in float64, those of `sample_rows`, by streaming K and V, `key_rows` at a time.
+    """Recompute the rows of `sample_rows` in float64, `key_rows` keys at a time.
 
     What is allowed counts softmax weights as rounded to `weight_roundoff`.
     """
@@ -133,7 +134,10 @@ def recompute_rows(
 
 
 def _difference(found: Array64, expected: Array64) -> Array64:
-    """|found - expected|: 0 where both are the same NaN or Inf, and Inf where only one is not finite."""
+    """|found - expected|: 0 where both are the same NaN or Inf.
+
+    It is Inf where only one is not finite.
+    """
     same = (found == expected) | (np.isnan(found) & np.isnan(expected))
     finite = np.isfinite(found) & np.isfinite(expected)
     return np.where(same, 0.0, np.where(finite, np.abs(found - np.where(same, 0.0, expected)), np.inf))
@@ -177,10 +181,10 @@ def _recompute(
 
 
 class _Softmax:
-    """Some rows of one head group, softmax(scale q k) v over the keys that have come, in float64.
+    """softmax(scale q k) v of some rows of one head group, in float64.
 
-    What is as large as a tile of keys lives in buffers that are used again, and the keys and values that are passed are
-    overwritten: `recompute_bytes` counts it all.
+    Keys come tile by tile. What is as large as a tile of keys lives in buffers that are used again, and the keys and values
+    that are passed are overwritten: `recompute_bytes` counts it all.
     """
 
     def __init__(
@@ -272,12 +276,15 @@ class _Softmax:
         self._counted = stop
 
     def _views(self, keys: int) -> tuple[Array64, Array64]:
-        """As much of the buffers of scores and of weights as so many keys need, [rows, keys]."""
+        """Views [rows, keys] of the buffers of scores and of weights."""
         scores, weights = (buffer[: len(self._query) * keys].reshape(len(self._query), keys) for buffer in self._buffers)
         return scores, weights
 
 
 def _next_border(token: int) -> int:
-    """The first token after `token` up to which a sum over keys is looked at: about 16 in each doubling of the tokens."""
+    """The next token up to which a sum over keys is looked at.
+
+    There are about 16 in each doubling of the tokens.
+    """
     step = max(16, 1 << max(0, token.bit_length() - 5))
     return (token // step + 1) * step

@@ -1,4 +1,4 @@
-"""What a result says of itself, and what the certificate beside it says: JSON alone is read."""
+"""A result's attributes, and its certificate's summary: JSON alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """The dataset that a result was computed from: where it was, and its fingerprint then."""
+    """The dataset of a result: its location and fingerprint at the time."""
 
     location: str
     fingerprint: str
@@ -56,7 +56,10 @@ class ResultAttributes(Excerpt):
 
     @classmethod
     def read(cls, paths: ResultPaths) -> ResultAttributes:
-        """Read the attributes of a finished result. Raises IntegrityError where it is no result of ours."""
+        """Read the attributes of a finished result.
+
+        Raises IntegrityError where it is no result of ours.
+        """
         try:
             found = from_json(cls, paths.attributes() or {})
             check_problem(found.problem)
@@ -69,7 +72,7 @@ class ResultAttributes(Excerpt):
 
 @dataclass(frozen=True)
 class Summary(Excerpt):
-    """Some of the certificate beside a result: its verdict, when it was made, and of which result it is."""
+    """Some of the certificate beside a result."""
 
     format: Literal[3]
     passed: bool
@@ -87,9 +90,9 @@ class Summary(Excerpt):
 
 
 def read_summary(paths: ResultPaths) -> Summary | None:
-    """Read the summary of the certificate beside a finished result; None where there is none, or it is of another result.
+    """Read the summary of a result's certificate; None where there is none.
 
-    A damaged certificate is logged as a warning and counts as none.
+    One of another result counts as none. A damaged certificate is logged as a warning and counts as none.
     """
     try:
         content = read_json(paths.certificate) if is_folder(paths.state) else None

@@ -1,4 +1,7 @@
-"""A certificate as a few lines for a terminal. What comes from files and names is escaped."""
+"""A certificate as a few lines for a terminal.
+
+What comes from files and names is escaped.
+"""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class RunReport:
 
     @property
     def lost(self) -> list[str]:
-        """What numbers of a limited range have lost of `out`, and what to do, line by line."""
+        """Lines on what numbers of a limited range have lost of `out`."""
         lines = []
         if self.out_overflowed:
             lines.append(

@@ -1,4 +1,4 @@
-"""Folders of our own: opened without following a link, and what is removed from them, files of our own names alone.
+"""Our own folders: opened without following links, cleared by file name.
 
 What is ours is told by names: a set of patterns of paths relative to a folder. A file that somebody else put there is never
 removed, nor is anything behind a symbolic link.
@@ -42,9 +42,10 @@ _HELD = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]+")
 
 @contextmanager
 def opened_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
-    """A descriptor of a folder, which is no symbolic link. Raises IntegrityError for anything else, OSError as `open`.
+    """Open a folder; yield its descriptor.
 
-    It need not be allowed to list one that is not to be `listed`.
+    Raises IntegrityError for a link or a file, OSError as `open`. It need not be allowed to list one that is not to be
+    `listed`.
     """
     flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     with doing("open the folder", path):
@@ -72,7 +73,10 @@ def is_folder(path: Path) -> bool:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether anything is at a path, also a link that leads nowhere. Raises OSError where that cannot be told."""
+    """Whether anything is at a path, even a dangling link.
+
+    Raises OSError where that cannot be told.
+    """
     try:
         with doing("look at", path):
             os.lstat(path)
@@ -82,7 +86,7 @@ def is_taken(path: Path) -> bool:
 
 
 def require_own(path: Path) -> None:
-    """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process.
+    """Raise IntegrityError unless `path` is a folder of this process's user.
 
     Some file systems have users of their own (NFS that squashes them, SMB, sshfs): there it must be of the user that they
     give what this process makes.
@@ -97,7 +101,7 @@ def require_own(path: Path) -> None:
 
 
 def _owner_of_new_files(folder: Path) -> int | None:
-    """The user whom the file system says a file is of that this process makes in a folder; None where it makes none."""
+    """The owner of files that this process makes in a folder, or None."""
     try:
         with tempfile.TemporaryFile(dir=folder) as made:
             return os.fstat(made.fileno()).st_uid
@@ -106,7 +110,10 @@ def _owner_of_new_files(folder: Path) -> int | None:
 
 
 def names_in(path: Path) -> list[str]:
-    """The names in a folder, sorted; none where there is no folder. Raises IntegrityError for a link."""
+    """List the names in a folder, sorted; none where there is no folder.
+
+    Raises IntegrityError for a link.
+    """
     try:
         with opened_folder(path) as descriptor, doing("list", path):
             return sorted(os.listdir(descriptor))
@@ -120,8 +127,10 @@ def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:
 
 
 def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
-    """A file below a folder whose path from there is none of the patterns `ours`, or that is no regular file; None where
-    all are ours, or there is no folder."""
+    """Find a file below a folder that is not ours; None where all are.
+
+    Ours are regular files whose path from the folder matches one of the patterns `ours`.
+    """
     if not is_taken(folder):
         return None
     if not is_folder(folder):
@@ -136,7 +145,7 @@ def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
 
 
 def refuse_foreign(folder: Path, ours: Sequence[str]) -> None:
-    """Raise ResultExistsError where a folder that would be removed holds a file that is not ours."""
+    """Raise ResultExistsError where a folder to be removed holds foreign files."""
     foreign = find_foreign(folder, ours)
     if foreign is not None:
         raise ResultExistsError(
@@ -145,10 +154,10 @@ def refuse_foreign(folder: Path, ours: Sequence[str]) -> None:
 
 
 def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False) -> bool:
-    """Remove the regular files below a folder that match one of the patterns `ours`, and the folders that are empty then,
-    unless they are kept.
+    """Remove our files below a folder, then its empty folders unless kept.
 
-    Return whether nothing is left. A link is neither followed nor removed.
+    Ours are regular files that match one of the patterns `ours`. Return whether nothing is left. A link is neither followed
+    nor removed.
     """
     if not is_folder(folder):
         return not is_taken(folder)
@@ -165,8 +174,7 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
 
 
 def _walk(folder: Path, inside: Path = Path(), parent: int | None = None) -> Iterator[tuple[Path, dict[str, int], int]]:
-    """A folder and all below it, those within a folder before it: the path of each from the first, the modes of what is in
-    it by name, and a descriptor.
+    """Walk a folder bottom-up: relative path, modes by name, descriptor.
 
     Links are not followed, by the way in which folders are opened: `os.fwalk` compares inodes, which not every file system
     has for good.

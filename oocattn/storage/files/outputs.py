@@ -1,4 +1,4 @@
-"""Files that a user names as an output, such as a picture: only what oocattn wrote is replaced, and at once.
+"""Output files that a user names: only files of oocattn are replaced.
 
 Each begins with a mark, by which the next run knows that it may be replaced.
 """
@@ -26,7 +26,7 @@ _HEAD = 512
 
 
 def check_output(path: Path) -> None:
-    """Raise unless a file may be written to `path`: nothing is there, or a regular file that oocattn wrote.
+    """Raise unless `path` is free, or holds a file that oocattn wrote.
 
     Raises ResultExistsError for anything else, also a symbolic link or a folder, and ProblemError where the folder of `path`
     does not exist or cannot be written to, OSError where the file that is there cannot be read.
@@ -43,7 +43,10 @@ def check_output(path: Path) -> None:
 
 
 def write_output(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Check `path`, have `write` fill a file under a temporary name, and give it its own. Raises as `check_output`."""
+    """Have `write` fill the file `path`, atomically.
+
+    Raises as `check_output`, before and after writing.
+    """
     check_output(path)
     with replacement(path.parent.resolve() / path.name, synced=False) as descriptor:
         with open(descriptor, "w", encoding="utf-8", closefd=False) as file:

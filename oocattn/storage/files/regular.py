@@ -1,4 +1,4 @@
-"""Reading files that may be anything: only regular ones, without waiting, and no more of them than is allowed.
+"""Bounded reading of regular files, and of nothing else.
 
 A FIFO, a device or a folder may stand where a file should, and a file may be of any size. Nothing here writes.
 """
@@ -17,7 +17,7 @@ from oocattn.storage.files.operations import doing
 
 @contextmanager
 def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, writable: bool = False) -> Iterator[int]:
-    """A descriptor of a regular file, open for reading, and for writing where it is to be `writable`.
+    """Open a regular file to read, or also to write; yield its descriptor.
 
     `path` is relative to the open `folder`, if one is given.
 
@@ -49,7 +49,10 @@ def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, 
 
 
 def read_file(path: str | Path, most: int, *, follow: bool = True, folder: int | None = None) -> bytes:
-    """The content of a regular file of at most `most` bytes. Raises as `opened`, and IntegrityError for a larger one."""
+    """Read a regular file of at most `most` bytes.
+
+    Raises as `opened`, and IntegrityError for a larger one.
+    """
     with opened(path, follow=follow, folder=folder) as descriptor, doing("read", path):
         size = os.fstat(descriptor).st_size
         content = read_exactly(descriptor, min(size, most) + 1, 0, path)  # so much memory is taken at once
@@ -61,7 +64,7 @@ def read_file(path: str | Path, most: int, *, follow: bool = True, folder: int |
 
 
 def read_exactly(descriptor: int, nbytes: int, offset: int, path: str | Path) -> bytes:
-    """So many bytes of an open file from `offset` on, fewer only where it ends; a read may give fewer anywhere else too.
+    """Read `nbytes` of an open file from `offset` on, fewer only at its end.
 
     `path` is what an OSError calls the file.
     """
@@ -74,6 +77,6 @@ def read_exactly(descriptor: int, nbytes: int, offset: int, path: str | Path) ->
 
 
 def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
-    """Tell the system how a file will be read (posix_fadvise), where the file system takes advice."""
+    """Tell the system how a file will be read, where it takes advice."""
     with suppress(OSError):
         os.posix_fadvise(descriptor, offset, length, advice)

@@ -1,4 +1,4 @@
-"""Files and folders on disk: fsync, and what takes its place where a file system has none.
+"""fsync of files and folders, and its absence on some file systems.
 
 Samba, some NFS servers and file systems in user space refuse to sync a folder, and a few a file. Nothing that was written
 is lost by that as long as the system runs; a power cut may cost what was written last. So it is said once, and the run goes
@@ -19,7 +19,10 @@ _NO_FOLDERS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, *
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on disk. Raises OSError as the file system does."""
+    """Bring a file's content, or a folder's entries, to disk.
+
+    Raises OSError as the file system does.
+    """
     try:
         with doing("open", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

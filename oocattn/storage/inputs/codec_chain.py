@@ -1,8 +1,8 @@
-"""Which codecs are decoded, and how many bytes each of them may decode to. Arithmetic over metadata alone.
+"""Which codecs are decoded, and how many bytes each may decode to.
 
-A chunk has a known size, so every stage of its decoding has one too: what a codec made of so many bytes when the chunk was
-written. Codecs that are not on the list are refused by name, before Zarr makes them: some run code (pickle), some make
-objects (json2, vlen-utf8), and of others no bound is known.
+This is arithmetic over metadata alone. A chunk has a known size, so every stage of its decoding has one too: what a codec
+made of so many bytes when the chunk was written. Codecs that are not on the list are refused by name, before Zarr makes
+them: some run code (pickle), some make objects (json2, vlen-utf8), and of others no bound is known.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ Codec = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A codec of a chain: its name, and the bytes that it decodes to at most; `exact` where it must be so many."""
+    """A codec of a chain, and the most bytes that it decodes to.
+
+    Where `exact`, it decodes to just so many.
+    """
 
     name: str
     decoded: int
@@ -62,9 +65,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Chain:
-    """The codecs of a chunk in the order of writing, its bytes as it is stored, at most, and those of its largest stage.
+    """The codecs of a chunk, in the order of writing.
 
-    Where it is a shard, `inner` is the chain of the chunks in it, `widest` is theirs, and `index` the bytes of its index.
+    `stored` is the most bytes of a stored chunk, `widest` those of its largest stage. Where it is a shard, `inner` is the
+    chain of the chunks in it, `widest` is theirs, and `index` the bytes of its index.
     """
 
     stages: tuple[Stage, ...]
@@ -75,7 +79,10 @@ class Chain:
 
 
 def v3_codecs(found: object, array: str) -> list[Codec]:
-    """The codecs of an array in Zarr v3. Raises ProblemError, naming `array`, for one that is not on the list."""
+    """The codecs of an array in Zarr v3.
+
+    Raises ProblemError, naming `array`, for one that is not on the list.
+    """
     return [_v3_codec(item, array) for item in _as_list(found, array)]
 
 
@@ -86,7 +93,10 @@ def v2_codecs(filters: object, compressor: object, array: str) -> list[Codec]:
 
 
 def chain_of(codecs: Sequence[Codec], chunk: Sequence[int], itemsize: int, array: str, depth: int = 1) -> Chain:
-    """The chain of a chunk of that shape. Raises ProblemError, naming `array`, for one that is not decoded."""
+    """The chain of a chunk of that shape.
+
+    Raises ProblemError, naming `array`, for one that is not decoded.
+    """
     if any(name == SHARDS for name, _ in codecs):
         return _shards(codecs, chunk, itemsize, array, depth)
     nbytes, exact, stages = math.prod(chunk) * itemsize, True, []
@@ -107,7 +117,7 @@ def chain_of(codecs: Sequence[Codec], chunk: Sequence[int], itemsize: int, array
 
 
 def _compressed(nbytes: int) -> int:
-    """Bound on what a compressor makes of so many bytes: all of them store what they cannot compress."""
+    """Bound what a compressor makes of `nbytes`: all store what is random."""
     return nbytes + nbytes // 64 + SLACK_BYTES
 
 

@@ -1,4 +1,4 @@
-"""Reading rows through Zarr and its codecs: whatever is not a plain local chunk file, correctly and at its own speed.
+"""Reading rows through Zarr and its codecs: all but plain local chunks.
 
 Zarr reads a chunk that does not exist as its fill value, and decodes a chunk to whatever it decodes to. Here both are
 IntegrityErrors: `CompleteStore` refuses absent and oversized objects, shards.py looks for absent chunks within a shard, and
@@ -50,9 +50,10 @@ INDEX_COPIES = 4
 
 
 class CompleteStore(WrapperStore[Store]):
-    """A store of whole chunks: an absent key is an error, and so are more than `most` bytes, or not `exact` ones.
+    """A store of whole chunks: an absent or oversized object is an error.
 
-    Of a remote object no more than that is fetched; local ones are mapped. `location` is for the message.
+    An object may have `most` bytes, or must have `exact` ones. Of a remote object no more than that is fetched; local ones
+    are mapped. `location` is for the message.
     """
 
     def __init__(self, store: Store, location: str = "", most: int = 2**63 - 1, exact: int | None = None) -> None:
@@ -97,7 +98,7 @@ class CompleteStore(WrapperStore[Store]):
 
 
 def complete_array(array: zarr.Array[Any], location: str) -> zarr.Array[Any]:
-    """The same array, for reading: a chunk that is absent, or decodes to more than a chunk has, is an IntegrityError.
+    """The same array, to read: absent and oversized chunks are IntegrityErrors.
 
     Raises ProblemError for codecs that are not decoded.
     """
@@ -121,14 +122,15 @@ class CodecReader:
 
     @property
     def decode_bytes(self) -> int:
-        """Bound on the host memory, in bytes, that one read needs besides the caller's buffer."""
+        """Bound on host memory, in bytes, of one read besides the caller's buffer."""
         chunks = min(self._step_rows // self._chunk_rows, ceil_div(self._array.shape[-2], self._chunk_rows)) * self._columns
         return DECODE_COPIES * chunks * self._chain.widest + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
     def read(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Read tokens [start, stop) of one head into `out` [stop - start, D], of the array's dtype in native order.
+        """Read tokens [start, stop) of one head into `out` [stop - start, D].
 
-        Raises IntegrityError for a chunk that is missing or that its codecs refuse.
+        `out` has the array's dtype in native order. Raises IntegrityError for a chunk that is missing or that its codecs
+        refuse.
         """
         index = leading(self._array, batch, head)
         for shard in self._shards(index, start, stop):
@@ -148,10 +150,10 @@ class CodecReader:
 
 
 def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low: int, out: NDArray[Any]) -> None:
-    """Read the rows from `low` on of one head of a `complete_array` into `out` [n, ...], of its dtype in native order.
+    """Read rows from `low` on of one head of a `complete_array` into `out`.
 
-    `index` is (batch, head), or (head,). Raises IntegrityError for a chunk that is missing or that its codecs refuse, which
-    is named, and OSError as the file system does.
+    `out` is [n, ...], of its dtype in native order. `index` is (batch, head), or (head,). Raises IntegrityError for a chunk
+    that is missing or that its codecs refuse, which is named, and OSError as the file system does.
     """
     high, rows = low + len(out), array.chunks[len(index)]
     selection = (*(slice(at, at + 1) for at in index), slice(low, high))

@@ -1,4 +1,4 @@
-"""Decompression that is bounded: no compressor gives more bytes than the chunk must have, whatever the stored bytes say.
+"""Bounded decompression: no chunk decodes to more bytes than it must have.
 
 A few kilobytes can claim to be, and can really be, gigabytes. Formats that state their size are checked before anything is
 allocated; streams are decompressed piece by piece until they exceed the bound. `bounded` puts these decoders in the place
@@ -39,7 +39,7 @@ def array_chain(array: zarr.Array[Any]) -> Chain:
 
 
 def bounded(array: zarr.Array[Any]) -> Any:
-    """The array's metadata with decoders that are bounded in the place of its compressors."""
+    """The array's metadata with bounded decoders in place of its compressors."""
     metadata: Any = array.metadata
     codecs, stages = _codecs(array), array_chain(array)
     if metadata.zarr_format == 3:
@@ -132,7 +132,7 @@ def _too_large(most: int) -> NoReturn:
 
 
 def _blosc(content: memoryview, stage: Stage) -> Any:
-    """Its header (c-blosc's README_CHUNK_FORMAT) has the sizes of all, of a block and of what is stored, and is believed."""
+    """Decode blosc, whose header has all sizes (README_CHUNK_FORMAT)."""
     if len(content) < 16:
         raise ValueError(f"it has {len(content)} bytes, expected 16 at least")
     nbytes, block, stored = (int.from_bytes(content[start : start + 4], "little") for start in (4, 8, 12))
@@ -152,7 +152,10 @@ def _lz4(content: memoryview, stage: Stage) -> Any:
 
 
 def _zstd(content: memoryview, stage: Stage) -> Any:
-    """Into a buffer of the size that the frames state; libzstd writes no more than that."""
+    """Decode zstd into a buffer of the size that its frames state.
+
+    libzstd writes no more than that.
+    """
     nbytes: int | None = first_size(content)
     if nbytes != stage.decoded:
         nbytes, most = frame_sizes(content)

@@ -1,4 +1,4 @@
-"""Reading rows straight from uncompressed chunk files into the caller's buffer, by `preadv` or by memory map.
+"""Reading rows straight from uncompressed chunk files: `preadv` or a map.
 
 Both readers take the same arguments and give the same bytes; which is faster depends on the machine, the file system
 and how much of the files is in the page cache, so `FastestReader` measures it on the dataset's own reads. Neither keeps
@@ -41,10 +41,10 @@ TRIAL_BYTES = 4 * 2**20
 
 
 def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-    """Read tokens [start, stop) of one head into `out` [stop - start, D], C-contiguous, of the array's dtype.
+    """Read tokens [start, stop) of one head into `out` [stop - start, D].
 
-    While a chunk is copied the kernel reads the next two of the request. Raises IntegrityError for a chunk file that is
-    missing or of another size than it must be.
+    `out` is C-contiguous, of the array's dtype. While a chunk is copied the kernel reads the next two of the request. Raises
+    IntegrityError for a chunk file that is missing or of another size than it must be.
     """
     content = _bytes_of(out)
     ahead = files.parts(batch, head, start, stop)
@@ -56,8 +56,7 @@ def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int,
 
 
 def read_mapped(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-    """As `read_preadv`, by mapping each chunk file, copying from the map and unmapping it; it is read where it cannot be
-    mapped."""
+    """As `read_preadv`, through a memory map, or a read where none can be."""
     content = _bytes_of(out)
     for part in files.parts(batch, head, start, stop):
         wanted = content[part.begin : part.end]
@@ -84,7 +83,7 @@ def _read(descriptor: int, files: ChunkFiles, part: Part, content: NDArray[np.ui
 
 
 class FastestReader:
-    """Reads by the faster of two readers, which it learns from the first eight large reads of a dataset.
+    """Reads by the faster of two readers, learned from the first large reads.
 
     Until then the readers take turns, and their median seconds a byte decide: at the size of the reads that are made,
     into the buffers that are used, on files as cold or warm as they are, and without reading a byte for it. The second
@@ -126,7 +125,7 @@ def _advise(parts: Iterable[Part]) -> None:
 
 @contextmanager
 def _opened(files: ChunkFiles, part: Part) -> Iterator[int]:
-    """A descriptor of the part's chunk file, which exists and has the size that it must have."""
+    """Open the chunk file of a part, which has the size that it must have."""
     try:
         with opened(part.path) as descriptor:
             size = os.fstat(descriptor).st_size

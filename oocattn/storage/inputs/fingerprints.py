@@ -1,4 +1,4 @@
-"""The identity of a dataset: what is seen of its arrays without reading them all, to notice that they were changed."""
+"""The identity of a dataset, from sizes, times and samples of its arrays."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ _IDENTITY = (
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What tells a dataset from another, or from itself before it was changed: each is a digest of each array, with "-".
+    """Digests that tell a dataset from another, or from itself once changed.
 
-    All cover shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks and, in a local folder,
-    the size of every chunk file. `recorded` covers their modification times as well: results keep it, and a copy shares it
-    if times were copied. `within_run` also covers change times, which cannot be set back, and which no copy shares
-    (not inodes: not every file system has them for good). `untimed` covers none of these.
+    Each is a digest of each array, joined by "-". All cover shape, dtype, chunk grid and codecs, the beginning and the end
+    of a few stored chunks and, in a local folder, the size of every chunk file. `recorded` covers their modification times
+    as well: results keep it, and a copy shares it if times were copied. `within_run` also covers change times, which cannot
+    be set back, and which no copy shares (not inodes: not every file system has them for good). `untimed` covers none of
+    these.
     """
 
     recorded: str
@@ -59,7 +60,10 @@ class Fingerprints:
 
 
 def changed_arrays(before: str, after: str) -> str:
-    """Which arrays differ between two fingerprints, in words: "k", "k and v", "q, k and v"; "" where none does."""
+    """Name the arrays that differ between fingerprints: "k", "q, k and v".
+
+    "" where none does.
+    """
     pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
     *first, last = [name for name, old, new in pairs if old != new] or [""]
     return f"{', '.join(first)} and {last}" if first else last

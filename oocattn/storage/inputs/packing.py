@@ -1,8 +1,8 @@
-"""Numbers that stand for others: arrays that are packed or masked by the CF conventions, as xarray writes them.
+"""Refusal of arrays that are packed or masked by the CF conventions.
 
-Their attributes say what a reader must make of the numbers, and Zarr does not look at them. Here such an array is refused:
-what is stored in it is not what its owner means. Attributes that change no number are let pass, for xarray writes a
-`_FillValue` of NaN with every array of floats.
+xarray writes such arrays. Their attributes say what a reader must make of the numbers, and Zarr does not look at them. Here
+such an array is refused: what is stored in it is not what its owner means. Attributes that change no number are let pass,
+for xarray writes a `_FillValue` of NaN with every array of floats.
 
 `_Unsigned` is about integers alone, which are refused as such. `valid_min`, `valid_max` and `valid_range` are not looked at:
 xarray does not apply them.
@@ -38,7 +38,7 @@ MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
 
 
 def refuse_packed(array: zarr.Array[Any], location: str) -> None:
-    """Raise ProblemError, naming the attribute, where the numbers of an array are not those that are meant."""
+    """Raise ProblemError where an array is packed, naming the attribute."""
     for name, unchanged in _CHANGES_NOTHING.items():
         found = array.attrs.get(name)
         for item in found if isinstance(found, list) else [found]:
@@ -73,7 +73,7 @@ def _number(found: object) -> float | None:
 
 
 def _mask_of_v2(array: zarr.Array[Any]) -> Any:
-    """The fill value of an array of Zarr v2 by xarray, which keeps its `_FillValue` there; None where it masks nothing.
+    """The fill value by which xarray masks an array of Zarr v2, or None.
 
     Zero is what Zarr itself fills with where nobody has chosen.
     """

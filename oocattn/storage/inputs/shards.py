@@ -1,4 +1,4 @@
-"""The index of a shard: whether it lists every chunk that it must, and nothing but stretches of bytes that can be.
+"""Checks of a shard's index: complete, and within the shard.
 
 Zarr reads a chunk that an index does not list as fill values, and believes every offset and length in it. Here an index is
 checked before Zarr reads the shard, and those of shards within it.
@@ -28,9 +28,9 @@ _ABSENT = 2**64 - 1
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard, or a shard within one: its first element in the array, its extents, and its bytes of the object `key`.
+    """A shard, or one within it: where it lies in the array and in an object.
 
-    `place` is what messages call it.
+    It begins at element `origin`, and takes the bytes [begin, end) of the object `key`. `place` is what messages call it.
     """
 
     array: zarr.Array[Any]
@@ -44,11 +44,11 @@ class _Shard:
 
 
 def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -> None:
-    """Check that the shard at these coordinates exists and that its index lists every chunk within the array's bounds.
+    """Check that a shard exists, and that its index lists every chunk.
 
-    No two chunks may share bytes, nor a chunk and the index; none may be longer than its codecs can make it, and none may
-    lie beyond the shard. Shards within the shard are checked as well. Reads indices alone: 16 bytes a chunk. Raises
-    IntegrityError.
+    Chunks beyond the array's bounds may be missing. No two chunks may share bytes, nor a chunk and the index; none may be
+    longer than its codecs can make it, and none may lie beyond the shard. Shards within the shard are checked as well. Reads
+    indices alone: 16 bytes a chunk. Raises IntegrityError.
     """
     assert array.shards is not None
     key = chunk_key(array, shard)
@@ -95,7 +95,7 @@ def _place_of(shard: _Shard, at: Iterable[int]) -> str:
 
 
 def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int], size: int) -> NDArray[np.uint64]:
-    """Offset and length of every chunk, from the beginning of the shard: [*counts, 2], of `size` bytes as stored."""
+    """Read offset and length of every chunk: [*counts, 2], `size` bytes."""
     content = sync(shard.array.store.get(shard.key, buffer_prototype, _window(shard, size, config["index_location"])))
     if content is None:
         raise missing_chunk(shard.location, shard.place)
@@ -113,8 +113,10 @@ def _window(shard: _Shard, size: int, where: str) -> ByteRequest:
 
 
 def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int, content: range) -> None:
-    """Check the stretches [offset, offset + length) of the chunks that an index lists: each has up to `most` bytes, and all
-    lie in `content`, the shard without its index."""
+    """Check the stretches of bytes that an index lists.
+
+    Each has up to `most` bytes, and all lie in `content`, the shard without its index.
+    """
     listed = index[(index != _ABSENT).any(axis=-1)]
     offsets, lengths = listed[np.argsort(listed[:, 0], kind="stable")].T
     if np.any(lengths == 0):  # Zarr would read fill values

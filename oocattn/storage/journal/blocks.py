@@ -1,4 +1,4 @@
-"""Checksummed files of array blocks: what a run keeps on disk between computing it and needing it again.
+"""Checksummed files of array blocks: partials and checkpoints.
 
 A file is a record, `{"blocks": [[bytes, crc32], ...], "label": {...}}`, padded to 4,096 bytes or a multiple, and then the
 raw bytes of the blocks. It is written durably, so a file under its final name is whole; the checksums find what happened to
@@ -41,7 +41,7 @@ class _Header:
 
 
 def write_blocks(path: Path, blocks: Sequence[Block], label: Mapping[str, Any]) -> int:
-    """Write blocks, each a sequence of C-contiguous arrays, durably under `path`; return the bytes written."""
+    """Write blocks of C-contiguous arrays durably; return the bytes written."""
     entries = []
     for block in blocks:
         checksum = 0
@@ -54,13 +54,16 @@ def write_blocks(path: Path, blocks: Sequence[Block], label: Mapping[str, Any]) 
 
 
 def read_label(path: Path) -> Mapping[str, Any]:
-    """The label of a file. Raises IntegrityError, naming it, where it is missing or its header is damaged."""
+    """Read the label of a file.
+
+    Raises IntegrityError, naming the file, where it is missing or its header is damaged.
+    """
     with _opened(path) as file:
         return _read_header(path, file).label
 
 
 def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
-    """Read a file's blocks one after another into the caller's arrays; yield each block's index once it is whole.
+    """Read blocks into the caller's arrays; yield the index of each whole one.
 
     The arrays of different blocks may be the same memory: use what was read before asking for the next. Raises
     IntegrityError, naming the file, where it is missing, short, or does not match its checksums.
@@ -80,7 +83,7 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file's blocks match their checksums; False also where it cannot be read."""
+    """Whether a file can be read and its blocks match their checksums."""
     step = bytearray(_STEP)
     try:
         with _opened(path) as file:

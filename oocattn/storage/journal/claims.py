@@ -1,4 +1,4 @@
-"""Who holds a lock, as its file says it, and what a lock gives: the words that all share who work under one.
+"""The holder of a lock, as its file names it, and the claim of its run.
 
 How a lock is taken, kept and lost is in `lock`.
 """
@@ -46,7 +46,7 @@ class Holder:
 
     @property
     def is_told_by_kernel(self) -> bool:
-        """Whether the kernel of this process says by its locks whether this holder is alive."""
+        """Whether this kernel's locks tell if this holder is alive."""
         return self.flocked and self.shares_kernel(Holder.this_process())
 
     def __str__(self) -> str:
@@ -58,10 +58,13 @@ NOBODY = Holder("unknown", 0)
 
 
 class Claim(Protocol):
-    """What a lock gives to all who work under it, on any host: small, and it can be sent."""
+    """What a lock gives to all who work under it; small, and can be sent."""
 
     def check(self) -> None:
-        """Raise LockedError where the lock is not held any more. To be called before each step that others would see."""
+        """Raise LockedError where the lock is not held any more.
+
+        It is called before each step that others would see.
+        """
 
 
 class Lock(Protocol):

@@ -1,4 +1,4 @@
-"""What a run leaves on disk so that it can be resumed: what it works at, and the query chunks that it has finished.
+"""The journal of a run: its plan, and the query chunks it has finished.
 
 `RESULT.oocattn/plan.json` is written before the first task, and `RESULT.oocattn/finished/HEADGROUP-CHUNK.json` once `out`
 and `lse` of a chunk are on disk, before its partials are removed. All are records with a checksum, written durably. A record
@@ -31,9 +31,9 @@ ChunkId = tuple[int, int]
 
 @dataclass(frozen=True)
 class Journal:
-    """The journal of the run `run`, an identity of everything that determines its result, in the folder `state`.
+    """The journal of a run in the folder `state`.
 
-    It is written under a `claim` to the result's lock.
+    `run` is an identity of everything that determines its result. It is written under a `claim` to the result's lock.
     """
 
     state: Path
@@ -69,7 +69,7 @@ class Journal:
 
     @property
     def other_bits(self) -> str:
-        """What computed otherwise for a part of the run than when it began; "" where nothing did."""
+        """What computed otherwise for a part of the run than at its beginning, or ""."""
         with suppress(FileNotFoundError, IntegrityError):
             record = read_record(self.state / OTHER_BITS)
             if record.get("run") == self.run:
@@ -82,7 +82,7 @@ class Journal:
         return len(self._names())
 
     def finished(self) -> dict[ChunkId, dict[str, Any]]:
-        """The records of the finished chunks of this run; those that are damaged or another run's are left out."""
+        """The whole records of this run's finished chunks."""
         found = {}
         for name in self._names():
             try:
@@ -99,7 +99,10 @@ class Journal:
 
 
 def read_header(state: Path) -> dict[str, Any] | None:
-    """What the unfinished run in the folder `state` works at, None where there is none. Raises IntegrityError if damaged."""
+    """Read the header of the unfinished run in `state`; None where there is none.
+
+    Raises IntegrityError where it is damaged.
+    """
     try:
         return read_record(state / "plan.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -116,7 +119,10 @@ def has_begun(state: Path) -> bool:
 
 
 def forget(state: Path) -> None:
-    """Remove the journal in a folder, if there is one: what it says goes first, so that half of it is never believed."""
+    """Remove the journal in a folder, the header first.
+
+    Half of a journal is never believed then.
+    """
     for name in ("plan.json", OTHER_BITS):
         with suppress(FileNotFoundError), doing("remove", state / name):
             (state / name).unlink()

@@ -1,11 +1,11 @@
-"""One run to a result: a lock that lives exactly as long as its process, and a token that tells whoever lost it.
+"""The lock of a result: it lives as long as its process.
 
-The lock is the kernel's (`flock`), so it is gone with the process that held it, however that ended; the file's text only
-says who holds it. Whether such a lock is seen by other hosts depends on the file system (flock(2): on NFS since Linux
-2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also touches the file every few seconds:
-what another kernel's process left there is taken over only when that has stopped. A file system may have no locks at all
-(NFS without its lock daemon, some in user space): there, touching and watching is all that keeps others away, also on the
-same host. A lock file says whether its holder had the kernel's lock too.
+A token tells a holder who has lost it. The lock is the kernel's (`flock`), so it is gone with the process that held it,
+however that ended; the file's text only says who holds it. Whether such a lock is seen by other hosts depends on the file
+system (flock(2): on NFS since Linux 2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also
+touches the file every few seconds: what another kernel's process left there is taken over only when that has stopped. A file
+system may have no locks at all (NFS without its lock daemon, some in user space): there, touching and watching is all that
+keeps others away, also on the same host. A lock file says whether its holder had the kernel's lock too.
 
 A process that is forked while it holds a lock shares it with the fork: so the fork closes the file, and the token is worth
 nothing there.
@@ -73,7 +73,7 @@ class FileClaim:
     token: str
 
     def check(self) -> None:
-        """Raise LockedError where the lock is not held any more, OSError where that cannot be told."""
+        """Raise LockedError where the lock is lost, OSError where that is unknown."""
         if self.token in _left_to_parent:
             raise LockedError(
                 f"{self.path.parent}: this process is a fork of {read_holder(self.path)}, and the run goes on there alone"
@@ -88,7 +88,7 @@ class FileClaim:
             )
 
     def holds(self) -> bool:
-        """Whether the file is there and has the token, which counts for nothing in a fork of the process that made it."""
+        """Whether the file has this token, and this process is no fork of the holder."""
         if self.token in _left_to_parent:
             return False
         try:
@@ -98,10 +98,11 @@ class FileClaim:
 
 
 class FileLock:
-    """The lock of a result on a file system: a Lock. Raises LockedError with the holder's host and process.
+    """The lock of a result on a file system: a `Lock`.
 
-    A lock that was left behind is taken over, and a warning says from whom. Whether it was may take some seconds to tell:
-    TimeLimitError where that would be after `until`, a moment of `clock.now`.
+    Raises LockedError with the holder's host and process. A lock that was left behind is taken over, and a warning says from
+    whom. Whether it was may take some seconds to tell: TimeLimitError where that would be after `until`, a moment of
+    `clock.now`.
     """
 
     def __init__(self, path: Path, until: float = math.inf) -> None:
@@ -123,7 +124,7 @@ class FileLock:
                 self._touch()
 
     def _touch(self) -> None:
-        """Have the file's time of change move on: by writing it again where its time cannot be set."""
+        """Advance the file's modification time, by writing where it cannot be set."""
         before = os.fstat(self._descriptor).st_mtime_ns
         with suppress(OSError):
             os.utime(self._descriptor)
@@ -135,7 +136,10 @@ class FileLock:
         return self.claim.holds()
 
     def release(self) -> None:
-        """Give the lock up: its file is removed, unless it is another's by now, or that of the process this is a fork of."""
+        """Release the lock; its file is removed unless another process took over.
+
+        In a fork of the holder, nothing happens.
+        """
         if self.claim.token in _left_to_parent:
             return
         _held.discard(self)
@@ -147,7 +151,10 @@ class FileLock:
         os.close(self._descriptor)
 
     def leave_to_parent(self) -> None:
-        """In a fork of the process that holds it: have no part in it, or it would be held as long as the fork lives."""
+        """Give up a lock that this process shares as a fork of its holder.
+
+        It would be held as long as the fork lives.
+        """
         _left_to_parent.add(self.claim.token)
         os.close(self._descriptor)
 
@@ -175,7 +182,7 @@ os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def _acquire(path: Path, holder: Holder, until: float) -> int:
-    """A descriptor of the lock file at `path`, which is locked and says that it is the holder's."""
+    """Open the lock file at `path`, locked, with the holder's text in it."""
     temporary = path.with_name(f"{path.name}.{holder.token}{PARTIAL}")
     with doing("lock", path):
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -211,7 +218,7 @@ def _named(temporary: Path, path: Path) -> bool:
 
 
 def _taken_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
-    """Put the lock file in the place of one that was left behind; False where that has gone meanwhile."""
+    """Replace a stale lock file by ours; False where it is gone meanwhile."""
     try:
         with opened(path, follow=False, writable=True) as left:  # NFS locks only those exclusively
             flocked &= _lock(left, path)
@@ -227,7 +234,10 @@ def _taken_over(temporary: Path, path: Path, until: float, flocked: bool) -> boo
 
 
 def _watch(path: Path, until: float, flocked: bool) -> None:
-    """Return when whoever left a lock file behind is gone: its kernel tells, where it was `flocked`, or else its silence."""
+    """Return when the holder of a stale lock file is gone.
+
+    Its kernel tells where it was `flocked`, or else its silence.
+    """
     try:
         before = parse_holder(read_file(path, MOST_BYTES, follow=False))
     except (ValueError, IntegrityError):  # one that cannot be read at all is left: somebody may hold it
@@ -269,7 +279,7 @@ def _lock(descriptor: int, path: Path) -> bool:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open lock file is the one at `path`: its holder may remove that at any time."""
+    """Whether an open lock file is the one at `path`, not removed meanwhile."""
     try:
         with opened(path, follow=False) as there:
             return read_exactly(there, MOST_BYTES, 0, path) == read_exactly(descriptor, MOST_BYTES, 0, path)
@@ -278,7 +288,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _flock(descriptor: int, kind: int, path: Path) -> bool:
-    """Lock an open file; False where the file system has no locks. Raises BlockingIOError where another has it."""
+    """Lock an open file; False where the file system has no locks.
+
+    Raises BlockingIOError where another process has it.
+    """
     try:
         with doing("lock", path):
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -290,7 +303,7 @@ def _flock(descriptor: int, kind: int, path: Path) -> bool:
 
 
 def lock_holder(path: Path) -> Holder | None:
-    """Who holds the lock at `path`, or None where no live process does, as far as can be told at once.
+    """The live holder of the lock at `path`, or None, without waiting.
 
     Raises IntegrityError where something other than a file is there, OSError as the file system does.
     """
@@ -310,7 +323,7 @@ def lock_holder(path: Path) -> Holder | None:
 
 
 def holder_silence(path: Path) -> float:
-    """Seconds since the holder of the lock at `path` touched it: some `BEAT` at most, unless its process is stopped.
+    """Seconds since the holder touched its lock file: `BEAT` unless stopped.
 
     0 where that cannot be told: of a holder with another kernel, the clock may differ.
     """

@@ -1,8 +1,9 @@
-"""Our own kind of Zarr array, and how it is made: plain chunks of one head each, written whole and durably.
+"""Our own Zarr arrays and datasets: how they are made and filled.
 
-Here live the chunk shape, the durable commit of one chunk (`write_chunk`), the creation of a dataset that appears under
-its name only when it is complete (`create_dataset`), and the loop that fills an array in parallel (`fill_array`).
-What is written comes from elsewhere: synth, importing and the results; reading is the business of dataset.py.
+Chunks hold plain rows of one head each, and are written whole and durably. Here live the chunk shape, the durable commit of
+one chunk (`write_chunk`), the creation of a dataset that appears under its name only when it is complete (`create_dataset`),
+and the loop that fills an array in parallel (`fill_array`). What is written comes from elsewhere: synth, importing and the
+results; reading is the business of dataset.py.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ logger = logging.getLogger("oocattn")
 
 
 class OwnStore(LocalStore):
-    """A store in a folder whose name nobody else knows: no object appears there in the meantime.
+    """A store in a folder whose name only this process knows.
 
-    LocalStore creates an object by a hard link, which not every file system has.
+    No object appears there in the meantime. LocalStore creates an object by a hard link, which not every file system has.
     """
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
@@ -62,7 +63,7 @@ class OwnStore(LocalStore):
 
 
 def default_chunk_rows(tokens: int, head_dim: int, itemsize: int) -> int:
-    """T, the rows of a chunk: all `tokens` where they fit 32 MiB, else level parts of 16 to 32 MiB (little padding)."""
+    """T, the rows of a chunk: `tokens`, or level parts of 16 to 32 MiB."""
     most = CHUNK_BYTES // (head_dim * itemsize)
     if tokens <= most:
         return tokens
@@ -73,10 +74,10 @@ def default_chunk_rows(tokens: int, head_dim: int, itemsize: int) -> int:
 def create_array(
     group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, chunk_rows: int | None = None
 ) -> zarr.Array[Any]:
-    """Create array `name` of shape [B, H, N, D] or [B, H, N] with chunks (1, 1, T, D) or (1, 1, T).
+    """Create array `name`, [B, H, N, D] or [B, H, N], of chunks of one head.
 
-    Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks written, all chunk files in one folder
-    (a durable write then syncs that folder and no others). `chunk_rows` is T, by
+    Chunks are (1, 1, T, D) or (1, 1, T). Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks
+    written, all chunk files in one folder (a durable write then syncs that folder and no others). `chunk_rows` is T, by
     default `default_chunk_rows`. Dimensions are named, so that xarray opens the group: only k and v share their heads.
     Raises zarr's ContainsArrayError where the group has such an array.
     """
@@ -100,7 +101,7 @@ def create_array(
 
 
 def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[slice, ...]:
-    """The part of `array` that chunk `coords` covers; at the edge it is shorter than a chunk."""
+    """The part of `array` in chunk `coords`; shorter than a chunk at the edge."""
     return tuple(
         slice(i * size, min((i + 1) * size, length))
         for i, size, length in zip(coords, array.chunks, array.shape, strict=True)
@@ -108,7 +109,7 @@ def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[sl
 
 
 def chunk_file(array: zarr.Array[Any], coords: tuple[int, ...]) -> Path:
-    """The file of chunk `coords` of an array that `create_array` made in a local store."""
+    """The file of chunk `coords` of an array of `create_array`."""
     assert isinstance(array.store, LocalStore)
     return array.store.root / array.path / array.metadata.encode_chunk_key(coords)
 
@@ -144,10 +145,11 @@ def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[A
 def fill_array(
     array: zarr.Array[Any], rows: Callable[[int, int, int, int], NDArray[Any]], workers: int | None = None
 ) -> None:
-    """Write every chunk of `array` from `rows(batch, head, start, stop)`, [stop - start, D] in the dtype of the array.
+    """Write every chunk of `array` from `rows(batch, head, start, stop)`.
 
-    Runs in `workers` threads (default: one a core), each with one chunk in memory. The heads of one range of rows are
-    asked for one after another, so that a source which interleaves them is read from disk once.
+    These are [stop - start, D] in the dtype of the array. Runs in `workers` threads (default: one a core), each with one
+    chunk in memory. The heads of one range of rows are asked for one after another, so that a source which interleaves them
+    is read from disk once.
     """
     batch, heads, tokens = array.cdata_shape[:3]
 
@@ -164,7 +166,7 @@ def fill_array(
 
 @contextmanager
 def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: bool = False) -> Iterator[zarr.Group]:
-    """A new Zarr group with `attributes`, to be filled inside the `with`; it appears at `path` when that ends well.
+    """Create a Zarr group, to be filled inside the `with`, at `path` after it.
 
     Until then it grows under a temporary name beside `path`, and an exception removes it. (At a URL other than file://
     it is made in place.) Raises ProblemError for a location that is not taken, and ResultExistsError where something is at
@@ -191,7 +193,7 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
 
 
 def _is_plain(array: zarr.Array[Any]) -> bool:
-    """Whether a chunk of `array` is a file of its rows, little-endian and nothing else, as `create_array` makes it."""
+    """Whether a chunk of `array` is a file of its rows, as of `create_array`."""
     return (
         isinstance(array.metadata, ArrayV3Metadata)
         and array.metadata.codecs == (BytesCodec(endian="little"),)
@@ -229,8 +231,10 @@ async def _foreign_key(store: RemoteStore) -> str | None:
 
 
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:
-    """Raise ResultExistsError where something is at `path`, unless `overwrite` is given and it is a Zarr group or array with
-    no other file in it."""
+    """Raise ResultExistsError where something at `path` may not be replaced.
+
+    With `overwrite`, a Zarr group or array without other files may be.
+    """
     if not is_taken(path):
         return
     if not overwrite:
@@ -248,10 +252,10 @@ def sync_metadata(group: Path) -> None:
 
 
 def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give the group at `temporary`, all of which is on disk, the name `path`, in place of one that may be overwritten.
+    """Give the complete group at `temporary` the name `path`.
 
-    Raises ResultExistsError where something else is there by then. What was to be overwritten has its name again where the
-    new one could not be given it.
+    One that is there already may be replaced with `overwrite`. Raises ResultExistsError where something else is there by
+    then. What was to be overwritten has its name again where the new one could not be given it.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     refuse_to_destroy(path, overwrite)
@@ -272,7 +276,7 @@ def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def _give_back(aside: Path, path: Path) -> None:
-    """Give a group that was not replaced its name again; where that fails too, say where it is."""
+    """Give a group its name again; where that fails, log where it is."""
     try:
         rename_new(aside, path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Tensors in .npy, .safetensors and .pt files: where their elements lie, and parts of them read from there.
+"""Tensors in .npy, .safetensors and .pt files, read in parts.
 
 A file is opened without being loaded and without running what it may carry (.npy and .safetensors hold none, torch's
 weights_only=True keeps it from running). It is read, not mapped: not every file system can map, and a mapped file that is
@@ -53,7 +53,7 @@ class _Entry(Excerpt):
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a file: its elements, of `dtype`, lie at `offset` and, along each axis, `strides` bytes apart.
+    """A tensor in a file: elements at `offset`, `strides` bytes apart.
 
     `stamp` is the size and the time of change of the file when it was opened.
     """
@@ -82,13 +82,13 @@ class FileTensor:
         return out
 
     def _span(self, shape: Sequence[int], first: Sequence[int]) -> tuple[int, int]:
-        """Where so many elements from index `first` on begin in the file, and the bytes to the end of the last of them."""
+        """Where a part of the tensor begins in the file, and its length in bytes."""
         begin = self.offset + sum(at * stride for at, stride in zip(first, self.strides, strict=True))
         last = sum((size - 1) * stride for size, stride in zip(shape, self.strides, strict=True))
         return begin, last + self.dtype.itemsize
 
     def _copy_mapped(self, descriptor: int, out: NDArray[Any], first: Sequence[int]) -> bool:
-        """Copy elements that lie among as many others; False where they do not, or there is no map."""
+        """Copy scattered elements from a map; False where that does not apply."""
         begin, length = self._span(out.shape, first)
         if length < 2 * out.nbytes or _stamp(descriptor, self.path) != self.stamp:
             return False
@@ -117,7 +117,10 @@ class FileTensor:
 
 
 def open_npy(name: str, path: Path) -> FileTensor:
-    """The array in a .npy file that is to become array `name`. Raises ProblemError for one that is not understood."""
+    """The array in a .npy file that is to become array `name`.
+
+    Raises ProblemError for one that is not understood.
+    """
     try:
         with opened(path) as descriptor, doing("read", path), open(descriptor, "rb", closefd=False) as file:
             readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -146,10 +149,11 @@ def open_npy(name: str, path: Path) -> FileTensor:
 
 
 def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
-    """The tensor `tensor` in a .safetensors file, or the one that is to become array `name`.
+    """The tensor in a .safetensors file that is to become array `name`.
 
-    The format: 8 bytes that say how long the header is, the header, which is JSON, and the elements of the tensors
-    (https://github.com/huggingface/safetensors; its library maps whole files). Raises ProblemError for what is not that.
+    It is called `tensor`, if that is given. The format: 8 bytes that say how long the header is, the header, which is JSON,
+    and the elements of the tensors (https://github.com/huggingface/safetensors; its library maps whole files). Raises
+    ProblemError for what is not that.
     """
     try:
         with opened(path) as descriptor:
@@ -180,10 +184,10 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
 
 
 def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
-    """The tensor `tensor` in a file of torch.save, or the one that is to become array `name`.
+    """The tensor in a file of torch.save that is to become array `name`.
 
-    Its elements are not read: of a tensor without data torch says where in the file they lie. Raises ProblemError for a file
-    of anything else than plain tensors.
+    It is called `tensor`, if that is given. Its elements are not read: of a tensor without data torch says where in the file
+    they lie. Raises ProblemError for a file of anything else than plain tensors.
     """
     import torch
 
@@ -212,7 +216,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
 
 
 def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
-    """Raise ProblemError where the elements in an archive of torch.save are not what the tensors are made of.
+    """Raise ProblemError where torch.save's elements are compressed or swapped.
 
     torch tells where an element lies, and not that it is compressed; numbers of another byte order crash it.
     """
@@ -232,7 +236,10 @@ def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
 
 
 def _without_data() -> AbstractContextManager[object]:
-    """Where torch.load to the device "meta" reads no elements: anywhere, or with older versions among fake tensors."""
+    """A context in which torch.load to the device "meta" reads no elements.
+
+    Older versions need fake tensors for that.
+    """
     import torch
 
     if hasattr(torch.serialization, "_is_meta_location"):
@@ -259,7 +266,7 @@ def _torch_tensor(name: str, path: Path, label: str, found: torch.Tensor, stamp:
 
 
 def _pick(name: str, path: Path, tensor: str | None, found: list[str]) -> str:
-    """The key of the tensor meant: the one that is named, or called `name`, or the only one."""
+    """The key of the tensor meant: the named one, `name`, or the only one."""
     if tensor is None and len(found) == 1:
         return found[0]
     key = tensor or name

@@ -1,4 +1,4 @@
-"""Remote stores: Zarr's store over fsspec in which every request is tried again while that can help.
+"""Remote stores: Zarr's store over fsspec, with retries.
 
 Data, metadata, sizes and listings all go through `RemoteStore`, so none of them can be forgotten. An object is missing only
 where its server says so. What an exception means is transient.py's.
@@ -26,7 +26,10 @@ T = TypeVar("T")
 
 
 async def all_of(steps: Iterable[Awaitable[T]]) -> list[T]:
-    """What these return, awaited at the same time. An error is raised when all have ended: none goes on."""
+    """Await steps at the same time; return what each returns.
+
+    An error is raised when all have ended: none goes on.
+    """
     found = await asyncio.gather(*steps, return_exceptions=True)
     for each in found:
         if isinstance(each, BaseException):
@@ -35,7 +38,7 @@ async def all_of(steps: Iterable[Awaitable[T]]) -> list[T]:
 
 
 class RemoteStore(FsspecStore):
-    """A store whose requests are tried again for a minute where they failed for a transient reason.
+    """A store that retries requests for a minute after transient failures.
 
     Its methods return what FsspecStore's do. They raise RemoteDeniedError where a server does not let an object be read, and
     RemoteError for every other failure.
@@ -58,7 +61,7 @@ class RemoteStore(FsspecStore):
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        """The values of several (key, range), in their order; None where a key does not exist."""
+        """The values of several (key, range), in order; None where one is missing."""
         return [await self.get(key, prototype, part) for key, part in key_ranges]
 
     async def exists(self, key: str) -> bool:
@@ -70,7 +73,10 @@ class RemoteStore(FsspecStore):
         return True
 
     async def find_size(self, key: str) -> int | None:
-        """Bytes of an object; None where its server does not tell. Raises FileNotFoundError where there is none."""
+        """Bytes of an object; None where its server does not tell.
+
+        Raises FileNotFoundError where there is none.
+        """
         root = self.path.rstrip("/")
         path = f"{root}/{key}" if root else key
 
@@ -84,7 +90,7 @@ class RemoteStore(FsspecStore):
         return await self._retrying("looking for", key, step)
 
     async def find_sizes(self, keys: Iterable[str]) -> dict[str, int | None]:
-        """The sizes of those of these objects that exist, as `find_size`; all are asked for at the same time."""
+        """The sizes of the objects that exist, asked for at the same time."""
 
         async def find(key: str) -> list[tuple[str, int | None]]:
             try:
@@ -95,7 +101,10 @@ class RemoteStore(FsspecStore):
         return dict(itertools.chain.from_iterable(await all_of(map(find, keys))))
 
     async def list_sizes(self, prefix: str) -> dict[str, int | None]:
-        """The sizes of all objects below `prefix` by key; none where the store cannot be listed, or does not let it."""
+        """The sizes of all objects below `prefix`, by key.
+
+        None where the store cannot be listed, or does not allow it.
+        """
         root = self.path.rstrip("/")
         path = f"{root}/{prefix}" if root else prefix
 
@@ -109,7 +118,10 @@ class RemoteStore(FsspecStore):
         return {name.removeprefix(f"{root}/"): info.get("size") for name, info in found.items()}
 
     async def getsize(self, key: str) -> int:
-        """Bytes of an object, which is read where its server does not tell. Raises FileNotFoundError."""
+        """Bytes of an object, which is read where its server does not tell.
+
+        Raises FileNotFoundError.
+        """
         size = await self.find_size(key)
         if size is not None:
             return int(size)

@@ -77,7 +77,10 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The meaning of an exception, what was found in words, what to do, and the seconds that the server asks to wait."""
+    """The meaning of an exception: what was found, and what to do.
+
+    `wait` is the seconds that the server asks to wait.
+    """
 
     kind: Kind
     found: str
@@ -86,7 +89,7 @@ class Failure:
 
 
 async def retrying(operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
-    """What a step returns that may be done again; it is, while it fails for a transient reason, for `patience` seconds.
+    """Await a repeatable step; retry transient failures for `patience` seconds.
 
     Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, and RemoteError for
     every other failure: with the operation, the URL, what the server said, and how often it was tried.
@@ -131,7 +134,7 @@ def _error(operation: str, url: str, failure: Failure, tries: int, seconds: floa
 
 
 def classify(error: BaseException) -> Failure:
-    """What an exception of a file system means: by the first status code in it and its causes, else by their types."""
+    """Classify an exception by the first status code in its chain, or by types."""
     chain = list(_causes(error))
     garbled = any("aiohttp.HttpProcessingError" in _names(each) for each in chain)  # with status codes of aiohttp's own
     for each in () if garbled else chain:
@@ -182,14 +185,14 @@ def _by_status(error: BaseException) -> Failure | None:
 
 
 def _status(error: BaseException, metadata: Mapping[str, Any]) -> int | None:
-    """The HTTP status code that an exception carries, under the names that libraries have for it."""
+    """The HTTP status code of an exception, by any library's name for it."""
     named = (getattr(error, name) for name in ("status", "status_code", "code") if hasattr(error, name))
     text = str(metadata.get("HTTPStatusCode") or next(named, None))
     return int(text) if text.isascii() and text.isdigit() and 300 <= int(text) < 600 else None
 
 
 def _retry_after(headers: Any) -> float:
-    """Seconds of the header Retry-After, which is a number or a date; 0 where it is neither."""
+    """Seconds of the header Retry-After, a number or a date, or 0."""
     names = {str(name).lower(): str(value) for name, value in dict(headers).items()}
     text = names.get("retry-after", "").strip()
     if text.isascii() and text.isdigit():

@@ -1,4 +1,4 @@
-"""The arrays of a result, `out` and `lse`: written chunk by chunk while it grows, read once it is complete.
+"""The arrays of a result, `out` and `lse`: written by chunks, or read.
 
 Where they lie is `paths`' business, how the group begins and takes its name `state`'s.
 """
@@ -37,7 +37,7 @@ from oocattn.storage.results.damage import checksum
 
 @dataclass(frozen=True)
 class WrittenChunk:
-    """What was written of a part: its bytes, and the checksums of its rows of `out` and `lse`."""
+    """The bytes of a written part, and its checksums in `out` and `lse`."""
 
     nbytes: int
     out: str
@@ -45,7 +45,7 @@ class WrittenChunk:
 
 
 class ResultArrays:
-    """The arrays of a result; while it grows it is written chunk by chunk, each by one writer."""
+    """The arrays of a result; a growing one has one writer a chunk."""
 
     def __init__(self, out: zarr.Array[Any], lse: zarr.Array[Any]) -> None:
         self.out = out
@@ -57,7 +57,10 @@ class ResultArrays:
 
     @classmethod
     def open(cls, path: Path) -> ResultArrays:
-        """The arrays of the result at `path`, read through memory maps. Raises IntegrityError where one is missing."""
+        """Open the arrays of the result at `path` through memory maps.
+
+        Raises IntegrityError where one is missing.
+        """
         return cls.of(MappedStore(path, read_only=True))
 
     @classmethod
@@ -87,7 +90,7 @@ class ResultArrays:
         return True
 
     def checksums(self, batch: int, head: int, part: int) -> dict[str, str]:
-        """The checksums of chunk `part` of one head, as it is on disk; what is no chunk has none that fits.
+        """The checksums of chunk `part` of one head on disk; "" for no chunk.
 
         Raises OSError as the file system does.
         """
@@ -119,7 +122,7 @@ class ResultArrays:
         return WrittenChunk(out.nbytes + lse.nbytes, *checksums)
 
     def record(self, checksums: Mapping[str, Checksums]) -> None:
-        """Keep the checksums of `out` and `lse` with the arrays; when this returns, they are on disk."""
+        """Record the checksums in the attributes of `out` and `lse`, durably."""
         for name, array in self.by_name.items():
             assert isinstance(array.store, LocalStore)
             path = array.store.root / array.path / "zarr.json"

@@ -1,8 +1,8 @@
-"""Checksums of a result's bits: made as it is written, kept in the attributes of its arrays, compared when it is verified.
+"""Checksums of a result's bits, kept in the attributes of its arrays.
 
-A part is T tokens of one head, what a run writes as one chunk. Its checksum is the CRC-32 of its elements, little-endian and
-in C order: of what they are, and not of how they are stored. A result that was copied to other chunks or compressed has the
-same.
+They are made as the result is written, and compared when it is verified. A part is T tokens of one head, what a run writes
+as one chunk. Its checksum is the CRC-32 of its elements, little-endian and in C order: of what they are, and not of how they
+are stored. A result that was copied to other chunks or compressed has the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ Digits = Annotated[str, Pattern("[0-9a-f]*")]
 
 @dataclass(frozen=True)
 class Checksums:
-    """Of an array [B, H, N, ...]: `digits` are 8 hexadecimal digits for every part of `rows` tokens, over (b, h, part)."""
+    """Checksums of an array [B, H, N, ...]: 8 digits for every part.
+
+    A part is `rows` tokens of one head; parts are in the order of (batch, head, part).
+    """
 
     rows: Positive
     digits: Digits
@@ -52,7 +55,7 @@ def as_digits(value: int) -> str:
 
 @dataclass(frozen=True)
 class ArrayBits:
-    """Shape and dtype of an array of a result, and the checksums of its bits, None where none are recorded."""
+    """Shape, dtype and checksums (None: not recorded) of an array."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -85,7 +88,7 @@ def _read_bits(result: Path, name: str) -> ArrayBits:
 
 
 def result_digest(arrays: Mapping[str, ArrayBits]) -> str | None:
-    """A SHA-256 over names, shapes, dtypes and the checksums of all parts: the identity of a result's bits.
+    """The identity of a result's bits: a SHA-256 of shapes and checksums.
 
     None where the checksums of an array are not recorded.
     """

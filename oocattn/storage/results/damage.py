@@ -1,4 +1,4 @@
-"""The parts of a result that are not as they were written, found by their checksums."""
+"""Parts of a result that are not as they were written, by checksum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from oocattn.storage.results.rows import RowReader
 
 @dataclass(frozen=True)
 class Damage:
-    """Tokens [start, stop) of one head of an array that are not those that were written, and what is wrong with them."""
+    """Tokens [start, stop) of one head that are not as they were written."""
 
     array: str
     batch: Count
@@ -40,7 +40,7 @@ def checksum(rows: NDArray[Any], before: int = 0) -> int:
 
 
 def find_damage(reader: RowReader, recorded: Checksums, step: int) -> Iterator[Damage]:
-    """The parts of an array that are not as they were written, read `step` rows at a time.
+    """Find the damaged parts of an array, read `step` rows at a time.
 
     Raises OSError as the file system does: what could not be read may be as it was.
     """

@@ -1,4 +1,4 @@
-"""What a run does to its places: its growing result begins, is found again, takes its final name, or is removed.
+"""The growing result of a run: begun, found again, committed or removed.
 
 Each step that others would see asks first whether the lock is still this run's (`Claim`). A run touches its own growing
 result and no other, and removes files of its own patterns alone: what somebody else put in between is named and left.
@@ -55,7 +55,7 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape [B, Hq, N, D] and dtype of `out`, the rows of its chunks, and what the result says that it is the answer to."""
+    """Shape [B, Hq, N, D], dtype and chunk rows of `out`, and attributes."""
 
     shape: tuple[int, int, int, int]
     dtype: str
@@ -65,7 +65,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Growing:
-    """A result that is not complete: where it grows, its arrays, and the identity of the result that it will replace."""
+    """A result that is not complete, and the identity of the one it replaces."""
 
     path: Path
     arrays: ResultArrays
@@ -85,10 +85,11 @@ class RunState:
     claim: Claim
 
     def begin(self, layout: Layout, *, overwrite: bool) -> Growing:
-        """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], in place of any that an unfinished run left.
+        """Make the empty result: `out` [B, Hq, N, D] and `lse` [B, Hq, N].
 
-        With `overwrite` it is to replace the result that is there now. Raises ProblemError where it could not be given its
-        name later, and ResultExistsError where a file of somebody else's would be removed, now or then.
+        What an unfinished run has left is removed. With `overwrite` it is to replace the result that is there now. Raises
+        ProblemError where it could not be given its name later, and ResultExistsError where a file of somebody else's would
+        be removed, now or then.
         """
         paths = self.paths
         self._check()
@@ -152,8 +153,11 @@ class RunState:
     #   3. Where the result that is to be replaced is there, give it another name in the folder of job state.
     #   4. Give the complete result its name, unless something has it by now, and sync the folder.
     def commit(self, growing: Growing) -> None:
-        """Give the complete result its name. Raises ResultExistsError where something is there that the run may not replace,
-        LockedError where the lock was lost, and OSError as the file system does."""
+        """Give the complete result its name.
+
+        Raises ResultExistsError where something is there that the run may not replace, LockedError where the lock was lost,
+        and OSError as the file system does.
+        """
         result, replaced = self.paths.result, self.paths.replaced
         self._check()
         if is_folder(growing.path):
@@ -179,7 +183,7 @@ class RunState:
         )
 
     def tidy(self) -> None:
-        """Remove what a run whose result is complete needs no more: all but the report and a certificate."""
+        """Remove the job state of a complete result, but report and certificate."""
         self._check()
         forget(self.paths.state)
         self._throw_away(self.paths.scratch, self.paths.replaced, *self._growing(), *self._trash())
@@ -203,19 +207,19 @@ class RunState:
                 remove_file(self.paths.state / name)
 
     def _check(self) -> None:
-        """Raise LockedError where the lock was lost, IntegrityError where the folder is not this user's own any more."""
+        """Raise where the lock was lost, or the folder is not this user's own."""
         require_own(self.paths.state)
         self.claim.check()
 
     def _restore(self) -> None:
-        """Give a result its name back that was to be replaced when a run was killed, where nothing took its place."""
+        """Give a replaced result its name back, unless something has it."""
         if is_folder(self.paths.replaced):
             with suppress(FileExistsError):
                 rename_new(self.paths.replaced, self.paths.result)
                 sync(self.paths.result.parent)
 
     def _refuse_foreign(self) -> None:
-        """Raise ResultExistsError where a folder that is to be removed holds a file that no run writes there."""
+        """Raise ResultExistsError where a folder to be removed has foreign files."""
         refuse_foreign(self.paths.scratch, CHECKPOINTS)
         refuse_foreign(self.paths.state / "finished", JOURNAL)
         for folder in (*self._growing(), self.paths.replaced):
@@ -228,7 +232,7 @@ class RunState:
         return [self.paths.state / name for name in names_in(self.paths.state) if TRASH_NAME.fullmatch(name)]
 
     def _throw_away(self, *folders: Path) -> None:
-        """Remove folders; first their names, so that whoever still writes there finds them no more."""
+        """Remove folders; rename them first, so that late writers do not find them."""
         for folder in folders:
             if is_folder(folder) and not TRASH_NAME.fullmatch(folder.name):
                 with doing("rename", folder):
@@ -255,7 +259,7 @@ def _is_waiting(path: Path) -> bool:
 
 
 def is_untidy(paths: ResultPaths) -> bool:
-    """Whether a run was killed after it had committed its result and before it had tidied up."""
+    """Whether a run was killed between its commit and its tidying up."""
     if paths.unfinished is not None:
         return False
     leftovers = (paths.scratch, paths.replaced, paths.status, paths.lock)
