@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
-from oocattn.denormals import denormals_kept
+from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client
 from oocattn.kernels import kernel_names
@@ -334,7 +334,7 @@ def verify(
     and BudgetError, with the smallest budget that works.
     """
     found = open_result(result)
-    with denormals_kept():
+    with keep_denormals():
         return certify(
             ResultPaths.at(result),
             ResultArrays(found.out, found.lse),

@@ -10,7 +10,7 @@ import torch
 
 
 @contextmanager
-def denormals_kept() -> Iterator[None]:
+def keep_denormals() -> Iterator[None]:
     """Compute with denormal numbers in this thread, whatever torch was told."""
     smallest = np.ones(1, np.uint32).view(np.float32)
     flushed = not (smallest + smallest).view(np.uint32).any()

@@ -121,7 +121,7 @@ def differences(before: object, now: object) -> str:
     """
     old, new = to_json(before), to_json(now)
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return "" if old == new else f"{_shown(old)}, now {_shown(new)}"
+        return "" if old == new else f"{_show(old)}, now {_show(new)}"
     found = []
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
@@ -129,14 +129,14 @@ def differences(before: object, now: object) -> str:
     return "; ".join(found)
 
 
-def _shown(value: object) -> str:
+def _show(value: object) -> str:
     return "none" if value is None else f"{value!s:.200}"
 
 
 def _value(hint: Any, found: object, name: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _annotated(arguments[1:], _value(arguments[0], found, name), name)
+        return _check_annotations(arguments[1:], _value(arguments[0], found, name), name)
     if origin is Literal and any(found == each and type(found) is type(each) for each in arguments):
         return found
     if origin in (Union, UnionType) and found is None and NoneType in arguments:
@@ -171,7 +171,7 @@ def _as_float(found: Any, name: str) -> float:
         raise ValueError(f"{name} is too large for a number") from None
 
 
-def _annotated(annotations: tuple[Any, ...], found: Any, name: str) -> Any:
+def _check_annotations(annotations: tuple[Any, ...], found: Any, name: str) -> Any:
     for allowed in annotations:
         if isinstance(allowed, Range) and not allowed.least <= found <= allowed.most:
             raise ValueError(f"{name} is {found!r:.80}, expected {allowed.least:g} to {allowed.most:g}")

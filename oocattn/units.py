@@ -61,15 +61,15 @@ def parse_duration(text: str | float, name: str = "duration") -> float:
 
 def format_bytes(count: float) -> str:
     """Bytes with a binary prefix: 1536 -> `1.5 KiB`."""
-    return _scaled(count, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+    return _scale(count, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def format_count(count: float) -> str:
     """A count with a decimal prefix, ready for its unit: 2.2e12 -> `2.2 T`."""
-    return _scaled(count, 1000.0, ("", "k", "M", "G", "T", "P", "E", "Z"))
+    return _scale(count, 1000.0, ("", "k", "M", "G", "T", "P", "E", "Z"))
 
 
-def _scaled(count: float, base: float, prefixes: tuple[str, ...]) -> str:
+def _scale(count: float, base: float, prefixes: tuple[str, ...]) -> str:
     power = 0
     while count >= 0.9995 * base and power < len(prefixes) - 1:
         count /= base

@@ -29,7 +29,7 @@ from oocattn.bench.competitors import (
     OutOfCore,
     QueryStationaryLoop,
     ResidentCall,
-    Skipped,
+    SkippedCompetitor,
     StreamCqsa,
 )
 from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
@@ -147,7 +147,7 @@ def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any]
         found += [ResidentCall(inputs), QueryStationaryLoop(inputs, plan.kernel)]
     else:
         reason = f"needs {format_bytes(needed)} of host memory beside oocattn, {format_bytes(free)} are free"
-        found += [Skipped(RESIDENT, reason), Skipped(QueryStationaryLoop.name, reason)]
+        found += [SkippedCompetitor(RESIDENT, reason), SkippedCompetitor(QueryStationaryLoop.name, reason)]
     files = ceilings.chunk_files(dataset)
     return [
         *found,
@@ -162,11 +162,13 @@ def _from_memory(plan: Plan, dataset: Path, client: Client, options: dict[str, A
     """oocattn with dataset and result in memory, if there is room."""
     name = "oocattn, from memory"
     if not MEMORY_FOLDER.is_dir():
-        return Skipped(name, f"there is no {MEMORY_FOLDER}")
+        return SkippedCompetitor(name, f"there is no {MEMORY_FOLDER}")
     needed = Inputs.nbytes(plan.problem) + plan.scratch_disk
     free = min(shutil.disk_usage(MEMORY_FOLDER).free, psutil.virtual_memory().available - plan.peak_host)
     if 1.1 * needed > free:
-        return Skipped(name, f"needs {format_bytes(1.1 * needed)} in {MEMORY_FOLDER}, {format_bytes(max(0, free))} are free")
+        return SkippedCompetitor(
+            name, f"needs {format_bytes(1.1 * needed)} in {MEMORY_FOLDER}, {format_bytes(max(0, free))} are free"
+        )
     place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=MEMORY_FOLDER)))
     shutil.copytree(dataset, place / dataset.name)
     return OutOfCore(name, place / dataset.name, place / "out.zarr", client, options, before=lambda: None)
@@ -179,7 +181,7 @@ def _stream_cqsa(inputs: Inputs | None) -> list[Competitor]:
     try:
         return [StreamCqsa(inputs)]
     except Exception as error:
-        return [Skipped("stream_cqsa", _words(error))]
+        return [SkippedCompetitor("stream_cqsa", _words(error))]
 
 
 class _Entrant:

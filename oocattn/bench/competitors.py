@@ -56,7 +56,7 @@ class Competitor(Protocol):
         """Rows [R, D] of the `out` that was computed last."""
 
 
-class Skipped:
+class SkippedCompetitor:
     """A competitor that cannot run: says why when it is asked to."""
 
     def __init__(self, name: str, reason: str) -> None:

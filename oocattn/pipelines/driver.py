@@ -40,7 +40,7 @@ from oocattn.pipelines.work import Work
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import write_text
 from oocattn.storage.files.folders import remove_file
-from oocattn.storage.files.operations import described, is_disk_full, words_of
+from oocattn.storage.files.operations import describe_error, is_disk_full, words_of
 from oocattn.storage.journal.journal import ChunkId
 
 ATTEMPTS = 3
@@ -122,7 +122,7 @@ def _words(error: BaseException) -> str:
     """How a run ended, for those who look at it later."""
     if isinstance(error, InterruptedRunError | TimeLimitError):
         return str(error)
-    return described(error)
+    return describe_error(error)
 
 
 def _all_finished(work: Work) -> dict[ChunkId, FinishedChunk]:

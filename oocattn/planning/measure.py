@@ -25,7 +25,7 @@ from oocattn.planning.cost import HALF_RATE_KEYS
 from oocattn.planning.plan import MAX_LANES, Device, Hardware, InputCost
 from oocattn.problem.problem import Problem
 from oocattn.storage.dtypes import numpy_dtype
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
 
@@ -310,7 +310,7 @@ def free_disk(folder: Path) -> int:
 
     One in user space may count nothing at all; on one that is full in truth, the first write says so.
     """
-    with doing("look at", folder):
+    with name_failure("look at", folder):
         while not folder.exists():
             folder = folder.parent
     try:

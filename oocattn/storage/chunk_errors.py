@@ -9,20 +9,20 @@ from oocattn.text import printable
 def missing_chunk(location: str, key: str) -> IntegrityError:
     """The error for a chunk that is not there; `key` starts with the array's name."""
     return IntegrityError(
-        f"{described(location, key)} is missing: Zarr would read it as the fill value; copy it again, or write it "
+        f"{chunk_name(location, key)} is missing: Zarr would read it as the fill value; copy it again, or write it "
         "(with write_empty_chunks=True if it is all fill value)"
     )
 
 
-def no_file(location: str, key: str) -> IntegrityError:
+def irregular_chunk(location: str, key: str) -> IntegrityError:
     """The error for a chunk that is a folder, a FIFO or a device."""
-    return IntegrityError(f"{described(location, key)} is no regular file: expected one; copy it again")
+    return IntegrityError(f"{chunk_name(location, key)} is no regular file: expected one; copy it again")
 
 
-def wrong_size(location: str, key: str, found: int, expected: int) -> IntegrityError:
+def torn_chunk(location: str, key: str, found: int, expected: int) -> IntegrityError:
     """The error for a chunk file of `found` bytes that must have `expected`."""
     return IntegrityError(
-        f"{described(location, key)} has {found} bytes, expected {expected}: it is torn or of another array; copy it again"
+        f"{chunk_name(location, key)} has {found} bytes, expected {expected}: it is torn or of another array; copy it again"
     )
 
 
@@ -39,17 +39,21 @@ def html_page(place: str, content: bytes) -> IntegrityError:
     )
 
 
-def too_large(location: str, key: str, most: int) -> IntegrityError:
+def oversized_chunk(location: str, key: str, most: int) -> IntegrityError:
     """The error for a stored chunk of more than `most` bytes."""
-    return IntegrityError(f"{described(location, key)} has more than {most} bytes, the most that it can have; copy it again")
+    return IntegrityError(
+        f"{chunk_name(location, key)} has more than {most} bytes, the most that it can have; copy it again"
+    )
 
 
-def undecodable(location: str, key: str, error: object) -> IntegrityError:
+def undecodable_chunk(location: str, key: str, error: object) -> IntegrityError:
     """The error for a chunk that its codecs refuse."""
-    return IntegrityError(f"{described(location, key)} cannot be decoded ({printable(error)}): it is damaged; copy it again")
+    return IntegrityError(
+        f"{chunk_name(location, key)} cannot be decoded ({printable(error)}): it is damaged; copy it again"
+    )
 
 
-def described(location: str, key: str) -> str:
+def chunk_name(location: str, key: str) -> str:
     """Name a chunk for messages: array, coordinates and key.
 
     The key starts with the array's name.

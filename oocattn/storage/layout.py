@@ -51,7 +51,7 @@ class ChunkFiles:
         row_bytes = head_dim * self.array.dtype.itemsize
         outer: list[int] = []
         before = 0  # heads that come before this one in the same chunk
-        for position, extent in zip(leading(self.array, batch, head), grouped, strict=True):
+        for position, extent in zip(leading_indices(self.array, batch, head), grouped, strict=True):
             outer.append(position // extent)
             before = before * extent + position % extent
         for number in range(start // rows, ceil_div(stop, rows)):
@@ -62,7 +62,7 @@ class ChunkFiles:
             yield Part(key, self.root / key, offset, chunk_bytes(self.array), begin, end)
 
 
-def leading(array: zarr.Array[Any], batch: int, head: int) -> tuple[int, ...]:
+def leading_indices(array: zarr.Array[Any], batch: int, head: int) -> tuple[int, ...]:
     """Indices of the dimensions before N and D: (batch, head) or (head,)."""
     return (batch, head)[4 - array.ndim :]
 

@@ -59,8 +59,8 @@ def parse_location(typed: object, what: str = "dataset") -> Location:
         return typed
     text = _text(typed, what)
     if not isinstance(typed, str) or _is_local(text):
-        return _local(_at_home(text))
-    return _chain(text) if is_chain(text) else _url(text)
+        return _parse_local(_expand_home(text))
+    return _parse_chain(text) if is_chain(text) else _parse_url(text)
 
 
 def is_chain(text: str) -> bool:
@@ -74,7 +74,7 @@ def recorded_location(text: object) -> Location:
     Raises IntegrityError unless it is an absolute local path.
     """
     if isinstance(text, str) and text.startswith("/") and _is_printable(_BYTES.sub("", text)):
-        return _local(text)
+        return _parse_local(text)
     raise IntegrityError(
         f"the dataset is recorded as {printable(repr(text))}: only an absolute local path is believed, and nothing is read "
         "from there; if you trust that place, name it with --dataset (dataset=)"
@@ -87,10 +87,10 @@ def local_path(typed: object, what: str = "dataset") -> Path | None:
     Raises as `parse_location`.
     """
     found = parse_location(typed, what).path
-    return None if found is None else resolved(found)
+    return None if found is None else resolve_path(found)
 
 
-def resolved(path: Path) -> Path:
+def resolve_path(path: Path) -> Path:
     """`path` without symbolic links. Raises ProblemError where they lead nowhere."""
     try:
         return path.resolve()
@@ -124,7 +124,7 @@ def _text(typed: object, what: str) -> str:
     return str(text)
 
 
-def _at_home(text: str) -> str:
+def _expand_home(text: str) -> str:
     """The path with its home folder in the place of `~`.
 
     Raises ProblemError where there is none for this user.
@@ -149,7 +149,7 @@ def _is_local(text: str) -> bool:
         return True
 
 
-def _local(text: str) -> Location:
+def _parse_local(text: str) -> Location:
     if not text:
         raise ProblemError("an empty text is no location: expected a path or a URL")
     try:
@@ -167,10 +167,10 @@ def _local(text: str) -> Location:
     return Location(str(path), path)
 
 
-def _url(text: str) -> Location:
+def _parse_url(text: str) -> Location:
     """A URL without a chain."""
     if text.lower().startswith("file:"):
-        return _file_url(text)
+        return _parse_file_url(text)
     found = _SCHEME.match(text)
     scheme = found[1].lower() if found else text.partition("://")[0]
     if found is None or scheme not in SCHEMES:
@@ -183,7 +183,7 @@ def _url(text: str) -> Location:
     return Location(f"{scheme}://{text[found.end() :]}", None)
 
 
-def _file_url(text: str) -> Location:
+def _parse_file_url(text: str) -> Location:
     """The path in a file: URL of this host, percent escapes decoded."""
     rest = text[len("file:") :]
     if rest.startswith("//"):
@@ -193,10 +193,10 @@ def _file_url(text: str) -> Location:
             raise ProblemError(f"{printable(text)} names the host {printable(repr(host))}: expected file:///PATH")
     if not rest.startswith("/") or "?" in rest or "#" in rest:
         raise ProblemError(f"{printable(text)} is no absolute path: expected file:///PATH, with ? and # as %3F and %23")
-    return _local(os.fsdecode(unquote_to_bytes(rest)))
+    return _parse_local(os.fsdecode(unquote_to_bytes(rest)))
 
 
-def _chain(text: str) -> Location:
+def _parse_chain(text: str) -> Location:
     """A chain as fsspec reads it: each link but the last wraps the next one."""
     *wrappers, last = text.split("::")
     for link in wrappers:
@@ -205,7 +205,7 @@ def _chain(text: str) -> Location:
                 f"{printable(text)} is a chain with the link {printable(repr(link))}: expected {', '.join(WRAPPERS)} before "
                 "the last link"
             )
-    target = _local(_at_home(last)) if _is_local(last) else _url(last)
+    target = _parse_local(_expand_home(last)) if _is_local(last) else _parse_url(last)
     if target.path is not None and ("::" in target.text or not target.path.is_file()):
         raise ProblemError(
             f"{printable(text)}: {printable(target.text)} is no regular file: expected one at the chain's end"

@@ -19,7 +19,7 @@ from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError
 from oocattn.storage.files.mapping import map_file
-from oocattn.storage.files.regular import opened, read_exactly
+from oocattn.storage.files.regular import open_regular, read_exactly
 from oocattn.storage.zarr_compat import (
     Buffer,
     BufferPrototype,
@@ -44,9 +44,9 @@ _live_maps: WeakValueDictionary[tuple[object, ...], mmap.mmap] = WeakValueDictio
 def _content(path: Path, window: slice) -> bytes | memoryview:
     """A window of a regular file, mapped read-only, or else read.
 
-    Raises as `opened` does.
+    Raises as `open_regular` does.
     """
-    with opened(path) as descriptor:
+    with open_regular(path) as descriptor:
         status = os.fstat(descriptor)
         if status.st_size == 0:  # cannot be mapped
             return b""
@@ -82,7 +82,7 @@ class MappedStore(LocalStore):
     def can_map(self, path: str) -> bool:
         """Whether files are mapped and not read, by the metadata of a node."""
         for name in ("zarr.json", ".zarray", ".zgroup"):
-            with suppress(OSError, IntegrityError), opened(self.root / path / name) as descriptor:
+            with suppress(OSError, IntegrityError), open_regular(self.root / path / name) as descriptor:
                 mapped = map_file(descriptor, os.fstat(descriptor).st_size)
                 if mapped is not None:
                     mapped.close()

@@ -22,9 +22,9 @@ from zarr.storage import LocalStore
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import ProblemError, RemoteDeniedError
 from oocattn.storage import nodes
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.codec_chain import chain_of, v2_codecs, v3_codecs
-from oocattn.storage.nodes import MOST_BYTES, Read, attributes_of, damaged, read_document, read_in_folder, read_node
+from oocattn.storage.nodes import MOST_BYTES, Read, attributes_of, damaged_metadata, read_document, read_in_folder, read_node
 from oocattn.storage.zarr_compat import RangeByteRequest, Store, array_at, buffer_prototype, parse_metadata, sync
 from oocattn.text import printable
 
@@ -141,7 +141,7 @@ def array_names(store: Store) -> list[str]:
 
 def _array_folders(store: LocalStore) -> list[str]:
     try:
-        with doing("list", store.root), os.scandir(store.root) as entries:
+        with name_failure("list", store.root), os.scandir(store.root) as entries:
             names = [entry.name for entry in itertools.islice(entries, MOST_ENTRIES)]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -168,7 +168,7 @@ def _reader(store: Store, location: str) -> Read:
 def _read(store: Store, location: str, key: str) -> bytes | None:
     found = sync(store.get(key, buffer_prototype, RangeByteRequest(0, MOST_BYTES + 1)))
     if found is not None and len(found) > MOST_BYTES:
-        raise damaged(location, f"{key} has more than {MOST_BYTES:,} bytes")
+        raise damaged_metadata(location, f"{key} has more than {MOST_BYTES:,} bytes")
     return None if found is None else found.to_bytes()
 
 
@@ -181,7 +181,7 @@ def _check_v3(found: Mapping[str, Any], array: str) -> None:
     chunk = _check_extents(found.get("shape"), grid.get("chunk_shape"), itemsize, array)
     separator = _configuration(found, "chunk_key_encoding", ("default", "v2"), array).get("separator", ".")
     if separator not in (".", "/"):
-        raise damaged(array, "the separator of its chunk keys is neither . nor /")
+        raise damaged_metadata(array, "the separator of its chunk keys is neither . nor /")
     if found.get("storage_transformers"):
         raise ProblemError(f"{array} has storage transformers: these are not read; write it again without them")
     chain_of(v3_codecs(found.get("codecs"), array), chunk, itemsize, array)
@@ -200,7 +200,7 @@ def _check_v2(found: Mapping[str, Any], array: str) -> None:
     itemsize = int(match[2])
     chunk = _check_extents(found.get("shape"), found.get("chunks"), itemsize, array)
     if found.get("dimension_separator", ".") not in (".", "/") or found.get("order") not in ("C", "F"):
-        raise damaged(array, "its order or the separator of its chunk keys is not one of Zarr's")
+        raise damaged_metadata(array, "its order or the separator of its chunk keys is not one of Zarr's")
     chain_of(v2_codecs(found.get("filters"), found.get("compressor"), array), chunk, itemsize, array)
 
 
@@ -215,7 +215,7 @@ def _configuration(found: Mapping[str, Any], field: str, names: tuple[str, ...],
     """The configuration of an extension point of Zarr v3 with a known name."""
     value = found.get(field)
     if not isinstance(value, dict) or not isinstance(value.get("configuration", {}), dict):
-        raise damaged(array, f"its {field} is no object with a name and a configuration")
+        raise damaged_metadata(array, f"its {field} is no object with a name and a configuration")
     name = value.get("name")
     if name not in names:
         shown = f"{printable(repr(name)):.80}"
@@ -231,7 +231,7 @@ def _check_extents(found_shape: object, found_chunk: object, itemsize: int, arra
     shape = _sizes("shape", found_shape, 0, array)
     chunk = _sizes("chunk shape", found_chunk, 1, array)
     if len(shape) != len(chunk):
-        raise damaged(array, f"its shape {shape} and its chunk shape {chunk} have different ranks")
+        raise damaged_metadata(array, f"its shape {shape} and its chunk shape {chunk} have different ranks")
     if math.prod(chunk) * itemsize > MOST_CHUNK_BYTES or math.prod(shape) * itemsize > MOST_ARRAY_BYTES:
         raise ProblemError(
             f"{array} has shape {shape} and chunk shape {chunk}: expected chunks of at most {MOST_CHUNK_BYTES:,} bytes, and "
@@ -242,7 +242,7 @@ def _check_extents(found_shape: object, found_chunk: object, itemsize: int, arra
 
 def _sizes(what: str, found: object, least: int, array: str) -> list[int]:
     if not isinstance(found, list) or len(found) > MOST_DIMENSIONS:
-        raise damaged(
+        raise damaged_metadata(
             array, f"its {what} is {printable(repr(found)[:80])}, expected a list of up to {MOST_DIMENSIONS} sizes"
         )
     if not all(type(size) is int and least <= size <= MOST_EXTENT for size in found):

@@ -63,7 +63,7 @@ def read_array(folder: Path, name: str) -> ArrayNode:
     try:
         return from_json(ArrayNode, {**node[1], "dtype": kind, "attributes": attributes_of(node[1], str(folder / name))})
     except ValueError as error:
-        raise damaged(node_name(name, str(folder)), printable(error)) from None
+        raise damaged_metadata(node_name(name, str(folder)), printable(error)) from None
 
 
 def read_in_folder(folder: Path, key: str) -> bytes | None:
@@ -110,12 +110,12 @@ def read_node(read: Read, path: str, location: str) -> Node | None:
     if (found := document("zarr.json")) is not None:
         kind = found.get("node_type")
         if type(found.get("zarr_format")) is not int or found["zarr_format"] != 3 or kind not in ("array", "group"):
-            raise damaged(node_name(path, location), "it is neither a group nor an array of Zarr format 3")
+            raise damaged_metadata(node_name(path, location), "it is neither a group nor an array of Zarr format 3")
         return str(kind), found
     for key, kind in ((".zarray", "array"), (".zgroup", "group")):
         if (found := document(key)) is not None:
             if type(found.get("zarr_format")) is not int or found["zarr_format"] != 2:
-                raise damaged(node_name(path, location), f"{key} is not of Zarr format 2")
+                raise damaged_metadata(node_name(path, location), f"{key} is not of Zarr format 2")
             return kind, {**found, "attributes": document(".zattrs") or {}}
     if denied:
         raise denied[0]
@@ -132,7 +132,7 @@ def read_document(read: Read, path: str, name: str, location: str) -> dict[str, 
     except ValueError as error:
         if is_html(content):
             raise html_page(f"{name} of {node_name(path, location)}", content) from None
-        raise damaged(node_name(path, location), f"{name} is {printable(error)}") from None
+        raise damaged_metadata(node_name(path, location), f"{name} is {printable(error)}") from None
 
 
 def attributes_of(node: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def attributes_of(node: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     attributes = node.get("attributes", {})
     if not isinstance(attributes, dict):
-        raise damaged(name, "its attributes are no object")
+        raise damaged_metadata(name, "its attributes are no object")
     return attributes
 
 
@@ -151,6 +151,6 @@ def node_name(path: str, location: str) -> str:
     return f"array {path!r} of {location}" if path else location
 
 
-def damaged(name: str, reason: str) -> IntegrityError:
+def damaged_metadata(name: str, reason: str) -> IntegrityError:
     """The error for metadata that cannot be what somebody wrote."""
     return IntegrityError(f"the metadata of {printable(name)} is damaged: {reason}; copy it again")

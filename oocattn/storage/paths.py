@@ -20,10 +20,10 @@ from typing import Any
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.files.durable import MOST_RECORD, make_durably
 from oocattn.storage.files.folders import is_folder, is_taken, require_own
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.journal.journal import read_header
-from oocattn.storage.locations import output_path, resolved
+from oocattn.storage.locations import output_path, resolve_path
 from oocattn.storage.nodes import folder_attributes
 
 ATTRIBUTES = "oocattn"
@@ -45,7 +45,7 @@ class ResultPaths:
 
         Raises ProblemError for a URL of another host: results are local.
         """
-        result = resolved(output_path(path, "result"))
+        result = resolve_path(output_path(path, "result"))
         if not result.name:
             raise ProblemError(f"result {result}: expected a path with a name for the Zarr group; add one")
         return cls(result)
@@ -127,12 +127,12 @@ def identity_at(path: Path) -> str | None:
     there: not every file system gives a folder one number for good.
     """
     try:
-        with doing("look at", path):
+        with name_failure("look at", path):
             found = os.lstat(path)
     except FileNotFoundError:
         return None
     metadata = path / "zarr.json"
-    with suppress(FileNotFoundError, NotADirectoryError, IntegrityError), doing("look at", metadata):
+    with suppress(FileNotFoundError, NotADirectoryError, IntegrityError), name_failure("look at", metadata):
         content = hashlib.sha256(read_file(metadata, MOST_RECORD)).hexdigest()[:16]
         if stat.S_ISDIR(found.st_mode):
             return f"{os.stat(metadata).st_ctime_ns}-{content}"

@@ -121,7 +121,7 @@ def certify(
     )
     if (ResultAttributes.read(paths), identity_at(paths.result)) != (recorded, identity):
         raise IntegrityError(f"{paths.result} was replaced while it was verified: verify it again")
-    return _kept(certificate, paths)
+    return _write_certificate(certificate, paths)
 
 
 def _weight_roundoff(recorded: ResultAttributes) -> float:
@@ -196,7 +196,7 @@ def _sizes(
         return size
 
     key_rows = fit(KEY_ROWS, LEAST_KEYS, lambda keys: one_row + recompute_bytes(problem, dataset, rows, keys))
-    steps = {name: fit(*_steps(readers[name], of.rows), readers[name].nbytes) for name, of in compared.items()}
+    steps = {name: fit(*_steps(readers[name], checksums.rows), readers[name].nbytes) for name, checksums in compared.items()}
     if max(least) > host_memory:
         raise BudgetError(
             f"--host-memory {format_bytes(host_memory)} is too small to verify this result: the smallest that works is "
@@ -235,7 +235,7 @@ def _check_array(reader: RowReader, recorded: Checksums | None, step: int | None
     return ArrayCheck(reader.name, "checked", len(recorded), tuple(find_damage(reader, recorded, step)))
 
 
-def _kept(certificate: Certificate, paths: ResultPaths) -> Certificate:
+def _write_certificate(certificate: Certificate, paths: ResultPaths) -> Certificate:
     """The certificate, once it is on disk; where that cannot be, a warning says so."""
     files = {
         paths.certificate_page: certificate_page(certificate),

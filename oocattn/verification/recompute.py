@@ -228,7 +228,7 @@ class _Softmax:
     def add(self, value: Array64, start: int) -> None:
         """Add the values [n, D] of the keys that were weighed last."""
         _, weights = self._views(len(value))
-        attended = self._attended(start + len(value)) - self._attended(start)
+        attended = self._count_attended(start + len(value)) - self._count_attended(start)
         special = ~np.isfinite(value)
         if special.any():  # a NaN or Inf in a value that a row does not attend stays out of that row
             values = np.where(special, value, 0.0)
@@ -252,7 +252,7 @@ class _Softmax:
     def rows(self, places: Sequence[SampledRow]) -> list[ExactRow]:
         """What has come of the rows, which are at these places."""
         self._count_partial_sum(self._problem.tokens)
-        keys = self._attended(self._problem.tokens)
+        keys = self._count_attended(self._problem.tokens)
         den = np.where(self._den == 0, 1.0, self._den)  # every score is -inf: out is 0, as of no key
         out = (self._num + self._special) / den[:, None]
         lse = self._maximum + np.log(self._den)
@@ -264,14 +264,14 @@ class _Softmax:
             for place, row, *of_row in zip(places, *columns, strict=True)
         ]
 
-    def _attended(self, stop: int) -> npt.NDArray[np.int64]:
+    def _count_attended(self, stop: int) -> npt.NDArray[np.int64]:
         """The keys before `stop` that each row attends."""
         return np.minimum(self._tokens + 1, stop) if self._problem.causal else np.full(len(self._tokens), stop)
 
     def _count_partial_sum(self, stop: int) -> None:
         """The sums over the keys before `stop` stand for those since the last call."""
         self._rounding.see_partial_sum(
-            self._num, self._size, self._passed, self._attended(stop) - self._attended(self._counted)
+            self._num, self._size, self._passed, self._count_attended(stop) - self._count_attended(self._counted)
         )
         self._counted = stop
 

@@ -52,9 +52,9 @@ def sample_rows(problem: Problem, borders: Sequence[int], rows: int, seed: int) 
     for row in random.choice(problem.rows, min(rows - len(chosen), problem.rows), replace=False):
         strata.setdefault(int(row), []).append("uniform")
     found = []
-    for row, of in strata.items():
+    for row, names in strata.items():
         head, token = divmod(row, problem.tokens)
-        found.append(SampledRow(*divmod(head, problem.query_heads), token, tuple(of)))
+        found.append(SampledRow(*divmod(head, problem.query_heads), token, tuple(names)))
     return sorted(found)
 
 

@@ -203,7 +203,7 @@ def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, st
 
     At the right is the share of the run's wall time.
     """
-    labels = [printable(f"lane {_shortened(worker)}: {resource}") for worker, resource in rows]
+    labels = [printable(f"lane {_shorten(worker)}: {resource}") for worker, resource in rows]
     left = max([_LEFT, *(math.ceil(_CELL * display_width(label)) + 16 for label in labels)])
     width = left + _WIDTH + _RIGHT
     lines = textwrap.wrap(printable(caption), int((width - 20) / _CAPTION_CELL))
@@ -232,7 +232,7 @@ def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, st
     yield "</svg>\n"
 
 
-def _shortened(name: str) -> str:
+def _shorten(name: str) -> str:
     return name if len(name) <= _MOST_NAME else f"{name[: _MOST_NAME // 2]}...{name[-_MOST_NAME // 2 :]}"
 
 

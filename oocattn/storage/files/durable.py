@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
 from oocattn.records import parse_json
-from oocattn.storage.files.folders import opened_folder
-from oocattn.storage.files.operations import UNSUPPORTED, doing
+from oocattn.storage.files.folders import open_folder
+from oocattn.storage.files.operations import UNSUPPORTED, name_failure
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.files.syncing import sync, sync_descriptor
 
@@ -62,7 +62,7 @@ def replacement(path: Path, *, synced: bool = True) -> Iterator[int]:
     `write_durably`.
     """
     temporary = f"{path.name}.{uuid.uuid4().hex}{PARTIAL}"
-    with opened_folder(path.parent, listed=False) as folder, doing("write", path):
+    with open_folder(path.parent, listed=False) as folder, name_failure("write", path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             descriptor = os.open(temporary, flags, 0o666, dir_fd=folder)
@@ -119,7 +119,7 @@ def _extend(descriptor: int, written: int, size: int) -> None:
 
 def make_durably(folder: Path) -> None:
     """Make a folder and its missing parents, durably."""
-    with doing("make", folder):
+    with name_failure("make", folder):
         missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
         folder.mkdir(parents=True, exist_ok=True)
     for made in missing:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from oocattn.errors import IntegrityError, ResultExistsError
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.operations import name_failure
 
 _TEMPORARY = r"(\.[0-9a-f]{32})?(\.partial)?"
 """What the name of a file ends with while it is written."""
@@ -41,14 +41,14 @@ _HELD = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]+")
 
 
 @contextmanager
-def opened_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
+def open_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
     """Open a folder; yield its descriptor.
 
     Raises IntegrityError for a link or a file, OSError as `open`. It need not be allowed to list one that is not to be
     `listed`.
     """
     flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with doing("open the folder", path):
+    with name_failure("open the folder", path):
         try:
             descriptor = os.open(path, flags | os.O_RDONLY)
         except NotADirectoryError:
@@ -66,7 +66,7 @@ def opened_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
 def is_folder(path: Path) -> bool:
     """Whether there is a folder, and no link to one."""
     try:
-        with doing("look at", path):
+        with name_failure("look at", path):
             return stat.S_ISDIR(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -78,7 +78,7 @@ def is_taken(path: Path) -> bool:
     Raises OSError where that cannot be told.
     """
     try:
-        with doing("look at", path):
+        with name_failure("look at", path):
             os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -91,7 +91,7 @@ def require_own(path: Path) -> None:
     Some file systems have users of their own (NFS that squashes them, SMB, sshfs): there it must be of the user that they
     give what this process makes.
     """
-    with opened_folder(path, listed=False) as descriptor, doing("look at", path):
+    with open_folder(path, listed=False) as descriptor, name_failure("look at", path):
         owner = os.fstat(descriptor).st_uid
     if owner != os.geteuid() and owner != _owner_of_new_files(path.parent):
         raise IntegrityError(
@@ -115,7 +115,7 @@ def names_in(path: Path) -> list[str]:
     Raises IntegrityError for a link.
     """
     try:
-        with opened_folder(path) as descriptor, doing("list", path):
+        with open_folder(path) as descriptor, name_failure("list", path):
             return sorted(os.listdir(descriptor))
     except FileNotFoundError:
         return []
@@ -165,7 +165,7 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
     for inside, modes, descriptor in _walk(folder):
         for name, mode in modes.items():
             if stat.S_ISREG(mode) and pattern.fullmatch((inside / name).as_posix()):
-                with suppress(FileNotFoundError), doing("remove", folder / inside / name):
+                with suppress(FileNotFoundError), name_failure("remove", folder / inside / name):
                     os.unlink(name, dir_fd=descriptor)
         if not keep_folders:
             with suppress(OSError):  # a file that is not ours is left in it
@@ -179,12 +179,12 @@ def _walk(folder: Path, inside: Path = Path(), parent: int | None = None) -> Ite
     Links are not followed, by the way in which folders are opened: `os.fwalk` compares inodes, which not every file system
     has for good.
     """
-    with doing("list", folder / inside):
+    with name_failure("list", folder / inside):
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(folder if parent is None else inside.name, flags, dir_fd=parent)
     try:
         modes = {}
-        with doing("list", folder / inside):
+        with name_failure("list", folder / inside):
             for name in sorted(os.listdir(descriptor)):
                 with suppress(FileNotFoundError):  # it was removed in between
                     modes[name] = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
@@ -198,7 +198,7 @@ def _walk(folder: Path, inside: Path = Path(), parent: int | None = None) -> Ite
 
 def remove_file(path: Path) -> None:
     """Remove a file of our own, if it is there."""
-    with suppress(FileNotFoundError), doing("remove", path):
+    with suppress(FileNotFoundError), name_failure("remove", path):
         path.unlink()
 
 

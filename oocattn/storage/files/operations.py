@@ -57,7 +57,7 @@ logger = logging.getLogger("oocattn")
 
 
 @contextmanager
-def doing(operation: str, path: object) -> Iterator[None]:
+def name_failure(operation: str, path: object) -> Iterator[None]:
     """Name `operation`, a verb, and `path` in an OSError that lacks both."""
     try:
         yield
@@ -84,7 +84,7 @@ def words_of(error: BaseException) -> str:
     return f"{' and '.join(places)}: {_reason(error)}" if places else str(error)
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error with its type, unless it names what failed."""
     return words_of(error) if is_named(error) else f"{type(error).__name__}: {error}"
 

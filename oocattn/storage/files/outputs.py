@@ -13,7 +13,7 @@ from typing import TextIO
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
 from oocattn.storage.files.durable import replacement
 from oocattn.storage.files.folders import is_taken
-from oocattn.storage.files.regular import opened, read_exactly
+from oocattn.storage.files.regular import open_regular, read_exactly
 
 SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
 """Follows the opening tag of a picture."""
@@ -56,7 +56,7 @@ def write_output(path: Path, write: Callable[[TextIO], object]) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        with opened(path, follow=False) as descriptor:
+        with open_regular(path, follow=False) as descriptor:
             head = read_exactly(descriptor, _HEAD, 0, path).decode("utf-8", "replace")
     except IntegrityError:  # no regular file
         return False

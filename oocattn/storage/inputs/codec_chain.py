@@ -98,13 +98,13 @@ def chain_of(codecs: Sequence[Codec], chunk: Sequence[int], itemsize: int, array
     Raises ProblemError, naming `array`, for one that is not decoded.
     """
     if any(name == SHARDS for name, _ in codecs):
-        return _shards(codecs, chunk, itemsize, array, depth)
+        return _shard_chain(codecs, chunk, itemsize, array, depth)
     nbytes, exact, stages = math.prod(chunk) * itemsize, True, []
     widest = nbytes
     for name, config in codecs:
         stages.append(Stage(name, nbytes, exact))
         if name in COMPRESSORS:
-            nbytes, exact = _compressed(nbytes), False
+            nbytes, exact = _compressed_bytes(nbytes), False
         elif name in CHECKSUMS:
             nbytes += _CHECKSUM_BYTES
         elif name in FILTERS:
@@ -116,12 +116,12 @@ def chain_of(codecs: Sequence[Codec], chunk: Sequence[int], itemsize: int, array
     return Chain(tuple(stages), nbytes, widest)
 
 
-def _compressed(nbytes: int) -> int:
+def _compressed_bytes(nbytes: int) -> int:
     """Bound what a compressor makes of `nbytes`: all store what is random."""
     return nbytes + nbytes // 64 + SLACK_BYTES
 
 
-def _shards(codecs: Sequence[Codec], shard: Sequence[int], itemsize: int, array: str, depth: int) -> Chain:
+def _shard_chain(codecs: Sequence[Codec], shard: Sequence[int], itemsize: int, array: str, depth: int) -> Chain:
     if len(codecs) != 1:  # an index that other codecs hide or turn is not read: Zarr would give fill values for it
         found = ", ".join(name for name, _ in codecs)
         raise ProblemError(
@@ -181,19 +181,19 @@ def _v3_codec(found: object, array: str) -> Codec:
     known = name in _V3 if isinstance(name, str) else False
     own = isinstance(name, str) and name.startswith("numcodecs.")
     plain = name.removeprefix("numcodecs.") if isinstance(name, str) else ""
-    return _checked(found, plain, {} if config is None else config, array, known or (own and _is_numcodec(plain)))
+    return _check_codec(found, plain, {} if config is None else config, array, known or (own and _is_numcodec(plain)))
 
 
 def _v2_codec(found: object, array: str) -> Codec:
     name = found.get("id") if isinstance(found, Mapping) else None
-    return _checked(found, str(name), found, array, isinstance(name, str) and _is_numcodec(name))
+    return _check_codec(found, str(name), found, array, isinstance(name, str) and _is_numcodec(name))
 
 
 def _is_numcodec(name: str) -> bool:
     return name in (*COMPRESSORS, *CHECKSUMS, *FILTERS)
 
 
-def _checked(found: object, name: str, config: object, array: str, allowed: bool) -> Codec:
+def _check_codec(found: object, name: str, config: object, array: str, allowed: bool) -> Codec:
     if not allowed:
         shown = printable(repr(name or found))
         raise ProblemError(

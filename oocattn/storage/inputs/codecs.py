@@ -17,10 +17,18 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore, WrapperStore
 
 from oocattn.errors import OocattnError
-from oocattn.storage.chunk_errors import described, html_page, is_html, missing_chunk, too_large, undecodable, wrong_size
-from oocattn.storage.inputs.decoding import array_chain, bounded
+from oocattn.storage.chunk_errors import (
+    chunk_name,
+    html_page,
+    is_html,
+    missing_chunk,
+    oversized_chunk,
+    torn_chunk,
+    undecodable_chunk,
+)
+from oocattn.storage.inputs.decoding import array_chain, bounded_metadata
 from oocattn.storage.inputs.shards import check_shard
-from oocattn.storage.layout import chunk_bytes, chunk_key, leading, stored_bytes
+from oocattn.storage.layout import chunk_bytes, chunk_key, leading_indices, stored_bytes
 from oocattn.storage.zarr_compat import (
     Buffer,
     BufferPrototype,
@@ -67,7 +75,7 @@ class CompleteStore(WrapperStore[Store]):
         window = byte_range
         if byte_range is None and not isinstance(self._store, LocalStore):
             window = RangeByteRequest(0, self._most + 1)
-        value = self._whole(key, await self._store.get(key, prototype, window))
+        value = self._check_whole(key, await self._store.get(key, prototype, window))
         if byte_range is None:
             self._check_content(key, value)
         return value
@@ -77,7 +85,7 @@ class CompleteStore(WrapperStore[Store]):
     ) -> Buffer | None:
         """As `get`, where the wrapped store reads synchronously."""
         store: Any = self._store
-        return self._whole(key, store.get_sync(key, prototype=prototype, byte_range=byte_range))
+        return self._check_whole(key, store.get_sync(key, prototype=prototype, byte_range=byte_range))
 
     if hasattr(Store, "get_ranges"):  # from zarr 3.2 on: by `get`, not by the wrapped store's own
         get_ranges = Store.get_ranges
@@ -85,15 +93,15 @@ class CompleteStore(WrapperStore[Store]):
     def _check_content(self, key: str, value: Buffer) -> None:
         beginning = value[:64].to_bytes()
         if is_html(beginning):
-            raise html_page(described(self._location, key), beginning)
+            raise html_page(chunk_name(self._location, key), beginning)
         if self._exact is not None and len(value) != self._exact:
-            raise wrong_size(self._location, key, len(value), self._exact)
+            raise torn_chunk(self._location, key, len(value), self._exact)
 
-    def _whole(self, key: str, value: Buffer | None) -> Buffer:
+    def _check_whole(self, key: str, value: Buffer | None) -> Buffer:
         if value is None:
             raise missing_chunk(self._location, key)
         if len(value) > self._most:
-            raise too_large(self._location, key, self._most)
+            raise oversized_chunk(self._location, key, self._most)
         return value
 
 
@@ -103,7 +111,7 @@ def complete_array(array: zarr.Array[Any], location: str) -> zarr.Array[Any]:
     Raises ProblemError for codecs that are not decoded.
     """
     store = CompleteStore(array.store, location, array_chain(array).stored, stored_bytes(array))
-    return array_at(store, array.path, bounded(array))
+    return array_at(store, array.path, bounded_metadata(array))
 
 
 class CodecReader:
@@ -132,7 +140,7 @@ class CodecReader:
         `out` has the array's dtype in native order. Raises IntegrityError for a chunk that is missing or that its codecs
         refuse.
         """
-        index = leading(self._array, batch, head)
+        index = leading_indices(self._array, batch, head)
         for shard in self._shards(index, start, stop):
             if (key := chunk_key(self._array, shard)) not in self._whole_shards:
                 check_shard(self._stored, shard, self._location)
@@ -163,19 +171,19 @@ def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low
     except (OocattnError, OSError, MemoryError):
         raise
     except BaseExceptionGroup as group:  # as Zarr raises what reads of a shard's parts raised
-        raise _first(group) from group
+        raise _first_error(group) from group
     except Exception as error:  # each codec has its own: RuntimeError, ValueError, zlib.error, EOFError, ...
         if str(error) == "can't start new thread":  # nor does that say anything of the chunk
             raise OSError(errno.EAGAIN, "cannot start a thread: raise the limit on processes (ulimit -u)") from error
         if low // rows == (high - 1) // rows:
-            raise undecodable(location, _key(array, index, low), error) from error
+            raise undecodable_chunk(location, _key(array, index, low), error) from error
         for first, last in _spans(low, high, rows):  # to find out which chunk it is
             read_span(array, location, index, first, out[first - low : last - low])
 
 
-def _first(error: BaseException) -> BaseException:
+def _first_error(error: BaseException) -> BaseException:
     """The first exception in a group that holds no group."""
-    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+    return _first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _key(array: zarr.Array[Any], index: tuple[int, ...], token: int) -> str:

@@ -17,7 +17,7 @@ import zarr
 
 from oocattn.errors import ProblemError
 from oocattn.problem.problem import ArraySpec
-from oocattn.storage.chunk_errors import missing_chunk, wrong_size
+from oocattn.storage.chunk_errors import missing_chunk, torn_chunk
 from oocattn.storage.inputs.axes import check_axes
 from oocattn.storage.inputs.direct import FastestReader
 from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, chunk_files, fingerprints_of, identity
@@ -59,10 +59,10 @@ class Dataset:
         is read before the location is checked.
         """
         location = parse_location(path_or_url)
-        return cls._in(_open_store(location), str(location))
+        return cls._open_in(_open_store(location), str(location))
 
     @classmethod
-    def _in(cls, store: Store, location: str) -> Dataset:
+    def _open_in(cls, store: Store, location: str) -> Dataset:
         group = read_group(store, location)
         if group is None:
             raise _no_group(location, _what_is_at(store, location))
@@ -74,9 +74,9 @@ class Dataset:
         check_axes(arrays, location)
         return cls.of(location, arrays)
 
-    def reopened(self) -> Dataset:
+    def reopen(self) -> Dataset:
         """The dataset as it is now: its metadata is read again. Raises as `open`."""
-        return self._in(self.arrays["q"].array.store, self.location)
+        return self._open_in(self.arrays["q"].array.store, self.location)
 
     @classmethod
     def open_recorded(cls, recorded: object, named: str | Path | Location | None) -> Dataset:
@@ -169,7 +169,7 @@ def _check_chunks(array: zarr.Array[Any], location: str) -> None:
     expected = stored_bytes(array)
     for coordinates, key, size in _sizes(array, location):
         if expected is not None and size is not None and size != expected:
-            raise wrong_size(location, key, size, expected)
+            raise torn_chunk(location, key, size, expected)
         if array.shards is not None:
             check_shard(array, coordinates, location)
 

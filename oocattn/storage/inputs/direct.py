@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.chunk_errors import missing_chunk, wrong_size
+from oocattn.storage.chunk_errors import missing_chunk, torn_chunk
 from oocattn.storage.files.mapping import map_file
-from oocattn.storage.files.operations import doing
-from oocattn.storage.files.regular import advise, opened
+from oocattn.storage.files.operations import name_failure
+from oocattn.storage.files.regular import advise, open_regular
 from oocattn.storage.layout import ChunkFiles, Part
 
 Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]
@@ -51,7 +51,7 @@ def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int,
     _advise(islice(ahead, 1 + READ_AHEAD))
     for part in files.parts(batch, head, start, stop):
         _advise(islice(ahead, 1))
-        with _opened(files, part) as descriptor:
+        with _open_part(files, part) as descriptor:
             _read(descriptor, files, part, content)
 
 
@@ -62,7 +62,7 @@ def read_mapped(files: ChunkFiles, batch: int, head: int, start: int, stop: int,
         wanted = content[part.begin : part.end]
         slack = part.offset % mmap.ALLOCATIONGRANULARITY
         first, length = part.offset - slack, wanted.nbytes + slack
-        with _opened(files, part) as descriptor:
+        with _open_part(files, part) as descriptor:
             mapped = map_file(descriptor, length, first)
             if mapped is None:
                 _read(descriptor, files, part, content)
@@ -75,10 +75,10 @@ def _read(descriptor: int, files: ChunkFiles, part: Part, content: NDArray[np.ui
     """Read the bytes of a part from its open file to their place in `content`."""
     wanted, offset = memoryview(content.data)[part.begin : part.end], part.offset
     while wanted:
-        with doing("read", part.path):
+        with name_failure("read", part.path):
             count = os.preadv(descriptor, [wanted], offset)
         if count == 0:
-            raise wrong_size(files.location, part.key, offset, part.file_bytes)
+            raise torn_chunk(files.location, part.key, offset, part.file_bytes)
         wanted, offset = wanted[count:], offset + count
 
 
@@ -119,18 +119,18 @@ def _bytes_of(out: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _advise(parts: Iterable[Part]) -> None:
     for part in parts:
-        with suppress(OSError, IntegrityError), opened(part.path) as descriptor:  # the read says what is wrong
+        with suppress(OSError, IntegrityError), open_regular(part.path) as descriptor:  # the read says what is wrong
             advise(descriptor, part.offset, part.end - part.begin, os.POSIX_FADV_WILLNEED)
 
 
 @contextmanager
-def _opened(files: ChunkFiles, part: Part) -> Iterator[int]:
+def _open_part(files: ChunkFiles, part: Part) -> Iterator[int]:
     """Open the chunk file of a part, which has the size that it must have."""
     try:
-        with opened(part.path) as descriptor:
+        with open_regular(part.path) as descriptor:
             size = os.fstat(descriptor).st_size
             if size != part.file_bytes:
-                raise wrong_size(files.location, part.key, size, part.file_bytes)
+                raise torn_chunk(files.location, part.key, size, part.file_bytes)
             yield descriptor
     except (FileNotFoundError, NotADirectoryError):
         raise missing_chunk(files.location, part.key) from None

@@ -15,9 +15,9 @@ from typing import Any
 
 import zarr
 
-from oocattn.storage.chunk_errors import missing_chunk, no_file
-from oocattn.storage.files.operations import doing
-from oocattn.storage.files.regular import advise, opened, read_exactly
+from oocattn.storage.chunk_errors import irregular_chunk, missing_chunk
+from oocattn.storage.files.operations import name_failure
+from oocattn.storage.files.regular import advise, open_regular, read_exactly
 from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks, stored_counts
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
@@ -98,12 +98,12 @@ def chunk_files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[i
     for coordinates in stored_chunks(array):
         key = chunk_key(array, coordinates)
         try:
-            with doing("look at", array.store.root / key):
+            with name_failure("look at", array.store.root / key):
                 status = os.stat(array.store.root / key)
         except (FileNotFoundError, NotADirectoryError):
             raise missing_chunk(location, key) from None
         if not stat.S_ISREG(status.st_mode):
-            raise no_file(location, key)
+            raise irregular_chunk(location, key)
         yield coordinates, key, status
 
 
@@ -132,7 +132,7 @@ def _sample(array: zarr.Array[Any], location: str) -> list[bytes]:
 def _ends(root: Path, key: str, location: str) -> list[bytes]:
     """The first and the last bytes of a file. No more is read: of a map the system reads megabytes ahead."""
     try:
-        with opened(root / key) as descriptor:
+        with open_regular(root / key) as descriptor:
             advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
             last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
             return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]

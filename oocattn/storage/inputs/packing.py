@@ -45,12 +45,12 @@ def refuse_packed(array: zarr.Array[Any], location: str) -> None:
             number = _number(item)
             if item is not None and (number is None or not unchanged(number)):
                 shown = printable(repr(item if number is None else number))
-                raise _packed(array, location, f"the attribute {name} = {shown:.80}")
+                raise _packed_error(array, location, f"the attribute {name} = {shown:.80}")
     if (filled := _mask_of_v2(array)) is not None:
-        raise _packed(array, location, f"the fill_value {filled}, as which xarray keeps _FillValue,")
+        raise _packed_error(array, location, f"the fill_value {filled}, as which xarray keeps _FillValue,")
 
 
-def _packed(array: zarr.Array[Any], location: str, found: str) -> ProblemError:
+def _packed_error(array: zarr.Array[Any], location: str, found: str) -> ProblemError:
     return ProblemError(
         f"array {array.path!r} of {printable(location)} has {found} by which its numbers are packed or masked (CF "
         "conventions): expected plain numbers; write the decoded ones, as with "

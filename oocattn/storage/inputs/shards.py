@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from oocattn.storage.chunk_errors import missing_chunk, undecodable
+from oocattn.storage.chunk_errors import missing_chunk, undecodable_chunk
 from oocattn.storage.inputs.codec_chain import Chain
 from oocattn.storage.inputs.decoding import array_chain
 from oocattn.storage.layout import chunk_key
@@ -100,7 +100,7 @@ def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int],
     if content is None:
         raise missing_chunk(shard.location, shard.place)
     if len(content) != size:
-        raise undecodable(shard.location, shard.place, f"its index has {len(content)} bytes of {size}")
+        raise undecodable_chunk(shard.location, shard.place, f"its index has {len(content)} bytes of {size}")
     order = config["index_codecs"][0].get("configuration", {}).get("endian", "little")
     numbers = np.frombuffer(content.to_bytes(), ">u8" if order == "big" else "<u8", 2 * math.prod(counts))
     return numbers.astype(np.uint64, copy=False).reshape(*counts, 2)
@@ -120,13 +120,15 @@ def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int, conten
     listed = index[(index != _ABSENT).any(axis=-1)]
     offsets, lengths = listed[np.argsort(listed[:, 0], kind="stable")].T
     if np.any(lengths == 0):  # Zarr would read fill values
-        raise undecodable(shard.location, shard.place, "its index lists a chunk of no bytes")
+        raise undecodable_chunk(shard.location, shard.place, "its index lists a chunk of no bytes")
     if np.any(lengths > most):
-        raise undecodable(shard.location, shard.place, f"its index lists {int(lengths.max()):,} bytes for one chunk")
+        raise undecodable_chunk(shard.location, shard.place, f"its index lists {int(lengths.max()):,} bytes for one chunk")
     if np.any(offsets > 2**63) or np.any((offsets + lengths)[:-1] > offsets[1:]):
-        raise undecodable(shard.location, shard.place, "its index lists chunks that overlap")
+        raise undecodable_chunk(shard.location, shard.place, "its index lists chunks that overlap")
     if len(listed) and not content.start <= int(offsets[0]) <= int(offsets[-1] + lengths[-1]) <= content.stop:
-        raise undecodable(shard.location, shard.place, f"its index points beyond the {len(content):,} bytes of its chunks")
+        raise undecodable_chunk(
+            shard.location, shard.place, f"its index points beyond the {len(content):,} bytes of its chunks"
+        )
 
 
 def _inside(shard: _Shard, chunk: tuple[int, ...]) -> tuple[slice, ...]:

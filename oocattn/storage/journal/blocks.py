@@ -22,7 +22,7 @@ import numpy.typing as npt
 from oocattn.errors import IntegrityError
 from oocattn.records import Count, from_json
 from oocattn.storage.files.durable import decode_record, encode_record, write_durably
-from oocattn.storage.files.regular import opened
+from oocattn.storage.files.regular import open_regular
 from oocattn.units import ceil_div
 
 _PAGE = 4096
@@ -58,7 +58,7 @@ def read_label(path: Path) -> Mapping[str, Any]:
 
     Raises IntegrityError, naming the file, where it is missing or its header is damaged.
     """
-    with _opened(path) as file:
+    with _open_blocks(path) as file:
         return _read_header(path, file).label
 
 
@@ -68,7 +68,7 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
     The arrays of different blocks may be the same memory: use what was read before asking for the next. Raises
     IntegrityError, naming the file, where it is missing, short, or does not match its checksums.
     """
-    with _opened(path) as file:
+    with _open_blocks(path) as file:
         entries = _read_header(path, file).blocks
         if len(entries) != len(blocks):
             raise IntegrityError(f"{path}: {len(entries)} blocks, expected {len(blocks)}")
@@ -86,7 +86,7 @@ def is_whole(path: Path) -> bool:
     """Whether a file can be read and its blocks match their checksums."""
     step = bytearray(_STEP)
     try:
-        with _opened(path) as file:
+        with _open_blocks(path) as file:
             for size, expected in _read_header(path, file).blocks:
                 checksum, left = 0, size
                 while left and (count := file.readinto(memoryview(step)[: min(left, _STEP)])):
@@ -99,9 +99,9 @@ def is_whole(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
+def _open_blocks(path: Path) -> Iterator[BufferedReader]:
     try:
-        with opened(path, follow=False) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        with open_regular(path, follow=False) as descriptor, open(descriptor, "rb", closefd=False) as file:
             yield file
     except FileNotFoundError:
         raise IntegrityError(f"{path}: the file is missing") from None

@@ -53,7 +53,7 @@ class Holder:
         return f"process {self.process} on host {printable(self.host)}"
 
 
-NOBODY = Holder("unknown", 0)
+UNKNOWN_HOLDER = Holder("unknown", 0)
 """Who holds a lock whose text cannot be read."""
 
 
@@ -78,7 +78,7 @@ class Lock(Protocol):
     def claim(self) -> Claim:
         """What those who work under it ask."""
 
-    def still_mine(self) -> bool:
+    def is_held(self) -> bool:
         """Whether nobody has taken it over."""
 
     def release(self) -> None:
@@ -86,11 +86,11 @@ class Lock(Protocol):
 
 
 def read_holder(path: Path) -> Holder:
-    """Who holds the lock whose file this is; `NOBODY` where that cannot be read."""
+    """Who holds the lock whose file this is; `UNKNOWN_HOLDER` where that cannot be read."""
     try:
         return parse_holder(read_file(path, MOST_BYTES, follow=False))
     except (OSError, ValueError, IntegrityError):
-        return NOBODY
+        return UNKNOWN_HOLDER
 
 
 def parse_holder(content: bytes) -> Holder:

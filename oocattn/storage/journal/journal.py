@@ -18,7 +18,7 @@ from typing import Any
 from oocattn.errors import IntegrityError
 from oocattn.storage.files.durable import encode_record, read_record, write_record
 from oocattn.storage.files.folders import JOURNAL, is_taken, names_in, remove_ours
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.syncing import sync
 from oocattn.storage.journal.claims import Claim
 from oocattn.text import printable
@@ -44,7 +44,7 @@ class Journal:
     def begin(cls, state: Path, header: Mapping[str, Any], claim: Claim) -> Journal:
         """A new journal of the run that `header` describes; none may be there."""
         journal = cls(state, identity(header), claim)
-        with doing("make", journal._folder):
+        with name_failure("make", journal._folder):
             journal._folder.mkdir()
         claim.check()
         write_record(state / "plan.json", header)
@@ -113,18 +113,18 @@ def read_header(state: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def has_begun(state: Path) -> bool:
+def journal_exists(state: Path) -> bool:
     """Whether there is the journal of a run in a folder."""
     return is_taken(state / "plan.json")
 
 
-def forget(state: Path) -> None:
+def remove_journal(state: Path) -> None:
     """Remove the journal in a folder, the header first.
 
     Half of a journal is never believed then.
     """
     for name in ("plan.json", OTHER_BITS):
-        with suppress(FileNotFoundError), doing("remove", state / name):
+        with suppress(FileNotFoundError), name_failure("remove", state / name):
             (state / name).unlink()
             sync(state)
     remove_ours(state / "finished", JOURNAL)

@@ -41,11 +41,11 @@ from weakref import WeakSet
 from oocattn.clock import now
 from oocattn.errors import IntegrityError, LockedError, TimeLimitError
 from oocattn.storage.files.durable import PARTIAL
-from oocattn.storage.files.operations import UNSUPPORTED, doing, warn_once
-from oocattn.storage.files.regular import opened, read_exactly, read_file
+from oocattn.storage.files.operations import UNSUPPORTED, name_failure, warn_once
+from oocattn.storage.files.regular import open_regular, read_exactly, read_file
 from oocattn.storage.files.renaming import rename_new
 from oocattn.storage.files.syncing import sync_descriptor
-from oocattn.storage.journal.claims import MOST_BYTES, NOBODY, Holder, parse_holder, read_holder
+from oocattn.storage.journal.claims import MOST_BYTES, UNKNOWN_HOLDER, Holder, parse_holder, read_holder
 
 PATIENCE = 0.5
 """Seconds to wait for a lock: one who only looks at who holds it has it for a moment."""
@@ -118,7 +118,7 @@ class FileLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             with suppress(OSError):  # the file system is away
-                if not self.still_mine():
+                if not self.is_held():
                     logger.error("%s: %s has taken over; this run ends", self.path.parent, read_holder(self.path))
                     return
                 self._touch()
@@ -131,7 +131,7 @@ class FileLock:
         if os.fstat(self._descriptor).st_mtime_ns == before:
             os.pwrite(self._descriptor, os.pread(self._descriptor, MOST_BYTES, 0), 0)
 
-    def still_mine(self) -> bool:
+    def is_held(self) -> bool:
         """Whether nobody has taken this for left behind, as this process slept."""
         return self.claim.holds()
 
@@ -146,7 +146,7 @@ class FileLock:
         self._released.set()
         self._beating.join()  # else it might touch another file, which has the descriptor by then
         with suppress(OSError):
-            if self.still_mine():
+            if self.is_held():
                 self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
@@ -184,7 +184,7 @@ os.register_at_fork(after_in_child=_leave_all_to_parent)
 def _acquire(path: Path, holder: Holder, until: float) -> int:
     """Open the lock file at `path`, locked, with the holder's text in it."""
     temporary = path.with_name(f"{path.name}.{holder.token}{PARTIAL}")
-    with doing("lock", path):
+    with name_failure("lock", path):
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             flocked = _flock(descriptor, fcntl.LOCK_EX, path)
@@ -198,7 +198,7 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
                     *(path.parent, BEAT, BEATS_MISSED * BEAT),
                 )
                 sync_descriptor(descriptor, path)  # so that other hosts find it whole, which a lock would see to
-            while not _named(temporary, path) and not _taken_over(temporary, path, until, flocked):
+            while not _give_name(temporary, path) and not _take_over(temporary, path, until, flocked):
                 pass
         except BaseException:
             with suppress(OSError):
@@ -208,7 +208,7 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
     return descriptor
 
 
-def _named(temporary: Path, path: Path) -> bool:
+def _give_name(temporary: Path, path: Path) -> bool:
     """Give the lock file its name; False where something has it."""
     try:
         rename_new(temporary, path)
@@ -217,10 +217,10 @@ def _named(temporary: Path, path: Path) -> bool:
     return True
 
 
-def _taken_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
+def _take_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
     """Replace a stale lock file by ours; False where it is gone meanwhile."""
     try:
-        with opened(path, follow=False, writable=True) as left:  # NFS locks only those exclusively
+        with open_regular(path, follow=False, writable=True) as left:  # NFS locks only those exclusively
             flocked &= _lock(left, path)
             if not _is_at(left, path):
                 return False
@@ -241,9 +241,9 @@ def _watch(path: Path, until: float, flocked: bool) -> None:
     try:
         before = parse_holder(read_file(path, MOST_BYTES, follow=False))
     except (ValueError, IntegrityError):  # one that cannot be read at all is left: somebody may hold it
-        before = NOBODY
-    last = _touched(path)
-    if flocked and before == NOBODY:  # no lock that was made whole
+        before = UNKNOWN_HOLDER
+    last = _touch_time(path)
+    if flocked and before == UNKNOWN_HOLDER:  # no lock that was made whole
         time.sleep(GRACE)
     elif not (flocked and before.is_told_by_kernel):
         deadline = time.monotonic() + BEATS_MISSED * BEAT
@@ -252,17 +252,17 @@ def _watch(path: Path, until: float, flocked: bool) -> None:
             if now() > until:
                 raise TimeLimitError(f"time limit reached before it was known whether {before} is alive")
             time.sleep(min(0.2, BEAT))
-            if _touched(path) != last:
-                raise _locked(path)
+            if _touch_time(path) != last:
+                raise _locked_error(path)
     logger.warning("%s: taking over from %s, which is gone", path.parent, before)
 
 
-def _touched(path: Path) -> int:
-    with opened(path, follow=False) as descriptor:  # opened, so that a network file system asks its server
+def _touch_time(path: Path) -> int:
+    with open_regular(path, follow=False) as descriptor:  # opened, so that a network file system asks its server
         return os.fstat(descriptor).st_mtime_ns
 
 
-def _locked(path: Path) -> LockedError:
+def _locked_error(path: Path) -> LockedError:
     return LockedError(f"{path.parent}: the result is being written by {read_holder(path)}; wait for it to end, or stop it")
 
 
@@ -274,14 +274,14 @@ def _lock(descriptor: int, path: Path) -> bool:
             return _flock(descriptor, fcntl.LOCK_EX, path)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise _locked(path) from None
+                raise _locked_error(path) from None
         time.sleep(0.05)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether an open lock file is the one at `path`, not removed meanwhile."""
     try:
-        with opened(path, follow=False) as there:
+        with open_regular(path, follow=False) as there:
             return read_exactly(there, MOST_BYTES, 0, path) == read_exactly(descriptor, MOST_BYTES, 0, path)
     except FileNotFoundError:
         return False
@@ -293,7 +293,7 @@ def _flock(descriptor: int, kind: int, path: Path) -> bool:
     Raises BlockingIOError where another process has it.
     """
     try:
-        with doing("lock", path):
+        with name_failure("lock", path):
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -308,7 +308,7 @@ def lock_holder(path: Path) -> Holder | None:
     Raises IntegrityError where something other than a file is there, OSError as the file system does.
     """
     try:
-        with opened(path, follow=False) as descriptor:
+        with open_regular(path, follow=False) as descriptor:
             flocked = _flock(descriptor, fcntl.LOCK_SH, path)
             content = read_exactly(descriptor, MOST_BYTES, 0, path)
             touched = os.fstat(descriptor).st_mtime
@@ -330,6 +330,6 @@ def holder_silence(path: Path) -> float:
     if not read_holder(path).shares_kernel(Holder.this_process()):
         return 0.0
     try:
-        return max(0.0, time.time() - _touched(path) / 1e9)
+        return max(0.0, time.time() - _touch_time(path) / 1e9)
     except OSError:
         return 0.0

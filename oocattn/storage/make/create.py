@@ -29,7 +29,7 @@ from oocattn.errors import OocattnError, ProblemError, ResultExistsError
 from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.files.durable import PARTIAL, write_durably
 from oocattn.storage.files.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
-from oocattn.storage.files.operations import doing, words_of
+from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.files.renaming import rename_new
 from oocattn.storage.files.syncing import sync
 from oocattn.storage.layout import chunk_bytes
@@ -84,7 +84,7 @@ def create_array(
     tokens, row = shape[2], shape[3:]
     numpy_type = numpy_dtype(dtype)
     rows = chunk_rows or default_chunk_rows(tokens, int(np.prod(row)), numpy_type.itemsize)
-    with doing("make", str(group.store_path / name).removeprefix("file://")):
+    with name_failure("make", str(group.store_path / name).removeprefix("file://")):
         return group.create_array(
             name,
             shape=shape,
@@ -177,11 +177,11 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
         yield _create_remote(parse_location(path), attributes, overwrite)
         return
     refuse_to_destroy(local, overwrite)
-    with doing("make", local.parent):
+    with name_failure("make", local.parent):
         local.parent.mkdir(parents=True, exist_ok=True)
     temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        with doing("make", temporary):
+        with name_failure("make", temporary):
             group = zarr.create_group(OwnStore(temporary), attributes=attributes, zarr_format=3)
         yield group
         sync_metadata(temporary)

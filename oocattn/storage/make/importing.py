@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from oocattn import arguments
 from oocattn.arguments import Dtype, checked
-from oocattn.denormals import denormals_kept
+from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError
 from oocattn.problem.problem import DTYPES, ArraySpec, make_problem
 from oocattn.storage.dtypes import numpy_dtype
@@ -33,7 +33,7 @@ _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
 
 
 @checked(layout=arguments.choice(*LAYOUTS), dtype=arguments.dtype, overwrite=arguments.boolean)
-@denormals_kept()
+@keep_denormals()
 def import_arrays(
     path: str | Path,
     *,

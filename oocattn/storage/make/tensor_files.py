@@ -26,8 +26,8 @@ from oocattn.errors import OocattnError, ProblemError
 from oocattn.records import Count, Excerpt, from_json, parse_json
 from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.files.mapping import map_file
-from oocattn.storage.files.operations import doing
-from oocattn.storage.files.regular import opened, read_exactly
+from oocattn.storage.files.operations import name_failure
+from oocattn.storage.files.regular import open_regular, read_exactly
 from oocattn.text import printable
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class FileTensor:
         spans = [range(*each.indices(size)) for each, size in zip(part, self.shape, strict=True)]
         out = np.empty([len(span) for span in spans], self.dtype)
         first = [span.start for span in spans]
-        with opened(self.path) as descriptor:
+        with open_regular(self.path) as descriptor:
             if not self._copy_mapped(descriptor, out, first):
                 self._read(descriptor, out, first)
             if _stamp(descriptor, self.path) != self.stamp:
@@ -122,7 +122,7 @@ def open_npy(name: str, path: Path) -> FileTensor:
     Raises ProblemError for one that is not understood.
     """
     try:
-        with opened(path) as descriptor, doing("read", path), open(descriptor, "rb", closefd=False) as file:
+        with open_regular(path) as descriptor, name_failure("read", path), open(descriptor, "rb", closefd=False) as file:
             readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
             version = npy.read_magic(file)
             if version not in readers:
@@ -156,7 +156,7 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
     ProblemError for what is not that.
     """
     try:
-        with opened(path) as descriptor:
+        with open_regular(path) as descriptor:
             stamp = _stamp(descriptor, path)
             file_size = stamp[0]
             length = int.from_bytes(read_exactly(descriptor, 8, 0, path), "little")
@@ -192,7 +192,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
     import torch
 
     try:
-        with opened(path) as descriptor, doing("read", path), open(descriptor, "rb", closefd=False) as file:
+        with open_regular(path) as descriptor, name_failure("read", path), open(descriptor, "rb", closefd=False) as file:
             stamp = _stamp(descriptor, path)
             _check_archive(name, path, file)
             with _without_data():
@@ -283,7 +283,7 @@ def _unsupported(name: str, label: str, dtype: object) -> ProblemError:
 
 def _stamp(descriptor: int, path: Path) -> tuple[int, int]:
     """Size and time of change of an open file."""
-    with doing("look at", path):
+    with name_failure("look at", path):
         status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns
 

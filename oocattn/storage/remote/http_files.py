@@ -171,12 +171,12 @@ async def _check_redirect(session: Any, context: SimpleNamespace, redirect: aioh
     """Raise RemoteError for a redirect to a nearer network, or away from TLS."""
     there = redirect.url.join(URL(redirect.response.headers.get("Location", "")))
     if there.scheme not in ("http", "https") or (redirect.url.scheme == "https" and there.scheme == "http"):
-        raise _refused(redirect, there, f"from {redirect.url.scheme} to {there.scheme}")
+        raise _redirect_error(redirect, there, f"from {redirect.url.scheme} to {there.scheme}")
     if there.host != redirect.url.host and max(await _nearness(there.host)) > min(await _nearness(redirect.url.host)):
-        raise _refused(redirect, there, "to a host in a network that is nearer than its own")
+        raise _redirect_error(redirect, there, "to a host in a network that is nearer than its own")
 
 
-def _refused(redirect: aiohttp.TraceRequestRedirectParams, there: URL, why: str) -> RemoteError:
+def _redirect_error(redirect: aiohttp.TraceRequestRedirectParams, there: URL, why: str) -> RemoteError:
     return RemoteError(
         f"{printable(redirect.url)} redirects to {printable(there)}: redirects {why} are not followed; if you trust that "
         "place, give its URL"

@@ -15,7 +15,7 @@ from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError, RemoteError
 from oocattn.storage.locations import Location, is_chain
-from oocattn.storage.remote.transient import retrying
+from oocattn.storage.remote.transient import retry
 from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sync
 from oocattn.text import printable
 
@@ -47,14 +47,14 @@ class RemoteStore(FsspecStore):
     location = ""
     """What messages call the store."""
 
-    async def _retrying(self, operation: str, key: str, step: Callable[[], Awaitable[T]], **options: float) -> T:
-        return await retrying(operation, f"{self.location}/{key}", step, **options)
+    async def _retry(self, operation: str, key: str, step: Callable[[], Awaitable[T]], **options: float) -> T:
+        return await retry(operation, f"{self.location}/{key}", step, **options)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of `key`, or the part of it in `byte_range`; None if there is none."""
         get = super().get
         try:
-            return await self._retrying("reading", key, lambda: get(key, prototype, byte_range))
+            return await self._retry("reading", key, lambda: get(key, prototype, byte_range))
         except FileNotFoundError:
             return None
 
@@ -87,7 +87,7 @@ class RemoteStore(FsspecStore):
             size: int | None = found.get("size")
             return size
 
-        return await self._retrying("looking for", key, step)
+        return await self._retry("looking for", key, step)
 
     async def find_sizes(self, keys: Iterable[str]) -> dict[str, int | None]:
         """The sizes of the objects that exist, asked for at the same time."""
@@ -112,7 +112,7 @@ class RemoteStore(FsspecStore):
             return await self.fs._find(path, detail=True, withdirs=False) if self.supports_listing else {}
 
         try:
-            found = await self._retrying("listing", prefix, step, patience=LISTING_PATIENCE)
+            found = await self._retry("listing", prefix, step, patience=LISTING_PATIENCE)
         except (FileNotFoundError, RemoteError):
             return {}
         return {name.removeprefix(f"{root}/"): info.get("size") for name, info in found.items()}
@@ -126,33 +126,33 @@ class RemoteStore(FsspecStore):
         if size is not None:
             return int(size)
         getsize = super().getsize
-        return await self._retrying("reading", key, lambda: getsize(key))
+        return await self._retry("reading", key, lambda: getsize(key))
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """The keys that begin so."""
-        for key in await self._listed(prefix, super().list_prefix):
+        for key in await self._list_keys(prefix, super().list_prefix):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """The names in what would be a folder."""
-        for name in await self._listed(prefix, super().list_dir):
+        for name in await self._list_keys(prefix, super().list_dir):
             yield name
 
     async def list(self) -> AsyncIterator[str]:
         """All keys."""
-        for key in await self._listed("", lambda _: super(RemoteStore, self).list()):
+        for key in await self._list_keys("", lambda _: super(RemoteStore, self).list()):
             yield key
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
         """Write a whole object: to do it again changes nothing."""
         write = super().set
-        await self._retrying("writing", key, lambda: write(key, value, byte_range))
+        await self._retry("writing", key, lambda: write(key, value, byte_range))
 
-    async def _listed(self, prefix: str, source: Callable[[str], AsyncIterator[str]]) -> Any:
+    async def _list_keys(self, prefix: str, source: Callable[[str], AsyncIterator[str]]) -> Any:
         async def step() -> Any:
             return [key async for key in source(prefix)]
 
-        return await self._retrying("listing", prefix, step, patience=LISTING_PATIENCE)
+        return await self._retry("listing", prefix, step, patience=LISTING_PATIENCE)
 
 
 def open_remote(location: Location, *, read_only: bool = True) -> RemoteStore:
@@ -164,7 +164,7 @@ def open_remote(location: Location, *, read_only: bool = True) -> RemoteStore:
     async def step() -> RemoteStore:
         return await asyncio.to_thread(_open, location.text, read_only)  # an archive's contents are read
 
-    store = sync(retrying("opening", str(location), step))
+    store = sync(retry("opening", str(location), step))
     store.location = str(location)
     return store
 

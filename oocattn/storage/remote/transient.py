@@ -88,7 +88,7 @@ class Failure:
     wait: float = 0.0
 
 
-async def retrying(operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
+async def retry(operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
     """Await a repeatable step; retry transient failures for `patience` seconds.
 
     Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, and RemoteError for
@@ -146,7 +146,7 @@ def classify(error: BaseException) -> Failure:
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return Failure(Kind.ABSENT, str(error))
     if isinstance(error, PermissionError) or str(error).startswith("Forbidden: "):  # as gcsfs has it
-        return _denied(str(error))
+        return _denial(str(error))
     return Failure(Kind.PERMANENT, f"{type(error).__name__}: {error}", "check the URL and the server")
 
 
@@ -180,7 +180,7 @@ def _by_status(error: BaseException) -> Failure | None:
     if status in _ABSENT:
         return Failure(Kind.ABSENT, found)
     if status in _DENIED:
-        return _denied(found)
+        return _denial(found)
     return Failure(Kind.PERMANENT, found, "check the URL and the server")
 
 
@@ -218,7 +218,7 @@ def _by_type(error: BaseException) -> Failure | None:
     if transient or isinstance(error, ConnectionError) or names & _TRANSIENT_TYPES:
         return Failure(Kind.TRANSIENT, str(error) or type(error).__name__)
     if names & {"botocore.NoCredentialsError", "botocore.PartialCredentialsError", "google.DefaultCredentialsError"}:
-        return _denied(str(error))
+        return _denial(str(error))
     return None
 
 
@@ -227,7 +227,7 @@ def _names(error: BaseException) -> set[str]:
     return {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(error).__mro__}
 
 
-def _denied(found: str) -> Failure:
+def _denial(found: str) -> Failure:
     return Failure(
         Kind.DENIED,
         found,

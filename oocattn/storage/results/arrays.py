@@ -24,7 +24,7 @@ from oocattn.errors import IntegrityError, ProblemError
 from oocattn.records import to_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import remove_file
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.make.create import chunk_file, chunk_selection, write_chunk
@@ -81,7 +81,7 @@ class ResultArrays:
         for array in (self.out, self.lse):
             path = chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:])))
             try:
-                with doing("look at", path):
+                with name_failure("look at", path):
                     status = os.lstat(path)
             except FileNotFoundError:
                 return False
