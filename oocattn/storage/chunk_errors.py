@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from oocattn.errors import IntegrityError
 from oocattn.text import printable
+
+
+@contextmanager
+def refuse_missing(location: str, key: str) -> Iterator[None]:
+    """Raise `missing_chunk` where the file of a chunk is not found."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_chunk(location, key) from None
 
 
 def missing_chunk(location: str, key: str) -> IntegrityError:

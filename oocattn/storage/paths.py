@@ -19,7 +19,7 @@ from typing import Any
 
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.files.durable import MOST_RECORD, make_durably
-from oocattn.storage.files.folders import is_folder, is_taken, require_own
+from oocattn.storage.files.folders import is_folder, is_taken, require_own, status_of
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.journal.journal import read_header
@@ -126,10 +126,8 @@ def identity_at(path: Path) -> str | None:
     It tells that from another one that is put there. Of a result it is what its metadata say, and when they came to be
     there: not every file system gives a folder one number for good.
     """
-    try:
-        with name_failure("look at", path):
-            found = os.lstat(path)
-    except FileNotFoundError:
+    found = status_of(path)
+    if found is None:
         return None
     metadata = path / "zarr.json"
     with suppress(FileNotFoundError, NotADirectoryError, IntegrityError), name_failure("look at", metadata):

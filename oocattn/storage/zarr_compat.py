@@ -26,34 +26,6 @@ try:
 except ImportError:  # zarr 3.1
     from zarr.dtype import DataTypeValidationError  # type: ignore[no-redef, attr-defined, unused-ignore]
 
-__all__ = [
-    "JSON",
-    "ArraySpec",
-    "ArrayV3Metadata",
-    "Buffer",
-    "BufferPrototype",
-    "ByteRequest",
-    "BytesBytesCodec",
-    "DTypeJSON",
-    "DataTypeValidationError",
-    "DefaultChunkKeyEncoding",
-    "HasEndianness",
-    "HasItemSize",
-    "NDBuffer",
-    "OffsetByteRequest",
-    "RangeByteRequest",
-    "Store",
-    "SuffixByteRequest",
-    "ZDType",
-    "ZarrFormat",
-    "array_at",
-    "buffer_prototype",
-    "data_type_registry",
-    "default_buffer_prototype",
-    "parse_metadata",
-    "sync",
-]
-
 
 def parse_metadata(document: dict[str, Any]) -> Any:
     """The metadata object of an array's JSON document, of format 2 or 3.

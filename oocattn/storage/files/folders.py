@@ -63,26 +63,27 @@ def open_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
         os.close(descriptor)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder, and no link to one."""
-    try:
-        with name_failure("look at", path):
-            return stat.S_ISDIR(os.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def is_taken(path: Path) -> bool:
-    """Whether anything is at a path, even a dangling link.
+def status_of(path: Path) -> os.stat_result | None:
+    """The status of what is at a path, not following links; None where nothing is.
 
     Raises OSError where that cannot be told.
     """
     try:
         with name_failure("look at", path):
-            os.lstat(path)
+            return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, and no link to one."""
+    status = status_of(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether anything is at a path, even a dangling link."""
+    return status_of(path) is not None
 
 
 def require_own(path: Path) -> None:

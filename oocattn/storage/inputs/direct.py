@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.chunk_errors import missing_chunk, torn_chunk
+from oocattn.storage.chunk_errors import refuse_missing, torn_chunk
 from oocattn.storage.files.mapping import map_file
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import advise, open_regular
@@ -126,11 +126,8 @@ def _advise(parts: Iterable[Part]) -> None:
 @contextmanager
 def _open_part(files: ChunkFiles, part: Part) -> Iterator[int]:
     """Open the chunk file of a part, which has the size that it must have."""
-    try:
-        with open_regular(part.path) as descriptor:
-            size = os.fstat(descriptor).st_size
-            if size != part.file_bytes:
-                raise torn_chunk(files.location, part.key, size, part.file_bytes)
-            yield descriptor
-    except (FileNotFoundError, NotADirectoryError):
-        raise missing_chunk(files.location, part.key) from None
+    with refuse_missing(files.location, part.key), open_regular(part.path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size != part.file_bytes:
+            raise torn_chunk(files.location, part.key, size, part.file_bytes)
+        yield descriptor

@@ -15,7 +15,7 @@ from typing import Any
 
 import zarr
 
-from oocattn.storage.chunk_errors import irregular_chunk, missing_chunk
+from oocattn.storage.chunk_errors import irregular_chunk, missing_chunk, refuse_missing
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import advise, open_regular, read_exactly
 from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks, stored_counts
@@ -97,11 +97,8 @@ def chunk_files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[i
         return
     for coordinates in stored_chunks(array):
         key = chunk_key(array, coordinates)
-        try:
-            with name_failure("look at", array.store.root / key):
-                status = os.stat(array.store.root / key)
-        except (FileNotFoundError, NotADirectoryError):
-            raise missing_chunk(location, key) from None
+        with refuse_missing(location, key), name_failure("look at", array.store.root / key):
+            status = os.stat(array.store.root / key)
         if not stat.S_ISREG(status.st_mode):
             raise irregular_chunk(location, key)
         yield coordinates, key, status
@@ -131,13 +128,10 @@ def _sample(array: zarr.Array[Any], location: str) -> list[bytes]:
 
 def _ends(root: Path, key: str, location: str) -> list[bytes]:
     """The first and the last bytes of a file. No more is read: of a map the system reads megabytes ahead."""
-    try:
-        with open_regular(root / key) as descriptor:
-            advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-            last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
-            return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]
-    except (FileNotFoundError, NotADirectoryError):
-        raise missing_chunk(location, key) from None
+    with refuse_missing(location, key), open_regular(root / key) as descriptor:
+        advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
+        return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]
 
 
 async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from oocattn.storage.chunk_errors import missing_chunk, undecodable_chunk
+from oocattn.storage.chunk_errors import missing_chunk, refuse_missing, undecodable_chunk
 from oocattn.storage.inputs.codec_chain import Chain
 from oocattn.storage.inputs.decoding import array_chain
 from oocattn.storage.layout import chunk_key
@@ -60,10 +60,8 @@ def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -
 
 def _size(array: zarr.Array[Any], key: str, location: str) -> int:
     """Bytes of a stored object."""
-    try:
+    with refuse_missing(location, key):
         return sync(array.store.getsize(key))
-    except (FileNotFoundError, NotADirectoryError):
-        raise missing_chunk(location, key) from None
 
 
 def _check(shard: _Shard, codecs: Any, chain: Chain) -> None:

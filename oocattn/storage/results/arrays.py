@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import stat
 import zlib
 from collections.abc import Mapping
@@ -23,8 +22,7 @@ from zarr.storage import LocalStore
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.records import to_json
 from oocattn.storage.files.durable import read_json, write_text
-from oocattn.storage.files.folders import remove_file
-from oocattn.storage.files.operations import name_failure
+from oocattn.storage.files.folders import remove_file, status_of
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.make.create import chunk_file, chunk_selection, write_chunk
@@ -79,13 +77,8 @@ class ResultArrays:
     def has(self, batch: int, head: int, part: int) -> bool:
         """Whether chunk `part` of one head is there, as long as it must be."""
         for array in (self.out, self.lse):
-            path = chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:])))
-            try:
-                with name_failure("look at", path):
-                    status = os.lstat(path)
-            except FileNotFoundError:
-                return False
-            if not stat.S_ISREG(status.st_mode) or status.st_size != chunk_bytes(array):
+            status = status_of(chunk_file(array, _coordinates(array, batch, head, part)))
+            if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != chunk_bytes(array):
                 return False
         return True
 
@@ -96,13 +89,12 @@ class ResultArrays:
         """
         found = {}
         for name, array in self.by_name.items():
-            index = (batch, head, part, *(0 for _ in array.shape[3:]))
-            rows = chunk_selection(array, index)[2]
+            coordinates = _coordinates(array, batch, head, part)
+            rows = chunk_selection(array, coordinates)[2]
             nbytes = (rows.stop - rows.start) * math.prod(array.shape[3:]) * array.dtype.itemsize
             try:
-                found[name] = as_digits(
-                    zlib.crc32(read_file(chunk_file(array, index), chunk_bytes(array), follow=False)[:nbytes])
-                )
+                content = read_file(chunk_file(array, coordinates), chunk_bytes(array), follow=False)
+                found[name] = as_digits(zlib.crc32(content[:nbytes]))
             except IntegrityError:
                 found[name] = ""
         return found
@@ -110,7 +102,7 @@ class ResultArrays:
     def remove(self, batch: int, head: int, part: int) -> None:
         """Remove chunk `part` of one head."""
         for array in self.by_name.values():
-            remove_file(chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:]))))
+            remove_file(chunk_file(array, _coordinates(array, batch, head, part)))
 
     def write(
         self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]
@@ -129,3 +121,7 @@ class ResultArrays:
             metadata = read_json(path) or {}  # not through zarr, which does not sync what it writes
             metadata.setdefault("attributes", {})[CHECKSUMS] = to_json(checksums[name])
             write_text(path, json.dumps(metadata, indent=2))
+
+
+def _coordinates(array: zarr.Array[Any], batch: int, head: int, part: int) -> tuple[int, ...]:
+    return (batch, head, part, *(0 for _ in array.shape[3:]))
