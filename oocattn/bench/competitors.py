@@ -6,12 +6,13 @@ Each is a `Competitor`; a new one is a class here and a line in `comparison.comp
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,34 +42,33 @@ class SkippedError(OocattnError):
     """A competitor has nothing to run on this machine."""
 
 
-class Competitor(Protocol):
+class Competitor(ABC):
     """One way to compute the problem."""
 
     name: str
 
-    def prepare(self) -> None:
-        """What has to be done before each run, untimed."""
+    def prepare(self) -> None:  # noqa: B027  nothing, for most
+        """Prepare a run, untimed."""
 
+    @abstractmethod
     def run(self) -> RunReport | None:
-        """Compute `out` once, whole; the report, where there is one."""
+        """Compute `out` once, whole; return the report, where there is one."""
 
+    @abstractmethod
     def rows(self, places: Sequence[RowIndex]) -> Array64:
         """Rows [R, D] of the `out` that was computed last."""
 
 
-class SkippedCompetitor:
+class SkippedCompetitor(Competitor):
     """A competitor that cannot run: says why when it is asked to."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
         self._reason = reason
 
-    def prepare(self) -> None:
+    def run(self) -> None:
         """Raises SkippedError."""
         raise SkippedError(self._reason)
-
-    def run(self) -> None:
-        """Never called."""
 
     def rows(self, places: Sequence[RowIndex]) -> Array64:
         """There are none."""
@@ -117,7 +117,7 @@ def _host_tensor(problem: Problem, heads: int, device: str) -> torch.Tensor:
     return torch.empty(shape, dtype=getattr(torch, problem.dtype), device="cpu", pin_memory=device == "cuda")
 
 
-class ResidentCall:
+class ResidentCall(Competitor):
     """PyTorch's way: copy q, k and v to the device, one call, copy `out` back.
 
     On a GPU cuDNN is asked for, as the fastest, and PyTorch's own choice is taken where that refuses.
@@ -128,9 +128,6 @@ class ResidentCall:
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
         self._backend = SDPBackend.CUDNN_ATTENTION if inputs.device == "cuda" else None
-
-    def prepare(self) -> None:
-        """Nothing."""
 
     def run(self) -> None:
         """See `Competitor.run`."""
@@ -161,7 +158,7 @@ class ResidentCall:
         return self._inputs.rows(places)
 
 
-class QueryStationaryLoop:
+class QueryStationaryLoop(Competitor):
     """The loop people write first: over heads, query tiles, and key tiles.
 
     A tile of 128K queries (8K on the CPU) and their state stay on the device. Tiles of as many keys and values, up to the
@@ -176,9 +173,6 @@ class QueryStationaryLoop:
         self._inputs = inputs
         self._kernel = get_kernel(kernel)
         self._tile = TILE[inputs.device]
-
-    def prepare(self) -> None:
-        """Nothing."""
 
     def run(self) -> None:
         """See `Competitor.run`."""
@@ -208,7 +202,7 @@ class QueryStationaryLoop:
         return self._inputs.rows(places)
 
 
-class StreamCqsa:
+class StreamCqsa(Competitor):
     """The Stream-CQSA package of the method's authors, if installed.
 
     It streams from host memory, with the least memory.
@@ -223,9 +217,6 @@ class StreamCqsa:
         except PackageNotFoundError:
             self.name = "stream_cqsa"
 
-    def prepare(self) -> None:
-        """Nothing."""
-
     def run(self) -> None:
         """See `Competitor.run`."""
         inputs = self._inputs
@@ -238,7 +229,7 @@ class StreamCqsa:
         return torch.stack([self._out[place] for place in places]).double().numpy()
 
 
-class OutOfCore:
+class OutOfCore(Competitor):
     """oocattn from a dataset to a result on disk, on a cluster that is there already."""
 
     def __init__(

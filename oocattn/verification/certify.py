@@ -246,6 +246,6 @@ def _write_certificate(certificate: Certificate, paths: ResultPaths) -> Certific
         for path, text in files.items():
             write_text(path, text)
     except (OSError, IntegrityError) as error:
-        logger.warning("the certificate was not written: %s", words_of(error))
+        logger.warning("the certificate was not written: %s; it is printed alone", words_of(error))
         return certificate
     return replace(certificate, files=tuple(map(str, files)))

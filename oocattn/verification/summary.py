@@ -104,7 +104,9 @@ def read_summary(paths: ResultPaths) -> Summary | None:
             result_digest(read_bits(paths.result)),
         )
     except (ValueError, IntegrityError, OSError) as error:
-        logger.warning("the certificate beside %s cannot be read (%s): verify the result again", paths.result, error)
+        logger.warning(
+            "the certificate beside %s cannot be read (%s) and counts as none; verify the result again", paths.result, error
+        )
         return None
     same = (found.digest, found.problem, found.dataset_recorded) == (digest, recorded.problem, recorded.dataset.fingerprint)
     return found if same else None

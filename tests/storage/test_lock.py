@@ -75,7 +75,7 @@ def test_it_lives_as_long_as_its_process(tmp_path: Path, killed: bool, caplog: p
     assert lock_holder(path) is None
     with caplog.at_level(logging.WARNING), FileLock(path):
         assert lock_holder(path) == Holder.this_process()
-    message = f"taking over from process {holder.pid} on host {socket.gethostname()}, which is gone"
+    message = f"the stale lock of process {holder.pid} on host {socket.gethostname()} is taken over"
     assert (message in caplog.text) is killed
 
 
@@ -116,7 +116,7 @@ def test_a_lock_whose_holder_has_fallen_silent_is_taken_over(left: Path, caplog:
     began = time.monotonic()
     with caplog.at_level(logging.WARNING), FileLock(left):
         assert time.monotonic() - began >= 0.3
-        assert "taking over from process 17 on host elsewhere, which is gone" in caplog.text
+        assert "the stale lock of process 17 on host elsewhere is taken over" in caplog.text
         touched = left.stat().st_mtime_ns
         time.sleep(0.4)
         assert left.stat().st_mtime_ns > touched  # this one beats, too
@@ -283,7 +283,7 @@ def test_without_locks_a_file_that_is_touched_keeps_others_away(tmp_path: Path, 
         assert held.is_held()
     assert lock_holder(path) is None
     assert list(tmp_path.iterdir()) == []
-    assert caplog.text.count("this file system gives no locks (flock): other runs are kept away by a file") == 1
+    assert caplog.text.count("this file system has no locks (flock); other runs are kept away by a file") == 1
 
 
 @pytest.mark.usefixtures("lockless")
@@ -294,7 +294,7 @@ def test_without_locks_one_that_was_left_is_watched_first(tmp_path: Path, caplog
     with FileLock(path) as held:
         assert time.monotonic() - began >= 0.3
         assert held.is_held()
-    assert "taking over from process 17" in caplog.text
+    assert "the stale lock of process 17" in caplog.text
 
 
 def test_one_who_has_a_lock_respects_one_who_could_get_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def test_a_file_that_comes_later_is_left_too(paths: ResultPaths, caplog: pytest.
     state.tidy()
     (left,) = paths.state.rglob("thesis.txt")
     assert left.read_text() == "precious"
-    assert "holds files that oocattn did not write, and is left" in caplog.text
+    assert "was not removed: oocattn did not write it; move it away" in caplog.text
 
 
 def test_a_result_with_a_file_of_others_is_not_replaced(paths: ResultPaths) -> None:

@@ -119,7 +119,9 @@ class FileLock:
         while not self._released.wait(BEAT):
             with suppress(OSError):  # the file system is away
                 if not self.is_held():
-                    logger.error("%s: %s has taken over; this run ends", self.path.parent, read_holder(self.path))
+                    logger.error(
+                        "%s: the lock was taken over by %s; this run ends", self.path.parent, read_holder(self.path)
+                    )
                     return
                 self._touch()
 
@@ -193,8 +195,8 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
                 warn_once(
                     os.fstat(descriptor).st_dev,
                     "locks",
-                    "%s: this file system gives no locks (flock): other runs are kept away by a file that this one touches "
-                    "every %g s; one that was left behind is watched for %g s before it is taken over",
+                    "%s: this file system has no locks (flock); other runs are kept away by a file that this one touches "
+                    "every %g s, and a stale one is watched for %g s before it is taken over",
                     *(path.parent, BEAT, BEATS_MISSED * BEAT),
                 )
                 sync_descriptor(descriptor, path)  # so that other hosts find it whole, which a lock would see to
@@ -247,14 +249,16 @@ def _watch(path: Path, until: float, flocked: bool) -> None:
         time.sleep(GRACE)
     elif not (flocked and before.is_told_by_kernel):
         deadline = time.monotonic() + BEATS_MISSED * BEAT
-        logger.warning("%s: watching for %g s whether %s is alive", path.parent, BEATS_MISSED * BEAT, before)
+        logger.warning(
+            "%s: watching for %g s whether %s is alive, who holds the lock", path.parent, BEATS_MISSED * BEAT, before
+        )
         while time.monotonic() < deadline:
             if now() > until:
                 raise TimeLimitError(f"time limit reached before it was known whether {before} is alive")
             time.sleep(min(0.2, BEAT))
             if _touch_time(path) != last:
                 raise _locked_error(path)
-    logger.warning("%s: taking over from %s, which is gone", path.parent, before)
+    logger.warning("%s: the stale lock of %s is taken over", path.parent, before)
 
 
 def _touch_time(path: Path) -> int:

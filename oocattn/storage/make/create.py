@@ -272,7 +272,7 @@ def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
         raise
     sync(path.parent)
     if not remove_ours(aside, GROUP):
-        logger.warning("%s holds files that are not Zarr's, and is left", aside)
+        logger.warning("%s was not removed: it holds files that Zarr did not write; move them away, and remove it", aside)
 
 
 def _give_back(aside: Path, path: Path) -> None:
@@ -280,4 +280,4 @@ def _give_back(aside: Path, path: Path) -> None:
     try:
         rename_new(aside, path)
     except OSError as error:
-        logger.warning("%s; what was there before is at %s", words_of(error), aside)
+        logger.warning("%s; the group that was there is now at %s: rename it", words_of(error), aside)

@@ -110,7 +110,7 @@ async def retry(operation: str, url: str, step: Callable[[], Awaitable[T]], pati
             if failure.kind is not Kind.TRANSIENT or now + wait > first + patience:
                 raise _error(operation, url, failure, tries, now - began) from error
             if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
-                _warn("%s %s: %s; retrying for %.0f s", operation, url, failure.found, first + patience - now)
+                _warn("%s %s failed: %s; retrying for %.0f s", operation, url, failure.found, first + patience - now)
         await asyncio.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
 

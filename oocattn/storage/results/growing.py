@@ -239,7 +239,8 @@ class RunState:
                     os.rename(folder, self.paths.state / f"trash-{uuid.uuid4().hex[:8]}")
         for trash in self._trash_folders():
             if not remove_ours(trash, (*GROUP, *CHECKPOINTS, *JOURNAL)):
-                logger.warning("%s holds files that oocattn did not write, and is left", find_foreign(trash, GROUP) or trash)
+                foreign = find_foreign(trash, GROUP) or trash
+                logger.warning("%s was not removed: oocattn did not write it; move it away", foreign)
 
     def _forget_certificate(self) -> None:
         for path in (self.paths.certificate, self.paths.certificate_page):
