@@ -48,9 +48,9 @@ from oocattn.storage.inputs.posing import pose
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
+from oocattn.storage.results.summary import read_summary
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.certify import certify
-from oocattn.verification.summary import read_summary
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client

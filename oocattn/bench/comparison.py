@@ -85,17 +85,15 @@ def bench(
 ) -> Generator[Plan | Ceiling | Progress | Table, None, None]:
     """Measure this machine, and compare ways to attend a synthetic dataset.
 
-    Records are yielded as they are known. The plan comes first, then the ceilings, the table last, and progress in between.
-    `tokens` and `heads` default to 1M and 8 with a GPU, 32K and 4 without one; the options from `device_memory` to
-    `checkpoint_interval` are those of `oocattn.plan`. The dataset, from `seed`, and the results lie in new folders in
-    `folder` and in /dev/shm, which are removed at the end and when the iterator is closed. oocattn runs on all GPUs, the
-    others on one. Every competitor runs once in each of `repeats` rounds, after an untimed one with `warm_up`; `rows` rows
-    of `out` are compared with float64. One that fails has a row that says so. Raises ProblemError and BudgetError as
-    `oocattn.plan`, and ProblemError where `folder` is no folder or has no room.
+    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M and
+    8 with a GPU, 32K and 4 without one; the options from `device_memory` to `checkpoint_interval` are those of
+    `oocattn.plan`. The dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are
+    removed at the end. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of `repeats` rounds,
+    after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. One that fails has a row that says
+    so. Raises as `oocattn.plan`, and ProblemError where `folder` is no folder or has no room.
     """
     default = choose_device(kernel)
-    tokens, heads = tokens or TOKENS[default], heads or HEADS[default]
-    where = output_path(folder, "folder")
+    tokens, heads, where = tokens or TOKENS[default], heads or HEADS[default], output_path(folder, "folder")
     _check_room(where, tokens * head_dim * 2 * (heads + (kv_heads or heads)), str(dtype))
     options: dict[str, Any] = {"causal": causal, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
     options["checkpoint_interval"] = checkpoint_interval
@@ -105,13 +103,8 @@ def bench(
         dataset, start = place / "qkv.zarr", time.perf_counter()
         synthesise(dataset, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, seed=seed)
         written = Progress("wrote the dataset", time.perf_counter() - start)
-        plan = oocattn.api.plan(
-            dataset,
-            **options,
-            device_memory=device_memory,
-            host_memory=host_memory,
-            result=place / "out.zarr",
-        )
+        budgets: dict[str, Any] = {"device_memory": device_memory, "host_memory": host_memory}
+        plan = oocattn.api.plan(dataset, **options, **budgets, result=place / "out.zarr")
         yield from (plan, written)
         kernel_ceiling = ceilings.kernel_ceiling(plan)
         yield kernel_ceiling
@@ -120,10 +113,8 @@ def bench(
         start = time.perf_counter()
         exact = _exact_rows(plan, dataset, rows, seed)
         yield Progress(f"recomputed {len(exact)} rows in float64", time.perf_counter() - start)
-        options |= {"device_memory": plan.device_memory, "host_memory": plan.host_memory}  # the same in every run
         entrants = [_Entrant(competitor, exact) for competitor in competitors(plan, place, client, options, stack)]
-        for number in range(0 if warm_up else 1, repeats + 1):
-            yield from _round(entrants, f"round {number} of {repeats}" if number else "warm-up", timed=number > 0)
+        yield from _rounds(entrants, repeats, warm_up)
         yield Table(plan.problem, tuple(entrant.row() for entrant in entrants), kernel_ceiling.rate)
 
 
@@ -139,6 +130,7 @@ def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any]
     `stack` is closed.
     """
     dataset, result = place / "qkv.zarr", place / "out.zarr"
+    options = {**options, "device_memory": plan.device_memory, "host_memory": plan.host_memory}  # the same in every run
     found: list[Competitor] = []
     needed, free = Inputs.nbytes(plan.problem), psutil.virtual_memory().available
     inputs = None
@@ -218,6 +210,12 @@ class _Entrant:
         if self.note:
             return Row(name, note=self.note)
         return Row(name, tuple(self._seconds), self._peak or None, self._error, report=self._report)
+
+
+def _rounds(entrants: Sequence[_Entrant], repeats: int, warm_up: bool) -> Iterator[Progress]:
+    """Run all rounds, after an untimed one with `warm_up`."""
+    for number in range(0 if warm_up else 1, repeats + 1):
+        yield from _round(entrants, f"round {number} of {repeats}" if number else "warm-up", timed=number > 0)
 
 
 def _round(entrants: Sequence[_Entrant], name: str, *, timed: bool) -> Iterator[Progress]:

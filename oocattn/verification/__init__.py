@@ -1,4 +1,1 @@
-"""Proof after the fact: float64 rows, checksums and the certificate.
-
-It shares nothing with a run.
-"""
+"""Proof after the fact, sharing nothing with a run: rows in float64, checksums and the certificate."""

@@ -27,13 +27,13 @@ from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.checksums import Checksums, read_bits, result_digest
 from oocattn.storage.results.damage import find_damage
 from oocattn.storage.results.rows import RowReader
+from oocattn.storage.results.summary import ResultAttributes
 from oocattn.units import ceil_div, format_bytes
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
 from oocattn.verification.page import certificate_page
 from oocattn.verification.recompute import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
-from oocattn.verification.summary import ResultAttributes
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
