@@ -30,7 +30,7 @@ from oocattn.problem.problem import Problem, make_problem
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.results.growing import Growing, Layout, RunState
+from oocattn.storage.results.growing import GrowingResult, Layout, RunState
 
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
@@ -151,7 +151,7 @@ def job_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Job:
     return Job("run", plan, Dataset.open(folder / "dataset.zarr"), growing.arrays, journal, state.paths.scratch, {})
 
 
-def begun(paths: ResultPaths, plan: Plan) -> tuple[RunState, Growing]:
+def begun(paths: ResultPaths, plan: Plan) -> tuple[RunState, GrowingResult]:
     """The places of a result in the hands of a run, and the result that it has begun."""
     problem = plan.problem
     shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)

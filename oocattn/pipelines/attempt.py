@@ -35,7 +35,7 @@ from oocattn.pipelines.signals import InterruptedRunError
 from oocattn.pipelines.watch.events import Attended, Callback, Saved, Staged, TaskEvent
 from oocattn.pipelines.work import Work
 from oocattn.planning.cost import PIECE, UNFINISHED, WINDOW
-from oocattn.storage.files.operations import described, is_disk_full
+from oocattn.storage.files.operations import describe_error, is_disk_full
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.units import format_seconds
 
@@ -252,7 +252,7 @@ class Attempt:
         if isinstance(error, OocattnError) or is_disk_full(error) or not isinstance(error, Exception):
             raise error
         # Dask ran a task again whose result was lost with a worker: the lane has what it needs no more.
-        raise TaskError(place_of(cast(Key, future.key)), described(error)) from error
+        raise TaskError(place_of(cast(Key, future.key)), describe_error(error)) from error
 
     def _finish(self, future: Future[TaskEvent | None]) -> None:
         """Pass on what a task did, or raise its error."""
@@ -278,7 +278,7 @@ class Attempt:
         """Raises TaintedError where the dataset is not what it was when the run began."""
         dataset = self._work.dataset
         with naming("the check of the dataset"):
-            changed = changed_arrays(self._work.fingerprint, dataset.reopened().fingerprint(within_run=True))
+            changed = changed_arrays(self._work.fingerprint, dataset.reopen().fingerprint(within_run=True))
         if changed:
             raise TaintedError(
                 f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from oocattn.errors import OocattnError, TaskError
-from oocattn.storage.files.operations import described, is_disk_full
+from oocattn.storage.files.operations import describe_error, is_disk_full
 
 SET_UP, CHECKPOINT = "the set-up of a lane", "a checkpoint"
 """Places that belong to no subproblem and no query chunk."""
@@ -52,7 +52,7 @@ def naming(place: str) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise
-        raise TaskError(place, described(error)) from error
+        raise TaskError(place, describe_error(error)) from error
 
 
 def insist(place: str, step: Callable[[], T]) -> T:

@@ -23,7 +23,7 @@ from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.journal import Journal, identity, read_header
 from oocattn.storage.locations import Location
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.results.growing import Growing
+from oocattn.storage.results.growing import GrowingResult
 from oocattn.units import format_bytes
 from oocattn.version import versions
 
@@ -199,7 +199,12 @@ class Unfinished:
 
 
 def begin_journal(
-    paths: ResultPaths, plan: Plan, dataset: DatasetIdentity, growing: Growing, computing: Mapping[str, str], claim: Claim
+    paths: ResultPaths,
+    plan: Plan,
+    dataset: DatasetIdentity,
+    growing: GrowingResult,
+    computing: Mapping[str, str],
+    claim: Claim,
 ) -> Journal:
     """The journal of a run that begins."""
     made_with = {**versions(), **computing}

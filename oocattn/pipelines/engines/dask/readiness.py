@@ -26,7 +26,7 @@ from oocattn.kernels.arithmetic import arithmetic_of
 from oocattn.pipelines.engines.dask.tasks import close_lanes_left_behind
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import PARTIAL
-from oocattn.storage.files.operations import doing, words_of
+from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import Fingerprints, changed_arrays
 from oocattn.storage.journal.claims import Claim
@@ -156,7 +156,7 @@ def _look_at_dataset(dataset: Dataset) -> Fingerprints | str:
     try:
         if dataset.folder is not None:
             os.stat(dataset.folder)
-        return dataset.reopened().fingerprints()
+        return dataset.reopen().fingerprints()
     except (OocattnError, OSError) as error:
         return words_of(error)
     except Exception as error:  # a remote file system has its own
@@ -182,7 +182,7 @@ def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
     """Remove what workers have written into the folder of job state; return the names of those files that were there."""
     there = []
     for name in names:
-        with suppress(FileNotFoundError), doing("remove", state / name):
+        with suppress(FileNotFoundError), name_failure("remove", state / name):
             (state / name).unlink()
             there.append(name)
     return there
