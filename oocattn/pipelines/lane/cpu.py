@@ -8,11 +8,11 @@ import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState, finalise, merge
+from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
+from oocattn.operations.ledger import Ledger
 from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane.lane import Job, Lane, Staged
-from oocattn.pipelines.lane.tiles import key_tiles
 from oocattn.pipelines.watch.events import Event, Span
 
 
@@ -41,10 +41,10 @@ class CpuLane(Lane):
         self._attending.shutdown()
 
     def merge_states(self, into: AttentionState, partial: AttentionState) -> None:
-        merge(into, partial)
+        self.operation.merge(into, partial)
 
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        finalise(state, out, lse)
+        self.operation.finalise(state, out, lse)
 
     def compute(self, turn: int) -> Event:
         return self._attending.submit(self._attend_until, turn).result()
@@ -82,18 +82,17 @@ class CpuLane(Lane):
 
     def _attend_block(self, staged: Staged, block: Block, work: tuple[int, int, int]) -> int:
         """Compute one query chunk's partial, and count its pairs."""
-        problem = self.plan.problem
         query = staged.queries[block.query_chunk]
-        rows, every_key = query.shape[1], len(staged.key)
+        heads, rows, _ = query[0].shape
+        every_key, pairs = len(staged.keys[0]), 0
         destination = self.partials.begin(*work, staged.not_finite[block.query_chunk])
         state = self._partial.rows(0, rows) if destination.merged else destination.state
         state.reset()
-        for tile in key_tiles(block, staged.key_rows, range(rows), every_key, problem.causal):
-            key, value = (tensor[tile.keys.start : tile.keys.stop] for tensor in (staged.key, staged.value))
-            for call in tile.calls:
-                self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=call.diagonal)
-                self.step()
-        pairs = int(state.keys.sum()) * len(query)
+        for tile in self.operation.tiles(staged.head_group, block, staged.key_rows, range(rows), every_key):
+            keys = [tensor[tile.keys.start : tile.keys.stop] for tensor in staged.keys]
+            self.operation.compute(tile, query, keys, state, Ledger.of(state))
+            pairs += tile.pairs * heads
+            self.step()
         if destination.merged:
-            merge(destination.state, state)
+            self.operation.merge(destination.state, state)
         return pairs

@@ -27,18 +27,21 @@ import torch
 from oocattn import clock
 from oocattn.division.base import Block
 from oocattn.errors import BudgetError
-from oocattn.kernels import AttentionState, finalise, get_kernel, merge
+from oocattn.kernels import AttentionState, get_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.operations.ledger import Ledger
+from oocattn.operations.tiles import Tile, pieces
 from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, recorded
 from oocattn.pipelines.lane.lane import Job, Lane, Staged
 from oocattn.pipelines.lane.memory import Arena, PinnedMemory, close_all, pinning
 from oocattn.pipelines.lane.partials.store import Destination
-from oocattn.pipelines.lane.tiles import KeyTile, key_tiles, pieces
 from oocattn.pipelines.watch.events import Event, Resource
 from oocattn.planning.memory import (
     FINALISED_ROWS,
     KEY_SLOTS,
+    LEDGER_BYTES,
+    LEDGER_SLOTS,
     PARTIAL_BLOCK_ROWS,
     PARTIAL_BUFFERS,
     QUERY_SLOTS,
@@ -97,6 +100,8 @@ class CudaLane(Lane):
             self._tile_rows = job.plan.tiles.query
             self._halved = 0  # times since the last subproblem told
             self._take_device_memory(job)
+            self._ledgers = pinning(self._device).submit(self._take_ledgers, self._tile_rows)
+            self._ledger_free: list[torch.cuda.Event | None] = [None] * LEDGER_SLOTS
             super().__init__(job, READERS, pinning(self._device))
             self._clock = DeviceClock(self._compute)
         _switch_often(1)
@@ -105,6 +110,12 @@ class CudaLane(Lane):
         self._works: dict[int, _Work] = {}
         self._coming_back: deque[tuple[_Work, int, torch.cuda.Event]] = deque()
         """Query chunks whose partials are on their way, and the event after which each is in host memory."""
+
+    def _take_ledgers(self, rows: int) -> list[Ledger]:
+        """Ledgers for query tiles, in pinned memory, from which they are copied to the device."""
+        size = LEDGER_BYTES * rows
+        memory = self.allocate(LEDGER_SLOTS * size)
+        return [Ledger.carve(memory[start : start + size]) for start in range(0, LEDGER_SLOTS * size, size)]
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         with torch.cuda.device(self._device):
@@ -130,13 +141,13 @@ class CudaLane(Lane):
                 self._halve(error)
         group, dim = problem.group_size, problem.head_dim
         self._queries = [memory.take((group * tiles.query, dim), dtype) for _ in range(QUERY_SLOTS)]
-        self._states = [memory.partial(group, tiles.query, dim) for _ in range(QUERY_SLOTS)]
+        self._states = [memory.state(group, tiles.query, dim) for _ in range(QUERY_SLOTS)]
         self._keys = [memory.take((2, tiles.key, dim), dtype) for _ in range(KEY_SLOTS)]
         merging = [tiles.query] if plan.partials == "memory" else 2 * [PARTIAL_BLOCK_ROWS]
-        self._finalised = memory.partial(1, FINALISED_ROWS, dim)
+        self._finalised = memory.state(1, FINALISED_ROWS, dim)
         self._out_block = memory.take((1, FINALISED_ROWS, dim), getattr(torch, problem.out_dtype))
         self._lse_block = memory.take((1, FINALISED_ROWS), torch.float32)
-        self._merge_states = [memory.partial(group, rows, dim) for rows in merging]
+        self._merge_states = [memory.state(group, rows, dim) for rows in merging]
         # What must have happened before a slot is used again: None at first.
         self._query_free: list[torch.cuda.Event | None] = [None] * QUERY_SLOTS
         self._state_free: list[torch.cuda.Event | None] = [None] * QUERY_SLOTS
@@ -153,7 +164,7 @@ class CudaLane(Lane):
         finally:
             del self._queries, self._states, self._keys, self._merge_states
             del self._finalised, self._out_block, self._lse_block
-            del self._query_free, self._state_free, self._key_free, self._ahead, self._clock
+            del self._query_free, self._state_free, self._key_free, self._ahead, self._clock, self._ledgers
             release_cached_memory(self._device)
             # Last, for the driver does one thing at a time, be it to forget an event: 20 ms a GiB, for which no result
             # need wait.
@@ -221,7 +232,7 @@ class CudaLane(Lane):
 
     def _enqueue_chunk(self, work: _Work, block: Block, destination: Destination) -> list[_TileBack]:
         """Enqueue one query chunk tile by tile; a tile for which the device has no memory is begun again with half of it."""
-        rows = work.staged.queries[block.query_chunk].shape[1]
+        rows = work.staged.queries[block.query_chunk][0].shape[1]
         tiles: list[_TileBack] = []
         while not tiles or tiles[-1].stop < rows:
             first = tiles[-1].stop if tiles else 0
@@ -236,8 +247,12 @@ class CudaLane(Lane):
 
     def _enqueue_tile(self, work: _Work, block: Block, tile: range, destination: Destination) -> torch.cuda.Event:
         """Enqueue the query rows `tile` of a chunk, their keys and the way back; return the event after it."""
-        slot = self._tile_count % QUERY_SLOTS
+        slot, ledger_slot = self._tile_count % QUERY_SLOTS, self._tile_count % LEDGER_SLOTS
         self._tile_count += 1
+        ledger = self._ledgers.result()[ledger_slot].rows(0, len(tile))
+        if (copied := self._ledger_free[ledger_slot]) is not None:
+            copied.synchronize()  # this thread writes to it, not a stream
+        ledger.reset()
         query, loaded = self._load_query(work, block.query_chunk, tile, slot)
         state = self._states[slot].rows(0, len(tile))
         pairs = 0
@@ -246,19 +261,20 @@ class CudaLane(Lane):
                 self._compute.wait_event(loaded)
                 _wait(self._compute, self._state_free[slot])
                 state.reset()
-            sizes = self.plan.tiles.key, self.plan.problem.causal
-            for keys in key_tiles(block, work.staged.key_rows, tile, *sizes):
-                self._attend_keys(work, query, keys, state)
+            staged = work.staged
+            for keys in self.operation.tiles(staged.head_group, block, staged.key_rows, tile, self.plan.tiles.key):
+                self._attend_keys(work, query, keys, state, ledger)
                 pairs += keys.pairs
         finally:  # also what was launched before an error reads the slot
             self._query_free[slot] = attended = recorded(self._compute)
         work.pairs += pairs * self.plan.problem.group_size
-        self._state_free[slot] = returned = self._bring_back(work, state, tile, destination, attended)
+        self._state_free[slot] = returned = self._bring_back(work, state, ledger, tile, destination, attended)
+        self._ledger_free[ledger_slot] = returned
         return returned
 
     def _load_query(self, work: _Work, chunk: int, tile: range, slot: int) -> tuple[torch.Tensor, torch.cuda.Event]:
         """Enqueue the copy of a query tile [g, n, D]; return it and the event after which it is there."""
-        heads = work.staged.queries[chunk][:, tile.start : tile.stop]
+        heads = work.staged.queries[chunk][0][:, tile.start : tile.stop]
         query = self._queries[slot][: heads.shape[0] * heads.shape[1]].view(heads.shape)
         _wait(self._copy, self._query_free[slot])
         with torch.cuda.stream(self._copy), self._timed(work, "copy in", self._copy) as stretch:
@@ -266,8 +282,8 @@ class CudaLane(Lane):
                 on_device.copy_(staged, non_blocking=True)
         return query, stretch.stop
 
-    def _attend_keys(self, work: _Work, query: torch.Tensor, tile: KeyTile, state: AttentionState) -> None:
-        """Enqueue the copy of a key tile and the kernel calls on it."""
+    def _attend_keys(self, work: _Work, query: torch.Tensor, tile: Tile, state: AttentionState, ledger: Ledger) -> None:
+        """Enqueue the copy of a key tile and the kernel's call on it."""
         if len(self._ahead) == AHEAD:
             self._ahead.popleft().synchronize()
         slot = self._key_count % KEY_SLOTS
@@ -276,24 +292,27 @@ class CudaLane(Lane):
         key, value = self._keys[slot][:, : len(tile.keys)]
         _wait(self._copy, self._key_free[slot])
         with torch.cuda.stream(self._copy), self._timed(work, "copy in", self._copy) as copied:
-            key.copy_(work.staged.key[keys], non_blocking=True)
-            value.copy_(work.staged.value[keys], non_blocking=True)
+            for on_device, staged in zip((key, value), work.staged.keys, strict=True):
+                on_device.copy_(staged[keys], non_blocking=True)
         self._compute.wait_event(copied.stop)
         try:
             with torch.cuda.stream(self._compute), self._timed(work, "compute", self._compute):
-                for call in tile.calls:
-                    rows = slice(call.rows.start, call.rows.stop)
-                    part = state.rows(call.rows.start, call.rows.stop)
-                    scale = self.plan.problem.scale
-                    self.kernel.attend(query[:, rows], key, value, part, scale=scale, diagonal=call.diagonal)
+                self.operation.compute(tile, (query,), (key, value), state, ledger)
         finally:
             self._key_free[slot] = done = recorded(self._compute)
             self._ahead.append(done)
 
     def _bring_back(
-        self, work: _Work, state: AttentionState, tile: range, destination: Destination, attended: torch.cuda.Event
+        self,
+        work: _Work,
+        state: AttentionState,
+        ledger: Ledger,
+        tile: range,
+        destination: Destination,
+        attended: torch.cuda.Event,
     ) -> torch.cuda.Event:
-        """Enqueue the way of a tile's state to the host, through a merge where its chunk has earlier partials.
+        """Enqueue the way of a tile's state to the host, with its ledger, and through a merge where its chunk has earlier
+        partials.
 
         Returns the event at its end.
         """
@@ -305,9 +324,11 @@ class CudaLane(Lane):
                 with self._timed(work, "copy in", self._back):
                     _copy(source, host)
             self._back.wait_event(attended)
+            for on_device, counted in ((state.keys, ledger.keys), (state.key_sum, ledger.key_sum)):
+                on_device.copy_(torch.from_numpy(counted), non_blocking=True)
             if destination.merged:
                 with self._timed(work, "merge", self._back):
-                    merge(source, state)
+                    self.operation.merge(source, state)
             with self._timed(work, "copy out", self._back) as stretch:
                 _copy(host, source)
         return stretch.stop
@@ -328,7 +349,7 @@ class CudaLane(Lane):
         with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
             _copy(first, into)
             _copy(second, partial)
-            merge(first, second)
+            self.operation.merge(first, second)
             _copy(into, first)
             done = recorded(self._merge_stream)
         done.synchronize()
@@ -341,7 +362,7 @@ class CudaLane(Lane):
                 on_device = self._finalised.rows(0, len(block))
                 on_device_out, on_device_lse = self._out_block[:, : len(block)], self._lse_block[:, : len(block)]
                 _copy(on_device, state.rows(block.start, block.stop))
-                finalise(on_device, on_device_out, on_device_lse)
+                self.operation.finalise(on_device, on_device_out, on_device_lse)
                 out[0, rows].copy_(on_device_out[0], non_blocking=True)
                 lse[0, rows].copy_(on_device_lse[0], non_blocking=True)
             done = recorded(self._merge_stream)
@@ -397,3 +418,4 @@ def _copy(into: AttentionState, state: AttentionState) -> None:
         for target_head, source_head in zip(target, source, strict=True):
             target_head.copy_(source_head, non_blocking=True)
     into.keys.copy_(state.keys, non_blocking=True)
+    into.key_sum.copy_(state.key_sum, non_blocking=True)

@@ -7,6 +7,7 @@ memory and reading, while merging and writing are in `finishing`; how a kind att
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 from abc import ABC, abstractmethod
@@ -24,7 +25,10 @@ import torch
 from oocattn import clock
 from oocattn.division.base import Subproblem
 from oocattn.errors import ProblemError
-from oocattn.kernels import AttentionState, get_kernel
+from oocattn.kernels import AttentionState
+from oocattn.operations import make_operation
+from oocattn.operations.shapes import staged_keys
+from oocattn.operations.tiles import pieces
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.lane.checkpoints import Checkpoints
 from oocattn.pipelines.lane.finisher import Finisher, OutBlock
@@ -34,7 +38,6 @@ from oocattn.pipelines.lane.partials.disk import DiskPartials, MergeStates
 from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
 from oocattn.pipelines.lane.partials.store import PartialStore, States
-from oocattn.pipelines.lane.tiles import pieces, staged_keys
 from oocattn.pipelines.watch.events import Event, Span
 from oocattn.planning.memory import OUT_BLOCKS, STAGING_SLOTS
 from oocattn.planning.plan import Plan
@@ -69,22 +72,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Staged:
-    """One subproblem's chunks in a staging slot: queries [g, n, D] by chunk, keys and values [rows, D] in one piece.
+    """One subproblem's chunks in a staging slot: query inputs [g, n, D] by chunk, key inputs [rows, D] in one piece each.
 
     `not_finite` counts, by query chunk whose diagonal it owns, the elements of the chunk's rows that are NaN or Inf.
     """
 
     head_group: int
     subproblem: Subproblem
-    queries: dict[int, torch.Tensor]
-    key: torch.Tensor
-    value: torch.Tensor
+    queries: dict[int, tuple[torch.Tensor, ...]]
+    keys: tuple[torch.Tensor, ...]
     key_rows: dict[int, range]
     not_finite: Counter[int] = field(default_factory=Counter)
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.queries.values(), self.key, self.value))
+        return sum(tensor.nbytes for tensor in (*itertools.chain(*self.queries.values()), *self.keys))
 
 
 class Lane(ABC):
@@ -112,8 +114,8 @@ class Lane(ABC):
             plan, PartialFiles(job.scratch, job.journal.run, job.journal.claim, self.step), states, self.merge_states
         )
         self.result = job.result
-        self.finisher = Finisher(plan, self.partials, self.result, job.journal, out_blocks, self._divide)
-        self.kernel = get_kernel(plan.kernel)
+        self.operation = make_operation(plan)
+        self.finisher = Finisher(plan, self.operation, self.partials, self.result, job.journal, out_blocks, self._divide)
         self._dataset = job.dataset
         self._staged: dict[int, Staged] = {}
         self._next_turns = {what: list(range(len(self._slots))) for what in ("stage", "attend")}
@@ -147,7 +149,7 @@ class Lane(ABC):
 
         def add_state(name: str, rows: int) -> None:
             memory = Arena(allocate(buffers.state_bytes(problem, rows)))
-            states[name].put(memory.partial(group_size, rows, head_dim))
+            states[name].put(memory.state(group_size, rows, head_dim))
 
         waiting = deque((name, rows) for name, (count, rows) in buffers.states().items() for _ in range(count))
         for slot in self._slots:
@@ -256,9 +258,10 @@ class Lane(ABC):
         group = self.plan.problem.head_group(staged.head_group)
         owned = {block.query_chunk for block in staged.subproblem.blocks if block.diagonal} & staged.queries.keys()
         for chunk, query in staged.queries.items():
-            for head, rows in zip(group.query_heads, query, strict=True):
-                yield from self._reads_of("q", group, head, chunk, rows, chunk in owned)
-        for name, tensor in (("k", staged.key), ("v", staged.value)):
+            for name, heads in zip(self.operation.query_inputs, query, strict=True):
+                for head, rows in zip(group.query_heads, heads, strict=True):
+                    yield from self._reads_of(name, group, head, chunk, rows, chunk in owned)
+        for name, tensor in zip(self.operation.key_inputs, staged.keys, strict=True):
             for chunk, rows_of_chunk in staged.key_rows.items():
                 rows = tensor[rows_of_chunk.start : rows_of_chunk.stop]
                 yield from self._reads_of(name, group, group.kv_head, chunk, rows, chunk in owned)
@@ -301,7 +304,7 @@ class Lane(ABC):
         return self.finisher.write(head_group, chunk)
 
     def _carve(self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, query_chunks: Iterable[int]) -> Staged:
-        """Lay a subproblem's chunks out in a slot: the queries of each chunk, then all keys, then all values."""
+        """Lay a subproblem's chunks out in a slot: the queries of each chunk, then the inputs of all keys."""
         problem = self.plan.problem
         dtype = getattr(torch, problem.dtype)
         row_bytes = problem.head_dim * problem.itemsize
@@ -314,12 +317,13 @@ class Lane(ABC):
 
         queries = {}
         for chunk in query_chunks:
-            rows = len(self.plan.tokens(chunk))
-            if rows:
-                queries[chunk] = take(problem.group_size * rows).view(problem.group_size, rows, problem.head_dim)
+            if rows := len(self.plan.tokens(chunk)):
+                shape = (problem.group_size, rows, problem.head_dim)
+                queries[chunk] = tuple(take(problem.group_size * rows).view(shape) for _ in self.operation.query_inputs)
         key_rows = staged_keys(self.plan, subproblem)
         total = sum(map(len, key_rows.values()))
-        return Staged(head_group, subproblem, queries, take(total), take(total), key_rows)
+        keys = tuple(take(total) for _ in self.operation.key_inputs)
+        return Staged(head_group, subproblem, queries, keys, key_rows)
 
 
 def make_partials(plan: Plan, files: PartialFiles, states: Mapping[str, States], merge_states: MergeStates) -> PartialStore:

@@ -90,13 +90,14 @@ class Arena:
         self._used = start + count
         return self._memory[start : start + count].view(dtype).view(tuple(shape))
 
-    def partial(self, group_size: int, rows: int, head_dim: int) -> AttentionState:
+    def state(self, group_size: int, rows: int, head_dim: int) -> AttentionState:
         """An uninitialised state of [group_size, rows, head_dim]."""
         return AttentionState(
             num=self.take((group_size, rows, head_dim), torch.float32),
             den=self.take((group_size, rows), torch.float32),
             max=self.take((group_size, rows), torch.float32),
             keys=self.take((rows,), torch.int64),
+            key_sum=self.take((rows,), torch.int64),
         )
 
 

@@ -37,12 +37,13 @@ import oocattn
 from oocattn import BudgetError, Event, Plan, Result
 from oocattn.kernels import get_kernel
 from oocattn.kernels.libraries.cudnn import CudnnKernel
+from oocattn.operations import forward, make_operation
+from oocattn.operations.shapes import sample_tiles
 from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane import lane
 from oocattn.pipelines.lane.cuda import CudaLane
 from oocattn.pipelines.lane.rehearsal import rehearse
-from oocattn.pipelines.lane.tiles import call_shapes
 from oocattn.planning.measure import kernel_rate
+from oocattn.problem.mask import Cover
 from oocattn.storage.paths import ResultPaths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")]
@@ -88,9 +89,9 @@ def half_plan(half: Path) -> Plan:
 
 def require(kernel: str, dtype: str, head_dim: int) -> None:
     """Skip the test where the kernel cannot serve."""
-    lacking = get_kernel(kernel).lacks(torch.device("cuda"), dtype, head_dim)
-    if lacking:
-        pytest.skip(f"{kernel}: {lacking}")
+    reason = get_kernel(kernel).unsupported_reason(torch.device("cuda"), dtype, head_dim)
+    if reason:
+        pytest.skip(f"{kernel}: {reason}")
 
 
 def assert_verified(result: Result, dtype: str) -> None:
@@ -297,14 +298,16 @@ def test_a_rehearsal_makes_every_call_within_the_plan_and_gives_all_back(
     attend = CudnnKernel.attend
 
     def note(self: CudnnKernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
-        made.append((query.shape[1], len(key), how["diagonal"]))
+        made.append((query.shape[1], len(key), how["intervals"] is None))
         attend(self, query, key, *rest, **how)
 
     monkeypatch.setattr(CudnnKernel, "attend", note)
     before = reserved_bytes()
     torch.cuda.reset_peak_memory_stats()
     rehearse(half_plan)
-    calls = [(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(half_plan)]
+    calls = [
+        (shape.rows, shape.keys, shape.cover is Cover.FULL) for shape in sample_tiles(half_plan, make_operation(half_plan))
+    ]
     assert sorted(made) == sorted(calls * torch.cuda.device_count())
     assert torch.cuda.max_memory_reserved() - before <= half_plan.peak_device
     assert torch.cuda.memory_reserved() == before
@@ -328,8 +331,8 @@ def test_a_budget_too_small_for_any_tile_is_refused_with_one_that_works(
 
 
 def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
-    usual = lane.get_kernel
-    monkeypatch.setattr(lane, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
+    usual = forward.get_kernel
+    monkeypatch.setattr(forward, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])

@@ -34,12 +34,13 @@ from support import (
 import oocattn
 from oocattn import BudgetError, Event, Plan, Result
 from oocattn.kernels import Kernel, get_kernel
+from oocattn.operations import forward, make_operation
+from oocattn.operations.shapes import sample_tiles
 from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane import lane
-from oocattn.pipelines.lane.tiles import call_shapes
 from oocattn.planning.memory import (
     Tiles,
 )
+from oocattn.problem.mask import Cover
 
 
 @pytest.fixture(autouse=True)
@@ -95,12 +96,14 @@ def test_every_call_was_foreseen(
     attend = kernel.attend
 
     def note(self: Kernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
-        made.add((query.shape[1], len(key), how["diagonal"]))
+        made.add((query.shape[1], len(key), how["intervals"] is None))
         attend(self, query, key, *rest, **how)
 
     monkeypatch.setattr(kernel, "attend", note)
     carry_out(plan, dataset, fast_path / "result.zarr", client)
-    assert made == {(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(plan)}
+    assert made == {
+        (shape.rows, shape.keys, shape.cover is Cover.FULL) for shape in sample_tiles(plan, make_operation(plan))
+    }
 
 
 @contextmanager
@@ -146,8 +149,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(client: Client, fast_path: 
 
 
 def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
-    usual = lane.get_kernel
-    monkeypatch.setattr(lane, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
+    usual = forward.get_kernel
+    monkeypatch.setattr(forward, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])

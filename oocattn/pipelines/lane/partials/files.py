@@ -122,9 +122,9 @@ def row_blocks(state: AttentionState) -> list[AttentionState]:
 
 
 def _arrays(partial: AttentionState) -> list[npt.NDArray[np.generic]]:
-    """The contiguous arrays of a partial's rows: num, den and max of each head, and the keys."""
+    """The contiguous arrays of a partial's rows: num, den and max of each head, and the ledger."""
     heads = [tensor[head].numpy() for tensor in (partial.num, partial.den, partial.max) for head in range(len(tensor))]
-    return [*heads, partial.keys.numpy()]
+    return [*heads, partial.keys.numpy(), partial.key_sum.numpy()]
 
 
 def _is_count(value: object) -> bool:
