@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calling import call
+from calling import MASKS, Windows, attended, call, triangle
 from exact import DTYPES, TOLERANCE, attention, operands, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oocattn.kernels import AttentionState, finalise, get_kernel
+from oocattn.kernels.intervals import make_intervals
+from oocattn.problem.scores import Scores
 
 KERNELS = ("cpu", "reference", "torch")
 
@@ -88,6 +90,39 @@ def test_calls_beyond_the_tiles_are_attention(name, group_size, rows, keys, head
     expected_out, expected_lse = (np.concatenate(parts, 1) for parts in zip(*expected, strict=True))
     assert relative_error(out[:, sample], expected_out) <= 2e-6
     assert np.abs(lse[:, sample].numpy() - expected_lse).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_any_intervals_are_attention(name, mask):
+    rows, keys = range(100, mask.queries), range(37, mask.keys)
+    query, key, value = operands(2, len(rows), len(keys), 24)
+    state = AttentionState.empty(*query.shape)
+    intervals = make_intervals(mask, rows, keys)
+    get_kernel(name).attend(query, key, value, state, scores=Scores(0.2), intervals=intervals)
+    out, lse = finished(state)
+    hidden = ~attended(intervals, len(keys))
+    scores = (0.2 * query.double() @ key.double().T).masked_fill(hidden, -math.inf)
+    dead = hidden.all(-1)
+    assert relative_error(out, (scores.softmax(-1).nan_to_num(0.0) @ value.double()).numpy()) <= 2e-6
+    assert (lse - scores.logsumexp(-1))[:, ~dead].abs().max() <= 1e-5
+    assert (lse[:, dead] == -math.inf).all()
+    assert not out[:, dead].any()
+    assert not state.keys.any(), "a kernel enters nothing in the ledger"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_reach_the_rows_whose_intervals_have_them(name, bad):
+    mask = Windows(400, 400, 20, 5, 30)
+    intervals = make_intervals(mask, range(400), range(400))
+    query, key, value = operands(2, 400, 400, 8)
+    value[[7, 200]] = bad
+    state = AttentionState.empty(*query.shape)
+    get_kernel(name).attend(query, key, value, state, scores=Scores(0.2), intervals=intervals)
+    reached = attended(intervals, 400)[:, [7, 200]].any(-1)
+    assert torch.equal(~finished(state)[0].isfinite().all(-1), reached.expand(2, 400))
+    assert torch.equal(finished(state)[0].isnan().any(-1), (reached & (bad != bad)).expand(2, 400))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -276,16 +311,18 @@ def test_misfits_are_refused(name):
     query, key, value = operands(2, 6, 5, 8)
     state = AttentionState.empty(2, 6, 8)
     kernel = get_kernel(name)
-    for misfit in (
-        (query, key, value[:4], state, False),
-        (query, key[:, :7], value[:, :7], state, False),
-        (query, key, value, state.rows(0, 1), False),
-        (query, key.half(), value, state, False),
-        (query, key, value, state, True),
+    for *misfit, intervals in (
+        (query, key, value[:4], state, None),
+        (query, key[:, :7], value[:, :7], state, None),
+        (query, key, value, state.rows(0, 1), None),
+        (query, key.half(), value, state, None),
+        (query, key, value, state, triangle(5)),
+        (query, key, value, state, triangle(6).long()),
+        (query, key, value, state, triangle(6)[:, :2]),
     ):
-        with pytest.raises(ValueError, match=r"expected|fit|needs"):
-            call(kernel, *misfit[:4], scale=1.0, causal=misfit[4])
-    assert state.keys.sum() == 0
+        with pytest.raises(ValueError, match=r"expected|fit"):
+            kernel.attend(*misfit, scores=Scores(1.0), intervals=intervals)
+    assert state.den.sum() == 0
 
 
 MEASURE = """
