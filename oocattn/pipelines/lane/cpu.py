@@ -14,9 +14,9 @@ from oocattn.kernels.settings import plain_threads
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import PartialStore
-from oocattn.pipelines.lane.stager import StagedSubproblem
+from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.lane.tiles import key_tiles
-from oocattn.pipelines.watch.events import Event, Span
+from oocattn.pipelines.watch.events import Attended, Span
 from oocattn.planning.plan import Plan
 
 
@@ -55,7 +55,7 @@ class CpuDevice:
         self.launcher.shutdown()
         del self._state
 
-    def launch(self, staged: StagedSubproblem, partials: PartialStore, finisher: Finisher) -> Callable[[], Event]:
+    def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
         """Attend a whole subproblem: when this returns, it is done."""
         start = clock.now()
         pairs = partial_bytes = 0
@@ -63,19 +63,18 @@ class CpuDevice:
             pairs += self._attend_chunk(staged, block, partials)
             partial_bytes += partials.end(staged.head_group, block.query_chunk, staged.index)
         stop = clock.now()
-        event = Event(
-            "attended",
-            start,
-            stop,
-            staged.head_group,
-            staged.index,
-            amount=pairs,
-            detail={"partial_bytes": partial_bytes},
+        event = Attended(
+            start=start,
+            stop=stop,
+            head_group=staged.head_group,
+            index=staged.index,
+            pairs=pairs,
+            partial_bytes=partial_bytes,
             spans=(Span("compute", start, stop),),
         )
         return lambda: event
 
-    def _attend_chunk(self, staged: StagedSubproblem, block: Block, partials: PartialStore) -> int:
+    def _attend_chunk(self, staged: StagedChunks, block: Block, partials: PartialStore) -> int:
         """Compute one query chunk's partial, and count its pairs."""
         problem, chunk = self._plan.problem, block.query_chunk
         query = staged.queries[chunk]

@@ -41,10 +41,10 @@ from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, record_even
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import Destination, PartialStore
-from oocattn.pipelines.lane.stager import StagedSubproblem
+from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.lane.switching import hold_short_interval
 from oocattn.pipelines.lane.tiles import KeyTile, key_tiles
-from oocattn.pipelines.watch.events import Event, Resource
+from oocattn.pipelines.watch.events import Attended, Resource
 from oocattn.planning.memory import PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
 
@@ -60,7 +60,7 @@ every other thread that asks it for something."""
 class _Launch:
     """One subproblem on the device: what was enqueued and has not come back."""
 
-    staged: StagedSubproblem
+    staged: StagedChunks
     partials: PartialStore
     start: float
     halvings: int
@@ -136,7 +136,7 @@ class CudaDevice:
             pinned, self._pinned = self._pinned, []
             self.allocator.submit(close_all, pinned)
 
-    def launch(self, staged: StagedSubproblem, partials: PartialStore, finisher: Finisher) -> Callable[[], Event]:
+    def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
         """Enqueue a whole subproblem. With partials on disk this waits for buffers that are still being written."""
         launch = _Launch(staged, partials, clock.now(), self.tile_rows.take_halvings())
         with torch.cuda.device(self._device):
@@ -144,17 +144,17 @@ class CudaDevice:
                 self._launch_chunk(launch, block, finisher)
         return partial(self._finish, launch)
 
-    def _finish(self, launch: _Launch) -> Event:
+    def _finish(self, launch: _Launch) -> Attended:
         """Wait until all partials of a subproblem have been handed over."""
         self._hand_over_while(lambda: launch.coming_back > 0)
-        return Event(
-            "attended",
-            launch.start,
-            clock.now(),
-            launch.staged.head_group,
-            launch.staged.index,
-            amount=launch.pairs,
-            detail={"partial_bytes": launch.partial_bytes, "out_of_memory": launch.halvings},
+        return Attended(
+            start=launch.start,
+            stop=clock.now(),
+            head_group=launch.staged.head_group,
+            index=launch.staged.index,
+            pairs=launch.pairs,
+            partial_bytes=launch.partial_bytes,
+            out_of_memory=launch.halvings,
             spans=self._clock.spans(launch.stretches),
         )
 

@@ -13,8 +13,8 @@ from oocattn.kernels import AttentionState
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import PartialStore
-from oocattn.pipelines.lane.stager import StagedSubproblem
-from oocattn.pipelines.watch.events import Event
+from oocattn.pipelines.lane.stager import StagedChunks
+from oocattn.pipelines.watch.events import Attended
 from oocattn.planning.plan import Plan
 
 _DEVICES = {
@@ -40,7 +40,7 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Bytes of host memory, as uint8 [nbytes] or more, that the device can work with."""
 
-    def launch(self, staged: StagedSubproblem, partials: PartialStore, finisher: Finisher) -> Callable[[], Event]:
+    def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
         """Begin to attend a subproblem and to hand its partials over; return what waits for the end of that.
 
         `finisher` is told of a chunk whose last partial has begun to come, where that is worth it.

@@ -34,7 +34,7 @@ from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import Stager, Turns
-from oocattn.pipelines.watch.events import Event
+from oocattn.pipelines.watch.events import Attended, Merged, Staged, Written
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.journal.journal import Journal
@@ -86,7 +86,7 @@ class Lane:
             self._parts = parts.pop_all()
         self._attend_turns = Turns("attend", len(memory.slots))
         self._next_turn = 0
-        self._launched: dict[int, Callable[[], Event]] = {}
+        self._launched: dict[int, Callable[[], Attended]] = {}
         self._checkpoints.begin()
 
     @property
@@ -94,7 +94,7 @@ class Lane:
         """When a piece of a task was last done, in seconds since the epoch."""
         return self._health.stepped
 
-    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Event:
+    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Staged:
         """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0.
 
         Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there. Raises
@@ -102,7 +102,7 @@ class Lane:
         """
         return self._stager.stage(turn, head_group, index, wanted)
 
-    def attend(self, turn: int) -> Event:
+    def attend(self, turn: int) -> Attended:
         """Compute the partials of the subproblem that was staged for this turn, and hand them to the partial store.
 
         A lane takes subproblems in the order of their turns, whichever task comes first: that which comes early begins
@@ -123,11 +123,11 @@ class Lane:
                     self._launched[self._next_turn] = self.device.launch(staged, self.partials, self.finisher)
                 self._next_turn += 1
 
-    def merge(self, head_group: int, chunk: int) -> Event:
+    def merge(self, head_group: int, chunk: int) -> Merged:
         """See `Finisher.merge`."""
         return self.finisher.merge(head_group, chunk)
 
-    def write(self, head_group: int, chunk: int) -> Event:
+    def write(self, head_group: int, chunk: int) -> Written:
         """See `Finisher.write`."""
         return self.finisher.write(head_group, chunk)
 

@@ -18,7 +18,7 @@ from oocattn.division.base import Block, Subproblem
 from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.not_finite import count_not_finite
 from oocattn.pipelines.lane.tiles import pieces, staged_keys
-from oocattn.pipelines.watch.events import Event, Span
+from oocattn.pipelines.watch.events import Span, Staged
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import HeadGroup
 from oocattn.storage.inputs.dataset import Dataset
@@ -29,7 +29,7 @@ READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class StagedSubproblem:
+class StagedChunks:
     """One subproblem's chunks in a staging slot: queries [g, n, D] by chunk, keys and values [rows, D] in one piece.
 
     `not_finite` counts, by query chunk whose diagonal it owns, the elements of the chunk's rows that are NaN or Inf.
@@ -94,11 +94,11 @@ class Stager:
         self._slots = slots
         self._step = step
         self._turns = Turns("stage", len(slots))
-        self._staged: dict[int, StagedSubproblem] = {}
+        self._staged: dict[int, StagedChunks] = {}
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
         self._decoding = threading.Lock()
 
-    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None) -> Event:
+    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None) -> Staged:
         """See `Lane.stage`."""
         self._turns.take(turn)
         start = clock.now()
@@ -110,9 +110,10 @@ class Stager:
         for read, not_finite in zip(reads, self._readers.map(self._read, reads), strict=True):
             staged.not_finite[read.chunk] += not_finite
         stop = clock.now()
-        return Event("staged", start, stop, head_group, index, amount=staged.nbytes, spans=(Span("read", start, stop),))
+        spans = (Span("read", start, stop),)
+        return Staged(start=start, stop=stop, head_group=head_group, index=index, bytes=staged.nbytes, spans=spans)
 
-    def take(self, turn: int) -> StagedSubproblem:
+    def take(self, turn: int) -> StagedChunks:
         """Hand over what was staged for a turn; its slot is used again when the subproblem has been attended."""
         return self._staged.pop(turn)
 
@@ -123,7 +124,7 @@ class Stager:
 
     def _lay_out(
         self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, query_chunks: Iterable[int]
-    ) -> StagedSubproblem:
+    ) -> StagedChunks:
         """Lay a subproblem's chunks out in a slot: the queries of each chunk, then all keys, then all values."""
         problem = self._plan.problem
         dtype = getattr(torch, problem.dtype)
@@ -142,9 +143,9 @@ class Stager:
                 queries[chunk] = take(problem.group_size * rows).view(problem.group_size, rows, problem.head_dim)
         key_rows = staged_keys(self._plan, subproblem)
         total = sum(map(len, key_rows.values()))
-        return StagedSubproblem(head_group, subproblem, queries, take(total), take(total), key_rows)
+        return StagedChunks(head_group, subproblem, queries, take(total), take(total), key_rows)
 
-    def _reads(self, staged: StagedSubproblem) -> Iterator[_Read]:
+    def _reads(self, staged: StagedChunks) -> Iterator[_Read]:
         """The reads that fill a staged subproblem, cut to pieces where the array's chunk files are read directly.
 
         NaN and Inf are counted in the query chunks whose diagonal it owns: so each chunk is counted once in a run.

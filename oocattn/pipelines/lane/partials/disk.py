@@ -8,7 +8,7 @@ from oocattn.errors import IntegrityError
 from oocattn.kernels import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
-from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk, States
+from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 
