@@ -51,7 +51,7 @@ def test_what_is_not_there_is_refused(pieces: list[tuple[list[int], torch.dtype]
 @given(st.integers(1, 8), st.integers(1, 300), st.integers(1, 70))
 def test_a_state_takes_what_the_plan_counts(group_size: int, rows: int, head_dim: int) -> None:
     planned = group_size * rows * (head_dim + 2) * 4 + rows * 8 + 4 * ALIGNMENT
-    state = Arena(torch.empty(planned, dtype=torch.uint8)).partial(group_size, rows, head_dim)
+    state = Arena(torch.empty(planned, dtype=torch.uint8)).state(group_size, rows, head_dim)
     state.reset()
     assert state.num.shape == (group_size, rows, head_dim)
     assert state.nbytes + 4 * ALIGNMENT == planned

@@ -37,9 +37,9 @@ import oocattn
 from oocattn import BudgetError, Event, Plan, Result
 from oocattn.kernels import get_kernel
 from oocattn.kernels.libraries.cudnn import CudnnKernel
-from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane import lane
-from oocattn.pipelines.lane.cuda import CudaLane
+from oocattn.pipelines.lane import cuda, cuda_memory
+from oocattn.pipelines.lane.cuda import CudaDevice
+from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.pipelines.lane.tiles import call_shapes
 from oocattn.planning.measure import kernel_rate
@@ -215,7 +215,7 @@ def test_bits_do_not_depend_on_workers_runs_or_the_place_of_partials(
 def test_turns_are_taken_in_order_whichever_task_comes_first(half: Path, half_plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "dataset.zarr").symlink_to(half)
     plan = replace(with_partials(half_plan, "memory"), accumulators=7)
-    in_order, shuffled = (CudaLane(job_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
+    in_order, shuffled = (Lane(job_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
     events: dict[int, Event] = {}
     for turns, order in (((0, 1, 2), (2, 0, 1)), ((3, 4, 5), (4, 3, 5)), ((6,), (6,))):
         for turn in turns:
@@ -328,8 +328,8 @@ def test_a_budget_too_small_for_any_tile_is_refused_with_one_that_works(
 
 
 def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
-    usual = lane.get_kernel
-    monkeypatch.setattr(lane, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
+    usual = cuda.get_kernel
+    monkeypatch.setattr(cuda, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -359,8 +359,8 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
     client: Client, half: Path, half_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[int] = []
-    made: list[CudaLane] = []
-    empty, take = torch.empty, CudaLane.__init__
+    made: list[CudaDevice] = []
+    empty, take = torch.empty, CudaDevice.__init__
 
     def refuse_once(*shape: Any, **options: Any) -> torch.Tensor:
         if "device" in options and torch.device(options["device"]).type == "cuda" and not refused:
@@ -368,16 +368,16 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
             raise torch.OutOfMemoryError("the device is full")
         return empty(*shape, **options)
 
-    def keep(self: CudaLane, *arguments: Any) -> None:
+    def keep(self: CudaDevice, *arguments: Any) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(cuda_lane.torch, "empty", refuse_once)
+            patched.setattr(cuda_memory.torch, "empty", refuse_once)
             take(self, *arguments)
         made.append(self)
 
-    monkeypatch.setattr(CudaLane, "__init__", keep)
+    monkeypatch.setattr(CudaDevice, "__init__", keep)
     result = carry_out(half_plan, half, tmp_path / "result.zarr", client)
     assert refused
-    assert made[0]._tile_rows == half_plan.tiles.query // 2
+    assert made[0].tile_rows.count == half_plan.tiles.query // 2
     assert_verified(result, "float16")
 
 

@@ -26,8 +26,8 @@ from support import (
 )
 
 from oocattn import Plan
-from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane.cuda import CudaLane
+from oocattn.pipelines.lane import cuda, cuda_memory
+from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.partials.store import Destination
@@ -37,7 +37,9 @@ from oocattn.planning.memory import (
     MERGE_SCRATCH_BYTES,
     SEGMENT,
     STAGING_SLOTS,
-    cuda_memory,
+)
+from oocattn.planning.memory import (
+    cuda_memory as planned_memory,
 )
 from oocattn.storage.paths import ResultPaths
 
@@ -45,11 +47,11 @@ from oocattn.storage.paths import ResultPaths
 @pytest.fixture(autouse=True)
 def _pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend.pretend_a_gpu(monkeypatch)
-    monkeypatch.setattr(cuda_lane, "SMALLEST_TILE", 1)
+    monkeypatch.setattr(cuda_memory, "SMALLEST_TILE", 1)
 
 
-def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> CudaLane:
-    return CudaLane(job_of(folder, plan, result), "cuda:0")
+def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
+    return Lane(job_of(folder, plan, result), "cuda:0")
 
 
 def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +93,10 @@ def test_what_a_save_waits_for_comes_back_before_more_is_begun(fast_path: Path, 
     begin = lane.partials.begin
 
     def watched(*arguments: int) -> Destination:
-        on_their_way.append(len(lane._coming_back))
+        on_their_way.append(len(lane.device._coming_back))
         return begin(*arguments)
 
-    lane.partials.begin, lane.partials.awaited = watched, lambda *_: awaited
+    lane.partials.begin, lane.partials.save_pending = watched, lambda *_: awaited
     lane.stage(0, 0, 0)
     lane.stage(1, 0, 1)
     lane.attend(1)  # and the one before
@@ -166,16 +168,16 @@ def test_what_a_lane_takes_is_what_was_planned(
             super().__init__(nbytes)
             pinned.append(-(-nbytes // SEGMENT) * SEGMENT)  # in huge pages
 
-    monkeypatch.setattr(cuda_lane, "Arena", Watched)
-    monkeypatch.setattr(cuda_lane, "PinnedMemory", Counted)
+    monkeypatch.setattr(cuda_memory, "Arena", Watched)
+    monkeypatch.setattr(cuda, "PinnedMemory", Counted)
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301, **problem))
     made = pretend.gpu_plan(dataset, tiles, partials, chunks=3)
     lane = lane_of(fast_path, made)
-    lane._allocated.result()
+    lane.memory._allocated.result()
     lane.close()
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
     temporaries = MERGE_SCRATCH_BYTES + LEDGER_BYTES * made.out_chunk_rows
-    assert sum(pinned) == cuda_memory(made.problem, made.buffers, made.tiles, 0).host - temporaries
+    assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0).host - temporaries
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,7 @@ from support import (
 import oocattn
 from oocattn import BudgetError, Event, Plan, Result
 from oocattn.kernels import Kernel, get_kernel
-from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane import lane
+from oocattn.pipelines.lane import cuda, cuda_memory
 from oocattn.pipelines.lane.tiles import call_shapes
 from oocattn.planning.memory import (
     Tiles,
@@ -45,7 +44,7 @@ from oocattn.planning.memory import (
 @pytest.fixture(autouse=True)
 def _pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend.pretend_a_gpu(monkeypatch)
-    monkeypatch.setattr(cuda_lane, "SMALLEST_TILE", 1)
+    monkeypatch.setattr(cuda_memory, "SMALLEST_TILE", 1)
 
 
 def assert_attention(result: Result, plan: Plan, arrays: Arrays) -> None:
@@ -146,8 +145,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(client: Client, fast_path: 
 
 
 def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
-    usual = lane.get_kernel
-    monkeypatch.setattr(lane, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
+    usual = cuda.get_kernel
+    monkeypatch.setattr(cuda, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -187,7 +186,7 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
                 raise torch.OutOfMemoryError("the device is full")
             return torch.empty(*shape, **options)
 
-    monkeypatch.setattr(cuda_lane, "torch", Full())
+    monkeypatch.setattr(cuda_memory, "torch", Full())
     made = pretend.gpu_plan(dataset, (64, 20), chunks=7)
     result = carry_out(made, dataset, fast_path / "result.zarr", client)
     assert_attention(result, made, arrays)
