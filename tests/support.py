@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -176,22 +174,6 @@ def written_bits(lane: Lane, head_group: int = 0) -> list[NDArray[Any]]:
     heads = slice(group.query_heads.start, group.query_heads.stop)
     found = (np.asarray(array[group.batch, heads]) for array in (lane.result.out, lane.result.lse))
     return [array.reshape(-1).view(np.uint8) for array in found]
-
-
-def outlives_its_use(make: Callable[[], Lane]) -> bool:
-    """Whether a lane for one chunk is still in memory once it was used, closed and let go."""
-    lane = make()
-    lane.stage(0, 0, 0)
-    lane.attend(0)
-    written_bits(lane)
-    lane.close()
-    there = weakref.ref(lane)
-    gc.disable()  # which would find it at some time
-    try:
-        del lane
-        return there() is not None
-    finally:
-        gc.enable()
 
 
 def a_problem(tokens: int, **fields: Any) -> Problem:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ import torch
 from support import (
     job_of,
     normal_arrays,
-    outlives_its_use,
     write_dataset,
     written_bits,
 )
@@ -78,11 +76,6 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, m
     lane.write(0, 0)
     assert len(list(folder.glob("c.0.0.?.0"))) == 4
     lane.close()
-
-
-def test_a_closed_lane_leaves_no_memory_behind(fast_path: Path) -> None:
-    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(80))
-    assert not outlives_its_use(lambda: lane_of(fast_path, pretend.gpu_plan(dataset, (20, 10), chunks=1)))
 
 
 @pytest.mark.parametrize("awaited", [False, True])
@@ -178,24 +171,6 @@ def test_what_a_lane_takes_is_what_was_planned(
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
     temporaries = MERGE_SCRATCH_BYTES + LEDGER_BYTES * made.out_chunk_rows
     assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0).host - temporaries
-
-
-@pytest.mark.parametrize(
-    "first_first",
-    [False, True],
-)
-def test_switching_between_threads_is_as_before_when_all_lanes_are_closed(fast_path: Path, first_first: bool) -> None:
-    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
-    made, usual = pretend.gpu_plan(dataset, chunks=1), 0.005
-    sys.setswitchinterval(usual)
-    lanes = [lane_of(fast_path, made, name) for name in ("first.zarr", "second.zarr")]
-    try:
-        assert sys.getswitchinterval() < usual
-        for each in lanes if first_first else reversed(lanes):
-            each.close()
-        assert sys.getswitchinterval() == usual
-    finally:
-        sys.setswitchinterval(usual)
 
 
 @pytest.mark.parametrize("heard", [(0, 1), (1, 0)], ids=str)
