@@ -20,7 +20,7 @@ import torch
 from support import job_of, normal_arrays, plan_for, replanned, write_dataset
 
 from oocattn import BudgetError, Plan
-from oocattn.pipelines.lane import cpu, cuda, cuda_memory, switching
+from oocattn.pipelines.lane import cpu, cuda, cuda_finishing, cuda_memory, switching
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.partials import files as partial_files
@@ -109,11 +109,28 @@ def fail_to_write(lane: Lane) -> None:
                 lane.attend(turn)
 
 
+def fail_to_divide(lane: Lane) -> None:
+    """A chunk whose tasks never ask for it."""
+
+    def broken(*_: object) -> None:
+        raise ArithmeticError("broken")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cpu, "finalise", broken)
+        patched.setattr(cuda_finishing, "finalise", broken)
+        for turn in range(3):
+            lane.stage(turn, 0, turn)
+            lane.attend(turn)
+        if (0, 0) not in lane.finisher._chunks:  # a GPU begins it by itself
+            lane.finisher.begin(0, 0, [len(lane.plan.tokens(0))])
+        assert isinstance(lane.finisher._chunks[0, 0].exception(), ArithmeticError)
+
+
 def do_nothing(lane: Lane) -> None:
     """Close it as it is."""
 
 
-WORK = [do_nothing, stage, attend, merge, write, fail_to_write]
+WORK = [do_nothing, stage, attend, merge, write, fail_to_write, fail_to_divide]
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
