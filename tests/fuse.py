@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from oocattn.pipelines.lane import cpu
+from oocattn.operations import forward
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended
@@ -34,7 +34,7 @@ class Fuse:
         for name in STEPS:
             setattr(os, name, self._counted(name, getattr(os, name)))
         for name in ("merge", "finalise"):
-            setattr(cpu, name, self._moment(getattr(cpu, name)))
+            setattr(forward, name, self._moment(getattr(forward, name)))
         real = CpuDevice.launch
 
         def launch(device: CpuDevice, staged: StagedChunks, *rest: Any) -> Callable[[], Attended]:

@@ -25,6 +25,7 @@ from oocattn.planning.cost import recost
 from oocattn.planning.measure import input_cost
 from oocattn.planning.plan import Hardware, Machine
 from oocattn.problem.problem import Problem, make_problem
+from oocattn.problem.scores import Scores
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.paths import ResultPaths
@@ -199,12 +200,12 @@ class CrampedKernel:
         value: torch.Tensor,
         state: AttentionState,
         *,
-        scale: float,
-        diagonal: bool,
+        scores: Scores,
+        intervals: torch.Tensor | None,
     ) -> None:
         if query.shape[1] > self.most_rows:
             raise torch.OutOfMemoryError(f"{query.shape[1]} rows are too many")
-        self.inner.attend(query, key, value, state, scale=scale, diagonal=diagonal)
+        self.inner.attend(query, key, value, state, scores=scores, intervals=intervals)
 
 
 def bits(result: Result) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -170,6 +170,7 @@ class Arena:
             den=self.take((group_size, rows), torch.float32),
             max=self.take((group_size, rows), torch.float32),
             keys=self.take((rows,), torch.int64),
+            key_sum=self.take((rows,), torch.int64),
         )
 
 

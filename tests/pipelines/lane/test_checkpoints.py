@@ -60,6 +60,7 @@ def fold(store: MemoryPartials, plan: Plan, position: int, ended: bool = True, c
     for tensor in (partial.num, partial.den, partial.max):
         tensor.copy_(torch.randn(tensor.shape, generator=generator).abs())
     partial.keys.fill_(1 + subproblem)
+    partial.key_sum.fill_(1000 * subproblem)
     destination = store.begin(0, chunk, subproblem, not_finite=position)
     if not destination.merged:
         destination.state.reset()
@@ -69,7 +70,7 @@ def fold(store: MemoryPartials, plan: Plan, position: int, ended: bool = True, c
 
 
 def bits(state: AttentionState) -> list[np.ndarray]:
-    return [tensor.numpy().copy().view(np.uint8) for tensor in (state.num, state.den, state.max, state.keys)]
+    return [tensor.numpy().copy().view(np.uint8) for tensor in (state.num, state.den, state.max, state.keys, state.key_sum)]
 
 
 def folded(folder: Path) -> list[tuple[int, ...]]:

@@ -20,7 +20,8 @@ import torch
 from support import job_of, normal_arrays, plan_for, replanned, write_dataset
 
 from oocattn import BudgetError, Plan
-from oocattn.pipelines.lane import cpu, cuda, cuda_finishing, cuda_memory, switching
+from oocattn.operations import forward
+from oocattn.pipelines.lane import cuda, cuda_memory, switching
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.partials import files as partial_files
@@ -63,6 +64,12 @@ def allocations(monkeypatch: pytest.MonkeyPatch, no_gc: None) -> Allocations:
     return found
 
 
+def living(allocations: Allocations) -> Allocations:
+    """Those that are still there when the thread that unpins has done what it was given."""
+    cuda_memory.pinning(torch.device("cpu")).submit(lambda: None).result()  # the pretended GPU's
+    return [memory for memory in allocations if memory() is not None]
+
+
 def plan_of(dataset: Path, device: str, partials: str = "memory") -> Plan:
     options: dict[str, Any] = {"partials": partials, "chunks": 3, "causal": True}
     return plan_for(dataset, **options) if device == "cpu" else pretend.gpu_plan(dataset, (6, 4), **options)
@@ -101,8 +108,7 @@ def fail_to_write(lane: Lane) -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(partial_files, "write_blocks", full)
-        patched.setattr(cpu, "merge", full)
-        patched.setattr(cuda, "merge", full)
+        patched.setattr(forward, "merge", full)
         stage(lane)
         for turn in (1, 0):
             with pytest.raises(OSError, match="No space left"):
@@ -116,8 +122,7 @@ def fail_to_divide(lane: Lane) -> None:
         raise ArithmeticError("broken")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cpu, "finalise", broken)
-        patched.setattr(cuda_finishing, "finalise", broken)
+        patched.setattr(forward, "finalise", broken)
         for turn in range(3):
             lane.stage(turn, 0, turn)
             lane.attend(turn)
@@ -144,9 +149,7 @@ def test_closing_a_lane_frees_its_memory_though_the_lane_is_held(
     assert len(allocations) > 5
     work(lane)
     lane.close()
-    if device != "cpu":
-        lane.device.allocator.submit(lambda: None).result()  # what unpins is behind what pinned
-    assert not [memory for memory in allocations if memory() is not None]
+    assert not living(allocations)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -162,7 +165,7 @@ def test_a_lane_that_cannot_be_made_frees_what_it_has_allocated(
         lane_of(fast_path, device)
     left = {thread for thread in set(threading.enumerate()) - threads if "launch" not in thread.name}
     assert not [thread for thread in left if not thread.name.startswith("oocattn-pin")]  # which is kept for good
-    assert not [memory for memory in allocations if memory() is not None]
+    assert not living(allocations)
     assert sys.getswitchinterval() == interval
 
 
@@ -182,9 +185,7 @@ def test_memory_that_cannot_be_allocated_is_told_to_who_needs_it_and_the_rest_is
     with pytest.raises(BudgetError, match="no room for states"):
         lane.attend(0)
     lane.close()
-    if device != "cpu":
-        lane.device.allocator.submit(lambda: None).result()
-    assert not [memory for memory in allocations if memory() is not None]
+    assert not living(allocations)
 
 
 @pytest.mark.usefixtures("no_gc")

@@ -37,12 +37,15 @@ import oocattn
 from oocattn import BudgetError, Event, Plan, Result
 from oocattn.kernels import get_kernel
 from oocattn.kernels.libraries.cudnn import CudnnKernel
-from oocattn.pipelines.lane import cuda, cuda_memory
+from oocattn.operations import forward, make_operation
+from oocattn.operations.shapes import sample_tiles
+from oocattn.pipelines.lane import cuda_memory
 from oocattn.pipelines.lane.cuda import CudaDevice
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.rehearsal import rehearse
-from oocattn.pipelines.lane.tiles import call_shapes
+from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.measure import kernel_rate
+from oocattn.problem.mask import Cover
 from oocattn.storage.paths import ResultPaths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")]
@@ -88,9 +91,9 @@ def half_plan(half: Path) -> Plan:
 
 def require(kernel: str, dtype: str, head_dim: int) -> None:
     """Skip the test where the kernel cannot serve."""
-    lacking = get_kernel(kernel).lacks(torch.device("cuda"), dtype, head_dim)
-    if lacking:
-        pytest.skip(f"{kernel}: {lacking}")
+    reason = get_kernel(kernel).unsupported_reason(torch.device("cuda"), dtype, head_dim)
+    if reason:
+        pytest.skip(f"{kernel}: {reason}")
 
 
 def assert_verified(result: Result, dtype: str) -> None:
@@ -297,14 +300,16 @@ def test_a_rehearsal_makes_every_call_within_the_plan_and_gives_all_back(
     attend = CudnnKernel.attend
 
     def note(self: CudnnKernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
-        made.append((query.shape[1], len(key), how["diagonal"]))
+        made.append((query.shape[1], len(key), how["intervals"] is None))
         attend(self, query, key, *rest, **how)
 
     monkeypatch.setattr(CudnnKernel, "attend", note)
     before = reserved_bytes()
     torch.cuda.reset_peak_memory_stats()
     rehearse(half_plan)
-    calls = [(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(half_plan)]
+    calls = [
+        (shape.rows, shape.keys, shape.cover is Cover.FULL) for shape in sample_tiles(half_plan, make_operation(half_plan))
+    ]
     assert sorted(made) == sorted(calls * torch.cuda.device_count())
     assert torch.cuda.max_memory_reserved() - before <= half_plan.peak_device
     assert torch.cuda.memory_reserved() == before
@@ -328,8 +333,8 @@ def test_a_budget_too_small_for_any_tile_is_refused_with_one_that_works(
 
 
 def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
-    usual = cuda.get_kernel
-    monkeypatch.setattr(cuda, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
+    usual = forward.get_kernel
+    monkeypatch.setattr(forward, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -391,7 +396,7 @@ def test_every_resource_is_told_of_and_compute_is_one_thing_at_a_time(
     recorder = Recorder([])
     plan = with_partials(half_plan, partials)
     report = carry_out(plan, half, tmp_path / "result.zarr", client, [recorder]).report
-    spans = [span for event in recorder.events for span in event.spans]
+    spans = [span for event in recorder.events if isinstance(event, TaskEvent) for span in event.spans]
     assert {span.resource for span in spans} == {"read", "copy in", "compute", "copy out", "merge", "write"}
     started, ended = recorder.of("started")[0].start, recorder.of("ended")[0].stop
     assert all(started - 0.01 <= span.start <= span.stop <= ended + 0.01 for span in spans)  # two clocks, one epoch

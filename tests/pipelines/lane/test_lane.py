@@ -19,7 +19,7 @@ from reference import attention64, relative_error
 from support import job_of, normal_arrays, plan_for, write_dataset, written_bits
 
 from oocattn import IntegrityError, Plan, ProblemError
-from oocattn.pipelines.lane import cpu
+from oocattn.operations import forward
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.not_finite import count_not_finite
@@ -165,7 +165,7 @@ def test_a_failure_in_one_chunk_lets_the_next_be_finished(fast_path: Path, monke
         raise ArithmeticError("broken")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cpu, "finalise", broken)
+        patched.setattr(forward, "finalise", broken)
         with pytest.raises(ArithmeticError):
             lane.merge(0, 0)
     with ThreadPoolExecutor(1) as beside:
