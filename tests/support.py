@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,22 +177,6 @@ def written_bits(lane: Lane, head_group: int = 0) -> list[NDArray[Any]]:
     return [array.reshape(-1).view(np.uint8) for array in found]
 
 
-def outlives_its_use(make: Callable[[], Lane]) -> bool:
-    """Whether a lane for one chunk is still in memory once it was used, closed and let go."""
-    lane = make()
-    lane.stage(0, 0, 0)
-    lane.attend(0)
-    written_bits(lane)
-    lane.close()
-    there = weakref.ref(lane)
-    gc.disable()  # which would find it at some time
-    try:
-        del lane
-        return there() is not None
-    finally:
-        gc.enable()
-
-
 def a_problem(tokens: int, **fields: Any) -> Problem:
     """One causal head of 64 float16 dimensions, but for `fields`."""
     defaults: dict[str, Any] = {
@@ -256,3 +238,20 @@ def assert_nothing_written(result: Path) -> None:
     assert not os.path.lexists(result)
     assert ResultPaths.at(result).unfinished is None
     assert oocattn.status(result).state == "none"
+
+
+_FIELDS: dict[str, Any] = {"head_group": 0, "index": 0, "pairs": 0, "bytes": 0, "plan": None, "dashboard": "", "left": 0}
+_FIELDS |= {"resumed": False, "recomputed": 0, "reason": "", "error": "", "path": "", "report": None}
+
+
+def make_event(kind: str, start: float = 0.0, stop: float = 0.0, **given: Any) -> Event:
+    """The event of that kind; fields that are not given have any value."""
+    made: type[Event] = getattr(oocattn, kind.capitalize())
+    wanted = {field.name: field for field in fields(made)}
+    missing = {name: _FIELDS[name] for name, field in wanted.items() if name in _FIELDS and field.default is MISSING}
+    return made(**{"start": start, "stop": stop, **missing, **given})
+
+
+def amount_of(event: Event) -> int:
+    """The bytes or pairs of an event; 0 where it has none."""
+    return int(getattr(event, "pairs", getattr(event, "bytes", 0)))

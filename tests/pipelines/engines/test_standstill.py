@@ -23,8 +23,9 @@ from oocattn import Callback, Event, Result, StalledError
 from oocattn.pipelines import attempt, deadline
 from oocattn.pipelines.engines.dask import standstill
 from oocattn.pipelines.engines.dask.standstill import Occupation, Standstill, find_obstacle
-from oocattn.pipelines.lane.cpu import CpuLane
-from oocattn.pipelines.lane.lane import Staged
+from oocattn.pipelines.lane.cpu import CpuDevice
+from oocattn.pipelines.lane.stager import StagedChunks
+from oocattn.pipelines.watch.events import Attended
 
 RUN = "1234abcd"
 
@@ -87,12 +88,12 @@ def test_one_of_two_workers_that_stands_still_is_told_while_the_other_works() ->
         watch.add(deadline.NOTICED / 2)
         watch.progress("a")
     (told,) = recorder.events
-    assert str(told.detail["reason"]).startswith("worker b is paused by Dask: ")
+    assert str(told.reason).startswith("worker b is paused by Dask: ")
     gone = said.pop("b")  # which the attempt finds
     watch.add(deadline.NOTICED)
     watch.progress("b")
     said["b"] = gone
-    assert recorder.events[-1].detail["reason"] == ""
+    assert recorder.events[-1].reason == ""
     with pytest.raises(StalledError, match="worker b is paused"):
         watch.add(1001.0)
 
@@ -191,7 +192,7 @@ def test_a_run_goes_on_when_its_worker_does(
         if event.kind == "attended" and event.index == 3:
             client.run(set_status, Status.paused)
         if event.kind == "stalled":
-            told.append((str(event.detail["reason"]), oocattn.status(result).stalled))
+            told.append((str(event.reason), oocattn.status(result).stalled))
             client.run(set_status, Status.running)
 
     found = carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[listen])
@@ -205,16 +206,16 @@ def test_a_run_goes_on_when_its_worker_does(
 def test_a_task_may_take_longer_than_planned_while_its_lane_works(
     client: Client, dataset: Path, right: Result, result: Path, works: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder, attend = Recorder([]), CpuLane._attend
+    recorder, launch = Recorder([]), CpuDevice.launch
 
-    def attend_slowly(lane: CpuLane, staged: Staged) -> Event:
-        for _ in range(30 if staged.subproblem.index == 3 else 0):
+    def launch_slowly(device: CpuDevice, staged: StagedChunks, *rest: Any) -> Callable[[], Attended]:
+        for _ in range(30 if staged.index == 3 else 0):
             time.sleep(deadline.NOTICED / 4)
             if works:
-                lane.step()
-        return attend(lane, staged)
+                device._step()
+        return launch(device, staged, *rest)
 
-    monkeypatch.setattr(CpuLane, "_attend", attend_slowly)
+    monkeypatch.setattr(CpuDevice, "launch", launch_slowly)
     plan = plan_for(dataset, chunks=13)
     if works:
         assert_same_bits(carry_out(plan, dataset, result, client, callbacks=[recorder]), right)

@@ -28,10 +28,11 @@ from support import (
 import oocattn
 from oocattn import Event, Plan
 from oocattn.kernels import AttentionState, merge
+from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
-from oocattn.pipelines.lane.partials.store import DamagedPartialError, States
+from oocattn.pipelines.lane.partials.store import DamagedPartialError
 from oocattn.planning.candidates import make_plan
 from oocattn.storage.paths import ResultPaths
 
@@ -73,8 +74,8 @@ def bits(state: AttentionState) -> list[np.ndarray]:
 
 
 def folded(folder: Path) -> list[tuple[int, ...]]:
-    """Of what the files in a folder are, by their own word."""
-    return [of.subproblems if of else () for _, of in PartialFiles(folder, "run").found()]
+    """The subproblems in each file of a folder, as the file says."""
+    return [partial.subproblems if partial else () for _, partial in PartialFiles(folder, "run").found()]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -177,19 +178,19 @@ def test_what_is_being_folded_is_waited_for_or_left_out(tmp_path: Path) -> None:
     fold(store, plan, 2, ended=False)
     waiting = threading.Thread(target=store.save, args=(True,))
     waiting.start()
-    store.hurry()
+    store.stop_waiting()
     waiting.join(10)
     assert not waiting.is_alive()
 
 
-def test_a_chunk_that_is_never_quiet_is_made_so_for_a_save(tmp_path: Path) -> None:
+def test_a_chunk_that_is_never_idle_is_made_so_for_a_save(tmp_path: Path) -> None:
     plan = plan_of()
     store, first = store_of(plan, tmp_path), plan.division.contributors(CHUNK)[0]
     fold(store, plan, 0, ended=False)
-    assert not store.awaited(0, CHUNK)
+    assert not store.save_pending(0, CHUNK)
     saving = threading.Thread(target=store.save, args=(True,))
     saving.start()
-    while not store.awaited(0, CHUNK):  # from then on a lane brings back what is under way before it begins more
+    while not store.save_pending(0, CHUNK):  # from then on a lane brings back what is under way before it begins more
         saving.join(0.01)
     store.end(0, CHUNK, first)
     fold(store, plan, 1, ended=False)  # comes at once, and waits all the same
@@ -236,10 +237,10 @@ def test_checkpoints_are_made_at_the_interval_and_told(client: Client, dataset: 
 
     found = carry_out(plan, dataset, result, client, callbacks=[recorder, measure])
     assert_same_bits(found, right)
-    told = [event for event in recorder.of("attended") if "checkpointed" in event.detail]
+    told = [event for event in recorder.of("attended") if event.checkpointed]
     assert len(told) > 3
     assert 0 < most[0] <= plan.scratch_disk
-    assert found.report.bytes_partials == sum(event.detail["checkpoint_bytes"] for event in told)
+    assert found.report.bytes_partials == sum(event.checkpoint_bytes for event in told)
     assert all(any(span.resource == "save" for span in event.spans) for event in told)
     assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
 

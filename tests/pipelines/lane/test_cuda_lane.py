@@ -39,9 +39,11 @@ from oocattn.kernels import get_kernel
 from oocattn.kernels.libraries.cudnn import CudnnKernel
 from oocattn.operations import forward, make_operation
 from oocattn.operations.shapes import sample_tiles
-from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane.cuda import CudaLane
+from oocattn.pipelines.lane import cuda_memory
+from oocattn.pipelines.lane.cuda import CudaDevice
+from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.rehearsal import rehearse
+from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.measure import kernel_rate
 from oocattn.problem.mask import Cover
 from oocattn.storage.paths import ResultPaths
@@ -216,7 +218,7 @@ def test_bits_do_not_depend_on_workers_runs_or_the_place_of_partials(
 def test_turns_are_taken_in_order_whichever_task_comes_first(half: Path, half_plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "dataset.zarr").symlink_to(half)
     plan = replace(with_partials(half_plan, "memory"), accumulators=7)
-    in_order, shuffled = (CudaLane(job_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
+    in_order, shuffled = (Lane(job_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
     events: dict[int, Event] = {}
     for turns, order in (((0, 1, 2), (2, 0, 1)), ((3, 4, 5), (4, 3, 5)), ((6,), (6,))):
         for turn in turns:
@@ -225,7 +227,7 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(half: Path, half_pl
             shuffled.stage(turn, 0, turn)
         events |= {turn: shuffled.attend(turn) for turn in order}
     assert all(event.index == turn for turn, event in events.items())
-    assert 2 * sum(event.amount for event in events.values()) == plan.problem.pairs
+    assert 2 * sum(event.pairs for event in events.values()) == plan.problem.pairs
     for ours, theirs in zip(written_bits(shuffled), written_bits(in_order), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     for made in (in_order, shuffled):
@@ -362,8 +364,8 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
     client: Client, half: Path, half_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[int] = []
-    made: list[CudaLane] = []
-    empty, take = torch.empty, CudaLane.__init__
+    made: list[CudaDevice] = []
+    empty, take = torch.empty, CudaDevice.__init__
 
     def refuse_once(*shape: Any, **options: Any) -> torch.Tensor:
         if "device" in options and torch.device(options["device"]).type == "cuda" and not refused:
@@ -371,16 +373,16 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
             raise torch.OutOfMemoryError("the device is full")
         return empty(*shape, **options)
 
-    def keep(self: CudaLane, *arguments: Any) -> None:
+    def keep(self: CudaDevice, *arguments: Any) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(cuda_lane.torch, "empty", refuse_once)
+            patched.setattr(cuda_memory.torch, "empty", refuse_once)
             take(self, *arguments)
         made.append(self)
 
-    monkeypatch.setattr(CudaLane, "__init__", keep)
+    monkeypatch.setattr(CudaDevice, "__init__", keep)
     result = carry_out(half_plan, half, tmp_path / "result.zarr", client)
     assert refused
-    assert made[0]._tile_rows == half_plan.tiles.query // 2
+    assert made[0].tile_rows.count == half_plan.tiles.query // 2
     assert_verified(result, "float16")
 
 
@@ -394,7 +396,7 @@ def test_every_resource_is_told_of_and_compute_is_one_thing_at_a_time(
     recorder = Recorder([])
     plan = with_partials(half_plan, partials)
     report = carry_out(plan, half, tmp_path / "result.zarr", client, [recorder]).report
-    spans = [span for event in recorder.events for span in event.spans]
+    spans = [span for event in recorder.events if isinstance(event, TaskEvent) for span in event.spans]
     assert {span.resource for span in spans} == {"read", "copy in", "compute", "copy out", "merge", "write"}
     started, ended = recorder.of("started")[0].start, recorder.of("ended")[0].stop
     assert all(started - 0.01 <= span.start <= span.stop <= ended + 0.01 for span in spans)  # two clocks, one epoch

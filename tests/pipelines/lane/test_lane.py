@@ -16,11 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import attention64, relative_error
-from support import job_of, normal_arrays, outlives_its_use, plan_for, write_dataset, written_bits
+from support import job_of, normal_arrays, plan_for, write_dataset, written_bits
 
 from oocattn import IntegrityError, Plan, ProblemError
-from oocattn.pipelines.lane import cpu as cpu_lane
-from oocattn.pipelines.lane.cpu import CpuLane
+from oocattn.operations import forward
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.not_finite import count_not_finite
@@ -30,7 +29,7 @@ from oocattn.storage.results.arrays import ResultArrays
 
 
 def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
-    return CpuLane(job_of(folder, plan, result))
+    return Lane(job_of(folder, plan, result), "cpu")
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -42,8 +41,8 @@ def test_stage_attend_merge_and_write_are_attention(fast_path: Path, causal: boo
     lane = lane_of(fast_path, plan)
     pairs = 0
     for index in range(7):
-        assert lane.stage(index, 0, index).amount <= plan.slot_bytes
-        pairs += lane.attend(index).amount
+        assert lane.stage(index, 0, index).bytes <= plan.slot_bytes
+        pairs += lane.attend(index).pairs
     for chunk in range(7):
         lane.merge(0, chunk)
         lane.write(0, chunk)
@@ -67,8 +66,8 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, pa
             expected.append(in_order.attend(turn))
         found |= {turn: swapped.attend(turn) for turn in reversed(turns)}
     for turn, event in enumerate(expected):
-        assert (found[turn].index, found[turn].amount, found[turn].detail) == (turn, event.amount, event.detail)
-    assert sum(event.amount for event in expected) == plan.problem.pairs
+        assert (found[turn].index, found[turn].pairs, found[turn].partial_bytes) == (turn, event.pairs, event.partial_bytes)
+    assert sum(event.pairs for event in expected) == plan.problem.pairs
     computed = [span for turn in range(7) for span in found[turn].spans]
     assert [span.start for span in computed] == sorted(span.start for span in computed)
     for ours, theirs in zip(written_bits(swapped), written_bits(in_order), strict=True):
@@ -138,7 +137,7 @@ def test_a_chunk_is_written_part_by_part_as_its_rows_come_back(fast_path: Path) 
             found.append(len(list(folder.glob("c.0.0.?"))))
 
     lane.finisher.begin(0, 0, rows())
-    assert lane.merge(0, 0).amount == plan.problem.pairs
+    assert lane.merge(0, 0).pairs == plan.problem.pairs
     lane.write(0, 0)
     assert found == [1, 1, 3]
 
@@ -166,7 +165,7 @@ def test_a_failure_in_one_chunk_lets_the_next_be_finished(fast_path: Path, monke
         raise ArithmeticError("broken")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cpu_lane, "finalise", broken)
+        patched.setattr(forward, "finalise", broken)
         with pytest.raises(ArithmeticError):
             lane.merge(0, 0)
     with ThreadPoolExecutor(1) as beside:
@@ -193,19 +192,13 @@ def test_partials_on_disk_stay_until_what_replaces_them_is_written(fast_path: Pa
     assert sorted(scratch.iterdir()) == before
 
 
-@pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_a_closed_lane_leaves_no_memory_behind(fast_path: Path, partials: str) -> None:
-    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
-    assert not outlives_its_use(lambda: lane_of(fast_path, plan_for(dataset, chunks=1, partials=partials)))
-
-
 @pytest.mark.parametrize("unseen", ["result.zarr.oocattn/partials", "dataset.zarr"])
 def test_a_worker_that_does_not_see_the_folders_of_the_run_is_refused(fast_path: Path, unseen: str) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
     job = job_of(fast_path, plan_for(dataset))
     (fast_path / unseen).rename(fast_path / "elsewhere")
     with pytest.raises(ProblemError, match=rf"no folder .*{unseen} on .* must see the same paths"):
-        CpuLane(job)
+        Lane(job, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -13,8 +13,9 @@ from support import GENEROUS, MACHINE, a_problem, with_partials
 from oocattn import IntegrityError, Plan
 from oocattn.kernels import AttentionState, merge
 from oocattn.pipelines.lane.lane import make_partials
+from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles
-from oocattn.pipelines.lane.partials.store import PartialStore, States
+from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.planning.candidates import make_plan
 
 
