@@ -1,7 +1,7 @@
 """One attempt at what is left of a run: lanes are opened, tasks are submitted a bounded window at a time, lanes close.
 
 The window bounds what an engine knows of at a time, the edges of the graph bound what a lane holds (see `graph`). An attempt
-ends with the first failure, and then what is in flight is on disk; whether there is another attempt is the driver's business.
+ends with the first failure, and then what is in flight is on disk; the driver decides whether there is another attempt.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import queue
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 from oocattn import clock
 from oocattn.errors import OocattnError, StalledError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.deadline import Deadline
-from oocattn.pipelines.engines.base import Lanes
+from oocattn.pipelines.engines.base import Lanes, Outcome
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Graph, Task, TaskId, pieces
 from oocattn.pipelines.schedule import Schedule
@@ -117,17 +117,20 @@ class Attempt:
         self._unfinished.update((task.id, task) for task in piece)
         self._attending += sum(task.id[0] == "attend" for task in piece)
 
-    def _next_outcomes(self) -> list[tuple[Task, TaskEvent | BaseException]]:
-        """Wait for tasks to end. Raises InterruptedRunError when that is asked for, TimeLimitError when it is time, and
-        StalledError when none ends."""
-        ended: list[tuple[Task, TaskEvent | BaseException]] = []
-        while not ended or not self._lanes.outcomes.empty():
+    def _next_outcomes(self) -> list[Outcome]:
+        """Wait until tasks have ended. Raises InterruptedRunError, TimeLimitError, and StalledError when none ends."""
+        ended: list[Outcome] = []
+        while not ended:
             seconds = self._check_time()
             if time.monotonic() - self._checked > PATIENCE:
                 self._check_workers()
-            with self._waiting(seconds), suppress(queue.Empty):
-                if (outcome := self._lanes.outcomes.get(timeout=seconds)) is not None:
-                    ended.append(outcome)
+            with suppress(queue.Empty):
+                with self._waiting(seconds):
+                    outcome = self._lanes.outcomes.get(timeout=seconds)
+                while True:
+                    if outcome is not None:
+                        ended.append(outcome)
+                    outcome = self._lanes.outcomes.get_nowait()
         return ended
 
     def _finish(self, task: Task, outcome: TaskEvent | BaseException) -> None:

@@ -1,6 +1,6 @@
 """The driver of a run: attempts to do what is left until nothing is, and commits the result.
 
-A failure that a run recovers from (a damaged partial, a failed task, a lost worker) ends an attempt, and the next one does what
+A failure that a run recovers from (a damaged partial, a failed task, a lost worker) ends an attempt. The next one does what
 then is left, as a resumed run does.
 """
 

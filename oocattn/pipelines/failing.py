@@ -1,6 +1,6 @@
 """What goes wrong in a step of a run is raised with the place where it happened: a subproblem, a query chunk, a checkpoint.
 
-A place says nothing of the attempt or the worker, so the same place again is the same failure again (`driver.FailureLimits`).
+A place says nothing of the attempt or the worker, so the same place again is the same failure (`driver.FailureLimits`).
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ Step = Literal["stage", "attend", "merge", "write"]
 STEPS: tuple[Step, ...] = ("stage", "attend", "merge", "write")
 """The steps of a lane, in the order in which data goes through them."""
 
+_RANKS = {step: rank for rank, step in enumerate(STEPS)}
+
 TaskId = tuple[Step, int, int]
 """Step, head group, and index of the subproblem (stage, attend) or the query chunk (merge, write)."""
 
@@ -60,8 +62,7 @@ def pieces(tasks: Iterable[Task]) -> Iterator[list[Task]]:
     """
     piece: dict[TaskId, Task] = {}
     for task in tasks:
-        rank = STEPS.index(task.id[0])
-        if any(other in piece and STEPS.index(other[0]) > rank for other in task.after):
+        if any(other in piece and _RANKS[other[0]] > _RANKS[task.id[0]] for other in task.after):
             yield list(piece.values())
             piece = {}
         piece[task.id] = task
@@ -97,7 +98,7 @@ class Graph:
         ]
 
     def tasks(self) -> Iterator[Task]:
-        """First those of chunks whose partials are all there, then those of each subproblem and of the chunks it completes."""
+        """First of chunks whose partials are all there, then of each subproblem and of the chunks that it completes."""
         for head_group, chunk in self._schedule.complete():
             yield from self._of_chunk(head_group, chunk, ())
         for head_group, index in self._schedule.order():

@@ -62,14 +62,13 @@ class Standstill:
     def add(self, seconds: float) -> None:
         """So long was waited. Raises StalledError where nothing has ended for too long."""
         self._waited += seconds
-        if self._idle > self._deadline.stalled:
+        if self._is_stalled:
             pending = self._pending()
             obstacles = self._look(pending, list(pending or self._ended)) or {"": self._unexplained(pending)}
-            if (idle := self._idle) <= self._deadline.stalled:
+            if not self._is_stalled:
                 return  # a task that takes long goes on
-            raise StalledError(
-                f"nothing has ended for {format_seconds(idle)}: {_words(obstacles)}; what was done is on disk: resume then"
-            )
+            idle = format_seconds(self._idle)
+            raise StalledError(f"nothing has ended for {idle}: {_words(obstacles)}; what was done is on disk: resume then")
         if self._waited - max(self._looked, min(self._ended.values())) >= limits.NOTICED:
             before, self._looked = self._progressed, self._waited
             pending = self._pending()
@@ -80,6 +79,11 @@ class Standstill:
             elif not obstacles and self._idle >= self._deadline.noticed:
                 obstacles = {"": self._unexplained(pending)}
             self._tell(obstacles)
+
+    @property
+    def _is_stalled(self) -> bool:
+        """Whether nothing has gone on for so long that the run ends; what it costs to say so is most often saved."""
+        return self._idle > limits.STALLED and self._idle > self._deadline.stalled
 
     @property
     def _idle(self) -> float:

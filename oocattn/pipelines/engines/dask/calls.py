@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, wait
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from distributed import Client
 
@@ -32,9 +32,9 @@ def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | Non
         except asyncio.CancelledError as error:
             raise ConnectionAbortedError("the client was closed") from error
 
-    coroutine = limited()
+    coroutine, loop = limited(), cast(Any, client.loop)
     try:
-        return asyncio.run_coroutine_threadsafe(coroutine, client.loop.asyncio_loop)
+        return asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
     except RuntimeError as error:  # the loop is closed
         coroutine.close()
         failed = Future[T]()

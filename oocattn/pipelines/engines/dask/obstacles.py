@@ -21,7 +21,6 @@ from oocattn.pipelines.engines.base import Obstacle
 from oocattn.pipelines.engines.dask.calls import Calls
 from oocattn.pipelines.engines.dask.cluster import worker_addresses
 from oocattn.pipelines.engines.dask.tasks import find_plugin
-from oocattn.pipelines.failing import place_of
 from oocattn.pipelines.graph import Task
 from oocattn.text import some_of
 from oocattn.units import format_bytes
@@ -107,8 +106,8 @@ class Inquiry:
         found = {name: find_obstacle(self._run, answer) for name, answer in said.items()}
         obstacles = {name: obstacle for name, obstacle in found.items() if obstacle}
         if not obstacles and keys and set(states[""].values()) <= UNASSIGNED:
-            step, head_group, index = next(iter(itertools.chain.from_iterable(map(dict.values, pending.values())))).id
-            place = f"{place_of(step, head_group, index)} (state {states[''][keys[0]]})"
+            first = next(task for tasks in pending.values() for task in tasks.values())
+            place = f"{first.place} (state {states[''][keys[0]]})"
             remedy = "see that workers run, with the resources that dask.annotate asks for"
             obstacles[""] = Obstacle(f"Dask gives {place} to no worker", remedy)
         return obstacles, steps

@@ -74,7 +74,7 @@ async def close_lane(run: str, dask_worker: Worker) -> int:
 
 
 async def close_stale_lanes(state: Path, dask_worker: Worker) -> None:
-    """Close the lanes of runs to the same result whose driver is gone: they would hold their memory until the worker ends."""
+    """Close the lanes of runs to the same result whose driver is gone: else they hold their memory until the worker ends."""
     for name, plugin in list(dask_worker.plugins.items()):
         if isinstance(plugin, LanePlugin) and plugin.scratch.is_relative_to(state):
             plugin.stopped = True
