@@ -13,9 +13,9 @@ BOUND = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 2e-6}  # relative error o
 
 def kernel_for(name, dtype, head_dim):
     kernel = get_kernel(name)
-    lacking = kernel.lacks(CUDA, dtype, head_dim)
-    if lacking:
-        pytest.skip(lacking)
+    reason = kernel.unsupported_reason(CUDA, dtype, head_dim)
+    if reason:
+        pytest.skip(reason)
     return kernel
 
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from calling import call
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds for CUDA")
 
@@ -67,7 +68,7 @@ def test_spans_fill_the_multiprocessors(rows, tile, least):
     ("rows", "keys", "offset"),
     [(777, 333, -100), (777, 5000, 300), (2000, 2000, 1), (300, 40_000, 39_700), (100, 50, 10**12), (500, 400, -(10**12))],
 )
-def test_the_diagonal_may_begin_anywhere(dtype, head_dim, rows, keys, offset):
+def test_the_causal_may_begin_anywhere(dtype, head_dim, rows, keys, offset):
     kernel_for("hopper", dtype, head_dim)
     query, key, value = operands(3, rows, keys, head_dim, dtype)
     state = poisoned_state(3, rows, head_dim)
@@ -91,10 +92,10 @@ def test_the_diagonal_may_begin_anywhere(dtype, head_dim, rows, keys, offset):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_call_gives_the_same_bits_every_time(dtype, head_dim):
     kernel = kernel_for("hopper", dtype, head_dim)
-    call = operands(3, 10_007, 50_021, head_dim, dtype)
+    arguments = operands(3, 10_007, 50_021, head_dim, dtype)
     states = [poisoned_state(3, 10_007, head_dim) for _ in range(5)]
     for state in states:
-        kernel.attend(*call, state, scale=0.1, diagonal=False)
+        call(kernel, *arguments, state, scale=0.1, causal=False)
     for state in states[1:]:
         assert torch.equal(state.num, states[0].num)
         assert torch.equal(state.den, states[0].den)
@@ -109,7 +110,7 @@ def test_long_calls_stay_within_the_bound(head_dim, mean, bound):
         query, key, value = operands(1, 256, keys, head_dim, "float16", seed=keys)
         value += mean
         state = poisoned_state(1, 256, head_dim)
-        kernel.attend(query, key, value, state, scale=head_dim**-0.5, diagonal=False)
+        call(kernel, query, key, value, state, scale=head_dim**-0.5, causal=False)
         rows = torch.arange(256, device=CUDA)
         check(state, query, key, value, head_dim**-0.5, False, "float16", rows=rows, out_error=bound)
 
@@ -123,7 +124,7 @@ def test_rows_that_are_not_aligned_are_served():
         memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=CUDA)[1:]
         shifted.append(memory.view(tensor.shape).copy_(tensor))
     state = poisoned_state(1, 500, 64)
-    kernel.attend(*shifted, state, scale=0.125, diagonal=True)
+    call(kernel, *shifted, state, scale=0.125, causal=True)
     check(state, query, key, value, 0.125, True, "float16")
 
 
@@ -132,7 +133,7 @@ def test_what_it_would_misread_is_refused(dtype, head_dim):
     rows = torch.zeros(4, head_dim, dtype=getattr(torch, dtype))
     state = AttentionState.empty(1, 4, head_dim)
     with pytest.raises(ValueError, match=r"expected float16 or bfloat16, D a multiple of 8 up to 128"):
-        get_kernel("hopper").attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=True)
+        call(get_kernel("hopper"), rows.unsqueeze(0), rows, rows, state, scale=1.0, causal=True)
 
 
 def test_a_state_at_odd_addresses_is_refused():
@@ -140,7 +141,7 @@ def test_a_state_at_odd_addresses_is_refused():
     num = torch.zeros(4 * 64 + 1)[1:].view(1, 4, 64)
     state = AttentionState(num, torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="multiples of 8 bytes"):
-        get_kernel("hopper").attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=True)
+        call(get_kernel("hopper"), rows.unsqueeze(0), rows, rows, state, scale=1.0, causal=True)
 
 
 @pytest.mark.gpu
@@ -154,6 +155,9 @@ def test_a_machine_that_cannot_compile_it_says_so_in_one_line(monkeypatch):
     refusal = type(kernel)._refusal
     refusal.cache_clear()
     try:
-        assert get_kernel("hopper").lacks(CUDA, "float16", 64) == "it cannot be compiled or loaded here: no compiler"
+        assert (
+            get_kernel("hopper").unsupported_reason(CUDA, "float16", 64)
+            == "it cannot be compiled or loaded here: no compiler"
+        )
     finally:
         refusal.cache_clear()

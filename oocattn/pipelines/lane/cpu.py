@@ -9,13 +9,14 @@ import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState, finalise, get_kernel, merge
+from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
+from oocattn.operations import Operation
+from oocattn.operations.ledger import Ledger
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
-from oocattn.pipelines.lane.tiles import key_tiles
 from oocattn.pipelines.watch.events import Attended, Span
 from oocattn.planning.plan import Plan
 
@@ -25,11 +26,10 @@ class CpuDevice:
 
     readers = 1
 
-    def __init__(self, _name: str, plan: Plan, health: Health) -> None:
+    def __init__(self, _name: str, plan: Plan, operation: Operation, health: Health) -> None:
         problem = plan.problem
-        self._plan = plan
+        self._operation = operation
         self._step = health.step
-        self._kernel = get_kernel(plan.kernel)
         self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
         self.cores = plan.threads
         self.allocator = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
@@ -42,11 +42,11 @@ class CpuDevice:
 
     def merge(self, into: AttentionState, state: AttentionState) -> None:
         """See `Device.merge`."""
-        merge(into, state)
+        self._operation.merge(into, state)
 
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
         """See `Device.finalise`."""
-        finalise(state, out, lse)
+        self._operation.finalise(state, out, lse)
         self._step()
 
     def close(self) -> None:
@@ -76,18 +76,18 @@ class CpuDevice:
 
     def _attend_chunk(self, staged: StagedChunks, block: Block, partials: PartialStore) -> int:
         """Compute one query chunk's partial, and count its pairs."""
-        problem, chunk = self._plan.problem, block.query_chunk
+        chunk = block.query_chunk
         query = staged.queries[chunk]
-        rows, every_key = query.shape[1], len(staged.key)
+        heads, rows, _ = query[0].shape
+        every_key, pairs = len(staged.keys[0]), 0
         destination = partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
         state = self._state.rows(0, rows) if destination.merged else destination.state
         state.reset()
-        for tile in key_tiles(block, staged.key_rows, range(rows), every_key, problem.causal):
-            key, value = (tensor[tile.keys.start : tile.keys.stop] for tensor in (staged.key, staged.value))
-            for call in tile.calls:
-                self._kernel.attend(query, key, value, state, scale=problem.scale, diagonal=call.diagonal)
-                self._step()
-        pairs = int(state.keys.sum()) * len(query)
+        for tile in self._operation.tiles(staged.head_group, block, staged.key_rows, range(rows), every_key):
+            keys = [tensor[tile.keys.start : tile.keys.stop] for tensor in staged.keys]
+            self._operation.compute(tile, query, keys, state, Ledger.of(state))
+            pairs += tile.pairs * heads
+            self._step()
         if destination.merged:
-            merge(destination.state, state)
+            self._operation.merge(destination.state, state)
         return pairs

@@ -25,8 +25,11 @@ import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState, get_kernel, merge
+from oocattn.kernels import AttentionState
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.operations import Operation
+from oocattn.operations.ledger import Ledger
+from oocattn.operations.tiles import Tile
 from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane.cuda_finishing import CudaFinishing
 from oocattn.pipelines.lane.cuda_memory import (
@@ -41,11 +44,11 @@ from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, record_even
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import Destination, PartialStore
+from oocattn.pipelines.lane.slots import SlotRing
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.lane.switching import hold_short_interval
-from oocattn.pipelines.lane.tiles import KeyTile, key_tiles
 from oocattn.pipelines.watch.events import Attended, Resource
-from oocattn.planning.memory import PARTIAL_BUFFERS
+from oocattn.planning.memory import LEDGER_BYTES, LEDGER_SLOTS, PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
 
 READERS = 8
@@ -84,11 +87,11 @@ class CudaDevice:
     readers = READERS
     cores = None
 
-    def __init__(self, name: str, plan: Plan, health: Health) -> None:
+    def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:
         self._device = torch.device(name)
         self._plan = plan
+        self._operation = operation
         self._health = health
-        self._kernel = get_kernel(plan.kernel)
         self.allocator, self.launcher = pinning(self._device), launcher(self._device)
         self.tile_rows = TileRows(self._device, plan.tiles.query)
         self._pinned: list[PinnedMemory] = []
@@ -98,7 +101,8 @@ class CudaDevice:
             self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
             self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows)
             self._clock = DeviceClock(self._compute)
-        self._finishing = CudaFinishing(self._device, self._merge_stream, self._buffers)
+        self._finishing = CudaFinishing(self._device, self._merge_stream, operation, self._buffers)
+        self._ledgers = self.allocator.submit(self._allocate_ledgers, self.tile_rows.count)
         self._ahead: deque[torch.cuda.Event] = deque()
         self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event]] = deque()
         """Query chunks whose partials are on their way, and the event after which each is in host memory."""
@@ -110,6 +114,12 @@ class CudaDevice:
         with torch.cuda.device(self._device):
             self._pinned.append(PinnedMemory(nbytes))
         return self._pinned[-1].tensor
+
+    def _allocate_ledgers(self, rows: int) -> SlotRing[Ledger]:
+        """Ledgers for query tiles, from which they are copied to the device."""
+        size = LEDGER_BYTES * rows
+        memory = self.allocate(LEDGER_SLOTS * size)
+        return SlotRing(Ledger.carve(memory[start : start + size]) for start in range(0, LEDGER_SLOTS * size, size))
 
     def merge(self, into: AttentionState, state: AttentionState) -> None:
         """See `Device.merge`."""
@@ -129,7 +139,7 @@ class CudaDevice:
         finally:
             self._coming_back.clear()
             self._ahead.clear()
-            del self._finishing, self._buffers, self._clock  # or torch would keep their memory in its cache
+            del self._finishing, self._buffers, self._ledgers, self._clock  # or torch would keep their memory in its cache
             release_cached_memory(self._device)
             # Last, for the driver does one thing at a time, be it to forget an event: 20 ms a GiB, for which no result
             # need wait.
@@ -196,7 +206,7 @@ class CudaDevice:
 
     def _launch_tiles(self, launch: _Launch, block: Block, destination: Destination) -> list[_ReturnedTile]:
         """Enqueue one query chunk tile by tile; a tile for which the device has no memory is begun again with half of it."""
-        rows = launch.staged.queries[block.query_chunk].shape[1]
+        rows = launch.staged.queries[block.query_chunk][0].shape[1]
         tiles: list[_ReturnedTile] = []
         while not tiles or tiles[-1].stop < rows:
             first = tiles[-1].stop if tiles else 0
@@ -211,8 +221,11 @@ class CudaDevice:
 
     def _launch_tile(self, launch: _Launch, block: Block, tile: range, destination: Destination) -> torch.cuda.Event:
         """Enqueue the query rows `tile` of a chunk, their keys and the way back; return the event after it."""
+        ledger_slot = self._ledgers.result().acquire_on_host()
+        ledger = ledger_slot.buffer.rows(0, len(tile))
+        ledger.reset()
         slot = self._buffers.queries.acquire(self._copy)
-        heads = launch.staged.queries[block.query_chunk][:, tile.start : tile.stop]
+        heads = launch.staged.queries[block.query_chunk][0][:, tile.start : tile.stop]
         query = slot.buffer[: heads.shape[0] * heads.shape[1]].view(heads.shape)
         loaded = self._load(launch, zip(query, heads, strict=True))
         pairs = 0
@@ -222,14 +235,16 @@ class CudaDevice:
                 state_slot = self._buffers.states.acquire(self._compute)
                 state = state_slot.buffer.rows(0, len(tile))
                 state.reset()
-            sizes = self._plan.tiles.key, self._plan.problem.causal
-            for keys in key_tiles(block, launch.staged.key_rows, tile, *sizes):
-                self._attend_keys(launch, query, keys, state)
+            staged = launch.staged
+            for keys in self._operation.tiles(staged.head_group, block, staged.key_rows, tile, self._plan.tiles.key):
+                self._attend_keys(launch, query, keys, state, ledger)
                 pairs += keys.pairs
         finally:  # also what was launched before an error reads the slot
             slot.freed = attended = record_event(self._compute)
         launch.pairs += pairs * self._plan.problem.group_size
-        state_slot.freed = returned = self._bring_back(launch, state, tile, destination, attended)
+        host = destination.state.rows(tile.start, tile.stop)
+        returned = self._bring_back(launch, state, ledger, Destination(host, destination.merged), attended)
+        state_slot.freed = ledger_slot.freed = returned
         return returned
 
     def _load(self, launch: _Launch, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
@@ -239,44 +254,46 @@ class CudaDevice:
                 on_device.copy_(staged, non_blocking=True)
         return stretch.stop
 
-    def _attend_keys(self, launch: _Launch, query: torch.Tensor, tile: KeyTile, state: AttentionState) -> None:
-        """Enqueue the copy of a key tile and the kernel calls on it."""
+    def _attend_keys(self, launch: _Launch, query: torch.Tensor, tile: Tile, state: AttentionState, ledger: Ledger) -> None:
+        """Enqueue the copy of a key tile and the kernel's call on it."""
         if len(self._ahead) == AHEAD:
             self._ahead.popleft().synchronize()
         slot = self._buffers.keys.acquire(self._copy)
         keys = slice(tile.keys.start, tile.keys.stop)
         key, value = slot.buffer[:, : len(tile.keys)]
-        copied = self._load(launch, ((key, launch.staged.key[keys]), (value, launch.staged.value[keys])))
+        copied = self._load(launch, zip((key, value), (staged[keys] for staged in launch.staged.keys), strict=True))
         self._compute.wait_event(copied)
         try:
             with torch.cuda.stream(self._compute), self._timed(launch, "compute", self._compute):
-                for call in tile.calls:
-                    rows = slice(call.rows.start, call.rows.stop)
-                    part = state.rows(call.rows.start, call.rows.stop)
-                    scale = self._plan.problem.scale
-                    self._kernel.attend(query[:, rows], key, value, part, scale=scale, diagonal=call.diagonal)
+                self._operation.compute(tile, (query,), (key, value), state, ledger)
         finally:
             slot.freed = done = record_event(self._compute)
             self._ahead.append(done)
 
     def _bring_back(
-        self, launch: _Launch, state: AttentionState, tile: range, destination: Destination, attended: torch.cuda.Event
+        self,
+        launch: _Launch,
+        state: AttentionState,
+        ledger: Ledger,
+        destination: Destination,
+        attended: torch.cuda.Event,
     ) -> torch.cuda.Event:
-        """Enqueue the way of a tile's state to the host, through a merge where its chunk has earlier partials.
+        """Enqueue the way of a tile's state and ledger to the host, through a merge where its chunk has earlier partials.
 
         Returns the event at its end.
         """
-        host = destination.state.rows(tile.start, tile.stop)
-        source = state
+        host, source = destination.state, state
         with torch.cuda.stream(self._back):
             if destination.merged:
-                source = self._buffers.merged[0].rows(0, len(tile))
+                source = self._buffers.merged[0].rows(0, len(host.keys))
                 with self._timed(launch, "copy in", self._back):
                     copy_state(source, host)
             self._back.wait_event(attended)
+            for on_device, counted in ((state.keys, ledger.keys), (state.key_sum, ledger.key_sum)):
+                on_device.copy_(torch.from_numpy(counted), non_blocking=True)
             if destination.merged:
                 with self._timed(launch, "merge", self._back):
-                    merge(source, state)
+                    self._operation.merge(source, state)
             with self._timed(launch, "copy out", self._back) as stretch:
                 copy_state(host, source)
         return stretch.stop

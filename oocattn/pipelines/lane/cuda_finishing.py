@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from oocattn.kernels import AttentionState, finalise, merge
+from oocattn.kernels import AttentionState
+from oocattn.operations import Operation
+from oocattn.operations.tiles import pieces
 from oocattn.pipelines.lane.cuda_memory import DeviceBuffers, copy_state
 from oocattn.pipelines.lane.device_time import record_event
-from oocattn.pipelines.lane.tiles import pieces
 from oocattn.planning.memory import FINALISED_ROWS
 
 
 class CudaFinishing:
     """Merges partials that come from disk, and divides finished chunks."""
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream, buffers: DeviceBuffers) -> None:
+    def __init__(
+        self, device: torch.device, stream: torch.cuda.Stream, operation: Operation, buffers: DeviceBuffers
+    ) -> None:
         self._device = device
+        self._operation = operation
         self._stream = stream
         self._buffers = buffers
 
@@ -26,7 +30,7 @@ class CudaFinishing:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             copy_state(first, into)
             copy_state(second, state)
-            merge(first, second)
+            self._operation.merge(first, second)
             copy_state(into, first)
             done = record_event(self._stream)
         done.synchronize()
@@ -40,7 +44,7 @@ class CudaFinishing:
                 on_device = buffers.finalised.rows(0, len(block))
                 on_device_out, on_device_lse = buffers.out[:, : len(block)], buffers.lse[:, : len(block)]
                 copy_state(on_device, state.rows(block.start, block.stop))
-                finalise(on_device, on_device_out, on_device_lse)
+                self._operation.finalise(on_device, on_device_out, on_device_lse)
                 out[0, rows].copy_(on_device_out[0], non_blocking=True)
                 lse[0, rows].copy_(on_device_lse[0], non_blocking=True)
             done = record_event(self._stream)

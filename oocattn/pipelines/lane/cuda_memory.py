@@ -110,6 +110,7 @@ def copy_state(into: AttentionState, state: AttentionState) -> None:
         for target_head, source_head in zip(target, source, strict=True):
             target_head.copy_(source_head, non_blocking=True)
     into.keys.copy_(state.keys, non_blocking=True)
+    into.key_sum.copy_(state.key_sum, non_blocking=True)
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from oocattn.kernels import AttentionState
+from oocattn.operations import Operation
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import PartialStore
@@ -21,7 +22,7 @@ _DEVICES = {
     "cpu": ("oocattn.pipelines.lane.cpu", "CpuDevice"),
     "cuda": ("oocattn.pipelines.lane.cuda", "CudaDevice"),
 }
-"""Module and class by the kind of device; the class is called with the device's name, a plan and the lane's health."""
+"""Module and class by the kind of device. The class takes the name of the device, a plan, its operation and the health."""
 
 
 class Device(Protocol):
@@ -56,8 +57,8 @@ class Device(Protocol):
         """Give all memory and threads back; nothing runs on the device any more."""
 
 
-def make_device(name: str, plan: Plan, health: Health) -> Device:
+def make_device(name: str, plan: Plan, operation: Operation, health: Health) -> Device:
     """The device of that name ("cpu", "cuda:1"), with the memory that a plan counts on it."""
     module, class_name = _DEVICES[name.partition(":")[0]]
-    device: Device = getattr(import_module(module), class_name)(name, plan, health)
+    device: Device = getattr(import_module(module), class_name)(name, plan, operation, health)
     return device

@@ -10,19 +10,21 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
 
 from oocattn import clock
 from oocattn.errors import TaintedError
 from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
+from oocattn.operations import Operation
+from oocattn.operations.ledger import Ledger
+from oocattn.operations.tiles import pieces
 from oocattn.pipelines.finished import record_of
 from oocattn.pipelines.lane.memory import OutBlock, Pool, as_numpy
 from oocattn.pipelines.lane.not_finite import count_narrowed, count_not_finite
 from oocattn.pipelines.lane.partials.store import MergedChunk, PartialStore
-from oocattn.pipelines.lane.tiles import pieces
 from oocattn.pipelines.watch.events import Merged, Span, Written
 from oocattn.planning.plan import Plan
 from oocattn.storage.journal.journal import Journal
@@ -60,6 +62,7 @@ class Finisher:
     def __init__(
         self,
         plan: Plan,
+        operation: Operation,
         partials: PartialStore,
         result: ResultArrays,
         journal: Journal,
@@ -68,6 +71,7 @@ class Finisher:
         cores: int | None,
     ) -> None:
         self._plan = plan
+        self._operation = operation
         self._partials = partials
         self._result = result
         self._journal = journal
@@ -160,18 +164,15 @@ class Finisher:
     def _check_ledger(self, state: AttentionState, head_group: int, chunk: int, rows: range) -> int:
         """Check the ledger of some rows of a chunk; return the pairs they attended, of all heads of the group."""
         tokens = self._plan.tokens(chunk)[rows.start : rows.stop]
-        attended = state.keys[rows.start : rows.stop].numpy()
-        expected = np.full_like(attended, self._plan.problem.tokens)
-        if self._plan.problem.causal:
-            expected = np.arange(tokens.start + 1, tokens.stop + 1)
-        wrong = np.flatnonzero(attended != expected)
-        if len(wrong):
-            row = int(wrong[0])
-            raise TaintedError(
-                f"head group {head_group}, token {tokens[row]}: {attended[row]} keys were attended, expected "
-                f"{expected[row]}; the result is discarded, run again"
-            )
-        return int(attended.sum()) * self._plan.problem.group_size
+        ledger = Ledger.of(state).rows(rows.start, rows.stop)
+        row = ledger.first_wrong(tokens, partial(self._operation.expected, head_group))
+        if row is not None:
+            keys, key_sum = (int(numbers[0]) for numbers in self._operation.expected(head_group, tokens[row : row + 1]))
+            found = f"{ledger.keys[row]} keys were attended, expected {keys}"
+            if ledger.keys[row] == keys:
+                found = f"other keys were attended than expected (sum of indices {ledger.key_sum[row]}, expected {key_sum})"
+            raise TaintedError(f"head group {head_group}, token {tokens[row]}: {found}; the result is discarded, run again")
+        return int(ledger.keys.sum()) * self._plan.problem.group_size
 
     def _divide(self, head_group: int, head: int, part: int, rows: AttentionState, spans: list[Span]) -> Future[_Part]:
         """Finalise the rows of a head that are chunk `part` of `out`, and have them written."""

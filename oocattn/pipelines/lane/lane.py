@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oocattn.errors import ProblemError
+from oocattn.operations import make_operation
 from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane.checkpoints import Checkpoints
 from oocattn.pipelines.lane.device import make_device
@@ -68,18 +69,19 @@ class Lane:
                 )
         self.plan = plan = job.plan
         self.result = job.result
+        operation = make_operation(plan)
         with ExitStack() as parts:  # what was made is closed where the rest cannot be
             self._health = health = parts.enter_context(closing(Health()))
-            self.device = device = parts.enter_context(closing(make_device(device_name, plan, health)))
+            self.device = device = parts.enter_context(closing(make_device(device_name, plan, operation, health)))
             self.memory = memory = parts.enter_context(closing(HostMemory(plan, device.allocate)))
             memory.begin(device.allocator)
             files = PartialFiles(job.scratch, job.journal.run, job.journal.claim, health.step)
             self.partials = parts.enter_context(closing(make_partials(plan, files, memory.states, device.merge)))
             finisher = Finisher(
-                plan, self.partials, job.result, job.journal, memory.out_blocks, device.finalise, device.cores
+                plan, operation, self.partials, job.result, job.journal, memory.out_blocks, device.finalise, device.cores
             )
             self.finisher = parts.enter_context(closing(finisher))
-            stager = Stager(plan, job.dataset, memory.slots, device.readers, health.step)
+            stager = Stager(plan, operation, job.dataset, memory.slots, device.readers, health.step)
             self._stager = parts.enter_context(closing(stager))
             checkpoints = Checkpoints(self.partials, plan.checkpoint_seconds if plan.saves else 0.0, health.fail)
             self._checkpoints = parts.enter_context(closing(checkpoints))

@@ -103,17 +103,20 @@ class HostMemory:
             states.close()
 
     def _allocate_or_fail(self) -> None:
-        """Allocate everything; where that fails, whoever waits for what is missing is told why."""
         try:
             with naming(SET_UP):
                 self._allocate_all()
         except BaseException as error:
-            for slot in self.slots:
-                if not slot.done():
-                    slot.set_exception(error)
-            self.out_blocks.fail(error)
-            for states in self.states.values():
-                states.fail(error)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Raise the error in every thread that waits, or will wait, for memory that is missing."""
+        for slot in self.slots:
+            if not slot.done():
+                slot.set_exception(error)
+        self.out_blocks.fail(error)
+        for states in self.states.values():
+            states.fail(error)
 
     def _allocate_all(self) -> None:
         """Allocate first one slot and a few states, so that work begins, then the rest in turn."""
@@ -167,6 +170,7 @@ class Arena:
             den=self.take((group_size, rows), torch.float32),
             max=self.take((group_size, rows), torch.float32),
             keys=self.take((rows,), torch.int64),
+            key_sum=self.take((rows,), torch.int64),
         )
 
 

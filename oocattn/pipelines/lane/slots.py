@@ -1,4 +1,4 @@
-"""A ring of buffers on a GPU, used in turn: each is taken again when a stream has done with it."""
+"""A ring of buffers for a GPU, used in turn: each is taken again when the device has done with it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,19 @@ class SlotRing(Generic[T]):
 
     def acquire(self, stream: torch.cuda.Stream) -> Slot[T]:
         """The next slot; what is enqueued on the stream from here on waits until it is free."""
-        slot = self._slots[self._acquired % len(self._slots)]
-        self._acquired += 1
+        slot = self._next()
         if slot.freed is not None:
             stream.wait_event(slot.freed)
+        return slot
+
+    def acquire_on_host(self) -> Slot[T]:
+        """The next slot, once it is free: the calling thread waits."""
+        slot = self._next()
+        if slot.freed is not None:
+            slot.freed.synchronize()
+        return slot
+
+    def _next(self) -> Slot[T]:
+        slot = self._slots[self._acquired % len(self._slots)]
+        self._acquired += 1
         return slot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -15,9 +16,11 @@ import torch
 
 from oocattn import clock
 from oocattn.division.base import Block, Subproblem
+from oocattn.operations import Operation
+from oocattn.operations.shapes import staged_keys
+from oocattn.operations.tiles import pieces
 from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.not_finite import count_not_finite
-from oocattn.pipelines.lane.tiles import pieces, staged_keys
 from oocattn.pipelines.watch.events import Span, Staged
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import HeadGroup
@@ -30,16 +33,15 @@ READ_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class StagedChunks:
-    """One subproblem's chunks in a staging slot: queries [g, n, D] by chunk, keys and values [rows, D] in one piece.
+    """One subproblem's chunks in a staging slot: query inputs [g, n, D] by chunk, key inputs [rows, D] in one piece each.
 
     `not_finite` counts, by query chunk whose diagonal it owns, the elements of the chunk's rows that are NaN or Inf.
     """
 
     head_group: int
     subproblem: Subproblem
-    queries: dict[int, torch.Tensor]
-    key: torch.Tensor
-    value: torch.Tensor
+    queries: dict[int, tuple[torch.Tensor, ...]]
+    keys: tuple[torch.Tensor, ...]
     key_rows: dict[int, range]
     not_finite: Counter[int] = field(default_factory=Counter)
 
@@ -56,7 +58,7 @@ class StagedChunks:
     @property
     def nbytes(self) -> int:
         """Bytes of its chunks."""
-        return sum(tensor.nbytes for tensor in (*self.queries.values(), self.key, self.value))
+        return sum(tensor.nbytes for tensor in (*itertools.chain(*self.queries.values()), *self.keys))
 
 
 class Turns:
@@ -84,12 +86,14 @@ class Stager:
     def __init__(
         self,
         plan: Plan,
+        operation: Operation,
         dataset: Dataset,
         slots: Sequence[Future[torch.Tensor]],
         readers: int,
         step: Callable[[], None],
     ) -> None:
         self._plan = plan
+        self._operation = operation
         self._dataset = dataset
         self._slots = slots
         self._step = step
@@ -125,7 +129,7 @@ class Stager:
     def _lay_out(
         self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, query_chunks: Iterable[int]
     ) -> StagedChunks:
-        """Lay a subproblem's chunks out in a slot: the queries of each chunk, then all keys, then all values."""
+        """Lay a subproblem's chunks out in a slot: the query inputs of each chunk, then each input of all keys."""
         problem = self._plan.problem
         dtype = getattr(torch, problem.dtype)
         row_bytes = problem.head_dim * problem.itemsize
@@ -138,12 +142,13 @@ class Stager:
 
         queries = {}
         for chunk in query_chunks:
-            rows = len(self._plan.tokens(chunk))
-            if rows:
-                queries[chunk] = take(problem.group_size * rows).view(problem.group_size, rows, problem.head_dim)
+            if rows := len(self._plan.tokens(chunk)):
+                shape = (problem.group_size, rows, problem.head_dim)
+                queries[chunk] = tuple(take(problem.group_size * rows).view(shape) for _ in self._operation.query_inputs)
         key_rows = staged_keys(self._plan, subproblem)
         total = sum(map(len, key_rows.values()))
-        return StagedChunks(head_group, subproblem, queries, take(total), take(total), key_rows)
+        keys = tuple(take(total) for _ in self._operation.key_inputs)
+        return StagedChunks(head_group, subproblem, queries, keys, key_rows)
 
     def _reads(self, staged: StagedChunks) -> Iterator[_Read]:
         """The reads that fill a staged subproblem, cut to pieces where the array's chunk files are read directly.
@@ -153,9 +158,10 @@ class Stager:
         group = self._plan.problem.head_group(staged.head_group)
         owned = {block.query_chunk for block in staged.blocks if block.diagonal}
         for chunk, query in staged.queries.items():
-            for head, rows in zip(group.query_heads, query, strict=True):
-                yield from self._reads_of_chunk("q", group, head, chunk, rows, chunk in owned)
-        for name, tensor in (("k", staged.key), ("v", staged.value)):
+            for name, heads in zip(self._operation.query_inputs, query, strict=True):
+                for head, rows in zip(group.query_heads, heads, strict=True):
+                    yield from self._reads_of_chunk(name, group, head, chunk, rows, chunk in owned)
+        for name, tensor in zip(self._operation.key_inputs, staged.keys, strict=True):
             for chunk, rows_of_chunk in staged.key_rows.items():
                 rows = tensor[rows_of_chunk.start : rows_of_chunk.stop]
                 yield from self._reads_of_chunk(name, group, group.kv_head, chunk, rows, chunk in owned)

@@ -29,8 +29,13 @@ def _add(holds: int) -> None:
     with _lock:
         if not _holds:
             _found = sys.getswitchinterval()
-            sys.setswitchinterval(min(SWITCH_INTERVAL, _found))
+            _set_interval(min(SWITCH_INTERVAL, _found))
             _set = sys.getswitchinterval()
         _holds += holds
         if not _holds and sys.getswitchinterval() == _set:
-            sys.setswitchinterval(_found)
+            _set_interval(_found)
+
+
+def _set_interval(seconds: float) -> None:
+    """Set it to that, though Python cuts it to whole microseconds, which made 99 of what it says are 100."""
+    sys.setswitchinterval(seconds + 5e-7)

@@ -122,9 +122,9 @@ def row_blocks(state: AttentionState) -> list[AttentionState]:
 
 
 def _arrays(state: AttentionState) -> list[npt.NDArray[np.generic]]:
-    """The contiguous arrays of a state's rows: num, den and max of each head, and the keys."""
+    """The contiguous arrays of a state's rows: num, den and max of each head, and the ledger."""
     heads = [tensor[head].numpy() for tensor in (state.num, state.den, state.max) for head in range(len(tensor))]
-    return [*heads, state.keys.numpy()]
+    return [*heads, state.keys.numpy(), state.key_sum.numpy()]
 
 
 def _is_count(value: object) -> bool:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oocattn.pipelines.lane.tiles import call_shapes, contiguous_runs, key_tiles, pieces
 from support import GENEROUS, GPU, a_problem
 
 from oocattn.division.base import Block
-from oocattn.pipelines.lane.tiles import call_shapes, contiguous_runs, key_tiles, pieces
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.memory import Tiles
 
