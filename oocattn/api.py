@@ -266,7 +266,7 @@ def _planned_cluster(
     """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
         from oocattn.pipelines.engines.dask.cluster import wait_for_first, worker_addresses
-        from oocattn.pipelines.engines.dask.standstill import refuse_own_thread
+        from oocattn.pipelines.engines.dask.obstacles import refuse_own_thread
 
         refuse_lost_client(client)
         refuse_own_thread(client)

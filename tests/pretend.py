@@ -21,8 +21,7 @@ from support import GPU, plan_for, replanned
 
 from oocattn import Plan
 from oocattn.kernels import get_kernel
-from oocattn.pipelines import driver as run
-from oocattn.pipelines.engines.dask import readiness
+from oocattn.pipelines.engines.dask import engine, readiness
 from oocattn.pipelines.engines.dask.cluster import worker_addresses
 from oocattn.pipelines.lane import cuda, cuda_finishing, cuda_memory, device_time
 from oocattn.planning.memory import Tiles
@@ -99,7 +98,7 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def assign(client: Client, device_type: str, workers: Container[str]) -> dict[str, str]:
         return dict.fromkeys(worker_addresses(client), "cuda:0" if device_type == "cuda" else "cpu")
 
-    monkeypatch.setattr(run, "assign_devices", assign)
+    monkeypatch.setattr(engine, "assign_devices", assign)
     monkeypatch.setattr(readiness, "arithmetic_of", lambda *_: {"gpu": "pretended"})
 
 

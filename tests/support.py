@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -135,11 +135,11 @@ def carry_out(
     plan: Plan,
     dataset: Path,
     result: Path,
-    client: Client,
+    client: Client | Literal["inline"],
     callbacks: Sequence[Callable[[Event], None]] = (),
     overwrite: bool = False,
 ) -> Result:
-    """Run a plan."""
+    """Run a plan on the workers of a client, or inline."""
     return run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), client, callbacks=callbacks, overwrite=overwrite)
 
 

@@ -223,7 +223,7 @@ def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
     dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...]
 ) -> None:
     """Chunks that it had merged, of partials that the other one had computed: whose tasks are run again, too."""
-    monkeypatch.setattr("oocattn.pipelines.driver.REPLACEMENT", 0.0)
+    monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.REPLACEMENT_SECONDS", 0.0)
     plan = plan_for(dataset, chunks=57, causal=True, partials="disk", lanes=2)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
     real, staged = Stager._lay_out, Counter[tuple[str, int, int]]()
@@ -248,7 +248,7 @@ def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
 def test_what_a_worker_did_that_is_not_replaced_moves_on(
     dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oocattn.pipelines.driver.REPLACEMENT", 0.5)
+    monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.REPLACEMENT_SECONDS", 0.5)
     plan = plan_for(dataset, chunks=13, causal=True, lanes=2)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
     with (
@@ -268,7 +268,7 @@ def test_what_a_worker_did_that_is_not_replaced_moves_on(
 def test_a_run_that_loses_all_workers_or_its_scheduler_can_be_resumed(
     dataset: Path, fast_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oocattn.pipelines.driver.LAST_REPLACEMENT", 0.5)
+    monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.LAST_REPLACEMENT_SECONDS", 0.5)
     plan = plan_for(dataset, chunks=13, causal=True, partials="disk")
     right = carry_out(plan, dataset, fast_path / "right.zarr", client)
     for lost, words in (("workers", "all workers are gone"), ("scheduler", "the scheduler is gone")):

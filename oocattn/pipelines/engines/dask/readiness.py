@@ -23,7 +23,7 @@ from distributed import Status, Worker
 
 from oocattn.errors import LockedError, OocattnError
 from oocattn.kernels.arithmetic import arithmetic_of
-from oocattn.pipelines.engines.dask.tasks import close_lanes_left_behind
+from oocattn.pipelines.engines.dask.tasks import close_stale_lanes
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import PARTIAL
 from oocattn.storage.files.operations import name_failure, words_of
@@ -130,7 +130,7 @@ class Seen:
 
 async def look(expected: Expected, dask_worker: Worker) -> Seen:
     """What this worker sees, when what an earlier driver of the same run left in its memory is closed."""
-    await close_lanes_left_behind(expected.state, dask_worker)
+    await close_stale_lanes(expected.state, dask_worker)
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
     share = manager.memory_pause_fraction or dask.config.get("distributed.worker.memory.terminate") or math.inf
