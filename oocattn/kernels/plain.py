@@ -108,7 +108,7 @@ class PlainKernel:
         counted = (keys + 1) * head_dim * 4, *[rows * head_dim * 4] * 2, 4 * rows * head_dim, rows * head_dim * itemsize
         vectors = 8 * group_size * rows * itemsize + rows * 16 * (4 + 1)
         scores = group_size * rows * keys * itemsize
-        return (scores, 2 * rows * keys, *[of_query] * 2, *[of_value] * 3, *counted, vectors, SCRATCH_BYTES)
+        return (scores, (rows + 1) * keys, *[of_query] * 2, *[of_value] * 3, *counted, vectors, SCRATCH_BYTES)
 
 
 def _shift(maximum: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,8 @@ def _hide(scores: torch.Tensor, intervals: Int32s) -> None:
     if np.array_equal(intervals[:, 2], intervals[:, 3]):
         scores.masked_fill_(key >= b, -math.inf)
     else:
-        scores.masked_fill_((key >= b).logical_and_(key < c), -math.inf)
+        for part, start, stop in zip(scores.chunk(2, 1), b.chunk(2), c.chunk(2), strict=True):  # two masks, of half the rows
+            part.masked_fill_((key >= start).logical_and_(key < stop), -math.inf)
         scores.masked_fill_(key >= d, -math.inf)
 
 

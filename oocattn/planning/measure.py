@@ -96,6 +96,7 @@ def describe_hardware(
         device=device,
         half_rate_rows=half_rate_rows,
         max_keys=get_kernel(name).max_keys,
+        rounds_weights=get_kernel(name).rounds_weights,
         lanes=lanes,
         threads=threads,
         read_rate=found,

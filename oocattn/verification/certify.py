@@ -57,10 +57,6 @@ PART_BYTES = 128
 """For the checksum of a part, as it is read and parsed."""
 
 
-FLOAT32_KERNELS = ("cpu", "torch", "reference")
-"""Kernels that multiply values by softmax weights in float32 at least, whatever the inputs are."""
-
-
 @dataclass(frozen=True)
 class _RunCounts(Excerpt):
     """Some of a run's report; see `Ledger`."""
@@ -129,8 +125,7 @@ def _weight_roundoff(recorded: ResultAttributes) -> float:
 
     The matrix units of GPUs take 16 bits.
     """
-    rounds = recorded.plan.kernel not in FLOAT32_KERNELS
-    return UNIT_ROUNDOFF[recorded.problem.dtype if rounds else "float32"]
+    return UNIT_ROUNDOFF[recorded.problem.dtype if recorded.plan.rounds_weights else "float32"]
 
 
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:

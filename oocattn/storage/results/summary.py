@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem, check_problem
-from oocattn.records import Excerpt, Positive, from_json
+from oocattn.records import ADDED, Excerpt, Positive, from_json
 from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.paths import ResultPaths
@@ -38,6 +38,7 @@ class PlanRecord(Excerpt):
 
     chunk_rows: Positive
     kernel: str
+    rounds_weights: Annotated[bool, ADDED] = True  # allows more, where an older version has not recorded it
 
 
 @dataclass(frozen=True)
