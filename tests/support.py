@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import oocattn
 from oocattn import Event, Plan, Result
 from oocattn.kernels import AttentionState, Kernel, get_kernel
+from oocattn.kernels.intervals import Intervals
 from oocattn.pipelines.lane.lane import Job, Lane
 from oocattn.pipelines.session import run_plan
 from oocattn.planning.candidates import make_plan
@@ -201,7 +202,7 @@ class CrampedKernel:
         state: AttentionState,
         *,
         scores: Scores,
-        intervals: torch.Tensor | None,
+        intervals: Intervals | None,
     ) -> None:
         if query.shape[1] > self.most_rows:
             raise torch.OutOfMemoryError(f"{query.shape[1]} rows are too many")

@@ -1,7 +1,7 @@
 """Partial attention and merge on a device; nothing of disks, plans or tasks belongs here."""
 
 from oocattn.kernels.kernel import Kernel
-from oocattn.kernels.merge import finalise, fold, merge
+from oocattn.kernels.merge import enter, finalise, fold, merge
 from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel
 from oocattn.kernels.state import AttentionState
 
@@ -10,6 +10,7 @@ __all__ = [
     "Kernel",
     "default_kernel",
     "device_type",
+    "enter",
     "finalise",
     "fold",
     "get_kernel",

@@ -23,7 +23,7 @@ import math
 
 import torch
 
-from oocattn.kernels.intervals import find_band, make_intervals
+from oocattn.kernels.intervals import Intervals, find_band, make_intervals
 from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
 from oocattn.kernels.merge import SCRATCH_BYTES, fold
 from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
@@ -63,7 +63,7 @@ class CpuKernel:
         state: AttentionState,
         *,
         scores: Scores,
-        intervals: torch.Tensor | None,
+        intervals: Intervals | None,
     ) -> None:
         """See `Kernel.attend`. The result is the same bit for bit whatever the number of threads."""
         check_operands(query, key, value, state, intervals)

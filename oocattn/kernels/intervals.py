@@ -1,18 +1,18 @@
-"""Which keys the rows of one call attend: intervals [n, 4] in host memory, what shape they have, and which tiles they touch.
+"""Which keys the rows of one call attend: four bounds that rise with the row, and what shape they have.
 
-Row i attends keys [a, b) and [c, d) of the call, for its a, b, c, d = intervals[i]; None stands for all keys with every row.
-They come from `problem.mask`, which makes them ascend from row to row; an interval may be empty.
+They come from `problem.mask`. A kernel asks for the band where its call has that shape, which takes no time, or for the
+bounds of every row.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from oocattn.problem.mask import Mask
+from oocattn.problem.mask import Mask, Ramp
 
 Int32s = npt.NDArray[np.int32]
 
@@ -28,42 +28,63 @@ class Band(NamedTuple):
         return self.lower <= 1 - rows
 
 
-def make_intervals(mask: Mask, rows: range, keys: range) -> torch.Tensor:
-    """Which of `keys` consecutive rows attend, as kernels take it."""
-    return torch.from_numpy(mask.intervals(rows, keys))
+@dataclass(frozen=True)
+class Intervals:
+    """Row i of `rows` attends keys [a, b) and [c, d) of `keys`: `ramps` are a <= b <= c <= d as functions of i."""
 
+    rows: int
+    keys: int
+    ramps: tuple[Ramp, Ramp, Ramp, Ramp]
 
-def find_band(intervals: torch.Tensor | None, rows: int, keys: int) -> Band | None:
-    """The band of a call of so many rows and keys; None for intervals of another shape.
+    @property
+    def band(self) -> Band | None:
+        """The band that these are; None where the bounds have another shape.
 
-    A triangle with its corner at the first row and key is Band(1 - rows or less, 1), all keys are Band(-rows, keys).
-    """
-    if intervals is None:
-        return Band(-rows, keys)
-    a, b, c, d = intervals.numpy().T
-    if not np.array_equal(c, d):
+        A triangle with its corner at the first row and key is Band(1 - rows or less, 1).
+        """
+        a, b, c, d = self.ramps
+        lower, upper = self._slope(a), self._slope(b)
+        if lower is None or upper is None or c.before(self.rows) < d.before(self.rows):
+            return None
+        return Band(lower, upper)
+
+    def _slope(self, bound: Ramp) -> int | None:
+        """The number s such that the bound is i + s, but 0 at least and `keys` at most; None if there is none."""
+        ends = bound.at(0), bound.at(self.rows - 1)
+        for slope in (bound.offset, -self.rows, self.keys):
+            same = Ramp(slope, 0, self.keys)  # both rise by 0 or 1 a row: equal at both ends, they are equal
+            if (same.at(0), same.at(self.rows - 1)) == ends:
+                return slope
         return None
-    lower, upper = _slope(a, keys), _slope(b, keys)
-    return None if lower is None or upper is None else Band(lower, upper)
+
+    def part(self, first_row: int, last_row: int, first_key: int, last_key: int) -> Intervals | None:
+        """The intervals of a tile of the call; None where its rows attend all its keys."""
+        rows, keys = min(last_row, self.rows) - first_row, range(first_key, min(last_key, self.keys))
+        ramps = tuple(_relative(ramp, first_row, keys) for ramp in self.ramps)
+        a, b, c, d = (ramp.before(rows) for ramp in ramps)
+        found = Intervals(rows, len(keys), ramps)  # type: ignore[arg-type]
+        return None if (b - a) + (d - c) == rows * len(keys) else found
+
+    def values(self) -> Int32s:
+        """The bounds of every row: int32 [rows, 4]."""
+        found = np.empty((self.rows, 4), np.int32)
+        for column, ramp in enumerate(self.ramps):
+            found[:, column] = ramp.values(range(self.rows))
+        return found
 
 
-def _slope(bounds: Int32s, keys: int) -> int | None:
-    """The number s such that each bound is its row + s, but 0 at least and `keys` at most; None if there is none."""
-    rows = len(bounds)
-    between = np.flatnonzero((bounds > 0) & (bounds < keys))
-    if len(between):
-        slope = int(bounds[between[0]]) - int(between[0])
-    else:
-        zeros = int(np.count_nonzero(bounds == 0))
-        slope = keys if not zeros else -rows if zeros == rows else 1 - zeros
-    expected = np.clip(np.arange(slope, slope + rows, dtype=np.int64), 0, keys)
-    return slope if np.array_equal(bounds, expected) else None
+def make_intervals(mask: Mask, rows: range, keys: range) -> Intervals:
+    """Which of `keys` consecutive `rows` of the problem attend, as kernels take it."""
+    ramps = tuple(_relative(ramp, rows.start, keys) for ramp in mask.ramps)
+    return Intervals(len(rows), len(keys), ramps)  # type: ignore[arg-type]
 
 
-def within(intervals: torch.Tensor | None, first_row: int, last_row: int, first_key: int, last_key: int) -> Int32s | None:
-    """The intervals of a tile of a call, relative to its first key: int32 [rows, 4]; None where rows attend all keys."""
-    if intervals is None:
-        return None
-    found: Int32s = intervals[first_row:last_row].numpy().clip(first_key, last_key) - np.int32(first_key)
-    a, b, c, d = found.T
-    return None if ((b - a) + (d - c) == last_key - first_key).all() else found
+def find_band(intervals: Intervals | None, rows: int, keys: int) -> Band | None:
+    """The band of a call of so many rows and keys; None for intervals of another shape."""
+    return Band(-rows, keys) if intervals is None else intervals.band
+
+
+def _relative(ramp: Ramp, first_row: int, keys: range) -> Ramp:
+    """A bound within `keys`, counted from the first of them, as a function of the row from `first_row` on."""
+    clipped = ramp.clipped(keys)
+    return Ramp(clipped.offset + first_row - keys.start, clipped.least - keys.start, clipped.most - keys.start)

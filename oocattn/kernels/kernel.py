@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from oocattn.kernels.intervals import Intervals
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
@@ -37,14 +38,14 @@ class Kernel(Protocol):
         state: AttentionState,
         *,
         scores: Scores,
-        intervals: torch.Tensor | None,
+        intervals: Intervals | None,
     ) -> None:
         """Attend `key` and `value` with `query` and add the result to `state`, in place.
 
         query [g, n, D]; key, value [m, D], shared by the g heads; all of one dtype (float16, bfloat16, float32),
         contiguous but for the heads of `query`, which may lie apart, on one device. state: the n rows of the g heads, num
-        [g, n, D]. `intervals` says which keys each row attends, all of them where it is None: int32 [n, 4] in host memory,
-        [a, b) and [c, d) of each row relative to the first key, as `make_intervals` makes them of a mask. `scores` are the
+        [g, n, D]. `intervals` says which keys each row attends, all of them where it is None: [a, b) and
+        [c, d) of each row relative to the first key, as `make_intervals` makes them of a mask. `scores` are the
         terms of a score. The ledger of the state is left alone: who calls enters the keys. Nothing happens where n or m is
         0. On a GPU the work is launched on torch's current stream, and nothing waits for it.
 
@@ -75,7 +76,7 @@ class Kernel(Protocol):
 
 
 def check_operands(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, intervals: torch.Tensor | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, intervals: Intervals | None
 ) -> None:
     """Raise ValueError unless the operands of `Kernel.attend` fit each other: torch would broadcast some misfits."""
     group_size, rows, head_dim = query.shape
@@ -90,9 +91,9 @@ def check_operands(
         raise ValueError(f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: expected one")
     if intervals is None:
         return
-    found = f"{list(intervals.shape)} of {intervals.dtype} on {intervals.device}"
-    if intervals.shape != (rows, 4) or intervals.dtype != torch.int32 or intervals.device.type != "cpu":
-        raise ValueError(f"intervals {found}: expected {[rows, 4]} of torch.int32 on cpu")
+    if (intervals.rows, intervals.keys) != (rows, key.shape[0]):
+        found = f"{intervals.rows} rows and {intervals.keys} keys"
+        raise ValueError(f"intervals of {found}: expected those of {rows} rows and {key.shape[0]} keys")
 
 
 def unsupported_dtype(dtype: str, supported: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 
 from oocattn.kernels.state import AttentionState
+from oocattn.problem.mask import Ramp
 
 logger = logging.getLogger("oocattn")
 
@@ -23,6 +24,7 @@ SCRATCH_BYTES = 1 << 20
 """Bytes of temporaries that `merge` and `finalise` allocate at most (one row of all heads at least). 1 MiB stays in the
 second-level cache of a core."""
 
+_LEDGER_ROWS = 8192  # rows whose ledger is entered at a time: half a megabyte of temporaries
 _VECTORS = 8  # temporaries of one float32 per head and row that are alive at once, at most
 
 
@@ -77,6 +79,35 @@ def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> Non
         divisor = block.den.masked_fill(block.den == 0, 1.0)
         out[:, start:stop].copy_(block.num / divisor.unsqueeze(-1))
         lse[:, start:stop].copy_(block.max + torch.log(block.den))
+
+
+def enter(state: AttentionState, first_row: int, ramps: Sequence[Ramp], *, keys: int = 0, key_sum: int = 0) -> None:
+    """Enter attended keys in the ledger of `state`, in place.
+
+    Its rows are `first_row` and those after it. Each attends `keys` keys, whose indices sum to `key_sum` modulo 2^64, and
+    those between each two of `ramps`, which are functions of the row.
+    """
+    fused = _fused(state.keys)
+    if fused is not None:
+        fused.enter(state, first_row, ramps, keys, key_sum)
+        return
+    state.keys.add_(keys)
+    state.key_sum.add_(_signed(key_sum))
+    for start in range(0, len(state.keys), _LEDGER_ROWS) if ramps else ():
+        block = state.rows(start, start + _LEDGER_ROWS)
+        rows = torch.arange(len(block.keys), dtype=torch.int64, device=block.keys.device).add_(first_row + start)
+        for lower, upper in zip(ramps[::2], ramps[1::2], strict=True):
+            low, high = (torch.clamp(rows + ramp.offset, ramp.least, ramp.most) for ramp in (lower, upper))
+            block.keys.add_(high).sub_(low)
+            # Half the product of two numbers, one of which is even.
+            count, ends = high - low, high + low - 1
+            odd = count % 2 == 1
+            block.key_sum.add_(torch.where(odd, count, count // 2) * torch.where(odd, ends // 2, ends))
+
+
+def _signed(number: int) -> int:
+    """The signed number of 64 bits that is equal to `number` modulo 2^64."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def finite_shift(maximum: torch.Tensor) -> torch.Tensor:

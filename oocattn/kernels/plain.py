@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, capability_reason
-from oocattn.kernels.intervals import Int32s, within
+from oocattn.kernels.intervals import Int32s, Intervals
 from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
 from oocattn.kernels.merge import SCRATCH_BYTES, finite_shift, merge
 from oocattn.kernels.settings import full_precision
@@ -52,7 +52,7 @@ class PlainKernel:
         state: AttentionState,
         *,
         scores: Scores,
-        intervals: torch.Tensor | None,
+        intervals: Intervals | None,
     ) -> None:
         """See `Kernel.attend`."""
         check_operands(query, key, value, state, intervals)
@@ -63,7 +63,8 @@ class PlainKernel:
                 for row in range(0, query.shape[1], step):
                     rows = slice(row, row + step)
                     part = query[:, rows], key[keys], value[keys], state.rows(row, row + step)
-                    self._attend_tile(*part, scores.scale, within(intervals, row, row + step, first, first + len(part[1])))
+                    tile = intervals and intervals.part(row, row + step, first, first + step)
+                    self._attend_tile(*part, scores.scale, None if tile is None else tile.values())
 
     def _attend_tile(
         self,

@@ -15,7 +15,7 @@ import torch
 
 from oocattn.division.base import Block
 from oocattn.kernels import AttentionState
-from oocattn.operations.ledger import Expected, Ledger
+from oocattn.operations.ledger import Expected
 from oocattn.operations.tiles import Tile
 
 
@@ -42,12 +42,11 @@ class Operation(Protocol):
         query: Sequence[torch.Tensor],
         key: Sequence[torch.Tensor],
         state: AttentionState,
-        ledger: Ledger,
     ) -> None:
-        """Compute a tile, add the result to `state`, and enter the pairs in `ledger`.
+        """Compute a tile, add the result to `state`, and enter the pairs in its ledger.
 
-        `query` and `state` are of the rows that the tile was cut for, `key` of the tile's keys; `ledger` is in host memory.
-        On a GPU the work is launched on torch's current stream, and nothing waits for it.
+        `query` and `state` are of the rows that the tile was cut for, `key` of the tile's keys. On a GPU the work is
+        launched on torch's current stream, and nothing waits for it.
         """
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:

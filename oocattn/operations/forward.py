@@ -8,7 +8,7 @@ import torch
 
 from oocattn.division.base import Block
 from oocattn.kernels import AttentionState, finalise, get_kernel, merge
-from oocattn.operations.ledger import Expected, Ledger
+from oocattn.operations.ledger import Expected, enter_tile
 from oocattn.operations.tiles import Tile, make_tiles
 from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Mask
@@ -40,14 +40,13 @@ class Forward:
         query: Sequence[torch.Tensor],
         key: Sequence[torch.Tensor],
         state: AttentionState,
-        ledger: Ledger,
     ) -> None:
         """See `Operation.compute`."""
         (q,), (k, v) = query, key
         part = state.rows(tile.rows.start, tile.rows.stop)
         intervals = tile.intervals()
         self._kernel.attend(q[:, tile.rows.start : tile.rows.stop], k, v, part, scores=self._scores, intervals=intervals)
-        ledger.enter(tile)
+        enter_tile(part, tile)
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         """See `Operation.merge`."""

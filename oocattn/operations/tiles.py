@@ -14,10 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from oocattn.division.base import Block
-from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.intervals import Intervals, make_intervals
 from oocattn.problem.mask import Cover, Mask
 
 
@@ -43,7 +41,7 @@ class Tile:
             return len(self.rows) * len(self.keys)
         return sum(self.mask.pairs(self.row_tokens, run) for run in self.key_tokens)
 
-    def intervals(self) -> torch.Tensor | None:
+    def intervals(self) -> Intervals | None:
         """Which of the keys each row attends, as kernels take it."""
         return None if self.cover is Cover.FULL else make_intervals(self.mask, self.row_tokens, self.key_tokens[0])
 

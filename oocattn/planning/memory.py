@@ -40,17 +40,8 @@ PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}
 MERGE_SCRATCH_BYTES = 2 << 20
 """Temporaries of one merge and one finalisation, which may run beside the kernel."""
 
-LEDGER_SLOTS = 8
-"""Ledgers of query tiles that a GPU lane holds in pinned host memory, on their way to the device."""
-
-LEDGER_BYTES = 16
-"""Bytes a row of a ledger: the count of keys, and the sum of their indices."""
-
 LEDGER_SCRATCH_BYTES = 2 << 20
 """Temporaries when the ledger of some rows is entered while that of others is checked, a few thousand rows at a time."""
-
-INTERVAL_BYTES = 24
-"""Bytes a row of a tile whose rows attend different keys: four int32, and what making them takes."""
 
 ALIGNMENT = 256
 """Every buffer begins at a multiple of this."""
@@ -124,7 +115,7 @@ def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks:
 
 def cpu_memory(problem: Problem, buffers: Buffers, kernel_scratch: int) -> LaneMemory:
     """What a CPU lane allocates: slots, one partial and the kernel's scratch are its device memory."""
-    working = problem.state_bytes(buffers.chunk_rows) + INTERVAL_BYTES * buffers.chunk_rows + kernel_scratch
+    working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
     host = buffers.nbytes(problem) + working + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
     return LaneMemory(buffers.slot, STAGING_SLOTS["cpu"] * buffers.slot + working, host)
 
@@ -132,8 +123,7 @@ def cpu_memory(problem: Problem, buffers: Buffers, kernel_scratch: int) -> LaneM
 def cuda_memory(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int) -> LaneMemory:
     """What a CUDA lane allocates: its buffers and results on the host, and on the device what its tiles need."""
     device = device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch
-    tiles_host = _in_segments(LEDGER_SLOTS * LEDGER_BYTES * tiles.query) + INTERVAL_BYTES * tiles.query
-    host = buffers.nbytes(problem) + tiles_host + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
+    host = buffers.nbytes(problem) + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
     return LaneMemory(buffers.slot, device, host)
 
 

@@ -60,17 +60,15 @@ class Ramp:
         return int(_clip(row + self.offset, self.least, self.most))
 
     def values(self, rows: range) -> Int64s:
-        """The bounds of consecutive rows: int64 [n]."""
+        """The bounds of consecutive rows: int64 [n], or [] where all are the same."""
+        if not self.moves:
+            return np.asarray(self.least, np.int64)
         values = np.arange(rows.start + self.offset, rows.stop + self.offset, dtype=np.int64)
         return np.clip(values, self.least, self.most, out=values)
 
     def clipped(self, keys: range) -> Ramp:
         """The same bound within a range of keys."""
         return Ramp(self.offset, _clip(self.least, keys.start, keys.stop), _clip(self.most, keys.start, keys.stop))
-
-    def shifted(self, keys: int) -> Ramp:
-        """The bound of every row, moved by so many keys."""
-        return Ramp(self.offset + keys, self.least + keys, self.most + keys)
 
     def before(self, row: Rows) -> Rows:
         """The sum of the bounds of all rows before `row`."""
@@ -116,22 +114,15 @@ class Mask(ABC):
         a, b, c, d = (ramp.at(row) for ramp in self.ramps)
         return range(a, b), range(c, d)
 
-    def intervals(self, rows: range, keys: range) -> npt.NDArray[np.int32]:
-        """The bounds of consecutive rows within `keys`, relative to the first of them: int32 [n, 4]."""
-        found = np.empty((len(rows), 4), np.int32)
-        for column, ramp in enumerate(self._ramps(keys)):
-            found[:, column] = ramp.shifted(-keys.start).values(rows)
-        return found
-
     def counts(self, rows: range, keys: range | None = None) -> Int64s:
         """How many of `keys` (default: all) each row attends: int64 [n]."""
         a, b, c, d = (ramp.values(rows) for ramp in self._ramps(keys))
-        return (b - a) + (d - c)
+        return np.broadcast_to((b - a) + (d - c), len(rows))
 
     def index_sums(self, rows: range, keys: range | None = None) -> Int64s:
         """The sum of the indices of these keys, of each row: int64 [n], modulo 2^64."""
         a, b, c, d = (ramp.values(rows) for ramp in self._ramps(keys))
-        return _index_sums(a, b) + _index_sums(c, d)
+        return np.broadcast_to(_index_sums(a, b) + _index_sums(c, d), len(rows))
 
     def pairs(self, rows: range | None = None, keys: range | None = None) -> int:
         """Pairs of `rows` and `keys` (default: all) of which the row attends the key."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from oocattn.kernels import AttentionState, Kernel
-from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.intervals import Intervals, make_intervals
 from oocattn.problem.mask import Causal, Mask, Ramp
 from oocattn.problem.scores import Scores
 
 
-def triangle(rows: int) -> torch.Tensor:
+def triangle(rows: int) -> Intervals:
     """The intervals of a call in which row i attends keys 0..i."""
     return make_intervals(Causal(rows, rows), range(rows), range(rows))
 
@@ -47,9 +47,9 @@ MASKS = (
 """Masks of every kind of interval: an end or both that move, or two intervals; some rows without a key."""
 
 
-def attended(intervals: torch.Tensor, keys: int) -> torch.Tensor:
+def attended(intervals: Intervals, keys: int) -> torch.Tensor:
     """Which of so many keys each row attends: bool [n, keys]."""
-    a, b, c, d = intervals.unsqueeze(-1).unbind(1)
+    a, b, c, d = torch.from_numpy(intervals.values()).unsqueeze(-1).unbind(1)
     key = torch.arange(keys)
     return ((a <= key) & (key < b)) | ((c <= key) & (key < d))
 

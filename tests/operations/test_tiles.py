@@ -51,7 +51,7 @@ def test_every_pair_of_a_block_is_attended_once(
             added = np.ones((len(tile.rows), len(keys)), int)
             if (intervals := tile.intervals()) is not None:
                 assert len(tile.key_tokens) == 1
-                a, b, c, d = intervals.numpy()[:, :, None].transpose(1, 0, 2)
+                a, b, c, d = intervals.values()[:, :, None].transpose(1, 0, 2)
                 key = np.arange(len(keys))
                 added = ((a <= key) & (key < b)) | ((c <= key) & (key < d))
             assert added.sum() == tile.pairs > 0

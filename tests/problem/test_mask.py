@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from oocattn.kernels.intervals import make_intervals
 from oocattn.problem.mask import Causal, Cover, Full, Mask, Ramp, make_mask
 
 
@@ -105,7 +106,7 @@ def test_counts_sums_and_pairs_over_all_keys(mask: Mask, data: st.DataObject) ->
 @given(rectangles())
 def test_intervals_are_the_rows_of_a_rectangle(case: tuple[Mask, range, range]) -> None:
     mask, rows, keys = case
-    found = mask.intervals(rows, keys)
+    found = make_intervals(mask, rows, keys).values()
     assert found.dtype == np.int32
     key = np.arange(len(keys))
     a, b, c, d = (column[:, None] for column in found.T)

@@ -13,7 +13,7 @@ from importlib import import_module
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, hopper_reason
-from oocattn.kernels.intervals import find_band
+from oocattn.kernels.intervals import Intervals, find_band
 from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
 from oocattn.kernels.plain import PlainKernel
 from oocattn.kernels.state import AttentionState
@@ -41,7 +41,7 @@ class HopperKernel:
         state: AttentionState,
         *,
         scores: Scores,
-        intervals: torch.Tensor | None,
+        intervals: Intervals | None,
     ) -> None:
         """See `Kernel.attend`. One launch where each row attends one interval and both ends rise by one key a row; the plain
         kernel takes other calls, and its scratch.

@@ -98,6 +98,34 @@ extern "C" __global__ void merge(State into, State other, int heads, long long r
     add_row(into, head, row, reinterpret_cast<const Float*>(num), den, max);
 }
 
+// Keys that rows attend: row i of the call is row first_row + i of the problem. Each attends `keys` keys, whose indices sum to
+// `key_sum`, and those between the two ramps of each range: a ramp is the row + offset, but `least` at least, `most` at most.
+struct Entry {
+    long long first_row, keys;
+    unsigned long long key_sum;
+    long long ranges;
+    long long ramps[4][3];
+    __device__ unsigned long long bound(int ramp, long long row) const {
+        return max(ramps[ramp][1], min(ramps[ramp][2], row + ramps[ramp][0]));
+    }
+};
+
+// Enter keys in a ledger, a thread a row.
+extern "C" __global__ void enter(State state, Entry entry, long long rows) {
+    const long long row = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (row >= rows) return;
+    unsigned long long keys = entry.keys, sum = entry.key_sum;
+    for (int range = 0; range < entry.ranges; ++range) {
+        const unsigned long long low = entry.bound(2 * range, entry.first_row + row);
+        const unsigned long long high = entry.bound(2 * range + 1, entry.first_row + row);
+        const unsigned long long count = high - low, ends = high + low - 1;  // modulo 2^64: their product is twice the sum
+        keys += count;
+        sum += count % 2 ? count * (ends / 2) : count / 2 * ends;
+    }
+    state.keys[row * state.keys_row] += keys;
+    state.key_sum[row * state.key_sum_row] += sum;
+}
+
 template <typename Number>
 __device__ void fold(const State& state, const Output& result, int heads, long long rows) {
     int head;

@@ -7,6 +7,7 @@ stream of the tensors' device; nothing is allocated and nothing waits.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -14,8 +15,10 @@ import torch
 from oocattn.kernels.cuda.program import Program
 from oocattn.kernels.cuda.state import row_strides, state_of
 from oocattn.kernels.state import AttentionState
+from oocattn.problem.mask import Ramp
 
 _WARPS = 8  # rows of a block
+_ENTRIES = 256  # rows of a block that enters keys in a ledger
 
 
 class _Output(ctypes.Structure):
@@ -24,6 +27,18 @@ class _Output(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("out", "lse")],
         *[(name, ctypes.c_longlong) for name in ("out_head", "out_row", "lse_head", "lse_row")],
+    )
+
+
+class _Entry(ctypes.Structure):
+    """`Entry` of merge.cu."""
+
+    _fields_ = (
+        ("first_row", ctypes.c_longlong),
+        ("keys", ctypes.c_longlong),
+        ("key_sum", ctypes.c_ulonglong),
+        ("ranges", ctypes.c_longlong),
+        ("ramps", ctypes.c_longlong * 12),
     )
 
 
@@ -40,6 +55,16 @@ def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
 def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
     """See `merge.finalise`: one launch."""
     _launch(f"finalise_{_name(out)}", state, _output(out, lse))
+
+
+def enter(state: AttentionState, first_row: int, ramps: Sequence[Ramp], keys: int, key_sum: int) -> None:
+    """See `merge.enter`: one launch, a thread a row."""
+    rows = len(state.keys)
+    bounds = [number for ramp in ramps for number in (ramp.offset, ramp.least, ramp.most)]
+    entry = _Entry(first_row, keys, key_sum % (1 << 64), len(ramps) // 2, (ctypes.c_longlong * 12)(*bounds))
+    if rows:
+        arguments = (state_of(state), entry, ctypes.c_longlong(rows))
+        _program(state.num.shape[-1]).launch("enter", state.num.device, -(-rows // _ENTRIES), _ENTRIES, arguments)
 
 
 def _launch(kernel: str, state: AttentionState, other: ctypes.Structure) -> None:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes
-from oocattn.kernels.intervals import find_band
+from oocattn.kernels.intervals import Intervals, find_band
 from oocattn.kernels.kernel import MAX_KEYS, check_operands
 from oocattn.kernels.merge import fold
 from oocattn.kernels.plain import PlainKernel
@@ -41,7 +41,7 @@ class LibraryKernel(ABC):
         state: AttentionState,
         *,
         scores: Scores,
-        intervals: torch.Tensor | None,
+        intervals: Intervals | None,
     ) -> None:
         """See `Kernel.attend`."""
         check_operands(query, key, value, state, intervals)

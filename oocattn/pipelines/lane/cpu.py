@@ -12,7 +12,6 @@ from oocattn.division.base import Block
 from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
 from oocattn.operations import Operation
-from oocattn.operations.ledger import Ledger
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import PartialStore
@@ -85,7 +84,7 @@ class CpuDevice:
         state.reset()
         for tile in self._operation.tiles(staged.head_group, block, staged.key_rows, range(rows), every_key):
             keys = [tensor[tile.keys.start : tile.keys.stop] for tensor in staged.keys]
-            self._operation.compute(tile, query, keys, state, Ledger.of(state))
+            self._operation.compute(tile, query, keys, state)
             pairs += tile.pairs * heads
             self._step()
         if destination.merged:

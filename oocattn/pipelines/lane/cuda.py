@@ -28,7 +28,6 @@ from oocattn.division.base import Block
 from oocattn.kernels import AttentionState
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.operations import Operation
-from oocattn.operations.ledger import Ledger
 from oocattn.operations.tiles import Tile
 from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane.cuda_finishing import CudaFinishing
@@ -44,11 +43,10 @@ from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, record_even
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import Destination, PartialStore
-from oocattn.pipelines.lane.slots import SlotRing
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.lane.switching import hold_short_interval
 from oocattn.pipelines.watch.events import Attended, Resource
-from oocattn.planning.memory import LEDGER_BYTES, LEDGER_SLOTS, PARTIAL_BUFFERS
+from oocattn.planning.memory import PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
 
 READERS = 8
@@ -102,7 +100,6 @@ class CudaDevice:
             self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows)
             self._clock = DeviceClock(self._compute)
         self._finishing = CudaFinishing(self._device, self._merge_stream, operation, self._buffers)
-        self._ledgers = self.allocator.submit(self._allocate_ledgers, self.tile_rows.count)
         self._ahead: deque[torch.cuda.Event] = deque()
         self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event]] = deque()
         """Query chunks whose partials are on their way, and the event after which each is in host memory."""
@@ -114,12 +111,6 @@ class CudaDevice:
         with torch.cuda.device(self._device):
             self._pinned.append(PinnedMemory(nbytes))
         return self._pinned[-1].tensor
-
-    def _allocate_ledgers(self, rows: int) -> SlotRing[Ledger]:
-        """Ledgers for query tiles, from which they are copied to the device."""
-        size = LEDGER_BYTES * rows
-        memory = self.allocate(LEDGER_SLOTS * size)
-        return SlotRing(Ledger.carve(memory[start : start + size]) for start in range(0, LEDGER_SLOTS * size, size))
 
     def merge(self, into: AttentionState, state: AttentionState) -> None:
         """See `Device.merge`."""
@@ -139,7 +130,7 @@ class CudaDevice:
         finally:
             self._coming_back.clear()
             self._ahead.clear()
-            del self._finishing, self._buffers, self._ledgers, self._clock  # or torch would keep their memory in its cache
+            del self._finishing, self._buffers, self._clock  # or torch would keep their memory in its cache
             release_cached_memory(self._device)
             # Last, for the driver does one thing at a time, be it to forget an event: 20 ms a GiB, for which no result
             # need wait.
@@ -221,9 +212,6 @@ class CudaDevice:
 
     def _launch_tile(self, launch: _Launch, block: Block, tile: range, destination: Destination) -> torch.cuda.Event:
         """Enqueue the query rows `tile` of a chunk, their keys and the way back; return the event after it."""
-        ledger_slot = self._ledgers.result().acquire_on_host()
-        ledger = ledger_slot.buffer.rows(0, len(tile))
-        ledger.reset()
         slot = self._buffers.queries.acquire(self._copy)
         heads = launch.staged.queries[block.query_chunk][0][:, tile.start : tile.stop]
         query = slot.buffer[: heads.shape[0] * heads.shape[1]].view(heads.shape)
@@ -237,14 +225,14 @@ class CudaDevice:
                 state.reset()
             staged = launch.staged
             for keys in self._operation.tiles(staged.head_group, block, staged.key_rows, tile, self._plan.tiles.key):
-                self._attend_keys(launch, query, keys, state, ledger)
+                self._attend_keys(launch, query, keys, state)
                 pairs += keys.pairs
         finally:  # also what was launched before an error reads the slot
             slot.freed = attended = record_event(self._compute)
         launch.pairs += pairs * self._plan.problem.group_size
         host = destination.state.rows(tile.start, tile.stop)
-        returned = self._bring_back(launch, state, ledger, Destination(host, destination.merged), attended)
-        state_slot.freed = ledger_slot.freed = returned
+        returned = self._bring_back(launch, state, Destination(host, destination.merged), attended)
+        state_slot.freed = returned
         return returned
 
     def _load(self, launch: _Launch, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
@@ -254,7 +242,7 @@ class CudaDevice:
                 on_device.copy_(staged, non_blocking=True)
         return stretch.stop
 
-    def _attend_keys(self, launch: _Launch, query: torch.Tensor, tile: Tile, state: AttentionState, ledger: Ledger) -> None:
+    def _attend_keys(self, launch: _Launch, query: torch.Tensor, tile: Tile, state: AttentionState) -> None:
         """Enqueue the copy of a key tile and the kernel's call on it."""
         if len(self._ahead) == AHEAD:
             self._ahead.popleft().synchronize()
@@ -265,7 +253,7 @@ class CudaDevice:
         self._compute.wait_event(copied)
         try:
             with torch.cuda.stream(self._compute), self._timed(launch, "compute", self._compute):
-                self._operation.compute(tile, (query,), (key, value), state, ledger)
+                self._operation.compute(tile, (query,), (key, value), state)
         finally:
             slot.freed = done = record_event(self._compute)
             self._ahead.append(done)
@@ -274,11 +262,10 @@ class CudaDevice:
         self,
         launch: _Launch,
         state: AttentionState,
-        ledger: Ledger,
         destination: Destination,
         attended: torch.cuda.Event,
     ) -> torch.cuda.Event:
-        """Enqueue the way of a tile's state and ledger to the host, through a merge where its chunk has earlier partials.
+        """Enqueue the way of a tile's state to the host, through a merge where its chunk has earlier partials.
 
         Returns the event at its end.
         """
@@ -289,8 +276,6 @@ class CudaDevice:
                 with self._timed(launch, "copy in", self._back):
                     copy_state(source, host)
             self._back.wait_event(attended)
-            for on_device, counted in ((state.keys, ledger.keys), (state.key_sum, ledger.key_sum)):
-                on_device.copy_(torch.from_numpy(counted), non_blocking=True)
             if destination.merged:
                 with self._timed(launch, "merge", self._back):
                     self._operation.merge(source, state)

@@ -19,7 +19,7 @@ from oocattn.errors import TaintedError
 from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
 from oocattn.operations import Operation
-from oocattn.operations.ledger import Ledger
+from oocattn.operations.ledger import find_wrong_row
 from oocattn.operations.tiles import pieces
 from oocattn.pipelines.finished import record_of
 from oocattn.pipelines.lane.memory import OutBlock, Pool, as_numpy
@@ -165,15 +165,15 @@ class Finisher:
     def _check_ledger(self, state: AttentionState, head_group: int, chunk: int, rows: range) -> int:
         """Check the ledger of some rows of a chunk; return the pairs they attended, of all heads of the group."""
         tokens = self._plan.tokens(chunk)[rows.start : rows.stop]
-        ledger = Ledger.of(state).rows(rows.start, rows.stop)
-        row = ledger.first_wrong(tokens, partial(self._operation.expected, head_group))
+        counted = state.rows(rows.start, rows.stop)
+        row = find_wrong_row(counted, tokens, partial(self._operation.expected, head_group))
         if row is not None:
             keys, key_sum = (int(numbers[0]) for numbers in self._operation.expected(head_group, tokens[row : row + 1]))
-            found = f"{ledger.keys[row]} keys were attended, expected {keys}"
-            if ledger.keys[row] == keys:
-                found = f"other keys were attended than expected (sum of indices {ledger.key_sum[row]}, expected {key_sum})"
+            found = f"{counted.keys[row]} keys were attended, expected {keys}"
+            if counted.keys[row] == keys:
+                found = f"other keys were attended than expected (sum of indices {counted.key_sum[row]}, expected {key_sum})"
             raise TaintedError(f"head group {head_group}, token {tokens[row]}: {found}; the result is discarded, run again")
-        return int(ledger.keys.sum()) * self._plan.problem.group_size
+        return int(counted.keys.sum()) * self._plan.problem.group_size
 
     def _divide(self, head_group: int, head: int, part: int, rows: AttentionState, spans: list[Span]) -> Future[_Part]:
         """Finalise the rows of a head that are chunk `part` of `out`, and have them written."""

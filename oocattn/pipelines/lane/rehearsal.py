@@ -13,7 +13,6 @@ import torch
 from oocattn.kernels import AttentionState, get_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.operations import make_operation
-from oocattn.operations.ledger import Ledger
 from oocattn.operations.shapes import sample_tiles
 from oocattn.planning.plan import Plan
 
@@ -42,9 +41,8 @@ def _make_calls(plan: Plan, gpu: torch.device) -> None:
         queries = torch.randn((heads * tiles.query, dim), dtype=dtype, device=gpu)
         key, value = torch.randn((2, tiles.key, dim), dtype=dtype, device=gpu)
         state = AttentionState.empty(heads, tiles.query, dim, gpu)
-        ledger = Ledger.carve(torch.zeros(16 * tiles.query, dtype=torch.uint8, device="cpu"))
         for shape, tile in sample_tiles(plan, operation).items():
             query = queries[: heads * shape.piece_rows].view(heads, shape.piece_rows, dim)
             rows = state.rows(0, shape.piece_rows)
-            operation.compute(tile, (query,), (key[: shape.keys], value[: shape.keys]), rows, ledger)
+            operation.compute(tile, (query,), (key[: shape.keys], value[: shape.keys]), rows)
         torch.cuda.synchronize(gpu)

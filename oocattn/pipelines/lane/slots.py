@@ -33,13 +33,6 @@ class SlotRing(Generic[T]):
             stream.wait_event(slot.freed)
         return slot
 
-    def acquire_on_host(self) -> Slot[T]:
-        """The next slot, once it is free: the calling thread waits."""
-        slot = self._next()
-        if slot.freed is not None:
-            slot.freed.synchronize()
-        return slot
-
     def _next(self) -> Slot[T]:
         slot = self._slots[self._acquired % len(self._slots)]
         self._acquired += 1

@@ -31,7 +31,6 @@ from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.partials.store import Destination
 from oocattn.planning.memory import (
     ALIGNMENT,
-    INTERVAL_BYTES,
     LEDGER_SCRATCH_BYTES,
     MERGE_SCRATCH_BYTES,
     SEGMENT,
@@ -170,7 +169,7 @@ def test_what_a_lane_takes_is_what_was_planned(
     lane.memory._allocated.result()
     lane.close()
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
-    temporaries = MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES + INTERVAL_BYTES * made.tiles.query
+    temporaries = MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
     assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0).host - temporaries
 
 
