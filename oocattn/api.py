@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.errors import ProblemError, TimeLimitError
-from oocattn.forks import refuse_lost_client
+from oocattn.forks import refuse_lost_client, refuse_lost_threads
 from oocattn.kernels import kernel_names
 from oocattn.kernels.denormals import denormals_kept
 from oocattn.pipelines.lane.rehearsal import rehearse
@@ -264,10 +264,12 @@ def _planned_cluster(
 ) -> Iterator[tuple[Client, Plan]]:
     """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
+        refuse_lost_client(client)
+    refuse_lost_threads()
+    if client is not None:
         from oocattn.pipelines.engines.dask.cluster import wait_for_first, worker_addresses
         from oocattn.pipelines.engines.dask.standstill import refuse_own_thread
 
-        refuse_lost_client(client)
         refuse_own_thread(client)
         wait_for_first(client, lambda: _check_time(until))
         yield client, decide(len(worker_addresses(client)))

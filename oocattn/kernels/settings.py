@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 import torch
 
+from oocattn.forks import note_computing
+
 _LAUNCHING = threading.Lock()
 
 
@@ -24,6 +26,7 @@ def plain_threads(count: int, name: str) -> ThreadPoolExecutor:
     A thread begins with torch's own defaults, but on Linux it inherits whether the processor flushes to zero what is
     smaller than the smallest normal number, and so do the threads of OpenMP that it makes.
     """
+    note_computing()
     return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=torch.set_flush_denormal, initargs=(False,))
 
 
