@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
+from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
 from oocattn.kernels import kernel_names
-from oocattn.kernels.denormals import denormals_kept
 from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.pipelines.resuming import Choices, find_unfinished
 from oocattn.pipelines.scan import scan_completed
@@ -339,7 +339,6 @@ def verify(
         return certify(
             ResultPaths.at(result),
             ResultArrays(found.out, found.lse),
-            found.report,
             rows=rows,
             seed=seed,
             dataset=dataset,

@@ -17,6 +17,11 @@ MOST_SECONDS = 1e9
 """Of a duration that a user gives: 31 years. A plan with a longer one could not be read back."""
 
 
+def ceil_div(count: int, size: int) -> int:
+    """How many parts of `size` hold `count`: the quotient, rounded up."""
+    return -(-count // size)
+
+
 def parse_size(text: str | float, unit: str = "size") -> int:
     """Read `1M`, `64K`, `2GiB` or `500MB` as an integer.
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from distributed import Client
 
@@ -27,20 +27,21 @@ from oocattn.pipelines.engines.dask.cluster import assign_devices, wait_for_work
 from oocattn.pipelines.engines.dask.enlisting import Roll, enlist_again
 from oocattn.pipelines.engines.dask.readiness import Expected
 from oocattn.pipelines.failing import insist
-from oocattn.pipelines.finished import finished_chunks, gather_checksums
+from oocattn.pipelines.finished import FinishedChunk, finished_chunks, gather_checksums
 from oocattn.pipelines.lane.partials.store import DamagedPartialError
 from oocattn.pipelines.scan import ScanResult, scan_completed
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Failed, Recovered, Started
 from oocattn.pipelines.watch.listeners import Listeners
-from oocattn.pipelines.watch.report import RunReport, Tally
+from oocattn.pipelines.watch.report import RunReport
+from oocattn.pipelines.watch.tally import Tally
 from oocattn.pipelines.work import Work
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import write_text
 from oocattn.storage.files.folders import remove_file
 from oocattn.storage.files.operations import described, is_disk_full, words_of
-from oocattn.storage.journal.journal import Place
+from oocattn.storage.journal.journal import ChunkId
 
 ATTEMPTS = 3
 """Mishaps after which the run ends: so many at the same place, or so many one after another with nothing done in between,
@@ -124,7 +125,7 @@ def _words(error: BaseException) -> str:
     return described(error)
 
 
-def _all_finished(work: Work) -> dict[Place, dict[str, Any]]:
+def _all_finished(work: Work) -> dict[ChunkId, FinishedChunk]:
     """The records of all chunks. Raises OSError where the journal does not give one of them back."""
     plan = work.plan
     finished = finished_chunks(plan, work.journal)
@@ -135,8 +136,8 @@ def _all_finished(work: Work) -> dict[Place, dict[str, Any]]:
     return finished
 
 
-def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> None:
-    pairs = sum(record["pairs"] for record in finished.values())
+def _check_pairs(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> None:
+    pairs = sum(record.pairs for record in finished.values())
     if pairs != plan.problem.pairs:
         raise TaintedError(
             f"{pairs:,} query-key pairs were attended, expected {plan.problem.pairs:,}; the result is discarded, run again"

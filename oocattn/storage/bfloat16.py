@@ -11,21 +11,21 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
-from zarr.core.dtype.common import HasEndianness, HasItemSize
-from zarr.dtype import ZDType, data_type_registry
 
-try:
-    from zarr.errors import DataTypeValidationError  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # zarr 3.1
-    from zarr.dtype import DataTypeValidationError  # type: ignore[no-redef, attr-defined, unused-ignore]
-
-if TYPE_CHECKING:
-    from zarr.core.common import JSON, ZarrFormat
-    from zarr.core.dtype.common import DTypeJSON
+from oocattn.storage.zarr_compat import (
+    JSON,
+    DataTypeValidationError,
+    DTypeJSON,
+    HasEndianness,
+    HasItemSize,
+    ZarrFormat,
+    ZDType,
+    data_type_registry,
+)
 
 _NATIVE: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 

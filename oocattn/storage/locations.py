@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.storage.mistaken import no_path
+from oocattn.storage.path_errors import no_path
 from oocattn.text import printable, without_credentials
 
 SCHEMES = ("s3", "gs", "az", "abfs", "http", "https", "memory")

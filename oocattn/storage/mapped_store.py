@@ -15,20 +15,25 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError
 from oocattn.storage.files.mapping import map_file
 from oocattn.storage.files.regular import opened, read_exactly
+from oocattn.storage.zarr_compat import (
+    Buffer,
+    BufferPrototype,
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    SuffixByteRequest,
+    default_buffer_prototype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
 
 # Python's mmap keeps a file descriptor, and one read of a shard asks for thousands of ranges of one file: they share
 # its map while any of them lives. A live map holds its inode, so the number cannot come to mean another file; where a file

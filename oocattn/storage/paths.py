@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zarr.storage import LocalStore
-
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.files.durable import MOST_RECORD, make_durably
 from oocattn.storage.files.folders import is_folder, is_taken, require_own
@@ -26,7 +24,7 @@ from oocattn.storage.files.operations import doing
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.journal.journal import read_header
 from oocattn.storage.locations import output_path, resolved
-from oocattn.storage.metadata import read_attributes
+from oocattn.storage.nodes import folder_attributes
 
 ATTRIBUTES = "oocattn"
 """The one attribute of a result group: what it is the answer to."""
@@ -112,7 +110,7 @@ def recorded_attributes(path: Path) -> dict[str, Any]:
 
     Raises IntegrityError where its metadata is damaged.
     """
-    found = (read_attributes(LocalStore(path), str(path)) or {}).get(ATTRIBUTES)
+    found = folder_attributes(path).get(ATTRIBUTES)
     return dict(found) if isinstance(found, Mapping) else {}
 
 

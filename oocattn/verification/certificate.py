@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem, read_problem
-from oocattn.records import Positive, Range, from_json, to_json
+from oocattn.records import ADDED, Excerpt, Positive, Range, from_json, to_json
 from oocattn.storage.results.checksums import Damage
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
 from oocattn.verification.text import certificate_text
+
+Outcome = Literal["passed", "inconclusive", "failed"]
 
 FORMAT = 3
 
@@ -27,7 +29,7 @@ MOST_SHOWING_NOTHING = 0.1
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Excerpt):
     """What is read of a certificate that is beside a result: what it says, when it was made, and of which result it is."""
 
     format: Annotated[int, Range(FORMAT, FORMAT)]
@@ -40,8 +42,8 @@ class Summary:
     dataset_recorded: str
 
     @property
-    def outcome(self) -> Literal["passed", "inconclusive", "failed"]:
-        """What it says of the result, in a word."""
+    def outcome(self) -> Outcome:
+        """The verdict in one word."""
         return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
 
     @classmethod
@@ -51,8 +53,8 @@ class Summary:
         Raises IntegrityError for anything else.
         """
         try:
-            return from_json(cls, {each.name: content[each.name] for each in fields(cls)})
-        except (KeyError, ValueError) as error:
+            return from_json(cls, content)
+        except ValueError as error:
             raise IntegrityError(f"not a certificate of oocattn: {error}") from None
 
 
@@ -81,7 +83,7 @@ class Certificate:
     computed_with: Mapping[str, str]
     verified_with: Mapping[str, str]
     made: str = field(compare=False)
-    files: tuple[str, ...] = field(default=(), compare=False)
+    files: Annotated[tuple[str, ...], ADDED] = field(default=(), compare=False)
 
     @property
     def passed(self) -> bool:
@@ -97,6 +99,11 @@ class Certificate:
     def inconclusive(self) -> bool:
         """Whether nothing is wrong, but more than a tenth of the sampled rows show nothing."""
         return not self.failed and len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
+
+    @property
+    def outcome(self) -> Outcome:
+        """The verdict in one word."""
+        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
 
     @property
     def wrong(self) -> list[RowCheck]:
@@ -239,7 +246,7 @@ class Certificate:
             found = dict(content)
             summary = {name: found.pop(name) for name in follows}
             read_problem(found["problem"])
-            certificate = from_json(cls, {**found, "files": []})
+            certificate = from_json(cls, found)
             certificate._check_rows()
             written = certificate.to_json()
             for name, value in summary.items():

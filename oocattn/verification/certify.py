@@ -9,16 +9,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf, nan
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from oocattn.errors import BudgetError, IntegrityError
-from oocattn.pipelines.watch.report import RunReport
-from oocattn.problem.problem import Problem, read_problem
-from oocattn.records import Positive, from_json
+from oocattn.problem.problem import Problem, check_problem
+from oocattn.records import ADDED, Count, Excerpt, Positive, from_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.files.operations import words_of
@@ -71,18 +71,33 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Decided:
-    """What is needed of the attribute `plan`."""
+class _Decisions(Excerpt):
+    """Some of the attribute `plan`."""
 
     chunk_rows: Positive
     kernel: str
 
 
 @dataclass(frozen=True)
-class _MadeBy:
-    """The attribute `versions`."""
+class _Attributes(Excerpt):
+    """The attributes of a result."""
 
+    problem: Problem
+    dataset: _Source
+    plan: _Decisions
     versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _RunCounts(Excerpt):
+    """Some of a run's report; see `Ledger`."""
+
+    pairs: Count
+    not_finite: Count
+    out_not_finite: Count
+    other_bits: str
+    out_overflowed: Annotated[Count, ADDED] = 0
+    out_underflowed: Annotated[Count, ADDED] = 0
 
 
 @dataclass(frozen=True)
@@ -104,16 +119,15 @@ class Recorded:
     @classmethod
     def of(cls, paths: ResultPaths) -> Recorded:
         """Of the result at a path. Raises IntegrityError where that is no result of ours."""
-        attributes = paths.attributes() or {}
         try:
-            source = from_json(_Source, attributes["dataset"])
-            plan = from_json(_Decided, {name: attributes["plan"][name] for name in ("chunk_rows", "kernel")})
-            made_by = from_json(_MadeBy, {"versions": attributes["versions"]}).versions
-            problem = read_problem(attributes["problem"])
-        except (KeyError, TypeError, ValueError) as error:
-            reason = printable(f"lacking {error}" if isinstance(error, KeyError) else error)
-            raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({reason})") from None
-        return cls(problem, source.location, source.fingerprint, plan.chunk_rows, plan.kernel, made_by)
+            found = from_json(_Attributes, paths.attributes() or {})
+            check_problem(found.problem)
+        except ValueError as error:
+            raise IntegrityError(
+                f"{paths.result}: the attributes do not describe a result of oocattn ({printable(error)})"
+            ) from None
+        source, plan = found.dataset, found.plan
+        return cls(found.problem, source.location, source.fingerprint, plan.chunk_rows, plan.kernel, found.versions)
 
     @property
     def weight_roundoff(self) -> float:
@@ -125,7 +139,6 @@ class Recorded:
 def certify(
     paths: ResultPaths,
     arrays: ResultArrays,
-    report: RunReport | None,
     *,
     rows: int,
     seed: int,
@@ -159,7 +172,7 @@ def certify(
         rows=tuple(_check_row(problem, row, readers) for row in exact),
         arrays=tuple(_check_array(readers[name], found, sizes.steps.get(name)) for name, found in recorded_bits.items()),
         digest=_digest(arrays, recorded_bits),
-        ledger=None if report is None else _ledger(problem, report),
+        ledger=_ledger(problem, paths),
         dataset_recorded=recorded.fingerprint,
         dataset_found=opened.fingerprint(),
         computed_with=recorded.versions,
@@ -189,17 +202,17 @@ def read_summary(paths: ResultPaths) -> Summary | None:
     return found if of == (bits, recorded.problem, recorded.fingerprint) else None
 
 
-def _ledger(problem: Problem, report: RunReport) -> Ledger:
-    """What the report of the run says."""
-    return Ledger(
-        problem.pairs,
-        report.pairs,
-        report.not_finite,
-        report.out_not_finite,
-        report.out_overflowed,
-        report.out_underflowed,
-        report.other_bits,
-    )
+def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
+    """The totals in the report beside a result; None where there is no whole one."""
+    try:
+        content = read_json(paths.report) if is_folder(paths.state) else None
+        found = None if content is None else from_json(_RunCounts, content)
+    except (IntegrityError, ValueError):
+        return None
+    if found is None:
+        return None
+    counts = asdict(found)
+    return Ledger(expected=problem.pairs, counted=counts.pop("pairs"), **counts)
 
 
 def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict[str, RowReader]:

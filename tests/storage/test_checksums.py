@@ -13,11 +13,11 @@ import zarr
 from support import numpy_type
 
 from oocattn import IntegrityError
+from oocattn.records import from_json, to_json
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.results.checksums import (
     Checksums,
     Damage,
-    are_digits,
     as_digits,
     checksum,
     find_damage,
@@ -39,10 +39,12 @@ def test_they_are_of_little_endian_elements_in_c_order() -> None:
     assert checksum(ones) == zlib.crc32(bytes([0x80, 0x3F] * 3))
 
 
-def test_what_are_digits() -> None:
-    assert are_digits("0123abcd" * 2, 2)
-    for wrong in ("0123abc", "0123ABCD", "0123abcg", 123, None, b"0123abcd", "0123abc\n"):
-        assert not are_digits(wrong, 1)
+@pytest.mark.parametrize("wrong", ["0123ABCD", "0123abcg", 123, None, "0123abc\n"])
+def test_only_hexadecimal_digits_are_checksums(wrong: object) -> None:
+    content = {"algorithm": "crc32", "rows": 5, "digits": "0123abcd"}
+    assert from_json(Checksums, content) == Checksums(5, "0123abcd")
+    with pytest.raises(ValueError, match="digits is"):
+        from_json(Checksums, {**content, "digits": wrong})
 
 
 def written(folder: Path, dtype: str = "float16", **storage: Any) -> tuple[RowReader, Checksums, np.ndarray]:
@@ -111,7 +113,7 @@ def test_an_attribute_that_is_not_ours_is_refused(tmp_path: Path, attribute: Any
     array = zarr.create_array(tmp_path / "a.zarr", shape=SHAPE, dtype="f2")
     assert recorded_checksums(array) is None
     right = Checksums(20, "0123abcd" * 18)
-    array.attrs["checksums"] = right.to_json()
+    array.attrs["checksums"] = to_json(right)
     assert recorded_checksums(array) == right
     array.attrs["checksums"] = attribute
     with pytest.raises(IntegrityError, match=r"'checksums' is not the checksums of an array \[2, 3, 50, 4\]"):

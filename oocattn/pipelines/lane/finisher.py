@@ -25,6 +25,7 @@ from oocattn.pipelines.lane.partials.store import Collected, PartialStore
 from oocattn.pipelines.lane.tiles import pieces
 from oocattn.pipelines.watch.events import Merged, Span, Written
 from oocattn.planning.plan import Plan
+from oocattn.records import to_json
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.results.arrays import ResultArrays, WrittenChunk
 
@@ -113,10 +114,10 @@ class Finisher:
             "out_underflowed": sum(part.narrowed[1] for part in parts),
         }
         record = record_of(counts, [part.written for part in parts])
-        self._journal.finish(head_group, chunk, record)
+        self._journal.finish(head_group, chunk, to_json(record))
         self._partials.release(head_group, chunk)
         start, stop = spans[0].start, spans[-1].stop
-        return Written(start=start, stop=stop, head_group=head_group, index=chunk, bytes=record["bytes"], spans=spans)
+        return Written(start=start, stop=stop, head_group=head_group, index=chunk, bytes=record.bytes, spans=spans)
 
     def close(self) -> None:
         """Wait for what is under way; nothing else is begun."""

@@ -10,34 +10,27 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import RangeByteRequest, Store
-from zarr.buffer.cpu import NDBuffer, buffer_prototype
-from zarr.storage import LocalStore, StorePath, WrapperStore
+from zarr.storage import LocalStore, WrapperStore
 
 from oocattn.errors import OocattnError
+from oocattn.storage.chunk_errors import described, html_page, is_html, missing_chunk, too_large, undecodable, wrong_size
 from oocattn.storage.inputs.decoding import array_chain, bounded
 from oocattn.storage.inputs.shards import check_shard
-from oocattn.storage.layout import (
-    chunk_bytes,
-    chunk_key,
-    described,
-    html_page,
-    is_html,
-    leading,
-    missing_chunk,
-    stored_bytes,
-    too_large,
-    undecodable,
-    wrong_size,
+from oocattn.storage.layout import chunk_bytes, chunk_key, leading, stored_bytes
+from oocattn.storage.zarr_compat import (
+    Buffer,
+    BufferPrototype,
+    ByteRequest,
+    NDBuffer,
+    RangeByteRequest,
+    Store,
+    array_at,
+    buffer_prototype,
 )
-
-if TYPE_CHECKING:
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
 
 STEP_BYTES = 32 * 2**20
 """Decoded bytes of the chunks that Zarr is asked for at a time, at most, unless one chunk is larger."""
@@ -108,8 +101,7 @@ def complete_array(array: zarr.Array[Any], location: str) -> zarr.Array[Any]:
     Raises ProblemError for codecs that are not decoded.
     """
     store = CompleteStore(array.store, location, array_chain(array).stored, stored_bytes(array))
-    path = StorePath(store, array.path)
-    return zarr.Array(zarr.AsyncArray(metadata=bounded(array), store_path=path))
+    return array_at(store, array.path, bounded(array))
 
 
 class CodecReader:

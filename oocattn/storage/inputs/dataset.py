@@ -14,28 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import zarr
-from zarr.abc.store import Store
-from zarr.core.sync import sync
 
 from oocattn.errors import ProblemError
 from oocattn.problem.problem import ArraySpec
+from oocattn.storage.chunk_errors import missing_chunk, wrong_size
 from oocattn.storage.inputs.axes import check_axes
 from oocattn.storage.inputs.direct import FastestReader
 from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, chunk_files, fingerprints_of, identity
 from oocattn.storage.inputs.packing import MEANINGFUL, refuse_packed
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.inputs.shards import check_shard
-from oocattn.storage.layout import (
-    chunk_key,
-    missing_chunk,
-    stored_bytes,
-    stored_chunks,
-    wrong_size,
-)
+from oocattn.storage.layout import chunk_key, stored_bytes, stored_chunks
 from oocattn.storage.locations import Location, parse_location, recorded_location
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, is_array, open_array, open_consolidated, read_group
 from oocattn.storage.remote.store import open_remote
+from oocattn.storage.zarr_compat import Store, sync
 from oocattn.text import printable
 
 ASKED = 64

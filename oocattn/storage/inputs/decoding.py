@@ -14,21 +14,17 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numcodecs
 import numpy as np
 import zarr
 from numcodecs.abc import Codec as Numcodec
-from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import ShardingCodec
 
 from oocattn.storage.inputs.codec_chain import COMPRESSORS, Chain, Codec, Stage, chain_of, v2_codecs, v3_codecs
 from oocattn.storage.inputs.zstd_frames import first_size, frame_sizes
-
-if TYPE_CHECKING:
-    from zarr.core.array_spec import ArraySpec
-    from zarr.core.buffer import Buffer
+from oocattn.storage.zarr_compat import ArraySpec, Buffer, BytesBytesCodec
 
 PIECE_BYTES = 1 << 16
 """Compressed bytes that a stream is given at a time: deflate makes at most a thousand times as many of them."""

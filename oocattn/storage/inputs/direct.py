@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
+from oocattn.storage.chunk_errors import missing_chunk, wrong_size
 from oocattn.storage.files.mapping import map_file
 from oocattn.storage.files.operations import doing
 from oocattn.storage.files.regular import advise, opened
-from oocattn.storage.layout import ChunkFiles, Part, missing_chunk, wrong_size
+from oocattn.storage.layout import ChunkFiles, Part
 
 Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]
 """(files, batch, head, start, stop, out): read tokens [start, stop) of one head into out [stop - start, D]."""

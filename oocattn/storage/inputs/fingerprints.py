@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import zarr
-from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.core.sync import sync
 
+from oocattn.storage.chunk_errors import missing_chunk, no_file
 from oocattn.storage.files.operations import doing
 from oocattn.storage.files.regular import advise, opened, read_exactly
-from oocattn.storage.layout import chunk_key, coordinates_of, missing_chunk, no_file, stored_chunks
+from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
+from oocattn.storage.zarr_compat import (
+    Buffer,
+    ByteRequest,
+    RangeByteRequest,
+    SuffixByteRequest,
+    default_buffer_prototype,
+    sync,
+)
 
 NAMES = ("q", "k", "v")
 """The arrays that a dataset has."""

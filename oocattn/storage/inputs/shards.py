@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import ByteRequest, RangeByteRequest
-from zarr.buffer.cpu import buffer_prototype
-from zarr.core.sync import sync
 
+from oocattn.storage.chunk_errors import missing_chunk, undecodable
 from oocattn.storage.inputs.codec_chain import Chain
 from oocattn.storage.inputs.decoding import array_chain
-from oocattn.storage.layout import chunk_key, missing_chunk, undecodable
+from oocattn.storage.layout import chunk_key
+from oocattn.storage.zarr_compat import ByteRequest, RangeByteRequest, buffer_prototype, sync
 
 _ABSENT = 2**64 - 1
 """Offset and length of a chunk that a shard does not hold (Zarr v3 sharding codec, binary shard format)."""

@@ -11,6 +11,7 @@ import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.errors import IntegrityError
+from oocattn.records import Count, from_json
 from oocattn.storage.files.durable import decode_record, encode_record, write_durably
 from oocattn.storage.files.regular import opened
 
@@ -27,6 +29,14 @@ _MAX_HEADER = 1 << 24
 _STEP = 1 << 20
 
 Block = Sequence[npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Bytes and CRC-32 of each block, and the label."""
+
+    blocks: tuple[tuple[Count, Count], ...]
+    label: Mapping[str, Any]
 
 
 def write_blocks(path: Path, blocks: Sequence[Block], label: Mapping[str, Any]) -> int:
@@ -42,11 +52,10 @@ def write_blocks(path: Path, blocks: Sequence[Block], label: Mapping[str, Any]) 
     return write_durably(path, itertools.chain([np.frombuffer(header, np.uint8)], *blocks))
 
 
-def read_label(path: Path) -> dict[str, Any]:
+def read_label(path: Path) -> Mapping[str, Any]:
     """The label of a file. Raises IntegrityError, naming it, where it is missing or its header is damaged."""
     with _opened(path) as file:
-        label: dict[str, Any] = _read_header(path, file)["label"]
-        return label
+        return _read_header(path, file).label
 
 
 def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
@@ -56,7 +65,7 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
     IntegrityError, naming the file, where it is missing, short, or does not match its checksums.
     """
     with _opened(path) as file:
-        entries = _read_header(path, file)["blocks"]
+        entries = _read_header(path, file).blocks
         if len(entries) != len(blocks):
             raise IntegrityError(f"{path}: {len(entries)} blocks, expected {len(blocks)}")
         for index, (block, (size, expected)) in enumerate(zip(blocks, entries, strict=True)):
@@ -74,13 +83,13 @@ def is_whole(path: Path) -> bool:
     step = bytearray(_STEP)
     try:
         with _opened(path) as file:
-            for size, expected in _read_header(path, file)["blocks"]:
+            for size, expected in _read_header(path, file).blocks:
                 checksum, left = 0, size
                 while left and (count := file.readinto(memoryview(step)[: min(left, _STEP)])):
                     checksum, left = zlib.crc32(memoryview(step)[:count], checksum), left - count
                 if left or checksum != expected:
                     return False
-    except (IntegrityError, OSError, TypeError, ValueError):
+    except (IntegrityError, OSError):
         return False
     return True
 
@@ -98,10 +107,8 @@ def _raw(array: npt.NDArray[np.generic]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _read_header(path: Path, file: BufferedReader) -> dict[str, Any]:
-    header = decode_record(file.readline(_MAX_HEADER), path)
-    blocks, label = header.get("blocks"), header.get("label")
-    pairs = isinstance(blocks, list) and all(isinstance(each, list) and len(each) == 2 for each in blocks)
-    if header.keys() != {"blocks", "label"} or not pairs or not isinstance(label, dict):
-        raise IntegrityError(f"{path}: the header is not that of a file of blocks")
-    return header
+def _read_header(path: Path, file: BufferedReader) -> _Header:
+    try:
+        return from_json(_Header, decode_record(file.readline(_MAX_HEADER), path))
+    except ValueError as error:
+        raise IntegrityError(f"{path}: not the header of a file of blocks ({error})") from None

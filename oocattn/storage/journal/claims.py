@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Protocol
 
 from oocattn.errors import IntegrityError
-from oocattn.records import Range, from_json, parse_json
+from oocattn.records import ADDED, Range, from_json, parse_json
 from oocattn.storage.files.regular import read_file
 from oocattn.text import printable
 
@@ -29,7 +29,7 @@ class Holder:
     process: Annotated[int, Range(0, 2**32)]
     kernel: str = ""  # of which boot of which machine, as far as that is known
     token: str = field(default="", compare=False)
-    flocked: bool = field(default=True, compare=False)  # whether the kernel's lock is held, and not the file alone
+    flocked: Annotated[bool, ADDED] = field(default=True, compare=False)  # whether the kernel's lock is held too
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -92,4 +92,4 @@ def read_holder(path: Path) -> Holder:
 
 def parse_holder(content: bytes) -> Holder:
     """The holder that a lock file names. Raises ValueError for anything else."""
-    return from_json(Holder, parse_json(content), may_lack=["flocked"])  # which older versions do not say
+    return from_json(Holder, parse_json(content))

@@ -25,7 +25,7 @@ from oocattn.text import printable
 
 OTHER_BITS = "other-bits.json"
 
-Place = tuple[int, int]
+ChunkId = tuple[int, int]
 """A head group and one of its query chunks."""
 
 
@@ -81,7 +81,7 @@ class Journal:
         """How many records there are, damaged ones and those of other runs among them."""
         return len(self._names())
 
-    def finished(self) -> dict[Place, dict[str, Any]]:
+    def finished(self) -> dict[ChunkId, dict[str, Any]]:
         """The records of the finished chunks of this run; those that are damaged or another run's are left out."""
         found = {}
         for name in self._names():

@@ -22,9 +22,6 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec
-from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
-from zarr.core.metadata import ArrayV3Metadata
-from zarr.core.sync import sync as zarr_sync
 from zarr.storage import LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
@@ -36,8 +33,9 @@ from oocattn.storage.files.renaming import rename_new
 from oocattn.storage.files.syncing import sync
 from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.locations import Location, local_path, parse_location
-from oocattn.storage.make.own_store import OwnStore
 from oocattn.storage.remote.store import RemoteStore, open_remote
+from oocattn.storage.zarr_compat import ArrayV3Metadata, Buffer, DefaultChunkKeyEncoding
+from oocattn.storage.zarr_compat import sync as zarr_sync
 from oocattn.text import printable
 
 CHUNK_BYTES = 32 * 2**20
@@ -48,6 +46,18 @@ ROW_MULTIPLE = 4096
 
 
 logger = logging.getLogger("oocattn")
+
+
+class OwnStore(LocalStore):
+    """A store in a folder whose name nobody else knows: no object appears there in the meantime.
+
+    LocalStore creates an object by a hard link, which not every file system has.
+    """
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write a key, unless it is there."""
+        if not await self.exists(key):
+            await self.set(key, value)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -24,7 +24,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from oocattn.errors import OocattnError, ProblemError
-from oocattn.records import parse_json
+from oocattn.records import Count, Excerpt, from_json, parse_json
 from oocattn.storage.files.mapping import map_file
 from oocattn.storage.files.operations import doing
 from oocattn.storage.files.regular import opened, read_exactly
@@ -40,6 +40,15 @@ _MOST_HEADER = 100 << 20
 """Bytes of the header of a safetensors file, as its format has it."""
 
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class _Entry(Excerpt):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
 
 
 @dataclass(frozen=True)
@@ -151,22 +160,21 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
                 raise ValueError(f"its header would have {length:,} bytes, and the file has {file_size:,}")
             header = parse_json(read_exactly(descriptor, length, 8, path))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        entries = {key: from_json(_Entry, entry, key) for key, entry in header.items()}
+        end = max((entry.data_offsets[1] for entry in entries.values()), default=0)
         if 8 + length + end != file_size:
             raise ValueError(f"its tensors end at byte {8 + length + end:,}, and the file has {file_size:,}")
-        key = _pick(name, path, tensor, list(header))
-        shape, (begin, end) = tuple(header[key]["shape"]), header[key]["data_offsets"]
-        dtype = _SAFETENSORS_DTYPES.get(header[key]["dtype"], header[key]["dtype"])
+        key = _pick(name, path, tensor, list(entries))
+        shape, (begin, end) = entries[key].shape, entries[key].data_offsets
+        dtype = _SAFETENSORS_DTYPES.get(entries[key].dtype, entries[key].dtype)
         if dtype not in _SAFETENSORS_DTYPES.values():
             raise _unsupported(name, f"{path}:{key}", dtype)
         numbers = _numpy_dtype(dtype)
-        if not all(type(number) is int for number in (begin, end, *shape)):
-            raise ValueError(f"tensor {key!r} has a shape or a place that is not of whole numbers")
-        if end - begin != math.prod(shape) * numbers.itemsize or min(begin, *shape, 0) < 0:
+        if end - begin != math.prod(shape) * numbers.itemsize:
             raise ValueError(f"tensor {key!r} lies at bytes {begin} to {end}, which is no {dtype} {list(shape)}")
     except ProblemError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except ValueError as error:
         raise ProblemError(f"{name}: {printable(path)} is not a whole safetensors file: {printable(error)}") from error
     return FileTensor(path, f"{path}:{key}", shape, numbers, 8 + length + begin, _strides(shape, numbers), stamp)
 

@@ -9,19 +9,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from zarr.core.sync import sync
 from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError, RemoteError
 from oocattn.storage.locations import Location, is_chain
 from oocattn.storage.remote.transient import retrying
+from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sync
 from oocattn.text import printable
-
-if TYPE_CHECKING:
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
 
 LISTING_PATIENCE = 5.0
 """Seconds for which a listing is tried again: what cannot be listed is asked for by name."""

@@ -21,6 +21,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError
+from oocattn.records import to_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import remove_file
 from oocattn.storage.files.operations import doing
@@ -122,5 +123,5 @@ class ResultArrays:
             assert isinstance(array.store, LocalStore)
             path = array.store.root / array.path / "zarr.json"
             metadata = read_json(path) or {}  # not through zarr, which does not sync what it writes
-            metadata.setdefault("attributes", {})[CHECKSUMS] = checksums[name].to_json()
+            metadata.setdefault("attributes", {})[CHECKSUMS] = to_json(checksums[name])
             write_text(path, json.dumps(metadata, indent=2))

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
-from oocattn.records import Count
+from oocattn.records import Count, Pattern, Positive, from_json, to_json
 from oocattn.storage.results.rows import RowReader
+from oocattn.units import ceil_div
 
 ATTRIBUTE = "checksums"
 """The attribute of an array that has them."""
@@ -29,23 +29,23 @@ ATTRIBUTE = "checksums"
 DIGITS = 8
 """Hexadecimal digits of a checksum."""
 
+Digits = Annotated[str, Pattern("[0-9a-f]*")]
+"""The checksums of some parts, one after another."""
+
 
 @dataclass(frozen=True)
 class Checksums:
     """Of an array [B, H, N, ...]: `digits` are 8 hexadecimal digits for every part of `rows` tokens, over (b, h, part)."""
 
-    rows: int
-    digits: str
+    rows: Positive
+    digits: Digits
+    algorithm: Literal["crc32"] = "crc32"
 
     def __len__(self) -> int:
         return len(self.digits) // DIGITS
 
     def __getitem__(self, part: int) -> str:
         return self.digits[DIGITS * part : DIGITS * (part + 1)]
-
-    def to_json(self) -> dict[str, Any]:
-        """The attribute of the array."""
-        return {"algorithm": "crc32", "rows": self.rows, "digits": self.digits}
 
 
 @dataclass(frozen=True)
@@ -76,31 +76,27 @@ def as_digits(value: int) -> str:
     return f"{value:0{DIGITS}x}"
 
 
-def are_digits(text: object, parts: int) -> bool:
-    """Whether `text` is the recorded checksums of that many parts."""
-    return isinstance(text, str) and len(text) == DIGITS * parts and re.fullmatch("[0-9a-f]*", text) is not None
-
-
 def recorded_checksums(array: zarr.Array[Any]) -> Checksums | None:
     """Those of an array [B, H, N, ...], None where there are none. Raises IntegrityError for what cannot be ours."""
     if ATTRIBUTE not in array.attrs:
         return None
-    found: Any = array.attrs[ATTRIBUTE]
-    with_rows = isinstance(found, Mapping) and isinstance(found.get("rows"), int) and found["rows"] > 0
-    if with_rows and found.get("algorithm") == "crc32":
-        rows, digits = int(found["rows"]), found.get("digits")
-        if are_digits(digits, array.shape[0] * array.shape[1] * -(-array.shape[2] // rows)):
-            return Checksums(rows, str(digits))
-    raise IntegrityError(
-        f"{array.store_path}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(array.shape)}: it is "
-        "damaged; copy the result again"
-    )
+    try:
+        found = from_json(Checksums, array.attrs[ATTRIBUTE])
+        parts = array.shape[0] * array.shape[1] * ceil_div(array.shape[2], found.rows)
+        if len(found.digits) != DIGITS * parts:
+            raise ValueError(f"{len(found.digits)} digits, expected {DIGITS * parts}")
+    except ValueError as error:
+        raise IntegrityError(
+            f"{array.store_path}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(array.shape)} "
+            f"({error}): it is damaged; copy the result again"
+        ) from None
+    return found
 
 
 def result_digest(arrays: Mapping[str, zarr.Array[Any]], recorded: Mapping[str, Checksums]) -> str:
     """A SHA-256 over names, shapes, dtypes and the checksums of all parts: the identity of a result's bits."""
     described = [
-        [name, list(array.shape), array.dtype.name, recorded[name].to_json()] for name, array in sorted(arrays.items())
+        [name, list(array.shape), array.dtype.name, to_json(recorded[name])] for name, array in sorted(arrays.items())
     ]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

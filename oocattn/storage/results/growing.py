@@ -41,8 +41,7 @@ from oocattn.storage.files.syncing import sync
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.journal import forget, has_begun
 from oocattn.storage.journal.lock import lock_holder
-from oocattn.storage.make.create import create_array, numpy_dtype, sync_metadata
-from oocattn.storage.make.own_store import OwnStore
+from oocattn.storage.make.create import OwnStore, create_array, numpy_dtype, sync_metadata
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
 from oocattn.storage.results.arrays import ResultArrays
 
