@@ -11,7 +11,7 @@ import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, lacks_capability
 from oocattn.kernels.kernel import MAX_KEYS, attended_keys, check_operands, lacks_dtype
-from oocattn.kernels.merge import SCRATCH_BYTES, finite_shift, merge
+from oocattn.kernels.merging import SCRATCH_BYTES, finite_shift, merge
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import Tile, make_tiles

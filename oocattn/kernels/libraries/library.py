@@ -8,7 +8,7 @@ import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes
 from oocattn.kernels.kernel import MAX_KEYS, check_operands
-from oocattn.kernels.merge import fold
+from oocattn.kernels.merging import fold
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import level_step, make_tiles
 from oocattn.problem.problem import DTYPES
