@@ -10,7 +10,7 @@ from oocattn.pipelines.scan import scan_completed
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.watch.status import Status, as_planned, read_status
 from oocattn.storage.paths import ResultPaths
-from oocattn.verification.certify import read_summary
+from oocattn.verification.summary import read_summary
 
 
 def status(result: str | Path) -> Status:

@@ -33,7 +33,7 @@ from oocattn.verification.recompute import Array64
 TILE = {"cpu": 8192, "cuda": 131_072}
 """Queries and keys of a tile of the query-stationary loop."""
 
-Place = tuple[int, int, int]
+RowIndex = tuple[int, int, int]
 """Batch, query head and token of one row of `out`."""
 
 
@@ -52,7 +52,7 @@ class Competitor(Protocol):
     def run(self) -> RunReport | None:
         """Compute `out` once, whole; the report, where there is one."""
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """Rows [R, D] of the `out` that was computed last."""
 
 
@@ -70,7 +70,7 @@ class Skipped:
     def run(self) -> None:
         """Never called."""
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """There are none."""
         return np.empty((0, 0))
 
@@ -104,7 +104,7 @@ class Inputs:
         rows = 2 * problem.batch * (problem.query_heads + problem.kv_heads) * problem.tokens
         return rows * problem.head_dim * problem.itemsize
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """Rows of `out`."""
         return torch.stack([self.out[place] for place in places]).double().numpy()
 
@@ -153,7 +153,7 @@ class ResidentCall:
             q, k, v, is_causal=problem.causal, scale=problem.scale, enable_gqa=problem.group_size > 1
         )
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """See `Competitor.rows`."""
         return self._inputs.rows(places)
 
@@ -200,7 +200,7 @@ class QueryStationaryLoop:
         finalise(state, out, lse)
         inputs.out[batch, head, start:stop].copy_(out[0], non_blocking=True)
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """See `Competitor.rows`."""
         return self._inputs.rows(places)
 
@@ -227,7 +227,7 @@ class StreamCqsa:
         self._out, _ = self._forward(inputs.q, inputs.k, inputs.v, causal=inputs.problem.causal, **options)
         _wait(inputs.device)
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """See `Competitor.rows`."""
         return torch.stack([self._out[place] for place in places]).double().numpy()
 
@@ -260,7 +260,7 @@ class OutOfCore:
         self._result = attention(self._dataset, self._paths.result, client=self._client, **self._options)
         return self._result.report
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """See `Competitor.rows`."""
         assert self._result is not None
         return np.stack([np.asarray(self._result.out[place]).astype(np.float64) for place in places])

@@ -29,10 +29,10 @@ from oocattn.kernels.settings import plain_threads
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.planning.measure import copy_rates, kernel_rate
 from oocattn.problem.problem import DTYPES
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.files.operations import described
 from oocattn.storage.files.regular import advise
 from oocattn.storage.files.syncing import sync_descriptor
-from oocattn.storage.make.create import numpy_dtype
 from oocattn.units import format_bytes, format_count
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.version import versions

@@ -30,8 +30,7 @@ from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.growing import Layout, RunState, is_untidy
-from oocattn.verification.certificate import Summary
-from oocattn.verification.certify import read_summary
+from oocattn.verification.summary import Summary, read_summary
 from oocattn.version import versions
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts

@@ -24,10 +24,10 @@ from oocattn.kernels.settings import plain_threads
 from oocattn.planning.cost import HALF_RATE_KEYS
 from oocattn.planning.plan import MAX_LANES, Device, Hardware, InputCost
 from oocattn.problem.problem import Problem
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.files.operations import doing
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
-from oocattn.storage.make.create import numpy_dtype
 
 UNKNOWN_DISK = 1 << 60
 """Free bytes of a file system that does not say how many it has."""

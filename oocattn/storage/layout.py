@@ -14,6 +14,8 @@ from typing import Any
 
 import zarr
 
+from oocattn.units import ceil_div
+
 _OTHER_ORDER = "big" if sys.byteorder == "little" else "little"
 
 
@@ -49,7 +51,7 @@ class ChunkFiles:
         for position, extent in zip(leading(self.array, batch, head), grouped, strict=True):
             outer.append(position // extent)
             before = before * extent + position % extent
-        for number in range(start // rows, -(-stop // rows)):
+        for number in range(start // rows, ceil_div(stop, rows)):
             low, high = max(start, number * rows), min(stop, (number + 1) * rows)
             key = chunk_key(self.array, (*outer, number, 0))
             offset = (before * rows + low - number * rows) * row_bytes
@@ -82,10 +84,14 @@ def chunk_key(array: zarr.Array[Any], coordinates: tuple[int, ...]) -> str:
 
 def stored_chunks(array: zarr.Array[Any]) -> Iterator[tuple[int, ...]]:
     """Coordinates of every stored object (chunk, or shard) that the array must have."""
-    extents = array.shards or array.chunks
-    counts = [-(-size // extent) for size, extent in zip(array.shape, extents, strict=True)]
+    counts = stored_counts(array)
     for number in range(math.prod(counts)):  # itertools.product would list every dimension first
         yield coordinates_of(number, counts)
+
+
+def stored_counts(array: zarr.Array[Any]) -> list[int]:
+    """How many stored objects (chunks, or shards) lie along each dimension."""
+    return [ceil_div(size, extent) for size, extent in zip(array.shape, array.shards or array.chunks, strict=True)]
 
 
 def coordinates_of(number: int, counts: Sequence[int]) -> tuple[int, ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from oocattn.errors import IntegrityError, RemoteDeniedError
-from oocattn.records import parse_json
+from oocattn.records import Count, Excerpt, from_json, parse_json
 from oocattn.storage.chunk_errors import html_page, is_html
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.regular import read_file
@@ -25,6 +26,8 @@ MOST_BYTES = 64 << 20
 Read = Callable[[str], bytes | None]
 """The content of a key of a store; None where there is none. Raises RemoteDeniedError where a server may not tell."""
 
+_V2_NAMES = {"f2": "float16", "f4": "float32", "f8": "float64"}
+
 Node = tuple[str, dict[str, Any]]
 """Kind of a node, "group" or "array", and its metadata; of format 2 with its attributes."""
 
@@ -33,6 +36,28 @@ def folder_attributes(folder: Path) -> dict[str, Any]:
     """The attributes of the group in a folder; none where no group is. Raises IntegrityError where it is damaged."""
     group = read_group(partial(read_in_folder, folder), str(folder))
     return {} if group is None else attributes_of(group, str(folder))
+
+
+@dataclass(frozen=True)
+class ArrayNode(Excerpt):
+    """Some of an array's metadata; `dtype` is the name of its data type, without the byte order."""
+
+    shape: tuple[Count, ...]
+    dtype: str
+    attributes: Mapping[str, Any]
+
+
+def read_array(folder: Path, name: str) -> ArrayNode:
+    """Read an array of the group in a folder. Raises IntegrityError where it is missing or damaged."""
+    node = read_node(partial(read_in_folder, folder), name, str(folder))
+    if node is None or node[0] != "array":
+        raise IntegrityError(f"{printable(folder)} has no array {name!r}: expected a finished result; copy it again")
+    kind = node[1].get("data_type", node[1].get("dtype"))
+    kind = _V2_NAMES.get(kind[1:], kind) if isinstance(kind, str) else kind
+    try:
+        return from_json(ArrayNode, {**node[1], "dtype": kind, "attributes": attributes_of(node[1], str(folder / name))})
+    except ValueError as error:
+        raise damaged(node_name(name, str(folder)), printable(error)) from None
 
 
 def read_in_folder(folder: Path, key: str) -> bytes | None:

@@ -10,52 +10,19 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem, read_problem
-from oocattn.records import ADDED, Excerpt, Positive, Range, from_json, to_json
-from oocattn.storage.results.checksums import Damage
+from oocattn.records import ADDED, Positive, Range, from_json, to_json
+from oocattn.storage.results.damage import Damage
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
+from oocattn.verification.summary import FORMAT, Outcome
 from oocattn.verification.text import certificate_text
-
-Outcome = Literal["passed", "inconclusive", "failed"]
-
-FORMAT = 3
 
 MOST_SHOWING_NOTHING = 0.1
 """The share of rows that show nothing above which a certificate is inconclusive."""
-
-
-@dataclass(frozen=True)
-class Summary(Excerpt):
-    """What is read of a certificate that is beside a result: what it says, when it was made, and of which result it is."""
-
-    format: Annotated[int, Range(FORMAT, FORMAT)]
-    passed: bool
-    inconclusive: bool
-    verdict: str
-    made: str
-    digest: str | None
-    problem: Problem
-    dataset_recorded: str
-
-    @property
-    def outcome(self) -> Outcome:
-        """The verdict in one word."""
-        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Summary:
-        """Of what `Certificate.to_json` wrote; rows are left out, which take seconds where they are many.
-
-        Raises IntegrityError for anything else.
-        """
-        try:
-            return from_json(cls, content)
-        except ValueError as error:
-            raise IntegrityError(f"not a certificate of oocattn: {error}") from None
 
 
 @dataclass(frozen=True)

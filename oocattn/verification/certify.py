@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import inf, nan
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Annotated
 import numpy as np
 
 from oocattn.errors import BudgetError, IntegrityError
-from oocattn.problem.problem import Problem, check_problem
-from oocattn.records import ADDED, Count, Excerpt, Positive, from_json
+from oocattn.problem.problem import Problem
+from oocattn.records import ADDED, Count, Excerpt, from_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.files.operations import words_of
@@ -26,15 +26,16 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.posing import check_poses
 from oocattn.storage.paths import ResultPaths, identity_at
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.storage.results.checksums import Checksums, find_damage, recorded_checksums, result_digest
+from oocattn.storage.results.checksums import Checksums, read_bits, result_digest
+from oocattn.storage.results.damage import find_damage
 from oocattn.storage.results.rows import RowReader
-from oocattn.text import printable
-from oocattn.units import format_bytes
-from oocattn.verification.certificate import Certificate, Summary
+from oocattn.units import ceil_div, format_bytes
+from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
 from oocattn.verification.page import certificate_page
 from oocattn.verification.recompute import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
+from oocattn.verification.summary import ResultAttributes
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
@@ -63,32 +64,6 @@ FLOAT32_KERNELS = ("cpu", "torch", "reference")
 
 
 @dataclass(frozen=True)
-class _Source:
-    """The attribute `dataset` of a result."""
-
-    location: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class _Decisions(Excerpt):
-    """Some of the attribute `plan`."""
-
-    chunk_rows: Positive
-    kernel: str
-
-
-@dataclass(frozen=True)
-class _Attributes(Excerpt):
-    """The attributes of a result."""
-
-    problem: Problem
-    dataset: _Source
-    plan: _Decisions
-    versions: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class _RunCounts(Excerpt):
     """Some of a run's report; see `Ledger`."""
 
@@ -98,42 +73,6 @@ class _RunCounts(Excerpt):
     other_bits: str
     out_overflowed: Annotated[Count, ADDED] = 0
     out_underflowed: Annotated[Count, ADDED] = 0
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What a result says of itself in its attributes."""
-
-    problem: Problem
-    location: str
-    fingerprint: str
-    chunk_rows: int
-    kernel: str
-    versions: Mapping[str, str]
-
-    @property
-    def borders(self) -> Sequence[int]:
-        """The first tokens of all chunks but one."""
-        return range(self.chunk_rows, self.problem.tokens, self.chunk_rows)
-
-    @classmethod
-    def of(cls, paths: ResultPaths) -> Recorded:
-        """Of the result at a path. Raises IntegrityError where that is no result of ours."""
-        try:
-            found = from_json(_Attributes, paths.attributes() or {})
-            check_problem(found.problem)
-        except ValueError as error:
-            raise IntegrityError(
-                f"{paths.result}: the attributes do not describe a result of oocattn ({printable(error)})"
-            ) from None
-        source, plan = found.dataset, found.plan
-        return cls(found.problem, source.location, source.fingerprint, plan.chunk_rows, plan.kernel, found.versions)
-
-    @property
-    def weight_roundoff(self) -> float:
-        """The unit roundoff of the dtype that the kernel keeps softmax weights in: the matrix units of GPUs take 16 bits."""
-        rounds = self.kernel not in FLOAT32_KERNELS
-        return UNIT_ROUNDOFF[self.problem.dtype if rounds else "float32"]
 
 
 def certify(
@@ -147,12 +86,12 @@ def certify(
     checksums: bool,
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
-    recorded, identity = Recorded.of(paths), identity_at(paths.result)
-    problem, opened = recorded.problem, Dataset.open_recorded(recorded.location, dataset)
+    recorded, identity = ResultAttributes.read(paths), identity_at(paths.result)
+    problem, opened = recorded.problem, Dataset.open_recorded(recorded.dataset.location, dataset)
     check_poses(opened, problem, "result")
     readers = _readers(problem, arrays, paths)
-    recorded_bits = {name: recorded_checksums(array) for name, array in arrays.by_name.items()}
-    compared = {name: found for name, found in recorded_bits.items() if checksums and found is not None}
+    bits = read_bits(paths.result)
+    compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
     sizes = _sizes(problem, opened, readers, compared, rows, host_memory)
     exact = recompute_rows(
         problem,
@@ -161,7 +100,7 @@ def certify(
         rows=rows,
         seed=seed,
         key_rows=sizes.key_rows,
-        weight_roundoff=recorded.weight_roundoff,
+        weight_roundoff=_weight_roundoff(recorded),
     )
     certificate = Certificate(
         str(paths.result),
@@ -170,36 +109,24 @@ def certify(
         rows,
         seed,
         rows=tuple(_check_row(problem, row, readers) for row in exact),
-        arrays=tuple(_check_array(readers[name], found, sizes.steps.get(name)) for name, found in recorded_bits.items()),
-        digest=_digest(arrays, recorded_bits),
+        arrays=tuple(_check_array(readers[name], bits[name].checksums, sizes.steps.get(name)) for name in bits),
+        digest=result_digest(bits),
         ledger=_ledger(problem, paths),
-        dataset_recorded=recorded.fingerprint,
+        dataset_recorded=recorded.dataset.fingerprint,
         dataset_found=opened.fingerprint(),
         computed_with=recorded.versions,
         verified_with=versions(),
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    if (Recorded.of(paths), identity_at(paths.result)) != (recorded, identity):
+    if (ResultAttributes.read(paths), identity_at(paths.result)) != (recorded, identity):
         raise IntegrityError(f"{paths.result} was replaced while it was verified: verify it again")
     return _kept(certificate, paths)
 
 
-def read_summary(paths: ResultPaths) -> Summary | None:
-    """Of the certificate beside a finished result; None where there is none, or it is of a result that was replaced since.
-
-    A warning says that one is damaged, and no more is said of it.
-    """
-    try:
-        content = read_json(paths.certificate) if is_folder(paths.state) else None
-        if content is None:
-            return None
-        found, recorded, arrays = Summary.from_json(content), Recorded.of(paths), ResultArrays.open(paths.result)
-        bits = _digest(arrays, {name: recorded_checksums(array) for name, array in arrays.by_name.items()})
-    except (IntegrityError, OSError) as error:
-        logger.warning("the certificate beside %s cannot be read (%s): verify the result again", paths.result, error)
-        return None
-    of = (found.digest, found.problem, found.dataset_recorded)
-    return found if of == (bits, recorded.problem, recorded.fingerprint) else None
+def _weight_roundoff(recorded: ResultAttributes) -> float:
+    """The unit roundoff of the dtype that the kernel keeps softmax weights in: the matrix units of GPUs take 16 bits."""
+    rounds = recorded.plan.kernel not in FLOAT32_KERNELS
+    return UNIT_ROUNDOFF[recorded.problem.dtype if rounds else "float32"]
 
 
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
@@ -263,7 +190,7 @@ def _sizes(
     if max(least) > host_memory:
         raise BudgetError(
             f"--host-memory {format_bytes(host_memory)} is too small to verify this result: the smallest that works is "
-            f"{-(-max(least) // (1 << 20))}MiB"
+            f"{ceil_div(max(least), 1 << 20)}MiB"
         )
     return _Sizes(key_rows, steps)
 
@@ -293,11 +220,6 @@ def _check_array(reader: RowReader, recorded: Checksums | None, step: int | None
     if step is None:
         return ArrayCheck(reader.name, "not checked", len(recorded), ())
     return ArrayCheck(reader.name, "checked", len(recorded), tuple(find_damage(reader, recorded, step)))
-
-
-def _digest(arrays: ResultArrays, recorded: Mapping[str, Checksums | None]) -> str | None:
-    known = {name: checksums for name, checksums in recorded.items() if checksums is not None}
-    return result_digest(arrays.by_name, known) if len(known) == len(recorded) else None
 
 
 def _kept(certificate: Certificate, paths: ResultPaths) -> Certificate:

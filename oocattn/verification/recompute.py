@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.problem.problem import Problem
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.make.create import numpy_dtype
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.repeats import slots_for
 from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors
-from oocattn.verification.sampling import Place, StratumName, sample_rows
+from oocattn.verification.sampling import SampledRow, StratumName, sample_rows
 
 KEY_ROWS = 8192
 """Keys that are read and attended at a time, at most."""
@@ -148,7 +148,7 @@ def _recompute(
     dataset: Dataset,
     batch: int,
     kv_head: int,
-    places: Sequence[Place],
+    places: Sequence[SampledRow],
     key_rows: int,
     weight_roundoff: float,
 ) -> list[ExactRow]:
@@ -245,7 +245,7 @@ class _Softmax:
             first = last
         self._rounding.see_values(weights, value, lengths, attended)
 
-    def rows(self, places: Sequence[Place]) -> list[ExactRow]:
+    def rows(self, places: Sequence[SampledRow]) -> list[ExactRow]:
         """What has come of the rows, which are at these places."""
         self._count_partial_sum(self._problem.tokens)
         keys = self._attended(self._problem.tokens)

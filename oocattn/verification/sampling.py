@@ -25,7 +25,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class SampledRow:
     """One row of a result, and the strata it was sampled for."""
 
     batch: int
@@ -34,7 +34,7 @@ class Place:
     strata: tuple[StratumName, ...]
 
 
-def sample_rows(problem: Problem, borders: Sequence[int], rows: int, seed: int) -> list[Place]:
+def sample_rows(problem: Problem, borders: Sequence[int], rows: int, seed: int) -> list[SampledRow]:
     """At most `rows` distinct rows, in the order of heads and tokens; `borders` are the first tokens of all chunks but one.
 
     Rows chosen by their place take heads in turn. The others are drawn uniformly without replacement, whatever was chosen
@@ -53,7 +53,7 @@ def sample_rows(problem: Problem, borders: Sequence[int], rows: int, seed: int) 
     found = []
     for row, of in strata.items():
         head, token = divmod(row, problem.tokens)
-        found.append(Place(*divmod(head, problem.query_heads), token, tuple(of)))
+        found.append(SampledRow(*divmod(head, problem.query_heads), token, tuple(of)))
     return sorted(found)
 
 

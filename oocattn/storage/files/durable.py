@@ -14,8 +14,8 @@ import mmap
 import os
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -44,31 +44,42 @@ def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None 
     `synced`. Raises IntegrityError where its folder is none, or a symbolic link, or where a folder is at `path`, and OSError
     as the file system does; then what was at `path` is still there.
     """
-    temporary, written = f"{path.name}.{uuid.uuid4().hex}{PARTIAL}", 0
+    written = 0
+    with replacement(path, synced=synced) as descriptor:
+        for array in content:
+            _write(descriptor, array.reshape(-1).view(np.uint8), written)
+            written += array.nbytes
+        if size is not None and size > written:
+            _extend(descriptor, written, size)
+    return written
+
+
+@contextmanager
+def replacement(path: Path, *, synced: bool = True) -> Iterator[int]:
+    """Open a new file under a temporary name, for writing; it replaces the file `path` when the `with` ends well.
+
+    A failure removes it, and what was at `path` is still there. Raises as `write_durably`.
+    """
+    temporary = f"{path.name}.{uuid.uuid4().hex}{PARTIAL}"
     with opened_folder(path.parent, listed=False) as folder, doing("write", path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             descriptor = os.open(temporary, flags, 0o666, dir_fd=folder)
             try:
-                for array in content:
-                    _write(descriptor, array.reshape(-1).view(np.uint8), written)
-                    written += array.nbytes
-                if size is not None and size > written:
-                    _extend(descriptor, written, size)
+                yield descriptor
                 if synced:
                     sync_descriptor(descriptor, path)
             finally:
                 os.close(descriptor)
             os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException as error:
-            with suppress(OSError):  # what went wrong before is what is to be told
+            with suppress(OSError):  # the first failure is the one to report
                 os.unlink(temporary, dir_fd=folder)
             if isinstance(error, IsADirectoryError):
                 raise IntegrityError(f"{path} is a folder: expected a file, or nothing; remove it") from None
             raise
         if synced:
             sync_descriptor(folder, path.parent)
-    return written
 
 
 def _write(descriptor: int, content: NDArray[np.uint8], offset: int) -> None:

@@ -6,15 +6,13 @@ Each begins with a mark, by which the next run knows that it may be replaced.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.storage.files.durable import replacement
 from oocattn.storage.files.folders import is_taken
-from oocattn.storage.files.operations import doing
 from oocattn.storage.files.regular import opened, read_exactly
 
 SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
@@ -47,17 +45,10 @@ def check_output(path: Path) -> None:
 def write_output(path: Path, write: Callable[[TextIO], object]) -> None:
     """Check `path`, have `write` fill a file under a temporary name, and give it its own. Raises as `check_output`."""
     check_output(path)
-    temporary = path.with_name(f".oocattn-{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with doing("write", path):
-            with open(temporary, "x", encoding="utf-8") as file:
-                write(file)
-            check_output(path)  # writing may take a while
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):  # what went wrong before is what is to be told
-            temporary.unlink(missing_ok=True)
-        raise
+    with replacement(path.parent.resolve() / path.name, synced=False) as descriptor:
+        with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
+            write(file)
+        check_output(path)  # writing may take a while
 
 
 def _is_ours(path: Path) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 
 from oocattn.errors import ProblemError
 from oocattn.text import printable
+from oocattn.units import ceil_div
 
 COMPRESSORS = ("blosc", "zstd", "gzip", "zlib", "bz2", "lzma", "lz4")
 CHECKSUMS = ("crc32", "crc32c", "adler32", "fletcher32")
@@ -98,7 +99,7 @@ def chain_of(codecs: Sequence[Codec], chunk: Sequence[int], itemsize: int, array
             nbytes += _CHECKSUM_BYTES
         elif name in FILTERS:
             decoded, encoded = _itemsizes(name, config, itemsize, array)
-            count = -(-nbytes // decoded)
+            count = ceil_div(nbytes, decoded)
             nbytes = count * encoded
             if exact:  # else it is small change
                 widest = max(widest, 16 * count if name == "fixedscaleoffset" else nbytes)  # numpy's float64, twice

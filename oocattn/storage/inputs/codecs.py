@@ -31,6 +31,7 @@ from oocattn.storage.zarr_compat import (
     array_at,
     buffer_prototype,
 )
+from oocattn.units import ceil_div
 
 STEP_BYTES = 32 * 2**20
 """Decoded bytes of the chunks that Zarr is asked for at a time, at most, unless one chunk is larger."""
@@ -113,7 +114,7 @@ class CodecReader:
         self._location = location
         self._chain = array_chain(array)
         self._chunk_rows = array.chunks[-2]
-        self._columns = -(-array.shape[-1] // array.chunks[-1])
+        self._columns = ceil_div(array.shape[-1], array.chunks[-1])
         chunks = max(1, min(STEP_CHUNKS, STEP_BYTES // (self._columns * chunk_bytes(array))))
         self._step_rows = self._chunk_rows * chunks
         self._whole_shards: set[str] = set()
@@ -121,7 +122,7 @@ class CodecReader:
     @property
     def decode_bytes(self) -> int:
         """Bound on the host memory, in bytes, that one read needs besides the caller's buffer."""
-        chunks = min(self._step_rows // self._chunk_rows, -(-self._array.shape[-2] // self._chunk_rows)) * self._columns
+        chunks = min(self._step_rows // self._chunk_rows, ceil_div(self._array.shape[-2], self._chunk_rows)) * self._columns
         return DECODE_COPIES * chunks * self._chain.widest + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
     def read(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
@@ -142,8 +143,8 @@ class CodecReader:
             return iter(())
         *grouped, rows, columns = self._array.shards
         outer = [range(at // extent, at // extent + 1) for at, extent in zip(index, grouped, strict=True)]
-        tokens = range(start // rows, -(-stop // rows))
-        return itertools.product(*outer, tokens, range(-(-self._array.shape[-1] // columns)))
+        tokens = range(start // rows, ceil_div(stop, rows))
+        return itertools.product(*outer, tokens, range(ceil_div(self._array.shape[-1], columns)))
 
 
 def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low: int, out: NDArray[Any]) -> None:

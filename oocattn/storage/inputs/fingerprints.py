@@ -18,7 +18,7 @@ import zarr
 from oocattn.storage.chunk_errors import missing_chunk, no_file
 from oocattn.storage.files.operations import doing
 from oocattn.storage.files.regular import advise, opened, read_exactly
-from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks
+from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks, stored_counts
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
 from oocattn.storage.zarr_compat import (
@@ -105,8 +105,7 @@ def chunk_files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[i
 
 def _sampled_keys(array: zarr.Array[Any]) -> Iterator[str]:
     """The keys of a few stored chunks, from the first to the last."""
-    extents = array.shards or array.chunks
-    counts = [-(-size // extent) for size, extent in zip(array.shape, extents, strict=True)]
+    counts = stored_counts(array)
     total = math.prod(counts)
     for number in sorted({round(place * (total - 1) / (SAMPLED_CHUNKS - 1)) for place in range(SAMPLED_CHUNKS)}):
         yield chunk_key(array, coordinates_of(number, counts))

@@ -20,6 +20,7 @@ from oocattn.storage.inputs.codec_chain import Chain
 from oocattn.storage.inputs.decoding import array_chain
 from oocattn.storage.layout import chunk_key
 from oocattn.storage.zarr_compat import ByteRequest, RangeByteRequest, buffer_prototype, sync
+from oocattn.units import ceil_div
 
 _ABSENT = 2**64 - 1
 """Offset and length of a chunk that a shard does not hold (Zarr v3 sharding codec, binary shard format)."""
@@ -129,4 +130,4 @@ def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int, conten
 def _inside(shard: _Shard, chunk: tuple[int, ...]) -> tuple[slice, ...]:
     """The part of a shard's grid of chunks that lies within the array."""
     extents = zip(shard.origin, shard.extents, shard.array.shape, chunk, strict=True)
-    return tuple(slice(-(-min(extent, size - start) // step)) for start, extent, size, step in extents)
+    return tuple(slice(ceil_div(min(extent, size - start), step)) for start, extent, size, step in extents)

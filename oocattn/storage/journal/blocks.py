@@ -23,6 +23,7 @@ from oocattn.errors import IntegrityError
 from oocattn.records import Count, from_json
 from oocattn.storage.files.durable import decode_record, encode_record, write_durably
 from oocattn.storage.files.regular import opened
+from oocattn.units import ceil_div
 
 _PAGE = 4096
 _MAX_HEADER = 1 << 24
@@ -48,7 +49,7 @@ def write_blocks(path: Path, blocks: Sequence[Block], label: Mapping[str, Any]) 
             checksum = zlib.crc32(_raw(array), checksum)
         entries.append([sum(array.nbytes for array in block), checksum])
     header = encode_record({"blocks": entries, "label": label}).rstrip()
-    header = header.ljust(-(-(len(header) + 1) // _PAGE) * _PAGE - 1) + b"\n"
+    header = header.ljust(ceil_div(len(header) + 1, _PAGE) * _PAGE - 1) + b"\n"
     return write_durably(path, itertools.chain([np.frombuffer(header, np.uint8)], *blocks))
 
 

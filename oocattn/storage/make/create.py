@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from zarr.storage import LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import OocattnError, ProblemError, ResultExistsError
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.files.durable import PARTIAL, write_durably
 from oocattn.storage.files.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
 from oocattn.storage.files.operations import doing, words_of
@@ -37,6 +37,7 @@ from oocattn.storage.remote.store import RemoteStore, open_remote
 from oocattn.storage.zarr_compat import ArrayV3Metadata, Buffer, DefaultChunkKeyEncoding
 from oocattn.storage.zarr_compat import sync as zarr_sync
 from oocattn.text import printable
+from oocattn.units import ceil_div
 
 CHUNK_BYTES = 32 * 2**20
 """Size aimed at for a chunk; 8 to 64 MiB read equally well."""
@@ -60,18 +61,13 @@ class OwnStore(LocalStore):
             await self.set(key, value)
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype called `name` in a Problem: float16, bfloat16 (of ml_dtypes) or float32."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
 def default_chunk_rows(tokens: int, head_dim: int, itemsize: int) -> int:
     """T, the rows of a chunk: all `tokens` where they fit 32 MiB, else level parts of 16 to 32 MiB (little padding)."""
     most = CHUNK_BYTES // (head_dim * itemsize)
     if tokens <= most:
         return tokens
-    level = -(-tokens // -(-tokens // most))
-    return -(-level // ROW_MULTIPLE) * ROW_MULTIPLE
+    level = ceil_div(tokens, ceil_div(tokens, most))
+    return ceil_div(level, ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def create_array(

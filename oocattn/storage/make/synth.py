@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from oocattn import arguments
 from oocattn.arguments import MOST_SEED, Dtype, checked
 from oocattn.problem.problem import MAX_HEAD_DIM, ArraySpec, make_problem
-from oocattn.storage.make.create import create_array, create_dataset, fill_array, numpy_dtype
+from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.make.create import create_array, create_dataset, fill_array
+from oocattn.units import ceil_div
 
 BLOCK_ROWS = 4096
 """Rows drawn from one start of the counter; part of the generator's definition."""
@@ -108,7 +110,7 @@ def synthetic_rows(
     They are drawn as float32 and then rounded to `dtype`.
     """
     rows = np.empty((stop - start, head_dim), numpy_dtype(dtype))
-    for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
+    for block in range(start // BLOCK_ROWS, ceil_div(stop, BLOCK_ROWS)):
         first, last = max(start, block * BLOCK_ROWS), min(stop, (block + 1) * BLOCK_ROWS)
         bits = np.random.Philox(
             key=np.array([seed, ARRAYS.index(array_name)], np.uint64),

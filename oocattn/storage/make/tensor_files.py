@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.records import Count, Excerpt, from_json, parse_json
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.files.mapping import map_file
 from oocattn.storage.files.operations import doing
 from oocattn.storage.files.regular import opened, read_exactly
@@ -169,7 +169,7 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
         dtype = _SAFETENSORS_DTYPES.get(entries[key].dtype, entries[key].dtype)
         if dtype not in _SAFETENSORS_DTYPES.values():
             raise _unsupported(name, f"{path}:{key}", dtype)
-        numbers = _numpy_dtype(dtype)
+        numbers = numpy_dtype(dtype).newbyteorder("<")
         if end - begin != math.prod(shape) * numbers.itemsize:
             raise ValueError(f"tensor {key!r} lies at bytes {begin} to {end}, which is no {dtype} {list(shape)}")
     except ProblemError:
@@ -252,7 +252,7 @@ def _torch_tensor(name: str, path: Path, label: str, found: torch.Tensor, stamp:
     dtype = str(found.dtype).removeprefix("torch.")
     if dtype not in _SAFETENSORS_DTYPES.values():
         raise _unsupported(name, label, dtype)
-    numbers = _numpy_dtype(dtype)
+    numbers = numpy_dtype(dtype).newbyteorder("<")
     strides = tuple(stride * numbers.itemsize for stride in found.stride())
     offset = begin + int(found.storage_offset()) * numbers.itemsize
     return FileTensor(path, label, tuple(found.shape), numbers, offset, strides, stamp)
@@ -272,11 +272,6 @@ def _pick(name: str, path: Path, tensor: str | None, found: list[str]) -> str:
 def _unsupported(name: str, label: str, dtype: object) -> ProblemError:
     expected = ", ".join(_SAFETENSORS_DTYPES.values())
     return ProblemError(f"{name} ({label}) has dtype {printable(dtype)}: expected one of {expected}; convert it first")
-
-
-def _numpy_dtype(name: str) -> np.dtype[Any]:
-    """The dtype of that name as it is stored: little-endian."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name).newbyteorder("<")
 
 
 def _stamp(descriptor: int, path: Path) -> tuple[int, int]:

@@ -31,7 +31,8 @@ from oocattn.storage.make.create import chunk_file, chunk_selection, write_chunk
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, open_array
 from oocattn.storage.results.checksums import ATTRIBUTE as CHECKSUMS
-from oocattn.storage.results.checksums import Checksums, as_digits, checksum
+from oocattn.storage.results.checksums import Checksums, as_digits
+from oocattn.storage.results.damage import checksum
 
 
 @dataclass(frozen=True)

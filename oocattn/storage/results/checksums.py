@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-import numpy as np
-import zarr
-from numpy.typing import NDArray
+from pathlib import Path
+from typing import Annotated, Literal
 
 from oocattn.errors import IntegrityError
-from oocattn.records import Count, Pattern, Positive, from_json, to_json
-from oocattn.storage.results.rows import RowReader
+from oocattn.records import Pattern, Positive, from_json, to_json
+from oocattn.storage.nodes import read_array
 from oocattn.units import ceil_div
 
 ATTRIBUTE = "checksums"
@@ -48,87 +45,51 @@ class Checksums:
         return self.digits[DIGITS * part : DIGITS * (part + 1)]
 
 
-@dataclass(frozen=True)
-class Damage:
-    """Tokens [start, stop) of one head of an array that are not those that were written, and what is wrong with them."""
-
-    array: str
-    batch: Count
-    head: Count
-    start: Count
-    stop: Count
-    reason: str
-
-    def __str__(self) -> str:
-        where = f"batch {self.batch}, head {self.head}, tokens {self.start:,} to {self.stop - 1:,}"
-        return f"{self.array}, {where}: {self.reason}"
-
-
-def checksum(rows: NDArray[Any], before: int = 0) -> int:
-    """The CRC-32 of some rows, which go on after those whose checksum is `before`."""
-    native = np.ascontiguousarray(rows, rows.dtype.newbyteorder("="))
-    words = native.reshape(-1).view(f"u{native.itemsize}").astype(f"<u{native.itemsize}", copy=False)
-    return zlib.crc32(words.view(np.uint8).data, before)
-
-
 def as_digits(value: int) -> str:
     """A checksum as it is recorded."""
     return f"{value:0{DIGITS}x}"
 
 
-def recorded_checksums(array: zarr.Array[Any]) -> Checksums | None:
-    """Those of an array [B, H, N, ...], None where there are none. Raises IntegrityError for what cannot be ours."""
-    if ATTRIBUTE not in array.attrs:
-        return None
-    try:
-        found = from_json(Checksums, array.attrs[ATTRIBUTE])
-        parts = array.shape[0] * array.shape[1] * ceil_div(array.shape[2], found.rows)
-        if len(found.digits) != DIGITS * parts:
-            raise ValueError(f"{len(found.digits)} digits, expected {DIGITS * parts}")
-    except ValueError as error:
-        raise IntegrityError(
-            f"{array.store_path}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(array.shape)} "
-            f"({error}): it is damaged; copy the result again"
-        ) from None
-    return found
+@dataclass(frozen=True)
+class ArrayBits:
+    """Shape and dtype of an array of a result, and the checksums of its bits, None where none are recorded."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    checksums: Checksums | None
 
 
-def result_digest(arrays: Mapping[str, zarr.Array[Any]], recorded: Mapping[str, Checksums]) -> str:
-    """A SHA-256 over names, shapes, dtypes and the checksums of all parts: the identity of a result's bits."""
-    described = [
-        [name, list(array.shape), array.dtype.name, to_json(recorded[name])] for name, array in sorted(arrays.items())
-    ]
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+def read_bits(result: Path) -> dict[str, ArrayBits]:
+    """Read what the metadata of a result say of the bits of `out` and `lse`.
 
-
-def find_damage(reader: RowReader, recorded: Checksums, step: int) -> Iterator[Damage]:
-    """The parts of an array that are not as they were written, read `step` rows at a time.
-
-    Raises OSError as the file system does: what could not be read may be as it was.
+    Raises IntegrityError where an array is missing, or its checksums are damaged.
     """
-    batches, heads, tokens, *row = reader.shape
-    buffer = np.empty((min(step, recorded.rows, tokens), *row), reader.dtype)
-    places = (
-        (batch, head, start)
-        for batch in range(batches)
-        for head in range(heads)
-        for start in range(0, tokens, recorded.rows)
-    )
-    for part, (batch, head, start) in enumerate(places):
-        stop = min(start + recorded.rows, tokens)
-        try:
-            found = as_digits(_checksum_of_part(reader, batch, head, start, stop, buffer))
-        except IntegrityError as error:
-            yield Damage(reader.name, batch, head, start, stop, str(error))
-            continue
-        if found != recorded[part]:
-            yield Damage(reader.name, batch, head, start, stop, f"checksum {found}, written with {recorded[part]}")
+    return {name: _read_bits(result, name) for name in ("out", "lse")}
 
 
-def _checksum_of_part(reader: RowReader, batch: int, head: int, start: int, stop: int, buffer: NDArray[Any]) -> int:
-    value = 0
-    for low in range(start, stop, len(buffer)):
-        rows = buffer[: min(stop - low, len(buffer))]
-        reader.read(batch, head, low, rows)
-        value = checksum(rows, value)
-    return value
+def _read_bits(result: Path, name: str) -> ArrayBits:
+    found = read_array(result, name)
+    if ATTRIBUTE not in found.attributes:
+        return ArrayBits(found.shape, found.dtype, None)
+    try:
+        checksums = from_json(Checksums, found.attributes[ATTRIBUTE])
+        expected = DIGITS * math.prod(found.shape[:2]) * ceil_div(found.shape[2], checksums.rows)
+        if len(checksums.digits) != expected:
+            raise ValueError(f"{len(checksums.digits)} digits, expected {expected}")
+    except (IndexError, ValueError) as error:
+        raise IntegrityError(
+            f"{result / name}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(found.shape)} ({error}): "
+            "it is damaged; copy the result again"
+        ) from None
+    return ArrayBits(found.shape, found.dtype, checksums)
+
+
+def result_digest(arrays: Mapping[str, ArrayBits]) -> str | None:
+    """A SHA-256 over names, shapes, dtypes and the checksums of all parts: the identity of a result's bits.
+
+    None where the checksums of an array are not recorded.
+    """
+    if any(array.checksums is None for array in arrays.values()):
+        return None
+    described = [[name, list(array.shape), array.dtype, to_json(array.checksums)] for name, array in sorted(arrays.items())]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

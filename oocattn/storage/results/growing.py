@@ -21,6 +21,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.files.folders import (
     CHECKPOINTS,
     GROUP,
@@ -41,7 +42,7 @@ from oocattn.storage.files.syncing import sync
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.journal import forget, has_begun
 from oocattn.storage.journal.lock import lock_holder
-from oocattn.storage.make.create import OwnStore, create_array, numpy_dtype, sync_metadata
+from oocattn.storage.make.create import OwnStore, create_array, sync_metadata
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
 from oocattn.storage.results.arrays import ResultArrays
 

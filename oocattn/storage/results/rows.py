@@ -13,6 +13,7 @@ from oocattn.storage.inputs.codecs import DECODE_COPIES, DECODE_OVERHEAD, INDEX_
 from oocattn.storage.inputs.decoding import array_chain
 from oocattn.storage.layout import stored_bytes
 from oocattn.storage.mapped_store import MappedStore
+from oocattn.units import ceil_div
 
 
 class RowReader:
@@ -34,8 +35,8 @@ class RowReader:
         if self.mapped:  # Zarr copies from the maps of the files
             return buffer
         extent, *within = self._array.chunks[2:]
-        chunks = min((rows - 1) // extent + 2, -(-self.shape[2] // extent))
-        columns = math.prod(-(-size // chunk) for size, chunk in zip(self.shape[3:], within, strict=True))
+        chunks = min((rows - 1) // extent + 2, ceil_div(self.shape[2], extent))
+        columns = math.prod(ceil_div(size, chunk) for size, chunk in zip(self.shape[3:], within, strict=True))
         decoded = DECODE_COPIES * chunks * columns * self._chain.widest
         return buffer + decoded + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
