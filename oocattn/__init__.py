@@ -53,9 +53,36 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "oocattn.api": ["attention", "plan", "resume", "verify"],
-    "oocattn.errors": ["BudgetError", "IntegrityError", "LockedError", "OocattnError", "ProblemError", "RemoteDeniedError", "RemoteError", "ResultExistsError", "StalledError", "TaskError", "TimeLimitError", "WorkerLostError"],
+    "oocattn.errors": [
+        "BudgetError",
+        "IntegrityError",
+        "LockedError",
+        "OocattnError",
+        "ProblemError",
+        "RemoteDeniedError",
+        "RemoteError",
+        "ResultExistsError",
+        "StalledError",
+        "TaskError",
+        "TimeLimitError",
+        "WorkerLostError",
+    ],
     "oocattn.pipelines.session": ["Result"],
-    "oocattn.pipelines.watch.events": ["Attended", "Callback", "Committed", "Ended", "Event", "Failed", "Merged", "Recovered", "Saved", "Staged", "Stalled", "Started", "Written"],
+    "oocattn.pipelines.watch.events": [
+        "Attended",
+        "Callback",
+        "Committed",
+        "Ended",
+        "Event",
+        "Failed",
+        "Merged",
+        "Recovered",
+        "Saved",
+        "Staged",
+        "Stalled",
+        "Started",
+        "Written",
+    ],
     "oocattn.pipelines.watch.report": ["RunReport"],
     "oocattn.pipelines.watch.status": ["Status"],
     "oocattn.planning.plan": ["Plan"],
@@ -67,7 +94,7 @@ _MODULES = {
 }
 """The module of each public name."""
 
-__all__ = ["__version__", *(name for names in _MODULES.values() for name in names)]  # noqa: PLE0604
+__all__ = ["__version__", *(name for names in _MODULES.values() for name in names)]
 
 __getattr__, __dir__ = lazy_attributes(__name__, _MODULES)
 

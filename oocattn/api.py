@@ -16,7 +16,7 @@ from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.denormals import denormals_kept
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
-from oocattn.kernels import kernel_names
+from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.pipelines.record import find_unfinished
 from oocattn.pipelines.resuming import Choices, check_asked, check_chosen, open_dataset
@@ -47,11 +47,11 @@ from oocattn.storage.inputs.posing import pose
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.verification.certificate import Certificate
-from oocattn.verification.certify import certify
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
+
+    from oocattn.verification.certificate import Certificate
 
 
 PROBLEM_OPTIONS = {"causal": arguments.boolean, "scale": arguments.scale, "dtype": arguments.dtype}
@@ -317,6 +317,8 @@ def verify(
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.
     """
+    from oocattn.verification.certify import certify  # which `plan` needs no more than its page
+
     found = open_result(result)
     with denormals_kept():
         return certify(

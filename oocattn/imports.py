@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
+from oocattn.garbage import collection_paused
 from oocattn.surroundings import in_some_folder
 
 
@@ -23,7 +24,7 @@ def lazy_attributes(
     def get_attribute(name: str) -> object:
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        with in_some_folder():
+        with collection_paused(), in_some_folder():
             found = getattr(import_module(module_of[name]), name)
         namespace[name] = found
         return found

@@ -53,7 +53,7 @@ class Header:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run that has begun and is not complete: its plan, what else its journal says, where its result grows, its journal."""
+    """An unfinished run: its plan, what else its journal says, where its result grows, and the journal."""
 
     plan: Plan
     header: Header
@@ -73,8 +73,8 @@ def begin_journal(
 def find_unfinished(paths: ResultPaths, *, recost: bool = True) -> RunRecord | None:
     """Read the record of the unfinished run to this result; None where there is none.
 
-    Without `recost` the predictions of the plan are believed as they are: to compute them again takes the kernel, and with it
-    PyTorch. Raises IntegrityError for a journal that is damaged.
+    Without `recost` the predictions of the plan are believed: computing them again takes the kernel, and with it PyTorch.
+    Raises IntegrityError for a journal that is damaged.
     """
     header, path = read_header(paths.state), paths.unfinished
     if header is None or (path is None and "result" in header):
