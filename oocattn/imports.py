@@ -59,7 +59,7 @@ class _AfterZarr(MetaPathFinder):
 
             def execute_and_import(module: ModuleType) -> None:
                 execute(module)
-                if "oocattn.storage.zarr_compat" not in sys.modules:  # else our own modules are being imported
+                if "oocattn.storage.zarr_compat" not in sys.modules:  # else that imports it, once Zarr is there
                     import_module(self._module)
 
             spec.loader.exec_module = execute_and_import  # type: ignore[method-assign]

@@ -94,6 +94,6 @@ def test_every_public_name_is_there_by_every_way() -> None:
 def test_plain_zarr_reads_bfloat16_whatever_is_imported_first(tmp_path: Path, imports: str) -> None:
     values = np.arange(8, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(1, 1, 4, 2)
     array = write_dataset(tmp_path / "data.zarr", (values, values, values)) / "q"
-    script = f"{imports}; import sys, zarr; print(zarr.open_array({str(array)!r}, mode='r').dtype, 'torch' in sys.modules)"
+    script = f"{imports}; import zarr; print(zarr.open_array({str(array)!r}, mode='r').dtype)"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "bfloat16 False"
+    assert found.stdout.strip() == "bfloat16"
