@@ -1,91 +1,101 @@
-"""Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
+"""Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified.
 
-from oocattn.garbage import collection_paused
-from oocattn.surroundings import in_some_folder
+Names are imported when they are first used: PyTorch, Zarr and Dask take seconds, and much here needs none of them.
+"""
 
-with collection_paused(), in_some_folder():
-    # Before Zarr: that imports CuPy where there is one, and torch's import then wakes all of it (0.3 to 1.2 s).
-    import torch  # noqa: F401
+from __future__ import annotations
 
-    import oocattn.log  # noqa: F401 - sets up the logger that all modules get by its name
-    from oocattn.api import attention, plan, resume, status, verify
-    from oocattn.errors import (
-        BudgetError,
-        IntegrityError,
-        LockedError,
-        OocattnError,
-        ProblemError,
-        RemoteDeniedError,
-        RemoteError,
-        ResultExistsError,
-        StalledError,
-        TaskError,
-        TimeLimitError,
-        WorkerLostError,
-    )
-    from oocattn.pipelines.session import Result
-    from oocattn.pipelines.watch.events import (
-        Attended,
-        Callback,
-        Committed,
-        Ended,
-        Event,
-        Failed,
-        Merged,
-        Recovered,
-        Saved,
-        Staged,
-        Stalled,
-        Started,
-        Written,
-    )
-    from oocattn.pipelines.watch.report import RunReport
-    from oocattn.pipelines.watch.status import Status
-    from oocattn.planning.plan import Plan
-    from oocattn.storage.bfloat16 import BFloat16
-    from oocattn.storage.make.importing import import_arrays
-    from oocattn.storage.make.synth import synthesise
-    from oocattn.verification.certificate import Certificate
-    from oocattn.version import __version__
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Attended",
-    "BFloat16",
-    "BudgetError",
-    "Callback",
-    "Certificate",
-    "Committed",
-    "Ended",
-    "Event",
-    "Failed",
-    "IntegrityError",
-    "LockedError",
-    "Merged",
-    "OocattnError",
-    "Plan",
-    "ProblemError",
-    "Recovered",
-    "RemoteDeniedError",
-    "RemoteError",
-    "Result",
-    "ResultExistsError",
-    "RunReport",
-    "Saved",
-    "Staged",
-    "Stalled",
-    "StalledError",
-    "Started",
-    "Status",
-    "TaskError",
-    "TimeLimitError",
-    "WorkerLostError",
-    "Written",
-    "__version__",
-    "attention",
-    "import_arrays",
-    "plan",
-    "resume",
-    "status",
-    "synthesise",
-    "verify",
-]
+import oocattn.log  # noqa: F401 - sets up the logger that all modules get by its name
+from oocattn.imports import import_after_zarr, lazy_attributes
+from oocattn.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from oocattn.api import attention as attention
+    from oocattn.api import plan as plan
+    from oocattn.api import resume as resume
+    from oocattn.api import verify as verify
+    from oocattn.errors import BudgetError as BudgetError
+    from oocattn.errors import IntegrityError as IntegrityError
+    from oocattn.errors import LockedError as LockedError
+    from oocattn.errors import OocattnError as OocattnError
+    from oocattn.errors import ProblemError as ProblemError
+    from oocattn.errors import RemoteDeniedError as RemoteDeniedError
+    from oocattn.errors import RemoteError as RemoteError
+    from oocattn.errors import ResultExistsError as ResultExistsError
+    from oocattn.errors import StalledError as StalledError
+    from oocattn.errors import TaskError as TaskError
+    from oocattn.errors import TimeLimitError as TimeLimitError
+    from oocattn.errors import WorkerLostError as WorkerLostError
+    from oocattn.pipelines.session import Result as Result
+    from oocattn.pipelines.watch.events import Attended as Attended
+    from oocattn.pipelines.watch.events import Callback as Callback
+    from oocattn.pipelines.watch.events import Committed as Committed
+    from oocattn.pipelines.watch.events import Ended as Ended
+    from oocattn.pipelines.watch.events import Event as Event
+    from oocattn.pipelines.watch.events import Failed as Failed
+    from oocattn.pipelines.watch.events import Merged as Merged
+    from oocattn.pipelines.watch.events import Recovered as Recovered
+    from oocattn.pipelines.watch.events import Saved as Saved
+    from oocattn.pipelines.watch.events import Staged as Staged
+    from oocattn.pipelines.watch.events import Stalled as Stalled
+    from oocattn.pipelines.watch.events import Started as Started
+    from oocattn.pipelines.watch.events import Written as Written
+    from oocattn.pipelines.watch.report import RunReport as RunReport
+    from oocattn.pipelines.watch.status import Status as Status
+    from oocattn.planning.plan import Plan as Plan
+    from oocattn.run_status import status as status
+    from oocattn.storage.bfloat16 import BFloat16 as BFloat16
+    from oocattn.storage.make.importing import import_arrays as import_arrays
+    from oocattn.storage.make.synth import synthesise as synthesise
+    from oocattn.verification.certificate import Certificate as Certificate
+
+_MODULES = {
+    "oocattn.api": ["attention", "plan", "resume", "verify"],
+    "oocattn.errors": [
+        "BudgetError",
+        "IntegrityError",
+        "LockedError",
+        "OocattnError",
+        "ProblemError",
+        "RemoteDeniedError",
+        "RemoteError",
+        "ResultExistsError",
+        "StalledError",
+        "TaskError",
+        "TimeLimitError",
+        "WorkerLostError",
+    ],
+    "oocattn.pipelines.session": ["Result"],
+    "oocattn.pipelines.watch.events": [
+        "Attended",
+        "Callback",
+        "Committed",
+        "Ended",
+        "Event",
+        "Failed",
+        "Merged",
+        "Recovered",
+        "Saved",
+        "Staged",
+        "Stalled",
+        "Started",
+        "Written",
+    ],
+    "oocattn.pipelines.watch.report": ["RunReport"],
+    "oocattn.pipelines.watch.status": ["Status"],
+    "oocattn.planning.plan": ["Plan"],
+    "oocattn.run_status": ["status"],
+    "oocattn.storage.bfloat16": ["BFloat16"],
+    "oocattn.storage.make.importing": ["import_arrays"],
+    "oocattn.storage.make.synth": ["synthesise"],
+    "oocattn.verification.certificate": ["Certificate"],
+}
+"""The module of each public name."""
+
+__all__ = ["__version__", *(name for names in _MODULES.values() for name in names)]
+
+__getattr__, __dir__ = lazy_attributes(__name__, _MODULES)
+
+import_after_zarr("oocattn.storage.bfloat16")  # zarr 3.1 does not look at entry points

@@ -15,7 +15,7 @@ def run() -> int:
         return main()
     finally:
         leave_quietly()
-        gc.freeze()  # else all that was imported is searched for garbage as the process ends: 1 to 2 s
+        gc.freeze()  # else all that was imported is searched for garbage at the end: 0.3 s after PyTorch
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The public functions: plan, run, look at and verify exact attention over a dataset on disk."""
+"""The public functions that compute: plan, run, resume and verify exact attention over a dataset on disk."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
+
+import torch  # noqa: F401 - before Zarr, which imports CuPy where there is one: torch's import then wakes all of it
 
 from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError, TimeLimitError
-from oocattn.forks import refuse_lost_client
-from oocattn.kernels import kernel_names
+from oocattn.forks import refuse_lost_client, refuse_lost_threads
+from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.lane.rehearsal import rehearse
-from oocattn.pipelines.resuming import Choices, find_unfinished
-from oocattn.pipelines.scan import scan_completed
-from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.record import find_unfinished
+from oocattn.pipelines.resuming import Choices, check_asked, check_chosen, open_dataset
 from oocattn.pipelines.session import (
     Result,
     Resuming,
@@ -31,7 +31,6 @@ from oocattn.pipelines.session import (
     run_plan,
 )
 from oocattn.pipelines.watch.events import Callback
-from oocattn.pipelines.watch.status import Status, as_planned, read_status
 from oocattn.planning.candidates import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, make_plan
 from oocattn.planning.measure import (
     count_lanes,
@@ -48,12 +47,13 @@ from oocattn.storage.inputs.posing import pose
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.storage.results.summary import read_summary
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.certify import certify
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
+
+    from oocattn.verification.certificate import Certificate
 
 
 PROBLEM_OPTIONS = {"causal": arguments.boolean, "scale": arguments.scale, "dtype": arguments.dtype}
@@ -112,8 +112,13 @@ def plan(
     """
     opened = Dataset.open(dataset)
     problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
-    choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
+    choices = _chosen(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     return _plan_for(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
+
+
+def _chosen(*parsed: Any) -> Choices:
+    """The choices of a user, as `checked` has parsed them."""
+    return Choices(*parsed)
 
 
 def _plan_for(dataset: Dataset, problem: Problem, choices: Choices, lanes: int | None, scratch: Path | None) -> Plan:
@@ -121,10 +126,10 @@ def _plan_for(dataset: Dataset, problem: Problem, choices: Choices, lanes: int |
     if lanes is not None and lanes < 1:
         raise ProblemError(f"{lanes} workers: a run needs at least one; start workers and run again")
     hardware = describe_hardware(dataset, problem, kernel=choices.kernel, lanes=lanes, scratch=scratch)
-    device_memory = choices.device_bytes
+    device_memory = choices.device_memory
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
-    host_memory = default_host_memory() if choices.host_bytes is None else choices.host_bytes
+    host_memory = default_host_memory() if choices.host_memory is None else choices.host_memory
     return make_plan(
         problem,
         hardware,
@@ -189,11 +194,11 @@ def attention(
     if is_finished(paths, problem, opened, overwrite):
         return finished_result(paths)
 
-    choices = Choices(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
+    choices = _chosen(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
     begun = None if overwrite else find_unfinished(paths)
     if begun is not None:
-        begun.check_asked(problem, opened)
-        begun.check_chosen(choices)
+        check_asked(begun, problem, opened)
+        check_chosen(begun, choices)
 
     def decide(lanes: int) -> Plan:
         return begun.plan if begun is not None else _plan_for(opened, problem, choices, lanes, paths.state)
@@ -231,7 +236,7 @@ def resume(
         if paths.attributes():
             return finished_result(paths)
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
-    plan, opened = begun.plan, begun.open_dataset(named)
+    plan, opened = begun.plan, open_dataset(begun, named)
     resuming = Resuming(accept_other_bits, check_finished)
     with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan, until) as (running, _):
         return resume_run(begun, opened, paths, running, callbacks, until, resuming)
@@ -239,7 +244,7 @@ def resume(
 
 def _end(time_limit: Duration | None) -> float:
     """When a run that begins now must have ended, in seconds since the epoch."""
-    return math.inf if time_limit is None else clock.now() + arguments.duration("time_limit", time_limit)
+    return math.inf if time_limit is None else clock.now() + cast(float, time_limit)
 
 
 def _check_time(until: float) -> None:
@@ -265,10 +270,12 @@ def _planned_cluster(
 ) -> Iterator[tuple[Client, Plan]]:
     """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
+        refuse_lost_client(client)
+    refuse_lost_threads()
+    if client is not None:
         from oocattn.pipelines.engines.dask.cluster import wait_for_first, worker_addresses
         from oocattn.pipelines.engines.dask.obstacles import refuse_own_thread
 
-        refuse_lost_client(client)
         refuse_own_thread(client)
         wait_for_first(client, lambda: _check_time(until))
         yield client, decide(len(worker_addresses(client)))
@@ -284,27 +291,6 @@ def _planned_cluster(
         with local_client(dashboard_address, min(chosen.lanes, lanes)) as own:  # the plan may be of another machine
             rehearsed.result()
             yield own, chosen
-
-
-def status(result: str | Path) -> Status:
-    """How far the run to `result` is: from any process, whether or not a run is alive.
-
-    Of a finished result it says what the certificate beside it says, if that is of this very result. Raises IntegrityError,
-    with what to do, where the run's own files are damaged and no result is there.
-    """
-    paths = ResultPaths.at(result)
-    found = read_status(paths)
-    if found.state == "finished":
-        certificate = read_summary(paths)
-        if certificate is None:
-            return found
-        return replace(found, certificate=certificate.outcome, verdict=f"{certificate.made}: {certificate.verdict}")
-    known = found.state == "none" or (found.state == "running" and found.subproblems)
-    begun = None if known else find_unfinished(paths)
-    if begun is None:
-        return found
-    done = scan_completed(begun.plan, begun.journal, paths.scratch).done
-    return as_planned(found, begun.plan, Schedule(begun.plan, 1, done).left)
 
 
 @checked(
@@ -333,6 +319,7 @@ def verify(
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.
     """
+
     found = open_result(result)
     with keep_denormals():
         return certify(
@@ -341,6 +328,6 @@ def verify(
             rows=rows,
             seed=seed,
             dataset=dataset,
-            host_memory=default_host_memory() if host_memory is None else arguments.size("host_memory", host_memory),
+            host_memory=default_host_memory() if host_memory is None else int(host_memory),
             checksums=checksums,
         )

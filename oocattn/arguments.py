@@ -11,20 +11,22 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import wraps
 from numbers import Real
 from reprlib import Repr
-from typing import Any, ParamSpec, TypeVar
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from oocattn.errors import ProblemError
 from oocattn.problem.scores import LEAST_SCALE, MOST_SCALE, SCALES
 from oocattn.units import parse_duration, parse_size
+
+if TYPE_CHECKING:  # who passes a scalar or a dtype of these has imported them
+    import numpy as np
+    import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,7 +34,7 @@ R = TypeVar("R")
 Check = Callable[[str, object], Any]
 """(name, value) to the value as Python's own. Raises ProblemError."""
 
-Dtype = str | torch.dtype | np.dtype[Any] | type
+Dtype: TypeAlias = "str | torch.dtype | np.dtype[Any] | type"
 """How callers name a dtype: "float16", "bf16", torch.float16, numpy.float16, numpy.dtype("float16")."""
 
 Size = float | str
@@ -159,9 +161,10 @@ def choice(*allowed: str) -> Check:
 def dtype(name: str, value: object) -> str:
     """The name of a supported dtype, however it is written."""
     written = value
-    if isinstance(value, torch.dtype):
+    torch, np = sys.modules.get("torch"), sys.modules.get("numpy")
+    if torch is not None and isinstance(value, torch.dtype):
         written = str(value)
-    elif isinstance(value, np.dtype | type):
+    elif np is not None and isinstance(value, np.dtype | type):
         with suppress(TypeError):
             found = np.dtype(value)
             written = found.name if found.isnative else value
@@ -192,7 +195,9 @@ def refused(name: str, found: object, expected: str) -> ProblemError:
 
 def _own(value: object) -> object:
     """A scalar of NumPy or PyTorch, or an array without dimensions, as Python's own."""
-    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0:
+    torch, np = sys.modules.get("torch"), sys.modules.get("numpy")
+    foreign = (*((np.generic, np.ndarray) if np else ()), *((torch.Tensor,) if torch else ()))
+    if isinstance(value, foreign) and value.ndim == 0:
         with suppress(RuntimeError):  # a tensor on the device "meta" holds none
             return value.item()
     return value

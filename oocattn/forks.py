@@ -1,24 +1,28 @@
-"""What does not survive a fork, told before a call waits for it or fails on it.
+"""Refuse what does not survive a fork, before a call waits for it or fails on it.
 
-A forked process has the memory of its parent, but of its threads the one that forked alone. libgomp, with which PyTorch
-computes on CPUs, keeps a pool of threads for each thread that computes: in the child, the first parallel loop of the thread
-that forked waits for threads that are not there (GCC bug 58378). Other threads of the child make pools of their own, and so
-does one whose parent had not computed yet. CUDA refuses to work in the child of a process that used it.
+A forked process has the memory of its parent, but of its threads only the one that forked. PyTorch computes on CPUs with two
+libraries that cannot take that:
+
+* libgomp keeps a pool of threads for each thread that computes. In the child, the first parallel loop of the thread that
+  forked waits for threads that are not there (GCC bug 58378). Other threads of the child make pools of their own.
+* MKL accounts for its buffers by thread. In the child, a new thread may wait without end for an entry whose owner is not
+  there: one fork in 5 to 40 hangs in its first product of matrices.
+
+CUDA refuses to work in the child of a process that used it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
-import torch
 
 from oocattn.errors import ProblemError
 
@@ -29,13 +33,13 @@ FORKED = 0x40
 """The flag of a process that was forked and executed no program since: PF_FORKNOEXEC of Linux."""
 
 LOOP = 1 << 18
-"""Elements of a loop that PyTorch shares out among threads: it does above 32,768."""
+"""Elements of a loop that PyTorch divides among threads: it does above 32,768."""
 
-ASLEEP, ENOUGH = 1.0, 10.0
-"""Seconds after which a loop does not end any more, or a thread is not there: those asleep, and those in all."""
+ASLEEP_SECONDS, ENOUGH_SECONDS = 1.0, 10.0
+"""After so long a loop does not end any more, or a thread is not there: seconds asleep, and seconds in all."""
 
-PAUSE = 0.01
-"""Seconds between two looks at that process."""
+PAUSE_SECONDS = 0.01
+"""Between two looks at that process."""
 
 REMEDY = "start processes by spawn (multiprocessing.set_start_method('spawn')), or fork before anything is computed"
 
@@ -50,19 +54,22 @@ def is_forked() -> bool:
 
 
 def refuse_lost_threads() -> None:
-    """Raise ProblemError where computing in this thread would wait for threads of the process that it was forked from.
+    """Raise ProblemError where computing might never end in this process, because PyTorch computed before it was forked.
 
-    Whether it would, libgomp does not say: another fork tries it.
+    What the caller computed is not known: MKL says whether it holds buffers, and whether a loop of libgomp ends, only
+    another fork can try.
     """
-    if is_forked() and not _loop_ends():
+    if is_forked() and (_Computing.inherited or not _loop_ends()):
         raise ProblemError(
             "this process was forked from one in which PyTorch had computed, and the threads that it computed with are not "
-            f"here, so computing would never end: {REMEDY}"
+            f"here, so computing might never end: {REMEDY}"
         )
 
 
 def refuse_lost_gpus() -> None:
     """Raise ProblemError where CUDA was in use before this process was forked."""
+    import torch
+
     if torch.cuda._is_in_bad_fork():
         raise ProblemError(
             f"this process was forked from one that had used CUDA, which does not work in forks: {REMEDY}, or choose a "
@@ -76,7 +83,7 @@ def refuse_lost_client(client: Client) -> None:
         served = threading.Event()
         if client.loop is not None:
             client.loop.add_callback(served.set)
-        if not served.wait(ENOUGH):
+        if not served.wait(ENOUGH_SECONDS):
             raise ProblemError(
                 "the client was made before this process was forked, and does not work here: make one in this process"
             )
@@ -84,6 +91,9 @@ def refuse_lost_client(client: Client) -> None:
 
 def _loop_ends() -> bool:
     """Whether a parallel loop ends in a fork of this process."""
+    import psutil
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are other threads
         process = os.fork()
@@ -95,11 +105,46 @@ def _loop_ends() -> bool:
     start, asleep = time.monotonic(), 0.0
     with suppress(ChildProcessError, psutil.NoSuchProcess):  # where another of this process waits for its children
         while os.waitpid(process, os.WNOHANG) == (0, 0):
-            if asleep > ASLEEP or time.monotonic() - start > ENOUGH:
+            if asleep > ASLEEP_SECONDS or time.monotonic() - start > ENOUGH_SECONDS:
                 os.kill(process, signal.SIGKILL)
                 with suppress(ChildProcessError):
                     os.waitpid(process, 0)
                 return False
-            asleep += PAUSE * (psutil.Process(process).status() == psutil.STATUS_SLEEPING)
-            time.sleep(PAUSE)
+            asleep += PAUSE_SECONDS * (psutil.Process(process).status() == psutil.STATUS_SLEEPING)
+            time.sleep(PAUSE_SECONDS)
     return True
+
+
+class _Computing:
+    """Whether PyTorch has computed in this process, and whether it had in the one that this process was forked from."""
+
+    here = False
+    inherited = False
+
+    @classmethod
+    def look(cls) -> None:
+        """Ask MKL before a fork, in the parent: in the child, MKL might wait for a lock that is held."""
+        cls.here = cls.here or _mkl_buffers() > 0
+
+    @classmethod
+    def inherit(cls) -> None:
+        """Start over after a fork, in the child."""
+        cls.inherited, cls.here = cls.inherited or cls.here, False
+
+
+os.register_at_fork(before=_Computing.look, after_in_child=_Computing.inherit)
+
+
+def note_computing() -> None:
+    """Note that this process computes with PyTorch from now on."""
+    _Computing.here = True
+
+
+def _mkl_buffers() -> int:
+    """How many buffers MKL holds, also for products of the caller's; 0 where PyTorch is not here or is built without MKL."""
+    extension = sys.modules.get("torch._C")
+    count = ctypes.c_int(0)
+    if extension is not None:
+        with suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(str(extension.__file__)).mkl_serv_mem_stat(ctypes.byref(count))  # MKL's `mkl_mem_stat`
+    return count.value

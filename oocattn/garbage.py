@@ -10,9 +10,9 @@ from contextlib import contextmanager
 @contextmanager
 def collection_paused() -> Iterator[None]:
     """No collection of cyclic garbage while modules are imported: they make objects by the hundred thousand and hardly any
-    garbage, and to look through them again and again takes some 0.6 s of a new process.
+    garbage. Collecting takes 0.5 s of `oocattn plan` (2.8 s with it, 2.3 s without; processor time, medians of 5).
 
-    Only for the top level of modules: their imports are run once, so that no two threads pause and resume it in turns.
+    Of two threads that import at the same time, the one that began first resumes the collection, perhaps a little early.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -5,10 +5,6 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import torch
-import zarr
-
 __version__ = "0.1.0"
 
 
@@ -23,6 +19,10 @@ def source_digest() -> str:
 
 def versions() -> dict[str, str]:
     """Versions that a result is recorded with."""
+    import numpy as np
+    import torch
+    import zarr
+
     return {
         "oocattn": __version__,
         "torch": str(torch.__version__),

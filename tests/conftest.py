@@ -10,6 +10,7 @@ import dask
 import pytest
 from distributed import Client
 from hypothesis import HealthCheck, settings
+from process_state import differences, process_state
 from support import TOKENS, normal_arrays, write_dataset
 
 from oocattn.pipelines.engines.dask.local_cluster import NO_PROFILER, local_client
@@ -44,3 +45,14 @@ def dataset(fast_path: Path) -> Path:
 @pytest.fixture
 def result(fast_path: Path) -> Path:
     return fast_path / "result.zarr"
+
+
+@pytest.fixture(autouse=True)
+def _process_state_is_left_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a setting of the process changed, and name the setting."""
+    if "client" in request.fixturenames:
+        request.getfixturevalue("client")  # the cluster of all tests is part of what is found
+    before = process_state()
+    yield
+    changed = differences(before, process_state())
+    assert not changed, "settings of the process are not as the test found them: " + "; ".join(changed)

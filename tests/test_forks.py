@@ -12,7 +12,7 @@ import torch
 from distributed import Client
 from support import carry_out, plan_for
 
-from oocattn import ProblemError
+from oocattn import Event, ProblemError
 from oocattn.planning.measure import choose_device
 
 FORK = """
@@ -23,8 +23,8 @@ import oocattn
 from oocattn import forks
 from oocattn.cli.doctor import examine
 
-dataset, result = sys.argv[1:]
-forks.ASLEEP = 0.1
+dataset, result, unfinished = sys.argv[1:]
+forks.ASLEEP_SECONDS = 0.1
 answers = {}
 
 def in_fork(name, call):
@@ -48,6 +48,9 @@ def in_fork(name, call):
 def compute():
     torch.ones(1 << 20).exp_()
 
+def multiply():
+    torch.ones(300, 300) @ torch.ones(300, 300)
+
 def plan():
     oocattn.plan(dataset, kernel="cpu")
 
@@ -57,7 +60,11 @@ in_fork("nothing computed", lambda: oocattn.attention(dataset, result + ".2", ke
 other = threading.Thread(target=compute)
 other.start()
 other.join()
-in_fork("computed in another thread", plan)
+in_fork("a loop in another thread", plan)
+other = threading.Thread(target=multiply)
+other.start()
+other.join()
+in_fork("a product in another thread", plan)
 oocattn.attention(dataset, result + ".5", kernel="cpu")
 in_fork("after a run", lambda: oocattn.attention(dataset, result + ".6", kernel="cpu"))
 compute()
@@ -67,23 +74,37 @@ in_fork("doctor", lambda: list(examine()))
 in_fork("status", lambda: oocattn.status(result))
 in_fork("verify", lambda: oocattn.verify(result, rows=4))
 in_fork("resume", lambda: oocattn.resume(result))
+in_fork("resume of an unfinished run", lambda: oocattn.resume(unfinished))
 torch.set_num_threads(1)
 in_fork("one thread", plan)
 with Client(processes=False, dashboard_address=None) as client:
-    forks.ENOUGH = 0.5
+    forks.ENOUGH_SECONDS = 0.5
     in_fork("client", lambda: oocattn.attention(dataset, result + ".4", client=client))
 print(json.dumps(answers))
 """
 
+REFUSES = (
+    *("a product in another thread", "after a run", "plan", "attention", "doctor", "one thread"),
+    "resume of an unfinished run",
+)
+
 REFUSED = "ProblemError: this process was forked from one in which PyTorch had computed"
+
+
+def interrupt(event: Event) -> None:
+    if event.kind == "started":
+        raise KeyboardInterrupt
 
 
 def test_a_fork_refuses_what_would_never_end_and_does_the_rest(client: Client, dataset: Path, result: Path) -> None:
     carry_out(plan_for(dataset), dataset, result, client)
-    arguments = [sys.executable, "-c", FORK, str(dataset), str(result)]
+    unfinished = result.with_name("unfinished.zarr")
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan_for(dataset), dataset, unfinished, client, [interrupt])
+    arguments = [sys.executable, "-c", FORK, str(dataset), str(result), str(unfinished)]
     answers = json.loads(subprocess.run(arguments, check=True, stdout=subprocess.PIPE).stdout)
     assert answers.pop("client").startswith("ProblemError: the client was made before this process was forked")
-    refused = {name: answers.pop(name) for name in ("plan", "attention", "doctor")}
+    refused = {name: answers.pop(name) for name in REFUSES}
     assert all(answer.startswith(REFUSED) and "spawn" in answer for answer in refused.values()), refused
     assert set(answers.values()) == {"works"}, answers
 

@@ -34,7 +34,7 @@ from oocattn.cli.main import main
 from oocattn.kernels import get_kernel
 from oocattn.kernels.arithmetic import arithmetic_of
 from oocattn.pipelines.engines.dask.local_cluster import local_client
-from oocattn.pipelines.resuming import find_unfinished
+from oocattn.pipelines.record import find_unfinished
 from oocattn.pipelines.session import Resuming, resume_run
 from oocattn.planning.measure import count_lanes
 from oocattn.planning.stored_plan import read_plan

@@ -18,12 +18,9 @@ from oocattn.cli.printing import Printing
 from oocattn.errors import OocattnError, TimeLimitError
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
-from oocattn.pipelines.watch.progress import ProgressBar
-from oocattn.pipelines.watch.timeline import Timeline
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
-from oocattn.storage.make.importing import import_arrays
-from oocattn.storage.make.synth import synthesise
+from oocattn.surroundings import in_some_folder
 from oocattn.text import printable
 
 if TYPE_CHECKING:
@@ -122,7 +119,7 @@ def _how_to_go_on(options: argparse.Namespace) -> str:
 
 
 def _synth(options: argparse.Namespace) -> int:
-    synthesise(
+    oocattn.synthesise(
         options.dataset,
         tokens=options.tokens,
         heads=options.heads,
@@ -138,7 +135,7 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    import_arrays(
+    oocattn.import_arrays(
         options.dataset,
         q=options.q,
         k=options.k,
@@ -202,8 +199,12 @@ def _listeners(options: argparse.Namespace, plan_printer: _PlanPrinter) -> list[
     """Those that a command line asks for."""
     listeners: list[Callback] = [plan_printer]
     if sys.stderr.isatty() if options.progress is None else options.progress:
+        from oocattn.pipelines.watch.progress import ProgressBar
+
         listeners.append(ProgressBar())
     if options.timeline:
+        from oocattn.pipelines.watch.timeline import Timeline
+
         listeners.append(Timeline(options.timeline))
     return listeners
 
@@ -262,7 +263,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from oocattn.cli.doctor import examine  # imports Dask, as bench does: not for the commands that need none
+    with in_some_folder():
+        from oocattn.cli.doctor import examine
 
     passed = True
     for check in examine():
@@ -272,7 +274,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from oocattn.bench import Progress, bench
+    with in_some_folder():
+        from oocattn.bench import Progress, bench
 
     shape = {name: getattr(options, name) for name in ("tokens", "heads", "kv_heads", "head_dim", "dtype")}
     sampling = {name: getattr(options, name) for name in ("repeats", "warm_up", "rows", "seed")}

@@ -1,9 +1,16 @@
-"""Partial attention and merge on a device; nothing of disks, plans or tasks belongs here."""
+"""Partial attention and its merge on a device; nothing of disks, plans or tasks belongs here."""
 
-from oocattn.kernels.kernel import Kernel
-from oocattn.kernels.merge import enter, finalise, fold, merge
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from oocattn.imports import lazy_attributes
 from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel
-from oocattn.kernels.state import AttentionState
+
+if TYPE_CHECKING:
+    from oocattn.kernels.kernel import Kernel
+    from oocattn.kernels.merging import enter, finalise, fold, merge
+    from oocattn.kernels.state import AttentionState
 
 __all__ = [
     "AttentionState",
@@ -18,3 +25,11 @@ __all__ = [
     "merge",
     "require_kernel",
 ]
+
+_MODULES = {  # which import PyTorch: the names of kernels are known without it
+    "oocattn.kernels.kernel": ["Kernel"],
+    "oocattn.kernels.merging": ["enter", "finalise", "fold", "merge"],
+    "oocattn.kernels.state": ["AttentionState"],
+}
+
+__getattr__, __dir__ = lazy_attributes(__name__, _MODULES)

@@ -25,7 +25,7 @@ import torch
 
 from oocattn.kernels.intervals import Intervals, find_band, make_intervals
 from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
-from oocattn.kernels.merge import SCRATCH_BYTES, fold
+from oocattn.kernels.merging import SCRATCH_BYTES, fold
 from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState

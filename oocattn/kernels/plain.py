@@ -13,7 +13,7 @@ import torch
 from oocattn.kernels.cuda.device import allocated_bytes, capability_reason
 from oocattn.kernels.intervals import Int32s, Intervals
 from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
-from oocattn.kernels.merge import SCRATCH_BYTES, finite_shift, merge
+from oocattn.kernels.merging import SCRATCH_BYTES, finite_shift, merge
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.problem import DTYPES

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from oocattn.errors import ProblemError
-from oocattn.kernels.kernel import Kernel
+
+if TYPE_CHECKING:  # PyTorch takes seconds, and the names of kernels are known without it
+    import torch
+
+    from oocattn.kernels.kernel import Kernel
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -105,6 +107,8 @@ def _of_type(device_type: str) -> Iterator[_Registration]:
 
 
 def _known_device(device: torch.device | str) -> torch.device:
+    import torch
+
     try:
         return torch.device(device)
     except RuntimeError as error:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 import torch
 
+from oocattn.forks import note_computing
+
 _LAUNCHING = threading.Lock()
 _COUNTING = threading.Lock()
 
@@ -26,6 +28,7 @@ def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPool
     smaller than the smallest normal number, and so do the threads of OpenMP that it makes. In each thread torch uses
     `cores` (None: as many as the process does).
     """
+    note_computing()
     return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_begin_plainly, initargs=(cores,))
 
 

@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oocattn.planning.plan import Plan
 from oocattn.records import Count, from_json
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.journal.journal import ChunkId, Journal
-from oocattn.storage.results.arrays import ResultArrays, WrittenChunk
 from oocattn.storage.results.checksums import DIGITS, Checksums, Digits
 from oocattn.units import ceil_div, format_seconds
+
+if TYPE_CHECKING:
+    from oocattn.storage.results.arrays import ResultArrays, WrittenChunk
 
 NAMES = ("out", "lse")
 

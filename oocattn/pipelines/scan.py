@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from oocattn.pipelines.finished import finished_chunks, is_written
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
@@ -11,7 +12,9 @@ from oocattn.pipelines.schedule import CompletedWork
 from oocattn.planning.plan import Plan
 from oocattn.storage.journal.blocks import is_whole
 from oocattn.storage.journal.journal import Journal
-from oocattn.storage.results.arrays import ResultArrays
+
+if TYPE_CHECKING:
+    from oocattn.storage.results.arrays import ResultArrays
 
 
 @dataclass(frozen=True)

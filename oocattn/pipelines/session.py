@@ -16,14 +16,8 @@ from oocattn import clock
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError, TimeLimitError
 from oocattn.pipelines.engines import make_engine
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
-from oocattn.pipelines.resuming import (
-    DatasetIdentity,
-    Unfinished,
-    begin_journal,
-    describe,
-    find_unfinished,
-    result_differences,
-)
+from oocattn.pipelines.record import DatasetIdentity, RunRecord, begin_journal, find_unfinished
+from oocattn.pipelines.resuming import check_asked, check_bits, check_plan, check_run, describe, result_differences
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.watch.report import RunReport
@@ -127,8 +121,8 @@ def run_plan(
             computing = _enlist(plan, dataset, state, execution)
             work = _begin(plan, dataset, state, overwrite, computing)
         else:
-            begun.check_asked(plan.problem, dataset)
-            begun.check_plan(plan)
+            check_asked(begun, plan.problem, dataset)
+            check_plan(begun, plan)
             logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
             computing = _enlist(begun.plan, dataset, state, execution)
             work = _resume(begun, dataset, state, Resuming(), computing, execution)
@@ -137,7 +131,7 @@ def run_plan(
 
 
 def resume_run(
-    asked: Unfinished,
+    asked: RunRecord,
     dataset: Dataset,
     paths: ResultPaths,
     client: Client | Literal["inline"],
@@ -152,7 +146,7 @@ def resume_run(
     with _locked(paths, until) as (lock, interrupts):
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
-            begun.check_run(asked)
+            check_run(begun, asked)
             execution = _Execution(make_engine(client), callbacks, interrupts, until)
             state = RunState(paths, lock.claim)
             computing = _enlist(begun.plan, dataset, state, execution)
@@ -199,7 +193,7 @@ def _begin(plan: Plan, dataset: Dataset, state: RunState, overwrite: bool, compu
 
 
 def _resume(
-    begun: Unfinished,
+    begun: RunRecord,
     dataset: Dataset,
     state: RunState,
     resuming: Resuming,
@@ -208,7 +202,7 @@ def _resume(
 ) -> Work:
     """A run that was begun before; the result is locked."""
     plan, header = begun.plan, begun.header
-    other_bits = begun.check_bits(computing, resuming.accept_other_bits)
+    other_bits = check_bits(begun, computing, resuming.accept_other_bits)
     source = {"location": header.dataset.location, "fingerprint": header.dataset.fingerprint}
     attributes = {"problem": asdict(plan.problem), "dataset": source, "plan": _decided(plan)}
     growing = state.resume(begun.path, _layout(plan, attributes), replaces=header.replaces)

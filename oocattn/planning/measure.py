@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -56,6 +57,9 @@ ASSUMED_RATE = 1e9
 
 CACHE_RATE = 5e9
 """Bytes per second at least from the page cache; one thread reads 6 to 7 GB/s."""
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what the control group of this process may use, of version 2 or 1."""
 
 CUDA_SAMPLE = (32_768, 32_768)
 """Rows and keys on which a kernel is timed on a GPU: enough to fill it, in little memory."""
@@ -305,9 +309,19 @@ def default_device_memory(lanes: int) -> int:
 
 def default_host_memory() -> int:
     """Half of the memory that is free now, in bytes; of a container's limit where there is one."""
-    from distributed.system import MEMORY_LIMIT  # imports all of Dask, which not every command needs
+    return int(min(psutil.virtual_memory().available, *container_limits()) // 2)
 
-    return int(min(psutil.virtual_memory().available, MEMORY_LIMIT) // 2)
+
+def container_limits() -> list[int]:
+    """The limits on this process's memory that its control group sets, in bytes.
+
+    `distributed.system` knows them, too, but imports all of Dask.
+    """
+    limits = []
+    for name in ("memory.max", "memory.high", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is none
+            limits.append(int((CONTROL_GROUP / name).read_text()))
+    return limits
 
 
 def free_disk(folder: Path) -> int:

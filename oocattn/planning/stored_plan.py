@@ -13,8 +13,9 @@ from oocattn.problem.problem import check_problem
 from oocattn.records import from_json
 
 
-def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes]) -> Plan:
-    """The plan that `Plan.to_json` wrote; `scratch_of(kernel, device)` says what a kernel allocates.
+def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes] | None) -> Plan:
+    """The plan that `Plan.to_json` wrote; `scratch_of(kernel, device)` says what a kernel allocates,
+    and without it what follows from that is believed.
 
     Raises ValueError for anything else: another type, a number out of range, a choice that does not exist, a number that
     does not follow from what was given and chosen, a peak beyond its budget.
@@ -22,7 +23,8 @@ def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes]) -
     plan = from_json(Plan, content)
     check_problem(plan.problem)
     _check_choices(plan)
-    found, expected = plan.to_json(), recost(plan, scratch_of(plan.kernel, plan.device)).to_json()
+    recosted = plan if scratch_of is None else recost(plan, scratch_of(plan.kernel, plan.device))
+    found, expected = plan.to_json(), recosted.to_json()
     for name, value in expected.items():
         if not _same(value, found[name]):
             raise ValueError(f"its {name.replace('_', ' ')} does not follow from the rest of the plan")

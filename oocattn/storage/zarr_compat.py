@@ -5,6 +5,7 @@ What others use of Zarr is `zarr`, `zarr.codecs` and `zarr.storage`.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import zarr
@@ -39,3 +40,6 @@ def parse_metadata(document: dict[str, Any]) -> Any:
 def array_at(store: Store, path: str, metadata: Any) -> zarr.Array[Any]:
     """The array with this metadata at a path of a store; nothing is read."""
     return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=StorePath(store, path)))
+
+
+import_module("oocattn.storage.bfloat16")  # with the names above; registers the data type, whoever imports Zarr through here

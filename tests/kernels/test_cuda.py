@@ -305,7 +305,7 @@ SHAPES = [(1, 1, 1), (1, 1000, 64), (3, 63, 40), (2, 777, 96), (8, 130, 256), (1
 @pytest.fixture(params=["fused", "torch operations"])
 def way(request, monkeypatch):
     """Merging with our own launches, and as where they cannot be compiled."""
-    module = import_module("oocattn.kernels.merge")
+    module = import_module("oocattn.kernels.merging")
     if request.param == "fused":
         assert module._load_fused() is not None, "merging does not compile here"
     else:

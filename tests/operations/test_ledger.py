@@ -16,7 +16,7 @@ from oocattn.operations.ledger import enter_tile, find_wrong_row
 from oocattn.operations.tiles import Tile
 from oocattn.problem.mask import Causal, Cover, Full, Mask, Ramp
 
-merge_module = import_module("oocattn.kernels.merge")
+merge_module = import_module("oocattn.kernels.merging")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Merging on a GPU as single launches, without temporaries; what they compute is defined in `kernels.merge`.
+"""Merging on a GPU as single launches, without temporaries; what they compute is defined in `kernels.merging`.
 
 Imported for CUDA tensors only, and only where `cuda.bindings` is installed. Everything is launched on torch's current
 stream of the tensors' device; nothing is allocated and nothing waits.

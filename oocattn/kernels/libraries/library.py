@@ -9,7 +9,7 @@ import torch
 from oocattn.kernels.cuda.device import allocated_bytes
 from oocattn.kernels.intervals import Intervals, find_band
 from oocattn.kernels.kernel import MAX_KEYS, check_operands
-from oocattn.kernels.merge import fold
+from oocattn.kernels.merging import fold
 from oocattn.kernels.plain import PlainKernel
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import level_step, make_tiles

@@ -11,13 +11,14 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-import zarr
+from typing import TYPE_CHECKING, Any
 
 from oocattn.errors import ProblemError
 from oocattn.problem.problem import ArraySpec
 from oocattn.text import printable
+
+if TYPE_CHECKING:
+    import zarr
 
 logger = logging.getLogger("oocattn")
 

@@ -11,17 +11,19 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from oocattn.errors import IntegrityError
-from oocattn.kernels import AttentionState
 from oocattn.planning.memory import PARTIAL_BLOCK_ROWS
 from oocattn.storage.files.folders import names_in, remove_file
 from oocattn.storage.journal.blocks import read_blocks, read_label, write_blocks
 from oocattn.storage.journal.claims import Claim
+
+if TYPE_CHECKING:  # PyTorch takes seconds, and `status` reads what files say of themselves
+    from oocattn.kernels import AttentionState
 
 _NAME = re.compile(r"partial-\d+-\d+-\d+")
 

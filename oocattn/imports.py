@@ -1,0 +1,66 @@
+"""Imports that wait until they are needed: attributes of a package, and what belongs to Zarr once Zarr is there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+from oocattn.garbage import collection_paused
+from oocattn.surroundings import in_some_folder
+
+
+def lazy_attributes(
+    package: str, modules: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Make `__getattr__` and `__dir__` of a package (PEP 562), of which each module of `modules` holds some names."""
+    module_of = {name: module for module, names in modules.items() for name in names}
+    namespace = vars(sys.modules[package])
+
+    def get_attribute(name: str) -> object:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with collection_paused(), in_some_folder():
+            found = getattr(import_module(module_of[name]), name)
+        namespace[name] = found
+        return found
+
+    def list_names() -> list[str]:
+        return sorted({*namespace, *module_of})
+
+    return get_attribute, list_names
+
+
+def import_after_zarr(module: str) -> None:
+    """Import a module now, if Zarr is imported, else as soon as it is."""
+    if "zarr" in sys.modules:
+        import_module(module)
+    else:
+        sys.meta_path.insert(0, _AfterZarr(module))
+
+
+class _AfterZarr(MetaPathFinder):
+    """Finds Zarr once, as others do, and has a module imported after it."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "zarr":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_import(module: ModuleType) -> None:
+                execute(module)
+                if "oocattn.storage.zarr_compat" not in sys.modules:  # else that imports it, once Zarr is there
+                    import_module(self._module)
+
+            spec.loader.exec_module = execute_and_import  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,106 @@
+"""The record of a run: what it works at, as its journal keeps it. Reading it needs neither PyTorch nor Zarr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from oocattn.errors import IntegrityError
+from oocattn.kernels import device_type, get_kernel
+from oocattn.planning.plan import Plan, ScratchBytes
+from oocattn.planning.stored_plan import read_plan
+from oocattn.records import Range, Seconds, from_json, to_json
+from oocattn.storage.journal.claims import Claim
+from oocattn.storage.journal.journal import Journal, identity, read_header
+from oocattn.storage.paths import ResultPaths
+from oocattn.version import versions
+
+if TYPE_CHECKING:
+    from oocattn.storage.results.growing import GrowingResult
+
+FORMAT = 5
+"""Of the journal and of what lies beside it; another one is not resumed. 3: machine and inputs of the plan, the name of the
+growing result, what computes. 4: what the dtype of `out` made Inf or 0. 5: the sum of the attended keys' indices."""
+
+
+@dataclass(frozen=True)
+class DatasetIdentity:
+    """Where the dataset of a run is, and its fingerprints when the run began: also that which no copy shares."""
+
+    location: str
+    fingerprint: str
+    within_run: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the journal of a run says that it works at, besides the plan.
+
+    `begun` is in seconds since the epoch, `result` the name under which its result grows, and `replaces` the identity of the
+    result that it is to replace. `versions` are those of what it computes with.
+    """
+
+    format: Annotated[int, Range(FORMAT, FORMAT)]
+    begun: Seconds
+    dataset: DatasetIdentity
+    versions: Mapping[str, str]
+    result: str
+    replaces: str | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """An unfinished run: its plan, what else its journal says, where its result grows, and the journal."""
+
+    plan: Plan
+    header: Header
+    path: Path
+    journal: Journal
+
+
+def begin_journal(
+    paths: ResultPaths,
+    plan: Plan,
+    dataset: DatasetIdentity,
+    growing: GrowingResult,
+    computing: Mapping[str, str],
+    claim: Claim,
+) -> Journal:
+    """Begin the journal of a run that computes with `computing`."""
+    made_with = {**versions(), **computing}
+    header = Header(FORMAT, time.time(), dataset, made_with, growing.name, growing.replaces)
+    return Journal.begin(paths.state, {**to_json(header), "plan": plan.to_json()}, claim)
+
+
+def find_unfinished(paths: ResultPaths, *, recost: bool = True) -> RunRecord | None:
+    """Read the record of the unfinished run to this result; None where there is none.
+
+    Without `recost` the predictions of the plan are believed: computing them again takes the kernel, and with it PyTorch.
+    Raises IntegrityError for a journal that is damaged.
+    """
+    header, path = read_header(paths.state), paths.unfinished
+    if header is None or (path is None and "result" in header):
+        return None
+    run = identity(header)
+    try:
+        if path is None:
+            raise ValueError("it does not name its result")
+        if header.get("format") != FORMAT:
+            raise ValueError(f"format {header.get('format')!r:.20}, expected {FORMAT}")
+        plan = read_plan(header.pop("plan", None), _scratch_of if recost else None)
+        found = from_json(Header, header)
+    except (ArithmeticError, ValueError) as error:
+        raise IntegrityError(
+            f"{paths.state}: not the journal of a run that can be resumed ({error}): begin again with overwrite=True "
+            "(--overwrite)"
+        ) from error
+    return RunRecord(plan, found, path, Journal(paths.state, run))
+
+
+def _scratch_of(kernel: str, device: str) -> ScratchBytes:
+    if device_type(kernel) != device:
+        raise ValueError(f"kernel {kernel} is not for {device}")
+    return get_kernel(kernel).scratch_bytes

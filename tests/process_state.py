@@ -1,0 +1,58 @@
+"""The settings of this process that a call must leave as it found them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import warnings
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LOGGERS = ("", "oocattn", "distributed", "asyncio", "tornado")
+
+
+def process_state() -> dict[str, Any]:
+    """The settings by name, of torch and Dask only where they are imported."""
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:
+        folder = ""
+    state: dict[str, Any] = {
+        "switch interval": sys.getswitchinterval(),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
+        "warning filters": list(warnings.filters),
+        "current folder": folder,
+        "environment": dict(os.environ),
+        "signal handlers": {number: signal.getsignal(number) for number in SIGNALS},
+    }
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        handlers = [] if name == "" else list(logger.handlers)  # pytest's own are the root's
+        state[f"logger {name!r}"] = (logger.level, logger.propagate, logger.disabled, handlers)
+    if (torch := sys.modules.get("torch")) is not None:
+        state["threads of torch"] = torch.get_num_threads()
+        state["default dtype of torch"] = torch.get_default_dtype()
+        state["precision of torch"] = (
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
+            torch.get_deterministic_debug_mode(),
+        )
+    if (dask := sys.modules.get("dask")) is not None and hasattr(dask, "config"):
+        state["dask.config"] = repr(dask.config.config)
+    return state
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What has changed; what was imported meanwhile has no state before."""
+    changed = []
+    for name, value in before.items():
+        if after[name] != value:
+            if isinstance(value, dict):
+                keys = [key for key in {**value, **after[name]} if value.get(key) != after[name].get(key)]
+                changed.append(f"{name}: {', '.join(map(str, keys))}")
+            else:
+                changed.append(f"{name}: {value!r:.300} before, {after[name]!r:.300} after")
+    return changed
