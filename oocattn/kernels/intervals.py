@@ -1,4 +1,4 @@
-"""Which keys the rows of one call attend: intervals [n, 4] in host memory, what shape they have, and which tiles they touch.
+"""Intervals: which keys the rows of one call attend, [n, 4] in host memory.
 
 Row i attends keys [a, b) and [c, d) of the call, for its a, b, c, d = intervals[i]; None stands for all keys with every row.
 They come from `problem.mask`, which makes them ascend from row to row; an interval may be empty.
@@ -29,12 +29,12 @@ class Band(NamedTuple):
 
 
 def make_intervals(mask: Mask, rows: range, keys: range) -> torch.Tensor:
-    """Which of `keys` consecutive rows attend, as kernels take it."""
+    """The intervals of consecutive rows within `keys`, as kernels take them."""
     return torch.from_numpy(mask.intervals(rows, keys))
 
 
 def find_band(intervals: torch.Tensor | None, rows: int, keys: int) -> Band | None:
-    """The band of a call of so many rows and keys; None for intervals of another shape.
+    """The band of a call; None for intervals of another shape.
 
     A triangle with its corner at the first row and key is Band(1 - rows or less, 1), all keys are Band(-rows, keys).
     """
@@ -48,7 +48,7 @@ def find_band(intervals: torch.Tensor | None, rows: int, keys: int) -> Band | No
 
 
 def _slope(bounds: Int32s, keys: int) -> int | None:
-    """The number s such that each bound is its row + s, but 0 at least and `keys` at most; None if there is none."""
+    """The number s such that each bound is row + s, within 0 and `keys`; or None."""
     rows = len(bounds)
     between = np.flatnonzero((bounds > 0) & (bounds < keys))
     if len(between):
@@ -61,7 +61,10 @@ def _slope(bounds: Int32s, keys: int) -> int | None:
 
 
 def within(intervals: torch.Tensor | None, first_row: int, last_row: int, first_key: int, last_key: int) -> Int32s | None:
-    """The intervals of a tile of a call, relative to its first key: int32 [rows, 4]; None where rows attend all keys."""
+    """The intervals of a tile of a call: int32 [rows, 4]; None where it is full.
+
+    They are relative to the tile's first key.
+    """
     if intervals is None:
         return None
     found: Int32s = intervals[first_row:last_row].numpy().clip(first_key, last_key) - np.int32(first_key)

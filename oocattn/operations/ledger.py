@@ -1,4 +1,6 @@
-"""The pair ledger: which keys each row has attended, as their number and the sum of their indices modulo 2^64.
+"""The pair ledger: which keys each row has attended.
+
+It holds their number and the sum of their indices modulo 2^64.
 
 The number finds a lost or doubled subproblem, the sum one that attended other keys than it should. Both come from the mask's
 closed forms, are entered beside the call that attends the keys, and are merged with the state that they belong to.
@@ -31,8 +33,8 @@ class Ledger:
     key_sum: Int64s
 
     @classmethod
-    def of(cls, state: AttentionState) -> Ledger:
-        """The ledger of a state in host memory: to enter a tile there is to enter it in the state."""
+    def of_state(cls, state: AttentionState) -> Ledger:
+        """The ledger of a state in host memory; a tile is entered in the state."""
         return cls(state.keys.numpy(), state.key_sum.numpy())
 
     @classmethod
@@ -64,7 +66,7 @@ class Ledger:
             self.key_sum[rows] += tile.mask.index_sums(tokens, keys)
 
     def first_wrong(self, tokens: range, expected: Callable[[range], Expected]) -> int | None:
-        """The first row, of these tokens, whose ledger is not what is expected; None if there is none."""
+        """The first row, of these tokens, whose ledger is wrong; None if there is none."""
         for part in pieces(tokens, ROWS):
             rows = slice(part.start - tokens.start, part.stop - tokens.start)
             keys, key_sum = expected(part)

@@ -42,7 +42,7 @@ def tile_of(mask: Mask, rows: range, keys: range, first: int = 0) -> Tile:
 
 
 def empty(rows: int) -> Ledger:
-    return Ledger.of(AttentionState.empty(1, rows, 1))
+    return Ledger.of_state(AttentionState.empty(1, rows, 1))
 
 
 @given(st.data(), st.integers(1, 30), st.integers(1, 9))

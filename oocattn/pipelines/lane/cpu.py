@@ -85,7 +85,7 @@ class CpuDevice:
         state.reset()
         for tile in self._operation.tiles(staged.head_group, block, staged.key_rows, range(rows), every_key):
             keys = [tensor[tile.keys.start : tile.keys.stop] for tensor in staged.keys]
-            self._operation.compute(tile, query, keys, state, Ledger.of(state))
+            self._operation.compute(tile, query, keys, state, Ledger.of_state(state))
             pairs += tile.pairs * heads
             self._step()
         if destination.merged:

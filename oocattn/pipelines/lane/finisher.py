@@ -164,7 +164,7 @@ class Finisher:
     def _check_ledger(self, state: AttentionState, head_group: int, chunk: int, rows: range) -> int:
         """Check the ledger of some rows of a chunk; return the pairs they attended, of all heads of the group."""
         tokens = self._plan.tokens(chunk)[rows.start : rows.stop]
-        ledger = Ledger.of(state).rows(rows.start, rows.stop)
+        ledger = Ledger.of_state(state).rows(rows.start, rows.stop)
         row = ledger.first_wrong(tokens, partial(self._operation.expected, head_group))
         if row is not None:
             keys, key_sum = (int(numbers[0]) for numbers in self._operation.expected(head_group, tokens[row : row + 1]))
