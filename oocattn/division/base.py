@@ -1,4 +1,7 @@
-"""What a division is: chunk pairs dealt out to subproblems, whatever the rule. The rules are in `quorums` and `strips`."""
+"""The interface of divisions: chunk pairs dealt out to subproblems.
+
+The rules are in `quorums` and `strips`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Block:
-    """What one query chunk attends within a subproblem.
+    """The chunk pairs of one query chunk within a subproblem.
 
     `key_chunks` are ascending; the query chunk itself is never among them. `diagonal` says whether its pair with itself is
     owned too. Which of the keys a row attends is the mask's business.
@@ -50,7 +53,7 @@ class Division(Protocol):
 
     @property
     def triangular(self) -> bool:
-        """Whether no chunk attends a later one: what the mask says of itself (`problem.mask.Mask.triangular`)."""
+        """Whether no chunk attends a later one: `problem.mask.Mask.triangular`."""
 
     @property
     def subproblems(self) -> int:

@@ -1,4 +1,4 @@
-"""The chunk-pair matrix of a division as a picture: which subproblem owns which pair."""
+"""The chunk-pair matrix of a division as a picture: a colour a subproblem."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _CELL = 7.5  # the width of a character at most, in a monospaced font of size 12
 
 
 def draw_division(division: Division, mask: str) -> str:
-    """The matrix as SVG: a row a query chunk, a column a key chunk, a colour a subproblem; the caption names the mask."""
+    """The matrix as SVG: rows are query chunks, columns key chunks.
+
+    A colour is a subproblem; the caption names the mask.
+    """
     shown = min(division.chunks, MOST_CHUNKS)
     cell = _SIDE / shown
     cells = []

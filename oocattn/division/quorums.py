@@ -68,7 +68,10 @@ def quorum_size(chunks: int) -> int:
 
 @dataclass(frozen=True)
 class _Pattern:
-    """What quorum 0 owns; every other quorum is a translate of it. All tables together hold about 2c integers."""
+    """The pairs of quorum 0; every other quorum is a translate of it.
+
+    All tables together hold about 2c integers.
+    """
 
     offsets: tuple[int, ...]
     """The difference cover: the chunks of quorum 0."""
@@ -131,7 +134,7 @@ class CyclicQuorums:
         return tuple(sorted((index + offset) % self.chunks for offset in _pattern(self.chunks).offsets))
 
     def subproblem(self, index: int) -> Subproblem:
-        """What quorum `index` owns: c pairs, about half of them when triangular."""
+        """The pairs of quorum `index`: c, or about half of them when triangular."""
         require_index(index, self.chunks, "subproblem")
         blocks = []
         for offset, key_offsets in _pattern(self.chunks).key_offsets.items():

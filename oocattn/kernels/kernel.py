@@ -1,4 +1,4 @@
-"""What a kernel is: the interface that operations call, and the checks that every kernel shares."""
+"""The interface of kernels, and the checks that every kernel shares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ MAX_KEYS = 65_536
 
 
 class Kernel(Protocol):
-    """Attention of query rows over a range of keys, added to a state. Stateless: any thread may call it at any time."""
+    """Attention of query rows over a range of keys, added to a state.
+
+    It is stateless: any thread may call it at any time.
+    """
 
     name: str
     """The name that it is registered under."""
@@ -62,23 +65,27 @@ class Kernel(Protocol):
         """
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """Bytes that `attend` allocates at most for g = group_size, n = rows, m = keys, D = head_dim and that dtype, on a
-        CPU on so many threads.
+        """Bytes that `attend` allocates at most.
 
-        On a GPU: what it makes torch's caching allocator take from the device.
+        The call has g = group_size, n = rows, m = keys, D = head_dim and that dtype; on a CPU it has so many threads. On a
+        GPU these are the bytes that torch's caching allocator takes from the device.
         """
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """Why this kernel cannot attend inputs of `dtype` and D = head_dim on `device`, in words; "" if it can.
+        """The reason why this kernel cannot serve, in words; "" if it can.
 
-        Nothing of CUDA is touched on a machine that has none.
+        Asked is attention of inputs of `dtype` and D = head_dim on `device`. Nothing of CUDA is touched on a machine that
+        has none.
         """
 
 
 def check_operands(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, intervals: Intervals | None
 ) -> None:
-    """Raise ValueError unless the operands of `Kernel.attend` fit each other: torch would broadcast some misfits."""
+    """Raise ValueError unless the operands of `Kernel.attend` fit each other.
+
+    torch would broadcast some misfits.
+    """
     group_size, rows, head_dim = query.shape
     if key.shape != value.shape or key.dim() != 2 or key.shape[1] != head_dim:
         raise ValueError(
@@ -97,5 +104,5 @@ def check_operands(
 
 
 def unsupported_dtype(dtype: str, supported: Iterable[str]) -> str:
-    """The words of `Kernel.unsupported_reason` for a dtype that is not among the supported ones; "" if it is."""
+    """The reason why a dtype is not supported, in words; "" if it is."""
     return "" if dtype in supported else f"it attends {', '.join(supported)} only"

@@ -1,4 +1,4 @@
-"""Exact recombination of states, and the division that ends it. No attention is computed here.
+"""Exact recombination of states, and the division that ends it.
 
 On a GPU, merging is one launch of our own (`cuda.merging`). The torch operations that serve everywhere else work through
 blocks of rows with `SCRATCH_BYTES` of temporaries at most, because the states themselves may fill most of a memory budget.
@@ -47,7 +47,9 @@ def merge(into: AttentionState, other: AttentionState) -> None:
 
 
 def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Add what a library's attention call returned to `state`, in place: merging num = out, den = 1 and max = lse.
+    """Add the results of a library's attention call to `state`, in place.
+
+    That is merging num = out, den = 1 and max = lse.
 
     `out` [g, n, D] of any float dtype, divided already, and the natural log-sum-exp `lse` [g, n] float32, of any
     strides but the innermost of `out`. Nothing is entered in the ledger. Raises ValueError if the shapes differ.
@@ -111,7 +113,10 @@ def _signed(number: int) -> int:
 
 
 def finite_shift(maximum: torch.Tensor) -> torch.Tensor:
-    """What to subtract before exp: the maximum, or 0 where it is -inf, for -inf - -inf would be NaN."""
+    """The shift before exp: the maximum, or 0 where it is -inf.
+
+    -inf - -inf would be NaN.
+    """
     return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Attention in plain torch operations, tile by tile: for every device, dtype and head dimension that torch serves.
+"""Attention in plain torch operations, tile by tile, wherever torch runs.
 
 The scores of a tile are written out in one precision, float32 here; the float64 reference is the same with other tiles.
 """
@@ -113,7 +113,7 @@ class PlainKernel:
 
 
 def _shift(maximum: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """What to subtract from scores before exp: `kept`, the float32 maximum, or as near to it as weights stay finite.
+    """The shift of scores before exp: `kept`, or as near as weights stay finite.
 
     From scores of about 1e9 on, rounding the maximum to float32 moves it by more than exp can take. The weights of a tile
     are exact all the same; against other tiles the row then counts as float32 scores would.
@@ -123,7 +123,7 @@ def _shift(maximum: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def _hide(scores: torch.Tensor, intervals: Int32s) -> None:
-    """Set the scores [g, rows, keys] of keys that a row does not attend to -inf, in place."""
+    """Set scores [g, rows, keys] of keys that a row does not attend to -inf, in place."""
     key = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
     a, b, c, d = _on_device(intervals, scores.device).unsqueeze(-1).unbind(1)  # [rows, 1]
     if intervals[:, 0].any():
@@ -137,7 +137,10 @@ def _hide(scores: torch.Tensor, intervals: Int32s) -> None:
 
 
 def _weighted_sum(weights: torch.Tensor, value: torch.Tensor, intervals: Int32s | None) -> torch.Tensor:
-    """weights [g, rows, keys] @ value [keys, D], in which NaN and Inf reach only the rows that attend them."""
+    """weights [g, rows, keys] @ value [keys, D].
+
+    NaN and Inf of values reach only the rows that attend them.
+    """
     if intervals is None:
         return weights @ value
     finite = value.nan_to_num(0.0, 0.0, 0.0)  # a hidden key's weight is 0, and 0 times NaN or Inf would be NaN
@@ -145,7 +148,7 @@ def _weighted_sum(weights: torch.Tensor, value: torch.Tensor, intervals: Int32s 
 
 
 def _sum_not_finite(value: torch.Tensor, intervals: torch.Tensor) -> torch.Tensor:
-    """The sum of the NaN and Inf among the values [keys, D] that each row attends: [rows, D], 0 where there is none."""
+    """The sum of the NaN and Inf that each row attends: [rows, D], else 0."""
 
     def met(kind: torch.Tensor) -> torch.Tensor:
         before = torch.zeros((len(value) + 1, value.shape[1]), dtype=torch.int32, device=value.device)

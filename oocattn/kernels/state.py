@@ -1,4 +1,4 @@
-"""The attention state of a range of query rows; how it is filled and merged lies in the kernels and in `merge`."""
+"""The attention state of a range of query rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class AttentionState:
-    """Attention of n query rows of g heads over the keys attended so far, before the division.
+    """Attention of n rows of g heads over the keys so far, before the division.
 
     With the scores s = scale * q @ k.T of a row and a shift no less than a few units below the largest of them: `max`
     [g, n] is the shift, `den` [g, n] the sum of exp(s - max) and `num` [g, n, D] the sum of exp(s - max) * v, all
@@ -52,7 +52,7 @@ class AttentionState:
 
     @classmethod
     def without_ledger(cls, num: torch.Tensor, den: torch.Tensor, max: torch.Tensor) -> AttentionState:
-        """What a kernel computed, to be merged into a state: it enters nothing in the ledger."""
+        """A kernel's numbers, to be merged into a state; its ledger is empty."""
         nothing = torch.zeros((), dtype=torch.int64, device=num.device).expand(num.shape[1])
         return cls(num, den, max, nothing, nothing)
 

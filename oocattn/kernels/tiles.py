@@ -1,4 +1,4 @@
-"""How a call of `attend` is cut into tiles that are computed one by one; pure integers."""
+"""The tiles of a call of `attend`, computed one by one; pure integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ _QUANTUM = 256  # a multiple of every library's own tiles
 
 
 class Tile(NamedTuple):
-    """Rows [first_row, last_row) attend keys [first_key, last_key): all of them, or those of a lower triangle."""
+    """Rows and keys of a call that are attended together.
+
+    Rows [first_row, last_row) attend keys [first_key, last_key): all of them, or those of a lower triangle.
+    """
 
     first_row: int
     last_row: int
@@ -19,7 +22,7 @@ class Tile(NamedTuple):
 
 
 def make_tiles(rows: int, keys: int, row_step: int, key_step: int, *, upper: int) -> Iterator[Tile]:
-    """Tiles that cover a call in which row i attends the first i + upper keys, each such pair once.
+    """The tiles of a call in which row i attends the first i + upper keys.
 
     They have row_step rows and key_step keys at most; the triangles are squares of key_step at most. With upper = keys
     every row attends every key.

@@ -1,4 +1,4 @@
-"""What a run computes: the inputs of a tile, the call on it, the state that it adds to, the ledger; no disks, no tasks."""
+"""Operations, which a run computes: inputs, tiles, state, ledger; no disks, no tasks."""
 
 from oocattn.operations.base import Operation
 from oocattn.operations.forward import Forward
@@ -8,5 +8,5 @@ __all__ = ["Operation", "make_operation"]
 
 
 def make_operation(plan: Plan) -> Operation:
-    """What the runs of a plan compute; a new operation is registered here."""
+    """The operation of a plan; a new one is registered here."""
     return Forward(plan)

@@ -1,4 +1,4 @@
-"""What an operation is: all that a lane has to know of the mathematics that it carries out.
+"""The interface of operations: all that a lane knows of mathematics.
 
 A lane stages inputs of query chunks and of key chunks, cuts them into tiles, has the operation computed on each, merges and
 keeps the states, and has finished ones turned into results. What the inputs are, what a state holds and what a tile's call
@@ -20,7 +20,7 @@ from oocattn.operations.tiles import Tile
 
 
 class Operation(Protocol):
-    """What a run computes. Stateless but for its plan: any thread may call it at any time."""
+    """The mathematics of a run. Any thread may call it at any time."""
 
     @property
     def query_inputs(self) -> tuple[str, ...]:
@@ -28,10 +28,10 @@ class Operation(Protocol):
 
     @property
     def key_inputs(self) -> tuple[str, ...]:
-        """The arrays of which a key chunk stages its rows, [m, D] each, shared by the heads of a group."""
+        """The arrays of which a key chunk stages its rows, [m, D] each, for all heads."""
 
     def tiles(self, head_group: int, block: Block, key_rows: Mapping[int, range], rows: range, size: int) -> Iterator[Tile]:
-        """Cut what rows `rows` of a block's query chunk compute into tiles of at most `size` keys.
+        """Cut the pairs of rows `rows` of a block into tiles of at most `size` keys.
 
         `key_rows` says where the keys of each chunk were staged.
         """
@@ -56,4 +56,4 @@ class Operation(Protocol):
         """Turn a state whose pairs are complete into results."""
 
     def expected(self, head_group: int, rows: range) -> Expected:
-        """What the ledger of complete rows, given by their tokens, must say."""
+        """The ledger that complete rows, given by their tokens, must have."""

@@ -1,4 +1,4 @@
-"""The forward pass: out = softmax(scores) @ v of each row over the keys that its mask names, and the log-sum-exp."""
+"""The forward pass: out = softmax(scores) @ v and the log-sum-exp of each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from oocattn.problem.mask import Mask
 
 
 class Forward:
-    """Attention by the plan's kernel: q by query chunk, k and v by key chunk, to a state by query chunk."""
+    """Attention by the plan's kernel. Implements Operation.
+
+    It takes q by query chunk, k and v by key chunk, and adds to a state by query chunk.
+    """
 
     query_inputs: tuple[str, ...] = ("q",)
     key_inputs: tuple[str, ...] = ("k", "v")
@@ -27,7 +30,7 @@ class Forward:
         self._kernel = get_kernel(plan.kernel)
 
     def mask(self, head_group: int) -> Mask:
-        """Which keys the rows of a head group attend."""
+        """The mask of a head group."""
         return self._mask.entry(self._plan.problem.head_group(head_group).batch)
 
     def tiles(self, head_group: int, block: Block, key_rows: Mapping[int, range], rows: range, size: int) -> Iterator[Tile]:

@@ -1,4 +1,4 @@
-"""The tiles of a plan by their shapes: a sample of each, for what has to be prepared for every shape."""
+"""The shapes of a plan's tiles, with a sample of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ for a few with the last chunk, which may be shorter."""
 
 
 class Shape(NamedTuple):
-    """Of a tile: query rows of the piece, those of them that attend any key, and keys; of each head."""
+    """The shape of a tile: rows of the piece, rows that attend any key, keys."""
 
     piece_rows: int
     rows: int
@@ -42,7 +42,7 @@ def sample_tiles(plan: Plan, operation: Operation) -> dict[Shape, Tile]:
 
 
 def staged_keys(plan: Plan, subproblem: Subproblem) -> dict[int, range]:
-    """The rows of each key chunk where all keys of a subproblem are staged in one piece."""
+    """The staged rows of each key chunk, where all keys are staged in one piece."""
     rows, total = {}, 0
     for chunk in subproblem.key_chunks:
         count = len(plan.tokens(chunk))

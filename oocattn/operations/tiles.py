@@ -1,4 +1,4 @@
-"""How a lane works through one query chunk of a subproblem: which keys pass by a query piece, and what they are to its rows.
+"""The tiles of one query chunk of a subproblem: the keys that pass by a query piece.
 
 Pure integers. On a CPU a piece is a whole chunk and a tile all keys of a kind; on a GPU both are what fits the device. With
 pieces of 2 rows and tiles of 1 key, the second piece of a causal chunk of 4, which owns its diagonal, has these tiles (rows
@@ -21,7 +21,7 @@ from oocattn.problem.mask import Cover, Mask
 
 @dataclass(frozen=True)
 class Tile:
-    """Staged keys that pass by a query piece, and those of its rows that attend any of them: one kernel call.
+    """Staged keys, and the rows of a query piece that attend any: one kernel call.
 
     `rows` are counted within the piece, `keys` within what was staged; the tokens are the problem's. Where the rows attend
     different keys, these are one run of tokens.
@@ -104,7 +104,10 @@ def pieces(rows: range, size: int) -> Iterator[range]:
 
 
 def join_runs(runs: Iterable[StagedKeys]) -> list[StagedKeys]:
-    """Join ascending runs where one is staged at the end of the one before: [0-2), [2-5), [7-9) -> [0-5), [7-9)."""
+    """Join ascending runs that are staged side by side.
+
+    [0-2), [2-5), [7-9) become [0-5), [7-9).
+    """
     joined: list[StagedKeys] = []
     for run in runs:
         if joined and joined[-1].rows.stop == run.rows.start:

@@ -1,4 +1,6 @@
-"""Which keys does a query row attend: the one answer, from which everything else about a mask follows by arithmetic.
+"""The mask: which keys a query row attends.
+
+This is the one answer, from which everything else about a mask follows by arithmetic.
 
 Rows and keys are counted over the whole problem, from 0. A row attends two ranges of keys at most, [a, b) and [c, d) with
 b <= c. Each of the four bounds is a `Ramp` of the row: it rises by one key a row between two limits. So a rectangle of
@@ -30,7 +32,7 @@ Int64s = npt.NDArray[np.int64]
 
 
 class Cover(Enum):
-    """How much of a rectangle of rows and keys a mask covers."""
+    """The share of a rectangle of rows and keys that a mask covers."""
 
     DEAD = "dead"
     PARTIAL = "partial"
@@ -39,7 +41,7 @@ class Cover(Enum):
 
 @dataclass(frozen=True)
 class Ramp:
-    """A bound that rises with the row: row + offset, but at least `least` and at most `most`."""
+    """A bound that rises with the row: row + offset, between `least` and `most`."""
 
     offset: int
     least: int
@@ -86,7 +88,10 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Mask(ABC):
-    """Which of `keys` keys each of `queries` rows attends. Everything is for one batch entry: see `entry`."""
+    """The keys, of `keys`, that each of `queries` rows attends.
+
+    Everything is for one batch entry: see `entry`.
+    """
 
     queries: int
     keys: int
@@ -94,11 +99,14 @@ class Mask(ABC):
     @property
     @abstractmethod
     def ramps(self) -> tuple[Ramp, Ramp, Ramp, Ramp]:
-        """The bounds a <= b <= c <= d of a row's two ranges, each between 0 and the number of keys."""
+        """The bounds a <= b <= c <= d of a row's two ranges, 0 to the number of keys."""
 
     @property
     def triangular(self) -> bool:
-        """Whether equal chunks attend the chunks before them, none after them, and of themselves the lower triangle."""
+        """Whether rows attend the keys up to their own.
+
+        Equal chunks then attend the chunks before them, none after them, and of themselves the lower triangle.
+        """
         return False
 
     @abstractmethod
@@ -106,7 +114,10 @@ class Mask(ABC):
         """The mask in a word or two."""
 
     def entry(self, batch: int) -> Mask:
-        """The mask of one batch entry; that of the problem attends what any of its entries does."""
+        """The mask of one batch entry.
+
+        The mask of the problem attends what any of its entries does.
+        """
         return self
 
     def key_ranges(self, row: int) -> tuple[range, range]:
@@ -115,7 +126,7 @@ class Mask(ABC):
         return range(a, b), range(c, d)
 
     def counts(self, rows: range, keys: range | None = None) -> Int64s:
-        """How many of `keys` (default: all) each row attends: int64 [n]."""
+        """The number of `keys` (default: all) that each row attends: int64 [n]."""
         a, b, c, d = (ramp.values(rows) for ramp in self._ramps(keys))
         return np.broadcast_to((b - a) + (d - c), len(rows))
 
@@ -131,12 +142,12 @@ class Mask(ABC):
         return (b - a) + (d - c) if rows else 0
 
     def pairs_before(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Pairs of all rows before each of `rows`, over all keys, to the accuracy of float64: [m]."""
+        """Pairs of all rows before each of `rows`, to the accuracy of float64: [m]."""
         a, b, c, d = (ramp.before(rows) for ramp in self.ramps)
         return (b - a) + (d - c)
 
     def cover(self, rows: range, keys: range) -> Cover:
-        """Whether `rows` attend all, some or none of `keys`; a rectangle without pairs is dead."""
+        """Whether `rows` attend all, some or none of `keys`."""
         pairs = self.pairs(rows, keys)
         if not pairs:
             return Cover.DEAD
@@ -153,9 +164,10 @@ class Mask(ABC):
         return range(min(span.start for span in spans), max(span.stop for span in spans)) if spans else rows[:0]
 
     def split(self, rows: range, keys: range) -> Iterator[tuple[range, Cover]]:
-        """Cut `keys` where they begin or cease to be attended by all, or by any, of `rows`; what is dead is left out.
+        """Cut `keys` into parts that `rows` attend in full or in part.
 
-        The last key that all rows attend counts to the ones after it: a causal part begins with its first row's own key.
+        Dead parts are left out. The last key that all rows attend counts to the ones after it: so a causal part begins with
+        the own key of its first row.
         """
         if not rows:
             return
@@ -194,7 +206,10 @@ class Full(Mask):
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Row i attends the keys up to i; where keys and queries differ in number, so that the last row attends all."""
+    """Every row attends the keys up to its own position.
+
+    Where keys and queries differ in number, the last row attends all: row i stands at i + keys - queries.
+    """
 
     @property
     def ramps(self) -> tuple[Ramp, Ramp, Ramp, Ramp]:
@@ -224,7 +239,10 @@ def _clip(value: Any, least: Any, most: Any) -> Any:
 
 
 def _index_sums(start: Int64s, stop: Int64s) -> Int64s:
-    """Sums of the whole numbers [start, stop) modulo 2^64: half the product of two numbers, one of which is even."""
+    """Sums of the whole numbers [start, stop) modulo 2^64.
+
+    Each is half the product of two numbers, one of which is even.
+    """
     count, ends = stop - start, start + stop - 1
     odd = count % 2
     return cast(Int64s, np.where(odd, count, count // 2) * np.where(odd, ends // 2, ends))

@@ -1,4 +1,4 @@
-"""What is asked: shapes, heads, mask, scale and dtypes of one attention problem, and the checks on all of them.
+"""One attention problem: shapes, heads, mask, scale and dtypes, and their checks.
 
 Nothing here reads data: a `Problem` is made from the shapes and dtypes of the arrays alone, and everything that can be
 wrong about them is refused here, by name, before a byte is read or written.
@@ -99,16 +99,19 @@ class Problem:
 
     @property
     def mask(self) -> Mask:
-        """Which keys each row attends."""
+        """The mask: which keys each row attends."""
         return make_mask(self.tokens, self.tokens, causal=self.causal)
 
     @property
     def scores(self) -> Scores:
-        """What becomes of q . k before the softmax."""
+        """The terms of a score."""
         return Scores(self.scale)
 
     def state_bytes(self, rows: int) -> int:
-        """Bytes of the state of `rows` rows of one head group: num, den and max in float32, the ledger in two int64."""
+        """Bytes of the state of `rows` rows of one head group.
+
+        These are num, den and max in float32, and the ledger in two int64.
+        """
         return self.group_size * rows * (self.head_dim + 2) * 4 + rows * 16
 
     def __str__(self) -> str:

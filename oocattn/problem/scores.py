@@ -1,4 +1,4 @@
-"""What becomes of q . k before the softmax: today a factor."""
+"""The terms of a score, between q . k and the softmax: today a factor."""
 
 from __future__ import annotations
 

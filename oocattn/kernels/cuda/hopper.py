@@ -1,4 +1,4 @@
-"""The project's own kernel for Hopper GPUs (compute capability 9.0): attention that continues the float32 state.
+"""The project's own kernel for Hopper GPUs: it continues the float32 state.
 
 Unlike a library's call it rounds and divides nothing in between, needs no second pass to merge, and begins a new
 accumulation every 16K keys at most, so that it is exact over any number of keys. How it works is in cuda/hopper.cu.
@@ -43,8 +43,10 @@ class HopperKernel:
         scores: Scores,
         intervals: Intervals | None,
     ) -> None:
-        """See `Kernel.attend`. One launch where each row attends one interval and both ends rise by one key a row; the plain
-        kernel takes other calls, and its scratch.
+        """See `Kernel.attend`.
+
+        It is one launch where each row attends one interval and both ends rise by one key a row; the plain kernel takes
+        other calls, and its scratch.
 
         Tensors with an address or strides that are no multiples of 16 bytes are copied before it. Raises ValueError also
         for calls that it cannot count in 32 bits.
@@ -72,7 +74,7 @@ class HopperKernel:
     @staticmethod
     @cache
     def _refusal(device: torch.device, dtype: str, head_dim: int) -> str:
-        """Why it does not compile or load here, in one line; "" if it does."""
+        """The reason why it does not compile or load here; "" if it does."""
         rows = torch.zeros(1, head_dim, dtype=getattr(torch, dtype), device=device)
         try:
             state = AttentionState.empty(1, 1, head_dim, device)
@@ -87,13 +89,13 @@ class HopperKernel:
 
 
 def _operands_reason(dtype: str, head_dim: int) -> str:
-    """Why the kernel cannot read rows of `dtype` and D = head_dim; "" if it can."""
+    """The reason why rows of `dtype` and D = head_dim cannot be read; "" if they can."""
     fits = head_dim % 8 == 0 and head_dim <= _MOST_HEAD_DIM
     return unsupported_dtype(dtype, _DTYPES) or ("" if fits else f"D must be a multiple of 8, {_MOST_HEAD_DIM} at most")
 
 
 def _check_limits(query: torch.Tensor, state: AttentionState) -> None:
-    """Raise ValueError for operands that the kernel would misread: those that `unsupported_reason` names, and odd states."""
+    """Raise ValueError for operands that the kernel would misread, and odd states."""
     head_dim = query.shape[-1]
     if _operands_reason(str(query.dtype).removeprefix("torch."), head_dim):
         raise ValueError(f"{query.dtype} with D = {head_dim}: expected {' or '.join(_DTYPES)}, D a multiple of 8 up to 128")

@@ -1,4 +1,4 @@
-"""Attention by our own kernel on Hopper GPUs (hopper.cu): its launches, and how it is cut into items.
+"""Launches of our own kernel on Hopper GPUs (hopper.cu), cut into items.
 
 Imported only where `cuda.bindings` is installed. Everything is launched on torch's current stream of the tensors' device,
 and nothing waits.
@@ -47,7 +47,7 @@ _PANEL = 64
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the program is cut for one head dimension."""
+    """The cut of the program for one head dimension."""
 
     consumers: int
     stages: int
@@ -111,7 +111,10 @@ def attend(
 
 @lru_cache(4096)
 def choose_span(group_size: int, rows: int, keys: int, band: Band, tile: int) -> int:
-    """Keys of a span, 16K at most: where there are few items, with which they fill the multiprocessors best."""
+    """Keys of a span, 16K at most.
+
+    Where there are few items, it is the span with which they fill the multiprocessors best.
+    """
     fewest, tiles = -(-keys // MOST_SPAN), group_size * -(-rows // tile)
     times: dict[int, int] = {}
     for spans in range(fewest, fewest + _CHOICES):
@@ -169,7 +172,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _tensor_map(tensor: torch.Tensor, rows: int) -> ctypes.Array[ctypes.c_char]:
-    """How TMA reads boxes of `rows` rows and 64 columns of [h, n, D]; zeros beyond its ends."""
+    """The map by which TMA reads boxes of `rows` rows and 64 columns of [h, n, D]."""
     heads, count, head_dim = tensor.shape
     head_stride, row_stride = row_strides(tensor)
     return _encode(

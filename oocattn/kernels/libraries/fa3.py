@@ -38,7 +38,7 @@ class Fa3Kernel(LibraryKernel):
     @staticmethod
     @cache
     def _refusal(device: torch.device, dtype: str, head_dim: int) -> str:
-        """What the library says to a tiny call, "" if nothing."""
+        """The refusal of a tiny call, in the library's words; "" if there is none."""
         rows = torch.zeros(64, head_dim, dtype=getattr(torch, dtype), device=device)
         try:
             Fa3Kernel()._call(rows.unsqueeze(0), rows, rows, 1.0, False)

@@ -1,4 +1,4 @@
-"""What the kernels around a library's attention call share: tiles no larger than is exact, and folding the results."""
+"""The base of kernels around a library's attention call: exact tiles, folding."""
 
 from __future__ import annotations
 

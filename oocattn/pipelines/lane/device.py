@@ -1,42 +1,38 @@
-"""What a lane asks of its device. A new kind of device is one new module and one line in `_DEVICES`."""
+"""What a lane asks of its device. A new kind of device is one new module and one line in `DEVICES` of `lane`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from importlib import import_module
 from typing import Protocol
 
 import torch
 
 from oocattn.kernels import AttentionState
-from oocattn.operations import Operation
 from oocattn.pipelines.lane.finisher import Finisher
-from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended
-from oocattn.planning.plan import Plan
-
-_DEVICES = {
-    "cpu": ("oocattn.pipelines.lane.cpu", "CpuDevice"),
-    "cuda": ("oocattn.pipelines.lane.cuda", "CudaDevice"),
-}
-"""Module and class by the kind of device. The class takes the name of the device, a plan, its operation and the health."""
 
 
 class Device(Protocol):
-    """A device with its memory and threads. It reports each piece of its work to the lane's health.
+    """A device with its memory and threads. It reports each piece of its work to the lane's health."""
 
-    `readers` threads read chunks for it. Host memory is allocated in the one thread of `allocator`, and subproblems are
-    launched in the one thread of `launcher`. torch uses `cores` in threads of the lane that compute (None: as many as the
-    process does).
-    """
+    @property
+    def readers(self) -> int:
+        """Threads that read chunks for it."""
 
-    readers: int
-    allocator: Executor
-    launcher: Executor
-    cores: int | None
+    @property
+    def cores(self) -> int | None:
+        """Cores that torch uses in each thread of the lane that computes; None: as many as the process does."""
+
+    @property
+    def allocator(self) -> Executor:
+        """The one thread in which host memory is allocated."""
+
+    @property
+    def launcher(self) -> Executor:
+        """The one thread in which subproblems are launched."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Bytes of host memory, as uint8 [nbytes] or more, that the device can work with."""
@@ -55,10 +51,3 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Give all memory and threads back; nothing runs on the device any more."""
-
-
-def make_device(name: str, plan: Plan, operation: Operation, health: Health) -> Device:
-    """The device of that name ("cpu", "cuda:1"), with the memory that a plan counts on it."""
-    module, class_name = _DEVICES[name.partition(":")[0]]
-    device: Device = getattr(import_module(module), class_name)(name, plan, operation, health)
-    return device

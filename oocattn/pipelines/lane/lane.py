@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from oocattn.errors import ProblemError
-from oocattn.operations import make_operation
+from oocattn.operations import Operation, make_operation
 from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane.checkpoints import Checkpoints
-from oocattn.pipelines.lane.device import make_device
+from oocattn.pipelines.lane.cpu import CpuDevice
+from oocattn.pipelines.lane.cuda import CudaDevice
+from oocattn.pipelines.lane.device import Device
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.memory import HostMemory, States
@@ -40,6 +43,9 @@ from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.results.arrays import ResultArrays
+
+DEVICES: Mapping[str, Callable[[str, Plan, Operation, Health], Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
+"""The devices by their kind, which a name like "cuda:1" begins with. A new kind is one new module and one line here."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +75,25 @@ class Lane:
                 )
         self.plan = plan = job.plan
         self.result = job.result
-        operation = make_operation(plan)
-        with ExitStack() as parts:  # what was made is closed where the rest cannot be
-            self._health = health = parts.enter_context(closing(Health()))
-            self.device = device = parts.enter_context(closing(make_device(device_name, plan, operation, health)))
-            self.memory = memory = parts.enter_context(closing(HostMemory(plan, device.allocate)))
+        operation, make_device = make_operation(plan), DEVICES[device_name.partition(":")[0]]
+        with ExitStack() as parts:  # closes what was made, the last first, where the rest cannot be made
+            self._health = health = _owned(parts, Health())
+            self.device = device = _owned(parts, make_device(device_name, plan, operation, health))
+            self.memory = memory = _owned(parts, HostMemory(plan, device.allocate))
             memory.begin(device.allocator)
             files = PartialFiles(job.scratch, job.journal.run, job.journal.claim, health.step)
-            self.partials = parts.enter_context(closing(make_partials(plan, files, memory.states, device.merge)))
-            finisher = Finisher(
-                plan, operation, self.partials, job.result, job.journal, memory.out_blocks, device.finalise, device.cores
-            )
-            self.finisher = parts.enter_context(closing(finisher))
-            stager = Stager(plan, operation, job.dataset, memory.slots, device.readers, health.step)
-            self._stager = parts.enter_context(closing(stager))
-            checkpoints = Checkpoints(self.partials, plan.checkpoint_seconds if plan.saves else 0.0, health.fail)
-            self._checkpoints = parts.enter_context(closing(checkpoints))
+            self.partials = partials = _owned(parts, make_partials(plan, files, memory.states, device.merge))
+            blocks, finalise, cores = memory.out_blocks, device.finalise, device.cores
+            finisher = Finisher(plan, operation, partials, job.result, job.journal, blocks, finalise, cores)
+            self.finisher = _owned(parts, finisher)
+            self._stager = _owned(parts, Stager(plan, operation, job.dataset, memory.slots, device.readers, health.step))
+            seconds = plan.checkpoint_seconds if plan.saves else 0.0
+            self._checkpoints = _owned(parts, Checkpoints(partials, seconds, health.fail))
+            self._attend_turns = Turns("attend", len(memory.slots))
+            self._next_turn = 0
+            self._launched: dict[int, Callable[[], Attended]] = {}
+            self._checkpoints.begin()
             self._parts = parts.pop_all()
-        self._attend_turns = Turns("attend", len(memory.slots))
-        self._next_turn = 0
-        self._launched: dict[int, Callable[[], Attended]] = {}
-        self._checkpoints.begin()
 
     @property
     def stepped(self) -> float:
@@ -150,3 +154,16 @@ def make_partials(plan: Plan, files: PartialFiles, states: Mapping[str, States],
     if plan.partials == "memory":
         return MemoryPartials(plan, files, states["accumulators"])
     return DiskPartials(plan, files, states["accumulators"], states["buffers"], states["blocks"], merge_states)
+
+
+class _Part(Protocol):
+    def close(self) -> None: ...
+
+
+P = TypeVar("P", bound=_Part)
+
+
+def _owned(parts: ExitStack, part: P) -> P:
+    """The part, which is closed with the other parts."""
+    parts.callback(part.close)
+    return part

@@ -40,7 +40,7 @@ def test_pieces_are_aligned_and_do_not_overlap(pieces: list[tuple[list[int], tor
 
 
 @given(PIECES, st.integers(1, 100))
-def test_what_is_not_there_is_refused(pieces: list[tuple[list[int], torch.dtype]], too_much: int) -> None:
+def test_an_arena_refuses_more_than_it_has(pieces: list[tuple[list[int], torch.dtype]], too_much: int) -> None:
     arena = Arena(torch.empty(bytes_of(pieces), dtype=torch.uint8))
     for shape, dtype in pieces:
         arena.take(shape, dtype)

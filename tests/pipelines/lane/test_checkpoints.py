@@ -79,7 +79,7 @@ def folded(folder: Path) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_what_was_saved_goes_on_to_the_same_bits(tmp_path: Path, count: int) -> None:
+def test_a_saved_accumulator_is_continued_to_the_same_bits(tmp_path: Path, count: int) -> None:
     plan = plan_of()
     everyone = plan.division.contributors(CHUNK)
     whole, killed = store_of(plan, tmp_path), store_of(plan, tmp_path)
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_named_and_removed(tmp_path: Path, spoil: str) -
         assert resumed._accumulators._free.take()
 
 
-def test_nothing_is_folded_into_what_is_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_folded_into_an_accumulator_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of()
     store = store_of(plan, tmp_path)
     fold(store, plan, 0)
@@ -162,7 +162,7 @@ def test_nothing_is_folded_into_what_is_being_saved(tmp_path: Path, monkeypatch:
     assert folded(tmp_path) == [plan.division.contributors(CHUNK)[:1]]
 
 
-def test_what_is_being_folded_is_waited_for_or_left_out(tmp_path: Path) -> None:
+def test_a_save_waits_for_partials_in_flight_or_leaves_them_out(tmp_path: Path) -> None:
     plan = plan_of()
     store = store_of(plan, tmp_path)
     fold(store, plan, 0)
@@ -227,7 +227,7 @@ def in_the_middle(look: Callable[[Event], None], count: int = 9) -> Callable[[Ev
     return listen
 
 
-def test_checkpoints_are_made_at_the_interval_and_told(client: Client, dataset: Path, result: Path) -> None:
+def test_checkpoints_are_made_at_the_interval_and_reported(client: Client, dataset: Path, result: Path) -> None:
     plan = replanned(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
     right = carry_out(plan_for(dataset, chunks=31, causal=True), dataset, result.with_name("right.zarr"), client)
     recorder, most = Recorder([]), [0]

@@ -153,7 +153,7 @@ def test_closing_a_lane_frees_its_memory_though_the_lane_is_held(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_lane_that_cannot_be_made_frees_what_it_has_allocated(
+def test_a_lane_that_cannot_be_made_frees_its_memory(
     fast_path: Path, allocations: Allocations, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     def refuse(self: Stager, *_: object) -> None:
@@ -170,7 +170,7 @@ def test_a_lane_that_cannot_be_made_frees_what_it_has_allocated(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_memory_that_cannot_be_allocated_is_told_to_who_needs_it_and_the_rest_is_freed(
+def test_a_failed_allocation_is_raised_where_memory_is_missing_and_the_rest_is_freed(
     fast_path: Path, allocations: Allocations, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     def refuse(*_: object) -> None:

@@ -349,7 +349,7 @@ def test_out_of_memory_goes_on_with_smaller_tiles(
     assert result.report.pairs == half_plan.problem.pairs
 
 
-def test_no_memory_at_all_is_said(
+def test_no_room_for_the_smallest_tile_is_a_budget_error(
     client: Client, datasets: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = datasets(20_011, heads=2, kv_heads=1, head_dim=64, dtype="float16")
@@ -386,11 +386,11 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
     assert_verified(result, "float16")
 
 
-# What a run tells
+# Events
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_every_resource_is_told_of_and_compute_is_one_thing_at_a_time(
+def test_events_span_every_resource_and_compute_spans_do_not_overlap(
     client: Client, half: Path, half_plan: Plan, tmp_path: Path, partials: str
 ) -> None:
     recorder = Recorder([])

@@ -79,7 +79,7 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, m
 
 
 @pytest.mark.parametrize("awaited", [False, True])
-def test_what_a_save_waits_for_comes_back_before_more_is_begun(fast_path: Path, awaited: bool) -> None:
+def test_partials_that_a_save_waits_for_come_back_before_more_are_begun(fast_path: Path, awaited: bool) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
     lane = lane_of(fast_path, pretend.gpu_plan(dataset, (6, 4), "memory", chunks=3))
     on_their_way: list[int] = []
@@ -143,7 +143,7 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, pa
     ids=str,
 )
 @pytest.mark.parametrize("tiles", [(1, 1), (129, 128), (20_000, 9000)])
-def test_what_a_lane_takes_is_what_was_planned(
+def test_a_gpu_lane_allocates_exactly_what_was_planned(
     fast_path: Path, monkeypatch: pytest.MonkeyPatch, partials: str, problem: dict, tiles: tuple[int, int]
 ) -> None:
     """Memory of exactly the planned size is enough for all that is taken of it, and not much is left."""
@@ -174,7 +174,7 @@ def test_what_a_lane_takes_is_what_was_planned(
 
 
 @pytest.mark.parametrize("heard", [(0, 1), (1, 0)], ids=str)
-def test_every_task_tells_the_error_that_stopped_the_lane(
+def test_every_task_raises_the_error_that_stopped_the_lane(
     fast_path: Path, monkeypatch: pytest.MonkeyPatch, heard: tuple[int, int]
 ) -> None:
     """Two tasks attend on a lane at a time, and either may be heard first: so both must name what went wrong."""
@@ -192,7 +192,7 @@ def test_every_task_tells_the_error_that_stopped_the_lane(
             made.attend(turn)
 
 
-def test_so_does_a_task_that_waits_when_it_happens(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiting_task_raises_the_error_that_stops_the_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second subproblem is enqueued as soon as a partial of the first is on disk; instead, the disk is full."""
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
     made = lane_of(fast_path, pretend.gpu_plan(dataset, (6, 4), "disk", chunks=3))

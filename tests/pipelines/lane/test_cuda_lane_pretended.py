@@ -87,7 +87,7 @@ def test_any_tiles_and_partials_are_attention(
 
 
 @pytest.mark.parametrize("options", [{"chunks": 7}, {"chunks": 3, "causal": True}, {"chunks": 4, "decomposition": "strips"}])
-def test_every_call_was_foreseen(
+def test_sampled_tiles_have_the_shapes_of_every_kernel_call(
     client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(331))
@@ -169,7 +169,9 @@ def test_out_of_memory_goes_on_with_smaller_tiles(
     assert f"out of memory {result.report.out_of_memory} times" in str(result.report)
 
 
-def test_no_memory_at_all_is_said(client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_the_smallest_tile_is_a_budget_error(
+    client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301))
     cramp(monkeypatch, 0)
     with pytest.raises(BudgetError, match="no memory left even for tiles of 1 queries: free some, or lower --device-memory"):
@@ -198,13 +200,11 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
     assert [record.args[1] for record in caplog.records if "out of memory" in record.msg] == [32, 16]
 
 
-# What a run tells
+# Events
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_every_resource_is_told_of_and_compute_is_one_thing_at_a_time(
-    client: Client, fast_path: Path, partials: str
-) -> None:
+def test_events_span_every_resource_and_compute_spans_do_not_overlap(client: Client, fast_path: Path, partials: str) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301, heads=4, kv_heads=2))
     recorder = Recorder([])
     made = pretend.gpu_plan(dataset, (40, 20), partials, causal=True, chunks=7)

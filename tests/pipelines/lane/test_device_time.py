@@ -57,7 +57,7 @@ def test_joining_keeps_when_each_resource_was_busy_but_for_small_gaps(given_span
 
 
 @given(spans, st.randoms(use_true_random=False))
-def test_joining_again_or_in_another_order_changes_nothing(given_spans: list[Span], chance: Random) -> None:
+def test_joining_spans_again_or_in_another_order_changes_nothing(given_spans: list[Span], chance: Random) -> None:
     found = join_spans(given_spans)
     assert join_spans(found) == found
     shuffled = list(given_spans)
@@ -65,7 +65,7 @@ def test_joining_again_or_in_another_order_changes_nothing(given_spans: list[Spa
     assert set(join_spans(shuffled)) == set(found)
 
 
-def test_a_clock_tells_the_seconds_of_the_host_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_clock_gives_seconds_of_the_host_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's times are float32 milliseconds after another event: those of an early one would be coarse."""
     asked = []
 

@@ -74,7 +74,7 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, pa
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_what_was_done_is_not_done_again(fast_path: Path) -> None:
+def test_a_turn_is_staged_and_attended_only_once(fast_path: Path) -> None:
     """Dask would, for a task on this lane whose result is needed again where another worker died."""
     arrays = normal_arrays(75, heads=2, kv_heads=1, head_dim=8)
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
@@ -92,7 +92,7 @@ def test_what_was_done_is_not_done_again(fast_path: Path) -> None:
     assert relative_error(lane.result.out[...], attention64(*arrays, False, plan.problem.scale)[0]) < 2e-6
 
 
-def test_every_task_tells_the_error_that_stopped_the_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_task_raises_the_error_that_stopped_the_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tasks attend on a lane at a time, and either may be heard first: so both must name what went wrong."""
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
     lane = lane_of(fast_path, plan_for(dataset, chunks=7, partials="disk"))
@@ -203,13 +203,13 @@ def test_a_worker_that_does_not_see_the_folders_of_the_run_is_refused(fast_path:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @given(places=st.sets(st.integers(0, 599_999), max_size=20))
-def test_not_finite_elements_are_counted(dtype: torch.dtype, places: set[int]) -> None:
+def test_elements_that_are_nan_or_inf_are_counted(dtype: torch.dtype, places: set[int]) -> None:
     tensor = torch.ones(600_000, dtype=dtype)
     for number, place in enumerate(places):
         tensor[place] = (float("nan"), float("inf"), -float("inf"))[number % 3]
     assert count_not_finite(as_numpy(tensor.view(3, 200, 1000))) == len(places)
 
 
-def test_large_finite_elements_are_not_counted() -> None:
+def test_large_finite_elements_are_not_counted_as_inf() -> None:
     assert count_not_finite(np.full(1000, 6e4, np.float16)) == 0
     assert count_not_finite(np.full(1000, 3e38, np.float32)) == 0
