@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch  # noqa: F401 - before Zarr, which imports CuPy where there is one: torch's import then wakes all of it
 
@@ -16,7 +16,9 @@ from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
+from oocattn.kernels import kernel_names
 from oocattn.kernels.registry import kernel_names
+from oocattn.pipelines.engines import DASHBOARD, ENGINES, INLINE, check_engine
 from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.pipelines.record import find_unfinished
 from oocattn.pipelines.resuming import Choices, check_asked, check_chosen, open_dataset
@@ -71,6 +73,7 @@ PLAN_OPTIONS = {
 
 RUN_OPTIONS = {
     "time_limit": arguments.duration,
+    "engine": arguments.choice(*ENGINES),
     "dashboard_address": arguments.text,
     "callbacks": arguments.functions,
 }
@@ -157,15 +160,17 @@ def attention(
     kernel: str | None = None,
     checkpoint_interval: Duration | None = None,
     time_limit: Duration | None = None,
+    engine: str = "dask",
     client: Client | None = None,
-    dashboard_address: str = "127.0.0.1:0",
+    dashboard_address: str = DASHBOARD,
     callbacks: Sequence[Callback] = (),
     overwrite: bool = False,
 ) -> Result:
     """Run exact attention over `dataset` and write `out` and `lse` as the Zarr group `result`, a local path.
 
     The options up to `checkpoint_interval` are those of `plan`. A run that would take longer than `time_limit`, in seconds
-    or like "8h" from this call, ends before that with all it has done on disk. The run uses the workers of `client`,
+    or like "8h" from this call, ends before that with all it has done on disk. `engine` is "dask", or "inline": threads of
+    this process without a scheduler, for small calls, notebooks and tests. With Dask the run uses the workers of `client`,
     a connected `distributed.Client` that is not asynchronous, or a cluster of its own in this process with its dashboard at
     `dashboard_address`. All workers of a client must have the same software and see the same dataset and result; for the
     first one it waits 60 seconds. `callbacks` are called with every `Event`. A finished result of the same problem and
@@ -185,7 +190,7 @@ def attention(
     has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
     until = _end(time_limit)
-    _check_client(client)
+    check_engine(engine, client, dashboard_address)
     paths = ResultPaths.at(result)
     opened = Dataset.open(dataset)
     # Bad input is refused before a cluster starts.
@@ -203,7 +208,7 @@ def attention(
     def decide(lanes: int) -> Plan:
         return begun.plan if begun is not None else _plan_for(opened, problem, choices, lanes, paths.state)
 
-    with _planned_cluster(client, dashboard_address, problem, kernel, decide, until) as (running, chosen):
+    with _planned_cluster(engine, client, dashboard_address, problem, kernel, decide, until) as (running, chosen):
         return run_plan(chosen, opened, paths, running, callbacks=callbacks, overwrite=overwrite, until=until)
 
 
@@ -215,8 +220,9 @@ def resume(
     accept_other_bits: bool = False,
     check_finished: bool = False,
     time_limit: Duration | None = None,
+    engine: str = "dask",
     client: Client | None = None,
-    dashboard_address: str = "127.0.0.1:0",
+    dashboard_address: str = DASHBOARD,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Go on with the unfinished run to `result`, with the plan and the dataset that it was begun with.
@@ -229,7 +235,7 @@ def resume(
     what `attention` raises.
     """
     until = _end(time_limit)
-    _check_client(client)
+    check_engine(engine, client, dashboard_address)
     paths, named = ResultPaths.at(result), None if dataset is None else parse_location(dataset)
     begun = find_unfinished(paths)
     if begun is None:
@@ -238,7 +244,10 @@ def resume(
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
     plan, opened = begun.plan, open_dataset(begun, named)
     resuming = Resuming(accept_other_bits, check_finished)
-    with _planned_cluster(client, dashboard_address, plan.problem, plan.kernel, lambda _: plan, until) as (running, _):
+    with _planned_cluster(engine, client, dashboard_address, plan.problem, plan.kernel, lambda _: plan, until) as (
+        running,
+        _,
+    ):
         return resume_run(begun, opened, paths, running, callbacks, until, resuming)
 
 
@@ -252,23 +261,17 @@ def _check_time(until: float) -> None:
         raise TimeLimitError("time limit reached while it waited for a first worker: nothing was begun")
 
 
-def _check_client(client: Client | None) -> None:
-    if client is not None:
-        from oocattn.pipelines.engines.dask.connecting import check_client
-
-        check_client(client)
-
-
 @contextmanager
 def _planned_cluster(
+    engine: str,
     client: Client | None,
     dashboard_address: str,
     problem: Problem,
     kernel: str | None,
     decide: Callable[[int], Plan],
     until: float,
-) -> Iterator[tuple[Client, Plan]]:
-    """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
+) -> Iterator[tuple[Client | Literal["inline"], Plan]]:
+    """The client, or one of a new cluster, or "inline", and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
         refuse_lost_client(client)
     refuse_lost_threads()
@@ -282,15 +285,16 @@ def _planned_cluster(
         return
     with ThreadPoolExecutor(1) as beside:
         warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
-        from oocattn.pipelines.engines.dask.local_cluster import local_client
-
+        if engine == "dask":
+            from oocattn.pipelines.engines.dask.local_cluster import local_client
         warm.result()
         lanes = count_lanes(kernel)
         chosen = decide(lanes)
         rehearsed = beside.submit(rehearse, chosen)
-        with local_client(dashboard_address, min(chosen.lanes, lanes)) as own:  # the plan may be of another machine
+        count = min(chosen.lanes, lanes)  # the plan may be of another machine
+        with local_client(dashboard_address, count) if engine == "dask" else nullcontext(INLINE) as running:
             rehearsed.result()
-            yield own, chosen
+            yield running, chosen
 
 
 @checked(

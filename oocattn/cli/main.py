@@ -15,7 +15,8 @@ import oocattn
 from oocattn import clock
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
-from oocattn.errors import OocattnError, TimeLimitError
+from oocattn.errors import OocattnError, ProblemError, TimeLimitError
+from oocattn.pipelines.engines import INLINE
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.storage.files.operations import words_of
@@ -160,12 +161,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     plan_printer = _PlanPrinter()
-    with _client(options.scheduler, options.time_limit) as client:
+    with _client(options) as client:
         result = oocattn.attention(
             options.dataset,
             options.result,
             **_plan_options(options),
             time_limit=_time_left(options.time_limit),
+            engine=options.engine,
             client=client,
             dashboard_address=options.dashboard,
             callbacks=_listeners(options, plan_printer),
@@ -176,13 +178,14 @@ def _run(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     plan_printer = _PlanPrinter()
-    with _client(options.scheduler, options.time_limit) as client:
+    with _client(options) as client:
         result = oocattn.resume(
             options.result,
             dataset=options.dataset,
             accept_other_bits=options.accept_other_bits,
             check_finished=options.check_finished,
             time_limit=_time_left(options.time_limit),
+            engine=options.engine,
             client=client,
             dashboard_address=options.dashboard,
             callbacks=_listeners(options, plan_printer),
@@ -219,14 +222,16 @@ def _print_end(result: oocattn.Result, plan_printer: _PlanPrinter, timeline: str
     return FAILED if failed else DONE
 
 
-def _client(scheduler: str | None, limit: float | None) -> AbstractContextManager[Client | None]:
-    """Of the scheduler at that address, which must answer within a time limit; None where none is given."""
-    if scheduler is None:
+def _client(options: argparse.Namespace) -> AbstractContextManager[Client | None]:
+    """Of the scheduler at the address that is given, which must answer within the time limit; None where none is given."""
+    if options.scheduler is None:
         return nullcontext(None)
+    if options.engine == INLINE:
+        raise ProblemError("--engine inline with --scheduler: it runs on threads of this process; leave one of both out")
     from oocattn.pipelines.engines.dask.connecting import CONNECT, connect
 
-    left = _time_left(limit)
-    return connect(scheduler, CONNECT if left is None else min(CONNECT, left))
+    left = _time_left(options.time_limit)
+    return connect(options.scheduler, CONNECT if left is None else min(CONNECT, left))
 
 
 class _PlanPrinter:

@@ -8,7 +8,10 @@ from typing import Any, NoReturn
 
 from oocattn import arguments
 from oocattn.errors import ProblemError
+from oocattn.kernels import kernel_names
 from oocattn.kernels.registry import kernel_names
+from oocattn.pipelines.engines import ENGINES
+from oocattn.planning.candidates import DECOMPOSITIONS
 from oocattn.planning.options import DECOMPOSITIONS
 from oocattn.problem.problem import DTYPES
 from oocattn.storage.inputs.axes import LAYOUTS
@@ -158,6 +161,12 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         type=_duration,
         metavar="TIME",
         help="end before this time has passed since the start of the command, with all work saved and exit code 75",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="dask",
+        help="what runs the tasks: Dask, or threads of this process alone (default: %(default)s)",
     )
     cluster = parser.add_mutually_exclusive_group()
     cluster.add_argument(

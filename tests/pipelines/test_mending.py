@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, Future, LocalCluster
+from distributed import Client, LocalCluster
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
@@ -118,19 +118,19 @@ def test_so_is_one_that_has_no_words_for_what_it_was_doing(
 def test_so_is_one_whose_result_is_lost_before_it_was_asked_for(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then Dask runs it again as well: what comes of that is what its future, which was finished, raises."""
+    """Then Dask runs it again as well: that fails, and so does the gathering of its result."""
     plan = plan_for(dataset, chunks=13, causal=True)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
-    real, lost = Future.result, []
+    real, lost = Client.gather, []
 
-    def ask(future: Future, timeout: float | None = None) -> object:
-        event = real(future, timeout)
+    async def gather(connected: Client, futures: Any, **options: Any) -> object:
+        event = await real(connected, futures, **options)
         if isinstance(event, Event) and event.kind == "attended" and event.index == 4 and not lost:
             lost.append(event)
             raise KeyError(4)
         return event
 
-    monkeypatch.setattr(Future, "result", ask)
+    monkeypatch.setattr(Client, "gather", gather)
     found = carry_out(plan, dataset, result, client)
     assert_same_bits(found, right)
     assert found.report.retried == len(lost) == 1
@@ -192,8 +192,8 @@ def test_workers_that_die_while_chunks_are_merged_do_not_end_a_run_that_gets_on(
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
     recorder, real = Recorder([]), Attempt._finish
 
-    def lose(attempt: Attempt, future: Future) -> None:
-        real(attempt, future)
+    def lose(attempt: Attempt, *ended: Any) -> None:
+        real(attempt, *ended)
         written = recorder.events[-1].kind == "written"
         if written and len(recorder.of("attended")) == plan.subproblems and len(recorder.of("recovered")) < 5:
             raise WorkerLostError("a worker is gone")

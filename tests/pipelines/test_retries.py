@@ -20,7 +20,7 @@ from support import TOKENS, Recorder, assert_same_bits, carry_out, normal_arrays
 import oocattn
 from oocattn import Event, Plan, Result, StalledError, TaskError
 from oocattn.pipelines import attempt, deadline
-from oocattn.pipelines.engines.dask.lanes import Lanes
+from oocattn.pipelines.engines.dask.lanes import DaskLanes
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.lane import Lane
@@ -83,7 +83,7 @@ STEPS: dict[str, tuple[Break, str]] = {
     "a checkpoint": (method(MemoryPartials, "save"), "a checkpoint"),
     "the journal": (writing("/finished/"), "query chunk .* of head group"),
     "the set-up of a lane": (method(Lane, "__init__"), "the set-up of a lane"),
-    "asking workers to open lanes": (method(Lanes, "open"), "the set-up of a lane"),
+    "asking workers to open lanes": (method(DaskLanes, "open"), "the set-up of a lane"),
     "submitting tasks": (method(Client, "get"), "the submission of tasks"),
     "a lane's memory": (method(CpuDevice, "allocate"), "the set-up of a lane"),
     "the check of the dataset": (method(Dataset, "fingerprint"), "the check of the dataset"),

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from oocattn.errors import ProblemError
+
 if TYPE_CHECKING:
     from distributed import Client
 
     from oocattn.pipelines.engines.base import Engine
 
-ENGINES = ("dask", "inline")
+INLINE: Literal["inline"] = "inline"
+
+ENGINES = ("dask", INLINE)
+
+DASHBOARD = "127.0.0.1:0"
+"""Where the dashboard listens, unless the caller says otherwise: on the loopback, at any free port."""
+
+
+def check_engine(engine: str, client: object, dashboard_address: str) -> None:
+    """Raise ProblemError for a client, or an address of a scheduler, that a run cannot use, or that contradicts its engine."""
+    if engine == INLINE and (client is not None or dashboard_address != DASHBOARD):
+        found = "a client (--scheduler)" if client is not None else "a dashboard_address (--dashboard)"
+        raise ProblemError(
+            f"engine = 'inline' with {found}: it runs on threads of this process, which have neither; leave one of both out"
+        )
+    if client is not None:
+        from oocattn.pipelines.engines.dask.connecting import check_client
+
+        check_client(client)
 
 
 def make_engine(client: Client | Literal["inline"]) -> Engine:
     """The engine of a run on the workers of a Dask client, or "inline". Only the one that is used is imported."""
-    if client == "inline":
+    if client == INLINE:
         from oocattn.pipelines.engines.inline import InlineEngine
 
         return InlineEngine()

@@ -34,6 +34,7 @@ class Pool(Generic[T]):
         self._changed = threading.Condition()
         self._free: deque[T] = deque()
         self._error: BaseException | None = None
+        self._closed = False
 
     def put(self, piece: T) -> None:
         """Let a piece be taken, by whoever waits for one."""
@@ -42,9 +43,12 @@ class Pool(Generic[T]):
             self._changed.notify()
 
     def take(self) -> T:
-        """A free piece, waiting for one if need be. Raises the error of `fail` if none will come."""
+        """A free piece, waiting for one if need be. Raises the error of `fail` if none will come, and RuntimeError where the
+        pool was closed, as under a task that hung."""
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._error)
+            self._changed.wait_for(lambda: self._free or self._error or self._closed)
+            if self._closed:
+                raise RuntimeError("the lane is closed")
             if not self._free and self._error is not None:
                 raise self._error
             return self._free.popleft()
@@ -56,10 +60,12 @@ class Pool(Generic[T]):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let go of the free pieces; nobody takes any more."""
+        """Let go of the free pieces; nobody waits any more."""
         with self._changed:
             self._free.clear()
             self._error = None
+            self._closed = True
+            self._changed.notify_all()
 
 
 States = Pool[AttentionState]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +22,13 @@ from support import Recorder, assert_nothing_written, assert_same_bits, carry_ou
 import oocattn
 from oocattn import Callback, Event, Result, StalledError
 from oocattn.pipelines import attempt, deadline
-from oocattn.pipelines.engines.dask import standstill
-from oocattn.pipelines.engines.dask.standstill import Occupation, Standstill, find_obstacle
+from oocattn.pipelines.engines.base import Obstacle
+from oocattn.pipelines.engines.dask import calls
+from oocattn.pipelines.engines.dask.obstacles import Occupation, find_obstacle
+from oocattn.pipelines.graph import Task
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.stager import StagedChunks
+from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.watch.events import Attended
 
 RUN = "1234abcd"
@@ -74,25 +78,24 @@ def test_what_keeps_a_worker(found: Occupation | None, words: str) -> None:
 
 
 def test_one_of_two_workers_that_stands_still_is_told_while_the_other_works() -> None:
-    keys = {name: [(f"stage-{RUN}", 0, index)] for index, name in enumerate("ab")}
-    said = {"a": Occupation("running", 4, (), 0, 0), "b": Occupation("paused", 4, (), 0, 0)}
-    client: Any = SimpleNamespace(
-        scheduler=SimpleNamespace(get_task_status=None),
-        sync=lambda _, keys: dict.fromkeys(keys, "processing"),
-        run=lambda _, run, workers: {name: said[name] for name in workers},
-    )
+    tasks = {name: [Task(("stage", 0, lane), lane, ())] for lane, name in enumerate("ab")}
+    found = {"b": Obstacle("is paused by Dask", "restart it")}
+
+    def look(pending: object, workers: Sequence[str]) -> tuple[dict[str, Obstacle], dict[str, float]]:
+        return {name: found[name] for name in workers if name in found}, dict.fromkeys(workers, math.inf)
+
     limits: Any = SimpleNamespace(stalled=1000.0, noticed=1000.0)
     recorder = Recorder([])
-    watch = Standstill(RUN, client, "ab", lambda: keys, recorder, limits)
+    watch = Standstill("ab", lambda: tasks, look, recorder, limits)
     for _ in range(4):
         watch.add(deadline.NOTICED / 2)
         watch.progress("a")
     (told,) = recorder.events
-    assert str(told.reason).startswith("worker b is paused by Dask: ")
-    gone = said.pop("b")  # which the attempt finds
+    assert told.reason.startswith("worker b is paused by Dask: ")
+    gone = found.pop("b")  # which the attempt finds
     watch.add(deadline.NOTICED)
     watch.progress("b")
-    said["b"] = gone
+    found["b"] = gone
     assert recorder.events[-1].reason == ""
     with pytest.raises(StalledError, match="worker b is paused"):
         watch.add(1001.0)
@@ -229,7 +232,7 @@ def test_a_task_may_take_longer_than_planned_while_its_lane_works(
 def test_a_scheduler_that_does_not_answer_is_named(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standstill, "ANSWER", 0.2)
+    monkeypatch.setattr(calls, "SOON", 0.2)
 
     def freeze(event: Event) -> None:
         if event.kind == "attended" and event.index == 3:

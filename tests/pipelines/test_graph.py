@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from graphlib import TopologicalSorter
 
-from dask.task_spec import Task
+from dask.task_spec import TaskRef
+from dask.utils import key_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import GENEROUS, GPU, MACHINE, a_problem, with_partials
 
 from oocattn import Plan
-from oocattn.pipelines.graph import LAYERS, GraphBuilder, Key
+from oocattn.pipelines.engines.dask.lanes import GraphMaker
+from oocattn.pipelines.graph import STEPS, Graph, Task, TaskId, pieces
 from oocattn.pipelines.schedule import CompletedWork, Schedule
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.memory import STAGING_SLOTS
@@ -93,50 +96,45 @@ class Lane:
         self.held.remove((head_group, chunk))
 
 
-def numbers_of(task: Task) -> list[int | tuple[int, ...]]:
-    """The arguments of a task that are not the results of others."""
-    return [number for number in task.args[1:] if isinstance(number, int | tuple)]
+def act(lane: Lane, task: Task) -> None:
+    step, head_group, index = task.id
+    if step == "stage":
+        lane.stage(task.turn, head_group, index, task.chunks)
+    elif step == "attend":
+        lane.attend(task.turn)
+    else:
+        (lane.merge if step == "merge" else lane.write)(head_group, index)
 
 
-@given(plans_begun(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 12), st.integers(0, 1000))
+@given(plans_begun(), st.integers(1, 3), st.integers(1, 12), st.integers(0, 1000))
 @settings(max_examples=200)
 def test_any_order_that_the_edges_allow_is_safe(
-    begun: tuple[Plan, CompletedWork], lanes: int, size: int, window: int, seed: int
+    begun: tuple[Plan, CompletedWork], lanes: int, window: int, seed: int
 ) -> None:
     plan, before = begun
     chance = random.Random(seed)
     schedule = Schedule(plan, lanes, before)
-    addresses = [f"worker {lane}" for lane in range(lanes)]
-    unfinished: dict[Key, None] = {}
-    builder = GraphBuilder("run", schedule, addresses, unfinished)
-    waiting: dict[Key, Task] = {}
-    finished: set[Key] = set()
+    subproblems = len(list(schedule.order()))
+    ahead = pieces(Graph(schedule).tasks())
+    waiting: dict[TaskId, Task] = {}
+    submitted: set[TaskId] = set()
+    finished: set[TaskId] = set()
     state = [Lane(plan) for _ in range(lanes)]
-
-    def lane_of(key: Key) -> int:
-        of_subproblem = key[0].startswith(("stage", "attend"))
-        return (schedule.subproblem_lane if of_subproblem else schedule.chunk_lane)(*key[1:3])
-
-    order, complete = list(schedule.order()), list(schedule.complete())
-    subproblems = len(order)
     done: Counter[str] = Counter()
-    while order or complete or waiting:
-        if (order or complete) and (len(waiting) < window or not waiting):
-            graph, keys = builder.piece([order.pop(0) for _ in range(min(size, len(order)))], complete)
-            complete = []
-            tasks = dict(graph)
-            assert tasks.keys() == set(keys)
-            waiting.update(tasks)
-            unfinished.update(dict.fromkeys(keys))
-        ready = [key for key, task in waiting.items() if task.dependencies <= finished]
+    while True:
+        if len(waiting) < window and (piece := next(ahead, None)) is not None:
+            for task in piece:
+                assert set(task.after) <= submitted, "an edge leads to a task that comes later"
+                submitted.add(task.id)
+                waiting[task.id] = task
+        if not waiting:
+            break
+        ready = [task for task in waiting.values() if set(task.after) <= finished]
         assert ready, "nothing can run: the graph waits for itself"
-        key = chance.choice(ready)
-        task = waiting.pop(key)
-        layer = key[0].partition("-")[0]
-        getattr(state[lane_of(key)], layer)(*numbers_of(task))
-        finished.add(key)
-        del unfinished[key]
-        done[layer] += 1
+        task = waiting.pop(chance.choice(ready).id)
+        act(state[task.lane], task)
+        finished.add(task.id)
+        done[task.id[0]] += 1
     chunks = len(with_tokens(plan)) * plan.problem.head_groups - len(before.chunks)
     assert done == Counter({"stage": subproblems, "attend": subproblems, "merge": chunks, "write": chunks})
     if not (before.chunks or before.partials):
@@ -155,14 +153,42 @@ def test_any_order_that_the_edges_allow_is_safe(
 
 @given(plans(), st.integers(1, 3))
 @settings(max_examples=20)
-def test_layers_are_named_and_every_task_is_pinned_to_its_lane(plan: Plan, lanes: int) -> None:
+def test_a_task_runs_on_the_lane_of_its_subproblem_or_chunk(plan: Plan, lanes: int) -> None:
     schedule = Schedule(plan, lanes)
-    addresses = [f"worker {lane}" for lane in range(lanes)]
-    graph, keys = GraphBuilder("run", schedule, addresses, {}).piece(schedule.order())
-    assert graph.layers.keys() == LAYERS.keys()
-    assert graph.dependencies == LAYERS
-    for name, layer in graph.layers.items():
-        for key in layer:
-            place = schedule.subproblem_lane if name in ("stage", "attend") else schedule.chunk_lane
-            assert layer.annotations["workers"](key) == [addresses[place(*key[1:])]]
-    assert len(keys) == len(set(keys))
+    for task in Graph(schedule).tasks():
+        step, head_group, index = task.id
+        lane_of = schedule.subproblem_lane if step in ("stage", "attend") else schedule.chunk_lane
+        assert task.lane == lane_of(head_group, index)
+
+
+@given(plans(), st.integers(1, 3))
+@settings(max_examples=30)
+def test_no_task_that_has_begun_waits_for_another(plan: Plan, lanes: int) -> None:
+    """A lane does one step of a kind at a time, but for a GPU, which takes several subproblems at once."""
+    last: dict[tuple[int, str], TaskId] = {}
+    for task in Graph(Schedule(plan, lanes)).tasks():
+        step = task.id[0]
+        if step in ("merge", "write") or (step == "attend" and plan.device == "cpu"):
+            before = last.get((task.lane, step))
+            assert before is None or before in task.after
+            last[task.lane, step] = task.id
+
+
+@given(plans(), st.integers(1, 3))
+@settings(max_examples=30)
+def test_dask_graphs_are_valid_and_their_groups_have_no_cycle(plan: Plan, lanes: int) -> None:
+    """Dask's page of task groups walks their dependencies."""
+    workers = [f"worker {lane}" for lane in range(lanes)]
+    maker, earlier = GraphMaker("1234abcd", workers), {}
+    groups: dict[str, set[str]] = {}
+    for piece in pieces(Graph(Schedule(plan, lanes)).tasks()):
+        graph, keys = maker.make(piece, earlier)
+        graph.validate()
+        for task, key in zip(piece, keys, strict=True):
+            made = graph[key]
+            assert len(made.dependencies) == len(task.after)
+            groups.setdefault(key[0], set()).update(other[0] for other in made.dependencies if other[0] != key[0])
+            assert graph.layers[key[0]].annotations["workers"](key) == [workers[task.lane]]
+        earlier.update({task.id: TaskRef(key) for task, key in zip(piece, keys, strict=True)})
+        assert {key_split(key) for key in keys} <= set(STEPS)
+    list(TopologicalSorter(groups).static_order())  # raises CycleError
