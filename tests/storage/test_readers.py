@@ -1,66 +1,25 @@
 """Rows read by every way equal what plain zarr reads, to the bit; a chunk that is missing or damaged is an error."""
 
-import errno
-import os
-import shutil
 import tempfile
 import threading
 import time
-import tracemalloc
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import ml_dtypes
-import numcodecs
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ZstdCodec
+from stored import CODECS, V2_CODECS, buffer_for, opened, random_data, same_bits, write
+from zarr.codecs import BytesCodec, ZstdCodec
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import IntegrityError
-from oocattn.storage.inputs import direct
 from oocattn.storage.inputs.codecs import CodecReader
 from oocattn.storage.inputs.direct import TRIAL_BYTES, TRIALS, FastestReader, Reader, read_mapped, read_preadv
-from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.layout import ChunkFiles
-from oocattn.storage.mapped_store import MappedStore
-
-CODECS = {"none": None, "zstd": ZstdCodec(), "blosc": BloscCodec(), "gzip": GzipCodec(level=1)}
-V2_CODECS = {"none": None, "zstd": {"id": "zstd"}, "blosc": {"id": "blosc"}, "gzip": {"id": "gzip", "level": 1}}
-DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("float32")}
-
-
-def write(store: Any, data: np.ndarray, name: str = "q", **storage: Any) -> zarr.Array:
-    """Write `data` as array `name` of a group in `store`, uncompressed unless asked otherwise."""
-    zarr_format = storage.pop("zarr_format", 3)
-    group = zarr.open_group(store, mode="a", zarr_format=zarr_format)
-    storage = {"compressors": None, **storage}
-    array = group.create_array(name, shape=data.shape, dtype=data.dtype, **storage)
-    array[...] = data
-    return array
-
-
-def opened(root: Path, name: str = "q") -> InputArray:
-    group = zarr.open_group(MappedStore(root, read_only=True), mode="r")
-    return InputArray(name, group[name], str(root))
-
-
-def random_data(shape: tuple[int, ...], dtype: str = "float16") -> np.ndarray:
-    bits = np.random.default_rng(0).integers(1, 256, (*shape, DTYPES[dtype].itemsize), dtype=np.uint8)
-    return bits.view(DTYPES[dtype])[..., 0]  # any bits, NaNs among them, but no zero: zero chunks are not written
-
-
-def buffer_for(array: InputArray, rows: int) -> np.ndarray:
-    return np.ones((rows, array.spec.four_dimensional[-1]), array.dtype)
-
-
-def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
 
 
 @st.composite
@@ -297,112 +256,3 @@ def test_the_faster_reader_is_learned_from_large_reads(
     assert fastest.learned is readers[expected]
     fastest.read(files, 0, 0, 0, rows, out)
     assert same_bits(out, data[0, 0])
-
-
-def tracemalloc_peak(work: Any) -> int:
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-@pytest.mark.parametrize("remote", [False, True])
-@pytest.mark.parametrize(
-    "storage",
-    [
-        {"compressors": ZstdCodec()},
-        {"compressors": GzipCodec(level=1)},
-        {"compressors": BloscCodec()},
-        {"serializer": BytesCodec(endian="big")},
-        {"chunks": (1, 1, 2**15, 16)},
-        {"chunks": (1, 2, 2**14, 64), "compressors": ZstdCodec()},
-        {"shards": (1, 1, 2**17, 64)},
-        {"shards": (1, 1, 2**17, 64), "compressors": ZstdCodec()},
-        {"zarr_format": 2, "compressors": V2_CODECS["blosc"], "filters": [numcodecs.Shuffle(2)]},
-        {"zarr_format": 2, "order": "F", "compressors": V2_CODECS["zstd"]},
-    ],
-)
-def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any], remote: bool) -> None:
-    data = np.random.default_rng(0).standard_normal((1, 2, 2**17, 64), dtype="f4").astype("f2")  # 32 MiB, incompressible
-    if remote:
-        fsspec.filesystem("memory").store.clear()
-    write("memory://bound" if remote else tmp_path, data, **{"chunks": (1, 1, 2**15, 64), **storage})
-    if remote:
-        array = InputArray("q", zarr.open_group("memory://bound", mode="r")["q"], "memory://bound")
-    else:
-        array = opened(tmp_path)
-    out = buffer_for(array, 2**17)
-    peak = tracemalloc_peak(lambda: array.read_rows(0, 1, 0, 2**17, out))
-    assert same_bits(out, data[0, 1])
-    assert peak <= array.decode_bytes
-    shutil.rmtree(tmp_path)
-
-
-@pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOMEM])
-@pytest.mark.parametrize("compressor", [None, ZstdCodec()], ids=["plain", "zstd"])
-def test_what_cannot_be_mapped_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, compressor: ZstdCodec | None
-) -> None:
-    data = random_data((2, 30, 4))
-    write(tmp_path, data, chunks=(1, 8, 4), compressors=compressor)
-    array = opened(tmp_path)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("mmap.mmap", refuse)
-    ways = [array.read_rows, CodecReader(array.array, "dataset").read]
-    if array.direct:
-        ways.append(partial(read_mapped, ChunkFiles(array.array, tmp_path, "dataset")))
-    for read in ways:
-        out = buffer_for(array, 20)
-        read(0, 1, 5, 25, out)
-        assert same_bits(out, data[1, 5:25])
-
-
-def test_a_chunk_that_shrinks_before_it_is_mapped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = random_data((1, 8, 4))
-    write(tmp_path, data, chunks=(1, 8, 4))
-    array = opened(tmp_path)
-    real = direct.map_file
-
-    def shrink(*arguments: int) -> object:
-        os.truncate(tmp_path / "q/c/0/0/0", 10)
-        return real(*arguments)
-
-    monkeypatch.setattr(direct, "map_file", shrink)
-    with pytest.raises(IntegrityError, match=r"chunk 'c/0/0/0'.* has 10 bytes, expected 64"):
-        read_mapped(ChunkFiles(array.array, tmp_path, "dataset"), 0, 0, 0, 8, buffer_for(array, 8))
-
-
-@pytest.mark.parametrize("read", [read_preadv, read_mapped])
-def test_a_chunk_that_cannot_be_read_is_no_evidence_of_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Reader
-) -> None:
-    write(tmp_path, random_data((1, 8, 4)), chunks=(1, 8, 4))
-    array = opened(tmp_path)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr("mmap.mmap", refuse)
-    monkeypatch.setattr(os, "preadv", refuse)
-    with pytest.raises(OSError, match=rf"cannot read {tmp_path}/q/c/0/0/0: Input/output error; the disk"):
-        read(ChunkFiles(array.array, tmp_path, "dataset"), 0, 0, 0, 8, buffer_for(array, 8))
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
-def test_a_chunk_that_there_is_no_room_to_decode_is_not_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    write(tmp_path, random_data((1, 8, 4)), chunks=(1, 8, 4), compressors=ZstdCodec())
-    array = opened(tmp_path)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(zarr.Array, "get_basic_selection", refuse)
-    with pytest.raises((MemoryError, OSError), match=r"^$|cannot start a thread: .*ulimit -u"):
-        array.read_rows(0, 0, 0, 8, buffer_for(array, 8))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gzip
 import itertools
 import shutil
-import socket
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ import pytest
 import zarr
 from distributed import Client
 from http_server import PAGE, Fault, Handler, Server, drop, serving, stall, status, truncate
-from support import assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from served import ARRAYS, read
+from support import assert_same_bits, carry_out, plan_for, write_dataset
 
 import oocattn
 from oocattn.cli.main import main
@@ -27,12 +25,10 @@ from oocattn.pipelines.resuming import find_unfinished
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote import transient
-from oocattn.storage.remote.transient import Kind, classify
 
 aiohttp = pytest.importorskip("aiohttp")
 http_files = pytest.importorskip("oocattn.storage.remote.http_files")
 
-ARRAYS = normal_arrays(64)
 
 STORAGE: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -70,16 +66,6 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transient, "FIRST_PAUSE", 0.002)
     monkeypatch.setattr(transient, "PATIENCE", SOME_SECONDS)
     monkeypatch.setattr(transient.retry, "__defaults__", (SOME_SECONDS,))
-
-
-def read(dataset: Dataset) -> None:
-    """Compare all rows with what was written."""
-    dataset.check_complete()
-    for array, data in zip(dataset.arrays.values(), ARRAYS, strict=True):
-        out = np.empty(data.shape[2:], array.dtype)
-        for head in range(data.shape[1]):
-            array.read_rows(0, head, 0, 64, out)
-            np.testing.assert_array_equal(out, data[0, head])
 
 
 def first_try(fault: Fault) -> Fault:
@@ -263,44 +249,6 @@ def test_a_chunk_of_the_wrong_size_is_named_as_it_is_read(server: Server) -> Non
         read_all_of(Dataset.open(f"{server.url}/plain.zarr"), "k")
 
 
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_redirects_are_followed(server: Server, folder: Path, code: int) -> None:
-    with serving(folder) as other:
-        server.fault = lambda request: status(code, Location=other.url + request.path)(request)
-        read(Dataset.open(f"{server.url}/plain.zarr"))
-        assert other.requests
-
-
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"])
-def test_redirects_lead_to_no_other_scheme(server: Server, target: str) -> None:
-    server.fault = status(302, Location=target)
-    with pytest.raises(RemoteError, match=r"redirects to .*are not followed"):
-        Dataset.open(f"{server.url}/plain.zarr")
-
-
-@pytest.mark.parametrize("where", ["127.0.0.1", "169.254.169.254", "10.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]"])
-def test_redirects_lead_to_no_nearer_network(server: Server, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    real = http_files._nearness_of  # the server is taken to be on the Internet
-    monkeypatch.setattr(http_files, "_nearness_of", lambda text: 0 if text == "127.0.0.1" and where != text else real(text))
-    if where == "127.0.0.1":
-        monkeypatch.setattr(http_files, "_nearness_of", lambda text: 3 if text == "127.0.0.1" else 0)
-        server.url = server.url.replace("127.0.0.1", "localhost")
-        monkeypatch.setattr(http_files, "_nearness", near)
-    server.fault = status(307, Location=f"http://{where}:9/plain.zarr/zarr.json")
-    with pytest.raises(RemoteError, match=r"redirects to .* nearer than its own are not followed"):
-        Dataset.open(f"{server.url}/plain.zarr")
-
-
-async def near(host: str) -> list[int]:
-    return [0 if host == "localhost" else 3]
-
-
-def test_redirects_end(server: Server) -> None:
-    server.fault = lambda request: status(302, Location=request.path)(request)
-    with pytest.raises(RemoteError, match="redirects again and again"):
-        Dataset.open(f"{server.url}/plain.zarr")
-
-
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("fault", [status(503), status(403), status(404), drop, None])
 def test_credentials_in_a_url_are_used_and_never_shown(
@@ -361,71 +309,6 @@ def test_an_archive_behind_a_url_is_read(server: Server, folder: Path, hurried: 
         served.fault = None
         with pytest.raises(ProblemError, match="no Zarr group"):
             Dataset.open(f"zip::{served.url}/none.zip")
-
-
-class NamedError(Exception):
-    """One of a library that need not be installed."""
-
-    def __init__(self, name: str, **fields: Any) -> None:
-        super().__init__(f"{name} it is")
-        vars(self).update(fields)
-
-
-def of_library(name: str, **fields: Any) -> Exception:
-    module, _, cls = name.rpartition(".")
-    return type(cls, (NamedError,), {"__module__": f"{module}.exceptions"})(cls, **fields)
-
-
-def caused(error: Exception, cause: Exception) -> Exception:
-    error.__cause__ = cause
-    return error
-
-
-def boto(code: str, number: int) -> Exception:
-    response = {"Error": {"Code": code, "Message": "so"}, "ResponseMetadata": {"HTTPStatusCode": number, "HTTPHeaders": {}}}
-    return of_library("botocore.ClientError", response=response)
-
-
-MEANINGS: list[tuple[Exception, Kind]] = [
-    (TimeoutError(), Kind.TRANSIENT),
-    (ConnectionResetError(errno.ECONNRESET, "reset"), Kind.TRANSIENT),
-    (OSError(errno.EBUSY, "slow down"), Kind.TRANSIENT),
-    (OSError(errno.EHOSTUNREACH, "no route"), Kind.TRANSIENT),
-    (OSError(errno.EIO, "broken"), Kind.PERMANENT),
-    (socket.gaierror(socket.EAI_AGAIN, "temporary failure"), Kind.TRANSIENT),
-    (socket.gaierror(socket.EAI_NONAME, "unknown"), Kind.PERMANENT),
-    (of_library("aiohttp.ClientConnectorDNSError", os_error=socket.gaierror(socket.EAI_NONAME, "unknown")), Kind.PERMANENT),
-    (of_library("aiohttp.ClientPayloadError"), Kind.TRANSIENT),
-    (
-        of_library("aiohttp.ClientConnectorCertificateError", os_error=ssl.SSLCertVerificationError("self-signed")),
-        Kind.PERMANENT,
-    ),
-    (caused(ConnectionError("handshake"), ssl.SSLEOFError(8, "eof")), Kind.TRANSIENT),
-    (FileNotFoundError("x"), Kind.ABSENT),
-    (caused(FileNotFoundError("x"), of_library("aiohttp.ClientResponseError", status=503)), Kind.TRANSIENT),
-    (caused(FileNotFoundError("x"), of_library("aiohttp.ClientResponseError", status=404)), Kind.ABSENT),
-    (caused(FileNotFoundError("x"), ConnectionResetError("reset")), Kind.TRANSIENT),
-    (PermissionError("x"), Kind.DENIED),
-    (caused(PermissionError("x"), boto("AccessDenied", 403)), Kind.DENIED),
-    (caused(OSError(errno.EBUSY, "x"), boto("SlowDown", 503)), Kind.TRANSIENT),
-    (caused(OSError(errno.EREMOTEIO, "x"), boto("InternalError", 500)), Kind.TRANSIENT),
-    (caused(TimeoutError("x"), boto("RequestTimeout", 400)), Kind.TRANSIENT),
-    (caused(OSError(errno.EIO, "x"), boto("NoSuchThing", 400)), Kind.PERMANENT),
-    (of_library("botocore.NoCredentialsError"), Kind.DENIED),
-    (of_library("gcsfs.HttpError", code=503), Kind.TRANSIENT),
-    (of_library("gcsfs.HttpError", code="401"), Kind.DENIED),
-    (OSError("Forbidden: bucket/x\n"), Kind.DENIED),
-    (of_library("azure.HttpResponseError", status_code=503), Kind.TRANSIENT),
-    (of_library("azure.ResourceNotFoundError", status_code=404), Kind.ABSENT),
-    (of_library("azure.ServiceRequestError"), Kind.TRANSIENT),
-    (ExceptionGroup("several", [ConnectionResetError("reset")]), Kind.TRANSIENT),
-    (ValueError("a bug"), Kind.PERMANENT),
-]
-
-
-@pytest.mark.parametrize(("error", "kind"), MEANINGS, ids=lambda value: f"{value!r:.60}")
-def test_an_exception_of_any_file_system_means(error: Exception, kind: Kind) -> None:
-    assert classify(error).kind is kind
 
 
 def test_memory_that_runs_out_is_no_failure_of_the_server() -> None:
