@@ -59,7 +59,7 @@ V3: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("storage", V3.values(), ids=V3)
-def test_what_zarr_3_writes_is_read(tmp_path: Path, storage: dict[str, Any]) -> None:
+def test_arrays_of_zarr_3_are_read(tmp_path: Path, storage: dict[str, Any]) -> None:
     write(tmp_path, **storage)
     dataset = Dataset.open(tmp_path)
     dataset.check_complete()
@@ -68,7 +68,7 @@ def test_what_zarr_3_writes_is_read(tmp_path: Path, storage: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("name", ["Zstd", "Blosc", "GZip", "Zlib", "BZ2", "LZMA", "LZ4"])
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
-def test_what_numcodecs_writes_in_zarr_3_is_read(tmp_path: Path, name: str) -> None:
+def test_arrays_of_numcodecs_in_zarr_3_are_read(tmp_path: Path, name: str) -> None:
     filters = [numcodec("AsType", encode_dtype="float32", decode_dtype="float16"), numcodec("Delta", dtype="float32")]
     compressors = [numcodec("Shuffle", elementsize=4), numcodec(name), numcodec("CRC32")]
     data = np.arange(512, dtype="f2").reshape(SHAPE)
@@ -77,7 +77,7 @@ def test_what_numcodecs_writes_in_zarr_3_is_read(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("compressor", V2.values(), ids=V2)
-def test_what_zarr_2_writes_is_read(tmp_path: Path, compressor: dict[str, Any]) -> None:
+def test_arrays_of_zarr_2_are_read(tmp_path: Path, compressor: dict[str, Any]) -> None:
     write(tmp_path / "plain", zarr_format=2, compressors=compressor)
     np.testing.assert_array_equal(read(tmp_path / "plain"), DATA[0, 0])
     filters = [numcodecs.FixedScaleOffset(0, 8, "f2", "i4"), numcodecs.Shuffle(4), numcodecs.Fletcher32(), numcodecs.GZip()]
@@ -207,7 +207,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize(("codec", "encode"), WHOLE.values(), ids=WHOLE)
-def test_what_other_writers_make_is_read(tmp_path: Path, codec: str, encode: Any) -> None:
+def test_chunks_of_other_writers_are_read(tmp_path: Path, codec: str, encode: Any) -> None:
     write(tmp_path, zarr_format=2, compressors=V2[codec])
     (tmp_path / "q/0.0.1.0").write_bytes(encode(DATA[0, 0, 16:32].tobytes()))
     np.testing.assert_array_equal(read(tmp_path), DATA[0, 0])
@@ -215,7 +215,7 @@ def test_what_other_writers_make_is_read(tmp_path: Path, codec: str, encode: Any
 
 @pytest.mark.parametrize("compressor", V2.values(), ids=V2)
 @pytest.mark.parametrize("kept", [0, 3, 15, 20, -1])
-def test_what_is_cut_short_is_refused(tmp_path: Path, compressor: dict[str, Any], kept: int) -> None:
+def test_a_chunk_that_is_cut_short_is_refused(tmp_path: Path, compressor: dict[str, Any], kept: int) -> None:
     write(tmp_path, zarr_format=2, compressors=compressor)
     chunk = tmp_path / "q/0.0.1.0"
     chunk.write_bytes(chunk.read_bytes()[:kept])

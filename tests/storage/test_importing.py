@@ -83,7 +83,7 @@ def shaped(*shape, dtype=np.float32):
         (lambda folder: None, {"q": "q.csv"}, r"q: q.csv is not understood: expected FILE.npy"),
     ],
 )
-def test_what_is_no_attention_problem_is_refused_by_name(tmp_path, spoil, options, message):
+def test_tensors_that_pose_no_attention_problem_are_refused_by_name(tmp_path, spoil, options, message):
     files = save_npy(tmp_path, make_tensors()[1])
     spoil(tmp_path)
     with pytest.raises(ProblemError, match=message):

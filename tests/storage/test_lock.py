@@ -42,14 +42,14 @@ def test_a_lock_excludes_and_names_its_holder(tmp_path: Path) -> None:
         pass
 
 
-def test_an_error_releases_it(tmp_path: Path) -> None:
+def test_an_error_releases_the_lock(tmp_path: Path) -> None:
     with pytest.raises(KeyError), FileLock(tmp_path / "lock"):
         raise KeyError
     assert lock_holder(tmp_path / "lock") is None
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_it_lives_as_long_as_its_process(tmp_path: Path, killed: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lock_lives_as_long_as_its_process(tmp_path: Path, killed: bool, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "lock"
     environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}
     holder = subprocess.Popen(
@@ -100,7 +100,7 @@ def test_a_lock_whose_holder_has_fallen_silent_is_taken_over(left: Path, caplog:
         assert left.stat().st_mtime_ns > touched  # this one beats, too
 
 
-def test_nobody_watches_beyond_a_time_limit(left: Path) -> None:
+def test_a_stale_lock_is_not_watched_beyond_the_time_limit(left: Path) -> None:
     with pytest.raises(TimeLimitError, match="before it was known whether process 17 on host elsewhere is alive"):
         FileLock(left, until=time.time() - 1)
     assert json.loads(left.read_text()) == asdict(OTHER)
@@ -169,7 +169,7 @@ def test_a_lock_that_is_released_touches_no_other_file(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.with_name("victim"))])
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path], object]) -> None:
+def test_a_lock_path_that_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path], object]) -> None:
     path = tmp_path / "lock"
     (tmp_path / "victim").write_text("precious")
     make(path)
@@ -183,7 +183,7 @@ def test_a_host_name_cannot_forge_a_line(tmp_path: Path) -> None:
     assert str(Holder("a\nfinished\x1b[2J", 1)) == r"process 1 on host a\nfinished\x1b[2J"
 
 
-def test_whoever_has_lost_the_lock_is_told_and_leaves_it_alone(tmp_path: Path) -> None:
+def test_a_holder_that_lost_its_lock_is_told_and_leaves_it_alone(tmp_path: Path) -> None:
     """As where a file system forgets the lock of a host that slept."""
     path = tmp_path / "lock"
     with FileLock(path) as loser:

@@ -33,7 +33,7 @@ def lockless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("lockless")
-def test_without_locks_a_file_that_is_touched_keeps_others_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_flock_a_touched_file_keeps_others_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "lock"
     with FileLock(path) as held:
         assert lock_holder(path) == Holder.this_process()
@@ -47,7 +47,7 @@ def test_without_locks_a_file_that_is_touched_keeps_others_away(tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("lockless")
-def test_without_locks_one_that_was_left_is_watched_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_flock_a_stale_lock_is_watched_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "lock"
     path.write_text(json.dumps(asdict(replace(Holder.this_process(), process=17))))
     began = time.monotonic()
@@ -57,7 +57,7 @@ def test_without_locks_one_that_was_left_is_watched_first(tmp_path: Path, caplog
     assert "the stale lock of process 17" in caplog.text
 
 
-def test_one_who_has_a_lock_respects_one_who_could_get_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_flock_respects_a_lock_file_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the lock daemon of a network file system is away for a moment."""
     monkeypatch.setattr(lock_module, "BEAT", 0.1)
     real, answers = fcntl.flock, iter([OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))])

@@ -68,7 +68,7 @@ def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any]
 
 @pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOMEM])
 @pytest.mark.parametrize("compressor", [None, ZstdCodec()], ids=["plain", "zstd"])
-def test_what_cannot_be_mapped_is_read(
+def test_files_that_cannot_be_mapped_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, compressor: ZstdCodec | None
 ) -> None:
     data = random_data((2, 30, 4))

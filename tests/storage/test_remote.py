@@ -119,7 +119,7 @@ def test_a_server_that_stalls_once_is_asked_again(server: Server, monkeypatch: p
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("where", ["zarr.json", "/q/zarr.json", "/c/"])
-def test_what_stays_broken_ends_in_one_line(server: Server, storage: str, where: str) -> None:
+def test_a_lasting_failure_of_a_server_ends_in_one_line(server: Server, storage: str, where: str) -> None:
     for code, said in [(503, r"503 .*\d+ tries in \d+ s"), (403, "403 .* not allowed"), (401, "401"), (418, "418")]:
         server.fault = lambda request, code=code: where in request.path and status(code)(request)
         with pytest.raises(RemoteError, match=rf"^\w[^\n]* {server.url}/{storage}.zarr/[^\n]*{said}") as found:
@@ -187,7 +187,7 @@ def test_poor_servers_serve(folder: Path, storage: str, options: dict[str, bool]
 
 
 @pytest.mark.parametrize("storage", STORAGE)
-def test_what_head_says_does_not_count(server: Server, storage: str) -> None:
+def test_a_wrong_answer_to_head_does_not_count(server: Server, storage: str) -> None:
     server.fault = lambda request: request.command == "HEAD" and not request.answer(200, b"x")
     read(Dataset.open(f"{server.url}/{storage}.zarr"))
 

@@ -108,7 +108,7 @@ def test_one_flipped_bit_fails(result: Path, bit: int) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
 @pytest.mark.parametrize("name", ["out", "lse"])
-def test_what_is_not_a_number_fails(result: Path, name: str, value: float) -> None:
+def test_nan_in_the_result_fails(result: Path, name: str, value: float) -> None:
     spoil(result, name, lambda data: data.fill(value))
     assert not any(row.passed for row in oocattn.verify(result).rows if row.token > 0)
     assert not oocattn.verify(result, checksums=False).passed
@@ -139,7 +139,7 @@ def test_another_problem_is_refused(result: Path, tmp_path: Path) -> None:
         oocattn.verify(result, dataset=other)
 
 
-def test_where_there_is_no_result_there_is_no_certificate(tmp_path: Path, finished: Path) -> None:
+def test_a_place_without_a_result_has_no_certificate(tmp_path: Path, finished: Path) -> None:
     for path in (tmp_path / "nothing.zarr", finished / "dataset.zarr"):
         with pytest.raises(IntegrityError, match="no finished result here"):
             oocattn.verify(path)

@@ -139,7 +139,7 @@ def test_a_status_of_an_older_version_is_read(fast_path: Path) -> None:
     assert (found.share, found.bytes_read, found.stalled) == (0.4, 7, "")
 
 
-def test_what_an_earlier_run_left_says_nothing_of_a_finished_result(client: Client, dataset: Path, fast_path: Path) -> None:
+def test_status_ignores_leftovers_of_a_finished_run(client: Client, dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
     carry_out(plan_for(dataset), dataset, result, client)
     finished = oocattn.status(result)
