@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client
+from interrupting import EnoughError, interrupt, interrupted
 from support import assert_same_bits, carry_out, damage, normal_arrays, plan_for, write_dataset
-from test_resuming import EnoughError, interrupt, interrupted
 
 import oocattn
 from oocattn import Event, IntegrityError, Plan, ResultExistsError

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
+from interrupting import EnoughError, interrupt, interrupted
 from support import Recorder, assert_same_bits, bits, carry_out, normal_arrays, plan_for, write_dataset
-from test_resuming import EnoughError, interrupt, interrupted
 
 import oocattn
 from oocattn import Event, IntegrityError, LockedError, ResultExistsError
