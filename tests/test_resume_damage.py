@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from distributed import Client
-from interrupting import interrupted, uninterrupted_results, write_resuming_dataset
+from interrupting import interrupted, uninterrupted, write_resuming_dataset
 from support import (
     Recorder,
     Unlocked,
@@ -23,7 +23,7 @@ from support import (
 )
 
 import oocattn
-from oocattn import IntegrityError, Result, TimeLimitError
+from oocattn import IntegrityError, TimeLimitError
 from oocattn.storage.files.durable import encode_record, read_record
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.paths import ResultPaths
@@ -32,11 +32,6 @@ from oocattn.storage.paths import ResultPaths
 @pytest.fixture
 def dataset(fast_path: Path) -> Path:
     return write_resuming_dataset(fast_path)
-
-
-@pytest.fixture(scope="module")
-def rights(client: Client, shared_path: Path) -> dict[bool, Result]:
-    return uninterrupted_results(shared_path, client)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +50,10 @@ def test_a_record_without_its_checksums_counts_for_nothing(
     client: Client,
     dataset: Path,
     result: Path,
-    rights: dict[bool, Result],
     garble: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
-    plan, right = plan_for(dataset, chunks=13), rights[False]
+    plan = plan_for(dataset, chunks=13)
+    right = uninterrupted(plan, dataset, client)
     interrupted(plan, dataset, result, client)
     records = sorted((ResultPaths.at(result).state / "finished").iterdir())
     victim = records[2]
@@ -97,10 +92,9 @@ def test_checksums_of_finished_chunks_are_compared(
     everything: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    rights: dict[bool, Result],
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = rights[True]
+    right = uninterrupted(plan, dataset, client)
     interrupted(plan, dataset, result, client, "written", 8)
     unfinished = ResultPaths.at(result).unfinished
     damaged = sorted((unfinished / "lse").glob("c.0.0.*"))[0]  # of the chunk that is compared last
@@ -136,7 +130,7 @@ def test_comparing_checksums_of_finished_chunks_ends_with_the_time_limit(
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 @pytest.mark.parametrize("flips", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_recovered_or_refused(
-    client: Client, dataset: Path, result: Path, rights: dict[bool, Result], partials: str, flips: int
+    client: Client, dataset: Path, result: Path, partials: str, flips: int
 ) -> None:
     """In any place of the journal, the partials and the checkpoints: never a wrong result."""
     plan, chance = plan_for(dataset, chunks=13, causal=True, partials=partials), random.Random(0)
@@ -156,6 +150,6 @@ def test_a_flipped_bit_is_recovered_or_refused(
             with pytest.raises(IntegrityError, match=r"plan\.json: the record is damaged"):
                 oocattn.resume(result, client=client)
         else:
-            assert_same_bits(oocattn.resume(result, client=client), rights[True])
+            assert_same_bits(oocattn.resume(result, client=client), uninterrupted(plan, dataset, client))
             recovered += 1
     assert recovered > flips // 2

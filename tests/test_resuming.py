@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client
-from interrupting import TOKENS, EnoughError, interrupt, interrupted, uninterrupted_results, write_resuming_dataset
+from interrupting import TOKENS, EnoughError, interrupt, interrupted, uninterrupted, write_resuming_dataset
 from support import (
     Recorder,
     assert_same_bits,
@@ -21,7 +21,7 @@ from support import (
 )
 
 import oocattn
-from oocattn import ProblemError, Result
+from oocattn import ProblemError
 from oocattn.cli.main import main
 from oocattn.kernels import get_kernel
 from oocattn.pipelines.engines.dask.local_cluster import local_client
@@ -35,11 +35,6 @@ def dataset(fast_path: Path) -> Path:
     return write_resuming_dataset(fast_path)
 
 
-@pytest.fixture(scope="module")
-def rights(client: Client, shared_path: Path) -> dict[bool, Result]:
-    return uninterrupted_results(shared_path, client)
-
-
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 @pytest.mark.parametrize(
     ("kind", "count", "causal"),
@@ -49,13 +44,13 @@ def test_a_resumed_run_gives_the_same_bits(
     client: Client,
     dataset: Path,
     result: Path,
-    rights: dict[bool, Result],
     partials: str,
     kind: str,
     count: int,
     causal: bool,
 ) -> None:
-    plan, right = plan_for(dataset, chunks=13, causal=causal, partials=partials), rights[causal]
+    plan = plan_for(dataset, chunks=13, causal=causal, partials=partials)
+    right = uninterrupted(plan, dataset, client)
     interrupted(plan, dataset, result, client, kind, count)
     recorder = Recorder([])
     found = oocattn.resume(result, client=client, callbacks=[recorder])
@@ -75,10 +70,13 @@ def test_a_resumed_run_gives_the_same_bits(
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 def test_a_run_may_be_interrupted_many_times(
-    client: Client, dataset: Path, result: Path, partials: str, rights: dict[bool, Result]
+    client: Client,
+    dataset: Path,
+    result: Path,
+    partials: str,
 ) -> None:
     plan = plan_for(dataset, chunks=13, partials=partials)
-    right = rights[False]
+    right = uninterrupted(plan, dataset, client)
     for _ in range(5):  # what is in flight then is finished, too: some three subproblems
         interrupted(plan, dataset, result, client, "attended", 1)
     recorder = Recorder([])
@@ -87,10 +85,12 @@ def test_a_run_may_be_interrupted_many_times(
 
 
 def test_a_plan_for_many_lanes_starts_no_more_than_this_machine_has(
-    dataset: Path, result: Path, client: Client, rights: dict[bool, Result]
+    dataset: Path,
+    result: Path,
+    client: Client,
 ) -> None:
     plan = plan_for(dataset, chunks=13, lanes=1024)
-    right = rights[False]
+    right = uninterrupted(plan, dataset, client)
     interrupted(plan, dataset, result, client)
     found = oocattn.resume(result)
     assert found.report.lanes == count_lanes("cpu")
@@ -99,11 +99,14 @@ def test_a_plan_for_many_lanes_starts_no_more_than_this_machine_has(
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 def test_a_run_is_resumed_on_fewer_or_more_workers(
-    dataset: Path, result: Path, partials: str, client: Client, rights: dict[bool, Result]
+    dataset: Path,
+    result: Path,
+    partials: str,
+    client: Client,
 ) -> None:
     """On more than were planned for, it takes only as many as its memory is meant for."""
     plan = plan_for(dataset, chunks=13, partials=partials, lanes=2)
-    right = rights[False]
+    right = uninterrupted(plan, dataset, client)
     for workers, expected in ((1, 1), (3, 2)):
         path = result.with_name(f"{workers}.zarr")
         with local_client(workers=2) as two:
@@ -142,7 +145,7 @@ def test_the_same_call_resumes_and_the_command_says_so(
 
 def test_an_overwriting_run_can_be_resumed(client: Client, dataset: Path, result: Path) -> None:
     full, causal = plan_for(dataset, chunks=7), plan_for(dataset, chunks=7, causal=True)
-    right = carry_out(causal, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(causal, dataset, client)
     carry_out(full, dataset, result, client)
     with pytest.raises(EnoughError):
         carry_out(causal, dataset, result, client, callbacks=[interrupt("written", 3)], overwrite=True)
@@ -163,10 +166,12 @@ def test_a_resumed_run_counts_nan_and_inf_once(client: Client, fast_path: Path, 
 
 
 def test_a_run_is_resumed_with_the_name_of_a_dataset_that_was_moved(
-    client: Client, dataset: Path, result: Path, rights: dict[bool, Result]
+    client: Client,
+    dataset: Path,
+    result: Path,
 ) -> None:
     plan = plan_for(dataset, chunks=13)
-    right = rights[False]
+    right = uninterrupted(plan, dataset, client)
     interrupted(plan, dataset, result, client)
     moved = dataset.rename(dataset.with_name("moved.zarr"))
     with pytest.raises(ProblemError, match="no Zarr group at"):

@@ -29,7 +29,7 @@ from oocattn.storage.results.rows import RowReader
 SHAPE, ROWS = (2, 3, 50, 4), 20
 
 
-def test_they_are_of_little_endian_elements_in_c_order() -> None:
+def test_checksums_are_of_little_endian_elements_in_c_order() -> None:
     rows = np.arange(6, dtype=np.float32).reshape(2, 3) - 2.5
     expected = zlib.crc32(struct.pack("<6f", *rows.ravel()))
     assert checksum(rows) == checksum(rows.astype(">f4")) == checksum(np.asfortranarray(rows)) == expected
@@ -39,7 +39,7 @@ def test_they_are_of_little_endian_elements_in_c_order() -> None:
     assert checksum(ones) == zlib.crc32(bytes([0x80, 0x3F] * 3))
 
 
-def test_what_are_digits() -> None:
+def test_which_texts_are_recorded_checksums() -> None:
     assert are_digits("0123abcd" * 2, 2)
     for wrong in ("0123abc", "0123ABCD", "0123abcg", 123, None, b"0123abcd", "0123abc\n"):
         assert not are_digits(wrong, 1)

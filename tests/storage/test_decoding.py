@@ -7,7 +7,6 @@ import lzma
 import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
+from bombs import BIG_BLOCKS, CHUNK_BYTES, MIB, SKIPPED, ZEROS, lying_blosc, zlib_bomb, zstd_frame, zstd_repeated
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 import oocattn
@@ -24,8 +24,6 @@ from oocattn.storage.inputs.dataset import Dataset
 
 SHAPE, CHUNK = (1, 1, 64, 8), (1, 1, 16, 8)
 DATA = np.random.default_rng(0).standard_normal(SHAPE).astype("float16")
-CHUNK_BYTES = 256
-MIB = 1 << 20
 
 V2: dict[str, dict[str, Any]] = {
     "blosc": {"id": "blosc", "cname": "zstd", "clevel": 1, "shuffle": 1, "blocksize": 0},
@@ -106,31 +104,6 @@ def test_what_zarr_2_writes_is_read(tmp_path: Path, compressor: dict[str, Any]) 
     data = (np.arange(512) / 8).astype("f2").reshape(SHAPE)
     write(tmp_path / "filtered", data, zarr_format=2, compressors=compressor, filters=filters)
     np.testing.assert_array_equal(read(tmp_path / "filtered"), data[0, 0])
-
-
-def zstd_frame(blocks: list[bytes], stated: int | None) -> bytes:
-    size = b"\x00\x38" if stated is None else b"\xe0" + struct.pack("<Q", stated)
-    return struct.pack("<I", 0xFD2FB528) + size + b"".join(blocks)
-
-
-def zstd_repeated(size: int, last: bool) -> bytes:
-    return struct.pack("<I", size << 3 | 2 | last)[:3] + b"\0"
-
-
-BIG_BLOCKS = [zstd_repeated(1 << 17, number == 2047) for number in range(2048)]  # 256 MiB
-SKIPPED = struct.pack("<II", 0x184D2A50, 3) + b"abc"
-ZEROS = bytes(16 * MIB)
-
-
-def zlib_bomb() -> bytes:
-    stream = zlib.compressobj(1)
-    return b"".join([*(stream.compress(ZEROS) for _ in range(4)), stream.flush()])
-
-
-def lying_blosc() -> bytes:
-    content = bytearray(numcodecs.Blosc("lz4").encode(bytes(4 * MIB)))
-    content[4:8] = struct.pack("<I", CHUNK_BYTES)
-    return bytes(content)
 
 
 BOMBS = {

@@ -78,7 +78,7 @@ def test_a_verdict_names_the_elements_that_a_narrow_dtype_lost() -> None:
     assert Certificate.from_json(lost.to_json()) == lost
 
 
-def test_what_it_states() -> None:
+def test_what_a_certificate_states() -> None:
     assert RIGHT.drawn == 60
     assert RIGHT.statement == (
         "of 60 rows drawn uniformly at random none exceeds its tolerance: with 95% confidence fewer than 3/60 = 5.00% of "
@@ -137,7 +137,7 @@ def test_what_is_printed_is_escaped() -> None:
     assert "\x1b" not in str(reason)
 
 
-def test_strata_and_totals() -> None:
+def test_a_certificate_has_strata_and_totals() -> None:
     first, last, uniform, every = RIGHT.strata
     assert [of.name for of in RIGHT.strata] == ["first", "last", "uniform", "all"]
     assert (first.rows, last.rows, uniform.rows, every.rows) == (1, 1, 60, 61)
@@ -178,7 +178,7 @@ def test_the_words_for_a_terminal() -> None:
 
 
 @pytest.mark.parametrize("certificate", ALL)
-def test_it_survives_json(certificate: Certificate) -> None:
+def test_a_certificate_survives_json(certificate: Certificate) -> None:
     text = json.dumps(certificate.to_json(), allow_nan=False)  # standard JSON: no bare NaN
     found = Certificate.from_json(json.loads(text))
     assert found.to_json() == certificate.to_json()

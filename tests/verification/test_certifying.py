@@ -233,7 +233,7 @@ def test_arrays_of_another_shape_are_refused(result: Path) -> None:
 # Files
 
 
-def test_it_is_kept_beside_the_result(right: Path, result: Path) -> None:
+def test_a_certificate_is_kept_beside_the_result(right: Path, result: Path) -> None:
     assert oocattn.verify(result).ledger is None
     assert "ledger       not available" in str(oocattn.verify(result))
     shutil.copy(ResultPaths.at(right).report, ResultPaths.at(result).report)

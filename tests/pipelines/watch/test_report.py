@@ -52,7 +52,7 @@ def test_events_are_added_up() -> None:
     assert report.busy == {"staged": 3.0, "attended": 2.0, "merged": 1.0, "written": 1.5}
 
 
-def test_it_survives_json() -> None:
+def test_a_report_survives_json() -> None:
     report = report_of(EVENTS)
     assert RunReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
