@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,12 @@ def test_the_faster_reader_is_learned_from_large_reads(
     assert same_bits(out, data[0, 0])
 
 
+@cache
+def incompressible() -> np.ndarray:
+    """32 MiB of float16."""
+    return np.random.default_rng(0).standard_normal((1, 2, 2**17, 64), dtype="f4").astype("f2")
+
+
 def tracemalloc_peak(work: Any) -> int:
     tracemalloc.start()
     try:
@@ -210,7 +216,7 @@ def tracemalloc_peak(work: Any) -> int:
     ],
 )
 def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any], remote: bool) -> None:
-    data = np.random.default_rng(0).standard_normal((1, 2, 2**17, 64), dtype="f4").astype("f2")  # 32 MiB, incompressible
+    data = incompressible()
     if remote:
         fsspec.filesystem("memory").store.clear()
     write("memory://bound" if remote else tmp_path, data, **{"chunks": (1, 1, 2**15, 64), **storage})
