@@ -19,13 +19,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from locks import HOLD, OTHER
 
 import oocattn
 from oocattn import IntegrityError, LockedError, TimeLimitError
 from oocattn.storage.journal import lock as lock_module
 from oocattn.storage.journal.claims import UNKNOWN_HOLDER, Holder
 from oocattn.storage.journal.lock import FileLock, lock_holder
+
+HOLD = """
+import sys
+from pathlib import Path
+from oocattn.storage.journal.lock import FileLock
+with FileLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_lock_excludes_and_names_its_holder(tmp_path: Path) -> None:
@@ -67,6 +75,18 @@ def test_a_lock_lives_as_long_as_its_process(tmp_path: Path, killed: bool, caplo
         assert lock_holder(path) == Holder.this_process()
     message = f"the stale lock of process {holder.pid} on host {socket.gethostname()} is taken over"
     assert (message in caplog.text) is killed
+
+
+OTHER = Holder("elsewhere", 17, "another kernel")
+
+
+@pytest.fixture
+def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The lock file of a process on another host, whose lock is not seen here."""
+    monkeypatch.setattr(lock_module, "BEAT", 0.1)
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(asdict(OTHER)))
+    return path
 
 
 def test_a_holder_on_another_host_is_known_by_its_beats(left: Path) -> None:
@@ -236,6 +256,27 @@ def test_a_lock_is_whole_from_its_first_moment(tmp_path: Path) -> None:
     looking.join()
     assert all(b'"token"' in text and text.endswith(b"}") for text in seen)
     assert [entry.name for entry in tmp_path.iterdir()] == []
+
+
+@pytest.mark.usefixtures("lockless")
+def test_a_lock_of_an_older_version_is_respected(tmp_path: Path) -> None:
+    path, ended = tmp_path / "lock", threading.Event()
+    older = asdict(replace(Holder.this_process(), process=17))
+    del older["flocked"]
+    path.write_text(json.dumps(older))
+
+    def beat() -> None:
+        while not ended.wait(0.05):
+            os.utime(path)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(LockedError, match="process 17"):
+            FileLock(path)
+    finally:
+        ended.set()
+        beating.join()
 
 
 def test_a_lock_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

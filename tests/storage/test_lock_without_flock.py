@@ -1,4 +1,4 @@
-"""The lock of a result on file systems that have no locks, or no times to set."""
+"""File systems without locks, or with other habits: a file that is touched keeps others away."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,7 +56,7 @@ def test_without_flock_a_stale_lock_is_watched_first(tmp_path: Path, caplog: pyt
     assert "the stale lock of process 17" in caplog.text
 
 
-def test_a_run_with_flock_respects_a_lock_file_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_with_the_kernels_lock_respects_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the lock daemon of a network file system is away for a moment."""
     monkeypatch.setattr(lock_module, "BEAT", 0.1)
     real, answers = fcntl.flock, iter([OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))])
@@ -89,24 +88,3 @@ def test_a_file_whose_time_cannot_be_set_is_written_again(
         with pytest.raises(LockedError):
             FileLock(tmp_path / "lock")
         assert held.is_held()
-
-
-@pytest.mark.usefixtures("lockless")
-def test_a_lock_of_an_older_version_is_respected(tmp_path: Path) -> None:
-    path, ended = tmp_path / "lock", threading.Event()
-    older = asdict(replace(Holder.this_process(), process=17))
-    del older["flocked"]
-    path.write_text(json.dumps(older))
-
-    def beat() -> None:
-        while not ended.wait(0.05):
-            os.utime(path)
-
-    beating = threading.Thread(target=beat)
-    beating.start()
-    try:
-        with pytest.raises(LockedError, match="process 17"):
-            FileLock(path)
-    finally:
-        ended.set()
-        beating.join()

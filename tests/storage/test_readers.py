@@ -1,24 +1,30 @@
 """Rows read by every way equal what plain zarr reads, to the bit; a chunk that is missing or damaged is an error."""
 
+import errno
+import os
+import shutil
 import tempfile
 import threading
 import time
-from functools import partial
+import tracemalloc
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import numcodecs
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored import CODECS, V2_CODECS, buffer_for, opened, random_data, same_bits, write
-from zarr.codecs import BytesCodec, ZstdCodec
+from reading import CODECS, V2_CODECS, buffer_for, opened, random_data, same_bits, write
+from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ZstdCodec
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
-from oocattn.errors import IntegrityError
 from oocattn.storage.inputs.codecs import CodecReader
 from oocattn.storage.inputs.direct import TRIAL_BYTES, TRIALS, FastestReader, Reader, read_mapped, read_preadv
+from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.layout import ChunkFiles
 
 
@@ -106,86 +112,6 @@ def test_the_description_says_how_an_array_is_read(tmp_path: Path, storage: dict
     assert array.chunk_rows == 16
 
 
-def chunk_files(root: Path) -> list[Path]:
-    return sorted(path for path in (root / "q").rglob("*") if path.is_file() and not path.name.startswith((".z", "zarr")))
-
-
-@pytest.fixture(params=["preadv", "map", "chunked along D", "zstd", "blosc", "gzip", "sharded", "v2 gzip"])
-def reading(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """A way to read [1, 1, 64, 8] float16 in four chunks of rows (two shards) under `tmp_path`: (root, read)."""
-    storage: dict[str, Any] = {
-        "chunked along D": {"chunks": (1, 1, 16, 4)},
-        "sharded": {"shards": (1, 1, 32, 8), "compressors": ZstdCodec()},
-        "v2 gzip": {"zarr_format": 2, "compressors": V2_CODECS["gzip"]},
-    }.get(request.param, {"compressors": CODECS.get(request.param)})
-    write(tmp_path, random_data((1, 1, 64, 8)), **{"chunks": (1, 1, 16, 8), **storage})
-
-    def read(start: int, stop: int) -> None:
-        array = opened(tmp_path)
-        out = buffer_for(array, stop - start)
-        if array.direct:
-            files = ChunkFiles(array.array, tmp_path, "the dataset")
-            (read_preadv if request.param == "preadv" else read_mapped)(files, 0, 0, start, stop, out)
-        else:
-            CodecReader(array.array, "the dataset").read(0, 0, start, stop, out)
-
-    return tmp_path, read
-
-
-def test_a_missing_chunk_is_an_error_and_not_fill_values(reading: Any) -> None:
-    root, read = reading
-    last = chunk_files(root)[-1]
-    last.unlink()
-    read(0, 32)
-    key = str(last.relative_to(root))
-    with pytest.raises(IntegrityError, match=rf"array 'q' of the dataset: .*{key}.* is missing"):
-        read(0, 64)
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.5])
-def test_a_truncated_chunk_is_an_error(reading: Any, kept: float) -> None:
-    root, read = reading
-    last = chunk_files(root)[-1]
-    content = last.read_bytes()
-    last.write_bytes(content[: int(kept * len(content))])
-    read(0, 32)
-    rows_of_chunks = str(last.relative_to(root))[:-1]  # of the chunks along D, the message names the first
-    with pytest.raises(IntegrityError, match=rf"array 'q' of the dataset: .*{rows_of_chunks}"):
-        read(0, 64)
-
-
-def test_a_damaged_chunk_among_many_is_named(tmp_path: Path) -> None:
-    write(tmp_path, random_data((1, 1, 64, 8)), chunks=(1, 1, 16, 8), compressors=ZstdCodec(checksum=True))
-    damaged = tmp_path / "q/c/0/0/2/0"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    with pytest.raises(IntegrityError, match="key 'q/c/0/0/2/0'"):
-        opened(tmp_path).read_rows(0, 0, 0, 64, np.empty((64, 8), "float16"))
-
-
-def test_a_chunk_missing_within_a_shard_is_an_error(tmp_path: Path) -> None:
-    data = random_data((1, 1, 56, 8))  # the last shard is partly out of bounds: those chunks may be missing
-    written = write(tmp_path, data, chunks=(1, 1, 16, 8), shards=(1, 1, 32, 8), compressors=ZstdCodec())
-    opened(tmp_path).read_rows(0, 0, 0, 56, np.empty((56, 8), "float16"))
-    written[0, 0, 16:32] = 0  # zarr drops chunks that are all fill value
-    array = opened(tmp_path)
-    with pytest.raises(IntegrityError, match=r"q/c/0/0/0/0, chunk 0/0/1/0 of the shard.* is missing"):
-        array.read_rows(0, 0, 0, 8, np.empty((8, 8), "float16"))
-    array.read_rows(0, 0, 32, 56, np.empty((24, 8), "float16"))
-
-
-@pytest.mark.skipif(not hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"), reason="zarr 3.1 has one pipeline")
-def test_the_fused_pipeline_of_zarr_is_no_way_around(tmp_path: Path) -> None:
-    data = random_data((1, 1, 64, 8))
-    with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}):
-        write(tmp_path, data, chunks=(1, 1, 16, 8), compressors=ZstdCodec())
-        out = np.empty((64, 8), "float16")
-        opened(tmp_path).read_rows(0, 0, 0, 64, out)
-        assert same_bits(out, data[0, 0])
-        chunk_files(tmp_path)[1].unlink()
-        with pytest.raises(IntegrityError, match="is missing"):
-            opened(tmp_path).read_rows(0, 0, 0, 64, out)
-
-
 def test_rows_and_buffers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write(tmp_path, random_data((1, 2, 64, 8)), chunks=(1, 1, 16, 8))
     array = opened(tmp_path)
@@ -256,3 +182,72 @@ def test_the_faster_reader_is_learned_from_large_reads(
     assert fastest.learned is readers[expected]
     fastest.read(files, 0, 0, 0, rows, out)
     assert same_bits(out, data[0, 0])
+
+
+@cache
+def incompressible() -> np.ndarray:
+    """32 MiB of float16."""
+    return np.random.default_rng(0).standard_normal((1, 2, 2**17, 64), dtype="f4").astype("f2")
+
+
+def tracemalloc_peak(work: Any) -> int:
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    "storage",
+    [
+        {"compressors": ZstdCodec()},
+        {"compressors": GzipCodec(level=1)},
+        {"compressors": BloscCodec()},
+        {"serializer": BytesCodec(endian="big")},
+        {"chunks": (1, 1, 2**15, 16)},
+        {"chunks": (1, 2, 2**14, 64), "compressors": ZstdCodec()},
+        {"shards": (1, 1, 2**17, 64)},
+        {"shards": (1, 1, 2**17, 64), "compressors": ZstdCodec()},
+        {"zarr_format": 2, "compressors": V2_CODECS["blosc"], "filters": [numcodecs.Shuffle(2)]},
+        {"zarr_format": 2, "order": "F", "compressors": V2_CODECS["zstd"]},
+    ],
+)
+def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any], remote: bool) -> None:
+    data = incompressible()
+    if remote:
+        fsspec.filesystem("memory").store.clear()
+    write("memory://bound" if remote else tmp_path, data, **{"chunks": (1, 1, 2**15, 64), **storage})
+    if remote:
+        array = InputArray("q", zarr.open_group("memory://bound", mode="r")["q"], "memory://bound")
+    else:
+        array = opened(tmp_path)
+    out = buffer_for(array, 2**17)
+    peak = tracemalloc_peak(lambda: array.read_rows(0, 1, 0, 2**17, out))
+    assert same_bits(out, data[0, 1])
+    assert peak <= array.decode_bytes
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOMEM])
+@pytest.mark.parametrize("compressor", [None, ZstdCodec()], ids=["plain", "zstd"])
+def test_files_that_cannot_be_mapped_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, compressor: ZstdCodec | None
+) -> None:
+    data = random_data((2, 30, 4))
+    write(tmp_path, data, chunks=(1, 8, 4), compressors=compressor)
+    array = opened(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    ways = [array.read_rows, CodecReader(array.array, "dataset").read]
+    if array.direct:
+        ways.append(partial(read_mapped, ChunkFiles(array.array, tmp_path, "dataset")))
+    for read in ways:
+        out = buffer_for(array, 20)
+        read(0, 1, 5, 25, out)
+        assert same_bits(out, data[1, 5:25])

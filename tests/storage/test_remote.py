@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import itertools
 import shutil
@@ -14,9 +13,8 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
-from http_server import PAGE, Fault, Handler, Server, drop, serving, stall, status, truncate
-from served import ARRAYS, read
-from support import assert_same_bits, carry_out, plan_for, write_dataset
+from http_server import PAGE, TRANSIENT, Fault, Handler, Server, drop, first_try, serving, stall, status
+from support import assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn.cli.main import main
@@ -29,6 +27,7 @@ from oocattn.storage.remote import transient
 aiohttp = pytest.importorskip("aiohttp")
 http_files = pytest.importorskip("oocattn.storage.remote.http_files")
 
+ARRAYS = normal_arrays(64)
 
 STORAGE: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -68,17 +67,14 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transient.retry, "__defaults__", (SOME_SECONDS,))
 
 
-def first_try(fault: Fault) -> Fault:
-    """The first request for each thing is answered so."""
-    return lambda request: request.served.tries[request.command, request.path] % 2 == 1 and fault(request)
-
-
-TRANSIENT: dict[str, Fault] = {
-    **{str(code): status(code) for code in (408, 425, 429, 500, 502, 503, 504)},
-    "Retry-After": status(429, Retry_After="0"),
-    "a dropped connection": drop,
-    "a truncated body": truncate,
-}
+def read(dataset: Dataset) -> None:
+    """Compare all rows with what was written."""
+    dataset.check_complete()
+    for array, data in zip(dataset.arrays.values(), ARRAYS, strict=True):
+        out = np.empty(data.shape[2:], array.dtype)
+        for head in range(data.shape[1]):
+            array.read_rows(0, head, 0, 64, out)
+            np.testing.assert_array_equal(out, data[0, head])
 
 
 @pytest.mark.usefixtures("hurried")
@@ -249,6 +245,44 @@ def test_a_chunk_of_the_wrong_size_is_named_as_it_is_read(server: Server) -> Non
         read_all_of(Dataset.open(f"{server.url}/plain.zarr"), "k")
 
 
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_redirects_are_followed(server: Server, folder: Path, code: int) -> None:
+    with serving(folder) as other:
+        server.fault = lambda request: status(code, Location=other.url + request.path)(request)
+        read(Dataset.open(f"{server.url}/plain.zarr"))
+        assert other.requests
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"])
+def test_redirects_lead_to_no_other_scheme(server: Server, target: str) -> None:
+    server.fault = status(302, Location=target)
+    with pytest.raises(RemoteError, match=r"redirects to .*are not followed"):
+        Dataset.open(f"{server.url}/plain.zarr")
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1", "169.254.169.254", "10.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]"])
+def test_redirects_lead_to_no_nearer_network(server: Server, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    real = http_files._nearness_of  # the server is taken to be on the Internet
+    monkeypatch.setattr(http_files, "_nearness_of", lambda text: 0 if text == "127.0.0.1" and where != text else real(text))
+    if where == "127.0.0.1":
+        monkeypatch.setattr(http_files, "_nearness_of", lambda text: 3 if text == "127.0.0.1" else 0)
+        server.url = server.url.replace("127.0.0.1", "localhost")
+        monkeypatch.setattr(http_files, "_nearness", near)
+    server.fault = status(307, Location=f"http://{where}:9/plain.zarr/zarr.json")
+    with pytest.raises(RemoteError, match=r"redirects to .* nearer than its own are not followed"):
+        Dataset.open(f"{server.url}/plain.zarr")
+
+
+async def near(host: str) -> list[int]:
+    return [0 if host == "localhost" else 3]
+
+
+def test_redirects_end(server: Server) -> None:
+    server.fault = lambda request: status(302, Location=request.path)(request)
+    with pytest.raises(RemoteError, match="redirects again and again"):
+        Dataset.open(f"{server.url}/plain.zarr")
+
+
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("fault", [status(503), status(403), status(404), drop, None])
 def test_credentials_in_a_url_are_used_and_never_shown(
@@ -309,11 +343,3 @@ def test_an_archive_behind_a_url_is_read(server: Server, folder: Path, hurried: 
         served.fault = None
         with pytest.raises(ProblemError, match="no Zarr group"):
             Dataset.open(f"zip::{served.url}/none.zip")
-
-
-def test_memory_that_runs_out_is_no_failure_of_the_server() -> None:
-    async def step() -> None:
-        raise MemoryError("8 GiB")
-
-    with pytest.raises(MemoryError, match="8 GiB"):
-        asyncio.run(transient.retry("reading", "https://host/x", step))

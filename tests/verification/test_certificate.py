@@ -137,7 +137,7 @@ def test_a_printed_certificate_is_escaped() -> None:
     assert "\x1b" not in str(reason)
 
 
-def test_strata_and_totals() -> None:
+def test_a_certificate_has_strata_and_totals() -> None:
     first, last, uniform, every = RIGHT.strata
     assert [of.name for of in RIGHT.strata] == ["first", "last", "uniform", "all"]
     assert (first.rows, last.rows, uniform.rows, every.rows) == (1, 1, 60, 61)

@@ -193,7 +193,7 @@ def test_every_task_tells_the_error_that_stopped_the_lane(
             made.attend(turn)
 
 
-def test_so_does_a_task_that_waits_when_it_happens(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_waits_when_a_lane_fails_ends_too(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second subproblem is enqueued as soon as a partial of the first is on disk; instead, the disk is full."""
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
     made = lane_of(fast_path, pretend.gpu_plan(dataset, (6, 4), "disk", chunks=3))

@@ -228,7 +228,7 @@ def test_a_wait_for_share_one_ends(client: Client, dataset: Path, fast_path: Pat
     assert (shares[0], shares[-1]) == (0.0, 1.0)
 
 
-def test_of_no_run_nothing_is_done_and_nobody_knows_how_long_it_takes(fast_path: Path) -> None:
+def test_the_status_without_a_run_has_no_progress_and_no_time_left(fast_path: Path) -> None:
     status = oocattn.status(fast_path / "result.zarr")
     assert (status.share, status.tokens_done, status.seconds_left) == (0.0, 0, None)
 

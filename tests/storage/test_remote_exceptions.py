@@ -1,7 +1,8 @@
-"""What a failure of a remote store means, whatever library raised it."""
+"""What an exception of a library for remote stores means: missing, refused, for a while, or something else."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import ssl
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from oocattn.storage.remote import transient
 from oocattn.storage.remote.transient import Kind, classify
 
 
@@ -75,3 +77,11 @@ MEANINGS: list[tuple[Exception, Kind]] = [
 @pytest.mark.parametrize(("error", "kind"), MEANINGS, ids=lambda value: f"{value!r:.60}")
 def test_an_exception_of_any_file_system_means(error: Exception, kind: Kind) -> None:
     assert classify(error).kind is kind
+
+
+def test_memory_that_runs_out_is_no_failure_of_the_server() -> None:
+    async def step() -> None:
+        raise MemoryError("8 GiB")
+
+    with pytest.raises(MemoryError, match="8 GiB"):
+        asyncio.run(transient.retry("reading", "https://host/x", step))

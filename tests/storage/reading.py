@@ -1,4 +1,4 @@
-"""Arrays that are stored in many ways, and their reading back."""
+"""Arrays of every kind of storage, and buffers to read them into: what tests of readers share."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.mapped_store import MappedStore
 
 CODECS = {"none": None, "zstd": ZstdCodec(), "blosc": BloscCodec(), "gzip": GzipCodec(level=1)}
+
+
 V2_CODECS = {"none": None, "zstd": {"id": "zstd"}, "blosc": {"id": "blosc"}, "gzip": {"id": "gzip", "level": 1}}
+
+
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("float32")}
 
 
