@@ -16,7 +16,6 @@ from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
 from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
-from oocattn.kernels import kernel_names
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import DASHBOARD, ENGINES, INLINE, check_engine
 from oocattn.pipelines.lane.rehearsal import rehearse

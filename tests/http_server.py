@@ -167,3 +167,17 @@ def stall(seconds: float) -> Fault:
         return True
 
     return fault
+
+
+def first_try(fault: Fault) -> Fault:
+    """The first request for each thing is answered so."""
+    return lambda request: request.served.tries[request.command, request.path] % 2 == 1 and fault(request)
+
+
+TRANSIENT: dict[str, Fault] = {
+    **{str(code): status(code) for code in (408, 425, 429, 500, 502, 503, 504)},
+    "Retry-After": status(429, Retry_After="0"),
+    "a dropped connection": drop,
+    "a truncated body": truncate,
+}
+"""Answers that a server gives for a while."""

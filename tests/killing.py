@@ -1,7 +1,7 @@
 """Kills runs, or their workers, at moments spread over their life, and compares the results bit for bit.
 
     python tests/killing.py --moments 200 --partials memory
-    python tests/killing.py --moments 200 --partials disk --workers
+    python tests/killing.py --moments 200 --partials memory disk --workers
 
 A run that was killed is resumed; one whose worker was killed goes on by itself. Runs are forks of this process, which has
 imported everything and started nothing; workers are two processes that are replaced when they die. It prints a tally, and
@@ -135,6 +135,11 @@ def write_other(folder: Path) -> None:
         carry_out(plan_for(folder / "dataset.zarr"), folder / "dataset.zarr", folder / "other.zarr", client)
 
 
+def moment_of(number: int, whole: int, options: argparse.Namespace) -> int:
+    """The moment of the `number`-th kill in a life of `whole` moments: kills are spread evenly."""
+    return 1 + (2 * number + 1) * (whole - 1) // (2 * options.moments)
+
+
 def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
     chance = random.Random(options.seed)
     begin_anew(folder, options)
@@ -143,7 +148,7 @@ def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
     print(f"a run has {whole} moments")
     for number in range(options.moments):
         begin_anew(folder, options)
-        last = 1 + number * (whole - 1) // max(options.moments - 1, 1)
+        last = moment_of(number, whole, options)
         killed = fork(partial(run_or_resume, folder, options), folder, last)
         while killed:
             with (folder / "log").open("a") as log:
@@ -155,33 +160,40 @@ def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
 
 
 def kill_workers(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
-    result = folder / "result.zarr"
     # Else it gives a worker up that is not there 15 s after it died: the one in its place may just have died too.
     with (
         dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day", **NO_PROFILER}),
         LocalCluster(n_workers=2, threads_per_worker=4, processes=True, memory_limit=0, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
-        client.run(arm, result, folder / "log", None)
+        for place in options.places:
+            options.partials = place
+            kill_workers_of(client, folder, options, tally)
+
+
+def kill_workers_of(client: Client, folder: Path, options: argparse.Namespace, tally: Tally) -> None:
+    result = folder / "result.zarr"
+    begin_anew(folder, options)
+    client.run(arm, result, folder / "log", None)
+    run(folder, options, client)
+    expected, whole = bits_of(result), min(client.run(moments, result).values())
+    print(f"a worker has at least {whole} moments")
+    for number in range(options.moments):
+        begin_anew(folder, options)
+        client.wait_for_workers(2, timeout=60)
+        last = moment_of(number, whole, options)
+        victim = sorted(client.nthreads())[tally.runs % 2]
+        client.run(arm, result, folder / "log", last, workers=[victim])
         run(folder, options, client)
-        expected, whole = bits_of(result), min(client.run(moments, result).values())
-        print(f"a worker has at least {whole} moments")
-        for number in range(options.moments):
-            begin_anew(folder, options)
-            client.wait_for_workers(2, timeout=60)
-            last = 1 + number // 2 * (whole - 1) // max(options.moments // 2 - 1, 1)
-            victim = sorted(client.nthreads())[number % 2]
-            client.run(arm, result, folder / "log", last, workers=[victim])
-            run(folder, options, client)
-            tally.kills += (folder / "log").read_text().count("kill")
-            tally.check(folder, expected, last)
+        tally.kills += (folder / "log").read_text().count("kill")
+        tally.check(folder, expected, last)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--moments", type=int, default=200, help="how many to kill (default: %(default)s)")
     parser.add_argument("--workers", action="store_true", help="kill workers instead of runs")
-    parser.add_argument("--partials", choices=("memory", "disk"), default="disk")
+    parser.add_argument("--partials", choices=("memory", "disk"), nargs="+", default=["disk"], dest="places")
     parser.add_argument("--chunks", type=int, default=31)
     parser.add_argument("--interval", type=float, default=0.5, help="checkpoint interval, seconds (default: %(default)s)")
     parser.add_argument("--lanes", type=int, default=1)
@@ -196,9 +208,14 @@ def main(arguments: list[str] | None = None) -> int:
         fork(lambda: write_dataset(folder / "dataset.zarr", normal_arrays(400, heads=4, kv_heads=2)), folder)
         if options.overwrite:
             fork(lambda: write_other(folder), folder)
-        (kill_workers if options.workers else kill_runs)(folder, options, tally)
+        if options.workers:
+            kill_workers(folder, options, tally)
+        else:
+            for place in options.places:
+                options.partials = place
+                kill_runs(folder, options, tally)
     killed = f"{tally.runs - tally.wrong} of {tally.runs} bit-identical after {tally.kills} kills"
-    print(f"{killed}, partials in {options.partials}")
+    print(f"{killed}, partials in {' and '.join(options.places)}")
     if options.workers:
         return int(bool(tally.wrong))
     print(

@@ -1,6 +1,6 @@
 """Runs on a file system that is too small, in a mount namespace of its own: see `test_disk_full`.
 
-unshare --user --map-root-user --mount python tests/small_disk.py FOLDER PARTIALS KIBIBYTES
+unshare --user --map-root-user --mount python tests/small_disk.py FOLDER PARTIALS:KIBIBYTES ...
 """
 
 from __future__ import annotations
@@ -21,28 +21,32 @@ def mount(disk: Path, kibibytes: int, *options: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], check=True)
 
 
-def main(folder: Path, partials: str, kibibytes: int) -> None:
+def main(folder: Path, cases: list[tuple[str, int]]) -> None:
     """A run on a disk of so many KiB fails, and is resumed once there is room."""
-    disk = folder / "disk"
-    disk.mkdir()
-    mount(disk, kibibytes)
-    dataset = write_dataset(folder / "dataset.zarr", normal_arrays(400, heads=4, kv_heads=2, head_dim=32))
-    plan = replanned(plan_for(dataset, chunks=31, causal=True, partials=partials), checkpoint_seconds=0.01)
+    folder.mkdir(exist_ok=True)
+    dataset = write_dataset(folder / "dataset.zarr", normal_arrays(300, heads=4, kv_heads=2, head_dim=32))
     with local_client() as client:
-        right = carry_out(plan, dataset, folder / "right.zarr", client)
-        result = disk / "result.zarr"
-        try:
-            carry_out(plan, dataset, result, client)
-        except OSError as error:
-            print(f"failed: {error}")
-        state = ResultPaths.at(result).state
-        print(f"left half written: {len(list(state.rglob('*.partial')))}")
-        print(oocattn.status(result))
-        mount(disk, 64 * kibibytes, "remount")
-        assert_same_bits(oocattn.resume(result, client=client), right)
-        print(f"beside it: {[path.name for path in state.iterdir()]}")
-        print("bit-identical")
+        for partials, kibibytes in cases:
+            plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
+            plan = replanned(plan, checkpoint_seconds=0.01)
+            right = carry_out(plan, dataset, folder / "right.zarr", client, overwrite=True)
+            disk = folder / f"{partials}-{kibibytes}"
+            disk.mkdir()
+            mount(disk, kibibytes)
+            result = disk / "result.zarr"
+            try:
+                carry_out(plan, dataset, result, client)
+            except OSError as error:
+                print(f"failed: {error}")
+            state = ResultPaths.at(result).state
+            print(f"left half written: {len(list(state.rglob('*.partial')))}")
+            print(oocattn.status(result))
+            mount(disk, 64 * kibibytes, "remount")
+            assert_same_bits(oocattn.resume(result, client=client), right)
+            print(f"beside it: {[path.name for path in state.iterdir()]}")
+            print("bit-identical\n=")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    pairs = (case.split(":") for case in sys.argv[2:])
+    main(Path(sys.argv[1]), [(partials, int(kibibytes)) for partials, kibibytes in pairs])

@@ -124,8 +124,7 @@ def test_planning_writes_nothing(dataset: Path, fast_path: Path) -> None:
     assert [path.name for path in fast_path.iterdir()] == ["dataset.zarr"]
 
 
-@pytest.mark.parametrize("partials", ["memory", "disk"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("dtype", "partials"), [("float16", "memory"), ("float32", "disk")])
 def test_a_run_reads_and_writes_what_its_plan_says(client: Client, fast_path: Path, dtype: str, partials: str) -> None:
     dataset = fast_path / "dataset.zarr"
     synthesise(dataset, tokens=2003, heads=4, kv_heads=2, head_dim=24, dtype=dtype)
@@ -158,8 +157,11 @@ def cluster_of(workers: int, threads: int, processes: bool) -> Iterator[Client]:
         yield connected
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("options", [{"chunks": 7}, {"chunks": 8}, {"chunks": 5, "decomposition": "strips"}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "causal"),
+    [({"chunks": 7}, True), ({"chunks": 8}, False), ({"chunks": 5, "decomposition": "strips"}, True)],
+    ids=str,
+)
 def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(
     client: Client, clients: dict[tuple[int, int], Client], fast_path: Path, options: dict, causal: bool
 ) -> None:

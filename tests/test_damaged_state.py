@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client
+from interrupting import EnoughError, interrupt, interrupted, uninterrupted
 from support import assert_same_bits, carry_out, damage, normal_arrays, plan_for, write_dataset
-from test_resuming import EnoughError, interrupt, interrupted
 
 import oocattn
 from oocattn import Event, IntegrityError, Plan, ResultExistsError
@@ -67,7 +67,7 @@ def test_a_finished_chunk_whose_file_is_not_there_is_computed_again(
     client: Client, dataset: Path, result: Path, array: str, spoil: Callable[[bytes], bytes | None]
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     interrupted(plan, dataset, result, client, "written", 8)
     paths = ResultPaths.at(result)
     damage(sorted((paths.unfinished / array).glob("c.*"))[0], spoil)
@@ -94,7 +94,7 @@ def test_many_partials_of_one_subproblem_may_be_damaged(
 ) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(340, heads=1))
     plan = plan_for(dataset, chunks=31, partials=partials)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     interrupted(plan, dataset, result, client, "attended", 12)
     paths = ResultPaths.at(result)
     files = sorted(paths.scratch.glob("partial-0-*-0"))
@@ -131,7 +131,7 @@ def test_a_record_that_cannot_be_read_counts_for_nothing(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     interrupted(plan, dataset, result, client, "written", 8)
     paths = ResultPaths.at(result)
     bad, real = sorted((paths.state / "finished").iterdir())[0], journal.read_record

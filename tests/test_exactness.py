@@ -133,13 +133,13 @@ def assert_exact(result: Result, expected: Array64, lse: Array64, out_dtype: str
 
 
 @given(case=cases(st.just(False)))
-@settings(max_examples=100)
+@settings(max_examples=40)
 def test_every_way_of_computing_it_is_attention(case: Case, client: Client, fast_path: Path) -> None:
     check_exactness(case, client, fast_path)
 
 
 @given(case=cases(st.just(True)))
-@settings(max_examples=100)
+@settings(max_examples=40)
 def test_every_way_of_computing_it_is_causal_attention(case: Case, client: Client, fast_path: Path) -> None:
     check_exactness(case, client, fast_path)
 
@@ -203,22 +203,19 @@ def sdpa_by_rows(arrays: Arrays, causal: bool) -> np.ndarray:
     return torch.cat(rows, dim=2).numpy()
 
 
-@pytest.mark.parametrize("partials", ["memory", "disk"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("array", [0, 1, 2])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_flows_as_in_torch(
-    client: Client, fast_path: Path, bad: float, array: int, causal: bool, partials: str
-) -> None:
-    arrays = normal_arrays(40, heads=2, kv_heads=2, head_dim=4)
-    arrays[array][0, 1, 23, 2] = bad
+@pytest.mark.parametrize(("array", "partials"), [(0, "memory"), (1, "disk"), (2, "memory")])
+def test_nan_and_inf_flow_as_in_torch(client: Client, fast_path: Path, array: int, causal: bool, partials: str) -> None:
+    """One of them in each head, of q, k or v."""
+    arrays = normal_arrays(40, heads=3, kv_heads=3, head_dim=4)
+    arrays[array][0, :, 23, 2] = np.nan, np.inf, -np.inf
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
     plan = plan_for(dataset, causal=causal, chunks=7, partials=partials)
     result = carry_out(plan, dataset, fast_path / "result.zarr", client)
     expected = sdpa_by_rows(arrays, causal)
-    assert not np.isfinite(expected).all() or array < 2
+    assert not np.isfinite(expected[:, 0]).all()
     np.testing.assert_allclose(result.out[...], expected, rtol=2e-5, atol=1e-6)
-    assert result.report.not_finite == 1
+    assert result.report.not_finite == 3
     assert verify(result.path).passed
 
 

@@ -25,7 +25,7 @@ from support import (
 )
 
 import oocattn
-from oocattn import Event, IntegrityError
+from oocattn import Event, IntegrityError, Result
 from oocattn.kernels import AttentionState
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
 from oocattn.storage.paths import ResultPaths
@@ -63,8 +63,8 @@ def test_a_chunk_that_changes_is_noticed_though_size_and_time_are_set_back(
     client: Client, fast_path: Path, result: Path, replaced: bool
 ) -> None:
     """In the middle of a chunk whose content is not sampled, in place or by another file."""
-    dataset = write_dataset(fast_path / "large.zarr", normal_arrays(1 << 15, head_dim=32), chunk_rows=1 << 11)
-    chunk = dataset / "k/c/0/0/7/0"
+    dataset = write_dataset(fast_path / "large.zarr", normal_arrays(1 << 12, head_dim=32), chunk_rows=1 << 11)
+    chunk = dataset / "k/c/0/0/1/0"
 
     def change() -> None:
         status, content = chunk.stat(), bytearray(chunk.read_bytes())
@@ -93,40 +93,38 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def right(client: Client, shared_path: Path) -> Result:
+    """The result of the `dataset` fixture in 40 chunks, without a fault."""
+    dataset = write_dataset(shared_path / "dataset.zarr", normal_arrays(TOKENS), chunk_rows=16)
+    return carry_out(plan_for(dataset, chunks=40, causal=True), dataset, shared_path / "right.zarr", client)
+
+
 @pytest.mark.parametrize(
-    ("spoil", "causal"),
-    [
-        (flip_a_bit, False),
-        (flip_a_bit, True),
-        (lambda path: os.truncate(path, path.stat().st_size - 1), False),
-        (Path.unlink, False),
-        (lambda path: path.write_bytes(b""), False),
-    ],
-    ids=["flipped", "flipped, causal", "short", "missing", "empty"],
+    "spoil",
+    [flip_a_bit, lambda path: os.truncate(path, path.stat().st_size - 1), lambda path: path.write_bytes(b"")],
+    ids=["flipped", "short", "empty"],
 )
 def test_a_damaged_partial_is_computed_again(
-    client: Client, dataset: Path, result: Path, spoil: Callable[[Path], None], causal: bool
+    client: Client, dataset: Path, result: Path, right: Result, spoil: Callable[[Path], None]
 ) -> None:
     """Of a chunk whose last partial is not even submitted when the first is done: so it cannot be merged before."""
-    plan = plan_for(dataset, chunks=40, causal=causal, partials="disk")
+    plan = plan_for(dataset, chunks=40, causal=True, partials="disk")
     contributors = {chunk: plan.division.contributors(chunk) for chunk in range(40) if plan.tokens(chunk)}
     chunk = next(chunk for chunk, these in contributors.items() if these[0] == 0 and these[-1] >= 33)
     partial = ResultPaths.at(result).scratch / f"partial-0-{chunk}-0"
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
     found = carry_out(plan, dataset, result, client, callbacks=[on_first("attended", lambda: spoil(partial))])
     assert found.report.recomputed == 1
     assert "computed again" in str(found.report)
-    np.testing.assert_array_equal(found.out[...], right.out[...])
-    np.testing.assert_array_equal(found.lse[...], right.lse[...])
+    assert_same_bits(found, right)
     assert found.report.pairs == right.report.pairs
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_so_is_one_that_cannot_be_read(
-    client: Client, dataset: Path, result: Path, partials: str, monkeypatch: pytest.MonkeyPatch
+def test_a_partial_that_cannot_be_read_is_computed_again(
+    client: Client, dataset: Path, result: Path, right: Result, partials: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_for(dataset, chunks=40, partials=partials)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    plan = plan_for(dataset, chunks=40, causal=True, partials=partials)
     recorder = Recorder([])
 
     def stop(event: Event) -> None:

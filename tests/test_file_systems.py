@@ -59,10 +59,11 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failing, "PAUSES", (0.0, 0.0))
 
 
-@pytest.fixture
-def good(client: Client, dataset: Path, fast_path: Path) -> Result:
-    """A result, for comparison and to be verified."""
-    return carry_out(plan_for(dataset, chunks=3), dataset, fast_path / "good.zarr", client)
+@pytest.fixture(scope="module")
+def good(client: Client, shared_path: Path) -> Result:
+    """A result of the arrays of the `dataset` fixture, for comparison and to be verified."""
+    dataset = write_dataset(shared_path / "dataset.zarr", ARRAYS, chunk_rows=16)
+    return carry_out(plan_for(dataset, chunks=3), dataset, shared_path / "good.zarr", client)
 
 
 def interrupt(client: Client, dataset: Path, result: Path) -> None:

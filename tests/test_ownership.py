@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
+from interrupting import EnoughError, interrupt, interrupted, uninterrupted
 from support import Recorder, assert_same_bits, bits, carry_out, normal_arrays, plan_for, write_dataset
-from test_resuming import EnoughError, interrupt, interrupted
 
 import oocattn
 from oocattn import Event, IntegrityError, LockedError, ResultExistsError
@@ -127,7 +127,7 @@ def test_a_run_that_has_lost_its_lock_ends_and_leaves_everything(
     client: Client, dataset: Path, result: Path, kind: str, partials: str
 ) -> None:
     plan = plan_for(dataset, chunks=13, partials=partials)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     interrupted(plan, dataset, result, client, "written", 3)
     state = ResultPaths.at(result).state
     recorder, before = Recorder([]), []

@@ -89,7 +89,7 @@ def test_a_wrong_field_is_refused_by_name(change: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' * 100_000, b"\xff", b"[]", b'{"a": NaN}', b"", b'{"a": 1'])
-def test_what_is_no_json_object_is_refused(content: bytes) -> None:
+def test_text_that_is_no_json_object_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="JSON"):
         parse_json(content)
 

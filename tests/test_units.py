@@ -31,7 +31,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "2 G i B", "-1", "1e9", "2XB", "iB", "5iB", "0x10", "1,000", "2GiBs", "²"])
-def test_what_is_no_size_is_refused_with_examples(text: str) -> None:
+def test_text_that_is_no_size_is_refused_with_examples(text: str) -> None:
     with pytest.raises(ProblemError, match=r"device memory .* is not understood: write it as 65536, 64K, 500MB or 2GiB"):
         parse_size(text, "device memory")
 
@@ -109,6 +109,6 @@ def test_durations_are_read(text: str | float, seconds: float) -> None:
 @pytest.mark.parametrize(
     "text", ["", "soon", "-1", "1w", "1h-30m", "h", "1:30", "inf", "nan", "10m!", -1, "40000d", 1e10, *HUGE]
 )
-def test_what_is_no_duration_is_refused(text: str | float) -> None:
+def test_text_that_is_no_duration_is_refused(text: str | float) -> None:
     with pytest.raises(ProblemError, match="time limit"):
         parse_duration(text, "time limit")

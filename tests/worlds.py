@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 from distributed import Client
+from interrupting import interrupted
 from support import carry_out, normal_arrays, plan_for, write_dataset
-from test_resuming import interrupted
 
 import oocattn
 

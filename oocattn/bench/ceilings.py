@@ -34,6 +34,12 @@ def kernel_ceiling(plan: Plan) -> Ceiling:
     return Ceiling(f"kernel {plan.kernel}, {plan.tiles.query:,} queries by {plan.tiles.key:,} keys", rate, "FLOP/s")
 
 
+def other_ceilings(plan: Plan, dataset: Path, folder: Path) -> Iterator[Ceiling]:
+    """Measure copies to and from a GPU, where the plan has one, and the disk."""
+    yield from copy_ceilings() if plan.device == "cuda" else ()
+    yield from disk_ceilings(dataset, folder)
+
+
 def copy_ceilings() -> Iterator[Ceiling]:
     """Copies of pinned host memory to the first GPU and back, each alone."""
     rates = copy_rates(0)

@@ -96,20 +96,17 @@ def bench(
     tokens, heads, where = tokens or TOKENS[default], heads or HEADS[default], output_path(folder, "folder")
     _check_room(where, tokens * head_dim * 2 * (heads + (kv_heads or heads)), str(dtype))
     options: dict[str, Any] = {"causal": causal, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
-    options["checkpoint_interval"] = checkpoint_interval
+    options |= {"checkpoint_interval": checkpoint_interval, "device_memory": device_memory, "host_memory": host_memory}
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=where)))
         client = stack.enter_context(local_client(workers=count_lanes(kernel)))
         dataset, start = place / "qkv.zarr", time.perf_counter()
         synthesise(dataset, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, seed=seed)
         written = Progress("wrote the dataset", time.perf_counter() - start)
-        budgets: dict[str, Any] = {"device_memory": device_memory, "host_memory": host_memory}
-        plan = oocattn.api.plan(dataset, **options, **budgets, result=place / "out.zarr")
+        plan = oocattn.api.plan(dataset, **options, result=place / "out.zarr")
         yield from (plan, written)
-        kernel_ceiling = ceilings.kernel_ceiling(plan)
-        yield kernel_ceiling
-        yield from ceilings.copy_ceilings() if plan.device == "cuda" else ()
-        yield from ceilings.disk_ceilings(dataset, place)
+        yield (kernel_ceiling := ceilings.kernel_ceiling(plan))
+        yield from ceilings.other_ceilings(plan, dataset, place)
         start = time.perf_counter()
         exact = _exact_rows(plan, dataset, rows, seed)
         yield Progress(f"recomputed {len(exact)} rows in float64", time.perf_counter() - start)

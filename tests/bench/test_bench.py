@@ -85,7 +85,7 @@ def test_rounds_take_turns_after_a_warm_up_that_can_be_left_out(folders: list[Pa
     assert [record.what for record in records if isinstance(record, Progress)][2:] == rounds[len(NAMES) :]
 
 
-def test_what_fails_or_cannot_run_says_so_and_the_others_go_on(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_competitor_that_fails_says_so_and_the_others_go_on(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 1 EiB")
 

@@ -2,35 +2,16 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 from distributed import LocalCluster
+from small import SMALL
 
-import oocattn
 from oocattn.bench import Ceiling, Progress
 from oocattn.cli import main as cli
 from oocattn.cli.doctor import Check
-
-SMALL = ["--tokens", "1K", "--heads", "2", "--head-dim", "16", "--dtype", "float32"]
-
-
-@pytest.fixture
-def dataset(tmp_path):
-    path = str(tmp_path / "qkv.zarr")
-    assert cli.main(["synth", path, *SMALL]) == 0
-    return path
-
-
-@pytest.fixture
-def result(tmp_path):
-    return str(tmp_path / "out.zarr")
 
 
 def test_from_synth_to_verify(dataset, result, capsys):
@@ -191,108 +172,6 @@ def test_a_run_on_another_dask_cluster(dataset, result, capsys):
         assert cli.main(["run", dataset, result, "--scheduler", cluster.scheduler_address]) == 0
     assert "on 2 lanes" in capsys.readouterr().out
     assert cli.main(["verify", result, "--rows", "4"]) == 0
-
-
-def started(dataset, result, chunks):
-    """A run in a process of its own that has attended something."""
-    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", str(chunks)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell that runs the tests in the background makes them, and this child, ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while not oocattn.status(result).subproblems_done:
-        assert process.poll() is None
-        time.sleep(0.05)
-    return process
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "words"), [(signal.SIGTERM, 143, "interrupted"), (signal.SIGUSR1, 75, "time limit reached (SIGUSR1)")]
-)
-def test_a_signal_ends_a_run_in_two_lines_and_it_can_be_resumed(dataset, fast_path, number, code, words):
-    result = str(fast_path / "result.zarr")
-    process = started(dataset, result, 91)
-    if number == signal.SIGUSR1:
-        process.send_signal(number)  # and another one, which changes nothing
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert len(printed.splitlines()) == 2, printed
-    first, last = printed.splitlines()
-    assert first.startswith("ending: what is in flight is finished and saved first, which may take ")
-    assert last == f"oocattn: {words}; go on with: oocattn resume {result}"
-    assert oocattn.status(result).state == "interrupted"
-    assert not Path(result).exists()
-    assert cli.main(["resume", result]) == 0
-    assert cli.main(["verify", result, "--rows", "4"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75)]
-)
-def test_a_signal_has_its_exit_code_before_a_run_and_in_it(dataset, result, number, code, monkeypatch, capsys):
-    handlers = [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1)]
-    with monkeypatch.context() as patched:
-        patched.setattr(oocattn, "plan", lambda *_, **__: signal.raise_signal(number))
-        assert cli.main(["plan", dataset]) == code
-    monkeypatch.setattr(cli, "ProgressBar", lambda: lambda event: event.kind == "staged" and signal.raise_signal(number))
-    assert cli.main(["run", dataset, result, "--chunks", "31", "--progress"]) == code
-    assert f"go on with: oocattn resume {result}" in capsys.readouterr().err
-    assert [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1)] == handlers
-    assert cli.main(["resume", result]) == 0
-
-
-def test_a_warning_that_time_is_short_comes_too_late_for_a_committed_result(dataset, result, monkeypatch):
-    monkeypatch.setattr(
-        cli, "ProgressBar", lambda: lambda event: event.kind == "committed" and signal.raise_signal(signal.SIGUSR1)
-    )
-    assert cli.main(["run", dataset, result, "--chunks", "1", "--progress"]) == 0
-
-
-def test_a_run_under_nohup_goes_on_when_its_terminal_is_gone(dataset, result):
-    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", "91"]
-    process = subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not oocattn.status(result).subproblems_done:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGHUP)
-    assert "finished" in process.communicate(timeout=60)[0]
-    assert process.returncode == 0
-
-
-def test_a_time_limit_ends_a_run_with_its_own_code_and_it_can_be_resumed(tmp_path, capsys):
-    """Of a run that would take some ten seconds, in a process that needs some of the limit to start."""
-    dataset, result = str(tmp_path / "large.zarr"), str(tmp_path / "result.zarr")
-    assert cli.main(["synth", dataset, "--tokens", "32K", "--heads", "4", "--head-dim", "64", "--dtype", "float32"]) == 0
-    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", "31", "--time-limit", "12s"]
-    began = time.monotonic()
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 75
-    done = r"time limit reached: \d+ of 124 subproblems are done, not counting those in flight"
-    assert re.fullmatch(rf"oocattn: {done}; go on with: oocattn resume {result}\n", ended.stderr), ended.stderr
-    assert time.monotonic() - began < 12
-    assert 0 < oocattn.status(result).subproblems_done < 4 * 31
-    assert cli.main(["status", result]) == 0
-    assert re.search(r"interrupted: \d+ of 124 subproblems, .* tokens/s\n.* last saved ", capsys.readouterr().out)
-    assert cli.main(["resume", result]) == 0
-
-
-def test_a_second_signal_ends_a_run_at_once(tmp_path):
-    """In a run whose subproblems take some seconds."""
-    dataset, result = str(tmp_path / "large.zarr"), str(tmp_path / "result.zarr")
-    assert cli.main(["synth", dataset, "--tokens", "64K", "--heads", "1", "--head-dim", "64", "--dtype", "float32"]) == 0
-    process = started(dataset, result, 3)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == -signal.SIGINT
-    process.communicate()
 
 
 @pytest.mark.parametrize("command", ["synth", "import", "plan", "run", "resume", "status", "verify", "doctor", "bench"])

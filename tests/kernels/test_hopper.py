@@ -22,7 +22,7 @@ every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 @every_dtype
 @pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
-def test_it_compiles_without_a_gpu_and_without_spills(tmp_path, dtype, head_dim):
+def test_the_hopper_kernel_compiles_without_a_gpu_and_without_spills(tmp_path, dtype, head_dim):
     program = program_for(head_dim, getattr(torch, dtype))
     assert program.build("sm_90a", tmp_path).startswith(b"\x7fELF")
     report = program.report("sm_90a")

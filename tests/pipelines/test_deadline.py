@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 from distributed import Client
+from interrupting import uninterrupted
 from support import (
     Recorder,
     assert_nothing_written,
     assert_same_bits,
-    carry_out,
     make_event,
     normal_arrays,
     plan_for,
@@ -40,7 +40,7 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
     client: Client, dataset: Path, result: Path, partials: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     paths, done, runs = ResultPaths.at(result), 0, 0
     for _ in range(40):
         moment = [0.0]  # of which a minute passes with every subproblem

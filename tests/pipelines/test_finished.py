@@ -42,7 +42,7 @@ def finish_all(plan: Plan, journal: Journal) -> None:
         journal.finish(*place, to_json(record_of(NO_COUNTS, parts)))
 
 
-def test_they_are_in_c_order(plan: Plan, tmp_path: Path) -> None:
+def test_checksums_of_chunks_are_gathered_in_c_order(plan: Plan, tmp_path: Path) -> None:
     journal = Journal.begin(tmp_path, {}, Unlocked())
     finish_all(plan, journal)
     finished = finished_chunks(plan, journal)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster
+from interrupting import kill_at, uninterrupted
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
@@ -78,7 +78,7 @@ def test_a_task_that_fails_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     failing = Failing(monkeypatch, owner, name, {(1, 5): 2, (0, 9): 1})
     recorder = Recorder([])
     found = carry_out(plan, dataset, result, client, callbacks=[recorder])
@@ -93,12 +93,12 @@ def test_a_task_that_fails_is_tried_again(
     assert len(recorder.of("attended")) <= plan.subproblems + 3 * 4
 
 
-def test_so_is_one_that_has_no_words_for_what_it_was_doing(
+def test_a_task_that_raises_a_key_error_is_tried_again(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where Dask runs a task again, whose lane has done away with what it needs."""
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     real, calls = Lane.attend, Counter[int]()
 
     def attend(lane: Lane, turn: int) -> Event:
@@ -115,12 +115,12 @@ def test_so_is_one_that_has_no_words_for_what_it_was_doing(
     assert "KeyError: 4" in str(mended.error)
 
 
-def test_so_is_one_whose_result_is_lost_before_it_was_asked_for(
+def test_a_task_whose_result_is_lost_is_tried_again(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then Dask runs it again as well: that fails, and so does the gathering of its result."""
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     real, lost = Client.gather, []
 
     async def gather(connected: Client, futures: Any, **options: Any) -> object:
@@ -141,7 +141,7 @@ def test_a_task_that_fails_time_and_again_is_reported_and_the_run_can_be_resumed
     client: Client, dataset: Path, result: Path, owner: type, name: str, work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     with monkeypatch.context() as patched:
         failing = Failing(patched, owner, name, {(1, 5): 99})
         with pytest.raises(TaskError, match=rf"{work} failed: OSError: .*Input/output error") as failure:
@@ -153,25 +153,12 @@ def test_a_task_that_fails_time_and_again_is_reported_and_the_run_can_be_resumed
     assert_same_bits(oocattn.resume(result, client=client), right)
 
 
-def kill_at(count: int, process: int) -> Callable[[Event], None]:
-    """A listener that kills a process at the `count`-th subproblem."""
-    seen = []
-
-    def listen(event: Event) -> None:
-        if event.kind == "attended":
-            seen.append(event)
-            if len(seen) == count:
-                os.kill(process, signal.SIGKILL)
-
-    return listen
-
-
 @pytest.mark.parametrize(("partials", "decomposition"), [("memory", "cqs"), ("disk", "cqs"), (None, "strips")])
 def test_a_worker_that_dies_is_replaced(
     workers: Client, dataset: Path, result: Path, partials: str | None, decomposition: str
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True, partials=partials, decomposition=decomposition, lanes=2)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), workers)
+    right = uninterrupted(plan, dataset, workers)
     before = workers.run(os.getpid)
     recorder = Recorder([])
     found = carry_out(plan, dataset, result, workers, callbacks=[recorder, kill_at(6, next(iter(before.values())))])
@@ -189,7 +176,7 @@ def test_workers_that_die_while_chunks_are_merged_do_not_end_a_run_that_gets_on(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=57, partials="disk")
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     recorder, real = Recorder([]), Attempt._finish
 
     def lose(attempt: Attempt, *ended: Any) -> None:
@@ -225,7 +212,7 @@ def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
     """Chunks that it had merged, of partials that the other one had computed: whose tasks are run again, too."""
     monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.REPLACEMENT_SECONDS", 0.0)
     plan = plan_for(dataset, chunks=57, causal=True, partials="disk", lanes=2)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     real, staged = Stager._lay_out, Counter[tuple[str, int, int]]()
 
     def lay_out(stager: Stager, slot: Any, head_group: int, subproblem: Any, chunks: Any) -> Any:
@@ -250,7 +237,7 @@ def test_what_a_worker_did_that_is_not_replaced_moves_on(
 ) -> None:
     monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.REPLACEMENT_SECONDS", 0.5)
     plan = plan_for(dataset, chunks=13, causal=True, lanes=2)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     with (
         LocalCluster(n_workers=2, processes=False, memory_limit=0, dashboard_address=None) as cluster,
         Client(cluster) as workers,
@@ -270,7 +257,7 @@ def test_a_run_that_loses_all_workers_or_its_scheduler_can_be_resumed(
 ) -> None:
     monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.LAST_REPLACEMENT_SECONDS", 0.5)
     plan = plan_for(dataset, chunks=13, causal=True, partials="disk")
-    right = carry_out(plan, dataset, fast_path / "right.zarr", client)
+    right = uninterrupted(plan, dataset, client)
     for lost, words in (("workers", "all workers are gone"), ("scheduler", "the scheduler is gone")):
         result = fast_path / f"{lost}.zarr"
         with (

@@ -26,13 +26,13 @@ def plan(problem: Problem, **options: object) -> Plan:
 
 @given(problems(), st.sampled_from(["auto", "cqs", "strips"]), st.sampled_from([(), NOTES]))
 @settings(max_examples=50)
-def test_it_fits_a_screen(problem: Problem, decomposition: str, notes: tuple[str, ...]) -> None:
+def test_a_printed_plan_fits_a_screen(problem: Problem, decomposition: str, notes: tuple[str, ...]) -> None:
     lines = str(plan(problem, decomposition=decomposition, inputs=InputCost(notes=notes))).splitlines()
     assert len(lines) <= 25
     assert max(len(line) for line in lines) <= 100
 
 
-def test_it_says_what_a_user_asks() -> None:
+def test_a_printed_plan_says_what_a_user_asks() -> None:
     problem = a_problem(10**9, query_heads=8, kv_heads=8)
     made = plan(problem, chunks=31, decomposition="cqs", host_memory=1 << 40)
     text = str(made)

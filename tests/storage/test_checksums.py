@@ -28,7 +28,7 @@ from oocattn.storage.results.rows import RowReader
 SHAPE, ROWS = (2, 3, 50, 4), 20
 
 
-def test_they_are_of_little_endian_elements_in_c_order() -> None:
+def test_checksums_are_of_little_endian_elements_in_c_order() -> None:
     rows = np.arange(6, dtype=np.float32).reshape(2, 3) - 2.5
     expected = zlib.crc32(struct.pack("<6f", *rows.ravel()))
     assert checksum(rows) == checksum(rows.astype(">f4")) == checksum(np.asfortranarray(rows)) == expected

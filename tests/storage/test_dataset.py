@@ -94,7 +94,7 @@ def test_specs_name_dtypes_as_problems_do_and_leave_judgement_to_them(tmp_path: 
             make_problem(*Dataset.open(tmp_path).specs)
 
 
-def test_what_is_not_a_dataset_is_refused_with_what_was_found(tmp_path: Path, memory_url: str) -> None:
+def test_a_place_without_a_dataset_is_refused_with_what_was_found(tmp_path: Path, memory_url: str) -> None:
     for nowhere, found in (
         (tmp_path / "none", "nothing"),
         (tmp_path, r"a folder without zarr.json or \.zgroup"),

@@ -7,7 +7,6 @@ import lzma
 import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
+from bombs import BIG_BLOCKS, CHUNK_BYTES, MIB, SKIPPED, ZEROS, lying_blosc, zlib_bomb, zstd_frame, zstd_repeated
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 import oocattn
@@ -24,8 +24,6 @@ from oocattn.storage.inputs.dataset import Dataset
 
 SHAPE, CHUNK = (1, 1, 64, 8), (1, 1, 16, 8)
 DATA = np.random.default_rng(0).standard_normal(SHAPE).astype("float16")
-CHUNK_BYTES = 256
-MIB = 1 << 20
 
 V2: dict[str, dict[str, Any]] = {
     "blosc": {"id": "blosc", "cname": "zstd", "clevel": 1, "shuffle": 1, "blocksize": 0},
@@ -81,7 +79,7 @@ V3: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("storage", V3.values(), ids=V3)
-def test_what_zarr_3_writes_is_read(tmp_path: Path, storage: dict[str, Any]) -> None:
+def test_arrays_of_zarr_3_are_read(tmp_path: Path, storage: dict[str, Any]) -> None:
     write(tmp_path, **storage)
     dataset = Dataset.open(tmp_path)
     dataset.check_complete()
@@ -90,7 +88,7 @@ def test_what_zarr_3_writes_is_read(tmp_path: Path, storage: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("name", ["Zstd", "Blosc", "GZip", "Zlib", "BZ2", "LZMA", "LZ4"])
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
-def test_what_numcodecs_writes_in_zarr_3_is_read(tmp_path: Path, name: str) -> None:
+def test_arrays_of_numcodecs_in_zarr_3_are_read(tmp_path: Path, name: str) -> None:
     filters = [numcodec("AsType", encode_dtype="float32", decode_dtype="float16"), numcodec("Delta", dtype="float32")]
     compressors = [numcodec("Shuffle", elementsize=4), numcodec(name), numcodec("CRC32")]
     data = np.arange(512, dtype="f2").reshape(SHAPE)
@@ -99,38 +97,13 @@ def test_what_numcodecs_writes_in_zarr_3_is_read(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("compressor", V2.values(), ids=V2)
-def test_what_zarr_2_writes_is_read(tmp_path: Path, compressor: dict[str, Any]) -> None:
+def test_arrays_of_zarr_2_are_read(tmp_path: Path, compressor: dict[str, Any]) -> None:
     write(tmp_path / "plain", zarr_format=2, compressors=compressor)
     np.testing.assert_array_equal(read(tmp_path / "plain"), DATA[0, 0])
     filters = [numcodecs.FixedScaleOffset(0, 8, "f2", "i4"), numcodecs.Shuffle(4), numcodecs.Fletcher32(), numcodecs.GZip()]
     data = (np.arange(512) / 8).astype("f2").reshape(SHAPE)
     write(tmp_path / "filtered", data, zarr_format=2, compressors=compressor, filters=filters)
     np.testing.assert_array_equal(read(tmp_path / "filtered"), data[0, 0])
-
-
-def zstd_frame(blocks: list[bytes], stated: int | None) -> bytes:
-    size = b"\x00\x38" if stated is None else b"\xe0" + struct.pack("<Q", stated)
-    return struct.pack("<I", 0xFD2FB528) + size + b"".join(blocks)
-
-
-def zstd_repeated(size: int, last: bool) -> bytes:
-    return struct.pack("<I", size << 3 | 2 | last)[:3] + b"\0"
-
-
-BIG_BLOCKS = [zstd_repeated(1 << 17, number == 2047) for number in range(2048)]  # 256 MiB
-SKIPPED = struct.pack("<II", 0x184D2A50, 3) + b"abc"
-ZEROS = bytes(16 * MIB)
-
-
-def zlib_bomb() -> bytes:
-    stream = zlib.compressobj(1)
-    return b"".join([*(stream.compress(ZEROS) for _ in range(4)), stream.flush()])
-
-
-def lying_blosc() -> bytes:
-    content = bytearray(numcodecs.Blosc("lz4").encode(bytes(4 * MIB)))
-    content[4:8] = struct.pack("<I", CHUNK_BYTES)
-    return bytes(content)
 
 
 BOMBS = {
@@ -229,7 +202,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize(("codec", "encode"), WHOLE.values(), ids=WHOLE)
-def test_what_other_writers_make_is_read(tmp_path: Path, codec: str, encode: Any) -> None:
+def test_chunks_of_other_writers_are_read(tmp_path: Path, codec: str, encode: Any) -> None:
     write(tmp_path, zarr_format=2, compressors=V2[codec])
     (tmp_path / "q/0.0.1.0").write_bytes(encode(DATA[0, 0, 16:32].tobytes()))
     np.testing.assert_array_equal(read(tmp_path), DATA[0, 0])
@@ -237,7 +210,7 @@ def test_what_other_writers_make_is_read(tmp_path: Path, codec: str, encode: Any
 
 @pytest.mark.parametrize("compressor", V2.values(), ids=V2)
 @pytest.mark.parametrize("kept", [0, 3, 15, 20, -1])
-def test_what_is_cut_short_is_refused(tmp_path: Path, compressor: dict[str, Any], kept: int) -> None:
+def test_a_chunk_that_is_cut_short_is_refused(tmp_path: Path, compressor: dict[str, Any], kept: int) -> None:
     write(tmp_path, zarr_format=2, compressors=compressor)
     chunk = tmp_path / "q/0.0.1.0"
     chunk.write_bytes(chunk.read_bytes()[:kept])

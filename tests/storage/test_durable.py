@@ -75,7 +75,7 @@ def test_a_folder_that_cannot_be_opened_is_written_to_all_the_same(
     assert caplog.text.count("does not sync folders") == 1
 
 
-def test_what_fsync_does_not_do_fdatasync_may(
+def test_fdatasync_is_tried_where_fsync_is_unsupported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "fsync", answering(errno.EINVAL))

@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -13,58 +12,11 @@ import pytest
 import torch
 import zarr
 from safetensors.torch import save_file
+from tensors import AXES, check_dataset, make_tensors, save_npy, save_safetensors, save_torch
 
 from oocattn.errors import ProblemError, ResultExistsError
-from oocattn.storage.make import create, tensor_files
+from oocattn.storage.make import create
 from oocattn.storage.make.importing import import_arrays
-
-AXES = {"bhnd": (0, 1, 2, 3), "bnhd": (0, 2, 1, 3), "hnd": (0, 1, 2), "nhd": (1, 0, 2)}  # from [B, H, N, D], to and fro
-
-
-def make_tensors(dtype=np.float32, layout="bhnd", heads=4, kv_heads=2, tokens=70, head_dim=8):
-    """q, k, v as the dataset should hold them [B, H, N, D], and as a file in `layout` holds them."""
-    generator = np.random.default_rng(0)
-    batch = 2 if "b" in layout else 1
-    held = {
-        name: generator.standard_normal((batch, count, tokens, head_dim)).astype(dtype)
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-    }
-    filed = {n: np.transpose(t if "b" in layout else t[0], AXES[layout]) for n, t in held.items()}
-    return held, filed
-
-
-def to_torch(array: np.ndarray) -> torch.Tensor:
-    array = np.ascontiguousarray(array)
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def save_npy(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, str]:
-    for name, tensor in tensors.items():
-        np.save(folder / f"{name}.npy", tensor)
-    return {name: str(folder / f"{name}.npy") for name in tensors}
-
-
-def save_safetensors(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, str]:
-    """All in one file; v under another name, so that it has to be named."""
-    names = {"q": "q", "k": "k", "v": "model.layers.0.value"}
-    save_file({names[name]: to_torch(tensor) for name, tensor in tensors.items()}, folder / "qkv.safetensors")
-    return {n: f"{folder}/qkv.safetensors" + (f":{names[n]}" if n == "v" else "") for n in tensors}
-
-
-def save_torch(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, str]:
-    """q alone in its file; k and v in a dict."""
-    torch.save(to_torch(tensors["q"]), folder / "q.pt")
-    torch.save({name: to_torch(tensors[name]) for name in "kv"}, folder / "kv.pt")
-    return {"q": f"{folder}/q.pt", "k": f"{folder}/kv.pt", "v": f"{folder}/kv.pt:v"}
-
-
-def check_dataset(path: Path, held: dict[str, np.ndarray]) -> None:
-    group = zarr.open_group(path, mode="r")
-    for name, tensor in held.items():
-        assert group[name].dtype == tensor.dtype
-        np.testing.assert_array_equal(group[name][...], tensor)
 
 
 @pytest.mark.parametrize("layout", AXES)
@@ -131,7 +83,7 @@ def shaped(*shape, dtype=np.float32):
         (lambda folder: None, {"q": "q.csv"}, r"q: q.csv is not understood: expected FILE.npy"),
     ],
 )
-def test_what_is_no_attention_problem_is_refused_by_name(tmp_path, spoil, options, message):
+def test_tensors_that_pose_no_attention_problem_are_refused_by_name(tmp_path, spoil, options, message):
     files = save_npy(tmp_path, make_tensors()[1])
     spoil(tmp_path)
     with pytest.raises(ProblemError, match=message):
@@ -185,66 +137,6 @@ def test_safetensors_are_read_without_their_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     import_arrays(tmp_path / "qkv.zarr", **files)
     check_dataset(tmp_path / "qkv.zarr", held)
-
-
-@pytest.mark.parametrize("step", [1, 100, 1 << 20, None])
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_tensors_are_views_of_others_in_files_of_torch(tmp_path, monkeypatch, step, dtype):
-    """Mapped, or read in steps of any size: transposed, every other row, repeated, from the middle of a larger one."""
-    if step is not None:
-        monkeypatch.setattr(tensor_files, "STEP_BYTES", step)
-        monkeypatch.setattr(tensor_files, "map_file", lambda *_: None)
-    held, _ = make_tensors(dtype, heads=2, kv_heads=2, tokens=10)
-    whole = to_torch(np.concatenate([held["q"], held["k"]], axis=1))
-    views = {
-        "q": whole.transpose(2, 3).contiguous().transpose(2, 3)[:, 1:3, ::2],
-        "k": whole[:, 2:, 5:],
-        "v": whole[:, :1, 5:].expand(-1, 2, -1, -1),
-    }
-    torch.save(views, tmp_path / "views.pt")
-    import_arrays(tmp_path / "qkv.zarr", **dict.fromkeys("qkv", f"{tmp_path}/views.pt"))
-    both = np.concatenate([held["q"], held["k"]], axis=1)
-    check_dataset(
-        tmp_path / "qkv.zarr",
-        {"q": both[:, 1:3, ::2], "k": both[:, 2:, 5:], "v": np.repeat(both[:, :1, 5:], 2, axis=1)},
-    )
-
-
-def test_files_of_an_old_torch_are_named(tmp_path):
-    files = save_npy(tmp_path, make_tensors()[1])
-    torch.save(torch.zeros(2, 2, 70, 8), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ProblemError, match=r"old.pt is in the format of torch before 1.6: load it and save it again"):
-        import_arrays(tmp_path / "qkv.zarr", **(files | {"k": f"{tmp_path}/old.pt"}))
-
-
-def write_archive(file, source, compression=zipfile.ZIP_STORED, order=b"little"):
-    """The file of torch that `source` is, written again by another program."""
-    with zipfile.ZipFile(source) as before, zipfile.ZipFile(file, "w", compression) as after:
-        for name in before.namelist():
-            after.writestr(name, order if name.endswith("/byteorder") else before.read(name))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"compression": zipfile.ZIP_DEFLATED}, "k.pt is compressed"), ({"order": b"big"}, "k.pt has numbers of another byte")],
-)
-def test_archives_that_torch_did_not_write_are_read_as_they_are_or_refused(tmp_path, options, message):
-    held, filed = make_tensors()
-    files = save_npy(tmp_path, filed) | {"k": f"{tmp_path}/k.pt"}
-    torch.save(to_torch(filed["k"]), tmp_path / "whole.pt")
-    write_archive(tmp_path / "k.pt", tmp_path / "whole.pt")
-    import_arrays(tmp_path / "qkv.zarr", **files)
-    check_dataset(tmp_path / "qkv.zarr", held)
-    write_archive(tmp_path / "k.pt", tmp_path / "whole.pt", **options)
-    with pytest.raises(ProblemError, match=message):
-        import_arrays(tmp_path / "other.zarr", **files)
-
-
-def test_a_negation_that_torch_keeps_beside_the_elements_is_refused(tmp_path):
-    files = save_npy(tmp_path, make_tensors()[1]) | {"k": f"{tmp_path}/k.pt"}
-    torch.save(torch._neg_view(torch.ones(2, 2, 70, 8)), tmp_path / "k.pt")
-    with pytest.raises(ProblemError, match=r"k.pt is the negative of what is stored: save tensor.resolve_neg"):
-        import_arrays(tmp_path / "qkv.zarr", **files)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])

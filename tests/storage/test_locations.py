@@ -209,7 +209,7 @@ def test_every_path_may_be_below_home_or_a_file_url(home: Path, typed: Callable[
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/x", "memory://x", "ftp://host/x", "zip::s3://bucket/x"])
-def test_what_is_written_locally_alone_is_refused_at_a_url(url: str, tmp_path: Path) -> None:
+def test_local_outputs_are_refused_at_a_url(url: str, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(20))
     works: dict[str, Callable[[], Any]] = {
         "result": lambda: oocattn.attention(dataset, url),
@@ -264,7 +264,7 @@ NO_PATHS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("make", "message"), NO_PATHS.values(), ids=NO_PATHS)
-def test_what_is_no_path_is_refused_with_what_it_is(
+def test_an_object_that_is_no_path_is_refused_with_its_type(
     tmp_path: Path, make: Callable[[Path], Any], message: str, request: pytest.FixtureRequest
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(20))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ import pytest
 
 import oocattn
 from oocattn import IntegrityError, LockedError, TimeLimitError
-from oocattn.storage.files import operations
 from oocattn.storage.journal import lock as lock_module
 from oocattn.storage.journal.claims import UNKNOWN_HOLDER, Holder
 from oocattn.storage.journal.lock import FileLock, lock_holder
@@ -52,14 +50,14 @@ def test_a_lock_excludes_and_names_its_holder(tmp_path: Path) -> None:
         pass
 
 
-def test_an_error_releases_it(tmp_path: Path) -> None:
+def test_an_error_releases_the_lock(tmp_path: Path) -> None:
     with pytest.raises(KeyError), FileLock(tmp_path / "lock"):
         raise KeyError
     assert lock_holder(tmp_path / "lock") is None
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_it_lives_as_long_as_its_process(tmp_path: Path, killed: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lock_lives_as_long_as_its_process(tmp_path: Path, killed: bool, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "lock"
     environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}
     holder = subprocess.Popen(
@@ -122,7 +120,7 @@ def test_a_lock_whose_holder_has_fallen_silent_is_taken_over(left: Path, caplog:
         assert left.stat().st_mtime_ns > touched  # this one beats, too
 
 
-def test_nobody_watches_beyond_a_time_limit(left: Path) -> None:
+def test_a_stale_lock_is_not_watched_beyond_the_time_limit(left: Path) -> None:
     with pytest.raises(TimeLimitError, match="before it was known whether process 17 on host elsewhere is alive"):
         FileLock(left, until=time.time() - 1)
     assert json.loads(left.read_text()) == asdict(OTHER)
@@ -191,7 +189,7 @@ def test_a_lock_that_is_released_touches_no_other_file(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.with_name("victim"))])
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path], object]) -> None:
+def test_a_lock_path_that_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path], object]) -> None:
     path = tmp_path / "lock"
     (tmp_path / "victim").write_text("precious")
     make(path)
@@ -205,7 +203,7 @@ def test_a_host_name_cannot_forge_a_line(tmp_path: Path) -> None:
     assert str(Holder("a\nfinished\x1b[2J", 1)) == r"process 1 on host a\nfinished\x1b[2J"
 
 
-def test_whoever_has_lost_the_lock_is_told_and_leaves_it_alone(tmp_path: Path) -> None:
+def test_a_holder_that_lost_its_lock_is_told_and_leaves_it_alone(tmp_path: Path) -> None:
     """As where a file system forgets the lock of a host that slept."""
     path = tmp_path / "lock"
     with FileLock(path) as loser:
@@ -258,77 +256,6 @@ def test_a_lock_is_whole_from_its_first_moment(tmp_path: Path) -> None:
     looking.join()
     assert all(b'"token"' in text and text.endswith(b"}") for text in seen)
     assert [entry.name for entry in tmp_path.iterdir()] == []
-
-
-@pytest.fixture
-def lockless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that gives no locks."""
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    monkeypatch.setattr(operations, "_said", set())
-    monkeypatch.setattr(lock_module, "BEAT", 0.1)
-
-
-@pytest.mark.usefixtures("lockless")
-def test_without_locks_a_file_that_is_touched_keeps_others_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "lock"
-    with FileLock(path) as held:
-        assert lock_holder(path) == Holder.this_process()
-        for _ in range(2):
-            with pytest.raises(LockedError, match=rf"process {os.getpid()} on host"):
-                FileLock(path)
-        assert held.is_held()
-    assert lock_holder(path) is None
-    assert list(tmp_path.iterdir()) == []
-    assert caplog.text.count("this file system has no locks (flock); other runs are kept away by a file") == 1
-
-
-@pytest.mark.usefixtures("lockless")
-def test_without_locks_one_that_was_left_is_watched_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "lock"
-    path.write_text(json.dumps(asdict(replace(Holder.this_process(), process=17))))
-    began = time.monotonic()
-    with FileLock(path) as held:
-        assert time.monotonic() - began >= 0.3
-        assert held.is_held()
-    assert "the stale lock of process 17" in caplog.text
-
-
-def test_one_who_has_a_lock_respects_one_who_could_get_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the lock daemon of a network file system is away for a moment."""
-    monkeypatch.setattr(lock_module, "BEAT", 0.1)
-    real, answers = fcntl.flock, iter([OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))])
-
-    def refuse_once(*arguments: int) -> None:
-        for error in answers:
-            raise error
-        real(*arguments)
-
-    monkeypatch.setattr("fcntl.flock", refuse_once)
-    with FileLock(tmp_path / "lock") as held:
-        assert lock_holder(tmp_path / "lock") == Holder.this_process()
-        with pytest.raises(LockedError):
-            FileLock(tmp_path / "lock")
-        assert held.is_held()
-
-
-@pytest.mark.usefixtures("lockless")
-@pytest.mark.parametrize("refused", [True, False], ids=["refused", "ignored"])
-def test_a_file_whose_time_cannot_be_set_is_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
-) -> None:
-    def utime(*_: object) -> None:
-        if refused:
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr("os.utime", utime)
-    with FileLock(tmp_path / "lock") as held:
-        with pytest.raises(LockedError):
-            FileLock(tmp_path / "lock")
-        assert held.is_held()
 
 
 @pytest.mark.usefixtures("lockless")

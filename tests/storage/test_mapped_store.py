@@ -103,7 +103,7 @@ def unmappable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("unmappable")
 @pytest.mark.parametrize("shards", [None, (1000,)])
-def test_what_cannot_be_mapped_is_read(tmp_path: Path, shards: tuple[int] | None) -> None:
+def test_files_that_cannot_be_mapped_are_read(tmp_path: Path, shards: tuple[int] | None) -> None:
     data = np.arange(1000, dtype="float32")
     array = zarr.create_array(MappedStore(tmp_path), data=data, chunks=(100,), shards=shards, compressors=None)
     np.testing.assert_array_equal(array[...], data)

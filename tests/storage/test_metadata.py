@@ -232,7 +232,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     assert oocattn.attention(tmp_path / "link.zarr", tmp_path / "result.zarr", kernel="cpu").out.shape == (1, 2, 64, 8)
 
 
-def test_what_lies_beside_the_arrays_is_not_opened(tmp_path: Path) -> None:
+def test_other_nodes_of_the_group_are_not_opened(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(64))
     os.mkfifo(dataset / "fifo")
     (dataset / "loop").symlink_to(dataset)
@@ -249,9 +249,7 @@ def test_what_lies_beside_the_arrays_is_not_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "rows"), [(2**34, 1), (10**7, 1), (2**40, 2**20), (2**47, 2**33), (64, 2**20), (64, 2**36)]
 )
-def test_what_is_much_larger_than_what_is_there_ends_at_once(
-    tmp_path: Path, tokens: int, rows: int, compressors: Any
-) -> None:
+def test_an_absurd_shape_ends_at_once(tmp_path: Path, tokens: int, rows: int, compressors: Any) -> None:
     dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(64), compressors=compressors)
     for name in "qkv":
         rewrite(dataset / name / "zarr.json", set_in("shape", 2, to=tokens))
@@ -313,7 +311,7 @@ def test_arrays_of_results_are_opened_with_their_attributes(tmp_path: Path) -> N
     ],
     ids=["overflow", "codec"],
 )
-def test_what_zarr_and_numpy_warn_of_as_metadata_is_read_is_not_shown(
+def test_warnings_of_zarr_and_numpy_about_metadata_are_not_shown(
     dataset: Path, change: Callable[[dict[str, Any]], None], recwarn: pytest.WarningsRecorder
 ) -> None:
     rewrite(dataset / "k" / "zarr.json", change)

@@ -23,7 +23,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("text", [None, *OURS.values()])
-def test_what_oocattn_wrote_is_replaced(tmp_path: Path, text: str | None) -> None:
+def test_an_output_of_oocattn_is_replaced(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "output"
     if text is not None:
         path.write_text(text)
@@ -49,7 +49,7 @@ def link_to_ours(path: Path) -> None:
 @pytest.mark.parametrize(
     "make", [os.mkfifo, os.mkdir, link_to_ours, lambda path: path.symlink_to("nowhere")], ids=["FIFO", "folder", "link", "-"]
 )
-def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+def test_an_output_path_that_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / "output")
     with pytest.raises(ResultExistsError, match="output exists"):
         check_output(tmp_path / "output")

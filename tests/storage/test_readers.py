@@ -7,60 +7,25 @@ import tempfile
 import threading
 import time
 import tracemalloc
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import ml_dtypes
 import numcodecs
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reading import CODECS, V2_CODECS, buffer_for, opened, random_data, same_bits, write
 from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ZstdCodec
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
-from oocattn.errors import IntegrityError
-from oocattn.storage.inputs import direct
 from oocattn.storage.inputs.codecs import CodecReader
 from oocattn.storage.inputs.direct import TRIAL_BYTES, TRIALS, FastestReader, Reader, read_mapped, read_preadv
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.layout import ChunkFiles
-from oocattn.storage.mapped_store import MappedStore
-
-CODECS = {"none": None, "zstd": ZstdCodec(), "blosc": BloscCodec(), "gzip": GzipCodec(level=1)}
-V2_CODECS = {"none": None, "zstd": {"id": "zstd"}, "blosc": {"id": "blosc"}, "gzip": {"id": "gzip", "level": 1}}
-DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("float32")}
-
-
-def write(store: Any, data: np.ndarray, name: str = "q", **storage: Any) -> zarr.Array:
-    """Write `data` as array `name` of a group in `store`, uncompressed unless asked otherwise."""
-    zarr_format = storage.pop("zarr_format", 3)
-    group = zarr.open_group(store, mode="a", zarr_format=zarr_format)
-    storage = {"compressors": None, **storage}
-    array = group.create_array(name, shape=data.shape, dtype=data.dtype, **storage)
-    array[...] = data
-    return array
-
-
-def opened(root: Path, name: str = "q") -> InputArray:
-    group = zarr.open_group(MappedStore(root, read_only=True), mode="r")
-    return InputArray(name, group[name], str(root))
-
-
-def random_data(shape: tuple[int, ...], dtype: str = "float16") -> np.ndarray:
-    bits = np.random.default_rng(0).integers(1, 256, (*shape, DTYPES[dtype].itemsize), dtype=np.uint8)
-    return bits.view(DTYPES[dtype])[..., 0]  # any bits, NaNs among them, but no zero: zero chunks are not written
-
-
-def buffer_for(array: InputArray, rows: int) -> np.ndarray:
-    return np.ones((rows, array.spec.four_dimensional[-1]), array.dtype)
-
-
-def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
 
 
 @st.composite
@@ -147,86 +112,6 @@ def test_the_description_says_how_an_array_is_read(tmp_path: Path, storage: dict
     assert array.chunk_rows == 16
 
 
-def chunk_files(root: Path) -> list[Path]:
-    return sorted(path for path in (root / "q").rglob("*") if path.is_file() and not path.name.startswith((".z", "zarr")))
-
-
-@pytest.fixture(params=["preadv", "map", "chunked along D", "zstd", "blosc", "gzip", "sharded", "v2 gzip"])
-def reading(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """A way to read [1, 1, 64, 8] float16 in four chunks of rows (two shards) under `tmp_path`: (root, read)."""
-    storage: dict[str, Any] = {
-        "chunked along D": {"chunks": (1, 1, 16, 4)},
-        "sharded": {"shards": (1, 1, 32, 8), "compressors": ZstdCodec()},
-        "v2 gzip": {"zarr_format": 2, "compressors": V2_CODECS["gzip"]},
-    }.get(request.param, {"compressors": CODECS.get(request.param)})
-    write(tmp_path, random_data((1, 1, 64, 8)), **{"chunks": (1, 1, 16, 8), **storage})
-
-    def read(start: int, stop: int) -> None:
-        array = opened(tmp_path)
-        out = buffer_for(array, stop - start)
-        if array.direct:
-            files = ChunkFiles(array.array, tmp_path, "the dataset")
-            (read_preadv if request.param == "preadv" else read_mapped)(files, 0, 0, start, stop, out)
-        else:
-            CodecReader(array.array, "the dataset").read(0, 0, start, stop, out)
-
-    return tmp_path, read
-
-
-def test_a_missing_chunk_is_an_error_and_not_fill_values(reading: Any) -> None:
-    root, read = reading
-    last = chunk_files(root)[-1]
-    last.unlink()
-    read(0, 32)
-    key = str(last.relative_to(root))
-    with pytest.raises(IntegrityError, match=rf"array 'q' of the dataset: .*{key}.* is missing"):
-        read(0, 64)
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.5])
-def test_a_truncated_chunk_is_an_error(reading: Any, kept: float) -> None:
-    root, read = reading
-    last = chunk_files(root)[-1]
-    content = last.read_bytes()
-    last.write_bytes(content[: int(kept * len(content))])
-    read(0, 32)
-    rows_of_chunks = str(last.relative_to(root))[:-1]  # of the chunks along D, the message names the first
-    with pytest.raises(IntegrityError, match=rf"array 'q' of the dataset: .*{rows_of_chunks}"):
-        read(0, 64)
-
-
-def test_a_damaged_chunk_among_many_is_named(tmp_path: Path) -> None:
-    write(tmp_path, random_data((1, 1, 64, 8)), chunks=(1, 1, 16, 8), compressors=ZstdCodec(checksum=True))
-    damaged = tmp_path / "q/c/0/0/2/0"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    with pytest.raises(IntegrityError, match="key 'q/c/0/0/2/0'"):
-        opened(tmp_path).read_rows(0, 0, 0, 64, np.empty((64, 8), "float16"))
-
-
-def test_a_chunk_missing_within_a_shard_is_an_error(tmp_path: Path) -> None:
-    data = random_data((1, 1, 56, 8))  # the last shard is partly out of bounds: those chunks may be missing
-    written = write(tmp_path, data, chunks=(1, 1, 16, 8), shards=(1, 1, 32, 8), compressors=ZstdCodec())
-    opened(tmp_path).read_rows(0, 0, 0, 56, np.empty((56, 8), "float16"))
-    written[0, 0, 16:32] = 0  # zarr drops chunks that are all fill value
-    array = opened(tmp_path)
-    with pytest.raises(IntegrityError, match=r"q/c/0/0/0/0, chunk 0/0/1/0 of the shard.* is missing"):
-        array.read_rows(0, 0, 0, 8, np.empty((8, 8), "float16"))
-    array.read_rows(0, 0, 32, 56, np.empty((24, 8), "float16"))
-
-
-@pytest.mark.skipif(not hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"), reason="zarr 3.1 has one pipeline")
-def test_the_fused_pipeline_of_zarr_is_no_way_around(tmp_path: Path) -> None:
-    data = random_data((1, 1, 64, 8))
-    with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}):
-        write(tmp_path, data, chunks=(1, 1, 16, 8), compressors=ZstdCodec())
-        out = np.empty((64, 8), "float16")
-        opened(tmp_path).read_rows(0, 0, 0, 64, out)
-        assert same_bits(out, data[0, 0])
-        chunk_files(tmp_path)[1].unlink()
-        with pytest.raises(IntegrityError, match="is missing"):
-            opened(tmp_path).read_rows(0, 0, 0, 64, out)
-
-
 def test_rows_and_buffers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write(tmp_path, random_data((1, 2, 64, 8)), chunks=(1, 1, 16, 8))
     array = opened(tmp_path)
@@ -299,6 +184,12 @@ def test_the_faster_reader_is_learned_from_large_reads(
     assert same_bits(out, data[0, 0])
 
 
+@cache
+def incompressible() -> np.ndarray:
+    """32 MiB of float16."""
+    return np.random.default_rng(0).standard_normal((1, 2, 2**17, 64), dtype="f4").astype("f2")
+
+
 def tracemalloc_peak(work: Any) -> int:
     tracemalloc.start()
     try:
@@ -325,7 +216,7 @@ def tracemalloc_peak(work: Any) -> int:
     ],
 )
 def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any], remote: bool) -> None:
-    data = np.random.default_rng(0).standard_normal((1, 2, 2**17, 64), dtype="f4").astype("f2")  # 32 MiB, incompressible
+    data = incompressible()
     if remote:
         fsspec.filesystem("memory").store.clear()
     write("memory://bound" if remote else tmp_path, data, **{"chunks": (1, 1, 2**15, 64), **storage})
@@ -342,7 +233,7 @@ def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any]
 
 @pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOMEM])
 @pytest.mark.parametrize("compressor", [None, ZstdCodec()], ids=["plain", "zstd"])
-def test_what_cannot_be_mapped_is_read(
+def test_files_that_cannot_be_mapped_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, compressor: ZstdCodec | None
 ) -> None:
     data = random_data((2, 30, 4))
@@ -360,49 +251,3 @@ def test_what_cannot_be_mapped_is_read(
         out = buffer_for(array, 20)
         read(0, 1, 5, 25, out)
         assert same_bits(out, data[1, 5:25])
-
-
-def test_a_chunk_that_shrinks_before_it_is_mapped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = random_data((1, 8, 4))
-    write(tmp_path, data, chunks=(1, 8, 4))
-    array = opened(tmp_path)
-    real = direct.map_file
-
-    def shrink(*arguments: int) -> object:
-        os.truncate(tmp_path / "q/c/0/0/0", 10)
-        return real(*arguments)
-
-    monkeypatch.setattr(direct, "map_file", shrink)
-    with pytest.raises(IntegrityError, match=r"chunk 'c/0/0/0'.* has 10 bytes, expected 64"):
-        read_mapped(ChunkFiles(array.array, tmp_path, "dataset"), 0, 0, 0, 8, buffer_for(array, 8))
-
-
-@pytest.mark.parametrize("read", [read_preadv, read_mapped])
-def test_a_chunk_that_cannot_be_read_is_no_evidence_of_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Reader
-) -> None:
-    write(tmp_path, random_data((1, 8, 4)), chunks=(1, 8, 4))
-    array = opened(tmp_path)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr("mmap.mmap", refuse)
-    monkeypatch.setattr(os, "preadv", refuse)
-    with pytest.raises(OSError, match=rf"cannot read {tmp_path}/q/c/0/0/0: Input/output error; the disk"):
-        read(ChunkFiles(array.array, tmp_path, "dataset"), 0, 0, 0, 8, buffer_for(array, 8))
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
-def test_a_chunk_that_there_is_no_room_to_decode_is_not_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    write(tmp_path, random_data((1, 8, 4)), chunks=(1, 8, 4), compressors=ZstdCodec())
-    array = opened(tmp_path)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(zarr.Array, "get_basic_selection", refuse)
-    with pytest.raises((MemoryError, OSError), match=r"^$|cannot start a thread: .*ulimit -u"):
-        array.read_rows(0, 0, 0, 8, buffer_for(array, 8))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import gzip
 import itertools
 import shutil
-import socket
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
-from http_server import PAGE, Fault, Handler, Server, drop, serving, stall, status, truncate
+from http_server import PAGE, TRANSIENT, Fault, Handler, Server, drop, first_try, serving, stall, status
 from support import assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
@@ -27,7 +23,6 @@ from oocattn.pipelines.record import find_unfinished
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote import transient
-from oocattn.storage.remote.transient import Kind, classify
 
 aiohttp = pytest.importorskip("aiohttp")
 http_files = pytest.importorskip("oocattn.storage.remote.http_files")
@@ -82,19 +77,6 @@ def read(dataset: Dataset) -> None:
             np.testing.assert_array_equal(out, data[0, head])
 
 
-def first_try(fault: Fault) -> Fault:
-    """The first request for each thing is answered so."""
-    return lambda request: request.served.tries[request.command, request.path] % 2 == 1 and fault(request)
-
-
-TRANSIENT: dict[str, Fault] = {
-    **{str(code): status(code) for code in (408, 425, 429, 500, 502, 503, 504)},
-    "Retry-After": status(429, Retry_After="0"),
-    "a dropped connection": drop,
-    "a truncated body": truncate,
-}
-
-
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize(
     ("storage", "kind"), [*(("plain", kind) for kind in TRANSIENT), ("zstd", "504"), ("sharded", "a truncated body")]
@@ -133,7 +115,7 @@ def test_a_server_that_stalls_once_is_asked_again(server: Server, monkeypatch: p
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("where", ["zarr.json", "/q/zarr.json", "/c/"])
-def test_what_stays_broken_ends_in_one_line(server: Server, storage: str, where: str) -> None:
+def test_a_lasting_failure_of_a_server_ends_in_one_line(server: Server, storage: str, where: str) -> None:
     for code, said in [(503, r"503 .*\d+ tries in \d+ s"), (403, "403 .* not allowed"), (401, "401"), (418, "418")]:
         server.fault = lambda request, code=code: where in request.path and status(code)(request)
         with pytest.raises(RemoteError, match=rf"^\w[^\n]* {server.url}/{storage}.zarr/[^\n]*{said}") as found:
@@ -201,7 +183,7 @@ def test_poor_servers_serve(folder: Path, storage: str, options: dict[str, bool]
 
 
 @pytest.mark.parametrize("storage", STORAGE)
-def test_what_head_says_does_not_count(server: Server, storage: str) -> None:
+def test_a_wrong_answer_to_head_does_not_count(server: Server, storage: str) -> None:
     server.fault = lambda request: request.command == "HEAD" and not request.answer(200, b"x")
     read(Dataset.open(f"{server.url}/{storage}.zarr"))
 
@@ -361,76 +343,3 @@ def test_an_archive_behind_a_url_is_read(server: Server, folder: Path, hurried: 
         served.fault = None
         with pytest.raises(ProblemError, match="no Zarr group"):
             Dataset.open(f"zip::{served.url}/none.zip")
-
-
-class NamedError(Exception):
-    """One of a library that need not be installed."""
-
-    def __init__(self, name: str, **fields: Any) -> None:
-        super().__init__(f"{name} it is")
-        vars(self).update(fields)
-
-
-def of_library(name: str, **fields: Any) -> Exception:
-    module, _, cls = name.rpartition(".")
-    return type(cls, (NamedError,), {"__module__": f"{module}.exceptions"})(cls, **fields)
-
-
-def caused(error: Exception, cause: Exception) -> Exception:
-    error.__cause__ = cause
-    return error
-
-
-def boto(code: str, number: int) -> Exception:
-    response = {"Error": {"Code": code, "Message": "so"}, "ResponseMetadata": {"HTTPStatusCode": number, "HTTPHeaders": {}}}
-    return of_library("botocore.ClientError", response=response)
-
-
-MEANINGS: list[tuple[Exception, Kind]] = [
-    (TimeoutError(), Kind.TRANSIENT),
-    (ConnectionResetError(errno.ECONNRESET, "reset"), Kind.TRANSIENT),
-    (OSError(errno.EBUSY, "slow down"), Kind.TRANSIENT),
-    (OSError(errno.EHOSTUNREACH, "no route"), Kind.TRANSIENT),
-    (OSError(errno.EIO, "broken"), Kind.PERMANENT),
-    (socket.gaierror(socket.EAI_AGAIN, "temporary failure"), Kind.TRANSIENT),
-    (socket.gaierror(socket.EAI_NONAME, "unknown"), Kind.PERMANENT),
-    (of_library("aiohttp.ClientConnectorDNSError", os_error=socket.gaierror(socket.EAI_NONAME, "unknown")), Kind.PERMANENT),
-    (of_library("aiohttp.ClientPayloadError"), Kind.TRANSIENT),
-    (
-        of_library("aiohttp.ClientConnectorCertificateError", os_error=ssl.SSLCertVerificationError("self-signed")),
-        Kind.PERMANENT,
-    ),
-    (caused(ConnectionError("handshake"), ssl.SSLEOFError(8, "eof")), Kind.TRANSIENT),
-    (FileNotFoundError("x"), Kind.ABSENT),
-    (caused(FileNotFoundError("x"), of_library("aiohttp.ClientResponseError", status=503)), Kind.TRANSIENT),
-    (caused(FileNotFoundError("x"), of_library("aiohttp.ClientResponseError", status=404)), Kind.ABSENT),
-    (caused(FileNotFoundError("x"), ConnectionResetError("reset")), Kind.TRANSIENT),
-    (PermissionError("x"), Kind.DENIED),
-    (caused(PermissionError("x"), boto("AccessDenied", 403)), Kind.DENIED),
-    (caused(OSError(errno.EBUSY, "x"), boto("SlowDown", 503)), Kind.TRANSIENT),
-    (caused(OSError(errno.EREMOTEIO, "x"), boto("InternalError", 500)), Kind.TRANSIENT),
-    (caused(TimeoutError("x"), boto("RequestTimeout", 400)), Kind.TRANSIENT),
-    (caused(OSError(errno.EIO, "x"), boto("NoSuchThing", 400)), Kind.PERMANENT),
-    (of_library("botocore.NoCredentialsError"), Kind.DENIED),
-    (of_library("gcsfs.HttpError", code=503), Kind.TRANSIENT),
-    (of_library("gcsfs.HttpError", code="401"), Kind.DENIED),
-    (OSError("Forbidden: bucket/x\n"), Kind.DENIED),
-    (of_library("azure.HttpResponseError", status_code=503), Kind.TRANSIENT),
-    (of_library("azure.ResourceNotFoundError", status_code=404), Kind.ABSENT),
-    (of_library("azure.ServiceRequestError"), Kind.TRANSIENT),
-    (ExceptionGroup("several", [ConnectionResetError("reset")]), Kind.TRANSIENT),
-    (ValueError("a bug"), Kind.PERMANENT),
-]
-
-
-@pytest.mark.parametrize(("error", "kind"), MEANINGS, ids=lambda value: f"{value!r:.60}")
-def test_an_exception_of_any_file_system_means(error: Exception, kind: Kind) -> None:
-    assert classify(error).kind is kind
-
-
-def test_memory_that_runs_out_is_no_failure_of_the_server() -> None:
-    async def step() -> None:
-        raise MemoryError("8 GiB")
-
-    with pytest.raises(MemoryError, match="8 GiB"):
-        asyncio.run(transient.retry("reading", "https://host/x", step))

@@ -56,7 +56,7 @@ def test_a_name_is_given(tmp_path: Path, make: Callable[[Path], None]) -> None:
     ids=["file", "folder", "empty", "link"],
 )
 @pytest.mark.parametrize("looked", [True, False], ids=["", "appeared meanwhile"])
-def test_what_has_the_name_keeps_it(
+def test_a_rename_never_replaces_what_has_the_name(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     make: Callable[[Path], None],

@@ -147,7 +147,7 @@ def test_without_overwrite_nothing_is_replaced(paths: ResultPaths) -> None:
     assert dict(other.attrs) == {"oocattn": ATTRIBUTES}
 
 
-def test_whoever_has_lost_the_lock_changes_nothing(paths: ResultPaths) -> None:
+def test_a_run_that_lost_its_lock_changes_nothing(paths: ResultPaths) -> None:
     state, growing = begin(paths)
     fill(growing.arrays)
     lost = RunState(paths, Held())
@@ -267,7 +267,7 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     assert ResultPaths.at(f"file://{tmp_path}/r.zarr").result == tmp_path / "r.zarr"
 
 
-def test_what_is_not_a_result_has_no_attributes(paths: ResultPaths) -> None:
+def test_a_place_without_a_result_has_no_attributes(paths: ResultPaths) -> None:
     paths.result.mkdir()
     assert paths.attributes() == {}
     zarr.open_group(paths.result, mode="w", attributes={"oocattn": "text"})
@@ -310,7 +310,7 @@ def test_a_run_that_was_killed_after_its_commit_can_be_replaced(paths: ResultPat
     assert list(paths.state.iterdir()) == []
 
 
-def test_whoever_waits_for_the_lock_still_gets_it(paths: ResultPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_waits_for_the_lock_still_gets_it(paths: ResultPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     """What killed writes have left is removed meanwhile."""
     monkeypatch.setattr("oocattn.storage.journal.lock.PATIENCE", 5.0)
     paths.make_state()

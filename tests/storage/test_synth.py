@@ -112,9 +112,7 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path):
 
 
 @pytest.mark.parametrize("refused", [1, 100])
-def test_what_was_to_be_overwritten_is_given_back_where_the_new_dataset_cannot_take_its_name(
-    tmp_path, monkeypatch, caplog, refused
-):
+def test_an_overwritten_dataset_is_given_back_where_the_new_one_cannot_take_its_name(tmp_path, monkeypatch, caplog, refused):
     synthesise(tmp_path / "qkv.zarr", tokens=10, heads=1, head_dim=8, dtype="float16")
     renames = []
 

@@ -78,7 +78,7 @@ def test_a_verdict_names_the_elements_that_a_narrow_dtype_lost() -> None:
     assert Certificate.from_json(lost.to_json()) == lost
 
 
-def test_what_it_states() -> None:
+def test_a_certificate_states_a_bound_on_wrong_rows() -> None:
     assert RIGHT.drawn == 60
     assert RIGHT.statement == (
         "of 60 rows drawn uniformly at random none exceeds its tolerance: with 95% confidence fewer than 3/60 = 5.00% of "
@@ -98,7 +98,7 @@ def test_with_a_wrong_row_nothing_is_claimed(wrong: Certificate) -> None:
     assert "FAILED: 1 of 62 rows are wrong" in str(wrong)
 
 
-def test_what_passes() -> None:
+def test_a_certificate_passes_where_nothing_is_wrong() -> None:
     assert [certificate.passed for certificate in ALL] == [True, False, False, False, True, True, False, False]
     assert [certificate for certificate in ALL if certificate.inconclusive] == [INCONCLUSIVE]
     assert [certificate.failed for certificate in ALL] == [False, True, True, True, False, False, False, True]
@@ -126,7 +126,7 @@ def test_rows_that_show_nothing_are_not_counted() -> None:
     assert replace(RIGHT, rows=(*ROWS, beyond)).wrong == [beyond]
 
 
-def test_what_is_printed_is_escaped() -> None:
+def test_a_printed_certificate_is_escaped() -> None:
     strange = replace(RIGHT, result="/a\x1b[2Jb\nFAILED", dataset="\u202e/qkv")
     assert strange.result == "/a\x1b[2Jb\nFAILED"
     assert r"result       /a\x1b[2Jb\nFAILED" in str(strange).splitlines()
@@ -137,7 +137,7 @@ def test_what_is_printed_is_escaped() -> None:
     assert "\x1b" not in str(reason)
 
 
-def test_strata_and_totals() -> None:
+def test_a_certificate_has_strata_and_totals() -> None:
     first, last, uniform, every = RIGHT.strata
     assert [of.name for of in RIGHT.strata] == ["first", "last", "uniform", "all"]
     assert (first.rows, last.rows, uniform.rows, every.rows) == (1, 1, 60, 61)
@@ -178,7 +178,7 @@ def test_the_words_for_a_terminal() -> None:
 
 
 @pytest.mark.parametrize("certificate", ALL)
-def test_it_survives_json(certificate: Certificate) -> None:
+def test_a_certificate_survives_json(certificate: Certificate) -> None:
     text = json.dumps(certificate.to_json(), allow_nan=False)  # standard JSON: no bare NaN
     found = Certificate.from_json(json.loads(text))
     assert found.to_json() == certificate.to_json()
@@ -238,7 +238,7 @@ def changed(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         lambda content: content.clear(),
     ],
 )
-def test_what_is_no_certificate_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
+def test_json_that_is_no_certificate_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(json.dumps(RIGHT.to_json()))
     change(content)
     with pytest.raises(IntegrityError, match="not a certificate of oocattn"):

@@ -146,7 +146,9 @@ def cut_short(result: Path, other: Path) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("corrupt", [swap, take_from_other, remove, cut_short])
-def test_what_a_chunk_can_suffer(result: Path, other: Path, corrupt: Callable[[Path, Path], set[tuple[int, int]]]) -> None:
+def test_every_damage_of_a_chunk_is_found(
+    result: Path, other: Path, corrupt: Callable[[Path, Path], set[tuple[int, int]]]
+) -> None:
     """Checksums name it, always; rows fail exactly where one of the sample lies in it."""
     places = corrupt(result, other)
     certificate = oocattn.verify(result, rows=1)
@@ -233,7 +235,7 @@ def test_arrays_of_another_shape_are_refused(result: Path) -> None:
 # Files
 
 
-def test_it_is_kept_beside_the_result(right: Path, result: Path) -> None:
+def test_a_certificate_is_kept_beside_the_result(right: Path, result: Path) -> None:
     assert oocattn.verify(result).ledger is None
     assert "ledger       not available" in str(oocattn.verify(result))
     shutil.copy(ResultPaths.at(right).report, ResultPaths.at(result).report)
@@ -308,7 +310,9 @@ def test_a_run_keeps_the_certificate_of_its_result_and_removes_that_of_another(
     assert {path.name for path in state.iterdir()} == {"report.json"}
 
 
-def test_where_it_cannot_be_written_it_is_returned_all_the_same(result: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_certificate_that_cannot_be_written_is_returned_all_the_same(
+    result: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ResultPaths.at(result).certificate_page.mkdir(parents=True)  # root may write anywhere, but not over a folder
     certificate = oocattn.verify(result)
     assert re.search(r"the certificate was not written: .*certificate\.html", caplog.text)

@@ -93,7 +93,7 @@ def test_unit_normal_rows_are_allowed_little(fast_path: Path, tokens: int, head_
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_one_percent_is_found_in_rows_with_an_offset(fast_path: Path, head_dim: int) -> None:
+def test_an_error_of_one_percent_is_found_in_rows_with_an_offset(fast_path: Path, head_dim: int) -> None:
     q, k, v = normal_arrays(600, heads=1, head_dim=head_dim)
     case = Case("offset", "normal", (q + 5, k + 5, v), False, head_dim**-0.5)
     problem, exact = exact_rows(case, fast_path)
@@ -187,7 +187,7 @@ def test_overflow_is_never_called_wrong_and_shows_nothing(fast_path: Path) -> No
                 assert not found.shows
 
 
-def test_what_the_dtype_of_out_cannot_hold_is_inf(fast_path: Path) -> None:
+def test_out_is_inf_where_its_dtype_overflows(fast_path: Path) -> None:
     q, k, v = normal_arrays(1, heads=1, head_dim=8)
     v[..., :4] = 7e4
     problem, (row,) = exact_rows(Case("one", "large", (q, k, v), False, 1.0), fast_path, out_dtype="float16")

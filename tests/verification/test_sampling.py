@@ -15,7 +15,7 @@ BORDERS = range(100, 1000, 100)
 
 
 @given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 4), st.integers(0, 1000))
-def test_it_is_of_distinct_rows_and_never_more_than_asked(rows: int, tokens: int, heads: int, seed: int) -> None:
+def test_a_sample_has_distinct_rows_and_never_more_than_asked(rows: int, tokens: int, heads: int, seed: int) -> None:
     problem = a_problem(tokens, query_heads=heads)
     found = sample_rows(problem, range(7, tokens, 7), rows, seed)
     assert len({(place.batch, place.head, place.token) for place in found}) == len(found) <= rows

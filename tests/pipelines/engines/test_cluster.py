@@ -71,7 +71,7 @@ def test_more_workers_than_gpus_are_spread_evenly(found: list[tuple[list[str], i
         assert max(shares) - min(shares) <= 1
 
 
-def test_of_equals_the_first_that_is_seen() -> None:
+def test_share_out_takes_the_first_of_equal_gpus() -> None:
     assert share_out({"a": ["x", "y"], "b": ["y", "x"], "c": ["x", "y"], "d": ["y"]}) == {"a": 0, "b": 0, "c": 0, "d": 0}
     assert share_out({"a": ["x", "y"], "b": ["x", "y"]}) == {"a": 0, "b": 1}
     assert share_out({}) == {}

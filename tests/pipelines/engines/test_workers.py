@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from distributed import Client, LocalCluster
 from distributed.worker import Worker
+from interrupting import kill_at, uninterrupted
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
-from test_mending import kill_at
 
 import oocattn
 from oocattn import Event, TimeLimitError, clock
@@ -43,7 +43,7 @@ def processes(count: int, **options: object) -> Iterator[Client]:
 
 def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path, result: Path, client: Client) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     with processes(1, worker_port="27341:27399") as workers:
         (before,) = workers.run(os.getpid).items()
         recorder = Recorder([])
@@ -56,7 +56,7 @@ def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path,
 
 def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Path, client: Client) -> None:
     plan = plan_for(dataset, chunks=31, causal=True, lanes=2)
-    right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan, dataset, client)
     with processes(2) as workers:
         workers.run(importlib.import_module, "oocattn")  # which takes as long as the run may
         process = next(iter(workers.run(os.getpid).values()))
@@ -80,7 +80,9 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
     assert_same_bits(oocattn.resume(result, client=client), right)
 
 
-def test_nor_does_one_that_is_frozen_before_it_has_a_lane(dataset: Path, result: Path, client: Client) -> None:
+def test_a_worker_that_is_frozen_before_it_has_a_lane_does_not_hold_a_run(
+    dataset: Path, result: Path, client: Client
+) -> None:
     plan = plan_for(dataset, chunks=31, causal=True, lanes=2)
     with processes(2) as workers:
         process = next(iter(workers.run(os.getpid).values()))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
+from interrupting import uninterrupted
 from support import (
     GENEROUS,
     MACHINE,
@@ -229,7 +230,7 @@ def in_the_middle(look: Callable[[Event], None], count: int = 9) -> Callable[[Ev
 
 def test_checkpoints_are_made_at_the_interval_and_reported(client: Client, dataset: Path, result: Path) -> None:
     plan = replanned(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
-    right = carry_out(plan_for(dataset, chunks=31, causal=True), dataset, result.with_name("right.zarr"), client)
+    right = uninterrupted(plan_for(dataset, chunks=31, causal=True), dataset, client)
     recorder, most = Recorder([]), [0]
 
     def measure(event: Event) -> None:
@@ -256,7 +257,7 @@ def test_without_checkpoints_nothing_is_saved(client: Client, dataset: Path, res
     with pytest.raises(SystemExit, match="enough"):
         carry_out(plan, dataset, result, client, callbacks=[in_the_middle(stop)])
     assert scratch_bytes(result) == 0
-    assert_same_bits(oocattn.resume(result, client=client), carry_out(plan, dataset, result.with_name("right.zarr"), client))
+    assert_same_bits(oocattn.resume(result, client=client), uninterrupted(plan, dataset, client))
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(
@@ -271,7 +272,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
         patched.setattr(partial_files, "write_blocks", full)
         with pytest.raises(OSError, match="no space left for the result and its partials; make room and resume"):
             carry_out(plan, dataset, result, client)
-    assert_same_bits(oocattn.resume(result, client=client), carry_out(plan, dataset, result.with_name("right.zarr"), client))
+    assert_same_bits(oocattn.resume(result, client=client), uninterrupted(plan, dataset, client))
 
 
 @pytest.mark.parametrize(("partials", "chunks"), [("memory", 1), ("memory", 7), ("memory", 31), ("disk", 7), ("disk", 31)])

@@ -50,7 +50,9 @@ def test_an_error_of_a_listener_is_logged_once_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("kind", ["started", "committed", "ended"])
-def test_so_it_does_at_its_beginning_and_its_end(client: Client, dataset: Path, result: Path, kind: str) -> None:
+def test_a_listener_may_fail_at_the_beginning_and_the_end_of_a_run(
+    client: Client, dataset: Path, result: Path, kind: str
+) -> None:
     listener = raising(RuntimeError("enough"), [], kind)
     assert carry_out(plan_for(dataset, chunks=7), dataset, result, client, callbacks=[listener]).path == result
     assert oocattn.status(result).state == "finished"

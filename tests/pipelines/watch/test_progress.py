@@ -121,7 +121,7 @@ def test_a_line_of_the_log_is_printed_above_the_bar(bar: Watched, terminal: Call
     assert after == "afterwards"
 
 
-def test_what_others_print_begins_on_a_line_of_its_own(bar: Watched, terminal: Callable[[], None]) -> None:
+def test_output_beside_the_bar_begins_on_a_line_of_its_own(bar: Watched, terminal: Callable[[], None]) -> None:
     terminal()
     with Printing():
         bar.begin()

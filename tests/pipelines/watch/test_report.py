@@ -54,12 +54,12 @@ def test_events_are_added_up() -> None:
     assert report.busy == {"staged": 3.0, "attended": 2.0, "merged": 1.0, "written": 1.5}
 
 
-def test_it_survives_json() -> None:
+def test_a_report_survives_json() -> None:
     report = report_of(EVENTS)
     assert RunReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
-def test_words() -> None:
+def test_a_report_in_words() -> None:
     text = str(report_of(EVENTS))
     assert "in 2 s (predicted 1 s), 500 tokens/s" in text
     assert "7 subproblems on 2 lanes, 15 pairs, every one counted" in text
@@ -82,7 +82,7 @@ def test_words() -> None:
         ({"out_underflowed": 641}, ["641 elements of out are 0 because their values are too small for its dtype"]),
     ],
 )
-def test_what_a_narrow_dtype_loses_is_said(counts: dict[str, int], found: list[str]) -> None:
+def test_a_report_names_losses_of_a_narrow_dtype(counts: dict[str, int], found: list[str]) -> None:
     report = report_of(EVENTS, {(0, 0): replace(FINISHED[0, 0], **counts)})
     assert report.out_elements == 64_000
     assert [line.partition(":")[0] for line in report.lost] == found
@@ -107,7 +107,7 @@ def test_what_a_narrow_dtype_loses_is_said(counts: dict[str, int], found: list[s
         ("finished", 7),
     ],
 )
-def test_what_is_no_report_is_refused(name: str, value: object) -> None:
+def test_json_that_is_no_report_is_refused(name: str, value: object) -> None:
     with pytest.raises(IntegrityError, match=f"not the report of a run: .*{name if name != 'busy' else 'busy|staged'}"):
         RunReport.from_json({**report_of(EVENTS).to_json(), name: value})
 
@@ -126,7 +126,7 @@ def test_a_report_of_an_older_version_is_read() -> None:
     assert RunReport.from_json(older).lost == []
 
 
-def test_what_was_there_before_is_told() -> None:
+def test_a_report_tells_what_a_resumed_run_found() -> None:
     resumed = replace(EVENTS[0], resumed=True)
     report = report_of([resumed, *EVENTS[1:4], *EVENTS[5:]])
     assert (report.pairs, report.pairs_before, report.not_finite, report.bytes_written) == (15, 8, 3, 30)

@@ -139,7 +139,7 @@ def test_a_status_of_an_older_version_is_read(fast_path: Path) -> None:
     assert (found.share, found.bytes_read, found.stalled) == (0.4, 7, "")
 
 
-def test_what_an_earlier_run_left_says_nothing_of_a_finished_result(client: Client, dataset: Path, fast_path: Path) -> None:
+def test_status_ignores_leftovers_of_a_finished_run(client: Client, dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
     carry_out(plan_for(dataset), dataset, result, client)
     finished = oocattn.status(result)
@@ -228,7 +228,7 @@ def test_a_wait_for_share_one_ends(client: Client, dataset: Path, fast_path: Pat
     assert (shares[0], shares[-1]) == (0.0, 1.0)
 
 
-def test_of_no_run_nothing_is_done_and_nobody_knows_how_long_it_takes(fast_path: Path) -> None:
+def test_the_status_without_a_run_has_no_progress_and_no_time_left(fast_path: Path) -> None:
     status = oocattn.status(fast_path / "result.zarr")
     assert (status.share, status.tokens_done, status.seconds_left) == (0.0, 0, None)
 

@@ -195,7 +195,7 @@ def test_a_run_without_spans_has_an_empty_timeline(tmp_path: Path) -> None:
     ElementTree.parse(timeline.picture)
 
 
-def test_what_cannot_be_written_at_the_end_is_a_warning(tmp_path: Path) -> None:
+def test_a_timeline_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     folder = tmp_path / "gone"
     folder.mkdir()
     timeline = Timeline(folder / "timeline.json")

@@ -1,0 +1,115 @@
+"""Signals and time limits end a command with their exit codes, and what was done is on disk."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import oocattn
+from oocattn import clock
+from oocattn.cli import main as cli
+
+
+def started(dataset, result, chunks):
+    """A run in a process of its own that has attended something."""
+    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", str(chunks)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background makes them, and this child, ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not oocattn.status(result).subproblems_done:
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGTERM, 143, "interrupted"), (signal.SIGUSR1, 75, "time limit reached (SIGUSR1)")]
+)
+def test_a_signal_ends_a_run_in_two_lines_and_it_can_be_resumed(dataset, fast_path, number, code, words):
+    result = str(fast_path / "result.zarr")
+    process = started(dataset, result, 57)
+    if number == signal.SIGUSR1:
+        process.send_signal(number)  # and another one, which changes nothing
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert len(printed.splitlines()) == 2, printed
+    first, last = printed.splitlines()
+    assert first.startswith("ending: what is in flight is finished and saved first, which may take ")
+    assert last == f"oocattn: {words}; go on with: oocattn resume {result}"
+    assert oocattn.status(result).state == "interrupted"
+    assert not Path(result).exists()
+    assert cli.main(["resume", result]) == 0
+    assert cli.main(["verify", result, "--rows", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_has_its_exit_code_before_a_run_and_in_it(dataset, result, number, code, monkeypatch, capsys):
+    handlers = [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1)]
+    with monkeypatch.context() as patched:
+        patched.setattr(oocattn, "plan", lambda *_, **__: signal.raise_signal(number))
+        assert cli.main(["plan", dataset]) == code
+    monkeypatch.setattr(cli, "ProgressBar", lambda: lambda event: event.kind == "staged" and signal.raise_signal(number))
+    assert cli.main(["run", dataset, result, "--chunks", "13", "--progress"]) == code
+    assert f"go on with: oocattn resume {result}" in capsys.readouterr().err
+    assert [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1)] == handlers
+    assert cli.main(["resume", result]) == 0
+
+
+def test_a_warning_that_time_is_short_comes_too_late_for_a_committed_result(dataset, result, monkeypatch):
+    monkeypatch.setattr(
+        cli, "ProgressBar", lambda: lambda event: event.kind == "committed" and signal.raise_signal(signal.SIGUSR1)
+    )
+    assert cli.main(["run", dataset, result, "--chunks", "1", "--progress"]) == 0
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_is_gone(dataset, result):
+    command = [sys.executable, "-m", "oocattn", "run", dataset, result, "--chunks", "57"]
+    process = subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not oocattn.status(result).subproblems_done:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    assert "finished" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+
+
+def test_a_time_limit_ends_a_run_with_its_own_code_and_it_can_be_resumed(dataset, result, monkeypatch, capsys):
+    """Of a run that would take nine seconds or more: a listener has it wait."""
+    monkeypatch.setattr(cli, "ProgressBar", lambda: lambda event: time.sleep(0.1 * (event.kind == "attended")))
+    monkeypatch.setattr(clock, "process_age", lambda: 7.0)  # the limit is the whole command's
+    began = time.monotonic()
+    assert cli.main(["run", dataset, result, "--chunks", "91", "--time-limit", "13s", "--progress"]) == 75
+    assert time.monotonic() - began < 7
+    done = r"time limit reached: \d+ of 182 subproblems are done, not counting those in flight"
+    printed = capsys.readouterr().err
+    assert re.search(rf"^oocattn: {done}; go on with: oocattn resume {result}$", printed, re.MULTILINE), printed
+    assert 0 < oocattn.status(result).subproblems_done < 182
+    assert cli.main(["status", result]) == 0
+    assert re.search(r"interrupted: \d+ of 182 subproblems, .* tokens/s\n.* last saved ", capsys.readouterr().out)
+    assert cli.main(["resume", result]) == 0
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
+    """In a run whose subproblems take half a second or more."""
+    dataset, result = str(tmp_path / "large.zarr"), str(tmp_path / "result.zarr")
+    assert cli.main(["synth", dataset, "--tokens", "32K", "--heads", "1", "--head-dim", "64", "--dtype", "float32"]) == 0
+    process = started(dataset, result, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    process.communicate()

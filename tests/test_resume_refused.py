@@ -1,0 +1,194 @@
+"""A run is not resumed for another problem, dataset, plan, version or arithmetic, and the error says why."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import Client
+from interrupting import TOKENS, EnoughError, interrupt, interrupted, uninterrupted, write_resuming_dataset
+from support import (
+    assert_same_bits,
+    carry_out,
+    normal_arrays,
+    plan_for,
+    write_dataset,
+)
+
+import oocattn
+from oocattn import BudgetError, IntegrityError, ProblemError, ResultExistsError
+from oocattn.kernels.arithmetic import arithmetic_of
+from oocattn.pipelines.resuming import find_unfinished
+from oocattn.pipelines.session import Resuming, resume_run
+from oocattn.storage.files.durable import encode_record
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.paths import ResultPaths
+from oocattn.version import versions
+
+
+@pytest.fixture
+def dataset(fast_path: Path) -> Path:
+    return write_resuming_dataset(fast_path)
+
+
+def test_resume_is_refused_without_an_unfinished_run(client: Client, dataset: Path, result: Path) -> None:
+    with pytest.raises(ProblemError, match=r"result\.zarr: no run to resume; begin one"):
+        oocattn.resume(result, client=client)
+    done = carry_out(plan_for(dataset), dataset, result, client)
+    assert oocattn.resume(result, client=client).path == done.path
+
+
+def test_an_unfinished_run_of_another_problem_dataset_or_plan_is_not_touched(
+    client: Client, dataset: Path, result: Path, fast_path: Path
+) -> None:
+    plan = plan_for(dataset, chunks=13, causal=True)
+    interrupted(plan, dataset, result, client)
+    other = write_dataset(fast_path / "other.zarr", normal_arrays(TOKENS, heads=4, kv_heads=2, seed=1))
+    refused: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
+        (dataset, {}, ResultExistsError, r"unfinished run of another problem \(causal True, now False\)"),
+        (other, {"causal": True}, ResultExistsError, rf"unfinished run of another dataset \({dataset}, now {other}\)"),
+        (dataset, {"causal": True, "chunks": 7}, ResultExistsError, "has chunks 13, not 7"),
+        (dataset, {"causal": True, "decomposition": "strips"}, ResultExistsError, "has decomposition cqs, not strips"),
+        (dataset, {"causal": True, "kernel": "reference"}, ResultExistsError, "has kernel cpu, not reference"),
+        (dataset, {"causal": True, "host_memory": 1000}, BudgetError, "takes .* of host memory, more than 1000 B"),
+    ]
+    for asked, options, error, message in refused:
+        with pytest.raises(error, match=message):
+            oocattn.attention(asked, result, client=client, **options)
+    with pytest.raises(ResultExistsError, match=r"another plan \(chunks 13, now 7; chunk rows 14, now 25; .*\)"):
+        carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, client)
+    assert oocattn.resume(result, client=client).report.pairs_before > 0
+
+
+def test_another_run_than_was_asked_for_is_not_resumed(client: Client, dataset: Path, result: Path) -> None:
+    """It has begun in the seconds in which a cluster starts."""
+    plan, causal = plan_for(dataset, chunks=13), plan_for(dataset, chunks=13, causal=True)
+    interrupted(plan, dataset, result, client)
+    paths = ResultPaths.at(result)
+    asked = find_unfinished(paths)
+    with pytest.raises(EnoughError):
+        carry_out(causal, dataset, result, client, callbacks=[interrupt("written", 5)], overwrite=True)
+    with pytest.raises(ResultExistsError, match=r"than when the command began \(causal False, now True\): resume again"):
+        resume_run(asked, Dataset.open(dataset), paths, client, (), math.inf, Resuming())
+    assert_same_bits(oocattn.resume(result, client=client), uninterrupted(causal, dataset, client))
+
+
+def test_a_run_is_not_resumed_where_its_dataset_changed(client: Client, dataset: Path, result: Path) -> None:
+    plan = plan_for(dataset, chunks=13)
+    interrupted(plan, dataset, result, client)
+    for name in "kv":
+        os.utime(dataset / name / "c/0/0/0/0", ns=(1, 1))
+    for again in (
+        lambda: oocattn.resume(result, client=client),
+        lambda: carry_out(plan, dataset, result, client),
+    ):
+        with pytest.raises(IntegrityError, match=r"zarr: k and v of the dataset changed .* since the run in .* began"):
+            again()
+    assert carry_out(plan, dataset, result, client, overwrite=True).report.pairs_before == 0
+
+
+def test_a_chunk_that_was_written_is_noticed_though_size_and_time_are_set_back(
+    client: Client,
+    dataset: Path,
+    result: Path,
+) -> None:
+    """A copy, or files that were only touched, are named by who knows that they are the same."""
+    plan = plan_for(dataset, chunks=13)
+    right = uninterrupted(plan, dataset, client)
+    interrupted(plan, dataset, result, client)
+    chunk = dataset / "k/c/0/0/0/0"
+    status = chunk.stat()
+    chunk.write_bytes(chunk.read_bytes())
+    os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for again in (
+        lambda: oocattn.resume(result, client=client),
+        lambda: carry_out(plan, dataset, result, client),
+    ):
+        with pytest.raises(IntegrityError, match=r"zarr: files of k of the dataset were replaced or written .*--dataset"):
+            again()
+    assert_same_bits(oocattn.resume(result, client=client, dataset=dataset), right)
+
+
+def test_a_run_that_another_version_began_is_not_resumed(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(plan_for(dataset, chunks=13), dataset, result, client)
+    monkeypatch.setattr("oocattn.pipelines.resuming.versions", lambda: {"oocattn": "99"})
+    with pytest.raises(ResultExistsError, match=r"unfinished run of another oocattn \(0\.1\.0, now 99\)"):
+        oocattn.resume(result, client=client)
+
+
+def other_arithmetic(*arguments: Any) -> dict[str, str]:
+    """What a worker with another torch, on another processor, says of itself."""
+    return {**arithmetic_of(*arguments), "torch": "99", "cpu": "AVX99"}
+
+
+def test_other_bits_are_refused_or_accepted_and_reported(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(dataset, chunks=13)
+    interrupted(plan, dataset, result, client)
+    words = rf"was begun with torch {re.escape(versions()['torch'])}, now 99; cpu .*, now AVX99: .*--accept-other-bits"
+    with monkeypatch.context() as patched:
+        patched.setattr("oocattn.pipelines.engines.dask.readiness.arithmetic_of", other_arithmetic)
+        for again in (
+            lambda: oocattn.resume(result, client=client),
+            lambda: carry_out(plan, dataset, result, client),
+        ):
+            with pytest.raises(ResultExistsError, match=words):
+                again()
+        with pytest.raises(EnoughError):
+            oocattn.resume(result, client=client, accept_other_bits=True, callbacks=[interrupt("attended", 1)])
+    report = oocattn.resume(result, client=client).report
+    assert "now 99" in report.other_bits
+    assert "other bits" in str(report)
+    assert carry_out(plan, dataset, result, client, overwrite=True).report.other_bits == ""
+
+
+def test_arithmetic_differs_where_torch_takes_other_vector_instructions() -> None:
+    """The bits of a small call differ where torch takes other vector instructions, and not with the number of threads."""
+    script = "from oocattn.kernels.arithmetic import arithmetic_of; print(arithmetic_of('cpu', 64, 'float32', 'cpu'))"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    before, here = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            here.append(f"{arithmetic_of('cpu', 64, 'float32', 'cpu')}\n")
+    finally:
+        torch.set_num_threads(before)
+    assert here[0] == here[1]
+    assert here[0] != ended.stdout
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: {**header, "format": 99},
+        lambda header: {**header, "plan": {**header["plan"], "chunks": 7}},
+        lambda header: {**header, "plan": {**header["plan"], "chunk_rows": 1}},
+        lambda header: {name: header[name] for name in ("format", "plan")},
+        lambda header: {**header, "plan": {}},
+        lambda header: {**header, "plan": {**header["plan"], "surprise": 1}},
+    ],
+)
+def test_a_journal_that_cannot_be_ours_is_refused(
+    client: Client, dataset: Path, result: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    plan = plan_for(dataset, chunks=13)
+    interrupted(plan, dataset, result, client)
+    path = ResultPaths.at(result).state / "plan.json"
+    header = json.loads(path.read_bytes().partition(b" ")[2])
+    path.write_bytes(encode_record(change(header)))
+    with pytest.raises(IntegrityError, match=r"not the journal of a run that can be resumed .*: begin again"):
+        oocattn.resume(result, client=client)
+    assert carry_out(plan, dataset, result, client, overwrite=True).path == result
