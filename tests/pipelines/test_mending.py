@@ -153,7 +153,7 @@ def test_a_task_that_fails_time_and_again_is_reported_and_the_run_can_be_resumed
     assert_same_bits(oocattn.resume(result, client=client), right)
 
 
-@pytest.mark.parametrize(("partials", "decomposition"), [("memory", "cqs"), ("disk", "cqs"), (None, "strips")])
+@pytest.mark.parametrize(("partials", "decomposition"), [("memory", "cqs"), (None, "strips")])
 def test_a_worker_that_dies_is_replaced(
     workers: Client, dataset: Path, result: Path, partials: str | None, decomposition: str
 ) -> None:
