@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from oocattn import arguments, clock
 from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
+from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client
 from oocattn.kernels import kernel_names
-from oocattn.kernels.denormals import denormals_kept
 from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.pipelines.resuming import Choices, find_unfinished
 from oocattn.pipelines.scan import scan_completed
@@ -48,8 +48,9 @@ from oocattn.storage.inputs.posing import pose
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
+from oocattn.storage.results.summary import read_summary
 from oocattn.verification.certificate import Certificate
-from oocattn.verification.certify import certify, read_summary
+from oocattn.verification.certify import certify
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
@@ -265,7 +266,7 @@ def _planned_cluster(
     """The client, or one of a new cluster, and the plan that `decide` makes for so many lanes, as it starts."""
     if client is not None:
         from oocattn.pipelines.engines.dask.cluster import wait_for_first, worker_addresses
-        from oocattn.pipelines.engines.dask.standstill import refuse_own_thread
+        from oocattn.pipelines.engines.dask.obstacles import refuse_own_thread
 
         refuse_lost_client(client)
         refuse_own_thread(client)
@@ -333,11 +334,10 @@ def verify(
     and BudgetError, with the smallest budget that works.
     """
     found = open_result(result)
-    with denormals_kept():
+    with keep_denormals():
         return certify(
             ResultPaths.at(result),
             ResultArrays(found.out, found.lse),
-            found.report,
             rows=rows,
             seed=seed,
             dataset=dataset,

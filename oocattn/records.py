@@ -1,15 +1,17 @@
-"""Frozen dataclasses to JSON and back, by the types of their fields: what is read back has those types, or is refused.
+"""Records: frozen dataclasses to JSON and back, validated by field types.
 
-Every JSON text that this package reads is parsed here, whoever wrote it. JSON has no NaN and no Inf: they are written as
-the strings "nan", "inf" and "-inf".
+Every JSON text that this package reads is parsed here, whoever wrote it. Unknown and missing fields are refused, and so are
+wrong types and numbers out of range. JSON has no NaN and no Inf: they are written as the strings "nan", "inf" and "-inf".
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -20,10 +22,25 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, both ends included: the annotation of a field, as in `Annotated[int, Range(1, 64)]`."""
+    """Bounds of a number, both included: `Annotated[int, Range(1, 64)]`."""
 
     least: float
     most: float
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A regular expression that a text matches in full: the annotation of a field."""
+
+    expression: str
+
+
+ADDED = object()
+"""The annotation of a field that older versions did not write: where it is missing, it has its default."""
+
+
+class Excerpt:
+    """Base of records that hold some fields of a JSON object, and ignore others."""
 
 
 MOST_COUNT = 2**96
@@ -40,9 +57,10 @@ Seconds = Annotated[float, Range(0.0, 1e12)]
 
 
 def parse_json(content: bytes, not_finite: bool = False) -> dict[str, Any]:
-    """The JSON object in a text. Raises ValueError for anything else, however long, deep or badly encoded it is.
+    """Parse a JSON object.
 
-    `not_finite` takes NaN, Infinity and -Infinity too, which JSON has not, and which Zarr writes in attributes.
+    Raises ValueError for anything else, however long, deep or badly encoded it is. `not_finite` accepts NaN, Infinity and
+    -Infinity too, which JSON lacks, and which Zarr writes in attributes.
     """
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=None if not_finite else _refuse_constant)
@@ -60,7 +78,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def to_json(value: Any) -> Any:
-    """A value as JSON-ready ones."""
+    """Convert a value to JSON-ready ones."""
     if is_dataclass(value):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -72,29 +90,38 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def from_json(kind: type[T], content: object, may_lack: Collection[str] = ()) -> T:
-    """The dataclass of type `kind` that `to_json` made this of. Raises ValueError for anything else.
+def from_json(kind: type[T], content: object, name: str = "") -> T:
+    """Convert what `to_json` made to the record `kind`.
 
-    Numbers must lie in the `Range` of their field. A NaN or an Inf is taken only where the field has none. The fields
-    `may_lack`, which older versions did not write, have their defaults where they are missing.
+    Raises ValueError for anything else. Numbers must lie in the `Range` of their field. A NaN or an Inf is accepted only
+    where the field has none. `name` is what messages call the record: the field that holds it.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a {kind.__name__}, found {content!r:.80}")
-    hints = get_type_hints(kind, include_extras=True)
-    if not hints.keys() - set(may_lack) <= content.keys() <= hints.keys():
+    hints, required = _hints(kind)  # type: ignore[arg-type]  # a class is hashable
+    if not (required <= content.keys() and (issubclass(kind, Excerpt) or content.keys() <= hints.keys())):
         found = str(sorted(map(str, content)))
         raise ValueError(f"expected the fields {sorted(hints)} of a {kind.__name__}, found {found:.200}")
-    return kind(**{name: _value(hint, content[name], name) for name, hint in hints.items() if name in content})
+    prefix = f"{name}." if name else ""
+    return kind(**{field: _value(hint, content[field], prefix + field) for field, hint in hints.items() if field in content})
+
+
+@cache
+def _hints(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
+    """A record's field types by name, and the names of required fields."""
+    hints = get_type_hints(kind, include_extras=True)
+    own: dict[str, Any] = {field.name: hints[field.name] for field in fields(kind)}
+    return own, frozenset(name for name, hint in own.items() if ADDED not in get_args(hint))
 
 
 def differences(before: object, now: object) -> str:
-    """Where two records, JSON objects or values differ, with both values: "causal False, now True; scale 0.1, now 0.2".
+    """Describe differences: "causal False, now True; scale 0.1, now 0.2".
 
-    "" where they do not. A value that is missing is "none".
+    "" where they are equal. A missing value is "none".
     """
     old, new = to_json(before), to_json(now)
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return "" if old == new else f"{_shown(old)}, now {_shown(new)}"
+        return "" if old == new else f"{_show(old)}, now {_show(new)}"
     found = []
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
@@ -102,31 +129,39 @@ def differences(before: object, now: object) -> str:
     return "; ".join(found)
 
 
-def _shown(value: object) -> str:
+def _show(value: object) -> str:
     return "none" if value is None else f"{value!s:.200}"
 
 
 def _value(hint: Any, found: object, name: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _in_range(arguments[1], _value(arguments[0], found, name), name)
-    if origin is Literal and isinstance(found, str) and found in arguments:
+        return _check_annotations(arguments[1:], _value(arguments[0], found, name), name)
+    if origin is Literal and any(found == each and type(found) is type(each) for each in arguments):
         return found
     if origin in (Union, UnionType) and found is None and NoneType in arguments:
         return None
     if origin in (Union, UnionType) and found is not None:
         return _value(next(argument for argument in arguments if argument is not NoneType), found, name)
     if origin is tuple and isinstance(found, list):
-        return tuple(_value(arguments[0], item, name) for item in found)
+        return _tuple(arguments, found, name)
     if origin is Mapping and isinstance(found, Mapping):
         return {str(key): _value(arguments[1], item, name) for key, item in found.items()}
     if is_dataclass(hint) and isinstance(hint, type):
-        return from_json(hint, found)
+        return from_json(hint, found, name)
     if hint is float and (type(found) in (int, float) or (isinstance(found, str) and found in _NOT_FINITE)):
         return _as_float(found, name)
-    if hint in (int, str, bool) and type(found) is hint:
+    if hint is Any or (hint in (int, str, bool) and type(found) is hint):
         return found
     raise ValueError(f"{name} is {found!r:.80}, expected {getattr(hint, '__name__', hint)}")
+
+
+def _tuple(arguments: tuple[Any, ...], found: list[Any], name: str) -> tuple[Any, ...]:
+    if arguments[-1] is Ellipsis:
+        arguments = arguments[:1] * len(found)
+    if len(arguments) != len(found):
+        raise ValueError(f"{name} has {len(found)} items, expected {len(arguments)}")
+    return tuple(_value(hint, item, name) for hint, item in zip(arguments, found, strict=True))
 
 
 def _as_float(found: Any, name: str) -> float:
@@ -136,7 +171,10 @@ def _as_float(found: Any, name: str) -> float:
         raise ValueError(f"{name} is too large for a number") from None
 
 
-def _in_range(allowed: Range, found: Any, name: str) -> Any:
-    if not allowed.least <= found <= allowed.most:
-        raise ValueError(f"{name} is {found!r:.80}, expected {allowed.least:g} to {allowed.most:g}")
+def _check_annotations(annotations: tuple[Any, ...], found: Any, name: str) -> Any:
+    for allowed in annotations:
+        if isinstance(allowed, Range) and not allowed.least <= found <= allowed.most:
+            raise ValueError(f"{name} is {found!r:.80}, expected {allowed.least:g} to {allowed.most:g}")
+        if isinstance(allowed, Pattern) and not re.fullmatch(allowed.expression, found):
+            raise ValueError(f"{name} is {found!r:.80}, expected a text like {allowed.expression}")
     return found

@@ -17,6 +17,11 @@ MOST_SECONDS = 1e9
 """Of a duration that a user gives: 31 years. A plan with a longer one could not be read back."""
 
 
+def ceil_div(count: int, size: int) -> int:
+    """How many parts of `size` hold `count`: the quotient, rounded up."""
+    return -(-count // size)
+
+
 def parse_size(text: str | float, unit: str = "size") -> int:
     """Read `1M`, `64K`, `2GiB` or `500MB` as an integer.
 
@@ -37,8 +42,10 @@ def parse_size(text: str | float, unit: str = "size") -> int:
 
 
 def parse_duration(text: str | float, name: str = "duration") -> float:
-    """Read `90`, `45s`, `10m`, `8h`, `2d` or `1h30m` as seconds. Raises ProblemError for anything else, below 0 and beyond
-    `MOST_SECONDS`."""
+    """Read `90`, `45s`, `10m`, `8h`, `2d` or `1h30m` as seconds.
+
+    Raises ProblemError for anything else, below 0 and beyond `MOST_SECONDS`.
+    """
     if isinstance(text, str):
         parts = _DURATION.findall(text.replace(" ", ""))
         understood = len(parts) == 1 or (parts and all(unit for _, unit in parts))
@@ -54,15 +61,15 @@ def parse_duration(text: str | float, name: str = "duration") -> float:
 
 def format_bytes(count: float) -> str:
     """Bytes with a binary prefix: 1536 -> `1.5 KiB`."""
-    return _scaled(count, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+    return _scale(count, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def format_count(count: float) -> str:
     """A count with a decimal prefix, ready for its unit: 2.2e12 -> `2.2 T`."""
-    return _scaled(count, 1000.0, ("", "k", "M", "G", "T", "P", "E", "Z"))
+    return _scale(count, 1000.0, ("", "k", "M", "G", "T", "P", "E", "Z"))
 
 
-def _scaled(count: float, base: float, prefixes: tuple[str, ...]) -> str:
+def _scale(count: float, base: float, prefixes: tuple[str, ...]) -> str:
     power = 0
     while count >= 0.9995 * base and power < len(prefixes) - 1:
         count /= base

@@ -92,7 +92,7 @@ def test_a_run_goes_on_where_a_file_system_lacks_much(
     said = [record.getMessage() for record in caplog.records]
     assert len([words for words in said if words.startswith(str(result.parent)) and "does not sync folders" in words]) == 1
     assert len([words for words in said if "does not sync" in words]) == 1
-    assert len([words for words in said if "gives no locks" in words]) == 1
+    assert len([words for words in said if "has no locks" in words]) == 1
     assert not any("damaged" in words for words in said)
 
 

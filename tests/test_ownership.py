@@ -152,7 +152,9 @@ def test_an_error_while_tidying_up_is_no_failure(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr("oocattn.storage.results.growing.forget", lambda state: None if not result.exists() else refuse())
+        patched.setattr(
+            "oocattn.storage.results.growing.remove_journal", lambda state: None if not result.exists() else refuse()
+        )
         found = carry_out(plan_for(dataset, chunks=7), dataset, result, client)
     assert "is complete, but not everything beside it was removed: [Errno 5] Input/output error" in caplog.text
     assert oocattn.status(result).state == "finished"

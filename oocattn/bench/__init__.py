@@ -1,4 +1,4 @@
-"""`oocattn bench`: this machine's ceilings, and one problem computed by oocattn and by what else computes it here."""
+"""`oocattn bench`: ceilings of this machine, and ways to attend compared."""
 
 from oocattn.bench.comparison import bench
 from oocattn.bench.records import Ceiling, Progress, Row, Table

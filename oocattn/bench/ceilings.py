@@ -1,4 +1,4 @@
-"""What the parts of this machine can do at best, each measured alone: the kernel, copies to and from a GPU, the disk."""
+"""The best rates of this machine: kernel, copies to a GPU, disk."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from oocattn.bench.records import Ceiling
 from oocattn.planning.measure import copy_rates, kernel_rate
 from oocattn.planning.plan import Plan
-from oocattn.storage.files.operations import doing
-from oocattn.storage.files.regular import advise, opened
+from oocattn.storage.files.operations import name_failure
+from oocattn.storage.files.regular import advise, open_regular
 from oocattn.storage.files.syncing import sync_descriptor
 
 BYTES = 256 << 20
@@ -42,8 +42,7 @@ def copy_ceilings() -> Iterator[Ceiling]:
 
 
 def disk_ceilings(dataset: Path, folder: Path) -> Iterator[Ceiling]:
-    """Reading the dataset's chunk files with four threads, first dropped from the page cache and then from it; and
-    writing a file in `folder` up to its fsync."""
+    """Measure reading the dataset, cold and warm, and a write with fsync."""
     files, total = [], 0
     for file in chunk_files(dataset):
         if total < BYTES:
@@ -62,10 +61,12 @@ def chunk_files(dataset: Path) -> list[Path]:
 
 
 def drop_from_cache(files: Iterable[Path]) -> None:
-    """Have the system forget what it caches of these files. What they hold is put on disk first, for only that can be
-    forgotten; and a file system in memory forgets nothing."""
+    """Drop files from the page cache.
+
+    What they hold is put on disk first, for only that can be dropped; a file system in memory drops nothing.
+    """
     for file in files:
-        with opened(file) as descriptor:
+        with open_regular(file) as descriptor:
             sync_descriptor(descriptor, file)
             advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -79,7 +80,7 @@ def read_files(files: Iterable[Path]) -> None:
 
 def _read(path: Path) -> None:
     buffer = bytearray(PIECE)
-    with doing("read", path), open(path, "rb", buffering=0) as file:
+    with name_failure("read", path), open(path, "rb", buffering=0) as file:
         advise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         while file.readinto(buffer):
             pass
@@ -87,7 +88,7 @@ def _read(path: Path) -> None:
 
 def _write(path: Path) -> None:
     piece = os.urandom(PIECE)
-    with doing("write", path), open(path, "wb", buffering=0) as file:
+    with name_failure("write", path), open(path, "wb", buffering=0) as file:
         for _ in range(BYTES // PIECE):
             file.write(piece)
         sync_descriptor(file.fileno(), path)

@@ -1,4 +1,4 @@
-"""A bench from beginning to end: the dataset, the ceilings, the rounds, the table; and that nothing of it stays."""
+"""A bench from beginning to end: dataset, ceilings, rounds and table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from oocattn.bench.competitors import (
     OutOfCore,
     QueryStationaryLoop,
     ResidentCall,
-    Skipped,
+    SkippedCompetitor,
     StreamCqsa,
 )
 from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
@@ -83,19 +83,17 @@ def bench(
     rows: int = 32,
     seed: int = 0,
 ) -> Generator[Plan | Ceiling | Progress | Table, None, None]:
-    """Measure this machine and compare ways to attend the same synthetic dataset; yields what is known as it is known.
+    """Measure this machine, and compare ways to attend a synthetic dataset.
 
     The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M and
     8 with a GPU, 32K and 4 without one; the options from `device_memory` to `checkpoint_interval` are those of
     `oocattn.plan`. The dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are
-    removed at the end and when the iterator is closed. oocattn runs on all GPUs, the others on one. Every competitor runs
-    once in each of `repeats` rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64.
-    One that fails has a row that says so. Raises ProblemError and BudgetError as `oocattn.plan`, and ProblemError where
-    `folder` is no folder or has no room.
+    removed at the end. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of `repeats` rounds,
+    after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. One that fails has a row that says
+    so. Raises as `oocattn.plan`, and ProblemError where `folder` is no folder or has no room.
     """
     default = choose_device(kernel)
-    tokens, heads = tokens or TOKENS[default], heads or HEADS[default]
-    where = output_path(folder, "folder")
+    tokens, heads, where = tokens or TOKENS[default], heads or HEADS[default], output_path(folder, "folder")
     _check_room(where, tokens * head_dim * 2 * (heads + (kv_heads or heads)), str(dtype))
     options: dict[str, Any] = {"causal": causal, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
     options["checkpoint_interval"] = checkpoint_interval
@@ -105,13 +103,8 @@ def bench(
         dataset, start = place / "qkv.zarr", time.perf_counter()
         synthesise(dataset, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, seed=seed)
         written = Progress("wrote the dataset", time.perf_counter() - start)
-        plan = oocattn.api.plan(
-            dataset,
-            **options,
-            device_memory=device_memory,
-            host_memory=host_memory,
-            result=place / "out.zarr",
-        )
+        budgets: dict[str, Any] = {"device_memory": device_memory, "host_memory": host_memory}
+        plan = oocattn.api.plan(dataset, **options, **budgets, result=place / "out.zarr")
         yield from (plan, written)
         kernel_ceiling = ceilings.kernel_ceiling(plan)
         yield kernel_ceiling
@@ -120,10 +113,8 @@ def bench(
         start = time.perf_counter()
         exact = _exact_rows(plan, dataset, rows, seed)
         yield Progress(f"recomputed {len(exact)} rows in float64", time.perf_counter() - start)
-        options |= {"device_memory": plan.device_memory, "host_memory": plan.host_memory}  # the same in every run
         entrants = [_Entrant(competitor, exact) for competitor in competitors(plan, place, client, options, stack)]
-        for number in range(0 if warm_up else 1, repeats + 1):
-            yield from _round(entrants, f"round {number} of {repeats}" if number else "warm-up", timed=number > 0)
+        yield from _rounds(entrants, repeats, warm_up)
         yield Table(plan.problem, tuple(entrant.row() for entrant in entrants), kernel_ceiling.rate)
 
 
@@ -133,11 +124,13 @@ def _exact_rows(plan: Plan, dataset: Path, rows: int, seed: int) -> list[ExactRo
 
 
 def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any], stack: ExitStack) -> list[Competitor]:
-    """Everything that is compared, in the order of the table; what cannot run here says so when its turn comes.
+    """All competitors, in the order of the table.
 
-    What a competitor needs beyond the dataset in `place` is removed when `stack` is closed.
+    What cannot run here says so when its turn comes. What a competitor needs beyond the dataset in `place` is removed when
+    `stack` is closed.
     """
     dataset, result = place / "qkv.zarr", place / "out.zarr"
+    options = {**options, "device_memory": plan.device_memory, "host_memory": plan.host_memory}  # the same in every run
     found: list[Competitor] = []
     needed, free = Inputs.nbytes(plan.problem), psutil.virtual_memory().available
     inputs = None
@@ -146,7 +139,7 @@ def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any]
         found += [ResidentCall(inputs), QueryStationaryLoop(inputs, plan.kernel)]
     else:
         reason = f"needs {format_bytes(needed)} of host memory beside oocattn, {format_bytes(free)} are free"
-        found += [Skipped(RESIDENT, reason), Skipped(QueryStationaryLoop.name, reason)]
+        found += [SkippedCompetitor(RESIDENT, reason), SkippedCompetitor(QueryStationaryLoop.name, reason)]
     files = ceilings.chunk_files(dataset)
     return [
         *found,
@@ -158,27 +151,29 @@ def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any]
 
 
 def _from_memory(plan: Plan, dataset: Path, client: Client, options: dict[str, Any], stack: ExitStack) -> Competitor:
-    """oocattn with dataset and result on a file system in memory, if there is one with room."""
+    """oocattn with dataset and result in memory, if there is room."""
     name = "oocattn, from memory"
     if not MEMORY_FOLDER.is_dir():
-        return Skipped(name, f"there is no {MEMORY_FOLDER}")
+        return SkippedCompetitor(name, f"there is no {MEMORY_FOLDER}")
     needed = Inputs.nbytes(plan.problem) + plan.scratch_disk
     free = min(shutil.disk_usage(MEMORY_FOLDER).free, psutil.virtual_memory().available - plan.peak_host)
     if 1.1 * needed > free:
-        return Skipped(name, f"needs {format_bytes(1.1 * needed)} in {MEMORY_FOLDER}, {format_bytes(max(0, free))} are free")
+        return SkippedCompetitor(
+            name, f"needs {format_bytes(1.1 * needed)} in {MEMORY_FOLDER}, {format_bytes(max(0, free))} are free"
+        )
     place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=MEMORY_FOLDER)))
     shutil.copytree(dataset, place / dataset.name)
     return OutOfCore(name, place / dataset.name, place / "out.zarr", client, options, before=lambda: None)
 
 
 def _stream_cqsa(inputs: Inputs | None) -> list[Competitor]:
-    """The package of the method's authors, where it is installed and there is a GPU for it."""
+    """The package of the method's authors, where it and a GPU are there."""
     if inputs is None or inputs.device != "cuda" or importlib.util.find_spec("stream_cqsa") is None:
         return []
     try:
         return [StreamCqsa(inputs)]
     except Exception as error:
-        return [Skipped("stream_cqsa", _words(error))]
+        return [SkippedCompetitor("stream_cqsa", _words(error))]
 
 
 class _Entrant:
@@ -217,8 +212,17 @@ class _Entrant:
         return Row(name, tuple(self._seconds), self._peak or None, self._error, report=self._report)
 
 
+def _rounds(entrants: Sequence[_Entrant], repeats: int, warm_up: bool) -> Iterator[Progress]:
+    """Run all rounds, after an untimed one with `warm_up`."""
+    for number in range(0 if warm_up else 1, repeats + 1):
+        yield from _round(entrants, f"round {number} of {repeats}" if number else "warm-up", timed=number > 0)
+
+
 def _round(entrants: Sequence[_Entrant], name: str, *, timed: bool) -> Iterator[Progress]:
-    """Let every competitor that has not failed run once; the failure of one is its own."""
+    """Run every competitor that has not failed once.
+
+    The failure of one is its own.
+    """
     for entrant in (entrant for entrant in entrants if not entrant.note):
         what, start = f"{name}, {entrant.competitor.name}", time.perf_counter()
         try:
@@ -238,7 +242,7 @@ def _words(error: Exception) -> str:
 
 
 def _reset_peak() -> None:
-    """Give device memory back that is cached or held by cycles, and measure the peak from here."""
+    """Free cached device memory, and measure its peak from here."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -252,7 +256,10 @@ def _device_peak() -> int:
 
 
 def _check_room(folder: Path, elements: int, dtype: str) -> None:
-    """Raise ProblemError unless the dataset and a result, of so many elements, fit into `folder`."""
+    """Raise ProblemError unless a dataset and a result fit into `folder`.
+
+    `elements` counts both.
+    """
     if not folder.is_dir():
         raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with --folder")
     needed, free = elements * DTYPES[dtype] + ceilings.BYTES, free_disk(folder)

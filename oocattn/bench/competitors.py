@@ -1,4 +1,4 @@
-"""The ways to compute the problem that a bench compares: oocattn, and what people would use or write instead.
+"""The ways to compute a problem that a bench compares.
 
 Each is a `Competitor`; a new one is a class here and a line in `comparison.competitors`. Timing them is not done here.
 """
@@ -6,12 +6,13 @@ Each is a `Competitor`; a new one is a class here and a line in `comparison.comp
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,11 @@ from oocattn.api import attention
 from oocattn.bench.records import RESIDENT
 from oocattn.errors import OocattnError
 from oocattn.kernels import AttentionState, finalise, get_kernel
+from oocattn.kernels.intervals import make_intervals
+from oocattn.operations.tiles import pieces
 from oocattn.pipelines.session import Result
 from oocattn.pipelines.watch.report import RunReport
+from oocattn.problem.mask import Cover
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
@@ -33,7 +37,7 @@ from oocattn.verification.recompute import Array64
 TILE = {"cpu": 8192, "cuda": 131_072}
 """Queries and keys of a tile of the query-stationary loop."""
 
-Place = tuple[int, int, int]
+RowIndex = tuple[int, int, int]
 """Batch, query head and token of one row of `out`."""
 
 
@@ -41,43 +45,45 @@ class SkippedError(OocattnError):
     """A competitor has nothing to run on this machine."""
 
 
-class Competitor(Protocol):
+class Competitor(ABC):
     """One way to compute the problem."""
 
     name: str
 
-    def prepare(self) -> None:
-        """What has to be done before each run, untimed."""
+    def prepare(self) -> None:  # noqa: B027  nothing, for most
+        """Prepare a run, untimed."""
 
+    @abstractmethod
     def run(self) -> RunReport | None:
-        """Compute `out` once, whole; the report, where there is one."""
+        """Compute `out` once, whole; return the report, where there is one."""
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    @abstractmethod
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """Rows [R, D] of the `out` that was computed last."""
 
 
-class Skipped:
+class SkippedCompetitor(Competitor):
     """A competitor that cannot run: says why when it is asked to."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
         self._reason = reason
 
-    def prepare(self) -> None:
+    def run(self) -> None:
         """Raises SkippedError."""
         raise SkippedError(self._reason)
 
-    def run(self) -> None:
-        """Never called."""
-
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """There are none."""
         return np.empty((0, 0))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """q [B, Hq, N, D], k and v [B, Hkv, N, D] and room for `out` in host memory, pinned where there is a GPU."""
+    """q, k, v and room for `out` in host memory, pinned where there is a GPU.
+
+    q is [B, Hq, N, D], k and v are [B, Hkv, N, D].
+    """
 
     problem: Problem
     device: str
@@ -104,7 +110,7 @@ class Inputs:
         rows = 2 * problem.batch * (problem.query_heads + problem.kv_heads) * problem.tokens
         return rows * problem.head_dim * problem.itemsize
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """Rows of `out`."""
         return torch.stack([self.out[place] for place in places]).double().numpy()
 
@@ -114,8 +120,8 @@ def _host_tensor(problem: Problem, heads: int, device: str) -> torch.Tensor:
     return torch.empty(shape, dtype=getattr(torch, problem.dtype), device="cpu", pin_memory=device == "cuda")
 
 
-class ResidentCall:
-    """What PyTorch offers: q, k and v copied to the device, one call of its attention, `out` copied back.
+class ResidentCall(Competitor):
+    """PyTorch's way: copy q, k and v to the device, one call, copy `out` back.
 
     On a GPU cuDNN is asked for, as the fastest, and PyTorch's own choice is taken where that refuses.
     """
@@ -125,9 +131,6 @@ class ResidentCall:
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
         self._backend = SDPBackend.CUDNN_ATTENTION if inputs.device == "cuda" else None
-
-    def prepare(self) -> None:
-        """Nothing."""
 
     def run(self) -> None:
         """See `Competitor.run`."""
@@ -150,20 +153,20 @@ class ResidentCall:
     def _call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         problem = self._inputs.problem
         return scaled_dot_product_attention(
-            q, k, v, is_causal=problem.causal, scale=problem.scale, enable_gqa=problem.group_size > 1
+            q, k, v, is_causal=problem.mask.triangular, scale=problem.scale, enable_gqa=problem.group_size > 1
         )
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """See `Competitor.rows`."""
         return self._inputs.rows(places)
 
 
-class QueryStationaryLoop:
-    """What people write first, in three loops: for each head, for each tile of queries, over the tiles of keys.
+class QueryStationaryLoop(Competitor):
+    """The loop people write first: over heads, query tiles, and key tiles.
 
-    A tile of 128K queries (8K on the CPU) and their state stay on the device. Tiles of as many keys and values, up to the
-    diagonal where causal, are copied there one after another, attended by one call of the kernel that oocattn would use,
-    and merged into the state; then `out` of the tile is copied back. All is in the order of one stream, so copies and
+    A tile of 128K queries (8K on the CPU) and their state stay on the device. Tiles of as many keys and values, where the
+    mask attends any, are copied there one after another, attended by one call of the kernel that oocattn would use, and
+    merged into the state; then `out` of the tile is copied back. All is in the order of one stream, so copies and
     kernel take turns.
     """
 
@@ -173,9 +176,6 @@ class QueryStationaryLoop:
         self._inputs = inputs
         self._kernel = get_kernel(kernel)
         self._tile = TILE[inputs.device]
-
-    def prepare(self) -> None:
-        """Nothing."""
 
     def run(self) -> None:
         """See `Competitor.run`."""
@@ -191,22 +191,27 @@ class QueryStationaryLoop:
         stop = min(start + self._tile, problem.tokens)
         query = inputs.q[batch, head, start:stop].to(inputs.device, non_blocking=True).unsqueeze(0)  # [1, n, D]
         state = AttentionState.empty(1, stop - start, problem.head_dim, inputs.device)
-        for first in range(0, stop if problem.causal else problem.tokens, self._tile):
-            keys = slice(first, min(first + self._tile, problem.tokens))
-            key, value = (kv[batch, kv_head, keys].to(inputs.device, non_blocking=True) for kv in (inputs.k, inputs.v))
-            diagonal = problem.causal and first == start
-            self._kernel.attend(query, key, value, state, scale=problem.scale, diagonal=diagonal)
+        rows, mask = range(start, stop), problem.mask.entry(batch)
+        for keys in pieces(range(problem.tokens), self._tile):
+            if (cover := mask.cover(rows, keys)) is not Cover.DEAD:
+                there = (kv[batch, kv_head, keys.start : keys.stop] for kv in (inputs.k, inputs.v))
+                key, value = (tensor.to(inputs.device, non_blocking=True) for tensor in there)
+                intervals = None if cover is Cover.FULL else make_intervals(mask, rows, keys)
+                self._kernel.attend(query, key, value, state, scores=problem.scores, intervals=intervals)
         out, lse = torch.empty_like(query), torch.empty_like(state.den)
         finalise(state, out, lse)
         inputs.out[batch, head, start:stop].copy_(out[0], non_blocking=True)
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """See `Competitor.rows`."""
         return self._inputs.rows(places)
 
 
-class StreamCqsa:
-    """The Stream-CQSA package of the method's authors, if it is installed: streamed from host memory, least memory."""
+class StreamCqsa(Competitor):
+    """The Stream-CQSA package of the method's authors, if installed.
+
+    It streams from host memory, with the least memory.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         self._forward = import_module("stream_cqsa").stream_cqsa_forward
@@ -217,22 +222,19 @@ class StreamCqsa:
         except PackageNotFoundError:
             self.name = "stream_cqsa"
 
-    def prepare(self) -> None:
-        """Nothing."""
-
     def run(self) -> None:
         """See `Competitor.run`."""
         inputs = self._inputs
         options = {"min_itr": 1, "stream_from_host": True, "low_memory": True, "out_device": "acc"}
-        self._out, _ = self._forward(inputs.q, inputs.k, inputs.v, causal=inputs.problem.causal, **options)
+        self._out, _ = self._forward(inputs.q, inputs.k, inputs.v, causal=inputs.problem.mask.triangular, **options)
         _wait(inputs.device)
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """See `Competitor.rows`."""
         return torch.stack([self._out[place] for place in places]).double().numpy()
 
 
-class OutOfCore:
+class OutOfCore(Competitor):
     """oocattn from a dataset to a result on disk, on a cluster that is there already."""
 
     def __init__(
@@ -250,7 +252,7 @@ class OutOfCore:
         self._result: Result | None = None
 
     def prepare(self) -> None:
-        """Remove the result of the run before, and put the page cache into the state that `before` stands for."""
+        """Remove the result of the last run, and set the page cache's state."""
         for path in (self._paths.result, self._paths.state):
             shutil.rmtree(path, ignore_errors=True)
         self._before()
@@ -260,7 +262,7 @@ class OutOfCore:
         self._result = attention(self._dataset, self._paths.result, client=self._client, **self._options)
         return self._result.report
 
-    def rows(self, places: Sequence[Place]) -> Array64:
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
         """See `Competitor.rows`."""
         assert self._result is not None
         return np.stack([np.asarray(self._result.out[place]).astype(np.float64) for place in places])

@@ -29,7 +29,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a part of this machine can do at best: `rate` in "FLOP/s" or "B/s", as `unit` says."""
+    """The best `rate` of a part of this machine, in `unit`: FLOP/s or B/s."""
 
     name: str
     rate: float
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows, of one problem and the same sampled rows of it; `kernel_rate` is the kernel's ceiling in FLOP/s."""
+    """The rows of one problem; `kernel_rate` is the kernel's ceiling, FLOP/s."""
 
     problem: Problem
     rows: tuple[Row, ...]
@@ -76,7 +76,7 @@ class Table:
 
     @property
     def reference(self) -> Row:
-        """What the rows' ratios are to: the resident call, or the fastest row if that could not run."""
+        """The row that ratios are to: the resident call, or else the fastest."""
         resident = self.row(RESIDENT)
         return resident if resident.seconds else min(self.rows, key=lambda row: row.median)
 
@@ -92,7 +92,7 @@ class Table:
         return "\n".join([*lines, *self._against_ceiling(self.row(PAGE_CACHE))])
 
     def _against_ceiling(self, row: Row) -> list[str]:
-        """What was predicted for a row of oocattn, and how near to the kernel's rate it came."""
+        """Lines that compare a row with its prediction and the kernel's ceiling."""
         if row.report is None:
             return []
         rate, ceiling = self.problem.flops / row.median, self.kernel_rate * row.report.lanes

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from oocattn.kernels import AttentionState, get_kernel
+from oocattn.problem.scores import Scores
 
 ROWS, KEYS = 64, 512
 """Of the call whose bits are hashed: enough for every vector width, and some milliseconds."""
@@ -58,8 +59,8 @@ def _bits(kernel: str, head_dim: int, dtype: str) -> str:
         key.view(KEYS, head_dim),
         value.view(KEYS, head_dim),
         state,
-        scale=head_dim**-0.5,
-        diagonal=False,
+        scores=Scores(head_dim**-0.5),
+        intervals=None,
     )
     digest = hashlib.sha256()
     for tensor in (state.num, state.den, state.max):

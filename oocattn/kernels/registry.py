@@ -61,11 +61,11 @@ def default_kernel(device: torch.device | str, dtype: str, head_dim: int) -> str
     """
     device = _known_device(device)
     for entry in _of_type(device.type):
-        if entry.default and not get_kernel(entry.name).lacks(device, dtype, head_dim):
+        if entry.default and not get_kernel(entry.name).unsupported_reason(device, dtype, head_dim):
             return entry.name
     reasons: dict[str, list[str]] = {}
     for entry in _of_type(device.type):
-        reasons.setdefault(get_kernel(entry.name).lacks(device, dtype, head_dim), []).append(entry.name)
+        reasons.setdefault(get_kernel(entry.name).unsupported_reason(device, dtype, head_dim), []).append(entry.name)
     found = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     raise ProblemError(
         f"no kernel attends {dtype} with D = {head_dim} on {device}: {found or 'there are kernels for cpu and cuda'}"
@@ -79,12 +79,16 @@ def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: 
     """
     kernel = get_kernel(name)
     device = _known_device(device)
-    lacking = kernel.lacks(device, dtype, head_dim)
-    if not lacking:
+    reason = kernel.unsupported_reason(device, dtype, head_dim)
+    if not reason:
         return kernel
-    others = [entry.name for entry in _of_type(device.type) if not get_kernel(entry.name).lacks(device, dtype, head_dim)]
+    others = [
+        entry.name
+        for entry in _of_type(device.type)
+        if not get_kernel(entry.name).unsupported_reason(device, dtype, head_dim)
+    ]
     raise ProblemError(
-        f"kernel {name!r} cannot attend {dtype} with D = {head_dim} on {device}: {lacking}"
+        f"kernel {name!r} cannot attend {dtype} with D = {head_dim} on {device}: {reason}"
         + (f"; choose one of {', '.join(others)} or leave --kernel out" if others else "; leave --kernel out")
     )
 

@@ -1,7 +1,7 @@
 """The driver of a run: attempts to do what is left until nothing is, and commits the result.
 
-What goes wrong and can be mended (a damaged partial, a task that failed, a worker that died) ends an attempt, and the next
-one does what then is left, as a resumed run does.
+A failure that a run recovers from (a damaged partial, a failed task, a lost worker) ends an attempt. The next one does what
+then is left, as a resumed run does.
 """
 
 from __future__ import annotations
@@ -12,43 +12,36 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
-
-from distributed import Client
+from typing import cast
 
 from oocattn import clock
 from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.deadline import Deadline
-from oocattn.pipelines.engines.dask.cluster import assign_devices, wait_for_workers, warn_of_open_ports
-from oocattn.pipelines.engines.dask.enlisting import Roll, enlist_again
-from oocattn.pipelines.engines.dask.readiness import Expected
+from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.failing import insist
-from oocattn.pipelines.finished import finished_chunks, gather_checksums
+from oocattn.pipelines.finished import FinishedChunk, finished_chunks, gather_checksums
 from oocattn.pipelines.lane.partials.store import DamagedPartialError
 from oocattn.pipelines.scan import ScanResult, scan_completed
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Failed, Recovered, Started
 from oocattn.pipelines.watch.listeners import Listeners
-from oocattn.pipelines.watch.report import RunReport, Tally
+from oocattn.pipelines.watch.report import RunReport
+from oocattn.pipelines.watch.tally import Tally
 from oocattn.pipelines.work import Work
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import write_text
 from oocattn.storage.files.folders import remove_file
-from oocattn.storage.files.operations import described, is_disk_full, words_of
-from oocattn.storage.journal.journal import Place
+from oocattn.storage.files.operations import describe_error, is_disk_full, words_of
+from oocattn.storage.journal.journal import ChunkId
 
 ATTEMPTS = 3
-"""Mishaps after which the run ends: so many at the same place, or so many one after another with nothing done in between,
-whatever they are."""
-
-REPLACEMENT, LAST_REPLACEMENT = 10.0, 120.0
-"""Seconds to wait for a worker in the place of one that died, and for one where no other is left. A nanny starts one within
-two, and then it imports torch."""
+"""Failures after which the run ends: so many at the same place, or so many one after another with nothing done in between,
+wherever they are."""
 
 COMMIT = "the commit of the result"
 
@@ -57,13 +50,12 @@ logger = logging.getLogger("oocattn")
 
 def run(
     work: Work,
-    client: Client,
-    roll: Roll,
+    engine: Engine,
     callbacks: Sequence[Callback],
     interrupts: Interrupts,
     until: float = math.inf,
 ) -> RunReport:
-    """Do what is left of the work on the client's workers that are ready, and commit the result.
+    """Do what is left of the work on an engine whose workers are ready, and commit the result.
 
     Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, TaskError,
     WorkerLostError, OSError as the file system does, and TimeLimitError where it would not end by `until` (seconds since
@@ -79,7 +71,7 @@ def run(
         listeners(event)
 
     try:
-        lanes = _drive(work, client, roll, emit, start, interrupts, until)
+        lanes = _drive(work, engine, emit, start, interrupts, until)
         finished = insist(COMMIT, lambda: _all_finished(work))
         _check_pairs(plan, finished)
         seconds, other_bits = clock.now() - start, work.journal.other_bits
@@ -121,10 +113,10 @@ def _words(error: BaseException) -> str:
     """How a run ended, for those who look at it later."""
     if isinstance(error, InterruptedRunError | TimeLimitError):
         return str(error)
-    return described(error)
+    return describe_error(error)
 
 
-def _all_finished(work: Work) -> dict[Place, dict[str, Any]]:
+def _all_finished(work: Work) -> dict[ChunkId, FinishedChunk]:
     """The records of all chunks. Raises OSError where the journal does not give one of them back."""
     plan = work.plan
     finished = finished_chunks(plan, work.journal)
@@ -135,59 +127,56 @@ def _all_finished(work: Work) -> dict[Place, dict[str, Any]]:
     return finished
 
 
-def _check_pairs(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> None:
-    pairs = sum(record["pairs"] for record in finished.values())
+def _check_pairs(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> None:
+    pairs = sum(record.pairs for record in finished.values())
     if pairs != plan.problem.pairs:
         raise TaintedError(
             f"{pairs:,} query-key pairs were attended, expected {plan.problem.pairs:,}; the result is discarded, run again"
         )
 
 
-def _drive(
-    work: Work, client: Client, roll: Roll, emit: Callback, start: float, interrupts: Interrupts, until: float
-) -> int:
+def _drive(work: Work, engine: Engine, emit: Callback, start: float, interrupts: Interrupts, until: float) -> int:
     """Attempt to do what is left until nothing is; return how many lanes did the last of it."""
-    plan, mishaps = work.plan, _Mishaps()
-    deadline = Deadline(until, plan)
+    limits, deadline = FailureLimits(), Deadline(until, work.plan)
     recovered: Recovered | None = None
-    thorough = False  # after a partial was found damaged, so are all others looked for
-    ids = roll.ids
-    expected = replace(Expected.of(plan, work.dataset, work.state), computing=roll.computing)
-    devices = _devices(client, plan, ids)
-    warn_of_open_ports(client)
     while True:
+        # After a partial was found damaged, so are all others looked for.
+        thorough = recovered is not None and recovered.recomputed > 0
         found = insist("the search for finished work", partial(_look, work, thorough))
-        schedule = Schedule(plan, len(devices), found.done)
+        schedule = Schedule(work.plan, engine.lane_count, found.done)
         left = schedule.left
-        mishaps.note(left - len(found.done.chunks))
+        limits.note_progress(left - len(found.done.chunks))
         if recovered is None:
-            resumed = bool(found.done.chunks or found.done.partials)
-            dashboard, damaged = client.dashboard_link or "", found.damaged
-            emit(
-                Started(
-                    start=start, stop=start, plan=plan, dashboard=dashboard, left=left, resumed=resumed, recomputed=damaged
-                )
-            )
+            emit(_started(work, engine, start, found, left))
         else:
             emit(replace(recovered, left=left, recomputed=recovered.recomputed + found.torn))
         try:
-            attempt = Attempt(work, client, devices, ids, schedule, left, emit, deadline)
+            attempt = Attempt(work, engine.lanes(work, deadline), schedule, left, emit, deadline)
             interrupts.tell = attempt.interrupt
             if interrupts.asked:
                 attempt.interrupt()
             attempt.drive()
             if not attempt.dataset_checked:  # it had nothing left to read
                 attempt.check_dataset()
-            return len(devices)
+            return engine.lane_count
         except (DamagedPartialError, TaskError, WorkerLostError) as error:
-            mishaps.add(error)
-            thorough = isinstance(error, DamagedPartialError)
+            limits.add(error)
             now = clock.now()
             recovered = Recovered(start=now, stop=now, error=str(error), **{_COUNTED[type(error)]: 1})
-            wait_for_workers(client, len(devices), REPLACEMENT, LAST_REPLACEMENT, lambda: _check(deadline, interrupts))
-            ids = enlist_again(client, expected, lambda: _check(deadline, interrupts))
-            devices = _devices(client, plan, ids)
+            engine.replenish(lambda: _check(deadline, interrupts))
             logger.warning("%s; the run goes on with what is left", error)
+
+
+def _started(work: Work, engine: Engine, start: float, found: ScanResult, left: int) -> Started:
+    return Started(
+        start=start,
+        stop=start,
+        plan=work.plan,
+        dashboard=engine.dashboard,
+        left=left,
+        resumed=bool(found.done.chunks or found.done.partials),
+        recomputed=found.damaged,
+    )
 
 
 def _look(work: Work, thorough: bool) -> ScanResult:
@@ -212,26 +201,26 @@ _COUNTED: dict[type[Exception], str] = {
     TaskError: "retried",
     WorkerLostError: "workers_lost",
 }
-"""What each mishap that can be mended is counted as."""
+"""What each failure that a run recovers from is counted as."""
 
 
-class _Mishaps:
-    """What has gone wrong so far. A run has finitely many places and subproblems, so it ends, whatever goes wrong."""
+class FailureLimits:
+    """Counts what has failed so far. A run has finitely many places and subproblems, so it ends, whatever fails."""
 
     def __init__(self) -> None:
         self._at: Counter[str] = Counter()
         self._in_a_row = 0
         self._fewest_left = math.inf
 
-    def note(self, left: int) -> None:
-        """The subproblems that are left, less the chunks that are finished: where that has become less, mishaps have not
+    def note_progress(self, left: int) -> None:
+        """The subproblems that are left, less the chunks that are finished: where that has become less, failures have not
         kept the run from it."""
         if left < self._fewest_left:
             self._fewest_left = left
             self._in_a_row = 0
 
     def add(self, error: DamagedPartialError | TaskError | WorkerLostError) -> None:
-        """Raises the error where it is one too many."""
+        """Raise the error where it is one too many."""
         place = _place(error)
         self._at[place] += 1
         self._in_a_row += 1
@@ -246,12 +235,3 @@ def _place(error: DamagedPartialError | TaskError | WorkerLostError) -> str:
     if isinstance(error, DamagedPartialError):
         return f"partial of subproblem {error.subproblem} for chunk {error.chunk} of head group {error.head_group}"
     return ""
-
-
-def _devices(client: Client, plan: Plan, ready: Container[str]) -> dict[str, str]:
-    """The devices of the workers that take part: those that are ready, as many as were planned at most, for their memory is
-    that of so many. Raises WorkerLostError where none is left."""
-    devices = dict(itertools.islice(assign_devices(client, plan.device, ready).items(), plan.lanes))
-    if not devices:
-        raise WorkerLostError("no worker is ready to go on: what was done is on disk; start some and resume")
-    return devices

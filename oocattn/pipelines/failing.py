@@ -1,6 +1,6 @@
 """What goes wrong in a step of a run is raised with the place where it happened: a subproblem, a query chunk, a checkpoint.
 
-A place says nothing of the attempt or the worker, so the same place again is the same mishap again (`run.Mishaps`).
+A place says nothing of the attempt or the worker, so the same place again is the same failure (`driver.FailureLimits`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from oocattn.errors import OocattnError, TaskError
-from oocattn.storage.files.operations import described, is_disk_full
+from oocattn.storage.files.operations import describe_error, is_disk_full
 
 SET_UP, CHECKPOINT = "the set-up of a lane", "a checkpoint"
 """Places that belong to no subproblem and no query chunk."""
@@ -25,21 +25,15 @@ logger = logging.getLogger("oocattn")
 T = TypeVar("T")
 
 
-def place_of(key: tuple[str, int, int]) -> str:
-    """Where a task works, of which the graph has the key (layer and run, head group, index)."""
-    layer, head_group, index = key
-    kind = "subproblem" if layer.startswith(("stage", "attend")) else "query chunk"
+def place_of(step: str, head_group: int, index: int) -> str:
+    """Where a step of a lane works, in words."""
+    kind = "subproblem" if step in ("stage", "attend") else "query chunk"
     return f"{kind} {index} of head group {head_group}"
 
 
 def naming_subproblem(head_group: int, index: int) -> AbstractContextManager[None]:
     """An error that was not foreseen is raised as the TaskError of a subproblem."""
-    return naming(place_of(("attend", head_group, index)))
-
-
-def naming_chunk(head_group: int, chunk: int) -> AbstractContextManager[None]:
-    """An error that was not foreseen is raised as the TaskError of a query chunk."""
-    return naming(place_of(("merge", head_group, chunk)))
+    return naming(place_of("attend", head_group, index))
 
 
 @contextmanager
@@ -52,7 +46,7 @@ def naming(place: str) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise
-        raise TaskError(place, described(error)) from error
+        raise TaskError(place, describe_error(error)) from error
 
 
 def insist(place: str, step: Callable[[], T]) -> T:

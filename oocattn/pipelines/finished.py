@@ -1,5 +1,7 @@
-"""What the journal records of a finished query chunk: made when it is written, validated when it is read back, compared with
-the result as a run is resumed, and the checksums of the whole result gathered from all of them.
+"""Finished query chunks as the journal records them.
+
+A record is made when a chunk is written, validated when it is read, and compared with the result as a run is resumed. The
+checksums of the whole result are gathered from all records.
 """
 
 from __future__ import annotations
@@ -7,25 +9,43 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from oocattn.planning.plan import Plan
+from oocattn.records import Count, from_json
 from oocattn.storage.files.operations import words_of
-from oocattn.storage.journal.journal import Journal, Place
+from oocattn.storage.journal.journal import ChunkId, Journal
 from oocattn.storage.results.arrays import ResultArrays, WrittenChunk
-from oocattn.storage.results.checksums import Checksums, are_digits
-from oocattn.units import format_seconds
+from oocattn.storage.results.checksums import DIGITS, Checksums, Digits
+from oocattn.units import ceil_div, format_seconds
 
 NAMES = ("out", "lse")
-
-COUNTS = ("pairs", "not_finite", "out_not_finite", "out_overflowed", "out_underflowed")
-"""Of a finished chunk, as `RunReport` has them of a run."""
 
 COMPARE_SECONDS = 10.0
 """For which the checksums of finished chunks are compared before a run goes on, unless all are to be."""
 
 logger = logging.getLogger("oocattn")
+
+
+@dataclass(frozen=True)
+class FinishedChunk:
+    """The record of a chunk: counts, as `RunReport` has them of a run, and the bytes and checksums that were written."""
+
+    pairs: Count
+    not_finite: Count
+    out_not_finite: Count
+    out_overflowed: Count
+    out_underflowed: Count
+    bytes: Count
+    out: Digits
+    lse: Digits
+
+    def digits(self, name: str, number: int) -> str:
+        """The checksum of a part of `out` or `lse`, in the order in which parts are written."""
+        text: str = getattr(self, name)
+        return text[DIGITS * number : DIGITS * (number + 1)]
 
 
 @dataclass(frozen=True)
@@ -41,18 +61,23 @@ class Compared:
 NOTHING_FINISHED = Compared()
 
 
-def record_of(counts: Mapping[str, int], parts: Sequence[WrittenChunk]) -> dict[str, Any]:
-    """The record of a chunk: its `COUNTS`, and what was written.
-
-    Parts are in the order of their rows and then of the heads.
-    """
-    checksums = {name: "".join(getattr(part, name) for part in parts) for name in NAMES}
-    return {**counts, "bytes": sum(part.nbytes for part in parts), **checksums}
+def record_of(counts: Mapping[str, Any], parts: Sequence[WrittenChunk]) -> FinishedChunk:
+    """The record of a chunk with these counts, whose parts are in the order of their rows and then of the heads."""
+    checksums: dict[str, Any] = {name: "".join(getattr(part, name) for part in parts) for name in NAMES}
+    return FinishedChunk(**counts, bytes=sum(part.nbytes for part in parts), **checksums)
 
 
-def finished_chunks(plan: Plan, journal: Journal) -> dict[Place, dict[str, Any]]:
+def finished_chunks(plan: Plan, journal: Journal) -> dict[ChunkId, FinishedChunk]:
     """The records of a run's finished chunks; what is not a record of one of the plan's chunks counts for nothing."""
-    return {place: record for place, record in journal.finished().items() if _is_record(plan, place, record)}
+    found = {}
+    for (head_group, chunk), content in journal.finished().items():
+        with suppress(ValueError):
+            record = from_json(FinishedChunk, content)
+            if head_group in range(plan.problem.head_groups) and chunk in range(plan.chunks):
+                parts = ceil_div(len(plan.tokens(chunk)), plan.out_chunk_rows) * plan.problem.group_size
+                if len(record.out) == len(record.lse) == DIGITS * parts:
+                    found[head_group, chunk] = record
+    return found
 
 
 def is_written(plan: Plan, result: ResultArrays, head_group: int, chunk: int) -> bool:
@@ -95,24 +120,24 @@ def compare_finished(
     return Compared(len(finished), compared, damaged)
 
 
-def _matches(plan: Plan, result: ResultArrays, place: Place, record: Mapping[str, Any]) -> bool:
+def _matches(plan: Plan, result: ResultArrays, place: ChunkId, record: FinishedChunk) -> bool:
     for number, (head, part) in enumerate(_parts(plan, *place)):
         found = result.checksums(*divmod(head, plan.problem.query_heads), part)
-        if any(found[name] != record[name][8 * number : 8 * (number + 1)] for name in NAMES):
+        if any(found[name] != record.digits(name, number) for name in NAMES):
             return False
     return True
 
 
-def gather_checksums(plan: Plan, finished: Mapping[Place, Mapping[str, Any]]) -> dict[str, Checksums]:
+def gather_checksums(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> dict[str, Checksums]:
     """The checksums of `out` and `lse`. Raises RuntimeError where that of a part is missing."""
     problem = plan.problem
-    parts = -(-problem.tokens // plan.out_chunk_rows)
+    parts = ceil_div(problem.tokens, plan.out_chunk_rows)
     gathered = {}
     for name in NAMES:
         found = [""] * (problem.batch * problem.query_heads * parts)
         for (head_group, chunk), record in finished.items():
-            for place, (head, part) in enumerate(_parts(plan, head_group, chunk)):
-                found[head * parts + part] = record[name][8 * place : 8 * (place + 1)]
+            for number, (head, part) in enumerate(_parts(plan, head_group, chunk)):
+                found[head * parts + part] = record.digits(name, number)
         checksums = Checksums(plan.out_chunk_rows, "".join(found))
         if len(checksums) != len(found):
             missing = found.index("")
@@ -129,14 +154,3 @@ def _parts(plan: Plan, head_group: int, chunk: int) -> Iterator[tuple[int, int]]
     for start in range(tokens.start, tokens.stop, plan.out_chunk_rows):
         for head in group.query_heads:
             yield group.batch * plan.problem.query_heads + head, start // plan.out_chunk_rows
-
-
-def _is_record(plan: Plan, place: Place, record: Mapping[str, Any]) -> bool:
-    head_group, chunk = place
-    if head_group not in range(plan.problem.head_groups) or chunk not in range(plan.chunks):
-        return False
-    parts = -(-len(plan.tokens(chunk)) // plan.out_chunk_rows) * plan.problem.group_size
-    counts = (record.get(name) for name in (*COUNTS, "bytes"))
-    return all(type(count) is int and count >= 0 for count in counts) and all(
-        are_digits(record.get(name), parts) for name in NAMES
-    )

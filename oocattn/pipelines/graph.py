@@ -1,135 +1,157 @@
-"""The Dask graph of a run: layers stage, attend, merge and write, with the edges that bound its memory.
+"""The tasks of a run and their edges, as records that every engine runs: stage, attend, merge, write.
 
     stage(i)   waits for attend(i - s) of its lane, which has s staging slots
-    attend(i)  waits for stage(i), for what the s - 1 attends before it wait for (the lane takes them in order, whichever
-               task runs first) and, with accumulators in memory, for the writes that free those which it begins to use
-    merge(a)   waits for every attend that hands back a partial of chunk a and, with partials on disk, for the write
-               that frees its accumulator (in memory only if its partials were there before)
-    write(a)   waits for merge(a)
+    attend(i)  waits for stage(i). On a CPU it waits for attend(i - 1). On a GPU the lane launches subproblems in their
+               order, so it waits for all that the attends in flight before it wait for. With accumulators in memory, it
+               waits for the writes that free those which it begins to use
+    merge(a)   waits for every attend that hands back a partial of chunk a, for the merge before it on its lane and, with
+               partials on disk, for the write that frees its accumulator
+    write(a)   waits for merge(a), and for the write before it on its lane
 
-What is done already has no tasks. The graph is made and submitted piece by piece, so its size does not grow with the
-problem; an edge may lead to a task of an earlier piece.
+So a task that has begun waits for no other task, and a lane never holds more than was planned. What is done already has no
+tasks. Every edge leads to a task that comes before. Tasks are made and submitted piece by piece: the graph that an engine
+knows does not grow with the problem.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
-from dask.task_spec import Task, TaskRef
-
-from oocattn.pipelines.engines.dask import tasks
+from oocattn.pipelines.failing import place_of
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.memory import STAGING_SLOTS
 
-Key = tuple[str, int, int]
-"""Layer and run, head group, and index of the subproblem or chunk."""
+Step = Literal["stage", "attend", "merge", "write"]
 
-LAYERS = {"stage": set[str](), "attend": {"stage"}, "merge": {"attend"}, "write": {"merge"}}
-"""The layers, and those that each takes data from."""
+STEPS: tuple[Step, ...] = ("stage", "attend", "merge", "write")
+"""The steps of a lane, in the order in which data goes through them."""
+
+_RANKS = {step: rank for rank, step in enumerate(STEPS)}
+
+TaskId = tuple[Step, int, int]
+"""Step, head group, and index of the subproblem (stage, attend) or the query chunk (merge, write)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of the lane number `lane`, which begins when the tasks `after` have ended.
+
+    `turn` counts the subproblems of the lane (stage, attend); `chunks` are the query chunks of the subproblem that it has to
+    compute (stage).
+    """
+
+    id: TaskId
+    lane: int
+    after: tuple[TaskId, ...]
+    turn: int = -1
+    chunks: tuple[int, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Where the task works, in words."""
+        return place_of(*self.id)
+
+
+def pieces(tasks: Iterable[Task]) -> Iterator[list[Task]]:
+    """Cut tasks into pieces, of each of which the steps depend on each other without a cycle.
+
+    No edge within a piece leads from a step to a later one: a lane's stage(i) comes one piece after its attend(i - s).
+    """
+    piece: dict[TaskId, Task] = {}
+    for task in tasks:
+        if any(other in piece and _RANKS[other[0]] > _RANKS[task.id[0]] for other in task.after):
+            yield list(piece.values())
+            piece = {}
+        piece[task.id] = task
+    if piece:
+        yield list(piece.values())
 
 
 @dataclass
-class _Tail:
-    """The end of what a lane was given: subproblems, the attends that hold its slots, what those but the first wait for, and
-    the writes that free accumulators."""
+class _LaneEnd:
+    """The last tasks of a lane: those that later ones wait for."""
 
-    count: int
-    attends: deque[Key]
-    needed: deque[list[Key]]
-    writes: deque[Key]
+    attends: deque[TaskId]
+    needed: deque[list[TaskId]]
+    """What each of the attends in flight waits for."""
+    freeing: deque[TaskId]
+    """The writes that free the lane's accumulators."""
+    merges: deque[TaskId] = field(default_factory=lambda: deque(maxlen=1))
+    writes: deque[TaskId] = field(default_factory=lambda: deque(maxlen=1))
+    turns: int = 0
 
 
-class GraphBuilder:
-    """Makes the pieces of one run's graph, in the order of submission, for the workers at `addresses`, one a lane.
+class Graph:
+    """The tasks of what is left of a run, in the order of submission."""
 
-    `unfinished` is the caller's: the keys that were submitted and have not finished. Nothing needs to wait for others.
-    """
-
-    def __init__(self, run: str, schedule: Schedule, addresses: Sequence[str], unfinished: Container[Key]) -> None:
-        self._run = run
+    def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._addresses = addresses
-        self._unfinished = unfinished
-        self._slots = slots = STAGING_SLOTS[schedule.plan.device]
-        accumulators = schedule.plan.accumulators
-        self._tails = [_Tail(0, deque(maxlen=slots), deque(maxlen=slots - 1), deque(maxlen=accumulators)) for _ in addresses]
-        self._layers: dict[str, dict[Key, Task]] = {}
-        self._workers: dict[Key, str] = {}
+        self._plan = plan = schedule.plan
+        self._slots = STAGING_SLOTS[plan.device]
+        in_flight = 1 if plan.device == "cpu" else self._slots
+        self._ends = [
+            _LaneEnd(deque(maxlen=self._slots), deque(maxlen=in_flight - 1), deque(maxlen=plan.accumulators))
+            for _ in range(schedule.lanes)
+        ]
 
-    def piece(
-        self, subproblems: Iterable[tuple[int, int]], complete: Iterable[tuple[int, int]] = ()
-    ) -> tuple[HighLevelGraph, list[Key]]:
-        """The tasks of these (head group, subproblem)s and of the chunks that they complete, and the keys of all.
+    def tasks(self) -> Iterator[Task]:
+        """First of chunks whose partials are all there, then of each subproblem and of the chunks that it completes."""
+        for head_group, chunk in self._schedule.complete():
+            yield from self._of_chunk(head_group, chunk, ())
+        for head_group, index in self._schedule.order():
+            chunks = self._schedule.wanted(head_group, index)
+            contributors = {chunk: self._schedule.contributors(head_group, chunk) for chunk in chunks}
+            begun = [chunk for chunk, indices in contributors.items() if indices[0] == index]
+            yield from self._of_subproblem(head_group, index, chunks, begun)
+            for chunk, indices in contributors.items():
+                if indices[-1] == index:
+                    yield from self._of_chunk(head_group, chunk, indices)
 
-        First come (head group, chunk)s that were `complete` before.
-        """
-        self._layers = {name: {} for name in LAYERS}
-        self._workers = {}
-        for head_group, chunk in complete:
-            self._add_chunk(head_group, chunk, ())
-        for head_group, index in subproblems:
-            wanted = self._schedule.wanted(head_group, index)
-            contributors = {chunk: self._schedule.contributors(head_group, chunk) for chunk in wanted}
-            self._add_subproblem(head_group, index, contributors)
-            for chunk, those in contributors.items():
-                if those[-1] == index:
-                    self._add_chunk(head_group, chunk, those)
-        annotations = {"workers": lambda key, workers=self._workers: [workers[key]]}
-        layers = {name: MaterializedLayer(layer, annotations=annotations) for name, layer in self._layers.items()}
-        return HighLevelGraph(layers, LAYERS), list(self._workers)
-
-    def _add_subproblem(self, head_group: int, index: int, contributors: Mapping[int, Sequence[int]]) -> None:
-        """Add its tasks; `contributors` are those of each query chunk that it has to compute."""
+    def _of_subproblem(
+        self, head_group: int, index: int, chunks: tuple[int, ...], begun: Iterable[int]
+    ) -> tuple[Task, Task]:
+        """Stage and attend; it is the first one to contribute to the chunks that are `begun`."""
         lane = self._schedule.subproblem_lane(head_group, index)
-        tail = self._tails[lane]
-        before = [tail.attends[0]] if len(tail.attends) == self._slots else []
-        numbers = (tail.count, head_group, index, tuple(contributors))
-        stage = self._add(lane, "stage", self._key("stage", head_group, index), tasks.stage, numbers, before)
+        end = self._ends[lane]
+        stage: TaskId = ("stage", head_group, index)
+        attend: TaskId = ("attend", head_group, index)
+        freed = [end.attends[0]] if len(end.attends) == self._slots else []
         needed = [stage]
-        if self._schedule.plan.partials == "memory":
-            for chunk, those in contributors.items():
-                if those[0] == index:
-                    needed += self._take_accumulator(lane, self._key("write", head_group, chunk))
-        waited_for = dict.fromkeys(itertools.chain(*tail.needed, needed))
-        key = self._key("attend", head_group, index)
-        tail.attends.append(self._add(lane, "attend", key, tasks.attend, (tail.count,), waited_for))
-        tail.needed.append(needed)
-        tail.count += 1
+        if self._plan.partials == "memory":
+            for chunk in begun:
+                needed += self._take_accumulator(end, ("write", head_group, chunk))
+        if self._plan.device == "cpu":
+            needed += list(end.attends)[-1:]
+        before = [other for others in end.needed for other in others]
+        turn = end.turns
+        end.attends.append(attend)
+        end.needed.append(needed)
+        end.turns += 1
+        return (
+            Task(stage, lane, tuple(freed), turn, chunks),
+            Task(attend, lane, tuple(dict.fromkeys(before + needed)), turn),
+        )
 
-    def _add_chunk(self, head_group: int, chunk: int, contributors: Iterable[int]) -> None:
+    def _of_chunk(self, head_group: int, chunk: int, contributors: Sequence[int]) -> tuple[Task, Task]:
+        """Merge and write."""
         lane = self._schedule.chunk_lane(head_group, chunk)
-        before = [self._key("attend", head_group, index) for index in contributors]
-        merge, write = (self._key(layer, head_group, chunk) for layer in ("merge", "write"))
-        if self._schedule.plan.partials == "disk" or not before:  # in memory, attends have taken it
-            before += self._take_accumulator(lane, write)
-        self._add(lane, "merge", merge, tasks.merge, (head_group, chunk), before)
-        self._add(lane, "write", write, tasks.write, (head_group, chunk), [merge])
+        end = self._ends[lane]
+        merge: TaskId = ("merge", head_group, chunk)
+        write: TaskId = ("write", head_group, chunk)
+        attends: list[TaskId] = [("attend", head_group, index) for index in contributors]
+        ready = [*attends, *end.merges]
+        if self._plan.partials == "disk" or not contributors:  # in memory, attends have taken it
+            ready += self._take_accumulator(end, write)
+        merged = [merge, *end.writes]
+        end.merges.append(merge)
+        end.writes.append(write)
+        return Task(merge, lane, tuple(ready)), Task(write, lane, tuple(merged))
 
-    def _add(
-        self,
-        lane: int,
-        layer: str,
-        key: Key,
-        function: Callable[..., TaskEvent | None],
-        numbers: tuple[int | tuple[int, ...], ...],
-        before: Iterable[Key],
-    ) -> Key:
-        waits = [TaskRef(other) for other in before if other in self._workers or other in self._unfinished]
-        self._layers[layer][key] = Task(key, function, self._run, *numbers, *waits)
-        self._workers[key] = self._addresses[lane]
-        return key
-
-    def _take_accumulator(self, lane: int, write: Key) -> list[Key]:
+    def _take_accumulator(self, end: _LaneEnd, write: TaskId) -> list[TaskId]:
         """The write that must end before the chunk of `write` can take an accumulator: the one so many chunks before."""
-        writes = self._tails[lane].writes
-        freed = [writes[0]] if len(writes) == writes.maxlen else []
-        writes.append(write)
+        freed = [end.freeing[0]] if len(end.freeing) == end.freeing.maxlen else []
+        end.freeing.append(write)
         return freed
-
-    def _key(self, layer: str, head_group: int, index: int) -> Key:
-        return f"{layer}-{self._run}", head_group, index

@@ -23,13 +23,14 @@ from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.journal import Journal, identity, read_header
 from oocattn.storage.locations import Location
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.results.growing import Growing
+from oocattn.storage.results.growing import GrowingResult
 from oocattn.units import format_bytes
 from oocattn.version import versions
 
-FORMAT = 4
+FORMAT = 5
 """Of the journal and of what lies beside it; another one is not resumed. 3: machine and inputs of the plan, the name of the
-growing result, what computes. 4: what the dtype of `out` made Inf or 0."""
+growing result, what computes. 4: what the dtype of `out` made Inf or 0. 5: the sum of key
+indices in partials, whether the kernel rounds weights."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,12 @@ class Unfinished:
 
 
 def begin_journal(
-    paths: ResultPaths, plan: Plan, dataset: DatasetIdentity, growing: Growing, computing: Mapping[str, str], claim: Claim
+    paths: ResultPaths,
+    plan: Plan,
+    dataset: DatasetIdentity,
+    growing: GrowingResult,
+    computing: Mapping[str, str],
+    claim: Claim,
 ) -> Journal:
     """The journal of a run that begins."""
     made_with = {**versions(), **computing}

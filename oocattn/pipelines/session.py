@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import zarr
 
 from oocattn import clock
 from oocattn.errors import IntegrityError, LockedError, ResultExistsError, TimeLimitError
+from oocattn.pipelines.engines import make_engine
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
 from oocattn.pipelines.resuming import (
     DatasetIdentity,
@@ -36,14 +37,13 @@ from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.growing import Layout, RunState, is_untidy
-from oocattn.verification.certificate import Summary
-from oocattn.verification.certify import read_summary
+from oocattn.storage.results.summary import Summary, read_summary
 from oocattn.version import versions
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
 
-    from oocattn.pipelines.engines.dask.enlisting import Roll
+    from oocattn.pipelines.engines.base import Engine
 
 logger = logging.getLogger("oocattn")
 
@@ -77,9 +77,9 @@ class Resuming:
 
 @dataclass(frozen=True)
 class _Execution:
-    """What a run is carried out with: workers, listeners, the signals that are held back, and when it must have ended."""
+    """What a run is carried out with: an engine, listeners, the signals that are held back, and when it must have ended."""
 
-    client: Client
+    engine: Engine
     callbacks: Sequence[Callback]
     interrupts: Interrupts
     until: float
@@ -102,7 +102,7 @@ def run_plan(
     plan: Plan,
     dataset: Dataset,
     paths: ResultPaths,
-    client: Client,
+    client: Client | Literal["inline"],
     *,
     callbacks: Sequence[Callback] = (),
     overwrite: bool = False,
@@ -121,18 +121,18 @@ def run_plan(
         state = RunState(paths, lock.claim)
         if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
             return open_result(paths.result)
-        execution = _Execution(client, callbacks, interrupts, until)
+        execution = _Execution(make_engine(client), callbacks, interrupts, until)
         begun = None if overwrite else find_unfinished(paths)
         if begun is None:
-            roll = _enlist(plan, dataset, state, execution)
-            work = _begin(plan, dataset, state, overwrite, roll.computing)
+            computing = _enlist(plan, dataset, state, execution)
+            work = _begin(plan, dataset, state, overwrite, computing)
         else:
             begun.check_asked(plan.problem, dataset)
             begun.check_plan(plan)
             logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
-            roll = _enlist(begun.plan, dataset, state, execution)
-            work = _resume(begun, dataset, state, Resuming(), roll.computing, execution)
-        _carry_out(work, roll, execution)
+            computing = _enlist(begun.plan, dataset, state, execution)
+            work = _resume(begun, dataset, state, Resuming(), computing, execution)
+        _carry_out(work, execution)
     return open_result(paths.result)
 
 
@@ -140,7 +140,7 @@ def resume_run(
     asked: Unfinished,
     dataset: Dataset,
     paths: ResultPaths,
-    client: Client,
+    client: Client | Literal["inline"],
     callbacks: Sequence[Callback],
     until: float,
     resuming: Resuming,
@@ -153,10 +153,10 @@ def resume_run(
         begun = find_unfinished(paths)
         if begun is not None:  # else another process has finished it in between
             begun.check_run(asked)
-            execution = _Execution(client, callbacks, interrupts, until)
+            execution = _Execution(make_engine(client), callbacks, interrupts, until)
             state = RunState(paths, lock.claim)
-            roll = _enlist(begun.plan, dataset, state, execution)
-            _carry_out(_resume(begun, dataset, state, resuming, roll.computing, execution), roll, execution)
+            computing = _enlist(begun.plan, dataset, state, execution)
+            _carry_out(_resume(begun, dataset, state, resuming, computing, execution), execution)
     return open_result(paths.result)
 
 
@@ -174,21 +174,17 @@ def _locked(paths: ResultPaths, until: float) -> Iterator[tuple[FileLock, Interr
                 paths.state.rmdir()
 
 
-def _enlist(plan: Plan, dataset: Dataset, state: RunState, execution: _Execution) -> Roll:
-    """The workers of the run, all of which are ready; the result is locked, and nothing of the run is written yet."""
-    from oocattn.pipelines.engines.dask.enlisting import enlist
-    from oocattn.pipelines.engines.dask.readiness import Expected
-
-    expected = Expected.of(plan, dataset, state)
-    return enlist(execution.client, expected, lambda: execution.check_waiting(plan))
+def _enlist(plan: Plan, dataset: Dataset, state: RunState, execution: _Execution) -> Mapping[str, str]:
+    """Have the workers of the run ready; return what they compute with. Nothing of the run is written yet."""
+    return execution.engine.enlist(plan, dataset, state, lambda: execution.check_waiting(plan))
 
 
-def _carry_out(work: Work, roll: Roll, execution: _Execution) -> None:
+def _carry_out(work: Work, execution: _Execution) -> None:
     """Do what is left of a run; the result is locked."""
     from oocattn.pipelines.driver import run
 
     listeners: list[Callback] = [StatusFile(work.paths.status, work.state.claim), *execution.callbacks]
-    run(work, execution.client, roll, listeners, execution.interrupts, execution.until)
+    run(work, execution.engine, listeners, execution.interrupts, execution.until)
 
 
 def _begin(plan: Plan, dataset: Dataset, state: RunState, overwrite: bool, computing: Mapping[str, str]) -> Work:
@@ -233,7 +229,7 @@ def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:
 
 def _decided(plan: Plan) -> dict[str, Any]:
     """What a result says of its plan."""
-    names = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel")
+    names = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel", "rounds_weights")
     return {name: getattr(plan, name) for name in names}
 
 

@@ -10,7 +10,7 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.storage.results.growing import Growing, RunState
+from oocattn.storage.results.growing import GrowingResult, RunState
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Work:
     dataset: Dataset
     fingerprint: str
     state: RunState
-    growing: Growing
+    growing: GrowingResult
     journal: Journal
     compared: Compared = NOTHING_FINISHED
 

@@ -63,7 +63,7 @@ def make_plan(
     plans: list[Plan] = []
     fine: set[str] = set()  # decompositions of which finer divisions would gain nothing
     for candidate in _candidates(problem, hardware.lanes, chunks, decomposition):
-        if candidate.decomposition not in fine and candidate.division(problem.causal).subproblems <= MAX_SUBPROBLEMS:
+        if candidate.decomposition not in fine and candidate.division(problem).subproblems <= MAX_SUBPROBLEMS:
             plan = cost(candidate, problem, hardware, inputs, device_memory, host_memory, checkpoint_seconds)
             plans.append(plan)
             if _fits(plan, hardware) and plan.subproblem_seconds < FINE_SECONDS:

@@ -50,9 +50,9 @@ class Candidate:
     partials: Literal["memory", "disk"]
     accumulators: int
 
-    def division(self, causal: bool) -> Division:
+    def division(self, problem: Problem) -> Division:
         """Its chunk pairs, divided."""
-        return make_division(self.decomposition, self.chunks, self.span, causal)
+        return make_division(self.decomposition, self.chunks, self.span, problem.mask)
 
 
 def recost(plan: Plan, scratch_bytes: ScratchBytes) -> Plan:
@@ -86,7 +86,7 @@ def cost(
 ) -> Plan:
     """Cost one candidate: its tiles, unless they are given, memory, bytes a link and seconds."""
     layout = _lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes, tiles)
-    division = candidate.division(problem.causal)
+    division = candidate.division(problem)
     links, scratch_disk = _links(candidate, division, layout, problem, hardware, inputs, checkpoint_seconds)
     seconds = {link.name: link.seconds for link in links}
     disk = seconds["read"] + seconds["partials"] + seconds["write"]
@@ -160,7 +160,7 @@ def _links(
         passes = problem.flops / (4 * problem.head_dim * problem.group_size * min(layout.tiles.query, layout.chunk_rows))
         keys = 2 * problem.head_dim * problem.itemsize * passes
         queries = problem.group_size * query_reads * layout.chunk_rows * row_bytes
-        copied = keys + queries + 2 * handed_back * problem.partial_bytes(layout.chunk_rows)
+        copied = keys + queries + 2 * handed_back * problem.state_bytes(layout.chunk_rows)
         links.insert(1, Link("copy", copied, copied * balance / hardware.copy_rate))
     return tuple(links), math.ceil(scratch_disk)
 
@@ -174,8 +174,7 @@ def _largest_share(division: Division, chunk_rows: int, problem: Problem, lanes:
     if not rest:
         return rounds / problem.head_groups
     edges = np.minimum(np.arange(division.chunks + 1, dtype=np.float64) * chunk_rows, problem.tokens)
-    start, stop = edges[:-1], edges[1:]
-    pairs = (stop - start) * (start + stop + 1 if division.causal else 2 * problem.tokens)  # twice those of a head group
+    pairs = np.diff(problem.mask.pairs_before(edges))
     of_lanes = np.bincount(division.chunk_lanes(lanes), weights=pairs, minlength=lanes)
     most = np.sum([np.roll(of_lanes, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
     return (rounds + float(most / pairs.sum())) / problem.head_groups
@@ -263,12 +262,12 @@ def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tile
 def _staged_chunks(candidate: Candidate, problem: Problem) -> tuple[int, int]:
     """The most query chunks and key chunks that one subproblem stages.
 
-    Causal and perfect: every pair of the quorum is owned, so its lowest chunk stages no Q and its highest no K/V, but for
-    the one diagonal that it owns.
+    Triangular and perfect: every pair of the quorum is owned, so its lowest chunk stages no Q and its highest no K/V, but
+    for the one diagonal that it owns.
     """
     if candidate.decomposition == "strips":
         return 1, candidate.span
     k = quorum_size(candidate.chunks)
-    if not problem.causal or k * (k - 1) + 1 != candidate.chunks or k == 1:
+    if not problem.mask.triangular or k * (k - 1) + 1 != candidate.chunks or k == 1:
         return k, k
     return (k, k - 1) if problem.group_size >= 2 else (k - 1, k)

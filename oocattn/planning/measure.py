@@ -20,14 +20,17 @@ from numpy.typing import NDArray
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels import AttentionState, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.settings import plain_threads
 from oocattn.planning.cost import HALF_RATE_KEYS
 from oocattn.planning.plan import MAX_LANES, Device, Hardware, InputCost
+from oocattn.problem.mask import Causal
 from oocattn.problem.problem import Problem
-from oocattn.storage.files.operations import doing
+from oocattn.problem.scores import Scores
+from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
-from oocattn.storage.make.create import numpy_dtype
 
 UNKNOWN_DISK = 1 << 60
 """Free bytes of a file system that does not say how many it has."""
@@ -93,6 +96,7 @@ def describe_hardware(
         device=device,
         half_rate_rows=half_rate_rows,
         max_keys=get_kernel(name).max_keys,
+        rounds_weights=get_kernel(name).rounds_weights,
         lanes=lanes,
         threads=threads,
         read_rate=found,
@@ -190,7 +194,7 @@ def _kernel_rate(name: str, head_dim: int, dtype: str, rows: int, keys: int, whe
     state = AttentionState.empty(1, rows, head_dim, where)
 
     def attend() -> None:
-        kernel.attend(query, key, value, state, scale=head_dim**-0.5, diagonal=False)
+        kernel.attend(query, key, value, state, scores=Scores(head_dim**-0.5), intervals=None)
 
     attend()  # the first call is never the usual one
     seconds: list[float] = []
@@ -220,9 +224,10 @@ def _launch_everything(name: str, head_dim: int, dtype: str, where: torch.device
     query = torch.randn(1, rows, head_dim, device=where, dtype=getattr(torch, dtype))
     key, value = (torch.randn(keys, head_dim, device=where, dtype=getattr(torch, dtype)) for _ in range(2))
     state = AttentionState.empty(1, rows, head_dim, where)
-    kernel.attend(query, key, value, state, scale=1.0, diagonal=False)
+    kernel.attend(query, key, value, state, scores=Scores(1.0), intervals=None)
     if not kernel.plans_shapes:  # else it takes a while
-        kernel.attend(query, query[0], query[0], state, scale=1.0, diagonal=True)
+        intervals = make_intervals(Causal(rows, rows), range(rows), range(rows))
+        kernel.attend(query, query[0], query[0], state, scores=Scores(1.0), intervals=intervals)
     merge(state, state)
     finalise(state, query, state.den)
     torch.cuda.synchronize(where)
@@ -310,7 +315,7 @@ def free_disk(folder: Path) -> int:
 
     One in user space may count nothing at all; on one that is full in truth, the first write says so.
     """
-    with doing("look at", folder):
+    with name_failure("look at", folder):
         while not folder.exists():
             folder = folder.parent
     try:

@@ -17,11 +17,13 @@ from typing import Annotated, Any, Literal
 
 from oocattn.division.base import Division
 from oocattn.division.drawing import draw_division
-from oocattn.division.quorums import CyclicQuorums
+from oocattn.division.quorums import CyclicQuorums, quorum_size
 from oocattn.division.strips import Strips
 from oocattn.planning.memory import Buffers, Tiles
+from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.records import Count, Positive, Range, Seconds, to_json
+from oocattn.storage.files.outputs import write_drawing
 from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
 
@@ -43,7 +45,8 @@ class Machine:
     """What a plan records of the machine. Rates are in bytes/s and FLOP/s.
 
     `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a call at which it falls to half,
-    `max_keys` the most keys of a call. `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's,
+    `max_keys` the most keys of a call; `rounds_weights` says whether the kernel rounds softmax weights to the inputs' dtype.
+    `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's,
     shared by all lanes, and `reread_rate` that of what was read before, from the page cache if it fits there; `scratch_disk`
     is the room for partials, in bytes, and `measuring_bytes` what finding all this out took on the device.
     """
@@ -53,6 +56,7 @@ class Machine:
     device: Device = "cpu"
     half_rate_rows: Positive = 256
     max_keys: Positive = 1 << 16
+    rounds_weights: bool = False
     lanes: Annotated[int, Range(1, MAX_LANES)] = 1
     threads: Annotated[int, Range(1, 1 << 16)] = 1
     copy_rate: Rate = 50e9
@@ -135,6 +139,11 @@ class Plan:
         return self.machine.kernel
 
     @property
+    def rounds_weights(self) -> bool:
+        """Whether the kernel rounds softmax weights to the inputs' dtype: `verify` allows more then."""
+        return self.machine.rounds_weights
+
+    @property
     def device(self) -> Device:
         """Where the lanes are."""
         return self.machine.device
@@ -152,7 +161,7 @@ class Plan:
     @cached_property
     def division(self) -> Division:
         """The chunk pairs of one head group, divided into subproblems."""
-        return make_division(self.decomposition, self.chunks, self.span, self.problem.causal)
+        return make_division(self.decomposition, self.chunks, self.span, self.problem.mask)
 
     @property
     def buffers(self) -> Buffers:
@@ -221,7 +230,7 @@ class Plan:
         Raises ResultExistsError where something is at `path` that oocattn has not drawn, and ProblemError where its folder
         does not exist or cannot be written to, or `path` does not end in .svg.
         """
-        return draw_division(self.division, path)
+        return write_drawing(path, draw_division(self.division, str(self.problem.mask)))
 
     def _partials(self) -> str:
         if self.partials == "disk":
@@ -238,7 +247,7 @@ class Plan:
     def __str__(self) -> str:
         shape = f"{self.chunks} chunk{'s' * (self.chunks > 1)} of {self.chunk_rows:,} tokens"
         if self.decomposition == "cqs":
-            division = f"cyclic quorums over c = {shape}, k = {len(CyclicQuorums(self.chunks, False).quorum(0))}"
+            division = f"cyclic quorums over c = {shape}, k = {quorum_size(self.chunks)}"
         else:
             division = f"strips over c = {shape}, {self.span} key chunk{'s' * (self.span > 1)} at a time"
         lines = [
@@ -261,8 +270,8 @@ class Plan:
         return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in self.inputs.notes)]))
 
 
-def make_division(decomposition: str, chunks: int, span: int, causal: bool) -> Division:
-    """The division that a plan names; a new decomposition is registered here."""
+def make_division(decomposition: str, chunks: int, span: int, mask: Mask) -> Division:
+    """The division that a plan names, of the pairs that a mask attends; a new decomposition is registered here."""
     if decomposition == "strips":
-        return Strips(chunks, span, causal)
-    return CyclicQuorums(chunks, causal)
+        return Strips(chunks, span, mask.triangular)
+    return CyclicQuorums(chunks, mask.triangular)

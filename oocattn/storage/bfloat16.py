@@ -1,9 +1,10 @@
-"""bfloat16 as a Zarr data type, so that plain `zarr.open_array` reads and writes it; importing this registers it.
+"""bfloat16 as a Zarr data type; importing this module registers it.
 
-The name is that of the zarr-extensions registry (github.com/zarr-developers/zarr-extensions, data-types/bfloat16), the
-bytes and the fill values are those of TensorStore's zarr3 driver: two bytes an element in the byte order of the `bytes`
-codec; the fill value a number, "NaN", "Infinity", "-Infinity" or the four hexadecimal digits of the bits. Zarr format 2
-has no such type. Which dtypes a problem may have is not decided here.
+Plain `zarr.open_array` then reads and writes such arrays. The name is that of the zarr-extensions registry
+(github.com/zarr-developers/zarr-extensions, data-types/bfloat16), the bytes and the fill values are those of TensorStore's
+zarr3 driver: two bytes an element in the byte order of the `bytes` codec; the fill value a number, "NaN", "Infinity",
+"-Infinity" or the four hexadecimal digits of the bits. Zarr format 2 has no such type. Which dtypes a problem may have is
+not decided here.
 """
 
 from __future__ import annotations
@@ -11,28 +12,28 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
-from zarr.core.dtype.common import HasEndianness, HasItemSize
-from zarr.dtype import ZDType, data_type_registry
 
-try:
-    from zarr.errors import DataTypeValidationError  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # zarr 3.1
-    from zarr.dtype import DataTypeValidationError  # type: ignore[no-redef, attr-defined, unused-ignore]
-
-if TYPE_CHECKING:
-    from zarr.core.common import JSON, ZarrFormat
-    from zarr.core.dtype.common import DTypeJSON
+from oocattn.storage.zarr_compat import (
+    JSON,
+    DataTypeValidationError,
+    DTypeJSON,
+    HasEndianness,
+    HasItemSize,
+    ZarrFormat,
+    ZDType,
+    data_type_registry,
+)
 
 _NATIVE: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BFloat16(ZDType["np.dtype[Any]", "np.generic"], HasEndianness, HasItemSize):
-    """The Zarr v3 data type `bfloat16`; its arrays have the numpy dtype `ml_dtypes.bfloat16`."""
+    """The Zarr v3 data type `bfloat16`, in NumPy `ml_dtypes.bfloat16`."""
 
     dtype_cls = type(_NATIVE)
     _zarr_v3_name: ClassVar[str] = "bfloat16"
@@ -98,7 +99,7 @@ class BFloat16(ZDType["np.dtype[Any]", "np.generic"], HasEndianness, HasItemSize
         return self.cast_scalar(data)
 
     def to_json_scalar(self, data: object, *, zarr_format: ZarrFormat) -> float | str:
-        """A fill value as the array's metadata hold it: NaNs other than the usual one by their bits."""
+        """A fill value as metadata hold it; unusual NaNs by their bits."""
         scalar = self.cast_scalar(data)
         number = float(scalar)
         if math.isnan(number):

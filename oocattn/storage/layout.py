@@ -1,4 +1,4 @@
-"""How an input array's chunks lie in its store: their extents, keys, files and offsets, and what to say of a bad one.
+"""Where an array's chunks lie in its store: extents, keys and offsets.
 
 Pure arithmetic over an array's metadata, for arrays of rank 3 [H, N, D] and 4 [B, H, N, D]; nothing here opens a file.
 """
@@ -14,8 +14,7 @@ from typing import Any
 
 import zarr
 
-from oocattn.errors import IntegrityError
-from oocattn.text import printable
+from oocattn.units import ceil_div
 
 _OTHER_ORDER = "big" if sys.byteorder == "little" else "little"
 
@@ -37,22 +36,25 @@ class Part:
 
 @dataclass(frozen=True)
 class ChunkFiles:
-    """The chunk files of a directly readable array under the folder `root`; `location` is what messages call it."""
+    """The chunk files of a directly readable array under the folder `root`.
+
+    `location` is what messages call it.
+    """
 
     array: zarr.Array[Any]
     root: Path
     location: str
 
     def parts(self, batch: int, head: int, start: int, stop: int) -> Iterator[Part]:
-        """Tokens [start, stop) of one head, `start` < `stop`, split at chunk boundaries, in order."""
+        """Tokens [start, stop) of one head, split at chunk boundaries, in order."""
         *grouped, rows, head_dim = self.array.chunks
         row_bytes = head_dim * self.array.dtype.itemsize
         outer: list[int] = []
         before = 0  # heads that come before this one in the same chunk
-        for position, extent in zip(leading(self.array, batch, head), grouped, strict=True):
+        for position, extent in zip(leading_indices(self.array, batch, head), grouped, strict=True):
             outer.append(position // extent)
             before = before * extent + position % extent
-        for number in range(start // rows, -(-stop // rows)):
+        for number in range(start // rows, ceil_div(stop, rows)):
             low, high = max(start, number * rows), min(stop, (number + 1) * rows)
             key = chunk_key(self.array, (*outer, number, 0))
             offset = (before * rows + low - number * rows) * row_bytes
@@ -60,8 +62,8 @@ class ChunkFiles:
             yield Part(key, self.root / key, offset, chunk_bytes(self.array), begin, end)
 
 
-def leading(array: zarr.Array[Any], batch: int, head: int) -> tuple[int, ...]:
-    """The indices of the dimensions before N and D: (batch, head), or (head,) where the array has no batch."""
+def leading_indices(array: zarr.Array[Any], batch: int, head: int) -> tuple[int, ...]:
+    """Indices of the dimensions before N and D: (batch, head) or (head,)."""
     return (batch, head)[4 - array.ndim :]
 
 
@@ -78,21 +80,25 @@ def stored_bytes(array: zarr.Array[Any]) -> int | None:
 
 
 def chunk_key(array: zarr.Array[Any], coordinates: tuple[int, ...]) -> str:
-    """The store key of the stored object (chunk, or shard) at `coordinates`, from the root of the store."""
+    """The key of the stored object at `coordinates`, from the store's root."""
     key = array.metadata.encode_chunk_key(coordinates)
     return f"{array.store_path.path}/{key}" if array.store_path.path else key
 
 
 def stored_chunks(array: zarr.Array[Any]) -> Iterator[tuple[int, ...]]:
     """Coordinates of every stored object (chunk, or shard) that the array must have."""
-    extents = array.shards or array.chunks
-    counts = [-(-size // extent) for size, extent in zip(array.shape, extents, strict=True)]
+    counts = stored_counts(array)
     for number in range(math.prod(counts)):  # itertools.product would list every dimension first
         yield coordinates_of(number, counts)
 
 
+def stored_counts(array: zarr.Array[Any]) -> list[int]:
+    """How many stored objects (chunks, or shards) lie along each dimension."""
+    return [ceil_div(size, extent) for size, extent in zip(array.shape, array.shards or array.chunks, strict=True)]
+
+
 def coordinates_of(number: int, counts: Sequence[int]) -> tuple[int, ...]:
-    """The coordinates of the object with that number, in C order, on a grid with so many along each dimension."""
+    """Coordinates of object `number`, in C order, on a grid of `counts`."""
     found = []
     for count in reversed(counts):
         number, at = divmod(number, count)
@@ -110,7 +116,7 @@ def codec_names(array: zarr.Array[Any]) -> list[str]:
 
 
 def obstacles(array: zarr.Array[Any]) -> list[str]:
-    """Why a chunk file is not simply the little-endian rows of its heads; empty where it is."""
+    """Why a chunk file is not plain little-endian rows; empty where it is."""
     found = []
     if names := codec_names(array):
         found.append(f"{'+'.join(names)}-compressed")
@@ -135,52 +141,3 @@ def _serialization(array: zarr.Array[Any]) -> str:
     if config["name"] != "bytes":
         return f"{config['name']}-encoded"
     return f"{config.get('configuration', {}).get('endian', 'little')}-endian"
-
-
-def missing_chunk(location: str, key: str) -> IntegrityError:
-    """The error for a chunk that is not there; `key` starts with the array's name."""
-    return IntegrityError(
-        f"{described(location, key)} is missing: Zarr would read it as the fill value; copy it again, or write it "
-        "(with write_empty_chunks=True if it is all fill value)"
-    )
-
-
-def no_file(location: str, key: str) -> IntegrityError:
-    """The error for a chunk that is a folder, a FIFO or a device."""
-    return IntegrityError(f"{described(location, key)} is no regular file: expected one; copy it again")
-
-
-def wrong_size(location: str, key: str, found: int, expected: int) -> IntegrityError:
-    """The error for a chunk file of `found` bytes that must have `expected`."""
-    return IntegrityError(
-        f"{described(location, key)} has {found} bytes, expected {expected}: it is torn or of another array; copy it again"
-    )
-
-
-def is_html(content: bytes) -> bool:
-    """Whether this is the beginning of a page for people, with which some servers answer for what they have not."""
-    return content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html"))
-
-
-def html_page(place: str, content: bytes) -> IntegrityError:
-    """The error for a page that stands where metadata or a chunk should."""
-    return IntegrityError(
-        f"{printable(place)} is an HTML page ({printable(content[:40])}): its server seems to answer so for what is "
-        "missing; check the URL, or copy the dataset again"
-    )
-
-
-def too_large(location: str, key: str, most: int) -> IntegrityError:
-    """The error for a stored chunk of more than `most` bytes."""
-    return IntegrityError(f"{described(location, key)} has more than {most} bytes, the most that it can have; copy it again")
-
-
-def undecodable(location: str, key: str, error: object) -> IntegrityError:
-    """The error for a chunk that its codecs refuse."""
-    return IntegrityError(f"{described(location, key)} cannot be decoded ({printable(error)}): it is damaged; copy it again")
-
-
-def described(location: str, key: str) -> str:
-    """A chunk as messages name it: its array, its coordinates and its key, which starts with the array's name."""
-    array, _, chunk = key.partition("/")
-    return f"array {array!r} of {printable(location)}: chunk {chunk!r} (key {key!r})"

@@ -1,4 +1,4 @@
-"""Where datasets and results lie: which paths and URLs are taken, checked before Zarr or fsspec see a character of them.
+"""Paths and URLs of datasets and results, checked before Zarr sees them.
 
 A URL can make fsspec connect to a host, run what that host sends, or import a module, so schemes are taken from a list. Two
 sources are told apart: what a caller typed (`parse_location`) and what a file says (`recorded_location`), which may name a
@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.storage.mistaken import no_path
+from oocattn.storage.path_errors import no_path
 from oocattn.text import printable, without_credentials
 
 SCHEMES = ("s3", "gs", "az", "abfs", "http", "https", "memory")
@@ -36,9 +36,9 @@ _BYTES = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class Location:
-    """A place that may be opened: `text` is an absolute path or a URL, `path` the path where that is a local one.
+    """A place that may be opened: an absolute path or a URL.
 
-    As a str it is fit to be printed and recorded: without the credentials that a URL may have.
+    `path` is None for a URL. As a str it is fit to be printed and recorded: without the credentials that a URL may have.
     """
 
     text: str
@@ -49,18 +49,18 @@ class Location:
 
 
 def parse_location(typed: object, what: str = "dataset") -> Location:
-    """The place that a caller names: a path, a URL with a scheme of `SCHEMES` or file:, or a chain that ends in one.
+    """The place that a caller names: a path, a URL or a chain.
 
-    A Path is always a local path, and so is a text that begins with "/", "." or "~/", or that has no "://" and is the name
-    of something that exists. `~` and `~USER` at the beginning are home folders, as in a shell. Raises ProblemError for
-    anything else, which messages call `what`.
+    URLs have a scheme of `SCHEMES`, or file:. A Path is always a local path, and so is a text that begins with "/", "." or
+    "~/", or that has no "://" and is the name of something that exists. `~` and `~USER` at the beginning are home folders,
+    as in a shell. Raises ProblemError for anything else, which messages call `what`.
     """
     if isinstance(typed, Location):
         return typed
     text = _text(typed, what)
     if not isinstance(typed, str) or _is_local(text):
-        return _local(_at_home(text))
-    return _chain(text) if is_chain(text) else _url(text)
+        return _parse_local(_expand_home(text))
+    return _parse_chain(text) if is_chain(text) else _parse_url(text)
 
 
 def is_chain(text: str) -> bool:
@@ -69,9 +69,12 @@ def is_chain(text: str) -> bool:
 
 
 def recorded_location(text: object) -> Location:
-    """The place of a dataset that a file names. Raises IntegrityError unless it is an absolute local path."""
+    """The place of a dataset that a file names.
+
+    Raises IntegrityError unless it is an absolute local path.
+    """
     if isinstance(text, str) and text.startswith("/") and _is_printable(_BYTES.sub("", text)):
-        return _local(text)
+        return _parse_local(text)
     raise IntegrityError(
         f"the dataset is recorded as {printable(repr(text))}: only an absolute local path is believed, and nothing is read "
         "from there; if you trust that place, name it with --dataset (dataset=)"
@@ -79,12 +82,15 @@ def recorded_location(text: object) -> Location:
 
 
 def local_path(typed: object, what: str = "dataset") -> Path | None:
-    """`typed` without symbolic links, or None for the URL of a remote store. Raises as `parse_location`."""
+    """`typed` without symbolic links, or None for the URL of a remote store.
+
+    Raises as `parse_location`.
+    """
     found = parse_location(typed, what).path
-    return None if found is None else resolved(found)
+    return None if found is None else resolve_path(found)
 
 
-def resolved(path: Path) -> Path:
+def resolve_path(path: Path) -> Path:
     """`path` without symbolic links. Raises ProblemError where they lead nowhere."""
     try:
         return path.resolve()
@@ -93,7 +99,10 @@ def resolved(path: Path) -> Path:
 
 
 def output_path(typed: object, what: str) -> Path:
-    """The absolute path of what is written to local files alone. Raises ProblemError for a URL, else as `parse_location`."""
+    """The absolute path of an output, which is local.
+
+    Raises ProblemError for a URL, else as `parse_location`.
+    """
     if isinstance(typed, str) and not (_is_local(typed) or typed.lower().startswith("file:")):
         raise ProblemError(
             f"{what} {printable(typed)}: {what}s are written to a local path, not to a URL: give a local path, and copy it "
@@ -115,8 +124,11 @@ def _text(typed: object, what: str) -> str:
     return str(text)
 
 
-def _at_home(text: str) -> str:
-    """The path with its home folder in the place of `~`. Raises ProblemError where there is none for this user."""
+def _expand_home(text: str) -> str:
+    """The path with its home folder in the place of `~`.
+
+    Raises ProblemError where there is none for this user.
+    """
     try:
         found = os.path.expanduser(text)
     except ValueError:  # a null character or a surrogate, which no path has
@@ -137,7 +149,7 @@ def _is_local(text: str) -> bool:
         return True
 
 
-def _local(text: str) -> Location:
+def _parse_local(text: str) -> Location:
     if not text:
         raise ProblemError("an empty text is no location: expected a path or a URL")
     try:
@@ -155,10 +167,10 @@ def _local(text: str) -> Location:
     return Location(str(path), path)
 
 
-def _url(text: str) -> Location:
+def _parse_url(text: str) -> Location:
     """A URL without a chain."""
     if text.lower().startswith("file:"):
-        return _file_url(text)
+        return _parse_file_url(text)
     found = _SCHEME.match(text)
     scheme = found[1].lower() if found else text.partition("://")[0]
     if found is None or scheme not in SCHEMES:
@@ -171,8 +183,8 @@ def _url(text: str) -> Location:
     return Location(f"{scheme}://{text[found.end() :]}", None)
 
 
-def _file_url(text: str) -> Location:
-    """The path in a file: URL of this host; percent escapes stand for bytes of the path."""
+def _parse_file_url(text: str) -> Location:
+    """The path in a file: URL of this host, percent escapes decoded."""
     rest = text[len("file:") :]
     if rest.startswith("//"):
         host, slash, path = rest[2:].partition("/")
@@ -181,10 +193,10 @@ def _file_url(text: str) -> Location:
             raise ProblemError(f"{printable(text)} names the host {printable(repr(host))}: expected file:///PATH")
     if not rest.startswith("/") or "?" in rest or "#" in rest:
         raise ProblemError(f"{printable(text)} is no absolute path: expected file:///PATH, with ? and # as %3F and %23")
-    return _local(os.fsdecode(unquote_to_bytes(rest)))
+    return _parse_local(os.fsdecode(unquote_to_bytes(rest)))
 
 
-def _chain(text: str) -> Location:
+def _parse_chain(text: str) -> Location:
     """A chain as fsspec reads it: each link but the last wraps the next one."""
     *wrappers, last = text.split("::")
     for link in wrappers:
@@ -193,7 +205,7 @@ def _chain(text: str) -> Location:
                 f"{printable(text)} is a chain with the link {printable(repr(link))}: expected {', '.join(WRAPPERS)} before "
                 "the last link"
             )
-    target = _local(_at_home(last)) if _is_local(last) else _url(last)
+    target = _parse_local(_expand_home(last)) if _is_local(last) else _parse_url(last)
     if target.path is not None and ("::" in target.text or not target.path.is_file()):
         raise ProblemError(
             f"{printable(text)}: {printable(target.text)} is no regular file: expected one at the chain's end"

@@ -1,4 +1,4 @@
-"""A Zarr store over a local folder whose reads are views of memory-mapped files; writing is LocalStore's.
+"""A local Zarr store whose reads are views of memory-mapped files.
 
 Zarr decodes uncompressed chunks without a copy, so that over this store `array.get_basic_selection(..., out=...)`
 copies once, from the page cache into the caller's buffer. A view stays valid while its file is replaced by renaming or
@@ -15,20 +15,25 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError
 from oocattn.storage.files.mapping import map_file
-from oocattn.storage.files.regular import opened, read_exactly
+from oocattn.storage.files.regular import open_regular, read_exactly
+from oocattn.storage.zarr_compat import (
+    Buffer,
+    BufferPrototype,
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    SuffixByteRequest,
+    default_buffer_prototype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
 
 # Python's mmap keeps a file descriptor, and one read of a shard asks for thousands of ranges of one file: they share
 # its map while any of them lives. A live map holds its inode, so the number cannot come to mean another file; where a file
@@ -37,8 +42,11 @@ _live_maps: WeakValueDictionary[tuple[object, ...], mmap.mmap] = WeakValueDictio
 
 
 def _content(path: Path, window: slice) -> bytes | memoryview:
-    """The bytes of a regular file in a window, mapped read-only, or read where they cannot be. Raises as `opened` does."""
-    with opened(path) as descriptor:
+    """A window of a regular file, mapped read-only, or else read.
+
+    Raises as `open_regular` does.
+    """
+    with open_regular(path) as descriptor:
         status = os.fstat(descriptor)
         if status.st_size == 0:  # cannot be mapped
             return b""
@@ -65,16 +73,16 @@ def _window(byte_range: ByteRequest | None) -> slice:
 
 
 class MappedStore(LocalStore):
-    """A `zarr.storage.LocalStore` that reads by memory map; `root` and `read_only` are LocalStore's.
+    """A `zarr.storage.LocalStore` that reads by memory map.
 
     The buffers that its reads return are read-only views of the files, valid for as long as they are held. What cannot be
     mapped is read.
     """
 
     def can_map(self, path: str) -> bool:
-        """Whether files are mapped, and not read, as far as the metadata of the array or group at a path tells."""
+        """Whether files are mapped and not read, by the metadata of a node."""
         for name in ("zarr.json", ".zarray", ".zgroup"):
-            with suppress(OSError, IntegrityError), opened(self.root / path / name) as descriptor:
+            with suppress(OSError, IntegrityError), open_regular(self.root / path / name) as descriptor:
                 mapped = map_file(descriptor, os.fstat(descriptor).st_size)
                 if mapped is not None:
                     mapped.close()
@@ -88,7 +96,7 @@ class MappedStore(LocalStore):
         prototype: BufferPrototype | None = None,
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        """The value of `key`, or the part of it in `byte_range`; None if there is none, or a folder.
+        """The value of `key`, or a part of it; None if there is none, or a folder.
 
         Raises IntegrityError where something else than a file is.
         """
@@ -116,7 +124,7 @@ class MappedStore(LocalStore):
         prototype: BufferPrototype,
         key_ranges: Iterable[tuple[str, ByteRequest | None]],
     ) -> list[Buffer | None]:
-        """The values of several (key, range), in their order; None where a key does not exist."""
+        """The values of several (key, range), in order; None where one is missing."""
         return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))
 
     def __repr__(self) -> str:

@@ -1,39 +1,32 @@
-"""The metadata of Zarr groups and arrays: read with a bound, checked, and only then given to Zarr.
+"""Zarr arrays, opened only after their metadata is checked.
 
-Zarr believes what it reads: it makes codecs by name, and objects of any size. Here a node's JSON is read once, as bytes of a
-regular file, and what Zarr gets is the very content that was checked. An array is opened by its own metadata; what the
+Zarr believes what it reads: it makes codecs by name, and objects of any size. Here a node's JSON is read once (`nodes`), and
+what Zarr gets is the very content that was checked. An array is opened by its own metadata; what the
 consolidated metadata of its group say of it can be opened as well, to be compared.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import zarr
-from zarr.abc.store import RangeByteRequest, Store
-from zarr.buffer.cpu import buffer_prototype
-from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
-from zarr.core.sync import sync
-from zarr.storage import LocalStore, StorePath
+from zarr.storage import LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
-from oocattn.errors import IntegrityError, OocattnError, ProblemError, RemoteDeniedError, RemoteError
-from oocattn.records import parse_json
-from oocattn.storage.files.operations import doing, is_named, words_of
-from oocattn.storage.files.regular import read_file
+from oocattn.errors import ProblemError, RemoteDeniedError
+from oocattn.storage import nodes
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.codec_chain import chain_of, v2_codecs, v3_codecs
-from oocattn.storage.layout import html_page, is_html
+from oocattn.storage.nodes import MOST_BYTES, Read, attributes_of, damaged_metadata, read_document, read_in_folder, read_node
+from oocattn.storage.zarr_compat import RangeByteRequest, Store, array_at, buffer_prototype, parse_metadata, sync
 from oocattn.text import printable
-
-MOST_BYTES = 64 << 20
-"""Of one metadata document; the checksums of a result are in the attributes of its arrays."""
 
 MOST_EXTENT = 1 << 48
 MOST_DIMENSIONS = 8
@@ -49,41 +42,25 @@ _V3_TYPES = {
 }
 _V2_TYPE = re.compile(r"[<>|]([biufc])(1|2|4|8|16)")
 
-Node = tuple[str, dict[str, Any]]
-"""Kind of a node, "group" or "array", and its metadata; of format 2 with its attributes."""
-
-
-def read_attributes(store: Store, location: str) -> dict[str, Any] | None:
-    """The attributes of the group at the root of a store; None where no group is. Raises as `read_group`."""
-    group = read_group(store, location)
-    return None if group is None else _attributes(group, location)
-
 
 def read_group(store: Store, location: str) -> dict[str, Any] | None:
-    """The metadata of the group at the root of a store; None where no group is.
-
-    Raises IntegrityError where it is damaged. `location` is what messages call the store.
-    """
-    node = _read_node(store, "", location)
-    if node is None or node[0] != "group":
-        return None
-    _attributes(node[1], location)
-    return node[1]
+    """The metadata of the group at the root of a store; None where no group is. Raises as `nodes.read_group`."""
+    return nodes.read_group(_reader(store, location), location)
 
 
 def is_array(store: Store, location: str) -> bool:
     """Whether an array, and no group, is at the root of a store."""
-    node = _read_node(store, "", location)
+    node = read_node(_reader(store, location), "", location)
     return node is not None and node[0] == "array"
 
 
 def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None:
-    """Array `name` of the group at the root of a store; None where nothing has that name.
+    """Open array `name` of the root group; None where nothing has that name.
 
     Raises IntegrityError where its metadata is damaged, and ProblemError where it is a group or stored in a way that is not
     read: codecs, data types, extensions.
     """
-    node = _read_node(store, name, location)
+    node = read_node(_reader(store, location), name, location)
     if node is None:
         return None
     kind, found = node
@@ -95,7 +72,7 @@ def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None
 def open_consolidated(
     store: Store, group: Mapping[str, Any], names: Iterable[str], location: str
 ) -> dict[str, zarr.Array[Any]]:
-    """Those of these arrays that the consolidated metadata of `group`, the root of a store, have, as they have them.
+    """Open arrays as the consolidated metadata of `group`, the root, has them.
 
     Raises as `open_array`.
     """
@@ -109,17 +86,17 @@ def open_consolidated(
 
 
 def _read_consolidated(store: Store, group: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """The consolidated metadata of a group, by path, as metadata of single nodes are; empty where there are none."""
+    """The consolidated metadata of a group, by path; empty where there is none."""
     if group["zarr_format"] == 3:
         return _metadata_in(group.get("consolidated_metadata"))
     try:
-        found = _metadata_in(_read_document(store, "", ".zmetadata", location))
+        found = _metadata_in(read_document(_reader(store, location), "", ".zmetadata", location))
     except RemoteDeniedError:  # said of what is missing, too
         return {}
-    nodes = {key.removesuffix("/.zarray"): node for key, node in found.items() if key.endswith("/.zarray")}
+    arrays = {key.removesuffix("/.zarray"): node for key, node in found.items() if key.endswith("/.zarray")}
     return {
         path: {**node, "attributes": found.get(f"{path}/.zattrs", {})}
-        for path, node in nodes.items()
+        for path, node in arrays.items()
         if isinstance(node, dict)
     }
 
@@ -131,13 +108,11 @@ def _metadata_in(consolidated: object) -> dict[str, Any]:
 
 def _array(store: Store, name: str, found: dict[str, Any], described: str) -> zarr.Array[Any]:
     """The array that metadata describe."""
-    _attributes(found, described)
-    version_3 = found.get("zarr_format") == 3
-    (_check_v3 if version_3 else _check_v2)(found, described)
+    attributes_of(found, described)
+    (_check_v3 if found.get("zarr_format") == 3 else _check_v2)(found, described)
     try:
         with warnings.catch_warnings(action="ignore"):  # of codecs outside the specification, of a fill value that overflows
-            metadata: Any = (ArrayV3Metadata if version_3 else ArrayV2Metadata).from_dict(found)
-        return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=StorePath(store, name)))
+            return array_at(store, name, parse_metadata(found))
     except MemoryError:
         raise
     except Exception as error:  # Zarr has many
@@ -147,7 +122,10 @@ def _array(store: Store, name: str, found: dict[str, Any], described: str) -> za
 
 
 def array_names(store: Store) -> list[str]:
-    """Names of some arrays in the group at the root of a store, for a message: of the first thousand entries."""
+    """Names of some arrays in the root group, for a message.
+
+    The first thousand entries are looked at.
+    """
     if isinstance(store, LocalStore):
         return _array_folders(store)
     if not store.supports_listing:
@@ -163,7 +141,7 @@ def array_names(store: Store) -> list[str]:
 
 def _array_folders(store: LocalStore) -> list[str]:
     try:
-        with doing("list", store.root), os.scandir(store.root) as entries:
+        with name_failure("list", store.root), os.scandir(store.root) as entries:
             names = [entry.name for entry in itertools.islice(entries, MOST_ENTRIES)]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -180,77 +158,18 @@ async def _some_entries(store: Store) -> list[str]:
     return found
 
 
-def _read_node(store: Store, path: str, location: str) -> Node | None:
-    """A node; None where there is none. Raises RemoteDeniedError where a server lets no document be read."""
-    denied: list[RemoteDeniedError] = []
-
-    def read(name: str) -> dict[str, Any] | None:
-        try:
-            return _read_document(store, path, name, location)
-        except RemoteDeniedError as error:  # said of what is missing, too, where listing is not allowed
-            denied.append(error)
-            return None
-
-    if (found := read("zarr.json")) is not None:
-        kind = found.get("node_type")
-        if type(found.get("zarr_format")) is not int or found["zarr_format"] != 3 or kind not in ("array", "group"):
-            raise _damaged(_place(path, location), "it is neither a group nor an array of Zarr format 3")
-        return str(kind), found
-    for key, kind in ((".zarray", "array"), (".zgroup", "group")):
-        if (found := read(key)) is not None:
-            if type(found.get("zarr_format")) is not int or found["zarr_format"] != 2:
-                raise _damaged(_place(path, location), f"{key} is not of Zarr format 2")
-            return kind, {**found, "attributes": read(".zattrs") or {}}
-    if denied:
-        raise denied[0]
-    return None
+def _reader(store: Store, location: str) -> Read:
+    """How the documents of a store are read, with a bound."""
+    if isinstance(store, LocalStore):
+        return partial(read_in_folder, store.root)
+    return partial(_read, store, location)
 
 
-def _read_document(store: Store, path: str, name: str, location: str) -> dict[str, Any] | None:
-    key = f"{path}/{name}" if path else name
-    content = _read(store, key, location)
-    try:
-        return None if content is None else parse_json(content, not_finite=True)
-    except ValueError as error:
-        if content is not None and is_html(content):
-            raise html_page(f"{name} of {_place(path, location)}", content) from None
-        raise _damaged(_place(path, location), f"{name} is {printable(error)}") from None
-
-
-def _read(store: Store, key: str, location: str) -> bytes | None:
-    """The content of a key; None where there is none."""
-    try:
-        if isinstance(store, LocalStore):
-            return read_file(store.root / key, MOST_BYTES)
-        found = sync(store.get(key, buffer_prototype, RangeByteRequest(0, MOST_BYTES + 1)))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except RemoteError:
-        raise
-    except OocattnError as error:
-        raise IntegrityError(printable(error)) from None
-    except OSError as error:
-        if is_named(error) and error.errno != errno.ELOOP:  # of a local file: nothing is known to be wrong with it
-            raise
-        raise IntegrityError(f"{printable(location)}: {key} cannot be read ({words_of(error)})") from error
+def _read(store: Store, location: str, key: str) -> bytes | None:
+    found = sync(store.get(key, buffer_prototype, RangeByteRequest(0, MOST_BYTES + 1)))
     if found is not None and len(found) > MOST_BYTES:
-        raise _damaged(location, f"{key} has more than {MOST_BYTES:,} bytes")
+        raise damaged_metadata(location, f"{key} has more than {MOST_BYTES:,} bytes")
     return None if found is None else found.to_bytes()
-
-
-def _place(path: str, location: str) -> str:
-    return f"array {path!r} of {location}" if path else location
-
-
-def _damaged(place: str, reason: str) -> IntegrityError:
-    return IntegrityError(f"the metadata of {printable(place)} is damaged: {reason}; copy it again")
-
-
-def _attributes(found: Mapping[str, Any], place: str) -> dict[str, Any]:
-    attributes = found.get("attributes", {})
-    if not isinstance(attributes, dict):
-        raise _damaged(place, "its attributes are no object")
-    return attributes
 
 
 def _check_v3(found: Mapping[str, Any], array: str) -> None:
@@ -262,7 +181,7 @@ def _check_v3(found: Mapping[str, Any], array: str) -> None:
     chunk = _check_extents(found.get("shape"), grid.get("chunk_shape"), itemsize, array)
     separator = _configuration(found, "chunk_key_encoding", ("default", "v2"), array).get("separator", ".")
     if separator not in (".", "/"):
-        raise _damaged(array, "the separator of its chunk keys is neither . nor /")
+        raise damaged_metadata(array, "the separator of its chunk keys is neither . nor /")
     if found.get("storage_transformers"):
         raise ProblemError(f"{array} has storage transformers: these are not read; write it again without them")
     chain_of(v3_codecs(found.get("codecs"), array), chunk, itemsize, array)
@@ -281,7 +200,7 @@ def _check_v2(found: Mapping[str, Any], array: str) -> None:
     itemsize = int(match[2])
     chunk = _check_extents(found.get("shape"), found.get("chunks"), itemsize, array)
     if found.get("dimension_separator", ".") not in (".", "/") or found.get("order") not in ("C", "F"):
-        raise _damaged(array, "its order or the separator of its chunk keys is not one of Zarr's")
+        raise damaged_metadata(array, "its order or the separator of its chunk keys is not one of Zarr's")
     chain_of(v2_codecs(found.get("filters"), found.get("compressor"), array), chunk, itemsize, array)
 
 
@@ -293,10 +212,10 @@ def _unknown_type(array: str, found: object) -> ProblemError:
 
 
 def _configuration(found: Mapping[str, Any], field: str, names: tuple[str, ...], array: str) -> Mapping[str, Any]:
-    """The configuration of an extension point of Zarr v3, of which some names are known."""
+    """The configuration of an extension point of Zarr v3 with a known name."""
     value = found.get(field)
     if not isinstance(value, dict) or not isinstance(value.get("configuration", {}), dict):
-        raise _damaged(array, f"its {field} is no object with a name and a configuration")
+        raise damaged_metadata(array, f"its {field} is no object with a name and a configuration")
     name = value.get("name")
     if name not in names:
         shown = f"{printable(repr(name)):.80}"
@@ -305,11 +224,14 @@ def _configuration(found: Mapping[str, Any], field: str, names: tuple[str, ...],
 
 
 def _check_extents(found_shape: object, found_chunk: object, itemsize: int, array: str) -> list[int]:
-    """The chunk shape, once it and the shape are checked: Zarr divides by the one and multiplies with the other."""
+    """The chunk shape, once it and the shape are checked.
+
+    Zarr divides by the one and multiplies with the other.
+    """
     shape = _sizes("shape", found_shape, 0, array)
     chunk = _sizes("chunk shape", found_chunk, 1, array)
     if len(shape) != len(chunk):
-        raise _damaged(array, f"its shape {shape} and its chunk shape {chunk} have different ranks")
+        raise damaged_metadata(array, f"its shape {shape} and its chunk shape {chunk} have different ranks")
     if math.prod(chunk) * itemsize > MOST_CHUNK_BYTES or math.prod(shape) * itemsize > MOST_ARRAY_BYTES:
         raise ProblemError(
             f"{array} has shape {shape} and chunk shape {chunk}: expected chunks of at most {MOST_CHUNK_BYTES:,} bytes, and "
@@ -320,7 +242,7 @@ def _check_extents(found_shape: object, found_chunk: object, itemsize: int, arra
 
 def _sizes(what: str, found: object, least: int, array: str) -> list[int]:
     if not isinstance(found, list) or len(found) > MOST_DIMENSIONS:
-        raise _damaged(
+        raise damaged_metadata(
             array, f"its {what} is {printable(repr(found)[:80])}, expected a list of up to {MOST_DIMENSIONS} sizes"
         )
     if not all(type(size) is int and least <= size <= MOST_EXTENT for size in found):

@@ -1,4 +1,4 @@
-"""Where a run's bytes lie: the result group, and the folder of job state beside it.
+"""The places of a run: its result, and the folder of job state beside it.
 
 While it runs, everything is in `RESULT.oocattn/`: the growing result, the journal, scratch, the lock and the status. When it
 is complete the result is renamed to `RESULT`, and only the report stays behind, beside which `verify` puts its certificate:
@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zarr.storage import LocalStore
-
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.files.durable import MOST_RECORD, make_durably
-from oocattn.storage.files.folders import is_folder, is_taken, require_own
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.folders import is_folder, is_taken, require_own, status_of
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.journal.journal import read_header
-from oocattn.storage.locations import output_path, resolved
-from oocattn.storage.metadata import read_attributes
+from oocattn.storage.locations import output_path, resolve_path
+from oocattn.storage.nodes import folder_attributes
 
 ATTRIBUTES = "oocattn"
 """The one attribute of a result group: what it is the answer to."""
@@ -43,8 +41,11 @@ class ResultPaths:
 
     @classmethod
     def at(cls, path: str | Path) -> ResultPaths:
-        """The places of the result at `path`. Raises ProblemError for a URL of another host: results are local."""
-        result = resolved(output_path(path, "result"))
+        """The places of the result at `path`.
+
+        Raises ProblemError for a URL of another host: results are local.
+        """
+        result = resolve_path(output_path(path, "result"))
         if not result.name:
             raise ProblemError(f"result {result}: expected a path with a name for the Zarr group; add one")
         return cls(result)
@@ -56,7 +57,7 @@ class ResultPaths:
 
     @property
     def unfinished(self) -> Path | None:
-        """Where the result of the run in the journal grows; None where no run has begun, or its result is complete.
+        """The growing result of the run in the journal; None where there is none.
 
         Every run has another name for it: what is left of a run that is gone, such as a worker that nobody has told, finds
         its own no more and cannot write into that of the next. Raises IntegrityError for a journal that is damaged.
@@ -97,38 +98,39 @@ class ResultPaths:
         return self.state / "certificate.html"
 
     def make_state(self) -> None:
-        """Make the folder of job state, if it is not there. Raises IntegrityError where it is a link, or another user's."""
+        """Make the folder of job state, if it is not there.
+
+        Raises IntegrityError where it is a link, or another user's.
+        """
         if not is_taken(self.state):
             make_durably(self.state)
         require_own(self.state)
 
     def attributes(self) -> dict[str, Any] | None:
-        """What the complete result at this path is the answer to; None where nothing is there."""
+        """The attributes of the complete result; None where nothing is there."""
         return recorded_attributes(self.result) if is_taken(self.result) else None
 
 
 def recorded_attributes(path: Path) -> dict[str, Any]:
-    """What the result group at `path` is the answer to; nothing where there is no such group.
+    """The attributes of the result group at `path`; none where no group is.
 
     Raises IntegrityError where its metadata is damaged.
     """
-    found = (read_attributes(LocalStore(path), str(path)) or {}).get(ATTRIBUTES)
+    found = folder_attributes(path).get(ATTRIBUTES)
     return dict(found) if isinstance(found, Mapping) else {}
 
 
 def identity_at(path: Path) -> str | None:
-    """What tells the file or folder at a path from another one that is put there; None where there is nothing.
+    """An identity of the file or folder at a path; None where there is nothing.
 
-    Of a result it is what its metadata say, and when they came to be there: not every file system gives a folder one number
-    for good.
+    It tells that from another one that is put there. Of a result it is what its metadata say, and when they came to be
+    there: not every file system gives a folder one number for good.
     """
-    try:
-        with doing("look at", path):
-            found = os.lstat(path)
-    except FileNotFoundError:
+    found = status_of(path)
+    if found is None:
         return None
     metadata = path / "zarr.json"
-    with suppress(FileNotFoundError, NotADirectoryError, IntegrityError), doing("look at", metadata):
+    with suppress(FileNotFoundError, NotADirectoryError, IntegrityError), name_failure("look at", metadata):
         content = hashlib.sha256(read_file(metadata, MOST_RECORD)).hexdigest()[:16]
         if stat.S_ISDIR(found.st_mode):
             return f"{os.stat(metadata).st_ctime_ns}-{content}"

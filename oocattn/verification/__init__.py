@@ -1,1 +1,1 @@
-"""Proof after the fact: rows in float64, checksums and the certificate; it shares nothing with a run."""
+"""Proof after the fact, sharing nothing with a run: rows in float64, checksums and the certificate."""

@@ -1,4 +1,4 @@
-"""The certificate of a result: what `verify` has found, as a record, as JSON and as a few lines.
+"""The certificate of a result, as a record and as JSON.
 
 Here is what follows from the findings; how they come about is in `verification` (rows), `storage.checksums` (bits) and
 `certifying` (all of it). The lines are `certificate_text`'s, the page is `certificate_page`'s.
@@ -9,51 +9,20 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem, read_problem
-from oocattn.records import Positive, Range, from_json, to_json
-from oocattn.storage.results.checksums import Damage
+from oocattn.records import ADDED, Positive, Range, from_json, to_json
+from oocattn.storage.results.damage import Damage
+from oocattn.storage.results.summary import FORMAT, Outcome
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
 from oocattn.verification.text import certificate_text
 
-FORMAT = 3
-
 MOST_SHOWING_NOTHING = 0.1
 """The share of rows that show nothing above which a certificate is inconclusive."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What is read of a certificate that is beside a result: what it says, when it was made, and of which result it is."""
-
-    format: Annotated[int, Range(FORMAT, FORMAT)]
-    passed: bool
-    inconclusive: bool
-    verdict: str
-    made: str
-    digest: str | None
-    problem: Problem
-    dataset_recorded: str
-
-    @property
-    def outcome(self) -> Literal["passed", "inconclusive", "failed"]:
-        """What it says of the result, in a word."""
-        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Summary:
-        """Of what `Certificate.to_json` wrote; rows are left out, which take seconds where they are many.
-
-        Raises IntegrityError for anything else.
-        """
-        try:
-            return from_json(cls, {each.name: content[each.name] for each in fields(cls)})
-        except (KeyError, ValueError) as error:
-            raise IntegrityError(f"not a certificate of oocattn: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -81,11 +50,11 @@ class Certificate:
     computed_with: Mapping[str, str]
     verified_with: Mapping[str, str]
     made: str = field(compare=False)
-    files: tuple[str, ...] = field(default=(), compare=False)
+    files: Annotated[tuple[str, ...], ADDED] = field(default=(), compare=False)
 
     @property
     def passed(self) -> bool:
-        """Whether every sampled row is right, most of them show something, and no part of the result is damaged."""
+        """Whether nothing is wrong or damaged, and most rows show something."""
         return not self.failed and not self.inconclusive
 
     @property
@@ -95,8 +64,13 @@ class Certificate:
 
     @property
     def inconclusive(self) -> bool:
-        """Whether nothing is wrong, but more than a tenth of the sampled rows show nothing."""
+        """Whether nothing is wrong, but over a tenth of the rows show nothing."""
         return not self.failed and len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
+
+    @property
+    def outcome(self) -> Outcome:
+        """The verdict in one word."""
+        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
 
     @property
     def wrong(self) -> list[RowCheck]:
@@ -105,7 +79,7 @@ class Certificate:
 
     @property
     def showing_nothing(self) -> list[RowCheck]:
-        """The rows of which float32 arithmetic may lose more than 1%: they are not called wrong, and show nothing."""
+        """The right rows of which float32 arithmetic may lose more than 1%."""
         return [row for row in self.rows if row.passed and not row.shows]
 
     @property
@@ -115,13 +89,15 @@ class Certificate:
 
     @property
     def dataset_unchanged(self) -> bool:
-        """Whether the dataset is the one that the run read, as far as its fingerprint tells."""
+        """Whether the dataset is the run's, as far as its fingerprint tells."""
         return self.dataset_found == self.dataset_recorded
 
     @property
     def error(self) -> float:
-        """The relative error of `out`: the root mean square over the rows that show something, as causal rows differ in
-        length; over all rows where none does."""
+        """The root mean square over rows of the relative error of `out`.
+
+        Rows that show nothing are left out, unless all do.
+        """
         return math.hypot(*self._errors) / math.sqrt(len(self._errors))
 
     @property
@@ -141,7 +117,7 @@ class Certificate:
 
     @property
     def conclusive(self) -> int:
-        """Rows that were drawn uniformly at random and show something: they are those that are counted."""
+        """The number of uniformly drawn rows that show something."""
         return sum("uniform" in row.strata and row.shows for row in self.rows)
 
     @property
@@ -233,13 +209,16 @@ class Certificate:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Certificate:
-        """The certificate that `to_json` wrote. Raises IntegrityError for anything else, also for another verdict."""
+        """The certificate that `to_json` wrote.
+
+        Raises IntegrityError for anything else, also for another verdict.
+        """
         follows = ("format", "passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
         try:
             found = dict(content)
             summary = {name: found.pop(name) for name in follows}
             read_problem(found["problem"])
-            certificate = from_json(cls, {**found, "files": []})
+            certificate = from_json(cls, found)
             certificate._check_rows()
             written = certificate.to_json()
             for name, value in summary.items():
@@ -250,7 +229,7 @@ class Certificate:
         return certificate
 
     def _check_rows(self) -> None:
-        """Raise ValueError where no row was drawn at random, or one is none of the problem's."""
+        """Raise ValueError for rows that no sample of the problem has."""
         if not self.drawn:
             raise ValueError("none of its rows was drawn at random")
         sizes = self.problem.batch, self.problem.query_heads, self.problem.tokens

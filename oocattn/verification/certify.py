@@ -1,6 +1,4 @@
-"""How a certificate comes about: rows recomputed, checksums compared, the ledger's totals, and all of it kept beside the
-result.
-"""
+"""Making a certificate: rows, checksums and ledger, kept beside the result."""
 
 from __future__ import annotations
 
@@ -8,17 +6,17 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from math import inf, nan
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from oocattn.errors import BudgetError, IntegrityError
-from oocattn.pipelines.watch.report import RunReport
-from oocattn.problem.problem import Problem, read_problem
-from oocattn.records import Positive, from_json
+from oocattn.problem.problem import Problem
+from oocattn.records import ADDED, Count, Excerpt, from_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.files.operations import words_of
@@ -26,11 +24,12 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.posing import check_poses
 from oocattn.storage.paths import ResultPaths, identity_at
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.storage.results.checksums import Checksums, find_damage, recorded_checksums, result_digest
+from oocattn.storage.results.checksums import Checksums, read_bits, result_digest
+from oocattn.storage.results.damage import find_damage
 from oocattn.storage.results.rows import RowReader
-from oocattn.text import printable
-from oocattn.units import format_bytes
-from oocattn.verification.certificate import Certificate, Summary
+from oocattn.storage.results.summary import ResultAttributes
+from oocattn.units import ceil_div, format_bytes
+from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
 from oocattn.verification.page import certificate_page
 from oocattn.verification.recompute import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
@@ -58,74 +57,21 @@ PART_BYTES = 128
 """For the checksum of a part, as it is read and parsed."""
 
 
-FLOAT32_KERNELS = ("cpu", "torch", "reference")
-"""Kernels that multiply values by softmax weights in float32 at least, whatever the inputs are."""
-
-
 @dataclass(frozen=True)
-class _Source:
-    """The attribute `dataset` of a result."""
+class _RunCounts(Excerpt):
+    """Some of a run's report; see `Ledger`."""
 
-    location: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """What is needed of the attribute `plan`."""
-
-    chunk_rows: Positive
-    kernel: str
-
-
-@dataclass(frozen=True)
-class _MadeBy:
-    """The attribute `versions`."""
-
-    versions: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What a result says of itself in its attributes."""
-
-    problem: Problem
-    location: str
-    fingerprint: str
-    chunk_rows: int
-    kernel: str
-    versions: Mapping[str, str]
-
-    @property
-    def borders(self) -> Sequence[int]:
-        """The first tokens of all chunks but one."""
-        return range(self.chunk_rows, self.problem.tokens, self.chunk_rows)
-
-    @classmethod
-    def of(cls, paths: ResultPaths) -> Recorded:
-        """Of the result at a path. Raises IntegrityError where that is no result of ours."""
-        attributes = paths.attributes() or {}
-        try:
-            source = from_json(_Source, attributes["dataset"])
-            plan = from_json(_Decided, {name: attributes["plan"][name] for name in ("chunk_rows", "kernel")})
-            made_by = from_json(_MadeBy, {"versions": attributes["versions"]}).versions
-            problem = read_problem(attributes["problem"])
-        except (KeyError, TypeError, ValueError) as error:
-            reason = printable(f"lacking {error}" if isinstance(error, KeyError) else error)
-            raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({reason})") from None
-        return cls(problem, source.location, source.fingerprint, plan.chunk_rows, plan.kernel, made_by)
-
-    @property
-    def weight_roundoff(self) -> float:
-        """The unit roundoff of the dtype that the kernel keeps softmax weights in: the matrix units of GPUs take 16 bits."""
-        rounds = self.kernel not in FLOAT32_KERNELS
-        return UNIT_ROUNDOFF[self.problem.dtype if rounds else "float32"]
+    pairs: Count
+    not_finite: Count
+    out_not_finite: Count
+    other_bits: str
+    out_overflowed: Annotated[Count, ADDED] = 0
+    out_underflowed: Annotated[Count, ADDED] = 0
 
 
 def certify(
     paths: ResultPaths,
     arrays: ResultArrays,
-    report: RunReport | None,
     *,
     rows: int,
     seed: int,
@@ -133,13 +79,16 @@ def certify(
     host_memory: int,
     checksums: bool,
 ) -> Certificate:
-    """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
-    recorded, identity = Recorded.of(paths), identity_at(paths.result)
-    problem, opened = recorded.problem, Dataset.open_recorded(recorded.location, dataset)
+    """Verify a finished result, and write its certificate beside it.
+
+    The arguments are those of `oocattn.verify`.
+    """
+    recorded, identity = ResultAttributes.read(paths), identity_at(paths.result)
+    problem, opened = recorded.problem, Dataset.open_recorded(recorded.dataset.location, dataset)
     check_poses(opened, problem, "result")
     readers = _readers(problem, arrays, paths)
-    recorded_bits = {name: recorded_checksums(array) for name, array in arrays.by_name.items()}
-    compared = {name: found for name, found in recorded_bits.items() if checksums and found is not None}
+    bits = read_bits(paths.result)
+    compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
     sizes = _sizes(problem, opened, readers, compared, rows, host_memory)
     exact = recompute_rows(
         problem,
@@ -148,7 +97,7 @@ def certify(
         rows=rows,
         seed=seed,
         key_rows=sizes.key_rows,
-        weight_roundoff=recorded.weight_roundoff,
+        weight_roundoff=_weight_roundoff(recorded),
     )
     certificate = Certificate(
         str(paths.result),
@@ -157,53 +106,46 @@ def certify(
         rows,
         seed,
         rows=tuple(_check_row(problem, row, readers) for row in exact),
-        arrays=tuple(_check_array(readers[name], found, sizes.steps.get(name)) for name, found in recorded_bits.items()),
-        digest=_digest(arrays, recorded_bits),
-        ledger=None if report is None else _ledger(problem, report),
-        dataset_recorded=recorded.fingerprint,
+        arrays=tuple(_check_array(readers[name], bits[name].checksums, sizes.steps.get(name)) for name in bits),
+        digest=result_digest(bits),
+        ledger=_ledger(problem, paths),
+        dataset_recorded=recorded.dataset.fingerprint,
         dataset_found=opened.fingerprint(),
         computed_with=recorded.versions,
         verified_with=versions(),
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    if (Recorded.of(paths), identity_at(paths.result)) != (recorded, identity):
+    if (ResultAttributes.read(paths), identity_at(paths.result)) != (recorded, identity):
         raise IntegrityError(f"{paths.result} was replaced while it was verified: verify it again")
-    return _kept(certificate, paths)
+    return _write_certificate(certificate, paths)
 
 
-def read_summary(paths: ResultPaths) -> Summary | None:
-    """Of the certificate beside a finished result; None where there is none, or it is of a result that was replaced since.
+def _weight_roundoff(recorded: ResultAttributes) -> float:
+    """The unit roundoff of the dtype that softmax weights are rounded to.
 
-    A warning says that one is damaged, and no more is said of it.
+    The matrix units of GPUs take 16 bits.
     """
+    return UNIT_ROUNDOFF[recorded.problem.dtype if recorded.plan.rounds_weights else "float32"]
+
+
+def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
+    """The totals in the report beside a result; None where there is no whole one."""
     try:
-        content = read_json(paths.certificate) if is_folder(paths.state) else None
-        if content is None:
-            return None
-        found, recorded, arrays = Summary.from_json(content), Recorded.of(paths), ResultArrays.open(paths.result)
-        bits = _digest(arrays, {name: recorded_checksums(array) for name, array in arrays.by_name.items()})
-    except (IntegrityError, OSError) as error:
-        logger.warning("the certificate beside %s cannot be read (%s): verify the result again", paths.result, error)
+        content = read_json(paths.report) if is_folder(paths.state) else None
+        found = None if content is None else from_json(_RunCounts, content)
+    except (IntegrityError, ValueError):
         return None
-    of = (found.digest, found.problem, found.dataset_recorded)
-    return found if of == (bits, recorded.problem, recorded.fingerprint) else None
-
-
-def _ledger(problem: Problem, report: RunReport) -> Ledger:
-    """What the report of the run says."""
-    return Ledger(
-        problem.pairs,
-        report.pairs,
-        report.not_finite,
-        report.out_not_finite,
-        report.out_overflowed,
-        report.out_underflowed,
-        report.other_bits,
-    )
+    if found is None:
+        return None
+    counts = asdict(found)
+    return Ledger(expected=problem.pairs, counted=counts.pop("pairs"), **counts)
 
 
 def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict[str, RowReader]:
-    """Of `out` and `lse`. Raises IntegrityError where they are not the arrays of such a problem."""
+    """The readers of `out` and `lse`.
+
+    Raises IntegrityError where they are not the arrays of such a problem.
+    """
     shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
     expected = {"out": (shape, problem.out_dtype), "lse": (shape[:3], "float32")}
     for name, array in arrays.by_name.items():
@@ -218,7 +160,7 @@ def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What is read at a time: keys of K and V, and rows of the arrays whose checksums are compared."""
+    """Keys of K and V that are read at a time, and rows for checksums."""
 
     key_rows: int
     steps: Mapping[str, int]
@@ -232,7 +174,10 @@ def _sizes(
     rows: int,
     host_memory: int,
 ) -> _Sizes:
-    """The largest that fit the budget, one after another. Raises BudgetError where the smallest do not."""
+    """The largest sizes that fit the budget, one after another.
+
+    Raises BudgetError where the smallest do not.
+    """
     rows = min(rows, problem.rows)
     always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(checksums) for checksums in compared.values())
     one_row = max(reader.nbytes(1) for reader in readers.values())
@@ -246,17 +191,20 @@ def _sizes(
         return size
 
     key_rows = fit(KEY_ROWS, LEAST_KEYS, lambda keys: one_row + recompute_bytes(problem, dataset, rows, keys))
-    steps = {name: fit(*_steps(readers[name], of.rows), readers[name].nbytes) for name, of in compared.items()}
+    steps = {name: fit(*_steps(readers[name], checksums.rows), readers[name].nbytes) for name, checksums in compared.items()}
     if max(least) > host_memory:
         raise BudgetError(
             f"--host-memory {format_bytes(host_memory)} is too small to verify this result: the smallest that works is "
-            f"{-(-max(least) // (1 << 20))}MiB"
+            f"{ceil_div(max(least), 1 << 20)}MiB"
         )
     return _Sizes(key_rows, steps)
 
 
 def _steps(reader: RowReader, part: int) -> tuple[int, int]:
-    """The most and the fewest rows of an array that are read at a time, of parts of so many."""
+    """The most and the fewest rows of an array to read at a time.
+
+    Its parts have `part` rows.
+    """
     row = math.prod(reader.shape[3:]) * reader.dtype.itemsize
     most = min(part, reader.shape[2], max(1, STEP_BYTES // row) if reader.mapped else part)
     return most, min(most, max(1, LEAST_STEP_BYTES // row))
@@ -282,12 +230,7 @@ def _check_array(reader: RowReader, recorded: Checksums | None, step: int | None
     return ArrayCheck(reader.name, "checked", len(recorded), tuple(find_damage(reader, recorded, step)))
 
 
-def _digest(arrays: ResultArrays, recorded: Mapping[str, Checksums | None]) -> str | None:
-    known = {name: checksums for name, checksums in recorded.items() if checksums is not None}
-    return result_digest(arrays.by_name, known) if len(known) == len(recorded) else None
-
-
-def _kept(certificate: Certificate, paths: ResultPaths) -> Certificate:
+def _write_certificate(certificate: Certificate, paths: ResultPaths) -> Certificate:
     """The certificate, once it is on disk; where that cannot be, a warning says so."""
     files = {
         paths.certificate_page: certificate_page(certificate),
@@ -298,6 +241,6 @@ def _kept(certificate: Certificate, paths: ResultPaths) -> Certificate:
         for path, text in files.items():
             write_text(path, text)
     except (OSError, IntegrityError) as error:
-        logger.warning("the certificate was not written: %s", words_of(error))
+        logger.warning("the certificate was not written: %s; it is printed alone", words_of(error))
         return certificate
     return replace(certificate, files=tuple(map(str, files)))

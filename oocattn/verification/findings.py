@@ -1,4 +1,4 @@
-"""What `verify` finds: of a row, of an array's checksums, of what the run counted, and of a stratum of rows.
+"""The findings of `verify`: rows, checksums, ledger and strata.
 
 What follows from all of it together is `certificate`'s.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from oocattn.records import Count, Range
-from oocattn.storage.results.checksums import Damage
+from oocattn.storage.results.damage import Damage
 from oocattn.verification.sampling import StratumName
 
 MOST_OPEN = 0.01
@@ -53,7 +53,7 @@ class RowCheck:
 
     @property
     def shows(self) -> bool:
-        """Whether the row shows anything: float32 arithmetic may not lose more than 1% of it."""
+        """Whether float32 arithmetic may lose at most 1% of the row."""
         return self.allowed <= MOST_OPEN and self.allowed_lse <= MOST_OPEN
 
     @property
@@ -64,7 +64,7 @@ class RowCheck:
 
 @dataclass(frozen=True)
 class ArrayCheck:
-    """The checksums of an array: whether there are any and they were compared, of how many parts, and the damaged ones."""
+    """The checksums of an array: compared or not, and the damaged parts."""
 
     name: str
     state: Literal["checked", "not checked", "not recorded"]
@@ -74,7 +74,7 @@ class ArrayCheck:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the run counted, and what computed otherwise for a part of it than when it began ("" where nothing did).
+    """What the run counted; `other_bits` says what computed otherwise, or "".
 
     Counts are of query-key pairs, expected and found, of NaN and Inf in its inputs and in `out`, and of elements of `out`
     that only its dtype made Inf or 0.
@@ -91,7 +91,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Stratum:
-    """What was found in the rows of a stratum, or in all: how many are wrong, how many show nothing, and the largest errors.
+    """What was found in the rows of a stratum, or in all.
 
     Errors are as in `RowCheck`.
     """

@@ -1,4 +1,4 @@
-"""Proof after the fact: sampled rows of a result recomputed in float64, with K and V streamed from the dataset.
+"""Sampled rows of a result in float64, with K and V streamed.
 
 Nothing of a run is reused here: no kernel, no merge, no division; the formula of attention alone, in numpy. What is made of
 the comparison is `certificate`'s.
@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.problem.problem import Problem
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.make.create import numpy_dtype
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.repeats import slots_for
 from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors
-from oocattn.verification.sampling import Place, StratumName, sample_rows
+from oocattn.verification.sampling import SampledRow, StratumName, sample_rows
 
 KEY_ROWS = 8192
 """Keys that are read and attended at a time, at most."""
@@ -84,9 +84,10 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
 
 
 def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
-    """|found - exact| in units of the last place of `exact` as it is in `dtype`: at most 0.5 where it is rounded right.
+    """|found - exact| in units of the last place of `exact` in `dtype`.
 
-    0 where both are NaN or the same Inf, after rounding; Inf where only one is.
+    That is at most 0.5 where it is rounded right. 0 where both are NaN or the same Inf, after rounding; Inf where only one
+    is.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         rounded = exact.astype(numpy_dtype(dtype)).astype(np.float64)
@@ -99,7 +100,7 @@ def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
 
 
 def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int) -> int:
-    """Host memory, in bytes, that recomputing so many rows takes with tiles of `key_rows` keys."""
+    """Host memory, in bytes, to recompute `rows` rows by tiles of keys."""
     members, head_dim = min(rows, GROUP_ROWS), problem.head_dim
     tile = head_dim * (8 + problem.itemsize + 2 + 3 * 8) + 10 * 8  # float64, as read, masks; hashes; order and positions
     weights = members * (5 * 8 + 2 * 8 + 3)  # scores, weights and what errors they have; temporaries; masks
@@ -119,7 +120,7 @@ def recompute_rows(
     key_rows: int = KEY_ROWS,
     weight_roundoff: float = UNIT_ROUNDOFF["float32"],
 ) -> Iterator[ExactRow]:
-    """Sampled rows of the result in float64, those of `sample_rows`, by streaming K and V, `key_rows` at a time.
+    """Recompute the rows of `sample_rows` in float64, `key_rows` keys at a time.
 
     What is allowed counts softmax weights as rounded to `weight_roundoff`.
     """
@@ -133,7 +134,10 @@ def recompute_rows(
 
 
 def _difference(found: Array64, expected: Array64) -> Array64:
-    """|found - expected|: 0 where both are the same NaN or Inf, and Inf where only one is not finite."""
+    """|found - expected|: 0 where both are the same NaN or Inf.
+
+    It is Inf where only one is not finite.
+    """
     same = (found == expected) | (np.isnan(found) & np.isnan(expected))
     finite = np.isfinite(found) & np.isfinite(expected)
     return np.where(same, 0.0, np.where(finite, np.abs(found - np.where(same, 0.0, expected)), np.inf))
@@ -148,7 +152,7 @@ def _recompute(
     dataset: Dataset,
     batch: int,
     kv_head: int,
-    places: Sequence[Place],
+    places: Sequence[SampledRow],
     key_rows: int,
     weight_roundoff: float,
 ) -> list[ExactRow]:
@@ -177,10 +181,10 @@ def _recompute(
 
 
 class _Softmax:
-    """Some rows of one head group, softmax(scale q k) v over the keys that have come, in float64.
+    """softmax(scale q k) v of some rows of one head group, in float64.
 
-    What is as large as a tile of keys lives in buffers that are used again, and the keys and values that are passed are
-    overwritten: `recompute_bytes` counts it all.
+    Keys come tile by tile. What is as large as a tile of keys lives in buffers that are used again, and the keys and values
+    that are passed are overwritten: `recompute_bytes` counts it all.
     """
 
     def __init__(
@@ -224,7 +228,7 @@ class _Softmax:
     def add(self, value: Array64, start: int) -> None:
         """Add the values [n, D] of the keys that were weighed last."""
         _, weights = self._views(len(value))
-        attended = self._attended(start + len(value)) - self._attended(start)
+        attended = self._count_attended(start + len(value)) - self._count_attended(start)
         special = ~np.isfinite(value)
         if special.any():  # a NaN or Inf in a value that a row does not attend stays out of that row
             values = np.where(special, value, 0.0)
@@ -245,10 +249,10 @@ class _Softmax:
             first = last
         self._rounding.see_values(weights, value, lengths, attended)
 
-    def rows(self, places: Sequence[Place]) -> list[ExactRow]:
+    def rows(self, places: Sequence[SampledRow]) -> list[ExactRow]:
         """What has come of the rows, which are at these places."""
         self._count_partial_sum(self._problem.tokens)
-        keys = self._attended(self._problem.tokens)
+        keys = self._count_attended(self._problem.tokens)
         den = np.where(self._den == 0, 1.0, self._den)  # every score is -inf: out is 0, as of no key
         out = (self._num + self._special) / den[:, None]
         lse = self._maximum + np.log(self._den)
@@ -260,24 +264,27 @@ class _Softmax:
             for place, row, *of_row in zip(places, *columns, strict=True)
         ]
 
-    def _attended(self, stop: int) -> npt.NDArray[np.int64]:
+    def _count_attended(self, stop: int) -> npt.NDArray[np.int64]:
         """The keys before `stop` that each row attends."""
         return np.minimum(self._tokens + 1, stop) if self._problem.causal else np.full(len(self._tokens), stop)
 
     def _count_partial_sum(self, stop: int) -> None:
         """The sums over the keys before `stop` stand for those since the last call."""
         self._rounding.see_partial_sum(
-            self._num, self._size, self._passed, self._attended(stop) - self._attended(self._counted)
+            self._num, self._size, self._passed, self._count_attended(stop) - self._count_attended(self._counted)
         )
         self._counted = stop
 
     def _views(self, keys: int) -> tuple[Array64, Array64]:
-        """As much of the buffers of scores and of weights as so many keys need, [rows, keys]."""
+        """Views [rows, keys] of the buffers of scores and of weights."""
         scores, weights = (buffer[: len(self._query) * keys].reshape(len(self._query), keys) for buffer in self._buffers)
         return scores, weights
 
 
 def _next_border(token: int) -> int:
-    """The first token after `token` up to which a sum over keys is looked at: about 16 in each doubling of the tokens."""
+    """The next token up to which a sum over keys is looked at.
+
+    There are about 16 in each doubling of the tokens.
+    """
     step = max(16, 1 << max(0, token.bit_length() - 5))
     return (token // step + 1) * step

@@ -22,7 +22,7 @@ class Repeats:
         self._factors = np.random.default_rng(0).integers(0, 1 << 64, head_dim, np.uint64) | np.uint64(1)
 
     def count(self, key: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Which occurrence of itself each of the next keys [n, D] is, [n]: 1 for the first."""
+        """Which occurrence of itself each key [n, D] is: [n], 1 for the first."""
         slots = self._hash(key)
         order = np.argsort(slots, kind="stable")
         ordered = slots[order]

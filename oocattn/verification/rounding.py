@@ -1,7 +1,8 @@
-"""What float32 arithmetic may lose in a row of attention: the allowance of the row, from its own numbers.
+"""What float32 arithmetic may lose in a row of attention.
 
-The row is out = sum_j P_j v_j with P = softmax(s), and lse = log sum_j exp(s_j). u is the unit roundoff of float32, 2^-24.
-No order of summation is assumed, because libraries differ in it. To first order an error e_j of each score changes
+The allowance of a row follows from its own numbers. The row is out = sum_j P_j v_j with P = softmax(s), and lse = log sum_j
+exp(s_j). u is the unit roundoff of float32, 2^-24. No order of summation is assumed, because libraries differ in it. To
+first order an error e_j of each score changes
 
     lse by sum_j P_j e_j    and    out by sum_j P_j e_j (v_j - out),
 
@@ -79,14 +80,17 @@ _MOST_RAISED = 30.0  # of an exponent, so that nothing overflows
 
 @dataclass(frozen=True)
 class Allowance:
-    """What float32 arithmetic may lose in rows: of `out` (norm over D, absolute) and of lse (absolute), both [rows]."""
+    """What float32 may lose in rows, both [rows] and absolute.
+
+    `out` is a norm over D.
+    """
 
     out: Array64
     lse: Array64
 
 
 class _Moments:
-    """Sums over the keys of a weight x_j, of x_j v_j and of x_j |v_j|^2, for some rows."""
+    """Sums over keys of x_j, of x_j v_j and of x_j |v_j|^2, for some rows."""
 
     def __init__(self, rows: int, head_dim: int) -> None:
         self.total, self.square = np.zeros(rows), np.zeros(rows)
@@ -110,9 +114,9 @@ class _Moments:
 
 
 class RoundingErrors:
-    """Collects, over the keys that come, what the allowance of some rows of one head group follows from.
+    """Collects, key by key, what the allowance of some rows follows from.
 
-    `weight_roundoff` is that of the dtype that softmax weights were rounded to.
+    The rows are of one head group. `weight_roundoff` is that of the dtype that softmax weights were rounded to.
     """
 
     def __init__(self, query: Array64, scale: float, tokens: int, key_rows: int, weight_roundoff: float = UNIT) -> None:
@@ -132,7 +136,10 @@ class RoundingErrors:
         self._buffers = [np.empty(rows * key_rows) for _ in range(3)]
 
     def see_keys(self, key: Array64, scores: Array64) -> None:
-        """Take the scores [rows, n] of the keys [n, D], -inf where one is masked. The keys are overwritten."""
+        """Take the scores [rows, n] of the keys [n, D], -inf where masked.
+
+        The keys are overwritten.
+        """
         self._coherence = 2 * self._repeats.count(key) - 1  # of c equal keys, these sum up to c^2
         error, variance, sizes = self._errors, self._variances, self._scratch = [
             buffer[: scores.size].reshape(scores.shape) for buffer in self._buffers
@@ -154,8 +161,11 @@ class RoundingErrors:
             np.maximum(self._reach, reach, out=self._reach)
 
     def _see_sums(self, scores: Array64, sizes: Array64, masked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
-        """Take sum|q k| of each score: its products above 0 may overflow to Inf, those below 0 to -Inf. The latter scores
-        are returned, if there is one: their keys weigh nothing then, which is wrong only where they should."""
+        """Take sum|q k| of each score; return which scores may overflow to -Inf.
+
+        Products above 0 may overflow to Inf, those below 0 to -Inf: such keys then weigh nothing, which is wrong only where
+        they should.
+        """
         largest = SCORE_OVERFLOW * min(1.0, self._scale)
         if sizes.max(initial=0.0) <= largest:
             return None
@@ -164,8 +174,10 @@ class RoundingErrors:
         return (sizes - finite) / 2 > largest
 
     def _bound_errors(self, error: Array64, variance: Array64, sizes: Array64) -> None:
-        """From |s|, sum (q k)^2 and sum|q k| of each score, all in place: what of its error counts as of one sign, and the
-        mean square of the rest."""
+        """Split the error of each score, in place, into one sign and variance.
+
+        Given are |s|, sum (q k)^2 and sum|q k|.
+        """
         head_dim = self._head_dim
         variance *= (head_dim / 6 + 2) * self._scale**2  # + 2: each product is rounded, and so is the scaled query
         variance += error * error * (head_dim / 3)
@@ -183,7 +195,7 @@ class RoundingErrors:
         np.multiply(sizes, sizes, out=variance)
 
     def see_weights(self, scores: Array64, weights: Array64, shift: Array64, kept: Array64) -> None:
-        """Take the weights exp(scores - shift) of these keys; those before were of a shift that leaves `kept` of them."""
+        """Take the weights exp(scores - shift); earlier sums keep the share `kept`."""
         for array in (self._slope, self._drift, self._peak, self._repeated, self._square_of_values):
             array *= kept
         self._slope_vector *= kept[:, None]
@@ -205,7 +217,7 @@ class RoundingErrors:
         np.copyto(scratch, 0.0, where=~np.isfinite(scratch))
 
     def see_values(self, weights: Array64, value: Array64, lengths: Array64, last: npt.NDArray[np.int64]) -> None:
-        """Take the values [n, D] of these keys, all finite, of which row i attends those before `last[i]`."""
+        """Take the values [n, D], all finite; row i attends those before `last[i]`."""
         squares = lengths * lengths
         self._square_of_values += weights @ squares
         self._systematic.add(self._errors, value, squares)
@@ -218,9 +230,9 @@ class RoundingErrors:
         np.maximum(self._largest_value, np.where(last > 0, attended, 0.0), out=self._largest_value)
 
     def see_partial_sum(self, num: Array64, size: Array64, den: Array64, keys: npt.NDArray[np.int64]) -> None:
-        """Take the sums of weight times value [rows, D], of weight times |value| and of weights as they are now.
+        """Take the present sums of weight times value, and of weights.
 
-        They stand for so many keys of each row.
+        `num` is [rows, D], `size` the sum of weight times |value|. They stand for so many keys of each row.
         """
         squares = np.einsum("md,md->m", num, num)
         self._partials.total += keys * den * den
@@ -232,9 +244,9 @@ class RoundingErrors:
     def allowance(
         self, out: Array64, lse: Array64, maximum: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]
     ) -> Allowance:
-        """Of rows with these exact `out` [rows, D] and lse, largest scores, sums of weights and of weight times |value|, and
-        numbers of keys.
+        """The allowance of rows with these exact results.
 
+        Given are `out` [rows, D] and lse, largest scores, sums of weights and of weight times |value|, and numbers of keys.
         Nothing is lost of a row whose scores are all -Inf: its weights are 0 in any arithmetic.
         """
         empty = np.isneginf(maximum)

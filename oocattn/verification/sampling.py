@@ -1,5 +1,6 @@
-"""Which rows of a result are recomputed: the ends and chunk borders, where mistakes are likely, and rows drawn at random,
-from which alone something follows for all the others.
+"""Which rows are recomputed: sequence ends, chunk borders, random ones.
+
+From the random rows alone something follows for all the others.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class SampledRow:
     """One row of a result, and the strata it was sampled for."""
 
     batch: int
@@ -34,11 +35,11 @@ class Place:
     strata: tuple[StratumName, ...]
 
 
-def sample_rows(problem: Problem, borders: Sequence[int], rows: int, seed: int) -> list[Place]:
-    """At most `rows` distinct rows, in the order of heads and tokens; `borders` are the first tokens of all chunks but one.
+def sample_rows(problem: Problem, borders: Sequence[int], rows: int, seed: int) -> list[SampledRow]:
+    """Draw at most `rows` distinct rows, in the order of heads and tokens.
 
-    Rows chosen by their place take heads in turn. The others are drawn uniformly without replacement, whatever was chosen
-    before: a row may be in several strata, and is recomputed once.
+    `borders` are the first tokens of all chunks but one. Rows chosen by their place take heads in turn. The others are drawn
+    uniformly without replacement, whatever was chosen before: a row may be in several strata, and is recomputed once.
     """
     random = np.random.default_rng(seed)
     heads = problem.batch * problem.query_heads
@@ -51,9 +52,9 @@ def sample_rows(problem: Problem, borders: Sequence[int], rows: int, seed: int) 
     for row in random.choice(problem.rows, min(rows - len(chosen), problem.rows), replace=False):
         strata.setdefault(int(row), []).append("uniform")
     found = []
-    for row, of in strata.items():
+    for row, names in strata.items():
         head, token = divmod(row, problem.tokens)
-        found.append(Place(*divmod(head, problem.query_heads), token, tuple(of)))
+        found.append(SampledRow(*divmod(head, problem.query_heads), token, tuple(names)))
     return sorted(found)
 
 
@@ -67,9 +68,10 @@ def _by_place(
 
 
 def share_bound(drawn: int) -> float:
-    """The share of rows that are wrong, at most, with 95% confidence, where of `drawn` rows none is.
+    """The most rows that are wrong, as a share, with 95% confidence.
 
-    If a share p were wrong, so many right rows would come with a probability of at most (1 - p)^n: 1 - 0.05^(1/n) solves
-    that for 5%, and is a little less than 3/n, the "rule of three" (Hanley and Lippman-Hand, JAMA 249:1743, 1983).
+    Of `drawn` rows none was wrong. If a share p were wrong, so many right rows would come with a probability of at most (1 -
+    p)^n: 1 - 0.05^(1/n) solves that for 5%, and is a little less than 3/n, the "rule of three" (Hanley and Lippman-Hand,
+    JAMA 249:1743, 1983).
     """
     return float(-np.expm1(np.log(1 - CONFIDENCE) / drawn))

@@ -1,4 +1,7 @@
-"""A certificate as a few lines for a terminal. What comes from files and names is escaped."""
+"""A certificate as a few lines for a terminal.
+
+What comes from files and names is escaped.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ def certificate_text(certificate: Certificate) -> str:
     lines += [*_wrong_rows(certificate), ""] if certificate.wrong else [""]
     lines += [f"{'rows':<12} {'':>5} {'wrong':>6} {'error':>9} {'of allowed':>11} {'largest ulp':>12} {'mean ulp':>9}"]
     lines += [
-        f"{of.name:<12} {of.rows:>5,} {of.wrong:>6,} {of.error:>9.1e} {of.of_allowed:>11.2f} {of.ulps:>12.3g} "
-        f"{of.mean_ulps:>9.3g}"
-        for of in certificate.strata
+        f"{each.name:<12} {each.rows:>5,} {each.wrong:>6,} {each.error:>9.1e} {each.of_allowed:>11.2f} {each.ulps:>12.3g} "
+        f"{each.mean_ulps:>9.3g}"
+        for each in certificate.strata
     ]
     overall = certificate.strata[-1]
     lines += [

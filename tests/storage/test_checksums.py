@@ -13,17 +13,16 @@ import zarr
 from support import numpy_type
 
 from oocattn import IntegrityError
+from oocattn.records import from_json, to_json
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.results.checksums import (
+    ArrayBits,
     Checksums,
-    Damage,
-    are_digits,
     as_digits,
-    checksum,
-    find_damage,
-    recorded_checksums,
+    read_bits,
     result_digest,
 )
+from oocattn.storage.results.damage import Damage, checksum, find_damage
 from oocattn.storage.results.rows import RowReader
 
 SHAPE, ROWS = (2, 3, 50, 4), 20
@@ -39,10 +38,12 @@ def test_they_are_of_little_endian_elements_in_c_order() -> None:
     assert checksum(ones) == zlib.crc32(bytes([0x80, 0x3F] * 3))
 
 
-def test_what_are_digits() -> None:
-    assert are_digits("0123abcd" * 2, 2)
-    for wrong in ("0123abc", "0123ABCD", "0123abcg", 123, None, b"0123abcd", "0123abc\n"):
-        assert not are_digits(wrong, 1)
+@pytest.mark.parametrize("wrong", ["0123ABCD", "0123abcg", 123, None, "0123abc\n"])
+def test_only_hexadecimal_digits_are_checksums(wrong: object) -> None:
+    content = {"algorithm": "crc32", "rows": 5, "digits": "0123abcd"}
+    assert from_json(Checksums, content) == Checksums(5, "0123abcd")
+    with pytest.raises(ValueError, match="digits is"):
+        from_json(Checksums, {**content, "digits": wrong})
 
 
 def written(folder: Path, dtype: str = "float16", **storage: Any) -> tuple[RowReader, Checksums, np.ndarray]:
@@ -108,21 +109,25 @@ def test_a_chunk_that_is_missing_or_short_is_named_and_others_are_still_read(
     ],
 )
 def test_an_attribute_that_is_not_ours_is_refused(tmp_path: Path, attribute: Any) -> None:
-    array = zarr.create_array(tmp_path / "a.zarr", shape=SHAPE, dtype="f2")
-    assert recorded_checksums(array) is None
+    group = zarr.create_group(tmp_path)
+    group.create_array("lse", shape=SHAPE[:3], dtype="f4")
+    array = group.create_array("out", shape=SHAPE, dtype="f2")
+    assert read_bits(tmp_path)["out"] == ArrayBits(SHAPE, "float16", None)
     right = Checksums(20, "0123abcd" * 18)
-    array.attrs["checksums"] = right.to_json()
-    assert recorded_checksums(array) == right
+    array.attrs["checksums"] = to_json(right)
+    assert read_bits(tmp_path)["out"].checksums == right
     array.attrs["checksums"] = attribute
     with pytest.raises(IntegrityError, match=r"'checksums' is not the checksums of an array \[2, 3, 50, 4\]"):
-        recorded_checksums(array)
+        read_bits(tmp_path)
 
 
 def test_the_digest_is_of_names_shapes_dtypes_and_checksums() -> None:
-    def digest(shape: tuple[int, ...] = (1, 1, 4), dtype: str = "f4", digits: str = "01234567", name: str = "lse") -> str:
-        return result_digest({name: zarr.create_array({}, shape=shape, dtype=dtype)}, {name: Checksums(4, digits)})
+    def digest(
+        shape: tuple[int, ...] = (1, 1, 4), dtype: str = "float32", digits: str = "01234567", name: str = "lse"
+    ) -> str | None:
+        return result_digest({name: ArrayBits(shape, dtype, Checksums(4, digits))})
 
-    others = [digest((1, 1, 3)), digest(dtype="f2"), digest(digits="01234568"), digest(name="out")]
+    others = [digest((1, 1, 3)), digest(dtype="float16"), digest(digits="01234568"), digest(name="out")]
     assert len({digest(), *others}) == 5
     assert digest() == digest()
 

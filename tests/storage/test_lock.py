@@ -25,7 +25,7 @@ import oocattn
 from oocattn import IntegrityError, LockedError, TimeLimitError
 from oocattn.storage.files import operations
 from oocattn.storage.journal import lock as lock_module
-from oocattn.storage.journal.claims import NOBODY, Holder
+from oocattn.storage.journal.claims import UNKNOWN_HOLDER, Holder
 from oocattn.storage.journal.lock import FileLock, lock_holder
 
 HOLD = """
@@ -75,7 +75,7 @@ def test_it_lives_as_long_as_its_process(tmp_path: Path, killed: bool, caplog: p
     assert lock_holder(path) is None
     with caplog.at_level(logging.WARNING), FileLock(path):
         assert lock_holder(path) == Holder.this_process()
-    message = f"taking over from process {holder.pid} on host {socket.gethostname()}, which is gone"
+    message = f"the stale lock of process {holder.pid} on host {socket.gethostname()} is taken over"
     assert (message in caplog.text) is killed
 
 
@@ -116,7 +116,7 @@ def test_a_lock_whose_holder_has_fallen_silent_is_taken_over(left: Path, caplog:
     began = time.monotonic()
     with caplog.at_level(logging.WARNING), FileLock(left):
         assert time.monotonic() - began >= 0.3
-        assert "taking over from process 17 on host elsewhere, which is gone" in caplog.text
+        assert "the stale lock of process 17 on host elsewhere is taken over" in caplog.text
         touched = left.stat().st_mtime_ns
         time.sleep(0.4)
         assert left.stat().st_mtime_ns > touched  # this one beats, too
@@ -149,7 +149,7 @@ def test_the_text_of_a_lock_is_not_believed(tmp_path: Path, text: bytes) -> None
         assert time.monotonic() - began < 0.4
         assert lock_holder(path) == Holder.this_process()
         path.write_bytes(text)
-        assert lock_holder(path) == NOBODY
+        assert lock_holder(path) == UNKNOWN_HOLDER
         with pytest.raises(LockedError, match="process 0 on host unknown"):
             FileLock(path)
 
@@ -211,10 +211,10 @@ def test_whoever_has_lost_the_lock_is_told_and_leaves_it_alone(tmp_path: Path) -
     with FileLock(path) as loser:
         claim = pickle.loads(pickle.dumps(loser.claim))
         claim.check()
-        assert loser.still_mine()
+        assert loser.is_held()
         path.unlink()
         successor = FileLock(path)
-        assert not loser.still_mine()
+        assert not loser.is_held()
         with pytest.raises(LockedError, match=r"the lock of this run was lost to process \d+ on host .*: this run ends"):
             claim.check()
     assert lock_holder(path) == Holder.this_process()
@@ -234,7 +234,7 @@ def test_two_hosts_that_do_not_see_each_other_are_told_apart_by_their_tokens(
     with ThreadPoolExecutor(4) as hosts:
         trying = [hosts.submit(FileLock, left) for _ in range(4)]
     locks = [future.result() for future in trying if not isinstance(future.exception(), LockedError)]
-    assert sum(lock.still_mine() for lock in locks) == 1
+    assert sum(lock.is_held() for lock in locks) == 1
     for lock in locks:
         lock.release()
     assert not left.exists()
@@ -280,10 +280,10 @@ def test_without_locks_a_file_that_is_touched_keeps_others_away(tmp_path: Path, 
         for _ in range(2):
             with pytest.raises(LockedError, match=rf"process {os.getpid()} on host"):
                 FileLock(path)
-        assert held.still_mine()
+        assert held.is_held()
     assert lock_holder(path) is None
     assert list(tmp_path.iterdir()) == []
-    assert caplog.text.count("this file system gives no locks (flock): other runs are kept away by a file") == 1
+    assert caplog.text.count("this file system has no locks (flock); other runs are kept away by a file") == 1
 
 
 @pytest.mark.usefixtures("lockless")
@@ -293,8 +293,8 @@ def test_without_locks_one_that_was_left_is_watched_first(tmp_path: Path, caplog
     began = time.monotonic()
     with FileLock(path) as held:
         assert time.monotonic() - began >= 0.3
-        assert held.still_mine()
-    assert "taking over from process 17" in caplog.text
+        assert held.is_held()
+    assert "the stale lock of process 17" in caplog.text
 
 
 def test_one_who_has_a_lock_respects_one_who_could_get_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_one_who_has_a_lock_respects_one_who_could_get_none(tmp_path: Path, monk
         assert lock_holder(tmp_path / "lock") == Holder.this_process()
         with pytest.raises(LockedError):
             FileLock(tmp_path / "lock")
-        assert held.still_mine()
+        assert held.is_held()
 
 
 @pytest.mark.usefixtures("lockless")
@@ -328,7 +328,7 @@ def test_a_file_whose_time_cannot_be_set_is_written_again(
     with FileLock(tmp_path / "lock") as held:
         with pytest.raises(LockedError):
             FileLock(tmp_path / "lock")
-        assert held.still_mine()
+        assert held.is_held()
 
 
 @pytest.mark.usefixtures("lockless")
@@ -392,7 +392,7 @@ def test_a_fork_has_no_part_in_the_lock_of_its_parent(tmp_path: Path) -> None:
         if process == 0:
             open_files = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
             lock.release()
-            os._exit(bool(lock.still_mine()) + 2 * (str(path) in open_files))
+            os._exit(bool(lock.is_held()) + 2 * (str(path) in open_files))
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
         lock.claim.check()
         assert lock_holder(path) == lock.holder

@@ -18,7 +18,8 @@ import oocattn
 from oocattn import BudgetError, IntegrityError, OocattnError, ProblemError
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.mapped_store import MappedStore
-from oocattn.storage.metadata import open_array, read_attributes
+from oocattn.storage.metadata import open_array
+from oocattn.storage.nodes import folder_attributes
 
 SECONDS = 10
 
@@ -286,7 +287,7 @@ def test_arrays_of_results_are_opened_with_their_attributes(tmp_path: Path) -> N
         written.attrs["checksums"] = ["x"]
         group.create_group("inner")
         store = MappedStore(tmp_path / str(version), read_only=True)
-        assert read_attributes(store, "the result") == {"a": {"b": 1}}
+        assert folder_attributes(store.root) == {"a": {"b": 1}}
         array = open_array(store, "out", "the result")
         assert array is not None
         np.testing.assert_array_equal(array[...], written[...])
@@ -294,8 +295,8 @@ def test_arrays_of_results_are_opened_with_their_attributes(tmp_path: Path) -> N
         assert open_array(store, "lse", "the result") is None
         with pytest.raises(ProblemError, match="'inner' in the result is a group"):
             open_array(store, "inner", "the result")
-        assert read_attributes(MappedStore(tmp_path / str(version) / "out"), "the result") is None
-        assert read_attributes(MappedStore(tmp_path / "nothing"), "the result") is None
+        assert folder_attributes(store.root / "out") == {}
+        assert folder_attributes(tmp_path / "nothing") == {}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from oocattn.cli import main as cli
-from oocattn.storage.files.operations import described, doing, is_disk_full, words_of
+from oocattn.storage.files.operations import describe_error, is_disk_full, name_failure, words_of
 
 
 def failing(number: int, *places: str) -> OSError:
@@ -33,24 +33,24 @@ def failing(number: int, *places: str) -> OSError:
     ],
 )
 def test_an_error_keeps_its_class_and_gets_the_words_it_lacks(number: int, remedy: str) -> None:
-    with pytest.raises(OSError, match="cannot write /a/b: ") as failure, doing("write", Path("/a/b")):
+    with pytest.raises(OSError, match="cannot write /a/b: ") as failure, name_failure("write", Path("/a/b")):
         raise failing(number)
     assert failure.value.errno == number
     assert type(failure.value) is type(failing(number))
     words = words_of(pickle.loads(pickle.dumps(failure.value)))  # as from a worker
     assert words.startswith(f"cannot write /a/b: {os.strerror(number)}; ")
     assert remedy in words
-    assert described(failure.value) == words
+    assert describe_error(failure.value) == words
 
 
 def test_the_innermost_operation_is_named() -> None:
-    with pytest.raises(FileNotFoundError) as failure, doing("write", "/a"), doing("open", "/b"):
+    with pytest.raises(FileNotFoundError) as failure, name_failure("write", "/a"), name_failure("open", "/b"):
         raise failing(errno.ENOENT, "c")
     assert words_of(failure.value) == "cannot open /b: No such file or directory"
 
 
 def test_a_path_cannot_forge_a_line() -> None:
-    with pytest.raises(OSError, match="cannot") as failure, doing("open", "/a\nfinished"):
+    with pytest.raises(OSError, match="cannot") as failure, name_failure("open", "/a\nfinished"):
         raise failing(errno.EIO)
     assert words_of(failure.value).startswith("cannot open /a\\nfinished: Input/output error")
 

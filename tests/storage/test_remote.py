@@ -69,7 +69,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes a minute takes a moment."""
     monkeypatch.setattr(transient, "FIRST_PAUSE", 0.002)
     monkeypatch.setattr(transient, "PATIENCE", SOME_SECONDS)
-    monkeypatch.setattr(transient.retrying, "__defaults__", (SOME_SECONDS,))
+    monkeypatch.setattr(transient.retry, "__defaults__", (SOME_SECONDS,))
 
 
 def read(dataset: Dataset) -> None:
@@ -104,7 +104,7 @@ def test_each_request_for_a_dataset_may_fail_once(server: Server, storage: str, 
     server.fault = first_try(TRANSIENT[kind])
     dataset = Dataset.open(f"{server.url}/{storage}.zarr")
     read(dataset)
-    assert dataset.reopened().fingerprint() == expected
+    assert dataset.reopen().fingerprint() == expected
     assert min(tries for (method, _), tries in server.tries.items() if method == "GET") >= 2
 
 
@@ -433,4 +433,4 @@ def test_memory_that_runs_out_is_no_failure_of_the_server() -> None:
         raise MemoryError("8 GiB")
 
     with pytest.raises(MemoryError, match="8 GiB"):
-        asyncio.run(transient.retrying("reading", "https://host/x", step))
+        asyncio.run(transient.retry("reading", "https://host/x", step))

@@ -22,7 +22,7 @@ from oocattn.storage.journal.journal import Journal
 from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.storage.results.growing import Growing, Layout, RunState
+from oocattn.storage.results.growing import GrowingResult, Layout, RunState
 
 SHAPE = (1, 2, 50, 4)
 ATTRIBUTES = {"problem": {"tokens": 50}}
@@ -43,7 +43,7 @@ def paths(tmp_path: Path) -> ResultPaths:
     return ResultPaths.at(tmp_path / "result.zarr")
 
 
-def begin(paths: ResultPaths, dtype: str = "float16", overwrite: bool = True) -> tuple[RunState, Growing]:
+def begin(paths: ResultPaths, dtype: str = "float16", overwrite: bool = True) -> tuple[RunState, GrowingResult]:
     paths.make_state()
     state = RunState(paths, Held())
     growing = state.begin(Layout(SHAPE, dtype, 20, ATTRIBUTES), overwrite=overwrite)
@@ -191,7 +191,7 @@ def test_a_file_that_comes_later_is_left_too(paths: ResultPaths, caplog: pytest.
     state.tidy()
     (left,) = paths.state.rglob("thesis.txt")
     assert left.read_text() == "precious"
-    assert "holds files that oocattn did not write, and is left" in caplog.text
+    assert "was not removed: oocattn did not write it; move it away" in caplog.text
 
 
 def test_a_result_with_a_file_of_others_is_not_replaced(paths: ResultPaths) -> None:

@@ -129,7 +129,7 @@ def test_what_was_to_be_overwritten_is_given_back_where_the_new_dataset_cannot_t
         synthesise(tmp_path / "qkv.zarr", tokens=20, heads=1, head_dim=8, dtype="float16", overwrite=True)
     (left,) = tmp_path.iterdir()
     assert zarr.open_group(left)["q"].shape == (1, 1, 10, 8)
-    assert left.name == "qkv.zarr" if refused == 1 else f"what was there before is at {left}" in caplog.text
+    assert left.name == "qkv.zarr" if refused == 1 else f"the group that was there is now at {left}" in caplog.text
 
 
 def test_a_dataset_behind_a_url_is_written_too():

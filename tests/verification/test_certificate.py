@@ -13,7 +13,7 @@ import pytest
 from support import a_problem
 
 from oocattn import Certificate, IntegrityError
-from oocattn.storage.results.checksums import Damage
+from oocattn.storage.results.damage import Damage
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
 from oocattn.verification.page import certificate_page
 

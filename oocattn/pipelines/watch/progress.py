@@ -1,4 +1,4 @@
-"""A progress bar on the terminal: subproblems, tokens per second and the time left."""
+"""A progress bar on the terminal: work done, tokens/s and the time left."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ INTERVAL = 0.1
 
 
 class ProgressBar:
-    """A listener that draws a tqdm bar on standard error and prints the dashboard's address above it.
+    """A listener that draws a tqdm bar on standard error.
 
-    Its times are by the clock of the run: tqdm's own are by the wall clock, which may be set meanwhile. The rate is that of
-    the subproblems that this process has seen end, up to the last one; lines of the log are printed above the bar.
+    It prints the dashboard's address above it. Its times are by the clock of the run: tqdm's own are by the wall clock,
+    which may be set meanwhile. The rate is that of the subproblems that this process has seen end, up to the last one; lines
+    of the log are printed above the bar.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class ProgressBar:
         bar.set_postfix_str(words)  # which draws it
 
     def _seconds_each(self, bar: tqdm[None]) -> float:
-        """Seconds that a subproblem took on average in this process, until the last one ended; Inf before the first.
+        """Seconds of a subproblem on average in this process; Inf before the first.
 
         Where the next one is overdue, it counts with the time that it has taken so far.
         """

@@ -1,26 +1,16 @@
-"""What a run did, in numbers: gathered from its events, kept beside its result."""
+"""The report of a run: its figures, kept beside its result."""
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
-from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
-from oocattn.pipelines.watch.events import Attended, Event, Merged, Recovered, Saved, Staged, Started, TaskEvent, Written
-from oocattn.pipelines.watch.timeline import busy_seconds
-from oocattn.planning.plan import Plan
-from oocattn.records import Count, Positive, Range, Seconds, from_json
-from oocattn.storage.journal.journal import Place
+from oocattn.records import ADDED, Count, Positive, Range, Seconds, from_json
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
-
-ADDED = ("out_overflowed", "out_underflowed", "out_elements")
-"""Fields of a report that older versions do not write."""
 
 MOST_UNDERFLOWED = 0.01
 """Of the elements of `out`: where more are 0 because its dtype holds no smaller number, the others have lost as much."""
@@ -67,9 +57,9 @@ class RunReport:
     chunks_compared: Count
     other_bits: str
     finished: str
-    out_overflowed: Count = 0
-    out_underflowed: Count = 0
-    out_elements: Positive = 1
+    out_overflowed: Annotated[Count, ADDED] = 0
+    out_underflowed: Annotated[Count, ADDED] = 0
+    out_elements: Annotated[Positive, ADDED] = 1
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -79,13 +69,13 @@ class RunReport:
     def from_json(cls, content: Mapping[str, Any]) -> RunReport:
         """The report that `to_json` wrote. Raises IntegrityError for anything else."""
         try:
-            return from_json(cls, content, ADDED)
+            return from_json(cls, content)
         except ValueError as error:
             raise IntegrityError(f"not the report of a run: {error}") from None
 
     @property
     def lost(self) -> list[str]:
-        """What numbers of a limited range have lost of `out`, and what to do, line by line."""
+        """Lines on what numbers of a limited range have lost of `out`."""
         lines = []
         if self.out_overflowed:
             lines.append(
@@ -146,82 +136,3 @@ class RunReport:
                 f"device       out of memory {self.out_of_memory} times although the plan fits: went on with smaller tiles"
             )
         return "\n".join(map(printable, lines))
-
-
-class Tally:
-    """A listener that adds a run's events up."""
-
-    def __init__(self) -> None:
-        self.busy: defaultdict[str, float] = defaultdict(float)
-        self.computing = 0.0
-        self.resumed = False
-        self.pairs = self.bytes_read = self.bytes_partials = 0
-        self.recomputed = self.retried = self.workers_lost = self.out_of_memory = 0
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case Started():
-                self.resumed = event.resumed
-                self.recomputed += event.recomputed
-            case Recovered():
-                self.recomputed += event.recomputed
-                self.retried += event.retried
-                self.workers_lost += event.workers_lost
-            case Saved():
-                self.bytes_partials += event.bytes
-            case TaskEvent():
-                self._add_task(event)
-
-    def _add_task(self, event: TaskEvent) -> None:
-        self.computing += busy_seconds(span for span in event.spans if span.resource == "compute")
-        bit_by_bit = isinstance(event, Merged | Written)
-        self.busy[event.kind] += busy_seconds(event.spans) if bit_by_bit else event.stop - event.start
-        if isinstance(event, Staged):
-            self.bytes_read += event.bytes
-        elif isinstance(event, Attended):
-            self.pairs += event.pairs
-            self.bytes_partials += event.partial_bytes + event.checkpoint_bytes
-            self.out_of_memory += event.out_of_memory
-
-    def report(
-        self,
-        plan: Plan,
-        finished: Mapping[Place, Mapping[str, Any]],
-        *,
-        seconds: float,
-        lanes: int,
-        compared: Compared = NOTHING_FINISHED,
-        other_bits: str = "",
-    ) -> RunReport:
-        """The figures of a run: the journal has those of all its finished chunks."""
-
-        def total(name: str) -> int:
-            return sum(int(record[name]) for record in finished.values())
-
-        return RunReport(
-            seconds=seconds,
-            predicted_seconds=plan.seconds,
-            tokens=plan.problem.tokens * plan.problem.batch,
-            subproblems=plan.subproblems,
-            lanes=lanes,
-            pairs=total("pairs"),
-            pairs_before=max(0, total("pairs") - self.pairs) if self.resumed else 0,
-            bytes_read=self.bytes_read,
-            bytes_partials=self.bytes_partials,
-            bytes_written=total("bytes"),
-            not_finite=total("not_finite"),
-            out_not_finite=total("out_not_finite"),
-            out_overflowed=total("out_overflowed"),
-            out_underflowed=total("out_underflowed"),
-            out_elements=plan.problem.rows * plan.problem.head_dim,
-            recomputed=self.recomputed,
-            retried=self.retried,
-            workers_lost=self.workers_lost,
-            busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
-            compute_busy=clock.rate(self.computing, seconds * lanes),
-            out_of_memory=self.out_of_memory,
-            chunks_before=compared.finished,
-            chunks_compared=compared.compared,
-            other_bits=other_bits,
-            finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        )

@@ -29,7 +29,7 @@ from oocattn.pipelines.watch.events import (
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem, read_problem
-from oocattn.records import Count, Range, Seconds, from_json, to_json
+from oocattn.records import ADDED, Count, Range, Seconds, from_json, to_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.journal.claims import Claim, Holder
@@ -40,9 +40,6 @@ from oocattn.units import format_bytes, format_seconds
 
 MOST_BYTES = 1 << 20
 """Of the files of status and report."""
-
-ADDED = ("result", "certificate", "verdict", "stalled", "stalled_since")
-"""Fields of a status that older versions do not write."""
 
 INTERVAL = 1.0
 """Seconds between updates of the file."""
@@ -89,11 +86,11 @@ class Status:
     dashboard: str = ""
     holder: str = ""
     error: str = ""
-    result: str = ""
-    certificate: Outcome = ""
-    verdict: str = ""
-    stalled: str = ""
-    stalled_since: Seconds = 0.0
+    result: Annotated[str, ADDED] = ""
+    certificate: Annotated[Outcome, ADDED] = ""
+    verdict: Annotated[str, ADDED] = ""
+    stalled: Annotated[str, ADDED] = ""
+    stalled_since: Annotated[Seconds, ADDED] = 0.0
 
     @property
     def share(self) -> float:
@@ -326,7 +323,7 @@ def _last_written(path: Path) -> Status | None:
     if content is None:
         return None
     try:
-        return from_json(Status, content, ADDED)
+        return from_json(Status, content)
     except ValueError as error:
         raise IntegrityError(
             f"{path}: not the status of a run ({error}); a run that is alive writes it again: ask again"

@@ -1,4 +1,4 @@
-"""When every resource of every lane was busy: gathered from a run's events, as a trace and as a picture.
+"""Timeline: which resource was busy when, as a trace and as a picture.
 
 The trace is in the Trace Event Format, which https://ui.perfetto.dev and chrome://tracing open; its definition is
 "Trace Event Format" by Chromium's catapult project. How spans are measured is the lane's business.
@@ -45,8 +45,10 @@ Floats = NDArray[np.float64]
 
 def busy_seconds(spans: Iterable[Span]) -> float:
     """Seconds in which at least one of the spans was under way: the length of their union, whatever their order."""
-    pairs = np.asarray([(span.start, span.stop) for span in spans], dtype=np.float64).reshape(-1, 2)
-    starts, stops = _union(pairs[:, 0], pairs[:, 1])
+    pairs = [(span.start, span.stop) for span in spans]
+    if len(pairs) < 2:  # most events, and the driver adds them all up
+        return sum(max(0.0, stop - start) for start, stop in pairs)
+    starts, stops = _union(*np.asarray(pairs, dtype=np.float64).T)
     return float((stops - starts).sum())
 
 
@@ -61,7 +63,10 @@ def _union(starts: Floats, stops: Floats) -> tuple[Floats, Floats]:
 
 
 class _Spans:
-    """The spans of one resource of one lane, as arrays: 33 bytes each, for a run of days has a million."""
+    """The spans of one resource of one lane, as arrays: 33 bytes each.
+
+    A run of days has a million.
+    """
 
     def __init__(self) -> None:
         self.starts, self.stops = array("d"), array("d")
@@ -81,11 +86,12 @@ class _Spans:
 
 
 class Timeline:
-    """A listener that writes what it saw when the run ends or fails: a trace to `path`, and a picture beside it (.svg).
+    """A listener that writes a trace and a picture when the run ends.
 
-    The trace has a process for each lane and a thread for each resource, and further ones ("read 2") where its spans
-    overlap. The picture has a row for each resource of each lane, with the share of the run's wall time in which it was
-    busy. A file that cannot be written then is a warning: the result of the run is worth more.
+    The trace goes to `path`, the picture (.svg) beside it. The trace has a process for each lane and a thread for each
+    resource, and further ones ("read 2") where its spans overlap. The picture has a row for each resource of each lane, with
+    the share of the run's wall time in which it was busy. A file that cannot be written then is a warning: the result of the
+    run is worth more.
 
     Raises ResultExistsError where something is at either path that oocattn did not write, and ProblemError where the folder
     of `path` does not exist or cannot be written to, or `path` does not end in .json.
@@ -160,7 +166,10 @@ def _trace(rows: dict[tuple[str, str], _Spans], start: float) -> Iterator[dict[s
 
 
 def _tracks(spans: _Spans) -> list[list[int]]:
-    """The spans' indices, in order of time, divided so that no two overlap: each goes to the first track that is free."""
+    """Divide the spans, by indices, into tracks without overlap.
+
+    Each goes to the first track that is free, in order of time.
+    """
     tracks: list[list[int]] = []
     for index in np.argsort(np.asarray(spans.starts), kind="stable").tolist():
         free = (track for track in tracks if spans.stops[track[-1]] <= spans.starts[index])
@@ -172,7 +181,10 @@ def _tracks(spans: _Spans) -> list[list[int]]:
 
 
 def _slice(spans: _Spans, index: int, resource: str, start: float) -> dict[str, Any]:
-    """A complete event. Its times are microseconds, rounded to nanoseconds so that neighbours stay apart."""
+    """A complete event.
+
+    Its times are microseconds, rounded to nanoseconds so that neighbours stay apart.
+    """
     begin, end = (round((moment - start) * 1e9) for moment in (spans.starts[index], spans.stops[index]))
     counted = "chunk" if spans.chunks[index] else "subproblem"
     return {
@@ -186,8 +198,11 @@ def _slice(spans: _Spans, index: int, resource: str, start: float) -> dict[str, 
 
 
 def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, stop: float, wall: float) -> Iterator[str]:
-    """The lines of an SVG file: a row a resource, time across, the share of the run's wall time at the right."""
-    labels = [printable(f"lane {_shortened(worker)}: {resource}") for worker, resource in rows]
+    """The lines of an SVG file: a row for each resource, time across.
+
+    At the right is the share of the run's wall time.
+    """
+    labels = [printable(f"lane {_shorten(worker)}: {resource}") for worker, resource in rows]
     left = max([_LEFT, *(math.ceil(_CELL * display_width(label)) + 16 for label in labels)])
     width = left + _WIDTH + _RIGHT
     lines = textwrap.wrap(printable(caption), int((width - 20) / _CAPTION_CELL))
@@ -216,7 +231,7 @@ def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, st
     yield "</svg>\n"
 
 
-def _shortened(name: str) -> str:
+def _shorten(name: str) -> str:
     return name if len(name) <= _MOST_NAME else f"{name[: _MOST_NAME // 2]}...{name[-_MOST_NAME // 2 :]}"
 
 
@@ -232,7 +247,10 @@ def _coverage(starts: Floats, stops: Floats, edges: Floats) -> Floats:
 
 
 def _bars(coverage: Floats, left: int, top: int, colour: str) -> Iterator[str]:
-    """A path for each shade, of one bar for each run of cells of that shade: spans narrower than a cell become one."""
+    """A path for each shade, with one bar for each run of cells of it.
+
+    Spans narrower than a cell become one.
+    """
     width = _WIDTH / len(coverage)
     shades = np.ceil(np.round(coverage, 6) * _SHADES).astype(int)
     borders = [0, *(np.flatnonzero(np.diff(shades)) + 1).tolist(), len(shades)]

@@ -1,1 +1,1 @@
-"""Files and folders of any file system: read with a bound, written whole and durably, removed only if ours."""
+"""Files and folders: bounded reads, durable writes, removal of our own."""

@@ -1,4 +1,4 @@
-"""Folders of our own: opened without following a link, and what is removed from them, files of our own names alone.
+"""Our own folders: opened without following links, cleared by file name.
 
 What is ours is told by names: a set of patterns of paths relative to a folder. A file that somebody else put there is never
 removed, nor is anything behind a symbolic link.
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from oocattn.errors import IntegrityError, ResultExistsError
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.operations import name_failure
 
 _TEMPORARY = r"(\.[0-9a-f]{32})?(\.partial)?"
 """What the name of a file ends with while it is written."""
@@ -41,13 +41,14 @@ _HELD = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]+")
 
 
 @contextmanager
-def opened_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
-    """A descriptor of a folder, which is no symbolic link. Raises IntegrityError for anything else, OSError as `open`.
+def open_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
+    """Open a folder; yield its descriptor.
 
-    It need not be allowed to list one that is not to be `listed`.
+    Raises IntegrityError for a link or a file, OSError as `open`. It need not be allowed to list one that is not to be
+    `listed`.
     """
     flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with doing("open the folder", path):
+    with name_failure("open the folder", path):
         try:
             descriptor = os.open(path, flags | os.O_RDONLY)
         except NotADirectoryError:
@@ -62,32 +63,36 @@ def opened_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
         os.close(descriptor)
 
 
+def status_of(path: Path) -> os.stat_result | None:
+    """The status of what is at a path, not following links; None where nothing is.
+
+    Raises OSError where that cannot be told.
+    """
+    try:
+        with name_failure("look at", path):
+            return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is a folder, and no link to one."""
-    try:
-        with doing("look at", path):
-            return stat.S_ISDIR(os.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    status = status_of(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def is_taken(path: Path) -> bool:
-    """Whether anything is at a path, also a link that leads nowhere. Raises OSError where that cannot be told."""
-    try:
-        with doing("look at", path):
-            os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+    """Whether anything is at a path, even a dangling link."""
+    return status_of(path) is not None
 
 
 def require_own(path: Path) -> None:
-    """Raise IntegrityError unless `path` is a folder, no link to one, of the user of this process.
+    """Raise IntegrityError unless `path` is a folder of this process's user.
 
     Some file systems have users of their own (NFS that squashes them, SMB, sshfs): there it must be of the user that they
     give what this process makes.
     """
-    with opened_folder(path, listed=False) as descriptor, doing("look at", path):
+    with open_folder(path, listed=False) as descriptor, name_failure("look at", path):
         owner = os.fstat(descriptor).st_uid
     if owner != os.geteuid() and owner != _owner_of_new_files(path.parent):
         raise IntegrityError(
@@ -97,7 +102,7 @@ def require_own(path: Path) -> None:
 
 
 def _owner_of_new_files(folder: Path) -> int | None:
-    """The user whom the file system says a file is of that this process makes in a folder; None where it makes none."""
+    """The owner of files that this process makes in a folder, or None."""
     try:
         with tempfile.TemporaryFile(dir=folder) as made:
             return os.fstat(made.fileno()).st_uid
@@ -106,9 +111,12 @@ def _owner_of_new_files(folder: Path) -> int | None:
 
 
 def names_in(path: Path) -> list[str]:
-    """The names in a folder, sorted; none where there is no folder. Raises IntegrityError for a link."""
+    """List the names in a folder, sorted; none where there is no folder.
+
+    Raises IntegrityError for a link.
+    """
     try:
-        with opened_folder(path) as descriptor, doing("list", path):
+        with open_folder(path) as descriptor, name_failure("list", path):
             return sorted(os.listdir(descriptor))
     except FileNotFoundError:
         return []
@@ -120,8 +128,10 @@ def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:
 
 
 def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
-    """A file below a folder whose path from there is none of the patterns `ours`, or that is no regular file; None where
-    all are ours, or there is no folder."""
+    """Find a file below a folder that is not ours; None where all are.
+
+    Ours are regular files whose path from the folder matches one of the patterns `ours`.
+    """
     if not is_taken(folder):
         return None
     if not is_folder(folder):
@@ -136,7 +146,7 @@ def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
 
 
 def refuse_foreign(folder: Path, ours: Sequence[str]) -> None:
-    """Raise ResultExistsError where a folder that would be removed holds a file that is not ours."""
+    """Raise ResultExistsError where a folder to be removed holds foreign files."""
     foreign = find_foreign(folder, ours)
     if foreign is not None:
         raise ResultExistsError(
@@ -145,10 +155,10 @@ def refuse_foreign(folder: Path, ours: Sequence[str]) -> None:
 
 
 def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False) -> bool:
-    """Remove the regular files below a folder that match one of the patterns `ours`, and the folders that are empty then,
-    unless they are kept.
+    """Remove our files below a folder, then its empty folders unless kept.
 
-    Return whether nothing is left. A link is neither followed nor removed.
+    Ours are regular files that match one of the patterns `ours`. Return whether nothing is left. A link is neither followed
+    nor removed.
     """
     if not is_folder(folder):
         return not is_taken(folder)
@@ -156,7 +166,7 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
     for inside, modes, descriptor in _walk(folder):
         for name, mode in modes.items():
             if stat.S_ISREG(mode) and pattern.fullmatch((inside / name).as_posix()):
-                with suppress(FileNotFoundError), doing("remove", folder / inside / name):
+                with suppress(FileNotFoundError), name_failure("remove", folder / inside / name):
                     os.unlink(name, dir_fd=descriptor)
         if not keep_folders:
             with suppress(OSError):  # a file that is not ours is left in it
@@ -165,18 +175,17 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
 
 
 def _walk(folder: Path, inside: Path = Path(), parent: int | None = None) -> Iterator[tuple[Path, dict[str, int], int]]:
-    """A folder and all below it, those within a folder before it: the path of each from the first, the modes of what is in
-    it by name, and a descriptor.
+    """Walk a folder bottom-up: relative path, modes by name, descriptor.
 
     Links are not followed, by the way in which folders are opened: `os.fwalk` compares inodes, which not every file system
     has for good.
     """
-    with doing("list", folder / inside):
+    with name_failure("list", folder / inside):
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(folder if parent is None else inside.name, flags, dir_fd=parent)
     try:
         modes = {}
-        with doing("list", folder / inside):
+        with name_failure("list", folder / inside):
             for name in sorted(os.listdir(descriptor)):
                 with suppress(FileNotFoundError):  # it was removed in between
                     modes[name] = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
@@ -190,7 +199,7 @@ def _walk(folder: Path, inside: Path = Path(), parent: int | None = None) -> Ite
 
 def remove_file(path: Path) -> None:
     """Remove a file of our own, if it is there."""
-    with suppress(FileNotFoundError), doing("remove", path):
+    with suppress(FileNotFoundError), name_failure("remove", path):
         path.unlink()
 
 

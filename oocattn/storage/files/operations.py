@@ -1,4 +1,4 @@
-"""What an operation of the file system says when it fails: what was done, to which path, why not, and what to do.
+"""Errors of the file system: operation, path, reason and remedy.
 
 The system's own errors name no operation, and those of operations on open files name no path either. Here an error keeps
 its number and its class (FileNotFoundError and so on), and gets the words that it lacks.
@@ -57,8 +57,8 @@ logger = logging.getLogger("oocattn")
 
 
 @contextmanager
-def doing(operation: str, path: object) -> Iterator[None]:
-    """An OSError within says that `operation`, a verb, failed on `path`, unless it names what failed already."""
+def name_failure(operation: str, path: object) -> Iterator[None]:
+    """Name `operation`, a verb, and `path` in an OSError that lacks both."""
     try:
         yield
     except OSError as error:
@@ -73,7 +73,7 @@ def is_named(error: BaseException) -> bool:
 
 
 def words_of(error: BaseException) -> str:
-    """An error in words, as a command ends with it: for an OSError what failed, why, and what to do."""
+    """Describe an error: what failed, why, and what to do."""
     if isinstance(error, MemoryError):
         return f"out of memory ({str(error) or 'no more is given'}): lower --host-memory, or {REMEDIES[errno.ENOMEM]}"
     if not isinstance(error, OSError) or error.errno is None or not error.strerror:
@@ -84,18 +84,18 @@ def words_of(error: BaseException) -> str:
     return f"{' and '.join(places)}: {_reason(error)}" if places else str(error)
 
 
-def described(error: BaseException) -> str:
-    """An error in words that begin with its type, unless they say what failed without it."""
+def describe_error(error: BaseException) -> str:
+    """Describe an error with its type, unless it names what failed."""
     return words_of(error) if is_named(error) else f"{type(error).__name__}: {error}"
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room for more on a file system, or for its user."""
+    """Whether an error means that a disk, or a user's quota, is full."""
     return isinstance(error, OSError) and error.errno in FULL
 
 
 def warn_once(device: int, lacking: str, message: str, *arguments: object) -> None:
-    """Say once in a process what a file system, of that device, is lacking, and what comes of it."""
+    """Warn once in a process of what a file system, by its device, lacks."""
     with _saying:
         if (device, lacking) in _said:
             return

@@ -1,4 +1,4 @@
-"""Files that a user names as an output, such as a picture: only what oocattn wrote is replaced, and at once.
+"""Output files that a user names: only files of oocattn are replaced.
 
 Each begins with a mark, by which the next run knows that it may be replaced.
 """
@@ -6,19 +6,18 @@ Each begins with a mark, by which the next run knows that it may be replaced.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.storage.files.durable import replacement
 from oocattn.storage.files.folders import is_taken
-from oocattn.storage.files.operations import doing
-from oocattn.storage.files.regular import opened, read_exactly
+from oocattn.storage.files.regular import open_regular, read_exactly
+from oocattn.storage.locations import output_path
 
 SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
-"""Follows the opening tag of a picture."""
+"""Follows the opening tag of a drawing."""
 
 JSON_MARK = '{"otherData": {"producer": "oocattn"}, '
 """The beginning of a trace."""
@@ -28,7 +27,7 @@ _HEAD = 512
 
 
 def check_output(path: Path) -> None:
-    """Raise unless a file may be written to `path`: nothing is there, or a regular file that oocattn wrote.
+    """Raise unless `path` is free, or holds a file that oocattn wrote.
 
     Raises ResultExistsError for anything else, also a symbolic link or a folder, and ProblemError where the folder of `path`
     does not exist or cannot be written to, OSError where the file that is there cannot be read.
@@ -45,24 +44,39 @@ def check_output(path: Path) -> None:
 
 
 def write_output(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Check `path`, have `write` fill a file under a temporary name, and give it its own. Raises as `check_output`."""
+    """Have `write` fill the file `path`, atomically.
+
+    Raises as `check_output`, before and after writing.
+    """
     check_output(path)
-    temporary = path.with_name(f".oocattn-{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with doing("write", path):
-            with open(temporary, "x", encoding="utf-8") as file:
-                write(file)
-            check_output(path)  # writing may take a while
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):  # what went wrong before is what is to be told
-            temporary.unlink(missing_ok=True)
-        raise
+    with replacement(path.parent.resolve() / path.name, synced=False) as descriptor:
+        with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
+            write(file)
+        check_output(path)  # writing may take a while
+
+
+def check_drawing(typed: str | Path) -> Path:
+    """The path of a drawing. Raises as `check_output`, and ProblemError for a name that does not end in .svg."""
+    path = output_path(typed, "picture")
+    check_output(path)
+    if path.suffix.lower() != ".svg":
+        raise ProblemError(
+            f"drawing {path}: plans are drawn as SVG, expected the name of a file that ends in .svg, like plan.svg"
+        )
+    return path
+
+
+def write_drawing(typed: str | Path, svg: str) -> Path:
+    """Write a drawing, an SVG text, with the mark behind its opening tag; return its path. Raises as `check_drawing`."""
+    path = check_drawing(typed)
+    tag, end, content = svg.partition(">")
+    write_output(path, lambda file: file.write(f"{tag}{end}{SVG_MARK}{content}"))
+    return path
 
 
 def _is_ours(path: Path) -> bool:
     try:
-        with opened(path, follow=False) as descriptor:
+        with open_regular(path, follow=False) as descriptor:
             head = read_exactly(descriptor, _HEAD, 0, path).decode("utf-8", "replace")
     except IntegrityError:  # no regular file
         return False

@@ -1,4 +1,4 @@
-"""Reading files that may be anything: only regular ones, without waiting, and no more of them than is allowed.
+"""Bounded reading of regular files, and of nothing else.
 
 A FIFO, a device or a folder may stand where a file should, and a file may be of any size. Nothing here writes.
 """
@@ -12,12 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.operations import name_failure
 
 
 @contextmanager
-def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, writable: bool = False) -> Iterator[int]:
-    """A descriptor of a regular file, open for reading, and for writing where it is to be `writable`.
+def open_regular(
+    path: str | Path, *, follow: bool = True, folder: int | None = None, writable: bool = False
+) -> Iterator[int]:
+    """Open a regular file to read, or also to write; yield its descriptor.
 
     `path` is relative to the open `folder`, if one is given.
 
@@ -31,7 +33,7 @@ def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, 
         | os.O_NOCTTY
         | (0 if follow else os.O_NOFOLLOW)
     )
-    with doing("open", path):
+    with name_failure("open", path):
         if not follow and stat.S_ISLNK(os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode):
             raise IntegrityError(f"{path} is a symbolic link: expected a file, and links are not followed here; remove it")
         try:
@@ -39,7 +41,7 @@ def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, 
         except IsADirectoryError:
             raise IntegrityError(f"{path} is a folder: expected a file; remove it") from None
     try:
-        with doing("look at", path):
+        with name_failure("look at", path):
             regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
         if not regular:
             raise IntegrityError(f"{path} is no regular file: expected one; remove it")
@@ -49,8 +51,11 @@ def opened(path: str | Path, *, follow: bool = True, folder: int | None = None, 
 
 
 def read_file(path: str | Path, most: int, *, follow: bool = True, folder: int | None = None) -> bytes:
-    """The content of a regular file of at most `most` bytes. Raises as `opened`, and IntegrityError for a larger one."""
-    with opened(path, follow=follow, folder=folder) as descriptor, doing("read", path):
+    """Read a regular file of at most `most` bytes.
+
+    Raises as `open_regular`, and IntegrityError for a larger one.
+    """
+    with open_regular(path, follow=follow, folder=folder) as descriptor, name_failure("read", path):
         size = os.fstat(descriptor).st_size
         content = read_exactly(descriptor, min(size, most) + 1, 0, path)  # so much memory is taken at once
         if size < len(content) <= most:  # a file system that does not know how long it is
@@ -61,12 +66,12 @@ def read_file(path: str | Path, most: int, *, follow: bool = True, folder: int |
 
 
 def read_exactly(descriptor: int, nbytes: int, offset: int, path: str | Path) -> bytes:
-    """So many bytes of an open file from `offset` on, fewer only where it ends; a read may give fewer anywhere else too.
+    """Read `nbytes` of an open file from `offset` on, fewer only at its end.
 
     `path` is what an OSError calls the file.
     """
     pieces: list[bytes] = []
-    with doing("read", path):
+    with name_failure("read", path):
         while nbytes > 0 and (piece := os.pread(descriptor, nbytes, offset)):
             pieces.append(piece)
             nbytes, offset = nbytes - len(piece), offset + len(piece)
@@ -74,6 +79,6 @@ def read_exactly(descriptor: int, nbytes: int, offset: int, path: str | Path) ->
 
 
 def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
-    """Tell the system how a file will be read (posix_fadvise), where the file system takes advice."""
+    """Tell the system how a file will be read, where it takes advice."""
     with suppress(OSError):
         os.posix_fadvise(descriptor, offset, length, advice)

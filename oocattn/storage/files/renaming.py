@@ -1,4 +1,4 @@
-"""Names given without taking them from anything: a file or folder is renamed, and what has the name already is left alone.
+"""Renaming that never replaces what has the name already.
 
 That is one step of the file system where it can (renameat2, Linux 3.15). Where it cannot, a name is claimed first, by what
 fails in one step if something has it: a hard link, a new empty file, or for a folder its own renaming.
@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from oocattn.storage.files.folders import is_taken
-from oocattn.storage.files.operations import UNSUPPORTED, doing
+from oocattn.storage.files.operations import UNSUPPORTED, name_failure
 
 _HERE, _NO_REPLACE = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of renameat2(2)
 
@@ -21,18 +21,19 @@ _NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, *UN
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Give a file or folder the name `target`, on the same file system. Raises FileExistsError where something has it.
+    """Give a file or folder the name `target`, on the same file system.
 
-    Of what lies at `target`, nothing but an empty folder is ever replaced, by a folder and where renameat2 is missing.
+    Raises FileExistsError where something has it. Of what lies at `target`, nothing but an empty folder is ever replaced, by
+    a folder and where renameat2 is missing.
     """
-    with doing(f"rename {source} to", target):
+    with name_failure(f"rename {source} to", target):
         try:
             _rename_no_replace(source, target)
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
             if is_taken(target):
-                raise _exists(target) from None
+                raise _exists_error(target) from None
             (_rename_folder if source.is_dir() else _rename_file)(source, target)
 
 
@@ -50,7 +51,7 @@ def _rename_folder(source: Path, target: Path) -> None:
         os.rename(source, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # something has appeared there
-            raise _exists(target) from None
+            raise _exists_error(target) from None
         raise
 
 
@@ -66,5 +67,5 @@ def _rename_file(source: Path, target: Path) -> None:
         os.unlink(source)
 
 
-def _exists(target: Path) -> FileExistsError:
+def _exists_error(target: Path) -> FileExistsError:
     return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))

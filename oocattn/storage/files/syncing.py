@@ -1,4 +1,4 @@
-"""Files and folders on disk: fsync, and what takes its place where a file system has none.
+"""fsync of files and folders, and its absence on some file systems.
 
 Samba, some NFS servers and file systems in user space refuse to sync a folder, and a few a file. Nothing that was written
 is lost by that as long as the system runs; a power cut may cost what was written last. So it is said once, and the run goes
@@ -12,16 +12,19 @@ import os
 import stat
 from pathlib import Path
 
-from oocattn.storage.files.operations import UNSUPPORTED, doing, warn_once
+from oocattn.storage.files.operations import UNSUPPORTED, name_failure, warn_once
 
 _NO_FOLDERS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, *UNSUPPORTED})
 """What a file system answers that does not open a folder to sync it, or does not sync what is open."""
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on disk. Raises OSError as the file system does."""
+    """Bring a file's content, or a folder's entries, to disk.
+
+    Raises OSError as the file system does.
+    """
     try:
-        with doing("open", path):
+        with name_failure("open", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in _NO_FOLDERS and path.is_dir():
@@ -36,7 +39,7 @@ def sync(path: Path) -> None:
 
 def sync_descriptor(descriptor: int, path: Path) -> None:
     """As `sync`, of an open file or folder. `path` is what messages call it."""
-    with doing("sync", path):
+    with name_failure("sync", path):
         status = os.fstat(descriptor)
         unsupported = _NO_FOLDERS if stat.S_ISDIR(status.st_mode) else UNSUPPORTED
         for function in (os.fsync, os.fdatasync):

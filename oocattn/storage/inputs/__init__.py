@@ -1,1 +1,1 @@
-"""Datasets as they are found: located, checked, and read into buffers of the caller."""
+"""Datasets: located, checked, and read into the caller's buffers."""

@@ -1,4 +1,4 @@
-"""The order of an array's axes: what its dimension names say of it, and where its sizes make it doubtful.
+"""The order of an array's axes, by dimension names and sizes.
 
 An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads of H
 tokens, and nothing about the result shows it. Names are believed where each one that is given is known and together they
@@ -52,9 +52,10 @@ _MOST_LETTERS = 40
 
 
 def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
-    """Raise ProblemError where dimension names say that an array has another order of axes than [B, H, N, D].
+    """Raise ProblemError where dimension names give another order of axes.
 
-    The names are `dimension_names` of Zarr v3, and the attribute `_ARRAY_DIMENSIONS` that xarray adds in v2.
+    Expected are [B, H, N, D] or [H, N, D]. The names are `dimension_names` of Zarr v3, and the attribute `_ARRAY_DIMENSIONS`
+    that xarray adds in v2.
     """
     named = [(name, names, order) for name, array in arrays.items() for names, order in _named_orders(array)]
     wrong = {order for _, _, order in named if order not in ("bhnd", "hnd")}
@@ -70,7 +71,10 @@ def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
 
 
 def warn_if_transposed(q: ArraySpec, layout: str | None = None) -> None:
-    """Log a warning where `q`, whose axes are taken for `layout` (default: [B, H, N, D]), has more heads than tokens."""
+    """Warn where `q`, in the order `layout`, has more heads than tokens.
+
+    The default layout is [B, H, N, D].
+    """
     taken = layout or "bhnd"[4 - len(q.shape) :]
     size = dict(zip(taken, q.shape, strict=True))
     if size["h"] <= size["n"]:
@@ -89,14 +93,14 @@ def _letters(order: str) -> str:
 
 
 def _named_orders(array: zarr.Array[Any]) -> Iterator[tuple[list[str], str]]:
-    """The dimension names of an array that are believed, and the order of axes that they say."""
+    """Pairs of dimension names that are believed and the order they give."""
     for names in (getattr(array.metadata, "dimension_names", None), array.attrs.get("_ARRAY_DIMENSIONS")):
         if isinstance(names, list | tuple) and len(names) == array.ndim and (order := _order(names)):
             yield ["unnamed" if name is None else str(name) for name in names], order
 
 
 def _order(names: list[Any] | tuple[Any, ...]) -> str | None:
-    """The one order of axes, like "bhnd", that can be called by these names; None where there is none, or several.
+    """The only order of axes, like "bhnd", that the names allow, or None.
 
     An axis without a name, None, may be any.
     """

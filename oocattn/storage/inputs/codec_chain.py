@@ -1,8 +1,8 @@
-"""Which codecs are decoded, and how many bytes each of them may decode to. Arithmetic over metadata alone.
+"""Which codecs are decoded, and how many bytes each may decode to.
 
-A chunk has a known size, so every stage of its decoding has one too: what a codec made of so many bytes when the chunk was
-written. Codecs that are not on the list are refused by name, before Zarr makes them: some run code (pickle), some make
-objects (json2, vlen-utf8), and of others no bound is known.
+This is arithmetic over metadata alone. A chunk has a known size, so every stage of its decoding has one too: what a codec
+made of so many bytes when the chunk was written. Codecs that are not on the list are refused by name, before Zarr makes
+them: some run code (pickle), some make objects (json2, vlen-utf8), and of others no bound is known.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from oocattn.errors import ProblemError
 from oocattn.text import printable
+from oocattn.units import ceil_div
 
 COMPRESSORS = ("blosc", "zstd", "gzip", "zlib", "bz2", "lzma", "lz4")
 CHECKSUMS = ("crc32", "crc32c", "adler32", "fletcher32")
@@ -52,7 +53,10 @@ Codec = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A codec of a chain: its name, and the bytes that it decodes to at most; `exact` where it must be so many."""
+    """A codec of a chain, and the most bytes that it decodes to.
+
+    Where `exact`, it decodes to just so many.
+    """
 
     name: str
     decoded: int
@@ -61,9 +65,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Chain:
-    """The codecs of a chunk in the order of writing, its bytes as it is stored, at most, and those of its largest stage.
+    """The codecs of a chunk, in the order of writing.
 
-    Where it is a shard, `inner` is the chain of the chunks in it, `widest` is theirs, and `index` the bytes of its index.
+    `stored` is the most bytes of a stored chunk, `widest` those of its largest stage. Where it is a shard, `inner` is the
+    chain of the chunks in it, `widest` is theirs, and `index` the bytes of its index.
     """
 
     stages: tuple[Stage, ...]
@@ -74,7 +79,10 @@ class Chain:
 
 
 def v3_codecs(found: object, array: str) -> list[Codec]:
-    """The codecs of an array in Zarr v3. Raises ProblemError, naming `array`, for one that is not on the list."""
+    """The codecs of an array in Zarr v3.
+
+    Raises ProblemError, naming `array`, for one that is not on the list.
+    """
     return [_v3_codec(item, array) for item in _as_list(found, array)]
 
 
@@ -85,32 +93,35 @@ def v2_codecs(filters: object, compressor: object, array: str) -> list[Codec]:
 
 
 def chain_of(codecs: Sequence[Codec], chunk: Sequence[int], itemsize: int, array: str, depth: int = 1) -> Chain:
-    """The chain of a chunk of that shape. Raises ProblemError, naming `array`, for one that is not decoded."""
+    """The chain of a chunk of that shape.
+
+    Raises ProblemError, naming `array`, for one that is not decoded.
+    """
     if any(name == SHARDS for name, _ in codecs):
-        return _shards(codecs, chunk, itemsize, array, depth)
+        return _shard_chain(codecs, chunk, itemsize, array, depth)
     nbytes, exact, stages = math.prod(chunk) * itemsize, True, []
     widest = nbytes
     for name, config in codecs:
         stages.append(Stage(name, nbytes, exact))
         if name in COMPRESSORS:
-            nbytes, exact = _compressed(nbytes), False
+            nbytes, exact = _compressed_bytes(nbytes), False
         elif name in CHECKSUMS:
             nbytes += _CHECKSUM_BYTES
         elif name in FILTERS:
             decoded, encoded = _itemsizes(name, config, itemsize, array)
-            count = -(-nbytes // decoded)
+            count = ceil_div(nbytes, decoded)
             nbytes = count * encoded
             if exact:  # else it is small change
                 widest = max(widest, 16 * count if name == "fixedscaleoffset" else nbytes)  # numpy's float64, twice
     return Chain(tuple(stages), nbytes, widest)
 
 
-def _compressed(nbytes: int) -> int:
-    """Bound on what a compressor makes of so many bytes: all of them store what they cannot compress."""
+def _compressed_bytes(nbytes: int) -> int:
+    """Bound what a compressor makes of `nbytes`: all store what is random."""
     return nbytes + nbytes // 64 + SLACK_BYTES
 
 
-def _shards(codecs: Sequence[Codec], shard: Sequence[int], itemsize: int, array: str, depth: int) -> Chain:
+def _shard_chain(codecs: Sequence[Codec], shard: Sequence[int], itemsize: int, array: str, depth: int) -> Chain:
     if len(codecs) != 1:  # an index that other codecs hide or turn is not read: Zarr would give fill values for it
         found = ", ".join(name for name, _ in codecs)
         raise ProblemError(
@@ -170,19 +181,19 @@ def _v3_codec(found: object, array: str) -> Codec:
     known = name in _V3 if isinstance(name, str) else False
     own = isinstance(name, str) and name.startswith("numcodecs.")
     plain = name.removeprefix("numcodecs.") if isinstance(name, str) else ""
-    return _checked(found, plain, {} if config is None else config, array, known or (own and _is_numcodec(plain)))
+    return _check_codec(found, plain, {} if config is None else config, array, known or (own and _is_numcodec(plain)))
 
 
 def _v2_codec(found: object, array: str) -> Codec:
     name = found.get("id") if isinstance(found, Mapping) else None
-    return _checked(found, str(name), found, array, isinstance(name, str) and _is_numcodec(name))
+    return _check_codec(found, str(name), found, array, isinstance(name, str) and _is_numcodec(name))
 
 
 def _is_numcodec(name: str) -> bool:
     return name in (*COMPRESSORS, *CHECKSUMS, *FILTERS)
 
 
-def _checked(found: object, name: str, config: object, array: str, allowed: bool) -> Codec:
+def _check_codec(found: object, name: str, config: object, array: str, allowed: bool) -> Codec:
     if not allowed:
         shown = printable(repr(name or found))
         raise ProblemError(

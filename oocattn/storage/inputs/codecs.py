@@ -1,4 +1,4 @@
-"""Reading rows through Zarr and its codecs: whatever is not a plain local chunk file, correctly and at its own speed.
+"""Reading rows through Zarr and its codecs: all but plain local chunks.
 
 Zarr reads a chunk that does not exist as its fill value, and decodes a chunk to whatever it decodes to. Here both are
 IntegrityErrors: `CompleteStore` refuses absent and oversized objects, shards.py looks for absent chunks within a shard, and
@@ -10,34 +10,36 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import RangeByteRequest, Store
-from zarr.buffer.cpu import NDBuffer, buffer_prototype
-from zarr.storage import LocalStore, StorePath, WrapperStore
+from zarr.storage import LocalStore, WrapperStore
 
 from oocattn.errors import OocattnError
-from oocattn.storage.inputs.decoding import array_chain, bounded
-from oocattn.storage.inputs.shards import check_shard
-from oocattn.storage.layout import (
-    chunk_bytes,
-    chunk_key,
-    described,
+from oocattn.storage.chunk_errors import (
+    chunk_name,
     html_page,
     is_html,
-    leading,
     missing_chunk,
-    stored_bytes,
-    too_large,
-    undecodable,
-    wrong_size,
+    oversized_chunk,
+    torn_chunk,
+    undecodable_chunk,
 )
-
-if TYPE_CHECKING:
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
+from oocattn.storage.inputs.decoding import array_chain, bounded_metadata
+from oocattn.storage.inputs.shards import check_shard
+from oocattn.storage.layout import chunk_bytes, chunk_key, leading_indices, stored_bytes
+from oocattn.storage.zarr_compat import (
+    Buffer,
+    BufferPrototype,
+    ByteRequest,
+    NDBuffer,
+    RangeByteRequest,
+    Store,
+    array_at,
+    buffer_prototype,
+)
+from oocattn.units import ceil_div
 
 STEP_BYTES = 32 * 2**20
 """Decoded bytes of the chunks that Zarr is asked for at a time, at most, unless one chunk is larger."""
@@ -56,9 +58,10 @@ INDEX_COPIES = 4
 
 
 class CompleteStore(WrapperStore[Store]):
-    """A store of whole chunks: an absent key is an error, and so are more than `most` bytes, or not `exact` ones.
+    """A store of whole chunks: an absent or oversized object is an error.
 
-    Of a remote object no more than that is fetched; local ones are mapped. `location` is for the message.
+    An object may have `most` bytes, or must have `exact` ones. Of a remote object no more than that is fetched; local ones
+    are mapped. `location` is for the message.
     """
 
     def __init__(self, store: Store, location: str = "", most: int = 2**63 - 1, exact: int | None = None) -> None:
@@ -72,7 +75,7 @@ class CompleteStore(WrapperStore[Store]):
         window = byte_range
         if byte_range is None and not isinstance(self._store, LocalStore):
             window = RangeByteRequest(0, self._most + 1)
-        value = self._whole(key, await self._store.get(key, prototype, window))
+        value = self._check_whole(key, await self._store.get(key, prototype, window))
         if byte_range is None:
             self._check_content(key, value)
         return value
@@ -82,7 +85,7 @@ class CompleteStore(WrapperStore[Store]):
     ) -> Buffer | None:
         """As `get`, where the wrapped store reads synchronously."""
         store: Any = self._store
-        return self._whole(key, store.get_sync(key, prototype=prototype, byte_range=byte_range))
+        return self._check_whole(key, store.get_sync(key, prototype=prototype, byte_range=byte_range))
 
     if hasattr(Store, "get_ranges"):  # from zarr 3.2 on: by `get`, not by the wrapped store's own
         get_ranges = Store.get_ranges
@@ -90,26 +93,25 @@ class CompleteStore(WrapperStore[Store]):
     def _check_content(self, key: str, value: Buffer) -> None:
         beginning = value[:64].to_bytes()
         if is_html(beginning):
-            raise html_page(described(self._location, key), beginning)
+            raise html_page(chunk_name(self._location, key), beginning)
         if self._exact is not None and len(value) != self._exact:
-            raise wrong_size(self._location, key, len(value), self._exact)
+            raise torn_chunk(self._location, key, len(value), self._exact)
 
-    def _whole(self, key: str, value: Buffer | None) -> Buffer:
+    def _check_whole(self, key: str, value: Buffer | None) -> Buffer:
         if value is None:
             raise missing_chunk(self._location, key)
         if len(value) > self._most:
-            raise too_large(self._location, key, self._most)
+            raise oversized_chunk(self._location, key, self._most)
         return value
 
 
 def complete_array(array: zarr.Array[Any], location: str) -> zarr.Array[Any]:
-    """The same array, for reading: a chunk that is absent, or decodes to more than a chunk has, is an IntegrityError.
+    """The same array, to read: absent and oversized chunks are IntegrityErrors.
 
     Raises ProblemError for codecs that are not decoded.
     """
     store = CompleteStore(array.store, location, array_chain(array).stored, stored_bytes(array))
-    path = StorePath(store, array.path)
-    return zarr.Array(zarr.AsyncArray(metadata=bounded(array), store_path=path))
+    return array_at(store, array.path, bounded_metadata(array))
 
 
 class CodecReader:
@@ -121,23 +123,24 @@ class CodecReader:
         self._location = location
         self._chain = array_chain(array)
         self._chunk_rows = array.chunks[-2]
-        self._columns = -(-array.shape[-1] // array.chunks[-1])
+        self._columns = ceil_div(array.shape[-1], array.chunks[-1])
         chunks = max(1, min(STEP_CHUNKS, STEP_BYTES // (self._columns * chunk_bytes(array))))
         self._step_rows = self._chunk_rows * chunks
         self._whole_shards: set[str] = set()
 
     @property
     def decode_bytes(self) -> int:
-        """Bound on the host memory, in bytes, that one read needs besides the caller's buffer."""
-        chunks = min(self._step_rows // self._chunk_rows, -(-self._array.shape[-2] // self._chunk_rows)) * self._columns
+        """Bound on host memory, in bytes, of one read besides the caller's buffer."""
+        chunks = min(self._step_rows // self._chunk_rows, ceil_div(self._array.shape[-2], self._chunk_rows)) * self._columns
         return DECODE_COPIES * chunks * self._chain.widest + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
     def read(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Read tokens [start, stop) of one head into `out` [stop - start, D], of the array's dtype in native order.
+        """Read tokens [start, stop) of one head into `out` [stop - start, D].
 
-        Raises IntegrityError for a chunk that is missing or that its codecs refuse.
+        `out` has the array's dtype in native order. Raises IntegrityError for a chunk that is missing or that its codecs
+        refuse.
         """
-        index = leading(self._array, batch, head)
+        index = leading_indices(self._array, batch, head)
         for shard in self._shards(index, start, stop):
             if (key := chunk_key(self._array, shard)) not in self._whole_shards:
                 check_shard(self._stored, shard, self._location)
@@ -150,15 +153,15 @@ class CodecReader:
             return iter(())
         *grouped, rows, columns = self._array.shards
         outer = [range(at // extent, at // extent + 1) for at, extent in zip(index, grouped, strict=True)]
-        tokens = range(start // rows, -(-stop // rows))
-        return itertools.product(*outer, tokens, range(-(-self._array.shape[-1] // columns)))
+        tokens = range(start // rows, ceil_div(stop, rows))
+        return itertools.product(*outer, tokens, range(ceil_div(self._array.shape[-1], columns)))
 
 
 def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low: int, out: NDArray[Any]) -> None:
-    """Read the rows from `low` on of one head of a `complete_array` into `out` [n, ...], of its dtype in native order.
+    """Read rows from `low` on of one head of a `complete_array` into `out`.
 
-    `index` is (batch, head), or (head,). Raises IntegrityError for a chunk that is missing or that its codecs refuse, which
-    is named, and OSError as the file system does.
+    `out` is [n, ...], of its dtype in native order. `index` is (batch, head), or (head,). Raises IntegrityError for a chunk
+    that is missing or that its codecs refuse, which is named, and OSError as the file system does.
     """
     high, rows = low + len(out), array.chunks[len(index)]
     selection = (*(slice(at, at + 1) for at in index), slice(low, high))
@@ -168,19 +171,19 @@ def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low
     except (OocattnError, OSError, MemoryError):
         raise
     except BaseExceptionGroup as group:  # as Zarr raises what reads of a shard's parts raised
-        raise _first(group) from group
+        raise _first_error(group) from group
     except Exception as error:  # each codec has its own: RuntimeError, ValueError, zlib.error, EOFError, ...
         if str(error) == "can't start new thread":  # nor does that say anything of the chunk
             raise OSError(errno.EAGAIN, "cannot start a thread: raise the limit on processes (ulimit -u)") from error
         if low // rows == (high - 1) // rows:
-            raise undecodable(location, _key(array, index, low), error) from error
+            raise undecodable_chunk(location, _key(array, index, low), error) from error
         for first, last in _spans(low, high, rows):  # to find out which chunk it is
             read_span(array, location, index, first, out[first - low : last - low])
 
 
-def _first(error: BaseException) -> BaseException:
+def _first_error(error: BaseException) -> BaseException:
     """The first exception in a group that holds no group."""
-    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+    return _first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _key(array: zarr.Array[Any], index: tuple[int, ...], token: int) -> str:

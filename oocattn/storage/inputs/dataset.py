@@ -14,28 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import zarr
-from zarr.abc.store import Store
-from zarr.core.sync import sync
 
 from oocattn.errors import ProblemError
 from oocattn.problem.problem import ArraySpec
+from oocattn.storage.chunk_errors import missing_chunk, torn_chunk
 from oocattn.storage.inputs.axes import check_axes
 from oocattn.storage.inputs.direct import FastestReader
 from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, chunk_files, fingerprints_of, identity
 from oocattn.storage.inputs.packing import MEANINGFUL, refuse_packed
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.inputs.shards import check_shard
-from oocattn.storage.layout import (
-    chunk_key,
-    missing_chunk,
-    stored_bytes,
-    stored_chunks,
-    wrong_size,
-)
+from oocattn.storage.layout import chunk_key, stored_bytes, stored_chunks
 from oocattn.storage.locations import Location, parse_location, recorded_location
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, is_array, open_array, open_consolidated, read_group
 from oocattn.storage.remote.store import open_remote
+from oocattn.storage.zarr_compat import Store, sync
 from oocattn.text import printable
 
 ASKED = 64
@@ -47,10 +41,10 @@ MOST_NAMED = 10
 
 @dataclass(frozen=True)
 class Dataset:
-    """The input of a run: `location` (an absolute path, or a URL without credentials) and its arrays, "q", "k" and "v".
+    """The input of a run: its location, and the arrays "q", "k" and "v".
 
-    Opening reads metadata alone. It is sent to other processes as its arrays' metadata; each learns again how they are
-    read best.
+    `location` is an absolute path, or a URL without credentials. Opening reads metadata alone. It is sent to other processes
+    as its arrays' metadata; each learns again how they are read best.
     """
 
     location: str
@@ -58,17 +52,17 @@ class Dataset:
 
     @classmethod
     def open(cls, path_or_url: str | Path | Location) -> Dataset:
-        """Open a Zarr group, v3 or v2, for reading: a folder, or a URL as `parse_location` takes it.
+        """Open a Zarr group, v3 or v2, for reading, at a path or a URL.
 
         Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes say that
         its numbers or its axes are not what they would be taken for, and IntegrityError if its metadata is damaged. Nothing
         is read before the location is checked.
         """
         location = parse_location(path_or_url)
-        return cls._in(_open_store(location), str(location))
+        return cls._open_in(_open_store(location), str(location))
 
     @classmethod
-    def _in(cls, store: Store, location: str) -> Dataset:
+    def _open_in(cls, store: Store, location: str) -> Dataset:
         group = read_group(store, location)
         if group is None:
             raise _no_group(location, _what_is_at(store, location))
@@ -80,13 +74,13 @@ class Dataset:
         check_axes(arrays, location)
         return cls.of(location, arrays)
 
-    def reopened(self) -> Dataset:
+    def reopen(self) -> Dataset:
         """The dataset as it is now: its metadata is read again. Raises as `open`."""
-        return self._in(self.arrays["q"].array.store, self.location)
+        return self._open_in(self.arrays["q"].array.store, self.location)
 
     @classmethod
     def open_recorded(cls, recorded: object, named: str | Path | Location | None) -> Dataset:
-        """The dataset that a result or a journal is of: at the place that a caller has named, else where it was recorded.
+        """Open the dataset of a result or journal: where `named`, else as recorded.
 
         Raises as `open`, and IntegrityError where something else than a local path is recorded.
         """
@@ -119,43 +113,48 @@ class Dataset:
         return q, k, v
 
     def check_complete(self) -> None:
-        """Check that every chunk of q, k and v is there. Raises IntegrityError naming array, chunk and key.
+        """Check that every chunk of q, k and v is there.
 
-        In a local folder each chunk file must exist and, where it is stored as it is (no compressor, no shards), have
-        exactly the size of a chunk: one `stat` a file. Elsewhere the keys are listed once, where that is possible, and
-        those not listed are asked for by name; a size counts where it is told. Of a shard the index is read as well (16
-        bytes a chunk): every chunk that lies within the array's bounds must be in it and, in a local folder, within the
-        file. What chunks decode to is not checked.
+        Raises IntegrityError naming array, chunk and key. In a local folder each chunk file must exist and, where it is
+        stored as it is (no compressor, no shards), have exactly the size of a chunk: one `stat` a file. Elsewhere the keys
+        are listed once, where that is possible, and those not listed are asked for by name; a size counts where it is told.
+        Of a shard the index is read as well (16 bytes a chunk): every chunk that lies within the array's bounds must be in
+        it and, in a local folder, within the file. What chunks decode to is not checked.
         """
         for array in (self.arrays[name].array for name in NAMES):
             _check_chunks(array, self.location)
 
     def fingerprints(self) -> Fingerprints:
-        """The fingerprints of the dataset as it is now. Raises IntegrityError for a chunk that is missing: any in a local
-        folder, elsewhere one of the few that are sampled."""
+        """The fingerprints of the dataset as it is now.
+
+        Raises IntegrityError for a chunk that is missing: any in a local folder, elsewhere one of the few that are sampled.
+        """
         found = [fingerprints_of(name, self.arrays[name].array, self.location) for name in NAMES]
         return Fingerprints(*("-".join(digests) for digests in zip(*found, strict=True)))
 
     @cached_property
     def as_found(self) -> Fingerprints:
-        """The fingerprints when they were first asked for: compared with later ones, they show every change since."""
+        """The fingerprints when first asked for: later ones show every change."""
         return self.fingerprints()
 
     def fingerprint(self, *, within_run: bool = False) -> str:
-        """One of the `fingerprints` of the dataset as it is now: that which results record, or that `within_run`."""
+        """One fingerprint of the dataset as it is now: recorded, or `within_run`."""
         found = self.fingerprints()
         return found.within_run if within_run else found.recorded
 
 
 def _meaning(array: zarr.Array[Any]) -> dict[str, Any]:
-    """What an array's metadata say of its numbers and axes, by the names that they have there."""
+    """What metadata say of an array's numbers and axes, by name."""
     attributes = {name: array.attrs[name] for name in MEANINGFUL if name in array.attrs}
     names = getattr(array.metadata, "dimension_names", None)
     return {**identity(array), "dimension_names": names and list(names), **attributes}
 
 
 def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], location: str) -> None:
-    """Raise ProblemError where consolidated metadata, which Zarr and xarray believe, say something else than the array's."""
+    """Raise ProblemError where consolidated metadata differ from the array's.
+
+    Zarr and xarray believe the consolidated metadata.
+    """
     own, other = _meaning(array), _meaning(consolidated)
     for field in sorted({*own, *other}):
         if json.dumps(own.get(field), default=str) != json.dumps(other.get(field), default=str):
@@ -170,7 +169,7 @@ def _check_chunks(array: zarr.Array[Any], location: str) -> None:
     expected = stored_bytes(array)
     for coordinates, key, size in _sizes(array, location):
         if expected is not None and size is not None and size != expected:
-            raise wrong_size(location, key, size, expected)
+            raise torn_chunk(location, key, size, expected)
         if array.shards is not None:
             check_shard(array, coordinates, location)
 

@@ -1,8 +1,8 @@
-"""Decompression that is bounded: no compressor gives more bytes than the chunk must have, whatever the stored bytes say.
+"""Bounded decompression: no chunk decodes to more bytes than it must have.
 
 A few kilobytes can claim to be, and can really be, gigabytes. Formats that state their size are checked before anything is
-allocated; streams are decompressed piece by piece until they exceed the bound. `bounded` puts these decoders in the place
-of an array's own compressors; they decode and do not encode.
+allocated; streams are decompressed piece by piece until they exceed the bound. `bounded_metadata` puts these decoders in
+the place of an array's own compressors; they decode and do not encode.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numcodecs
 import numpy as np
 import zarr
 from numcodecs.abc import Codec as Numcodec
-from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import ShardingCodec
 
 from oocattn.storage.inputs.codec_chain import COMPRESSORS, Chain, Codec, Stage, chain_of, v2_codecs, v3_codecs
 from oocattn.storage.inputs.zstd_frames import first_size, frame_sizes
-
-if TYPE_CHECKING:
-    from zarr.core.array_spec import ArraySpec
-    from zarr.core.buffer import Buffer
+from oocattn.storage.zarr_compat import ArraySpec, Buffer, BytesBytesCodec
 
 PIECE_BYTES = 1 << 16
 """Compressed bytes that a stream is given at a time: deflate makes at most a thousand times as many of them."""
@@ -42,8 +38,8 @@ def array_chain(array: zarr.Array[Any]) -> Chain:
     return chain_of(_codecs(array), array.shards or array.chunks, array.dtype.itemsize, f"array {array.path!r}")
 
 
-def bounded(array: zarr.Array[Any]) -> Any:
-    """The array's metadata with decoders that are bounded in the place of its compressors."""
+def bounded_metadata(array: zarr.Array[Any]) -> Any:
+    """The array's metadata with bounded decoders in place of its compressors."""
     metadata: Any = array.metadata
     codecs, stages = _codecs(array), array_chain(array)
     if metadata.zarr_format == 3:
@@ -128,20 +124,20 @@ def decode(codec: Codec, stage: Stage, stored: Any) -> Any:
     content = np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data
     if name in _SIZED:
         return _SIZED[name](content, stage)
-    return _inflated(partial(_STREAMS[name], config), content, stage.decoded, several=name != "zlib")
+    return _inflate(partial(_STREAMS[name], config), content, stage.decoded, several=name != "zlib")
 
 
-def _too_large(most: int) -> NoReturn:
+def _refuse_size(most: int) -> NoReturn:
     raise ValueError(f"it decodes to more than the {most:,} bytes of a chunk")
 
 
 def _blosc(content: memoryview, stage: Stage) -> Any:
-    """Its header (c-blosc's README_CHUNK_FORMAT) has the sizes of all, of a block and of what is stored, and is believed."""
+    """Decode blosc, whose header has all sizes (README_CHUNK_FORMAT)."""
     if len(content) < 16:
         raise ValueError(f"it has {len(content)} bytes, expected 16 at least")
     nbytes, block, stored = (int.from_bytes(content[start : start + 4], "little") for start in (4, 8, 12))
     if nbytes > stage.decoded:
-        _too_large(stage.decoded)
+        _refuse_size(stage.decoded)
     if stored != len(content):
         raise ValueError(f"it has {len(content)} bytes, expected {stored}")
     if block > nbytes or (content[2] & 2 and stored != nbytes + 16):  # bit 1: the bytes as they were
@@ -151,34 +147,37 @@ def _blosc(content: memoryview, stage: Stage) -> Any:
 
 def _lz4(content: memoryview, stage: Stage) -> Any:
     if int.from_bytes(content[:4], "little") > stage.decoded:
-        _too_large(stage.decoded)
+        _refuse_size(stage.decoded)
     return numcodecs.LZ4().decode(content)
 
 
 def _zstd(content: memoryview, stage: Stage) -> Any:
-    """Into a buffer of the size that the frames state; libzstd writes no more than that."""
+    """Decode zstd into a buffer of the size that its frames state.
+
+    libzstd writes no more than that.
+    """
     nbytes: int | None = first_size(content)
     if nbytes != stage.decoded:
         nbytes, most = frame_sizes(content)
         if nbytes is None and stage.exact:
             nbytes = stage.decoded  # another size is an error then
         elif nbytes is None and most <= 2 * stage.decoded:
-            return _at_most(stage.decoded, numcodecs.Zstd().decode(content))
+            return _check_size(stage.decoded, numcodecs.Zstd().decode(content))
         if nbytes is None or nbytes > stage.decoded:
-            _too_large(stage.decoded)
+            _refuse_size(stage.decoded)
     try:
         return numcodecs.Zstd().decode(content, out=np.empty(nbytes, np.uint8))
     except RuntimeError as error:
         if "too small" in str(error):
-            _too_large(nbytes)
+            _refuse_size(nbytes)
         raise
 
 
-def _at_most(most: int, decoded: Any) -> Any:
-    return decoded if len(decoded) <= most else _too_large(most)
+def _check_size(most: int, decoded: Any) -> Any:
+    return decoded if len(decoded) <= most else _refuse_size(most)
 
 
-def _inflated(new: Callable[[], Any], content: memoryview, most: int, several: bool) -> Any:
+def _inflate(new: Callable[[], Any], content: memoryview, most: int, several: bool) -> Any:
     """What a stream, or `several` one after another, decompresses to. `new` makes a decompressor of the standard library."""
     out, done, decompressor = np.empty(most, np.uint8), 0, new()
     for start in range(0, len(content), PIECE_BYTES):
@@ -186,7 +185,7 @@ def _inflated(new: Callable[[], Any], content: memoryview, most: int, several: b
         while piece:
             found = decompressor.decompress(piece, most - done + 1)
             if len(found) > most - done:
-                _too_large(most)
+                _refuse_size(most)
             out[done : done + len(found)] = np.frombuffer(found, np.uint8)
             done += len(found)
             if decompressor.eof and not several:

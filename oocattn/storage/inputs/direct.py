@@ -1,4 +1,4 @@
-"""Reading rows straight from uncompressed chunk files into the caller's buffer, by `preadv` or by memory map.
+"""Reading rows straight from uncompressed chunk files: `preadv` or a map.
 
 Both readers take the same arguments and give the same bytes; which is faster depends on the machine, the file system
 and how much of the files is in the page cache, so `FastestReader` measures it on the dataset's own reads. Neither keeps
@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
+from oocattn.storage.chunk_errors import refuse_missing, torn_chunk
 from oocattn.storage.files.mapping import map_file
-from oocattn.storage.files.operations import doing
-from oocattn.storage.files.regular import advise, opened
-from oocattn.storage.layout import ChunkFiles, Part, missing_chunk, wrong_size
+from oocattn.storage.files.operations import name_failure
+from oocattn.storage.files.regular import advise, open_regular
+from oocattn.storage.layout import ChunkFiles, Part
 
 Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]
 """(files, batch, head, start, stop, out): read tokens [start, stop) of one head into out [stop - start, D]."""
@@ -40,29 +41,28 @@ TRIAL_BYTES = 4 * 2**20
 
 
 def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-    """Read tokens [start, stop) of one head into `out` [stop - start, D], C-contiguous, of the array's dtype.
+    """Read tokens [start, stop) of one head into `out` [stop - start, D].
 
-    While a chunk is copied the kernel reads the next two of the request. Raises IntegrityError for a chunk file that is
-    missing or of another size than it must be.
+    `out` is C-contiguous, of the array's dtype. While a chunk is copied the kernel reads the next two of the request. Raises
+    IntegrityError for a chunk file that is missing or of another size than it must be.
     """
     content = _bytes_of(out)
     ahead = files.parts(batch, head, start, stop)
     _advise(islice(ahead, 1 + READ_AHEAD))
     for part in files.parts(batch, head, start, stop):
         _advise(islice(ahead, 1))
-        with _opened(files, part) as descriptor:
+        with _open_part(files, part) as descriptor:
             _read(descriptor, files, part, content)
 
 
 def read_mapped(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-    """As `read_preadv`, by mapping each chunk file, copying from the map and unmapping it; it is read where it cannot be
-    mapped."""
+    """As `read_preadv`, through a memory map, or a read where none can be."""
     content = _bytes_of(out)
     for part in files.parts(batch, head, start, stop):
         wanted = content[part.begin : part.end]
         slack = part.offset % mmap.ALLOCATIONGRANULARITY
         first, length = part.offset - slack, wanted.nbytes + slack
-        with _opened(files, part) as descriptor:
+        with _open_part(files, part) as descriptor:
             mapped = map_file(descriptor, length, first)
             if mapped is None:
                 _read(descriptor, files, part, content)
@@ -75,15 +75,15 @@ def _read(descriptor: int, files: ChunkFiles, part: Part, content: NDArray[np.ui
     """Read the bytes of a part from its open file to their place in `content`."""
     wanted, offset = memoryview(content.data)[part.begin : part.end], part.offset
     while wanted:
-        with doing("read", part.path):
+        with name_failure("read", part.path):
             count = os.preadv(descriptor, [wanted], offset)
         if count == 0:
-            raise wrong_size(files.location, part.key, offset, part.file_bytes)
+            raise torn_chunk(files.location, part.key, offset, part.file_bytes)
         wanted, offset = wanted[count:], offset + count
 
 
 class FastestReader:
-    """Reads by the faster of two readers, which it learns from the first eight large reads of a dataset.
+    """Reads by the faster of two readers, learned from the first large reads.
 
     Until then the readers take turns, and their median seconds a byte decide: at the size of the reads that are made,
     into the buffers that are used, on files as cold or warm as they are, and without reading a byte for it. The second
@@ -119,18 +119,15 @@ def _bytes_of(out: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _advise(parts: Iterable[Part]) -> None:
     for part in parts:
-        with suppress(OSError, IntegrityError), opened(part.path) as descriptor:  # the read says what is wrong
+        with suppress(OSError, IntegrityError), open_regular(part.path) as descriptor:  # the read says what is wrong
             advise(descriptor, part.offset, part.end - part.begin, os.POSIX_FADV_WILLNEED)
 
 
 @contextmanager
-def _opened(files: ChunkFiles, part: Part) -> Iterator[int]:
-    """A descriptor of the part's chunk file, which exists and has the size that it must have."""
-    try:
-        with opened(part.path) as descriptor:
-            size = os.fstat(descriptor).st_size
-            if size != part.file_bytes:
-                raise wrong_size(files.location, part.key, size, part.file_bytes)
-            yield descriptor
-    except (FileNotFoundError, NotADirectoryError):
-        raise missing_chunk(files.location, part.key) from None
+def _open_part(files: ChunkFiles, part: Part) -> Iterator[int]:
+    """Open the chunk file of a part, which has the size that it must have."""
+    with refuse_missing(files.location, part.key), open_regular(part.path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size != part.file_bytes:
+            raise torn_chunk(files.location, part.key, size, part.file_bytes)
+        yield descriptor

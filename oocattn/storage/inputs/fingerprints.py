@@ -1,4 +1,4 @@
-"""The identity of a dataset: what is seen of its arrays without reading them all, to notice that they were changed."""
+"""The identity of a dataset, from sizes, times and samples of its arrays."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import zarr
-from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.core.sync import sync
 
-from oocattn.storage.files.operations import doing
-from oocattn.storage.files.regular import advise, opened, read_exactly
-from oocattn.storage.layout import chunk_key, coordinates_of, missing_chunk, no_file, stored_chunks
+from oocattn.storage.chunk_errors import irregular_chunk, missing_chunk, refuse_missing
+from oocattn.storage.files.operations import name_failure
+from oocattn.storage.files.regular import advise, open_regular, read_exactly
+from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks, stored_counts
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
+from oocattn.storage.zarr_compat import (
+    Buffer,
+    ByteRequest,
+    RangeByteRequest,
+    SuffixByteRequest,
+    default_buffer_prototype,
+    sync,
+)
 
 NAMES = ("q", "k", "v")
 """The arrays that a dataset has."""
@@ -39,12 +45,13 @@ _IDENTITY = (
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What tells a dataset from another, or from itself before it was changed: each is a digest of each array, with "-".
+    """Digests that tell a dataset from another, or from itself once changed.
 
-    All cover shape, dtype, chunk grid and codecs, the beginning and the end of a few stored chunks and, in a local folder,
-    the size of every chunk file. `recorded` covers their modification times as well: results keep it, and a copy shares it
-    if times were copied. `within_run` also covers change times, which cannot be set back, and which no copy shares
-    (not inodes: not every file system has them for good). `untimed` covers none of these.
+    Each is a digest of each array, joined by "-". All cover shape, dtype, chunk grid and codecs, the beginning and the end
+    of a few stored chunks and, in a local folder, the size of every chunk file. `recorded` covers their modification times
+    as well: results keep it, and a copy shares it if times were copied. `within_run` also covers change times, which cannot
+    be set back, and which no copy shares (not inodes: not every file system has them for good). `untimed` covers none of
+    these.
     """
 
     recorded: str
@@ -53,7 +60,10 @@ class Fingerprints:
 
 
 def changed_arrays(before: str, after: str) -> str:
-    """Which arrays differ between two fingerprints, in words: "k", "k and v", "q, k and v"; "" where none does."""
+    """Name the arrays that differ between fingerprints: "k", "q, k and v".
+
+    "" where none does.
+    """
     pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
     *first, last = [name for name, old, new in pairs if old != new] or [""]
     return f"{', '.join(first)} and {last}" if first else last
@@ -87,20 +97,16 @@ def chunk_files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[i
         return
     for coordinates in stored_chunks(array):
         key = chunk_key(array, coordinates)
-        try:
-            with doing("look at", array.store.root / key):
-                status = os.stat(array.store.root / key)
-        except (FileNotFoundError, NotADirectoryError):
-            raise missing_chunk(location, key) from None
+        with refuse_missing(location, key), name_failure("look at", array.store.root / key):
+            status = os.stat(array.store.root / key)
         if not stat.S_ISREG(status.st_mode):
-            raise no_file(location, key)
+            raise irregular_chunk(location, key)
         yield coordinates, key, status
 
 
 def _sampled_keys(array: zarr.Array[Any]) -> Iterator[str]:
     """The keys of a few stored chunks, from the first to the last."""
-    extents = array.shards or array.chunks
-    counts = [-(-size // extent) for size, extent in zip(array.shape, extents, strict=True)]
+    counts = stored_counts(array)
     total = math.prod(counts)
     for number in sorted({round(place * (total - 1) / (SAMPLED_CHUNKS - 1)) for place in range(SAMPLED_CHUNKS)}):
         yield chunk_key(array, coordinates_of(number, counts))
@@ -122,13 +128,10 @@ def _sample(array: zarr.Array[Any], location: str) -> list[bytes]:
 
 def _ends(root: Path, key: str, location: str) -> list[bytes]:
     """The first and the last bytes of a file. No more is read: of a map the system reads megabytes ahead."""
-    try:
-        with opened(root / key) as descriptor:
-            advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-            last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
-            return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]
-    except (FileNotFoundError, NotADirectoryError):
-        raise missing_chunk(location, key) from None
+    with refuse_missing(location, key), open_regular(root / key) as descriptor:
+        advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
+        return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]
 
 
 async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:

@@ -1,8 +1,8 @@
-"""Numbers that stand for others: arrays that are packed or masked by the CF conventions, as xarray writes them.
+"""Refusal of arrays that are packed or masked by the CF conventions.
 
-Their attributes say what a reader must make of the numbers, and Zarr does not look at them. Here such an array is refused:
-what is stored in it is not what its owner means. Attributes that change no number are let pass, for xarray writes a
-`_FillValue` of NaN with every array of floats.
+xarray writes such arrays. Their attributes say what a reader must make of the numbers, and Zarr does not look at them. Here
+such an array is refused: what is stored in it is not what its owner means. Attributes that change no number are let pass,
+for xarray writes a `_FillValue` of NaN with every array of floats.
 
 `_Unsigned` is about integers alone, which are refused as such. `valid_min`, `valid_max` and `valid_range` are not looked at:
 xarray does not apply them.
@@ -38,19 +38,19 @@ MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
 
 
 def refuse_packed(array: zarr.Array[Any], location: str) -> None:
-    """Raise ProblemError, naming the attribute, where the numbers of an array are not those that are meant."""
+    """Raise ProblemError where an array is packed, naming the attribute."""
     for name, unchanged in _CHANGES_NOTHING.items():
         found = array.attrs.get(name)
         for item in found if isinstance(found, list) else [found]:
             number = _number(item)
             if item is not None and (number is None or not unchanged(number)):
                 shown = printable(repr(item if number is None else number))
-                raise _packed(array, location, f"the attribute {name} = {shown:.80}")
+                raise _packed_error(array, location, f"the attribute {name} = {shown:.80}")
     if (filled := _mask_of_v2(array)) is not None:
-        raise _packed(array, location, f"the fill_value {filled}, as which xarray keeps _FillValue,")
+        raise _packed_error(array, location, f"the fill_value {filled}, as which xarray keeps _FillValue,")
 
 
-def _packed(array: zarr.Array[Any], location: str, found: str) -> ProblemError:
+def _packed_error(array: zarr.Array[Any], location: str, found: str) -> ProblemError:
     return ProblemError(
         f"array {array.path!r} of {printable(location)} has {found} by which its numbers are packed or masked (CF "
         "conventions): expected plain numbers; write the decoded ones, as with "
@@ -73,7 +73,7 @@ def _number(found: object) -> float | None:
 
 
 def _mask_of_v2(array: zarr.Array[Any]) -> Any:
-    """The fill value of an array of Zarr v2 by xarray, which keeps its `_FillValue` there; None where it masks nothing.
+    """The fill value by which xarray masks an array of Zarr v2, or None.
 
     Zero is what Zarr itself fills with where nobody has chosen.
     """

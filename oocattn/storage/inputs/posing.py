@@ -1,4 +1,4 @@
-"""The problem that a dataset poses: as a caller asks it, or as a run or a result has recorded it."""
+"""The problem that a dataset poses, as asked or as recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def pose(dataset: Dataset, *, causal: bool, scale: float | None, out_dtype: Dtyp
 
 
 def check_poses(dataset: Dataset, problem: Problem, whose: str) -> None:
-    """Raise ProblemError where a dataset poses another problem than that of a `whose`: "run" or "result"."""
+    """Raise ProblemError where a dataset poses another problem.
+
+    `problem` is that of a `whose`: "run" or "result".
+    """
     posed = pose(dataset, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
     if posed != problem:
         raise ProblemError(

@@ -1,4 +1,4 @@
-"""One input array as the run sees it: what it is, how it is read, and its rows read into the caller's buffers.
+"""Input arrays as a run sees them: read by rows of one head.
 
 `InputArray` picks the way: chunk files that are plain rows are read directly (direct.py), all else through Zarr
 (codecs.py). Finding the arrays of a dataset and checking them is dataset.py's.
@@ -42,7 +42,7 @@ class InputArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The numpy dtype of the buffers that `read_rows` fills: the array's, in native byte order."""
+        """The dtype of `read_rows`' buffers: the array's, in native byte order."""
         return self.array.dtype.newbyteorder("=")
 
     @property
@@ -52,17 +52,17 @@ class InputArray:
 
     @property
     def chunk_rows(self) -> int:
-        """Tokens a chunk; reads that start and stop at its multiples touch no chunk in part."""
+        """Tokens of a chunk; reads that start and stop there touch only whole ones."""
         return self.array.chunks[-2]
 
     @property
     def decode_bytes(self) -> int:
-        """Bound on the host memory, in bytes, that one read needs besides the caller's buffer."""
+        """Bound on host memory, in bytes, of one read besides the caller's buffer."""
         return 0 if self.direct else self._codec_reader.decode_bytes
 
     @property
     def reader(self) -> str:
-        """How rows are read: "preadv" or "map", as the dataset's first large reads have shown, or "zarr"."""
+        """How rows are read: "preadv" or "map", as was measured, or "zarr"."""
         if not self.direct:
             return "zarr"
         return "map" if self._fastest.learned is read_mapped else "preadv"
@@ -79,10 +79,10 @@ class InputArray:
         return f"{', '.join(found)}: read through Zarr's codecs"
 
     def read_rows(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Read tokens [start, stop) of one head into `out` [stop - start, D], C-contiguous, of dtype `dtype`.
+        """Read tokens [start, stop) of one head into `out` [stop - start, D].
 
-        Raises ValueError for rows that the array has not or a buffer that does not fit, and IntegrityError for a chunk
-        that is missing, of the wrong size or undecodable; `out` is then undefined.
+        `out` is C-contiguous, of dtype `dtype`. Raises ValueError for rows that the array has not or a buffer that does not
+        fit, and IntegrityError for a chunk that is missing, of the wrong size or undecodable; `out` is then undefined.
         """
         self._check_rows(batch, head, start, stop)
         expected = (stop - start, self.array.shape[-1])

@@ -1,4 +1,4 @@
-"""The index of a shard: whether it lists every chunk that it must, and nothing but stretches of bytes that can be.
+"""Checks of a shard's index: complete, and within the shard.
 
 Zarr reads a chunk that an index does not list as fill values, and believes every offset and length in it. Here an index is
 checked before Zarr reads the shard, and those of shards within it.
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import ByteRequest, RangeByteRequest
-from zarr.buffer.cpu import buffer_prototype
-from zarr.core.sync import sync
 
+from oocattn.storage.chunk_errors import missing_chunk, refuse_missing, undecodable_chunk
 from oocattn.storage.inputs.codec_chain import Chain
 from oocattn.storage.inputs.decoding import array_chain
-from oocattn.storage.layout import chunk_key, missing_chunk, undecodable
+from oocattn.storage.layout import chunk_key
+from oocattn.storage.zarr_compat import ByteRequest, RangeByteRequest, buffer_prototype, sync
+from oocattn.units import ceil_div
 
 _ABSENT = 2**64 - 1
 """Offset and length of a chunk that a shard does not hold (Zarr v3 sharding codec, binary shard format)."""
@@ -28,9 +28,9 @@ _ABSENT = 2**64 - 1
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard, or a shard within one: its first element in the array, its extents, and its bytes of the object `key`.
+    """A shard, or one within it: where it lies in the array and in an object.
 
-    `place` is what messages call it.
+    It begins at element `origin`, and takes the bytes [begin, end) of the object `key`. `place` is what messages call it.
     """
 
     array: zarr.Array[Any]
@@ -44,11 +44,11 @@ class _Shard:
 
 
 def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -> None:
-    """Check that the shard at these coordinates exists and that its index lists every chunk within the array's bounds.
+    """Check that a shard exists, and that its index lists every chunk.
 
-    No two chunks may share bytes, nor a chunk and the index; none may be longer than its codecs can make it, and none may
-    lie beyond the shard. Shards within the shard are checked as well. Reads indices alone: 16 bytes a chunk. Raises
-    IntegrityError.
+    Chunks beyond the array's bounds may be missing. No two chunks may share bytes, nor a chunk and the index; none may be
+    longer than its codecs can make it, and none may lie beyond the shard. Shards within the shard are checked as well. Reads
+    indices alone: 16 bytes a chunk. Raises IntegrityError.
     """
     assert array.shards is not None
     key = chunk_key(array, shard)
@@ -60,10 +60,8 @@ def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -
 
 def _size(array: zarr.Array[Any], key: str, location: str) -> int:
     """Bytes of a stored object."""
-    try:
+    with refuse_missing(location, key):
         return sync(array.store.getsize(key))
-    except (FileNotFoundError, NotADirectoryError):
-        raise missing_chunk(location, key) from None
 
 
 def _check(shard: _Shard, codecs: Any, chain: Chain) -> None:
@@ -95,12 +93,12 @@ def _place_of(shard: _Shard, at: Iterable[int]) -> str:
 
 
 def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int], size: int) -> NDArray[np.uint64]:
-    """Offset and length of every chunk, from the beginning of the shard: [*counts, 2], of `size` bytes as stored."""
+    """Read offset and length of every chunk: [*counts, 2], `size` bytes."""
     content = sync(shard.array.store.get(shard.key, buffer_prototype, _window(shard, size, config["index_location"])))
     if content is None:
         raise missing_chunk(shard.location, shard.place)
     if len(content) != size:
-        raise undecodable(shard.location, shard.place, f"its index has {len(content)} bytes of {size}")
+        raise undecodable_chunk(shard.location, shard.place, f"its index has {len(content)} bytes of {size}")
     order = config["index_codecs"][0].get("configuration", {}).get("endian", "little")
     numbers = np.frombuffer(content.to_bytes(), ">u8" if order == "big" else "<u8", 2 * math.prod(counts))
     return numbers.astype(np.uint64, copy=False).reshape(*counts, 2)
@@ -113,21 +111,25 @@ def _window(shard: _Shard, size: int, where: str) -> ByteRequest:
 
 
 def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int, content: range) -> None:
-    """Check the stretches [offset, offset + length) of the chunks that an index lists: each has up to `most` bytes, and all
-    lie in `content`, the shard without its index."""
+    """Check the stretches of bytes that an index lists.
+
+    Each has up to `most` bytes, and all lie in `content`, the shard without its index.
+    """
     listed = index[(index != _ABSENT).any(axis=-1)]
     offsets, lengths = listed[np.argsort(listed[:, 0], kind="stable")].T
     if np.any(lengths == 0):  # Zarr would read fill values
-        raise undecodable(shard.location, shard.place, "its index lists a chunk of no bytes")
+        raise undecodable_chunk(shard.location, shard.place, "its index lists a chunk of no bytes")
     if np.any(lengths > most):
-        raise undecodable(shard.location, shard.place, f"its index lists {int(lengths.max()):,} bytes for one chunk")
+        raise undecodable_chunk(shard.location, shard.place, f"its index lists {int(lengths.max()):,} bytes for one chunk")
     if np.any(offsets > 2**63) or np.any((offsets + lengths)[:-1] > offsets[1:]):
-        raise undecodable(shard.location, shard.place, "its index lists chunks that overlap")
+        raise undecodable_chunk(shard.location, shard.place, "its index lists chunks that overlap")
     if len(listed) and not content.start <= int(offsets[0]) <= int(offsets[-1] + lengths[-1]) <= content.stop:
-        raise undecodable(shard.location, shard.place, f"its index points beyond the {len(content):,} bytes of its chunks")
+        raise undecodable_chunk(
+            shard.location, shard.place, f"its index points beyond the {len(content):,} bytes of its chunks"
+        )
 
 
 def _inside(shard: _Shard, chunk: tuple[int, ...]) -> tuple[slice, ...]:
     """The part of a shard's grid of chunks that lies within the array."""
     extents = zip(shard.origin, shard.extents, shard.array.shape, chunk, strict=True)
-    return tuple(slice(-(-min(extent, size - start) // step)) for start, extent, size, step in extents)
+    return tuple(slice(ceil_div(min(extent, size - start), step)) for start, extent, size, step in extents)

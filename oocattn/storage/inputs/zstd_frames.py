@@ -1,4 +1,4 @@
-"""What zstd frames say of their sizes, read from the headers of frames and blocks alone (RFC 8878, section 3.1)."""
+"""Sizes of zstd frames, by the headers alone (RFC 8878, section 3.1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_BLOCKS = 1 << 18
 
 
 def first_size(content: memoryview) -> int | None:
-    """The size that the first frame states; None where it states none, or where there is no frame."""
+    """The size that the first frame states, or None."""
     try:
         return _header(content, 4)[0] if _number(content, 0, 4) == _FRAME else None
     except ValueError:
@@ -23,7 +23,7 @@ def first_size(content: memoryview) -> int | None:
 
 
 def frame_sizes(content: memoryview) -> tuple[int | None, int]:
-    """Bytes that all frames say they hold, None where one does not say, and the most that their blocks can hold.
+    """The size that all frames state, or None, and the most they can hold.
 
     Raises ValueError where there is something other than whole frames.
     """
@@ -48,7 +48,7 @@ def frame_sizes(content: memoryview) -> tuple[int | None, int]:
 
 
 def _header(content: memoryview, position: int) -> tuple[int | None, int, int]:
-    """The size that a frame states, the bytes of its checksum, and where its blocks begin."""
+    """A frame's stated size, its checksum's bytes, and where its blocks begin."""
     descriptor = _number(content, position, 1)
     single, checksum = descriptor >> 5 & 1, 4 * (descriptor >> 2 & 1)
     nbytes = (single, 2, 4, 8)[descriptor >> 6]
@@ -58,7 +58,7 @@ def _header(content: memoryview, position: int) -> tuple[int | None, int, int]:
 
 
 def _block(content: memoryview, position: int) -> tuple[bool, int, int]:
-    """Whether a block is the last one, the bytes that it holds at most, and where it ends."""
+    """Whether a block is the last, the most bytes in it, and where it ends."""
     header = _number(content, position, 3)
     kind, size = header >> 1 & 3, header >> 3
     held = size if kind in (_RAW, _REPEATED) else MOST_BLOCK_BYTES

@@ -1,4 +1,4 @@
-"""Checksummed files of array blocks: what a run keeps on disk between computing it and needing it again.
+"""Checksummed files of array blocks: partials and checkpoints.
 
 A file is a record, `{"blocks": [[bytes, crc32], ...], "label": {...}}`, padded to 4,096 bytes or a multiple, and then the
 raw bytes of the blocks. It is written durably, so a file under its final name is whole; the checksums find what happened to
@@ -11,6 +11,7 @@ import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.errors import IntegrityError
+from oocattn.records import Count, from_json
 from oocattn.storage.files.durable import decode_record, encode_record, write_durably
-from oocattn.storage.files.regular import opened
+from oocattn.storage.files.regular import open_regular
+from oocattn.units import ceil_div
 
 _PAGE = 4096
 _MAX_HEADER = 1 << 24
@@ -29,8 +32,16 @@ _STEP = 1 << 20
 Block = Sequence[npt.NDArray[np.generic]]
 
 
+@dataclass(frozen=True)
+class _Header:
+    """Bytes and CRC-32 of each block, and the label."""
+
+    blocks: tuple[tuple[Count, Count], ...]
+    label: Mapping[str, Any]
+
+
 def write_blocks(path: Path, blocks: Sequence[Block], label: Mapping[str, Any]) -> int:
-    """Write blocks, each a sequence of C-contiguous arrays, durably under `path`; return the bytes written."""
+    """Write blocks of C-contiguous arrays durably; return the bytes written."""
     entries = []
     for block in blocks:
         checksum = 0
@@ -38,25 +49,27 @@ def write_blocks(path: Path, blocks: Sequence[Block], label: Mapping[str, Any]) 
             checksum = zlib.crc32(_raw(array), checksum)
         entries.append([sum(array.nbytes for array in block), checksum])
     header = encode_record({"blocks": entries, "label": label}).rstrip()
-    header = header.ljust(-(-(len(header) + 1) // _PAGE) * _PAGE - 1) + b"\n"
+    header = header.ljust(ceil_div(len(header) + 1, _PAGE) * _PAGE - 1) + b"\n"
     return write_durably(path, itertools.chain([np.frombuffer(header, np.uint8)], *blocks))
 
 
-def read_label(path: Path) -> dict[str, Any]:
-    """The label of a file. Raises IntegrityError, naming it, where it is missing or its header is damaged."""
-    with _opened(path) as file:
-        label: dict[str, Any] = _read_header(path, file)["label"]
-        return label
+def read_label(path: Path) -> Mapping[str, Any]:
+    """Read the label of a file.
+
+    Raises IntegrityError, naming the file, where it is missing or its header is damaged.
+    """
+    with _open_blocks(path) as file:
+        return _read_header(path, file).label
 
 
 def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
-    """Read a file's blocks one after another into the caller's arrays; yield each block's index once it is whole.
+    """Read blocks into the caller's arrays; yield the index of each whole one.
 
     The arrays of different blocks may be the same memory: use what was read before asking for the next. Raises
     IntegrityError, naming the file, where it is missing, short, or does not match its checksums.
     """
-    with _opened(path) as file:
-        entries = _read_header(path, file)["blocks"]
+    with _open_blocks(path) as file:
+        entries = _read_header(path, file).blocks
         if len(entries) != len(blocks):
             raise IntegrityError(f"{path}: {len(entries)} blocks, expected {len(blocks)}")
         for index, (block, (size, expected)) in enumerate(zip(blocks, entries, strict=True)):
@@ -70,25 +83,25 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file's blocks match their checksums; False also where it cannot be read."""
+    """Whether a file can be read and its blocks match their checksums."""
     step = bytearray(_STEP)
     try:
-        with _opened(path) as file:
-            for size, expected in _read_header(path, file)["blocks"]:
+        with _open_blocks(path) as file:
+            for size, expected in _read_header(path, file).blocks:
                 checksum, left = 0, size
                 while left and (count := file.readinto(memoryview(step)[: min(left, _STEP)])):
                     checksum, left = zlib.crc32(memoryview(step)[:count], checksum), left - count
                 if left or checksum != expected:
                     return False
-    except (IntegrityError, OSError, TypeError, ValueError):
+    except (IntegrityError, OSError):
         return False
     return True
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
+def _open_blocks(path: Path) -> Iterator[BufferedReader]:
     try:
-        with opened(path, follow=False) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        with open_regular(path, follow=False) as descriptor, open(descriptor, "rb", closefd=False) as file:
             yield file
     except FileNotFoundError:
         raise IntegrityError(f"{path}: the file is missing") from None
@@ -98,10 +111,8 @@ def _raw(array: npt.NDArray[np.generic]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _read_header(path: Path, file: BufferedReader) -> dict[str, Any]:
-    header = decode_record(file.readline(_MAX_HEADER), path)
-    blocks, label = header.get("blocks"), header.get("label")
-    pairs = isinstance(blocks, list) and all(isinstance(each, list) and len(each) == 2 for each in blocks)
-    if header.keys() != {"blocks", "label"} or not pairs or not isinstance(label, dict):
-        raise IntegrityError(f"{path}: the header is not that of a file of blocks")
-    return header
+def _read_header(path: Path, file: BufferedReader) -> _Header:
+    try:
+        return from_json(_Header, decode_record(file.readline(_MAX_HEADER), path))
+    except ValueError as error:
+        raise IntegrityError(f"{path}: not the header of a file of blocks ({error})") from None

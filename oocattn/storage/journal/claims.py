@@ -1,4 +1,4 @@
-"""Who holds a lock, as its file says it, and what a lock gives: the words that all share who work under one.
+"""The holder of a lock, as its file names it, and the claim of its run.
 
 How a lock is taken, kept and lost is in `lock`.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Protocol
 
 from oocattn.errors import IntegrityError
-from oocattn.records import Range, from_json, parse_json
+from oocattn.records import ADDED, Range, from_json, parse_json
 from oocattn.storage.files.regular import read_file
 from oocattn.text import printable
 
@@ -29,7 +29,7 @@ class Holder:
     process: Annotated[int, Range(0, 2**32)]
     kernel: str = ""  # of which boot of which machine, as far as that is known
     token: str = field(default="", compare=False)
-    flocked: bool = field(default=True, compare=False)  # whether the kernel's lock is held, and not the file alone
+    flocked: Annotated[bool, ADDED] = field(default=True, compare=False)  # whether the kernel's lock is held too
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -46,22 +46,25 @@ class Holder:
 
     @property
     def is_told_by_kernel(self) -> bool:
-        """Whether the kernel of this process says by its locks whether this holder is alive."""
+        """Whether this kernel's locks tell if this holder is alive."""
         return self.flocked and self.shares_kernel(Holder.this_process())
 
     def __str__(self) -> str:
         return f"process {self.process} on host {printable(self.host)}"
 
 
-NOBODY = Holder("unknown", 0)
+UNKNOWN_HOLDER = Holder("unknown", 0)
 """Who holds a lock whose text cannot be read."""
 
 
 class Claim(Protocol):
-    """What a lock gives to all who work under it, on any host: small, and it can be sent."""
+    """What a lock gives to all who work under it; small, and can be sent."""
 
     def check(self) -> None:
-        """Raise LockedError where the lock is not held any more. To be called before each step that others would see."""
+        """Raise LockedError where the lock is not held any more.
+
+        It is called before each step that others would see.
+        """
 
 
 class Lock(Protocol):
@@ -75,7 +78,7 @@ class Lock(Protocol):
     def claim(self) -> Claim:
         """What those who work under it ask."""
 
-    def still_mine(self) -> bool:
+    def is_held(self) -> bool:
         """Whether nobody has taken it over."""
 
     def release(self) -> None:
@@ -83,13 +86,13 @@ class Lock(Protocol):
 
 
 def read_holder(path: Path) -> Holder:
-    """Who holds the lock whose file this is; `NOBODY` where that cannot be read."""
+    """Who holds the lock whose file this is; `UNKNOWN_HOLDER` where that cannot be read."""
     try:
         return parse_holder(read_file(path, MOST_BYTES, follow=False))
     except (OSError, ValueError, IntegrityError):
-        return NOBODY
+        return UNKNOWN_HOLDER
 
 
 def parse_holder(content: bytes) -> Holder:
     """The holder that a lock file names. Raises ValueError for anything else."""
-    return from_json(Holder, parse_json(content), may_lack=["flocked"])  # which older versions do not say
+    return from_json(Holder, parse_json(content))

@@ -1,4 +1,4 @@
-"""What a run leaves on disk so that it can be resumed: what it works at, and the query chunks that it has finished.
+"""The journal of a run: its plan, and the query chunks it has finished.
 
 `RESULT.oocattn/plan.json` is written before the first task, and `RESULT.oocattn/finished/HEADGROUP-CHUNK.json` once `out`
 and `lse` of a chunk are on disk, before its partials are removed. All are records with a checksum, written durably. A record
@@ -18,22 +18,22 @@ from typing import Any
 from oocattn.errors import IntegrityError
 from oocattn.storage.files.durable import encode_record, read_record, write_record
 from oocattn.storage.files.folders import JOURNAL, is_taken, names_in, remove_ours
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.syncing import sync
 from oocattn.storage.journal.claims import Claim
 from oocattn.text import printable
 
 OTHER_BITS = "other-bits.json"
 
-Place = tuple[int, int]
+ChunkId = tuple[int, int]
 """A head group and one of its query chunks."""
 
 
 @dataclass(frozen=True)
 class Journal:
-    """The journal of the run `run`, an identity of everything that determines its result, in the folder `state`.
+    """The journal of a run in the folder `state`.
 
-    It is written under a `claim` to the result's lock.
+    `run` is an identity of everything that determines its result. It is written under a `claim` to the result's lock.
     """
 
     state: Path
@@ -44,7 +44,7 @@ class Journal:
     def begin(cls, state: Path, header: Mapping[str, Any], claim: Claim) -> Journal:
         """A new journal of the run that `header` describes; none may be there."""
         journal = cls(state, identity(header), claim)
-        with doing("make", journal._folder):
+        with name_failure("make", journal._folder):
             journal._folder.mkdir()
         claim.check()
         write_record(state / "plan.json", header)
@@ -69,7 +69,7 @@ class Journal:
 
     @property
     def other_bits(self) -> str:
-        """What computed otherwise for a part of the run than when it began; "" where nothing did."""
+        """What computed otherwise for a part of the run than at its beginning, or ""."""
         with suppress(FileNotFoundError, IntegrityError):
             record = read_record(self.state / OTHER_BITS)
             if record.get("run") == self.run:
@@ -81,8 +81,8 @@ class Journal:
         """How many records there are, damaged ones and those of other runs among them."""
         return len(self._names())
 
-    def finished(self) -> dict[Place, dict[str, Any]]:
-        """The records of the finished chunks of this run; those that are damaged or another run's are left out."""
+    def finished(self) -> dict[ChunkId, dict[str, Any]]:
+        """The whole records of this run's finished chunks."""
         found = {}
         for name in self._names():
             try:
@@ -99,7 +99,10 @@ class Journal:
 
 
 def read_header(state: Path) -> dict[str, Any] | None:
-    """What the unfinished run in the folder `state` works at, None where there is none. Raises IntegrityError if damaged."""
+    """Read the header of the unfinished run in `state`; None where there is none.
+
+    Raises IntegrityError where it is damaged.
+    """
     try:
         return read_record(state / "plan.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -110,15 +113,18 @@ def read_header(state: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def has_begun(state: Path) -> bool:
+def journal_exists(state: Path) -> bool:
     """Whether there is the journal of a run in a folder."""
     return is_taken(state / "plan.json")
 
 
-def forget(state: Path) -> None:
-    """Remove the journal in a folder, if there is one: what it says goes first, so that half of it is never believed."""
+def remove_journal(state: Path) -> None:
+    """Remove the journal in a folder, the header first.
+
+    Half of a journal is never believed then.
+    """
     for name in ("plan.json", OTHER_BITS):
-        with suppress(FileNotFoundError), doing("remove", state / name):
+        with suppress(FileNotFoundError), name_failure("remove", state / name):
             (state / name).unlink()
             sync(state)
     remove_ours(state / "finished", JOURNAL)

@@ -1,11 +1,11 @@
-"""One run to a result: a lock that lives exactly as long as its process, and a token that tells whoever lost it.
+"""The lock of a result: it lives as long as its process.
 
-The lock is the kernel's (`flock`), so it is gone with the process that held it, however that ended; the file's text only
-says who holds it. Whether such a lock is seen by other hosts depends on the file system (flock(2): on NFS since Linux
-2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also touches the file every few seconds:
-what another kernel's process left there is taken over only when that has stopped. A file system may have no locks at all
-(NFS without its lock daemon, some in user space): there, touching and watching is all that keeps others away, also on the
-same host. A lock file says whether its holder had the kernel's lock too.
+A token tells a holder who has lost it. The lock is the kernel's (`flock`), so it is gone with the process that held it,
+however that ended; the file's text only says who holds it. Whether such a lock is seen by other hosts depends on the file
+system (flock(2): on NFS since Linux 2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also
+touches the file every few seconds: what another kernel's process left there is taken over only when that has stopped. A file
+system may have no locks at all (NFS without its lock daemon, some in user space): there, touching and watching is all that
+keeps others away, also on the same host. A lock file says whether its holder had the kernel's lock too.
 
 A process that is forked while it holds a lock shares it with the fork: so the fork closes the file, and the token is worth
 nothing there.
@@ -41,11 +41,11 @@ from weakref import WeakSet
 from oocattn.clock import now
 from oocattn.errors import IntegrityError, LockedError, TimeLimitError
 from oocattn.storage.files.durable import PARTIAL
-from oocattn.storage.files.operations import UNSUPPORTED, doing, warn_once
-from oocattn.storage.files.regular import opened, read_exactly, read_file
+from oocattn.storage.files.operations import UNSUPPORTED, name_failure, warn_once
+from oocattn.storage.files.regular import open_regular, read_exactly, read_file
 from oocattn.storage.files.renaming import rename_new
 from oocattn.storage.files.syncing import sync_descriptor
-from oocattn.storage.journal.claims import MOST_BYTES, NOBODY, Holder, parse_holder, read_holder
+from oocattn.storage.journal.claims import MOST_BYTES, UNKNOWN_HOLDER, Holder, parse_holder, read_holder
 
 PATIENCE = 0.5
 """Seconds to wait for a lock: one who only looks at who holds it has it for a moment."""
@@ -73,7 +73,7 @@ class FileClaim:
     token: str
 
     def check(self) -> None:
-        """Raise LockedError where the lock is not held any more, OSError where that cannot be told."""
+        """Raise LockedError where the lock is lost, OSError where that is unknown."""
         if self.token in _left_to_parent:
             raise LockedError(
                 f"{self.path.parent}: this process is a fork of {read_holder(self.path)}, and the run goes on there alone"
@@ -88,7 +88,7 @@ class FileClaim:
             )
 
     def holds(self) -> bool:
-        """Whether the file is there and has the token, which counts for nothing in a fork of the process that made it."""
+        """Whether the file has this token, and this process is no fork of the holder."""
         if self.token in _left_to_parent:
             return False
         try:
@@ -98,10 +98,11 @@ class FileClaim:
 
 
 class FileLock:
-    """The lock of a result on a file system: a Lock. Raises LockedError with the holder's host and process.
+    """The lock of a result on a file system: a `Lock`.
 
-    A lock that was left behind is taken over, and a warning says from whom. Whether it was may take some seconds to tell:
-    TimeLimitError where that would be after `until`, a moment of `clock.now`.
+    Raises LockedError with the holder's host and process. A lock that was left behind is taken over, and a warning says from
+    whom. Whether it was may take some seconds to tell: TimeLimitError where that would be after `until`, a moment of
+    `clock.now`.
     """
 
     def __init__(self, path: Path, until: float = math.inf) -> None:
@@ -117,37 +118,45 @@ class FileLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             with suppress(OSError):  # the file system is away
-                if not self.still_mine():
-                    logger.error("%s: %s has taken over; this run ends", self.path.parent, read_holder(self.path))
+                if not self.is_held():
+                    logger.error(
+                        "%s: the lock was taken over by %s; this run ends", self.path.parent, read_holder(self.path)
+                    )
                     return
                 self._touch()
 
     def _touch(self) -> None:
-        """Have the file's time of change move on: by writing it again where its time cannot be set."""
+        """Advance the file's modification time, by writing where it cannot be set."""
         before = os.fstat(self._descriptor).st_mtime_ns
         with suppress(OSError):
             os.utime(self._descriptor)
         if os.fstat(self._descriptor).st_mtime_ns == before:
             os.pwrite(self._descriptor, os.pread(self._descriptor, MOST_BYTES, 0), 0)
 
-    def still_mine(self) -> bool:
+    def is_held(self) -> bool:
         """Whether nobody has taken this for left behind, as this process slept."""
         return self.claim.holds()
 
     def release(self) -> None:
-        """Give the lock up: its file is removed, unless it is another's by now, or that of the process this is a fork of."""
+        """Release the lock; its file is removed unless another process took over.
+
+        In a fork of the holder, nothing happens.
+        """
         if self.claim.token in _left_to_parent:
             return
         _held.discard(self)
         self._released.set()
         self._beating.join()  # else it might touch another file, which has the descriptor by then
         with suppress(OSError):
-            if self.still_mine():
+            if self.is_held():
                 self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
     def leave_to_parent(self) -> None:
-        """In a fork of the process that holds it: have no part in it, or it would be held as long as the fork lives."""
+        """Give up a lock that this process shares as a fork of its holder.
+
+        It would be held as long as the fork lives.
+        """
         _left_to_parent.add(self.claim.token)
         os.close(self._descriptor)
 
@@ -175,9 +184,9 @@ os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def _acquire(path: Path, holder: Holder, until: float) -> int:
-    """A descriptor of the lock file at `path`, which is locked and says that it is the holder's."""
+    """Open the lock file at `path`, locked, with the holder's text in it."""
     temporary = path.with_name(f"{path.name}.{holder.token}{PARTIAL}")
-    with doing("lock", path):
+    with name_failure("lock", path):
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             flocked = _flock(descriptor, fcntl.LOCK_EX, path)
@@ -186,12 +195,12 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
                 warn_once(
                     os.fstat(descriptor).st_dev,
                     "locks",
-                    "%s: this file system gives no locks (flock): other runs are kept away by a file that this one touches "
-                    "every %g s; one that was left behind is watched for %g s before it is taken over",
+                    "%s: this file system has no locks (flock); other runs are kept away by a file that this one touches "
+                    "every %g s, and a stale one is watched for %g s before it is taken over",
                     *(path.parent, BEAT, BEATS_MISSED * BEAT),
                 )
                 sync_descriptor(descriptor, path)  # so that other hosts find it whole, which a lock would see to
-            while not _named(temporary, path) and not _taken_over(temporary, path, until, flocked):
+            while not _give_name(temporary, path) and not _take_over(temporary, path, until, flocked):
                 pass
         except BaseException:
             with suppress(OSError):
@@ -201,7 +210,7 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
     return descriptor
 
 
-def _named(temporary: Path, path: Path) -> bool:
+def _give_name(temporary: Path, path: Path) -> bool:
     """Give the lock file its name; False where something has it."""
     try:
         rename_new(temporary, path)
@@ -210,10 +219,10 @@ def _named(temporary: Path, path: Path) -> bool:
     return True
 
 
-def _taken_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
-    """Put the lock file in the place of one that was left behind; False where that has gone meanwhile."""
+def _take_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
+    """Replace a stale lock file by ours; False where it is gone meanwhile."""
     try:
-        with opened(path, follow=False, writable=True) as left:  # NFS locks only those exclusively
+        with open_regular(path, follow=False, writable=True) as left:  # NFS locks only those exclusively
             flocked &= _lock(left, path)
             if not _is_at(left, path):
                 return False
@@ -227,32 +236,37 @@ def _taken_over(temporary: Path, path: Path, until: float, flocked: bool) -> boo
 
 
 def _watch(path: Path, until: float, flocked: bool) -> None:
-    """Return when whoever left a lock file behind is gone: its kernel tells, where it was `flocked`, or else its silence."""
+    """Return when the holder of a stale lock file is gone.
+
+    Its kernel tells where it was `flocked`, or else its silence.
+    """
     try:
         before = parse_holder(read_file(path, MOST_BYTES, follow=False))
     except (ValueError, IntegrityError):  # one that cannot be read at all is left: somebody may hold it
-        before = NOBODY
-    last = _touched(path)
-    if flocked and before == NOBODY:  # no lock that was made whole
+        before = UNKNOWN_HOLDER
+    last = _touch_time(path)
+    if flocked and before == UNKNOWN_HOLDER:  # no lock that was made whole
         time.sleep(GRACE)
     elif not (flocked and before.is_told_by_kernel):
         deadline = time.monotonic() + BEATS_MISSED * BEAT
-        logger.warning("%s: watching for %g s whether %s is alive", path.parent, BEATS_MISSED * BEAT, before)
+        logger.warning(
+            "%s: watching for %g s whether %s is alive, who holds the lock", path.parent, BEATS_MISSED * BEAT, before
+        )
         while time.monotonic() < deadline:
             if now() > until:
                 raise TimeLimitError(f"time limit reached before it was known whether {before} is alive")
             time.sleep(min(0.2, BEAT))
-            if _touched(path) != last:
-                raise _locked(path)
-    logger.warning("%s: taking over from %s, which is gone", path.parent, before)
+            if _touch_time(path) != last:
+                raise _locked_error(path)
+    logger.warning("%s: the stale lock of %s is taken over", path.parent, before)
 
 
-def _touched(path: Path) -> int:
-    with opened(path, follow=False) as descriptor:  # opened, so that a network file system asks its server
+def _touch_time(path: Path) -> int:
+    with open_regular(path, follow=False) as descriptor:  # opened, so that a network file system asks its server
         return os.fstat(descriptor).st_mtime_ns
 
 
-def _locked(path: Path) -> LockedError:
+def _locked_error(path: Path) -> LockedError:
     return LockedError(f"{path.parent}: the result is being written by {read_holder(path)}; wait for it to end, or stop it")
 
 
@@ -264,23 +278,26 @@ def _lock(descriptor: int, path: Path) -> bool:
             return _flock(descriptor, fcntl.LOCK_EX, path)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise _locked(path) from None
+                raise _locked_error(path) from None
         time.sleep(0.05)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open lock file is the one at `path`: its holder may remove that at any time."""
+    """Whether an open lock file is the one at `path`, not removed meanwhile."""
     try:
-        with opened(path, follow=False) as there:
+        with open_regular(path, follow=False) as there:
             return read_exactly(there, MOST_BYTES, 0, path) == read_exactly(descriptor, MOST_BYTES, 0, path)
     except FileNotFoundError:
         return False
 
 
 def _flock(descriptor: int, kind: int, path: Path) -> bool:
-    """Lock an open file; False where the file system has no locks. Raises BlockingIOError where another has it."""
+    """Lock an open file; False where the file system has no locks.
+
+    Raises BlockingIOError where another process has it.
+    """
     try:
-        with doing("lock", path):
+        with name_failure("lock", path):
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -290,12 +307,12 @@ def _flock(descriptor: int, kind: int, path: Path) -> bool:
 
 
 def lock_holder(path: Path) -> Holder | None:
-    """Who holds the lock at `path`, or None where no live process does, as far as can be told at once.
+    """The live holder of the lock at `path`, or None, without waiting.
 
     Raises IntegrityError where something other than a file is there, OSError as the file system does.
     """
     try:
-        with opened(path, follow=False) as descriptor:
+        with open_regular(path, follow=False) as descriptor:
             flocked = _flock(descriptor, fcntl.LOCK_SH, path)
             content = read_exactly(descriptor, MOST_BYTES, 0, path)
             touched = os.fstat(descriptor).st_mtime
@@ -310,13 +327,13 @@ def lock_holder(path: Path) -> Holder | None:
 
 
 def holder_silence(path: Path) -> float:
-    """Seconds since the holder of the lock at `path` touched it: some `BEAT` at most, unless its process is stopped.
+    """Seconds since the holder touched its lock file: `BEAT` unless stopped.
 
     0 where that cannot be told: of a holder with another kernel, the clock may differ.
     """
     if not read_holder(path).shares_kernel(Holder.this_process()):
         return 0.0
     try:
-        return max(0.0, time.time() - _touched(path) / 1e9)
+        return max(0.0, time.time() - _touch_time(path) / 1e9)
     except OSError:
         return 0.0

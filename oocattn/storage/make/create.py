@@ -1,8 +1,9 @@
-"""Our own kind of Zarr array, and how it is made: plain chunks of one head each, written whole and durably.
+"""Our own Zarr arrays and datasets: how they are made and filled.
 
-Here live the chunk shape, the durable commit of one chunk (`write_chunk`), the creation of a dataset that appears under
-its name only when it is complete (`create_dataset`), and the loop that fills an array in parallel (`fill_array`).
-What is written comes from elsewhere: synth, importing and the results; reading is the business of dataset.py.
+Chunks hold plain rows of one head each, and are written whole and durably. Here live the chunk shape, the durable commit of
+one chunk (`write_chunk`), the creation of a dataset that appears under its name only when it is complete (`create_dataset`),
+and the loop that fills an array in parallel (`fill_array`). What is written comes from elsewhere: synth, importing and the
+results; reading is the business of dataset.py.
 """
 
 from __future__ import annotations
@@ -17,28 +18,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec
-from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
-from zarr.core.metadata import ArrayV3Metadata
-from zarr.core.sync import sync as zarr_sync
 from zarr.storage import LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import OocattnError, ProblemError, ResultExistsError
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.files.durable import PARTIAL, write_durably
 from oocattn.storage.files.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
-from oocattn.storage.files.operations import doing, words_of
+from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.files.renaming import rename_new
 from oocattn.storage.files.syncing import sync
 from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.locations import Location, local_path, parse_location
-from oocattn.storage.make.own_store import OwnStore
 from oocattn.storage.remote.store import RemoteStore, open_remote
+from oocattn.storage.zarr_compat import ArrayV3Metadata, Buffer, DefaultChunkKeyEncoding
+from oocattn.storage.zarr_compat import sync as zarr_sync
 from oocattn.text import printable
+from oocattn.units import ceil_div
 
 CHUNK_BYTES = 32 * 2**20
 """Size aimed at for a chunk; 8 to 64 MiB read equally well."""
@@ -50,34 +50,41 @@ ROW_MULTIPLE = 4096
 logger = logging.getLogger("oocattn")
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype called `name` in a Problem: float16, bfloat16 (of ml_dtypes) or float32."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+class OwnStore(LocalStore):
+    """A store in a folder whose name only this process knows.
+
+    No object appears there in the meantime. LocalStore creates an object by a hard link, which not every file system has.
+    """
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write a key, unless it is there."""
+        if not await self.exists(key):
+            await self.set(key, value)
 
 
 def default_chunk_rows(tokens: int, head_dim: int, itemsize: int) -> int:
-    """T, the rows of a chunk: all `tokens` where they fit 32 MiB, else level parts of 16 to 32 MiB (little padding)."""
+    """T, the rows of a chunk: `tokens`, or level parts of 16 to 32 MiB."""
     most = CHUNK_BYTES // (head_dim * itemsize)
     if tokens <= most:
         return tokens
-    level = -(-tokens // -(-tokens // most))
-    return -(-level // ROW_MULTIPLE) * ROW_MULTIPLE
+    level = ceil_div(tokens, ceil_div(tokens, most))
+    return ceil_div(level, ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def create_array(
     group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, chunk_rows: int | None = None
 ) -> zarr.Array[Any]:
-    """Create array `name` of shape [B, H, N, D] or [B, H, N] with chunks (1, 1, T, D) or (1, 1, T).
+    """Create array `name`, [B, H, N, D] or [B, H, N], of chunks of one head.
 
-    Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks written, all chunk files in one folder
-    (a durable write then syncs that folder and no others). `chunk_rows` is T, by
+    Chunks are (1, 1, T, D) or (1, 1, T). Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks
+    written, all chunk files in one folder (a durable write then syncs that folder and no others). `chunk_rows` is T, by
     default `default_chunk_rows`. Dimensions are named, so that xarray opens the group: only k and v share their heads.
     Raises zarr's ContainsArrayError where the group has such an array.
     """
     tokens, row = shape[2], shape[3:]
     numpy_type = numpy_dtype(dtype)
     rows = chunk_rows or default_chunk_rows(tokens, int(np.prod(row)), numpy_type.itemsize)
-    with doing("make", str(group.store_path / name).removeprefix("file://")):
+    with name_failure("make", str(group.store_path / name).removeprefix("file://")):
         return group.create_array(
             name,
             shape=shape,
@@ -94,7 +101,7 @@ def create_array(
 
 
 def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[slice, ...]:
-    """The part of `array` that chunk `coords` covers; at the edge it is shorter than a chunk."""
+    """The part of `array` in chunk `coords`; shorter than a chunk at the edge."""
     return tuple(
         slice(i * size, min((i + 1) * size, length))
         for i, size, length in zip(coords, array.chunks, array.shape, strict=True)
@@ -102,7 +109,7 @@ def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[sl
 
 
 def chunk_file(array: zarr.Array[Any], coords: tuple[int, ...]) -> Path:
-    """The file of chunk `coords` of an array that `create_array` made in a local store."""
+    """The file of chunk `coords` of an array of `create_array`."""
     assert isinstance(array.store, LocalStore)
     return array.store.root / array.path / array.metadata.encode_chunk_key(coords)
 
@@ -138,10 +145,11 @@ def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[A
 def fill_array(
     array: zarr.Array[Any], rows: Callable[[int, int, int, int], NDArray[Any]], workers: int | None = None
 ) -> None:
-    """Write every chunk of `array` from `rows(batch, head, start, stop)`, [stop - start, D] in the dtype of the array.
+    """Write every chunk of `array` from `rows(batch, head, start, stop)`.
 
-    Runs in `workers` threads (default: one a core), each with one chunk in memory. The heads of one range of rows are
-    asked for one after another, so that a source which interleaves them is read from disk once.
+    These are [stop - start, D] in the dtype of the array. Runs in `workers` threads (default: one a core), each with one
+    chunk in memory. The heads of one range of rows are asked for one after another, so that a source which interleaves them
+    is read from disk once.
     """
     batch, heads, tokens = array.cdata_shape[:3]
 
@@ -158,7 +166,7 @@ def fill_array(
 
 @contextmanager
 def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: bool = False) -> Iterator[zarr.Group]:
-    """A new Zarr group with `attributes`, to be filled inside the `with`; it appears at `path` when that ends well.
+    """Create a Zarr group, to be filled inside the `with`, at `path` after it.
 
     Until then it grows under a temporary name beside `path`, and an exception removes it. (At a URL other than file://
     it is made in place.) Raises ProblemError for a location that is not taken, and ResultExistsError where something is at
@@ -169,11 +177,11 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
         yield _create_remote(parse_location(path), attributes, overwrite)
         return
     refuse_to_destroy(local, overwrite)
-    with doing("make", local.parent):
+    with name_failure("make", local.parent):
         local.parent.mkdir(parents=True, exist_ok=True)
     temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        with doing("make", temporary):
+        with name_failure("make", temporary):
             group = zarr.create_group(OwnStore(temporary), attributes=attributes, zarr_format=3)
         yield group
         sync_metadata(temporary)
@@ -185,7 +193,7 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
 
 
 def _is_plain(array: zarr.Array[Any]) -> bool:
-    """Whether a chunk of `array` is a file of its rows, little-endian and nothing else, as `create_array` makes it."""
+    """Whether a chunk of `array` is a file of its rows, as of `create_array`."""
     return (
         isinstance(array.metadata, ArrayV3Metadata)
         and array.metadata.codecs == (BytesCodec(endian="little"),)
@@ -223,8 +231,10 @@ async def _foreign_key(store: RemoteStore) -> str | None:
 
 
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:
-    """Raise ResultExistsError where something is at `path`, unless `overwrite` is given and it is a Zarr group or array with
-    no other file in it."""
+    """Raise ResultExistsError where something at `path` may not be replaced.
+
+    With `overwrite`, a Zarr group or array without other files may be.
+    """
     if not is_taken(path):
         return
     if not overwrite:
@@ -242,10 +252,10 @@ def sync_metadata(group: Path) -> None:
 
 
 def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give the group at `temporary`, all of which is on disk, the name `path`, in place of one that may be overwritten.
+    """Give the complete group at `temporary` the name `path`.
 
-    Raises ResultExistsError where something else is there by then. What was to be overwritten has its name again where the
-    new one could not be given it.
+    One that is there already may be replaced with `overwrite`. Raises ResultExistsError where something else is there by
+    then. What was to be overwritten has its name again where the new one could not be given it.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     refuse_to_destroy(path, overwrite)
@@ -262,12 +272,12 @@ def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
         raise
     sync(path.parent)
     if not remove_ours(aside, GROUP):
-        logger.warning("%s holds files that are not Zarr's, and is left", aside)
+        logger.warning("%s was not removed: it holds files that Zarr did not write; move them away, and remove it", aside)
 
 
 def _give_back(aside: Path, path: Path) -> None:
-    """Give a group that was not replaced its name again; where that fails too, say where it is."""
+    """Give a group its name again; where that fails, log where it is."""
     try:
         rename_new(aside, path)
     except OSError as error:
-        logger.warning("%s; what was there before is at %s", words_of(error), aside)
+        logger.warning("%s; the group that was there is now at %s: rename it", words_of(error), aside)

@@ -1,4 +1,4 @@
-"""Import of tensors from .npy, .safetensors and .pt files into a dataset of our own kind.
+"""Import of .npy, .safetensors and .pt files into a dataset of our own.
 
 The three tensors are checked against each other before anything is written; then they are copied chunk by chunk. Where they
 lie in their files, and how they are read from there, is tensor_files.py's.
@@ -18,21 +18,22 @@ from numpy.typing import NDArray
 
 from oocattn import arguments
 from oocattn.arguments import Dtype, checked
+from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError
-from oocattn.kernels.denormals import denormals_kept
 from oocattn.problem.problem import DTYPES, ArraySpec, make_problem
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.inputs.axes import LAYOUTS, warn_if_transposed
 from oocattn.storage.locations import parse_location
-from oocattn.storage.make.create import create_array, create_dataset, fill_array, numpy_dtype
+from oocattn.storage.make.create import create_array, create_dataset, fill_array
 from oocattn.storage.make.tensor_files import FileTensor, open_npy, open_safetensors, open_torch
-from oocattn.storage.mistaken import no_file
+from oocattn.storage.path_errors import no_file
 from oocattn.text import printable
 
 _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
 
 
 @checked(layout=arguments.choice(*LAYOUTS), dtype=arguments.dtype, overwrite=arguments.boolean)
-@denormals_kept()
+@keep_denormals()
 def import_arrays(
     path: str | Path,
     *,
@@ -43,9 +44,10 @@ def import_arrays(
     dtype: Dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Copy the tensors of three files into a new dataset at `path`, with arrays q, k, v of shape [B, H, N, D].
+    """Copy the tensors of three files into a new dataset at `path`.
 
-    More heads than tokens, by `layout`, are logged as a warning: the axes may be in another order.
+    Its arrays q, k and v have the shape [B, H, N, D]. More heads than tokens, by `layout`, are logged as a warning: the axes
+    may be in another order.
 
     A file is `FILE.npy`, `FILE.safetensors` or `FILE.pt`, the last two with `:TENSOR` where they hold several tensors
     and none is called q, k or v. `layout` is the order of the axes in the files. float16, bfloat16 and float32 are kept
@@ -67,7 +69,10 @@ def import_arrays(
 
 
 def _spec(name: str, source: FileTensor, layout: str, dtype: str | None) -> ArraySpec:
-    """What `source` will be in the dataset; raises ProblemError where its rank or dtype cannot become that."""
+    """The array that `source` becomes in the dataset.
+
+    Raises ProblemError where its rank or dtype cannot become that.
+    """
     if len(source.shape) != len(layout):
         raise ProblemError(
             f"{name} ({source.label}) has shape {list(source.shape)}: layout {layout} has {len(layout)} dimensions; "

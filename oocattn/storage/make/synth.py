@@ -1,4 +1,4 @@
-"""Synthetic datasets of any size, whose every row can be made again from the seed alone.
+"""Synthetic datasets of any size; each row follows from the seed alone.
 
 Rows come in fixed blocks of `BLOCK_ROWS`. Each block of each head of each array has a stretch of its own in the stream
 of a counter-based generator: Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed
@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from oocattn import arguments
 from oocattn.arguments import MOST_SEED, Dtype, checked
 from oocattn.problem.problem import MAX_HEAD_DIM, ArraySpec, make_problem
-from oocattn.storage.make.create import create_array, create_dataset, fill_array, numpy_dtype
+from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.make.create import create_array, create_dataset, fill_array
+from oocattn.units import ceil_div
 
 BLOCK_ROWS = 4096
 """Rows drawn from one start of the counter; part of the generator's definition."""
@@ -69,12 +71,13 @@ def synthesise(
     workers: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a dataset of unit-normal q [batch, heads, tokens, head_dim] and k, v [batch, kv_heads, tokens, head_dim].
+    """Write a dataset of unit-normal numbers.
 
-    `mean` is added to v; `kv_heads` defaults to `heads`; `workers` is the number of threads (default: one a core), each
-    holding one chunk. `dtype` is float16, bfloat16 or float32, as a name ("bf16" and the like too) or as that of NumPy or
-    PyTorch. The group's attributes record what makes the dataset again. Raises ProblemError for an option that cannot be,
-    ResultExistsError where `path` is taken and `overwrite` is not given.
+    q is [batch, heads, tokens, head_dim], k and v are [batch, kv_heads, tokens, head_dim]. `mean` is added to v; `kv_heads`
+    defaults to `heads`; `workers` is the number of threads (default: one a core), each holding one chunk. `dtype` is
+    float16, bfloat16 or float32, as a name ("bf16" and the like too) or as that of NumPy or PyTorch. The group's attributes
+    record what makes the dataset again. Raises ProblemError for an option that cannot be, ResultExistsError where `path` is
+    taken and `overwrite` is not given.
     """
     shape = (batch, heads, tokens, head_dim)
     kv_shape = (batch, heads if kv_heads is None else kv_heads, tokens, head_dim)
@@ -103,12 +106,12 @@ def synthetic_rows(
     dtype: str,
     mean: float = 0.0,
 ) -> NDArray[Any]:
-    """Rows [start, stop) of one head of array q, k or v: [stop - start, head_dim] in `dtype`, normal around `mean`.
+    """Rows [start, stop) of one head of array q, k or v, normal around `mean`.
 
-    They are drawn as float32 and then rounded to `dtype`.
+    They are [stop - start, head_dim] in `dtype`. They are drawn as float32 and then rounded to `dtype`.
     """
     rows = np.empty((stop - start, head_dim), numpy_dtype(dtype))
-    for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
+    for block in range(start // BLOCK_ROWS, ceil_div(stop, BLOCK_ROWS)):
         first, last = max(start, block * BLOCK_ROWS), min(stop, (block + 1) * BLOCK_ROWS)
         bits = np.random.Philox(
             key=np.array([seed, ARRAYS.index(array_name)], np.uint64),

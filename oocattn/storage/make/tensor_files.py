@@ -1,4 +1,4 @@
-"""Tensors in .npy, .safetensors and .pt files: where their elements lie, and parts of them read from there.
+"""Tensors in .npy, .safetensors and .pt files, read in parts.
 
 A file is opened without being loaded and without running what it may carry (.npy and .safetensors hold none, torch's
 weights_only=True keeps it from running). It is read, not mapped: not every file system can map, and a mapped file that is
@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from oocattn.errors import OocattnError, ProblemError
-from oocattn.records import parse_json
+from oocattn.records import Count, Excerpt, from_json, parse_json
+from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.files.mapping import map_file
-from oocattn.storage.files.operations import doing
-from oocattn.storage.files.regular import opened, read_exactly
+from oocattn.storage.files.operations import name_failure
+from oocattn.storage.files.regular import open_regular, read_exactly
 from oocattn.text import printable
 
 if TYPE_CHECKING:
@@ -43,8 +43,17 @@ _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "
 
 
 @dataclass(frozen=True)
+class _Entry(Excerpt):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
+
+
+@dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a file: its elements, of `dtype`, lie at `offset` and, along each axis, `strides` bytes apart.
+    """A tensor in a file: elements at `offset`, `strides` bytes apart.
 
     `stamp` is the size and the time of change of the file when it was opened.
     """
@@ -65,7 +74,7 @@ class FileTensor:
         spans = [range(*each.indices(size)) for each, size in zip(part, self.shape, strict=True)]
         out = np.empty([len(span) for span in spans], self.dtype)
         first = [span.start for span in spans]
-        with opened(self.path) as descriptor:
+        with open_regular(self.path) as descriptor:
             if not self._copy_mapped(descriptor, out, first):
                 self._read(descriptor, out, first)
             if _stamp(descriptor, self.path) != self.stamp:
@@ -73,13 +82,13 @@ class FileTensor:
         return out
 
     def _span(self, shape: Sequence[int], first: Sequence[int]) -> tuple[int, int]:
-        """Where so many elements from index `first` on begin in the file, and the bytes to the end of the last of them."""
+        """Where a part of the tensor begins in the file, and its length in bytes."""
         begin = self.offset + sum(at * stride for at, stride in zip(first, self.strides, strict=True))
         last = sum((size - 1) * stride for size, stride in zip(shape, self.strides, strict=True))
         return begin, last + self.dtype.itemsize
 
     def _copy_mapped(self, descriptor: int, out: NDArray[Any], first: Sequence[int]) -> bool:
-        """Copy elements that lie among as many others; False where they do not, or there is no map."""
+        """Copy scattered elements from a map; False where that does not apply."""
         begin, length = self._span(out.shape, first)
         if length < 2 * out.nbytes or _stamp(descriptor, self.path) != self.stamp:
             return False
@@ -108,9 +117,12 @@ class FileTensor:
 
 
 def open_npy(name: str, path: Path) -> FileTensor:
-    """The array in a .npy file that is to become array `name`. Raises ProblemError for one that is not understood."""
+    """The array in a .npy file that is to become array `name`.
+
+    Raises ProblemError for one that is not understood.
+    """
     try:
-        with opened(path) as descriptor, doing("read", path), open(descriptor, "rb", closefd=False) as file:
+        with open_regular(path) as descriptor, name_failure("read", path), open(descriptor, "rb", closefd=False) as file:
             readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
             version = npy.read_magic(file)
             if version not in readers:
@@ -137,13 +149,14 @@ def open_npy(name: str, path: Path) -> FileTensor:
 
 
 def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
-    """The tensor `tensor` in a .safetensors file, or the one that is to become array `name`.
+    """The tensor in a .safetensors file that is to become array `name`.
 
-    The format: 8 bytes that say how long the header is, the header, which is JSON, and the elements of the tensors
-    (https://github.com/huggingface/safetensors; its library maps whole files). Raises ProblemError for what is not that.
+    It is called `tensor`, if that is given. The format: 8 bytes that say how long the header is, the header, which is JSON,
+    and the elements of the tensors (https://github.com/huggingface/safetensors; its library maps whole files). Raises
+    ProblemError for what is not that.
     """
     try:
-        with opened(path) as descriptor:
+        with open_regular(path) as descriptor:
             stamp = _stamp(descriptor, path)
             file_size = stamp[0]
             length = int.from_bytes(read_exactly(descriptor, 8, 0, path), "little")
@@ -151,36 +164,35 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
                 raise ValueError(f"its header would have {length:,} bytes, and the file has {file_size:,}")
             header = parse_json(read_exactly(descriptor, length, 8, path))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        entries = {key: from_json(_Entry, entry, key) for key, entry in header.items()}
+        end = max((entry.data_offsets[1] for entry in entries.values()), default=0)
         if 8 + length + end != file_size:
             raise ValueError(f"its tensors end at byte {8 + length + end:,}, and the file has {file_size:,}")
-        key = _pick(name, path, tensor, list(header))
-        shape, (begin, end) = tuple(header[key]["shape"]), header[key]["data_offsets"]
-        dtype = _SAFETENSORS_DTYPES.get(header[key]["dtype"], header[key]["dtype"])
+        key = _pick(name, path, tensor, list(entries))
+        shape, (begin, end) = entries[key].shape, entries[key].data_offsets
+        dtype = _SAFETENSORS_DTYPES.get(entries[key].dtype, entries[key].dtype)
         if dtype not in _SAFETENSORS_DTYPES.values():
             raise _unsupported(name, f"{path}:{key}", dtype)
-        numbers = _numpy_dtype(dtype)
-        if not all(type(number) is int for number in (begin, end, *shape)):
-            raise ValueError(f"tensor {key!r} has a shape or a place that is not of whole numbers")
-        if end - begin != math.prod(shape) * numbers.itemsize or min(begin, *shape, 0) < 0:
+        numbers = numpy_dtype(dtype).newbyteorder("<")
+        if end - begin != math.prod(shape) * numbers.itemsize:
             raise ValueError(f"tensor {key!r} lies at bytes {begin} to {end}, which is no {dtype} {list(shape)}")
     except ProblemError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except ValueError as error:
         raise ProblemError(f"{name}: {printable(path)} is not a whole safetensors file: {printable(error)}") from error
     return FileTensor(path, f"{path}:{key}", shape, numbers, 8 + length + begin, _strides(shape, numbers), stamp)
 
 
 def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
-    """The tensor `tensor` in a file of torch.save, or the one that is to become array `name`.
+    """The tensor in a file of torch.save that is to become array `name`.
 
-    Its elements are not read: of a tensor without data torch says where in the file they lie. Raises ProblemError for a file
-    of anything else than plain tensors.
+    It is called `tensor`, if that is given. Its elements are not read: of a tensor without data torch says where in the file
+    they lie. Raises ProblemError for a file of anything else than plain tensors.
     """
     import torch
 
     try:
-        with opened(path) as descriptor, doing("read", path), open(descriptor, "rb", closefd=False) as file:
+        with open_regular(path) as descriptor, name_failure("read", path), open(descriptor, "rb", closefd=False) as file:
             stamp = _stamp(descriptor, path)
             _check_archive(name, path, file)
             with _without_data():
@@ -204,7 +216,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
 
 
 def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
-    """Raise ProblemError where the elements in an archive of torch.save are not what the tensors are made of.
+    """Raise ProblemError where torch.save's elements are compressed or swapped.
 
     torch tells where an element lies, and not that it is compressed; numbers of another byte order crash it.
     """
@@ -224,7 +236,10 @@ def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
 
 
 def _without_data() -> AbstractContextManager[object]:
-    """Where torch.load to the device "meta" reads no elements: anywhere, or with older versions among fake tensors."""
+    """A context in which torch.load to the device "meta" reads no elements.
+
+    Older versions need fake tensors for that.
+    """
     import torch
 
     if hasattr(torch.serialization, "_is_meta_location"):
@@ -244,14 +259,14 @@ def _torch_tensor(name: str, path: Path, label: str, found: torch.Tensor, stamp:
     dtype = str(found.dtype).removeprefix("torch.")
     if dtype not in _SAFETENSORS_DTYPES.values():
         raise _unsupported(name, label, dtype)
-    numbers = _numpy_dtype(dtype)
+    numbers = numpy_dtype(dtype).newbyteorder("<")
     strides = tuple(stride * numbers.itemsize for stride in found.stride())
     offset = begin + int(found.storage_offset()) * numbers.itemsize
     return FileTensor(path, label, tuple(found.shape), numbers, offset, strides, stamp)
 
 
 def _pick(name: str, path: Path, tensor: str | None, found: list[str]) -> str:
-    """The key of the tensor meant: the one that is named, or called `name`, or the only one."""
+    """The key of the tensor meant: the named one, `name`, or the only one."""
     if tensor is None and len(found) == 1:
         return found[0]
     key = tensor or name
@@ -266,14 +281,9 @@ def _unsupported(name: str, label: str, dtype: object) -> ProblemError:
     return ProblemError(f"{name} ({label}) has dtype {printable(dtype)}: expected one of {expected}; convert it first")
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
-    """The dtype of that name as it is stored: little-endian."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name).newbyteorder("<")
-
-
 def _stamp(descriptor: int, path: Path) -> tuple[int, int]:
     """Size and time of change of an open file."""
-    with doing("look at", path):
+    with name_failure("look at", path):
         status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns
 

@@ -1,7 +1,8 @@
-"""Files behind http and https, as servers really are: without ranges, without HEAD, compressing, redirecting, stalling.
+"""Files behind http and https, on servers as they really are.
 
-fsspec's own class takes the whole file for a range where a server ignores ranges, and takes every failure to learn a size
-for a missing file. Importing this module needs aiohttp. What failures mean, and further tries, are transient.py's.
+They may lack ranges and HEAD, compress, redirect or stall. fsspec's own class takes the whole file for a range where a
+server ignores ranges, and takes every failure to learn a size for a missing file. Importing this module needs aiohttp. What
+failures mean, and further tries, are transient.py's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
 
 async def get_client(**options: Any) -> aiohttp.ClientSession:
-    """A session with timeouts, which follows no redirect to a network that is nearer than the server's."""
+    """A session with timeouts that follows no redirect to a nearer network."""
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(_check_redirect)
     timeout = aiohttp.ClientTimeout(total=TOTAL_SECONDS, sock_connect=CONNECT_SECONDS, sock_read=IDLE_SECONDS)
@@ -42,14 +43,15 @@ async def get_client(**options: Any) -> aiohttp.ClientSession:
 
 
 class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
-    """fsspec's file system for http and https, with ranges and sizes as the server really sends them."""
+    """fsspec's file system for http, with true ranges and sizes."""
 
     _session: Any = None
 
     async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """The bytes of a file: all of them, [start, end), or the last -`start`, whether or not the server knows ranges.
+        """All bytes of a file, [start, end), or the last -`start`.
 
-        Little more than these is held in memory. Raises FileNotFoundError and aiohttp's exceptions.
+        It does not matter whether the server knows ranges. Little more than these is held in memory. Raises
+        FileNotFoundError and aiohttp's exceptions.
         """
         if start is not None and start == end:
             return b""
@@ -64,8 +66,10 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
             return await _read(response, start or 0, end)
 
     async def _info(self, url: str, **_: Any) -> dict[str, Any]:
-        """The file's name and size, None for one that the server does not tell. HEAD is not asked: some servers answer it
-        with another size, 0 or that of a compressed body."""
+        """The file's name and size, None where the server does not tell it.
+
+        HEAD is not asked: some servers answer it with another size, 0 or that of a compressed body.
+        """
         async with await self._request(url, {"Range": "bytes=0-0"}) as response:
             if response.status != 416:  # an empty file
                 self._check(response, url)
@@ -119,7 +123,10 @@ def _size(response: aiohttp.ClientResponse) -> int | None:
 
 
 async def _read(response: aiohttp.ClientResponse, start: int, end: int | None) -> bytes:
-    """[start, end) of a file, or its last -`start` bytes, of a response that has these, or has the whole file."""
+    """[start, end) of a file, or its last -`start` bytes, from a response.
+
+    The response has these, or the whole file.
+    """
     expected = None if response.status == 200 else _part_bytes(response, start)
     most = None if end is None else end - start
     skip = start if response.status == 200 and start > 0 else 0
@@ -140,7 +147,10 @@ async def _read(response: aiohttp.ClientResponse, start: int, end: int | None) -
 
 
 def _part_bytes(response: aiohttp.ClientResponse, start: int) -> int:
-    """How many bytes a response to a request of a range has. Raises for another range, or one that is not said."""
+    """How many bytes a response to a range request has.
+
+    Raises for another range, or one that is not said.
+    """
     match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if match is None:
         raise RemoteError(
@@ -158,15 +168,15 @@ def _part_bytes(response: aiohttp.ClientResponse, start: int) -> int:
 
 
 async def _check_redirect(session: Any, context: SimpleNamespace, redirect: aiohttp.TraceRequestRedirectParams) -> None:
-    """Raise RemoteError where a server sends its client to the client's own host or network, or away from TLS."""
+    """Raise RemoteError for a redirect to a nearer network, or away from TLS."""
     there = redirect.url.join(URL(redirect.response.headers.get("Location", "")))
     if there.scheme not in ("http", "https") or (redirect.url.scheme == "https" and there.scheme == "http"):
-        raise _refused(redirect, there, f"from {redirect.url.scheme} to {there.scheme}")
+        raise _redirect_error(redirect, there, f"from {redirect.url.scheme} to {there.scheme}")
     if there.host != redirect.url.host and max(await _nearness(there.host)) > min(await _nearness(redirect.url.host)):
-        raise _refused(redirect, there, "to a host in a network that is nearer than its own")
+        raise _redirect_error(redirect, there, "to a host in a network that is nearer than its own")
 
 
-def _refused(redirect: aiohttp.TraceRequestRedirectParams, there: URL, why: str) -> RemoteError:
+def _redirect_error(redirect: aiohttp.TraceRequestRedirectParams, there: URL, why: str) -> RemoteError:
     return RemoteError(
         f"{printable(redirect.url)} redirects to {printable(there)}: redirects {why} are not followed; if you trust that "
         "place, give its URL"
@@ -174,7 +184,7 @@ def _refused(redirect: aiohttp.TraceRequestRedirectParams, there: URL, why: str)
 
 
 async def _nearness(host: str | None) -> list[int]:
-    """Of each address of a host: 0 on the Internet, 1 in a private network, 2 on the same link, 3 on this host."""
+    """Of each address: 0 Internet, 1 private, 2 link-local, 3 this host."""
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None)
     except OSError:  # the request will say so

@@ -1,4 +1,4 @@
-"""Remote stores: Zarr's store over fsspec in which every request is tried again while that can help.
+"""Remote stores: Zarr's store over fsspec, with retries.
 
 Data, metadata, sizes and listings all go through `RemoteStore`, so none of them can be forgotten. An object is missing only
 where its server says so. What an exception means is transient.py's.
@@ -9,19 +9,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from zarr.core.sync import sync
 from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError, RemoteError
 from oocattn.storage.locations import Location, is_chain
-from oocattn.storage.remote.transient import retrying
+from oocattn.storage.remote.transient import retry
+from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sync
 from oocattn.text import printable
-
-if TYPE_CHECKING:
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
 
 LISTING_PATIENCE = 5.0
 """Seconds for which a listing is tried again: what cannot be listed is asked for by name."""
@@ -30,7 +26,10 @@ T = TypeVar("T")
 
 
 async def all_of(steps: Iterable[Awaitable[T]]) -> list[T]:
-    """What these return, awaited at the same time. An error is raised when all have ended: none goes on."""
+    """Await steps at the same time; return what each returns.
+
+    An error is raised when all have ended: none goes on.
+    """
     found = await asyncio.gather(*steps, return_exceptions=True)
     for each in found:
         if isinstance(each, BaseException):
@@ -39,7 +38,7 @@ async def all_of(steps: Iterable[Awaitable[T]]) -> list[T]:
 
 
 class RemoteStore(FsspecStore):
-    """A store whose requests are tried again for a minute where they failed for a transient reason.
+    """A store that retries requests for a minute after transient failures.
 
     Its methods return what FsspecStore's do. They raise RemoteDeniedError where a server does not let an object be read, and
     RemoteError for every other failure.
@@ -48,21 +47,21 @@ class RemoteStore(FsspecStore):
     location = ""
     """What messages call the store."""
 
-    async def _retrying(self, operation: str, key: str, step: Callable[[], Awaitable[T]], **options: float) -> T:
-        return await retrying(operation, f"{self.location}/{key}", step, **options)
+    async def _retry(self, operation: str, key: str, step: Callable[[], Awaitable[T]], **options: float) -> T:
+        return await retry(operation, f"{self.location}/{key}", step, **options)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of `key`, or the part of it in `byte_range`; None if there is none."""
         get = super().get
         try:
-            return await self._retrying("reading", key, lambda: get(key, prototype, byte_range))
+            return await self._retry("reading", key, lambda: get(key, prototype, byte_range))
         except FileNotFoundError:
             return None
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        """The values of several (key, range), in their order; None where a key does not exist."""
+        """The values of several (key, range), in order; None where one is missing."""
         return [await self.get(key, prototype, part) for key, part in key_ranges]
 
     async def exists(self, key: str) -> bool:
@@ -74,7 +73,10 @@ class RemoteStore(FsspecStore):
         return True
 
     async def find_size(self, key: str) -> int | None:
-        """Bytes of an object; None where its server does not tell. Raises FileNotFoundError where there is none."""
+        """Bytes of an object; None where its server does not tell.
+
+        Raises FileNotFoundError where there is none.
+        """
         root = self.path.rstrip("/")
         path = f"{root}/{key}" if root else key
 
@@ -85,10 +87,10 @@ class RemoteStore(FsspecStore):
             size: int | None = found.get("size")
             return size
 
-        return await self._retrying("looking for", key, step)
+        return await self._retry("looking for", key, step)
 
     async def find_sizes(self, keys: Iterable[str]) -> dict[str, int | None]:
-        """The sizes of those of these objects that exist, as `find_size`; all are asked for at the same time."""
+        """The sizes of the objects that exist, asked for at the same time."""
 
         async def find(key: str) -> list[tuple[str, int | None]]:
             try:
@@ -99,7 +101,10 @@ class RemoteStore(FsspecStore):
         return dict(itertools.chain.from_iterable(await all_of(map(find, keys))))
 
     async def list_sizes(self, prefix: str) -> dict[str, int | None]:
-        """The sizes of all objects below `prefix` by key; none where the store cannot be listed, or does not let it."""
+        """The sizes of all objects below `prefix`, by key.
+
+        None where the store cannot be listed, or does not allow it.
+        """
         root = self.path.rstrip("/")
         path = f"{root}/{prefix}" if root else prefix
 
@@ -107,44 +112,47 @@ class RemoteStore(FsspecStore):
             return await self.fs._find(path, detail=True, withdirs=False) if self.supports_listing else {}
 
         try:
-            found = await self._retrying("listing", prefix, step, patience=LISTING_PATIENCE)
+            found = await self._retry("listing", prefix, step, patience=LISTING_PATIENCE)
         except (FileNotFoundError, RemoteError):
             return {}
         return {name.removeprefix(f"{root}/"): info.get("size") for name, info in found.items()}
 
     async def getsize(self, key: str) -> int:
-        """Bytes of an object, which is read where its server does not tell. Raises FileNotFoundError."""
+        """Bytes of an object, which is read where its server does not tell.
+
+        Raises FileNotFoundError.
+        """
         size = await self.find_size(key)
         if size is not None:
             return int(size)
         getsize = super().getsize
-        return await self._retrying("reading", key, lambda: getsize(key))
+        return await self._retry("reading", key, lambda: getsize(key))
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """The keys that begin so."""
-        for key in await self._listed(prefix, super().list_prefix):
+        for key in await self._list_keys(prefix, super().list_prefix):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """The names in what would be a folder."""
-        for name in await self._listed(prefix, super().list_dir):
+        for name in await self._list_keys(prefix, super().list_dir):
             yield name
 
     async def list(self) -> AsyncIterator[str]:
         """All keys."""
-        for key in await self._listed("", lambda _: super(RemoteStore, self).list()):
+        for key in await self._list_keys("", lambda _: super(RemoteStore, self).list()):
             yield key
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
         """Write a whole object: to do it again changes nothing."""
         write = super().set
-        await self._retrying("writing", key, lambda: write(key, value, byte_range))
+        await self._retry("writing", key, lambda: write(key, value, byte_range))
 
-    async def _listed(self, prefix: str, source: Callable[[str], AsyncIterator[str]]) -> Any:
+    async def _list_keys(self, prefix: str, source: Callable[[str], AsyncIterator[str]]) -> Any:
         async def step() -> Any:
             return [key async for key in source(prefix)]
 
-        return await self._retrying("listing", prefix, step, patience=LISTING_PATIENCE)
+        return await self._retry("listing", prefix, step, patience=LISTING_PATIENCE)
 
 
 def open_remote(location: Location, *, read_only: bool = True) -> RemoteStore:
@@ -156,7 +164,7 @@ def open_remote(location: Location, *, read_only: bool = True) -> RemoteStore:
     async def step() -> RemoteStore:
         return await asyncio.to_thread(_open, location.text, read_only)  # an archive's contents are read
 
-    store = sync(retrying("opening", str(location), step))
+    store = sync(retry("opening", str(location), step))
     store.location = str(location)
     return store
 

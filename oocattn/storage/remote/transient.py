@@ -77,7 +77,10 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The meaning of an exception, what was found in words, what to do, and the seconds that the server asks to wait."""
+    """The meaning of an exception: what was found, and what to do.
+
+    `wait` is the seconds that the server asks to wait.
+    """
 
     kind: Kind
     found: str
@@ -85,8 +88,8 @@ class Failure:
     wait: float = 0.0
 
 
-async def retrying(operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
-    """What a step returns that may be done again; it is, while it fails for a transient reason, for `patience` seconds.
+async def retry(operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
+    """Await a repeatable step; retry transient failures for `patience` seconds.
 
     Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, and RemoteError for
     every other failure: with the operation, the URL, what the server said, and how often it was tried.
@@ -107,7 +110,7 @@ async def retrying(operation: str, url: str, step: Callable[[], Awaitable[T]], p
             if failure.kind is not Kind.TRANSIENT or now + wait > first + patience:
                 raise _error(operation, url, failure, tries, now - began) from error
             if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
-                _warn("%s %s: %s; retrying for %.0f s", operation, url, failure.found, first + patience - now)
+                _warn("%s %s failed: %s; retrying for %.0f s", operation, url, failure.found, first + patience - now)
         await asyncio.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -131,7 +134,7 @@ def _error(operation: str, url: str, failure: Failure, tries: int, seconds: floa
 
 
 def classify(error: BaseException) -> Failure:
-    """What an exception of a file system means: by the first status code in it and its causes, else by their types."""
+    """Classify an exception by the first status code in its chain, or by types."""
     chain = list(_causes(error))
     garbled = any("aiohttp.HttpProcessingError" in _names(each) for each in chain)  # with status codes of aiohttp's own
     for each in () if garbled else chain:
@@ -143,7 +146,7 @@ def classify(error: BaseException) -> Failure:
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return Failure(Kind.ABSENT, str(error))
     if isinstance(error, PermissionError) or str(error).startswith("Forbidden: "):  # as gcsfs has it
-        return _denied(str(error))
+        return _denial(str(error))
     return Failure(Kind.PERMANENT, f"{type(error).__name__}: {error}", "check the URL and the server")
 
 
@@ -177,19 +180,19 @@ def _by_status(error: BaseException) -> Failure | None:
     if status in _ABSENT:
         return Failure(Kind.ABSENT, found)
     if status in _DENIED:
-        return _denied(found)
+        return _denial(found)
     return Failure(Kind.PERMANENT, found, "check the URL and the server")
 
 
 def _status(error: BaseException, metadata: Mapping[str, Any]) -> int | None:
-    """The HTTP status code that an exception carries, under the names that libraries have for it."""
+    """The HTTP status code of an exception, by any library's name for it."""
     named = (getattr(error, name) for name in ("status", "status_code", "code") if hasattr(error, name))
     text = str(metadata.get("HTTPStatusCode") or next(named, None))
     return int(text) if text.isascii() and text.isdigit() and 300 <= int(text) < 600 else None
 
 
 def _retry_after(headers: Any) -> float:
-    """Seconds of the header Retry-After, which is a number or a date; 0 where it is neither."""
+    """Seconds of the header Retry-After, a number or a date, or 0."""
     names = {str(name).lower(): str(value) for name, value in dict(headers).items()}
     text = names.get("retry-after", "").strip()
     if text.isascii() and text.isdigit():
@@ -215,7 +218,7 @@ def _by_type(error: BaseException) -> Failure | None:
     if transient or isinstance(error, ConnectionError) or names & _TRANSIENT_TYPES:
         return Failure(Kind.TRANSIENT, str(error) or type(error).__name__)
     if names & {"botocore.NoCredentialsError", "botocore.PartialCredentialsError", "google.DefaultCredentialsError"}:
-        return _denied(str(error))
+        return _denial(str(error))
     return None
 
 
@@ -224,7 +227,7 @@ def _names(error: BaseException) -> set[str]:
     return {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(error).__mro__}
 
 
-def _denied(found: str) -> Failure:
+def _denial(found: str) -> Failure:
     return Failure(
         Kind.DENIED,
         found,

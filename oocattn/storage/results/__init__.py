@@ -1,1 +1,1 @@
-"""Results: they grow chunk by chunk, get their name when complete, and carry checksums."""
+"""Results: growing, complete, and their checksums."""

@@ -1,4 +1,4 @@
-"""The arrays of a result, `out` and `lse`: written chunk by chunk while it grows, read once it is complete.
+"""The arrays of a result, `out` and `lse`: written by chunks, or read.
 
 Where they lie is `paths`' business, how the group begins and takes its name `state`'s.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import stat
 import zlib
 from collections.abc import Mapping
@@ -21,21 +20,22 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError
+from oocattn.records import to_json
 from oocattn.storage.files.durable import read_json, write_text
-from oocattn.storage.files.folders import remove_file
-from oocattn.storage.files.operations import doing
+from oocattn.storage.files.folders import remove_file, status_of
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.make.create import chunk_file, chunk_selection, write_chunk
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, open_array
 from oocattn.storage.results.checksums import ATTRIBUTE as CHECKSUMS
-from oocattn.storage.results.checksums import Checksums, as_digits, checksum
+from oocattn.storage.results.checksums import Checksums, as_digits
+from oocattn.storage.results.damage import checksum
 
 
 @dataclass(frozen=True)
 class WrittenChunk:
-    """What was written of a part: its bytes, and the checksums of its rows of `out` and `lse`."""
+    """The bytes of a written part, and its checksums in `out` and `lse`."""
 
     nbytes: int
     out: str
@@ -43,7 +43,7 @@ class WrittenChunk:
 
 
 class ResultArrays:
-    """The arrays of a result; while it grows it is written chunk by chunk, each by one writer."""
+    """The arrays of a result; a growing one has one writer a chunk."""
 
     def __init__(self, out: zarr.Array[Any], lse: zarr.Array[Any]) -> None:
         self.out = out
@@ -55,7 +55,10 @@ class ResultArrays:
 
     @classmethod
     def open(cls, path: Path) -> ResultArrays:
-        """The arrays of the result at `path`, read through memory maps. Raises IntegrityError where one is missing."""
+        """Open the arrays of the result at `path` through memory maps.
+
+        Raises IntegrityError where one is missing.
+        """
         return cls.of(MappedStore(path, read_only=True))
 
     @classmethod
@@ -74,30 +77,24 @@ class ResultArrays:
     def has(self, batch: int, head: int, part: int) -> bool:
         """Whether chunk `part` of one head is there, as long as it must be."""
         for array in (self.out, self.lse):
-            path = chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:])))
-            try:
-                with doing("look at", path):
-                    status = os.lstat(path)
-            except FileNotFoundError:
-                return False
-            if not stat.S_ISREG(status.st_mode) or status.st_size != chunk_bytes(array):
+            status = status_of(chunk_file(array, _coordinates(array, batch, head, part)))
+            if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != chunk_bytes(array):
                 return False
         return True
 
     def checksums(self, batch: int, head: int, part: int) -> dict[str, str]:
-        """The checksums of chunk `part` of one head, as it is on disk; what is no chunk has none that fits.
+        """The checksums of chunk `part` of one head on disk; "" for no chunk.
 
         Raises OSError as the file system does.
         """
         found = {}
         for name, array in self.by_name.items():
-            index = (batch, head, part, *(0 for _ in array.shape[3:]))
-            rows = chunk_selection(array, index)[2]
+            coordinates = _coordinates(array, batch, head, part)
+            rows = chunk_selection(array, coordinates)[2]
             nbytes = (rows.stop - rows.start) * math.prod(array.shape[3:]) * array.dtype.itemsize
             try:
-                found[name] = as_digits(
-                    zlib.crc32(read_file(chunk_file(array, index), chunk_bytes(array), follow=False)[:nbytes])
-                )
+                content = read_file(chunk_file(array, coordinates), chunk_bytes(array), follow=False)
+                found[name] = as_digits(zlib.crc32(content[:nbytes]))
             except IntegrityError:
                 found[name] = ""
         return found
@@ -105,7 +102,7 @@ class ResultArrays:
     def remove(self, batch: int, head: int, part: int) -> None:
         """Remove chunk `part` of one head."""
         for array in self.by_name.values():
-            remove_file(chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:]))))
+            remove_file(chunk_file(array, _coordinates(array, batch, head, part)))
 
     def write(
         self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]
@@ -117,10 +114,14 @@ class ResultArrays:
         return WrittenChunk(out.nbytes + lse.nbytes, *checksums)
 
     def record(self, checksums: Mapping[str, Checksums]) -> None:
-        """Keep the checksums of `out` and `lse` with the arrays; when this returns, they are on disk."""
+        """Record the checksums in the attributes of `out` and `lse`, durably."""
         for name, array in self.by_name.items():
             assert isinstance(array.store, LocalStore)
             path = array.store.root / array.path / "zarr.json"
             metadata = read_json(path) or {}  # not through zarr, which does not sync what it writes
-            metadata.setdefault("attributes", {})[CHECKSUMS] = checksums[name].to_json()
+            metadata.setdefault("attributes", {})[CHECKSUMS] = to_json(checksums[name])
             write_text(path, json.dumps(metadata, indent=2))
+
+
+def _coordinates(array: zarr.Array[Any], batch: int, head: int, part: int) -> tuple[int, ...]:
+    return (batch, head, part, *(0 for _ in array.shape[3:]))

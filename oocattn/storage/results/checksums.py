@@ -1,27 +1,24 @@
-"""Checksums of a result's bits: made as it is written, kept in the attributes of its arrays, compared when it is verified.
+"""Checksums of a result's bits, kept in the attributes of its arrays.
 
-A part is T tokens of one head, what a run writes as one chunk. Its checksum is the CRC-32 of its elements, little-endian and
-in C order: of what they are, and not of how they are stored. A result that was copied to other chunks or compressed has the
-same.
+They are made as the result is written, and compared when it is verified. A part is T tokens of one head, what a run writes
+as one chunk. Its checksum is the CRC-32 of its elements, little-endian and in C order: of what they are, and not of how they
+are stored. A result that was copied to other chunks or compressed has the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import zlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import zarr
-from numpy.typing import NDArray
+from pathlib import Path
+from typing import Annotated, Literal
 
 from oocattn.errors import IntegrityError
-from oocattn.records import Count
-from oocattn.storage.results.rows import RowReader
+from oocattn.records import Pattern, Positive, from_json, to_json
+from oocattn.storage.nodes import read_array
+from oocattn.units import ceil_div
 
 ATTRIBUTE = "checksums"
 """The attribute of an array that has them."""
@@ -29,13 +26,20 @@ ATTRIBUTE = "checksums"
 DIGITS = 8
 """Hexadecimal digits of a checksum."""
 
+Digits = Annotated[str, Pattern("[0-9a-f]*")]
+"""The checksums of some parts, one after another."""
+
 
 @dataclass(frozen=True)
 class Checksums:
-    """Of an array [B, H, N, ...]: `digits` are 8 hexadecimal digits for every part of `rows` tokens, over (b, h, part)."""
+    """Checksums of an array [B, H, N, ...]: 8 digits for every part.
 
-    rows: int
-    digits: str
+    A part is `rows` tokens of one head; parts are in the order of (batch, head, part).
+    """
+
+    rows: Positive
+    digits: Digits
+    algorithm: Literal["crc32"] = "crc32"
 
     def __len__(self) -> int:
         return len(self.digits) // DIGITS
@@ -43,96 +47,52 @@ class Checksums:
     def __getitem__(self, part: int) -> str:
         return self.digits[DIGITS * part : DIGITS * (part + 1)]
 
-    def to_json(self) -> dict[str, Any]:
-        """The attribute of the array."""
-        return {"algorithm": "crc32", "rows": self.rows, "digits": self.digits}
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Tokens [start, stop) of one head of an array that are not those that were written, and what is wrong with them."""
-
-    array: str
-    batch: Count
-    head: Count
-    start: Count
-    stop: Count
-    reason: str
-
-    def __str__(self) -> str:
-        where = f"batch {self.batch}, head {self.head}, tokens {self.start:,} to {self.stop - 1:,}"
-        return f"{self.array}, {where}: {self.reason}"
-
-
-def checksum(rows: NDArray[Any], before: int = 0) -> int:
-    """The CRC-32 of some rows, which go on after those whose checksum is `before`."""
-    native = np.ascontiguousarray(rows, rows.dtype.newbyteorder("="))
-    words = native.reshape(-1).view(f"u{native.itemsize}").astype(f"<u{native.itemsize}", copy=False)
-    return zlib.crc32(words.view(np.uint8).data, before)
-
 
 def as_digits(value: int) -> str:
     """A checksum as it is recorded."""
     return f"{value:0{DIGITS}x}"
 
 
-def are_digits(text: object, parts: int) -> bool:
-    """Whether `text` is the recorded checksums of that many parts."""
-    return isinstance(text, str) and len(text) == DIGITS * parts and re.fullmatch("[0-9a-f]*", text) is not None
+@dataclass(frozen=True)
+class ArrayBits:
+    """Shape, dtype and checksums (None: not recorded) of an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    checksums: Checksums | None
 
 
-def recorded_checksums(array: zarr.Array[Any]) -> Checksums | None:
-    """Those of an array [B, H, N, ...], None where there are none. Raises IntegrityError for what cannot be ours."""
-    if ATTRIBUTE not in array.attrs:
-        return None
-    found: Any = array.attrs[ATTRIBUTE]
-    with_rows = isinstance(found, Mapping) and isinstance(found.get("rows"), int) and found["rows"] > 0
-    if with_rows and found.get("algorithm") == "crc32":
-        rows, digits = int(found["rows"]), found.get("digits")
-        if are_digits(digits, array.shape[0] * array.shape[1] * -(-array.shape[2] // rows)):
-            return Checksums(rows, str(digits))
-    raise IntegrityError(
-        f"{array.store_path}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(array.shape)}: it is "
-        "damaged; copy the result again"
-    )
+def read_bits(result: Path) -> dict[str, ArrayBits]:
+    """Read what the metadata of a result say of the bits of `out` and `lse`.
 
-
-def result_digest(arrays: Mapping[str, zarr.Array[Any]], recorded: Mapping[str, Checksums]) -> str:
-    """A SHA-256 over names, shapes, dtypes and the checksums of all parts: the identity of a result's bits."""
-    described = [
-        [name, list(array.shape), array.dtype.name, recorded[name].to_json()] for name, array in sorted(arrays.items())
-    ]
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def find_damage(reader: RowReader, recorded: Checksums, step: int) -> Iterator[Damage]:
-    """The parts of an array that are not as they were written, read `step` rows at a time.
-
-    Raises OSError as the file system does: what could not be read may be as it was.
+    Raises IntegrityError where an array is missing, or its checksums are damaged.
     """
-    batches, heads, tokens, *row = reader.shape
-    buffer = np.empty((min(step, recorded.rows, tokens), *row), reader.dtype)
-    places = (
-        (batch, head, start)
-        for batch in range(batches)
-        for head in range(heads)
-        for start in range(0, tokens, recorded.rows)
-    )
-    for part, (batch, head, start) in enumerate(places):
-        stop = min(start + recorded.rows, tokens)
-        try:
-            found = as_digits(_checksum_of_part(reader, batch, head, start, stop, buffer))
-        except IntegrityError as error:
-            yield Damage(reader.name, batch, head, start, stop, str(error))
-            continue
-        if found != recorded[part]:
-            yield Damage(reader.name, batch, head, start, stop, f"checksum {found}, written with {recorded[part]}")
+    return {name: _read_bits(result, name) for name in ("out", "lse")}
 
 
-def _checksum_of_part(reader: RowReader, batch: int, head: int, start: int, stop: int, buffer: NDArray[Any]) -> int:
-    value = 0
-    for low in range(start, stop, len(buffer)):
-        rows = buffer[: min(stop - low, len(buffer))]
-        reader.read(batch, head, low, rows)
-        value = checksum(rows, value)
-    return value
+def _read_bits(result: Path, name: str) -> ArrayBits:
+    found = read_array(result, name)
+    if ATTRIBUTE not in found.attributes:
+        return ArrayBits(found.shape, found.dtype, None)
+    try:
+        checksums = from_json(Checksums, found.attributes[ATTRIBUTE])
+        expected = DIGITS * math.prod(found.shape[:2]) * ceil_div(found.shape[2], checksums.rows)
+        if len(checksums.digits) != expected:
+            raise ValueError(f"{len(checksums.digits)} digits, expected {expected}")
+    except (IndexError, ValueError) as error:
+        raise IntegrityError(
+            f"{result / name}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(found.shape)} ({error}): "
+            "it is damaged; copy the result again"
+        ) from None
+    return ArrayBits(found.shape, found.dtype, checksums)
+
+
+def result_digest(arrays: Mapping[str, ArrayBits]) -> str | None:
+    """The identity of a result's bits: a SHA-256 of shapes and checksums.
+
+    None where the checksums of an array are not recorded.
+    """
+    if any(array.checksums is None for array in arrays.values()):
+        return None
+    described = [[name, list(array.shape), array.dtype, to_json(array.checksums)] for name, array in sorted(arrays.items())]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

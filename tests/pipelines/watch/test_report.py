@@ -9,23 +9,25 @@ import pytest
 from support import GENEROUS, GPU, a_problem, make_event
 
 from oocattn import Event, IntegrityError, RunReport
+from oocattn.pipelines.finished import FinishedChunk
 from oocattn.pipelines.watch.events import Span
-from oocattn.pipelines.watch.report import ADDED, Tally
+from oocattn.pipelines.watch.tally import Tally
 from oocattn.planning.candidates import make_plan
-from oocattn.storage.journal.journal import Place
+from oocattn.storage.journal.journal import ChunkId
 
 PROBLEM = a_problem(1000)
 PLAN = replace(make_plan(PROBLEM, GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=7), seconds=1.0)
 
-NARROWED = {"out_overflowed": 0, "out_underflowed": 0}
+ADDED = ("out_overflowed", "out_underflowed", "out_elements")
+"""Fields that older versions do not write."""
 
 FINISHED = {
-    (0, 0): {"pairs": 5, "not_finite": 3, "out_not_finite": 0, **NARROWED, "bytes": 10},
-    (0, 1): {"pairs": 10, "not_finite": 0, "out_not_finite": 2, **NARROWED, "bytes": 20},
+    (0, 0): FinishedChunk(5, 3, 0, 0, 0, bytes=10, out="", lse=""),
+    (0, 1): FinishedChunk(10, 0, 2, 0, 0, bytes=20, out="", lse=""),
 }
 
 
-def report_of(events: list[Event], finished: dict[Place, dict[str, int]] = FINISHED) -> RunReport:
+def report_of(events: list[Event], finished: dict[ChunkId, FinishedChunk] = FINISHED) -> RunReport:
     """The report of a run that has finished these chunks."""
     tally = Tally()
     for event in events:
@@ -68,7 +70,7 @@ def test_words() -> None:
     alone = str(report_of(EVENTS, {(0, 1): FINISHED[0, 1]}))
     assert "\ninputs" not in alone
     assert "2 elements of out are NaN or Inf, and none of the inputs: float32 arithmetic overflowed" in alone
-    assert "NaN" not in str(report_of(EVENTS, {(0, 1): {**FINISHED[0, 1], "out_not_finite": 0}}))
+    assert "NaN" not in str(report_of(EVENTS, {(0, 1): replace(FINISHED[0, 1], out_not_finite=0)}))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_words() -> None:
     ],
 )
 def test_what_a_narrow_dtype_loses_is_said(counts: dict[str, int], found: list[str]) -> None:
-    report = report_of(EVENTS, {(0, 0): {**FINISHED[0, 0], **counts}})
+    report = report_of(EVENTS, {(0, 0): replace(FINISHED[0, 0], **counts)})
     assert report.out_elements == 64_000
     assert [line.partition(":")[0] for line in report.lost] == found
 

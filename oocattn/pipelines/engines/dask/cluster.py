@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import logging
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
-from concurrent.futures import Future as ThreadFuture
 from contextlib import suppress
 from ipaddress import ip_address
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import torch
 from distributed import Client, fire_and_forget
 
 from oocattn.errors import ProblemError, WorkerLostError
+from oocattn.pipelines.engines.dask.calls import answer
 from oocattn.units import format_seconds
-
-ANSWER = 120.0
-"""Seconds in which a scheduler, and workers that are asked for their GPUs, must answer."""
 
 LEAST_ANSWER = 1.0
 """Seconds that workers have to say whether they are ready, also where a time limit has passed."""
@@ -34,38 +29,16 @@ KEPT = 5.0
 
 logger = logging.getLogger("oocattn")
 
-T = TypeVar("T")
 
+def worker_addresses(client: Client, seconds: float | None = None) -> list[str]:
+    """The addresses of the client's workers, in a fixed order: one lane each.
 
-def begin_call(function: Callable[[], T]) -> ThreadFuture[T]:
-    """A call in a thread of its own, which does not keep the process when it never returns."""
-    called = ThreadFuture[T]()
-
-    def call() -> None:
-        try:
-            called.set_result(function())
-        except BaseException as error:
-            called.set_exception(error)
-
-    threading.Thread(target=call, name="oocattn-call", daemon=True).start()
-    return called
-
-
-def _answer(function: Callable[[], T], patience: float | None = ANSWER) -> T:
-    """What a call to the scheduler returns. Raises TimeoutError after so many seconds."""
-    try:
-        return begin_call(function).result(timeout=patience)
-    except TimeoutError as error:
-        raise TimeoutError(str(error) or f"no answer for {format_seconds(ANSWER)}") from error
-
-
-def worker_addresses(client: Client, patience: float | None = ANSWER) -> list[str]:
-    """The addresses of the client's workers, in a fixed order: one lane each. Raises TimeoutError after so many seconds.
+    Raises TimeoutError after so many seconds (default: `calls.ANSWER`).
 
     The scheduler is asked itself: the record behind `Client.scheduler_info` is overwritten, without workers, by a task of
     the client that runs every other second.
     """
-    return sorted(_answer(client.nthreads, patience))
+    return sorted(answer(client, client.nthreads, seconds))
 
 
 def warn_of_open_ports(client: Client) -> None:
@@ -136,27 +109,36 @@ def _wait(client: Client, count: int, seconds: float, seconds_for_any: float, ch
     return there
 
 
-def living_workers(client: Client, patience: float | None = ANSWER) -> list[str]:
+def check_scheduler(client: Client) -> None:
+    """Raise WorkerLostError where the client has lost its scheduler."""
+    if client.status not in ("running", "newly-created"):
+        raise scheduler_gone(f"the client is {client.status}")
+
+
+def living_workers(client: Client, seconds: float | None = None) -> list[str]:
     """The addresses of the client's workers. Raises WorkerLostError where the scheduler is gone, or silent for so long."""
+    check_scheduler(client)
     try:
-        if client.status in ("running", "newly-created"):
-            return worker_addresses(client, patience)
-        reason: object = f"the client is {client.status}"
-    except (OSError, TimeoutError, ValueError) as error:
-        reason = error
-    raise WorkerLostError(f"the scheduler is gone ({reason}); start one and resume")
+        return worker_addresses(client, seconds)
+    except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+        raise scheduler_gone(error) from error
+
+
+def scheduler_gone(reason: object) -> WorkerLostError:
+    """The error that a client has lost its scheduler."""
+    return WorkerLostError(f"the scheduler is gone ({reason}); start one and resume")
 
 
 def assign_devices(client: Client, device_type: str, workers: Container[str]) -> dict[str, str]:
     """The device of the lane of each of these workers that is there: "cpu", or a GPU of its own such as "cuda:1".
 
     Raises ProblemError naming one that has no GPU where one is asked for; TimeoutError where they have not answered after
-    `ANSWER` seconds.
+    `calls.ANSWER` seconds.
     """
     addresses = [address for address in worker_addresses(client) if address in workers]
     if device_type == "cpu" or not addresses:
         return dict.fromkeys(addresses, "cpu")
-    visible: dict[str, list[str]] = _answer(lambda: client.run(_visible_gpus, workers=addresses))
+    visible: dict[str, list[str]] = answer(client, lambda: client.run(_visible_gpus, workers=addresses))
     blind = [address for address in addresses if not visible[address]]
     if blind:
         raise ProblemError(

@@ -15,7 +15,7 @@ from distributed import Client, Security, rpc
 from distributed.deploy.cluster import Cluster
 
 from oocattn.errors import ProblemError
-from oocattn.pipelines.engines.dask.cluster import begin_call
+from oocattn.pipelines.engines.base import begin_call
 from oocattn.text import printable
 from oocattn.units import format_seconds
 

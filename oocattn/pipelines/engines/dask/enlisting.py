@@ -18,7 +18,8 @@ from distributed import Client
 from oocattn import clock
 from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.kernels.arithmetic import combine
-from oocattn.pipelines.engines.dask.cluster import ANSWER, LEAST_ANSWER, begin_call, living_workers, wait_for_first
+from oocattn.pipelines.engines.dask.calls import ANSWER, begin
+from oocattn.pipelines.engines.dask.cluster import LEAST_ANSWER, living_workers, wait_for_first
 from oocattn.pipelines.engines.dask.readiness import (
     EXPRESSION,
     NAMES,
@@ -110,7 +111,7 @@ def enlist_again(client: Client, expected: Expected, check: Callable[[], object]
 def call_roll(client: Client, expected: Expected, check: Callable[[], object]) -> Roll:
     """Ask the scheduler and every worker; nothing of that remains. Raises LockedError where the result's lock was lost."""
     here = describe_interpreter(PACKAGES)
-    scheduler = _call(lambda: client.run_on_scheduler(eval, EXPRESSION, NAMES), check)
+    scheduler = _call(client, lambda: client.run_on_scheduler(eval, EXPRESSION, NAMES), check)
     reasons = _software_faults(scheduler, here)  # it unpickles the tasks as well
     wrong = {"the scheduler": reasons} if reasons else {}
     same, hosts = [], {}
@@ -158,7 +159,7 @@ def _ask(
         return {}
 
     def run(addresses: Sequence[str]) -> Any:
-        return _call(lambda: client.run(function, *arguments, workers=list(addresses), on_error="return"), check)
+        return _call(client, lambda: client.run(function, *arguments, workers=list(addresses), on_error="return"), check)
 
     answers = run(workers)
     if isinstance(answers, TimeoutError):  # of some, perhaps: the others are asked again
@@ -173,16 +174,17 @@ def _ask(
 
 def _ping(client: Client, workers: Sequence[str]) -> dict[str, Future[Any]]:
     """Calls to each worker, which those that are awake have answered."""
-    calls = {address: begin_call(partial(client.run, int, workers=[address])) for address in workers}
+    calls = {address: begin(client, partial(client.run, int, workers=[address])) for address in workers}
     wait(calls.values(), timeout=LEAST_ANSWER)
     return calls
 
 
-def _call(function: Callable[[], Any], check: Callable[[], object]) -> Any:
+def _call(client: Client, call: Callable[[], Any], check: Callable[[], object]) -> Any:
     """What a call returns, or the error that it raises; TimeoutError after `ANSWER` seconds. `check` ends it by raising."""
-    called, began = begin_call(function), clock.now()
+    called, start = begin(client, call), clock.now()
     while not wait([called], timeout=POLL).done:
-        if (waited := clock.now() - began) > ANSWER:
+        if (waited := clock.now() - start) > ANSWER:
+            called.cancel()
             return TimeoutError()
         if waited > LEAST_ANSWER:  # they have that also where a time limit has passed
             check()

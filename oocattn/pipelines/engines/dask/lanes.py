@@ -1,30 +1,39 @@
-"""The driver's side of the lanes of an attempt: opened on the workers that take part, stopped, saved and closed.
+"""The lanes of an attempt on the workers of a Dask cluster: tasks as a Dask graph, outcomes as the results of its futures.
 
 No other worker of the cluster is touched. As a run ends, a worker that fails or is silent costs what it held, never the end.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
-import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from asyncio import CancelledError
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future as CallFuture
 from concurrent.futures import wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
-from typing import Any
 
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.task_spec import Task as DaskTask
+from dask.task_spec import TaskRef
 from distributed import Client, Future
 
 from oocattn.errors import WorkerLostError
 from oocattn.pipelines.deadline import Deadline
-from oocattn.pipelines.engines.dask.cluster import begin_call, living_workers
-from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, save, stop
+from oocattn.pipelines.engines.base import SAVING_SECONDS, Lanes, Obstacle, warn_of_failure
+from oocattn.pipelines.engines.dask.calls import answer, begin
+from oocattn.pipelines.engines.dask.cluster import check_scheduler, living_workers, scheduler_gone
+from oocattn.pipelines.engines.dask.obstacles import Inquiry
+from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, save, stop
+from oocattn.pipelines.graph import STEPS, Task, TaskId
 from oocattn.pipelines.lane.lane import Job
-from oocattn.storage.files.operations import words_of
+from oocattn.pipelines.watch.events import TaskEvent
 
-SAVING = 600.0
-"""Seconds that saving may take."""
+Key = tuple[str, int, int]
+"""A task's key at the scheduler: the layer (step, run and piece), head group, and index."""
 
 PAUSE = 0.05
 """Seconds between two looks at whether tasks still execute."""
@@ -32,41 +41,114 @@ PAUSE = 0.05
 logger = logging.getLogger("oocattn")
 
 
-class Lanes:
+class GraphMaker:
+    """Makes Dask graphs of the pieces of a run, a layer a step, for the workers of its lanes.
+
+    An edge to a task of an earlier piece is that task's future; one that has ended needs no edge. Layers, and with them the
+    task groups of the scheduler, have the number of their piece in their names, so that they never form a cycle.
+    """
+
+    def __init__(self, run: str, workers: Sequence[str]) -> None:
+        self._run = run
+        self._workers = workers
+        self._numbers = itertools.count()
+
+    def make(
+        self, piece: Sequence[Task], unfinished: Mapping[TaskId, Future[TaskEvent | None]]
+    ) -> tuple[HighLevelGraph, list[Key]]:
+        """The graph of a piece, and the keys of its tasks; `unfinished` has the futures of earlier ones."""
+        number = next(self._numbers)
+        names = {step: f"{step}-{self._run}-{number}" for step in STEPS}
+        keys: dict[TaskId, Key] = {task.id: (names[task.id[0]], *task.id[1:]) for task in piece}
+        layers: dict[str, dict[Key, DaskTask]] = {}
+        dependencies: dict[str, set[str]] = {}
+        for task in piece:
+            name, key = names[task.id[0]], keys[task.id]
+            inside = [keys[other] for other in task.after if other in keys]
+            earlier = [unfinished[other] for other in task.after if other in unfinished]
+            sent = Task(task.id, task.lane, (), task.turn, task.chunks)
+            layers.setdefault(name, {})[key] = DaskTask(key, perform_task, self._run, sent, *map(TaskRef, inside), *earlier)
+            dependencies.setdefault(name, set()).update(other[0] for other in inside if other[0] != name)
+        workers = {keys[task.id]: [self._workers[task.lane]] for task in piece}
+        annotations = {"workers": workers.__getitem__}
+        graph = {name: MaterializedLayer(layer, annotations=annotations) for name, layer in layers.items()}
+        return HighLevelGraph(graph, dependencies), list(keys.values())
+
+
+class DaskLanes(Lanes):
     """One lane on each of these workers, by address, for a job."""
 
-    def __init__(self, client: Client, job: Job, workers: Collection[str], deadline: Deadline) -> None:
-        self._process = os.getpid()
+    def __init__(self, client: Client, job: Job, workers: Sequence[str], deadline: Deadline) -> None:
+        super().__init__(workers)
         self._client = client
         self._job = job
-        self._workers = workers
         self._deadline = deadline
+        self._graphs = GraphMaker(job.run, self.workers)
+        self._futures: dict[TaskId, Future[TaskEvent | None]] = {}
+        self._inquiry = Inquiry(job.run, client)
         self._answering: list[str] = []  # as the run ends
 
-    def open(self) -> None:
-        """Make the lanes. Raises what the first that fails raises."""
-        self._client.run(open_lane, self._job, workers=list(self._workers))
+    def open(self) -> CallFuture[None]:
+        return begin(self._client, lambda: self._client.run(open_lane, self._job, workers=self.workers))
 
-    def stop(self, tasks: Sequence[Future[Any]], patience: float) -> None:
-        """Let nothing else begin of these tasks, and what is executing end, for so many seconds."""
+    def submit(self, piece: Sequence[Task]) -> None:
+        graph, keys = self._graphs.make(piece, self._futures)
+        futures = self._client.get(graph, keys, sync=False)
+        pairs = list(zip(piece, futures, strict=True))
+        self._futures.update((task.id, future) for task, future in pairs)
+        begin(self._client, partial(self._report_all, pairs))
+
+    async def _report_all(self, pairs: Sequence[tuple[Task, Future[TaskEvent | None]]]) -> None:
+        await asyncio.gather(*itertools.starmap(self._report, pairs))
+
+    async def _report(self, task: Task, future: Future[TaskEvent | None]) -> None:
+        """Wait for the end of a task, and pass on what it did. Where its result is lost, Dask runs it again."""
+        try:
+            outcome: TaskEvent | BaseException | None = await self._client.gather(future, asynchronous=True)
+        except (Exception, CancelledError) as error:
+            outcome = error
+        if outcome is None:
+            outcome = WorkerLostError(f"the worker of {task.place} has no lane: it was restarted")
+        self.outcomes.put((task, outcome))
+
+    def forget(self, task: Task) -> None:
+        del self._futures[task.id]
+
+    def find_lost(self) -> CallFuture[Collection[str]]:
+        async def find() -> Collection[str]:
+            try:
+                return set(self.workers) - set(await self._client.nthreads())
+            except (OSError, RuntimeError, ValueError) as error:
+                raise scheduler_gone(error) from error
+
+        check_scheduler(self._client)
+        return begin(self._client, find)
+
+    def look(
+        self, pending: Mapping[str, Sequence[Task]], workers: Sequence[str]
+    ) -> tuple[dict[str, Obstacle], dict[str, float]]:
+        by_key = {name: {self._futures[task.id].key: task for task in tasks} for name, tasks in pending.items()}
+        return self._inquiry.look(by_key, workers)
+
+    def stop(self, seconds: float) -> None:
         self._answering = self._living()
         if not self._answering:
             return
-        with self._telling("some tasks may go on"):
-            self._client.cancel(list(tasks), force=True, reason="the run has ended")
-        until = time.monotonic() + patience
+        with warn_of_failure("some tasks may go on"):
+            futures = list(self._futures.values())
+            reason = "the run has ended"
+            answer(self._client, lambda: self._client.cancel(futures, force=True, reason=reason), self._deadline.silence)
+        until = time.monotonic() + seconds
         while any(self._ask_stopped(stop, self._deadline.silence)):
             if time.monotonic() > until:
-                logger.warning("some tasks did not end in time: their work is not saved")
+                logger.warning("some tasks did not stop in time; their work is not saved")
                 break
             time.sleep(PAUSE)
 
     def save(self) -> int:
-        """Have on disk what stopped lanes hold in memory; return the bytes written."""
-        return sum(self._ask_stopped(save, SAVING))
+        return sum(self._ask_stopped(save, SAVING_SECONDS))
 
     def close(self) -> None:
-        """Close the lanes of all workers that are still there; those of the others are gone with them."""
         self._ask(close_lane, self._living(), self._deadline.silence, "its lane may not be closed, and keep its memory")
 
     def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
@@ -80,32 +162,21 @@ class Lanes:
         self, function: Callable[..., object], workers: Collection[str], seconds: float, consequence: str
     ) -> dict[str, int]:
         """What this returns on each of these workers; one that fails or is silent is named, with the consequence."""
-        run, answers = self._job.run, {}
+        answers: dict[str, CallFuture[dict[str, int]]] = {}
         for address in workers:
-            answers[address] = begin_call(partial(self._client.run, function, run, workers=[address], on_error="return"))
+            answers[address] = begin(self._client, partial(self._client.run, function, self._job.run, workers=[address]))
         wait(answers.values(), timeout=seconds)
         found: dict[str, int] = {}
-        for address, answer in answers.items():
-            with self._telling(f"worker {address}: {consequence}"):
-                said = answer.result(timeout=0)[address]
-                if isinstance(said, BaseException):
-                    raise said
-                found[address] = int(said)
+        for address, said in answers.items():
+            with warn_of_failure(f"worker {address}: {consequence}"):
+                found[address] = int(said.result(timeout=0)[address])
         return found
 
     def _living(self) -> list[str]:
         """The workers that are still there; none where the scheduler is not, or in a fork of the process of the run."""
-        if os.getpid() != self._process:  # a listener has forked
+        if not self.is_here:  # a listener has forked
             return []
-        with suppress(WorkerLostError, TimeoutError):
-            there = begin_call(lambda: living_workers(self._client)).result(timeout=self._deadline.silence)
-            return [address for address in there if address in self._workers]
+        with suppress(WorkerLostError):
+            there = living_workers(self._client, self._deadline.silence)
+            return [address for address in there if address in self.workers]
         return []
-
-    @contextmanager
-    def _telling(self, consequence: str) -> Iterator[None]:
-        """What fails inside is logged, with what comes of it."""
-        try:
-            yield
-        except Exception as error:
-            logger.warning("%s: %s", consequence, words_of(error))

@@ -23,10 +23,10 @@ from distributed import Status, Worker
 
 from oocattn.errors import LockedError, OocattnError
 from oocattn.kernels.arithmetic import arithmetic_of
-from oocattn.pipelines.engines.dask.tasks import close_lanes_left_behind
+from oocattn.pipelines.engines.dask.tasks import close_stale_lanes
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import PARTIAL
-from oocattn.storage.files.operations import doing, words_of
+from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import Fingerprints, changed_arrays
 from oocattn.storage.journal.claims import Claim
@@ -130,7 +130,7 @@ class Seen:
 
 async def look(expected: Expected, dask_worker: Worker) -> Seen:
     """What this worker sees, when what an earlier driver of the same run left in its memory is closed."""
-    await close_lanes_left_behind(expected.state, dask_worker)
+    await close_stale_lanes(expected.state, dask_worker)
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
     share = manager.memory_pause_fraction or dask.config.get("distributed.worker.memory.terminate") or math.inf
@@ -156,7 +156,7 @@ def _look_at_dataset(dataset: Dataset) -> Fingerprints | str:
     try:
         if dataset.folder is not None:
             os.stat(dataset.folder)
-        return dataset.reopened().fingerprints()
+        return dataset.reopen().fingerprints()
     except (OocattnError, OSError) as error:
         return words_of(error)
     except Exception as error:  # a remote file system has its own
@@ -182,7 +182,7 @@ def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
     """Remove what workers have written into the folder of job state; return the names of those files that were there."""
     there = []
     for name in names:
-        with suppress(FileNotFoundError), doing("remove", state / name):
+        with suppress(FileNotFoundError), name_failure("remove", state / name):
             (state / name).unlink()
             there.append(name)
     return there

@@ -1,52 +1,54 @@
-"""The functions that Dask tasks call, and the worker plugin that keeps the lane they work on.
+"""What Dask calls on workers: the plugin that keeps the lane of a run there, its tasks, and what is asked of it as it ends.
 
-Tasks carry numbers only: which slot, head group, subproblem or chunk. Arrays stay in the lane and in the stores. The
-further arguments of a task are the results of those it waits for, and say nothing to it.
+Arrays stay in the lane and in the stores. The further arguments of a task are the results of those that it waits for, and it
+does not look at them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from distributed import Worker, WorkerPlugin, get_worker
 
-from oocattn.pipelines.failing import SET_UP, naming, naming_chunk, naming_subproblem
-from oocattn.pipelines.lane.cpu import CpuLane
-from oocattn.pipelines.lane.cuda import CudaLane
+from oocattn.pipelines.engines.base import perform
+from oocattn.pipelines.failing import SET_UP, naming
+from oocattn.pipelines.graph import Task
 from oocattn.pipelines.lane.lane import Job, Lane
 from oocattn.pipelines.watch.events import TaskEvent
 
 
 class LanePlugin(WorkerPlugin):
-    """Keeps the lane that a worker has for a run, with partials in the folder `scratch`, and closes it with the worker."""
+    """Keeps the lane that a worker has for a run, with partials in the folder `scratch`, and closes it with the worker.
 
-    def __init__(self, scratch: Path, lane: Lane) -> None:
+    `executing` are the tasks of the run that execute, until the worker has heard of their end.
+    """
+
+    def __init__(self, run: str, scratch: Path, lane: Lane) -> None:
+        self.run = run
         self.scratch = scratch
         self.lane = lane
         self.stopped = False
+        self.executing: set[Any] = set()
+
+    def transition(self, key: Any, start: str, finish: str, **options: Any) -> None:
+        """Called by the worker, in its event loop, when a task of whomever gets another state."""
+        if self.run in str(key):
+            if finish == "executing":
+                self.executing.add(key)
+            else:
+                self.executing.discard(key)
 
     def teardown(self, worker: Worker) -> None:
         self.lane.close()
 
 
-async def open_lane(job: Job, dask_worker: Worker) -> None:
-    """Make the lane of this worker, unless it was restarted after it was asked for its `Worker.id`."""
-    device = job.devices.get(dask_worker.id)
-    if device is not None:
-        with naming(SET_UP):
-            lane = make_lane(job, device)
-        await dask_worker.plugin_add(LanePlugin(job.scratch, lane), plugin_name(job.run))
-
-
-def make_lane(job: Job, device: str) -> Lane:
-    """The lane of a worker: a new kind of device is registered here."""
-    if device == "cpu":
-        return CpuLane(job)
-    return CudaLane(job, device)
+def find_plugin(run: str, worker: Worker) -> LanePlugin | None:
+    """The plugin with the lane of a run on a worker."""
+    plugin = worker.plugins.get(plugin_name(run))
+    return plugin if isinstance(plugin, LanePlugin) else None
 
 
 def plugin_name(run: str) -> str:
@@ -54,16 +56,25 @@ def plugin_name(run: str) -> str:
     return f"oocattn-{run}"
 
 
+async def open_lane(job: Job, dask_worker: Worker) -> None:
+    """Make the lane of this worker, unless it was restarted after it was asked for its `Worker.id`."""
+    device = job.devices.get(dask_worker.id)
+    if device is not None:
+        with naming(SET_UP):
+            lane = Lane(job, device)
+        await dask_worker.plugin_add(LanePlugin(job.run, job.scratch, lane), plugin_name(job.run))
+
+
 async def close_lane(run: str, dask_worker: Worker) -> int:
     """Close the lane of a run on this worker; return how many there were."""
-    if plugin_name(run) not in dask_worker.plugins:
+    if find_plugin(run, dask_worker) is None:
         return 0
     await dask_worker.plugin_remove(plugin_name(run))
     return 1
 
 
-async def close_lanes_left_behind(state: Path, dask_worker: Worker) -> None:
-    """Close those of runs to the same result whose driver is gone, or they would hold their memory until the worker ends."""
+async def close_stale_lanes(state: Path, dask_worker: Worker) -> None:
+    """Close the lanes of runs to the same result whose driver is gone: else they hold their memory until the worker ends."""
     for name, plugin in list(dask_worker.plugins.items()):
         if isinstance(plugin, LanePlugin) and plugin.scratch.is_relative_to(state):
             plugin.stopped = True
@@ -71,54 +82,30 @@ async def close_lanes_left_behind(state: Path, dask_worker: Worker) -> None:
 
 
 def stop(run: str, dask_worker: Worker) -> int:
-    """Let no further task of the run begin on this worker; return how many are still executing."""
-    plugin = dask_worker.plugins.get(plugin_name(run))
-    if not isinstance(plugin, LanePlugin):
+    """Let no further task of the run begin on this worker; return how many still execute.
+
+    A task that has returned executes until the worker has heard of it: a worker that closes complains of one cut off there.
+    """
+    plugin = find_plugin(run, dask_worker)
+    if plugin is None:
         return 0
     plugin.stopped = True
-    # The worker's own count, not one of ours: also a task that has returned is executing until the worker has heard of it,
-    # and one that is cut off there, by a worker that closes, is complained of.
-    return sum(run in str(task.key) for task in dask_worker.state.executing)
+    return len(plugin.executing)
 
 
 async def save(run: str, dask_worker: Worker) -> int:
     """Have on disk what the lane of a stopped run on this worker holds in memory alone; return the bytes written."""
-    plugin = dask_worker.plugins.get(plugin_name(run))
-    if not isinstance(plugin, LanePlugin):
-        return 0
-    return await asyncio.to_thread(plugin.lane.save)
+    plugin = find_plugin(run, dask_worker)
+    return 0 if plugin is None else await asyncio.to_thread(plugin.lane.save)
 
 
-def stage(run: str, turn: int, head_group: int, index: int, wanted: tuple[int, ...], *after: TaskEvent) -> TaskEvent | None:
-    """Read the chunks of the subproblem that is number `turn` on this worker's lane, of which those are `wanted`."""
-    with naming_subproblem(head_group, index):
-        return _on_lane(run, lambda lane: lane.stage(turn, head_group, index, wanted))
+def perform_task(run: str, task: Task, *after: TaskEvent) -> TaskEvent | None:
+    """Do a task on the lane of its worker.
 
-
-def attend(run: str, turn: int, *after: TaskEvent) -> TaskEvent | None:
-    """Attend the subproblem that was staged as number `turn`."""
-    return _on_lane(run, lambda lane: lane.attend(turn))
-
-
-def merge(run: str, head_group: int, chunk: int, *after: TaskEvent) -> TaskEvent | None:
-    """See the partials of a query chunk merged, checked and divided."""
-    with naming_chunk(head_group, chunk):
-        return _on_lane(run, lambda lane: lane.merge(head_group, chunk))
-
-
-def write(run: str, head_group: int, chunk: int, *after: TaskEvent) -> TaskEvent | None:
-    """See a merged query chunk written to the result, and release its partials."""
-    with naming_chunk(head_group, chunk):
-        return _on_lane(run, lambda lane: lane.write(head_group, chunk))
-
-
-def _on_lane(run: str, work: Callable[[Lane], TaskEvent]) -> TaskEvent | None:
-    """Do the work of a task on its worker's lane.
-
-    None, where the run has been stopped: nobody waits for the task any more, and an error would be logged.
+    None, where the run has been stopped, or has no lane here: an error would be logged, and nobody may wait for it.
     """
     worker = get_worker()
-    plugin = cast(LanePlugin | None, worker.plugins.get(plugin_name(run)))
+    plugin = find_plugin(run, worker)
     if plugin is None or plugin.stopped:
         return None
-    return replace(work(plugin.lane), worker=str(worker.name))
+    return replace(perform(plugin.lane, task), worker=str(worker.name))

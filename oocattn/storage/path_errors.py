@@ -1,4 +1,4 @@
-"""What somebody gave in the place of a path or URL, in words, and what to give instead.
+"""Errors for an object in the place of a path or URL, with the remedy.
 
 Nothing is imported for it: an object of Zarr or torch has brought its own module along.
 """
@@ -18,13 +18,13 @@ _TENSORS = (
 
 
 def no_path(found: object, what: str) -> ProblemError:
-    """The error for an object that is neither text nor a path, where `what` ("dataset", "result", ...) must be one."""
+    """The error for an object where `what` ("dataset", ...) must be a path."""
     expected = "a path or a URL" if what == "dataset" else "a local path"
     return ProblemError(f"{what}: found {describe(found)}, expected {expected}{_remedy(found, what)}")
 
 
 def no_file(found: object, what: str) -> ProblemError:
-    """The error for an object that is neither text nor a path, where a file of the tensor `what` must be named."""
+    """The error for an object where the file of tensor `what` must be named."""
     return ProblemError(
         f"{what}: found {describe(found)}, expected the path of a file: save the tensor with torch.save or numpy.save, and "
         "name FILE.pt, FILE.npy or FILE.safetensors"
@@ -32,7 +32,7 @@ def no_file(found: object, what: str) -> ProblemError:
 
 
 def describe(found: object) -> str:
-    """What an object is, in a few words: its type, and its shape or value where it has one."""
+    """An object in a few words: its type, and its shape or value."""
     if found is None:
         return "None"
     kind = type(found)
@@ -58,7 +58,7 @@ def _remedy(found: object, what: str) -> str:
 
 
 def _place_in_zarr(found: Any) -> str | None:
-    """What to give instead of a group, an array or a store of Zarr; None for anything else."""
+    """What to give instead of an object of Zarr; None for anything else."""
     if not type(found).__module__.startswith("zarr."):
         return None
     store, name = getattr(found, "store", found), getattr(found, "path", "")

@@ -1,4 +1,4 @@
-"""Numbers below the smallest normal one: a processor can flush them to zero, which a caller may have asked of it."""
+"""Denormal numbers, which a processor may have been told to flush to zero."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 
 @contextmanager
-def denormals_kept() -> Iterator[None]:
-    """Within, this thread computes with such numbers, whatever `torch.set_flush_denormal` was told before."""
+def keep_denormals() -> Iterator[None]:
+    """Compute with denormal numbers in this thread, whatever torch was told."""
     smallest = np.ones(1, np.uint32).view(np.float32)
     flushed = not (smallest + smallest).view(np.uint32).any()
     if flushed:

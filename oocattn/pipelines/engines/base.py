@@ -1,0 +1,173 @@
+"""What an engine is: what runs the tasks of a run, on lanes that it opens, and says what became of them.
+
+An `Engine` has the workers of one run, for as many attempts as it takes. `Lanes` are the lanes of one attempt: tasks are
+submitted to them, their outcomes come back through a queue, in the order of completion. A new engine is a new file beside
+this one, and one line of `make_engine`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from oocattn.pipelines.failing import naming
+from oocattn.pipelines.graph import Task
+from oocattn.pipelines.watch.events import TaskEvent
+from oocattn.storage.files.operations import words_of
+
+if TYPE_CHECKING:
+    from oocattn.pipelines.deadline import Deadline
+    from oocattn.pipelines.lane.lane import Lane
+    from oocattn.pipelines.work import Work
+    from oocattn.planning.plan import Plan
+    from oocattn.storage.inputs.dataset import Dataset
+    from oocattn.storage.results.growing import RunState
+
+SAVING_SECONDS = 600.0
+"""How long lanes may take to save what they hold, as a run ends."""
+
+logger = logging.getLogger("oocattn")
+
+T = TypeVar("T")
+
+Outcome = tuple[Task, TaskEvent | BaseException]
+"""A task that has ended, and what it did, or why it failed."""
+
+Check = Callable[[], object]
+"""Called again and again while an engine waits; it ends the wait by raising."""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """What keeps a worker from the tasks of a run, and what to do."""
+
+    found: str
+    remedy: str
+
+
+class Lanes(ABC):
+    """The lanes of one attempt, by number. `workers` names the worker of each.
+
+    `outcomes` has the tasks that have ended; whoever wakes its reader puts None there. What may hang returns a future, of
+    which the caller waits no longer than it likes.
+    """
+
+    def __init__(self, workers: Sequence[str]) -> None:
+        self.workers = list(workers)
+        self.outcomes: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._process = os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that made the lanes, not a fork of it: their threads are not there."""
+        return os.getpid() == self._process
+
+    @abstractmethod
+    def open(self) -> Future[None]:
+        """Make the lanes. The future has the error of the first that cannot be made."""
+
+    @abstractmethod
+    def submit(self, piece: Sequence[Task]) -> None:
+        """Begin each task when those that it waits for have ended: they are in this piece, or were submitted before."""
+
+    @abstractmethod
+    def forget(self, task: Task) -> None:
+        """The outcome of this task was dealt with: nothing waits for it any more."""
+
+    @abstractmethod
+    def find_lost(self) -> Future[Collection[str]]:
+        """The workers that are gone. The future has a WorkerLostError where all are."""
+
+    @abstractmethod
+    def look(
+        self, pending: Mapping[str, Sequence[Task]], workers: Sequence[str]
+    ) -> tuple[dict[str, Obstacle], dict[str, float]]:
+        """What keeps these workers, or under "" what keeps all; and for how many seconds each did no piece of a task.
+
+        `pending` are the unfinished tasks of each worker; it is empty while lanes are made.
+        """
+
+    @abstractmethod
+    def stop(self, seconds: float) -> None:
+        """Let no other task begin, and those that have begun end, for so many seconds."""
+
+    @abstractmethod
+    def save(self) -> int:
+        """Have on disk what stopped lanes hold in memory alone; return the bytes written."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the lanes that are still there."""
+
+
+class Engine(ABC):
+    """The workers of one run, one lane each."""
+
+    dashboard = ""
+    """The address of the dashboard; "" where there is none."""
+
+    @abstractmethod
+    def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
+        """Have the workers ready before the run begins; return what they compute with (`arithmetic_of`).
+
+        Raises ProblemError with all that is wrong with them.
+        """
+
+    @abstractmethod
+    def replenish(self, check: Check) -> None:
+        """Have the workers ready again after something failed. Raises WorkerLostError where none is left."""
+
+    @property
+    @abstractmethod
+    def lane_count(self) -> int:
+        """How many workers take part."""
+
+    @abstractmethod
+    def lanes(self, work: Work, deadline: Deadline) -> Lanes:
+        """The lanes of a new attempt at some work, not open yet."""
+
+
+def perform(lane: Lane, task: Task) -> TaskEvent:
+    """Do a task on its lane. Raises TaskError, with its place, for what was not foreseen."""
+    step, head_group, index = task.id
+    with naming(task.place):
+        match step:
+            case "stage":
+                return lane.stage(task.turn, head_group, index, task.chunks)
+            case "attend":
+                return lane.attend(task.turn)
+            case "merge":
+                return lane.merge(head_group, index)
+            case "write":
+                return lane.write(head_group, index)
+
+
+@contextmanager
+def warn_of_failure(consequence: str) -> Iterator[None]:
+    """What fails inside is logged, with the consequence."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s: %s", consequence, words_of(error))
+
+
+def begin_call(function: Callable[[], T]) -> Future[T]:
+    """A call in a thread of its own, which does not keep the process when it never returns."""
+    called = Future[T]()
+
+    def call() -> None:
+        try:
+            called.set_result(function())
+        except BaseException as error:
+            called.set_exception(error)
+
+    threading.Thread(target=call, name="oocattn-call", daemon=True).start()
+    return called

@@ -1,0 +1,77 @@
+"""Calls to a Dask cluster: coroutines on the client's event loop, where its methods are coroutines, with a limit of time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar, cast
+
+from distributed import Client
+
+from oocattn.units import format_seconds
+
+ANSWER = 120.0
+"""Seconds in which a scheduler, and workers that are asked for their GPUs, must answer."""
+
+SOON = 5.0
+"""Seconds in which a worker says what it does, and a scheduler where tasks are."""
+
+WAITS = 10
+"""Waits in that time: one that ends late, because this process was stopped, is not all of it."""
+
+T = TypeVar("T")
+
+
+def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> Future[T]:
+    """Begin a call, which ends with a TimeoutError after so many seconds; without end where the loop itself is blocked."""
+
+    async def limited() -> T:
+        try:
+            return await asyncio.wait_for(call(), seconds)
+        except asyncio.CancelledError as error:
+            raise ConnectionAbortedError("the client was closed") from error
+
+    coroutine, loop = limited(), cast(Any, client.loop)
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
+    except RuntimeError as error:  # the loop is closed
+        coroutine.close()
+        failed = Future[T]()
+        failed.set_exception(error)
+        return failed
+
+
+def answer(client: Client, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
+    """What a call returns. Raises TimeoutError after so many seconds (default: `ANSWER`)."""
+    limit = ANSWER if seconds is None else seconds
+    called = begin(client, call, limit)
+    wait([called], timeout=limit)
+    try:
+        return called.result(timeout=0.1)
+    except TimeoutError as error:
+        called.cancel()
+        raise TimeoutError(str(error) or f"no answer for {format_seconds(limit)}") from error
+
+
+class Calls:
+    """Calls to several processes of a cluster, by name; one that has not answered its last call is not called again."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._begun: dict[str, Future[Any]] = {}
+
+    def ask(self, questions: Mapping[str, Callable[[], Awaitable[Any]]]) -> dict[str, Any]:
+        """The answers: None where there is none in time, and nothing of who is gone, which the attempt finds itself."""
+        for name, question in questions.items():
+            if name not in self._begun or self._begun[name].done():
+                self._begun[name] = begin(self._client, question)
+        calls = {name: self._begun[name] for name in questions}
+        for _ in range(WAITS):
+            if not wait(calls.values(), timeout=SOON / WAITS).not_done:
+                break
+        return {
+            name: call.result() if call.done() else None
+            for name, call in calls.items()
+            if not call.done() or call.exception() is None
+        }

@@ -1,0 +1,125 @@
+"""What keeps workers of a Dask cluster from the tasks of a run, found by asking them and the scheduler.
+
+Dask waits without a word for a worker that is paused, stopped, closing or busy with the tasks of others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from distributed import Client, Worker, get_worker
+from distributed.threadpoolexecutor import thread_state
+
+from oocattn import clock
+from oocattn.errors import StalledError
+from oocattn.pipelines.engines.base import Obstacle
+from oocattn.pipelines.engines.dask.calls import Calls
+from oocattn.pipelines.engines.dask.cluster import worker_addresses
+from oocattn.pipelines.engines.dask.tasks import find_plugin
+from oocattn.pipelines.graph import Task
+from oocattn.text import some_of
+from oocattn.units import format_bytes
+
+MOST_NAMED = 3
+"""Tasks of others that a message names."""
+
+UNASSIGNED = {"no-worker", "queued", "waiting"}
+"""States of tasks, at a scheduler, that no worker has."""
+
+
+@dataclass(frozen=True)
+class Occupation:
+    """What a worker says of itself: its state as Dask has it, its threads, the tasks that hold one, its memory in bytes, and
+    the seconds since its lane last did a piece of a task (Inf without a lane)."""
+
+    status: str
+    threads: int
+    executing: tuple[str, ...]
+    memory: int
+    memory_limit: int
+    since_step: float = math.inf
+
+
+def occupation(run: str, dask_worker: Worker) -> Occupation:
+    """What this worker does, for a run and otherwise."""
+    executing = tuple(map(str, dask_worker.active_threads.copy().values()))
+    limit = dask_worker.memory_manager.memory_limit or 0
+    memory = dask_worker.monitor.get_process_memory()
+    plugin = find_plugin(run, dask_worker)
+    since_step = math.inf if plugin is None else clock.now() - plugin.lane.stepped
+    return Occupation(dask_worker.status.name, dask_worker.state.nthreads, executing, memory, limit, since_step)
+
+
+def find_obstacle(run: str, found: Occupation | None) -> Obstacle | None:
+    """What keeps a worker that said this, or nothing, from the tasks of a run."""
+    if found is None:
+        return Obstacle(
+            "does not answer: its process is stopped, or busy in a way that lets nothing else run",
+            "let it go on or restart it",
+        )
+    if found.status == "paused":
+        uses = f", at {format_bytes(found.memory)} of its memory limit of {format_bytes(found.memory_limit)}"
+        return Obstacle(
+            f"is paused by Dask{uses if found.memory_limit else ''}",
+            "start workers with memory_limit=0 (--memory-limit 0), or with a larger one: Dask counts mapped files",
+        )
+    if found.status != "running":
+        return Obstacle(f"is {found.status.replace('_', ' ')}", "start another worker")
+    others = [key for key in found.executing if run not in key]
+    if len(others) >= found.threads:
+        threads = "its only thread" if found.threads == 1 else f"all of its {found.threads} threads"
+        return Obstacle(
+            f"is busy with tasks of others on {threads}: {some_of(others, MOST_NAMED)}",
+            "wait until they end, or give the run a worker of its own or one with more threads; a task that starts a run "
+            "does it within distributed.worker_client()",
+        )
+    return None
+
+
+class Inquiry:
+    """Asks the workers of a run, and the scheduler, what they do: one that has not answered is not asked again."""
+
+    def __init__(self, run: str, client: Client) -> None:
+        self._run = run
+        self._client = client
+        self._calls = Calls(client)
+
+    def look(
+        self, pending: Mapping[str, Mapping[Any, Task]], workers: Sequence[str]
+    ) -> tuple[dict[str, Obstacle], dict[str, float]]:
+        """As `Lanes.look`; `pending` has the tasks of each worker by their keys."""
+        keys = list(itertools.chain.from_iterable(pending.values()))
+        scheduler: Any = self._client.scheduler
+        states = self._calls.ask({"": lambda: scheduler.get_task_status(keys=keys)})
+        if "" not in states:
+            return {}, {}
+        if states[""] is None:
+            return {"": Obstacle("the scheduler does not answer", "let it go on or restart it")}, {}
+        questions = {name: partial(self._client.run, occupation, self._run, workers=[name]) for name in workers}
+        said = {name: answer and answer[name] for name, answer in self._calls.ask(questions).items()}
+        steps = {name: answer.since_step for name, answer in said.items() if answer}
+        found = {name: find_obstacle(self._run, answer) for name, answer in said.items()}
+        obstacles = {name: obstacle for name, obstacle in found.items() if obstacle}
+        if not obstacles and keys and set(states[""].values()) <= UNASSIGNED:
+            first = next(task for tasks in pending.values() for task in tasks.values())
+            place = f"{first.place} (state {states[''][keys[0]]})"
+            remedy = "see that workers run, with the resources that dask.annotate asks for"
+            obstacles[""] = Obstacle(f"Dask gives {place} to no worker", remedy)
+        return obstacles, steps
+
+
+def refuse_own_thread(client: Client) -> None:
+    """Raise StalledError where the calling thread is a task's and the only one of a worker that would take part."""
+    if not getattr(thread_state, "proceed", False):  # no task's, or one that has seceded
+        return
+    worker = get_worker()
+    if worker.state.nthreads == 1 and worker.address in worker_addresses(client):
+        raise StalledError(
+            f"worker {worker.address} has one thread, which executes the task that starts this run, so the run's own tasks "
+            "would never begin: start it within distributed.worker_client(), or give the worker more threads"
+        )

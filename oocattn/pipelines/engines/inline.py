@@ -1,0 +1,179 @@
+"""The inline engine: the same tasks and edges on threads of this process, without a scheduler.
+
+It is for tests, notebooks and small calls: a task costs a fraction of a millisecond, and there is no dashboard. Its threads
+are daemons, so a task that hangs keeps no interpreter from its exit.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from functools import partial
+
+from oocattn import clock
+from oocattn.kernels.arithmetic import arithmetic_of
+from oocattn.pipelines.deadline import Deadline
+from oocattn.pipelines.engines.base import (
+    SAVING_SECONDS,
+    Check,
+    Engine,
+    Lanes,
+    Obstacle,
+    begin_call,
+    perform,
+    warn_of_failure,
+)
+from oocattn.pipelines.failing import SET_UP, naming
+from oocattn.pipelines.graph import Task, TaskId
+from oocattn.pipelines.lane.lane import Job, Lane
+from oocattn.pipelines.watch.events import TaskEvent
+from oocattn.pipelines.work import Work
+from oocattn.planning.plan import Plan
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.results.growing import RunState
+
+THREADS = 6
+"""Threads of a lane: up to three tasks attend (on a GPU), the others stage, merge and write meanwhile."""
+
+logger = logging.getLogger("oocattn")
+
+
+class InlineEngine(Engine):
+    """A lane on the CPU, or one on each GPU that the plan counts, all in this process."""
+
+    def __init__(self) -> None:
+        self._devices: list[str] = []
+
+    @property
+    def lane_count(self) -> int:
+        return len(self._devices)
+
+    def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
+        self._devices = ["cpu"] if plan.device == "cpu" else [f"cuda:{index}" for index in range(plan.lanes)]
+        return arithmetic_of(plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
+
+    def replenish(self, check: Check) -> None:
+        check()
+
+    def lanes(self, work: Work, deadline: Deadline) -> InlineLanes:
+        devices = {f"inline-{number}": device for number, device in enumerate(self._devices)}
+        run = uuid.uuid4().hex[:8]
+        job = Job(run, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
+        return InlineLanes(job, deadline)
+
+
+@dataclass
+class _Waiting:
+    """A task that has not begun, and how many others it waits for."""
+
+    task: Task
+    count: int
+
+
+class InlineLanes(Lanes):
+    """Lanes of this process, with a few threads each."""
+
+    def __init__(self, job: Job, deadline: Deadline) -> None:
+        super().__init__(list(job.devices))
+        self._job = job
+        self._deadline = deadline
+        self._lanes: list[Lane] = []
+        self._ready: list[queue.SimpleQueue[Task | None]] = [queue.SimpleQueue() for _ in self.workers]
+        self._dependents: dict[TaskId, list[_Waiting]] = {}  # of each task that has not ended
+        self._changing = threading.Condition()
+        self._executing = 0
+        self._stopped = False
+
+    def open(self) -> Future[None]:
+        return begin_call(self._open)
+
+    def _open(self) -> None:
+        with naming(SET_UP):
+            for device in self._job.devices.values():
+                self._lanes.append(Lane(self._job, device))
+        for number in range(len(self._lanes)):
+            for _ in range(THREADS):
+                threading.Thread(target=self._work, args=(number,), name="oocattn-task", daemon=True).start()
+
+    def submit(self, piece: Sequence[Task]) -> None:
+        with self._changing:
+            for task in piece:
+                pending = [self._dependents[other] for other in task.after if other in self._dependents]
+                self._dependents[task.id] = []
+                waiting = _Waiting(task, len(pending))
+                for dependents in pending:
+                    dependents.append(waiting)
+                if not pending:
+                    self._ready[task.lane].put(task)
+
+    def _work(self, number: int) -> None:
+        """Do the tasks of a lane as they become ready, in one of its threads."""
+        while (task := self._ready[number].get()) is not None:
+            with self._changing:
+                if self._stopped:
+                    continue
+                self._executing += 1
+            try:
+                outcome: TaskEvent | BaseException = replace(perform(self._lanes[number], task), worker=self.workers[number])
+            except BaseException as error:
+                outcome = error
+            self.outcomes.put((task, outcome))
+            self._end(task, isinstance(outcome, TaskEvent))
+
+    def _end(self, task: Task, succeeded: bool) -> None:
+        with self._changing:
+            self._executing -= 1
+            for waiting in self._dependents.pop(task.id) if succeeded else []:
+                waiting.count -= 1
+                if not waiting.count:
+                    self._ready[waiting.task.lane].put(waiting.task)
+            self._changing.notify_all()
+
+    def forget(self, task: Task) -> None:
+        """It is forgotten as it ends."""
+
+    def find_lost(self) -> Future[Collection[str]]:
+        nobody = Future[Collection[str]]()
+        nobody.set_result(())
+        return nobody
+
+    def look(
+        self, pending: Mapping[str, Sequence[Task]], workers: Sequence[str]
+    ) -> tuple[dict[str, Obstacle], dict[str, float]]:
+        lanes = dict(zip(self.workers, self._lanes, strict=False))
+        return {}, {name: clock.now() - lanes[name].stepped for name in workers if name in lanes}
+
+    def stop(self, seconds: float) -> None:
+        if not self.is_here:  # a listener has forked
+            return
+        with self._changing:
+            self._stopped = True
+            if not self._changing.wait_for(lambda: not self._executing, seconds):
+                logger.warning("some tasks did not stop in time; their work is not saved")
+
+    def save(self) -> int:
+        consequence = "what it held in memory may be lost, and is computed again"
+        return sum(self._ask(Lane.save, SAVING_SECONDS, consequence))
+
+    def close(self) -> None:
+        for ready in self._ready:
+            for _ in range(THREADS):
+                ready.put(None)
+        self._ask(Lane.close, self._deadline.silence, "its lane may not be closed, and keep its memory")
+
+    def _ask(self, function: Callable[[Lane], int | None], seconds: float, consequence: str) -> list[int]:
+        """What this returns for each lane; one that fails or hangs is named, with the consequence."""
+        if not self.is_here:
+            return []
+        calls = [begin_call(partial(function, lane)) for lane in self._lanes]
+        wait(calls, timeout=seconds)
+        found = []
+        for name, call in zip(self.workers, calls, strict=False):
+            with warn_of_failure(f"worker {name}: {consequence}"):
+                found.append(call.result(timeout=0) or 0)
+        return found

@@ -1,0 +1,74 @@
+"""The errors for a chunk that is missing, torn, too large or undecodable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from oocattn.errors import IntegrityError
+from oocattn.text import printable
+
+
+@contextmanager
+def refuse_missing(location: str, key: str) -> Iterator[None]:
+    """Raise `missing_chunk` where the file of a chunk is not found."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_chunk(location, key) from None
+
+
+def missing_chunk(location: str, key: str) -> IntegrityError:
+    """The error for a chunk that is not there; `key` starts with the array's name."""
+    return IntegrityError(
+        f"{chunk_name(location, key)} is missing: Zarr would read it as the fill value; copy it again, or write it "
+        "(with write_empty_chunks=True if it is all fill value)"
+    )
+
+
+def irregular_chunk(location: str, key: str) -> IntegrityError:
+    """The error for a chunk that is a folder, a FIFO or a device."""
+    return IntegrityError(f"{chunk_name(location, key)} is no regular file: expected one; copy it again")
+
+
+def torn_chunk(location: str, key: str, found: int, expected: int) -> IntegrityError:
+    """The error for a chunk file of `found` bytes that must have `expected`."""
+    return IntegrityError(
+        f"{chunk_name(location, key)} has {found} bytes, expected {expected}: it is torn or of another array; copy it again"
+    )
+
+
+def is_html(content: bytes) -> bool:
+    """Whether content begins as an HTML page, as some servers answer for 404."""
+    return content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html"))
+
+
+def html_page(place: str, content: bytes) -> IntegrityError:
+    """The error for a page that stands where metadata or a chunk should."""
+    return IntegrityError(
+        f"{printable(place)} is an HTML page ({printable(content[:40])}): its server seems to answer so for what is "
+        "missing; check the URL, or copy the dataset again"
+    )
+
+
+def oversized_chunk(location: str, key: str, most: int) -> IntegrityError:
+    """The error for a stored chunk of more than `most` bytes."""
+    return IntegrityError(
+        f"{chunk_name(location, key)} has more than {most} bytes, the most that it can have; copy it again"
+    )
+
+
+def undecodable_chunk(location: str, key: str, error: object) -> IntegrityError:
+    """The error for a chunk that its codecs refuse."""
+    return IntegrityError(
+        f"{chunk_name(location, key)} cannot be decoded ({printable(error)}): it is damaged; copy it again"
+    )
+
+
+def chunk_name(location: str, key: str) -> str:
+    """Name a chunk for messages: array, coordinates and key.
+
+    The key starts with the array's name.
+    """
+    array, _, chunk = key.partition("/")
+    return f"array {array!r} of {printable(location)}: chunk {chunk!r} (key {key!r})"

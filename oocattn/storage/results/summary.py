@@ -1,0 +1,113 @@
+"""A result's attributes, and its certificate's summary: JSON alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from oocattn.errors import IntegrityError
+from oocattn.problem.problem import Problem, check_problem
+from oocattn.records import ADDED, Excerpt, Positive, from_json
+from oocattn.storage.files.durable import read_json
+from oocattn.storage.files.folders import is_folder
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.results.checksums import read_bits, result_digest
+from oocattn.text import printable
+
+FORMAT = 3
+"""Of a certificate; others are not read."""
+
+Outcome = Literal["passed", "inconclusive", "failed"]
+
+logger = logging.getLogger("oocattn")
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """The dataset of a result: its location and fingerprint at the time."""
+
+    location: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class PlanRecord(Excerpt):
+    """Some of the plan that a result was computed by."""
+
+    chunk_rows: Positive
+    kernel: str
+    rounds_weights: Annotated[bool, ADDED] = True  # allows more, where an older version has not recorded it
+
+
+@dataclass(frozen=True)
+class ResultAttributes(Excerpt):
+    """The attributes of a result: what it is the answer to."""
+
+    problem: Problem
+    dataset: DatasetRecord
+    plan: PlanRecord
+    versions: Mapping[str, str]
+
+    @property
+    def borders(self) -> Sequence[int]:
+        """The first tokens of all chunks but one."""
+        return range(self.plan.chunk_rows, self.problem.tokens, self.plan.chunk_rows)
+
+    @classmethod
+    def read(cls, paths: ResultPaths) -> ResultAttributes:
+        """Read the attributes of a finished result.
+
+        Raises IntegrityError where it is no result of ours.
+        """
+        try:
+            found = from_json(cls, paths.attributes() or {})
+            check_problem(found.problem)
+        except ValueError as error:
+            raise IntegrityError(
+                f"{paths.result}: the attributes do not describe a result of oocattn ({printable(error)})"
+            ) from None
+        return found
+
+
+@dataclass(frozen=True)
+class Summary(Excerpt):
+    """Some of the certificate beside a result."""
+
+    format: Literal[3]
+    passed: bool
+    inconclusive: bool
+    verdict: str
+    made: str
+    digest: str | None
+    problem: Problem
+    dataset_recorded: str
+
+    @property
+    def outcome(self) -> Outcome:
+        """The verdict in one word."""
+        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
+
+
+def read_summary(paths: ResultPaths) -> Summary | None:
+    """Read the summary of a result's certificate; None where there is none.
+
+    One of another result counts as none. A damaged certificate is logged as a warning and counts as none.
+    """
+    try:
+        content = read_json(paths.certificate) if is_folder(paths.state) else None
+        if content is None:
+            return None
+        found, recorded, digest = (
+            from_json(Summary, content),
+            ResultAttributes.read(paths),
+            result_digest(read_bits(paths.result)),
+        )
+    except (ValueError, IntegrityError, OSError) as error:
+        logger.warning(
+            "the certificate beside %s cannot be read (%s) and counts as none; verify the result again", paths.result, error
+        )
+        return None
+    same = (found.digest, found.problem, found.dataset_recorded) == (digest, recorded.problem, recorded.dataset.fingerprint)
+    return found if same else None
