@@ -54,8 +54,8 @@ def test_every_command_and_example_of_the_readme_and_docs_runs(tmp_path, monkeyp
                     assert program == "oocattn", f"{place}: {command}: say how it is tested"
                     assert cli.main(options) == 0, f"{place}: {command}"
     printed = capsys.readouterr().out
-    assert printed.count("passed") == 2  # the README's result and that of docs/certificates.md, verified
-    assert printed.count("go on with: oocattn resume") == 1  # docs/interruptions.md
+    assert printed.count("passed") == 3  # README, docs/command-line.md and docs/certificates.md verify a result
+    assert printed.count("interrupted: ") == 2  # docs/interruptions.md
 
 
 def test_every_page_of_docs_is_in_the_table_of_the_readme():
@@ -79,7 +79,7 @@ def test_a_page_avoids_archaisms(page):
 
 def test_the_plan_that_is_explained_looks_like_a_real_one(tmp_path):
     """Line by line but for numbers, units and what binds, which are the machine's."""
-    (shown,) = [text for _, text, _ in blocks(DOCS / "plans.md", "text")]
+    shown, *_ = [text for _, text, _ in blocks(DOCS / "plans.md", "text")]
     dataset = tmp_path / "qkv.zarr"
     oocattn.synthesise(dataset, tokens=16384, heads=8, kv_heads=2, head_dim=64, dtype="bfloat16")
     plan = oocattn.plan(dataset, causal=True, host_memory="48MiB", chunks=7, decomposition="cqs")
