@@ -167,7 +167,7 @@ def test_what_it_would_misread_is_refused(dtype, head_dim):
 def test_a_state_at_odd_addresses_is_refused():
     rows = torch.zeros(4, 64, dtype=torch.float16)
     num = torch.zeros(4 * 64 + 1)[1:].view(1, 4, 64)
-    state = AttentionState(num, torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(4, dtype=torch.int64))
+    state = AttentionState.without_ledger(num, torch.zeros(1, 4), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="multiples of 8 bytes"):
         call(get_kernel("hopper"), rows.unsqueeze(0), rows, rows, state, scale=1.0, causal=True)
 
