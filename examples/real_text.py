@@ -87,8 +87,8 @@ def attend(dataset: Path, result: Path, host_memory: str) -> oocattn.Result:
 
 def print_start(event: oocattn.Event) -> None:
     """A listener: what a run is about to do, and where it can be watched meanwhile."""
-    if event.kind == "started":
-        print(f"{event.detail['plan']}\n\ndashboard    {event.detail['dashboard']}", flush=True)
+    if isinstance(event, oocattn.Started):
+        print(f"{event.plan}\n\ndashboard    {event.dashboard}", flush=True)
 
 
 def largest_difference(first: oocattn.Result, second: oocattn.Result) -> float:

@@ -24,7 +24,21 @@ with collection_paused(), in_some_folder():
         WorkerLostError,
     )
     from oocattn.pipelines.session import Result
-    from oocattn.pipelines.watch.events import Callback, Event
+    from oocattn.pipelines.watch.events import (
+        Attended,
+        Callback,
+        Committed,
+        Ended,
+        Event,
+        Failed,
+        Merged,
+        Recovered,
+        Saved,
+        Staged,
+        Stalled,
+        Started,
+        Written,
+    )
     from oocattn.pipelines.watch.report import RunReport
     from oocattn.pipelines.watch.status import Status
     from oocattn.planning.plan import Plan
@@ -35,26 +49,37 @@ with collection_paused(), in_some_folder():
     from oocattn.version import __version__
 
 __all__ = [
+    "Attended",
     "BFloat16",
     "BudgetError",
     "Callback",
     "Certificate",
+    "Committed",
+    "Ended",
     "Event",
+    "Failed",
     "IntegrityError",
     "LockedError",
+    "Merged",
     "OocattnError",
     "Plan",
     "ProblemError",
+    "Recovered",
     "RemoteDeniedError",
     "RemoteError",
     "Result",
     "ResultExistsError",
     "RunReport",
+    "Saved",
+    "Staged",
+    "Stalled",
     "StalledError",
+    "Started",
     "Status",
     "TaskError",
     "TimeLimitError",
     "WorkerLostError",
+    "Written",
     "__version__",
     "attention",
     "import_arrays",

@@ -6,7 +6,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +255,20 @@ def assert_nothing_written(result: Path) -> None:
     assert not os.path.lexists(result)
     assert ResultPaths.at(result).unfinished is None
     assert oocattn.status(result).state == "none"
+
+
+_FIELDS: dict[str, Any] = {"head_group": 0, "index": 0, "pairs": 0, "bytes": 0, "plan": None, "dashboard": "", "left": 0}
+_FIELDS |= {"resumed": False, "recomputed": 0, "reason": "", "error": "", "path": "", "report": None}
+
+
+def make_event(kind: str, start: float = 0.0, stop: float = 0.0, **given: Any) -> Event:
+    """The event of that kind; fields that are not given have any value."""
+    made: type[Event] = getattr(oocattn, kind.capitalize())
+    wanted = {field.name: field for field in fields(made)}
+    missing = {name: _FIELDS[name] for name, field in wanted.items() if name in _FIELDS and field.default is MISSING}
+    return made(**{"start": start, "stop": stop, **missing, **given})
+
+
+def amount_of(event: Event) -> int:
+    """The bytes or pairs of an event; 0 where it has none."""
+    return int(getattr(event, "pairs", getattr(event, "bytes", 0)))

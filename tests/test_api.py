@@ -39,7 +39,7 @@ def test_a_run_with_a_cluster_of_its_own(dataset: Path, fast_path: Path) -> None
     assert relative_error(result.out[...], expected) < 2e-6
     np.testing.assert_allclose(result.lse[...], lse, atol=1e-5)
     assert (result.out.shape, result.out.dtype, result.lse.dtype) == ((1, 4, 130, 16), np.float32, np.float32)
-    dashboard = recorder.events[0].detail["dashboard"]
+    dashboard = recorder.events[0].dashboard
     assert dashboard.startswith("http://127.0.0.1:")
     assert oocattn.status(fast_path / "out.zarr").state == "finished"
     assert oocattn.verify(fast_path / "out.zarr").passed

@@ -292,5 +292,5 @@ def test_no_room_ends_a_run_at_once(client: Client, dataset: Path, result: Path,
     assert isinstance(error, OSError)
     assert error.errno == number
     assert re.search(remedy, words_of(error))
-    assert not recorder.of("mended")
+    assert not recorder.of("recovered")
     assert carry_out(plan_for(dataset, chunks=3), dataset, result, client).path == result

@@ -91,7 +91,7 @@ def test_a_resumed_run_gives_the_same_bits(
     assert found.report.pairs == right.report.pairs
     assert found.report.bytes_written == right.report.bytes_written
     redone = len(recorder.of("attended"))
-    assert recorder.of("started")[0].detail["left"] == redone
+    assert recorder.of("started")[0].left == redone
     if kind == "written":
         assert len(recorder.of("written")) <= len([chunk for chunk in range(13) if plan.tokens(chunk)]) * 2 - count
         assert 0 < found.report.pairs_before <= found.report.pairs

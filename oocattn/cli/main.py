@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import oocattn
 from oocattn import clock
@@ -18,10 +18,9 @@ from oocattn.cli.printing import Printing
 from oocattn.division.drawing import check_drawing
 from oocattn.errors import OocattnError, TimeLimitError
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
-from oocattn.pipelines.watch.events import Callback, Event
+from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.pipelines.watch.progress import ProgressBar
 from oocattn.pipelines.watch.timeline import Timeline
-from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.make.importing import import_arrays
 from oocattn.storage.make.synth import synthesise
@@ -235,10 +234,10 @@ class _PlanPrinter:
     printed = False
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "started":
-            plan, left = cast(Plan, event.detail["plan"]), cast(int, event.detail["left"])
+        if isinstance(event, Started):
+            plan, left = event.plan, event.left
             print(plan, end="\n\n", flush=True)
-            if event.detail["resumed"]:
+            if event.resumed:
                 print(f"resumed      {left:,} of {plan.subproblems:,} subproblems are left", end="\n\n", flush=True)
             self.printed = True
 

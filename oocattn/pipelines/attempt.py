@@ -32,7 +32,7 @@ from oocattn.pipelines.graph import GraphBuilder, Key
 from oocattn.pipelines.lane.lane import Job
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError
-from oocattn.pipelines.watch.events import Callback, Event
+from oocattn.pipelines.watch.events import Attended, Callback, Saved, Staged, TaskEvent
 from oocattn.pipelines.work import Work
 from oocattn.planning.cost import PIECE, UNFINISHED, WINDOW
 from oocattn.storage.files.operations import described, is_disk_full
@@ -74,8 +74,8 @@ class Attempt:
         self._left = self._to_attend = left
         self._emit = emit
         self._deadline = deadline
-        self._unfinished: dict[Key, Future[Event | None]] = {}
-        self._ended: queue.SimpleQueue[Future[Event | None] | None] = queue.SimpleQueue()
+        self._unfinished: dict[Key, Future[TaskEvent | None]] = {}
+        self._ended: queue.SimpleQueue[Future[TaskEvent | None] | None] = queue.SimpleQueue()
         self._attending = self._attended = 0
         self._checked = time.monotonic()
         self._standstill = Standstill(self._name, client, devices, self._pending, emit, deadline)
@@ -116,7 +116,7 @@ class Attempt:
         self._lanes.stop(list(self._unfinished.values()), patience)
         saved = 0 if isinstance(error, TaintedError) else self._lanes.save()
         if saved:
-            self._emit(Event("saved", start, clock.now(), amount=saved))
+            self._emit(Saved(start=start, stop=clock.now(), bytes=saved))
 
     @contextmanager
     def _missing_those_who_left(self) -> Iterator[None]:
@@ -152,10 +152,10 @@ class Attempt:
         lanes = self._schedule.lanes
         return self._attending < WINDOW * lanes and len(self._unfinished) < UNFINISHED * lanes
 
-    def _next_batch(self) -> list[Future[Event | None]]:
+    def _next_batch(self) -> list[Future[TaskEvent | None]]:
         """Wait for tasks to end. Raises InterruptedRunError when that is asked for, TimeLimitError when it is time, and
         StalledError when none ends."""
-        batch: list[Future[Event | None]] = []
+        batch: list[Future[TaskEvent | None]] = []
         while not batch or not self._ended.empty():
             patience = self._check_time()
             if time.monotonic() - self._checked > PATIENCE:
@@ -213,7 +213,7 @@ class Attempt:
             raise TimeLimitError(words)
         return min(PATIENCE, left)
 
-    def _event(self, future: Future[Event | None]) -> Event:
+    def _event(self, future: Future[TaskEvent | None]) -> TaskEvent:
         """What a finished task returned; that is gone with its worker, and then Dask runs the task again."""
         while True:
             patience = self._check_time()
@@ -246,7 +246,7 @@ class Attempt:
                 wait([called], timeout=patience)
         return called.result()
 
-    def _raise(self, future: Future[Event | None], error: BaseException) -> NoReturn:
+    def _raise(self, future: Future[TaskEvent | None], error: BaseException) -> NoReturn:
         """Raise a task's error as it is told; WorkerLostError where a worker is gone, for that explains it."""
         self._check_workers()
         if isinstance(error, OocattnError) or is_disk_full(error) or not isinstance(error, Exception):
@@ -254,7 +254,7 @@ class Attempt:
         # Dask ran a task again whose result was lost with a worker: the lane has what it needs no more.
         raise TaskError(place_of(cast(Key, future.key)), described(error)) from error
 
-    def _finish(self, future: Future[Event | None]) -> None:
+    def _finish(self, future: Future[TaskEvent | None]) -> None:
         """Pass on what a task did, or raise its error."""
         if future.status != "finished":
             self._check_workers()
@@ -265,11 +265,11 @@ class Attempt:
         del self._unfinished[key]
         self._emit(event)
         self._deadline.learn(event)
-        if event.kind == "attended":
+        if isinstance(event, Attended):
             self._attending -= 1
             self._attended += 1
             self._to_attend -= 1
-        elif event.kind == "staged":
+        elif isinstance(event, Staged):
             self._left -= 1
             if not self._left:  # all is read, and the driver has little else to do
                 self.check_dataset()

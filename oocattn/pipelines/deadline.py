@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from statistics import median
 
 from oocattn import clock
-from oocattn.pipelines.watch.events import Event
+from oocattn.pipelines.watch.events import Attended, TaskEvent
 from oocattn.planning.plan import Plan
 
 MARGIN = 2.0
@@ -47,10 +47,10 @@ class Deadline:
         self._planned_step = self._at_a_time * max(link.seconds for link in plan.links) * plan.lanes / tasks
         self._took: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
 
-    def learn(self, event: Event) -> None:
+    def learn(self, event: TaskEvent) -> None:
         """A task ended, and what was held in memory was saved meanwhile: how long that took."""
         self._took[event.kind].append(event.stop - event.start)
-        if event.kind == "attended":
+        if isinstance(event, Attended):
             self._longest = max(self._longest, event.stop - event.start)
         self._saving = max([self._saving, *(span.stop - span.start for span in event.spans if span.resource == "save")])
 

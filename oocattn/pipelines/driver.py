@@ -32,7 +32,7 @@ from oocattn.pipelines.lane.partials.store import DamagedPartialError
 from oocattn.pipelines.scan import ScanResult, scan_completed
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
-from oocattn.pipelines.watch.events import Callback, Event
+from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Failed, Recovered, Started
 from oocattn.pipelines.watch.listeners import Listeners
 from oocattn.pipelines.watch.report import RunReport, Tally
 from oocattn.pipelines.work import Work
@@ -90,7 +90,7 @@ def run(
         insist(COMMIT, lambda: work.state.commit(work.growing))
     except BaseException as error:
         try:
-            emit(Event("failed", start, clock.now(), detail={"error": _words(error)}))
+            emit(Failed(start=start, stop=clock.now(), error=_words(error)))
         finally:
             if isinstance(error, TaintedError):
                 work.state.discard(work.growing)
@@ -104,8 +104,8 @@ def run(
     for line in report.lost:
         logger.warning("%s: %s", work.paths.result, line)
     now = clock.now()
-    emit(Event("committed", now, now, detail={"path": str(work.paths.result)}))
-    emit(Event("ended", start, now, detail={"report": report}))
+    emit(Committed(start=now, stop=now, path=str(work.paths.result)))
+    emit(Ended(start=start, stop=now, report=report))
     return report
 
 
@@ -149,7 +149,7 @@ def _drive(
     """Attempt to do what is left until nothing is; return how many lanes did the last of it."""
     plan, mishaps = work.plan, _Mishaps()
     deadline = Deadline(until, plan)
-    event = Event("started", start, start, detail={"plan": plan, "dashboard": client.dashboard_link or ""})
+    recovered: Recovered | None = None
     thorough = False  # after a partial was found damaged, so are all others looked for
     ids = roll.ids
     expected = replace(Expected.of(plan, work.dataset, work.state), computing=roll.computing)
@@ -160,10 +160,16 @@ def _drive(
         schedule = Schedule(plan, len(devices), found.done)
         left = schedule.left
         mishaps.note(left - len(found.done.chunks))
-        told = cast(int, event.detail.get("recomputed", 0))
-        damaged = found.damaged if event.kind == "started" else told + found.torn
-        resumed = bool(found.done.chunks or found.done.partials)
-        emit(replace(event, detail={**event.detail, "left": left, "resumed": resumed, "recomputed": damaged}))
+        if recovered is None:
+            resumed = bool(found.done.chunks or found.done.partials)
+            dashboard, damaged = client.dashboard_link or "", found.damaged
+            emit(
+                Started(
+                    start=start, stop=start, plan=plan, dashboard=dashboard, left=left, resumed=resumed, recomputed=damaged
+                )
+            )
+        else:
+            emit(replace(recovered, left=left, recomputed=recovered.recomputed + found.torn))
         try:
             attempt = Attempt(work, client, devices, ids, schedule, left, emit, deadline)
             interrupts.tell = attempt.interrupt
@@ -177,7 +183,7 @@ def _drive(
             mishaps.add(error)
             thorough = isinstance(error, DamagedPartialError)
             now = clock.now()
-            event = Event("mended", now, now, detail={"error": str(error), _COUNTED[type(error)]: 1})
+            recovered = Recovered(start=now, stop=now, error=str(error), **{_COUNTED[type(error)]: 1})
             wait_for_workers(client, len(devices), REPLACEMENT, LAST_REPLACEMENT, lambda: _check(deadline, interrupts))
             ids = enlist_again(client, expected, lambda: _check(deadline, interrupts))
             devices = _devices(client, plan, ids)

@@ -13,7 +13,7 @@ from typing import Any
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.journal.journal import Journal, Place
-from oocattn.storage.results.arrays import ResultArrays, Written
+from oocattn.storage.results.arrays import ResultArrays, WrittenChunk
 from oocattn.storage.results.checksums import Checksums, are_digits
 from oocattn.units import format_seconds
 
@@ -41,7 +41,7 @@ class Compared:
 NOTHING_FINISHED = Compared()
 
 
-def record_of(counts: Mapping[str, int], parts: Sequence[Written]) -> dict[str, Any]:
+def record_of(counts: Mapping[str, int], parts: Sequence[WrittenChunk]) -> dict[str, Any]:
     """The record of a chunk: its `COUNTS`, and what was written.
 
     Parts are in the order of their rows and then of the heads.

@@ -23,7 +23,7 @@ from dask.task_spec import Task, TaskRef
 
 from oocattn.pipelines.engines.dask import tasks
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.watch.events import Event
+from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.memory import STAGING_SLOTS
 
 Key = tuple[str, int, int]
@@ -115,7 +115,7 @@ class GraphBuilder:
         lane: int,
         layer: str,
         key: Key,
-        function: Callable[..., Event | None],
+        function: Callable[..., TaskEvent | None],
         numbers: tuple[int | tuple[int, ...], ...],
         before: Iterable[Key],
     ) -> Key:

@@ -9,7 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 from distributed import Client
-from support import Recorder, assert_nothing_written, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from support import (
+    Recorder,
+    assert_nothing_written,
+    assert_same_bits,
+    carry_out,
+    make_event,
+    normal_arrays,
+    plan_for,
+    write_dataset,
+)
 
 import oocattn
 from oocattn import Event, ProblemError, TimeLimitError, clock
@@ -65,12 +74,12 @@ def test_time_for_what_is_in_flight_is_kept(dataset: Path) -> None:
     deadline = Deadline(clock.now() + 100, plan)
     assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * plan.subproblem_seconds, abs=0.5)
     for seconds in (7.0, 4.0):
-        deadline.learn(Event("attended", 10.0, 10.0 + seconds))
+        deadline.learn(make_event("attended", 10.0, 10.0 + seconds))
         assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * 7, abs=0.5)  # a second one waits behind the first
-    deadline.learn(Event("attended", 0.0, 0.0, spans=(Span("save", 20.0, 31.0),)))
+    deadline.learn(make_event("attended", 0.0, 0.0, spans=(Span("save", 20.0, 31.0),)))
     assert deadline.left == pytest.approx(100 - MARGIN - 11 - 2 * 7, abs=0.5)
     on_gpu = Deadline(clock.now() + 100, replace(plan, machine=replace(plan.machine, device="cuda")))
-    on_gpu.learn(Event("attended", 10.0, 17.0))
+    on_gpu.learn(make_event("attended", 10.0, 17.0))
     assert on_gpu.left == pytest.approx(100 - MARGIN - 3 - 7, abs=0.5)
 
 
@@ -79,10 +88,10 @@ def test_a_run_stalls_after_three_minutes_or_where_the_plan_predicts_longer_step
     deadline = Deadline(math.inf, short)
     assert (deadline.noticed, deadline.stalled) == (30, 180)
     for seconds in (0.1, 0.2, 170.0):  # the last was stopped for a while
-        deadline.learn(Event("attended", 10.0, 10.0 + seconds))
+        deadline.learn(make_event("attended", 10.0, 10.0 + seconds))
     assert (deadline.noticed, deadline.stalled) == (30, 180)
     for _ in range(3):
-        deadline.learn(Event("staged", 10.0, 70.0))
+        deadline.learn(make_event("staged", 10.0, 70.0))
     assert (deadline.noticed, deadline.stalled) == (240, 600)
     link = replace(short.links[0], seconds=100.0 * min(short.subproblems, short.chunks * short.problem.head_groups))
     slow_reading = replace(short, links=(link, *short.links[1:]))

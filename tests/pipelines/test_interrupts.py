@@ -135,7 +135,7 @@ def test_an_interrupted_run_leaves_what_was_in_flight_on_disk(
     with pytest.raises(KeyboardInterrupt):
         carry_out(plan, dataset, result, client, callbacks=[recorder, at_the_moment])
     assert recorder.events[-1].kind == "failed"
-    assert "what was in flight is on disk" in str(recorder.events[-1].detail["error"])
+    assert "what was in flight is on disk" in str(recorder.events[-1].error)
     assert oocattn.status(result).state == "interrupted"
     again = Recorder([])
     assert_same_bits(oocattn.resume(result, client=client, callbacks=[again]), right)

@@ -84,7 +84,7 @@ def test_a_task_that_fails_is_tried_again(
     assert found.report.retried in (2, 3)  # 2 where two failed at the same time
     assert f"{found.report.retried} failed and were tried again" in str(found.report)
     assert failing.calls[1, 5] == 3
-    told = [str(event.detail["error"]) for event in recorder.of("mended")]
+    told = [str(event.error) for event in recorder.of("recovered")]
     assert f"{work} failed: OSError: [Errno 5] Input/output error at (1, 5)" in told
     assert oocattn.status(result).state == "finished"
     # What lanes held is saved as they stop, so hardly anything but what failed is computed again.
@@ -109,8 +109,8 @@ def test_so_is_one_that_has_no_words_for_what_it_was_doing(
     recorder = Recorder([])
     found = carry_out(plan, dataset, result, client, callbacks=[recorder])
     assert_same_bits(found, right)
-    (mended,) = recorder.of("mended")
-    assert "KeyError: 4" in str(mended.detail["error"])
+    (mended,) = recorder.of("recovered")
+    assert "KeyError: 4" in str(mended.error)
 
 
 def test_so_is_one_whose_result_is_lost_before_it_was_asked_for(
@@ -177,8 +177,8 @@ def test_a_worker_that_dies_is_replaced(
     assert found.report.workers_lost == 1
     assert found.report.lanes == 2
     assert "workers      1 lost; others took over" in str(found.report)
-    (mended,) = recorder.of("mended")
-    assert f"worker {next(iter(before))} is gone" in str(mended.detail["error"])
+    (mended,) = recorder.of("recovered")
+    assert f"worker {next(iter(before))} is gone" in str(mended.error)
     assert len(workers.run(os.getpid).keys() - before.keys()) == 1
     assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
 
@@ -193,7 +193,7 @@ def test_workers_that_die_while_chunks_are_merged_do_not_end_a_run_that_gets_on(
     def lose(attempt: Attempt, future: Future) -> None:
         real(attempt, future)
         written = recorder.events[-1].kind == "written"
-        if written and len(recorder.of("attended")) == plan.subproblems and len(recorder.of("mended")) < 5:
+        if written and len(recorder.of("attended")) == plan.subproblems and len(recorder.of("recovered")) < 5:
             raise WorkerLostError("a worker is gone")
 
     monkeypatch.setattr(Attempt, "_finish", lose)

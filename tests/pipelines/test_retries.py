@@ -230,7 +230,7 @@ def test_mishaps_without_progress_end_a_run_wherever_they_are(
     recorder = Recorder([])
     with pytest.raises(TaskError, match=r"^thing .* failed: it broke"):
         carry_out(plan_of(dataset, ""), dataset, result, client, callbacks=[recorder])
-    assert len(recorder.of("mended")) == 2
+    assert len(recorder.of("recovered")) == 2
 
 
 def test_a_task_that_hangs_ends_the_run_after_a_while(

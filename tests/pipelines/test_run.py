@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from distributed import Client, LocalCluster
-from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from support import Recorder, amount_of, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 from oocattn import Event, IntegrityError, Plan, TaskError
 from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.watch.events import TaskEvent
 
 SETTINGS = [
     ({"chunks": 1}, True, "memory"),
@@ -48,8 +49,9 @@ def test_events_come_in_order_and_are_as_many_as_planned(ran: tuple[Plan, list[E
         "started": 1, "staged": plan.subproblems, "attended": plan.subproblems, "merged": chunks, "written": chunks,
         "committed": 1, "ended": 1,
     }  # fmt: skip
-    assert len({(event.kind, event.head_group, event.index) for event in events}) == len(events)
-    place = {(event.kind, event.head_group, event.index): number for number, event in enumerate(events)}
+    tasks = [event for event in events if isinstance(event, TaskEvent)]
+    place = {(event.kind, event.head_group, event.index): number for number, event in enumerate(tasks)}
+    assert len(place) == len(tasks)
     for (kind, head_group, index), number in place.items():
         if kind == "attended":
             assert place["staged", head_group, index] < number
@@ -67,22 +69,23 @@ def test_times_and_amounts_are_those_of_the_work(ran: tuple[Plan, list[Event]]) 
     assert all(started.start <= event.start and event.stop <= ended.stop + 1e-3 for event in events)
     amounts = Counter()
     for event in events:
-        amounts[event.kind] += event.amount
+        amounts[event.kind] += amount_of(event)
     assert amounts["attended"] == amounts["merged"] == plan.problem.pairs
     written = next(link for link in plan.links if link.name == "write")
     assert amounts["written"] == written.amount
-    report = ended.detail["report"]
+    report = ended.report
     assert (report.pairs, report.bytes_read, report.bytes_written) == tuple(
         amounts[kind] for kind in ("merged", "staged", "written")
     )
-    assert started.detail["plan"] == plan
+    assert started.plan == plan
 
 
 def test_no_more_than_two_subproblems_are_staged_and_no_more_accumulators_held_than_planned(
     ran: tuple[Plan, list[Event]],
 ) -> None:
     plan, events = ran
-    times = {(event.kind, event.head_group, event.index): event for event in events}
+    tasks = [event for event in events if isinstance(event, TaskEvent)]
+    times = {(event.kind, event.head_group, event.index): event for event in tasks}
     # A slot is taken from the start of staging to the end of attending.
     changes = []
     for (kind, *place), event in times.items():
@@ -124,7 +127,7 @@ def test_a_failure_is_told_last(client: Client, fast_path: Path) -> None:
     assert kinds[0] == "started"
     assert kinds[-1] == "failed"
     assert not {"committed", "ended"} & set(kinds)
-    assert "IntegrityError: array 'k'" in recorder.events[-1].detail["error"]
+    assert "IntegrityError: array 'k'" in recorder.events[-1].error
 
 
 def test_a_run_leaves_nothing_on_its_workers(client: Client, dataset: Path, fast_path: Path) -> None:
@@ -166,7 +169,7 @@ def test_lanes_share_one_head_and_the_bits_are_those_of_one(client: Client, fast
     assert_same_bits(shared, alone)
     pairs = Counter[str]()
     for event in recorder.of("attended"):
-        pairs[event.worker] += event.amount
+        pairs[event.worker] += event.pairs
     assert len(pairs) == 3
     assert max(pairs.values()) < 0.4 * pairs.total()
 

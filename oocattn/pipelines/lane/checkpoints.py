@@ -10,7 +10,7 @@ from dataclasses import replace
 from oocattn import clock
 from oocattn.pipelines.failing import CHECKPOINT, naming
 from oocattn.pipelines.lane.partials.store import PartialStore
-from oocattn.pipelines.watch.events import Event, Span
+from oocattn.pipelines.watch.events import Attended, Span
 
 
 class Checkpoints:
@@ -31,15 +31,14 @@ class Checkpoints:
             self._thread = threading.Thread(target=self._save_now_and_then, name="oocattn-checkpoints", daemon=True)
             self._thread.start()
 
-    def tell(self, event: Event) -> Event:
+    def tell(self, event: Attended) -> Attended:
         """The event, with the checkpoints that were made since the last one."""
         made = [self._made.popleft() for _ in range(len(self._made))]
         if not made:
             return event
         spans = tuple(span for span, _ in made)
         written = sum(written for _, written in made)
-        detail = {**event.detail, "checkpoint_bytes": written, "checkpointed": spans[-1].stop}
-        return replace(event, detail=detail, spans=(*event.spans, *spans))
+        return replace(event, checkpoint_bytes=written, checkpointed=spans[-1].stop, spans=(*event.spans, *spans))
 
     def close(self) -> None:
         """Make no more of them."""

@@ -11,9 +11,9 @@ from oocattn.division.base import Block
 from oocattn.kernels import AttentionState, finalise, merge
 from oocattn.kernels.settings import plain_threads
 from oocattn.pipelines.failing import naming_subproblem
-from oocattn.pipelines.lane.lane import Job, Lane, Staged
+from oocattn.pipelines.lane.lane import Job, Lane, StagedChunks
 from oocattn.pipelines.lane.tiles import key_tiles
-from oocattn.pipelines.watch.events import Event, Span
+from oocattn.pipelines.watch.events import Attended, Span
 
 
 class CpuLane(Lane):
@@ -29,7 +29,7 @@ class CpuLane(Lane):
         # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.
         self._attending = plain_threads(1, "oocattn-attend")
         self._threads = self._attending.submit(torch.get_num_threads).result()
-        self._attended: dict[int, Event] = {}
+        self._attended: dict[int, Attended] = {}
         self._turn = 0
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -46,10 +46,10 @@ class CpuLane(Lane):
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
         finalise(state, out, lse)
 
-    def compute(self, turn: int) -> Event:
+    def compute(self, turn: int) -> Attended:
         return self._attending.submit(self._attend_until, turn).result()
 
-    def _attend_until(self, turn: int) -> Event:
+    def _attend_until(self, turn: int) -> Attended:
         with self.telling_the_first_error():
             if torch.get_num_threads() != self.plan.threads:
                 torch.set_num_threads(self.plan.threads)
@@ -60,7 +60,7 @@ class CpuLane(Lane):
                 self._turn += 1
             return self._attended.pop(turn)
 
-    def _attend(self, staged: Staged) -> Event:
+    def _attend(self, staged: StagedChunks) -> Attended:
         start = clock.now()
         pairs = committed = 0
         for block in staged.subproblem.blocks:
@@ -69,18 +69,17 @@ class CpuLane(Lane):
                 pairs += self._attend_block(staged, block, work)
                 committed += self.partials.end(*work)
         stop = clock.now()
-        return Event(
-            "attended",
-            start,
-            stop,
-            staged.head_group,
-            staged.subproblem.index,
-            amount=pairs,
-            detail={"partial_bytes": committed},
+        return Attended(
+            start=start,
+            stop=stop,
+            head_group=staged.head_group,
+            index=staged.subproblem.index,
+            pairs=pairs,
+            partial_bytes=committed,
             spans=(Span("compute", start, stop),),
         )
 
-    def _attend_block(self, staged: Staged, block: Block, work: tuple[int, int, int]) -> int:
+    def _attend_block(self, staged: StagedChunks, block: Block, work: tuple[int, int, int]) -> int:
         """Compute one query chunk's partial, and count its pairs."""
         problem = self.plan.problem
         query = staged.queries[block.query_chunk]

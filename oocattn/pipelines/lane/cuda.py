@@ -31,11 +31,11 @@ from oocattn.kernels import AttentionState, finalise, get_kernel, merge
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, recorded
-from oocattn.pipelines.lane.lane import Job, Lane, Staged
+from oocattn.pipelines.lane.lane import Job, Lane, StagedChunks
 from oocattn.pipelines.lane.memory import Arena, PinnedMemory, close_all, pinning
 from oocattn.pipelines.lane.partials.store import Destination
 from oocattn.pipelines.lane.tiles import KeyTile, key_tiles, pieces
-from oocattn.pipelines.watch.events import Event, Resource
+from oocattn.pipelines.watch.events import Attended, Resource
 from oocattn.planning.memory import (
     FINALISED_ROWS,
     KEY_SLOTS,
@@ -68,7 +68,7 @@ logger = logging.getLogger("oocattn")
 class _Work:
     """One subproblem on the device: what was enqueued and has not come back."""
 
-    staged: Staged
+    staged: StagedChunks
     coming_back: int = 0  # query chunks whose partials have not been handed over
     stretches: list[Stretch] = field(default_factory=list)
     pairs: int = 0
@@ -159,7 +159,7 @@ class CudaLane(Lane):
             # need wait.
             pinning(self._device).submit(close_all, self._pinned)
 
-    def compute(self, turn: int) -> Event:
+    def compute(self, turn: int) -> Attended:
         start = clock.now()
         launcher(self._device).submit(self._enqueue_until, turn).result()
         work = self._works.pop(turn)
@@ -167,10 +167,17 @@ class CudaLane(Lane):
             with self._finishing, self.telling_the_first_error():
                 if work.coming_back:
                     self._finish_chunk()
-        detail = {"partial_bytes": work.partial_bytes, "out_of_memory": work.halved}
         spans = self._clock.spans(work.stretches)
-        of = work.staged.head_group, work.staged.subproblem.index
-        return Event("attended", start, clock.now(), *of, amount=work.pairs, detail=detail, spans=spans)
+        return Attended(
+            start=start,
+            stop=clock.now(),
+            head_group=work.staged.head_group,
+            index=work.staged.subproblem.index,
+            pairs=work.pairs,
+            partial_bytes=work.partial_bytes,
+            out_of_memory=work.halved,
+            spans=spans,
+        )
 
     def _enqueue_until(self, turn: int) -> None:
         """Enqueue what was staged up to this turn, in order."""

@@ -23,10 +23,10 @@ from oocattn.pipelines.lane.memory import Pool, as_numpy
 from oocattn.pipelines.lane.not_finite import count_narrowed, count_not_finite
 from oocattn.pipelines.lane.partials.store import Collected, PartialStore
 from oocattn.pipelines.lane.tiles import pieces
-from oocattn.pipelines.watch.events import Event, Span
+from oocattn.pipelines.watch.events import Merged, Span, Written
 from oocattn.planning.plan import Plan
 from oocattn.storage.journal.journal import Journal
-from oocattn.storage.results.arrays import ResultArrays, Written
+from oocattn.storage.results.arrays import ResultArrays, WrittenChunk
 
 Finalise = Callable[[AttentionState, torch.Tensor, torch.Tensor], None]
 """Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""
@@ -39,7 +39,7 @@ OutBlock = tuple[torch.Tensor, torch.Tensor]
 class _Finished:
     """A merged chunk, and its parts on their way to disk."""
 
-    merged: Event
+    merged: Merged
     not_finite: int
     parts: list[Future[_Part]]
 
@@ -48,7 +48,7 @@ class _Finished:
 class _Part:
     """A part that was written: what, when, how many elements of `out` are NaN or Inf, how many its dtype made Inf or 0."""
 
-    written: Written
+    written: WrittenChunk
     span: Span
     not_finite: int
     narrowed: tuple[int, int]
@@ -86,7 +86,7 @@ class Finisher:
         merging = self._collector.submit(self._collect, head_group, chunk)
         self._begun[head_group, chunk] = self._divider.submit(self._finish, head_group, chunk, merging, whole)
 
-    def merge(self, head_group: int, chunk: int) -> Event:
+    def merge(self, head_group: int, chunk: int) -> Merged:
         """See a chunk's partials merged, checked that every row attended exactly the keys it must, and divided.
 
         Raises DamagedPartialError for a partial on disk that is not whole, after which a chunk may be merged again, and
@@ -100,13 +100,13 @@ class Finisher:
             del self._begun[head_group, chunk]
             raise
 
-    def write(self, head_group: int, chunk: int) -> Event:
+    def write(self, head_group: int, chunk: int) -> Written:
         """See a merged chunk written to `out` and `lse`, one chunk file at a time; record it, and release its partials."""
         finished = self._begun.pop((head_group, chunk)).result()
         parts = [part.result() for part in finished.parts]
         spans = tuple(part.span for part in parts)
         counts = {
-            "pairs": finished.merged.amount,
+            "pairs": finished.merged.pairs,
             "not_finite": finished.not_finite,
             "out_not_finite": sum(part.not_finite for part in parts),
             "out_overflowed": sum(part.narrowed[0] for part in parts),
@@ -115,7 +115,8 @@ class Finisher:
         record = record_of(counts, [part.written for part in parts])
         self._journal.finish(head_group, chunk, record)
         self._partials.release(head_group, chunk)
-        return Event("written", spans[0].start, spans[-1].stop, head_group, chunk, amount=record["bytes"], spans=spans)
+        start, stop = spans[0].start, spans[-1].stop
+        return Written(start=start, stop=stop, head_group=head_group, index=chunk, bytes=record["bytes"], spans=spans)
 
     def close(self) -> None:
         """Wait for what is under way; nothing else is begun."""
@@ -150,7 +151,8 @@ class Finisher:
                 f"head group {head_group}, chunk {chunk}: the rows from {waiting[0].start} on did not come; the result is "
                 "discarded, run again"
             )
-        event = Event("merged", merged.start, clock.now(), head_group, chunk, amount=pairs, spans=tuple(spans))
+        start, stop = merged.start, clock.now()
+        event = Merged(start=start, stop=stop, head_group=head_group, index=chunk, pairs=pairs, spans=tuple(spans))
         return _Finished(event, collected.not_finite, parts)
 
     def _check_ledger(self, state: AttentionState, head_group: int, chunk: int, rows: range) -> int:

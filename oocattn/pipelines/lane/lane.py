@@ -35,7 +35,7 @@ from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
 from oocattn.pipelines.lane.partials.store import PartialStore, States
 from oocattn.pipelines.lane.tiles import pieces, staged_keys
-from oocattn.pipelines.watch.events import Event, Span
+from oocattn.pipelines.watch.events import Attended, Merged, Span, Staged, Written
 from oocattn.planning.memory import OUT_BLOCKS, STAGING_SLOTS
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import HeadGroup
@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedChunks:
     """One subproblem's chunks in a staging slot: queries [g, n, D] by chunk, keys and values [rows, D] in one piece.
 
     `not_finite` counts, by query chunk whose diagonal it owns, the elements of the chunk's rows that are NaN or Inf.
@@ -115,7 +115,7 @@ class Lane(ABC):
         self.finisher = Finisher(plan, self.partials, self.result, job.journal, out_blocks, self._divide)
         self.kernel = get_kernel(plan.kernel)
         self._dataset = job.dataset
-        self._staged: dict[int, Staged] = {}
+        self._staged: dict[int, StagedChunks] = {}
         self._next_turns = {what: list(range(len(self._slots))) for what in ("stage", "attend")}
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
         self._decoding = threading.Lock()
@@ -166,7 +166,7 @@ class Lane(ABC):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Bytes of host memory, as uint8 [nbytes] or more, that this kind of lane can work with."""
 
-    def attend(self, turn: int) -> Event:
+    def attend(self, turn: int) -> Attended:
         """Compute the partials of the subproblem that was staged for this turn, and hand them to the partial store.
 
         A lane takes subproblems in the order of their turns, whichever task comes first: that which comes early begins
@@ -177,7 +177,7 @@ class Lane(ABC):
         return self._checkpoints.tell(self.compute(turn))
 
     @abstractmethod
-    def compute(self, turn: int) -> Event:
+    def compute(self, turn: int) -> Attended:
         """`attend`, on this kind of device."""
 
     def save(self) -> int:
@@ -211,7 +211,7 @@ class Lane(ABC):
         # They know the lane: its memory would stay until Python looks for such circles.
         del self.finisher, self.partials, self._checkpoints
 
-    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Event:
+    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Staged:
         """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0.
 
         Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there. Raises
@@ -227,7 +227,8 @@ class Lane(ABC):
         for read, not_finite in zip(reads, self._readers.map(self._read, reads), strict=True):
             staged.not_finite[read.chunk] += not_finite
         stop = clock.now()
-        return Event("staged", start, stop, head_group, index, amount=staged.nbytes, spans=(Span("read", start, stop),))
+        spans = (Span("read", start, stop),)
+        return Staged(start=start, stop=stop, head_group=head_group, index=index, bytes=staged.nbytes, spans=spans)
 
     def _take_turn(self, what: str, turn: int) -> None:
         """See to it that nothing is done twice: a slot's turns come one after another, each once.
@@ -248,7 +249,7 @@ class Lane(ABC):
         self.step()
         return count_not_finite(read.out) if read.counted else 0
 
-    def _reads(self, staged: Staged) -> Iterator[_Read]:
+    def _reads(self, staged: StagedChunks) -> Iterator[_Read]:
         """The reads that fill a staged subproblem, cut to pieces where the array's chunk files are read directly.
 
         NaN and Inf are counted in the query chunks whose diagonal it owns: so each chunk is counted once in a run.
@@ -292,15 +293,17 @@ class Lane(ABC):
             self._error = error
         return self._error
 
-    def merge(self, head_group: int, chunk: int) -> Event:
+    def merge(self, head_group: int, chunk: int) -> Merged:
         """See `Finisher.merge`."""
         return self.finisher.merge(head_group, chunk)
 
-    def write(self, head_group: int, chunk: int) -> Event:
+    def write(self, head_group: int, chunk: int) -> Written:
         """See `Finisher.write`."""
         return self.finisher.write(head_group, chunk)
 
-    def _carve(self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, query_chunks: Iterable[int]) -> Staged:
+    def _carve(
+        self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, query_chunks: Iterable[int]
+    ) -> StagedChunks:
         """Lay a subproblem's chunks out in a slot: the queries of each chunk, then all keys, then all values."""
         problem = self.plan.problem
         dtype = getattr(torch, problem.dtype)
@@ -319,7 +322,7 @@ class Lane(ABC):
                 queries[chunk] = take(problem.group_size * rows).view(problem.group_size, rows, problem.head_dim)
         key_rows = staged_keys(self.plan, subproblem)
         total = sum(map(len, key_rows.values()))
-        return Staged(head_group, subproblem, queries, take(total), take(total), key_rows)
+        return StagedChunks(head_group, subproblem, queries, take(total), take(total), key_rows)
 
 
 def make_partials(plan: Plan, files: PartialFiles, states: Mapping[str, States], merge_states: MergeStates) -> PartialStore:

@@ -1,14 +1,14 @@
-"""What happens in a run, as records: the one interface between a run and all that watches it."""
+"""What happens in a run, one record a kind: the one interface between a run and all that watches it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-Kind = Literal[
-    "started", "staged", "attended", "merged", "written", "saved", "stalled", "mended", "committed", "failed", "ended"
-]
+if TYPE_CHECKING:
+    from oocattn.pipelines.watch.report import RunReport
+    from oocattn.planning.plan import Plan
 
 Resource = Literal["read", "copy in", "compute", "copy out", "merge", "save", "write"]
 """What a lane has one or more of, in the order in which bytes pass through: see `Span`."""
@@ -28,28 +28,129 @@ class Span:
     stop: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
-    """One step of a run.
+    """One step of a run, between two moments in seconds since the epoch.
 
-    `kind` is what happened: the run started, a subproblem was staged or attended, a query chunk was merged or written, what
-    lanes held in memory was saved as they stopped, the run stalled (`detail["reason"]` says why, and is "" when it goes on),
-    something went wrong and was mended, so that the run goes on with what is left, the result was committed under its final
-    name, the run failed, or it ended. `index` counts subproblems (staged,
-    attended) or chunks (merged, written) within `head_group`; `start` and `stop` are seconds since the epoch on `worker`;
-    `amount` is bytes (staged, written, saved) or query-key pairs (attended, merged); `detail` holds what only one kind has;
-    `spans` says which resources of the lane were busy when.
+    `kind` is the name of its class in small letters.
     """
 
-    kind: Kind
     start: float
     stop: float
-    head_group: int = -1
-    index: int = -1
+    kind: ClassVar[str] = "event"
+
+    def __init_subclass__(cls) -> None:
+        cls.kind = cls.__name__.lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(Event):
+    """The run started: its plan, and the dashboard's address, "" where there is none.
+
+    `left` subproblems are left to be computed; `resumed` says that some were done before; `recomputed` counts partials and
+    records that were found damaged.
+    """
+
+    plan: Plan
+    dashboard: str
+    left: int
+    resumed: bool
+    recomputed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered(Event):
+    """Something failed, and the run goes on with the `left` subproblems: because of a damaged partial (`recomputed` counts
+    them), a failed task (`retried`) or lost workers (`workers_lost`)."""
+
+    error: str
+    left: int = 0
+    recomputed: int = 0
+    retried: int = 0
+    workers_lost: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event):
+    """The state that lanes held in memory was saved as they stopped."""
+
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stalled(Event):
+    """The run stands still for `reason`; "" when it goes on."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed(Event):
+    """The result has its final name, `path`."""
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    """The run failed, or was told to stop."""
+
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended(Event):
+    """The run ended with a committed result."""
+
+    report: RunReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvent(Event):
+    """A task of `worker` ended. `index` counts subproblems or query chunks within `head_group`; `spans` says which resources
+    of the lane were busy when."""
+
+    head_group: int
+    index: int
     worker: str = ""
-    amount: int = 0
-    detail: Mapping[str, object] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged(TaskEvent):
+    """The chunks of a subproblem were read into host memory."""
+
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attended(TaskEvent):
+    """The partials of a subproblem were computed.
+
+    `pairs` counts query-key pairs of all heads, `partial_bytes` what was written to files of partials, `out_of_memory` how
+    often tiles were halved for want of device memory. `checkpoint_bytes` were saved by checkpoints since the event before,
+    the last of which ended at `checkpointed` (seconds since the epoch; 0: there was none).
+    """
+
+    pairs: int
+    partial_bytes: int = 0
+    out_of_memory: int = 0
+    checkpoint_bytes: int = 0
+    checkpointed: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(TaskEvent):
+    """The partials of a query chunk were merged and divided: its rows attended so many query-key `pairs`."""
+
+    pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(TaskEvent):
+    """A query chunk was written to `out` and `lse`."""
+
+    bytes: int
 
 
 Callback = Callable[[Event], None]

@@ -6,14 +6,12 @@ import math
 import sys
 from contextlib import nullcontext
 from functools import partial
-from typing import cast
 
 from tqdm import tqdm
 
 from oocattn import clock
 from oocattn.log import logger
-from oocattn.pipelines.watch.events import Event
-from oocattn.planning.plan import Plan
+from oocattn.pipelines.watch.events import Attended, Ended, Event, Failed, Recovered, Started
 from oocattn.text import printable
 from oocattn.units import format_seconds
 
@@ -34,29 +32,29 @@ class ProgressBar:
         self._start = self._drawn = self._advanced = 0.0
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "started":
+        if isinstance(event, Started):
             self._begin(event)
         elif self._bar is not None:
-            if event.kind == "mended":
-                self._bar.n = self._bar.total - cast(int, event.detail["left"])
+            if isinstance(event, Recovered):
+                self._bar.n = self._bar.total - event.left
                 self._bar.initial = min(self._bar.initial, self._bar.n)  # what was lost is done again
-            elif event.kind == "attended":
+            elif isinstance(event, Attended):
                 self._bar.n += 1
                 self._advanced = clock.now()
-            if event.kind in ("failed", "ended"):
+            if isinstance(event, Failed | Ended):
                 self._end(self._bar)
             elif self._is_due(event, self._bar):
                 self._draw(self._bar)
 
-    def _begin(self, event: Event) -> None:
-        plan = cast(Plan, event.detail["plan"])
-        if event.detail["dashboard"]:
-            tqdm.write(f"dashboard {printable(event.detail['dashboard'])}", file=sys.stderr)
+    def _begin(self, event: Started) -> None:
+        plan = event.plan
+        if event.dashboard:
+            tqdm.write(f"dashboard {printable(event.dashboard)}", file=sys.stderr)
         self._tokens_each = plan.problem.tokens * plan.problem.batch / plan.subproblems
         self._start = self._drawn = self._advanced = clock.now()
         self._bar = tqdm(
             total=plan.subproblems,
-            initial=plan.subproblems - cast(int, event.detail["left"]),
+            initial=plan.subproblems - event.left,
             dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} subproblems{postfix}",
         )
@@ -70,7 +68,7 @@ class ProgressBar:
 
     def _is_due(self, event: Event, bar: tqdm[None]) -> bool:
         """Whether to draw it now: where subproblems take long the next event is far away."""
-        slow = event.kind == "attended" and self._seconds_each(bar) >= INTERVAL
+        slow = isinstance(event, Attended) and self._seconds_each(bar) >= INTERVAL
         return slow or clock.now() - self._drawn >= INTERVAL
 
     def _draw(self, bar: tqdm[None]) -> None:

@@ -8,12 +8,24 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.deadline import NOTICED
-from oocattn.pipelines.watch.events import Event
+from oocattn.pipelines.watch.events import (
+    Attended,
+    Committed,
+    Ended,
+    Event,
+    Failed,
+    Recovered,
+    Saved,
+    Staged,
+    Stalled,
+    Started,
+    Written,
+)
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem, read_problem
@@ -144,18 +156,18 @@ class StatusFile:
         self._status = Status("running")
 
     def __call__(self, event: Event) -> None:
-        if event.kind in ("committed", "ended"):
+        if isinstance(event, Committed | Ended):
             return  # the file has been removed
         self._status = self._counted(event)
-        if event.kind in ("started", "mended"):
-            self._again(event)
-        elif event.kind == "attended":
+        if isinstance(event, Started | Recovered):
+            self._begin_attempt(event)
+        elif isinstance(event, Attended):
             self._status = self._advanced()
-        elif event.kind == "failed":
-            self._status = replace(self._status, error=str(event.detail["error"]), stalled="")
-        elif event.kind == "stalled":
-            self._status = replace(self._status, stalled=str(event.detail["reason"]), stalled_since=event.start)
-        important = event.kind in ("started", "mended", "stalled", "failed")
+        elif isinstance(event, Failed):
+            self._status = replace(self._status, error=event.error, stalled="")
+        elif isinstance(event, Stalled):
+            self._status = replace(self._status, stalled=event.reason, stalled_since=event.start)
+        important = isinstance(event, Started | Recovered | Stalled | Failed)
         if important or clock.now() - self._written >= INTERVAL:
             self._written = clock.now()
             with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
@@ -165,32 +177,32 @@ class StatusFile:
     def _counted(self, event: Event) -> Status:
         """The status with the bytes of an event, and when they were brought to disk."""
         status = self._status
-        partials = sum(cast(int, event.detail.get(name, 0)) for name in ("partial_bytes", "checkpoint_bytes"))
-        partials += event.amount if event.kind == "saved" else 0
-        saved = event.stop if event.kind == "written" or partials else 0.0
-        saved = cast(float, event.detail.get("checkpointed", saved))
-        return replace(
-            status,
-            bytes_read=status.bytes_read + (event.amount if event.kind == "staged" else 0),
-            bytes_saved=status.bytes_saved + partials,
-            bytes_written=status.bytes_written + (event.amount if event.kind == "written" else 0),
-            saved=max(status.saved, saved),
-        )
+        if isinstance(event, Staged):
+            return replace(status, bytes_read=status.bytes_read + event.bytes)
+        if isinstance(event, Written):
+            return replace(status, bytes_written=status.bytes_written + event.bytes, saved=max(status.saved, event.stop))
+        if isinstance(event, Saved):
+            return replace(status, bytes_saved=status.bytes_saved + event.bytes, saved=max(status.saved, event.stop))
+        if isinstance(event, Attended):
+            saved = event.checkpointed or (event.stop if event.partial_bytes else 0.0)
+            written = event.partial_bytes + event.checkpoint_bytes
+            return replace(status, bytes_saved=status.bytes_saved + written, saved=max(status.saved, saved))
+        return status
 
-    def _again(self, event: Event) -> None:
-        """So many subproblems are left, and the others were done before."""
-        if event.kind == "started":
-            plan, left = cast(Plan, event.detail["plan"]), cast(int, event.detail["left"])
+    def _begin_attempt(self, event: Started | Recovered) -> None:
+        """Count the subproblems that are left, and those that were done before."""
+        if isinstance(event, Started):
+            plan, left = event.plan, event.left
             self._status = Status(
                 "running",
                 plan.subproblems,
                 tokens=_tokens(plan.problem),
                 seconds_left=plan.seconds * left / plan.subproblems,
-                dashboard=str(event.detail["dashboard"]),
+                dashboard=event.dashboard,
             )
             self._before = plan.subproblems - left
             self._start = event.start
-        done = self._status.subproblems - cast(int, event.detail["left"])
+        done = self._status.subproblems - event.left
         self._before = min(self._before, done)
         self._status = replace(self._status, subproblems_done=done, stalled="")
 

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.errors import ProblemError
-from oocattn.pipelines.watch.events import Event, Resource, Span
-from oocattn.planning.plan import Plan
+from oocattn.pipelines.watch.events import Ended, Event, Failed, Merged, Resource, Span, Started, TaskEvent, Written
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import JSON_MARK, SVG_MARK, check_output, write_output
 from oocattn.storage.locations import output_path
@@ -69,12 +68,12 @@ class _Spans:
         self.head_groups, self.indices = array("q"), array("q")
         self.chunks = array("b")  # 1 where the index counts chunks, 0 where it counts subproblems
 
-    def add(self, event: Event, span: Span) -> None:
+    def add(self, event: TaskEvent, span: Span) -> None:
         self.starts.append(span.start)
         self.stops.append(max(span.start, span.stop))
         self.head_groups.append(event.head_group)
         self.indices.append(event.index)
-        self.chunks.append(event.kind in ("merged", "written"))
+        self.chunks.append(isinstance(event, Merged | Written))
 
     def union(self) -> tuple[Floats, Floats]:
         """The intervals in which the resource was busy."""
@@ -102,11 +101,12 @@ class Timeline:
         self._begin("", 0.0)
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "started":
-            self._begin(str(cast(Plan, event.detail["plan"]).problem), event.start)
-        for span in event.spans:
-            self._rows.setdefault((event.worker, span.resource), _Spans()).add(event, span)
-        if event.kind in ("ended", "failed") and event.head_group < 0:
+        if isinstance(event, Started):
+            self._begin(str(event.plan.problem), event.start)
+        elif isinstance(event, TaskEvent):
+            for span in event.spans:
+                self._rows.setdefault((event.worker, span.resource), _Spans()).add(event, span)
+        elif isinstance(event, Ended | Failed):
             self._write(event)
 
     def _begin(self, caption: str, start: float) -> None:
@@ -118,7 +118,7 @@ class Timeline:
         wall = event.stop - self._start
         start = min([self._start, *(min(spans.starts) for spans in rows.values())])  # another host's clock may be early
         stop = max([event.stop, *(max(spans.stops) for spans in rows.values())])
-        words = "failed after" if event.kind == "failed" else "in"
+        words = "failed after" if isinstance(event, Failed) else "in"
         caption = f"{self._caption}, {words} {format_seconds(wall)}"
         try:
             write_output(self.path, lambda file: _write_trace(file, rows, start))

@@ -34,7 +34,7 @@ from oocattn.storage.results.checksums import Checksums, as_digits, checksum
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenChunk:
     """What was written of a part: its bytes, and the checksums of its rows of `out` and `lse`."""
 
     nbytes: int
@@ -107,12 +107,14 @@ class ResultArrays:
         for array in self.by_name.values():
             remove_file(chunk_file(array, (batch, head, part, *(0 for _ in array.shape[3:]))))
 
-    def write(self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]) -> Written:
+    def write(
+        self, batch: int, head: int, part: int, out: npt.NDArray[np.generic], lse: npt.NDArray[np.generic]
+    ) -> WrittenChunk:
         """Write chunk `part` of one head, out [n, D] and lse [n]."""
         checksums = [as_digits(checksum(rows)) for rows in (out, lse)]  # of what is to be written, not of what was
         write_chunk(self.out, (batch, head, part, 0), out[np.newaxis, np.newaxis])
         write_chunk(self.lse, (batch, head, part), lse[np.newaxis, np.newaxis])
-        return Written(out.nbytes + lse.nbytes, *checksums)
+        return WrittenChunk(out.nbytes + lse.nbytes, *checksums)
 
     def record(self, checksums: Mapping[str, Checksums]) -> None:
         """Keep the checksums of `out` and `lse` with the arrays; when this returns, they are on disk."""

@@ -87,12 +87,12 @@ def test_one_of_two_workers_that_stands_still_is_told_while_the_other_works() ->
         watch.add(deadline.NOTICED / 2)
         watch.progress("a")
     (told,) = recorder.events
-    assert str(told.detail["reason"]).startswith("worker b is paused by Dask: ")
+    assert str(told.reason).startswith("worker b is paused by Dask: ")
     gone = said.pop("b")  # which the attempt finds
     watch.add(deadline.NOTICED)
     watch.progress("b")
     said["b"] = gone
-    assert recorder.events[-1].detail["reason"] == ""
+    assert recorder.events[-1].reason == ""
     with pytest.raises(StalledError, match="worker b is paused"):
         watch.add(1001.0)
 
@@ -191,7 +191,7 @@ def test_a_run_goes_on_when_its_worker_does(
         if event.kind == "attended" and event.index == 3:
             client.run(set_status, Status.paused)
         if event.kind == "stalled":
-            told.append((str(event.detail["reason"]), oocattn.status(result).stalled))
+            told.append((str(event.reason), oocattn.status(result).stalled))
             client.run(set_status, Status.running)
 
     found = carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[listen])

@@ -51,7 +51,7 @@ def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path,
         (after,) = workers.run(os.getpid).items()
     assert (after[0], after[1] != before[1]) == (before[0], True)
     assert_same_bits(found, right)
-    assert found.report.workers_lost == len(recorder.of("mended")) == 1
+    assert found.report.workers_lost == len(recorder.of("recovered")) == 1
 
 
 def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Path, client: Client) -> None:

@@ -235,10 +235,10 @@ def test_checkpoints_are_made_at_the_interval_and_told(client: Client, dataset: 
 
     found = carry_out(plan, dataset, result, client, callbacks=[recorder, measure])
     assert_same_bits(found, right)
-    told = [event for event in recorder.of("attended") if "checkpointed" in event.detail]
+    told = [event for event in recorder.of("attended") if event.checkpointed]
     assert len(told) > 3
     assert 0 < most[0] <= plan.scratch_disk
-    assert found.report.bytes_partials == sum(event.detail["checkpoint_bytes"] for event in told)
+    assert found.report.bytes_partials == sum(event.checkpoint_bytes for event in told)
     assert all(any(span.resource == "save" for span in event.spans) for event in told)
     assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
 

@@ -224,7 +224,7 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(half: Path, half_pl
             shuffled.stage(turn, 0, turn)
         events |= {turn: shuffled.attend(turn) for turn in order}
     assert all(event.index == turn for turn, event in events.items())
-    assert 2 * sum(event.amount for event in events.values()) == plan.problem.pairs
+    assert 2 * sum(event.pairs for event in events.values()) == plan.problem.pairs
     for ours, theirs in zip(written_bits(shuffled), written_bits(in_order), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     for made in (in_order, shuffled):

@@ -72,7 +72,7 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, m
         time.sleep(0.01)
     assert sorted(path.name for path in folder.glob("c.*")) == ["c.0.0.0.0", "c.0.0.1.0"]
     last.set()
-    assert lane.merge(0, 0).amount == made.problem.pairs
+    assert lane.merge(0, 0).pairs == made.problem.pairs
     lane.write(0, 0)
     assert len(list(folder.glob("c.0.0.?.0"))) == 4
     lane.close()
@@ -122,7 +122,7 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, pa
         assert (event.head_group, event.index) == (0, turn)
         chunks = made.division.subproblem(turn).blocks
         assert (
-            event.amount
+            event.pairs
             == sum(
                 len(made.tokens(block.query_chunk)) * sum(len(made.tokens(key)) for key in block.key_chunks)
                 + block.diagonal * sum(range(1, len(made.tokens(block.query_chunk)) + 1))

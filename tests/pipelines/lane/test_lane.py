@@ -42,8 +42,8 @@ def test_stage_attend_merge_and_write_are_attention(fast_path: Path, causal: boo
     lane = lane_of(fast_path, plan)
     pairs = 0
     for index in range(7):
-        assert lane.stage(index, 0, index).amount <= plan.slot_bytes
-        pairs += lane.attend(index).amount
+        assert lane.stage(index, 0, index).bytes <= plan.slot_bytes
+        pairs += lane.attend(index).pairs
     for chunk in range(7):
         lane.merge(0, chunk)
         lane.write(0, chunk)
@@ -67,8 +67,8 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, pa
             expected.append(in_order.attend(turn))
         found |= {turn: swapped.attend(turn) for turn in reversed(turns)}
     for turn, event in enumerate(expected):
-        assert (found[turn].index, found[turn].amount, found[turn].detail) == (turn, event.amount, event.detail)
-    assert sum(event.amount for event in expected) == plan.problem.pairs
+        assert (found[turn].index, found[turn].pairs, found[turn].partial_bytes) == (turn, event.pairs, event.partial_bytes)
+    assert sum(event.pairs for event in expected) == plan.problem.pairs
     computed = [span for turn in range(7) for span in found[turn].spans]
     assert [span.start for span in computed] == sorted(span.start for span in computed)
     for ours, theirs in zip(written_bits(swapped), written_bits(in_order), strict=True):
@@ -138,7 +138,7 @@ def test_a_chunk_is_written_part_by_part_as_its_rows_come_back(fast_path: Path) 
             found.append(len(list(folder.glob("c.0.0.?"))))
 
     lane.finisher.begin(0, 0, rows())
-    assert lane.merge(0, 0).amount == plan.problem.pairs
+    assert lane.merge(0, 0).pairs == plan.problem.pairs
     lane.write(0, 0)
     assert found == [1, 1, 3]
 

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import make_event
 
-from oocattn import Event, clock
+from oocattn import clock
 from oocattn.cli.printing import Printing
 from oocattn.log import logger
 from oocattn.pipelines.watch.progress import INTERVAL, ProgressBar
@@ -33,7 +34,7 @@ class Watched:
     def see(self, kind: Any, at: float, **detail: object) -> str:
         """What is on the line after an event at so many seconds."""
         self.now = 1e9 + at
-        self._bar(Event(kind, self.now, self.now, detail=detail))
+        self._bar(make_event(kind, self.now, self.now, **detail))
         return self.lines()[-1]
 
     def lines(self) -> list[str]:
@@ -88,7 +89,7 @@ def test_work_that_was_lost_is_counted_when_it_is_done_again(bar: Watched, termi
     terminal()
     bar.begin(left=5)
     bar.see("attended", 10)
-    assert "10/20 subproblems, 12 s" in bar.see("mended", 12, left=10)
+    assert "10/20 subproblems, 12 s" in bar.see("recovered", 12, left=10)
     assert bar.see("attended", 20).endswith("11/20 subproblems, 20 s, 5.0 tokens/s, about 3 min left")
 
 

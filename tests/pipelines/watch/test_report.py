@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from support import GENEROUS, GPU, a_problem
+from support import GENEROUS, GPU, a_problem, make_event
 
 from oocattn import Event, IntegrityError, RunReport
 from oocattn.pipelines.watch.events import Span
@@ -34,13 +34,13 @@ def report_of(events: list[Event], finished: dict[Place, dict[str, int]] = FINIS
 
 
 EVENTS = [
-    Event("started", 0, 0, detail={"plan": "not counted", "resumed": False}),
-    Event("staged", 0, 1, 0, 0, amount=100),
-    Event("staged", 1, 3, 0, 1, amount=50),
-    Event("attended", 1, 2, 0, 0, amount=7, detail={"partial_bytes": 11}),
-    Event("attended", 3, 4, 0, 1, amount=8, detail={"partial_bytes": 12}),
-    Event("merged", 4, 6, 0, 0, amount=15, spans=(Span("merge", 4, 4.5), Span("merge", 5.5, 6))),  # bit by bit
-    Event("written", 5, 7, 0, 0, amount=30, spans=(Span("write", 5, 5.5), Span("write", 6, 7))),
+    make_event("started"),
+    make_event("staged", 0, 1, bytes=100),
+    make_event("staged", 1, 3, index=1, bytes=50),
+    make_event("attended", 1, 2, pairs=7, partial_bytes=11),
+    make_event("attended", 3, 4, index=1, pairs=8, partial_bytes=12),
+    make_event("merged", 4, 6, pairs=15, spans=(Span("merge", 4, 4.5), Span("merge", 5.5, 6))),
+    make_event("written", 5, 7, bytes=30, spans=(Span("write", 5, 5.5), Span("write", 6, 7))),
 ]
 
 
@@ -125,7 +125,7 @@ def test_a_report_of_an_older_version_is_read() -> None:
 
 
 def test_what_was_there_before_is_told() -> None:
-    resumed = replace(EVENTS[0], detail={"resumed": True})
+    resumed = replace(EVENTS[0], resumed=True)
     report = report_of([resumed, *EVENTS[1:4], *EVENTS[5:]])
     assert (report.pairs, report.pairs_before, report.not_finite, report.bytes_written) == (15, 8, 3, 30)
     assert "resumed      53.3% of the pairs were attended before" in str(report)
@@ -136,15 +136,15 @@ def test_what_was_there_before_is_told() -> None:
 def test_computing_is_a_share_of_the_lanes_time() -> None:
     """Two lanes for two seconds: 4 s in which compute could be busy; nothing else counts, and what is redone does."""
     spans = (Span("compute", 1.0, 1.5), Span("copy in", 0.0, 9.0), Span("compute", 2.0, 2.25))
-    again = Event("attended", 3, 4, 0, 0, amount=7, spans=(Span("compute", 3.0, 3.25),))
-    report = report_of([Event("attended", 1, 2, 0, 0, amount=7, spans=spans), again])
+    again = make_event("attended", 3, 4, pairs=7, spans=(Span("compute", 3.0, 3.25),))
+    report = report_of([make_event("attended", 1, 2, pairs=7, spans=spans), again])
     assert report.compute_busy == 1.0 / 4.0
     assert "compute      busy 25.0% of the time" in str(report)
     assert report_of(EVENTS).compute_busy == 0.0
 
 
 def test_out_of_memory_is_added_up_and_said() -> None:
-    events = [Event("attended", 0, 1, 0, index, detail={"out_of_memory": index}) for index in (0, 2, 1)]
+    events = [make_event("attended", 0, 1, index=index, out_of_memory=index) for index in (0, 2, 1)]
     report = report_of(events)
     assert report.out_of_memory == 3
     assert "out of memory 3 times although the plan fits: went on with smaller tiles" in str(report)

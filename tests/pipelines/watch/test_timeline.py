@@ -16,7 +16,7 @@ import pytest
 from distributed import Client
 from hypothesis import given
 from hypothesis import strategies as st
-from support import carry_out, normal_arrays, plan_for, write_dataset
+from support import carry_out, make_event, normal_arrays, plan_for, write_dataset
 
 from oocattn import Event, ProblemError, ResultExistsError
 from oocattn.pipelines.watch.events import Span
@@ -58,10 +58,10 @@ def write(
 ) -> Timeline:
     timeline = Timeline(path)
     plan = SimpleNamespace(problem=problem)
-    timeline(Event("started", START, START, detail={"plan": plan}))
+    timeline(make_event("started", START, START, plan=plan))
     for event in events:
         timeline(event)
-    timeline(Event(kind, START, START + stop))
+    timeline(make_event(kind, START, START + stop))
     return timeline
 
 
@@ -90,11 +90,10 @@ def check_tracks(tracks: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
 
 
 EVENTS = [
-    Event("staged", 0, 0, 0, 0, "0", spans=(span("read", 0, 2), span("read", 1, 3), span("read", 2, 4))),
-    Event("attended", 0, 0, 0, 0, "0", spans=(span("copy in", 4, 4.5), span("compute", 4.25, 9))),
-    Event("staged", 0, 0, 1, 3, "10", spans=(span("read", 5, 6),)),
-    Event("written", 0, 0, 1, 7, "2", spans=(span("write", 6, 8),)),
-    Event("failed", 0, 0, 1, 7, "2"),
+    make_event("staged", worker="0", spans=(span("read", 0, 2), span("read", 1, 3), span("read", 2, 4))),
+    make_event("attended", worker="0", spans=(span("copy in", 4, 4.5), span("compute", 4.25, 9))),
+    make_event("staged", head_group=1, index=3, worker="10", spans=(span("read", 5, 6),)),
+    make_event("written", head_group=1, index=7, worker="2", spans=(span("write", 6, 8),)),
 ]
 
 
@@ -122,7 +121,7 @@ def test_any_spans_make_a_trace_that_holds_each_of_them_once(
     tmp_path: Path, moments: list[tuple[str, float, float]]
 ) -> None:
     events = [
-        Event("staged", 0, 0, 0, number, worker, spans=(span("read", start, start + length),))
+        make_event("staged", index=number, worker=worker, spans=(span("read", start, start + length),))
         for number, (worker, start, length) in enumerate(moments)
     ]
     write(tmp_path / "timeline.json", events)
@@ -152,7 +151,7 @@ def test_the_picture_shows_each_lane_and_resource_and_how_busy_it_was(tmp_path: 
 )
 def test_no_name_or_caption_leaves_the_picture(tmp_path: Path, name: str) -> None:
     problem = "128/16 heads x 16,777,216 tokens x D = 256, " + "bfloat16 to float32, " * 12 + "causal"
-    events = [Event("attended", 0, 0, 0, 0, name, spans=(span("compute", 0, 1), span("copy out", 0, 1)))]
+    events = [make_event("attended", worker=name, spans=(span("compute", 0, 1), span("copy out", 0, 1)))]
     timeline = write(tmp_path / "timeline.json", events, problem=problem)
     root = ElementTree.parse(timeline.picture).getroot()
     width = float(root.get("width"))
@@ -172,7 +171,7 @@ def test_no_name_or_caption_leaves_the_picture(tmp_path: Path, name: str) -> Non
 def test_the_picture_of_many_short_spans_stays_small(tmp_path: Path, lanes: int) -> None:
     count = 25_000 // lanes
     events = [
-        Event("staged", 0, 0, 0, number, str(lane), spans=(span(resource, at, at + 5 / count),))
+        make_event("staged", index=number, worker=str(lane), spans=(span(resource, at, at + 5 / count),))
         for number in range(count)
         for lane in range(lanes)
         for resource in ("read", "copy in", "compute", "write")
@@ -202,7 +201,7 @@ def test_what_cannot_be_written_at_the_end_is_a_warning(tmp_path: Path) -> None:
     timeline = Timeline(folder / "timeline.json")
     folder.rmdir()
     with pytest.warns(UserWarning, match="timeline was not written"):
-        timeline(Event("ended", START, START + 1))
+        timeline(make_event("ended", START, START + 1))
 
 
 @pytest.mark.parametrize("name", ["nowhere/timeline.json", "picture.svg", "picture.SVG", "picture.png", "timeline"])
@@ -225,7 +224,7 @@ def test_a_file_that_appears_during_the_run_is_kept_with_a_warning(tmp_path: Pat
     timeline = Timeline(tmp_path / "timeline.json")
     timeline.picture.write_text("a drawing")
     with pytest.warns(UserWarning, match=r"timeline was not written: .*timeline\.svg exists"):
-        timeline(Event("ended", START, START + 1))
+        timeline(make_event("ended", START, START + 1))
     assert timeline.picture.read_text() == "a drawing"
 
 

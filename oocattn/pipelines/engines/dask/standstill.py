@@ -29,7 +29,7 @@ from oocattn.pipelines.engines.dask.cluster import begin_call, worker_addresses
 from oocattn.pipelines.engines.dask.tasks import LanePlugin, plugin_name
 from oocattn.pipelines.failing import place_of
 from oocattn.pipelines.graph import Key
-from oocattn.pipelines.watch.events import Callback, Event
+from oocattn.pipelines.watch.events import Callback, Stalled
 from oocattn.text import some_of
 from oocattn.units import format_bytes, format_seconds
 
@@ -239,7 +239,7 @@ class Standstill:
         else:
             logger.warning("the run goes on")
         since = min((self._ended[name] for name in obstacles if name), default=self._progressed)
-        self._emit(Event("stalled", now - (self._waited - since), now, detail={"reason": reason}))
+        self._emit(Stalled(start=now - (self._waited - since), stop=now, reason=reason))
 
 
 def _words(obstacles: Mapping[str, Obstacle]) -> str:

@@ -18,7 +18,7 @@ from oocattn.pipelines.failing import SET_UP, naming, naming_chunk, naming_subpr
 from oocattn.pipelines.lane.cpu import CpuLane
 from oocattn.pipelines.lane.cuda import CudaLane
 from oocattn.pipelines.lane.lane import Job, Lane
-from oocattn.pipelines.watch.events import Event
+from oocattn.pipelines.watch.events import TaskEvent
 
 
 class LanePlugin(WorkerPlugin):
@@ -89,30 +89,30 @@ async def save(run: str, dask_worker: Worker) -> int:
     return await asyncio.to_thread(plugin.lane.save)
 
 
-def stage(run: str, turn: int, head_group: int, index: int, wanted: tuple[int, ...], *after: Event) -> Event | None:
+def stage(run: str, turn: int, head_group: int, index: int, wanted: tuple[int, ...], *after: TaskEvent) -> TaskEvent | None:
     """Read the chunks of the subproblem that is number `turn` on this worker's lane, of which those are `wanted`."""
     with naming_subproblem(head_group, index):
         return _on_lane(run, lambda lane: lane.stage(turn, head_group, index, wanted))
 
 
-def attend(run: str, turn: int, *after: Event) -> Event | None:
+def attend(run: str, turn: int, *after: TaskEvent) -> TaskEvent | None:
     """Attend the subproblem that was staged as number `turn`."""
     return _on_lane(run, lambda lane: lane.attend(turn))
 
 
-def merge(run: str, head_group: int, chunk: int, *after: Event) -> Event | None:
+def merge(run: str, head_group: int, chunk: int, *after: TaskEvent) -> TaskEvent | None:
     """See the partials of a query chunk merged, checked and divided."""
     with naming_chunk(head_group, chunk):
         return _on_lane(run, lambda lane: lane.merge(head_group, chunk))
 
 
-def write(run: str, head_group: int, chunk: int, *after: Event) -> Event | None:
+def write(run: str, head_group: int, chunk: int, *after: TaskEvent) -> TaskEvent | None:
     """See a merged query chunk written to the result, and release its partials."""
     with naming_chunk(head_group, chunk):
         return _on_lane(run, lambda lane: lane.write(head_group, chunk))
 
 
-def _on_lane(run: str, work: Callable[[Lane], Event]) -> Event | None:
+def _on_lane(run: str, work: Callable[[Lane], TaskEvent]) -> TaskEvent | None:
     """Do the work of a task on its worker's lane.
 
     None, where the run has been stopped: nobody waits for the task any more, and an error would be logged.
