@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from oocattn import arguments
 from oocattn.errors import ProblemError
 from oocattn.kernels import kernel_names
-from oocattn.planning.candidates import DECOMPOSITIONS
+from oocattn.planning.options import DECOMPOSITIONS
 from oocattn.problem.problem import DTYPES
 from oocattn.storage.inputs.axes import LAYOUTS
 from oocattn.text import printable

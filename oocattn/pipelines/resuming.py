@@ -12,7 +12,8 @@ from oocattn import arguments
 from oocattn.arguments import Duration, Size
 from oocattn.errors import BudgetError, IntegrityError, ResultExistsError
 from oocattn.kernels import device_type, get_kernel
-from oocattn.planning.plan import Plan, ScratchBytes
+from oocattn.planning.machine import ScratchBytes
+from oocattn.planning.plan import Plan
 from oocattn.planning.stored_plan import read_plan
 from oocattn.problem.problem import Problem
 from oocattn.records import Range, Seconds, differences, from_json, to_json

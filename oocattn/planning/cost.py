@@ -6,7 +6,8 @@ Seconds of a run. Links that work at the same time do not add up, the longest co
 
     compute   on a GPU its own; on a CPU the tasks, and the files that its threads write themselves, take turns with it
     copy      between host and device
-    disk      read, partials, write and files share it, and add up
+    disk      read, partials and write share it, and add up
+    files     written one after another: each is waited for until it is on disk, while the disk has room for others' bytes
     tasks     one scheduler serves all lanes
 
 and then what nothing overlaps with: the first staging before, and the last writing after.
@@ -119,12 +120,12 @@ class _Run:
     def seconds(self) -> float:
         """The longest of the links that overlap, with what comes before and after them."""
         seconds = {link.name: link.seconds for link in self.links}
-        disk = seconds["read"] + seconds["partials"] + seconds["write"] + seconds["files"]
+        disk = seconds["read"] + seconds["partials"] + seconds["write"]
         compute = seconds["compute"]
         if self.hardware.device == "cpu":
             written = self._handed_back if self.candidate.partials == "disk" else 0  # by the thread that attends
             compute += (seconds["tasks"] + written * self.hardware.file_seconds) / self.hardware.lanes
-        longest = max(compute, disk, seconds.get("copy", 0.0), seconds["tasks"])
+        longest = max(compute, disk, seconds.get("copy", 0.0), seconds["tasks"], seconds["write"] + seconds["files"])
         return self._fill() + longest + self._drain(seconds["write"]) + LAST_TASKS * self.hardware.task_seconds
 
     @property

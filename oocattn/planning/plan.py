@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -120,9 +120,24 @@ class Plan:
         return self.partials == "memory" and self.checkpoint_seconds > 0
 
     @property
+    def saving_seconds(self) -> float:
+        """How long it is predicted to take to save what all lanes hold in memory."""
+        held = self.lanes * min(self.accumulators, self.problem.head_groups * self.chunks)
+        return self.scratch_disk / self.machine.write_rate + held * self.machine.file_seconds
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan keeps to its budgets of memory."""
+        return self.peak_device <= self.device_memory and self.peak_host <= self.host_memory
+
+    def with_budgets(self, device_memory: int, host_memory: int) -> Plan:
+        """The same plan, whatever it allocates, under other budgets."""
+        return replace(self, device_memory=device_memory, host_memory=host_memory)
+
+    @property
     def binds(self) -> str:
-        """What takes longest: compute, copy or tasks, or, where the links that share the disk do, the largest of them."""
-        alone = [link for link in self.links if link.name in ("compute", "copy", "tasks")]
+        """What takes longest: a link that is alone or, where those that share the disk do together, the largest of them."""
+        alone = [link for link in self.links if link.name in ("compute", "copy", "tasks", "files")]
         disk = [link for link in self.links if link not in alone]
         longest = max(alone, key=lambda link: link.seconds)
         if sum(link.seconds for link in disk) > longest.seconds:

@@ -14,7 +14,7 @@ from support import GENEROUS, MACHINE, a_problem, with_partials
 from oocattn import Plan
 from oocattn.pipelines.schedule import CompletedWork, Schedule
 from oocattn.planning.candidates import make_plan
-from oocattn.planning.plan import InputCost
+from oocattn.planning.machine import InputCost
 
 
 def plan_of(kv_heads: int, chunks: int, partials: str, decomposition: str = "cqs", causal: bool = True) -> Plan:
