@@ -67,9 +67,8 @@ def crowded_warning(plan: Plan, replan: Replan) -> str:
     )
     unpinned = replan(1)
     if unpinned is not None and unpinned.seconds * WORTH < plan.seconds:
-        return (
-            f"{found}: left to the plan, --chunks and --decomposition would give {format_seconds(unpinned.seconds)} in all"
-        )
+        seconds = format_seconds(unpinned.seconds)
+        return f"{found}: leave --chunks and --decomposition to the plan, which then takes {seconds} in all"
     faster = faster_plans(plan, replan)
     if not faster:
         return (
@@ -81,7 +80,7 @@ def crowded_warning(plan: Plan, replan: Replan) -> str:
         "host": (best.peak_host, plan.host_memory),
     }
     options = [f"--{name}-memory {_in_mib(peak)}" for name, (peak, budget) in budgets.items() if peak > budget]
-    return f"{found}: {' and '.join(options)} would give {format_seconds(best.seconds)} in all"
+    return f"{found}: {' and '.join(options)} takes {format_seconds(best.seconds)} in all"
 
 
 def refuse(plans: Sequence[Plan], chosen: Plan | None, scratch_disk: int, plan_with: PlanWith) -> BudgetError | None:
