@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from oocattn.errors import ProblemError
-from oocattn.problem.problem import LEAST_SCALE, MOST_SCALE, SCALES
+from oocattn.problem.scores import LEAST_SCALE, MOST_SCALE, SCALES
 from oocattn.units import parse_duration, parse_size
 
 P = ParamSpec("P")

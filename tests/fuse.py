@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from oocattn import Event
-from oocattn.pipelines.lane import cpu as cpu_lane
-from oocattn.pipelines.lane.cpu import CpuLane
-from oocattn.pipelines.lane.lane import Staged
+from oocattn.operations import forward
+from oocattn.pipelines.lane.cpu import CpuDevice
+from oocattn.pipelines.lane.stager import StagedChunks
+from oocattn.pipelines.watch.events import Attended
 
 STEPS = ("pwrite", "fsync", "replace", "rename", "unlink")
 """Functions of `os` that bring a run's files about; each call is a moment."""
@@ -34,19 +34,19 @@ class Fuse:
         for name in STEPS:
             setattr(os, name, self._counted(name, getattr(os, name)))
         for name in ("merge", "finalise"):
-            setattr(cpu_lane, name, self._moment(getattr(cpu_lane, name)))
-        real = CpuLane._attend
+            setattr(forward, name, self._moment(getattr(forward, name)))
+        real = CpuDevice.launch
 
-        def attend(lane: CpuLane, staged: Staged) -> Event:
-            place = f"{staged.head_group} {staged.subproblem.index}"
+        def launch(device: CpuDevice, staged: StagedChunks, *rest: Any) -> Callable[[], Attended]:
+            place = f"{staged.head_group} {staged.index}"
             self.write(f"begin {place}")
-            event = real(lane, staged)
+            finish = real(device, staged, *rest)
             self.write(f"end {place}")
             self.burn()
             self.kill_at_the_end()
-            return event
+            return finish
 
-        CpuLane._attend = attend  # type: ignore[method-assign]
+        CpuDevice.launch = launch  # type: ignore[method-assign]
 
     def _moment(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:

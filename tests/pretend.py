@@ -24,8 +24,7 @@ from oocattn.kernels import get_kernel
 from oocattn.pipelines import driver as run
 from oocattn.pipelines.engines.dask import readiness
 from oocattn.pipelines.engines.dask.cluster import worker_addresses
-from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane import device_time
+from oocattn.pipelines.lane import cuda, cuda_finishing, cuda_memory, device_time
 from oocattn.planning.memory import Tiles
 
 PRETENDED = replace(GPU, kernel="torch", scratch_bytes=get_kernel("torch").scratch_bytes)
@@ -92,10 +91,10 @@ class Torch:
 
 def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every worker of this process a lane on a pretended GPU, if the plan asks for one."""
-    monkeypatch.setattr(cuda_lane, "torch", Torch())
-    monkeypatch.setattr(device_time, "torch", Torch())
-    monkeypatch.setattr(cuda_lane, "PinnedMemory", Memory)
-    monkeypatch.setattr(cuda_lane, "release_cached_memory", lambda device: None)
+    for module in (cuda, cuda_finishing, cuda_memory, device_time):
+        monkeypatch.setattr(module, "torch", Torch())
+    monkeypatch.setattr(cuda, "PinnedMemory", Memory)
+    monkeypatch.setattr(cuda, "release_cached_memory", lambda device: None)
 
     def assign(client: Client, device_type: str, workers: Container[str]) -> dict[str, str]:
         return dict.fromkeys(worker_addresses(client), "cuda:0" if device_type == "cuda" else "cpu")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from oocattn.planning.cost import recost
 from oocattn.planning.machine import Hardware, Machine
 from oocattn.planning.measure import input_cost
 from oocattn.problem.problem import Problem, make_problem
+from oocattn.problem.scores import Scores
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.paths import ResultPaths
@@ -178,22 +177,6 @@ def written_bits(lane: Lane, head_group: int = 0) -> list[NDArray[Any]]:
     return [array.reshape(-1).view(np.uint8) for array in found]
 
 
-def outlives_its_use(make: Callable[[], Lane]) -> bool:
-    """Whether a lane for one chunk is still in memory once it was used, closed and let go."""
-    lane = make()
-    lane.stage(0, 0, 0)
-    lane.attend(0)
-    written_bits(lane)
-    lane.close()
-    there = weakref.ref(lane)
-    gc.disable()  # which would find it at some time
-    try:
-        del lane
-        return there() is not None
-    finally:
-        gc.enable()
-
-
 def a_problem(tokens: int, **fields: Any) -> Problem:
     """One causal head of 64 float16 dimensions, but for `fields`."""
     defaults: dict[str, Any] = {
@@ -217,12 +200,12 @@ class CrampedKernel:
         value: torch.Tensor,
         state: AttentionState,
         *,
-        scale: float,
-        diagonal: bool,
+        scores: Scores,
+        intervals: torch.Tensor | None,
     ) -> None:
         if query.shape[1] > self.most_rows:
             raise torch.OutOfMemoryError(f"{query.shape[1]} rows are too many")
-        self.inner.attend(query, key, value, state, scale=scale, diagonal=diagonal)
+        self.inner.attend(query, key, value, state, scores=scores, intervals=intervals)
 
 
 def bits(result: Result) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -18,7 +18,8 @@ from test_resuming import EnoughError, interrupt, interrupted
 
 import oocattn
 from oocattn import Event, IntegrityError, Plan, ResultExistsError
-from oocattn.pipelines.lane.cpu import CpuLane
+from oocattn.pipelines.lane.cpu import CpuDevice
+from oocattn.pipelines.watch.events import Attended
 from oocattn.storage.journal import journal
 from oocattn.storage.paths import ResultPaths
 
@@ -113,15 +114,15 @@ def test_what_is_counted_as_damaged_is_counted_once(
     paths = ResultPaths.at(result)
     record = sorted((paths.state / "finished").iterdir())[0]
     record.write_bytes(b"x" + record.read_bytes()[1:])
-    real, failed = CpuLane._attend, []
+    real, failed = CpuDevice.launch, []
 
-    def attend(lane: CpuLane, staged: Any) -> Event:
+    def launch(device: CpuDevice, staged: Any, *rest: Any) -> Callable[[], Attended]:
         if len(failed) < 2:
             failed.append(staged)
             raise OSError(errno.EIO, "once more")
-        return real(lane, staged)
+        return real(device, staged, *rest)
 
-    monkeypatch.setattr(CpuLane, "_attend", attend)
+    monkeypatch.setattr(CpuDevice, "launch", launch)
     report = oocattn.resume(result, client=client).report
     assert (report.recomputed, report.retried) == (1, 2)
 

@@ -27,7 +27,7 @@ from support import (
 import oocattn
 from oocattn import Event, IntegrityError
 from oocattn.kernels import AttentionState
-from oocattn.pipelines.lane.partials.files import Covered, PartialFiles
+from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
 from oocattn.storage.paths import ResultPaths
 
 # Damage while a run is under way
@@ -137,11 +137,11 @@ def test_so_is_one_that_cannot_be_read(
         carry_out(plan, dataset, result, client, callbacks=[recorder, stop])
     real, refused = PartialFiles.read, []
 
-    def read(files: PartialFiles, of: Covered, buffers: Sequence[AttentionState]) -> Iterator[int]:
+    def read(files: PartialFiles, partial: PartialId, buffers: Sequence[AttentionState]) -> Iterator[int]:
         if not refused:
-            refused.append(of)
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(files.path(of)))
-        return real(files, of, buffers)
+            refused.append(partial)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(files.path(partial)))
+        return real(files, partial, buffers)
 
     monkeypatch.setattr(PartialFiles, "read", read)
     found = oocattn.resume(result, client=client)

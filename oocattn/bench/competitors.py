@@ -23,8 +23,11 @@ from oocattn.api import attention
 from oocattn.bench.records import RESIDENT
 from oocattn.errors import OocattnError
 from oocattn.kernels import AttentionState, finalise, get_kernel
+from oocattn.kernels.intervals import make_intervals
+from oocattn.operations.tiles import pieces
 from oocattn.pipelines.session import Result
 from oocattn.pipelines.watch.report import RunReport
+from oocattn.problem.mask import Cover
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
@@ -150,7 +153,7 @@ class ResidentCall:
     def _call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         problem = self._inputs.problem
         return scaled_dot_product_attention(
-            q, k, v, is_causal=problem.causal, scale=problem.scale, enable_gqa=problem.group_size > 1
+            q, k, v, is_causal=problem.mask.triangular, scale=problem.scale, enable_gqa=problem.group_size > 1
         )
 
     def rows(self, places: Sequence[Place]) -> Array64:
@@ -161,9 +164,9 @@ class ResidentCall:
 class QueryStationaryLoop:
     """What people write first, in three loops: for each head, for each tile of queries, over the tiles of keys.
 
-    A tile of 128K queries (8K on the CPU) and their state stay on the device. Tiles of as many keys and values, up to the
-    diagonal where causal, are copied there one after another, attended by one call of the kernel that oocattn would use,
-    and merged into the state; then `out` of the tile is copied back. All is in the order of one stream, so copies and
+    A tile of 128K queries (8K on the CPU) and their state stay on the device. Tiles of as many keys and values, where the
+    mask attends any, are copied there one after another, attended by one call of the kernel that oocattn would use, and
+    merged into the state; then `out` of the tile is copied back. All is in the order of one stream, so copies and
     kernel take turns.
     """
 
@@ -191,11 +194,13 @@ class QueryStationaryLoop:
         stop = min(start + self._tile, problem.tokens)
         query = inputs.q[batch, head, start:stop].to(inputs.device, non_blocking=True).unsqueeze(0)  # [1, n, D]
         state = AttentionState.empty(1, stop - start, problem.head_dim, inputs.device)
-        for first in range(0, stop if problem.causal else problem.tokens, self._tile):
-            keys = slice(first, min(first + self._tile, problem.tokens))
-            key, value = (kv[batch, kv_head, keys].to(inputs.device, non_blocking=True) for kv in (inputs.k, inputs.v))
-            diagonal = problem.causal and first == start
-            self._kernel.attend(query, key, value, state, scale=problem.scale, diagonal=diagonal)
+        rows, mask = range(start, stop), problem.mask.entry(batch)
+        for keys in pieces(range(problem.tokens), self._tile):
+            if (cover := mask.cover(rows, keys)) is not Cover.DEAD:
+                there = (kv[batch, kv_head, keys.start : keys.stop] for kv in (inputs.k, inputs.v))
+                key, value = (tensor.to(inputs.device, non_blocking=True) for tensor in there)
+                intervals = None if cover is Cover.FULL else make_intervals(mask, rows, keys)
+                self._kernel.attend(query, key, value, state, scores=problem.scores, intervals=intervals)
         out, lse = torch.empty_like(query), torch.empty_like(state.den)
         finalise(state, out, lse)
         inputs.out[batch, head, start:stop].copy_(out[0], non_blocking=True)
@@ -224,7 +229,7 @@ class StreamCqsa:
         """See `Competitor.run`."""
         inputs = self._inputs
         options = {"min_itr": 1, "stream_from_host": True, "low_memory": True, "out_device": "acc"}
-        self._out, _ = self._forward(inputs.q, inputs.k, inputs.v, causal=inputs.problem.causal, **options)
+        self._out, _ = self._forward(inputs.q, inputs.k, inputs.v, causal=inputs.problem.mask.triangular, **options)
         _wait(inputs.device)
 
     def rows(self, places: Sequence[Place]) -> Array64:

@@ -25,10 +25,13 @@ from zarr.storage import MemoryStore
 from oocattn import clock
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels import AttentionState, device_type, finalise, get_kernel, kernel_names
+from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.settings import plain_threads
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.planning.measure import copy_rates, kernel_rate
+from oocattn.problem.mask import make_mask
 from oocattn.problem.problem import DTYPES
+from oocattn.problem.scores import Scores
 from oocattn.storage.files.operations import described
 from oocattn.storage.files.regular import advise
 from oocattn.storage.files.syncing import sync_descriptor
@@ -138,18 +141,18 @@ def _driver_version() -> str:
 def _kernel_checks(name: str) -> Iterator[Check]:
     """A kernel with each dtype; one line for a kernel that is not here, which is no failure."""
     device = torch.device(device_type(name))
-    lacking = {dtype: get_kernel(name).lacks(device, dtype, HEAD_DIM) for dtype in DTYPES}
-    if all(lacking.values()):
-        yield Check(f"kernel {name}", True, f"not here: {next(iter(lacking.values()))}")
+    reasons = {dtype: get_kernel(name).unsupported_reason(device, dtype, HEAD_DIM) for dtype in DTYPES}
+    if all(reasons.values()):
+        yield Check(f"kernel {name}", True, f"not here: {next(iter(reasons.values()))}")
         return
-    for dtype, reason in lacking.items():
+    for dtype, reason in reasons.items():
         check = f"kernel {name}, {dtype}"
         yield Check(check, True, f"not here: {reason}") if reason else _attempt(check, partial(_kernel, name, dtype))
 
 
 def _kernel(name: str, dtype: str) -> tuple[bool, str]:
     """A kernel against the formula in float64, over a rectangle and a causal triangle, and its rate on large tiles."""
-    errors = {shape: kernel_error(name, dtype, diagonal) for shape, diagonal in (("full", False), ("diagonal", True))}
+    errors = {shape: kernel_error(name, dtype, causal) for shape, causal in (("full", False), ("diagonal", True))}
     allowed = UNIT_ROUNDOFF[dtype] + 2e-6
     found = ", ".join(f"{shape} {out:.1e} (lse {lse:.1e})" for shape, (out, lse) in errors.items())
     right = all(out <= allowed and lse <= LSE_ERROR for out, lse in errors.values())
@@ -157,7 +160,7 @@ def _kernel(name: str, dtype: str) -> tuple[bool, str]:
     return right, f"error {found}, allowed {allowed:.1e} (lse {LSE_ERROR:.0e}); {rate}FLOP/s"
 
 
-def kernel_error(name: str, dtype: str, diagonal: bool) -> tuple[float, float]:
+def kernel_error(name: str, dtype: str, causal: bool) -> tuple[float, float]:
     """Errors of a kernel on random inputs of `dtype`, on the device that it is for, against the formula in float64.
 
     Of the output the relative one, over all rows; of the log-sum-exp the largest.
@@ -169,11 +172,13 @@ def kernel_error(name: str, dtype: str, diagonal: bool) -> tuple[float, float]:
         for _ in range(3)
     )
     state = AttentionState.empty(1, ROWS, HEAD_DIM, device)
-    get_kernel(name).attend(query[None], key, value, state, scale=HEAD_DIM**-0.5, diagonal=diagonal)
+    mask = make_mask(ROWS, ROWS, causal=causal)
+    intervals = make_intervals(mask, range(ROWS), range(ROWS)) if causal else None
+    get_kernel(name).attend(query[None], key, value, state, scores=Scores(HEAD_DIM**-0.5), intervals=intervals)
     out, lse = torch.empty_like(query[None]), torch.empty_like(state.den)
     finalise(state, out, lse)
     scores = query.double() @ key.double().T * HEAD_DIM**-0.5
-    if diagonal:
+    if causal:
         scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
     expected = scores.softmax(-1) @ value.double()
     of_out = (out[0].double() - expected).norm() / expected.norm()

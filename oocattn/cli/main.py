@@ -15,13 +15,13 @@ import oocattn
 from oocattn import clock
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
-from oocattn.division.drawing import check_drawing
 from oocattn.errors import OocattnError, TimeLimitError
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.pipelines.watch.progress import ProgressBar
 from oocattn.pipelines.watch.timeline import Timeline
 from oocattn.storage.files.operations import words_of
+from oocattn.storage.files.outputs import check_drawing
 from oocattn.storage.make.importing import import_arrays
 from oocattn.storage.make.synth import synthesise
 from oocattn.text import printable

@@ -1,1 +1,1 @@
-"""Who computes which pairs of chunks: divisions of one head group into subproblems, in pure integers."""
+"""Divisions of one head group's chunk pairs into subproblems, in pure integers."""

@@ -1,4 +1,7 @@
-"""What a division is: chunk pairs dealt out to subproblems, whatever the rule. The rules are in `quorums` and `strips`."""
+"""The interface of divisions: chunk pairs dealt out to subproblems.
+
+The rules are in `quorums` and `strips`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Block:
-    """What one query chunk attends within a subproblem.
+    """The chunk pairs of one query chunk within a subproblem.
 
-    `key_chunks` are attended in full, ascending; the query chunk itself is never among them. `diagonal` says whether
-    (query_chunk, query_chunk) is owned too: a triangle when causal, else one more rectangle.
+    `key_chunks` are ascending; the query chunk itself is never among them. `diagonal` says whether its pair with itself is
+    owned too. Which of the keys a row attends is the mask's business.
     """
 
     query_chunk: int
@@ -40,8 +43,8 @@ class Subproblem:
 class Division(Protocol):
     """A decomposition of one head group's chunk pairs into subproblems; each ordered pair is owned exactly once.
 
-    Causal divisions own the pairs with key chunk <= query chunk, full ones all c^2. Indices out of range raise
-    IndexError; `owner` of a pair that a causal mask hides raises ValueError.
+    Triangular divisions own the pairs with key chunk <= query chunk, others all c^2. Indices out of range raise IndexError;
+    `owner` of a pair above the triangle raises ValueError.
     """
 
     @property
@@ -49,8 +52,8 @@ class Division(Protocol):
         """c, the number of chunks."""
 
     @property
-    def causal(self) -> bool:
-        """Whether a token attends only to itself and what precedes it."""
+    def triangular(self) -> bool:
+        """Whether no chunk attends a later one: `problem.mask.Mask.triangular`."""
 
     @property
     def subproblems(self) -> int:
@@ -91,8 +94,8 @@ def require_index(index: int, count: int, what: str) -> None:
 
 
 def require_pair(division: Division, query_chunk: int, key_chunk: int) -> None:
-    """Raise IndexError for chunks out of range, ValueError for a pair that the causal mask hides."""
+    """Raise IndexError for chunks out of range, ValueError for a pair above the triangle."""
     require_index(query_chunk, division.chunks, "query chunk")
     require_index(key_chunk, division.chunks, "key chunk")
-    if division.causal and key_chunk > query_chunk:
-        raise ValueError(f"query chunk {query_chunk} does not attend key chunk {key_chunk}: the mask is causal")
+    if division.triangular and key_chunk > query_chunk:
+        raise ValueError(f"query chunk {query_chunk} does not attend key chunk {key_chunk}: the mask is triangular")

@@ -1,15 +1,11 @@
-"""The chunk-pair matrix of a division as a picture: which subproblem owns which pair."""
+"""The chunk-pair matrix of a division as a picture: a colour a subproblem."""
 
 from __future__ import annotations
 
 import colorsys
 import textwrap
-from pathlib import Path
 
 from oocattn.division.base import Division
-from oocattn.errors import ProblemError
-from oocattn.storage.files.outputs import SVG_MARK, check_output, write_output
-from oocattn.storage.locations import output_path
 
 MOST_CHUNKS = 133
 """Larger matrices are drawn up to this chunk: more cells than this are neither seen nor loaded by a browser."""
@@ -19,52 +15,36 @@ _MARGIN = 60
 _CELL = 7.5  # the width of a character at most, in a monospaced font of size 12
 
 
-def check_drawing(typed: str | Path) -> Path:
-    """The path of a picture. Raises as `draw_division` unless a division may be drawn there."""
-    path = output_path(typed, "picture")
-    check_output(path)
-    if path.suffix.lower() != ".svg":
-        raise ProblemError(
-            f"drawing {path}: plans are drawn as SVG, expected the name of a file that ends in .svg, like plan.svg"
-        )
-    return path
+def draw_division(division: Division, mask: str) -> str:
+    """The matrix as SVG: rows are query chunks, columns key chunks.
 
-
-def draw_division(division: Division, path: str | Path) -> Path:
-    """Write the matrix as an SVG file: a row a query chunk, a column a key chunk, a colour a subproblem.
-
-    Raises ResultExistsError where something else is at `path`, and ProblemError where its folder will not do, or its name,
-    which must end in .svg.
+    A colour is a subproblem; the caption names the mask.
     """
-    place = check_drawing(path)
     shown = min(division.chunks, MOST_CHUNKS)
     cell = _SIDE / shown
     cells = []
     for query in range(shown):
-        for key in range(query + 1 if division.causal else shown):
+        for key in range(query + 1 if division.triangular else shown):
             owner = division.owner(query, key)
             cells.append(
                 f'<rect x="{_MARGIN + key * cell:.2f}" y="{_MARGIN + query * cell:.2f}" width="{cell:.2f}" '
                 f'height="{cell:.2f}" fill="{_colour(owner)}"><title>query chunk {query}, key chunk {key}: '
                 f"subproblem {owner}</title></rect>"
             )
-    mask = "causal" if division.causal else "full"
     caption = f"{division.chunks} chunks, {division.subproblems} subproblems, {mask}: a colour is a subproblem"
     if shown < division.chunks:
         caption += f" (the first {shown} chunks are shown)"
     lines = textwrap.wrap(caption, int((_SIDE + _MARGIN) / _CELL))
     size = _SIDE + 2 * _MARGIN
-    picture = (
+    return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" font-family="monospace" font-size="12">'
-        f'{SVG_MARK}<rect width="{size}" height="{size}" fill="white"/>'
+        f'<rect width="{size}" height="{size}" fill="white"/>'
         + "".join(f'<text x="{_MARGIN}" y="{17 * number}">{line}</text>' for number, line in enumerate(lines, 1))
         + f'<text x="{size / 2}" y="53" text-anchor="middle">key chunk</text>'
         f'<text transform="translate(40 {size / 2}) rotate(-90)" text-anchor="middle">query chunk</text>'
         f"{''.join(cells)}"
         f'<rect x="{_MARGIN}" y="{_MARGIN}" width="{_SIDE}" height="{_SIDE}" fill="none" stroke="black"/></svg>\n'
     )
-    write_output(place, lambda file: file.write(picture))
-    return place
 
 
 def _colour(index: int) -> str:

@@ -68,7 +68,10 @@ def quorum_size(chunks: int) -> int:
 
 @dataclass(frozen=True)
 class _Pattern:
-    """What quorum 0 owns; every other quorum is a translate of it. All tables together hold about 2c integers."""
+    """The pairs of quorum 0; every other quorum is a translate of it.
+
+    All tables together hold about 2c integers.
+    """
 
     offsets: tuple[int, ...]
     """The difference cover: the chunks of quorum 0."""
@@ -113,7 +116,7 @@ class CyclicQuorums:
     """
 
     chunks: int
-    causal: bool
+    triangular: bool
 
     def __post_init__(self) -> None:
         """Raise ValueError unless there is at least one chunk."""
@@ -131,13 +134,13 @@ class CyclicQuorums:
         return tuple(sorted((index + offset) % self.chunks for offset in _pattern(self.chunks).offsets))
 
     def subproblem(self, index: int) -> Subproblem:
-        """What quorum `index` owns: c pairs, about half of them when causal."""
+        """The pairs of quorum `index`: c, or about half of them when triangular."""
         require_index(index, self.chunks, "subproblem")
         blocks = []
         for offset, key_offsets in _pattern(self.chunks).key_offsets.items():
             query_chunk = (index + offset) % self.chunks
             attended = ((index + key_offset) % self.chunks for key_offset in key_offsets)
-            key_chunks = tuple(sorted(key for key in attended if not self.causal or key < query_chunk))
+            key_chunks = tuple(sorted(key for key in attended if not self.triangular or key < query_chunk))
             if key_chunks or offset == 0:
                 blocks.append(Block(query_chunk, key_chunks, diagonal=offset == 0))
         blocks.sort(key=lambda block: block.query_chunk)
@@ -147,8 +150,8 @@ class CyclicQuorums:
     def contributors(self, chunk: int) -> tuple[int, ...]:
         """The quorums with a pair whose query chunk is `chunk`, ascending."""
         require_index(chunk, self.chunks, "query chunk")
-        # Causal: the nearest key below is there unless counting down to it wraps around below chunk 0.
-        reach = chunk if self.causal else self.chunks - 1
+        # Triangular: the nearest key below is there unless counting down to it wraps around below chunk 0.
+        reach = chunk if self.triangular else self.chunks - 1
         gaps = _pattern(self.chunks).query_gap
         return tuple(sorted((chunk - offset) % self.chunks for offset, gap in gaps.items() if gap <= reach))
 
@@ -167,7 +170,7 @@ class CyclicQuorums:
 def _(division: CyclicQuorums) -> tuple[int, int]:
     chunks, pattern = division.chunks, _pattern(division.chunks)
     gaps = (pattern.query_gap.values(), pattern.key_gap.values())
-    if not division.causal:
+    if not division.triangular:
         query, key = (chunks * sum(gap < chunks for gap in side) for side in gaps)
     else:
         # An offset is one chunk in each quorum, c in all; the `gap` of them nearest the end have nothing beyond.

@@ -36,7 +36,7 @@ class Strips:
 
     chunks: int
     span: int
-    causal: bool
+    triangular: bool
 
     def __post_init__(self) -> None:
         """Raise ValueError unless there is at least one chunk and one key chunk a strip."""
@@ -52,7 +52,7 @@ class Strips:
         """The one block of strip `index`."""
         require_index(index, self.subproblems, "subproblem")
         query_chunk, strip = self._place(index)
-        end = query_chunk + 1 if self.causal else self.chunks
+        end = query_chunk + 1 if self.triangular else self.chunks
         key_chunks = tuple(range(strip * self.span, min((strip + 1) * self.span, end)))
         others = tuple(key for key in key_chunks if key != query_chunk)
         block = Block(query_chunk, others, diagonal=len(others) < len(key_chunks))
@@ -75,7 +75,7 @@ class Strips:
 
     def _first(self, query_chunk: int) -> int:
         """Index of strip (query_chunk, 0), which is the number of strips before it."""
-        if not self.causal:
+        if not self.triangular:
             return query_chunk * -(-self.chunks // self.span)
         # Query chunks come in runs of `span`; each chunk of run n has n+1 strips.
         run, within = divmod(query_chunk, self.span)
@@ -83,7 +83,7 @@ class Strips:
 
     def _place(self, index: int) -> tuple[int, int]:
         """(i, j) of subproblem `index`."""
-        if not self.causal:
+        if not self.triangular:
             return divmod(index, -(-self.chunks // self.span))
         run = (isqrt(8 * (index // self.span) + 1) - 1) // 2  # the largest whose first index is not beyond
         within, strip = divmod(index - self._first(run * self.span), run + 1)
@@ -93,4 +93,4 @@ class Strips:
 @chunk_reads.register
 def _(division: Strips) -> tuple[int, int]:
     chunks = division.chunks
-    return division.subproblems, chunks * (chunks + 1) // 2 if division.causal else chunks * chunks
+    return division.subproblems, chunks * (chunks + 1) // 2 if division.triangular else chunks * chunks

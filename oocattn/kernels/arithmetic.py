@@ -1,4 +1,4 @@
-"""What the bits of a result depend on besides the plan: the processor's or GPU's way to compute, as a record to compare.
+"""A record of the processor's or GPU's way to compute, on which bits depend.
 
 The same kernel on the same inputs rounds otherwise where torch picks other vector instructions, where its matrix products
 come from another library, or where that library picks other code for the processor. All of that is seen in the bits of one
@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from oocattn.kernels import AttentionState, get_kernel
+from oocattn.problem.scores import Scores
 
 ROWS, KEYS = 64, 512
 """Of the call whose bits are hashed: enough for every vector width, and some milliseconds."""
 
 
 def arithmetic_of(kernel: str, head_dim: int, dtype: str, device: str) -> dict[str, str]:
-    """What this process computes with, by name: torch, and the processor's capability and bits, or the GPU's name."""
+    """The arithmetic of this process, by name: torch and processor, or GPU."""
     found = {"torch": str(torch.__version__)}
     if device != "cpu":
         gpus = range(torch.cuda.device_count())
@@ -30,7 +31,7 @@ def arithmetic_of(kernel: str, head_dim: int, dtype: str, device: str) -> dict[s
 
 
 def combine(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What several processes compute with: where they differ, all of it."""
+    """The arithmetic of several processes: where they differ, all of it."""
     names = dict.fromkeys(name for each in found for name in each)
     return {name: " | ".join(sorted({each.get(name, "none") for each in found})) for name in names}
 
@@ -58,8 +59,8 @@ def _bits(kernel: str, head_dim: int, dtype: str) -> str:
         key.view(KEYS, head_dim),
         value.view(KEYS, head_dim),
         state,
-        scale=head_dim**-0.5,
-        diagonal=False,
+        scores=Scores(head_dim**-0.5),
+        intervals=None,
     )
     digest = hashlib.sha256()
     for tensor in (state.num, state.den, state.max):

@@ -11,7 +11,8 @@ aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. What it gets wrong is kept aw
 * The log-sum-exp of a row whose scores are all large, as where padding is masked by adding -1e9, has lost how many keys
   it stands for, and rows are merged by it: where one exceeds `_LARGEST_LSE`, the call is made again by the reference.
 * A row whose scores are all -inf comes back as (out 0, lse 0), which looks like a row with keys, and a NaN or Inf in a
-  masked value reaches the rows that mask it: calls that may meet them go to the float64 reference, which is slow.
+  masked value reaches the rows that mask it: calls that may meet them go to the float64 reference, which is slow, and so
+  do calls whose rows attend other keys than all, or up to a diagonal.
 * A causal call on one head divides its rows, not its work, among the threads, and computes 512 keys at a time whether
   masked or not: the triangle is halved recursively into plain rectangles and triangles small enough to be level.
 """
@@ -22,13 +23,16 @@ import math
 
 import torch
 
-from oocattn.kernels.kernel import MAX_KEYS, check_operands, lacks_dtype
+from oocattn.kernels.intervals import find_band, make_intervals
+from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
 from oocattn.kernels.merge import SCRATCH_BYTES, fold
 from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
-from oocattn.kernels.tiles import round_up
+from oocattn.kernels.tiles import make_tiles, round_up
+from oocattn.problem.mask import Causal
 from oocattn.problem.problem import DTYPES
+from oocattn.problem.scores import Scores
 
 # Tiles. The rates are of 2 cores (Zen 4, torch 2.13) on float32, D = 64, where no tile above 1,024 x 1,024 differs by
 # more than 5%: 158 to 169 GFLOP/s (D = 32: 134 to 140; D = 128: 171 to 185).
@@ -47,6 +51,7 @@ class CpuKernel:
 
     name = "cpu"
     plans_shapes = False
+    rounds_weights = False
     max_keys = MAX_KEYS
 
     @full_precision(torch.device("cpu"))
@@ -57,24 +62,25 @@ class CpuKernel:
         value: torch.Tensor,
         state: AttentionState,
         *,
-        scale: float,
-        diagonal: bool,
+        scores: Scores,
+        intervals: torch.Tensor | None,
     ) -> None:
         """See `Kernel.attend`. The result is the same bit for bit whatever the number of threads."""
-        check_operands(query, key, value, state, diagonal=diagonal)
+        check_operands(query, key, value, state, intervals)
         rows, keys = query.shape[1], key.shape[0]
         if rows == 0 or keys == 0:
             return
-        if not _all_finite(query, key, value, scale):
-            ReferenceKernel().attend(query, key, value, state, scale=scale, diagonal=diagonal)
+        band = find_band(intervals, rows, keys)
+        if band is None or not band.is_open_below(rows) or not _all_finite(query, key, value, scores.scale):
+            ReferenceKernel().attend(query, key, value, state, scores=scores, intervals=intervals)
             return
-        call = _Call(query, state, scale, keys)
-        for first in range(0, keys, _KEY_TILE):
-            last = min(first + _KEY_TILE, keys)
-            call.load(key[first:last], value[first:last], first)
-            if diagonal:
-                call.triangle(first, last)
-            call.rectangle(last if diagonal else 0, rows, first, last)
+        call = _Call(query, state, scores, keys)
+        for row, end, first, last, triangular in make_tiles(rows, keys, rows, _KEY_TILE, upper=band.upper):
+            call.load(key, value, first, last)
+            if triangular:
+                call.triangle(row, end, first)
+            else:
+                call.rectangle(row, end, first, last)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: the tiles, then the library's result and buffers, and the merge, or the reference."""
@@ -86,38 +92,39 @@ class CpuKernel:
         reference = ReferenceKernel().scratch_bytes(group_size, rows, keys, head_dim, dtype, threads)
         return 4 * tiles + max(4 * result + library + SCRATCH_BYTES, reference)
 
-    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.lacks`."""
-        return "it runs on CPUs" if device.type != "cpu" else lacks_dtype(dtype, DTYPES)
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.unsupported_reason`."""
+        return "it runs on CPUs" if device.type != "cpu" else unsupported_dtype(dtype, DTYPES)
 
 
 class _Call:
     """One call of `attend`: its operands and its scratch. Rows and keys are numbered as in the whole call."""
 
-    def __init__(self, query: torch.Tensor, state: AttentionState, scale: float, keys: int) -> None:
+    def __init__(self, query: torch.Tensor, state: AttentionState, scores: Scores, keys: int) -> None:
         group_size, rows, head_dim = query.shape
-        self.query, self.state, self.scale = query, state, scale
+        self.query, self.state, self.scores = query, state, scores
         self.row_tile = _tile_rows(group_size, rows)
         self.query_tile = torch.zeros((group_size, self.row_tile, head_dim), dtype=torch.float32, device=query.device)
         self.key_tile = torch.empty((min(keys, _KEY_TILE), head_dim), dtype=torch.float32, device=query.device)
         self.value_tile = torch.empty_like(self.key_tile)
-        self.first_key = 0
+        self.first_key = self.last_key = 0
 
-    def load(self, key: torch.Tensor, value: torch.Tensor, first_key: int) -> None:
-        """Make these keys and values, the first of which is key `first_key`, the ones to attend."""
-        self.key_tile[: key.shape[0]].copy_(key)
-        self.value_tile[: value.shape[0]].copy_(value)
-        self.first_key = first_key
+    def load(self, key: torch.Tensor, value: torch.Tensor, first_key: int, last_key: int) -> None:
+        """Make keys [first_key, last_key) of the call the ones to attend, if they are not."""
+        if (self.first_key, self.last_key) != (first_key, last_key):
+            self.key_tile[: last_key - first_key].copy_(key[first_key:last_key])
+            self.value_tile[: last_key - first_key].copy_(value[first_key:last_key])
+            self.first_key, self.last_key = first_key, last_key
 
-    def triangle(self, start: int, stop: int) -> None:
-        """Rows [start, stop) attend the keys of the same range up to their own: two triangles and a square."""
+    def triangle(self, start: int, stop: int, first_key: int) -> None:
+        """Rows [start, stop) attend as many keys from `first_key` on, up to a diagonal: two triangles and a square."""
         if stop - start <= _TRIANGLE:
-            self._attend(start, stop, start, stop, causal=True)
+            self._attend(start, stop, first_key, first_key + stop - start, causal=True)
             return
-        middle = start + round_up((stop - start) // 2, _TRIANGLE)
-        self.triangle(start, middle)
-        self.triangle(middle, stop)
-        self.rectangle(middle, stop, start, middle)
+        rows = round_up((stop - start) // 2, _TRIANGLE)
+        self.triangle(start, start + rows, first_key)
+        self.triangle(start + rows, stop, first_key + rows)
+        self.rectangle(start + rows, stop, first_key, first_key + rows)
 
     def rectangle(self, start: int, stop: int, first_key: int, last_key: int) -> None:
         """Rows [start, stop) attend every key of [first_key, last_key)."""
@@ -139,15 +146,16 @@ class _Call:
             self.key_tile[keys].expand(shared),
             self.value_tile[keys].expand(shared),
             is_causal=causal,
-            scale=self.scale,
+            scale=self.scores.scale,
         )
         state = self.state.rows(start, stop)
         if float(lse[0, :, :rows].abs().amax()) < _LARGEST_LSE:
-            fold(state, out[0, :, :rows], lse[0, :, :rows], keys=last_key - first_key, diagonal=causal)
+            fold(state, out[0, :, :rows], lse[0, :, :rows])
             return
         del out, lse
         key, value = self.key_tile[keys], self.value_tile[keys]
-        ReferenceKernel().attend(query[:, :rows], key, value, state, scale=self.scale, diagonal=causal)
+        intervals = make_intervals(Causal(rows, rows), range(rows), range(rows)) if causal else None
+        ReferenceKernel().attend(query[:, :rows], key, value, state, scores=self.scores, intervals=intervals)
 
 
 def _tile_rows(group_size: int, rows: int) -> int:

@@ -1,4 +1,4 @@
-"""What a kernel is: the interface that the pipelines call, and the checks and counts that every kernel shares."""
+"""The interface of kernels, and the checks that every kernel shares."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Protocol
 import torch
 
 from oocattn.kernels.state import AttentionState
+from oocattn.problem.scores import Scores
 
 MAX_KEYS = 65_536
 """Keys that one accumulation may chain at most: beyond it the error of 16-bit matrix units grows with the keys."""
 
 
 class Kernel(Protocol):
-    """Attention of query rows over a range of keys, added to a state. Stateless: any thread may call it at any time."""
+    """Attention of query rows over a range of keys, added to a state.
+
+    It is stateless: any thread may call it at any time.
+    """
 
     name: str
     """The name that it is registered under."""
@@ -25,6 +29,9 @@ class Kernel(Protocol):
     plans_shapes: bool
     """Whether the first call of each shape takes far longer than the next."""
 
+    rounds_weights: bool
+    """Whether softmax weights are rounded to the inputs' dtype before they multiply values: `verify` allows more then."""
+
     def attend(
         self,
         query: torch.Tensor,
@@ -32,21 +39,22 @@ class Kernel(Protocol):
         value: torch.Tensor,
         state: AttentionState,
         *,
-        scale: float,
-        diagonal: bool,
+        scores: Scores,
+        intervals: torch.Tensor | None,
     ) -> None:
         """Attend `key` and `value` with `query` and add the result to `state`, in place.
 
         query [g, n, D]; key, value [m, D], shared by the g heads; all of one dtype (float16, bfloat16, float32),
         contiguous but for the heads of `query`, which may lie apart, on one device. state: the n rows of the g heads, num
-        [g, n, D]. With `diagonal`, n = m and query row i attends keys 0..i, without it every row attends every key.
-        `scale` is positive. state.keys grows by the keys that each row attended, whatever their values. Nothing happens
-        where n or m is 0. On a GPU the work is launched on torch's current stream, and nothing waits for it.
+        [g, n, D]. `intervals` says which keys each row attends, all of them where it is None: int32 [n, 4] in host memory,
+        [a, b) and [c, d) of each row relative to the first key, as `make_intervals` makes them of a mask. `scores` are the
+        terms of a score. The ledger of the state is left alone: who calls enters the keys. Nothing happens where n or m is
+        0. On a GPU the work is launched on torch's current stream, and nothing waits for it.
 
         NaN and Inf make the output of the rows that attend them NaN or Inf. They reach no other rows, but for the
-        16-bit kernels on a GPU (hopper, fa3, cudnn, flash), which behave as torch's own attention: in a diagonal call NaN
-        or Inf in a value may also reach the rows before it in the kernel's tile (less than 512); with a library's, scores
-        of -inf may become NaN, and the log-sum-exp of a row with NaN may be anything.
+        16-bit kernels on a GPU (hopper, fa3, cudnn, flash), which behave as torch's own attention: where rows attend
+        different keys, NaN or Inf in a value may also reach rows of the kernel's tile that do not attend it (less than 512
+        away); with a library's, scores of -inf may become NaN, and the log-sum-exp of a row with NaN may be anything.
 
         Where the scores of a row are all large (1e3 and more in size, as of padding that a constant masks), equal ones count
         alike over any number of calls, and the largest decide the row, as far as float32 tells scores apart. Kernels that
@@ -56,23 +64,27 @@ class Kernel(Protocol):
         """
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """Bytes that `attend` allocates at most for g = group_size, n = rows, m = keys, D = head_dim and that dtype, on a
-        CPU on so many threads.
+        """Bytes that `attend` allocates at most.
 
-        On a GPU: what it makes torch's caching allocator take from the device.
+        The call has g = group_size, n = rows, m = keys, D = head_dim and that dtype; on a CPU it has so many threads. On a
+        GPU these are the bytes that torch's caching allocator takes from the device.
         """
 
-    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """Why this kernel cannot attend inputs of `dtype` and D = head_dim on `device`, in words; "" if it can.
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """The reason why this kernel cannot serve, in words; "" if it can.
 
-        Nothing of CUDA is touched on a machine that has none.
+        Asked is attention of inputs of `dtype` and D = head_dim on `device`. Nothing of CUDA is touched on a machine that
+        has none.
         """
 
 
 def check_operands(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, *, diagonal: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, intervals: torch.Tensor | None
 ) -> None:
-    """Raise ValueError unless the operands of `Kernel.attend` fit each other: torch would broadcast some misfits."""
+    """Raise ValueError unless the operands of `Kernel.attend` fit each other.
+
+    torch would broadcast some misfits.
+    """
     group_size, rows, head_dim = query.shape
     if key.shape != value.shape or key.dim() != 2 or key.shape[1] != head_dim:
         raise ValueError(
@@ -83,17 +95,13 @@ def check_operands(
         raise ValueError(f"state of {list(state.num.shape)} does not fit query {[group_size, rows, head_dim]}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: expected one")
-    if diagonal and key.shape[0] != rows:
-        raise ValueError(f"a diagonal call needs as many keys as queries: found {key.shape[0]} and {rows}")
+    if intervals is None:
+        return
+    found = f"{list(intervals.shape)} of {intervals.dtype} on {intervals.device}"
+    if intervals.shape != (rows, 4) or intervals.dtype != torch.int32 or intervals.device.type != "cpu":
+        raise ValueError(f"intervals {found}: expected {[rows, 4]} of torch.int32 on cpu")
 
 
-def attended_keys(state: AttentionState, keys: int, *, diagonal: bool) -> torch.Tensor:
-    """What a call over `keys` keys enters in the ledger of the state's rows: keys each, or i + 1 for row i on a diagonal."""
-    if diagonal:
-        return torch.arange(1, keys + 1, dtype=torch.int64, device=state.keys.device)
-    return torch.full_like(state.keys, keys)
-
-
-def lacks_dtype(dtype: str, supported: Iterable[str]) -> str:
-    """The words of `Kernel.lacks` for a dtype that is not among the supported ones; "" if it is."""
+def unsupported_dtype(dtype: str, supported: Iterable[str]) -> str:
+    """The reason why a dtype is not supported, in words; "" if it is."""
     return "" if dtype in supported else f"it attends {', '.join(supported)} only"

@@ -1,4 +1,4 @@
-"""Exact recombination of partials, and the division that ends it. No attention is computed here.
+"""Exact recombination of states, and the division that ends it.
 
 On a GPU, merging is one launch of our own (`cuda.merging`). The torch operations that serve everywhere else work through
 blocks of rows with `SCRATCH_BYTES` of temporaries at most, because the states themselves may fill most of a memory budget.
@@ -15,7 +15,6 @@ from types import ModuleType
 
 import torch
 
-from oocattn.kernels.kernel import attended_keys
 from oocattn.kernels.state import AttentionState
 
 logger = logging.getLogger("oocattn")
@@ -30,13 +29,13 @@ _VECTORS = 8  # temporaries of one float32 per head and row that are alive at on
 def merge(into: AttentionState, other: AttentionState) -> None:
     """Add the keys of `other` to those of `into`, in place; both are states of the same query rows.
 
-    With m = max(m1, m2): num = num1 exp(m1 - m) + num2 exp(m2 - m), den likewise, keys = keys1 + keys2 (Milakov and
-    Gimelshein, arXiv 1805.02867, section 3.1). exp(lse) is never formed, for it overflows. A row with no key
+    With m = max(m1, m2): num = num1 exp(m1 - m) + num2 exp(m2 - m), den likewise (Milakov and Gimelshein, arXiv 1805.02867,
+    section 3.1); the ledgers are added. exp(lse) is never formed, for it overflows. A row with no key
     contributes nothing; NaN and +Inf make their own row NaN. `other` is left as it is. Raises ValueError if the shapes
     differ.
     """
     if into.num.shape != other.num.shape:
-        raise ValueError(f"cannot merge a partial {list(other.num.shape)} into one of {list(into.num.shape)}")
+        raise ValueError(f"cannot merge a state {list(other.num.shape)} into one of {list(into.num.shape)}")
     fused = _fused(into.num)
     if fused is not None:
         fused.merge(into, other)
@@ -45,23 +44,22 @@ def merge(into: AttentionState, other: AttentionState) -> None:
         _merge_block(into.rows(start, stop), other.rows(start, stop))
 
 
-def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
-    """Add what a library's attention call returned to `state`, in place: merging num = out, den = 1 and max = lse.
+def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Add the results of a library's attention call to `state`, in place.
+
+    That is merging num = out, den = 1 and max = lse.
 
     `out` [g, n, D] of any float dtype, divided already, and the natural log-sum-exp `lse` [g, n] float32, of any
-    strides but the innermost of `out`. The call attended `keys` keys with every row, or i + 1 with row i where
-    `diagonal`. Raises ValueError if the shapes differ.
+    strides but the innermost of `out`. Nothing is entered in the ledger. Raises ValueError if the shapes differ.
     """
     if out.shape != state.num.shape or lse.shape != state.den.shape:
-        raise ValueError(
-            f"cannot fold out {list(out.shape)} and lse {list(lse.shape)} into a partial {list(state.num.shape)}"
-        )
+        raise ValueError(f"cannot fold out {list(out.shape)} and lse {list(lse.shape)} into a state {list(state.num.shape)}")
     fused = _fused(state.num)
     if fused is not None:
-        fused.fold(state, out, lse, keys=keys, diagonal=diagonal)
+        fused.fold(state, out, lse)
         return
     ones = torch.ones((), dtype=torch.float32, device=lse.device).expand_as(lse)
-    merge(state, AttentionState(out, ones, lse, attended_keys(state, keys, diagonal=diagonal)))
+    merge(state, AttentionState.without_ledger(out, ones, lse))
 
 
 def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -71,9 +69,7 @@ def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> Non
     no key gives out = 0, as torch's attention has it, and lse = -inf. Raises ValueError if the shapes differ.
     """
     if out.shape != state.num.shape or lse.shape != state.den.shape:
-        raise ValueError(
-            f"cannot write a partial {list(state.num.shape)} to out {list(out.shape)} and lse {list(lse.shape)}"
-        )
+        raise ValueError(f"cannot write a state {list(state.num.shape)} to out {list(out.shape)} and lse {list(lse.shape)}")
     fused = _fused(state.num)
     if fused is not None:
         fused.finalise(state, out, lse)
@@ -86,7 +82,10 @@ def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> Non
 
 
 def finite_shift(maximum: torch.Tensor) -> torch.Tensor:
-    """What to subtract before exp: the maximum, or 0 where it is -inf, for -inf - -inf would be NaN."""
+    """The shift before exp: the maximum, or 0 where it is -inf.
+
+    -inf - -inf would be NaN.
+    """
     return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
@@ -125,3 +124,4 @@ def _merge_block(into: AttentionState, other: AttentionState) -> None:
     into.den.mul_(kept).add_(other.den * added)
     into.max.copy_(maximum)
     into.keys.add_(other.keys)
+    into.key_sum.add_(other.key_sum)

@@ -1,4 +1,4 @@
-"""Attention in plain torch operations, tile by tile: for every device, dtype and head dimension that torch serves.
+"""Attention in plain torch operations, tile by tile, wherever torch runs.
 
 The scores of a tile are written out in one precision, float32 here; the float64 reference is the same with other tiles.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
-from oocattn.kernels.cuda.device import allocated_bytes, lacks_capability
-from oocattn.kernels.kernel import MAX_KEYS, attended_keys, check_operands, lacks_dtype
+from oocattn.kernels.cuda.device import allocated_bytes, capability_reason
+from oocattn.kernels.intervals import Int32s, within
+from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
 from oocattn.kernels.merge import SCRATCH_BYTES, finite_shift, merge
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
-from oocattn.kernels.tiles import Tile, make_tiles
 from oocattn.problem.problem import DTYPES
+from oocattn.problem.scores import Scores
 
 _CUBLAS_WORKSPACE = 32 << 20
 """What torch keeps for cuBLAS from the first product on: 32 MiB on Hopper, less on others."""
@@ -29,12 +31,14 @@ _QUANTUM = 64  # steps above it are cut to a multiple, which suits the matrix pr
 class PlainKernel:
     """Scores, softmax numerator and denominator as matrix products, in float32 without TF32; merged in float32.
 
-    NaN and Inf reach the rows that attend them and no others, also within the tiles that the diagonal crosses. Everything
-    is launched on torch's current stream and nothing waits for it.
+    NaN and Inf reach the rows that attend them and no others, also within the tiles whose rows attend different keys.
+    Everything is launched on torch's current stream and nothing waits for it. It serves any intervals, also for the other
+    kernels of its device.
     """
 
     name = "torch"
     plans_shapes = False
+    rounds_weights = False
     max_keys = MAX_KEYS
     precision = torch.float32
     score_bytes = 64 << 20
@@ -47,38 +51,48 @@ class PlainKernel:
         value: torch.Tensor,
         state: AttentionState,
         *,
-        scale: float,
-        diagonal: bool,
+        scores: Scores,
+        intervals: torch.Tensor | None,
     ) -> None:
         """See `Kernel.attend`."""
-        check_operands(query, key, value, state, diagonal=diagonal)
+        check_operands(query, key, value, state, intervals)
         step = self._step(query.shape[0])
         with full_precision(query.device):
-            for tile in make_tiles(query.shape[1], key.shape[0], step, step, diagonal=diagonal):
-                self._attend_tile(tile, query, key, value, state, scale)
+            for first in range(0, key.shape[0], step):
+                keys = slice(first, first + step)
+                for row in range(0, query.shape[1], step):
+                    rows = slice(row, row + step)
+                    part = query[:, rows], key[keys], value[keys], state.rows(row, row + step)
+                    self._attend_tile(*part, scores.scale, within(intervals, row, row + step, first, first + len(part[1])))
 
     def _attend_tile(
-        self, tile: Tile, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, scale: float
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: AttentionState,
+        scale: float,
+        intervals: Int32s | None,
     ) -> None:
-        rows, keys = slice(tile.first_row, tile.last_row), slice(tile.first_key, tile.last_key)
-        block = state.rows(tile.first_row, tile.last_row)
-        scores = (query[:, rows].to(self.precision) * scale) @ key[keys].to(self.precision).T  # [g, rows, keys]
-        if tile.diagonal:
-            scores.masked_fill_(torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu_(1), -math.inf)
+        """Attend the keys of one tile, those of `intervals` or all, and merge what comes of it into the state."""
+        if intervals is not None and not (intervals[:, ::2] < intervals[:, 1::2]).any():
+            return
+        scores = (query.to(self.precision) * scale) @ key.to(self.precision).T  # [g, rows, keys]
+        if intervals is not None:
+            _hide(scores, intervals)
         maximum = scores.amax(-1)
         kept = maximum.float()  # as the state holds it
         weights = scores.sub_(_shift(maximum, kept).unsqueeze(-1)).exp_()
-        num = _weighted_sum(weights, value[keys].to(self.precision), tile.diagonal)
-        counts = attended_keys(block, tile.last_key - tile.first_key, diagonal=tile.diagonal)
-        merge(block, AttentionState(num.float(), weights.sum(-1).float(), kept, counts))
+        num = _weighted_sum(weights, value.to(self.precision), intervals)
+        merge(state, AttentionState.without_ledger(num.float(), weights.sum(-1).float(), kept))
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: what a tile needs, and what cuBLAS keeps."""
         return allocated_bytes(*self._tile_bytes(group_size, rows, keys, head_dim)) + _CUBLAS_WORKSPACE
 
-    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.lacks`."""
-        return lacks_dtype(dtype, DTYPES) or ("" if device.type == "cpu" else lacks_capability(device))
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.unsupported_reason`."""
+        return unsupported_dtype(dtype, DTYPES) or ("" if device.type == "cpu" else capability_reason(device))
 
     def _step(self, group_size: int) -> int:
         """Rows and keys of a tile, over all heads as many scores as score_bytes holds."""
@@ -86,17 +100,19 @@ class PlainKernel:
         return step - step % _QUANTUM if step > _QUANTUM else step
 
     def _tile_bytes(self, group_size: int, rows: int, keys: int, head_dim: int) -> tuple[int, ...]:
-        """Sizes of the tensors of one tile: scores, mask, operands, numerators, vectors; and of the merge."""
+        """Sizes of the tensors of one tile: scores, masks, operands, numerators, vectors; and of the merge."""
         step, itemsize = self._step(group_size), self.precision.itemsize
         rows, keys = min(rows, step), min(keys, step)
         of_query = group_size * rows * head_dim * itemsize  # cast and scaled; later the numerator, also as float32
-        of_value = keys * head_dim * itemsize  # key; value, what is finite of it, and sums of what is not
-        vectors = 8 * group_size * rows * itemsize + rows * 8
-        return (group_size * rows * keys * itemsize, rows * keys, *[of_query] * 2, *[of_value] * 4, vectors, SCRATCH_BYTES)
+        of_value = keys * head_dim * itemsize  # key; value, and what is finite of it
+        counted = (keys + 1) * head_dim * 4, *[rows * head_dim * 4] * 2, 4 * rows * head_dim, rows * head_dim * itemsize
+        vectors = 8 * group_size * rows * itemsize + rows * 16 * (4 + 1)
+        scores = group_size * rows * keys * itemsize
+        return (scores, (rows + 1) * keys, *[of_query] * 2, *[of_value] * 3, *counted, vectors, SCRATCH_BYTES)
 
 
 def _shift(maximum: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """What to subtract from scores before exp: `kept`, the float32 maximum, or as near to it as weights stay finite.
+    """The shift of scores before exp: `kept`, or as near as weights stay finite.
 
     From scores of about 1e9 on, rounding the maximum to float32 moves it by more than exp can take. The weights of a tile
     are exact all the same; against other tiles the row then counts as float32 scores would.
@@ -105,9 +121,47 @@ def _shift(maximum: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return finite - (finite - finite_shift(kept)).clamp_(-_MOST_APART, _MOST_APART)
 
 
-def _weighted_sum(weights: torch.Tensor, value: torch.Tensor, diagonal: bool) -> torch.Tensor:
-    """weights [g, rows, keys] @ value [keys, D]; on the diagonal, NaN and Inf from the rows' own keys on only."""
-    if not diagonal:
+def _hide(scores: torch.Tensor, intervals: Int32s) -> None:
+    """Set scores [g, rows, keys] of keys that a row does not attend to -inf, in place."""
+    key = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
+    a, b, c, d = _on_device(intervals, scores.device).unsqueeze(-1).unbind(1)  # [rows, 1]
+    if intervals[:, 0].any():
+        scores.masked_fill_(key < a, -math.inf)
+    if np.array_equal(intervals[:, 2], intervals[:, 3]):
+        scores.masked_fill_(key >= b, -math.inf)
+    else:
+        for part, start, stop in zip(scores.chunk(2, 1), b.chunk(2), c.chunk(2), strict=True):  # two masks, of half the rows
+            part.masked_fill_((key >= start).logical_and_(key < stop), -math.inf)
+        scores.masked_fill_(key >= d, -math.inf)
+
+
+def _weighted_sum(weights: torch.Tensor, value: torch.Tensor, intervals: Int32s | None) -> torch.Tensor:
+    """weights [g, rows, keys] @ value [keys, D].
+
+    NaN and Inf of values reach only the rows that attend them.
+    """
+    if intervals is None:
         return weights @ value
-    finite = value.nan_to_num(0.0, 0.0, 0.0)  # a masked weight is 0, and 0 times NaN or Inf would be NaN
-    return (weights @ finite).add_((value - finite).cumsum_(0))
+    finite = value.nan_to_num(0.0, 0.0, 0.0)  # a hidden key's weight is 0, and 0 times NaN or Inf would be NaN
+    return (weights @ finite).add_(_sum_not_finite(value, _on_device(intervals, value.device).long()))
+
+
+def _sum_not_finite(value: torch.Tensor, intervals: torch.Tensor) -> torch.Tensor:
+    """The sum of the NaN and Inf that each row attends: [rows, D], else 0."""
+
+    def met(kind: torch.Tensor) -> torch.Tensor:
+        before = torch.zeros((len(value) + 1, value.shape[1]), dtype=torch.int32, device=value.device)
+        torch.cumsum(kind, 0, dtype=torch.int32, out=before[1:])
+        a, b, c, d = intervals.unbind(1)
+        return before[b].sub_(before[a]).add_(before[d]).sub_(before[c]) > 0
+
+    nan, above, below = met(value.isnan()), met(value == math.inf), met(value == -math.inf)
+    total = torch.zeros(nan.shape, dtype=value.dtype, device=value.device)
+    total.masked_fill_(above, math.inf).masked_fill_(below, -math.inf)
+    return total.masked_fill_(nan.logical_or_(above.logical_and_(below)), math.nan)
+
+
+def _on_device(intervals: Int32s, device: torch.device) -> torch.Tensor:
+    """The intervals on a device; nothing waits for the copy."""
+    tensor = torch.from_numpy(intervals)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

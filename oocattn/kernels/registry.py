@@ -1,4 +1,7 @@
-"""The kernels by name. A new kernel is one new module and one line in `_KERNELS`; modules are imported on first use."""
+"""The kernels by name, imported on first use.
+
+A new kernel is one new module and one line in `_KERNELS`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ DeviceType = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class _Registration:
-    """Where a kernel's code is, on which type of device a run with it lives, and whether it may be the default there."""
+    """A kernel's code, its type of device, and whether it may be the default there."""
 
     name: str
     module: str
@@ -50,22 +53,26 @@ def get_kernel(name: str) -> Kernel:
 
 
 def device_type(name: str) -> DeviceType:
-    """Where a run with the kernel of that name lives: "cpu" or "cuda". Raises ProblemError for an unknown name."""
+    """The device of a run with the kernel of that name: "cpu" or "cuda".
+
+    Raises ProblemError for an unknown name.
+    """
     return _registration(name).device_type
 
 
 def default_kernel(device: torch.device | str, dtype: str, head_dim: int) -> str:
-    """The name of the fastest kernel for inputs of `dtype` and D = head_dim on `device` ("cpu", "cuda", "cuda:1").
+    """The name of the fastest kernel for a dtype and D = head_dim on a device.
 
-    Raises ProblemError, with every kernel's reason, if none serves them; the reference is never chosen.
+    `device` is "cpu", "cuda", "cuda:1" and so on; the reference is never chosen. Raises ProblemError, with every kernel's
+    reason, if none serves them.
     """
     device = _known_device(device)
     for entry in _of_type(device.type):
-        if entry.default and not get_kernel(entry.name).lacks(device, dtype, head_dim):
+        if entry.default and not get_kernel(entry.name).unsupported_reason(device, dtype, head_dim):
             return entry.name
     reasons: dict[str, list[str]] = {}
     for entry in _of_type(device.type):
-        reasons.setdefault(get_kernel(entry.name).lacks(device, dtype, head_dim), []).append(entry.name)
+        reasons.setdefault(get_kernel(entry.name).unsupported_reason(device, dtype, head_dim), []).append(entry.name)
     found = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     raise ProblemError(
         f"no kernel attends {dtype} with D = {head_dim} on {device}: {found or 'there are kernels for cpu and cuda'}"
@@ -73,18 +80,22 @@ def default_kernel(device: torch.device | str, dtype: str, head_dim: int) -> str
 
 
 def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: int) -> Kernel:
-    """The kernel of that name, which can attend inputs of `dtype` and D = head_dim on `device`.
+    """The kernel of that name, if it serves `dtype` and D = head_dim on `device`.
 
     Raises ProblemError, saying why it cannot and which kernels can, or that there is no such kernel.
     """
     kernel = get_kernel(name)
     device = _known_device(device)
-    lacking = kernel.lacks(device, dtype, head_dim)
-    if not lacking:
+    reason = kernel.unsupported_reason(device, dtype, head_dim)
+    if not reason:
         return kernel
-    others = [entry.name for entry in _of_type(device.type) if not get_kernel(entry.name).lacks(device, dtype, head_dim)]
+    others = [
+        entry.name
+        for entry in _of_type(device.type)
+        if not get_kernel(entry.name).unsupported_reason(device, dtype, head_dim)
+    ]
     raise ProblemError(
-        f"kernel {name!r} cannot attend {dtype} with D = {head_dim} on {device}: {lacking}"
+        f"kernel {name!r} cannot attend {dtype} with D = {head_dim} on {device}: {reason}"
         + (f"; choose one of {', '.join(others)} or leave --kernel out" if others else "; leave --kernel out")
     )
 

@@ -16,15 +16,38 @@ from contextlib import contextmanager
 import torch
 
 _LAUNCHING = threading.Lock()
+_COUNTING = threading.Lock()
 
 
-def plain_threads(count: int, name: str) -> ThreadPoolExecutor:
+def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPoolExecutor:
     """So many threads that compute, whatever the settings of the thread that makes them.
 
     A thread begins with torch's own defaults, but on Linux it inherits whether the processor flushes to zero what is
-    smaller than the smallest normal number, and so do the threads of OpenMP that it makes.
+    smaller than the smallest normal number, and so do the threads of OpenMP that it makes. In each thread torch uses
+    `cores` (None: as many as the process does).
     """
-    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=torch.set_flush_denormal, initargs=(False,))
+    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_begin_plainly, initargs=(cores,))
+
+
+def _begin_plainly(cores: int | None) -> None:
+    torch.set_flush_denormal(False)
+    if cores is not None:
+        _use_cores(cores)
+
+
+def _use_cores(count: int) -> None:
+    """Have torch use so many cores in the calling thread, and as many as before in threads that begin later.
+
+    To set the number is to set it for both. So another thread puts it back at once: the calling thread keeps its own.
+    """
+    with _COUNTING:
+        usual = torch.get_num_threads()
+        if usual == count:
+            return
+        torch.set_num_threads(count)
+        restoring = threading.Thread(target=torch.set_num_threads, args=(usual,), name="oocattn-restore")
+        restoring.start()
+        restoring.join()
 
 
 @contextmanager

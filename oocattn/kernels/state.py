@@ -1,4 +1,4 @@
-"""The attention state of a range of query rows; how it is filled and merged lies in the kernels and in `merge`."""
+"""The attention state of a range of query rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 
 @dataclass(frozen=True)
 class AttentionState:
-    """Attention of n query rows of g heads over the keys attended so far, before the division.
+    """Attention of n rows of g heads over the keys so far, before the division.
 
     With the scores s = scale * q @ k.T of a row and a shift no less than a few units below the largest of them: `max`
     [g, n] is the shift, `den` [g, n] the sum of exp(s - max) and `num` [g, n, D] the sum of exp(s - max) * v, all
-    float32; `keys` [n] int64 counts the attended keys, which are the same for all heads. A row with no key has num = 0,
-    den = 0 and max = -inf.
+    float32. A row with no key has num = 0, den = 0 and max = -inf. The ledger says which keys were attended, the same for
+    all heads: `keys` [n] int64 counts them, and `key_sum` [n] int64 is the sum of their indices modulo 2^64. Kernels do not
+    touch it; merging adds it.
 
     Source: the running softmax of Milakov and Gimelshein, arXiv 1805.02867, section 3, as a mergeable record. The
     fields are tensors that kernels update in place. Raises ValueError where their shapes do not fit each other.
@@ -25,13 +26,15 @@ class AttentionState:
     den: torch.Tensor
     max: torch.Tensor
     keys: torch.Tensor
+    key_sum: torch.Tensor
 
     def __post_init__(self) -> None:
         group_size, rows, _ = self.num.shape
-        if not self.den.shape == self.max.shape == (group_size, rows) or self.keys.shape != (rows,):
+        numbers, ledger = (self.den, self.max), (self.keys, self.key_sum)
+        if any(field.shape != (group_size, rows) for field in numbers) or any(field.shape != (rows,) for field in ledger):
             raise ValueError(
-                f"partial with num {list(self.num.shape)}: expected den and max {[group_size, rows]} and keys {[rows]}"
-                f", found {list(self.den.shape)}, {list(self.max.shape)} and {list(self.keys.shape)}"
+                f"state with num {list(self.num.shape)}: expected den and max {[group_size, rows]}, keys and key_sum "
+                f"{[rows]}, found {', '.join(str(list(field.shape)) for field in (*numbers, *ledger))}"
             )
 
     @classmethod
@@ -42,32 +45,39 @@ class AttentionState:
             den=torch.empty((group_size, rows), dtype=torch.float32, device=device),
             max=torch.empty((group_size, rows), dtype=torch.float32, device=device),
             keys=torch.empty(rows, dtype=torch.int64, device=device),
+            key_sum=torch.empty(rows, dtype=torch.int64, device=device),
         )
         state.reset()
         return state
 
+    @classmethod
+    def without_ledger(cls, num: torch.Tensor, den: torch.Tensor, max: torch.Tensor) -> AttentionState:
+        """A kernel's numbers, to be merged into a state; its ledger is empty."""
+        nothing = torch.zeros((), dtype=torch.int64, device=num.device).expand(num.shape[1])
+        return cls(num, den, max, nothing, nothing)
+
     def reset(self) -> None:
-        """Forget every key: num = 0, den = 0, max = -inf, keys = 0."""
+        """Forget every key: all fields are 0, but max is -inf."""
         self.num.zero_()
         self.den.zero_()
         self.max.fill_(-math.inf)
         self.keys.zero_()
+        self.key_sum.zero_()
 
     def rows(self, start: int, stop: int) -> AttentionState:
         """Query rows [start, stop) as views: to write to them is to write to this state."""
-        return AttentionState(
-            self.num[:, start:stop], self.den[:, start:stop], self.max[:, start:stop], self.keys[start:stop]
-        )
+        rows = slice(start, stop)
+        return AttentionState(self.num[:, rows], self.den[:, rows], self.max[:, rows], self.keys[rows], self.key_sum[rows])
 
     def head(self, index: int) -> AttentionState:
         """The state of one head as views, with g = 1."""
         heads = slice(index, index + 1)
-        return AttentionState(self.num[heads], self.den[heads], self.max[heads], self.keys)
+        return AttentionState(self.num[heads], self.den[heads], self.max[heads], self.keys, self.key_sum)
 
     @staticmethod
     def nbytes_for(group_size: int, rows: int, head_dim: int) -> int:
-        """Bytes of a state of that size: D + 2 float32 per head and row, one int64 per row."""
-        return rows * (group_size * (head_dim + 2) * 4 + 8)
+        """Bytes of a state of that size: D + 2 float32 per head and row, two int64 per row."""
+        return rows * (group_size * (head_dim + 2) * 4 + 16)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""How a call of `attend` is cut into tiles that are computed one by one; pure integers."""
+"""The tiles of a call of `attend`, computed one by one; pure integers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,35 @@ _QUANTUM = 256  # a multiple of every library's own tiles
 
 
 class Tile(NamedTuple):
-    """Rows [first_row, last_row) attend keys [first_key, last_key): all of them, or, on the diagonal, up to their own."""
+    """Rows and keys of a call that are attended together.
+
+    Rows [first_row, last_row) attend keys [first_key, last_key): all of them, or those of a lower triangle.
+    """
 
     first_row: int
     last_row: int
     first_key: int
     last_key: int
-    diagonal: bool
+    triangular: bool
 
 
-def make_tiles(rows: int, keys: int, row_step: int, key_step: int, *, diagonal: bool) -> Iterator[Tile]:
-    """Tiles of at most row_step x key_step that cover the call, each pair of row and key once, the largest first.
+def make_tiles(rows: int, keys: int, row_step: int, key_step: int, *, upper: int) -> Iterator[Tile]:
+    """The tiles of a call in which row i attends the first i + upper keys.
 
-    In a diagonal call rows = keys, and the tiles on the diagonal are triangles of key_step rows.
+    They have row_step rows and key_step keys at most; the triangles are squares of key_step at most. With upper = keys
+    every row attends every key.
     """
-    for first_key in range(0, keys, key_step):
-        last_key = min(first_key + key_step, keys)
-        if diagonal:
-            yield Tile(first_key, last_key, first_key, last_key, True)
-        for first_row in range(last_key if diagonal else 0, rows, row_step):
-            yield Tile(first_row, min(first_row + row_step, rows), first_key, last_key, False)
+    shared = keys if upper >= keys else max(0, upper - 1)  # keys that all rows attend and that no triangle has
+    for first, last in _steps(0, shared, key_step):
+        yield from (Tile(row, end, first, last, False) for row, end in _steps(0, rows, row_step))
+    for first, last in _steps(shared, min(keys, rows + upper - 1), key_step):
+        row, end = first - upper + 1, last - upper + 1
+        yield Tile(row, end, first, last, True)
+        yield from (Tile(start, stop, first, last, False) for start, stop in _steps(end, rows, row_step))
+
+
+def _steps(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + step, stop)) for first in range(start, stop, step))
 
 
 def round_up(count: int, quantum: int) -> int:

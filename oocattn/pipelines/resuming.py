@@ -28,9 +28,10 @@ from oocattn.storage.results.growing import Growing
 from oocattn.units import format_bytes
 from oocattn.version import versions
 
-FORMAT = 4
+FORMAT = 5
 """Of the journal and of what lies beside it; another one is not resumed. 3: machine and inputs of the plan, the name of the
-growing result, what computes. 4: what the dtype of `out` made Inf or 0."""
+growing result, what computes. 4: what the dtype of `out` made Inf or 0. 5: the sum of key
+indices in partials, whether the kernel rounds weights."""
 
 
 @dataclass(frozen=True)

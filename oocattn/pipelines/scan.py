@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oocattn.pipelines.finished import finished_chunks, is_written
-from oocattn.pipelines.lane.partials.files import Covered, PartialFiles
+from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
 from oocattn.pipelines.schedule import CompletedWork
 from oocattn.planning.plan import Plan
 from oocattn.storage.journal.blocks import is_whole
@@ -35,25 +35,25 @@ def scan_completed(
     chunks = {place for place in finished_chunks(plan, journal) if result is None or is_written(plan, result, *place)}
     partials: set[tuple[int, int, int]] = set()
     useless, damaged, torn = [], journal.records - len(chunks), 0
-    for path, of in PartialFiles(scratch, journal.run).found():
-        if of is None or not _fits(plan, of):
+    for path, partial in PartialFiles(scratch, journal.run).found():
+        if partial is None or not _fits(plan, partial):
             damaged += 1
             useless.append(path)
-        elif (of.head_group, of.chunk) in chunks:
+        elif (partial.head_group, partial.chunk) in chunks:
             useless.append(path)
         elif thorough and not is_whole(path):
             torn += 1
             useless.append(path)
         else:
-            partials.update((of.head_group, of.chunk, index) for index in of.subproblems)
+            partials.update((partial.head_group, partial.chunk, index) for index in partial.subproblems)
     return ScanResult(CompletedWork(chunks, partials), tuple(useless), damaged, torn)
 
 
-def _fits(plan: Plan, of: Covered) -> bool:
+def _fits(plan: Plan, partial: PartialId) -> bool:
     """Whether the plan has such a partial: on disk of one contributor of the chunk, in memory of its first ones."""
-    if of.head_group not in range(plan.problem.head_groups) or of.chunk not in range(plan.chunks):
+    if partial.head_group not in range(plan.problem.head_groups) or partial.chunk not in range(plan.chunks):
         return False
-    contributors = plan.division.contributors(of.chunk)
+    contributors = plan.division.contributors(partial.chunk)
     if plan.partials == "disk":
-        return len(of.subproblems) == 1 and of.subproblems[0] in contributors
-    return of.subproblems == contributors[: len(of.subproblems)]
+        return len(partial.subproblems) == 1 and partial.subproblems[0] in contributors
+    return partial.subproblems == contributors[: len(partial.subproblems)]

@@ -233,7 +233,7 @@ def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:
 
 def _decided(plan: Plan) -> dict[str, Any]:
     """What a result says of its plan."""
-    names = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel")
+    names = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel", "rounds_weights")
     return {name: getattr(plan, name) for name in names}
 
 

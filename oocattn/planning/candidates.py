@@ -111,7 +111,7 @@ def _cost_all(
     enough: dict[str, int] = {}  # chunks of each decomposition
     for candidate in candidates:
         too_fine = candidate.chunks > enough.get(candidate.decomposition, MAX_CHUNKS)
-        if too_fine or candidate.division(problem.causal).subproblems > MAX_SUBPROBLEMS:
+        if too_fine or candidate.division(problem).subproblems > MAX_SUBPROBLEMS:
             continue
         plan = cost(candidate, problem, hardware, inputs, device_memory, host_memory, checkpoint_seconds)
         plans.append(plan)

@@ -76,7 +76,7 @@ def cost(
 ) -> Plan:
     """Cost one candidate: its tiles, unless they are given, memory, bytes a link and seconds."""
     layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes, tiles)
-    division = candidate.division(problem.causal)
+    division = candidate.division(problem)
     run = _Run(candidate, division, layout, problem, hardware, inputs, checkpoint_seconds)
     return Plan(
         problem=problem,
@@ -182,13 +182,13 @@ class _Run:
         passes = problem.flops / (4 * problem.head_dim * problem.group_size * rows)
         keys = 2 * problem.head_dim * problem.itemsize * passes
         queries = problem.group_size * self._reads[0] * self.layout.chunk_rows * self._row_bytes
-        amount = keys + queries + 2 * self._handed_back * problem.partial_bytes(self.layout.chunk_rows)
+        amount = keys + queries + 2 * self._handed_back * problem.state_bytes(self.layout.chunk_rows)
         return Link("copy", amount, amount * self._balance / self.hardware.copy_rate)
 
     @cached_property
     def _compute_seconds(self) -> float:
         flops = self.problem.flops / kernel_rate(self.layout.tiles, self.problem, self.hardware)
-        diagonals = self.candidate.chunks if self.problem.causal else 0
+        diagonals = self.candidate.chunks if self.problem.mask.triangular else 0
         calls = self._handed_back + self.problem.head_groups * diagonals
         launching = calls * CALL_SECONDS if self.hardware.device == "cpu" else 0.0
         return (flops + launching) * self._balance
@@ -256,8 +256,7 @@ def largest_share(division: Division, chunk_rows: int, problem: Problem, lanes: 
     if not rest:
         return rounds / problem.head_groups
     edges = np.minimum(np.arange(division.chunks + 1, dtype=np.float64) * chunk_rows, problem.tokens)
-    start, stop = edges[:-1], edges[1:]
-    pairs = (stop - start) * (start + stop + 1 if division.causal else 2 * problem.tokens)  # twice those of a head group
+    pairs = np.diff(problem.mask.pairs_before(edges))
     of_lanes = np.bincount(division.chunk_lanes(lanes), weights=pairs, minlength=lanes)
     most = np.sum([np.roll(of_lanes, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
     return (rounds + float(most / pairs.sum())) / problem.head_groups

@@ -34,9 +34,9 @@ class Candidate:
     partials: Literal["memory", "disk"]
     accumulators: int
 
-    def division(self, causal: bool) -> Division:
+    def division(self, problem: Problem) -> Division:
         """Its chunk pairs, divided."""
-        return make_division(self.decomposition, self.chunks, self.span, causal)
+        return make_division(self.decomposition, self.chunks, self.span, problem.mask)
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tile
 def _staged_chunks(candidate: Candidate, problem: Problem) -> tuple[int, int]:
     """The most query chunks and key chunks that one subproblem stages.
 
-    Causal and perfect: every pair of the quorum is owned, so its lowest chunk stages no Q and its highest no K/V, but for
-    the one diagonal that it owns.
+    Triangular and perfect: every pair of the quorum is owned, so its lowest chunk stages no Q and its highest no K/V, but
+    for the one diagonal that it owns.
     """
     if candidate.decomposition == "strips":
         return 1, candidate.span
     k = quorum_size(candidate.chunks)
-    if not problem.causal or k * (k - 1) + 1 != candidate.chunks or k == 1:
+    if not problem.mask.triangular or k * (k - 1) + 1 != candidate.chunks or k == 1:
         return k, k
     return (k, k - 1) if problem.group_size >= 2 else (k - 1, k)

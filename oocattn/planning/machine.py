@@ -37,8 +37,9 @@ class Machine:
     """What a plan records of the machine. Rates are in bytes/s and FLOP/s.
 
     `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a call at which it falls to half,
-    `max_keys` the most keys of a call. `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's,
-    shared by all lanes, and `reread_rate` that of data that was read before, from the page cache if it fits there.
+    `max_keys` the most keys of a call; `rounds_weights` says whether the kernel rounds softmax weights to the inputs' dtype.
+    `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's, shared by all lanes, and
+    `reread_rate` that of data that was read before, from the page cache if it fits there.
     `task_seconds` is the cost of a task, `file_seconds` that of a durable file beside its bytes. `scratch_disk` is the room
     for partials, in bytes, and `measuring_bytes` the device memory that measuring took.
     """
@@ -48,6 +49,7 @@ class Machine:
     device: Device = "cpu"
     half_rate_rows: Positive = 256
     max_keys: Positive = 1 << 16
+    rounds_weights: bool = False
     lanes: Annotated[int, Range(1, MAX_LANES)] = 1
     threads: Annotated[int, Range(1, 1 << 16)] = 1
     copy_rate: Rate = 50e9

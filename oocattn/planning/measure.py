@@ -25,11 +25,14 @@ from oocattn.errors import IntegrityError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels import AttentionState, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.settings import plain_threads
 from oocattn.planning.cost import HALF_RATE_KEYS
 from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, InputCost
 from oocattn.planning.memory import PAGE
+from oocattn.problem.mask import Causal
 from oocattn.problem.problem import Problem
+from oocattn.problem.scores import Scores
 from oocattn.storage.files.durable import write_durably
 from oocattn.storage.files.operations import doing
 from oocattn.storage.inputs.dataset import Dataset
@@ -110,6 +113,7 @@ def describe_hardware(
         device=device,
         half_rate_rows=half_rate_rows,
         max_keys=get_kernel(name).max_keys,
+        rounds_weights=get_kernel(name).rounds_weights,
         lanes=lanes,
         threads=threads,
         read_rate=found,
@@ -209,7 +213,7 @@ def _kernel_rate(name: str, head_dim: int, dtype: str, rows: int, keys: int, whe
     state = AttentionState.empty(1, rows, head_dim, where)
 
     def attend() -> None:
-        kernel.attend(query, key, value, state, scale=head_dim**-0.5, diagonal=False)
+        kernel.attend(query, key, value, state, scores=Scores(head_dim**-0.5), intervals=None)
 
     attend()  # the first call is never the usual one
     seconds: list[float] = []
@@ -239,9 +243,10 @@ def _launch_everything(name: str, head_dim: int, dtype: str, where: torch.device
     query = torch.randn(1, rows, head_dim, device=where, dtype=getattr(torch, dtype))
     key, value = (torch.randn(keys, head_dim, device=where, dtype=getattr(torch, dtype)) for _ in range(2))
     state = AttentionState.empty(1, rows, head_dim, where)
-    kernel.attend(query, key, value, state, scale=1.0, diagonal=False)
+    kernel.attend(query, key, value, state, scores=Scores(1.0), intervals=None)
     if not kernel.plans_shapes:  # else it takes a while
-        kernel.attend(query, query[0], query[0], state, scale=1.0, diagonal=True)
+        intervals = make_intervals(Causal(rows, rows), range(rows), range(rows))
+        kernel.attend(query, query[0], query[0], state, scores=Scores(1.0), intervals=intervals)
     merge(state, state)
     finalise(state, query, state.den)
     torch.cuda.synchronize(where)

@@ -40,8 +40,17 @@ PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}
 MERGE_SCRATCH_BYTES = 2 << 20
 """Temporaries of one merge and one finalisation, which may run beside the kernel."""
 
-LEDGER_BYTES = 24
-"""Temporaries a row when the ledger of what will be a chunk of `out` is checked."""
+LEDGER_SLOTS = 8
+"""Ledgers of query tiles that a GPU lane holds in pinned host memory, on their way to the device."""
+
+LEDGER_BYTES = 16
+"""Bytes a row of a ledger: the count of keys, and the sum of their indices."""
+
+LEDGER_SCRATCH_BYTES = 2 << 20
+"""Temporaries when the ledger of some rows is entered while that of others is checked, a few thousand rows at a time."""
+
+INTERVAL_BYTES = 24
+"""Bytes a row of a tile whose rows attend different keys: four int32, and what making them takes."""
 
 ALIGNMENT = 256
 """Every buffer begins at a multiple of this."""
@@ -88,7 +97,7 @@ class Buffers:
 
     def state_bytes(self, problem: Problem, rows: int) -> int:
         """Bytes of the allocation of one state."""
-        return problem.partial_bytes(rows) + 4 * ALIGNMENT
+        return problem.state_bytes(rows) + 5 * ALIGNMENT
 
     def out_bytes(self, problem: Problem) -> int:
         """Bytes of the allocation of a chunk of `out` and `lse`."""
@@ -104,7 +113,7 @@ class Buffers:
 def partial_file_bytes(problem: Problem, rows: int) -> int:
     """The most bytes of a file with the partial of so many rows: its blocks, and a header of pages that lists them."""
     header = 1024 + 40 * math.ceil(rows / PARTIAL_BLOCK_ROWS)
-    return problem.partial_bytes(rows) + math.ceil(header / PAGE) * PAGE
+    return problem.state_bytes(rows) + math.ceil(header / PAGE) * PAGE
 
 
 def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks: int) -> int:
@@ -115,15 +124,16 @@ def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks:
 
 def cpu_memory(problem: Problem, buffers: Buffers, kernel_scratch: int) -> LaneMemory:
     """What a CPU lane allocates: slots, one partial and the kernel's scratch are its device memory."""
-    working = problem.partial_bytes(buffers.chunk_rows) + kernel_scratch
-    host = buffers.nbytes(problem) + working + _temporaries(buffers.out_chunk_rows)
+    working = problem.state_bytes(buffers.chunk_rows) + INTERVAL_BYTES * buffers.chunk_rows + kernel_scratch
+    host = buffers.nbytes(problem) + working + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
     return LaneMemory(buffers.slot, STAGING_SLOTS["cpu"] * buffers.slot + working, host)
 
 
 def cuda_memory(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int) -> LaneMemory:
     """What a CUDA lane allocates: its buffers and results on the host, and on the device what its tiles need."""
     device = device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch
-    host = buffers.nbytes(problem) + _temporaries(buffers.out_chunk_rows)
+    tiles_host = _in_segments(LEDGER_SLOTS * LEDGER_BYTES * tiles.query) + INTERVAL_BYTES * tiles.query
+    host = buffers.nbytes(problem) + tiles_host + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
     return LaneMemory(buffers.slot, device, host)
 
 
@@ -131,16 +141,11 @@ def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:
     """Bytes of a CUDA lane's one allocation on the device: query tiles, their states, key tiles, and what merging needs."""
     query = problem.group_size * tiles.query * problem.head_dim * problem.itemsize
     key = tiles.key * problem.head_dim * problem.itemsize
-    state = problem.partial_bytes(tiles.query)
-    merging = state if partials == "memory" else 2 * problem.partial_bytes(PARTIAL_BLOCK_ROWS)
-    finalising = FINALISED_ROWS * (problem.head_dim * (4 + DTYPES[problem.out_dtype]) + 20)  # of one head
-    pieces = 6 * QUERY_SLOTS + 2 * KEY_SLOTS + 14
+    state = problem.state_bytes(tiles.query)
+    merging = state if partials == "memory" else 2 * problem.state_bytes(PARTIAL_BLOCK_ROWS)
+    finalising = FINALISED_ROWS * (problem.head_dim * (4 + DTYPES[problem.out_dtype]) + 28)  # of one head
+    pieces = 6 * QUERY_SLOTS + KEY_SLOTS + 17
     return _in_segments(QUERY_SLOTS * (query + state) + 2 * KEY_SLOTS * key + merging + finalising + ALIGNMENT * pieces)
-
-
-def _temporaries(out_chunk_rows: int) -> int:
-    """What merging, checking the ledger and finalising allocate besides."""
-    return MERGE_SCRATCH_BYTES + LEDGER_BYTES * out_chunk_rows
 
 
 def _in_segments(count: int) -> int:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from oocattn.division.base import Division
-from oocattn.division.quorums import CyclicQuorums
+from oocattn.division.drawing import draw_division
+from oocattn.division.quorums import CyclicQuorums, quorum_size
 from oocattn.division.strips import Strips
 from oocattn.planning.machine import Device, InputCost, Machine
 from oocattn.planning.memory import Buffers, Tiles
+from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.records import Count, Positive, Range, Seconds, to_json
 from oocattn.text import printable
@@ -71,6 +73,11 @@ class Plan:
         return self.machine.kernel
 
     @property
+    def rounds_weights(self) -> bool:
+        """Whether the kernel rounds softmax weights to the inputs' dtype: `verify` allows more then."""
+        return self.machine.rounds_weights
+
+    @property
     def device(self) -> Device:
         """Where the lanes are."""
         return self.machine.device
@@ -88,7 +95,7 @@ class Plan:
     @cached_property
     def division(self) -> Division:
         """The chunk pairs of one head group, divided into subproblems."""
-        return make_division(self.decomposition, self.chunks, self.span, self.problem.causal)
+        return make_division(self.decomposition, self.chunks, self.span, self.problem.mask)
 
     @property
     def buffers(self) -> Buffers:
@@ -180,9 +187,9 @@ class Plan:
         Raises ResultExistsError where something is at `path` that oocattn has not drawn, and ProblemError where its folder
         does not exist or cannot be written to, or `path` does not end in .svg.
         """
-        from oocattn.division.drawing import draw_division  # writes a file; all else here is pure
+        from oocattn.storage.files.outputs import write_drawing  # all else here is pure
 
-        return draw_division(self.division, path)
+        return write_drawing(path, draw_division(self.division, str(self.problem.mask)))
 
     def _partials(self) -> str:
         if self.partials == "disk":
@@ -199,7 +206,7 @@ class Plan:
     def __str__(self) -> str:
         shape = f"{self.chunks} chunk{'s' * (self.chunks > 1)} of {self.chunk_rows:,} tokens"
         if self.decomposition == "cqs":
-            division = f"cyclic quorums over c = {shape}, k = {len(CyclicQuorums(self.chunks, False).quorum(0))}"
+            division = f"cyclic quorums over c = {shape}, k = {quorum_size(self.chunks)}"
         else:
             division = f"strips over c = {shape}, {self.span} key chunk{'s' * (self.span > 1)} at a time"
         lines = [
@@ -222,8 +229,8 @@ class Plan:
         return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in self.inputs.notes)]))
 
 
-def make_division(decomposition: str, chunks: int, span: int, causal: bool) -> Division:
-    """The division that a plan names; a new decomposition is registered here."""
+def make_division(decomposition: str, chunks: int, span: int, mask: Mask) -> Division:
+    """The division that a plan names, of the pairs that a mask attends; a new decomposition is registered here."""
     if decomposition == "strips":
-        return Strips(chunks, span, causal)
-    return CyclicQuorums(chunks, causal)
+        return Strips(chunks, span, mask.triangular)
+    return CyclicQuorums(chunks, mask.triangular)

@@ -1,1 +1,1 @@
-"""What is asked of attention: shapes, heads, dtypes, the mask and the scores; no I/O, no torch."""
+"""The problem: shapes, heads, dtypes, the mask and the scores; no I/O, no torch."""

@@ -1,4 +1,4 @@
-"""What is asked: shapes, heads, mask, scale and dtypes of one attention problem, and the checks on all of them.
+"""One attention problem: shapes, heads, mask, scale and dtypes, and their checks.
 
 Nothing here reads data: a `Problem` is made from the shapes and dtypes of the arrays alone, and everything that can be
 wrong about them is refused here, by name, before a byte is read or written.
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from oocattn.errors import ProblemError
+from oocattn.problem.mask import Mask, make_mask
+from oocattn.problem.scores import Scale, Scores
 from oocattn.records import Range, from_json
 
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -20,12 +22,6 @@ MAX_HEAD_DIM = 256
 
 _OTHER_ORDER = "; if the axes are in another order than [B, H, N, D], import the tensors with --layout"
 """What else may be wrong with a shape, and what to do then."""
-
-LEAST_SCALE, MOST_SCALE = 2.0**-126, (2 - 2**-23) * 2.0**127
-"""The positive numbers of float32, in which scores are computed."""
-
-SCALES = "a positive finite number that float32 holds (for a negative one, negate q)"
-"""These numbers in words."""
 
 Extent = Annotated[int, Range(1, 2**48)]
 """The size of one dimension."""
@@ -79,7 +75,7 @@ class Problem:
     dtype: str
     out_dtype: str
     causal: bool
-    scale: Annotated[float, Range(LEAST_SCALE, MOST_SCALE)]
+    scale: Scale
 
     @property
     def group_size(self) -> int:
@@ -101,23 +97,34 @@ class Problem:
         """Bytes of one input element."""
         return DTYPES[self.dtype]
 
-    def partial_bytes(self, rows: int) -> int:
-        """Bytes of the partial of `rows` query rows of one head group: num, den and max in float32, keys in int64."""
-        return self.group_size * rows * (self.head_dim + 2) * 4 + rows * 8
+    @property
+    def mask(self) -> Mask:
+        """The mask: which keys each row attends."""
+        return make_mask(self.tokens, self.tokens, causal=self.causal)
+
+    @property
+    def scores(self) -> Scores:
+        """The terms of a score."""
+        return Scores(self.scale)
+
+    def state_bytes(self, rows: int) -> int:
+        """Bytes of the state of `rows` rows of one head group.
+
+        These are num, den and max in float32, and the ledger in two int64.
+        """
+        return self.group_size * rows * (self.head_dim + 2) * 4 + rows * 16
 
     def __str__(self) -> str:
         shared = "" if self.group_size == 1 else f"/{self.kv_heads}"
         heads = f"{self.query_heads}{shared} head{'s' * (self.query_heads > 1)}"
         batch = f"{self.batch} x " if self.batch > 1 else ""
         cast = "" if self.out_dtype == self.dtype else f" to {self.out_dtype}"
-        mask = "causal" if self.causal else "full"
-        return f"{batch}{heads} x {self.tokens:,} tokens x D = {self.head_dim}, {self.dtype}{cast}, {mask}"
+        return f"{batch}{heads} x {self.tokens:,} tokens x D = {self.head_dim}, {self.dtype}{cast}, {self.mask}"
 
     @property
     def pairs(self) -> int:
         """Query-key pairs to be attended, over all query heads."""
-        per_head = self.tokens * (self.tokens + 1) // 2 if self.causal else self.tokens**2
-        return self.batch * self.query_heads * per_head
+        return self.batch * self.query_heads * self.mask.pairs()
 
     @property
     def flops(self) -> int:
@@ -220,7 +227,6 @@ def check_problem(problem: Problem) -> None:
     for name, dtype in (("dtype", problem.dtype), ("out_dtype", problem.out_dtype)):
         if dtype not in DTYPES:
             raise ProblemError(f"{name} = {dtype!r} (str): expected one of {', '.join(DTYPES)}")
-    if not LEAST_SCALE <= problem.scale <= MOST_SCALE:
-        raise ProblemError(f"scale = {problem.scale} (float): expected {SCALES}")
+    problem.scores.check()
     if problem.rows * problem.head_dim >= 1 << 63:
         raise ProblemError(f"{problem.rows} rows of {problem.head_dim} elements: expected fewer than 2^63 elements in all")

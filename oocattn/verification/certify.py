@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import inf, nan
 from pathlib import Path
 
@@ -58,10 +58,6 @@ PART_BYTES = 128
 """For the checksum of a part, as it is read and parsed."""
 
 
-FLOAT32_KERNELS = ("cpu", "torch", "reference")
-"""Kernels that multiply values by softmax weights in float32 at least, whatever the inputs are."""
-
-
 @dataclass(frozen=True)
 class _Source:
     """The attribute `dataset` of a result."""
@@ -76,6 +72,7 @@ class _Decided:
 
     chunk_rows: Positive
     kernel: str
+    rounds_weights: bool = True  # which allows more, where an older version has not recorded it
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,7 @@ class Recorded:
     fingerprint: str
     chunk_rows: int
     kernel: str
+    rounds_weights: bool
     versions: Mapping[str, str]
 
     @property
@@ -107,19 +105,23 @@ class Recorded:
         attributes = paths.attributes() or {}
         try:
             source = from_json(_Source, attributes["dataset"])
-            plan = from_json(_Decided, {name: attributes["plan"][name] for name in ("chunk_rows", "kernel")})
+            plan = from_json(_Decided, _needed(attributes["plan"]), may_lack=("rounds_weights",))
             made_by = from_json(_MadeBy, {"versions": attributes["versions"]}).versions
             problem = read_problem(attributes["problem"])
         except (KeyError, TypeError, ValueError) as error:
             reason = printable(f"lacking {error}" if isinstance(error, KeyError) else error)
             raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({reason})") from None
-        return cls(problem, source.location, source.fingerprint, plan.chunk_rows, plan.kernel, made_by)
+        return cls(problem, source.location, source.fingerprint, plan.chunk_rows, plan.kernel, plan.rounds_weights, made_by)
 
     @property
     def weight_roundoff(self) -> float:
         """The unit roundoff of the dtype that the kernel keeps softmax weights in: the matrix units of GPUs take 16 bits."""
-        rounds = self.kernel not in FLOAT32_KERNELS
-        return UNIT_ROUNDOFF[self.problem.dtype if rounds else "float32"]
+        return UNIT_ROUNDOFF[self.problem.dtype if self.rounds_weights else "float32"]
+
+
+def _needed(plan: Mapping[str, object]) -> dict[str, object]:
+    """What is needed of the attribute `plan`."""
+    return {field.name: plan[field.name] for field in fields(_Decided) if field.name in plan}
 
 
 def certify(

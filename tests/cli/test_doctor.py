@@ -7,13 +7,14 @@ from oocattn.cli import doctor
 from oocattn.kernels import finalise, kernel_names
 from oocattn.kernels.cpu import CpuKernel
 from oocattn.planning.measure import kernel_rate
+from oocattn.problem.scores import Scores
 
 
 class Biased(CpuKernel):
     """A kernel that is right but for a scale that is off by 1%."""
 
-    def attend(self, query, key, value, state, *, scale, diagonal):
-        super().attend(query, key, value, state, scale=1.01 * scale, diagonal=diagonal)
+    def attend(self, query, key, value, state, *, scores, intervals):
+        super().attend(query, key, value, state, scores=Scores(1.01 * scores.scale), intervals=intervals)
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ def check_division(division: Division) -> None:
             assert block.query_chunk not in block.key_chunks
             contributors[block.query_chunk].append(index)
     chunks = range(division.chunks)
-    attended = {(query, key) for query in chunks for key in chunks if not division.causal or key <= query}
+    attended = {(query, key) for query in chunks for key in chunks if not division.triangular or key <= query}
     assert owners.keys() == attended
     assert all(division.owner(*pair) == index for pair, index in owners.items())
     assert all(division.contributors(chunk) == tuple(indices) for chunk, indices in contributors.items())
@@ -74,7 +74,7 @@ def test_a_quorum_owns_its_diagonal_and_only_pairs_within_it(division: CyclicQuo
 def test_loads_are_level(chunks: int) -> None:
     full, causal = (
         [len(owned_pairs(division.subproblem(i))) for i in range(chunks)]
-        for division in (CyclicQuorums(chunks, causal=False), CyclicQuorums(chunks, causal=True))
+        for division in (CyclicQuorums(chunks, triangular=False), CyclicQuorums(chunks, triangular=True))
     )
     assert set(full) == {chunks}
     assert max(causal) - min(causal) == (1 if chunks % 2 == 0 else 0)
@@ -86,42 +86,42 @@ def test_loads_are_level(chunks: int) -> None:
 @given(st.integers(1, 200), st.data())
 def test_both_orders_of_a_pair_have_one_owner(chunks: int, data: st.DataObject) -> None:
     a, b = data.draw(st.tuples(*[st.integers(0, chunks - 1)] * 2))
-    division = CyclicQuorums(chunks, causal=False)
+    division = CyclicQuorums(chunks, triangular=False)
     apart = (division.owner(a, b) - division.owner(b, a)) % chunks
     assert apart == (chunks // 2 if 2 * (a - b) % chunks == 0 and a != b else 0)
-    assert CyclicQuorums(chunks, causal=True).owner(max(a, b), min(a, b)) == division.owner(max(a, b), min(a, b))
+    assert CyclicQuorums(chunks, triangular=True).owner(max(a, b), min(a, b)) == division.owner(max(a, b), min(a, b))
 
 
 @pytest.mark.parametrize(("chunks", "rows"), [(1, 3.0), (3, 4.3), (7, 6.6), (13, 9.3), (31, 15.1), (57, 21.1)])
 def test_rows_read(chunks: int, rows: float) -> None:
-    query, key = chunk_reads(CyclicQuorums(chunks, causal=True))
+    query, key = chunk_reads(CyclicQuorums(chunks, triangular=True))
     assert round((query + 2 * key) / chunks, 1) == rows
     k = quorum_size(chunks)
-    assert chunk_reads(CyclicQuorums(chunks, causal=False)) == (k * chunks, k * chunks)
+    assert chunk_reads(CyclicQuorums(chunks, triangular=False)) == (k * chunks, k * chunks)
 
 
 @pytest.mark.parametrize("chunks", candidate_chunk_counts(LARGE)[1:])
 def test_causal_reads_of_perfect_sets_follow_their_formula(chunks: int) -> None:
-    query, key = chunk_reads(CyclicQuorums(chunks, causal=True))
+    query, key = chunk_reads(CyclicQuorums(chunks, triangular=True))
     k = quorum_size(chunks)
     assert query + 2 * key == (3 * k - 3) * chunks + 4 + (chunks == 21)
 
 
 def test_the_undivided_call() -> None:
-    part = CyclicQuorums(1, causal=True).subproblem(0)
+    part = CyclicQuorums(1, triangular=True).subproblem(0)
     assert (part.query_chunks, part.key_chunks) == ((0,), (0,))
     assert [(block.query_chunk, block.key_chunks, block.diagonal) for block in part.blocks] == [(0, (), True)]
 
 
 def test_the_drawn_example() -> None:
     drawn = ["0022606", "0113301", "2122441", "2323355", "6343446", "0045455", "6115656"]
-    division = CyclicQuorums(7, causal=False)
+    division = CyclicQuorums(7, triangular=False)
     assert ["".join(str(division.owner(a, b)) for b in range(7)) for a in range(7)] == drawn
 
 
 @pytest.mark.parametrize("chunks", [LARGE, 10_000])
 def test_large_counts_are_lazy(chunks: int) -> None:
-    division = CyclicQuorums(chunks, causal=True)
+    division = CyclicQuorums(chunks, triangular=True)
     began = time.perf_counter()
     chunk_reads(division)  # makes the tables
     assert time.perf_counter() - began < 1
@@ -145,7 +145,7 @@ def test_large_counts_are_lazy(chunks: int) -> None:
 @given(st.integers(0, 10_000), st.data())
 @settings(deadline=None, max_examples=40)
 def test_large_counts_agree_with_themselves(query: int, data: st.DataObject) -> None:
-    division = CyclicQuorums(10_001, causal=True)
+    division = CyclicQuorums(10_001, triangular=True)
     key = data.draw(st.integers(0, query))
     index = division.owner(query, key)
     assert (query, key) in owned_pairs(division.subproblem(index))
@@ -154,9 +154,9 @@ def test_large_counts_agree_with_themselves(query: int, data: st.DataObject) -> 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        CyclicQuorums(0, causal=True)
-    division = CyclicQuorums(7, causal=True)
-    with pytest.raises(ValueError, match="causal"):
+        CyclicQuorums(0, triangular=True)
+    division = CyclicQuorums(7, triangular=True)
+    with pytest.raises(ValueError, match="triangular"):
         division.owner(2, 3)
     for call in (division.quorum, division.subproblem, division.contributors, lambda i: division.owner(i, 0)):
         for index in (-1, 7):

@@ -28,15 +28,15 @@ def test_indices_are_query_chunk_major_and_strips_start_at_multiples_of_the_span
 
 
 def test_blocks_of_a_full_and_a_causal_strip() -> None:
-    assert Strips(7, 3, causal=False).subproblem(13).blocks == (Block(4, (3, 5), diagonal=True),)
-    causal = Strips(7, 3, causal=True)
+    assert Strips(7, 3, triangular=False).subproblem(13).blocks == (Block(4, (3, 5), diagonal=True),)
+    causal = Strips(7, 3, triangular=True)
     assert causal.subproblem(6).blocks == (Block(4, (3,), diagonal=True),)
     assert causal.subproblem(5).blocks == (Block(4, (0, 1, 2), diagonal=False),)
     assert causal.contributors(6) == (9, 10, 11)
 
 
 def test_large_counts_need_only_arithmetic() -> None:
-    division = Strips(1_000_003, 1000, causal=True)
+    division = Strips(1_000_003, 1000, triangular=True)
     index = division.owner(999_999, 777_777)
     part = division.subproblem(index)
     assert part.query_chunks == (999_999,)
@@ -48,9 +48,9 @@ def test_large_counts_need_only_arithmetic() -> None:
 def test_refusals() -> None:
     for chunks, span in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
-            Strips(chunks, span, causal=False)
-    division = Strips(4, 2, causal=True)
-    with pytest.raises(ValueError, match="causal"):
+            Strips(chunks, span, triangular=False)
+    division = Strips(4, 2, triangular=True)
+    with pytest.raises(ValueError, match="triangular"):
         division.owner(1, 2)
     with pytest.raises(IndexError, match="expected 0 to 5"):
         division.subproblem(6)

@@ -13,9 +13,9 @@ BOUND = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 2e-6}  # relative error o
 
 def kernel_for(name, dtype, head_dim):
     kernel = get_kernel(name)
-    lacking = kernel.lacks(CUDA, dtype, head_dim)
-    if lacking:
-        pytest.skip(lacking)
+    reason = kernel.unsupported_reason(CUDA, dtype, head_dim)
+    if reason:
+        pytest.skip(reason)
     return kernel
 
 
@@ -71,5 +71,5 @@ def check(state, query, key, value, scale, causal, dtype, *, rows=None, lse_erro
     error = float((out[:, rows].double() - expected_out).norm() / expected_out.norm())
     assert error <= (out_error or BOUND[dtype])
     assert float((lse[:, rows].double() - expected_lse).abs().max()) <= lse_error
-    expected_keys = rows + 1 if causal else torch.full_like(rows, len(key))
-    assert torch.equal(state.keys[rows], expected_keys)
+    assert not state.keys.any()  # a kernel enters nothing in the ledger
+    assert not state.key_sum.any()

@@ -5,10 +5,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from calling import MASKS, attended, call
 from on_gpu import BOUND, CUDA, check, finished, kernel_for, operands, poisoned_state
 
 from oocattn.kernels import AttentionState, device_type, finalise, fold, get_kernel, kernel_names, merge
-from oocattn.kernels.kernel import attended_keys
+from oocattn.kernels.intervals import make_intervals
+from oocattn.problem.scores import Scores
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +39,7 @@ def test_long_calls_are_attention(name, dtype, tokens, group_size, head_dim, cau
     query, key, value = operands(group_size, tokens, tokens, head_dim, dtype, seed=tokens + head_dim)
     state = poisoned_state(group_size, tokens, head_dim)
     scale = head_dim**-0.5
-    kernel.attend(query, key, value, state, scale=scale, diagonal=causal)
+    call(kernel, query, key, value, state, scale=scale, causal=causal)
     check(state, query, key, value, scale, causal, dtype)
 
 
@@ -55,13 +57,33 @@ def test_a_state_goes_on_over_calls_through_views_and_on_another_stream(name, dt
     with torch.cuda.stream(stream):
         for first, last in ((0, 2999), (2999, 6001), (6001, 9001)):
             span, rows = (key[first:last], value[first:last]), state.rows(first, last)
-            kernel.attend(query[:, first:last], *span, rows, scale=0.125, diagonal=True)
-            kernel.attend(query[:, last:], *span, state.rows(last, 9001), scale=0.125, diagonal=False)
+            call(kernel, query[:, first:last], *span, rows, scale=0.125, causal=True)
+            call(kernel, query[:, last:], *span, state.rows(last, 9001), scale=0.125, causal=False)
     stream.synchronize()
     check(state, query, key, value, 0.125, True, dtype)
     assert whole.num[:, 9500:].isnan().all()
     assert (whole.max[:, :499] == -math.inf).all()
-    assert whole.keys[:499].sum() == whole.keys[9500:].sum() == 0
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_any_intervals_are_attention(name, dtype, mask):
+    kernel = kernel_for(name, dtype, 64)
+    rows, keys = range(100, mask.queries), range(37, mask.keys)
+    query, key, value = operands(3, len(rows), len(keys), 64, dtype)
+    state = poisoned_state(3, len(rows), 64)
+    intervals = make_intervals(mask, rows, keys)
+    kernel.attend(query, key, value, state, scores=Scores(0.125), intervals=intervals)
+    out, lse = finished(state)
+    hidden = ~attended(intervals, len(keys)).to(CUDA)
+    scores = (0.125 * query.double() @ key.double().T).masked_fill(hidden, -math.inf)
+    dead = hidden.all(-1)
+    expected = scores.softmax(-1).nan_to_num(0.0) @ value.double()
+    assert (out - expected).norm() <= BOUND[dtype] * expected.norm()
+    assert (lse - scores.logsumexp(-1))[:, ~dead].abs().max() <= 1e-5
+    assert (lse[:, dead] == -math.inf).all()
+    assert not out[:, dead].any()
 
 
 @every_kernel
@@ -71,7 +93,7 @@ def test_single_rows_and_keys(name, dtype, rows, keys, causal):
     kernel = kernel_for(name, dtype, 64)
     query, key, value = operands(3, rows, keys, 64, dtype)
     state = poisoned_state(3, rows, 64)
-    kernel.attend(query, key, value, state, scale=0.125, diagonal=causal)
+    call(kernel, query, key, value, state, scale=0.125, causal=causal)
     check(state, query, key, value, 0.125, causal, dtype, rows=torch.arange(rows, device=CUDA))
 
 
@@ -84,7 +106,7 @@ def test_scores_of_a_thousand(name, dtype, causal):
     query, key = (4 * tensor[..., :1].sign() * torch.where(tensor > -1.5, 1, -1).to(tensor.dtype) for tensor in (query, key))
     assert (query[0].float() @ key.float().T).abs().max() >= 960
     state = poisoned_state(1, 1000, 64)
-    kernel.attend(query, key, value, state, scale=1.0, diagonal=causal)
+    call(kernel, query, key, value, state, scale=1.0, causal=causal)
     error = max(BOUND[dtype], 1e-4)  # a score of 1,000 is known to 6e-5 in float32
     check(state, query, key, value, 1.0, causal, dtype, lse_error=1e-3, out_error=error)
 
@@ -98,15 +120,14 @@ def test_nan_and_inf_reach_the_rows_that_attend_them_and_none_far_before(name, d
     kernel = kernel_for(name, dtype, 64)
     query, key, value = operands(2, 1500, 1500, 64, dtype)
     clean, spoilt = poisoned_state(2, 1500, 64), poisoned_state(2, 1500, 64)
-    kernel.attend(query, key, value, clean, scale=0.125, diagonal=True)
+    call(kernel, query, key, value, clean, scale=0.125, causal=True)
     {"query": query[1, 1000], "key": key[1000], "value": value[1000]}[where].fill_(bad)
-    kernel.attend(query, key, value, spoilt, scale=0.125, diagonal=True)
+    call(kernel, query, key, value, spoilt, scale=0.125, causal=True)
     out, expected = finished(spoilt)[0], finished(clean)[0]
     reached = out[1, 1000:1001] if where == "query" else out[:, 1000:]
     assert not reached.isfinite().any()
     reach = 0 if name == "torch" or where == "query" else 512
     assert (out[:, : 1000 - reach] - expected[:, : 1000 - reach]).abs().max() <= 1e-6
-    assert torch.equal(spoilt.keys, clean.keys)
 
 
 our_kernels = pytest.mark.parametrize("name", ["hopper", "torch"])
@@ -124,7 +145,7 @@ def test_rows_of_equal_large_scores_weigh_all_their_keys_alike(name, dtype, size
     query[..., :2], key[:, 0] = 1, sign * min(size, 3e4 if dtype == "float16" else size)
     state = poisoned_state(2, 700, 64)
     for first, last in ((0, 3), (3, 500), (500, 1000)):
-        kernel.attend(query, key[first:last], value[first:last], state, scale=0.3, diagonal=False)
+        call(kernel, query, key[first:last], value[first:last], state, scale=0.3, causal=False)
     out, lse = finished(state)
     expected = value.double().mean(0).expand(out.shape)
     assert (out - expected).norm() <= BOUND[dtype] * expected.norm()
@@ -145,7 +166,7 @@ def test_large_scores_leave_each_row_its_best_key(name, dtype, size):
     clear = best - second > 1e-4 * best.abs()
     assert clear.sum() > 1000
     state = poisoned_state(2, 700, 64)
-    kernel.attend(query, key, value, state, scale=1.0, diagonal=False)
+    call(kernel, query, key, value, state, scale=1.0, causal=False)
     out, lse = finished(state)
     assert (out - value[scores.argmax(-1)].float())[clear].abs().max() <= 1e-5
     assert (lse - best)[clear].abs().max() <= 1e-5 * best.max()
@@ -159,9 +180,7 @@ def test_scores_of_minus_infinity_weigh_nothing_in_plain_torch(dtype):
     state = poisoned_state(1, 400, 64)
     for first in (0, 200, 400):
         span = slice(first, first + 200)
-        get_kernel("torch").attend(query, key[span], value[span], state, scale=0.1, diagonal=False)
-    assert state.keys.tolist() == [600] * 400
-    state.keys.sub_(200)
+        call(get_kernel("torch"), query, key[span], value[span], state, scale=0.1, causal=False)
     kept = [*range(200), *range(400, 600)]
     check(state, query, key[kept], value[kept], 0.1, False, dtype)
 
@@ -171,7 +190,7 @@ def test_plain_torch_keeps_float32_where_tf32_is_allowed():
     state = poisoned_state(1, 2000, 64)
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
-        get_kernel("torch").attend(query, key, value, state, scale=0.125, diagonal=False)
+        call(get_kernel("torch"), query, key, value, state, scale=0.125, causal=False)
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -187,8 +206,8 @@ def test_nothing_waits_for_the_device(name, dtype):
     out, lse = torch.empty_like(query), torch.empty_like(state.den)
 
     def everything():
-        for diagonal in (False, True):
-            kernel.attend(query, key, value, state, scale=0.125, diagonal=diagonal)
+        for causal in (False, True):
+            call(kernel, query, key, value, state, scale=0.125, causal=causal)
         merge(other, state)
         finalise(other, out, lse)
 
@@ -204,7 +223,7 @@ def test_nothing_waits_for_the_device(name, dtype):
 @every_kernel
 @every_dtype
 @pytest.mark.parametrize(
-    ("group_size", "rows", "keys", "head_dim", "diagonal"),
+    ("group_size", "rows", "keys", "head_dim", "causal"),
     [
         (1, 300, 65_536, 64, False),
         (1, 16_384, 65_536, 64, False),
@@ -212,15 +231,15 @@ def test_nothing_waits_for_the_device(name, dtype):
         (3, 70_000, 9000, 256, False),
     ],
 )
-def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, group_size, rows, keys, head_dim, diagonal):
+def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, group_size, rows, keys, head_dim, causal):
     kernel = kernel_for(name, dtype, head_dim)
-    kernel.attend(*operands(1, 64, 64, head_dim, dtype), poisoned_state(1, 64, head_dim), scale=0.1, diagonal=diagonal)
-    call = (*operands(group_size, rows, keys, head_dim, dtype), poisoned_state(group_size, rows, head_dim))
+    call(kernel, *operands(1, 64, 64, head_dim, dtype), poisoned_state(1, 64, head_dim), scale=0.1, causal=causal)
+    arguments = (*operands(group_size, rows, keys, head_dim, dtype), poisoned_state(group_size, rows, head_dim))
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, used = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
-    kernel.attend(*call, scale=0.1, diagonal=diagonal)
+    call(kernel, *arguments, scale=0.1, causal=causal)
     torch.cuda.synchronize()
     grown = torch.cuda.max_memory_reserved() - before
     needed = torch.cuda.max_memory_allocated() - used
@@ -240,6 +259,7 @@ def random_state(group_size, rows, head_dim, generator):
         torch.rand(group_size, rows, generator=generator) + 0.1,
         20 * torch.randn(group_size, rows, generator=generator),
         torch.randint(1000, (rows,), generator=generator),
+        torch.randint(-(1 << 62), 1 << 62, (rows,), generator=generator),
     )
     kinds = torch.randint(12, (group_size, rows), generator=generator)
     state.num[kinds < 2] = 0
@@ -263,7 +283,7 @@ def on_device(state, padding):
 
 
 def fields(state):
-    return state.num, state.den, state.max, state.keys
+    return state.num, state.den, state.max, state.keys, state.key_sum
 
 
 def assert_same(view, whole, expected):
@@ -274,8 +294,9 @@ def assert_same(view, whole, expected):
     for tensor in (whole.num, whole.den, whole.max):
         assert (tensor[:, :padding] == 7).all()
         assert (tensor[:, padding + rows :] == 7).all()
-    assert (whole.keys[:padding] == 7).all()
-    assert (whole.keys[padding + rows :] == 7).all()
+    for tensor in (whole.keys, whole.key_sum):
+        assert (tensor[:padding] == 7).all()
+        assert (tensor[padding + rows :] == 7).all()
 
 
 SHAPES = [(1, 1, 1), (1, 1000, 64), (3, 63, 40), (2, 777, 96), (8, 130, 256), (1, 5, 128), (3, 0, 8)]
@@ -306,17 +327,14 @@ def test_merging_is_as_on_the_cpu(shape):
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", SHAPES)
 @every_dtype
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_folding_is_merging_a_divided_result_of_any_strides(shape, dtype, diagonal):
+def test_folding_is_merging_a_divided_result_of_any_strides(shape, dtype):
     group_size, rows, head_dim = shape
     generator = torch.Generator().manual_seed(sum(shape))
     state, result = (random_state(*shape, generator) for _ in range(2))
     view, whole = on_device(state, 3)
-    keys = rows if diagonal else 321
     out = result.num.to(getattr(torch, dtype))
     by_rows = torch.empty(rows, group_size, head_dim, dtype=out.dtype, device=CUDA).transpose(0, 1)
     lse = torch.empty(group_size, rows, 2, device=CUDA)[..., 1]
-    fold(view, by_rows.copy_(out), lse.copy_(result.max), keys=keys, diagonal=diagonal)
-    counts = attended_keys(state, keys, diagonal=diagonal)
-    merge(state, AttentionState(out.float(), torch.ones(group_size, rows), result.max, counts))
+    fold(view, by_rows.copy_(out), lse.copy_(result.max))
+    merge(state, AttentionState.without_ledger(out.float(), torch.ones(group_size, rows), result.max))
     assert_same(view, whole, state)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from calling import call
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds for CUDA")
 
@@ -14,6 +15,7 @@ from on_gpu import CUDA, check, exact, finished, kernel_for, operands, poisoned_
 from oocattn.kernels import AttentionState, get_kernel
 from oocattn.kernels.cuda import launch as attending
 from oocattn.kernels.cuda.launch import PROCESSORS, attend, choose_span, program_for, steps_of_items
+from oocattn.kernels.intervals import Band
 
 every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
@@ -31,15 +33,28 @@ def test_it_compiles_without_a_gpu_and_without_spills(tmp_path, dtype, head_dim)
 
 @pytest.mark.parametrize("group_size", [1, 3])
 @pytest.mark.parametrize(
-    ("rows", "keys", "offset"),
-    [(1, 1, 1), (300, 65_537, 65_537), (1000, 1000, 0), (777, 333, -100), (100, 5000, 300), (500, 400, -500)],
+    ("rows", "keys", "lower", "upper"),
+    [
+        (1, 1, -1, 1),
+        (300, 65_537, -300, 65_537),
+        (1000, 1000, -1000, 1),
+        (777, 333, -777, -99),
+        (100, 5000, -100, 301),
+        (500, 400, -500, -499),
+        (5000, 5000, -300, 1),  # windows: the first spans of most tiles are not the first ones
+        (5000, 4000, 500, 3900),
+        (300, 40_000, 20_000, 40_000),
+        (900, 1000, 950, 2000),
+    ],
 )
 @pytest.mark.parametrize("tile", [128, 192])
-def test_items_cover_every_pair_of_tile_and_step_once_and_in_order(group_size, rows, keys, offset, tile):
-    span = choose_span(group_size, rows, keys, offset, tile)
+def test_items_cover_every_pair_of_tile_and_step_once_and_in_order(group_size, rows, keys, lower, upper, tile):
+    band = Band(lower, upper)
+    span = choose_span(group_size, rows, keys, band, tile)
     assert span % attending.KEYS_OF_STEP == 0
     assert 0 < span <= 16_384
-    attended = np.arange(keys) <= np.arange(rows)[:, None] + offset
+    row, key = np.arange(rows)[:, None], np.arange(keys)
+    attended = (row + lower <= key) & (key < row + upper)
     expected = []
     for first in range(0, keys, span):
         for tile_rows in reversed([attended[row : row + tile] for row in range(0, rows, tile)]):
@@ -48,15 +63,16 @@ def test_items_cover_every_pair_of_tile_and_step_once_and_in_order(group_size, r
                 for key in range(first, min(first + span, keys), attending.KEYS_OF_STEP)
             ]
             expected += group_size * [sum(blocks)] if any(blocks) else []
-    assert steps_of_items(group_size, rows, keys, offset, tile, span) == expected
+    assert steps_of_items(group_size, rows, keys, band, tile, span) == expected
 
 
 @pytest.mark.parametrize(
     ("rows", "tile", "least"), [(65_536, 192, 0.96), (65_536, 128, 0.96), (16_384, 192, 0.94), (16_384, 128, 0.94)]
 )
 def test_spans_fill_the_multiprocessors(rows, tile, least):
-    span = choose_span(1, rows, 65_536, 65_536, tile)
-    items = steps_of_items(1, rows, 65_536, 65_536, tile, span)
+    band = Band(-rows, 65_536)
+    span = choose_span(1, rows, 65_536, band, tile)
+    items = steps_of_items(1, rows, 65_536, band, tile, span)
     assert sum(items) / (PROCESSORS * math.ceil(len(items) / PROCESSORS) * max(items)) >= least
 
 
@@ -64,24 +80,37 @@ def test_spans_fill_the_multiprocessors(rows, tile, least):
 @every_dtype
 @pytest.mark.parametrize("head_dim", [40, 64, 128])
 @pytest.mark.parametrize(
-    ("rows", "keys", "offset"),
-    [(777, 333, -100), (777, 5000, 300), (2000, 2000, 1), (300, 40_000, 39_700), (100, 50, 10**12), (500, 400, -(10**12))],
+    ("rows", "keys", "lower", "upper"),
+    [
+        (777, 333, -777, -99),
+        (777, 5000, -777, 301),
+        (2000, 2000, -2000, 2),
+        (300, 40_000, -300, 39_701),
+        (100, 50, -(10**12), 10**12),
+        (500, 400, -(10**12), -(10**12) + 1),
+        (5000, 5000, -300, 1),
+        (5000, 4000, 500, 3900),
+        (300, 40_000, 20_000, 40_000),
+        (60_000, 60_000, -1000, 1001),
+        (900, 1000, 950, 2000),
+        (40_000, 40_000, -20_000, 40_000),
+    ],
 )
-def test_the_diagonal_may_begin_anywhere(dtype, head_dim, rows, keys, offset):
+def test_a_band_of_keys_may_begin_and_end_anywhere(dtype, head_dim, rows, keys, lower, upper):
+    """Also where the first span of a tile is not the first of the call."""
     kernel_for("hopper", dtype, head_dim)
     query, key, value = operands(3, rows, keys, head_dim, dtype)
     state = poisoned_state(3, rows, head_dim)
-    attend(query, key, value, state, scale=0.1, offset=offset)
+    attend(query, key, value, state, scale=0.1, band=Band(lower, upper))
     out, lse = finished(state)
-    for row in {0, 1, 99, rows // 2, rows - 1}:
-        visible = max(0, min(keys, row + 1 + offset))
-        assert state.keys[row] == visible
-        if not visible:
+    for row in {0, 1, 99, 191, 192, rows // 3, rows // 2, rows - 200, rows - 1} & set(range(rows)):
+        start, stop = (max(0, min(keys, row + bound)) for bound in (lower, upper))
+        if start == stop:
             assert out[:, row].abs().max() == 0
             assert (lse[:, row] == -math.inf).all()
             continue
         index = torch.tensor([row], device=CUDA)
-        expected, expected_lse = exact(query, key[:visible], value[:visible], 0.1, index, False)
+        expected, expected_lse = exact(query, key[start:stop], value[start:stop], 0.1, index, False)
         assert (out[:, row] - expected[:, 0]).norm() <= (5e-4 if dtype == "float16" else 4e-3) * expected.norm()
         assert (lse[:, row] - expected_lse[:, 0]).abs().max() <= 1e-5
 
@@ -91,10 +120,10 @@ def test_the_diagonal_may_begin_anywhere(dtype, head_dim, rows, keys, offset):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_call_gives_the_same_bits_every_time(dtype, head_dim):
     kernel = kernel_for("hopper", dtype, head_dim)
-    call = operands(3, 10_007, 50_021, head_dim, dtype)
+    arguments = operands(3, 10_007, 50_021, head_dim, dtype)
     states = [poisoned_state(3, 10_007, head_dim) for _ in range(5)]
     for state in states:
-        kernel.attend(*call, state, scale=0.1, diagonal=False)
+        call(kernel, *arguments, state, scale=0.1, causal=False)
     for state in states[1:]:
         assert torch.equal(state.num, states[0].num)
         assert torch.equal(state.den, states[0].den)
@@ -109,7 +138,7 @@ def test_long_calls_stay_within_the_bound(head_dim, mean, bound):
         query, key, value = operands(1, 256, keys, head_dim, "float16", seed=keys)
         value += mean
         state = poisoned_state(1, 256, head_dim)
-        kernel.attend(query, key, value, state, scale=head_dim**-0.5, diagonal=False)
+        call(kernel, query, key, value, state, scale=head_dim**-0.5, causal=False)
         rows = torch.arange(256, device=CUDA)
         check(state, query, key, value, head_dim**-0.5, False, "float16", rows=rows, out_error=bound)
 
@@ -123,7 +152,7 @@ def test_rows_that_are_not_aligned_are_served():
         memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=CUDA)[1:]
         shifted.append(memory.view(tensor.shape).copy_(tensor))
     state = poisoned_state(1, 500, 64)
-    kernel.attend(*shifted, state, scale=0.125, diagonal=True)
+    call(kernel, *shifted, state, scale=0.125, causal=True)
     check(state, query, key, value, 0.125, True, "float16")
 
 
@@ -132,7 +161,7 @@ def test_what_it_would_misread_is_refused(dtype, head_dim):
     rows = torch.zeros(4, head_dim, dtype=getattr(torch, dtype))
     state = AttentionState.empty(1, 4, head_dim)
     with pytest.raises(ValueError, match=r"expected float16 or bfloat16, D a multiple of 8 up to 128"):
-        get_kernel("hopper").attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=True)
+        call(get_kernel("hopper"), rows.unsqueeze(0), rows, rows, state, scale=1.0, causal=True)
 
 
 def test_a_state_at_odd_addresses_is_refused():
@@ -140,7 +169,7 @@ def test_a_state_at_odd_addresses_is_refused():
     num = torch.zeros(4 * 64 + 1)[1:].view(1, 4, 64)
     state = AttentionState(num, torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="multiples of 8 bytes"):
-        get_kernel("hopper").attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=True)
+        call(get_kernel("hopper"), rows.unsqueeze(0), rows, rows, state, scale=1.0, causal=True)
 
 
 @pytest.mark.gpu
@@ -154,6 +183,9 @@ def test_a_machine_that_cannot_compile_it_says_so_in_one_line(monkeypatch):
     refusal = type(kernel)._refusal
     refusal.cache_clear()
     try:
-        assert get_kernel("hopper").lacks(CUDA, "float16", 64) == "it cannot be compiled or loaded here: no compiler"
+        assert (
+            get_kernel("hopper").unsupported_reason(CUDA, "float16", 64)
+            == "it cannot be compiled or loaded here: no compiler"
+        )
     finally:
         refusal.cache_clear()

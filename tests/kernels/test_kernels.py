@@ -5,15 +5,19 @@ import math
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from calling import MASKS, Windows, attended, call, triangle
 from exact import DTYPES, TOLERANCE, attention, operands, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oocattn.kernels import AttentionState, finalise, get_kernel
+from oocattn.kernels.intervals import make_intervals
+from oocattn.problem.scores import Scores
 
 KERNELS = ("cpu", "reference", "torch")
 
@@ -26,10 +30,10 @@ def finished(state, dtype=torch.float32):
     return out, lse
 
 
-def attend(name, query, key, value, *, scale=None, diagonal=False):
+def attend(name, query, key, value, *, scale=None, causal=False):
     state = AttentionState.empty(*query.shape)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    get_kernel(name).attend(query, key, value, state, scale=scale, diagonal=diagonal)
+    call(get_kernel(name), query, key, value, state, scale=scale, causal=causal)
     return state
 
 
@@ -58,28 +62,27 @@ def test_any_call_in_any_spans_of_keys_is_attention(name, group_size, rows, keys
     for first, last in spans(key.shape[0], cuts):
         span = (key[first:last], value[first:last])
         if causal:
-            kernel.attend(query[:, first:last], *span, state.rows(first, last), scale=scale, diagonal=True)
-            kernel.attend(query[:, last:], *span, state.rows(last, rows), scale=scale, diagonal=False)
+            call(kernel, query[:, first:last], *span, state.rows(first, last), scale=scale, causal=True)
+            call(kernel, query[:, last:], *span, state.rows(last, rows), scale=scale, causal=False)
         else:
-            kernel.attend(query, *span, state, scale=scale, diagonal=False)
+            call(kernel, query, *span, state, scale=scale, causal=False)
     out, lse = finished(state, dtype)
     expected_out, expected_lse = attention(query, key, value, scale, causal)
     assert relative_error(out, expected_out) <= TOLERANCE[dtype]
     assert np.abs(lse.numpy() - expected_lse).max() <= 1e-5
-    assert state.keys.tolist() == (list(range(1, rows + 1)) if causal else [keys] * rows)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(
-    ("group_size", "rows", "keys", "head_dim", "diagonal"),
+    ("group_size", "rows", "keys", "head_dim", "causal"),
     [(1, 5000, 8192 + 37, 8, False), (3, 1500, 2500, 16, False), (1, 9000, 9000, 8, True), (2, 1300, 1300, 64, True)],
 )
-def test_calls_beyond_the_tiles_are_attention(name, group_size, rows, keys, head_dim, diagonal):
+def test_calls_beyond_the_tiles_are_attention(name, group_size, rows, keys, head_dim, causal):
     query, key, value = operands(group_size, rows, keys, head_dim)
-    state = attend(name, query, key, value, diagonal=diagonal)
+    state = attend(name, query, key, value, causal=causal)
     out, lse = finished(state)
     sample = [*range(0, rows, 509), 511, 512, 1023, 1024, rows - 1]
-    visible = [row + 1 if diagonal else keys for row in sample]
+    visible = [row + 1 if causal else keys for row in sample]
     expected = [
         attention(query[:, row : row + 1], key[:count], value[:count], head_dim**-0.5, False)
         for row, count in zip(sample, visible, strict=True)
@@ -87,7 +90,39 @@ def test_calls_beyond_the_tiles_are_attention(name, group_size, rows, keys, head
     expected_out, expected_lse = (np.concatenate(parts, 1) for parts in zip(*expected, strict=True))
     assert relative_error(out[:, sample], expected_out) <= 2e-6
     assert np.abs(lse[:, sample].numpy() - expected_lse).max() <= 1e-5
-    assert state.keys[sample].tolist() == visible
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_any_intervals_are_attention(name, mask):
+    rows, keys = range(100, mask.queries), range(37, mask.keys)
+    query, key, value = operands(2, len(rows), len(keys), 24)
+    state = AttentionState.empty(*query.shape)
+    intervals = make_intervals(mask, rows, keys)
+    get_kernel(name).attend(query, key, value, state, scores=Scores(0.2), intervals=intervals)
+    out, lse = finished(state)
+    hidden = ~attended(intervals, len(keys))
+    scores = (0.2 * query.double() @ key.double().T).masked_fill(hidden, -math.inf)
+    dead = hidden.all(-1)
+    assert relative_error(out, (scores.softmax(-1).nan_to_num(0.0) @ value.double()).numpy()) <= 2e-6
+    assert (lse - scores.logsumexp(-1))[:, ~dead].abs().max() <= 1e-5
+    assert (lse[:, dead] == -math.inf).all()
+    assert not out[:, dead].any()
+    assert not state.keys.any(), "a kernel enters nothing in the ledger"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_reach_the_rows_whose_intervals_have_them(name, bad):
+    mask = Windows(400, 400, 20, 5, 30)
+    intervals = make_intervals(mask, range(400), range(400))
+    query, key, value = operands(2, 400, 400, 8)
+    value[[7, 200]] = bad
+    state = AttentionState.empty(*query.shape)
+    get_kernel(name).attend(query, key, value, state, scores=Scores(0.2), intervals=intervals)
+    reached = attended(intervals, 400)[:, [7, 200]].any(-1)
+    assert torch.equal(~finished(state)[0].isfinite().all(-1), reached.expand(2, 400))
+    assert torch.equal(finished(state)[0].isnan().any(-1), (reached & (bad != bad)).expand(2, 400))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,18 +143,18 @@ def test_operands_may_be_slices_of_larger_tensors(name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 7, 31, 33, 64, 200, 600, 800, 1100])
-def test_cpu_bits_depend_neither_on_threads_nor_on_alignment(rows, diagonal, dtype):
+def test_cpu_bits_depend_neither_on_threads_nor_on_alignment(rows, causal, dtype):
     for group_size, keys, head_dim in ((1, 1, 64), (1, 5, 256), (1, 700, 80), (2, 513, 33), (7, 16, 1), (1, 3000, 64)):
-        given_operands = operands(group_size, rows, rows if diagonal else keys, head_dim, dtype)
+        given_operands = operands(group_size, rows, rows if causal else keys, head_dim, dtype)
         states = []
         before = torch.get_num_threads()
         try:
             for threads, offset in ((1, 0), (2, 0), (2, 3)):
                 torch.set_num_threads(threads)
                 moved = [torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape) for t in given_operands]
-                states.append(attend("cpu", *moved, diagonal=diagonal))
+                states.append(attend("cpu", *moved, causal=causal))
         finally:
             torch.set_num_threads(before)
         for state in states[1:]:
@@ -133,7 +168,7 @@ def test_one_kernel_serves_threads_at_once():
     problems = [operands(1, 600, 900, 32, seed=seed) for seed in range(4)]
     states = [AttentionState.empty(1, 600, 32) for _ in problems]
     work = [
-        threading.Thread(target=kernel.attend, args=(*problem, state), kwargs={"scale": 0.2, "diagonal": False})
+        threading.Thread(target=call, args=(kernel, *problem, state), kwargs={"scale": 0.2})
         for problem, state in zip(problems, states, strict=True)
     ]
     for thread in work:
@@ -145,23 +180,22 @@ def test_one_kernel_serves_threads_at_once():
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("rows", "keys"), [(0, 5), (5, 0), (0, 0)])
-def test_no_query_or_no_key_has_no_effect(name, diagonal, rows, keys):
-    rows, keys = (0, 0) if diagonal else (rows, keys)
-    state = attend(name, *operands(2, rows, keys, 8), diagonal=diagonal)
+def test_no_query_or_no_key_has_no_effect(name, causal, rows, keys):
+    rows, keys = (0, 0) if causal else (rows, keys)
+    state = attend(name, *operands(2, rows, keys, 8), causal=causal)
     assert state.num.abs().sum() == 0
     assert (state.max == -math.inf).all()
-    assert state.keys.tolist() == [0] * rows
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_scores_of_a_thousand(name, diagonal):
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_of_a_thousand(name, causal):
     query, key, value = operands(1, 300, 300, 16)
     query, key = query.sign() * 7.9, key.sign() * 7.9  # scores are +-1,000 at most, and many are
-    out, lse = finished(attend(name, query, key, value, scale=1.0, diagonal=diagonal))
-    expected_out, expected_lse = attention(query, key, value, 1.0, diagonal)
+    out, lse = finished(attend(name, query, key, value, scale=1.0, causal=causal))
+    expected_out, expected_lse = attention(query, key, value, 1.0, causal)
     assert lse.abs().max() > 500
     assert relative_error(out, expected_out) <= 1e-4  # a score of 1,000 is known to 6e-5 in float32
     assert np.abs(lse.numpy() - expected_lse).max() <= 1e-3
@@ -176,7 +210,7 @@ def test_rows_of_equal_large_scores_weigh_all_their_keys_alike(name, size, sign)
     query[..., 0], key[:, 0], key[:, 1:] = 1, sign * size, 0
     state = AttentionState.empty(*query.shape)
     for first, last in spans(100, [3, 50]):
-        get_kernel(name).attend(query, key[first:last], value[first:last], state, scale=0.3, diagonal=False)
+        call(get_kernel(name), query, key[first:last], value[first:last], state, scale=0.3, causal=False)
     out, lse = finished(state)
     assert relative_error(out, value.double().mean(0).expand(out.shape).numpy()) <= 1e-6
     assert (lse - sign * 0.3 * size - math.log(100)).abs().max() <= 1e-6 * size
@@ -184,16 +218,16 @@ def test_rows_of_equal_large_scores_weigh_all_their_keys_alike(name, size, sign)
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("constant", [-1e4, -1e9, -1e30, -1e37])
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_keys_that_a_large_constant_masks_weigh_nothing(name, constant, diagonal):
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_that_a_large_constant_masks_weigh_nothing(name, constant, causal):
     query, key, value = operands(2, 90, 90, 72)
     query[..., -1], key[:, -1] = 1, 0
     key[1::2, -1] = constant  # row 0 of a causal call has a key
     state = AttentionState.empty(*query.shape)
-    for first, last in spans(90, [] if diagonal else [1, 2, 40]):
-        get_kernel(name).attend(query, key[first:last], value[first:last], state, scale=0.1, diagonal=diagonal)
+    for first, last in spans(90, [] if causal else [1, 2, 40]):
+        call(get_kernel(name), query, key[first:last], value[first:last], state, scale=0.1, causal=causal)
     out, lse = finished(state)
-    expected_out, expected_lse = attention(query, key, value, 0.1, diagonal)
+    expected_out, expected_lse = attention(query, key, value, 0.1, causal)
     assert relative_error(out, expected_out) <= 2e-6
     assert np.abs(lse.numpy() - expected_lse).max() <= 1e-5
 
@@ -221,17 +255,16 @@ def test_large_scores_leave_each_row_its_best_key_also_beside_a_nan(name, size, 
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_nan_and_inf_reach_the_rows_that_attend_them_and_no_others(name, bad, where):
     query, key, value = operands(2, 90, 90, 8)
-    clean, _ = finished(attend("reference", query, key, value, diagonal=True))
+    clean, _ = finished(attend("reference", query, key, value, causal=True))
     spoilt = {"query": query[1, 40], "key": key[40], "value": value[40]}[where]
     spoilt[:] = bad
-    state = attend(name, query, key, value, diagonal=True)
+    state = attend(name, query, key, value, causal=True)
     out, _ = finished(state)
     expected = row_by_row(query, key, value)
     assert torch.equal(out.isnan(), expected.isnan())
     assert not out[:, :40].isnan().any()
     assert (out[:, :40] - clean[:, :40]).abs().max() < 1e-5
     assert not out[1, 40].isfinite().any()
-    assert state.keys.tolist() == list(range(1, 91))
 
 
 def row_by_row(query, key, value):
@@ -252,13 +285,12 @@ def test_scores_of_minus_infinity_weigh_nothing(name):
     kernel = get_kernel(name)
     for first in (0, 10, 20):
         span = slice(first, first + 10)
-        kernel.attend(query, key[span], value[span], state, scale=0.5, diagonal=False)
+        call(kernel, query, key[span], value[span], state, scale=0.5, causal=False)
     kept = [*range(10), *range(20, 30)]
     out, lse = finished(state)
     expected_out, expected_lse = attention(query, key[kept], value[kept], 0.5, False)
     assert relative_error(out, expected_out) <= 2e-6
     assert np.abs(lse.numpy() - expected_lse).max() <= 1e-5
-    assert state.keys.tolist() == [30] * 40
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -269,7 +301,7 @@ def test_finite_inputs_whose_scores_overflow_behave_as_minus_infinity(name):
     state = AttentionState.empty(1, 3, 4)
     for first in (0, 2, 4):
         span = slice(first, first + 2)
-        get_kernel(name).attend(query, key[span], value[span], state, scale=2.0, diagonal=False)
+        call(get_kernel(name), query, key[span], value[span], state, scale=2.0, causal=False)
     out, _ = finished(state)
     assert relative_error(out, attention(query, key[:2], value[:2], 2.0, False)[0]) <= 2e-6
 
@@ -279,26 +311,29 @@ def test_misfits_are_refused(name):
     query, key, value = operands(2, 6, 5, 8)
     state = AttentionState.empty(2, 6, 8)
     kernel = get_kernel(name)
-    for misfit in (
-        (query, key, value[:4], state, False),
-        (query, key[:, :7], value[:, :7], state, False),
-        (query, key, value, state.rows(0, 1), False),
-        (query, key.half(), value, state, False),
-        (query, key, value, state, True),
+    for *misfit, intervals in (
+        (query, key, value[:4], state, None),
+        (query, key[:, :7], value[:, :7], state, None),
+        (query, key, value, state.rows(0, 1), None),
+        (query, key.half(), value, state, None),
+        (query, key, value, state, triangle(5)),
+        (query, key, value, state, triangle(6).long()),
+        (query, key, value, state, triangle(6)[:, :2]),
     ):
-        with pytest.raises(ValueError, match=r"expected|fit|needs"):
-            kernel.attend(*misfit[:4], scale=1.0, diagonal=misfit[4])
-    assert state.keys.sum() == 0
+        with pytest.raises(ValueError, match=r"expected|fit"):
+            kernel.attend(*misfit, scores=Scores(1.0), intervals=intervals)
+    assert state.den.sum() == 0
 
 
 MEASURE = """
 import sys, torch
+from calling import call
 from oocattn.kernels import AttentionState, get_kernel
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 
-name, dtype, diagonal = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
+name, dtype, causal = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
 group_size, rows, keys, head_dim = map(int, sys.argv[4:])
 kernel = get_kernel(name)
 
@@ -307,18 +342,18 @@ def operands(rows, keys):
     tensors = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape in shapes]
     return *tensors, AttentionState.empty(group_size, rows, head_dim)
 
-kernel.attend(*operands(64, 64), scale=0.1, diagonal=diagonal)  # loads the code
-call = operands(rows, keys)
+call(kernel, *operands(64, 64), scale=0.1, causal=causal)  # loads the code
+operands = operands(rows, keys)
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
 before = status("VmRSS")
-kernel.attend(*call, scale=0.1, diagonal=diagonal)
+call(kernel, *operands, scale=0.1, causal=causal)
 print(status("VmHWM") - before, kernel.scratch_bytes(group_size, rows, keys, head_dim, dtype, torch.get_num_threads()))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("name", "dtype", "diagonal", "shape"),
+    ("name", "dtype", "causal", "shape"),
     [
         ("cpu", "bfloat16", False, (1, 9000, 20000, 64)),
         ("cpu", "float32", True, (4, 4000, 4000, 128)),
@@ -327,9 +362,9 @@ print(status("VmHWM") - before, kernel.scratch_bytes(group_size, rows, keys, hea
         ("torch", "bfloat16", True, (2, 5000, 5000, 64)),
     ],
 )
-def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, diagonal, shape):
-    command = [sys.executable, "-c", MEASURE, name, dtype, str(diagonal), *map(str, shape)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, causal, shape):
+    command = [sys.executable, "-c", MEASURE, name, dtype, str(causal), *map(str, shape)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     grown, bound = map(int, done.stdout.split())
     assert grown <= bound
     assert bound <= 6 * grown

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from calling import call
 from exact import attention, operands, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,18 +21,18 @@ from oocattn.kernels.tiles import level_step, make_tiles
 MIB = 1 << 20
 
 
-@given(rows=st.integers(0, 60), keys=st.integers(0, 60), steps=st.tuples(*[st.integers(1, 70)] * 2), diagonal=st.booleans())
-def test_tiles_cover_each_pair_once_and_are_bounded(rows, keys, steps, diagonal):
-    if diagonal:
-        keys, steps = rows, steps[:1] * 2
+@given(st.integers(0, 60), st.integers(0, 60), st.tuples(*[st.integers(1, 70)] * 2), st.integers(-70, 70))
+def test_tiles_cover_each_pair_once_and_are_bounded(rows, keys, steps, upper):
     seen = np.zeros((rows, keys), int)
-    for tile in make_tiles(rows, keys, *steps, diagonal=diagonal):
+    for tile in make_tiles(rows, keys, *steps, upper=upper):
         shape = (tile.last_row - tile.first_row, tile.last_key - tile.first_key)
-        assert 0 < shape[0] <= steps[0]
+        assert 0 < shape[0] <= (steps[1] if tile.triangular else steps[0])
         assert 0 < shape[1] <= steps[1]
-        pairs = np.tri(*shape, dtype=int) if tile.diagonal else 1
+        assert shape[0] == shape[1] or not tile.triangular
+        pairs = np.tri(*shape, dtype=int) if tile.triangular else 1
         seen[tile.first_row : tile.last_row, tile.first_key : tile.last_key] += pairs
-    assert (seen == (np.tri(rows, dtype=int) if diagonal else 1)).all()
+    reach = np.arange(rows)[:, None] + upper if upper < keys else np.full((rows, 1), keys)
+    assert (seen == (np.arange(keys) < reach)).all()
 
 
 @given(total=st.integers(0, 10**7))
@@ -82,33 +83,32 @@ def libraries(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "fa3"])
-@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("group_size", "rows", "keys"), [(1, 1, 1), (3, 40, 1), (2, 1, 70), (3, 300, 200), (1, 513, 1025), (2, 700, 700)]
 )
-def test_operands_are_laid_out_cut_and_folded(monkeypatch, name, group_size, rows, keys, diagonal):
+def test_operands_are_laid_out_cut_and_folded(monkeypatch, name, group_size, rows, keys, causal):
     monkeypatch.setattr(library_module, "MAX_KEYS", 256)
-    query, key, value = operands(group_size, rows, rows if diagonal else keys, 8)
+    query, key, value = operands(group_size, rows, rows if causal else keys, 8)
     whole = AttentionState.empty(group_size, rows + 7, 8)
     state = whole.rows(3, rows + 3)
     half = len(key) // 2  # a state goes on over calls
-    for span in [slice(None)] if diagonal else [slice(0, half), slice(half, None)]:
-        get_kernel(name).attend(query, key[span], value[span], state, scale=0.3, diagonal=diagonal)
+    for span in [slice(None)] if causal else [slice(0, half), slice(half, None)]:
+        call(get_kernel(name), query, key[span], value[span], state, scale=0.3, causal=causal)
     out, lse = torch.full_like(query, math.nan), torch.full_like(state.den, math.nan)
     finalise(state, out, lse)
-    expected_out, expected_lse = attention(query, key, value, 0.3, diagonal)
+    expected_out, expected_lse = attention(query, key, value, 0.3, causal)
     assert relative_error(out, expected_out) <= 1e-6
     assert np.abs(lse.numpy() - expected_lse).max() <= 2e-6
-    assert state.keys.tolist() == (list(range(1, rows + 1)) if diagonal else [keys] * rows)
-    assert whole.keys[:3].sum() == whole.keys[-4:].sum() == 0
+    assert whole.den[:, :3].sum() == whole.den[:, -4:].sum() == 0
 
 
 def test_fold_refuses_misfits():
     state = AttentionState.empty(2, 6, 8)
     for out, lse in ((torch.zeros(2, 1, 8), torch.zeros(2, 6)), (torch.zeros(2, 6, 8), torch.zeros(2, 1))):
         with pytest.raises(ValueError, match="cannot fold"):
-            fold(state, out, lse, keys=3, diagonal=False)
-    assert state.keys.sum() == 0
+            fold(state, out, lse)
+    assert state.den.sum() == 0
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def partial_of(scores, value):
     weights = np.exp(scores - np.where(np.isinf(maximum), 0, maximum)[..., None])
     tensors = (weights @ value, weights.sum(-1), maximum)
     keys = torch.full((scores.shape[1],), scores.shape[2], dtype=torch.int64)
-    return AttentionState(*(torch.from_numpy(array).float() for array in tensors), keys)
+    return AttentionState(*(torch.from_numpy(array).float() for array in tensors), keys, 10 * keys)
 
 
 def finished(state, dtype=torch.float32):
@@ -56,6 +56,7 @@ def test_merging_partials_of_any_split_is_the_whole(group_size, rows, head_dim, 
     assert relative_error(out, softmax_product(scores, value)) <= 1e-6
     assert np.abs(lse.numpy() - expected_lse).max() <= 2e-7 * max(magnitude * 5, 10)
     assert state.keys.tolist() == [sum(sizes)] * rows
+    assert state.key_sum.tolist() == [10 * sum(sizes)] * rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,10 +105,12 @@ def test_nan_stays_in_its_row():
 def test_merge_works_in_place_through_views_and_leaves_the_other_as_it_is():
     random = np.random.default_rng(0)
     state, other = (partial_of(random.standard_normal((2, 10, 3)), random.standard_normal((3, 4))) for _ in range(2))
-    before = [tensor.clone() for tensor in (other.num, other.den, other.max, other.keys)]
+    before = [tensor.clone() for tensor in (other.num, other.den, other.max, other.keys, other.key_sum)]
     outside = state.num[:, :3].clone()
     merge(state.rows(3, 7), other.rows(3, 7))
-    assert all(torch.equal(a, b) for a, b in zip(before, (other.num, other.den, other.max, other.keys), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (other.num, other.den, other.max, other.keys, other.key_sum), strict=True)
+    )
     assert torch.equal(state.num[:, :3], outside)
     assert state.keys.tolist() == [3, 3, 3, 6, 6, 6, 6, 3, 3, 3]
 
@@ -134,7 +137,7 @@ def test_misfits_are_refused():
     with pytest.raises(ValueError, match="cannot write"):
         finalise(state, torch.empty(2, 1, 8), torch.empty(2, 6))
     with pytest.raises(ValueError, match="expected den and max"):
-        AttentionState(state.num, state.den[:1], state.max, state.keys)
+        AttentionState(state.num, state.den[:1], state.max, state.keys, state.key_sum)
 
 
 def test_reset_and_nbytes():
@@ -142,13 +145,13 @@ def test_reset_and_nbytes():
     assert (
         state.nbytes
         == AttentionState.nbytes_for(2, 5, 7)
-        == sum(tensor.nbytes for tensor in (state.num, state.den, state.max, state.keys))
+        == sum(tensor.nbytes for tensor in (state.num, state.den, state.max, state.keys, state.key_sum))
     )
     state.reset()
     fresh = AttentionState.empty(2, 5, 7)
     assert torch.equal(state.num, fresh.num)
     assert torch.equal(state.max, fresh.max)
-    assert state.keys.sum() == 0
+    assert state.keys.sum() == state.key_sum.sum() == 0
 
 
 def peak_of_torch(work):

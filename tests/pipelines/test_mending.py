@@ -18,8 +18,10 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 import oocattn
 from oocattn import Event, TaskError, WorkerLostError
 from oocattn.pipelines.attempt import Attempt
-from oocattn.pipelines.lane.cpu import CpuLane
+from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.finisher import Finisher
+from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.lane.stager import Stager
 from oocattn.storage.paths import ResultPaths
 
 
@@ -60,7 +62,7 @@ class Failing:
         return (first.head_group, first.subproblem.index) if hasattr(first, "subproblem") else (first, arguments[1])
 
 
-STEPS = [(CpuLane, "_attend", "subproblem 5 of head group 1"), (Finisher, "write", "query chunk 5 of head group 1")]
+STEPS = [(CpuDevice, "launch", "subproblem 5 of head group 1"), (Finisher, "write", "query chunk 5 of head group 1")]
 
 
 @pytest.mark.parametrize(("owner", "name", "work"), STEPS)
@@ -97,15 +99,15 @@ def test_so_is_one_that_has_no_words_for_what_it_was_doing(
     """As where Dask runs a task again, whose lane has done away with what it needs."""
     plan = plan_for(dataset, chunks=13, causal=True)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
-    real, calls = CpuLane.compute, Counter[int]()
+    real, calls = Lane.attend, Counter[int]()
 
-    def compute(lane: CpuLane, turn: int) -> Event:
+    def attend(lane: Lane, turn: int) -> Event:
         calls[turn] += 1
         if turn == 4 and calls[turn] == 1:
             raise KeyError(turn)
         return real(lane, turn)
 
-    monkeypatch.setattr(CpuLane, "compute", compute)
+    monkeypatch.setattr(Lane, "attend", attend)
     recorder = Recorder([])
     found = carry_out(plan, dataset, result, client, callbacks=[recorder])
     assert_same_bits(found, right)
@@ -224,13 +226,13 @@ def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
     monkeypatch.setattr("oocattn.pipelines.driver.REPLACEMENT", 0.0)
     plan = plan_for(dataset, chunks=57, causal=True, partials="disk", lanes=2)
     right = carry_out(plan, dataset, result.with_name("right.zarr"), client)
-    real, staged = CpuLane._carve, Counter[tuple[str, int, int]]()
+    real, staged = Stager._lay_out, Counter[tuple[str, int, int]]()
 
-    def carve(lane: CpuLane, slot: Any, head_group: int, subproblem: Any, chunks: Any) -> Any:
-        staged[str(id(lane)), head_group, subproblem.index] += 1
-        return real(lane, slot, head_group, subproblem, chunks)
+    def lay_out(stager: Stager, slot: Any, head_group: int, subproblem: Any, chunks: Any) -> Any:
+        staged[str(id(stager)), head_group, subproblem.index] += 1
+        return real(stager, slot, head_group, subproblem, chunks)
 
-    monkeypatch.setattr(CpuLane, "_carve", carve)
+    monkeypatch.setattr(Stager, "_lay_out", lay_out)
     for count in counts:
         with (
             LocalCluster(n_workers=2, processes=False, memory_limit=0, dashboard_address=None) as cluster,

@@ -21,8 +21,9 @@ import oocattn
 from oocattn import Event, Plan, Result, StalledError, TaskError
 from oocattn.pipelines import attempt, deadline
 from oocattn.pipelines.engines.dask.lanes import Lanes
-from oocattn.pipelines.lane.cpu import CpuLane
+from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.finisher import Finisher
+from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
 from oocattn.storage.inputs.dataset import Dataset
@@ -71,20 +72,20 @@ def writing(pattern: str) -> Break:
 
 STEPS: dict[str, tuple[Break, str]] = {
     "the dataset's chunks": (method(InputArray, "read_rows"), "subproblem .* of head group"),
-    "staging": (method(CpuLane, "stage"), "subproblem .* of head group"),
-    "attending": (method(CpuLane, "_attend"), "subproblem .* of head group"),
-    "the start of attending": (method(CpuLane, "compute"), "subproblem .* of head group"),
+    "staging": (method(Lane, "stage"), "subproblem .* of head group"),
+    "attending": (method(CpuDevice, "launch"), "subproblem .* of head group"),
+    "the start of attending": (method(Lane, "attend"), "subproblem .* of head group"),
     "merging": (method(Finisher, "merge"), "query chunk .* of head group"),
-    "dividing": (method(CpuLane, "finalise"), "query chunk .* of head group"),
+    "dividing": (method(CpuDevice, "finalise"), "query chunk .* of head group"),
     "writing": (method(ResultArrays, "write"), "query chunk .* of head group"),
     "a chunk's file": (writing("/out/c"), "query chunk .* of head group"),
     "a partial's file": (writing("/partial-"), "subproblem .* of head group"),
     "a checkpoint": (method(MemoryPartials, "save"), "a checkpoint"),
     "the journal": (writing("/finished/"), "query chunk .* of head group"),
-    "the set-up of a lane": (method(CpuLane, "__init__"), "the set-up of a lane"),
+    "the set-up of a lane": (method(Lane, "__init__"), "the set-up of a lane"),
     "asking workers to open lanes": (method(Lanes, "open"), "the set-up of a lane"),
     "submitting tasks": (method(Client, "get"), "the submission of tasks"),
-    "a lane's memory": (method(CpuLane, "allocate"), "the set-up of a lane"),
+    "a lane's memory": (method(CpuDevice, "allocate"), "the set-up of a lane"),
     "the check of the dataset": (method(Dataset, "fingerprint"), "the check of the dataset"),
     "the checksums": (writing("/zarr.json"), "the commit of the result"),
     "the report": (writing("/report.json"), "the commit of the result"),
@@ -226,7 +227,7 @@ def test_mishaps_without_progress_end_a_run_wherever_they_are(
     def fail(*_: object) -> None:
         raise TaskError(f"thing {next(names)}", "it broke")
 
-    monkeypatch.setattr(CpuLane, "stage", fail)
+    monkeypatch.setattr(Lane, "stage", fail)
     recorder = Recorder([])
     with pytest.raises(TaskError, match=r"^thing .* failed: it broke"):
         carry_out(plan_of(dataset, ""), dataset, result, client, callbacks=[recorder])
@@ -241,7 +242,7 @@ def test_a_task_that_hangs_ends_the_run_after_a_while(
     monkeypatch.setattr(attempt, "PATIENCE", 0.1)
     go_on = threading.Event()
     with monkeypatch.context() as patched:
-        method(CpuLane, "_attend")(patched, go_on.wait)
+        method(CpuDevice, "launch")(patched, go_on.wait)
         threading.Timer(2.0, go_on.set).start()
         with pytest.raises(
             StalledError, match=r"nothing has ended for .*: subproblem 0 of head group 0.* not end on worker "

@@ -49,7 +49,7 @@ def test_pairs_and_operations_are_counted(tokens: int) -> None:
 
 def test_bytes_of_a_partial() -> None:
     # num [g, n, D], den and max [g, n] in float32, keys [n] in int64
-    assert a_problem(100, query_heads=3, kv_heads=1, head_dim=64).partial_bytes(10) == 3 * 10 * 66 * 4 + 10 * 8
+    assert a_problem(100, query_heads=3, kv_heads=1, head_dim=64).state_bytes(10) == 3 * 10 * 66 * 4 + 10 * 16
 
 
 REFUSED = {

@@ -1,1 +1,1 @@
-"""CUDA C++ of our own, compiled at run time, and what all kernels for NVIDIA GPUs share."""
+"""CUDA C++ of our own, compiled at run time, and helpers of all kernels for GPUs."""

@@ -1,4 +1,4 @@
-"""What the kernels for GPUs share: what a device can do, what torch's allocator takes from it."""
+"""Helpers of the kernels for GPUs: a device's abilities, its allocator."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ def release_cached_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def lacks_capability(device: torch.device, least: tuple[int, int] = (0, 0)) -> str:
-    """Why `device` is no GPU of compute capability `least` or more; "" if it is. Touches no GPU where there is none."""
+def capability_reason(device: torch.device, least: tuple[int, int] = (0, 0)) -> str:
+    """The reason why `device` is no GPU of compute capability `least`; "" if it is.
+
+    Touches no GPU where there is none.
+    """
     if device.type != "cuda":
         return "it runs on NVIDIA GPUs"
     if not torch.cuda.is_available():
@@ -42,12 +45,12 @@ def lacks_capability(device: torch.device, least: tuple[int, int] = (0, 0)) -> s
     return ""
 
 
-def lacks_hopper(device: torch.device) -> str:
-    """Why `device` is no Hopper GPU; "" if it is. Touches no GPU where there is none."""
-    lacking = lacks_capability(device, (9, 0))
-    if not lacking and torch.cuda.get_device_capability(device) != (9, 0):
+def hopper_reason(device: torch.device) -> str:
+    """The reason why `device` is no Hopper GPU; "" if it is."""
+    reason = capability_reason(device, (9, 0))
+    if not reason and torch.cuda.get_device_capability(device) != (9, 0):
         return "it runs on Hopper GPUs, of compute capability 9.0"
-    return lacking
+    return reason
 
 
 def allocated_bytes(*sizes: int) -> int:

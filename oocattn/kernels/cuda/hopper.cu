@@ -1,12 +1,13 @@
-// Attention that continues a float32 state, for compute capability 9.0. What a state is, is defined in partial.py.
+// Attention that continues a float32 state, for compute capability 9.0. What a state is, is defined in state.py; its ledger
+// is not touched here.
 //
 // Compiled with HEAD_DIM (a multiple of 8, 128 at most), CONSUMERS (warpgroups of 64 query rows), STAGES (of the rings),
 // RING (0 or 1: whether consumers take turns), ITEMS (of a block), SHARED_BYTES, and what instructions.cuh asks for.
 //
 // A block takes a few items one after another: a tile of query rows of one head and a span of keys. One thread loads by
 // TMA; each consumer computes S = Q K^T, the softmax and num += P V in registers, the scores of a step before the values of
-// the one before, and at the end of the span adds to the state in memory. Spans add in their order, so that the bits do not
-// depend on which block was faster. All heads of a group attend a span before the next one, so that keys and values come
+// the one before, and at the end of the span adds to the state in memory. The spans of a tile add in their order, from the
+// first that its rows attend on, so that the bits do not depend on which block was faster. All heads of a group attend a span before the next one, so that keys and values come
 // from device memory once. The structure is FlashAttention-3's (Shah et al., arXiv 2407.08608, section 3).
 
 #include "instructions.cuh"
@@ -30,17 +31,19 @@ constexpr float RISE = 8.0f;  // how far, in powers of two, scores may exceed th
 constexpr float LARGE = 67108864.0f;  // 2^26: float32 holds every fourth number
 constexpr float LN2 = 0.693147180559945f;
 
-// Row i of each head attends the first i + 1 + offset keys; all of them where that is more than there are.
+// Row i of each head attends keys [i + lower, i + upper), as far as there are such keys; lower < upper.
 struct Call {
     int heads, rows, keys;
-    int span;  // keys of an item, a multiple of KEYS
-    long long offset;
-    float scale;  // positive, times log2(e)
-    int* turns;   // zeros: the next item; how many spans each consumer's rows have added
+    int span;          // keys of an item at most, a multiple of KEYS
+    int lower, upper;  // between -rows and keys
+    float scale;       // positive, times log2(e)
+    int* turns;        // zeros: the next item; how many spans each consumer's rows have added
 };
 
 struct Item {
-    int tile, head, span;
+    int tile, head;
+    int first;  // key, a multiple of KEYS
+    int turn;   // spans of the tile that add to the state before this one
     int steps;  // of KEYS keys; 0: there is no item left
 };
 
@@ -57,40 +60,48 @@ static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES);  // dynamic shared memory 
 
 // ---- What there is to do ----
 
-// Keys from the first on that a row attends.
-__device__ __forceinline__ int visible(const Call& call, int row) {
-    const long long keys = call.offset + row + 1;
-    return keys < 0 ? 0 : keys < call.keys ? int(keys) : call.keys;
+// A row attends the keys from the first of these on, up to the second.
+__device__ __forceinline__ int key_within(const Call& call, long long key) {
+    return key < 0 ? 0 : key < call.keys ? int(key) : call.keys;
 }
+__device__ __forceinline__ int key_start(const Call& call, int row) { return key_within(call, (long long)row + call.lower); }
+__device__ __forceinline__ int key_stop(const Call& call, int row) { return key_within(call, (long long)row + call.upper); }
 
 // Items in the order in which they are taken: span by span; in each the last rows, which have most to do, first.
 struct Items {
     const Call& call;
-    int tiles, span = 0, before = 0;  // items of the spans before `span`
+    int span = 0, before = 0;  // items of the spans before `span`
 
-    __device__ Items(const Call& call) : call(call), tiles((call.rows + ROWS - 1) / ROWS) {}
+    __device__ Items(const Call& call) : call(call) {}
 
-    __device__ int last_row(int tile) const { return min(call.rows, (tile + 1) * ROWS) - 1; }
+    // The first tile any row of which attends a key from `key` on.
+    __device__ int first_tile(int key) const {
+        const long long row = (long long)key + 1 - call.upper;
+        return row >= call.rows ? tiles_of(call) : row < 0 ? 0 : int(row) / ROWS;
+    }
 
-    // Tiles that attend any key of a span: these are the last ones.
-    __device__ int count(int span) const {
-        const long long row = (long long)span * call.span - call.offset;  // the first that does
-        return row >= call.rows ? 0 : row < 0 ? tiles : tiles - int(row) / ROWS;
+    // The tile after the last any row of which attends a key before `key`.
+    __device__ int stop_tile(int key) const {
+        const long long rows = (long long)key - call.lower;
+        return rows >= call.rows ? tiles_of(call) : rows <= 0 ? 0 : (int(rows) + ROWS - 1) / ROWS;
     }
 
     __device__ Item find(int index) {
         for (; (long long)span * call.span < call.keys; ++span) {
-            const int here = count(span) * call.heads;
+            const int first = span * call.span, last = min(call.span, call.keys - first) + first;
+            const int stop = stop_tile(last), here = max(0, stop - first_tile(first)) * call.heads;
             if (index < before + here) {
-                const int tile = tiles - 1 - (index - before) / call.heads;
-                const int first = span * call.span;
-                const int end = min(first + call.span, visible(call, last_row(tile)));
-                return {tile, (index - before) % call.heads, span, (end - first + KEYS - 1) / KEYS};
+                const int tile = stop - 1 - (index - before) / call.heads;
+                const int start = key_start(call, tile * ROWS), from = max(first, start / KEYS * KEYS);
+                const int steps = (min(last, key_stop(call, min(call.rows, (tile + 1) * ROWS) - 1)) - from + KEYS - 1) / KEYS;
+                return {tile, (index - before) % call.heads, from, span - start / call.span, steps};
             }
             before += here;
         }
-        return {0, 0, 0, 0};
+        return {0, 0, 0, 0, 0};
     }
+
+    __device__ static int tiles_of(const Call& call) { return (call.rows + ROWS - 1) / ROWS; }
 };
 
 struct Ring {
@@ -119,7 +130,7 @@ __device__ void produce(
             load(shared.query + panel * ROWS * 128, query, &shared.query_full, panel * PANEL, item.tile * ROWS, item.head);
 #pragma unroll 1  // it has few registers
         for (int step = 0; step < item.steps; ++step, ring.advance()) {
-            const int first = item.span * call.span + step * KEYS, stage = ring.stage;
+            const int first = item.first + step * KEYS, stage = ring.stage;
             wait(&shared.key_free[stage], ring.phase ^ 1);
             arrive_expecting(&shared.key_full[stage], STAGE_BYTES);
             for (int panel = 0; panel < PANELS; ++panel)
@@ -185,12 +196,14 @@ struct Softmax {
     }
 };
 
-// Scores of keys that a row does not attend become -inf. `visible` counts the keys of this step that the two rows attend.
-__device__ __forceinline__ void mask(float (&scores)[SCORES], const int (&visible)[2]) {
+// Scores of keys that a row does not attend become -inf: its two rows attend [start, stop) of the keys of this step.
+__device__ __forceinline__ void mask(float (&scores)[SCORES], const int (&start)[2], const int (&stop)[2]) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < SCORES; ++i)
-        if (i / 4 * 8 + column + i % 2 >= visible[i / 2 % 2]) scores[i] = MINUS_INFINITY;
+    for (int i = 0; i < SCORES; ++i) {
+        const int key = i / 4 * 8 + column + i % 2;
+        if (key < start[i / 2 % 2] || key >= stop[i / 2 % 2]) scores[i] = MINUS_INFINITY;
+    }
 }
 
 // Issue S = Q K^T.
@@ -222,13 +235,13 @@ __device__ __forceinline__ int acquire(const int* count) {
     return value;
 }
 
-// Add what an item summed to the state, after the spans before it.
+// Add what an item summed to the state, after the spans of its tile before it.
 __device__ void add_to_state(
     const State& state, const Call& call, const Item& item, int first_row, const float (&num)[SUMS], Softmax& softmax) {
     const int consumer = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, barrier = 1 + CONSUMERS + consumer;
-    int* turn = call.turns + 1 + (item.head * ((call.rows + ROWS - 1) / ROWS) + item.tile) * CONSUMERS + consumer;
+    int* turn = call.turns + 1 + (item.head * Items::tiles_of(call) + item.tile) * CONSUMERS + consumer;
     if (thread == 0)
-        while (acquire(turn) != item.span) __nanosleep(100);
+        while (acquire(turn) != item.turn) __nanosleep(100);
     named_wait(barrier, 128);
     float before[2], sum[2];
 #pragma unroll
@@ -259,14 +272,11 @@ __device__ void add_to_state(
         if (thread % 4 == 0) {
             state.max[item.head * state.max_head + row * state.max_row] = highest;
             state.den[item.head * state.den_head + row * state.den_row] = sum[i] * keep + softmax.den[i] * take;
-            const int first = item.span * call.span;
-            if (item.head == 0)
-                state.keys[row * state.keys_row] += max(0, min(visible(call, row), first + call.span) - first);
         }
     }
     __threadfence();
     named_wait(barrier, 128);
-    if (thread == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(item.span + 1) : "memory");
+    if (thread == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(item.turn + 1) : "memory");
 }
 
 __device__ void consume(Shared& shared, const Call& call, const State& state) {
@@ -280,9 +290,9 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         const Item item = shared.item;
         if (item.steps == 0) return;
         const int first_row = item.tile * ROWS + consumer * 64 + thread / 32 * 16 + thread % 32 / 4;  // and 8 below
-        const int start = item.span * call.span;
-        const int attended[2] = {visible(call, first_row) - start, visible(call, first_row + 8) - start};
-        const int unmasked = visible(call, item.tile * ROWS + consumer * 64) - start;  // by any row of the consumer
+        // Of the item's keys, those that all rows of the consumer attend.
+        const int whole_start = key_start(call, item.tile * ROWS + consumer * 64 + 63) - item.first;
+        const int whole_stop = key_stop(call, item.tile * ROWS + consumer * 64) - item.first;
         float num[SUMS], scores[SCORES], factor[2];
         unsigned weights[SCORES / 2];
         Softmax softmax;
@@ -290,9 +300,11 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         for (int i = 0; i < SUMS; ++i) num[i] = 0.0f;
 
         auto weigh = [&](int step) {
-            if ((step + 1) * KEYS > unmasked) {
-                const int left[2] = {attended[0] - step * KEYS, attended[1] - step * KEYS};
-                mask(scores, left);
+            if (step * KEYS < whole_start || (step + 1) * KEYS > whole_stop) {
+                const int first = item.first + step * KEYS;
+                const int start[2] = {key_start(call, first_row) - first, key_start(call, first_row + 8) - first};
+                const int stop[2] = {key_stop(call, first_row) - first, key_stop(call, first_row + 8) - first};
+                mask(scores, start, stop);
             }
             return softmax.weigh(scores, call.scale, factor);
         };

@@ -1,4 +1,4 @@
-"""The project's own kernel for Hopper GPUs (compute capability 9.0): attention that continues the float32 state.
+"""The project's own kernel for Hopper GPUs: it continues the float32 state.
 
 Unlike a library's call it rounds and divides nothing in between, needs no second pass to merge, and begins a new
 accumulation every 16K keys at most, so that it is exact over any number of keys. How it works is in cuda/hopper.cu.
@@ -12,9 +12,12 @@ from importlib import import_module
 
 import torch
 
-from oocattn.kernels.cuda.device import allocated_bytes, lacks_hopper
-from oocattn.kernels.kernel import MAX_KEYS, check_operands, lacks_dtype
+from oocattn.kernels.cuda.device import allocated_bytes, hopper_reason
+from oocattn.kernels.intervals import find_band
+from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
+from oocattn.kernels.plain import PlainKernel
 from oocattn.kernels.state import AttentionState
+from oocattn.problem.scores import Scores
 
 logger = logging.getLogger("oocattn")
 
@@ -28,6 +31,7 @@ class HopperKernel:
     name = "hopper"
     max_keys = MAX_KEYS
     plans_shapes = False
+    rounds_weights = True
 
     def attend(
         self,
@@ -36,33 +40,45 @@ class HopperKernel:
         value: torch.Tensor,
         state: AttentionState,
         *,
-        scale: float,
-        diagonal: bool,
+        scores: Scores,
+        intervals: torch.Tensor | None,
     ) -> None:
-        """See `Kernel.attend`. One launch; tensors with an address or strides that are no multiples of 16 bytes are copied
-        before it. Raises ValueError also for calls that it cannot count in 32 bits."""
-        check_operands(query, key, value, state, diagonal=diagonal)
+        """See `Kernel.attend`.
+
+        It is one launch where each row attends one interval and both ends rise by one key a row; the plain kernel takes
+        other calls, and its scratch.
+
+        Tensors with an address or strides that are no multiples of 16 bytes are copied before it. Raises ValueError also
+        for calls that it cannot count in 32 bits.
+        """
+        check_operands(query, key, value, state, intervals)
         _check_limits(query, state)
-        if query.shape[1] and key.shape[0]:
-            attending = import_module("oocattn.kernels.cuda.launch")
-            attending.attend(query, key, value, state, scale=scale, offset=0 if diagonal else None)
+        rows, keys = query.shape[1], key.shape[0]
+        if not rows or not keys:
+            return
+        band = find_band(intervals, rows, keys)
+        if band is None:
+            PlainKernel().attend(query, key, value, state, scores=scores, intervals=intervals)
+        elif band.lower < band.upper:
+            launch = import_module("oocattn.kernels.cuda.launch")
+            launch.attend(query, key, value, state, scale=scores.scale, band=band)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: a counter for 64 rows, and one more, but not the copies that `attend` may make."""
         return allocated_bytes(4 * (1 + group_size * (rows // 64 + 3)))
 
-    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.lacks`. The first question about a device, dtype and head dimension makes a tiny call."""
-        return lacks_hopper(device) or _lacks_operands(dtype, head_dim) or self._refusal(device, dtype, head_dim)
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.unsupported_reason`. The first question about a device, dtype and head dimension makes a tiny call."""
+        return hopper_reason(device) or _operands_reason(dtype, head_dim) or self._refusal(device, dtype, head_dim)
 
     @staticmethod
     @cache
     def _refusal(device: torch.device, dtype: str, head_dim: int) -> str:
-        """Why it does not compile or load here, in one line; "" if it does."""
+        """The reason why it does not compile or load here; "" if it does."""
         rows = torch.zeros(1, head_dim, dtype=getattr(torch, dtype), device=device)
         try:
             state = AttentionState.empty(1, 1, head_dim, device)
-            HopperKernel().attend(rows.unsqueeze(0), rows, rows, state, scale=1.0, diagonal=False)
+            HopperKernel().attend(rows.unsqueeze(0), rows, rows, state, scores=Scores(1.0), intervals=None)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
@@ -72,16 +88,16 @@ class HopperKernel:
         return ""
 
 
-def _lacks_operands(dtype: str, head_dim: int) -> str:
-    """Why the kernel cannot read rows of `dtype` and D = head_dim; "" if it can."""
+def _operands_reason(dtype: str, head_dim: int) -> str:
+    """The reason why rows of `dtype` and D = head_dim cannot be read; "" if they can."""
     fits = head_dim % 8 == 0 and head_dim <= _MOST_HEAD_DIM
-    return lacks_dtype(dtype, _DTYPES) or ("" if fits else f"D must be a multiple of 8, {_MOST_HEAD_DIM} at most")
+    return unsupported_dtype(dtype, _DTYPES) or ("" if fits else f"D must be a multiple of 8, {_MOST_HEAD_DIM} at most")
 
 
 def _check_limits(query: torch.Tensor, state: AttentionState) -> None:
-    """Raise ValueError for operands that the kernel would misread: those that `lacks` tells of, and odd states."""
+    """Raise ValueError for operands that the kernel would misread, and odd states."""
     head_dim = query.shape[-1]
-    if _lacks_operands(str(query.dtype).removeprefix("torch."), head_dim):
+    if _operands_reason(str(query.dtype).removeprefix("torch."), head_dim):
         raise ValueError(f"{query.dtype} with D = {head_dim}: expected {' or '.join(_DTYPES)}, D a multiple of 8 up to 128")
     if state.num.data_ptr() % 8 or any(stride % 2 for stride in state.num.stride()[:-1]):
         raise ValueError("num of the state must lie at multiples of 8 bytes")

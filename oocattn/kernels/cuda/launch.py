@@ -1,4 +1,4 @@
-"""Attention by our own kernel on Hopper GPUs (hopper.cu): its launches, and how it is cut into items.
+"""Launches of our own kernel on Hopper GPUs (hopper.cu), cut into items.
 
 Imported only where `cuda.bindings` is installed. Everything is launched on torch's current stream of the tensors' device,
 and nothing waits.
@@ -17,6 +17,7 @@ from cuda.bindings import driver
 
 from oocattn.kernels.cuda.program import Program, checked
 from oocattn.kernels.cuda.state import row_strides, state_of
+from oocattn.kernels.intervals import Band
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import round_up
 
@@ -46,7 +47,7 @@ _PANEL = 64
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the program is cut for one head dimension."""
+    """The cut of the program for one head dimension."""
 
     consumers: int
     stages: int
@@ -66,8 +67,7 @@ class _Call(ctypes.Structure):
     """`Call` of hopper.cu."""
 
     _fields_ = (
-        *[(name, ctypes.c_int) for name in ("heads", "rows", "keys", "span")],
-        ("offset", ctypes.c_longlong),
+        *[(name, ctypes.c_int) for name in ("heads", "rows", "keys", "span", "lower", "upper")],
         ("scale", ctypes.c_float),
         ("turns", ctypes.c_void_p),
     )
@@ -80,26 +80,25 @@ def attend(
     state: AttentionState,
     *,
     scale: float,
-    offset: int | None = None,
+    band: Band,
 ) -> None:
     """Add attention of query [g, n, D] over key and value [m, D] to `state`, in place, in one launch.
 
-    Row i attends the first i + 1 + `offset` keys (any number of them may not exist), or all where `offset` is None. float16
-    or bfloat16, D a multiple of 8 up to 128, scale > 0; n and m are not 0.
+    Row i attends the keys of `band`. float16 or bfloat16, D a multiple of 8 up to 128, scale > 0; n and m are not 0.
     """
     group_size, rows, head_dim = query.shape
     keys, device = key.shape[0], query.device
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     program = program_for(head_dim, query.dtype)
     tuning = TUNING[round_up(head_dim, _PANEL)]
-    offset = keys if offset is None else offset
-    span = choose_span(group_size, rows, keys, max(-rows, min(offset, keys)), tuning.rows)
+    band = Band(*(max(-rows, min(bound, keys)) for bound in band))  # more is the same
+    span = choose_span(group_size, rows, keys, band, tuning.rows)
     tiles = group_size * -(-rows // tuning.rows)
     counters, items = 1 + tiles * tuning.consumers, tiles * -(-keys // span)  # fewer where some attend nothing
     if max(rows, keys, counters, items) > MOST_ROWS:
         raise ValueError(f"a call of {group_size} heads x {rows} rows and {keys} keys is too large: divide it")
     turns = torch.zeros(counters, dtype=torch.int32, device=device)
-    call = _Call(group_size, rows, keys, span, offset, scale * math.log2(math.e), turns.data_ptr())
+    call = _Call(group_size, rows, keys, span, *band, scale * math.log2(math.e), turns.data_ptr())
     maps = [
         _tensor_map(query, tuning.rows),
         *(_tensor_map(tensor.unsqueeze(0), KEYS_OF_STEP) for tensor in (key, value)),
@@ -111,27 +110,31 @@ def attend(
 
 
 @lru_cache(4096)
-def choose_span(group_size: int, rows: int, keys: int, offset: int, tile: int) -> int:
-    """Keys of a span, 16K at most: where there are few items, with which they fill the multiprocessors best."""
+def choose_span(group_size: int, rows: int, keys: int, band: Band, tile: int) -> int:
+    """Keys of a span, 16K at most.
+
+    Where there are few items, it is the span with which they fill the multiprocessors best.
+    """
     fewest, tiles = -(-keys // MOST_SPAN), group_size * -(-rows // tile)
     times: dict[int, int] = {}
     for spans in range(fewest, fewest + _CHOICES):
         span = round_up(-(-keys // spans), KEYS_OF_STEP)
         if tiles * spans > _MANY_ITEMS * PROCESSORS:
             return min(times, key=times.__getitem__, default=span)
-        times[span] = _makespan(steps_of_items(group_size, rows, keys, offset, tile, span))
+        times[span] = _makespan(steps_of_items(group_size, rows, keys, band, tile, span))
     return min(times, key=times.__getitem__)
 
 
-def steps_of_items(group_size: int, rows: int, keys: int, offset: int, tile: int, span: int) -> list[int]:
+def steps_of_items(group_size: int, rows: int, keys: int, band: Band, tile: int, span: int) -> list[int]:
     """Steps of the items of a call, in the order in which hopper.cu takes them."""
-    tiles = -(-rows // tile)
-    visible = [max(0, min(keys, min(rows, (index + 1) * tile) + offset)) for index in range(tiles)]
+    attended = [  # by the rows of each tile
+        (max(0, row + band.lower), min(keys, min(rows, row + tile) - 1 + band.upper)) for row in range(0, rows, tile)
+    ]
     return [
-        -(-(min(first + span, end) - first) // KEYS_OF_STEP)
+        -(-(min(first + span, stop) - max(first, start - start % KEYS_OF_STEP)) // KEYS_OF_STEP)
         for first in range(0, keys, span)
-        for end in reversed(visible)
-        if end > first
+        for start, stop in reversed(attended)
+        if start < min(first + span, keys) and stop > first
         for _ in range(group_size)
     ]
 
@@ -169,7 +172,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _tensor_map(tensor: torch.Tensor, rows: int) -> ctypes.Array[ctypes.c_char]:
-    """How TMA reads boxes of `rows` rows and 64 columns of [h, n, D]; zeros beyond its ends."""
+    """The map by which TMA reads boxes of `rows` rows and 64 columns of [h, n, D]."""
     heads, count, head_dim = tensor.shape
     head_stride, row_stride = row_strides(tensor)
     return _encode(

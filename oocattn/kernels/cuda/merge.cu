@@ -83,7 +83,7 @@ __device__ void add_row(const State& state, int head, long long row, const Numbe
     }
 }
 
-// Add `other` to `into`: num, den, max and, for all heads alike, keys.
+// Add `other` to `into`: num, den, max and, for all heads alike, the ledger.
 extern "C" __global__ void merge(State into, State other, int heads, long long rows) {
     int head;
     long long row;
@@ -91,18 +91,20 @@ extern "C" __global__ void merge(State into, State other, int heads, long long r
     const float* num = other.num + head * other.num_head + row * other.num_row;
     const float den = other.den[head * other.den_head + row * other.den_row];
     const float max = other.max[head * other.max_head + row * other.max_row];
-    if (head == 0 && threadIdx.x % LANES == 0) into.keys[row * into.keys_row] += other.keys[row * other.keys_row];
+    if (head == 0 && threadIdx.x % LANES == 0) {
+        into.keys[row * into.keys_row] += other.keys[row * other.keys_row];
+        into.key_sum[row * into.key_sum_row] += other.key_sum[row * other.key_sum_row];
+    }
     add_row(into, head, row, reinterpret_cast<const Float*>(num), den, max);
 }
 
 template <typename Number>
-__device__ void fold(const State& state, const Output& result, int heads, long long rows, long long keys, int diagonal) {
+__device__ void fold(const State& state, const Output& result, int heads, long long rows) {
     int head;
     long long row;
     if (!this_row(heads, rows, head, row)) return;
     const Number* num = static_cast<const Number*>(result.out) + head * result.out_head + row * result.out_row;
     const float lse = result.lse[head * result.lse_head + row * result.lse_row];
-    if (head == 0 && threadIdx.x % LANES == 0) state.keys[row * state.keys_row] += diagonal ? row + 1 : keys;
     add_row(state, head, row, num, 1.0f, lse);
 }
 
@@ -127,9 +129,8 @@ __device__ void finalise(const State& state, const Output& result, int heads, lo
 }
 
 #define FOR_OUTPUTS_OF(Number, name)                                                                              \
-    extern "C" __global__ void fold_##name(                                                                       \
-        State state, Output result, int heads, long long rows, long long keys, int diagonal) {                    \
-        fold<Number>(state, result, heads, rows, keys, diagonal);                                                 \
+    extern "C" __global__ void fold_##name(State state, Output result, int heads, long long rows) {               \
+        fold<Number>(state, result, heads, rows);                                                                 \
     }                                                                                                             \
     extern "C" __global__ void finalise_##name(State state, Output result, int heads, long long rows) {           \
         finalise<Number>(state, result, heads, rows);                                                             \

@@ -32,10 +32,9 @@ def merge(into: AttentionState, other: AttentionState) -> None:
     _launch("merge", into, state_of(other))
 
 
-def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor, *, keys: int, diagonal: bool) -> None:
+def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
     """See `merge.fold`: one launch for all fields."""
-    result = _output(out, lse)
-    _launch(f"fold_{_name(out)}", state, result, ctypes.c_longlong(keys), ctypes.c_int(diagonal))
+    _launch(f"fold_{_name(out)}", state, _output(out, lse))
 
 
 def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -43,12 +42,12 @@ def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> Non
     _launch(f"finalise_{_name(out)}", state, _output(out, lse))
 
 
-def _launch(kernel: str, state: AttentionState, other: ctypes.Structure, *more: ctypes.c_longlong | ctypes.c_int) -> None:
+def _launch(kernel: str, state: AttentionState, other: ctypes.Structure) -> None:
     """Launch a kernel that takes a row of one head of `state` with each warp."""
     heads, rows, head_dim = state.num.shape
     blocks = -(-heads * rows // _WARPS)
     if blocks:
-        arguments = (state_of(state), other, ctypes.c_int(heads), ctypes.c_longlong(rows), *more)
+        arguments = (state_of(state), other, ctypes.c_int(heads), ctypes.c_longlong(rows))
         _program(head_dim).launch(kernel, state.num.device, blocks, 32 * _WARPS, arguments)
 
 

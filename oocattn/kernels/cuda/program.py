@@ -66,7 +66,7 @@ class Program:
         return kept
 
     def report(self, architecture: str) -> str:
-        """What the compiler says of the program for an architecture: registers and spills. Needs no GPU."""
+        """The compiler's report for an architecture: registers and spills. Needs no GPU."""
         return self._compile((*self._options(architecture), "--ptxas-options=--verbose"))[1]
 
     def _options(self, architecture: str) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ def _source(name: str) -> bytes:
 
 @cache
 def _headers() -> dict[str, bytes]:
-    """What the sources of this folder include, by name."""
+    """The headers that the sources of this folder include, by name."""
     names = sorted(file.name for file in files(__package__).iterdir() if file.name.endswith(".cuh"))
     return {name: _source(name) for name in names}
 
@@ -134,7 +134,7 @@ def _context(device: torch.device) -> Any:
 
 
 def checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of cuda.bindings returned, without its error code.
+    """The values that a call of cuda.bindings returned, without its error code.
 
     Raises torch.OutOfMemoryError where the device has no memory for it, RuntimeError for any other error.
     """
@@ -147,7 +147,7 @@ def checked(answer: tuple[Any, ...]) -> Any:
 
 
 def _cache_folder() -> Path | None:
-    """Where the user keeps caches; None for a user without a home."""
+    """The folder of the user's cache; None for a user without a home."""
     chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         return (chosen if chosen.is_absolute() else Path.home() / ".cache") / "oocattn"
@@ -156,7 +156,7 @@ def _cache_folder() -> Path | None:
 
 
 def _read_checked(path: Path) -> bytes | None:
-    """What `_keep` wrote; None where there is nothing or not that any more."""
+    """The build that `_keep` wrote; None where it is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-// `Partial` of partial.py. Pointers are to the first row of the first head; strides count elements.
+// `AttentionState` of state.py. Pointers are to the first row of the first head; strides count elements.
 
 #pragma once
 
@@ -6,6 +6,6 @@ struct State {
     float* num;
     float* den;
     float* max;
-    long long* keys;
-    long long num_head, num_row, den_head, den_row, max_head, max_row, keys_row;
+    unsigned long long *keys, *key_sum;  // the ledger, modulo 2^64
+    long long num_head, num_row, den_head, den_row, max_head, max_row, keys_row, key_sum_row;
 };

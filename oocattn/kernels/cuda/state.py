@@ -13,17 +13,23 @@ class State(ctypes.Structure):
     """`State` of state.cuh."""
 
     _fields_ = (
-        *[(name, ctypes.c_void_p) for name in ("num", "den", "max", "keys")],
+        *[(name, ctypes.c_void_p) for name in ("num", "den", "max", "keys", "key_sum")],
         *[(name, ctypes.c_longlong) for name in ("num_head", "num_row", "den_head", "den_row", "max_head", "max_row")],
-        ("keys_row", ctypes.c_longlong),
+        *[(name, ctypes.c_longlong) for name in ("keys_row", "key_sum_row")],
     )
 
 
 def state_of(state: AttentionState) -> State:
-    """The argument that stands for a partial on a GPU."""
-    tensors = (state.num, state.den, state.max, state.keys)
-    pointers = (tensor.data_ptr() for tensor in tensors)
-    return State(*pointers, *row_strides(state.num), *state.den.stride(), *state.max.stride(), state.keys.stride(0))
+    """The argument that stands for a state on a GPU."""
+    pointers = (tensor.data_ptr() for tensor in (state.num, state.den, state.max, state.keys, state.key_sum))
+    strides = (
+        *row_strides(state.num),
+        *state.den.stride(),
+        *state.max.stride(),
+        *state.keys.stride(),
+        *state.key_sum.stride(),
+    )
+    return State(*pointers, *strides)
 
 
 def row_strides(tensor: torch.Tensor) -> tuple[int, int]:

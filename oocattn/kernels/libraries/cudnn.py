@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from oocattn.kernels.cuda.device import lacks_capability
-from oocattn.kernels.kernel import lacks_dtype
+from oocattn.kernels.cuda.device import capability_reason
+from oocattn.kernels.kernel import unsupported_dtype
 from oocattn.kernels.libraries.library import LibraryKernel, shared_by_heads
 
 _DTYPES = ("float16", "bfloat16")
@@ -20,11 +20,11 @@ class CudnnKernel(LibraryKernel):
     name = "cudnn"
     plans_shapes = True
 
-    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.lacks`."""
-        lacking = lacks_capability(device, (8, 0)) or lacks_dtype(dtype, _DTYPES)
-        if lacking:
-            return lacking
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.unsupported_reason`."""
+        reason = capability_reason(device, (8, 0)) or unsupported_dtype(dtype, _DTYPES)
+        if reason:
+            return reason
         version = torch.backends.cudnn.version()
         if version is None:
             return "torch finds no cuDNN"

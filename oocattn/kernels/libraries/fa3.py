@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from oocattn.kernels.cuda.device import lacks_hopper
-from oocattn.kernels.kernel import lacks_dtype
+from oocattn.kernels.cuda.device import hopper_reason
+from oocattn.kernels.kernel import unsupported_dtype
 from oocattn.kernels.libraries.library import LibraryKernel
 
 _MODULES = ("flash_attn_interface", "fa3_fwd_interface")
@@ -26,11 +26,11 @@ class Fa3Kernel(LibraryKernel):
 
     name = "fa3"
 
-    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.lacks`. The first question about a device, dtype and head dimension makes a tiny call."""
-        lacking = lacks_hopper(device) or lacks_dtype(dtype, _DTYPES)
-        if lacking:
-            return lacking
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.unsupported_reason`. The first question about a device, dtype and head dimension makes a tiny call."""
+        reason = hopper_reason(device) or unsupported_dtype(dtype, _DTYPES)
+        if reason:
+            return reason
         if _library() is None:
             return f"neither {' nor '.join(_MODULES)} is installed"
         return self._refusal(device, dtype, head_dim)
@@ -38,7 +38,7 @@ class Fa3Kernel(LibraryKernel):
     @staticmethod
     @cache
     def _refusal(device: torch.device, dtype: str, head_dim: int) -> str:
-        """What the library says to a tiny call, "" if nothing."""
+        """The refusal of a tiny call, in the library's words; "" if there is none."""
         rows = torch.zeros(64, head_dim, dtype=getattr(torch, dtype), device=device)
         try:
             Fa3Kernel()._call(rows.unsqueeze(0), rows, rows, 1.0, False)
@@ -50,7 +50,7 @@ class Fa3Kernel(LibraryKernel):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attend = _library()
-        assert attend is not None, "`lacks` was not asked"
+        assert attend is not None, "`unsupported_reason` was not asked"
         out, lse, *_ = attend(
             query.transpose(0, 1).unsqueeze(0),  # [1, n, g, D]
             key[None, :, None],  # [1, m, 1, D]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from oocattn.kernels.cuda.device import lacks_capability
-from oocattn.kernels.kernel import lacks_dtype
+from oocattn.kernels.cuda.device import capability_reason
+from oocattn.kernels.kernel import unsupported_dtype
 from oocattn.kernels.libraries.library import LibraryKernel, shared_by_heads
 
 _DTYPES = ("float16", "bfloat16")
@@ -22,12 +22,12 @@ class FlashKernel(LibraryKernel):
 
     name = "flash"
 
-    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.lacks`."""
-        lacking = lacks_capability(device, (8, 0)) or lacks_dtype(dtype, _DTYPES)
-        if not lacking and (head_dim % 8 or head_dim > 256):
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.unsupported_reason`."""
+        reason = capability_reason(device, (8, 0)) or unsupported_dtype(dtype, _DTYPES)
+        if not reason and (head_dim % 8 or head_dim > 256):
             return "D must be a multiple of 8, 256 at most"
-        return lacking
+        return reason
 
     def _call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool

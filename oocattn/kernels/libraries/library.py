@@ -1,4 +1,4 @@
-"""What the kernels around a library's attention call share: tiles no larger than is exact, and folding the results."""
+"""The base of kernels around a library's attention call: exact tiles, folding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from abc import ABC, abstractmethod
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes
+from oocattn.kernels.intervals import find_band
 from oocattn.kernels.kernel import MAX_KEYS, check_operands
 from oocattn.kernels.merge import fold
+from oocattn.kernels.plain import PlainKernel
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import level_step, make_tiles
 from oocattn.problem.problem import DTYPES
+from oocattn.problem.scores import Scores
 
 _OWN_BYTES = 1 << 19
 """What a library call allocates for itself beside its results: random seeds, counters, a workspace."""
@@ -21,12 +24,14 @@ class LibraryKernel(ABC):
     """A kernel whose tiles are calls of a library that returns the divided output and the log-sum-exp.
 
     Everything is launched on torch's current stream and nothing waits for it. A call is cut into tiles of at most
-    65,536 keys, so that none chains more keys than is exact; rows are not cut, for large calls are the fast ones.
+    65,536 keys, so that none chains more keys than is exact; rows are not cut, for large calls are the fast ones. Where rows
+    attend other keys than all, or up to a diagonal, the plain kernel takes the call, and its scratch.
     """
 
     name: str
     max_keys = MAX_KEYS
     plans_shapes = False
+    rounds_weights = True
 
     def attend(
         self,
@@ -35,17 +40,20 @@ class LibraryKernel(ABC):
         value: torch.Tensor,
         state: AttentionState,
         *,
-        scale: float,
-        diagonal: bool,
+        scores: Scores,
+        intervals: torch.Tensor | None,
     ) -> None:
         """See `Kernel.attend`."""
-        check_operands(query, key, value, state, diagonal=diagonal)
+        check_operands(query, key, value, state, intervals)
         rows, keys = query.shape[1], key.shape[0]
-        for tile in make_tiles(rows, keys, max(1, rows), level_step(keys, MAX_KEYS), diagonal=diagonal):
-            own = slice(tile.first_key, tile.last_key)
-            block = query[:, tile.first_row : tile.last_row]
-            result = self._call(block, key[own], value[own], scale, tile.diagonal)
-            fold(state.rows(*tile[:2]), *result, keys=tile.last_key - tile.first_key, diagonal=tile.diagonal)
+        band = find_band(intervals, rows, keys)
+        if band is None or not band.is_open_below(rows):
+            PlainKernel().attend(query, key, value, state, scores=scores, intervals=intervals)
+            return
+        step = level_step(keys, MAX_KEYS)
+        for row, end, first, last, triangular in make_tiles(rows, keys, max(1, rows), step, upper=band.upper):
+            result = self._call(query[:, row:end], key[first:last], value[first:last], scores.scale, triangular)
+            fold(state.rows(row, end), *result)
             del result  # before the next call needs the memory
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
@@ -57,8 +65,8 @@ class LibraryKernel(ABC):
         return allocated_bytes(*of_call, *of_call, _OWN_BYTES, *self._buffers(group_size, rows, keys, head_dim))
 
     @abstractmethod
-    def lacks(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.lacks`."""
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+        """See `Kernel.unsupported_reason`."""
 
     @abstractmethod
     def _call(

@@ -1,4 +1,4 @@
-"""A lane's checkpoints: what it holds in memory alone is saved every so often, beside its work."""
+"""A lane's checkpoints: partials that are in memory alone are saved at an interval, beside the lane's work."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from oocattn.pipelines.watch.events import Attended, Span
 
 
 class Checkpoints:
-    """Saves the partials of a lane twice in an interval of so many seconds, so that a kill costs no more than one of work:
+    """Saves a lane's partials twice in an interval of seconds, so that a kill costs no more than one interval of work:
     what came after the last save began, which is half an interval before the next one ends, and what is in flight.
 
-    With an interval of 0 nothing is saved but at the end. `fail` is told what goes wrong.
+    With an interval of 0 nothing is saved but at the end. `fail` is called with an error that ends the saving.
     """
 
     def __init__(self, partials: PartialStore, interval: float, fail: Callable[[BaseException], object]) -> None:
@@ -27,11 +27,14 @@ class Checkpoints:
         self._ended = threading.Event()
         self._made: deque[tuple[Span, int]] = deque()
         self._thread: threading.Thread | None = None
-        if interval:
-            self._thread = threading.Thread(target=self._save_now_and_then, name="oocattn-checkpoints", daemon=True)
+
+    def begin(self) -> None:
+        """Save from now on, in a thread of its own."""
+        if self._pause:
+            self._thread = threading.Thread(target=self._save_repeatedly, name="oocattn-checkpoints", daemon=True)
             self._thread.start()
 
-    def tell(self, event: Attended) -> Attended:
+    def add_to(self, event: Attended) -> Attended:
         """The event, with the checkpoints that were made since the last one."""
         made = [self._made.popleft() for _ in range(len(self._made))]
         if not made:
@@ -41,13 +44,13 @@ class Checkpoints:
         return replace(event, checkpoint_bytes=written, checkpointed=spans[-1].stop, spans=(*event.spans, *spans))
 
     def close(self) -> None:
-        """Make no more of them."""
+        """Make no more checkpoints."""
         self._ended.set()
-        self._partials.hurry()
+        self._partials.stop_waiting()
         if self._thread is not None:
             self._thread.join()
 
-    def _save_now_and_then(self) -> None:
+    def _save_repeatedly(self) -> None:
         took = 0.0
         while not self._ended.wait(max(0.0, self._pause - took)):
             start = clock.now()

@@ -1,98 +1,93 @@
-"""The CPU lane: the kernel works where the chunks were staged."""
+"""A lane's device that is the CPU: the kernel works where the chunks were staged."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState, finalise, merge
+from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
-from oocattn.pipelines.failing import naming_subproblem
-from oocattn.pipelines.lane.lane import Job, Lane, StagedChunks
-from oocattn.pipelines.lane.tiles import key_tiles
+from oocattn.operations import Operation
+from oocattn.operations.ledger import Ledger
+from oocattn.pipelines.lane.finisher import Finisher
+from oocattn.pipelines.lane.health import Health
+from oocattn.pipelines.lane.partials.store import PartialStore
+from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended, Span
+from oocattn.planning.plan import Plan
 
 
-class CpuLane(Lane):
+class CpuDevice:
     """One worker's share of the processor's cores."""
 
-    def __init__(self, job: Job) -> None:
-        plan = job.plan
+    readers = 1
+
+    def __init__(self, _name: str, plan: Plan, operation: Operation, health: Health) -> None:
         problem = plan.problem
-        self._partial = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
-        allocating = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
-        super().__init__(job, readers=1, allocating=allocating)
-        allocating.shutdown(wait=False)  # when it has allocated
+        self._operation = operation
+        self._step = health.step
+        self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
+        self.cores = plan.threads
+        self.allocator = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
         # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.
-        self._attending = plain_threads(1, "oocattn-attend")
-        self._threads = self._attending.submit(torch.get_num_threads).result()
-        self._attended: dict[int, Attended] = {}
-        self._turn = 0
+        self.launcher = plain_threads(1, "oocattn-attend", self.cores)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        """See `Device.allocate`."""
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
-    def close(self) -> None:
-        super().close()
-        self._attending.submit(torch.set_num_threads, self._threads)  # which also counts for threads that begin later
-        self._attending.shutdown()
-
-    def merge_states(self, into: AttentionState, partial: AttentionState) -> None:
-        merge(into, partial)
+    def merge(self, into: AttentionState, state: AttentionState) -> None:
+        """See `Device.merge`."""
+        self._operation.merge(into, state)
 
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        finalise(state, out, lse)
+        """See `Device.finalise`."""
+        self._operation.finalise(state, out, lse)
+        self._step()
 
-    def compute(self, turn: int) -> Attended:
-        return self._attending.submit(self._attend_until, turn).result()
+    def close(self) -> None:
+        """See `Device.close`."""
+        self.allocator.shutdown()
+        self.launcher.shutdown()
+        del self._state
 
-    def _attend_until(self, turn: int) -> Attended:
-        with self.telling_the_first_error():
-            if torch.get_num_threads() != self.plan.threads:
-                torch.set_num_threads(self.plan.threads)
-            while turn not in self._attended:
-                staged = self._staged.pop(self._turn)
-                with naming_subproblem(staged.head_group, staged.subproblem.index):
-                    self._attended[self._turn] = self._attend(staged)
-                self._turn += 1
-            return self._attended.pop(turn)
-
-    def _attend(self, staged: StagedChunks) -> Attended:
+    def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
+        """Attend a whole subproblem: when this returns, it is done."""
         start = clock.now()
-        pairs = committed = 0
-        for block in staged.subproblem.blocks:
-            if block.query_chunk in staged.queries:  # else it is beyond the last token, or not wanted
-                work = staged.head_group, block.query_chunk, staged.subproblem.index
-                pairs += self._attend_block(staged, block, work)
-                committed += self.partials.end(*work)
+        pairs = partial_bytes = 0
+        for block in staged.blocks:
+            pairs += self._attend_chunk(staged, block, partials)
+            partial_bytes += partials.end(staged.head_group, block.query_chunk, staged.index)
         stop = clock.now()
-        return Attended(
+        event = Attended(
             start=start,
             stop=stop,
             head_group=staged.head_group,
-            index=staged.subproblem.index,
+            index=staged.index,
             pairs=pairs,
-            partial_bytes=committed,
+            partial_bytes=partial_bytes,
             spans=(Span("compute", start, stop),),
         )
+        return lambda: event
 
-    def _attend_block(self, staged: StagedChunks, block: Block, work: tuple[int, int, int]) -> int:
+    def _attend_chunk(self, staged: StagedChunks, block: Block, partials: PartialStore) -> int:
         """Compute one query chunk's partial, and count its pairs."""
-        problem = self.plan.problem
-        query = staged.queries[block.query_chunk]
-        rows, every_key = query.shape[1], len(staged.key)
-        destination = self.partials.begin(*work, staged.not_finite[block.query_chunk])
-        state = self._partial.rows(0, rows) if destination.merged else destination.state
+        chunk = block.query_chunk
+        query = staged.queries[chunk]
+        heads, rows, _ = query[0].shape
+        every_key, pairs = len(staged.keys[0]), 0
+        destination = partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
+        state = self._state.rows(0, rows) if destination.merged else destination.state
         state.reset()
-        for tile in key_tiles(block, staged.key_rows, range(rows), every_key, problem.causal):
-            key, value = (tensor[tile.keys.start : tile.keys.stop] for tensor in (staged.key, staged.value))
-            for call in tile.calls:
-                self.kernel.attend(query, key, value, state, scale=problem.scale, diagonal=call.diagonal)
-                self.step()
-        pairs = int(state.keys.sum()) * len(query)
+        for tile in self._operation.tiles(staged.head_group, block, staged.key_rows, range(rows), every_key):
+            keys = [tensor[tile.keys.start : tile.keys.stop] for tensor in staged.keys]
+            self._operation.compute(tile, query, keys, state, Ledger.of_state(state))
+            pairs += tile.pairs * heads
+            self._step()
         if destination.merged:
-            merge(destination.state, state)
+            self._operation.merge(destination.state, state)
         return pairs

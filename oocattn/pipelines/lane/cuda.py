@@ -1,51 +1,55 @@
-"""The CUDA lane: an NVIDIA GPU fed from pinned host memory, so that its kernel never waits.
+"""A lane's device that is an NVIDIA GPU, fed from pinned host memory so that its kernel never waits.
 
 A staged subproblem is worked through in tiles (`tiles.py`) on three streams, which only wait for each other's events (a
-fourth merges partials from disk and finalises chunks):
+fourth merges partials from disk and divides chunks, in `cuda_finishing`):
 
     copy     query tiles, and key tiles one after another, to the device
     compute  the kernel, which adds to the tile's float32 state
     back     the tile's partial to the host or, where its chunk has earlier partials, those to the device first, one
              fused merge, and the sum back
 
-A task has all of this enqueued for its subproblem, by the one thread that launches, and then waits until the partials
-have come back; meanwhile the next subproblem's task has its own enqueued behind it. So two are in flight.
+A launch enqueues all of this for a subproblem; whoever launched it then waits until its partials have come back. Meanwhile
+the next subproblem is launched behind it, so two are in flight.
 """
 
 from __future__ import annotations
 
-import logging
-import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.errors import BudgetError
-from oocattn.kernels import AttentionState, finalise, get_kernel, merge
+from oocattn.kernels import AttentionState
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.operations import Operation
+from oocattn.operations.ledger import Ledger
+from oocattn.operations.tiles import Tile
 from oocattn.pipelines.failing import naming_subproblem
-from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, recorded
-from oocattn.pipelines.lane.lane import Job, Lane, StagedChunks
-from oocattn.pipelines.lane.memory import Arena, PinnedMemory, close_all, pinning
-from oocattn.pipelines.lane.partials.store import Destination
-from oocattn.pipelines.lane.tiles import KeyTile, key_tiles, pieces
-from oocattn.pipelines.watch.events import Attended, Resource
-from oocattn.planning.memory import (
-    FINALISED_ROWS,
-    KEY_SLOTS,
-    PARTIAL_BLOCK_ROWS,
-    PARTIAL_BUFFERS,
-    QUERY_SLOTS,
-    SEGMENT,
-    Tiles,
-    device_arena_bytes,
+from oocattn.pipelines.lane.cuda_finishing import CudaFinishing
+from oocattn.pipelines.lane.cuda_memory import (
+    PinnedMemory,
+    TileRows,
+    close_all,
+    copy_state,
+    pinning,
+    take_device_memory,
 )
+from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, record_event
+from oocattn.pipelines.lane.finisher import Finisher
+from oocattn.pipelines.lane.health import Health
+from oocattn.pipelines.lane.partials.store import Destination, PartialStore
+from oocattn.pipelines.lane.slots import SlotRing
+from oocattn.pipelines.lane.stager import StagedChunks
+from oocattn.pipelines.lane.switching import hold_short_interval
+from oocattn.pipelines.watch.events import Attended, Resource
+from oocattn.planning.memory import LEDGER_BYTES, LEDGER_SLOTS, PARTIAL_BUFFERS
+from oocattn.planning.plan import Plan
 
 READERS = 8
 """Threads that read: 28 GB/s from the page cache were measured with 8, 6 with one (16 cores)."""
@@ -54,353 +58,265 @@ AHEAD = 32
 """Key tiles that are enqueued ahead of the device. Where CUDA's own queue is full, it is the driver that waits, and with it
 every other thread that asks it for something."""
 
-SMALLEST_TILE = 128
-"""Query rows below which a tile is not halved any more when the device is out of memory."""
-
-SWITCH_INTERVAL = 5e-4
-"""Seconds after which a thread of the process lets another run, instead of Python's 5e-3, while there is such a lane: the
-thread that enqueues needs its turn before the device runs dry. (1M tokens x 8 heads: the gaps fell from 53 to 22 ms.)"""
-
-logger = logging.getLogger("oocattn")
-
 
 @dataclass
-class _Work:
+class _Launch:
     """One subproblem on the device: what was enqueued and has not come back."""
 
     staged: StagedChunks
+    partials: PartialStore
+    start: float
+    halvings: int
     coming_back: int = 0  # query chunks whose partials have not been handed over
     stretches: list[Stretch] = field(default_factory=list)
     pairs: int = 0
     partial_bytes: int = 0
-    halved: int = 0
 
 
 @dataclass(frozen=True)
-class _TileBack:
+class _ReturnedTile:
     """The row of its chunk up to which a tile goes, and the event after which its partial is in host memory."""
 
     stop: int
     returned: torch.cuda.Event
 
 
-class CudaLane(Lane):
+class CudaDevice:
     """One GPU. Raises BudgetError where it has no room even for the smallest tiles."""
 
-    def __init__(self, job: Job, device: str) -> None:
-        self._device = torch.device(device)
+    readers = READERS
+    cores = None
+
+    def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:
+        self._device = torch.device(name)
+        self._plan = plan
+        self._operation = operation
+        self._health = health
+        self.allocator, self.launcher = pinning(self._device), launcher(self._device)
+        self.tile_rows = TileRows(self._device, plan.tiles.query)
         self._pinned: list[PinnedMemory] = []
         with torch.cuda.device(self._device):
             self._copy, self._compute = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
             # Small kernels go first where a block of the large one ends, or they would wait for all that is enqueued.
             self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
-            self._tile_rows = job.plan.tiles.query
-            self._halved = 0  # times since the last subproblem told
-            self._take_device_memory(job)
-            super().__init__(job, READERS, pinning(self._device))
+            self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows)
             self._clock = DeviceClock(self._compute)
-        _switch_often(1)
-        self._finishing = threading.Lock()
-        self._turn = 0
-        self._works: dict[int, _Work] = {}
-        self._coming_back: deque[tuple[_Work, int, torch.cuda.Event]] = deque()
+        self._finishing = CudaFinishing(self._device, self._merge_stream, operation, self._buffers)
+        self._ledgers = self.allocator.submit(self._allocate_ledgers, self.tile_rows.count)
+        self._ahead: deque[torch.cuda.Event] = deque()
+        self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event]] = deque()
         """Query chunks whose partials are on their way, and the event after which each is in host memory."""
+        self._handing_over = threading.Lock()
+        self._end_short_interval = hold_short_interval(self)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        """See `Device.allocate`: pinned."""
         with torch.cuda.device(self._device):
             self._pinned.append(PinnedMemory(nbytes))
         return self._pinned[-1].tensor
 
-    def _take_device_memory(self, job: Job) -> None:
-        """Take all device memory at once; with smaller tiles where it is not there any more."""
-        plan, problem = job.plan, job.plan.problem
-        dtype = getattr(torch, problem.dtype)
-        while True:
-            tiles = Tiles(self._tile_rows, plan.tiles.key)
-            nbytes = device_arena_bytes(problem, tiles, plan.partials)
-            scratch = get_kernel(plan.kernel).scratch_bytes(
-                problem.group_size, tiles.query, tiles.key, problem.head_dim, problem.dtype, plan.threads
-            )
-            try:
-                with torch.cuda.stream(self._compute):  # one segment, of which the results of all calls are cut
-                    torch.empty(max(0, scratch - SEGMENT), dtype=torch.uint8, device=self._device)
-                memory = Arena(torch.empty(nbytes, dtype=torch.uint8, device=self._device))
-                break
-            except torch.OutOfMemoryError as error:
-                self._halve(error)
-        group, dim = problem.group_size, problem.head_dim
-        self._queries = [memory.take((group * tiles.query, dim), dtype) for _ in range(QUERY_SLOTS)]
-        self._states = [memory.partial(group, tiles.query, dim) for _ in range(QUERY_SLOTS)]
-        self._keys = [memory.take((2, tiles.key, dim), dtype) for _ in range(KEY_SLOTS)]
-        merging = [tiles.query] if plan.partials == "memory" else 2 * [PARTIAL_BLOCK_ROWS]
-        self._finalised = memory.partial(1, FINALISED_ROWS, dim)
-        self._out_block = memory.take((1, FINALISED_ROWS, dim), getattr(torch, problem.out_dtype))
-        self._lse_block = memory.take((1, FINALISED_ROWS), torch.float32)
-        self._merge_states = [memory.partial(group, rows, dim) for rows in merging]
-        # What must have happened before a slot is used again: None at first.
-        self._query_free: list[torch.cuda.Event | None] = [None] * QUERY_SLOTS
-        self._state_free: list[torch.cuda.Event | None] = [None] * QUERY_SLOTS
-        self._key_free: list[torch.cuda.Event | None] = [None] * KEY_SLOTS
-        self._tile_count = self._key_count = 0
-        self._ahead: deque[torch.cuda.Event] = deque()
+    def _allocate_ledgers(self, rows: int) -> SlotRing[Ledger]:
+        """Ledgers for query tiles, from which they are copied to the device."""
+        size = LEDGER_BYTES * rows
+        memory = self.allocate(LEDGER_SLOTS * size)
+        return SlotRing(Ledger.carve(memory[start : start + size]) for start in range(0, LEDGER_SLOTS * size, size))
+
+    def merge(self, into: AttentionState, state: AttentionState) -> None:
+        """See `Device.merge`."""
+        self._finishing.merge(into, state)
+
+    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """See `Device.finalise`."""
+        self._finishing.finalise(state, out, lse)
+        self._health.step()
 
     def close(self) -> None:
-        super().close()
-        _switch_often(-1)
+        """See `Device.close`."""
+        self._end_short_interval()
         try:
             for stream in (self._copy, self._compute, self._back, self._merge_stream):
                 stream.synchronize()
         finally:
-            del self._queries, self._states, self._keys, self._merge_states
-            del self._finalised, self._out_block, self._lse_block
-            del self._query_free, self._state_free, self._key_free, self._ahead, self._clock
+            self._coming_back.clear()
+            self._ahead.clear()
+            del self._finishing, self._buffers, self._ledgers, self._clock  # or torch would keep their memory in its cache
             release_cached_memory(self._device)
             # Last, for the driver does one thing at a time, be it to forget an event: 20 ms a GiB, for which no result
             # need wait.
-            pinning(self._device).submit(close_all, self._pinned)
+            pinned, self._pinned = self._pinned, []
+            self.allocator.submit(close_all, pinned)
 
-    def compute(self, turn: int) -> Attended:
-        start = clock.now()
-        launcher(self._device).submit(self._enqueue_until, turn).result()
-        work = self._works.pop(turn)
-        while work.coming_back:
-            with self._finishing, self.telling_the_first_error():
-                if work.coming_back:
-                    self._finish_chunk()
-        spans = self._clock.spans(work.stretches)
+    def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
+        """Enqueue a whole subproblem. With partials on disk this waits for buffers that are still being written."""
+        launch = _Launch(staged, partials, clock.now(), self.tile_rows.take_halvings())
+        with torch.cuda.device(self._device):
+            for block in staged.blocks:
+                self._launch_chunk(launch, block, finisher)
+        return partial(self._finish, launch)
+
+    def _finish(self, launch: _Launch) -> Attended:
+        """Wait until all partials of a subproblem have been handed over."""
+        self._hand_over_while(lambda: launch.coming_back > 0)
         return Attended(
-            start=start,
+            start=launch.start,
             stop=clock.now(),
-            head_group=work.staged.head_group,
-            index=work.staged.subproblem.index,
-            pairs=work.pairs,
-            partial_bytes=work.partial_bytes,
-            out_of_memory=work.halved,
-            spans=spans,
+            head_group=launch.staged.head_group,
+            index=launch.staged.index,
+            pairs=launch.pairs,
+            partial_bytes=launch.partial_bytes,
+            out_of_memory=launch.halvings,
+            spans=self._clock.spans(launch.stretches),
         )
 
-    def _enqueue_until(self, turn: int) -> None:
-        """Enqueue what was staged up to this turn, in order."""
-        with torch.cuda.device(self._device), self.telling_the_first_error():
-            while self._turn <= turn:
-                work = self._works[self._turn] = _Work(self._staged.pop(self._turn), halved=self._halved)
-                self._halved = 0
-                self._turn += 1
-                with naming_subproblem(work.staged.head_group, work.staged.subproblem.index):
-                    self._enqueue(work)
+    def _launch_chunk(self, launch: _Launch, block: Block, finisher: Finisher) -> None:
+        """Enqueue one query chunk: its partial, the way of that to the host and, if it is the last one, what follows."""
+        staged, chunk = launch.staged, block.query_chunk
+        self._hand_over_while(lambda: self._must_come_back(launch, chunk))  # only this thread adds to what comes back
+        destination = launch.partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
+        launch.coming_back += 1
+        tiles = self._launch_tiles(launch, block, destination)
+        self._coming_back.append((launch, chunk, tiles[-1].returned))
+        last = self._plan.division.contributors(chunk)[-1] == staged.index
+        if last and self._plan.partials == "memory":
+            finisher.begin(staged.head_group, chunk, _rows_returned(tiles))
 
-    def _enqueue(self, work: _Work) -> None:
-        """Enqueue a whole subproblem. With partials on disk this waits for buffers that are still being written."""
-        staged = work.staged
-        for block in staged.subproblem.blocks:
-            if block.query_chunk not in staged.queries:
-                continue  # beyond the last token, or not wanted
-            while self._must_come_back(staged.head_group, block.query_chunk):  # only this thread adds to what does
-                with self._finishing, self.telling_the_first_error():
-                    if self._must_come_back(staged.head_group, block.query_chunk):
-                        self._finish_chunk()
-            not_finite = staged.not_finite[block.query_chunk]
-            destination = self.partials.begin(staged.head_group, block.query_chunk, staged.subproblem.index, not_finite)
-            work.coming_back += 1
-            tiles = self._enqueue_chunk(work, block, destination)
-            self._coming_back.append((work, block.query_chunk, tiles[-1].returned))
-            last = self.plan.division.contributors(block.query_chunk)[-1] == staged.subproblem.index
-            if last and self.plan.partials == "memory":
-                self.finisher.begin(staged.head_group, block.query_chunk, _whole(tiles))
-
-    def _must_come_back(self, head_group: int, chunk: int) -> bool:
-        """Whether a partial of a chunk has to wait for those before it: for their buffers, or because a save waits for
-        them."""
-        if self.plan.partials == "disk":
+    def _must_come_back(self, launch: _Launch, chunk: int) -> bool:
+        """Whether a partial of a chunk must wait for earlier ones: for their buffers, or because a save waits for them."""
+        if self._plan.partials == "disk":
             return len(self._coming_back) == PARTIAL_BUFFERS["cuda"]
-        return bool(self._coming_back) and self.partials.awaited(head_group, chunk)
+        return bool(self._coming_back) and launch.partials.save_pending(launch.staged.head_group, chunk)
 
-    def _finish_chunk(self) -> None:
+    def _hand_over_while(self, due: Callable[[], bool]) -> None:
+        """Hand partials over, the oldest first, as long as that is due; another thread may do it meanwhile."""
+        while due():
+            with self._handing_over, self._health.reraise_first_failure():
+                if due():
+                    self._hand_over_oldest()
+
+    def _hand_over_oldest(self) -> None:
         """Wait until the oldest partial that was begun is in host memory, and hand it over."""
-        work, chunk, returned = self._coming_back[0]
-        head_group, index = work.staged.head_group, work.staged.subproblem.index
+        launch, chunk, returned = self._coming_back[0]
+        head_group, index = launch.staged.head_group, launch.staged.index
         with naming_subproblem(head_group, index):
             returned.synchronize()
-            work.partial_bytes += self.partials.end(head_group, chunk, index)
-        self.step()
-        work.coming_back -= 1
+            launch.partial_bytes += launch.partials.end(head_group, chunk, index)
+        self._health.step()
+        launch.coming_back -= 1
         self._coming_back.popleft()
 
-    def _enqueue_chunk(self, work: _Work, block: Block, destination: Destination) -> list[_TileBack]:
+    def _launch_tiles(self, launch: _Launch, block: Block, destination: Destination) -> list[_ReturnedTile]:
         """Enqueue one query chunk tile by tile; a tile for which the device has no memory is begun again with half of it."""
-        rows = work.staged.queries[block.query_chunk].shape[1]
-        tiles: list[_TileBack] = []
+        rows = launch.staged.queries[block.query_chunk][0].shape[1]
+        tiles: list[_ReturnedTile] = []
         while not tiles or tiles[-1].stop < rows:
             first = tiles[-1].stop if tiles else 0
-            tile = range(first, min(first + self._tile_rows, rows))
+            tile = range(first, min(first + self.tile_rows.count, rows))
             try:
-                tiles.append(_TileBack(tile.stop, self._enqueue_tile(work, block, tile, destination)))
-                self.step()  # the device works off what was enqueued: only so much waits there
+                tiles.append(_ReturnedTile(tile.stop, self._launch_tile(launch, block, tile, destination)))
+                self._health.step()  # the device works off what was enqueued: only so much waits there
             except torch.OutOfMemoryError as error:
-                self._halve(error)
-                work.halved, self._halved = work.halved + self._halved, 0
+                self.tile_rows.halve(error)
+                launch.halvings += self.tile_rows.take_halvings()
         return tiles
 
-    def _enqueue_tile(self, work: _Work, block: Block, tile: range, destination: Destination) -> torch.cuda.Event:
+    def _launch_tile(self, launch: _Launch, block: Block, tile: range, destination: Destination) -> torch.cuda.Event:
         """Enqueue the query rows `tile` of a chunk, their keys and the way back; return the event after it."""
-        slot = self._tile_count % QUERY_SLOTS
-        self._tile_count += 1
-        query, loaded = self._load_query(work, block.query_chunk, tile, slot)
-        state = self._states[slot].rows(0, len(tile))
+        ledger_slot = self._ledgers.result().acquire_on_host()
+        ledger = ledger_slot.buffer.rows(0, len(tile))
+        ledger.reset()
+        slot = self._buffers.queries.acquire(self._copy)
+        heads = launch.staged.queries[block.query_chunk][0][:, tile.start : tile.stop]
+        query = slot.buffer[: heads.shape[0] * heads.shape[1]].view(heads.shape)
+        loaded = self._load(launch, zip(query, heads, strict=True))
         pairs = 0
         try:
             with torch.cuda.stream(self._compute):
                 self._compute.wait_event(loaded)
-                _wait(self._compute, self._state_free[slot])
+                state_slot = self._buffers.states.acquire(self._compute)
+                state = state_slot.buffer.rows(0, len(tile))
                 state.reset()
-            sizes = self.plan.tiles.key, self.plan.problem.causal
-            for keys in key_tiles(block, work.staged.key_rows, tile, *sizes):
-                self._attend_keys(work, query, keys, state)
+            staged = launch.staged
+            for keys in self._operation.tiles(staged.head_group, block, staged.key_rows, tile, self._plan.tiles.key):
+                self._attend_keys(launch, query, keys, state, ledger)
                 pairs += keys.pairs
         finally:  # also what was launched before an error reads the slot
-            self._query_free[slot] = attended = recorded(self._compute)
-        work.pairs += pairs * self.plan.problem.group_size
-        self._state_free[slot] = returned = self._bring_back(work, state, tile, destination, attended)
+            slot.freed = attended = record_event(self._compute)
+        launch.pairs += pairs * self._plan.problem.group_size
+        host = destination.state.rows(tile.start, tile.stop)
+        returned = self._bring_back(launch, state, ledger, Destination(host, destination.merged), attended)
+        state_slot.freed = ledger_slot.freed = returned
         return returned
 
-    def _load_query(self, work: _Work, chunk: int, tile: range, slot: int) -> tuple[torch.Tensor, torch.cuda.Event]:
-        """Enqueue the copy of a query tile [g, n, D]; return it and the event after which it is there."""
-        heads = work.staged.queries[chunk][:, tile.start : tile.stop]
-        query = self._queries[slot][: heads.shape[0] * heads.shape[1]].view(heads.shape)
-        _wait(self._copy, self._query_free[slot])
-        with torch.cuda.stream(self._copy), self._timed(work, "copy in", self._copy) as stretch:
-            for on_device, staged in zip(query, heads, strict=True):
+    def _load(self, launch: _Launch, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
+        """Enqueue copies (to the device, from the host); return the event after them."""
+        with torch.cuda.stream(self._copy), self._timed(launch, "copy in", self._copy) as stretch:
+            for on_device, staged in copies:
                 on_device.copy_(staged, non_blocking=True)
-        return query, stretch.stop
+        return stretch.stop
 
-    def _attend_keys(self, work: _Work, query: torch.Tensor, tile: KeyTile, state: AttentionState) -> None:
-        """Enqueue the copy of a key tile and the kernel calls on it."""
+    def _attend_keys(self, launch: _Launch, query: torch.Tensor, tile: Tile, state: AttentionState, ledger: Ledger) -> None:
+        """Enqueue the copy of a key tile and the kernel's call on it."""
         if len(self._ahead) == AHEAD:
             self._ahead.popleft().synchronize()
-        slot = self._key_count % KEY_SLOTS
-        self._key_count += 1
+        slot = self._buffers.keys.acquire(self._copy)
         keys = slice(tile.keys.start, tile.keys.stop)
-        key, value = self._keys[slot][:, : len(tile.keys)]
-        _wait(self._copy, self._key_free[slot])
-        with torch.cuda.stream(self._copy), self._timed(work, "copy in", self._copy) as copied:
-            key.copy_(work.staged.key[keys], non_blocking=True)
-            value.copy_(work.staged.value[keys], non_blocking=True)
-        self._compute.wait_event(copied.stop)
+        key, value = slot.buffer[:, : len(tile.keys)]
+        copied = self._load(launch, zip((key, value), (staged[keys] for staged in launch.staged.keys), strict=True))
+        self._compute.wait_event(copied)
         try:
-            with torch.cuda.stream(self._compute), self._timed(work, "compute", self._compute):
-                for call in tile.calls:
-                    rows = slice(call.rows.start, call.rows.stop)
-                    part = state.rows(call.rows.start, call.rows.stop)
-                    scale = self.plan.problem.scale
-                    self.kernel.attend(query[:, rows], key, value, part, scale=scale, diagonal=call.diagonal)
+            with torch.cuda.stream(self._compute), self._timed(launch, "compute", self._compute):
+                self._operation.compute(tile, (query,), (key, value), state, ledger)
         finally:
-            self._key_free[slot] = done = recorded(self._compute)
+            slot.freed = done = record_event(self._compute)
             self._ahead.append(done)
 
     def _bring_back(
-        self, work: _Work, state: AttentionState, tile: range, destination: Destination, attended: torch.cuda.Event
+        self,
+        launch: _Launch,
+        state: AttentionState,
+        ledger: Ledger,
+        destination: Destination,
+        attended: torch.cuda.Event,
     ) -> torch.cuda.Event:
-        """Enqueue the way of a tile's state to the host, through a merge where its chunk has earlier partials.
+        """Enqueue the way of a tile's state and ledger to the host, through a merge where its chunk has earlier partials.
 
         Returns the event at its end.
         """
-        host = destination.state.rows(tile.start, tile.stop)
-        source = state
+        host, source = destination.state, state
         with torch.cuda.stream(self._back):
             if destination.merged:
-                source = self._merge_states[0].rows(0, len(tile))
-                with self._timed(work, "copy in", self._back):
-                    _copy(source, host)
+                source = self._buffers.merged[0].rows(0, len(host.keys))
+                with self._timed(launch, "copy in", self._back):
+                    copy_state(source, host)
             self._back.wait_event(attended)
+            for on_device, counted in ((state.keys, ledger.keys), (state.key_sum, ledger.key_sum)):
+                on_device.copy_(torch.from_numpy(counted), non_blocking=True)
             if destination.merged:
-                with self._timed(work, "merge", self._back):
-                    merge(source, state)
-            with self._timed(work, "copy out", self._back) as stretch:
-                _copy(host, source)
+                with self._timed(launch, "merge", self._back):
+                    self._operation.merge(source, state)
+            with self._timed(launch, "copy out", self._back) as stretch:
+                copy_state(host, source)
         return stretch.stop
 
     @contextmanager
-    def _timed(self, work: _Work, resource: Resource, stream: torch.cuda.Stream) -> Iterator[_Timed]:
+    def _timed(self, launch: _Launch, resource: Resource, stream: torch.cuda.Stream) -> Iterator[_OpenStretch]:
         """Time what is enqueued inside; afterwards `stop` is the event at its end."""
-        timed = _Timed()
-        start = recorded(stream)
-        yield timed
-        timed.stop = recorded(stream)
-        work.stretches.append(Stretch(resource, start, timed.stop))
-
-    def merge_states(self, into: AttentionState, partial: AttentionState) -> None:
-        """Merge on the device: both are copied there, and the sum back."""
-        rows = len(partial.keys)
-        first, second = (state.rows(0, rows) for state in self._merge_states)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
-            _copy(first, into)
-            _copy(second, partial)
-            merge(first, second)
-            _copy(into, first)
-            done = recorded(self._merge_stream)
-        done.synchronize()
-
-    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Divide on the device, block by block through one buffer: copied there, divided and copied back."""
-        with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
-            for block in pieces(range(len(state.keys)), FINALISED_ROWS):
-                rows = slice(block.start, block.stop)
-                on_device = self._finalised.rows(0, len(block))
-                on_device_out, on_device_lse = self._out_block[:, : len(block)], self._lse_block[:, : len(block)]
-                _copy(on_device, state.rows(block.start, block.stop))
-                finalise(on_device, on_device_out, on_device_lse)
-                out[0, rows].copy_(on_device_out[0], non_blocking=True)
-                lse[0, rows].copy_(on_device_lse[0], non_blocking=True)
-            done = recorded(self._merge_stream)
-        done.synchronize()
-
-    def _halve(self, error: torch.OutOfMemoryError) -> None:
-        """Go on with half the query rows to a tile: another process has taken memory that was free when it was planned."""
-        if self._tile_rows < 2 * SMALLEST_TILE:
-            raise BudgetError(
-                f"{self._device} has no memory left even for tiles of {self._tile_rows} queries: free some, or lower "
-                "--device-memory"
-            ) from error
-        self._tile_rows //= 2
-        self._halved += 1
-        torch.cuda.empty_cache()
-        logger.warning("%s is out of memory: tiles of %d queries from here on", self._device, self._tile_rows)
-
-
-_switching = threading.Lock()
-_lanes, _usual_interval = 0, 0.0
-
-
-def _switch_often(lanes: int) -> None:
-    """Count the lanes of this process, and have its threads take turns often while there are any."""
-    global _lanes, _usual_interval
-    with _switching:
-        if not _lanes:
-            _usual_interval = sys.getswitchinterval()
-        _lanes += lanes
-        sys.setswitchinterval(min(SWITCH_INTERVAL, _usual_interval) if _lanes else _usual_interval)
+        stretch = _OpenStretch()
+        start = record_event(stream)
+        yield stretch
+        stretch.stop = record_event(stream)
+        launch.stretches.append(Stretch(resource, start, stretch.stop))
 
 
 @dataclass
-class _Timed:
+class _OpenStretch:
+    """A stretch on a stream that has begun."""
+
     stop: torch.cuda.Event = field(init=False)
 
 
-def _whole(tiles: Iterable[_TileBack]) -> Iterator[int]:
+def _rows_returned(tiles: Iterable[_ReturnedTile]) -> Iterator[int]:
     """Up to which row a chunk is in host memory, as its tiles come back."""
     for tile in tiles:
         tile.returned.synchronize()
         yield tile.stop
-
-
-def _wait(stream: torch.cuda.Stream, event: torch.cuda.Event | None) -> None:
-    if event is not None:
-        stream.wait_event(event)
-
-
-def _copy(into: AttentionState, state: AttentionState) -> None:
-    """Copy a state between host and device on the current stream, in contiguous pieces: a strided copy would block."""
-    for target, source in ((into.num, state.num), (into.den, state.den), (into.max, state.max)):
-        for target_head, source_head in zip(target, source, strict=True):
-            target_head.copy_(source_head, non_blocking=True)
-    into.keys.copy_(state.keys, non_blocking=True)

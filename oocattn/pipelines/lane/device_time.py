@@ -27,7 +27,7 @@ class Stretch:
     stop: torch.cuda.Event
 
 
-def recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
     """A new event at this point of the stream, to be timed, waited for by streams, or by the host without spinning."""
     event = torch.cuda.Event(enable_timing=True, blocking=True)
     event.record(stream)
@@ -38,7 +38,7 @@ class DeviceClock:
     """Turns events of one device into seconds since the epoch."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._anchor = recorded(stream)
+        self._anchor = record_event(stream)
         self._anchor.synchronize()
         self._time = clock.now()
         self._lock = threading.Lock()
@@ -49,13 +49,13 @@ class DeviceClock:
             timed = [Span(each.resource, self._seconds(each.start), self._seconds(each.stop)) for each in stretches]
             if timed and timed[-1].stop > self._time + ANCHOR:
                 self._anchor, self._time = stretches[-1].stop, timed[-1].stop
-        return joined(timed)
+        return join_spans(timed)
 
     def _seconds(self, event: torch.cuda.Event) -> float:
         return self._time + float(self._anchor.elapsed_time(event)) / 1e3
 
 
-def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+def join_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
     """The spans in order, those of one resource joined where the gap between them is smaller than `JOIN`."""
     found: list[Span] = []
     last: dict[Resource, int] = {}

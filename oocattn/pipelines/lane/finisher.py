@@ -1,4 +1,4 @@
-"""What becomes of a query chunk when its last partials come: merged, its ledger checked, divided, and written.
+"""Finishing a query chunk when its last partials come: it is merged, its ledger checked, divided, and written.
 
 One thread merges partials from disk, another checks and divides the chunk before, part by part as its rows are whole, and
 a third writes the part before.
@@ -10,19 +10,21 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
 
 from oocattn import clock
 from oocattn.errors import TaintedError
 from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
+from oocattn.operations import Operation
+from oocattn.operations.ledger import Ledger
+from oocattn.operations.tiles import pieces
 from oocattn.pipelines.finished import record_of
-from oocattn.pipelines.lane.memory import Pool, as_numpy
+from oocattn.pipelines.lane.memory import OutBlock, Pool, as_numpy
 from oocattn.pipelines.lane.not_finite import count_narrowed, count_not_finite
-from oocattn.pipelines.lane.partials.store import Collected, PartialStore
-from oocattn.pipelines.lane.tiles import pieces
+from oocattn.pipelines.lane.partials.store import MergedChunk, PartialStore
 from oocattn.pipelines.watch.events import Merged, Span, Written
 from oocattn.planning.plan import Plan
 from oocattn.storage.journal.journal import Journal
@@ -31,13 +33,10 @@ from oocattn.storage.results.arrays import ResultArrays, WrittenChunk
 Finalise = Callable[[AttentionState, torch.Tensor, torch.Tensor], None]
 """Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""
 
-OutBlock = tuple[torch.Tensor, torch.Tensor]
-"""Host memory for a chunk of `out` [1, T, D] and of `lse` [1, T]."""
-
 
 @dataclass(frozen=True)
-class _Finished:
-    """A merged chunk, and its parts on their way to disk."""
+class _DividedChunk:
+    """A merged and divided chunk, and its parts on their way to disk."""
 
     merged: Merged
     not_finite: int
@@ -55,54 +54,60 @@ class _Part:
 
 
 class Finisher:
-    """Finishes the chunks of one lane, whose partials are in `partials`, by way of the blocks of `out` in `blocks`."""
+    """Finishes the chunks of one lane, whose partials are in `partials`, by way of the blocks of `out` in `blocks`.
+
+    Its threads merge, divide and write; torch uses `cores` in each (None: as many as the process does).
+    """
 
     def __init__(
         self,
         plan: Plan,
+        operation: Operation,
         partials: PartialStore,
         result: ResultArrays,
         journal: Journal,
         blocks: Pool[OutBlock],
         finalise: Finalise,
+        cores: int | None,
     ) -> None:
         self._plan = plan
+        self._operation = operation
         self._partials = partials
         self._result = result
         self._journal = journal
         self._blocks = blocks
         self._finalise = finalise
         self._collector, self._divider, self._writer = (
-            plain_threads(1, f"oocattn-{work}") for work in ("merge", "divide", "write")
+            plain_threads(1, f"oocattn-{work}", cores) for work in ("merge", "divide", "write")
         )
-        self._begun: dict[tuple[int, int], Future[_Finished]] = {}
+        self._chunks: dict[tuple[int, int], Future[_DividedChunk]] = {}
 
     def begin(self, head_group: int, chunk: int, whole: Iterable[int]) -> None:
-        """Begin to finish a chunk all of whose partials have begun to come, before its tasks do, which find it begun.
+        """Begin to finish a chunk, all of whose partials have begun to come; `merge` and `write` then find it begun.
 
-        `whole` waits for them: it yields, again and again, up to which row they are there. So the chunks of the last
-        subproblem are written bit by bit while it is computed, not together at the end.
+        `whole` waits for the partials: it yields, again and again, up to which row they are there. So the chunks of the
+        last subproblem are written part by part while it is computed, not together at the end.
         """
         merging = self._collector.submit(self._collect, head_group, chunk)
-        self._begun[head_group, chunk] = self._divider.submit(self._finish, head_group, chunk, merging, whole)
+        self._chunks[head_group, chunk] = self._divider.submit(self._finish, head_group, chunk, merging, whole)
 
     def merge(self, head_group: int, chunk: int) -> Merged:
-        """See a chunk's partials merged, checked that every row attended exactly the keys it must, and divided.
+        """Merge a chunk's partials, check that every row attended exactly the keys it must, and divide it.
 
         Raises DamagedPartialError for a partial on disk that is not whole, after which a chunk may be merged again, and
         TaintedError for a wrong ledger.
         """
-        if (head_group, chunk) not in self._begun:
+        if (head_group, chunk) not in self._chunks:
             self.begin(head_group, chunk, [len(self._plan.tokens(chunk))])
         try:
-            return self._begun[head_group, chunk].result().merged
+            return self._chunks[head_group, chunk].result().merged
         except BaseException:
-            del self._begun[head_group, chunk]
+            del self._chunks[head_group, chunk]
             raise
 
     def write(self, head_group: int, chunk: int) -> Written:
-        """See a merged chunk written to `out` and `lse`, one chunk file at a time; record it, and release its partials."""
-        finished = self._begun.pop((head_group, chunk)).result()
+        """Write a merged chunk to `out` and `lse`, one chunk file at a time; record it, and release its partials."""
+        finished = self._chunks.pop((head_group, chunk)).result()
         parts = [part.result() for part in finished.parts]
         spans = tuple(part.span for part in parts)
         counts = {
@@ -119,18 +124,19 @@ class Finisher:
         return Written(start=start, stop=stop, head_group=head_group, index=chunk, bytes=record["bytes"], spans=spans)
 
     def close(self) -> None:
-        """Wait for what is under way; nothing else is begun."""
+        """Wait for what is in flight, begin nothing else, and let go of what was not written."""
         for threads in (self._collector, self._divider):
             threads.shutdown(cancel_futures=True)
         self._writer.shutdown()
+        self._chunks.clear()
 
-    def _collect(self, head_group: int, chunk: int) -> tuple[Collected, Span]:
+    def _collect(self, head_group: int, chunk: int) -> tuple[MergedChunk, Span]:
         start = clock.now()
         return self._partials.collect(head_group, chunk), Span("merge", start, clock.now())
 
     def _finish(
-        self, head_group: int, chunk: int, merging: Future[tuple[Collected, Span]], whole: Iterable[int]
-    ) -> _Finished:
+        self, head_group: int, chunk: int, merging: Future[tuple[MergedChunk, Span]], whole: Iterable[int]
+    ) -> _DividedChunk:
         collected, merged = merging.result()
         state = collected.state
         spans, pairs, parts = [merged], 0, list[Future[_Part]]()
@@ -153,23 +159,20 @@ class Finisher:
             )
         start, stop = merged.start, clock.now()
         event = Merged(start=start, stop=stop, head_group=head_group, index=chunk, pairs=pairs, spans=tuple(spans))
-        return _Finished(event, collected.not_finite, parts)
+        return _DividedChunk(event, collected.not_finite, parts)
 
     def _check_ledger(self, state: AttentionState, head_group: int, chunk: int, rows: range) -> int:
         """Check the ledger of some rows of a chunk; return the pairs they attended, of all heads of the group."""
         tokens = self._plan.tokens(chunk)[rows.start : rows.stop]
-        attended = state.keys[rows.start : rows.stop].numpy()
-        expected = np.full_like(attended, self._plan.problem.tokens)
-        if self._plan.problem.causal:
-            expected = np.arange(tokens.start + 1, tokens.stop + 1)
-        wrong = np.flatnonzero(attended != expected)
-        if len(wrong):
-            row = int(wrong[0])
-            raise TaintedError(
-                f"head group {head_group}, token {tokens[row]}: {attended[row]} keys were attended, expected "
-                f"{expected[row]}; the result is discarded, run again"
-            )
-        return int(attended.sum()) * self._plan.problem.group_size
+        ledger = Ledger.of_state(state).rows(rows.start, rows.stop)
+        row = ledger.first_wrong(tokens, partial(self._operation.expected, head_group))
+        if row is not None:
+            keys, key_sum = (int(numbers[0]) for numbers in self._operation.expected(head_group, tokens[row : row + 1]))
+            found = f"{ledger.keys[row]} keys were attended, expected {keys}"
+            if ledger.keys[row] == keys:
+                found = f"other keys were attended than expected (sum of indices {ledger.key_sum[row]}, expected {key_sum})"
+            raise TaintedError(f"head group {head_group}, token {tokens[row]}: {found}; the result is discarded, run again")
+        return int(ledger.keys.sum()) * self._plan.problem.group_size
 
     def _divide(self, head_group: int, head: int, part: int, rows: AttentionState, spans: list[Span]) -> Future[_Part]:
         """Finalise the rows of a head that are chunk `part` of `out`, and have them written."""

@@ -1,20 +1,12 @@
-"""Memory that is allocated once and handed out in pieces, and host memory that is pinned for a GPU.
-
-Pinning with CUDA's own allocator faults pages in one by one: 2.5 GB/s measured (H200 host). Huge pages, touched by
-several threads and then registered, take a sixth of that: 15 GB/s.
-"""
+"""The host memory of a lane: allocated once, as the plan counted it, and handed out in pieces."""
 
 from __future__ import annotations
 
 import math
-import mmap
 import threading
-import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, wait
 from typing import Generic, TypeVar
 
 import ml_dtypes
@@ -24,12 +16,13 @@ import torch
 
 from oocattn.errors import BudgetError
 from oocattn.kernels import AttentionState
-from oocattn.planning.memory import ALIGNMENT
+from oocattn.pipelines.failing import SET_UP, naming
+from oocattn.planning.memory import ALIGNMENT, OUT_BLOCKS, STAGING_SLOTS
+from oocattn.planning.plan import Plan
 from oocattn.units import format_bytes
 
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
-_TOUCHING_THREADS = 8
-
+FIRST_STATES = 3
+"""States that are allocated after each staging slot, before the next one."""
 
 T = TypeVar("T")
 
@@ -49,7 +42,7 @@ class Pool(Generic[T]):
             self._changed.notify()
 
     def take(self) -> T:
-        """A free piece, waiting for one if need be. Raises what `fail` was told if none will come."""
+        """A free piece, waiting for one if need be. Raises the error of `fail` if none will come."""
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._error)
             if not self._free and self._error is not None:
@@ -57,19 +50,99 @@ class Pool(Generic[T]):
             return self._free.popleft()
 
     def fail(self, error: BaseException) -> None:
-        """No more pieces will be allocated."""
+        """Let nobody wait any more: no further piece will be allocated, for this reason."""
         with self._changed:
             self._error = error
             self._changed.notify_all()
 
+    def close(self) -> None:
+        """Let go of the free pieces; nobody takes any more."""
+        with self._changed:
+            self._free.clear()
+            self._error = None
 
-@cache
-def pinning(device: torch.device) -> ThreadPoolExecutor:
-    """The one thread of this process that pins host memory for a GPU, and unpins it, for good.
 
-    One after the other: what a lane has given up is gone before the next one gets any.
+States = Pool[AttentionState]
+"""States of one head group in host memory."""
+
+OutBlock = tuple[torch.Tensor, torch.Tensor]
+"""Host memory for a chunk of `out` [1, T, D] and of `lse` [1, T]."""
+
+
+class HostMemory:
+    """What a plan counts of a lane's host memory: staging slots, states by their names in the plan, and blocks of `out`.
+
+    `allocate` gives bytes of host memory. All is allocated once, by one thread and in the order in which it is needed: the
+    first chunks are read while the rest is still being pinned.
     """
-    return ThreadPoolExecutor(1, thread_name_prefix=f"oocattn-pin-{device}")
+
+    def __init__(self, plan: Plan, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._plan = plan
+        self._allocate = allocate
+        self._stopped = False
+        self._allocated: Future[None] = Future()
+        self.slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
+        self.states = {name: States() for name in plan.buffers.states()}
+        self.out_blocks = Pool[OutBlock]()
+
+    def begin(self, allocator: Executor) -> None:
+        """Have everything allocated by the thread of `allocator`."""
+        self._allocated = allocator.submit(self._allocate_or_fail)
+
+    def stop(self) -> None:
+        """Let nothing more be allocated."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Let go of all that was allocated; nobody uses any of it."""
+        self.stop()
+        wait([self._allocated])
+        self.slots.clear()
+        self.out_blocks.close()
+        for states in self.states.values():
+            states.close()
+
+    def _allocate_or_fail(self) -> None:
+        try:
+            with naming(SET_UP):
+                self._allocate_all()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Raise the error in every thread that waits, or will wait, for memory that is missing."""
+        for slot in self.slots:
+            if not slot.done():
+                slot.set_exception(error)
+        self.out_blocks.fail(error)
+        for states in self.states.values():
+            states.fail(error)
+
+    def _allocate_all(self) -> None:
+        """Allocate first one slot and a few states, so that work begins, then the rest in turn."""
+        plan, buffers = self._plan, self._plan.buffers
+        waiting = deque((name, rows) for name, (count, rows) in buffers.states().items() for _ in range(count))
+        for slot in self.slots:
+            slot.set_result(self._take(plan.slot_bytes))
+            for _ in range(min(FIRST_STATES, len(waiting))):
+                self._add_state(*waiting.pop())  # blocks and buffers before accumulators
+        for _ in range(OUT_BLOCKS[plan.device]):
+            arena = Arena(self._take(buffers.out_bytes(plan.problem)))
+            # At the beginning of a page, where memory is pinned: so it can be written to disk directly.
+            out = arena.take((1, plan.out_chunk_rows, plan.problem.head_dim), getattr(torch, plan.problem.out_dtype))
+            self.out_blocks.put((out, arena.take((1, plan.out_chunk_rows), torch.float32)))
+        while waiting:
+            self._add_state(*waiting.pop())
+
+    def _add_state(self, name: str, rows: int) -> None:
+        problem = self._plan.problem
+        arena = Arena(self._take(self._plan.buffers.state_bytes(problem, rows)))
+        self.states[name].put(arena.state(problem.group_size, rows, problem.head_dim))
+
+    def _take(self, nbytes: int) -> torch.Tensor:
+        if self._stopped:
+            raise RuntimeError("the lane is closed before it was set up")
+        return self._allocate(nbytes)
 
 
 class Arena:
@@ -90,69 +163,15 @@ class Arena:
         self._used = start + count
         return self._memory[start : start + count].view(dtype).view(tuple(shape))
 
-    def partial(self, group_size: int, rows: int, head_dim: int) -> AttentionState:
+    def state(self, group_size: int, rows: int, head_dim: int) -> AttentionState:
         """An uninitialised state of [group_size, rows, head_dim]."""
         return AttentionState(
             num=self.take((group_size, rows, head_dim), torch.float32),
             den=self.take((group_size, rows), torch.float32),
             max=self.take((group_size, rows), torch.float32),
             keys=self.take((rows,), torch.int64),
+            key_sum=self.take((rows,), torch.int64),
         )
-
-
-class PinnedMemory:
-    """Page-locked host memory of `nbytes` for the current GPU, as the uint8 tensor `tensor`, until `close`.
-
-    Raises BudgetError where the system refuses to lock so much.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        try:
-            region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as refused:
-            raise BudgetError(
-                f"{format_bytes(nbytes)} of host memory cannot be had ({refused.strerror}): lower --host-memory, or raise "
-                "the limit on address space (ulimit -v)"
-            ) from refused
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without huge pages
-                region.madvise(mmap.MADV_HUGEPAGE)
-        content = np.frombuffer(region, np.uint8)
-        _touch(content)
-        error = torch.cuda.cudart().cudaHostRegister(content.ctypes.data, len(content), _PORTABLE)
-        if error != torch.cuda.cudart().cudaError.success:
-            raise BudgetError(
-                f"{format_bytes(nbytes)} of host memory cannot be pinned ({error}): lower --host-memory, or raise the limit "
-                "on locked memory"
-            )
-        self.tensor = torch.from_numpy(content)
-        self.close = weakref.finalize(self, _unregister, content, torch.cuda.current_device())
-
-
-def close_all(memories: Iterable[PinnedMemory]) -> None:
-    """Give pinned memory back; its tensors must not be used any more."""
-    for memory in memories:
-        memory.close()
-
-
-def _unregister(content: np.ndarray[tuple[int], np.dtype[np.uint8]], index: int) -> None:
-    """Unlock the pages; they are given back when the last view of them is gone, which this argument is until then.
-
-    GPU `index` is the one they were locked for: without it, CUDA would set up the first one just for this.
-    """
-    with torch.cuda.device(index):
-        torch.cuda.cudart().cudaHostUnregister(content.ctypes.data)
-
-
-def _touch(content: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-    """Fault every page in, from several threads."""
-    step = -(-len(content) // _TOUCHING_THREADS // mmap.PAGESIZE) * mmap.PAGESIZE
-
-    def touch(start: int) -> None:
-        content[start : start + step : mmap.PAGESIZE] = 0
-
-    with ThreadPoolExecutor(_TOUCHING_THREADS) as pool:
-        list(pool.map(touch, range(0, len(content), step)))
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:

@@ -12,7 +12,9 @@ import torch
 
 from oocattn.kernels import AttentionState, get_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
-from oocattn.pipelines.lane.tiles import call_shapes
+from oocattn.operations import make_operation
+from oocattn.operations.ledger import Ledger
+from oocattn.operations.shapes import sample_tiles
 from oocattn.planning.plan import Plan
 
 logger = logging.getLogger("oocattn")
@@ -34,14 +36,15 @@ def rehearse(plan: Plan) -> None:
 
 
 def _make_calls(plan: Plan, gpu: torch.device) -> None:
-    problem, tiles, kernel = plan.problem, plan.tiles, get_kernel(plan.kernel)
+    problem, tiles, operation = plan.problem, plan.tiles, make_operation(plan)
     heads, dim, dtype = problem.group_size, problem.head_dim, getattr(torch, problem.dtype)
     with torch.cuda.device(gpu):
         queries = torch.randn((heads * tiles.query, dim), dtype=dtype, device=gpu)
         key, value = torch.randn((2, tiles.key, dim), dtype=dtype, device=gpu)
         state = AttentionState.empty(heads, tiles.query, dim, gpu)
-        for shape in call_shapes(plan):
-            query = queries[: heads * shape.tile_rows].view(heads, shape.tile_rows, dim)[:, : shape.rows]
-            keys, part = slice(0, shape.keys), state.rows(0, shape.rows)
-            kernel.attend(query, key[keys], value[keys], part, scale=problem.scale, diagonal=shape.diagonal)
+        ledger = Ledger.carve(torch.zeros(16 * tiles.query, dtype=torch.uint8, device="cpu"))
+        for shape, tile in sample_tiles(plan, operation).items():
+            query = queries[: heads * shape.piece_rows].view(heads, shape.piece_rows, dim)
+            rows = state.rows(0, shape.piece_rows)
+            operation.compute(tile, (query,), (key[: shape.keys], value[: shape.keys]), rows, ledger)
         torch.cuda.synchronize(gpu)

@@ -16,9 +16,10 @@ from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
 from oocattn.storage.files.folders import is_taken
 from oocattn.storage.files.operations import doing
 from oocattn.storage.files.regular import opened, read_exactly
+from oocattn.storage.locations import output_path
 
 SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
-"""Follows the opening tag of a picture."""
+"""Follows the opening tag of a drawing."""
 
 JSON_MARK = '{"otherData": {"producer": "oocattn"}, '
 """The beginning of a trace."""
@@ -58,6 +59,25 @@ def write_output(path: Path, write: Callable[[TextIO], object]) -> None:
         with suppress(OSError):  # what went wrong before is what is to be told
             temporary.unlink(missing_ok=True)
         raise
+
+
+def check_drawing(typed: str | Path) -> Path:
+    """The path of a drawing. Raises as `check_output`, and ProblemError for a name that does not end in .svg."""
+    path = output_path(typed, "picture")
+    check_output(path)
+    if path.suffix.lower() != ".svg":
+        raise ProblemError(
+            f"drawing {path}: plans are drawn as SVG, expected the name of a file that ends in .svg, like plan.svg"
+        )
+    return path
+
+
+def write_drawing(typed: str | Path, svg: str) -> Path:
+    """Write a drawing, an SVG text, with the mark behind its opening tag; return its path. Raises as `check_drawing`."""
+    path = check_drawing(typed)
+    tag, end, content = svg.partition(">")
+    write_output(path, lambda file: file.write(f"{tag}{end}{SVG_MARK}{content}"))
+    return path
 
 
 def _is_ours(path: Path) -> bool:

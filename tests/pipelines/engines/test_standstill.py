@@ -23,8 +23,9 @@ from oocattn import Callback, Event, Result, StalledError
 from oocattn.pipelines import attempt, deadline
 from oocattn.pipelines.engines.dask import standstill
 from oocattn.pipelines.engines.dask.standstill import Occupation, Standstill, find_obstacle
-from oocattn.pipelines.lane.cpu import CpuLane
-from oocattn.pipelines.lane.lane import Staged
+from oocattn.pipelines.lane.cpu import CpuDevice
+from oocattn.pipelines.lane.stager import StagedChunks
+from oocattn.pipelines.watch.events import Attended
 
 RUN = "1234abcd"
 
@@ -205,16 +206,16 @@ def test_a_run_goes_on_when_its_worker_does(
 def test_a_task_may_take_longer_than_planned_while_its_lane_works(
     client: Client, dataset: Path, right: Result, result: Path, works: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder, attend = Recorder([]), CpuLane._attend
+    recorder, launch = Recorder([]), CpuDevice.launch
 
-    def attend_slowly(lane: CpuLane, staged: Staged) -> Event:
-        for _ in range(30 if staged.subproblem.index == 3 else 0):
+    def launch_slowly(device: CpuDevice, staged: StagedChunks, *rest: Any) -> Callable[[], Attended]:
+        for _ in range(30 if staged.index == 3 else 0):
             time.sleep(deadline.NOTICED / 4)
             if works:
-                lane.step()
-        return attend(lane, staged)
+                device._step()
+        return launch(device, staged, *rest)
 
-    monkeypatch.setattr(CpuLane, "_attend", attend_slowly)
+    monkeypatch.setattr(CpuDevice, "launch", launch_slowly)
     plan = plan_for(dataset, chunks=13)
     if works:
         assert_same_bits(carry_out(plan, dataset, result, client, callbacks=[recorder]), right)

@@ -50,10 +50,10 @@ def test_what_is_not_there_is_refused(pieces: list[tuple[list[int], torch.dtype]
 
 @given(st.integers(1, 8), st.integers(1, 300), st.integers(1, 70))
 def test_a_state_takes_what_the_plan_counts(group_size: int, rows: int, head_dim: int) -> None:
-    planned = group_size * rows * (head_dim + 2) * 4 + rows * 8 + 4 * ALIGNMENT
-    state = Arena(torch.empty(planned, dtype=torch.uint8)).partial(group_size, rows, head_dim)
+    planned = group_size * rows * (head_dim + 2) * 4 + rows * 16 + 5 * ALIGNMENT
+    state = Arena(torch.empty(planned, dtype=torch.uint8)).state(group_size, rows, head_dim)
     state.reset()
     assert state.num.shape == (group_size, rows, head_dim)
-    assert state.nbytes + 4 * ALIGNMENT == planned
-    assert state.num.abs().sum() == state.den.sum() == state.keys.sum() == 0
+    assert state.nbytes + 5 * ALIGNMENT == planned
+    assert state.num.abs().sum() == state.den.sum() == state.keys.sum() == state.key_sum.sum() == 0
     assert (state.max == -math.inf).all()

@@ -28,10 +28,11 @@ from support import (
 import oocattn
 from oocattn import Event, Plan
 from oocattn.kernels import AttentionState, merge
+from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
-from oocattn.pipelines.lane.partials.store import DamagedPartialError, States
+from oocattn.pipelines.lane.partials.store import DamagedPartialError
 from oocattn.planning.candidates import make_plan
 from oocattn.storage.paths import ResultPaths
 
@@ -59,6 +60,7 @@ def fold(store: MemoryPartials, plan: Plan, position: int, ended: bool = True, c
     for tensor in (partial.num, partial.den, partial.max):
         tensor.copy_(torch.randn(tensor.shape, generator=generator).abs())
     partial.keys.fill_(1 + subproblem)
+    partial.key_sum.fill_(1000 * subproblem)
     destination = store.begin(0, chunk, subproblem, not_finite=position)
     if not destination.merged:
         destination.state.reset()
@@ -68,12 +70,12 @@ def fold(store: MemoryPartials, plan: Plan, position: int, ended: bool = True, c
 
 
 def bits(state: AttentionState) -> list[np.ndarray]:
-    return [tensor.numpy().copy().view(np.uint8) for tensor in (state.num, state.den, state.max, state.keys)]
+    return [tensor.numpy().copy().view(np.uint8) for tensor in (state.num, state.den, state.max, state.keys, state.key_sum)]
 
 
 def folded(folder: Path) -> list[tuple[int, ...]]:
-    """Of what the files in a folder are, by their own word."""
-    return [of.subproblems if of else () for _, of in PartialFiles(folder, "run").found()]
+    """The subproblems in each file of a folder, as the file says."""
+    return [partial.subproblems if partial else () for _, partial in PartialFiles(folder, "run").found()]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -176,19 +178,19 @@ def test_what_is_being_folded_is_waited_for_or_left_out(tmp_path: Path) -> None:
     fold(store, plan, 2, ended=False)
     waiting = threading.Thread(target=store.save, args=(True,))
     waiting.start()
-    store.hurry()
+    store.stop_waiting()
     waiting.join(10)
     assert not waiting.is_alive()
 
 
-def test_a_chunk_that_is_never_quiet_is_made_so_for_a_save(tmp_path: Path) -> None:
+def test_a_chunk_that_is_never_idle_is_made_so_for_a_save(tmp_path: Path) -> None:
     plan = plan_of()
     store, first = store_of(plan, tmp_path), plan.division.contributors(CHUNK)[0]
     fold(store, plan, 0, ended=False)
-    assert not store.awaited(0, CHUNK)
+    assert not store.save_pending(0, CHUNK)
     saving = threading.Thread(target=store.save, args=(True,))
     saving.start()
-    while not store.awaited(0, CHUNK):  # from then on a lane brings back what is under way before it begins more
+    while not store.save_pending(0, CHUNK):  # from then on a lane brings back what is under way before it begins more
         saving.join(0.01)
     store.end(0, CHUNK, first)
     fold(store, plan, 1, ended=False)  # comes at once, and waits all the same

@@ -37,12 +37,15 @@ import oocattn
 from oocattn import BudgetError, Event, Plan, Result
 from oocattn.kernels import get_kernel
 from oocattn.kernels.libraries.cudnn import CudnnKernel
-from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane import lane
-from oocattn.pipelines.lane.cuda import CudaLane
+from oocattn.operations import forward, make_operation
+from oocattn.operations.shapes import sample_tiles
+from oocattn.pipelines.lane import cuda_memory
+from oocattn.pipelines.lane.cuda import CudaDevice
+from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.rehearsal import rehearse
-from oocattn.pipelines.lane.tiles import call_shapes
+from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.measure import kernel_rate
+from oocattn.problem.mask import Cover
 from oocattn.storage.paths import ResultPaths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")]
@@ -88,9 +91,9 @@ def half_plan(half: Path) -> Plan:
 
 def require(kernel: str, dtype: str, head_dim: int) -> None:
     """Skip the test where the kernel cannot serve."""
-    lacking = get_kernel(kernel).lacks(torch.device("cuda"), dtype, head_dim)
-    if lacking:
-        pytest.skip(f"{kernel}: {lacking}")
+    reason = get_kernel(kernel).unsupported_reason(torch.device("cuda"), dtype, head_dim)
+    if reason:
+        pytest.skip(f"{kernel}: {reason}")
 
 
 def assert_verified(result: Result, dtype: str) -> None:
@@ -215,7 +218,7 @@ def test_bits_do_not_depend_on_workers_runs_or_the_place_of_partials(
 def test_turns_are_taken_in_order_whichever_task_comes_first(half: Path, half_plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "dataset.zarr").symlink_to(half)
     plan = replace(with_partials(half_plan, "memory"), accumulators=7)
-    in_order, shuffled = (CudaLane(job_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
+    in_order, shuffled = (Lane(job_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
     events: dict[int, Event] = {}
     for turns, order in (((0, 1, 2), (2, 0, 1)), ((3, 4, 5), (4, 3, 5)), ((6,), (6,))):
         for turn in turns:
@@ -297,14 +300,16 @@ def test_a_rehearsal_makes_every_call_within_the_plan_and_gives_all_back(
     attend = CudnnKernel.attend
 
     def note(self: CudnnKernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
-        made.append((query.shape[1], len(key), how["diagonal"]))
+        made.append((query.shape[1], len(key), how["intervals"] is None))
         attend(self, query, key, *rest, **how)
 
     monkeypatch.setattr(CudnnKernel, "attend", note)
     before = reserved_bytes()
     torch.cuda.reset_peak_memory_stats()
     rehearse(half_plan)
-    calls = [(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(half_plan)]
+    calls = [
+        (shape.rows, shape.keys, shape.cover is Cover.FULL) for shape in sample_tiles(half_plan, make_operation(half_plan))
+    ]
     assert sorted(made) == sorted(calls * torch.cuda.device_count())
     assert torch.cuda.max_memory_reserved() - before <= half_plan.peak_device
     assert torch.cuda.memory_reserved() == before
@@ -328,8 +333,8 @@ def test_a_budget_too_small_for_any_tile_is_refused_with_one_that_works(
 
 
 def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
-    usual = lane.get_kernel
-    monkeypatch.setattr(lane, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
+    usual = forward.get_kernel
+    monkeypatch.setattr(forward, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -359,8 +364,8 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
     client: Client, half: Path, half_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[int] = []
-    made: list[CudaLane] = []
-    empty, take = torch.empty, CudaLane.__init__
+    made: list[CudaDevice] = []
+    empty, take = torch.empty, CudaDevice.__init__
 
     def refuse_once(*shape: Any, **options: Any) -> torch.Tensor:
         if "device" in options and torch.device(options["device"]).type == "cuda" and not refused:
@@ -368,16 +373,16 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
             raise torch.OutOfMemoryError("the device is full")
         return empty(*shape, **options)
 
-    def keep(self: CudaLane, *arguments: Any) -> None:
+    def keep(self: CudaDevice, *arguments: Any) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(cuda_lane.torch, "empty", refuse_once)
+            patched.setattr(cuda_memory.torch, "empty", refuse_once)
             take(self, *arguments)
         made.append(self)
 
-    monkeypatch.setattr(CudaLane, "__init__", keep)
+    monkeypatch.setattr(CudaDevice, "__init__", keep)
     result = carry_out(half_plan, half, tmp_path / "result.zarr", client)
     assert refused
-    assert made[0]._tile_rows == half_plan.tiles.query // 2
+    assert made[0].tile_rows.count == half_plan.tiles.query // 2
     assert_verified(result, "float16")
 
 
@@ -391,7 +396,7 @@ def test_every_resource_is_told_of_and_compute_is_one_thing_at_a_time(
     recorder = Recorder([])
     plan = with_partials(half_plan, partials)
     report = carry_out(plan, half, tmp_path / "result.zarr", client, [recorder]).report
-    spans = [span for event in recorder.events for span in event.spans]
+    spans = [span for event in recorder.events if isinstance(event, TaskEvent) for span in event.spans]
     assert {span.resource for span in spans} == {"read", "copy in", "compute", "copy out", "merge", "write"}
     started, ended = recorder.of("started")[0].start, recorder.of("ended")[0].stop
     assert all(started - 0.01 <= span.start <= span.stop <= ended + 0.01 for span in spans)  # two clocks, one epoch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -20,24 +19,26 @@ import torch
 from support import (
     job_of,
     normal_arrays,
-    outlives_its_use,
     write_dataset,
     written_bits,
 )
 
 from oocattn import Plan
-from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane.cuda import CudaLane
+from oocattn.pipelines.lane import cuda, cuda_memory
+from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.partials.store import Destination
 from oocattn.planning.memory import (
     ALIGNMENT,
-    LEDGER_BYTES,
+    INTERVAL_BYTES,
+    LEDGER_SCRATCH_BYTES,
     MERGE_SCRATCH_BYTES,
     SEGMENT,
     STAGING_SLOTS,
-    cuda_memory,
+)
+from oocattn.planning.memory import (
+    cuda_memory as planned_memory,
 )
 from oocattn.storage.paths import ResultPaths
 
@@ -45,11 +46,11 @@ from oocattn.storage.paths import ResultPaths
 @pytest.fixture(autouse=True)
 def _pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend.pretend_a_gpu(monkeypatch)
-    monkeypatch.setattr(cuda_lane, "SMALLEST_TILE", 1)
+    monkeypatch.setattr(cuda_memory, "SMALLEST_TILE", 1)
 
 
-def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> CudaLane:
-    return CudaLane(job_of(folder, plan, result), "cuda:0")
+def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
+    return Lane(job_of(folder, plan, result), "cuda:0")
 
 
 def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,11 +79,6 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, m
     lane.close()
 
 
-def test_a_closed_lane_leaves_no_memory_behind(fast_path: Path) -> None:
-    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(80))
-    assert not outlives_its_use(lambda: lane_of(fast_path, pretend.gpu_plan(dataset, (20, 10), chunks=1)))
-
-
 @pytest.mark.parametrize("awaited", [False, True])
 def test_what_a_save_waits_for_comes_back_before_more_is_begun(fast_path: Path, awaited: bool) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
@@ -91,10 +87,10 @@ def test_what_a_save_waits_for_comes_back_before_more_is_begun(fast_path: Path, 
     begin = lane.partials.begin
 
     def watched(*arguments: int) -> Destination:
-        on_their_way.append(len(lane._coming_back))
+        on_their_way.append(len(lane.device._coming_back))
         return begin(*arguments)
 
-    lane.partials.begin, lane.partials.awaited = watched, lambda *_: awaited
+    lane.partials.begin, lane.partials.save_pending = watched, lambda *_: awaited
     lane.stage(0, 0, 0)
     lane.stage(1, 0, 1)
     lane.attend(1)  # and the one before
@@ -166,34 +162,16 @@ def test_what_a_lane_takes_is_what_was_planned(
             super().__init__(nbytes)
             pinned.append(-(-nbytes // SEGMENT) * SEGMENT)  # in huge pages
 
-    monkeypatch.setattr(cuda_lane, "Arena", Watched)
-    monkeypatch.setattr(cuda_lane, "PinnedMemory", Counted)
+    monkeypatch.setattr(cuda_memory, "Arena", Watched)
+    monkeypatch.setattr(cuda, "PinnedMemory", Counted)
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301, **problem))
     made = pretend.gpu_plan(dataset, tiles, partials, chunks=3)
     lane = lane_of(fast_path, made)
-    lane._allocated.result()
+    lane.memory._allocated.result()
     lane.close()
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
-    temporaries = MERGE_SCRATCH_BYTES + LEDGER_BYTES * made.out_chunk_rows
-    assert sum(pinned) == cuda_memory(made.problem, made.buffers, made.tiles, 0).host - temporaries
-
-
-@pytest.mark.parametrize(
-    "first_first",
-    [False, True],
-)
-def test_switching_between_threads_is_as_before_when_all_lanes_are_closed(fast_path: Path, first_first: bool) -> None:
-    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
-    made, usual = pretend.gpu_plan(dataset, chunks=1), 0.005
-    sys.setswitchinterval(usual)
-    lanes = [lane_of(fast_path, made, name) for name in ("first.zarr", "second.zarr")]
-    try:
-        assert sys.getswitchinterval() < usual
-        for each in lanes if first_first else reversed(lanes):
-            each.close()
-        assert sys.getswitchinterval() == usual
-    finally:
-        sys.setswitchinterval(usual)
+    temporaries = MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES + INTERVAL_BYTES * made.tiles.query
+    assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0).host - temporaries
 
 
 @pytest.mark.parametrize("heard", [(0, 1), (1, 0)], ids=str)

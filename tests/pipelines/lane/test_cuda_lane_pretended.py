@@ -34,18 +34,20 @@ from support import (
 import oocattn
 from oocattn import BudgetError, Event, Plan, Result
 from oocattn.kernels import Kernel, get_kernel
-from oocattn.pipelines.lane import cuda as cuda_lane
-from oocattn.pipelines.lane import lane
-from oocattn.pipelines.lane.tiles import call_shapes
+from oocattn.operations import forward, make_operation
+from oocattn.operations.shapes import sample_tiles
+from oocattn.pipelines.lane import cuda_memory
+from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.memory import (
     Tiles,
 )
+from oocattn.problem.mask import Cover
 
 
 @pytest.fixture(autouse=True)
 def _pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend.pretend_a_gpu(monkeypatch)
-    monkeypatch.setattr(cuda_lane, "SMALLEST_TILE", 1)
+    monkeypatch.setattr(cuda_memory, "SMALLEST_TILE", 1)
 
 
 def assert_attention(result: Result, plan: Plan, arrays: Arrays) -> None:
@@ -95,12 +97,14 @@ def test_every_call_was_foreseen(
     attend = kernel.attend
 
     def note(self: Kernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
-        made.add((query.shape[1], len(key), how["diagonal"]))
+        made.add((query.shape[1], len(key), how["intervals"] is None))
         attend(self, query, key, *rest, **how)
 
     monkeypatch.setattr(kernel, "attend", note)
     carry_out(plan, dataset, fast_path / "result.zarr", client)
-    assert made == {(shape.rows, shape.keys, shape.diagonal) for shape in call_shapes(plan)}
+    assert made == {
+        (shape.rows, shape.keys, shape.cover is Cover.FULL) for shape in sample_tiles(plan, make_operation(plan))
+    }
 
 
 @contextmanager
@@ -146,8 +150,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(client: Client, fast_path: 
 
 
 def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
-    usual = lane.get_kernel
-    monkeypatch.setattr(lane, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
+    usual = forward.get_kernel
+    monkeypatch.setattr(forward, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -187,7 +191,7 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
                 raise torch.OutOfMemoryError("the device is full")
             return torch.empty(*shape, **options)
 
-    monkeypatch.setattr(cuda_lane, "torch", Full())
+    monkeypatch.setattr(cuda_memory, "torch", Full())
     made = pretend.gpu_plan(dataset, (64, 20), chunks=7)
     result = carry_out(made, dataset, fast_path / "result.zarr", client)
     assert_attention(result, made, arrays)
@@ -205,7 +209,7 @@ def test_every_resource_is_told_of_and_compute_is_one_thing_at_a_time(
     recorder = Recorder([])
     made = pretend.gpu_plan(dataset, (40, 20), partials, causal=True, chunks=7)
     report = carry_out(made, dataset, fast_path / "result.zarr", client, [recorder]).report
-    spans = [span for event in recorder.events for span in event.spans]
+    spans = [span for event in recorder.events if isinstance(event, TaskEvent) for span in event.spans]
     assert {span.resource for span in spans} == {"read", "copy in", "compute", "copy out", "merge", "write"}
     computing = sorted((span.start, span.stop) for span in spans if span.resource == "compute")
     assert all(before[1] <= after[0] + 1e-6 for before, after in itertools.pairwise(computing))

@@ -1,4 +1,4 @@
-"""Times of a GPU's streams: events become spans of the host's clock, joined where nothing lies between them."""
+"""Times of a GPU's streams: events become spans of the host's clock, join_spans where nothing lies between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oocattn.pipelines.lane import device_time
-from oocattn.pipelines.lane.device_time import ANCHOR, JOIN, DeviceClock, Stretch, joined, recorded
+from oocattn.pipelines.lane.device_time import ANCHOR, JOIN, DeviceClock, Stretch, join_spans, record_event
 from oocattn.pipelines.watch.events import Span
 from oocattn.pipelines.watch.timeline import busy_seconds
 
@@ -39,7 +39,7 @@ def by_resource(these: list[Span] | tuple[Span, ...]) -> dict[str, list[Span]]:
 
 @given(spans)
 def test_joining_keeps_when_each_resource_was_busy_but_for_small_gaps(given_spans: list[Span]) -> None:
-    found = joined(given_spans)
+    found = join_spans(given_spans)
     assert [span.start for span in found] == sorted(span.start for span in found)
     before, after = by_resource(given_spans), by_resource(found)
     assert before.keys() == after.keys()
@@ -58,11 +58,11 @@ def test_joining_keeps_when_each_resource_was_busy_but_for_small_gaps(given_span
 
 @given(spans, st.randoms(use_true_random=False))
 def test_joining_again_or_in_another_order_changes_nothing(given_spans: list[Span], chance: Random) -> None:
-    found = joined(given_spans)
-    assert joined(found) == found
+    found = join_spans(given_spans)
+    assert join_spans(found) == found
     shuffled = list(given_spans)
     chance.shuffle(shuffled)
-    assert set(joined(shuffled)) == set(found)
+    assert set(join_spans(shuffled)) == set(found)
 
 
 def test_a_clock_tells_the_seconds_of_the_host_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_a_clock_tells_the_seconds_of_the_host_for_hours(monkeypatch: pytest.Mon
     clock = DeviceClock(stream)
     base = time.perf_counter()
     for second in range(0, 7200, 10):
-        start, stop = recorded(stream), recorded(stream)
+        start, stop = record_event(stream), record_event(stream)
         start.seconds, stop.seconds = base + second, base + second + 3
         (span,) = clock.spans([Stretch("compute", start, stop)])
         assert span.resource == "compute"

@@ -16,11 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import attention64, relative_error
-from support import job_of, normal_arrays, outlives_its_use, plan_for, write_dataset, written_bits
+from support import job_of, normal_arrays, plan_for, write_dataset, written_bits
 
 from oocattn import IntegrityError, Plan, ProblemError
-from oocattn.pipelines.lane import cpu as cpu_lane
-from oocattn.pipelines.lane.cpu import CpuLane
+from oocattn.operations import forward
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.not_finite import count_not_finite
@@ -30,7 +29,7 @@ from oocattn.storage.results.arrays import ResultArrays
 
 
 def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
-    return CpuLane(job_of(folder, plan, result))
+    return Lane(job_of(folder, plan, result), "cpu")
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -166,7 +165,7 @@ def test_a_failure_in_one_chunk_lets_the_next_be_finished(fast_path: Path, monke
         raise ArithmeticError("broken")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cpu_lane, "finalise", broken)
+        patched.setattr(forward, "finalise", broken)
         with pytest.raises(ArithmeticError):
             lane.merge(0, 0)
     with ThreadPoolExecutor(1) as beside:
@@ -193,19 +192,13 @@ def test_partials_on_disk_stay_until_what_replaces_them_is_written(fast_path: Pa
     assert sorted(scratch.iterdir()) == before
 
 
-@pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_a_closed_lane_leaves_no_memory_behind(fast_path: Path, partials: str) -> None:
-    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
-    assert not outlives_its_use(lambda: lane_of(fast_path, plan_for(dataset, chunks=1, partials=partials)))
-
-
 @pytest.mark.parametrize("unseen", ["result.zarr.oocattn/partials", "dataset.zarr"])
 def test_a_worker_that_does_not_see_the_folders_of_the_run_is_refused(fast_path: Path, unseen: str) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
     job = job_of(fast_path, plan_for(dataset))
     (fast_path / unseen).rename(fast_path / "elsewhere")
     with pytest.raises(ProblemError, match=rf"no folder .*{unseen} on .* must see the same paths"):
-        CpuLane(job)
+        Lane(job, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

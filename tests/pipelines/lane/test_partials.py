@@ -13,8 +13,9 @@ from support import GENEROUS, MACHINE, a_problem, with_partials
 from oocattn import IntegrityError, Plan
 from oocattn.kernels import AttentionState, merge
 from oocattn.pipelines.lane.lane import make_partials
+from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles
-from oocattn.pipelines.lane.partials.store import PartialStore, States
+from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.planning.candidates import make_plan
 
 
@@ -31,6 +32,7 @@ def partial_of(plan: Plan, chunk: int, subproblem: int) -> AttentionState:
     for tensor in (state.num, state.den, state.max):
         tensor.copy_(torch.randn(tensor.shape, generator=generator).abs() * 3)
     state.keys.fill_(10 + subproblem)
+    state.key_sum.fill_(1000 * subproblem)
     return state
 
 
@@ -55,7 +57,7 @@ def add(store: PartialStore, plan: Plan, chunk: int, index: int) -> int:
 
 
 def fields(state: AttentionState) -> list[torch.Tensor]:
-    return [state.num, state.den, state.max, state.keys]
+    return [state.num, state.den, state.max, state.keys, state.key_sum]
 
 
 def add_all(store: PartialStore, plan: Plan, chunk: int, shuffled: bool = False) -> int:
@@ -66,7 +68,7 @@ def add_all(store: PartialStore, plan: Plan, chunk: int, shuffled: bool = False)
 
 
 def copied(state: AttentionState) -> list[np.ndarray]:
-    return [tensor.numpy().copy() for tensor in (state.num, state.den, state.max, state.keys)]
+    return [tensor.numpy().copy() for tensor in (state.num, state.den, state.max, state.keys, state.key_sum)]
 
 
 @pytest.mark.parametrize("tokens", [70, 66, 40_000])

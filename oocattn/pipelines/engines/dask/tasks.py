@@ -15,8 +15,6 @@ from typing import cast
 from distributed import Worker, WorkerPlugin, get_worker
 
 from oocattn.pipelines.failing import SET_UP, naming, naming_chunk, naming_subproblem
-from oocattn.pipelines.lane.cpu import CpuLane
-from oocattn.pipelines.lane.cuda import CudaLane
 from oocattn.pipelines.lane.lane import Job, Lane
 from oocattn.pipelines.watch.events import TaskEvent
 
@@ -38,15 +36,8 @@ async def open_lane(job: Job, dask_worker: Worker) -> None:
     device = job.devices.get(dask_worker.id)
     if device is not None:
         with naming(SET_UP):
-            lane = make_lane(job, device)
+            lane = Lane(job, device)
         await dask_worker.plugin_add(LanePlugin(job.scratch, lane), plugin_name(job.run))
-
-
-def make_lane(job: Job, device: str) -> Lane:
-    """The lane of a worker: a new kind of device is registered here."""
-    if device == "cpu":
-        return CpuLane(job)
-    return CudaLane(job, device)
 
 
 def plugin_name(run: str) -> str:

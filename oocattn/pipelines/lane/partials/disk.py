@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels import AttentionState
-from oocattn.pipelines.lane.partials.files import Covered, PartialFiles, row_blocks
-from oocattn.pipelines.lane.partials.store import Accumulators, Collected, DamagedPartialError, Destination, States
+from oocattn.pipelines.lane.memory import States
+from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
+from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 
@@ -33,46 +34,46 @@ class DiskPartials:
         self._accumulators = Accumulators(plan, accumulators)
         self._buffers = buffers
         self._blocks = blocks
-        self._begun: dict[tuple[int, int, int], tuple[AttentionState, int]] = {}
+        self._in_flight: dict[tuple[int, int, int], tuple[AttentionState, int]] = {}
 
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
         buffer = self._buffers.take()
-        self._begun[head_group, chunk, subproblem] = buffer, not_finite
+        self._in_flight[head_group, chunk, subproblem] = buffer, not_finite
         return Destination(buffer.rows(0, len(self._plan.tokens(chunk))), merged=False)
 
-    def awaited(self, head_group: int, chunk: int) -> bool:
+    def save_pending(self, head_group: int, chunk: int) -> bool:
         return False
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
-        buffer, not_finite = self._begun.pop((head_group, chunk, subproblem))
-        partial = buffer.rows(0, len(self._plan.tokens(chunk)))
+        buffer, not_finite = self._in_flight.pop((head_group, chunk, subproblem))
+        state = buffer.rows(0, len(self._plan.tokens(chunk)))
         try:
-            return self._files.write(Covered(head_group, chunk, (subproblem,)), partial, not_finite)
+            return self._files.write(PartialId(head_group, chunk, (subproblem,)), state, not_finite)
         finally:
             self._buffers.put(buffer)
 
-    def collect(self, head_group: int, chunk: int) -> Collected:
+    def collect(self, head_group: int, chunk: int) -> MergedChunk:
         state = self._accumulators.take(head_group, chunk)
         state.reset()
         not_finite = 0
         for subproblem in self._plan.division.contributors(chunk):
-            of = Covered(head_group, chunk, (subproblem,))
+            partial = PartialId(head_group, chunk, (subproblem,))
             try:
-                not_finite += self._files.not_finite(of)
-                self._merge(of, state)
+                not_finite += self._files.not_finite(partial)
+                self._merge(partial, state)
             except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(head_group, chunk)
-                self._files.remove(of)
+                self._files.remove(partial)
                 raise DamagedPartialError(words_of(error), head_group, chunk, subproblem) from error
-        return Collected(state, not_finite)
+        return MergedChunk(state, not_finite)
 
-    def _merge(self, of: Covered, state: AttentionState) -> None:
+    def _merge(self, partial: PartialId, state: AttentionState) -> None:
         """Merge a partial's file into the state, block by block: a damaged one leaves it half merged."""
         into = row_blocks(state)
         block = self._blocks.take()
         try:
             buffers = [block.rows(0, len(rows.keys)) for rows in into]
-            for index in self._files.read(of, buffers):
+            for index in self._files.read(partial, buffers):
                 self._merge_states(into[index], buffers[index])
         finally:
             self._blocks.put(block)
@@ -80,10 +81,14 @@ class DiskPartials:
     def release(self, head_group: int, chunk: int) -> None:
         self._accumulators.give_back(head_group, chunk)
         for subproblem in self._plan.division.contributors(chunk):
-            self._files.remove(Covered(head_group, chunk, (subproblem,)))
+            self._files.remove(PartialId(head_group, chunk, (subproblem,)))
 
     def save(self, patient: bool) -> int:
         return 0  # a partial that has come is in its file
 
-    def hurry(self) -> None:
-        """There is nothing that `save` waits for."""
+    def stop_waiting(self) -> None:
+        """`save` waits for nothing."""
+
+    def close(self) -> None:
+        self._in_flight.clear()
+        self._accumulators.close()

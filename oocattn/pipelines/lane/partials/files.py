@@ -1,8 +1,8 @@
 """The files of a run's partials: which query chunk each is of, and which subproblems have gone into it.
 
-A file says whose it is, and carries checksums (`storage.blockfile`): one of another run, or a damaged one, counts for
-nothing. Where partials are merged on disk it holds what one subproblem handed back; where they are merged in memory, a
-checkpoint holds what the first few of a chunk's contributors did.
+A file says which run and partial it is of, and carries checksums (`storage.journal.blocks`): one of another run, or a
+damaged one, counts for nothing. Where partials are merged on disk it holds what one subproblem handed back; where they are
+merged in memory, it is a checkpoint with what the first few of a chunk's contributors handed back.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NAME = re.compile(r"partial-\d+-\d+-\d+")
 
 
 @dataclass(frozen=True)
-class Covered:
-    """A query chunk of a head group, and the subproblems that a partial of it has the contributions of."""
+class PartialId:
+    """Which partial: its head group and query chunk, and the subproblems whose contributions are in it."""
 
     head_group: int
     chunk: int
@@ -48,70 +48,70 @@ class PartialFiles:
     claim: Claim | None = None
     step: Callable[[], None] = lambda: None
 
-    def path(self, of: Covered) -> Path:
+    def path(self, partial: PartialId) -> Path:
         """The file of a partial."""
-        return self.folder / f"partial-{of.head_group}-{of.chunk}-{of.subproblems[0]}"
+        return self.folder / f"partial-{partial.head_group}-{partial.chunk}-{partial.subproblems[0]}"
 
-    def write(self, of: Covered, state: AttentionState, not_finite: int) -> int:
+    def write(self, partial: PartialId, state: AttentionState, not_finite: int) -> int:
         """Write a partial durably, in place of one with the same first subproblem; return its bytes.
 
         `not_finite` is how many elements of the chunk's inputs those subproblems found to be NaN or Inf.
         """
         self._check()
         blocks = [_arrays(rows) for rows in row_blocks(state)]
-        written = write_blocks(self.path(of), blocks, {**self._label(of), "not_finite": not_finite})
+        written = write_blocks(self.path(partial), blocks, {**self._label(partial), "not_finite": not_finite})
         self.step()
         return written
 
-    def not_finite(self, of: Covered) -> int:
+    def not_finite(self, partial: PartialId) -> int:
         """What was written of NaN and Inf with a partial. Raises IntegrityError where there is none of just that."""
-        path, expected = self.path(of), self._label(of)
+        path, expected = self.path(partial), self._label(partial)
         label = read_label(path)
         if any(label.get(name) != value for name, value in expected.items()) or not _is_count(label.get("not_finite")):
             raise IntegrityError(f"{path}: expected the partial {expected}, found {label}")
         return int(label["not_finite"])
 
-    def read(self, of: Covered, buffers: Sequence[AttentionState]) -> Iterator[int]:
+    def read(self, partial: PartialId, buffers: Sequence[AttentionState]) -> Iterator[int]:
         """Read a partial, one of `row_blocks` after another, into the caller's; yield the index of each that is whole.
 
         Raises IntegrityError, naming the file, for one that is not.
         """
-        for index in read_blocks(self.path(of), [_arrays(buffer) for buffer in buffers]):
+        for index in read_blocks(self.path(partial), [_arrays(buffer) for buffer in buffers]):
             self.step()
             yield index
 
-    def remove(self, of: Covered) -> None:
+    def remove(self, partial: PartialId) -> None:
         """Remove a partial, if it is there."""
         self._check()
-        remove_file(self.path(of))
+        remove_file(self.path(partial))
 
-    def found(self) -> Iterator[tuple[Path, Covered | None]]:
-        """Every file, and what it is of by its own word: None if that cannot be, or it is another run's."""
+    def found(self) -> Iterator[tuple[Path, PartialId | None]]:
+        """Every file, and the partial that it claims to hold: None if that cannot be, or it is another run's."""
         for name in names_in(self.folder):
             if _NAME.fullmatch(name):
-                yield self.folder / name, self._covered(self.folder / name)
+                yield self.folder / name, self._read_id(self.folder / name)
 
     def _check(self) -> None:
         """Raise LockedError where the run has lost its lock."""
         if self.claim is not None:
             self.claim.check()
 
-    def _covered(self, path: Path) -> Covered | None:
+    def _read_id(self, path: Path) -> PartialId | None:
         try:
             label = read_label(path)
-            of = Covered(label["head_group"], label["chunk"], tuple(label["subproblems"]))
-            if label["run"] == self.run and self.path(of) == path:
-                return of
+            partial = PartialId(label["head_group"], label["chunk"], tuple(label["subproblems"]))
+            if label["run"] == self.run and self.path(partial) == path:
+                return partial
         except (IntegrityError, OSError, KeyError, TypeError, IndexError):
             pass
         return None
 
-    def _label(self, of: Covered) -> dict[str, Any]:
+    def _label(self, partial: PartialId) -> dict[str, Any]:
         return {
             "run": self.run,
-            "head_group": of.head_group,
-            "chunk": of.chunk,
-            "subproblems": list(of.subproblems),
+            "head_group": partial.head_group,
+            "chunk": partial.chunk,
+            "subproblems": list(partial.subproblems),
         }
 
 
@@ -121,10 +121,10 @@ def row_blocks(state: AttentionState) -> list[AttentionState]:
     return [state.rows(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _arrays(partial: AttentionState) -> list[npt.NDArray[np.generic]]:
-    """The contiguous arrays of a partial's rows: num, den and max of each head, and the keys."""
-    heads = [tensor[head].numpy() for tensor in (partial.num, partial.den, partial.max) for head in range(len(tensor))]
-    return [*heads, partial.keys.numpy()]
+def _arrays(state: AttentionState) -> list[npt.NDArray[np.generic]]:
+    """The contiguous arrays of a state's rows: num, den and max of each head, and the ledger."""
+    heads = [tensor[head].numpy() for tensor in (state.num, state.den, state.max) for head in range(len(tensor))]
+    return [*heads, state.keys.numpy(), state.key_sum.numpy()]
 
 
 def _is_count(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Partials folded into accumulators in host memory as they come, and saved every so often: see `MemoryPartials`."""
+"""Partials folded into accumulators in host memory as they come, and saved at an interval: see `MemoryPartials`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels import AttentionState
-from oocattn.pipelines.lane.partials.files import Covered, PartialFiles, row_blocks
-from oocattn.pipelines.lane.partials.store import Accumulators, Collected, DamagedPartialError, Destination, States
+from oocattn.pipelines.lane.memory import States
+from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
+from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 
@@ -19,18 +20,18 @@ Place = tuple[int, int]
 @dataclass
 class _Fold:
     """A chunk's accumulator, and how many of the chunk's contributors have begun to be folded into it, are in it whole, and
-    are in its file. Where it is `awaited`, nothing more is to begin before it has been saved."""
+    are in its file. Where its `save_pending`, nothing more begins before it has been saved."""
 
     state: AttentionState
     begun: int
     whole: int
     saved: int
     not_finite: int
-    awaited: bool = False
+    save_pending: bool = False
     being_saved: bool = False
 
     @property
-    def quiet(self) -> bool:
+    def idle(self) -> bool:
         """Whether nothing is being folded in."""
         return self.begun == self.whole
 
@@ -40,8 +41,8 @@ class MemoryPartials:
 
     So an accumulator is at any time that of the first few contributors, and its file, if it was saved, need not be of the
     same moment as another's: each says for itself how far its chunk had come. While one is being written nothing is folded
-    into it, and where nothing else is left to be written, one that is never quiet is made so. One thread begins partials;
-    any may end them and save.
+    into it, and where no other is left to be written, one that is never idle is made so. One thread begins partials; any
+    may end them and save.
     """
 
     def __init__(self, plan: Plan, files: PartialFiles, accumulators: States) -> None:
@@ -50,7 +51,7 @@ class MemoryPartials:
         self._accumulators = Accumulators(plan, accumulators)
         self._changed = threading.Condition()
         self._folds: dict[Place, _Fold] = {}
-        self._hurried = False
+        self._stopped_waiting = False
 
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
         place, contributors = (head_group, chunk), self._division.contributors(chunk)
@@ -64,14 +65,14 @@ class MemoryPartials:
             )
         fold = known or self._take(place, position)
         with self._changed:
-            self._changed.wait_for(lambda: not fold.being_saved and not (fold.awaited and fold.quiet))
+            self._changed.wait_for(lambda: not fold.being_saved and not (fold.save_pending and fold.idle))
             fold.begun += 1
             fold.not_finite += not_finite
         return Destination(fold.state, merged=position > 0)
 
-    def awaited(self, head_group: int, chunk: int) -> bool:
+    def save_pending(self, head_group: int, chunk: int) -> bool:
         fold = self._folds.get((head_group, chunk))
-        return fold is not None and fold.awaited and not fold.quiet
+        return fold is not None and fold.save_pending and not fold.idle
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         with self._changed:
@@ -79,12 +80,12 @@ class MemoryPartials:
             self._changed.notify_all()
         return 0
 
-    def collect(self, head_group: int, chunk: int) -> Collected:
+    def collect(self, head_group: int, chunk: int) -> MergedChunk:
         contributors = self._division.contributors(chunk)
         fold = self._folds.get((head_group, chunk)) or self._take((head_group, chunk), len(contributors))
         if missing := contributors[fold.begun :]:
             raise IntegrityError(f"head group {head_group}, chunk {chunk}: no partial of subproblems {list(missing)}")
-        return Collected(fold.state, fold.not_finite)
+        return MergedChunk(fold.state, fold.not_finite)
 
     def release(self, head_group: int, chunk: int) -> None:
         with self._changed:
@@ -93,7 +94,7 @@ class MemoryPartials:
             del self._folds[head_group, chunk]
             self._changed.notify_all()
         if fold.saved:
-            self._files.remove(self._covered((head_group, chunk), fold.saved))
+            self._files.remove(self._partial_id((head_group, chunk), fold.saved))
         self._accumulators.give_back(head_group, chunk)
 
     def save(self, patient: bool) -> int:
@@ -106,24 +107,28 @@ class MemoryPartials:
                 written += self._save(place)
         return written
 
-    def hurry(self) -> None:
+    def stop_waiting(self) -> None:
         with self._changed:
-            self._hurried = True
+            self._stopped_waiting = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        self._folds.clear()
+        self._accumulators.close()
 
     def _take(self, place: Place, count: int) -> _Fold:
         """An accumulator for a chunk, the first `count` of whose contributors are in its file, if any."""
         state, not_finite = self._accumulators.take(*place), 0
         if count:
-            of = self._covered(place, count)
+            partial = self._partial_id(place, count)
             try:
-                not_finite = self._files.not_finite(of)
-                for _ in self._files.read(of, row_blocks(state)):
+                not_finite = self._files.not_finite(partial)
+                for _ in self._files.read(partial, row_blocks(state)):
                     pass
             except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(*place)
-                self._files.remove(of)
-                raise DamagedPartialError(words_of(error), *place, of.subproblems[0]) from error
+                self._files.remove(partial)
+                raise DamagedPartialError(words_of(error), *place, partial.subproblems[0]) from error
         with self._changed:
             self._folds[place] = fold = _Fold(state, count, count, count, not_finite)
         return fold
@@ -131,17 +136,17 @@ class MemoryPartials:
     def _next_due(self, due: set[Place], patient: bool) -> Place | None:
         """One of these chunks into which nothing is being folded, nor will be; None where there is, or comes, no more."""
 
-        def quiet() -> Place | None:
+        def find_idle() -> Place | None:
             folds = ((place, self._folds.get(place)) for place in due)
-            return next((place for place, fold in folds if fold is None or fold.quiet), None)
+            return next((place for place, fold in folds if fold is None or fold.idle), None)
 
         with self._changed:
-            if patient and due and not quiet():
-                awaited = self._folds[next(iter(due))]
-                awaited.awaited = True
-                self._changed.wait_for(lambda: quiet() or self._hurried)
-                awaited.awaited = False
-            place = quiet()
+            if patient and due and not find_idle():
+                busy = self._folds[next(iter(due))]
+                busy.save_pending = True
+                self._changed.wait_for(lambda: find_idle() or self._stopped_waiting)
+                busy.save_pending = False
+            place = find_idle()
             if place in self._folds:
                 self._folds[place].being_saved = True
             self._changed.notify_all()
@@ -150,7 +155,7 @@ class MemoryPartials:
     def _save(self, place: Place) -> int:
         fold = self._folds[place]
         try:
-            written = self._files.write(self._covered(place, fold.whole), fold.state, fold.not_finite)
+            written = self._files.write(self._partial_id(place, fold.whole), fold.state, fold.not_finite)
             fold.saved = fold.whole
             return written
         finally:
@@ -158,5 +163,5 @@ class MemoryPartials:
                 fold.being_saved = False
                 self._changed.notify_all()
 
-    def _covered(self, place: Place, count: int) -> Covered:
-        return Covered(*place, self._division.contributors(place[1])[:count])
+    def _partial_id(self, place: Place, count: int) -> PartialId:
+        return PartialId(*place, self._division.contributors(place[1])[:count])

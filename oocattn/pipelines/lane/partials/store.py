@@ -1,7 +1,7 @@
-"""Between computing the partials of a query chunk and having them merged: what every store of them does.
+"""What every store of partials does between their computation and their merging.
 
-Two stores do it, `memory_partials` and `disk_partials`. Partials are merged by quorum index, so a merged state is the same
-bit for bit in either of them, whatever computed the partials and when. A store for another place is one more module.
+There are two stores, `partials.memory` and `partials.disk`. Partials are merged by quorum index, so a merged state is the
+same bit for bit in either of them, whatever computed the partials and when. A store for another place is one more module.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from typing import Protocol
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels import AttentionState
-from oocattn.pipelines.lane.memory import Pool
+from oocattn.pipelines.lane.memory import States
 from oocattn.planning.plan import Plan
-
-States = Pool[AttentionState]
-"""States of one head group in host memory."""
 
 
 class DamagedPartialError(IntegrityError):
-    """A partial was lost or damaged, and what was left of it removed: compute its subproblem again, and then merge."""
+    """A partial was lost or damaged, and its file removed: compute its subproblem again, and then merge."""
 
     def __init__(self, message: str, head_group: int, chunk: int, subproblem: int) -> None:
         super().__init__(message, head_group, chunk, subproblem)
@@ -40,7 +37,7 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Collected:
+class MergedChunk:
     """The merged state of a query chunk, and how many elements of its rows of q, k and v are NaN or Inf."""
 
     state: AttentionState
@@ -60,13 +57,13 @@ class PartialStore(Protocol):
         of the chunk before is not whole.
         """
 
-    def awaited(self, head_group: int, chunk: int) -> bool:
-        """Whether a `save` waits until what is under way to this chunk has ended."""
+    def save_pending(self, head_group: int, chunk: int) -> bool:
+        """Whether a `save` waits until the partials of this chunk that are in flight have ended."""
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         """The partial is there, whole; return the bytes written to disk."""
 
-    def collect(self, head_group: int, chunk: int) -> Collected:
+    def collect(self, head_group: int, chunk: int) -> MergedChunk:
         """Merge every partial of the chunk; the state is valid until `release`.
 
         In memory, where each is merged as it comes, this is the state into which the last have begun to be merged. Raises
@@ -79,15 +76,18 @@ class PartialStore(Protocol):
     def save(self, patient: bool) -> int:
         """Have on disk what is in memory alone; return the bytes written.
 
-        What is under way while this begins is left out or, where it is `patient`, waited for.
+        A chunk with partials in flight as this begins is left out or, where the save is `patient`, waited for.
         """
 
-    def hurry(self) -> None:
+    def stop_waiting(self) -> None:
         """Let no `save` be patient any more."""
+
+    def close(self) -> None:
+        """Let go of every state; nothing is begun, merged or saved any more."""
 
 
 class Accumulators:
-    """The chunk states of a lane, allocated once. The edges of the graph see to it that one is free when it is needed."""
+    """The chunk states of a lane, allocated once. The edges of the graph make sure that one is free when it is needed."""
 
     def __init__(self, plan: Plan, free: States) -> None:
         self._plan = plan
@@ -102,3 +102,7 @@ class Accumulators:
     def give_back(self, head_group: int, chunk: int) -> None:
         """Let another chunk have it."""
         self._free.put(self._held.pop((head_group, chunk)))
+
+    def close(self) -> None:
+        """Let go of those that chunks hold."""
+        self._held.clear()

@@ -1,0 +1,12 @@
+"""Operations, which a run computes: inputs, tiles, state, ledger; no disks, no tasks."""
+
+from oocattn.operations.base import Operation
+from oocattn.operations.forward import Forward
+from oocattn.planning.plan import Plan
+
+__all__ = ["Operation", "make_operation"]
+
+
+def make_operation(plan: Plan) -> Operation:
+    """The operation of a plan; a new one is registered here."""
+    return Forward(plan)

@@ -1,0 +1,66 @@
+"""The forward pass: out = softmax(scores) @ v and the log-sum-exp of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from oocattn.division.base import Block
+from oocattn.kernels import AttentionState, finalise, get_kernel, merge
+from oocattn.operations.ledger import Expected, Ledger
+from oocattn.operations.tiles import Tile, make_tiles
+from oocattn.planning.plan import Plan
+from oocattn.problem.mask import Mask
+
+
+class Forward:
+    """Attention by the plan's kernel. Implements Operation.
+
+    It takes q by query chunk, k and v by key chunk, and adds to a state by query chunk.
+    """
+
+    query_inputs: tuple[str, ...] = ("q",)
+    key_inputs: tuple[str, ...] = ("k", "v")
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._mask = plan.problem.mask
+        self._scores = plan.problem.scores
+        self._kernel = get_kernel(plan.kernel)
+
+    def mask(self, head_group: int) -> Mask:
+        """The mask of a head group."""
+        return self._mask.entry(self._plan.problem.head_group(head_group).batch)
+
+    def tiles(self, head_group: int, block: Block, key_rows: Mapping[int, range], rows: range, size: int) -> Iterator[Tile]:
+        """See `Operation.tiles`."""
+        return make_tiles(self.mask(head_group), self._plan.tokens, block, key_rows, rows, size)
+
+    def compute(
+        self,
+        tile: Tile,
+        query: Sequence[torch.Tensor],
+        key: Sequence[torch.Tensor],
+        state: AttentionState,
+        ledger: Ledger,
+    ) -> None:
+        """See `Operation.compute`."""
+        (q,), (k, v) = query, key
+        part = state.rows(tile.rows.start, tile.rows.stop)
+        intervals = tile.intervals()
+        self._kernel.attend(q[:, tile.rows.start : tile.rows.stop], k, v, part, scores=self._scores, intervals=intervals)
+        ledger.enter(tile)
+
+    def merge(self, into: AttentionState, other: AttentionState) -> None:
+        """See `Operation.merge`."""
+        merge(into, other)
+
+    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """See `Operation.finalise`."""
+        finalise(state, out, lse)
+
+    def expected(self, head_group: int, rows: range) -> Expected:
+        """See `Operation.expected`."""
+        mask = self.mask(head_group)
+        return mask.counts(rows), mask.index_sums(rows)

@@ -1,0 +1,177 @@
+"""The memory of a lane on a GPU: buffers on the device, taken at once, and host memory that is pinned for it.
+
+Pinning with CUDA's own allocator faults pages in one by one: 2.5 GB/s measured (H200 host). Huge pages, touched by
+several threads and then registered, take a sixth of that: 15 GB/s.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import weakref
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+
+import numpy as np
+import torch
+
+from oocattn.errors import BudgetError
+from oocattn.kernels import AttentionState, get_kernel
+from oocattn.pipelines.lane.memory import Arena
+from oocattn.pipelines.lane.slots import SlotRing
+from oocattn.planning.memory import (
+    FINALISED_ROWS,
+    KEY_SLOTS,
+    PARTIAL_BLOCK_ROWS,
+    QUERY_SLOTS,
+    SEGMENT,
+    Tiles,
+    device_arena_bytes,
+)
+from oocattn.planning.plan import Plan
+from oocattn.units import format_bytes
+
+SMALLEST_TILE = 128
+"""Query rows below which a tile is not halved any more when the device is out of memory."""
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
+_TOUCHING_THREADS = 8
+
+logger = logging.getLogger("oocattn")
+
+
+class TileRows:
+    """Query rows of a tile on a device: half of them each time that it is out of memory."""
+
+    def __init__(self, device: torch.device, rows: int) -> None:
+        self._device = device
+        self.count = rows
+        self._halvings = 0
+
+    def halve(self, error: torch.OutOfMemoryError) -> None:
+        """Go on with half the rows: another process has taken memory that was free when the run was planned."""
+        if self.count < 2 * SMALLEST_TILE:
+            raise BudgetError(
+                f"{self._device} has no memory left even for tiles of {self.count} queries: free some, or lower "
+                "--device-memory"
+            ) from error
+        self.count //= 2
+        self._halvings += 1
+        torch.cuda.empty_cache()
+        logger.warning("%s is out of memory: tiles of %d queries from here on", self._device, self.count)
+
+    def take_halvings(self) -> int:
+        """How often they were halved since this was last asked."""
+        halvings, self._halvings = self._halvings, 0
+        return halvings
+
+
+class DeviceBuffers:
+    """All device memory of a lane: rings of query tiles, their states and key tiles, and what merging and dividing take."""
+
+    def __init__(self, memory: torch.Tensor, plan: Plan, tiles: Tiles) -> None:
+        arena, problem = Arena(memory), plan.problem
+        group, dim, dtype = problem.group_size, problem.head_dim, getattr(torch, problem.dtype)
+        self.queries = SlotRing([arena.take((group * tiles.query, dim), dtype) for _ in range(QUERY_SLOTS)])
+        self.states = SlotRing([arena.state(group, tiles.query, dim) for _ in range(QUERY_SLOTS)])
+        self.keys = SlotRing([arena.take((2, tiles.key, dim), dtype) for _ in range(KEY_SLOTS)])
+        self.finalised = arena.state(1, FINALISED_ROWS, dim)
+        self.out = arena.take((1, FINALISED_ROWS, dim), getattr(torch, problem.out_dtype))
+        self.lse = arena.take((1, FINALISED_ROWS), torch.float32)
+        merged = [tiles.query] if plan.partials == "memory" else 2 * [PARTIAL_BLOCK_ROWS]
+        self.merged = [arena.state(group, rows, dim) for rows in merged]
+
+
+def take_device_memory(device: torch.device, compute: torch.cuda.Stream, plan: Plan, rows: TileRows) -> DeviceBuffers:
+    """Take all device memory at once; with smaller tiles where it is not there any more.
+
+    Raises BudgetError where there is no room even for the smallest tiles.
+    """
+    problem = plan.problem
+    while True:
+        tiles = Tiles(rows.count, plan.tiles.key)
+        nbytes = device_arena_bytes(problem, tiles, plan.partials)
+        scratch = get_kernel(plan.kernel).scratch_bytes(
+            problem.group_size, tiles.query, tiles.key, problem.head_dim, problem.dtype, plan.threads
+        )
+        try:
+            with torch.cuda.stream(compute):  # one segment, of which the results of all calls are cut
+                torch.empty(max(0, scratch - SEGMENT), dtype=torch.uint8, device=device)
+            return DeviceBuffers(torch.empty(nbytes, dtype=torch.uint8, device=device), plan, tiles)
+        except torch.OutOfMemoryError as error:
+            rows.halve(error)
+
+
+def copy_state(into: AttentionState, state: AttentionState) -> None:
+    """Copy a state between host and device on the current stream, in contiguous pieces: a strided copy would block."""
+    for target, source in ((into.num, state.num), (into.den, state.den), (into.max, state.max)):
+        for target_head, source_head in zip(target, source, strict=True):
+            target_head.copy_(source_head, non_blocking=True)
+    into.keys.copy_(state.keys, non_blocking=True)
+    into.key_sum.copy_(state.key_sum, non_blocking=True)
+
+
+@cache
+def pinning(device: torch.device) -> ThreadPoolExecutor:
+    """The one thread of this process that pins host memory for a GPU, and unpins it, for good.
+
+    One after the other: what a lane has given up is gone before the next one gets any.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix=f"oocattn-pin-{device}")
+
+
+class PinnedMemory:
+    """Page-locked host memory of `nbytes` for the current GPU, as the uint8 tensor `tensor`, until `close`.
+
+    Raises BudgetError where the system refuses to lock so much.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        try:
+            region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as refused:
+            raise BudgetError(
+                f"{format_bytes(nbytes)} of host memory cannot be had ({refused.strerror}): lower --host-memory, or raise "
+                "the limit on address space (ulimit -v)"
+            ) from refused
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without huge pages
+                region.madvise(mmap.MADV_HUGEPAGE)
+        content = np.frombuffer(region, np.uint8)
+        _touch(content)
+        error = torch.cuda.cudart().cudaHostRegister(content.ctypes.data, len(content), _PORTABLE)
+        if error != torch.cuda.cudart().cudaError.success:
+            raise BudgetError(
+                f"{format_bytes(nbytes)} of host memory cannot be pinned ({error}): lower --host-memory, or raise the limit "
+                "on locked memory"
+            )
+        self.tensor = torch.from_numpy(content)
+        self.close = weakref.finalize(self, _unregister, content, torch.cuda.current_device())
+
+
+def close_all(memories: Iterable[PinnedMemory]) -> None:
+    """Give pinned memory back; its tensors must not be used any more."""
+    for memory in memories:
+        memory.close()
+
+
+def _unregister(content: np.ndarray[tuple[int], np.dtype[np.uint8]], index: int) -> None:
+    """Unlock the pages; they are given back when the last view of them is gone, which this argument is until then.
+
+    GPU `index` is the one they were locked for: without it, CUDA would set up the first one just for this.
+    """
+    with torch.cuda.device(index):
+        torch.cuda.cudart().cudaHostUnregister(content.ctypes.data)
+
+
+def _touch(content: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+    """Fault every page in, from several threads."""
+    step = -(-len(content) // _TOUCHING_THREADS // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    def touch(start: int) -> None:
+        content[start : start + step : mmap.PAGESIZE] = 0
+
+    with ThreadPoolExecutor(_TOUCHING_THREADS) as pool:
+        list(pool.map(touch, range(0, len(content), step)))
