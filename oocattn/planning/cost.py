@@ -4,7 +4,7 @@ Pure arithmetic over records; which of the costed divisions is taken is decided 
 
 Seconds of a run. Links that work at the same time do not add up, the longest counts:
 
-    compute   on a GPU its own; on a CPU the tasks, and the files that its threads write themselves, take turns with it
+    compute   on a GPU its own; on a CPU some of the tasks, and the partials that its thread writes, take turns with it
     copy      between host and device
     disk      read, partials and write share it, and add up
     files     written one after another: each is waited for until it is on disk, while the disk has room for others' bytes
@@ -42,6 +42,10 @@ REREAD_FILE_SECONDS = 0.0002
 
 RUN_FILES = 9
 """Durable files of any run beside its chunks: lock, journal, metadata, report, and the commit."""
+
+TASK_SHARE = 0.5
+"""How much of the cost of tasks adds to that of computing on a CPU: a task takes one core, and the kernel waits for it or
+not, as the system divides the cores. 1 / cores is the least, 1 the most."""
 
 LAST_TASKS = 4
 """Tasks that follow each other with nothing beside them: the first stage and attend, the last merge and write."""
@@ -124,7 +128,8 @@ class _Run:
         compute = seconds["compute"]
         if self.hardware.device == "cpu":
             written = self._handed_back if self.candidate.partials == "disk" else 0  # by the thread that attends
-            compute += (seconds["tasks"] + written * self.hardware.file_seconds) / self.hardware.lanes
+            waiting = TASK_SHARE * seconds["tasks"] + written * self.hardware.file_seconds
+            compute += waiting / self.hardware.lanes
         longest = max(compute, disk, seconds.get("copy", 0.0), seconds["tasks"], seconds["write"] + seconds["files"])
         return self._fill() + longest + self._drain(seconds["write"]) + LAST_TASKS * self.hardware.task_seconds
 

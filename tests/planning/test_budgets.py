@@ -50,14 +50,14 @@ def test_a_slow_file_system_makes_a_plan_slower() -> None:
     assert slower.seconds > 24 > 10 * fast.seconds
 
 
-def test_tasks_take_turns_with_computing_on_a_cpu_only() -> None:
+def test_tasks_slow_computing_on_a_cpu_only() -> None:
     problem, options = a_problem(1 << 17), {"chunks": 31, "decomposition": "cqs"}
     for machine, serial in ((MACHINE, True), (replace(GPU, kernel_flops=1e11), False)):
         free = plan(problem, replace(machine, task_seconds=0.0), **options)
         made = plan(problem, replace(machine, task_seconds=0.1), **options)
         tasks = made.link("tasks").seconds
         assert tasks == pytest.approx(12.4)
-        assert made.seconds - free.seconds == pytest.approx(0.4 + (tasks if serial else 0.0))
+        assert made.seconds - free.seconds == pytest.approx(0.4 + (tasks / 2 if serial else 0.0))
 
 
 def test_small_calls_of_a_cpu_kernel_are_priced() -> None:
@@ -102,12 +102,12 @@ def test_a_hopeless_plan_is_made_where_no_budget_has_a_better_one() -> None:
     assert many_heads.chunks == 1
     warning = overhead_warning(many_heads, MACHINE)
     assert warning is not None
-    assert "no larger budget helps much, because each of 32,000 head groups needs its own" in warning
+    assert warning.endswith(": no larger budget is much faster")
 
 
 def test_a_plan_of_mostly_tasks_is_said_with_a_budget_that_is_better() -> None:
     problem = a_problem(16384, query_heads=8, kv_heads=2)
-    made = plan(problem, host_memory=8 * MIB)
+    made = plan(problem, host_memory=10 * MIB)
     assert is_crowded(made)
     warning = overhead_warning(made, MACHINE)
     assert warning is not None
