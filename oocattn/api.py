@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from oocattn.pipelines.session import (
     run_plan,
 )
 from oocattn.pipelines.watch.events import Callback
-from oocattn.planning.candidates import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, make_plan
+from oocattn.planning.candidates import make_plan, overhead_warning
 from oocattn.planning.measure import (
     count_lanes,
     default_device_memory,
@@ -41,6 +42,7 @@ from oocattn.planning.measure import (
     input_cost,
     warm_up,
 )
+from oocattn.planning.options import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.dataset import Dataset
@@ -48,14 +50,13 @@ from oocattn.storage.inputs.posing import pose
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.verification.certificate import Certificate
-from oocattn.verification.certify import certify
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
 
     from oocattn.verification.certificate import Certificate
 
+logger = logging.getLogger("oocattn")
 
 PROBLEM_OPTIONS = {"causal": arguments.boolean, "scale": arguments.scale, "dtype": arguments.dtype}
 """What the options that pose a problem may be."""
@@ -132,7 +133,7 @@ def _plan_for(dataset: Dataset, problem: Problem, choices: Choices, lanes: int |
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
     host_memory = default_host_memory() if choices.host_memory is None else choices.host_memory
-    return make_plan(
+    plan = make_plan(
         problem,
         hardware,
         device_memory=device_memory,
@@ -142,6 +143,10 @@ def _plan_for(dataset: Dataset, problem: Problem, choices: Choices, lanes: int |
         decomposition=choices.decomposition,
         checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
     )
+    warning = overhead_warning(plan, hardware)
+    if warning is not None:
+        logger.warning("%s", warning)
+    return plan
 
 
 @checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, overwrite=arguments.boolean)

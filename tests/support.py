@@ -23,8 +23,8 @@ from oocattn.pipelines.lane.lane import Job, Lane
 from oocattn.pipelines.session import run_plan
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.cost import recost
+from oocattn.planning.machine import Hardware, Machine
 from oocattn.planning.measure import input_cost
-from oocattn.planning.plan import Hardware, Machine
 from oocattn.problem.problem import Problem, make_problem
 from oocattn.problem.scores import Scores
 from oocattn.storage.inputs.dataset import Dataset

@@ -117,7 +117,7 @@ def plan_of(case: Case, dataset: Path) -> Plan:
     if case.tight_budget:
         with pytest.raises(BudgetError) as refused:
             plan_for(dataset, host_memory=1, **options)
-        options["host_memory"] = int(re.search(r"(\d+)MiB$", str(refused.value))[1]) << 20
+        options["host_memory"] = int(re.search(r"works is (\d+)MiB", str(refused.value))[1]) << 20
     return plan_for(dataset, partials=case.partials, **options)
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels import device_type, get_kernel
-from oocattn.planning.plan import Plan, ScratchBytes
+from oocattn.planning.machine import ScratchBytes
+from oocattn.planning.plan import Plan
 from oocattn.planning.stored_plan import read_plan
 from oocattn.records import Range, Seconds, from_json, to_json
 from oocattn.storage.journal.claims import Claim

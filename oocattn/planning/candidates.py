@@ -1,30 +1,25 @@
 """From a problem, budgets and a small description of the hardware to a `Plan`, before the first byte is read.
 
 Planning is a pure function of records: nothing here reads data, measures hardware or starts a task. Every candidate
-division is costed (memory, bytes a link, seconds) and those that do not fit the budgets are dropped. Of the rest the
-fastest is taken; where predictions differ by less than 5%, partials in memory before partials on disk, of whose speed little
-is known, and cyclic quorums before strips; where by less than 1%, fewer chunks before more.
+division is costed (memory, bytes, files, tasks and seconds), and those that do not fit the budgets are dropped. Of the rest
+the fastest is taken; where predictions differ by less than 5%, partials in memory before partials on disk, of whose speed
+little is known, and cyclic quorums before strips; where by less than 1%, fewer chunks before more, and short spans before
+long ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from oocattn.division.quorums import candidate_chunk_counts, quorum_size
 from oocattn.errors import BudgetError, ProblemError
-from oocattn.planning.cost import Candidate, cost
-from oocattn.planning.plan import Hardware, InputCost, Plan
+from oocattn.planning.budgets import BudgetName, crowded_warning, is_crowded, is_hopeless, refuse
+from oocattn.planning.cost import cost
+from oocattn.planning.layout import Candidate
+from oocattn.planning.machine import Hardware, InputCost
+from oocattn.planning.options import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, MAX_SUBPROBLEMS
+from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
-from oocattn.units import format_bytes
-
-MAX_CHUNKS = 9507
-
-MAX_SUBPROBLEMS = 1 << 20
-"""Of a head group: to look through more of them takes longer than anybody waits for a `status`."""
-
-CHECKPOINT_SECONDS = 60.0
-"""What a kill may cost, unless it is chosen."""
-
 
 FINE_SECONDS = 0.005
 """A subproblem of less would cost more to schedule than to compute: nothing finer is considered where this fits."""
@@ -33,8 +28,6 @@ TIE = 1.05
 """Divisions of different kinds whose predictions differ by less are taken for equally fast; of one kind, `CLOSE`."""
 
 CLOSE = 1.01
-
-DECOMPOSITIONS = ("auto", "cqs", "strips")
 
 
 def make_plan(
@@ -52,45 +45,101 @@ def make_plan(
 
     `chunks` pins c and `decomposition` the kind. A kill is to cost no more than `checkpoint_seconds` (0: whatever it costs):
     where the budgets leave a choice, subproblems are short enough for that, and what is saved little enough. Raises
-    ProblemError for a choice that does not exist and BudgetError, naming the smallest budget that works, where nothing fits.
+    ProblemError for a choice that does not exist and BudgetError, naming the smallest budget that works and what larger ones
+    give, where nothing fits, or only a hopeless plan does and a larger budget has one that is not.
     """
+    limit = min(problem.tokens, MAX_CHUNKS)
     if decomposition not in DECOMPOSITIONS:
         raise ProblemError(f"decomposition {decomposition!r}: expected one of {', '.join(DECOMPOSITIONS)}")
-    if chunks is not None and not 1 <= chunks <= min(problem.tokens, MAX_CHUNKS):
-        raise ProblemError(
-            f"chunks = {chunks}: expected 1 to {min(problem.tokens, MAX_CHUNKS):,} for {problem.tokens:,} tokens"
-        )
+    if chunks is not None and not 1 <= chunks <= limit:
+        raise ProblemError(f"chunks = {chunks}: expected 1 to {limit:,} for {problem.tokens:,} tokens")
+    candidates = list(_candidates(problem, hardware.lanes, chunks, decomposition))
+
+    def cost_all(device: int, host: int) -> list[Plan]:
+        return _cost_all(candidates, problem, hardware, inputs, device, host, checkpoint_seconds)
+
+    plans = cost_all(device_memory, host_memory)
+    chosen = _choose(plans, hardware)
+    if chosen is not None and not is_hopeless(chosen):
+        return chosen
+
+    def plan_with(name: BudgetName, budget: int) -> Plan | None:
+        budgets = (budget, host_memory) if name == "device" else (device_memory, budget)
+        if hardware.device == "cpu" or name == "host":  # only tiles on a GPU depend on a budget
+            return _choose([plan.with_budgets(*budgets) for plan in plans], hardware)
+        return _choose(cost_all(*budgets), hardware)
+
+    refusal = refuse(plans, chosen, hardware.scratch_disk, plan_with)
+    if refusal is not None:
+        raise refusal
+    assert chosen is not None
+    return chosen
+
+
+def overhead_warning(plan: Plan, hardware: Hardware) -> str | None:
+    """What to tell the user of a plan that is mostly tasks and files; None for any other plan."""
+    if not is_crowded(plan):
+        return None
+
+    def replan(times: int) -> Plan | None:
+        try:
+            return make_plan(
+                plan.problem,
+                hardware,
+                device_memory=times * plan.device_memory,
+                host_memory=times * plan.host_memory,
+                inputs=plan.inputs,
+                checkpoint_seconds=plan.checkpoint_seconds,
+            )
+        except BudgetError:
+            return None
+
+    return crowded_warning(plan, replan)
+
+
+def _cost_all(
+    candidates: Iterable[Candidate],
+    problem: Problem,
+    hardware: Hardware,
+    inputs: InputCost,
+    device_memory: int,
+    host_memory: int,
+    checkpoint_seconds: float,
+) -> list[Plan]:
+    """The plan of each candidate, but for those that are cut finer than one that fits and is fine enough."""
     plans: list[Plan] = []
-    fine: set[str] = set()  # decompositions of which finer divisions would gain nothing
-    for candidate in _candidates(problem, hardware.lanes, chunks, decomposition):
-        if candidate.decomposition not in fine and candidate.division(problem).subproblems <= MAX_SUBPROBLEMS:
-            plan = cost(candidate, problem, hardware, inputs, device_memory, host_memory, checkpoint_seconds)
-            plans.append(plan)
-            if _fits(plan, hardware) and plan.subproblem_seconds < FINE_SECONDS:
-                fine.add(candidate.decomposition)
-    fitting = [plan for plan in plans if _fits(plan, hardware)]
+    enough: dict[str, int] = {}  # chunks of each decomposition
+    for candidate in candidates:
+        too_fine = candidate.chunks > enough.get(candidate.decomposition, MAX_CHUNKS)
+        if too_fine or candidate.division(problem).subproblems > MAX_SUBPROBLEMS:
+            continue
+        plan = cost(candidate, problem, hardware, inputs, device_memory, host_memory, checkpoint_seconds)
+        plans.append(plan)
+        fits = plan.fits and plan.scratch_disk <= hardware.scratch_disk
+        if fits and plan.subproblem_seconds < FINE_SECONDS and not is_hopeless(plan):
+            enough.setdefault(candidate.decomposition, candidate.chunks)
+    return plans
+
+
+def _choose(plans: Sequence[Plan], hardware: Hardware) -> Plan | None:
+    """The best of the plans that fit; None where none does."""
+    fitting = [plan for plan in plans if plan.fits and plan.scratch_disk <= hardware.scratch_disk]
     if not fitting:
-        raise _budget_error(plans, device_memory, host_memory, hardware.scratch_disk)
-    prompt = [plan for plan in fitting if _keeps_to_interval(plan, hardware)] or fitting
+        return None
+    prompt = [plan for plan in fitting if _keeps_to_interval(plan)] or fitting
     fastest = min(plan.seconds for plan in prompt)
     ties = [plan for plan in prompt if plan.seconds <= TIE * fastest]
     kind = min(_kind(plan) for plan in ties)
     ties = [plan for plan in ties if _kind(plan) == kind]
     fastest = min(plan.seconds for plan in ties)
     close = (plan for plan in ties if plan.seconds <= CLOSE * fastest)
-    return min(close, key=lambda plan: (plan.chunks, plan.seconds, -plan.accumulators))
+    return min(close, key=lambda plan: (plan.chunks, plan.span, -plan.accumulators))
 
 
-def _fits(plan: Plan, hardware: Hardware) -> bool:
-    """Whether a plan keeps to its budgets and to the room on disk."""
-    in_memory = plan.peak_device <= plan.device_memory and plan.peak_host <= plan.host_memory
-    return in_memory and plan.scratch_disk <= hardware.scratch_disk
-
-
-def _keeps_to_interval(plan: Plan, hardware: Hardware) -> bool:
+def _keeps_to_interval(plan: Plan) -> bool:
     """Whether a kill costs no more than it may: half of that passes between saves, in the other half two subproblems are in
     flight and all accumulators are saved."""
-    saving = plan.scratch_disk / hardware.write_rate if plan.saves else 0.0
+    saving = plan.saving_seconds if plan.saves else 0.0
     return not plan.checkpoint_seconds or saving + 2 * plan.subproblem_seconds <= plan.checkpoint_seconds / 2
 
 
@@ -117,25 +166,3 @@ def _candidates(problem: Problem, lanes: int, chunks: int | None, decomposition:
 
 def _powers_of_two(limit: int) -> Iterator[int]:
     return (1 << power for power in range(limit.bit_length()) if 1 << power <= limit)
-
-
-def _budget_error(plans: list[Plan], device_memory: int, host_memory: int, scratch_disk: int) -> BudgetError:
-    """Name the budget that is too small, and the smallest that works."""
-    on_disk = [plan for plan in plans if plan.scratch_disk <= scratch_disk]
-    on_device = [plan for plan in on_disk if plan.peak_device <= device_memory]
-    if not on_disk:
-        smallest = min(plan.scratch_disk for plan in plans)
-        return BudgetError(
-            f"partials need at least {format_bytes(smallest)} of scratch on disk and {format_bytes(scratch_disk)} is "
-            "free beside the result: make room, do without checkpoints (--checkpoint-interval 0), or leave --decomposition "
-            "and --chunks to the plan"
-        )
-    if not on_device:
-        name, budget, smallest = "device", device_memory, min(plan.peak_device for plan in on_disk)
-    else:
-        name, budget, smallest = "host", host_memory, min(plan.peak_host for plan in on_device)
-    exact = -(-smallest // (1 << 20))
-    return BudgetError(
-        f"--{name}-memory {format_bytes(budget)} is too small for any tile of this problem: the smallest that works is "
-        f"{exact}MiB"
-    )

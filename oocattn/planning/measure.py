@@ -1,9 +1,13 @@
-"""What this machine can do, for a plan: the kernel, reading and decoding are measured briefly, writing is assumed."""
+"""What this machine can do, for a plan: the kernel, reading, decoding and small files are measured briefly.
+
+The rate of writing large files is assumed.
+"""
 
 from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,17 +22,20 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from oocattn.errors import IntegrityError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels import AttentionState, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.settings import plain_threads
 from oocattn.planning.cost import HALF_RATE_KEYS
-from oocattn.planning.plan import MAX_LANES, Device, Hardware, InputCost
+from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, InputCost
+from oocattn.planning.memory import PAGE
 from oocattn.problem.mask import Causal
 from oocattn.problem.problem import Problem
 from oocattn.problem.scores import Scores
 from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.files.durable import write_durably
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
@@ -65,15 +72,25 @@ CUDA_SAMPLE = (32_768, 32_768)
 """Rows and keys on which a kernel is timed on a GPU: enough to fill it, in little memory."""
 
 
+FILE_MOMENT, MOST_FILES = 0.03, 8
+"""Seconds after which no more files are written to measure what one costs, and how many at most."""
+
+
 def describe_hardware(
-    dataset: Dataset, problem: Problem, *, kernel: str | None, lanes: int | None, scratch: Path | None
+    dataset: Dataset,
+    problem: Problem,
+    *,
+    kernel: str | None,
+    lanes: int | None,
+    scratch: Path | None,
+    engine: Engine = "dask",
 ) -> Hardware:
-    """Measure the kernel and reading on this machine and describe it for a plan.
+    """Measure the kernel, reading and small files on this machine and describe it for a plan.
 
     `kernel` pins one (default: the best for device and dtype), `lanes` is the number of workers (default: one, or one for
     each GPU), which share this machine's cores; `MAX_LANES` of them take part at most. `scratch` is the folder whose file
-    system takes the partials. Raises ProblemError for a kernel that is unknown or cannot serve the problem here, and where
-    computing would never end, as in a fork.
+    system takes the partials, and `engine` carries the tasks out. Raises ProblemError for a kernel that is unknown or cannot
+    serve the problem here, and where computing would never end, as in a fork.
     """
     device, name = _choose_kernel(problem, kernel)
     lanes = min(lanes or count_lanes(kernel), MAX_LANES)
@@ -92,7 +109,7 @@ def describe_hardware(
         )
         scratch_bytes = get_kernel(name).scratch_bytes(1, rows, keys, problem.head_dim, problem.dtype, threads)
         measuring_bytes = operands + scratch_bytes + SEGMENTS
-    found = 2.0 ** round(math.log2(sample_rate(dataset)))  # so that the same conditions make the same plan
+    found = _rounded(sample_rate(dataset))
     return Hardware(
         kernel=name,
         kernel_flops=flops,
@@ -105,6 +122,8 @@ def describe_hardware(
         threads=threads,
         read_rate=found,
         reread_rate=max(found, CACHE_RATE) if _fits_page_cache(problem) else found,
+        task_seconds=TASK_SECONDS[engine],
+        file_seconds=FILE_SECONDS if scratch is None else file_seconds(scratch),
         measuring_bytes=measuring_bytes,
         scratch_disk=UNKNOWN_DISK if scratch is None else free_disk(scratch),
     )
@@ -324,14 +343,43 @@ def container_limits() -> list[int]:
     return limits
 
 
+def file_seconds(folder: Path) -> float:
+    """Seconds that a small durable file costs on the file system that will hold `folder`, which need not exist yet.
+
+    The median of a few, in a temporary folder that is removed again; `FILE_SECONDS` where none can be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".oocattn-", dir=_existing(folder)) as temporary:
+            seconds: list[float] = []
+            began = time.perf_counter()
+            while len(seconds) < MOST_FILES and (not seconds or time.perf_counter() - began < FILE_MOMENT):
+                start = time.perf_counter()
+                write_durably(Path(temporary, str(len(seconds))), [np.zeros(PAGE, np.uint8)])
+                seconds.append(time.perf_counter() - start)
+    except (OSError, IntegrityError):
+        return FILE_SECONDS
+    return _rounded(max(median(seconds), 1e-6))
+
+
+def _rounded(found: float) -> float:
+    """What was measured, to a power of two: so that the same conditions make the same plan."""
+    return float(2.0 ** round(math.log2(found)))
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    with name_failure("look at", folder):
+        while not folder.exists():
+            folder = folder.parent
+    return folder
+
+
 def free_disk(folder: Path) -> int:
     """Free bytes on the file system that will hold `folder`, which need not exist yet; `UNKNOWN_DISK` where it says none.
 
     One in user space may count nothing at all; on one that is full in truth, the first write says so.
     """
-    with name_failure("look at", folder):
-        while not folder.exists():
-            folder = folder.parent
+    folder = _existing(folder)
     try:
         return shutil.disk_usage(folder).free or UNKNOWN_DISK
     except OSError:

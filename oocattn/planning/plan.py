@@ -1,17 +1,14 @@
-"""The records of planning: what is known of the machine and the dataset, and the `Plan` that follows from them.
+"""The `Plan` of a run: a frozen record that describes itself.
 
-All are frozen and hold no behaviour beyond describing themselves; how a plan is chosen is in `planner`, and how one that is
-read from a file is checked in `stored_plan`.
+How a plan is chosen is in `candidates`, and how one that is read from a file is checked in `stored_plan`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,84 +16,21 @@ from oocattn.division.base import Division
 from oocattn.division.drawing import draw_division
 from oocattn.division.quorums import CyclicQuorums, quorum_size
 from oocattn.division.strips import Strips
+from oocattn.planning.machine import Device, InputCost, Machine
 from oocattn.planning.memory import Buffers, Tiles
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.records import Count, Positive, Range, Seconds, to_json
-from oocattn.storage.files.outputs import write_drawing
 from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
 
-ScratchBytes = Callable[[int, int, int, int, str, int], int]
-"""Bounds what a kernel allocates: (group_size, rows, keys, head_dim, dtype, threads) to bytes."""
-
-Rate = Annotated[float, Range(1e-3, inf)]
-"""Bytes, or floating-point operations, per second."""
-
-Device = Literal["cpu", "cuda"]
-"""Where lanes are."""
-
-MAX_LANES = 1024
-"""Lanes of a run: of more workers than that, the others take no part."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a plan records of the machine. Rates are in bytes/s and FLOP/s.
-
-    `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a call at which it falls to half,
-    `max_keys` the most keys of a call; `rounds_weights` says whether the kernel rounds softmax weights to the inputs' dtype.
-    `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's,
-    shared by all lanes, and `reread_rate` that of what was read before, from the page cache if it fits there; `scratch_disk`
-    is the room for partials, in bytes, and `measuring_bytes` what finding all this out took on the device.
-    """
-
-    kernel: str
-    kernel_flops: Rate
-    device: Device = "cpu"
-    half_rate_rows: Positive = 256
-    max_keys: Positive = 1 << 16
-    rounds_weights: bool = False
-    lanes: Annotated[int, Range(1, MAX_LANES)] = 1
-    threads: Annotated[int, Range(1, 1 << 16)] = 1
-    copy_rate: Rate = 50e9
-    read_rate: Rate = 1e9
-    reread_rate: Rate = 1e9
-    write_rate: Rate = 1e9
-    task_seconds: Seconds = 0.003
-    scratch_disk: Count = 1 << 60
-    measuring_bytes: Count = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardware(Machine):
-    """What a plan needs to know of the machine: what it records, and what the kernel allocates."""
-
-    scratch_bytes: ScratchBytes
-
-    @property
-    def machine(self) -> Machine:
-        """What a plan records of it."""
-        return Machine(**{field.name: getattr(self, field.name) for field in fields(Machine)})
-
-
-@dataclass(frozen=True)
-class InputCost:
-    """What reading the dataset costs beyond its bytes.
-
-    `decode_bytes` is the transient host memory of one read and `decode_rate` bytes/s, both through Zarr's codecs; chunks
-    of tokens are best aligned to `align_rows`; `notes` say so in words.
-    """
-
-    decode_bytes: Count = 0
-    decode_rate: Rate = inf
-    align_rows: Positive = 1
-    notes: tuple[str, ...] = ()
+COUNTED = ("files", "tasks")
+"""Links whose amount is a number of things; that of `compute` is floating-point operations, of the others bytes."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """One resource that a run occupies: how many bytes (compute: floating-point operations), for how many seconds."""
+    """One resource that a run occupies: how much of it, for how many seconds."""
 
     name: str
     amount: float
@@ -173,11 +107,19 @@ class Plan:
         """Subproblems over all head groups."""
         return self.division.subproblems * self.problem.head_groups
 
+    def link(self, name: str) -> Link:
+        """The link of that name; one that this plan does not occupy is empty."""
+        return next((link for link in self.links if link.name == name), Link(name, 0, 0.0))
+
     @property
     def subproblem_seconds(self) -> float:
         """How long a lane is predicted to compute a subproblem."""
-        compute = next(link.seconds for link in self.links if link.name == "compute")
-        return compute * self.lanes / self.subproblems
+        return self.link("compute").seconds * self.lanes / self.subproblems
+
+    @property
+    def overhead_seconds(self) -> float:
+        """How long tasks and files take, which compute nothing."""
+        return self.link("tasks").seconds + self.link("files").seconds
 
     @property
     def saves(self) -> bool:
@@ -185,9 +127,24 @@ class Plan:
         return self.partials == "memory" and self.checkpoint_seconds > 0
 
     @property
+    def saving_seconds(self) -> float:
+        """How long it is predicted to take to save what all lanes hold in memory."""
+        held = self.lanes * min(self.accumulators, self.problem.head_groups * self.chunks)
+        return self.scratch_disk / self.machine.write_rate + held * self.machine.file_seconds
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan keeps to its budgets of memory."""
+        return self.peak_device <= self.device_memory and self.peak_host <= self.host_memory
+
+    def with_budgets(self, device_memory: int, host_memory: int) -> Plan:
+        """The same plan, whatever it allocates, under other budgets."""
+        return replace(self, device_memory=device_memory, host_memory=host_memory)
+
+    @property
     def binds(self) -> str:
-        """What takes longest: compute, copy or tasks, or, where the links that share the disk do, the largest of them."""
-        alone = [link for link in self.links if link.name in ("compute", "copy", "tasks")]
+        """What takes longest: a link that is alone or, where those that share the disk do together, the largest of them."""
+        alone = [link for link in self.links if link.name in ("compute", "copy", "tasks", "files")]
         disk = [link for link in self.links if link not in alone]
         longest = max(alone, key=lambda link: link.seconds)
         if sum(link.seconds for link in disk) > longest.seconds:
@@ -230,6 +187,8 @@ class Plan:
         Raises ResultExistsError where something is at `path` that oocattn has not drawn, and ProblemError where its folder
         does not exist or cannot be written to, or `path` does not end in .svg.
         """
+        from oocattn.storage.files.outputs import write_drawing  # all else here is pure
+
         return write_drawing(path, draw_division(self.division, str(self.problem.mask)))
 
     def _partials(self) -> str:
@@ -261,9 +220,9 @@ class Plan:
             f"{'link':<12} {'amount':>12} {'seconds':>9}",
         ]
         for link in self.links:
-            amount = f"{format_count(link.amount)}{'' if link.name == 'tasks' else 'FLOP'}"
-            if link.name not in ("compute", "tasks"):
-                amount = format_bytes(link.amount)
+            amount = format_bytes(link.amount)
+            if link.name in (*COUNTED, "compute"):
+                amount = f"{format_count(link.amount)}{'FLOP' if link.name == 'compute' else ''}".rstrip()
             mark = "  <- binds" if link.name == self.binds else ""
             lines.append(f"{link.name:<12} {amount:>12} {link.seconds:>9.3g}{mark}")
         lines.append(f"{'predicted':<12} {'':>12} {self.seconds:>9.3g}  ({format_seconds(self.seconds)})")

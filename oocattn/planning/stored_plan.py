@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from oocattn.planning.candidates import MAX_CHUNKS, MAX_SUBPROBLEMS
 from oocattn.planning.cost import recost
-from oocattn.planning.plan import Plan, ScratchBytes
+from oocattn.planning.machine import ScratchBytes
+from oocattn.planning.options import MAX_CHUNKS, MAX_SUBPROBLEMS
+from oocattn.planning.plan import Plan
 from oocattn.problem.problem import check_problem
 from oocattn.records import from_json
 
@@ -28,7 +29,7 @@ def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes] | 
     for name, value in expected.items():
         if not _same(value, found[name]):
             raise ValueError(f"its {name.replace('_', ' ')} does not follow from the rest of the plan")
-    if plan.peak_host > plan.host_memory or plan.peak_device > plan.device_memory:
+    if not plan.fits:
         raise ValueError("its peak memory is beyond its budgets")
     return plan
 

@@ -19,7 +19,7 @@ import oocattn
 from oocattn.cli import main as cli
 from oocattn.cli import printing
 from oocattn.planning.candidates import make_plan
-from oocattn.planning.plan import InputCost
+from oocattn.planning.machine import InputCost
 
 
 @pytest.fixture(scope="module")

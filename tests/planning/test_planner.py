@@ -16,7 +16,7 @@ from support import GENEROUS, MACHINE, a_problem
 from oocattn import BudgetError, Plan, ProblemError
 from oocattn.division.quorums import candidate_chunk_counts
 from oocattn.planning.candidates import make_plan
-from oocattn.planning.plan import Hardware, InputCost
+from oocattn.planning.machine import Hardware, InputCost
 from oocattn.problem.problem import Problem
 
 MIB = 1 << 20
@@ -28,7 +28,7 @@ def plan(problem: Problem, hardware: Hardware = MACHINE, **options: Any) -> Plan
 
 def smallest_named(error: BudgetError) -> tuple[str, int]:
     """The budget that the message is about, and the smallest that it says works."""
-    match = re.search(r"--(device|host)-memory .* the smallest that works is (\d+)MiB$", str(error))
+    match = re.search(r"--(device|host)-memory .* the smallest that works is (\d+)MiB", str(error))
     assert match, str(error)
     return f"{match[1]}_memory", int(match[2]) * MIB
 

@@ -13,7 +13,7 @@ from test_planner import MIB, check_the_smallest_budget, plan, smallest_named
 
 from oocattn import BudgetError
 from oocattn.kernels import get_kernel
-from oocattn.planning.plan import Hardware
+from oocattn.planning.machine import Hardware
 from oocattn.problem.problem import Problem
 
 GIB = 1 << 30

@@ -11,8 +11,9 @@ from support import GENEROUS, MACHINE, a_problem
 from test_planner import problems
 
 from oocattn.planning.candidates import make_plan
+from oocattn.planning.machine import InputCost
 from oocattn.planning.memory import Tiles
-from oocattn.planning.plan import InputCost, Plan
+from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 
 NOTES = tuple(

@@ -1,0 +1,153 @@
+"""What other budgets would give: the words of a refusal, and of a warning that a plan is mostly overhead.
+
+Overhead is tasks and durable files, which cost the same however little each of them does. Pure functions of costed plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal
+
+from oocattn.errors import BudgetError
+from oocattn.planning.plan import Plan
+from oocattn.units import format_bytes, format_seconds
+
+HOPELESS_TIMES, HOPELESS_SECONDS = 20.0, 60.0
+"""A plan is hopeless whose overhead takes more than so many times its computing and more than so many seconds."""
+
+MOST_TASKS_A_SECOND, NOTICED_SECONDS = 100.0, 2.0
+"""A plan is crowded that has more tasks a second of computing, or more overhead than computing, and so much overhead."""
+
+LARGER = (2, 4)
+"""Multiples of a budget at which plans are compared."""
+
+WORTH = 1.5
+"""By how many times faster a plan must be for a larger budget to be named."""
+
+MIB = 1 << 20
+
+Replan = Callable[[int], Plan | None]
+"""The plan of so many times the budgets, if any fits."""
+
+BudgetName = Literal["device", "host"]
+
+PlanWith = Callable[[BudgetName, int], Plan | None]
+"""The plan where one budget is so many bytes, if any fits."""
+
+
+def is_hopeless(plan: Plan) -> bool:
+    """Whether nobody would wait for a plan, as it spends nearly all its time on tasks and files."""
+    return plan.overhead_seconds > max(HOPELESS_SECONDS, HOPELESS_TIMES * plan.link("compute").seconds)
+
+
+def is_crowded(plan: Plan) -> bool:
+    """Whether a plan spends so much of its time on tasks and files that the user should know."""
+    computing, tasks = plan.link("compute").seconds, plan.link("tasks").amount
+    crowded = tasks > MOST_TASKS_A_SECOND * computing or plan.overhead_seconds > computing
+    return crowded and plan.overhead_seconds > NOTICED_SECONDS
+
+
+def faster_plans(plan: Plan, replan: Replan) -> list[tuple[int, Plan]]:
+    """The multiples of a plan's budgets that are worth their memory, with their plans, ascending."""
+    found = [(1, plan)]
+    for times in LARGER:
+        larger = replan(times)
+        if larger is not None and larger.seconds * WORTH < found[-1][1].seconds:
+            found.append((times, larger))
+    return found[1:]
+
+
+def crowded_warning(plan: Plan, replan: Replan) -> str:
+    """Say how much of a crowded plan is overhead, and which budget, or choice left to the plan, would be better."""
+    tasks, files, computing = (plan.link(name) for name in ("tasks", "files", "compute"))
+    found = (
+        f"this plan spends {format_seconds(tasks.seconds)} on {tasks.amount:,.0f} tasks and "
+        f"{format_seconds(files.seconds)} on {files.amount:,.0f} files for {format_seconds(computing.seconds)} of computing"
+    )
+    unpinned = replan(1)
+    if unpinned is not None and unpinned.seconds * WORTH < plan.seconds:
+        seconds = format_seconds(unpinned.seconds)
+        return f"{found}: leave --chunks and --decomposition to the plan, which then takes {seconds} in all"
+    faster = faster_plans(plan, replan)
+    if not faster:
+        return f"{found}: no larger budget is much faster"
+    best = faster[-1][1]
+    budgets = {
+        "device": (best.peak_device, plan.device_memory),
+        "host": (best.peak_host, plan.host_memory),
+    }
+    options = [f"--{name}-memory {_in_mib(peak)}" for name, (peak, budget) in budgets.items() if peak > budget]
+    return f"{found}: {' and '.join(options)} takes {format_seconds(best.seconds)} in all"
+
+
+def refuse(plans: Sequence[Plan], chosen: Plan | None, scratch_disk: int, plan_with: PlanWith) -> BudgetError | None:
+    """The refusal of budgets of which no plan fits (`chosen` is None), or only a hopeless one where a larger one has better.
+
+    It names the budget that is too small, the smallest that works, and what larger ones give. None: the hopeless plan is as
+    good as any.
+    """
+    with_scratch = [plan for plan in plans if plan.scratch_disk <= scratch_disk]
+    if not with_scratch:
+        return _scratch_error(plans, scratch_disk)
+    on_device = [plan for plan in with_scratch if plan.peak_device <= plan.device_memory]
+    names: list[BudgetName] = ["device"] if not on_device else ["host"] if chosen is None else ["host", "device"]
+    for name in names:
+        peaks = [_peak(plan, name) for plan in (on_device if name == "host" else with_scratch)]
+        smallest, least = _smallest(peaks, _budget(plans[0], name), partial(plan_with, name))
+        if chosen is None or (least is not None and not is_hopeless(least)):
+            return _too_small(name, _budget(plans[0], name), chosen, smallest, least, plan_with)
+    return None
+
+
+def _smallest(peaks: Iterable[int], budget: int, plan_of: Callable[[int], Plan | None]) -> tuple[int, Plan | None]:
+    """The smallest budget above `budget` that has a plan, with that plan: one that is not hopeless, if there is any.
+
+    Without a plan, where another budget is too small as well.
+    """
+    steps = sorted({-(-peak // MIB) * MIB for peak in peaks if peak > budget})
+    found: list[tuple[int, Plan | None]] = []
+    for step in steps:
+        plan = plan_of(step)
+        if plan is not None:
+            found.append((step, plan))
+            if not is_hopeless(plan):
+                return step, plan
+    return found[0] if found else (steps[0] if steps else budget, None)
+
+
+def _too_small(
+    name: BudgetName, budget: int, hopeless: Plan | None, smallest: int, least: Plan | None, plan_with: PlanWith
+) -> BudgetError:
+    problem = "is too small for any tile of this problem"
+    if hopeless is not None:
+        problem = f"would take {format_seconds(hopeless.seconds)}, nearly all of it for tasks and files"
+    words = f"--{name}-memory {format_bytes(budget)} {problem}: the smallest that works is {_in_mib(smallest)}"
+    if least is None:
+        return BudgetError(words)
+    larger = faster_plans(least, lambda times: plan_with(name, smallest * times))
+    shown = [f"{_in_mib(smallest * times)} ({format_seconds(plan.seconds)})" for times, plan in larger]
+    return BudgetError(", ".join([f"{words} ({format_seconds(least.seconds)})", *shown]))
+
+
+def _budget(plan: Plan, name: BudgetName) -> int:
+    return plan.device_memory if name == "device" else plan.host_memory
+
+
+def _peak(plan: Plan, name: BudgetName) -> int:
+    return plan.peak_device if name == "device" else plan.peak_host
+
+
+def _scratch_error(plans: Sequence[Plan], scratch_disk: int) -> BudgetError:
+    """Say that none of these plans has room for its partials."""
+    smallest = min(plan.scratch_disk for plan in plans)
+    return BudgetError(
+        f"partials need at least {format_bytes(smallest)} of scratch on disk and {format_bytes(scratch_disk)} is "
+        "free beside the result: make room, do without checkpoints (--checkpoint-interval 0), or leave --decomposition "
+        "and --chunks to the plan"
+    )
+
+
+def _in_mib(count: int) -> str:
+    """A number of bytes as an option takes it, rounded up."""
+    return f"{-(-count // MIB)}MiB"

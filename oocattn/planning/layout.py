@@ -1,0 +1,136 @@
+"""How a candidate division is laid out: rows of its chunks, tiles on the device, and the memory that follows from them.
+
+Pure arithmetic over records; what a layout costs in seconds is in `cost`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from oocattn.division.base import Division
+from oocattn.division.quorums import quorum_size
+from oocattn.planning.machine import Hardware, InputCost
+from oocattn.planning.memory import Buffers, LaneMemory, Tiles, cpu_memory, cuda_memory, slot_bytes
+from oocattn.planning.plan import make_division
+from oocattn.problem.problem import DTYPES, Problem
+
+OUT_CHUNK_BYTES = 16 << 20
+"""Aim for the chunks of `out`: between the 8 and 64 MiB at which chunk files are read fast, and short to wait for at the end
+of a run."""
+
+TILE_UNIT = 128
+"""GPU tiles are a multiple of this: kernels work on blocks of 128 rows."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A division with the place of its partials, before its cost is known."""
+
+    decomposition: Literal["cqs", "strips"]
+    chunks: int
+    span: int
+    partials: Literal["memory", "disk"]
+    accumulators: int
+
+    def division(self, problem: Problem) -> Division:
+        """Its chunk pairs, divided."""
+        return make_division(self.decomposition, self.chunks, self.span, problem.mask)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A candidate's chunks and tiles, the most query chunks of a subproblem, and the memory of a lane."""
+
+    chunk_rows: int
+    out_chunk_rows: int
+    tiles: Tiles
+    query_chunks: int
+    memory: LaneMemory
+
+
+def lay_out(
+    candidate: Candidate, problem: Problem, hardware: Hardware, inputs: InputCost, device_memory: int, tiles: Tiles | None
+) -> Layout:
+    """Chunks and tiles of a candidate and what one lane allocates for them.
+
+    The tiles are the largest that fit `device_memory`, unless they are given.
+    """
+    chunk_rows, out_chunk_rows = _chunk_rows(problem, candidate.chunks, hardware, inputs)
+    query_chunks, key_chunks = _staged_chunks(candidate, problem)
+    slot = slot_bytes(problem, chunk_rows, query_chunks, key_chunks)
+    buffers = Buffers(slot, chunk_rows, out_chunk_rows, candidate.partials, candidate.accumulators, hardware.device)
+
+    def scratch(queries: int, keys: int) -> int:
+        shape = (problem.group_size, queries, keys, problem.head_dim)
+        return hardware.scratch_bytes(*shape, problem.dtype, hardware.threads)
+
+    def laid_out(tiles: Tiles) -> Layout:
+        if hardware.device == "cpu":
+            memory = cpu_memory(problem, buffers, scratch(chunk_rows, chunk_rows * key_chunks))
+        else:
+            memory = cuda_memory(problem, buffers, tiles, scratch(tiles.query, tiles.key))
+        device = max(memory.device, hardware.measuring_bytes)
+        memory = replace(memory, device=device, host=memory.host + inputs.decode_bytes)
+        return Layout(chunk_rows, out_chunk_rows, tiles, query_chunks, memory)
+
+    if hardware.device == "cpu":
+        return laid_out(Tiles(chunk_rows, chunk_rows))
+    if tiles is not None:
+        return laid_out(tiles)
+    choices = _tile_choices(problem, chunk_rows, hardware.max_keys)
+    fitting = (layout for layout in map(laid_out, choices) if layout.memory.device <= device_memory)
+    # A kernel's scratch comes in segments: the smallest tiles may need a little more of them than those before.
+    return next(fitting, None) or min(map(laid_out, choices), key=lambda layout: layout.memory.device)
+
+
+def _chunk_rows(problem: Problem, chunks: int, hardware: Hardware, inputs: InputCost) -> tuple[int, int]:
+    """Rows of a chunk and of a chunk of `out`; the second divides the first, so that every output chunk has one writer."""
+    rows = math.ceil(problem.tokens / chunks)
+    unit = inputs.align_rows if rows >= inputs.align_rows else 1
+    if unit > 1 or hardware.device == "cpu" or rows < 64 * TILE_UNIT:
+        return _whole_blocks(problem, rows, unit)
+    tiles = math.ceil(rows / hardware.max_keys)  # so many key tiles of one size are a chunk
+    while _whole_blocks(problem, rows, TILE_UNIT * tiles)[0] > tiles * hardware.max_keys:
+        tiles += 1
+    return _whole_blocks(problem, rows, TILE_UNIT * tiles)
+
+
+def _whole_blocks(problem: Problem, rows: int, unit: int) -> tuple[int, int]:
+    """`rows` rounded up to whole chunks of `out`, themselves of whole units; and the rows of a chunk of `out`."""
+    blocks = math.ceil(rows / unit)
+    out_bytes = rows * problem.head_dim * DTYPES[problem.out_dtype]
+    blocks_per_out_chunk = math.ceil(blocks / max(1, round(out_bytes / OUT_CHUNK_BYTES)))
+    out_chunk_rows = blocks_per_out_chunk * unit
+    return math.ceil(blocks / blocks_per_out_chunk) * out_chunk_rows, out_chunk_rows
+
+
+def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tiles]:
+    """Tiles for a GPU, the fastest first: up to four key tiles of rows (over all heads), down to the smallest that works.
+
+    Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471, 478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
+    """
+    least = math.ceil(chunk_rows / max_keys)
+    equal = (count for count in range(least, 2 * least + 1) if chunk_rows % (count * TILE_UNIT) == 0)
+    count = next(equal, least)
+    key = min(chunk_rows, math.ceil(chunk_rows / count / TILE_UNIT) * TILE_UNIT)
+    most = max(key, 4 * max_keys // problem.group_size)
+    choices = [(query, key) for query in (4 * key, 2 * key, key, key // 2, key // 4) if query <= most]
+    choices += [(key // 4, key // 2)] + [(key >> power, key >> power) for power in range(2, key.bit_length())]
+    enough = [(query, keys) for query, keys in choices if keys >= TILE_UNIT and query >= TILE_UNIT] or [(key, key)]
+    return list(dict.fromkeys(Tiles(min(chunk_rows, query), keys) for query, keys in enough))
+
+
+def _staged_chunks(candidate: Candidate, problem: Problem) -> tuple[int, int]:
+    """The most query chunks and key chunks that one subproblem stages.
+
+    Triangular and perfect: every pair of the quorum is owned, so its lowest chunk stages no Q and its highest no K/V, but
+    for the one diagonal that it owns.
+    """
+    if candidate.decomposition == "strips":
+        return 1, candidate.span
+    k = quorum_size(candidate.chunks)
+    if not problem.mask.triangular or k * (k - 1) + 1 != candidate.chunks or k == 1:
+        return k, k
+    return (k, k - 1) if problem.group_size >= 2 else (k - 1, k)

@@ -1,0 +1,88 @@
+"""What a plan knows of the machine and of reading the dataset. These are records: how they are measured is in `measure`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from math import inf
+from typing import Annotated, Literal
+
+from oocattn.records import Count, Positive, Range, Seconds
+
+ScratchBytes = Callable[[int, int, int, int, str, int], int]
+"""Bounds what a kernel allocates: (group_size, rows, keys, head_dim, dtype, threads) to bytes."""
+
+Rate = Annotated[float, Range(1e-3, inf)]
+"""Bytes, or floating-point operations, per second."""
+
+Device = Literal["cpu", "cuda"]
+"""Where lanes are."""
+
+Engine = Literal["dask", "inline"]
+"""What carries the tasks of a run out."""
+
+MAX_LANES = 1024
+"""The most lanes of a run; further workers take no part."""
+
+TASK_SECONDS: dict[Engine, float] = {"dask": 0.004, "inline": 0.001}
+"""What one task costs the processor on each engine: the engines' own limits for runs of tiny tasks on 2 cores."""
+
+FILE_SECONDS = 0.002
+"""Writing a small durable file, where that is not measured: file and folder synced (ext4 on a local SSD: 0.6 to 2.6 ms;
+tmpfs: 0.07 ms)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a plan records of the machine. Rates are in bytes/s and FLOP/s.
+
+    `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a call at which it falls to half,
+    `max_keys` the most keys of a call; `rounds_weights` says whether the kernel rounds softmax weights to the inputs' dtype.
+    `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's, shared by all lanes, and
+    `reread_rate` that of data that was read before, from the page cache if it fits there.
+    `task_seconds` is the cost of a task, `file_seconds` that of a durable file beside its bytes. `scratch_disk` is the room
+    for partials, in bytes, and `measuring_bytes` the device memory that measuring took.
+    """
+
+    kernel: str
+    kernel_flops: Rate
+    device: Device = "cpu"
+    half_rate_rows: Positive = 256
+    max_keys: Positive = 1 << 16
+    rounds_weights: bool = False
+    lanes: Annotated[int, Range(1, MAX_LANES)] = 1
+    threads: Annotated[int, Range(1, 1 << 16)] = 1
+    copy_rate: Rate = 50e9
+    read_rate: Rate = 1e9
+    reread_rate: Rate = 1e9
+    write_rate: Rate = 1e9
+    task_seconds: Seconds = TASK_SECONDS["dask"]
+    file_seconds: Seconds = FILE_SECONDS
+    scratch_disk: Count = 1 << 60
+    measuring_bytes: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware(Machine):
+    """A machine together with a bound on what its kernel allocates, which is a function and is not recorded."""
+
+    scratch_bytes: ScratchBytes
+
+    @property
+    def machine(self) -> Machine:
+        """The part that a plan records."""
+        return Machine(**{field.name: getattr(self, field.name) for field in fields(Machine)})
+
+
+@dataclass(frozen=True)
+class InputCost:
+    """What reading the dataset costs beyond its bytes.
+
+    `decode_bytes` is the transient host memory of one read and `decode_rate` bytes/s, both through Zarr's codecs; chunks
+    of tokens are best aligned to `align_rows`; `notes` say so in words.
+    """
+
+    decode_bytes: Count = 0
+    decode_rate: Rate = inf
+    align_rows: Positive = 1
+    notes: tuple[str, ...] = ()
