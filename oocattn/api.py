@@ -328,6 +328,8 @@ def verify(
     and BudgetError, with the smallest budget that works.
     """
 
+    from oocattn.verification.certify import certify  # `plan` does not need it
+
     found = open_result(result)
     with keep_denormals():
         return certify(

@@ -27,7 +27,7 @@ from support import (
 import oocattn
 from oocattn import BudgetError, IntegrityError, ProblemError, ResultExistsError
 from oocattn.kernels.arithmetic import arithmetic_of
-from oocattn.pipelines.resuming import find_unfinished
+from oocattn.pipelines.record import find_unfinished
 from oocattn.pipelines.session import Resuming, resume_run
 from oocattn.storage.files.durable import encode_record
 from oocattn.storage.inputs.dataset import Dataset
