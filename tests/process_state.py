@@ -25,7 +25,7 @@ def process_state() -> dict[str, Any]:
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
         "warning filters": list(warnings.filters),
         "current folder": folder,
-        "environment": dict(os.environ),
+        "environment": {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         "signal handlers": {number: signal.getsignal(number) for number in SIGNALS},
     }
     for name in LOGGERS:
