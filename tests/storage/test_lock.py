@@ -180,7 +180,7 @@ def test_a_lock_that_is_released_touches_no_other_file(tmp_path: Path, monkeypat
             time.sleep(0.2)
         return found
 
-    monkeypatch.setattr(held, "still_mine", slowly)
+    monkeypatch.setattr(held, "is_held", slowly)
     beating.wait()
     held.release()
     with other.open("rb"):
