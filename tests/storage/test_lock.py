@@ -258,27 +258,6 @@ def test_a_lock_is_whole_from_its_first_moment(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == []
 
 
-@pytest.mark.usefixtures("lockless")
-def test_a_lock_of_an_older_version_is_respected(tmp_path: Path) -> None:
-    path, ended = tmp_path / "lock", threading.Event()
-    older = asdict(replace(Holder.this_process(), process=17))
-    del older["flocked"]
-    path.write_text(json.dumps(older))
-
-    def beat() -> None:
-        while not ended.wait(0.05):
-            os.utime(path)
-
-    beating = threading.Thread(target=beat)
-    beating.start()
-    try:
-        with pytest.raises(LockedError, match="process 17"):
-            FileLock(path)
-    finally:
-        ended.set()
-        beating.join()
-
-
 def test_a_lock_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
