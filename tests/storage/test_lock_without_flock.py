@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -88,3 +89,24 @@ def test_a_file_whose_time_cannot_be_set_is_written_again(
         with pytest.raises(LockedError):
             FileLock(tmp_path / "lock")
         assert held.is_held()
+
+
+@pytest.mark.usefixtures("lockless")
+def test_a_lock_of_an_older_version_is_respected(tmp_path: Path) -> None:
+    path, ended = tmp_path / "lock", threading.Event()
+    older = asdict(replace(Holder.this_process(), process=17))
+    del older["flocked"]
+    path.write_text(json.dumps(older))
+
+    def beat() -> None:
+        while not ended.wait(0.05):
+            os.utime(path)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(LockedError, match="process 17"):
+            FileLock(path)
+    finally:
+        ended.set()
+        beating.join()
