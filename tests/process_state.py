@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+OF_OTHERS = re.compile(r"PYTEST_|__DASK_|(OMP|MKL|OPENBLAS)_NUM_THREADS$|MALLOC_TRIM_THRESHOLD_$|PYTHONHASHSEED$")
+"""Variables that pytest sets, and those that Dask sets for good where a test starts worker processes of its own."""
+
 LOGGERS = ("", "oocattn", "distributed", "asyncio", "tornado")
 
 
@@ -25,7 +29,7 @@ def process_state() -> dict[str, Any]:
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
         "warning filters": list(warnings.filters),
         "current folder": folder,
-        "environment": {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        "environment": {name: value for name, value in os.environ.items() if not OF_OTHERS.match(name)},
         "signal handlers": {number: signal.getsignal(number) for number in SIGNALS},
     }
     for name in LOGGERS:
