@@ -25,9 +25,10 @@ def process_state() -> dict[str, Any]:
     except FileNotFoundError:
         folder = ""
     state: dict[str, Any] = {
+        "warning filters": list(warnings.filters),
+        "modules": len(sys.modules),
         "switch interval": sys.getswitchinterval(),
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
-        "warning filters": list(warnings.filters),
         "current folder": folder,
         "environment": {name: value for name, value in os.environ.items() if not OF_OTHERS.match(name)},
         "signal handlers": {number: signal.getsignal(number) for number in SIGNALS},
@@ -52,7 +53,10 @@ def process_state() -> dict[str, Any]:
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What has changed; what was imported meanwhile has no state before."""
     changed = []
+    imported = before.pop("modules") != after.pop("modules")  # libraries add filters of warnings as they are imported
     for name, value in before.items():
+        if name == "warning filters" and imported:
+            continue
         if after[name] != value:
             if isinstance(value, dict):
                 keys = [key for key in {**value, **after[name]} if value.get(key) != after[name].get(key)]
