@@ -25,7 +25,7 @@ import oocattn
 from oocattn import Event, ProblemError, TaskError, TimeLimitError
 from oocattn.cli import main as cli
 from oocattn.pipelines.attempt import Attempt
-from oocattn.pipelines.engines.dask import cluster, enlisting
+from oocattn.pipelines.engines.dask import cluster, engine, enlisting
 from oocattn.pipelines.engines.dask.enlisting import Roll, call_roll
 from oocattn.pipelines.engines.dask.readiness import (
     NAMES,
@@ -247,7 +247,7 @@ def test_a_worker_that_comes_later_and_sees_other_data_takes_no_part(
         return Roll(call_roll(connected, expected, check).ready)  # as if the other had not been there yet
 
     monkeypatch.setattr(Attempt, "drive", fail_once)
-    monkeypatch.setattr(enlisting, "enlist", enlist_first)
+    monkeypatch.setattr(engine, "enlist", enlist_first)
     plan = plan_for(dataset, chunks=7, lanes=2)
     recorder = Recorder([])
     found = carry_out(plan, dataset, elsewhere.folder / "later.zarr", elsewhere.client, callbacks=[recorder])
@@ -309,7 +309,11 @@ def test_a_scheduler_without_the_package_is_named(
     dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = {**describe_interpreter(PACKAGES), "oocattn": "none (ModuleNotFoundError: no)"}
-    monkeypatch.setattr(client, "run_on_scheduler", lambda *_: other)
+
+    async def answer(*_: object) -> dict[str, str]:
+        return other
+
+    monkeypatch.setattr(client, "run_on_scheduler", answer)
     with pytest.raises(ProblemError, match=r"the scheduler has no oocattn \(ModuleNotFoundError: no\): install there"):
         carry_out(plan_for(dataset), dataset, result, client)
 
