@@ -1,4 +1,4 @@
-"""What runs the tasks of a run: Dask (default), or threads of this process. `base` says what an engine is."""
+"""Engines, which run the tasks of a run: Dask, or threads of this process."""
 
 from __future__ import annotations
 
