@@ -242,6 +242,7 @@ def _reset_peak() -> None:
     """Free cached device memory, and measure its peak from here."""
     if torch.cuda.is_available():
         gc.collect()
+        torch.cuda.init()  # before, there is no peak to reset
         torch.cuda.empty_cache()
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
