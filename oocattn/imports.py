@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 from oocattn.garbage import collection_paused
@@ -44,7 +43,10 @@ def import_after_zarr(module: str) -> None:
 
 
 class _AfterZarr(MetaPathFinder):
-    """Finds Zarr once, as others do, and has a module imported after it."""
+    """Finds Zarr as the other finders do, and has a module imported after it.
+
+    It stays until Zarr is imported: others ask for its spec only to know whether it is installed.
+    """
 
     def __init__(self, module: str) -> None:
         self._module = module
@@ -52,13 +54,15 @@ class _AfterZarr(MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != "zarr":
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        found = (finder.find_spec(fullname, path, target) for finder in list(sys.meta_path) if finder is not self)
+        spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_import(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 if "oocattn.storage.zarr_compat" not in sys.modules:  # else that imports it, once Zarr is there
                     import_module(self._module)
 

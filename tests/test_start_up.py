@@ -89,7 +89,13 @@ def test_every_public_name_is_there_by_every_way() -> None:
 
 
 @pytest.mark.parametrize(
-    "imports", ["import zarr, oocattn", "import oocattn, zarr", "import oocattn; oocattn.import_arrays"]
+    "imports",
+    [
+        "import zarr, oocattn",
+        "import oocattn, zarr",
+        "import oocattn; oocattn.import_arrays",
+        "import oocattn, importlib.util; importlib.util.find_spec('zarr')",  # as xarray asks whether it is installed
+    ],
 )
 def test_plain_zarr_reads_bfloat16_whatever_is_imported_first(tmp_path: Path, imports: str) -> None:
     values = np.arange(8, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(1, 1, 4, 2)
