@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -11,6 +12,9 @@ from types import ModuleType
 
 from oocattn.garbage import collection_paused
 from oocattn.surroundings import in_some_folder
+
+_IMPORTING = threading.RLock()
+"""One thread at a time: libraries whose modules import each other in a circle fail where two threads enter it (numpy)."""
 
 
 def lazy_attributes(
@@ -23,7 +27,7 @@ def lazy_attributes(
     def get_attribute(name: str) -> object:
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        with collection_paused(), in_some_folder():
+        with _IMPORTING, collection_paused(), in_some_folder():
             found = getattr(import_module(module_of[name]), name)
         namespace[name] = found
         return found

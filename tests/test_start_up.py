@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -86,6 +88,22 @@ def test_every_public_name_is_there_by_every_way() -> None:
     assert pickle.loads(pickle.dumps(oocattn.attention)) is oocattn.attention
     with pytest.raises(AttributeError, match="'oocattn' has no attribute 'nothing'"):
         oocattn.nothing  # noqa: B018
+
+
+def test_names_are_imported_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that import numpy at once may find it half there: its modules import each other."""
+    package = tmp_path / "lazy"
+    package.mkdir()
+    names = "from oocattn.imports import lazy_attributes\n__getattr__, __dir__ = lazy_attributes(__name__, {modules})\n"
+    package.joinpath("__init__.py").write_text(names.format(modules={"lazy.one": ["one"], "lazy.two": ["two"]}) + "steps = []")
+    for name in ("one", "two"):
+        lines = "import lazy, time", "lazy.steps += ['begin']", "time.sleep(0.1)", "lazy.steps += ['end']", f"{name} = 1"
+        package.joinpath(f"{name}.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    lazy = importlib.import_module("lazy")
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda name: getattr(lazy, name), ("one", "two"))) == [1, 1]
+    assert lazy.steps == ["begin", "end", "begin", "end"]
 
 
 @pytest.mark.parametrize(
