@@ -94,8 +94,9 @@ def test_names_are_imported_by_one_thread_at_a_time(tmp_path: Path, monkeypatch:
     """Two that import numpy at once may find it half there: its modules import each other."""
     package = tmp_path / "lazy"
     package.mkdir()
-    names = "from oocattn.imports import lazy_attributes\n__getattr__, __dir__ = lazy_attributes(__name__, {modules})\n"
-    package.joinpath("__init__.py").write_text(names.format(modules={"lazy.one": ["one"], "lazy.two": ["two"]}) + "steps = []")
+    modules = {"lazy.one": ["one"], "lazy.two": ["two"]}
+    names = f"from oocattn.imports import lazy_attributes\n__getattr__, __dir__ = lazy_attributes(__name__, {modules})\n"
+    package.joinpath("__init__.py").write_text(f"{names}steps = []")
     for name in ("one", "two"):
         lines = "import lazy, time", "lazy.steps += ['begin']", "time.sleep(0.1)", "lazy.steps += ['end']", f"{name} = 1"
         package.joinpath(f"{name}.py").write_text("\n".join(lines))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from distributed import Client
-from support import carry_out, plan_for
+from support import carry_out, job_of, plan_for
 
 from oocattn import Event
-from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.deadline import Deadline
+from oocattn.pipelines.engines import inline
+from oocattn.pipelines.lane.lane import Job, Lane
 from oocattn.pipelines.watch.events import Attended
 
 
@@ -44,3 +48,31 @@ def test_a_run_that_is_stopped_saves_after_what_executes_has_ended(
     with pytest.raises(KeyboardInterrupt):
         carry_out(plan_for(dataset, chunks=3), dataset, result, client if engine == "dask" else "inline", [stop])
     assert steps == ["begin", "end", "save"]
+
+
+def test_an_inline_lane_that_is_made_when_its_run_has_ended_is_closed(
+    dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making, ended = threading.Event(), threading.Event()
+    closed: list[str] = []
+
+    class SlowLane(Lane):
+        def __init__(self, job: Job, device: str) -> None:
+            making.set()
+            assert ended.wait(10)
+            super().__init__(job, device)
+
+        def close(self) -> None:
+            super().close()
+            closed.append("closed")
+
+    monkeypatch.setattr(inline, "Lane", SlowLane)
+    plan = plan_for(dataset, chunks=3)
+    lanes = inline.InlineLanes(replace(job_of(fast_path, plan), devices={"inline-0": "cpu"}), Deadline(math.inf, plan))
+    opened = lanes.open()
+    assert making.wait(10)
+    lanes.stop(1.0)
+    lanes.close()
+    ended.set()
+    opened.result(10)
+    assert closed == ["closed"]
