@@ -95,7 +95,14 @@ class InlineLanes(Lanes):
     def _open(self) -> None:
         with naming(SET_UP):
             for device in self._job.devices.values():
-                self._lanes.append(Lane(self._job, device))
+                lane = Lane(self._job, device)
+                with self._changing:
+                    stopped = self._stopped
+                    if not stopped:
+                        self._lanes.append(lane)
+                if stopped:  # while it was made: nobody waits for it
+                    lane.close()
+                    return
         for number in range(len(self._lanes)):
             for _ in range(THREADS):
                 threading.Thread(target=self._work, args=(number,), name="oocattn-task", daemon=True).start()

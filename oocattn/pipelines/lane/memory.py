@@ -86,7 +86,7 @@ class HostMemory:
         self._plan = plan
         self._allocate = allocate
         self._stopped = False
-        self._allocated: Future[None] = Future()
+        self._allocated: Future[None] | None = None
         self.slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self.states = {name: States() for name in plan.buffers.states()}
         self.out_blocks = Pool[OutBlock]()
@@ -102,7 +102,8 @@ class HostMemory:
     def close(self) -> None:
         """Let go of all that was allocated; nobody uses any of it."""
         self.stop()
-        wait([self._allocated])
+        if self._allocated is not None:
+            wait([self._allocated])
         self.slots.clear()
         self.out_blocks.close()
         for states in self.states.values():

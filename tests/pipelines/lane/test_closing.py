@@ -21,9 +21,11 @@ from support import job_of, normal_arrays, plan_for, replanned, write_dataset
 
 from oocattn import BudgetError, Plan
 from oocattn.operations import forward
+from oocattn.pipelines.engines.base import begin_call
 from oocattn.pipelines.lane import cuda, cuda_memory, switching
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.lane.memory import HostMemory
 from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.stager import Stager
 
@@ -145,6 +147,7 @@ def test_closing_a_lane_frees_its_memory_though_the_lane_is_held(
     fast_path: Path, allocations: Allocations, device: str, partials: str, work: Callable[[Lane], None]
 ) -> None:
     lane = lane_of(fast_path, device, partials)
+    assert lane.memory._allocated is not None
     lane.memory._allocated.result()
     assert len(allocations) > 5
     work(lane)
@@ -167,6 +170,15 @@ def test_a_lane_that_cannot_be_made_frees_its_memory(
     assert not [thread for thread in left if not thread.name.startswith("oocattn-pin")]  # which is kept for good
     assert not living(allocations)
     assert sys.getswitchinterval() == interval
+
+
+def test_a_lane_for_which_no_thread_can_be_started_is_closed(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(HostMemory, "begin", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        begin_call(lambda: lane_of(fast_path, "cpu")).result(timeout=30)
 
 
 @pytest.mark.parametrize("device", DEVICES)

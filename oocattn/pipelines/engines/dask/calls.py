@@ -30,11 +30,14 @@ def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | Non
         try:
             return await asyncio.wait_for(call(), seconds)
         except asyncio.CancelledError as error:
+            if called.cancelled():  # by its caller, who has gone: asyncio would log any other error
+                raise
             raise ConnectionAbortedError("the client was closed") from error
 
     coroutine, loop = limited(), cast(Any, client.loop)
     try:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
+        called = asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
+        return called
     except RuntimeError as error:  # the loop is closed
         coroutine.close()
         failed = Future[T]()

@@ -19,11 +19,15 @@ from oocattn.pipelines.graph import Task
 from oocattn.pipelines.lane.lane import Job, Lane
 from oocattn.pipelines.watch.events import TaskEvent
 
+ENDED = ("memory", "error", "rescheduled")
+"""States that a worker gives a task when it has ended, cancelled or not."""
+
 
 class LanePlugin(WorkerPlugin):
     """Keeps the lane that a worker has for a run, with partials in the folder `scratch`, and closes it with the worker.
 
-    `executing` are the tasks of the run that execute, until the worker has heard of their end.
+    `executing` are the tasks of the run that execute, until the worker has heard of their end. One that is cancelled
+    meanwhile, and called released at once, goes on to its end.
     """
 
     def __init__(self, run: str, scratch: Path, lane: Lane) -> None:
@@ -38,7 +42,7 @@ class LanePlugin(WorkerPlugin):
         if self.run in str(key):
             if finish == "executing":
                 self.executing.add(key)
-            else:
+            elif finish in ENDED:
                 self.executing.discard(key)
 
     def teardown(self, worker: Worker) -> None:
