@@ -8,7 +8,10 @@ import textwrap
 from oocattn.division.base import Division
 
 MOST_CHUNKS = 133
-"""Larger matrices are drawn up to this chunk: more cells than this are neither seen nor loaded by a browser."""
+"""The chunk up to which larger matrices are drawn.
+
+More cells than this are neither seen nor loaded by a browser.
+"""
 
 _SIDE = 720
 _MARGIN = 60
@@ -48,7 +51,10 @@ def draw_division(division: Division, mask: str) -> str:
 
 
 def _colour(index: int) -> str:
-    """Hues by the golden ratio: neighbouring indices are far apart, and no two of a few hundred are alike."""
+    """A hue by the golden ratio: neighbouring indices are far apart.
+
+    No two of a few hundred are alike.
+    """
     hue = index * 0.6180339887 % 1.0
     lightness = (0.55, 0.7, 0.4)[index % 3]
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.65)

@@ -12,7 +12,10 @@ from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 MAX_KEYS = 65_536
-"""Keys that one accumulation may chain at most: beyond it the error of 16-bit matrix units grows with the keys."""
+"""The most keys that one accumulation may chain.
+
+Beyond it the error of 16-bit matrix units grows with the keys.
+"""
 
 
 class Kernel(Protocol):
@@ -25,13 +28,16 @@ class Kernel(Protocol):
     """The name that it is registered under."""
 
     max_keys: int
-    """Keys that a caller should give to one call at most; `attend` is right beyond it too."""
+    """The most keys to give to one call; `attend` is right beyond it too."""
 
     plans_shapes: bool
-    """Whether the first call of each shape takes far longer than the next."""
+    """True if the first call of each shape takes far longer than the next."""
 
     rounds_weights: bool
-    """Whether softmax weights are rounded to the inputs' dtype before they multiply values: `verify` allows more then."""
+    """True if softmax weights are rounded to the inputs' dtype before they multiply.
+
+    `verify` allows a larger error then.
+    """
 
     def attend(
         self,

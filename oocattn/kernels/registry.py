@@ -48,7 +48,10 @@ def kernel_names() -> tuple[str, ...]:
 
 
 def get_kernel(name: str) -> Kernel:
-    """The kernel of that name. Raises ProblemError naming the known ones if there is none."""
+    """The kernel of that name.
+
+    Raises ProblemError, naming the known ones, if there is none.
+    """
     entry = _registration(name)
     kernel: Kernel = getattr(import_module(entry.module), entry.class_name)()
     return kernel

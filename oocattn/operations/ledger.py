@@ -20,7 +20,7 @@ ROWS = 8192
 """Rows whose numbers are computed at a time: some hundred kilobytes."""
 
 Expected = tuple[Int64s, Int64s]
-"""Of consecutive rows, how many keys each attends, and the sum of their indices: int64 [n] each."""
+"""Keys that consecutive rows attend, and sums of their indices: int64 [n] each."""
 
 
 def enter_tile(state: AttentionState, tile: Tile) -> None:
@@ -34,7 +34,7 @@ def enter_tile(state: AttentionState, tile: Tile) -> None:
 
 
 def find_wrong_row(state: AttentionState, tokens: range, expected: Callable[[range], Expected]) -> int | None:
-    """The first row, of these tokens, whose ledger is not what is expected; None if there is none.
+    """The first of these rows whose ledger is wrong; None if there is none.
 
     `state` is in host memory.
     """

@@ -1,4 +1,4 @@
-"""The tiles of one query chunk of a subproblem: the keys that pass by a query piece.
+"""Tiles of one query chunk of a subproblem: the keys that meet a query piece.
 
 Pure integers. On a CPU a piece is a whole chunk and a tile all keys of a kind; on a GPU both are what fits the device. With
 pieces of 2 rows and tiles of 1 key, the second piece of a causal chunk of 4, which owns its diagonal, has these tiles (rows
@@ -42,7 +42,7 @@ class Tile:
         return sum(self.mask.pairs(self.row_tokens, run) for run in self.key_tokens)
 
     def intervals(self) -> Intervals | None:
-        """Which of the keys each row attends, as kernels take it."""
+        """The keys that each row attends, as kernels take them."""
         return None if self.cover is Cover.FULL else make_intervals(self.mask, self.row_tokens, self.key_tokens[0])
 
 

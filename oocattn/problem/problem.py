@@ -21,7 +21,7 @@ DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MAX_HEAD_DIM = 256
 
 _OTHER_ORDER = "; if the axes are in another order than [B, H, N, D], import the tensors with --layout"
-"""What else may be wrong with a shape, and what to do then."""
+"""Advice for a shape that may have another order of axes."""
 
 Extent = Annotated[int, Range(1, 2**48)]
 """The size of one dimension."""
@@ -37,7 +37,10 @@ class ArraySpec:
 
     @property
     def four_dimensional(self) -> tuple[int, int, int, int]:
-        """The shape as [B, H, N, D]; [H, N, D] is taken as B = 1. Raises ProblemError for any other rank."""
+        """The shape as [B, H, N, D]; [H, N, D] is taken as B = 1.
+
+        Raises ProblemError for any other rank.
+        """
         if len(self.shape) == 3:
             heads, tokens, head_dim = self.shape
             return 1, heads, tokens, head_dim
@@ -61,10 +64,10 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call: `out = softmax(scale * q @ k.T) @ v` per head, with a causal mask or none.
+    """One attention call: `out = softmax(scale * q @ k.T) @ v` per head.
 
-    Shapes: q [batch, query_heads, tokens, head_dim]; k and v [batch, kv_heads, tokens, head_dim]. `dtype` is that of the
-    inputs, `out_dtype` that of the output; the log-sum-exp is always float32.
+    The mask is causal or none. Shapes: q [batch, query_heads, tokens, head_dim]; k and v [batch, kv_heads, tokens,
+    head_dim]. `dtype` is that of the inputs, `out_dtype` that of the output; the log-sum-exp is always float32.
     """
 
     batch: Extent
@@ -182,7 +185,7 @@ def make_problem(
 
 
 def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
-    """Check the shapes of the arrays against each other, but for how many query heads share one of k and v."""
+    """Check the shapes against each other, but for the query heads of a K/V head."""
     for spec in (q, k, v):
         if 0 in spec.four_dimensional:
             raise ProblemError(
@@ -207,7 +210,10 @@ def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
 
 
 def read_problem(content: object) -> Problem:
-    """The valid problem that JSON holds as the fields of a `Problem`. Raises ValueError for anything else."""
+    """The valid problem that JSON holds as the fields of a `Problem`.
+
+    Raises ValueError for anything else.
+    """
     problem = from_json(Problem, content)
     check_problem(problem)
     return problem

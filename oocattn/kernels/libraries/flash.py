@@ -1,4 +1,7 @@
-"""The FlashAttention-2 kernel: `aten::_scaled_dot_product_flash_attention`, in every torch for NVIDIA GPUs."""
+"""The FlashAttention-2 kernel, in every torch for NVIDIA GPUs.
+
+It calls `aten::_scaled_dot_product_flash_attention`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import torch
 from oocattn.kernels.cuda.device import capability_reason
 from oocattn.kernels.kernel import unsupported_dtype
 from oocattn.kernels.libraries.library import LibraryKernel, shared_by_heads
+from oocattn.units import ceil_div
 
 _DTYPES = ("float16", "bfloat16")
 
@@ -18,7 +22,10 @@ _MULTIPROCESSORS = 192  # as many as the largest GPUs have, or more
 
 
 class FlashKernel(LibraryKernel):
-    """FlashAttention-2 through torch. Its causal mask ends at the bottom right, the same for a square tile."""
+    """FlashAttention-2 through torch.
+
+    Its causal mask ends at the bottom right, the same for a square tile.
+    """
 
     name = "flash"
 
@@ -44,10 +51,10 @@ class FlashKernel(LibraryKernel):
         return out[0], lse[0]
 
     def _buffers(self, group_size: int, rows: int, keys: int, head_dim: int) -> tuple[int, ...]:
-        blocks = group_size * -(-rows // _BLOCK_ROWS)
+        blocks = group_size * ceil_div(rows, _BLOCK_ROWS)
         if blocks >= 0.8 * 2 * _MULTIPROCESSORS:
             return ()
         key_block = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
-        splits = min(128, -(-keys // key_block), 5 * 2 * _MULTIPROCESSORS // max(1, blocks))
-        padded = -(-head_dim // 32) * 32 if head_dim <= 192 else 256
+        splits = min(128, ceil_div(keys, key_block), 5 * 2 * _MULTIPROCESSORS // max(1, blocks))
+        padded = ceil_div(head_dim, 32) * 32 if head_dim <= 192 else 256
         return (splits * group_size * rows * padded * 4, splits * group_size * rows * 4)

@@ -19,7 +19,7 @@ from oocattn.kernels import AttentionState
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.planning.memory import ALIGNMENT, OUT_BLOCKS, STAGING_SLOTS
 from oocattn.planning.plan import Plan
-from oocattn.units import format_bytes
+from oocattn.units import format_bytes, round_up
 
 FIRST_STATES = 3
 """States that are allocated after each staging slot, before the next one."""
@@ -161,7 +161,7 @@ class Arena:
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor in the next bytes. Raises BudgetError where none are left: the plan was wrong."""
         count = math.prod(shape) * dtype.itemsize
-        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        start = round_up(self._used, ALIGNMENT)
         if start + count > len(self._memory):
             raise BudgetError(
                 f"the lane needs {format_bytes(start + count)} where {format_bytes(len(self._memory))} were planned"

@@ -31,7 +31,7 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import Fingerprints, changed_arrays
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.results.growing import RunState
-from oocattn.units import format_bytes
+from oocattn.units import ceil_div, format_bytes
 from oocattn.version import __version__, source_digest
 
 PACKAGES = ("oocattn", "torch", "zarr", "dask", "distributed")
@@ -102,7 +102,7 @@ class Expected:
     def of(cls, plan: Plan, dataset: Dataset, state: RunState) -> Expected:
         """What a run of this plan expects."""
         asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
-        lane_bytes = -(-plan.peak_host // plan.lanes)
+        lane_bytes = ceil_div(plan.peak_host, plan.lanes)
         return cls(dataset, dataset.as_found, state.paths.state, state.claim, lane_bytes, asked)
 
 
