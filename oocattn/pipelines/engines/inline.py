@@ -1,4 +1,4 @@
-"""The inline engine: the same tasks and edges on threads of this process, without a scheduler.
+"""The inline engine: tasks on threads of this process, without a scheduler.
 
 It is for tests, notebooks and small calls: a task costs a fraction of a millisecond, and there is no dashboard. Its threads
 are daemons, so a task that hangs keeps no interpreter from its exit.
@@ -38,7 +38,7 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 
 THREADS = 6
-"""Threads of a lane: up to three tasks attend (on a GPU), the others stage, merge and write meanwhile."""
+"""Threads of a lane: up to three attend (on a GPU), others stage, merge and write."""
 
 logger = logging.getLogger("oocattn")
 
@@ -167,7 +167,10 @@ class InlineLanes(Lanes):
         self._ask(Lane.close, self._deadline.silence, "its lane may not be closed, and keep its memory")
 
     def _ask(self, function: Callable[[Lane], int | None], seconds: float, consequence: str) -> list[int]:
-        """What this returns for each lane; one that fails or hangs is named, with the consequence."""
+        """The result of a function on each lane.
+
+        A lane that fails or hangs is named in a warning, with the consequence.
+        """
         if not self.is_here:
             return []
         calls = [begin_call(partial(function, lane)) for lane in self._lanes]

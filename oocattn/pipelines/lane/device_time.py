@@ -1,4 +1,4 @@
-"""When a GPU did what: stretches between two events of a stream, as spans of the host's clock."""
+"""Time on a GPU: stretches between events, as spans of the host's clock."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from oocattn import clock
 from oocattn.pipelines.watch.events import Resource, Span
 
 JOIN = 2e-5
-"""Spans of one resource with a smaller gap (seconds) between them are joined: the gap is the launch of the next."""
+"""Seconds between spans of one resource below which they are joined.
+
+The gap is the launch of the next.
+"""
 
 ANCHOR = 60.0
-"""Seconds after which times are measured from a later event: CUDA gives them as float32 milliseconds."""
+"""Seconds after which times are measured from a later event.
+
+CUDA gives them as float32 milliseconds.
+"""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """What a stream did between two recorded events."""
+    """Work of a stream between two recorded events."""
 
     resource: Resource
     start: torch.cuda.Event
@@ -28,7 +34,10 @@ class Stretch:
 
 
 def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """A new event at this point of the stream, to be timed, waited for by streams, or by the host without spinning."""
+    """Record an event at this point of the stream.
+
+    It is timed, and streams may wait for it, or the host without spinning.
+    """
     event = torch.cuda.Event(enable_timing=True, blocking=True)
     event.record(stream)
     return event
@@ -44,7 +53,7 @@ class DeviceClock:
         self._lock = threading.Lock()
 
     def spans(self, stretches: Sequence[Stretch]) -> tuple[Span, ...]:
-        """When finished stretches were, those of one resource joined where nothing lies between."""
+        """Spans of finished stretches, joined where nothing of the resource lies between."""
         with self._lock:
             timed = [Span(each.resource, self._seconds(each.start), self._seconds(each.stop)) for each in stretches]
             if timed and timed[-1].stop > self._time + ANCHOR:
@@ -56,7 +65,7 @@ class DeviceClock:
 
 
 def join_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The spans in order, those of one resource joined where the gap between them is smaller than `JOIN`."""
+    """Sort spans, and join those of one resource whose gap is smaller than `JOIN`."""
     found: list[Span] = []
     last: dict[Resource, int] = {}
     for span in sorted(spans, key=lambda span: span.start):

@@ -1,4 +1,4 @@
-"""How often the threads of this process take turns, while a lane on a GPU needs them to."""
+"""The interval at which threads take turns, while there is a lane on a GPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import weakref
 from collections.abc import Callable
 
 SWITCH_INTERVAL = 5e-4
-"""Seconds after which a thread of the process lets another run, instead of Python's 5e-3, while there is a lane on a GPU:
-the thread that launches needs its turn before the device runs dry. (1M tokens x 8 heads: the gaps fell from 53 to 22 ms.)"""
+"""Seconds between switches of threads while there is a lane on a GPU.
+
+The thread that launches needs its turn before the device runs dry. (1M tokens x 8 heads: the gaps fell from 53 to 22
+ms.)
+"""
 
 _lock = threading.RLock()  # a lane that nobody closed may end its hold wherever Python collects garbage
 _holds, _found, _set = 0, 0.0, 0.0
 
 
 def hold_short_interval(owner: object) -> Callable[[], object]:
-    """Have threads take turns often until the returned function is called, or the owner is gone.
+    """Switch threads often until the returned function is called or the owner is gone.
 
     With the last hold the interval is put back as the first one found it, unless somebody else has set it since.
     """
@@ -37,5 +40,8 @@ def _add(holds: int) -> None:
 
 
 def _set_interval(seconds: float) -> None:
-    """Set it to that, though Python cuts it to whole microseconds, which made 99 of what it says are 100."""
+    """Set the switch interval to this value exactly.
+
+    Python cuts it to whole microseconds: 99 of what it gives back for 100.
+    """
     sys.setswitchinterval(seconds + 5e-7)

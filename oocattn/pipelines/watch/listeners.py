@@ -36,6 +36,6 @@ def _name(listener: Callback) -> str:
 
 
 def _place(error: Exception) -> str:
-    """Where it was raised."""
+    """File and line where an error was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}"

@@ -16,7 +16,7 @@ from oocattn.text import printable
 from oocattn.units import format_seconds
 
 INTERVAL = 0.1
-"""Seconds between two drawings of the bar at least, where subproblems end faster than that."""
+"""The least time between two drawings of the bar, in seconds."""
 
 
 class ProgressBar:
@@ -68,7 +68,10 @@ class ProgressBar:
         bar.close()
 
     def _is_due(self, event: Event, bar: tqdm[None]) -> bool:
-        """Whether to draw it now: where subproblems take long the next event is far away."""
+        """True if the bar is to be drawn now.
+
+        Where subproblems take long, the next event is far away.
+        """
         slow = isinstance(event, Attended) and self._seconds_each(bar) >= INTERVAL
         return slow or clock.now() - self._drawn >= INTERVAL
 

@@ -13,7 +13,10 @@ from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
 MOST_UNDERFLOWED = 0.01
-"""Of the elements of `out`: where more are 0 because its dtype holds no smaller number, the others have lost as much."""
+"""Share of underflowed elements of `out` above which the others lose accuracy too.
+
+An element underflows where the dtype holds no number as small.
+"""
 
 
 @dataclass(frozen=True)

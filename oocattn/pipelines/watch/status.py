@@ -1,4 +1,4 @@
-"""How far a run is, for those who did not start it: a small file that the run keeps up to date, and its reader."""
+"""Progress of a run for other processes: a small file, its writer and reader."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ State = Literal["none", "running", "interrupted", "finished"]
 
 @dataclass(frozen=True)
 class Status:
-    """How far the run to `result` is: `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody
-    works on it) or "finished".
+    """Progress of the run to `result`.
+
+    `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody works on it) or "finished".
 
     `share` of the work is done: 0 of no run, 1 of a finished result. `subproblems` and `tokens` are those of the whole run,
     0 where they are not known: before a run has planned, and `subproblems` of a result without its report. Of an interrupted
@@ -94,7 +95,10 @@ class Status:
 
     @property
     def share(self) -> float:
-        """Of the work that is done, between 0 and 1. Whether the result is there says `state`."""
+        """Share of the work that is done, 0 to 1.
+
+        `state` says whether the result is there.
+        """
         if self.state == "finished":
             return 1.0
         return self.subproblems_done / self.subproblems if self.subproblems else 0.0
@@ -143,7 +147,10 @@ class Status:
 
 
 class StatusFile:
-    """A listener that writes a run's progress to a file, once a second at most, while the run holds its lock."""
+    """A listener that writes a run's progress to a file, once a second at most.
+
+    It does so while the run holds its lock.
+    """
 
     def __init__(self, path: Path, claim: Claim) -> None:
         self._path = path
@@ -218,7 +225,7 @@ class StatusFile:
 
 
 def read_status(paths: ResultPaths) -> Status:
-    """How far the run to this result is, whether or not one is alive.
+    """Progress of the run to this result, whether or not it is alive.
 
     Raises IntegrityError for a damaged file, and warns of one where the journal still says how far an interrupted run came.
     """
@@ -259,7 +266,10 @@ def _seen(last: Status, holder: Holder, paths: ResultPaths) -> Status:
 
 
 def _is_unfinished(paths: ResultPaths) -> bool:
-    """Whether a run has begun and is not complete. Raises IntegrityError for a damaged journal, unless a result is there."""
+    """True if a run has begun and is not complete.
+
+    Raises IntegrityError for a damaged journal, unless a result is there.
+    """
     try:
         return paths.unfinished is not None
     except IntegrityError as error:
@@ -270,7 +280,7 @@ def _is_unfinished(paths: ResultPaths) -> bool:
 
 
 def _finished(paths: ResultPaths, problem: object) -> Status:
-    """The status of a finished result, with the figures of its report, or as much as follows from its problem."""
+    """The status of a finished result, from its report or else from its problem."""
     try:
         report = read_report(paths)
     except IntegrityError as error:  # the result is there
@@ -300,13 +310,16 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
 
 
 def read_report(paths: ResultPaths) -> RunReport | None:
-    """The report beside a result; None where there is none. Raises IntegrityError for a damaged one."""
+    """The report beside a result; None where there is none.
+
+    Raises IntegrityError for a damaged one.
+    """
     found = read_json(paths.report, MOST_BYTES) if is_folder(paths.state) else None
     return RunReport.from_json(found) if found else None
 
 
 def as_planned(status: Status, plan: Plan, left: int) -> Status:
-    """The status of a run of which the plan is known, and how many subproblems are left."""
+    """The status of a run whose plan is known, and the number of subproblems left."""
     done, tokens = plan.subproblems - left, _tokens(plan.problem)
     share = left / plan.subproblems
     seconds_left = tokens * share / status.rate if status.rate else plan.seconds * share
@@ -318,7 +331,10 @@ def _tokens(problem: Problem) -> int:
 
 
 def _last_written(path: Path) -> Status | None:
-    """The status in a file, None where there is none. Raises IntegrityError unless it is as `StatusFile` writes it."""
+    """The status in a file; None where there is none.
+
+    Raises IntegrityError unless it is as `StatusFile` writes it.
+    """
     content = read_json(path, MOST_BYTES)
     if content is None:
         return None

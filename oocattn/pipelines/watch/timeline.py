@@ -32,7 +32,10 @@ RESOURCES: tuple[Resource, ...] = get_args(Resource)
 """Every resource, in the order in which bytes pass through."""
 
 MOST_CELLS = 30_000
-"""Cells of the picture, over all rows: at most some 25 bytes each, so that the file stays below 1 MB."""
+"""Cells of the picture, over all rows.
+
+One takes 25 bytes at most, so that the file stays below 1 MB.
+"""
 
 _COLOURS = ("#4e79a7", "#76b7b2", "#e15759", "#f28e2b", "#b07aa1", "#edc948", "#59a14f")
 _SHADES = 4  # a cell is drawn as dark as it is busy, in quarters
@@ -44,7 +47,7 @@ Floats = NDArray[np.float64]
 
 
 def busy_seconds(spans: Iterable[Span]) -> float:
-    """Seconds in which at least one of the spans was under way: the length of their union, whatever their order."""
+    """Seconds in which at least one span was under way: their union's length."""
     pairs = [(span.start, span.stop) for span in spans]
     if len(pairs) < 2:  # most events, and the driver adds them all up
         return sum(max(0.0, stop - start) for start, stop in pairs)

@@ -1,4 +1,4 @@
-"""From what a caller names to a client that works: an address on the command line, or an object passed as `client`.
+"""Connecting to a cluster that a caller names: an address, or an object.
 
 What is no connected client of a Dask scheduler is refused here, with its cause, before anything else is done.
 """
@@ -20,7 +20,10 @@ from oocattn.text import printable
 from oocattn.units import format_seconds
 
 CONNECT = 30.0
-"""Seconds in which a scheduler must answer: one that is started by the same script may need some."""
+"""Seconds in which a scheduler must answer.
+
+One that is started by the same script may need some.
+"""
 
 LEAST_CONNECT = 1.0
 """Seconds that it has, however short a time limit is."""
@@ -35,7 +38,10 @@ _EXPECTED = "give the address of a Dask scheduler, like tcp://HOST:8786"
 
 
 def check_client(client: object) -> None:
-    """Raise ProblemError unless this is a client that a run can use: connected, and not asynchronous."""
+    """Raise ProblemError unless a run can use this client.
+
+    It must be connected, and not asynchronous.
+    """
     expected = "expected a distributed.Client that is connected to a scheduler"
     if not isinstance(client, Client):
         argument = "the cluster" if isinstance(client, Cluster) else "ADDRESS"
@@ -52,7 +58,7 @@ def check_client(client: object) -> None:
 
 
 def _kind(value: object) -> str:
-    """What was passed, in words."""
+    """The type of an argument, in words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return f"a {type(value).__name__}" if isinstance(value, str) else f"of type {type(value).__name__}"
@@ -84,7 +90,7 @@ def connect(address: str, seconds: float = CONNECT) -> Client:
 
 
 async def _kind_of_server(address: str, seconds: float) -> str:
-    """What kind of Dask server listens at an address, such as "Scheduler".
+    """The kind of Dask server at an address, such as "Scheduler".
 
     It is asked before a client is made, for a client that cannot connect is never closed, and Dask may hang when it is
     collected as garbage.
@@ -112,7 +118,10 @@ def _parse(address: str) -> tuple[str, int]:
 
 
 def _knock(address: str, host: str, port: int, until: float) -> None:
-    """Wait until something listens there. Raises ProblemError where there is no such host, or nothing does in time."""
+    """Wait until something listens at an address.
+
+    Raises ProblemError where there is no such host, or nothing listens in time.
+    """
     began = time.monotonic()
     while True:
         try:

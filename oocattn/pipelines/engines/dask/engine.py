@@ -1,4 +1,4 @@
-"""The Dask engine: which workers of a cluster take part in a run, and the device of each."""
+"""The Dask engine: workers that take part in a run, and the device of each."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 
 REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS = 10.0, 120.0
-"""How long to wait for a worker in the place of one that died, and for one where no other is left. A nanny starts one within
-two seconds, and then it imports torch."""
+"""Time to wait for a replacement of a dead worker, and of the last one.
+
+A nanny starts one within two seconds, and then it imports torch.
+"""
 
 
 class DaskEngine(Engine):
-    """The workers of a client that are ready, as many as were planned at most: the plan counts the memory of so many."""
+    """Workers of a client that are ready, at most as many as the plan counts."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -53,7 +55,10 @@ class DaskEngine(Engine):
         self._take(enlist_again(self._client, self._expected, check))
 
     def _take(self, ids: dict[str, str]) -> None:
-        """Have these workers take part, by their addresses. Raises WorkerLostError where none is left."""
+        """Have these workers take part, by their addresses.
+
+        Raises WorkerLostError where none is left.
+        """
         devices = assign_devices(self._client, self._plan.device, ids)
         self._ids, self._devices = ids, dict(itertools.islice(devices.items(), self._plan.lanes))
         if not self._devices:

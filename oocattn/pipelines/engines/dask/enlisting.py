@@ -1,4 +1,4 @@
-"""Which workers take part in a run: all are asked whether they are ready, before it begins and after some were lost.
+"""Workers that take part: all are asked before a run, and after some were lost.
 
 A run does not begin while one is not ready, and all that is wrong is told at once. Of a run that goes on, those that are not
 ready take no part. What they are asked is in `readiness`.
@@ -54,21 +54,24 @@ class Roll:
 
     @property
     def ids(self) -> dict[str, str]:
-        """`Worker.id` of those that are ready, by address: one that is restarted there has another."""
+        """`Worker.id` of those that are ready, by address.
+
+        A worker that is restarted there has another.
+        """
         return {address: seen.id for address, seen in self.ready.items()}
 
     @property
     def computing(self) -> dict[str, str]:
-        """What those that are ready compute with (`arithmetic`)."""
+        """Arithmetic of those that are ready (`arithmetic`)."""
         return combine([seen.computing for seen in self.ready.values()])
 
     def __str__(self) -> str:
-        """What is wrong, those with the same fault together."""
+        """The faults in words, workers with the same one together."""
         return "; ".join(self.lines)
 
     @property
     def lines(self) -> list[str]:
-        """What is wrong: one for each fault that workers share."""
+        """The faults in words, one line for each fault that workers share."""
         alike: dict[tuple[str, ...], list[str]] = {}
         for name, found in self.wrong.items():
             alike.setdefault(tuple(found), []).append(name)
@@ -76,9 +79,9 @@ class Roll:
 
 
 def enlist(client: Client, expected: Expected, check: Callable[[], object]) -> Roll:
-    """The workers of a run that is to begin, all of which are ready. `check` ends it by raising while they are waited for.
+    """The workers of a run that is to begin, all of which are ready.
 
-    Raises ProblemError with all that is wrong with the cluster.
+    `check` ends the wait for them by raising. Raises ProblemError with all that is wrong with the cluster.
     """
     wait_for_first(client, check)
     roll = call_roll(client, expected, check)
@@ -101,7 +104,10 @@ def enlist(client: Client, expected: Expected, check: Callable[[], object]) -> R
 
 
 def enlist_again(client: Client, expected: Expected, check: Callable[[], object]) -> dict[str, str]:
-    """The workers that can go on with a run, as `Roll.ids`. Those that are not ready are logged."""
+    """The workers that can continue a run, as `Roll.ids`.
+
+    Others are logged.
+    """
     roll = call_roll(client, expected, check)
     for line in roll.lines:
         logger.warning("%s; it takes no part", line)
@@ -109,7 +115,10 @@ def enlist_again(client: Client, expected: Expected, check: Callable[[], object]
 
 
 def call_roll(client: Client, expected: Expected, check: Callable[[], object]) -> Roll:
-    """Ask the scheduler and every worker; nothing of that remains. Raises LockedError where the result's lock was lost."""
+    """Ask the scheduler and every worker, without a trace.
+
+    Raises LockedError where the result's lock was lost.
+    """
     here = describe_interpreter(PACKAGES)
     scheduler = _call(client, lambda: client.run_on_scheduler(eval, EXPRESSION, NAMES), check)
     reasons = _software_faults(scheduler, here)  # it unpickles the tasks as well
@@ -145,7 +154,7 @@ def _software_faults(answer: object, here: Mapping[str, str]) -> list[str]:
 
 
 def _silence(answer: object) -> str:
-    """What is wrong with a process whose answer is an error."""
+    """The fault of a process whose answer is an error."""
     if isinstance(answer, TimeoutError):
         return f"does not answer for {format_seconds(ANSWER)}: restart it"
     return f"cannot answer ({type(answer).__name__}: {answer}): see its log; {SAME_SOFTWARE}"
@@ -154,7 +163,10 @@ def _silence(answer: object) -> str:
 def _ask(
     client: Client, workers: Sequence[str], check: Callable[[], object], function: Callable[..., Any], *arguments: object
 ) -> dict[str, Any]:
-    """What a function returns on each of these workers, or the error that it raises; TimeoutError where one is silent."""
+    """A function's result, or error, on each of these workers.
+
+    TimeoutError where one is silent.
+    """
     if not workers:
         return {}
 
@@ -180,7 +192,10 @@ def _ping(client: Client, workers: Sequence[str]) -> dict[str, Future[Any]]:
 
 
 def _call(client: Client, call: Callable[[], Any], check: Callable[[], object]) -> Any:
-    """What a call returns, or the error that it raises; TimeoutError after `ANSWER` seconds. `check` ends it by raising."""
+    """The result of a call, or its error; TimeoutError after `ANSWER_SECONDS`.
+
+    `check` ends it by raising.
+    """
     called, start = begin(client, call), clock.now()
     while not wait([called], timeout=POLL).done:
         if (waited := clock.now() - start) > ANSWER:

@@ -1,4 +1,4 @@
-"""The lanes of an attempt on the workers of a Dask cluster: tasks as a Dask graph, outcomes as the results of its futures.
+"""Lanes of an attempt on a Dask cluster: a graph of tasks, futures as outcomes.
 
 No other worker of the cluster is touched. As a run ends, a worker that fails or is silent costs what it held, never the end.
 """
@@ -33,7 +33,7 @@ from oocattn.pipelines.lane.lane import Job
 from oocattn.pipelines.watch.events import TaskEvent
 
 Key = tuple[str, int, int]
-"""A task's key at the scheduler: the layer (step, run and piece), head group, and index."""
+"""A task's key at the scheduler: layer (step, run and piece), head group, index."""
 
 PAUSE = 0.05
 """Seconds between two looks at whether tasks still execute."""
@@ -42,10 +42,11 @@ logger = logging.getLogger("oocattn")
 
 
 class GraphMaker:
-    """Makes Dask graphs of the pieces of a run, a layer a step, for the workers of its lanes.
+    """Makes Dask graphs of the pieces of a run, a layer a step.
 
-    An edge to a task of an earlier piece is that task's future; one that has ended needs no edge. Layers, and with them the
-    task groups of the scheduler, have the number of their piece in their names, so that they never form a cycle.
+    Tasks are for the workers of its lanes. An edge to a task of an earlier piece is that task's future; one that has
+    ended needs no edge. Layers, and with them the task groups of the scheduler, have the number of their piece in
+    their names, so that they never form a cycle.
     """
 
     def __init__(self, run: str, workers: Sequence[str]) -> None:
@@ -56,7 +57,10 @@ class GraphMaker:
     def make(
         self, piece: Sequence[Task], unfinished: Mapping[TaskId, Future[TaskEvent | None]]
     ) -> tuple[HighLevelGraph, list[Key]]:
-        """The graph of a piece, and the keys of its tasks; `unfinished` has the futures of earlier ones."""
+        """The graph of a piece, and the keys of its tasks.
+
+        `unfinished` has the futures of earlier ones.
+        """
         number = next(self._numbers)
         names = {step: f"{step}-{self._run}-{number}" for step in STEPS}
         keys: dict[TaskId, Key] = {task.id: (names[task.id[0]], *task.id[1:]) for task in piece}
@@ -102,7 +106,10 @@ class DaskLanes(Lanes):
         await asyncio.gather(*itertools.starmap(self._report, pairs))
 
     async def _report(self, task: Task, future: Future[TaskEvent | None]) -> None:
-        """Wait for the end of a task, and pass on what it did. Where its result is lost, Dask runs it again."""
+        """Wait for the end of a task, and pass on its result.
+
+        Where the result is lost, Dask runs the task again.
+        """
         try:
             outcome: TaskEvent | BaseException | None = await self._client.gather(future, asynchronous=True)
         except (Exception, CancelledError) as error:
@@ -152,7 +159,7 @@ class DaskLanes(Lanes):
         self._ask(close_lane, self._living(), self._deadline.silence, "its lane may not be closed, and keep its memory")
 
     def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
-        """What this returns on each worker that has answered so far."""
+        """A function's results on the workers that have answered so far."""
         consequence = "what it held in memory may be lost, and is computed again"
         found = self._ask(function, self._answering, seconds, consequence)
         self._answering = list(found)
@@ -161,7 +168,10 @@ class DaskLanes(Lanes):
     def _ask(
         self, function: Callable[..., object], workers: Collection[str], seconds: float, consequence: str
     ) -> dict[str, int]:
-        """What this returns on each of these workers; one that fails or is silent is named, with the consequence."""
+        """A function's result on each of these workers.
+
+        A worker that fails or is silent is named in a warning, with the consequence.
+        """
         answers: dict[str, CallFuture[dict[str, int]]] = {}
         for address in workers:
             answers[address] = begin(self._client, partial(self._client.run, function, self._job.run, workers=[address]))
@@ -173,7 +183,10 @@ class DaskLanes(Lanes):
         return found
 
     def _living(self) -> list[str]:
-        """The workers that are still there; none where the scheduler is not, or in a fork of the process of the run."""
+        """The workers that are still there.
+
+        None where the scheduler is gone, or in a fork of the run's process.
+        """
         if not self.is_here:  # a listener has forked
             return []
         with suppress(WorkerLostError):

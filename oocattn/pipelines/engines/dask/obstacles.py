@@ -1,4 +1,4 @@
-"""What keeps workers of a Dask cluster from the tasks of a run, found by asking them and the scheduler.
+"""Obstacles of workers on a Dask cluster, found by asking them and the scheduler.
 
 Dask waits without a word for a worker that is paused, stopped, closing or busy with the tasks of others.
 """
@@ -34,8 +34,11 @@ UNASSIGNED = {"no-worker", "queued", "waiting"}
 
 @dataclass(frozen=True)
 class Occupation:
-    """What a worker says of itself: its state as Dask has it, its threads, the tasks that hold one, its memory in bytes, and
-    the seconds since its lane last did a piece of a task (Inf without a lane)."""
+    """A worker's account of itself.
+
+    Its state as Dask has it, its threads, the tasks that hold one, its memory in bytes, and the seconds since its
+    lane's last step (Inf without a lane).
+    """
 
     status: str
     threads: int
@@ -46,7 +49,7 @@ class Occupation:
 
 
 def occupation(run: str, dask_worker: Worker) -> Occupation:
-    """What this worker does, for a run and otherwise."""
+    """This worker's account of itself, for a run."""
     executing = tuple(map(str, dask_worker.active_threads.copy().values()))
     limit = dask_worker.memory_manager.memory_limit or 0
     memory = dask_worker.monitor.get_process_memory()
@@ -56,7 +59,7 @@ def occupation(run: str, dask_worker: Worker) -> Occupation:
 
 
 def find_obstacle(run: str, found: Occupation | None) -> Obstacle | None:
-    """What keeps a worker that said this, or nothing, from the tasks of a run."""
+    """The obstacle of a worker that gave this account, or none."""
     if found is None:
         return Obstacle(
             "does not answer: its process is stopped, or busy in a way that lets nothing else run",
@@ -82,7 +85,10 @@ def find_obstacle(run: str, found: Occupation | None) -> Obstacle | None:
 
 
 class Inquiry:
-    """Asks the workers of a run, and the scheduler, what they do: one that has not answered is not asked again."""
+    """Asks the workers of a run, and the scheduler, for their state.
+
+    One that has not answered is not asked again.
+    """
 
     def __init__(self, run: str, client: Client) -> None:
         self._run = run
@@ -114,7 +120,10 @@ class Inquiry:
 
 
 def refuse_own_thread(client: Client) -> None:
-    """Raise StalledError where the calling thread is a task's and the only one of a worker that would take part."""
+    """Raise StalledError where a run would wait for the thread that starts it.
+
+    That is a task's, and the only one of a worker that would take part.
+    """
     if not getattr(thread_state, "proceed", False):  # no task's, or one that has seceded
         return
     worker = get_worker()

@@ -1,4 +1,4 @@
-"""What a worker says of itself before a run, and what in that keeps it from taking part.
+"""Readiness of a worker: its account of itself before a run, and its faults.
 
 Every worker is asked twice. First for its Python and packages, by text that it evaluates: one without this package, or with
 another Python, answers as well. Then those that have the same look at the dataset, the folder of the result, their memory
@@ -35,19 +35,23 @@ from oocattn.units import ceil_div, format_bytes
 from oocattn.version import __version__, source_digest
 
 PACKAGES = ("oocattn", "torch", "zarr", "dask", "distributed")
-"""Packages whose versions must be the driver's: what computes, and what is sent between processes."""
+"""Packages whose versions must be the driver's.
+
+They compute, or are sent between processes.
+"""
 
 SAME_DATA = "mount the same file system there, or copy the dataset to the same path with its times (rsync -a)"
-"""What to do about a worker that sees another dataset."""
+"""Advice for a worker that sees another dataset."""
 
 SAME_SOFTWARE = "install there what is here, and restart it"
-"""What to do about a process that has other software."""
+"""Advice for a process that has other software."""
 
 
 def describe_interpreter(packages: tuple[str, ...]) -> dict[str, str]:
-    """Host, version of Python and versions of packages of a process; it needs nothing around it, for its text is sent.
+    """Host, and versions of Python and packages, of a process.
 
-    The first package is imported, as what is sent next will be; of others that are not, the version is the installed one.
+    It needs nothing around it, for its text is sent. The first package is imported, as what is sent next will be; of
+    others that are not, the version is the installed one.
     """
     import importlib.metadata
     import socket
@@ -65,15 +69,18 @@ def describe_interpreter(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 EXPRESSION = f"(exec(source), {describe_interpreter.__name__}(packages))[1]"
-"""What a process is asked for its versions."""
+"""Expression that `eval` of any Python answers with its versions."""
 
 
 NAMES = {"source": inspect.getsource(describe_interpreter), "packages": PACKAGES}
-"""What `EXPRESSION` is evaluated with, by `eval`, which every Python has."""
+"""Names for the evaluation of `EXPRESSION`."""
 
 
 def interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """What another process has other than this one; of torch, builds of one release may differ."""
+    """Differences of another process's versions from this one's.
+
+    Builds of one release of torch may differ.
+    """
     others = [
         f"no {name}{value.removeprefix('none')}" if value.startswith("none") else f"{name} {value} instead of {here[name]}"
         for name, value in found.items()
@@ -84,10 +91,10 @@ def interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -> lis
 
 @dataclass(frozen=True)
 class Expected:
-    """What the driver of a run sees, and what every worker must see or have room for.
+    """State of the driver that every worker must see, or have room for.
 
-    `state` is the folder of job state, locked under the `claim`, `lane_bytes` what a lane allocates in host memory, `asked`
-    the arguments of `arithmetic_of`. `computing` is what the workers of the run may compute with, where it has begun.
+    `state` is the folder of job state, locked under the `claim`, `lane_bytes` the host memory of a lane, `call` the
+    arguments of `arithmetic_of`. `computing` is the arithmetic of the run's workers, where it has begun.
     """
 
     dataset: Dataset
@@ -100,7 +107,7 @@ class Expected:
 
     @classmethod
     def of(cls, plan: Plan, dataset: Dataset, state: RunState) -> Expected:
-        """What a run of this plan expects."""
+        """The expectations of a run of this plan."""
         asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
         lane_bytes = ceil_div(plan.peak_host, plan.lanes)
         return cls(dataset, dataset.as_found, state.paths.state, state.claim, lane_bytes, asked)
@@ -108,11 +115,11 @@ class Expected:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a worker sees. `code` is the digest of its sources of this package, `dataset` its fingerprints, or why it cannot
-    be read, `result` why no result can be written.
+    """State of a worker as it sees itself.
 
-    `probe` names the file that it has written beside the result. Of its memory in bytes it says what is in use, Dask's limit
-    (0: none), and from which use on Dask gives it no tasks.
+    `code` is the digest of its sources of this package, `dataset` its fingerprints, or the reason why it cannot be
+    read, `result` why no result can be written. `probe` names the file that it has written beside the result. Memory
+    in bytes: in use, Dask's limit (0: none), and the use from which on Dask gives it no tasks.
     """
 
     id: str
@@ -129,7 +136,7 @@ class Seen:
 
 
 async def look(expected: Expected, dask_worker: Worker) -> Seen:
-    """What this worker sees, when what an earlier driver of the same run left in its memory is closed."""
+    """Look at what a run needs, after closing stale lanes of the same result."""
     await close_stale_lanes(expected.state, dask_worker)
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
@@ -164,7 +171,7 @@ def _look_at_dataset(dataset: Dataset) -> Fingerprints | str:
 
 
 def _look_at_state(state: Path, claim: Claim) -> tuple[str, str]:
-    """Why the folder of job state cannot be used, and the name of a file that was written there otherwise."""
+    """Why the folder of job state is unusable, or "", and a file written there."""
     name = f"ready.{uuid.uuid4().hex}{PARTIAL}"
     try:
         os.stat(state)
@@ -179,7 +186,7 @@ def _look_at_state(state: Path, claim: Claim) -> tuple[str, str]:
 
 
 def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
-    """Remove what workers have written into the folder of job state; return the names of those files that were there."""
+    """Remove the files that workers have written; return the names that were there."""
     there = []
     for name in names:
         with suppress(FileNotFoundError), name_failure("remove", state / name):
@@ -189,7 +196,10 @@ def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
 
 
 def faults(seen: Seen, expected: Expected, written: bool) -> list[str]:
-    """What keeps a worker from taking part, and what to do about it; `written`: its file has appeared beside the result."""
+    """Faults that keep a worker from taking part, with advice.
+
+    `written`: its file has appeared beside the result.
+    """
     return [*_dataset_faults(seen, expected), *_result_faults(seen, expected, written), *_other_faults(seen, expected)]
 
 

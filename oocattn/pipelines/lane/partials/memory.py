@@ -1,4 +1,4 @@
-"""Partials folded into accumulators in host memory as they come, and saved at an interval: see `MemoryPartials`."""
+"""Partials folded into accumulators in host memory, and saved at an interval."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ Place = tuple[int, int]
 
 @dataclass
 class _Fold:
-    """A chunk's accumulator, and how many of the chunk's contributors have begun to be folded into it, are in it whole, and
-    are in its file. Where its `save_pending`, nothing more begins before it has been saved."""
+    """A chunk's accumulator, and the contributors begun, folded and saved.
+
+    While `save_pending`, nothing more begins before it has been saved.
+    """
 
     state: AttentionState
     begun: int
@@ -32,12 +34,12 @@ class _Fold:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is being folded in."""
+        """True if nothing is being folded in."""
         return self.begun == self.whole
 
 
 class MemoryPartials:
-    """Each partial is folded into its chunk's accumulator as it comes, and they come in order.
+    """Each partial is folded into its chunk's accumulator, in order.
 
     So an accumulator is at any time that of the first few contributors, and its file, if it was saved, need not be of the
     same moment as another's: each says for itself how far its chunk had come. While one is being written nothing is folded
@@ -117,7 +119,7 @@ class MemoryPartials:
         self._accumulators.close()
 
     def _take(self, place: Place, count: int) -> _Fold:
-        """An accumulator for a chunk, the first `count` of whose contributors are in its file, if any."""
+        """An accumulator for a chunk, with the first `count` contributors from its file."""
         state, not_finite = self._accumulators.take(*place), 0
         if count:
             partial = self._partial_id(place, count)
@@ -134,7 +136,7 @@ class MemoryPartials:
         return fold
 
     def _next_due(self, due: set[Place], patient: bool) -> Place | None:
-        """One of these chunks into which nothing is being folded, nor will be; None where there is, or comes, no more."""
+        """An idle chunk among these; None where there is none, and none will come."""
 
         def find_idle() -> Place | None:
             folds = ((place, self._folds.get(place)) for place in due)
