@@ -55,7 +55,7 @@ class LockedError(OocattnError, RuntimeError):
 
 
 class WorkerLostError(OocattnError, RuntimeError):
-    """Workers died, or their scheduler did, and the run cannot go on without them."""
+    """Workers died, or their scheduler did, and the run cannot continue without them."""
 
 
 class TaskError(OocattnError, RuntimeError):

@@ -136,7 +136,7 @@ def _load_fused() -> ModuleType | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # cuda.bindings or NVRTC is not there, or knows nothing of this GPU
-        logger.warning("merging is not compiled here and takes slower operations of torch: %s", error)
+        logger.warning("merging cannot be compiled (%s); slower operations of torch are used", error)
         return None
     return fused
 

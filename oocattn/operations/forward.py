@@ -8,7 +8,7 @@ import torch
 
 from oocattn.division.base import Block
 from oocattn.kernels import AttentionState, finalise, get_kernel, merge
-from oocattn.operations.ledger import Expected, enter_tile
+from oocattn.operations.ledger import ExpectedLedger, enter_tile
 from oocattn.operations.tiles import Tile, make_tiles
 from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Mask
@@ -59,7 +59,7 @@ class Forward:
         """See `Operation.finalise`."""
         finalise(state, out, lse)
 
-    def expected(self, head_group: int, rows: range) -> Expected:
+    def expected(self, head_group: int, rows: range) -> ExpectedLedger:
         """See `Operation.expected`."""
         mask = self.mask(head_group)
         return mask.counts(rows), mask.index_sums(rows)

@@ -19,7 +19,7 @@ from oocattn.problem.mask import Cover, Int64s
 ROWS = 8192
 """Rows whose numbers are computed at a time: some hundred kilobytes."""
 
-Expected = tuple[Int64s, Int64s]
+ExpectedLedger = tuple[Int64s, Int64s]
 """Keys that consecutive rows attend, and sums of their indices: int64 [n] each."""
 
 
@@ -33,7 +33,7 @@ def enter_tile(state: AttentionState, tile: Tile) -> None:
     enter(state, tile.row_tokens.start, [ramp.clipped(keys) for ramp in tile.mask.ramps])
 
 
-def find_wrong_row(state: AttentionState, tokens: range, expected: Callable[[range], Expected]) -> int | None:
+def find_wrong_row(state: AttentionState, tokens: range, expected: Callable[[range], ExpectedLedger]) -> int | None:
     """The first of these rows whose ledger is wrong; None if there is none.
 
     `state` is in host memory.

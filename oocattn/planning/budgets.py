@@ -28,7 +28,7 @@ It has more tasks, or more overhead than computing, and more seconds of overhead
 LARGER = (2, 4)
 """Multiples of a budget at which plans are compared."""
 
-WORTH = 1.5
+WORTHWHILE_SPEEDUP = 1.5
 """By how many times faster a plan must be for a larger budget to be named."""
 
 MIB = 1 << 20
@@ -59,7 +59,7 @@ def faster_plans(plan: Plan, replan: Replan) -> list[tuple[int, Plan]]:
     found = [(1, plan)]
     for times in LARGER:
         larger = replan(times)
-        if larger is not None and larger.seconds * WORTH < found[-1][1].seconds:
+        if larger is not None and larger.seconds * WORTHWHILE_SPEEDUP < found[-1][1].seconds:
             found.append((times, larger))
     return found[1:]
 
@@ -72,7 +72,7 @@ def crowded_warning(plan: Plan, replan: Replan) -> str:
         f"{format_seconds(files.seconds)} on {files.amount:,.0f} files for {format_seconds(computing.seconds)} of computing"
     )
     unpinned = replan(1)
-    if unpinned is not None and unpinned.seconds * WORTH < plan.seconds:
+    if unpinned is not None and unpinned.seconds * WORTHWHILE_SPEEDUP < plan.seconds:
         seconds = format_seconds(unpinned.seconds)
         return f"{found}: leave --chunks and --decomposition to the plan, which then takes {seconds} in all"
     faster = faster_plans(plan, replan)

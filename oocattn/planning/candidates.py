@@ -27,13 +27,13 @@ FINE_SECONDS = 0.005
 It would cost more to schedule than to compute.
 """
 
-TIE = 1.05
+TIE_RATIO = 1.05
 """Ratio of predictions below which two kinds of division are equally fast.
 
-Within one kind: `CLOSE`.
+Within one kind: `CLOSE_RATIO`.
 """
 
-CLOSE = 1.01
+CLOSE_RATIO = 1.01
 
 
 def make_plan(
@@ -135,11 +135,11 @@ def _choose(plans: Sequence[Plan], hardware: Hardware) -> Plan | None:
         return None
     prompt = [plan for plan in fitting if _keeps_to_interval(plan)] or fitting
     fastest = min(plan.seconds for plan in prompt)
-    ties = [plan for plan in prompt if plan.seconds <= TIE * fastest]
+    ties = [plan for plan in prompt if plan.seconds <= TIE_RATIO * fastest]
     kind = min(_kind(plan) for plan in ties)
     ties = [plan for plan in ties if _kind(plan) == kind]
     fastest = min(plan.seconds for plan in ties)
-    close = (plan for plan in ties if plan.seconds <= CLOSE * fastest)
+    close = (plan for plan in ties if plan.seconds <= CLOSE_RATIO * fastest)
     return min(close, key=lambda plan: (plan.chunks, plan.span, -plan.accumulators))
 
 

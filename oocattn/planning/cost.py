@@ -68,7 +68,7 @@ WINDOW = 32
 No more are submitted then.
 """
 
-UNFINISHED = 4 * WINDOW
+MOST_UNFINISHED = 4 * WINDOW
 """Tasks of a lane, of any layer, that may wait there before no more are submitted."""
 
 
@@ -150,7 +150,9 @@ class _Run:
         """The bytes that partials take on disk at most at a time."""
         lanes = self.hardware.lanes
         if self.candidate.partials == "disk":
-            waiting = (UNFINISHED + 4 * PIECE) * lanes / self.candidate.chunks  # head groups whose chunks are not written
+            waiting = (
+                (MOST_UNFINISHED + 4 * PIECE) * lanes / self.candidate.chunks
+            )  # head groups whose chunks are not written
             return min(self.problem.head_groups, 2 + waiting) * self._reads[0] * self._partial_file
         return (self._held + lanes) * self._partial_file if self.checkpoint_seconds else 0  # one of a lane is replaced
 

@@ -24,7 +24,7 @@ from oocattn.records import Count, Positive, Range, Seconds, to_json
 from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
 
-COUNTED = ("files", "tasks")
+COUNTED_LINKS = ("files", "tasks")
 """Links whose amount is a number of things.
 
 That of `compute` is floating-point operations, of the others bytes.
@@ -159,7 +159,7 @@ class Plan:
         return longest.name
 
     @property
-    def decided(self) -> dict[str, str | int]:
+    def decisions(self) -> dict[str, str | int]:
         """All that determines the result's bits besides the problem, as it is hashed."""
         return {
             "decomposition": self.decomposition,
@@ -175,7 +175,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identity of the result's bits: the problem, the division and the kernel."""
-        text = json.dumps([asdict(self.problem), [*self.decided.values()]], sort_keys=True)
+        text = json.dumps([asdict(self.problem), [*self.decisions.values()]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Plan:
         ]
         for link in self.links:
             amount = format_bytes(link.amount)
-            if link.name in (*COUNTED, "compute"):
+            if link.name in (*COUNTED_LINKS, "compute"):
                 amount = f"{format_count(link.amount)}{'FLOP' if link.name == 'compute' else ''}".rstrip()
             mark = "  <- binds" if link.name == self.binds else ""
             lines.append(f"{link.name:<12} {amount:>12} {link.seconds:>9.3g}{mark}")

@@ -86,7 +86,7 @@ class HopperKernel:
             raise
         except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
             reason = f"it cannot be compiled or loaded here: {str(error).strip().partition(chr(10))[0]}"
-            logger.warning("the kernel hopper cannot be had, and a library's takes its place: %s", reason)
+            logger.warning("the kernel hopper is not available (%s); a library's kernel is used in its place", reason)
             return reason
         return ""
 

@@ -49,7 +49,7 @@ Check = Callable[[], object]
 class Obstacle:
     """A reason that keeps a worker from the tasks of a run, and advice."""
 
-    found: str
+    fault: str
     remedy: str
 
 

@@ -164,7 +164,7 @@ class InlineLanes(Lanes):
         for ready in self._ready:
             for _ in range(THREADS):
                 ready.put(None)
-        self._ask(Lane.close, self._deadline.silence, "its lane may not be closed, and keep its memory")
+        self._ask(Lane.close, self._deadline.silence_seconds, "its lane may not be closed, and keep its memory")
 
     def _ask(self, function: Callable[[Lane], int | None], seconds: float, consequence: str) -> list[int]:
         """The result of a function on each lane.

@@ -26,7 +26,7 @@ class Checkpoints:
         self._pause = interval / 2
         self._fail = fail
         self._ended = threading.Event()
-        self._made: deque[tuple[Span, int]] = deque()
+        self._saves: deque[tuple[Span, int]] = deque()
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
@@ -37,7 +37,7 @@ class Checkpoints:
 
     def add_to(self, event: Attended) -> Attended:
         """The event, with the checkpoints that were made since the last one."""
-        made = [self._made.popleft() for _ in range(len(self._made))]
+        made = [self._saves.popleft() for _ in range(len(self._saves))]
         if not made:
             return event
         spans = tuple(span for span, _ in made)
@@ -63,4 +63,4 @@ class Checkpoints:
                 return
             took = clock.now() - start
             if written:
-                self._made.append((Span("save", start, clock.now()), written))
+                self._saves.append((Span("save", start, clock.now()), written))

@@ -60,7 +60,7 @@ class TileRows:
         self.count //= 2
         self._halvings += 1
         torch.cuda.empty_cache()
-        logger.warning("%s is out of memory: tiles of %d queries from here on", self._device, self.count)
+        logger.warning("%s is out of memory; the run continues with tiles of %d queries", self._device, self.count)
 
     def take_halvings(self) -> int:
         """The number of halvings since the last call."""
@@ -136,8 +136,8 @@ class PinnedMemory:
             region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as refused:
             raise BudgetError(
-                f"{format_bytes(nbytes)} of host memory cannot be had ({refused.strerror}): lower --host-memory, or raise "
-                "the limit on address space (ulimit -v)"
+                f"{format_bytes(nbytes)} of host memory cannot be allocated ({refused.strerror}): lower --host-memory, or "
+                "raise the limit on address space (ulimit -v)"
             ) from refused
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without huge pages

@@ -11,13 +11,13 @@ import torch
 from oocattn import clock
 from oocattn.pipelines.watch.events import Resource, Span
 
-JOIN = 2e-5
+JOIN_SECONDS = 2e-5
 """Seconds between spans of one resource below which they are joined.
 
 The gap is the launch of the next.
 """
 
-ANCHOR = 60.0
+ANCHOR_SECONDS = 60.0
 """Seconds after which times are measured from a later event.
 
 CUDA gives them as float32 milliseconds.
@@ -56,7 +56,7 @@ class DeviceClock:
         """Spans of finished stretches, joined where nothing of the resource lies between."""
         with self._lock:
             timed = [Span(each.resource, self._seconds(each.start), self._seconds(each.stop)) for each in stretches]
-            if timed and timed[-1].stop > self._time + ANCHOR:
+            if timed and timed[-1].stop > self._time + ANCHOR_SECONDS:
                 self._anchor, self._time = stretches[-1].stop, timed[-1].stop
         return join_spans(timed)
 
@@ -65,12 +65,12 @@ class DeviceClock:
 
 
 def join_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Sort spans, and join those of one resource whose gap is smaller than `JOIN`."""
+    """Sort spans, and join those of one resource whose gap is smaller than `JOIN_SECONDS`."""
     found: list[Span] = []
     last: dict[Resource, int] = {}
     for span in sorted(spans, key=lambda span: span.start):
         place = last.get(span.resource)
-        if place is not None and span.start - found[place].stop < JOIN:
+        if place is not None and span.start - found[place].stop < JOIN_SECONDS:
             found[place] = Span(span.resource, found[place].start, max(span.stop, found[place].stop))
         else:
             last[span.resource] = len(found)

@@ -117,8 +117,8 @@ class Lane:
     def attend(self, turn: int) -> Attended:
         """Compute the partials of the subproblem staged for this turn; hand them over.
 
-        A lane takes subproblems in the order of their turns, whichever task comes first: that which comes early begins
-        those before it too, which have been staged. The event also tells of the checkpoints that were made meanwhile.
+        A lane takes subproblems in the order of their turns, whichever task comes first: an early task begins those before
+        it too, which have been staged. The event also has the checkpoints that were made meanwhile.
         Raises RuntimeError for a turn that was taken before.
         """
         self._attend_turns.take(turn)

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-SWITCH_INTERVAL = 5e-4
+SWITCH_SECONDS = 5e-4
 """Seconds between switches of threads while there is a lane on a GPU.
 
 The thread that launches needs its turn before the device runs dry. (1M tokens x 8 heads: the gaps fell from 53 to 22
@@ -32,7 +32,7 @@ def _add(holds: int) -> None:
     with _lock:
         if not _holds:
             _found = sys.getswitchinterval()
-            _set_interval(min(SWITCH_INTERVAL, _found))
+            _set_interval(min(SWITCH_SECONDS, _found))
             _set = sys.getswitchinterval()
         _holds += holds
         if not _holds and sys.getswitchinterval() == _set:

@@ -85,7 +85,7 @@ class Saved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stalled(Event):
-    """The run stands still for `reason`; "" when it goes on."""
+    """The run stalls for `reason`; "" when it continues."""
 
     reason: str
 

@@ -15,7 +15,7 @@ from oocattn.pipelines.watch.events import Attended, Ended, Event, Failed, Recov
 from oocattn.text import printable
 from oocattn.units import format_seconds
 
-INTERVAL = 0.1
+DRAWING_SECONDS = 0.1
 """The least time between two drawings of the bar, in seconds."""
 
 
@@ -72,8 +72,8 @@ class ProgressBar:
 
         Where subproblems take long, the next event is far away.
         """
-        slow = isinstance(event, Attended) and self._seconds_each(bar) >= INTERVAL
-        return slow or clock.now() - self._drawn >= INTERVAL
+        slow = isinstance(event, Attended) and self._seconds_each(bar) >= DRAWING_SECONDS
+        return slow or clock.now() - self._drawn >= DRAWING_SECONDS
 
     def _draw(self, bar: tqdm[None]) -> None:
         self._drawn = clock.now()

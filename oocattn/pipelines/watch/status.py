@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
-from oocattn.pipelines.deadline import NOTICED
+from oocattn.pipelines.deadline import NOTICED_SECONDS
 from oocattn.pipelines.watch.events import (
     Attended,
     Committed,
@@ -41,7 +41,7 @@ from oocattn.units import format_bytes, format_seconds
 MOST_BYTES = 1 << 20
 """Of the files of status and report."""
 
-INTERVAL = 1.0
+WRITING_SECONDS = 1.0
 """Seconds between updates of the file."""
 
 logger = logging.getLogger("oocattn")
@@ -172,7 +172,7 @@ class StatusFile:
         elif isinstance(event, Stalled):
             self._status = replace(self._status, stalled=event.reason, stalled_since=event.start)
         important = isinstance(event, Started | Recovered | Stalled | Failed)
-        if important or clock.now() - self._written >= INTERVAL:
+        if important or clock.now() - self._written >= WRITING_SECONDS:
             self._written = clock.now()
             with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
                 self._claim.check()
@@ -238,7 +238,7 @@ def read_status(paths: ResultPaths) -> Status:
         except IntegrityError as error:
             if not unfinished:
                 raise
-            logger.warning("%s: what the run had read and written, and how fast it was, is not known", error)
+            logger.warning("%s; the bytes and the rate of the run are not known", error)
         if last is None and unfinished:
             last = Status("interrupted")  # killed before it was written
     if last is None:
@@ -256,10 +256,10 @@ def read_status(paths: ResultPaths) -> Status:
 def _seen(last: Status, holder: Holder, paths: ResultPaths) -> Status:
     """The status of a run that is alive; its process may be stopped."""
     running, silence = replace(last, state="running"), holder_silence(paths.lock)
-    if silence < NOTICED:
+    if silence < NOTICED_SECONDS:
         return running
     stopped = (
-        f"{holder} is stopped, and its run with it: let it go on (kill -CONT {holder.process}); or else {paths.state} is on "
+        f"{holder} is stopped, and its run with it: continue it (kill -CONT {holder.process}); or else {paths.state} is on "
         "a file system that does not answer it"
     )
     return replace(running, stalled=stopped, stalled_since=clock.now() - silence)
@@ -275,7 +275,7 @@ def _is_unfinished(paths: ResultPaths) -> bool:
     except IntegrityError as error:
         if "problem" not in (paths.attributes() or {}):
             raise
-        logger.warning("%s; the result that is there is not touched by that", error)
+        logger.warning("%s; the result itself is not affected", error)
         return False
 
 

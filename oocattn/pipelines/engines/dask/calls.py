@@ -11,10 +11,10 @@ from distributed import Client
 
 from oocattn.units import format_seconds
 
-ANSWER = 120.0
+ANSWER_SECONDS = 120.0
 """Seconds in which a scheduler, and workers asked for their GPUs, must answer."""
 
-SOON = 5.0
+SOON_SECONDS = 5.0
 """Seconds in which a worker says what it does, and a scheduler where tasks are."""
 
 WAITS = 10
@@ -48,9 +48,9 @@ def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | Non
 def answer(client: Client, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
     """The result of a call.
 
-    Raises TimeoutError after so many seconds (default: `ANSWER`).
+    Raises TimeoutError after so many seconds (default: `ANSWER_SECONDS`).
     """
-    limit = ANSWER if seconds is None else seconds
+    limit = ANSWER_SECONDS if seconds is None else seconds
     called = begin(client, call, limit)
     wait([called], timeout=limit)
     try:
@@ -68,7 +68,7 @@ class Calls:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._begun: dict[str, Future[Any]] = {}
+        self._calls: dict[str, Future[Any]] = {}
 
     def ask(self, questions: Mapping[str, Callable[[], Awaitable[Any]]]) -> dict[str, Any]:
         """The answers; None where there is none in time.
@@ -76,11 +76,11 @@ class Calls:
         Processes that are gone are left out: the attempt finds that itself.
         """
         for name, question in questions.items():
-            if name not in self._begun or self._begun[name].done():
-                self._begun[name] = begin(self._client, question)
-        calls = {name: self._begun[name] for name in questions}
+            if name not in self._calls or self._calls[name].done():
+                self._calls[name] = begin(self._client, question)
+        calls = {name: self._calls[name] for name in questions}
         for _ in range(WAITS):
-            if not wait(calls.values(), timeout=SOON / WAITS).not_done:
+            if not wait(calls.values(), timeout=SOON_SECONDS / WAITS).not_done:
                 break
         return {
             name: call.result() if call.done() else None

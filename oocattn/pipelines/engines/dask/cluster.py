@@ -18,13 +18,13 @@ from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.pipelines.engines.dask.calls import answer
 from oocattn.units import format_seconds
 
-LEAST_ANSWER = 1.0
+LEAST_ANSWER_SECONDS = 1.0
 """Seconds for workers to say that they are ready, even after a time limit."""
 
-FIRST_WORKER = 60.0
+FIRST_WORKER_SECONDS = 60.0
 """Seconds for which a run waits for a first worker."""
 
-KEPT = 5.0
+KEEPING_SECONDS = 5.0
 """Seconds of a task that keeps a worker of an adaptive cluster until it has work."""
 
 logger = logging.getLogger("oocattn")
@@ -33,7 +33,7 @@ logger = logging.getLogger("oocattn")
 def worker_addresses(client: Client, seconds: float | None = None) -> list[str]:
     """The addresses of the client's workers, in a fixed order: one lane each.
 
-    Raises TimeoutError after so many seconds (default: `calls.ANSWER`).
+    Raises TimeoutError after so many seconds (default: `calls.ANSWER_SECONDS`).
 
     The scheduler is asked itself: the record behind `Client.scheduler_info` is overwritten, without workers, by a task of
     the client that runs every other second.
@@ -69,9 +69,9 @@ def wait_for_first(client: Client, check: Callable[[], object]) -> None:
     """
     if living_workers(client):
         return
-    seconds = format_seconds(FIRST_WORKER)
+    seconds = format_seconds(FIRST_WORKER_SECONDS)
     logger.warning("the cluster has no worker: waiting for one, %s at most", seconds)
-    if not _wait(client, 1, FIRST_WORKER, FIRST_WORKER, check):
+    if not _wait(client, 1, FIRST_WORKER_SECONDS, FIRST_WORKER_SECONDS, check):
         raise ProblemError(
             f"0 workers after {seconds}: a run needs at least one; start workers and run again (if Dask keeps restarting "
             "them, set memory_limit=0)"
@@ -98,7 +98,7 @@ def _wait(client: Client, count: int, seconds: float, seconds_for_any: float, ch
             if time.monotonic() - began > (seconds if there else seconds_for_any):
                 break
             if not there and task is None:  # an adaptive cluster starts workers for tasks alone, and stops those without
-                task = client.submit(time.sleep, KEPT, pure=False)
+                task = client.submit(time.sleep, KEEPING_SECONDS, pure=False)
                 fire_and_forget(task)
             check()
             time.sleep(0.1)
@@ -136,7 +136,7 @@ def assign_devices(client: Client, device_type: str, workers: Container[str]) ->
     """Give each of these workers a device: "cpu", or a GPU of its own like "cuda:1".
 
     Raises ProblemError naming one that has no GPU where one is asked for; TimeoutError where they have not answered after
-    `calls.ANSWER` seconds.
+    `calls.ANSWER_SECONDS` seconds.
     """
     addresses = [address for address in worker_addresses(client) if address in workers]
     if device_type == "cpu" or not addresses:

@@ -19,16 +19,16 @@ from oocattn.pipelines.engines.base import begin_call
 from oocattn.text import printable
 from oocattn.units import format_seconds
 
-CONNECT = 30.0
+CONNECT_SECONDS = 30.0
 """Seconds in which a scheduler must answer.
 
 One that is started by the same script may need some.
 """
 
-LEAST_CONNECT = 1.0
+LEAST_CONNECT_SECONDS = 1.0
 """Seconds that it has, however short a time limit is."""
 
-RETRY = 0.25
+RETRY_SECONDS = 0.25
 """Seconds between tries of an address where nobody listens."""
 
 SCHEMES = ("tcp", "tls", "ws", "wss")
@@ -64,18 +64,18 @@ def _kind(value: object) -> str:
     return f"a {type(value).__name__}" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
-def connect(address: str, seconds: float = CONNECT) -> Client:
+def connect(address: str, seconds: float = CONNECT_SECONDS) -> Client:
     """A client of the scheduler at an address, which must answer in so many seconds.
 
     Raises ProblemError with the cause: no such address, nobody listens there for all that time, or no Dask scheduler does.
     """
-    until = time.monotonic() + max(LEAST_CONNECT, seconds)
+    until = time.monotonic() + max(LEAST_CONNECT_SECONDS, seconds)
     host, port = _parse(address)
     _knock(address, host, port, until)
-    left = max(LEAST_CONNECT, until - time.monotonic())
+    left = max(LEAST_CONNECT_SECONDS, until - time.monotonic())
     try:
         # In a thread: Dask waits longer than it is told for what accepts connections and is silent.
-        kind = begin_call(lambda: asyncio.run(_kind_of_server(address, left))).result(timeout=left + LEAST_CONNECT)
+        kind = begin_call(lambda: asyncio.run(_kind_of_server(address, left))).result(timeout=left + LEAST_CONNECT_SECONDS)
         if kind == "Scheduler":
             return Client(address, timeout=left)
         reason = f"it is a {kind}"
@@ -125,15 +125,15 @@ def _knock(address: str, host: str, port: int, until: float) -> None:
     began = time.monotonic()
     while True:
         try:
-            with socket.create_connection((host, port), timeout=max(RETRY, until - time.monotonic())):
+            with socket.create_connection((host, port), timeout=max(RETRY_SECONDS, until - time.monotonic())):
                 return
         except (socket.gaierror, UnicodeError) as error:
             raise ProblemError(f"scheduler {printable(address)}: no host {printable(host)} ({error}); {_EXPECTED}") from None
         except OSError as error:
-            if time.monotonic() + RETRY > until:
+            if time.monotonic() + RETRY_SECONDS > until:
                 waited = format_seconds(round(time.monotonic() - began, 1))
                 raise ProblemError(
                     f"no scheduler listens at {printable(address)} ({error}), tried for {waited}: start one there, or "
                     f"{_EXPECTED}"
                 ) from None
-        time.sleep(RETRY)
+        time.sleep(RETRY_SECONDS)

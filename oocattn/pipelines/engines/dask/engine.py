@@ -15,7 +15,7 @@ from oocattn.pipelines.engines.base import Check, Engine
 from oocattn.pipelines.engines.dask.cluster import assign_devices, wait_for_workers, warn_of_open_ports
 from oocattn.pipelines.engines.dask.enlisting import enlist, enlist_again
 from oocattn.pipelines.engines.dask.lanes import DaskLanes
-from oocattn.pipelines.engines.dask.readiness import Expected
+from oocattn.pipelines.engines.dask.readiness import Expectations
 from oocattn.pipelines.lane.lane import Job
 from oocattn.pipelines.work import Work
 from oocattn.planning.plan import Plan
@@ -43,7 +43,7 @@ class DaskEngine(Engine):
         return len(self._devices)
 
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
-        expected = Expected.of(plan, dataset, state)
+        expected = Expectations.of_run(plan, dataset, state)
         roll = enlist(self._client, expected, check)
         self._plan, self._expected = plan, replace(expected, computing=roll.computing)
         self._take(roll.ids)
@@ -62,7 +62,7 @@ class DaskEngine(Engine):
         devices = assign_devices(self._client, self._plan.device, ids)
         self._ids, self._devices = ids, dict(itertools.islice(devices.items(), self._plan.lanes))
         if not self._devices:
-            raise WorkerLostError("no worker is ready to go on: what was done is on disk; start some and resume")
+            raise WorkerLostError("no worker is ready to continue: the work that was done is on disk; start some and resume")
 
     def lanes(self, work: Work, deadline: Deadline) -> DaskLanes:
         devices = {self._ids[address]: device for address, device in self._devices.items()}

@@ -35,7 +35,7 @@ from oocattn.pipelines.watch.events import TaskEvent
 Key = tuple[str, int, int]
 """A task's key at the scheduler: layer (step, run and piece), head group, index."""
 
-PAUSE = 0.05
+PAUSE_SECONDS = 0.05
 """Seconds between two looks at whether tasks still execute."""
 
 logger = logging.getLogger("oocattn")
@@ -138,25 +138,32 @@ class DaskLanes(Lanes):
         return self._inquiry.look(by_key, workers)
 
     def stop(self, seconds: float) -> None:
-        self._answering = self._living()
+        self._answering = self._living_workers()
         if not self._answering:
             return
-        with warn_of_failure("some tasks may go on"):
+        with warn_of_failure("some tasks may still run"):
             futures = list(self._futures.values())
             reason = "the run has ended"
-            answer(self._client, lambda: self._client.cancel(futures, force=True, reason=reason), self._deadline.silence)
+            answer(
+                self._client, lambda: self._client.cancel(futures, force=True, reason=reason), self._deadline.silence_seconds
+            )
         until = time.monotonic() + seconds
-        while any(self._ask_stopped(stop, self._deadline.silence)):
+        while any(self._ask_stopped(stop, self._deadline.silence_seconds)):
             if time.monotonic() > until:
                 logger.warning("some tasks did not stop in time; their work is not saved")
                 break
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_SECONDS)
 
     def save(self) -> int:
         return sum(self._ask_stopped(save, SAVING_SECONDS))
 
     def close(self) -> None:
-        self._ask(close_lane, self._living(), self._deadline.silence, "its lane may not be closed, and keep its memory")
+        self._ask(
+            close_lane,
+            self._living_workers(),
+            self._deadline.silence_seconds,
+            "its lane may not be closed, and keep its memory",
+        )
 
     def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
         """A function's results on the workers that have answered so far."""
@@ -182,7 +189,7 @@ class DaskLanes(Lanes):
                 found[address] = int(said.result(timeout=0)[address])
         return found
 
-    def _living(self) -> list[str]:
+    def _living_workers(self) -> list[str]:
         """The workers that are still there.
 
         None where the scheduler is gone, or in a fork of the run's process.
@@ -190,6 +197,6 @@ class DaskLanes(Lanes):
         if not self.is_here:  # a listener has forked
             return []
         with suppress(WorkerLostError):
-            there = living_workers(self._client, self._deadline.silence)
+            there = living_workers(self._client, self._deadline.silence_seconds)
             return [address for address in there if address in self.workers]
         return []

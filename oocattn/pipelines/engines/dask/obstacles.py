@@ -48,7 +48,7 @@ class Occupation:
     since_step: float = math.inf
 
 
-def occupation(run: str, dask_worker: Worker) -> Occupation:
+def describe_occupation(run: str, dask_worker: Worker) -> Occupation:
     """This worker's account of itself, for a run."""
     executing = tuple(map(str, dask_worker.active_threads.copy().values()))
     limit = dask_worker.memory_manager.memory_limit or 0
@@ -58,24 +58,24 @@ def occupation(run: str, dask_worker: Worker) -> Occupation:
     return Occupation(dask_worker.status.name, dask_worker.state.nthreads, executing, memory, limit, since_step)
 
 
-def find_obstacle(run: str, found: Occupation | None) -> Obstacle | None:
+def find_obstacle(run: str, occupation: Occupation | None) -> Obstacle | None:
     """The obstacle of a worker that gave this account, or none."""
-    if found is None:
+    if occupation is None:
         return Obstacle(
             "does not answer: its process is stopped, or busy in a way that lets nothing else run",
-            "let it go on or restart it",
+            "continue it (kill -CONT) or restart it",
         )
-    if found.status == "paused":
-        uses = f", at {format_bytes(found.memory)} of its memory limit of {format_bytes(found.memory_limit)}"
+    if occupation.status == "paused":
+        uses = f", at {format_bytes(occupation.memory)} of its memory limit of {format_bytes(occupation.memory_limit)}"
         return Obstacle(
-            f"is paused by Dask{uses if found.memory_limit else ''}",
+            f"is paused by Dask{uses if occupation.memory_limit else ''}",
             "start workers with memory_limit=0 (--memory-limit 0), or with a larger one: Dask counts mapped files",
         )
-    if found.status != "running":
-        return Obstacle(f"is {found.status.replace('_', ' ')}", "start another worker")
-    others = [key for key in found.executing if run not in key]
-    if len(others) >= found.threads:
-        threads = "its only thread" if found.threads == 1 else f"all of its {found.threads} threads"
+    if occupation.status != "running":
+        return Obstacle(f"is {occupation.status.replace('_', ' ')}", "start another worker")
+    others = [key for key in occupation.executing if run not in key]
+    if len(others) >= occupation.threads:
+        threads = "its only thread" if occupation.threads == 1 else f"all of its {occupation.threads} threads"
         return Obstacle(
             f"is busy with tasks of others on {threads}: {some_of(others, MOST_NAMED)}",
             "wait until they end, or give the run a worker of its own or one with more threads; a task that starts a run "
@@ -105,8 +105,8 @@ class Inquiry:
         if "" not in states:
             return {}, {}
         if states[""] is None:
-            return {"": Obstacle("the scheduler does not answer", "let it go on or restart it")}, {}
-        questions = {name: partial(self._client.run, occupation, self._run, workers=[name]) for name in workers}
+            return {"": Obstacle("the scheduler does not answer", "continue it (kill -CONT) or restart it")}, {}
+        questions = {name: partial(self._client.run, describe_occupation, self._run, workers=[name]) for name in workers}
         said = {name: answer and answer[name] for name, answer in self._calls.ask(questions).items()}
         steps = {name: answer.since_step for name, answer in said.items() if answer}
         found = {name: find_obstacle(self._run, answer) for name, answer in said.items()}

@@ -91,7 +91,7 @@ class PartialFiles:
         self._check()
         remove_file(self.path(partial))
 
-    def found(self) -> Iterator[tuple[Path, PartialId | None]]:
+    def scan(self) -> Iterator[tuple[Path, PartialId | None]]:
         """Yield every file with its partial; None if it is damaged or of another run."""
         for name in names_in(self.folder):
             if _NAME.fullmatch(name):

@@ -19,14 +19,14 @@ Place = tuple[int, int]
 
 @dataclass
 class _Fold:
-    """A chunk's accumulator, and the contributors begun, folded and saved.
+    """A chunk's accumulator, and the contributors started, folded and saved.
 
     While `save_pending`, nothing more begins before it has been saved.
     """
 
     state: AttentionState
-    begun: int
-    whole: int
+    started: int
+    folded: int
     saved: int
     not_finite: int
     save_pending: bool = False
@@ -35,7 +35,7 @@ class _Fold:
     @property
     def idle(self) -> bool:
         """True if nothing is being folded in."""
-        return self.begun == self.whole
+        return self.started == self.folded
 
 
 class MemoryPartials:
@@ -59,8 +59,8 @@ class MemoryPartials:
         place, contributors = (head_group, chunk), self._division.contributors(chunk)
         known = self._folds.get(place)
         position = contributors.index(subproblem) if subproblem in contributors else -1
-        if position < 0 or (known and position != known.begun):
-            expected = contributors[known.begun :][:1] if known else contributors[:1]
+        if position < 0 or (known and position != known.started):
+            expected = contributors[known.started :][:1] if known else contributors[:1]
             raise IntegrityError(
                 f"head group {head_group}, chunk {chunk}: the partial of subproblem {subproblem} came, expected "
                 f"{expected[0] if expected else 'no more'}"
@@ -68,7 +68,7 @@ class MemoryPartials:
         fold = known or self._take(place, position)
         with self._changed:
             self._changed.wait_for(lambda: not fold.being_saved and not (fold.save_pending and fold.idle))
-            fold.begun += 1
+            fold.started += 1
             fold.not_finite += not_finite
         return Destination(fold.state, merged=position > 0)
 
@@ -78,14 +78,14 @@ class MemoryPartials:
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         with self._changed:
-            self._folds[head_group, chunk].whole += 1
+            self._folds[head_group, chunk].folded += 1
             self._changed.notify_all()
         return 0
 
     def collect(self, head_group: int, chunk: int) -> MergedChunk:
         contributors = self._division.contributors(chunk)
         fold = self._folds.get((head_group, chunk)) or self._take((head_group, chunk), len(contributors))
-        if missing := contributors[fold.begun :]:
+        if missing := contributors[fold.started :]:
             raise IntegrityError(f"head group {head_group}, chunk {chunk}: no partial of subproblems {list(missing)}")
         return MergedChunk(fold.state, fold.not_finite)
 
@@ -101,7 +101,7 @@ class MemoryPartials:
 
     def save(self, patient: bool) -> int:
         with self._changed:
-            due = {place for place, fold in self._folds.items() if fold.saved < fold.begun}
+            due = {place for place, fold in self._folds.items() if fold.saved < fold.started}
         written = 0
         while (place := self._next_due(due, patient)) is not None:
             due.remove(place)
@@ -157,8 +157,8 @@ class MemoryPartials:
     def _save(self, place: Place) -> int:
         fold = self._folds[place]
         try:
-            written = self._files.write(self._partial_id(place, fold.whole), fold.state, fold.not_finite)
-            fold.saved = fold.whole
+            written = self._files.write(self._partial_id(place, fold.folded), fold.state, fold.not_finite)
+            fold.saved = fold.folded
             return written
         finally:
             with self._changed:
