@@ -60,10 +60,7 @@ _shown.maxstring = _shown.maxother = 80
 
 
 def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have the options of a function checked before anything else is done.
-
-    None passes where it is the default.
-    """
+    """Have a function's options checked first; None passes where it is the default."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters

@@ -23,18 +23,12 @@ def now() -> float:
 
 
 def rate(amount: float, seconds: float) -> float:
-    """The amount per second; 0 where no time has passed.
-
-    A clock may be coarse or stand still.
-    """
+    """The amount per second; 0 where no time has passed, as on a coarse clock."""
     return amount / seconds if seconds > 0 else 0.0
 
 
 def process_age() -> float:
-    """Seconds since this process started.
-
-    Since this module was imported, where the system does not say.
-    """
+    """Seconds since this process started, or since this import if that is unknown."""
     known = time.monotonic() - _IMPORTED
     with suppress(OSError, ValueError, IndexError):
         # Field 22 of proc(5): the start in clock ticks since boot. Field 2 is a name in brackets that may hold anything.

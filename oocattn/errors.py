@@ -4,10 +4,7 @@ from oocattn.text import printable
 
 
 class OocattnError(Exception):
-    """Base of every error that oocattn raises on purpose.
-
-    Its text is fit to print, whatever names it holds.
-    """
+    """Base of all errors that oocattn raises on purpose; the text is fit to print."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -18,10 +15,7 @@ class ProblemError(OocattnError, ValueError):
 
 
 class BudgetError(OocattnError, ValueError):
-    """A memory budget is too small for any plan.
-
-    The message names the smallest that works.
-    """
+    """A memory budget is too small for any plan; it names the smallest that works."""
 
 
 class ResultExistsError(OocattnError, FileExistsError):
@@ -37,17 +31,11 @@ class TaintedError(IntegrityError):
 
 
 class RemoteError(OocattnError, OSError):
-    """A remote store did not answer for a minute, or answered that it never will.
-
-    The work that was done is on disk: `resume` continues.
-    """
+    """A remote store did not answer for a minute, or never will; `resume` continues."""
 
 
 class RemoteDeniedError(RemoteError):
-    """A remote store does not let an object be read.
-
-    Some, as S3, answer so where there is none, too.
-    """
+    """A remote store denies an object; some answer so where there is none."""
 
 
 class LockedError(OocattnError, RuntimeError):

@@ -11,10 +11,7 @@ from oocattn.text import printable
 
 
 class _Logger(logging.Logger):
-    """A logger of runs of days.
-
-    A log that cannot be written costs lines of the log, not the run.
-    """
+    """A logger that loses lines where they cannot be written, but never ends a run."""
 
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     """Context in which a message is handled: a progress bar makes way for it."""

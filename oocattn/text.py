@@ -20,10 +20,7 @@ _SECRET = re.compile(r"([?&][^=&#\s]*(?:sig|token|key|secret|passw|credential|au
 
 
 def without_credentials(text: str) -> str:
-    """The text without credentials in its URLs.
-
-    These are before the host, and the values of signatures, keys and the like.
-    """
+    """The text with URLs without user, password, and values of keys and signatures."""
     return text if "://" not in text else _SECRET.sub(r"\1***", _USER.sub(r"\1\2", text))
 
 

@@ -1,7 +1,4 @@
-"""The interface of divisions: chunk pairs dealt out to subproblems.
-
-The rules are in `quorums` and `strips`.
-"""
+"""The interface of divisions, as in `quorums` and `strips`: pairs to subproblems."""
 
 from __future__ import annotations
 

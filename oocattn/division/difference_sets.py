@@ -43,10 +43,7 @@ def difference_cover(modulus: int) -> tuple[int, ...]:
 
 
 def perfect_order(modulus: int) -> int | None:
-    """q where modulus = q^2+q+1 has a perfect difference set; else None.
-
-    q is 0, 1 or a prime power.
-    """
+    """q (0, 1, a prime power) where modulus = q^2+q+1 has a perfect set; else None."""
     order = (isqrt(4 * modulus - 3) - 1) // 2
     if order * order + order + 1 != modulus:
         return None
@@ -55,19 +52,13 @@ def perfect_order(modulus: int) -> int | None:
 
 
 def _prime_and_degree(order: int) -> tuple[int, int]:
-    """The smallest prime factor p of order >= 2, and the smallest m with p^m >= order.
-
-    They are equal for a prime power.
-    """
+    """The least prime factor p of order >= 2, and the least m with p^m >= order."""
     prime = next(d for d in range(2, order + 1) if order % d == 0)
     return prime, next(m for m in count(1) if prime**m >= order)
 
 
 def _singer_set(order: int) -> list[int]:
-    """Zeros of the first recurrence over GF(order) that are a perfect difference set.
-
-    `order` is a prime power.
-    """
+    """Zeros of the first recurrence over GF(order) that are a perfect set."""
     add, multiply = _field(order)
     modulus = order * order + order + 1
     # Without an s(i+2) term (tried first) the zeros hold 0, 1 and 3, the two smallest gaps side by side.
@@ -79,10 +70,7 @@ def _singer_set(order: int) -> list[int]:
 
 
 def _zeros(add: list[list[int]], by_a: list[int], by_b: list[int], by_d: list[int]) -> list[int]:
-    """Zeros of s(i+3) = a s(i+2) + b s(i+1) + d s(i), up to one too many.
-
-    They are those of its first period.
-    """
+    """Zeros of s(i+3) = a s(i+2) + b s(i+1) + d s(i), up to one too many."""
     order = len(add)
     zeros: list[int] = []
     first, second, third = 0, 0, 1
@@ -96,10 +84,7 @@ def _zeros(add: list[list[int]], by_a: list[int], by_b: list[int], by_d: list[in
 
 
 def _field(order: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Addition and multiplication tables of GF(order).
-
-    Element 0 is zero, i+1 the i-th power of a generator.
-    """
+    """Tables of + and * of GF(order): 0 is zero, i+1 the i-th power of a generator."""
     prime, degree = _prime_and_degree(order)
     zero = (0,) * degree
     for reduction in product(range(prime), repeat=degree):  # x^degree = reduction, lowest coefficient first

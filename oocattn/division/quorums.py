@@ -68,25 +68,16 @@ def quorum_size(chunks: int) -> int:
 
 @dataclass(frozen=True)
 class _Pattern:
-    """The pairs of quorum 0; every other quorum is a translate of it.
-
-    All tables together hold about 2c integers.
-    """
+    """The pairs of quorum 0, which others translate: tables of 2c integers."""
 
     offsets: tuple[int, ...]
     """The difference cover: the chunks of quorum 0."""
     query_offset: tuple[int, ...]
-    """[d] offset x of the query chunk for key - query = d; the key's is x + d.
-
-    [0] is 0.
-    """
+    """[d] offset x of the query chunk for key - query = d, key x + d; [0] is 0."""
     key_offsets: dict[int, tuple[int, ...]]
     """[x] the offsets that the query chunk at offset x attends, itself left out."""
     query_gap: dict[int, int]
-    """[x] distance down to the nearest key chunk that x attends.
-
-    0 where x owns its diagonal, c where it attends none.
-    """
+    """[x] distance down to the nearest key chunk of x: 0 its own, c none."""
     key_gap: dict[int, int]
     """[y] distance up to the nearest query chunk that attends key chunk y."""
 

@@ -70,10 +70,7 @@ class Strips:
         return self._first(query_chunk) + key_chunk // self.span
 
     def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
-        """Deal lanes out back and forth from the last chunk: 0 1 2 2 1 0 0 1 2 ...
-
-        The last chunk has most to do where causal.
-        """
+        """Deal lanes out back and forth from the last chunk, the longest: 0 1 2 2 1 0."""
         places = np.arange(self.chunks)[::-1] % (2 * lanes)
         return np.minimum(places, 2 * lanes - 1 - places)
 

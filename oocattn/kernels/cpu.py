@@ -99,10 +99,7 @@ class CpuKernel:
 
 
 class _Call:
-    """One call of `attend`: its operands and scratch.
-
-    Rows and keys are numbered as in the whole call.
-    """
+    """One call of `attend`, its operands and scratch; rows and keys are the call's."""
 
     def __init__(self, query: torch.Tensor, state: AttentionState, scores: Scores, keys: int) -> None:
         group_size, rows, head_dim = query.shape
@@ -121,10 +118,7 @@ class _Call:
             self.first_key, self.last_key = first_key, last_key
 
     def triangle(self, start: int, stop: int, first_key: int) -> None:
-        """Attend a lower triangle: rows [start, stop), keys from `first_key` on.
-
-        It is halved into two triangles and a square.
-        """
+        """Attend a triangle at row `start` and `first_key`: two smaller ones and a square."""
         if stop - start <= _TRIANGLE:
             self._attend(start, stop, first_key, first_key + stop - start, causal=True)
             return

@@ -30,10 +30,7 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True)
 class Intervals:
-    """Row i of `rows` attends keys [a, b) and [c, d) of `keys`.
-
-    `ramps` are a <= b <= c <= d as functions of i.
-    """
+    """Row i attends keys [a, b) and [c, d): `ramps` are a <= b <= c <= d of i."""
 
     rows: int
     keys: int
@@ -88,9 +85,6 @@ def find_band(intervals: Intervals | None, rows: int, keys: int) -> Band | None:
 
 
 def _relative(ramp: Ramp, first_row: int, keys: range) -> Ramp:
-    """A bound in `keys`, counted from the first, as a function of the row.
-
-    Rows are counted from `first_row`.
-    """
+    """A bound in `keys`, from the first of them, by the row from `first_row` on."""
     clipped = ramp.clipped(keys)
     return Ramp(clipped.offset + first_row - keys.start, clipped.least - keys.start, clipped.most - keys.start)

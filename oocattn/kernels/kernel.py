@@ -12,10 +12,7 @@ from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 MAX_KEYS = 65_536
-"""The most keys that one accumulation may chain.
-
-Beyond it the error of 16-bit matrix units grows with the keys.
-"""
+"""The most keys to chain: beyond, the error of 16-bit matrix units grows."""
 
 
 class Kernel(Protocol):
@@ -34,10 +31,7 @@ class Kernel(Protocol):
     """True if the first call of each shape takes far longer than the next."""
 
     rounds_weights: bool
-    """True if softmax weights are rounded to the inputs' dtype before they multiply.
-
-    `verify` allows a larger error then.
-    """
+    """True if softmax weights are rounded to the inputs' dtype; `verify` allows more."""
 
     def attend(
         self,
@@ -88,10 +82,7 @@ class Kernel(Protocol):
 def check_operands(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, intervals: Intervals | None
 ) -> None:
-    """Raise ValueError unless the operands of `Kernel.attend` fit each other.
-
-    torch would broadcast some misfits.
-    """
+    """Raise ValueError unless operands fit each other: torch would broadcast some."""
     group_size, rows, head_dim = query.shape
     if key.shape != value.shape or key.dim() != 2 or key.shape[1] != head_dim:
         raise ValueError(

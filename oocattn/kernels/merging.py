@@ -115,10 +115,7 @@ def _signed(number: int) -> int:
 
 
 def finite_shift(maximum: torch.Tensor) -> torch.Tensor:
-    """The shift before exp: the maximum, or 0 where it is -inf.
-
-    -inf - -inf would be NaN.
-    """
+    """The shift before exp: the maximum, or 0 where it is -inf, or NaN would come."""
     return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 

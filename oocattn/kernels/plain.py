@@ -23,10 +23,7 @@ _CUBLAS_WORKSPACE = 32 << 20
 """Bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others."""
 
 _MOST_APART = 40.0
-"""The largest distance of a row's rounded maximum from the exact one, as a shift.
-
-Weights then reach exp(40) = 2e17.
-"""
+"""The most that a row's shift may lie from its maximum: weights reach exp(40)."""
 
 _QUANTUM = 64  # steps above it are cut to a multiple, which suits the matrix products
 
@@ -140,10 +137,7 @@ def _hide(scores: torch.Tensor, intervals: Int32s) -> None:
 
 
 def _weighted_sum(weights: torch.Tensor, value: torch.Tensor, intervals: Int32s | None) -> torch.Tensor:
-    """weights [g, rows, keys] @ value [keys, D].
-
-    NaN and Inf of values reach only the rows that attend them.
-    """
+    """weights [g, rows, keys] @ value [keys, D]; NaN, Inf reach attending rows only."""
     if intervals is None:
         return weights @ value
     finite = value.nan_to_num(0.0, 0.0, 0.0)  # a hidden key's weight is 0, and 0 times NaN or Inf would be NaN

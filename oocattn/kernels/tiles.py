@@ -43,10 +43,7 @@ def _steps(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def level_step(total: int, most: int) -> int:
-    """The step that cuts `total` into the fewest pieces of at most `most`.
-
-    `most` is a multiple of 256. No piece is thin at the end.
-    """
+    """The step, a multiple of 256, that cuts `total` into fewest pieces up to `most`."""
     pieces = max(1, ceil_div(total, most))
     if pieces == 1:
         return max(1, total)

@@ -34,10 +34,7 @@ def enter_tile(state: AttentionState, tile: Tile) -> None:
 
 
 def find_wrong_row(state: AttentionState, tokens: range, expected: Callable[[range], ExpectedLedger]) -> int | None:
-    """The first of these rows whose ledger is wrong; None if there is none.
-
-    `state` is in host memory.
-    """
+    """The first row whose ledger, in host memory, is wrong; None if there is none."""
     found_keys, found_sum = state.keys.numpy(), state.key_sum.numpy()
     for part in pieces(tokens, ROWS):
         rows = slice(part.start - tokens.start, part.stop - tokens.start)

@@ -104,10 +104,7 @@ def pieces(rows: range, size: int) -> Iterator[range]:
 
 
 def join_runs(runs: Iterable[StagedKeys]) -> list[StagedKeys]:
-    """Join ascending runs that are staged side by side.
-
-    [0-2), [2-5), [7-9) become [0-5), [7-9).
-    """
+    """Join runs staged side by side: [0-2), [2-5), [7-9) become [0-5), [7-9)."""
     joined: list[StagedKeys] = []
     for run in runs:
         if joined and joined[-1].rows.stop == run.rows.start:

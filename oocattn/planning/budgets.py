@@ -14,16 +14,10 @@ from oocattn.planning.plan import Plan
 from oocattn.units import ceil_div, format_bytes, format_seconds, round_up
 
 HOPELESS_TIMES, HOPELESS_SECONDS = 20.0, 60.0
-"""Overhead of a hopeless plan: times its computing, and seconds.
-
-It exceeds both.
-"""
+"""Overhead of a hopeless plan: times its computing, and seconds; it exceeds both."""
 
 MOST_TASKS_A_SECOND, NOTICED_SECONDS = 100.0, 2.0
-"""Limits of a crowded plan: tasks a second of computing, seconds of overhead.
-
-It has more tasks, or more overhead than computing, and more seconds of overhead.
-"""
+"""Limits of a crowded plan: tasks a second of computing, seconds of overhead."""
 
 LARGER = (2, 4)
 """Multiples of a budget at which plans are compared."""

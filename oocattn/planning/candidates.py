@@ -22,16 +22,10 @@ from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 
 FINE_SECONDS = 0.005
-"""Seconds of a subproblem below which nothing finer is considered.
-
-It would cost more to schedule than to compute.
-"""
+"""Seconds of a subproblem below which scheduling costs more than computing."""
 
 TIE_RATIO = 1.05
-"""Ratio of predictions below which two kinds of division are equally fast.
-
-Within one kind: `CLOSE_RATIO`.
-"""
+"""Predictions of two kinds of division closer than this count as equal."""
 
 CLOSE_RATIO = 1.01
 

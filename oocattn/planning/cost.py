@@ -27,18 +27,13 @@ from oocattn.planning.machine import Hardware, InputCost, ScratchBytes
 from oocattn.planning.memory import Tiles, partial_file_bytes
 from oocattn.planning.plan import Link, Plan
 from oocattn.problem.problem import DTYPES, Problem
+from oocattn.units import ceil_div
 
 PIN_RATE = 10e9
-"""Bytes per second at which host memory is pinned.
-
-15 GB/s were measured where there are huge pages.
-"""
+"""Bytes per second at which host memory is pinned (15e9 with huge pages)."""
 
 HALF_RATE_KEYS = 512
-"""Keys of a call at which a GPU's kernel falls to half its rate.
-
-To launch it takes as long as they do.
-"""
+"""Keys of a call at which a GPU's kernel falls to half its rate, for its launch."""
 
 CALL_SECONDS = 0.0002
 """Least cost of a call of the CPU kernel, with the merge: 0.2 to 0.3 ms (Zen 4)."""
@@ -63,10 +58,7 @@ PIECE = 16
 """Subproblems of a lane that are submitted to the scheduler together."""
 
 WINDOW = 32
-"""Subproblems of a lane that may wait: enough to hide a round trip.
-
-No more are submitted then.
-"""
+"""Subproblems of a lane that may wait at the scheduler, to hide a round trip."""
 
 MOST_UNFINISHED = 4 * WINDOW
 """Tasks of a lane, of any layer, that may wait there before no more are submitted."""
@@ -150,9 +142,8 @@ class _Run:
         """The bytes that partials take on disk at most at a time."""
         lanes = self.hardware.lanes
         if self.candidate.partials == "disk":
-            waiting = (
-                (MOST_UNFINISHED + 4 * PIECE) * lanes / self.candidate.chunks
-            )  # head groups whose chunks are not written
+            # Head groups whose chunks are not written yet.
+            waiting = (MOST_UNFINISHED + 4 * PIECE) * lanes / self.candidate.chunks
             return min(self.problem.head_groups, 2 + waiting) * self._reads[0] * self._partial_file
         return (self._held + lanes) * self._partial_file if self.checkpoint_seconds else 0  # one of a lane is replaced
 
@@ -237,13 +228,10 @@ class _Run:
         return Link("write", written, written / self.hardware.write_rate)
 
     def _files(self) -> Link:
-        """Durable files: partials or checkpoints, chunks of `out` and `lse`, the journal.
-
-        The journal has an entry for each query chunk.
-        """
+        """Durable files: partials or checkpoints, `out` and `lse`, and journal entries."""
         problem, layout = self.problem, self.layout
-        chunks = problem.head_groups * math.ceil(problem.tokens / layout.chunk_rows)
-        out_chunks = problem.batch * problem.query_heads * math.ceil(problem.tokens / layout.out_chunk_rows)
+        chunks = problem.head_groups * ceil_div(problem.tokens, layout.chunk_rows)
+        out_chunks = problem.batch * problem.query_heads * ceil_div(problem.tokens, layout.out_chunk_rows)
         reread = self._handed_back if self.candidate.partials == "disk" else 0
         files = RUN_FILES + chunks + 2 * out_chunks + self._saves * self._held + reread
         return Link("files", files, files * self.hardware.file_seconds + reread * REREAD_FILE_SECONDS)
@@ -259,10 +247,7 @@ class _Run:
         return pinned + max(hardware.lanes * slot / hardware.read_rate, slot / self.inputs.decode_rate)
 
     def _drain(self, write_seconds: float) -> float:
-        """Seconds of writing after the last computing.
-
-        A GPU's chunks are written tile by tile as they come back.
-        """
+        """Seconds of writing after the last computing; on a GPU of the last tiles only."""
         layout, lanes = self.layout, self.hardware.lanes
         last = layout.query_chunks * layout.chunk_rows
         if self.hardware.device == "cuda" and self.candidate.partials == "memory":
@@ -273,13 +258,10 @@ class _Run:
 
 
 def largest_share(division: Division, chunk_rows: int, problem: Problem, lanes: int, partials: str) -> float:
-    """The share of all pairs of the busiest lane.
-
-    How lanes share is in `pipelines.schedule`.
-    """
+    """The share of all pairs of the busiest lane, as `pipelines.schedule` divides."""
     if partials == "disk":
         subproblems = problem.head_groups * division.subproblems
-        return math.ceil(subproblems / lanes) / subproblems
+        return ceil_div(subproblems, lanes) / subproblems
     rounds, rest = divmod(problem.head_groups, lanes)
     if not rest:
         return rounds / problem.head_groups

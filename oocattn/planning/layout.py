@@ -5,7 +5,6 @@ Pure arithmetic over records; what a layout costs in seconds is in `cost`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,12 +14,10 @@ from oocattn.planning.machine import Hardware, InputCost
 from oocattn.planning.memory import Buffers, LaneMemory, Tiles, cpu_memory, cuda_memory, slot_bytes
 from oocattn.planning.plan import make_division
 from oocattn.problem.problem import DTYPES, Problem
+from oocattn.units import ceil_div, round_up
 
 OUT_CHUNK_BYTES = 16 << 20
-"""Bytes to aim for in a chunk of `out`.
-
-Files of 8 to 64 MiB are read fast, and the last ones of a run are written soon.
-"""
+"""Bytes to aim for in a chunk of `out`; files of 8 to 64 MiB are read fast."""
 
 TILE_UNIT = 128
 """GPU tiles are a multiple of this: kernels work on blocks of 128 rows."""
@@ -88,15 +85,12 @@ def lay_out(
 
 
 def _chunk_rows(problem: Problem, chunks: int, hardware: Hardware, inputs: InputCost) -> tuple[int, int]:
-    """Rows of a chunk and of a chunk of `out`.
-
-    The second divides the first, so that every output chunk has one writer.
-    """
-    rows = math.ceil(problem.tokens / chunks)
+    """Rows of a chunk and of a chunk of `out`, which divides it: one writer each."""
+    rows = ceil_div(problem.tokens, chunks)
     unit = inputs.align_rows if rows >= inputs.align_rows else 1
     if unit > 1 or hardware.device == "cpu" or rows < 64 * TILE_UNIT:
         return _whole_blocks(problem, rows, unit)
-    tiles = math.ceil(rows / hardware.max_keys)  # so many key tiles of one size are a chunk
+    tiles = ceil_div(rows, hardware.max_keys)  # so many key tiles of one size are a chunk
     while _whole_blocks(problem, rows, TILE_UNIT * tiles)[0] > tiles * hardware.max_keys:
         tiles += 1
     return _whole_blocks(problem, rows, TILE_UNIT * tiles)
@@ -104,11 +98,11 @@ def _chunk_rows(problem: Problem, chunks: int, hardware: Hardware, inputs: Input
 
 def _whole_blocks(problem: Problem, rows: int, unit: int) -> tuple[int, int]:
     """`rows` in whole chunks of `out`, and the rows of such a chunk in whole units."""
-    blocks = math.ceil(rows / unit)
+    blocks = ceil_div(rows, unit)
     out_bytes = rows * problem.head_dim * DTYPES[problem.out_dtype]
-    blocks_per_out_chunk = math.ceil(blocks / max(1, round(out_bytes / OUT_CHUNK_BYTES)))
+    blocks_per_out_chunk = ceil_div(blocks, max(1, round(out_bytes / OUT_CHUNK_BYTES)))
     out_chunk_rows = blocks_per_out_chunk * unit
-    return math.ceil(blocks / blocks_per_out_chunk) * out_chunk_rows, out_chunk_rows
+    return ceil_div(blocks, blocks_per_out_chunk) * out_chunk_rows, out_chunk_rows
 
 
 def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tiles]:
@@ -117,10 +111,10 @@ def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tile
     The largest have four key tiles of rows, over all heads. Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471,
     478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
     """
-    least = math.ceil(chunk_rows / max_keys)
+    least = ceil_div(chunk_rows, max_keys)
     equal = (count for count in range(least, 2 * least + 1) if chunk_rows % (count * TILE_UNIT) == 0)
     count = next(equal, least)
-    key = min(chunk_rows, math.ceil(chunk_rows / count / TILE_UNIT) * TILE_UNIT)
+    key = min(chunk_rows, round_up(ceil_div(chunk_rows, count), TILE_UNIT))
     most = max(key, 4 * max_keys // problem.group_size)
     choices = [(query, key) for query in (4 * key, 2 * key, key, key // 2, key // 4) if query <= most]
     choices += [(key // 4, key // 2)] + [(key >> power, key >> power) for power in range(2, key.bit_length())]

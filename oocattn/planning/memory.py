@@ -7,33 +7,23 @@ the group) stay on the device with their state while `key_tile` keys after anoth
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from oocattn.problem.problem import DTYPES, Problem
 from oocattn.records import Positive
-from oocattn.units import ceil_div
+from oocattn.units import ceil_div, round_up
 
 STAGING_SLOTS = {"cpu": 2, "cuda": 3}
-"""Subproblems staged on a lane at a time.
-
-One is read, and one computed or, on a GPU, two are in flight.
-"""
+"""Subproblems staged on a lane: one read, one computed (on a GPU two in flight)."""
 
 QUERY_SLOTS = 2
-"""Query tiles on a GPU at a time, each with its state.
-
-One is computed, one copied in or out.
-"""
+"""Query tiles on a GPU, each with its state: one computed, one copied."""
 
 KEY_SLOTS = 3
 """Key tiles on a GPU at a time: one that is attended and two that are copied in."""
 
 PARTIAL_BLOCK_ROWS = 4096
-"""Rows of a block of a partial's file.
-
-It has some megabytes, so that merging streams through little memory.
-"""
+"""Rows of a block of a partial's file: some megabytes, so that merging streams."""
 
 PAGE = 4096
 """Multiple to which a file's header, before its blocks, is padded."""
@@ -89,10 +79,7 @@ class Buffers:
     device: str
 
     def states(self) -> dict[str, tuple[int, int]]:
-        """Number and rows of the states of each use.
-
-        They are accumulators and, on disk, partials on their way there, and blocks of them.
-        """
+        """Number and rows of states: accumulators and, on disk, buffers and blocks."""
         found = {"accumulators": (self.accumulators, self.chunk_rows)}
         if self.partials == "disk":
             found["buffers"] = PARTIAL_BUFFERS[self.device], self.chunk_rows
@@ -116,8 +103,8 @@ class Buffers:
 
 def partial_file_bytes(problem: Problem, rows: int) -> int:
     """The most bytes of a partial's file: its blocks and a padded header."""
-    header = 1024 + 40 * math.ceil(rows / PARTIAL_BLOCK_ROWS)
-    return problem.state_bytes(rows) + math.ceil(header / PAGE) * PAGE
+    header = 1024 + 40 * ceil_div(rows, PARTIAL_BLOCK_ROWS)
+    return problem.state_bytes(rows) + round_up(header, PAGE)
 
 
 def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks: int) -> int:
@@ -152,4 +139,4 @@ def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:
 
 
 def _in_segments(count: int) -> int:
-    return ceil_div(count, SEGMENT) * SEGMENT
+    return round_up(count, SEGMENT)

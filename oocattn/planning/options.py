@@ -1,7 +1,4 @@
-"""Options of a plan: names, limits and defaults.
-
-Nothing is imported here, so that `--help` is quick.
-"""
+"""Options of a plan: names, limits and defaults; no imports, for a quick `--help`."""
 
 from __future__ import annotations
 

@@ -25,10 +25,7 @@ from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
 
 COUNTED_LINKS = ("files", "tasks")
-"""Links whose amount is a number of things.
-
-That of `compute` is floating-point operations, of the others bytes.
-"""
+"""Links whose amount is a number; of `compute` it is FLOP, of others bytes."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +56,7 @@ class Plan:
     tiles: Tiles
     device_memory: Positive
     host_memory: Positive
-    checkpoint_seconds: Annotated[
-        float, Range(0.0, MOST_SECONDS)
-    ]  # what a kill may cost; 0: partials in memory are not saved
+    checkpoint_seconds: Annotated[float, Range(0.0, MOST_SECONDS)]  # cost of a kill; 0: accumulators are not saved
     chunk_rows: Positive
     out_chunk_rows: Positive
     slot_bytes: Positive
@@ -147,10 +142,7 @@ class Plan:
 
     @property
     def binds(self) -> str:
-        """The link that takes longest.
-
-        Links that share the disk count together; then it is the largest of them.
-        """
+        """The link that takes longest; links that share the disk count together."""
         alone = [link for link in self.links if link.name in ("compute", "copy", "tasks", "files")]
         disk = [link for link in self.links if link not in alone]
         longest = max(alone, key=lambda link: link.seconds)
@@ -238,10 +230,7 @@ class Plan:
 
 
 def make_division(decomposition: str, chunks: int, span: int, mask: Mask) -> Division:
-    """The division that a plan names; a new decomposition is registered here.
-
-    It divides the pairs that a mask attends.
-    """
+    """The division that a plan names; a new decomposition is registered here."""
     if decomposition == "strips":
         return Strips(chunks, span, mask.triangular)
     return CyclicQuorums(chunks, mask.triangular)

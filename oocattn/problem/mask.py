@@ -114,10 +114,7 @@ class Mask(ABC):
         """The mask in a word or two."""
 
     def entry(self, batch: int) -> Mask:
-        """The mask of one batch entry.
-
-        The mask of the problem attends what any of its entries does.
-        """
+        """The mask of one batch entry; the problem's own is the union of them."""
         return self
 
     def key_ranges(self, row: int) -> tuple[range, range]:

@@ -37,10 +37,7 @@ class ArraySpec:
 
     @property
     def four_dimensional(self) -> tuple[int, int, int, int]:
-        """The shape as [B, H, N, D]; [H, N, D] is taken as B = 1.
-
-        Raises ProblemError for any other rank.
-        """
+        """The shape [B, H, N, D], with B = 1 for [H, N, D]; ProblemError for other ranks."""
         if len(self.shape) == 3:
             heads, tokens, head_dim = self.shape
             return 1, heads, tokens, head_dim
@@ -111,10 +108,7 @@ class Problem:
         return Scores(self.scale)
 
     def state_bytes(self, rows: int) -> int:
-        """Bytes of the state of `rows` rows of one head group.
-
-        These are num, den and max in float32, and the ledger in two int64.
-        """
+        """Bytes of a state of `rows` rows: num, den and max in float32, two int64."""
         return self.group_size * rows * (self.head_dim + 2) * 4 + rows * 16
 
     def __str__(self) -> str:
@@ -210,10 +204,7 @@ def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
 
 
 def read_problem(content: object) -> Problem:
-    """The valid problem that JSON holds as the fields of a `Problem`.
-
-    Raises ValueError for anything else.
-    """
+    """The problem that JSON holds; ValueError for anything else."""
     problem = from_json(Problem, content)
     check_problem(problem)
     return problem

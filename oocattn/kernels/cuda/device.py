@@ -22,20 +22,14 @@ def launcher(device: torch.device) -> ThreadPoolExecutor:
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Give back to `device` the memory that torch has cached.
-
-    That includes cuBLAS's workspaces: one for each stream, which outlive it.
-    """
+    """Give back to `device` torch's cached memory, and cuBLAS's workspaces."""
     with torch.cuda.device(device):
         torch._C._cuda_clearCublasWorkspaces()  # torch has no public name for it
         torch.cuda.empty_cache()
 
 
 def capability_reason(device: torch.device, least: tuple[int, int] = (0, 0)) -> str:
-    """The reason why `device` is no GPU of compute capability `least`; "" if it is.
-
-    Touches no GPU where there is none.
-    """
+    """Why `device` is no GPU of capability `least`, or ""; touches none without GPUs."""
     if device.type != "cuda":
         return "it runs on NVIDIA GPUs"
     if not torch.cuda.is_available():
@@ -69,10 +63,7 @@ def allocated_bytes(*sizes: int) -> int:
 
 
 def _shared_segments(sizes: list[int]) -> int:
-    """The most segments of 20 MiB for these sizes.
-
-    Two always fit in one; a segment that is left has no room for the largest.
-    """
+    """The most segments of 20 MiB for these sizes, of which two always fit in one."""
     if not sizes:
         return 0
     return min(ceil_div(len(sizes), 2), ceil_div(sum(sizes), 20 * _MIB - max(sizes)))

@@ -68,10 +68,7 @@ class HopperKernel:
         return allocated_bytes(4 * (1 + group_size * (rows // 64 + 3)))
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`.
-
-        The first question about a device, dtype and head dimension makes a tiny call.
-        """
+        """See `Kernel.unsupported_reason`; the first question makes a tiny call."""
         return hopper_reason(device) or _operands_reason(dtype, head_dim) or self._refusal(device, dtype, head_dim)
 
     @staticmethod

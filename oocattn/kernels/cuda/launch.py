@@ -25,16 +25,10 @@ KEYS_OF_STEP = 128
 """`KEYS` of hopper.cu."""
 
 MOST_SPAN = 16_384
-"""Keys after which an accumulation begins again.
-
-Its error is then a third of that of rounding the weights (NOTES.md).
-"""
+"""Keys of one accumulation: its error is a third of the weights' (NOTES.md)."""
 
 PROCESSORS = 132
-"""Multiprocessors that spans are chosen for: those of an H100 or H200.
-
-The GPU's own number does not count, so that all give the same bits.
-"""
+"""Multiprocessors to choose spans for, on any GPU, so that all give the same bits."""
 
 MOST_ROWS = (1 << 31) - (1 << 15)
 """Rows, keys and items of a call: the kernel counts them in 32 bits."""

@@ -1,7 +1,4 @@
-"""The FlashAttention-2 kernel, in every torch for NVIDIA GPUs.
-
-It calls `aten::_scaled_dot_product_flash_attention`.
-"""
+"""The FlashAttention-2 kernel, aten's `_scaled_dot_product_flash_attention`."""
 
 from __future__ import annotations
 
@@ -22,10 +19,7 @@ _MULTIPROCESSORS = 192  # as many as the largest GPUs have, or more
 
 
 class FlashKernel(LibraryKernel):
-    """FlashAttention-2 through torch.
-
-    Its causal mask ends at the bottom right, the same for a square tile.
-    """
+    """FlashAttention-2 through torch; causal calls are square."""
 
     name = "flash"
 

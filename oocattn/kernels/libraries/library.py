@@ -73,10 +73,7 @@ class LibraryKernel(ABC):
     def _call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output [g, n, D] and the natural log-sum-exp [g, n] of one tile.
-
-        The output may have any strides but the last.
-        """
+        """Output [g, n, D], last stride 1, and log-sum-exp [g, n] of one tile."""
 
     def _buffers(self, group_size: int, rows: int, keys: int, head_dim: int) -> tuple[int, ...]:
         """Sizes in bytes of large buffers that the library allocates beside its results."""

@@ -1,7 +1,4 @@
-"""Engines, which run the tasks of a run: Dask, or threads of this process.
-
-`base` has their interface.
-"""
+"""Engines run the tasks of a run: Dask, or threads here; `base` is the interface."""
 
 from __future__ import annotations
 
@@ -36,10 +33,7 @@ def check_engine(engine: str, client: object, dashboard_address: str) -> None:
 
 
 def make_engine(client: Client | Literal["inline"]) -> Engine:
-    """The engine of a run: on a Dask client's workers, or "inline".
-
-    Only the one that is used is imported.
-    """
+    """The engine of a run, alone imported: a Dask client's workers, or "inline"."""
     if client == INLINE:
         from oocattn.pipelines.engines.inline import InlineEngine
 

@@ -67,10 +67,7 @@ class Lanes(ABC):
 
     @property
     def is_here(self) -> bool:
-        """True in the process that made the lanes.
-
-        A fork of it lacks their threads.
-        """
+        """True in the process that made the lanes, False in its forks."""
         return os.getpid() == self._process
 
     @abstractmethod
@@ -79,10 +76,7 @@ class Lanes(ABC):
 
     @abstractmethod
     def submit(self, piece: Sequence[Task]) -> None:
-        """Submit tasks; each begins when those that it waits for have ended.
-
-        These are in this piece, or were submitted before.
-        """
+        """Submit tasks; each begins when those that it waits for have ended."""
 
     @abstractmethod
     def forget(self, task: Task) -> None:
@@ -129,10 +123,7 @@ class Engine(ABC):
 
     @abstractmethod
     def replenish(self, check: Check) -> None:
-        """Have the workers ready again after a failure.
-
-        Raises WorkerLostError where none is left.
-        """
+        """Have the workers ready again after a failure; WorkerLostError if none is left."""
 
     @property
     @abstractmethod
@@ -145,10 +136,7 @@ class Engine(ABC):
 
 
 def perform(lane: Lane, task: Task) -> TaskEvent:
-    """Do a task on its lane.
-
-    Raises TaskError, with its place, for an unforeseen error.
-    """
+    """Do a task on its lane; TaskError, with its place, for an unforeseen error."""
     step, head_group, index = task.id
     with naming(task.place):
         match step:

@@ -167,10 +167,7 @@ class InlineLanes(Lanes):
         self._ask(Lane.close, self._deadline.silence_seconds, "its lane may not be closed, and keep its memory")
 
     def _ask(self, function: Callable[[Lane], int | None], seconds: float, consequence: str) -> list[int]:
-        """The result of a function on each lane.
-
-        A lane that fails or hangs is named in a warning, with the consequence.
-        """
+        """A function's results by lane; one that fails or hangs is warned of."""
         if not self.is_here:
             return []
         calls = [begin_call(partial(function, lane)) for lane in self._lanes]

@@ -50,16 +50,10 @@ from oocattn.planning.memory import PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
 
 READERS = 8
-"""Threads that read.
-
-28 GB/s from the page cache were measured with 8, 6 with one (16 cores).
-"""
+"""Threads that read: 28 GB/s from the page cache with 8, 6 with one (16 cores)."""
 
 AHEAD = 32
-"""Key tiles that are enqueued ahead of the device.
-
-Where CUDA's own queue is full, the driver waits, and so does every other thread that calls it.
-"""
+"""Key tiles enqueued ahead: where CUDA's queue is full, the driver blocks all."""
 
 
 @dataclass
@@ -143,10 +137,7 @@ class CudaDevice:
             self.allocator.submit(close_all, pinned)
 
     def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
-        """Enqueue a whole subproblem.
-
-        With partials on disk this waits for buffers that are still being written.
-        """
+        """Enqueue a whole subproblem; partials to disk may have to wait for buffers."""
         launch = _Launch(staged, partials, clock.now(), self.tile_rows.take_halvings())
         with torch.cuda.device(self._device):
             for block in staged.blocks:
@@ -168,10 +159,7 @@ class CudaDevice:
         )
 
     def _launch_chunk(self, launch: _Launch, block: Block, finisher: Finisher) -> None:
-        """Enqueue one query chunk: its partial and the copy of that to the host.
-
-        After the last partial of a chunk, the finisher begins.
-        """
+        """Enqueue a query chunk's partial and its copy back; the last one's is finished."""
         staged, chunk = launch.staged, block.query_chunk
         self._hand_over_while(lambda: self._must_come_back(launch, chunk))  # only this thread adds to what comes back
         destination = launch.partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
@@ -183,19 +171,13 @@ class CudaDevice:
             finisher.begin(staged.head_group, chunk, _rows_returned(tiles))
 
     def _must_come_back(self, launch: _Launch, chunk: int) -> bool:
-        """True if a partial of a chunk must wait for earlier ones.
-
-        It waits for their buffers, or for a save that waits for them.
-        """
+        """True if earlier partials of a chunk must come first: for buffers, or a save."""
         if self._plan.partials == "disk":
             return len(self._coming_back) == PARTIAL_BUFFERS["cuda"]
         return bool(self._coming_back) and launch.partials.save_pending(launch.staged.head_group, chunk)
 
     def _hand_over_while(self, due: Callable[[], bool]) -> None:
-        """Hand partials over, the oldest first, while that is due.
-
-        Another thread may do it meanwhile.
-        """
+        """Hand partials over, the oldest first, while due; other threads may, too."""
         while due():
             with self._handing_over, self._health.reraise_first_failure():
                 if due():
@@ -213,10 +195,7 @@ class CudaDevice:
         self._coming_back.popleft()
 
     def _launch_tiles(self, launch: _Launch, block: Block, destination: Destination) -> list[_ReturnedTile]:
-        """Enqueue one query chunk tile by tile.
-
-        A tile for which the device has no memory is tried again with half its rows.
-        """
+        """Enqueue a query chunk tile by tile, again with half the rows if memory is short."""
         rows = launch.staged.queries[block.query_chunk][0].shape[1]
         tiles: list[_ReturnedTile] = []
         while not tiles or tiles[-1].stop < rows:

@@ -105,10 +105,7 @@ def take_device_memory(device: torch.device, compute: torch.cuda.Stream, plan: P
 
 
 def copy_state(into: AttentionState, state: AttentionState) -> None:
-    """Copy a state between host and device on the current stream.
-
-    The copies are of contiguous pieces: a strided one would block.
-    """
+    """Copy a state between host and device in contiguous pieces: strided ones block."""
     for target, source in ((into.num, state.num), (into.den, state.den), (into.max, state.max)):
         for target_head, source_head in zip(target, source, strict=True):
             target_head.copy_(source_head, non_blocking=True)

@@ -1,7 +1,4 @@
-"""The interface of a lane's device.
-
-A new kind is one new module and one line in `DEVICES` of `lane`.
-"""
+"""The interface of a lane's device; a new kind is a line in `DEVICES` of `lane`."""
 
 from __future__ import annotations
 
@@ -19,10 +16,7 @@ from oocattn.pipelines.watch.events import Attended
 
 
 class Device(Protocol):
-    """A device with its memory and threads.
-
-    It reports each piece of its work to the lane's health.
-    """
+    """A device with its memory and threads; it reports its steps to the lane's health."""
 
     @property
     def readers(self) -> int:
@@ -51,10 +45,7 @@ class Device(Protocol):
         """
 
     def merge(self, into: AttentionState, state: AttentionState) -> None:
-        """Merge one state in host memory into another.
-
-        When this returns, `state` may be overwritten.
-        """
+        """Merge one state in host memory into another; `state` is free afterwards."""
 
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""

@@ -12,16 +12,10 @@ from oocattn import clock
 from oocattn.pipelines.watch.events import Resource, Span
 
 JOIN_SECONDS = 2e-5
-"""Seconds between spans of one resource below which they are joined.
-
-The gap is the launch of the next.
-"""
+"""Gap below which spans of one resource are joined: the launch of the next."""
 
 ANCHOR_SECONDS = 60.0
-"""Seconds after which times are measured from a later event.
-
-CUDA gives them as float32 milliseconds.
-"""
+"""Seconds after which a later event is the origin: CUDA's times are float32."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +28,7 @@ class Stretch:
 
 
 def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Record an event at this point of the stream.
-
-    It is timed, and streams may wait for it, or the host without spinning.
-    """
+    """Record an event at this point of the stream, timed, waited for without spinning."""
     event = torch.cuda.Event(enable_timing=True, blocking=True)
     event.record(stream)
     return event

@@ -27,10 +27,7 @@ class Health:
 
     @contextmanager
     def reraise_first_failure(self) -> Iterator[None]:
-        """Raise the error that stopped the lane, before and after the code inside.
-
-        Later errors only follow from it.
-        """
+        """Raise the error that stopped the lane, in place of those that follow from it."""
         if self._error is not None:
             raise self._error
         try:

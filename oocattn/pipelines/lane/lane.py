@@ -45,10 +45,7 @@ from oocattn.storage.journal.journal import Journal
 from oocattn.storage.results.arrays import ResultArrays
 
 DEVICES: Mapping[str, Callable[[str, Plan, Operation, Health], Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
-"""Devices by kind, with which a name like "cuda:1" begins.
-
-A new kind is one new module and one line here.
-"""
+"""Devices by the kind of a name like "cuda:1"; a new kind is one new line here."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +65,7 @@ class Job:
 
 
 class Lane:
-    """The lane of a job on a device.
-
-    Its methods are called from the tasks of one worker, several at a time.
-    """
+    """The lane of a job on a device, called from several tasks of a worker at a time."""
 
     def __init__(self, job: Job, device_name: str) -> None:
         for folder in filter(None, (job.scratch, job.dataset.folder)):
@@ -144,10 +138,7 @@ class Lane:
         return self.finisher.write(head_group, chunk)
 
     def save(self) -> int:
-        """Save what is in memory alone, if the plan says so; return the bytes written.
-
-        Nothing more must come.
-        """
+        """Save what is in memory alone, at the end, if the plan says so; return the bytes."""
         self._checkpoints.close()
         return self.partials.save(patient=False) if self.plan.saves else 0
 
@@ -159,10 +150,7 @@ class Lane:
 
 
 def make_partials(plan: Plan, files: PartialFiles, states: Mapping[str, States], merge_states: MergeStates) -> PartialStore:
-    """The store that the plan names.
-
-    Its states are those that `planning.memory.Buffers` counts by these names.
-    """
+    """The store that the plan names, with the states that `Buffers` counts for it."""
     if plan.partials == "memory":
         return MemoryPartials(plan, files, states["accumulators"])
     return DiskPartials(plan, files, states["accumulators"], states["buffers"], states["blocks"], merge_states)

@@ -28,10 +28,7 @@ T = TypeVar("T")
 
 
 class Pool(Generic[T]):
-    """Uninitialised pieces of memory of one kind.
-
-    They are taken and put back; some may yet be allocated.
-    """
+    """Uninitialised pieces of memory of one kind; some may yet be allocated."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -165,10 +162,7 @@ class Arena:
         self._used = 0
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Take an uninitialised tensor from the next bytes.
-
-        Raises BudgetError where none are left: the plan was wrong.
-        """
+        """Take a tensor from the next bytes; BudgetError where the plan counted too few."""
         count = math.prod(shape) * dtype.itemsize
         start = round_up(self._used, ALIGNMENT)
         if start + count > len(self._memory):

@@ -13,20 +13,14 @@ T = TypeVar("T")
 
 @dataclass
 class Slot(Generic[T]):
-    """A buffer, and the event after which it may be overwritten.
-
-    The event is None before its first use.
-    """
+    """A buffer, and the event after which it may be overwritten; None if unused."""
 
     buffer: T
     freed: torch.cuda.Event | None = None
 
 
 class SlotRing(Generic[T]):
-    """Slots in the order of their use.
-
-    The user of a slot sets the event that frees it.
-    """
+    """Slots in the order of their use; the user of one sets the event that frees it."""
 
     def __init__(self, buffers: Iterable[T]) -> None:
         self._slots = [Slot(buffer) for buffer in buffers]

@@ -53,10 +53,7 @@ class StagedChunks:
 
     @property
     def blocks(self) -> Iterator[Block]:
-        """The blocks to attend.
-
-        Other query chunks lie beyond the last token, or are not wanted.
-        """
+        """The blocks to attend; others lie beyond the last token or are not wanted."""
         return (block for block in self.subproblem.blocks if block.query_chunk in self.queries)
 
     @property
@@ -86,10 +83,7 @@ class Turns:
 
 
 class Stager:
-    """Reads a dataset into staging slots with `readers` threads.
-
-    `step` is called when a piece has been read.
-    """
+    """Reads a dataset into staging slots by `readers` threads, a `step` each piece."""
 
     def __init__(
         self,
@@ -126,10 +120,7 @@ class Stager:
         return Staged(start=start, stop=stop, head_group=head_group, index=index, bytes=staged.nbytes, spans=spans)
 
     def take(self, turn: int) -> StagedChunks:
-        """Hand over the chunks staged for a turn.
-
-        The slot is used again when the subproblem has been attended.
-        """
+        """Hand over a turn's chunks; the slot is used again when they are attended."""
         return self._staged.pop(turn)
 
     def close(self) -> None:

@@ -40,8 +40,5 @@ def _add(holds: int) -> None:
 
 
 def _set_interval(seconds: float) -> None:
-    """Set the switch interval to this value exactly.
-
-    Python cuts it to whole microseconds: 99 of what it gives back for 100.
-    """
+    """Set the switch interval exactly; Python cuts it to whole microseconds."""
     sys.setswitchinterval(seconds + 5e-7)

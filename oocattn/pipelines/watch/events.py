@@ -11,10 +11,7 @@ if TYPE_CHECKING:
     from oocattn.planning.plan import Plan
 
 Resource = Literal["read", "copy in", "compute", "copy out", "merge", "save", "write"]
-"""Parts of a lane that can be busy, in the order in which bytes pass through.
-
-See `Span`.
-"""
+"""Parts of a lane that `Span` times, in the order in which bytes pass through."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One step of a run, between two moments in seconds since the epoch.
-
-    `kind` is the name of its class in small letters.
-    """
+    """One step of a run between two moments (epoch seconds); `kind` names its class."""
 
     start: float
     stop: float
@@ -150,10 +144,7 @@ class Attended(TaskEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Merged(TaskEvent):
-    """The partials of a query chunk were merged and divided.
-
-    Its rows attended so many query-key `pairs`.
-    """
+    """A query chunk's partials were merged and divided; its rows attended `pairs`."""
 
     pairs: int
 

@@ -68,10 +68,7 @@ class ProgressBar:
         bar.close()
 
     def _is_due(self, event: Event, bar: tqdm[None]) -> bool:
-        """True if the bar is to be drawn now.
-
-        Where subproblems take long, the next event is far away.
-        """
+        """True if the bar is to be drawn now, not at an event that may be far away."""
         slow = isinstance(event, Attended) and self._seconds_each(bar) >= DRAWING_SECONDS
         return slow or clock.now() - self._drawn >= DRAWING_SECONDS
 

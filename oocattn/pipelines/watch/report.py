@@ -13,10 +13,7 @@ from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
 MOST_UNDERFLOWED = 0.01
-"""Share of underflowed elements of `out` above which the others lose accuracy too.
-
-An element underflows where the dtype holds no number as small.
-"""
+"""Share of underflowed elements of `out` that makes the others inaccurate too."""
 
 
 @dataclass(frozen=True)

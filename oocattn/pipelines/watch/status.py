@@ -95,10 +95,7 @@ class Status:
 
     @property
     def share(self) -> float:
-        """Share of the work that is done, 0 to 1.
-
-        `state` says whether the result is there.
-        """
+        """Share of the work that is done, 0 to 1, whether the result is there or not."""
         if self.state == "finished":
             return 1.0
         return self.subproblems_done / self.subproblems if self.subproblems else 0.0
@@ -147,10 +144,7 @@ class Status:
 
 
 class StatusFile:
-    """A listener that writes a run's progress to a file, once a second at most.
-
-    It does so while the run holds its lock.
-    """
+    """A listener that writes progress to a file, once a second, under the run's lock."""
 
     def __init__(self, path: Path, claim: Claim) -> None:
         self._path = path
@@ -266,10 +260,7 @@ def _seen(last: Status, holder: Holder, paths: ResultPaths) -> Status:
 
 
 def _is_unfinished(paths: ResultPaths) -> bool:
-    """True if a run has begun and is not complete.
-
-    Raises IntegrityError for a damaged journal, unless a result is there.
-    """
+    """True if a run has begun and is not complete; IntegrityError for a bad journal."""
     try:
         return paths.unfinished is not None
     except IntegrityError as error:
@@ -310,10 +301,7 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
 
 
 def read_report(paths: ResultPaths) -> RunReport | None:
-    """The report beside a result; None where there is none.
-
-    Raises IntegrityError for a damaged one.
-    """
+    """The report beside a result, or None; IntegrityError for a damaged one."""
     found = read_json(paths.report, MOST_BYTES) if is_folder(paths.state) else None
     return RunReport.from_json(found) if found else None
 
@@ -331,10 +319,7 @@ def _tokens(problem: Problem) -> int:
 
 
 def _last_written(path: Path) -> Status | None:
-    """The status in a file; None where there is none.
-
-    Raises IntegrityError unless it is as `StatusFile` writes it.
-    """
+    """The status in a file, or None; IntegrityError unless `StatusFile` wrote it."""
     content = read_json(path, MOST_BYTES)
     if content is None:
         return None

@@ -24,10 +24,7 @@ T = TypeVar("T")
 
 
 def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> Future[T]:
-    """Begin a call that ends with a TimeoutError after so many seconds.
-
-    It has no end where the loop itself is blocked.
-    """
+    """Begin a call; TimeoutError after so many seconds, unless the loop is blocked."""
 
     async def limited() -> T:
         try:
@@ -46,10 +43,7 @@ def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | Non
 
 
 def answer(client: Client, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
-    """The result of a call.
-
-    Raises TimeoutError after so many seconds (default: `ANSWER_SECONDS`).
-    """
+    """The result of a call; TimeoutError after `seconds` (default: `ANSWER_SECONDS`)."""
     limit = ANSWER_SECONDS if seconds is None else seconds
     called = begin(client, call, limit)
     wait([called], timeout=limit)
@@ -61,10 +55,7 @@ def answer(client: Client, call: Callable[[], Awaitable[T]], seconds: float | No
 
 
 class Calls:
-    """Calls to several processes of a cluster, by name.
-
-    A process that has not answered its last call is not called again.
-    """
+    """Calls to processes of a cluster by name; one that owes an answer is not called."""
 
     def __init__(self, client: Client) -> None:
         self._client = client

@@ -63,10 +63,7 @@ def _on_loopback(address: str) -> bool:
 
 
 def wait_for_first(client: Client, check: Callable[[], object]) -> None:
-    """Wait for a first worker, at most `FIRST_WORKER_SECONDS`, and say so.
-
-    Raises ProblemError where none has come.
-    """
+    """Wait `FIRST_WORKER_SECONDS` for a worker, and say so; ProblemError without one."""
     if living_workers(client):
         return
     seconds = format_seconds(FIRST_WORKER_SECONDS)
@@ -116,10 +113,7 @@ def check_scheduler(client: Client) -> None:
 
 
 def living_workers(client: Client, seconds: float | None = None) -> list[str]:
-    """The addresses of the client's workers.
-
-    Raises WorkerLostError where the scheduler is gone, or silent for so long.
-    """
+    """The client's workers; WorkerLostError where the scheduler is gone or silent."""
     check_scheduler(client)
     try:
         return worker_addresses(client, seconds)

@@ -20,10 +20,7 @@ from oocattn.text import printable
 from oocattn.units import format_seconds
 
 CONNECT_SECONDS = 30.0
-"""Seconds in which a scheduler must answer.
-
-One that is started by the same script may need some.
-"""
+"""Seconds in which a scheduler must answer, even one that is just being started."""
 
 LEAST_CONNECT_SECONDS = 1.0
 """Seconds that it has, however short a time limit is."""
@@ -38,10 +35,7 @@ _EXPECTED = "give the address of a Dask scheduler, like tcp://HOST:8786"
 
 
 def check_client(client: object) -> None:
-    """Raise ProblemError unless a run can use this client.
-
-    It must be connected, and not asynchronous.
-    """
+    """Raise ProblemError unless a client is connected and not asynchronous."""
     expected = "expected a distributed.Client that is connected to a scheduler"
     if not isinstance(client, Client):
         argument = "the cluster" if isinstance(client, Cluster) else "ADDRESS"
@@ -118,10 +112,7 @@ def _parse(address: str) -> tuple[str, int]:
 
 
 def _knock(address: str, host: str, port: int, until: float) -> None:
-    """Wait until something listens at an address.
-
-    Raises ProblemError where there is no such host, or nothing listens in time.
-    """
+    """Wait until something listens at an address; ProblemError where nothing does."""
     began = time.monotonic()
     while True:
         try:

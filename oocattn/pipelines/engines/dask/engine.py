@@ -23,10 +23,7 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 
 REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS = 10.0, 120.0
-"""Time to wait for a replacement of a dead worker, and of the last one.
-
-A nanny starts one within two seconds, and then it imports torch.
-"""
+"""Time for a dead worker's replacement, and the last one's: a nanny takes seconds."""
 
 
 class DaskEngine(Engine):
@@ -55,10 +52,7 @@ class DaskEngine(Engine):
         self._take(enlist_again(self._client, self._expected, check))
 
     def _take(self, ids: dict[str, str]) -> None:
-        """Have these workers take part, by their addresses.
-
-        Raises WorkerLostError where none is left.
-        """
+        """Have these workers take part, by address; WorkerLostError where none is left."""
         devices = assign_devices(self._client, self._plan.device, ids)
         self._ids, self._devices = ids, dict(itertools.islice(devices.items(), self._plan.lanes))
         if not self._devices:

@@ -54,10 +54,7 @@ class Roll:
 
     @property
     def ids(self) -> dict[str, str]:
-        """`Worker.id` of those that are ready, by address.
-
-        A worker that is restarted there has another.
-        """
+        """`Worker.id` of ready workers by address; a restarted one has another."""
         return {address: seen.id for address, seen in self.ready.items()}
 
     @property
@@ -104,10 +101,7 @@ def enlist(client: Client, expected: Expectations, check: Callable[[], object]) 
 
 
 def enlist_again(client: Client, expected: Expectations, check: Callable[[], object]) -> dict[str, str]:
-    """The workers that can continue a run, as `Roll.ids`.
-
-    Others are logged.
-    """
+    """The workers that can continue a run, as `Roll.ids`; others are logged."""
     roll = call_roll(client, expected, check)
     for line in roll.lines:
         logger.warning("%s; it takes no part", line)
@@ -115,10 +109,7 @@ def enlist_again(client: Client, expected: Expectations, check: Callable[[], obj
 
 
 def call_roll(client: Client, expected: Expectations, check: Callable[[], object]) -> Roll:
-    """Ask the scheduler and every worker, without a trace.
-
-    Raises LockedError where the result's lock was lost.
-    """
+    """Ask the scheduler and all workers; LockedError where the lock was lost."""
     here = describe_interpreter(PACKAGES)
     scheduler = _call(client, lambda: client.run_on_scheduler(eval, EXPRESSION, NAMES), check)
     reasons = _software_faults(scheduler, here)  # it unpickles the tasks as well
@@ -165,10 +156,7 @@ def _describe_silence(answer: object) -> str:
 def _ask(
     client: Client, workers: Sequence[str], check: Callable[[], object], function: Callable[..., Any], *arguments: object
 ) -> dict[str, Any]:
-    """A function's result, or error, on each of these workers.
-
-    TimeoutError where one is silent.
-    """
+    """A function's result, or error, on each worker; TimeoutError where one is silent."""
     if not workers:
         return {}
 
@@ -194,10 +182,7 @@ def _ping(client: Client, workers: Sequence[str]) -> dict[str, Future[Any]]:
 
 
 def _call(client: Client, call: Callable[[], Any], check: Callable[[], object]) -> Any:
-    """The result of a call, or its error; TimeoutError after `ANSWER_SECONDS`.
-
-    `check` ends it by raising.
-    """
+    """A call's result or error; TimeoutError when late; `check` ends it by raising."""
     called, start = begin(client, call), clock.now()
     while not wait([called], timeout=POLL_SECONDS).done:
         if (waited := clock.now() - start) > ANSWER_SECONDS:

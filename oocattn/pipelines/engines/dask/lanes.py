@@ -57,10 +57,7 @@ class GraphMaker:
     def make(
         self, piece: Sequence[Task], unfinished: Mapping[TaskId, Future[TaskEvent | None]]
     ) -> tuple[HighLevelGraph, list[Key]]:
-        """The graph of a piece, and the keys of its tasks.
-
-        `unfinished` has the futures of earlier ones.
-        """
+        """The graph of a piece, and its keys; `unfinished`: futures of earlier pieces."""
         number = next(self._numbers)
         names = {step: f"{step}-{self._run}-{number}" for step in STEPS}
         keys: dict[TaskId, Key] = {task.id: (names[task.id[0]], *task.id[1:]) for task in piece}
@@ -106,10 +103,7 @@ class DaskLanes(Lanes):
         await asyncio.gather(*itertools.starmap(self._report, pairs))
 
     async def _report(self, task: Task, future: Future[TaskEvent | None]) -> None:
-        """Wait for the end of a task, and pass on its result.
-
-        Where the result is lost, Dask runs the task again.
-        """
+        """Pass on the end of a task; where its result is lost, Dask runs it again."""
         try:
             outcome: TaskEvent | BaseException | None = await self._client.gather(future, asynchronous=True)
         except (Exception, CancelledError) as error:
@@ -175,10 +169,7 @@ class DaskLanes(Lanes):
     def _ask(
         self, function: Callable[..., object], workers: Collection[str], seconds: float, consequence: str
     ) -> dict[str, int]:
-        """A function's result on each of these workers.
-
-        A worker that fails or is silent is named in a warning, with the consequence.
-        """
+        """A function's results by worker; one that fails or is silent is warned of."""
         answers: dict[str, CallFuture[dict[str, int]]] = {}
         for address in workers:
             answers[address] = begin(self._client, partial(self._client.run, function, self._job.run, workers=[address]))
@@ -190,10 +181,7 @@ class DaskLanes(Lanes):
         return found
 
     def _living_workers(self) -> list[str]:
-        """The workers that are still there.
-
-        None where the scheduler is gone, or in a fork of the run's process.
-        """
+        """The workers still there; none without a scheduler, or in a fork."""
         if not self.is_here:  # a listener has forked
             return []
         with suppress(WorkerLostError):

@@ -27,10 +27,7 @@ with collection_paused():
     from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress
 
 THREADS = 8
-"""Task threads of a worker.
-
-Up to three attend (on a GPU they wait for it), the others stage, merge and write meanwhile.
-"""
+"""Task threads of a worker: up to three attend, others stage, merge and write."""
 
 DESCRIPTORS = 24
 """Files that must be free to be opened: a cluster opens some ten as it starts."""
@@ -43,10 +40,7 @@ It walks the frames of running threads every 10 ms: seen to end the process with
 """
 
 OWN_ORIGIN: dict[str, list[str]] = {"distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": []}
-"""Origins of Bokeh's own list, localhost and the port.
-
-Dask's allows every web page to read the dashboard.
-"""
+"""Bokeh's own origins; Dask's let every web page read the dashboard."""
 
 ENCRYPTION = "distributed.comm.require-encryption"
 
@@ -87,10 +81,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
 
 @contextmanager
 def _here_alone() -> Iterator[ExitStack]:
-    """An exit stack that does nothing in a fork of this process.
-
-    Threads that a cluster waits for as it closes are not there.
-    """
+    """An exit stack that does nothing in a fork, which lacks a cluster's threads."""
     process = os.getpid()
     with ExitStack() as stack:
         try:
@@ -123,10 +114,7 @@ def _start(address: DashboardAddress, workers: int) -> LocalCluster:
 
 @contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keep Dask from logging failed tasks.
-
-    The run reports them in its own words.
-    """
+    """Keep Dask from logging failed tasks: the run reports them in its own words."""
     logger = logging.getLogger("distributed.worker")
 
     def is_other(record: logging.LogRecord) -> bool:  # a filter of its own for each cluster: they may overlap
@@ -151,10 +139,7 @@ def _silent(name: str) -> Iterator[None]:
 
 
 def _check_descriptors() -> None:
-    """Raise OSError where few files can be opened.
-
-    Dask would log every failure of its own, and continue.
-    """
+    """Raise OSError where few files can be opened: Dask would log each, and continue."""
     with ExitStack() as opened:
         for _ in range(DESCRIPTORS):
             opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))

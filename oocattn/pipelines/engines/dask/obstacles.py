@@ -85,10 +85,7 @@ def find_obstacle(run: str, occupation: Occupation | None) -> Obstacle | None:
 
 
 class Inquiry:
-    """Asks the workers of a run, and the scheduler, for their state.
-
-    One that has not answered is not asked again.
-    """
+    """Asks workers and scheduler for their state, those that owe no answer."""
 
     def __init__(self, run: str, client: Client) -> None:
         self._run = run
@@ -120,10 +117,7 @@ class Inquiry:
 
 
 def refuse_own_thread(client: Client) -> None:
-    """Raise StalledError where a run would wait for the thread that starts it.
-
-    That is a task's, and the only one of a worker that would take part.
-    """
+    """Raise StalledError where a run would wait for the only thread, its caller's."""
     if not getattr(thread_state, "proceed", False):  # no task's, or one that has seceded
         return
     worker = get_worker()

@@ -35,10 +35,7 @@ from oocattn.units import ceil_div, format_bytes
 from oocattn.version import __version__, source_digest
 
 PACKAGES = ("oocattn", "torch", "zarr", "dask", "distributed")
-"""Packages whose versions must be the driver's.
-
-They compute, or are sent between processes.
-"""
+"""Packages that compute or are sent: their versions must be the driver's."""
 
 SAME_DATA = "mount the same file system there, or copy the dataset to the same path with its times (rsync -a)"
 """Advice for a worker that sees another dataset."""
@@ -77,10 +74,7 @@ NAMES = {"source": inspect.getsource(describe_interpreter), "packages": PACKAGES
 
 
 def find_interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """Differences of another process's versions from this one's.
-
-    Builds of one release of torch may differ.
-    """
+    """Versions that differ from this process's, but for builds of one torch."""
     others = [
         f"no {name}{value.removeprefix('none')}" if value.startswith("none") else f"{name} {value} instead of {here[name]}"
         for name, value in found.items()
@@ -196,10 +190,7 @@ def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
 
 
 def find_faults(worker: WorkerState, expected: Expectations, written: bool) -> list[str]:
-    """Faults that keep a worker from taking part, with advice.
-
-    `written`: its file has appeared beside the result.
-    """
+    """Faults of a worker, with advice; `written`: its probe has appeared here."""
     return [*_dataset_faults(worker, expected), *_result_faults(worker, expected, written), *_other_faults(worker, expected)]
 
 

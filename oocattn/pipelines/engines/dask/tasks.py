@@ -58,10 +58,7 @@ def plugin_name(run: str) -> str:
 
 
 async def open_lane(job: Job, dask_worker: Worker) -> None:
-    """Make the lane of this worker, unless it was restarted since it was enlisted.
-
-    It then has another `Worker.id`.
-    """
+    """Make the lane of this worker, unless it was restarted since it was enlisted."""
     device = job.devices.get(dask_worker.id)
     if device is not None:
         with naming(SET_UP):
@@ -78,10 +75,7 @@ async def close_lane(run: str, dask_worker: Worker) -> int:
 
 
 async def close_stale_lanes(state: Path, dask_worker: Worker) -> None:
-    """Close lanes of runs to the same result whose driver is gone.
-
-    They would hold their memory until the worker ends.
-    """
+    """Close lanes of runs to the same result whose driver is gone, and free memory."""
     for name, plugin in list(dask_worker.plugins.items()):
         if isinstance(plugin, LanePlugin) and plugin.scratch.is_relative_to(state):
             plugin.stopped = True

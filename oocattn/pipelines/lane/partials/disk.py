@@ -13,17 +13,11 @@ from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 
 MergeStates = Callable[[AttentionState, AttentionState], None]
-"""Merge the second state into the first; both are in host memory.
-
-The second may be overwritten afterwards.
-"""
+"""Merge the second state, free afterwards, into the first; both on the host."""
 
 
 class DiskPartials:
-    """A file for each partial, for accumulators that do not fit.
-
-    A partial on disk need not be computed again.
-    """
+    """A file for each partial, for accumulators that do not fit in memory."""
 
     def __init__(
         self,
@@ -74,10 +68,7 @@ class DiskPartials:
         return MergedChunk(state, not_finite)
 
     def _merge(self, partial: PartialId, state: AttentionState) -> None:
-        """Merge a partial's file into the state, block by block.
-
-        A damaged file leaves it half merged.
-        """
+        """Merge a partial's file into the state by blocks; a damaged one is half merged."""
         into = row_blocks(state)
         block = self._blocks.take()
         try:

@@ -67,10 +67,7 @@ class PartialFiles:
         return written
 
     def not_finite(self, partial: PartialId) -> int:
-        """Counts of NaN and Inf that were written with a partial.
-
-        Raises IntegrityError where there is no such partial.
-        """
+        """Counts of NaN and Inf in a partial's file; IntegrityError if it is not there."""
         path, expected = self.path(partial), self._label(partial)
         label = read_label(path)
         if any(label.get(name) != value for name, value in expected.items()) or not _is_count(label.get("not_finite")):

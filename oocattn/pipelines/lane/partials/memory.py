@@ -19,10 +19,7 @@ Place = tuple[int, int]
 
 @dataclass
 class _Fold:
-    """A chunk's accumulator, and the contributors started, folded and saved.
-
-    While `save_pending`, nothing more begins before it has been saved.
-    """
+    """A chunk's accumulator, and the contributors started, folded and saved."""
 
     state: AttentionState
     started: int

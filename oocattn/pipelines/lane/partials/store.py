@@ -16,10 +16,7 @@ from oocattn.planning.plan import Plan
 
 
 class DamagedPartialError(IntegrityError):
-    """A partial was lost or damaged; its file is removed.
-
-    Its subproblem must be computed again, and then merged.
-    """
+    """A partial was lost or damaged, and removed: compute its subproblem again."""
 
     def __init__(self, message: str, head_group: int, chunk: int, subproblem: int) -> None:
         super().__init__(message, head_group, chunk, subproblem)
@@ -90,10 +87,7 @@ class PartialStore(Protocol):
 
 
 class Accumulators:
-    """The chunk states of a lane, allocated once.
-
-    The edges of the graph make sure that one is free when it is needed.
-    """
+    """The chunk states of a lane; the graph's edges make sure that one is free."""
 
     def __init__(self, plan: Plan, free: States) -> None:
         self._plan = plan
