@@ -1,4 +1,1 @@
-"""Planning: a costed `Plan` from a problem, budgets and a machine.
-
-Only `measure` has effects.
-"""
+"""Planning: a costed `Plan` from a problem, budgets and a machine."""
