@@ -1,4 +1,4 @@
-"""Engines run the tasks of a run: Dask, or threads here; `base` is the interface."""
+"""Engines, which run the tasks of a run: Dask, or threads of this process."""
 
 from __future__ import annotations
 
