@@ -12,7 +12,9 @@ import warnings
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-OF_OTHERS = re.compile(r"PYTEST_|__DASK_|TORCHINDUCTOR_|(OMP|MKL|OPENBLAS)_NUM_THREADS$|MALLOC_TRIM_THRESHOLD_$|PYTHONHASHSEED$")
+OF_OTHERS = re.compile(
+    r"PYTEST_|__DASK_|TORCHINDUCTOR_|(OMP|MKL|OPENBLAS)_NUM_THREADS$|MALLOC_TRIM_THRESHOLD_$|PYTHONHASHSEED$"
+)
 """Variables that pytest sets, that PyTorch sets as parts of it are imported, and those that Dask sets for good where a test starts worker processes of its own."""
 
 USUAL_INTERVAL = sys.getswitchinterval()

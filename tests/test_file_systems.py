@@ -56,7 +56,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process, and with nobody waiting long."""
     monkeypatch.setattr(operations, "_said", set())
     monkeypatch.setattr(lock, "BEAT", 0.05)
-    monkeypatch.setattr(failing, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(failing, "PAUSES_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def _drive(work: Work, engine: Engine, emit: Callback, start: float, interrupts:
             now = clock.now()
             recovered = Recovered(start=now, stop=now, error=str(error), **{_COUNTED[type(error)]: 1})
             engine.replenish(lambda: _check(deadline, interrupts))
-            logger.warning("%s; the run goes on with what is left", error)
+            logger.warning("%s; the run continues with the rest", error)
 
 
 def _started(work: Work, engine: Engine, start: float, found: ScanResult, left: int) -> Started:
@@ -192,7 +192,7 @@ def _check(deadline: Deadline, interrupts: Interrupts) -> None:
     """Raise what ends a run while it waits for workers."""
     if interrupts.asked:
         raise InterruptedRunError("interrupted while it waited for workers: what was done is on disk")
-    if deadline.left <= 0:
+    if deadline.seconds_left <= 0:
         raise TimeLimitError("time limit reached while it waited for workers: what was done is on disk")
 
 

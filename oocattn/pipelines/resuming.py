@@ -143,7 +143,7 @@ def open_dataset(run: RunRecord, named: Location | None) -> Dataset:
 
 
 def _plan_differences(before: Plan, now: Plan) -> str:
-    return differences({**asdict(before.problem), **before.decided}, {**asdict(now.problem), **now.decided})
+    return differences({**asdict(before.problem), **before.decisions}, {**asdict(now.problem), **now.decisions})
 
 
 def result_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The inline engine: the same tasks and edges on threads of this process, without a scheduler.
+"""The inline engine: tasks on threads of this process, without a scheduler.
 
 It is for tests, notebooks and small calls: a task costs a fraction of a millisecond, and there is no dashboard. Its threads
 are daemons, so a task that hangs keeps no interpreter from its exit.
@@ -38,7 +38,7 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 
 THREADS = 6
-"""Threads of a lane: up to three tasks attend (on a GPU), the others stage, merge and write meanwhile."""
+"""Threads of a lane: up to three attend (on a GPU), others stage, merge and write."""
 
 logger = logging.getLogger("oocattn")
 
@@ -171,10 +171,10 @@ class InlineLanes(Lanes):
         for ready in self._ready:
             for _ in range(THREADS):
                 ready.put(None)
-        self._ask(Lane.close, self._deadline.silence, "its lane may not be closed, and keep its memory")
+        self._ask(Lane.close, self._deadline.silence_seconds, "its lane may not be closed, and keep its memory")
 
     def _ask(self, function: Callable[[Lane], int | None], seconds: float, consequence: str) -> list[int]:
-        """What this returns for each lane; one that fails or hangs is named, with the consequence."""
+        """A function's results by lane; one that fails or hangs is warned of."""
         if not self.is_here:
             return []
         calls = [begin_call(partial(function, lane)) for lane in self._lanes]

@@ -45,7 +45,7 @@ from oocattn.storage.journal.journal import Journal
 from oocattn.storage.results.arrays import ResultArrays
 
 DEVICES: Mapping[str, Callable[[str, Plan, Operation, Health], Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
-"""The devices by their kind, which a name like "cuda:1" begins with. A new kind is one new module and one line here."""
+"""Devices by the kind of a name like "cuda:1"; a new kind is one new line here."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Job:
 
 
 class Lane:
-    """The lane of a job on a device. Its methods are called from the tasks of one worker, several at a time."""
+    """The lane of a job on a device, called from several tasks of a worker at a time."""
 
     def __init__(self, job: Job, device_name: str) -> None:
         for folder in filter(None, (job.scratch, job.dataset.folder)):
@@ -97,11 +97,11 @@ class Lane:
 
     @property
     def stepped(self) -> float:
-        """When a piece of a task was last done, in seconds since the epoch."""
+        """Time of the last step of a task, in seconds since the epoch."""
         return self._health.stepped
 
     def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Staged:
-        """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0.
+        """Read a subproblem into a staging slot; `turn` counts this lane's from 0.
 
         Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there. Raises
         RuntimeError for a turn that was taken before.
@@ -109,10 +109,10 @@ class Lane:
         return self._stager.stage(turn, head_group, index, wanted)
 
     def attend(self, turn: int) -> Attended:
-        """Compute the partials of the subproblem that was staged for this turn, and hand them to the partial store.
+        """Compute the partials of the subproblem staged for this turn; hand them over.
 
-        A lane takes subproblems in the order of their turns, whichever task comes first: that which comes early begins
-        those before it too, which have been staged. The event also tells of the checkpoints that were made meanwhile.
+        A lane takes subproblems in the order of their turns, whichever task comes first: an early task begins those before
+        it too, which have been staged. The event also has the checkpoints that were made meanwhile.
         Raises RuntimeError for a turn that was taken before.
         """
         self._attend_turns.take(turn)
@@ -138,7 +138,7 @@ class Lane:
         return self.finisher.write(head_group, chunk)
 
     def save(self) -> int:
-        """Have on disk what is in memory alone, if the plan says so, as nothing more will come; return the bytes written."""
+        """Save what is in memory alone, at the end, if the plan says so; return the bytes."""
         self._checkpoints.close()
         return self.partials.save(patient=False) if self.plan.saves else 0
 
@@ -150,7 +150,7 @@ class Lane:
 
 
 def make_partials(plan: Plan, files: PartialFiles, states: Mapping[str, States], merge_states: MergeStates) -> PartialStore:
-    """The store that the plan names, working with the states that `planning.memory.Buffers` counts by these names."""
+    """The store that the plan names, with the states that `Buffers` counts for it."""
     if plan.partials == "memory":
         return MemoryPartials(plan, files, states["accumulators"])
     return DiskPartials(plan, files, states["accumulators"], states["buffers"], states["blocks"], merge_states)

@@ -134,7 +134,7 @@ def test_dask_does_not_log_the_tracebacks_of_tasks_in_a_cluster_of_our_own(caplo
 
 def test_a_run_does_not_begin_without_workers(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its journal would not say what it was begun with, and no worker could resume it."""
-    monkeypatch.setattr(cluster, "FIRST_WORKER", 0.3)
+    monkeypatch.setattr(cluster, "FIRST_WORKER_SECONDS", 0.3)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
         Client(nobody, set_as_default=False) as client,

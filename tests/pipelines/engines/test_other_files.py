@@ -21,7 +21,7 @@ from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.engines.dask import engine
 from oocattn.pipelines.engines.dask.enlisting import Roll, call_roll
 from oocattn.pipelines.engines.dask.readiness import (
-    Expected,
+    Expectations,
 )
 
 
@@ -127,7 +127,7 @@ def test_a_worker_that_comes_later_and_sees_other_data_takes_no_part(
     def raising(error: Exception) -> None:
         raise error
 
-    def enlist_first(connected: Client, expected: Expected, check: Callable[[], object]) -> Roll:
+    def enlist_first(connected: Client, expected: Expectations, check: Callable[[], object]) -> Roll:
         return Roll(call_roll(connected, expected, check).ready)  # as if the other had not been there yet
 
     monkeypatch.setattr(Attempt, "drive", fail_once)

@@ -26,18 +26,18 @@ from oocattn.pipelines.engines.dask.enlisting import Roll
 from oocattn.pipelines.engines.dask.readiness import (
     NAMES,
     PACKAGES,
-    Expected,
-    Seen,
+    Expectations,
+    WorkerState,
     describe_interpreter,
-    faults,
-    interpreter_faults,
+    find_faults,
+    find_interpreter_faults,
 )
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import Fingerprints
 from oocattn.storage.paths import ResultPaths
 from oocattn.version import source_digest
 
-EXPECTED = Expected(
+EXPECTED = Expectations(
     Dataset("/d.zarr", {}),
     Fingerprints("q1-k1-v1", "", "q-k-v"),
     Path("/r.zarr.oocattn"),
@@ -46,7 +46,7 @@ EXPECTED = Expected(
     ("cpu", 8, "float32", "cpu"),
 )
 COMPUTING = {"cpu": "AVX2", "arithmetic": "a"}
-GOOD = Seen("id", "host", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, COMPUTING)
+GOOD = WorkerState("id", "host", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, COMPUTING)
 
 HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu", "dask": "2026.1"}
 
@@ -81,7 +81,7 @@ HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu
 )
 def test_what_keeps_a_worker_from_a_run(changed: dict[str, Any], words: list[str]) -> None:
     expected = replace(EXPECTED, computing={"cpu": "AVX2 | NEON", "arithmetic": "a"})
-    found = faults(replace(GOOD, **changed), expected, written=True)
+    found = find_faults(replace(GOOD, **changed), expected, written=True)
     assert len(found) == len(words)
     for text, beginning in zip(found, words, strict=True):
         assert beginning.partition(".*")[0] in text
@@ -89,7 +89,7 @@ def test_what_keeps_a_worker_from_a_run(changed: dict[str, Any], words: list[str
 
 
 def test_what_a_worker_writes_must_appear_beside_the_result() -> None:
-    (found,) = faults(GOOD, EXPECTED, written=False)
+    (found,) = find_faults(GOOD, EXPECTED, written=False)
     assert found.startswith("writes to /r.zarr.oocattn, and nothing of that appears here: choose a result")
 
 
@@ -104,7 +104,7 @@ def test_what_a_worker_writes_must_appear_beside_the_result() -> None:
     ],
 )
 def test_which_software_is_other_than_here(changed: dict[str, str], words: str) -> None:
-    found = interpreter_faults({**HERE, **changed}, HERE)
+    found = find_interpreter_faults({**HERE, **changed}, HERE)
     assert found[0].startswith(words) if words else not found
 
 
@@ -215,8 +215,8 @@ def test_workers_that_compute_otherwise_than_the_first_are_told(caplog: pytest.L
 
 
 def test_a_worker_that_is_silent_is_named(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(enlisting, "ANSWER", 0.5)
-    monkeypatch.setattr(enlisting, "LEAST_ANSWER", 0.3)
+    monkeypatch.setattr(enlisting, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(enlisting, "LEAST_ANSWER_SECONDS", 0.3)
     with cluster_of(1) as (client, ending):
         start(ending, command(client.scheduler.address))
         client.wait_for_workers(1, timeout=60)
@@ -232,7 +232,7 @@ def test_a_worker_that_is_silent_is_named(dataset: Path, result: Path, monkeypat
 def test_an_adaptive_cluster_without_workers_is_waited_for(
     dataset: Path, result: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "KEPT", 1.5)
+    monkeypatch.setattr(cluster, "KEEPING_SECONDS", 1.5)
     with in_process(n_workers=0) as (own, client):
         own.adapt(minimum=0, maximum=1, interval="100 ms")
         oocattn.attention(dataset, result, client=client, kernel="cpu")
@@ -253,7 +253,7 @@ def test_a_run_does_not_wait_for_workers_beyond_its_time_limit(dataset: Path, re
 def test_the_command_says_in_one_line_that_a_cluster_is_not_ready(
     dataset: Path, result: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "FIRST_WORKER", 0.2)
+    monkeypatch.setattr(cluster, "FIRST_WORKER_SECONDS", 0.2)
     with LocalCluster(n_workers=0, processes=True, dashboard_address="127.0.0.1:0", host="127.0.0.1") as own:
         assert cli.main(["run", str(dataset), str(result), "--scheduler", own.scheduler_address]) == 1
     *_, last = capsys.readouterr().err.splitlines()

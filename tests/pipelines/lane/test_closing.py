@@ -257,9 +257,9 @@ def test_the_switch_interval_is_put_back_with_the_last_lane(
 ) -> None:
     pretend.pretend_a_gpu(monkeypatch)
     lanes = [lane_of(fast_path / name, "cuda:0") for name in ("first", "second")]
-    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_SECONDS)
     lanes[order[0]].close()
-    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_SECONDS)
     lanes[order[1]].close()
     lanes[order[1]].close()  # says nothing more
     assert sys.getswitchinterval() == python_interval
@@ -272,7 +272,7 @@ class Owner:
 def test_the_switch_interval_is_put_back_where_nobody_closed(python_interval: float) -> None:
     owner = Owner()
     switching.hold_short_interval(owner)
-    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_SECONDS)
     del owner
     assert sys.getswitchinterval() == python_interval
 

@@ -1,4 +1,4 @@
-"""What Dask calls on workers: the plugin that keeps the lane of a run there, its tasks, and what is asked of it as it ends.
+"""Functions that Dask calls on workers: tasks, and the plugin that keeps a lane.
 
 Arrays stay in the lane and in the stores. The further arguments of a task are the results of those that it waits for, and it
 does not look at them.
@@ -24,10 +24,10 @@ ENDED = ("memory", "error", "rescheduled")
 
 
 class LanePlugin(WorkerPlugin):
-    """Keeps the lane that a worker has for a run, with partials in the folder `scratch`, and closes it with the worker.
+    """Keeps a worker's lane for a run, and closes it with the worker.
 
-    `executing` are the tasks of the run that execute, until the worker has heard of their end. One that is cancelled
-    meanwhile, and called released at once, goes on to its end.
+    Partials lie in the folder `scratch`. `executing` are the tasks of the run that execute, until the worker has
+    heard of their end: one that is cancelled meanwhile, and called released at once, still runs to its end.
     """
 
     def __init__(self, run: str, scratch: Path, lane: Lane) -> None:
@@ -38,7 +38,7 @@ class LanePlugin(WorkerPlugin):
         self.executing: set[Any] = set()
 
     def transition(self, key: Any, start: str, finish: str, **options: Any) -> None:
-        """Called by the worker, in its event loop, when a task of whomever gets another state."""
+        """Follow a task's state; the worker's event loop calls this."""
         if self.run in str(key):
             if finish == "executing":
                 self.executing.add(key)
@@ -61,7 +61,7 @@ def plugin_name(run: str) -> str:
 
 
 async def open_lane(job: Job, dask_worker: Worker) -> None:
-    """Make the lane of this worker, unless it was restarted after it was asked for its `Worker.id`."""
+    """Make the lane of this worker, unless it was restarted since it was enlisted."""
     device = job.devices.get(dask_worker.id)
     if device is not None:
         with naming(SET_UP):
@@ -78,7 +78,7 @@ async def close_lane(run: str, dask_worker: Worker) -> int:
 
 
 async def close_stale_lanes(state: Path, dask_worker: Worker) -> None:
-    """Close the lanes of runs to the same result whose driver is gone: else they hold their memory until the worker ends."""
+    """Close lanes of runs to the same result whose driver is gone, and free memory."""
     for name, plugin in list(dask_worker.plugins.items()):
         if isinstance(plugin, LanePlugin) and plugin.scratch.is_relative_to(state):
             plugin.stopped = True
@@ -86,7 +86,7 @@ async def close_stale_lanes(state: Path, dask_worker: Worker) -> None:
 
 
 def stop(run: str, dask_worker: Worker) -> int:
-    """Let no further task of the run begin on this worker; return how many still execute.
+    """Begin no more tasks of the run on this worker; return how many still execute.
 
     A task that has returned executes until the worker has heard of it: a worker that closes complains of one cut off there.
     """
@@ -98,7 +98,7 @@ def stop(run: str, dask_worker: Worker) -> int:
 
 
 async def save(run: str, dask_worker: Worker) -> int:
-    """Have on disk what the lane of a stopped run on this worker holds in memory alone; return the bytes written."""
+    """Save what a stopped run's lane here holds in memory alone; return the bytes."""
     plugin = find_plugin(run, dask_worker)
     return 0 if plugin is None else await asyncio.to_thread(plugin.lane.save)
 
