@@ -222,7 +222,7 @@ def test_links_are_not_followed_out_of_the_folder(paths: ResultPaths, tmp_path: 
     link.symlink_to(elsewhere)
     for step in (
         lambda: begin(paths),
-        lambda: state.resume(growing.path, Layout(SHAPE, "float16", 20, ATTRIBUTES), replaces=None),
+        lambda: state.check(growing, Layout(SHAPE, "float16", 20, ATTRIBUTES)),
         state.remove_leftovers,
         state.tidy,
         lambda: state.discard(growing),
