@@ -1,7 +1,6 @@
-"""Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified.
+"""Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
 
-Names are imported when they are first used: PyTorch, Zarr and Dask take seconds, and much here needs none of them.
-"""
+# Names are imported when they are first used: PyTorch, Zarr and Dask take seconds, and much here needs none of them.
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ FILE_MOMENT, MOST_FILES = 0.03, 8
 
 def default_host_memory() -> int:
     """Half of the memory that is free now, in bytes; of a container's limit where there is one."""
-    return int(min(psutil.virtual_memory().available, *container_limits()) // 2)
+    return int(min([psutil.virtual_memory().available, *container_limits()]) // 2)
 
 
 def container_limits() -> list[int]:

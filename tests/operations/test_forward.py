@@ -116,6 +116,6 @@ def test_a_window_that_is_shifted_by_one_is_caught(
 
     monkeypatch.setattr(forward, "make_tiles", tiles)
     lane = lane_with(fast_path, monkeypatch, mask, device, chunks=7)
-    with pytest.raises(TaintedError, match=r"other keys were attended than expected \(sum of indices"):
+    with pytest.raises(TaintedError, match=r"keys were attended(,| than) expected"):
         attend_all(lane)
     lane.close()

@@ -1,4 +1,4 @@
-"""What runs the tasks of a run: Dask (default), or threads of this process. `base` says what an engine is."""
+"""Engines, which run the tasks of a run: Dask, or threads of this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DASHBOARD = "127.0.0.1:0"
 
 
 def check_engine(engine: str, client: object, dashboard_address: str) -> None:
-    """Raise ProblemError for a client or scheduler that a run cannot use, or that contradicts its engine."""
+    """Raise ProblemError for a client that a run cannot use, or that contradicts its engine."""
     if engine == INLINE and (client is not None or dashboard_address != DASHBOARD):
         found = "a client (--scheduler)" if client is not None else "a dashboard_address (--dashboard)"
         raise ProblemError(

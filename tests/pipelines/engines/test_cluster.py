@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from random import Random
 
@@ -143,6 +144,13 @@ def test_a_run_does_not_begin_without_workers(dataset: Path, result: Path, monke
     assert oocattn.status(result).state == "none"
 
 
+def answering(found: dict[str, list[str]]) -> Callable[..., Awaitable[dict[str, list[str]]]]:
+    async def answer(*_: object, **__: object) -> dict[str, list[str]]:
+        return found
+
+    return answer
+
+
 def test_workers_that_see_no_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as workers,
@@ -153,10 +161,8 @@ def test_workers_that_see_no_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ProblemError, match=f"worker {first}, {second} sees no GPU: start workers where .*--kernel cpu"):
             assign_devices(client, "cuda", [first, second])
         seen = iter([["host GPU-7"], []])
-        monkeypatch.setattr(client, "run", lambda function, workers: dict(zip((first, second), seen, strict=True)))
+        monkeypatch.setattr(client, "run", answering(dict(zip((first, second), seen, strict=True))))
         with pytest.raises(ProblemError, match=f"^worker {second} sees no GPU"):
             assign_devices(client, "cuda", [first, second])
-        monkeypatch.setattr(
-            client, "run", lambda function, workers: {second: ["host a", "host b"], first: ["host b", "host a"]}
-        )
+        monkeypatch.setattr(client, "run", answering({second: ["host a", "host b"], first: ["host b", "host a"]}))
         assert assign_devices(client, "cuda", [first, second]) == {first: "cuda:0", second: "cuda:0"}
