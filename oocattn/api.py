@@ -19,9 +19,10 @@ from oocattn.pipelines.existing import Request, Result, open_result
 from oocattn.pipelines.session import Resuming
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
+from oocattn.planning.candidates import Choices
 from oocattn.planning.host import default_host_memory
 from oocattn.planning.measure import plan_here
-from oocattn.planning.options import DECOMPOSITIONS, MAX_CHUNKS, Choices
+from oocattn.planning.options import DECOMPOSITIONS, MAX_CHUNKS
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.posing import pose

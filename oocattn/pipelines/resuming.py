@@ -8,7 +8,7 @@ from typing import Any
 
 from oocattn.errors import BudgetError, IntegrityError, ResultExistsError
 from oocattn.pipelines.run import Run
-from oocattn.planning.options import Choices
+from oocattn.planning.candidates import Choices
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 from oocattn.records import differences

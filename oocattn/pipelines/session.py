@@ -31,8 +31,8 @@ from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.watch.status import StatusFile
 from oocattn.pipelines.workplace import Workplace
+from oocattn.planning.candidates import Choices
 from oocattn.planning.measure import plan_here
-from oocattn.planning.options import Choices
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.folders import is_taken
 from oocattn.storage.inputs.dataset import Dataset
@@ -52,7 +52,7 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class Resuming:
-    """How an unfinished run is gone on with.
+    """How an unfinished run is resumed.
 
     `accept_other_bits`: also where its result has other bits than that of an uninterrupted run. `check_finished`: compare
     the checksums of all finished chunks first, not only of as many as can be read in a few seconds.
@@ -217,7 +217,7 @@ def _resume(found: Run, dataset: Dataset, state: RunState, resuming: Resuming, e
     other_bits = check_bits(found, computing, resuming.accept_other_bits)
     recorded = {"location": source.location, "fingerprint": source.fingerprint}
     attributes = {"problem": asdict(plan.problem), "dataset": recorded, "plan": _decided(plan)}
-    state.check(found.growing, _layout(plan, attributes))
+    state.resume(found.growing, _layout(plan, attributes))
     run = replace(found, journal=replace(found.journal, claim=state.claim), opened=dataset)
     if other_bits:
         run.journal.note_other_bits(other_bits)

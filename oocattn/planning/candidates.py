@@ -10,6 +10,7 @@ long ones.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from oocattn.division.quorums import candidate_chunk_counts, quorum_size
 from oocattn.errors import BudgetError, ProblemError
@@ -28,6 +29,18 @@ TIE = 1.05
 """Divisions of different kinds whose predictions differ by less are taken for equally fast; of one kind, `CLOSE`."""
 
 CLOSE = 1.01
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user chose of a plan, None for what is left to it: budgets in bytes, what a kill may cost in seconds."""
+
+    device_memory: int | None = None
+    host_memory: int | None = None
+    chunks: int | None = None
+    decomposition: str = "auto"
+    kernel: str | None = None
+    checkpoint_seconds: float | None = None
 
 
 def make_plan(

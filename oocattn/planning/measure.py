@@ -22,11 +22,11 @@ from oocattn.kernels import AttentionState, default_kernel, device_type, finalis
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.settings import plain_threads
-from oocattn.planning.candidates import make_plan, overhead_warning
+from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.cost import HALF_RATE_KEYS
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power
 from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware
-from oocattn.planning.options import CHECKPOINT_SECONDS, Choices
+from oocattn.planning.options import CHECKPOINT_SECONDS
 from oocattn.planning.plan import Plan
 from oocattn.planning.reading import input_cost, sample_rate
 from oocattn.problem.mask import Causal

@@ -127,8 +127,8 @@ class RunState:
         sync_metadata(growing)
         return GrowingResult(growing, identity_at(paths.result))
 
-    def check(self, growing: GrowingResult, layout: Layout) -> None:
-        """Check a result that has begun to grow before more is written to it.
+    def resume(self, growing: GrowingResult, layout: Layout) -> None:
+        """Have a result that has begun to grow ready for more to be written.
 
         Raises IntegrityError where it is not what `begin` made of the same layout, or a folder in it is a link.
         """
