@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 OF_OTHERS = re.compile(
     r"PYTEST_|__DASK_|TORCHINDUCTOR_|(OMP|MKL|OPENBLAS)_NUM_THREADS$|MALLOC_TRIM_THRESHOLD_$|PYTHONHASHSEED$"
 )
-"""Variables that pytest sets, that PyTorch sets as parts of it are imported, and those that Dask sets for good where a test starts worker processes of its own."""
+"""Variables that pytest sets, that PyTorch sets as it is imported, and that Dask sets where it starts processes."""
 
 USUAL_INTERVAL = sys.getswitchinterval()
 

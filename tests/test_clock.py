@@ -15,6 +15,7 @@ from tornado.ioloop import IOLoop
 
 import oocattn
 from oocattn import Event, clock
+from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.pipelines.watch.progress import ProgressBar
 from oocattn.storage.inputs.dataset import Dataset
@@ -90,7 +91,9 @@ def test_a_run_is_right_when_the_clock_is_set_meanwhile(
 
         listeners = [recorder, ProgressBar(), look]
         until = clock.now() + 3600
-        report = run_plan(plan, Dataset.open(dataset), paths, client, callbacks=listeners, until=until).report
+        report = run_plan(
+            plan, Request(plan.problem, Dataset.open(dataset), paths), client, callbacks=listeners, until=until
+        ).report
     assert 0 <= report.seconds < 60
     assert 0 <= report.compute_busy <= 1
     assert "compute      busy" in str(report)

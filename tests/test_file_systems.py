@@ -26,7 +26,7 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 import oocattn
 from oocattn import Event, OocattnError, Result
 from oocattn.pipelines import failing
-from oocattn.planning.measure import UNKNOWN_DISK, free_disk
+from oocattn.planning.host import UNKNOWN_DISK, free_disk
 from oocattn.storage.files import operations
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.journal import lock

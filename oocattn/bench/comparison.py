@@ -36,7 +36,8 @@ from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, 
 from oocattn.errors import ProblemError
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.watch.report import RunReport
-from oocattn.planning.measure import choose_device, count_lanes, free_disk
+from oocattn.planning.host import free_disk
+from oocattn.planning.measure import choose_device, count_lanes
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import DTYPES
 from oocattn.storage.inputs.dataset import Dataset

@@ -21,11 +21,11 @@ from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.engines.base import Lanes, Outcome
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Graph, Task, TaskId, pieces
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError
 from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.watch.events import Attended, Callback, Saved, Staged, TaskEvent
-from oocattn.pipelines.work import Work
 from oocattn.planning.cost import MOST_UNFINISHED, WINDOW
 from oocattn.storage.files.operations import describe_error, is_disk_full
 from oocattn.storage.inputs.fingerprints import changed_arrays
@@ -42,8 +42,8 @@ T = TypeVar("T")
 class Attempt:
     """What is left of a run, from the opening of its lanes to their end; `left` subproblems are to be staged."""
 
-    def __init__(self, work: Work, lanes: Lanes, schedule: Schedule, left: int, emit: Callback, deadline: Deadline) -> None:
-        self._work = work
+    def __init__(self, run: Run, lanes: Lanes, schedule: Schedule, left: int, emit: Callback, deadline: Deadline) -> None:
+        self._run = run
         self._lanes = lanes
         self._schedule = schedule
         self._to_stage = self._to_attend = left
@@ -80,9 +80,9 @@ class Attempt:
 
     def check_dataset(self) -> None:
         """Raise TaintedError where the dataset is not what it was when the run began."""
-        dataset = self._work.dataset
+        dataset = self._run.dataset
         with naming("the check of the dataset"):
-            changed = changed_arrays(self._work.fingerprint, dataset.reopen().fingerprint(within_run=True))
+            changed = changed_arrays(dataset.as_found.within_run, dataset.reopen().fingerprint(within_run=True))
         if changed:
             raise TaintedError(
                 f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "
@@ -228,7 +228,7 @@ class Attempt:
         return min(WORKER_CHECK_SECONDS, left)
 
     def _describe_time_limit(self) -> str:
-        plan = self._work.plan
+        plan = self._run.plan
         words = (
             f"time limit reached: {plan.subproblems - self._to_attend:,} of {plan.subproblems:,} subproblems are done, "
             "not counting those in flight"

@@ -10,6 +10,7 @@ long ones.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from oocattn.division.quorums import candidate_chunk_counts, quorum_size
 from oocattn.errors import BudgetError, ProblemError
@@ -28,6 +29,18 @@ TIE_RATIO = 1.05
 """Predictions of two kinds of division closer than this count as equal."""
 
 CLOSE_RATIO = 1.01
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user chose of a plan, None for what is left to it: budgets in bytes, what a kill may cost in seconds."""
+
+    device_memory: int | None = None
+    host_memory: int | None = None
+    chunks: int | None = None
+    decomposition: str = "auto"
+    kernel: str | None = None
+    checkpoint_seconds: float | None = None
 
 
 def make_plan(

@@ -24,6 +24,7 @@ import oocattn
 from oocattn import Event, ProblemError, TimeLimitError, clock
 from oocattn.pipelines import deadline as deadline_module
 from oocattn.pipelines.deadline import MARGIN_SECONDS, Deadline
+from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.pipelines.watch.events import Span
 from oocattn.storage.inputs.dataset import Dataset
@@ -53,7 +54,9 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
             patched.setattr(deadline_module, "clock", SimpleNamespace(now=lambda moment=moment: moment[0]))
             patched.setattr(Deadline, "learn", lambda *_: None)
             try:
-                found = run_plan(plan, Dataset.open(dataset), paths, client, callbacks=[recorder, tick], until=80.0)
+                found = run_plan(
+                    plan, Request(plan.problem, Dataset.open(dataset), paths), client, callbacks=[recorder, tick], until=80.0
+                )
                 break
             except TimeLimitError:
                 pass

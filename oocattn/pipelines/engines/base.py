@@ -26,7 +26,7 @@ from oocattn.storage.files.operations import words_of
 if TYPE_CHECKING:
     from oocattn.pipelines.deadline import Deadline
     from oocattn.pipelines.lane.lane import Lane
-    from oocattn.pipelines.work import Work
+    from oocattn.pipelines.run import Run
     from oocattn.planning.plan import Plan
     from oocattn.storage.inputs.dataset import Dataset
     from oocattn.storage.results.growing import RunState
@@ -131,8 +131,8 @@ class Engine(ABC):
         """Workers that take part."""
 
     @abstractmethod
-    def lanes(self, work: Work, deadline: Deadline) -> Lanes:
-        """The lanes of a new attempt at some work, not open yet."""
+    def lanes(self, run: Run, deadline: Deadline) -> Lanes:
+        """The lanes of a new attempt at a run, not open yet."""
 
 
 def perform(lane: Lane, task: Task) -> TaskEvent:

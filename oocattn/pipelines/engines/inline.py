@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
@@ -30,9 +29,9 @@ from oocattn.pipelines.engines.base import (
 )
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Task, TaskId
-from oocattn.pipelines.lane.lane import Job, Lane
+from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
-from oocattn.pipelines.work import Work
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
@@ -60,11 +59,8 @@ class InlineEngine(Engine):
     def replenish(self, check: Check) -> None:
         check()
 
-    def lanes(self, work: Work, deadline: Deadline) -> InlineLanes:
-        devices = {f"inline-{number}": device for number, device in enumerate(self._devices)}
-        run = uuid.uuid4().hex[:8]
-        job = Job(run, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
-        return InlineLanes(job, deadline)
+    def lanes(self, run: Run, deadline: Deadline) -> InlineLanes:
+        return InlineLanes(run, self._devices, deadline)
 
 
 @dataclass
@@ -76,11 +72,12 @@ class _Waiting:
 
 
 class InlineLanes(Lanes):
-    """Lanes of this process, with a few threads each."""
+    """Lanes of a run in this process, one on each of the devices, with a few threads each."""
 
-    def __init__(self, job: Job, deadline: Deadline) -> None:
-        super().__init__(list(job.devices))
-        self._job = job
+    def __init__(self, run: Run, devices: Sequence[str], deadline: Deadline) -> None:
+        super().__init__([f"inline-{number}" for number in range(len(devices))])
+        self._run = run
+        self._devices = devices
         self._deadline = deadline
         self._lanes: list[Lane] = []
         self._ready: list[queue.SimpleQueue[Task | None]] = [queue.SimpleQueue() for _ in self.workers]
@@ -94,8 +91,8 @@ class InlineLanes(Lanes):
 
     def _open(self) -> None:
         with naming(SET_UP):
-            for device in self._job.devices.values():
-                lane = Lane(self._job, device)
+            for device in self._devices:
+                lane = Lane(self._run, device)
                 with self._changing:
                     stopped = self._stopped
                     if not stopped:

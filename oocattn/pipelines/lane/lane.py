@@ -19,8 +19,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 from oocattn.errors import ProblemError
@@ -38,55 +36,37 @@ from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import Stager, Turns
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import Attended, Merged, Staged, Written
 from oocattn.planning.plan import Plan
-from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.journal.journal import Journal
-from oocattn.storage.results.arrays import ResultArrays
 
 DEVICES: Mapping[str, Callable[[str, Plan, Operation, Health], Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
 """Devices by the kind of a name like "cuda:1"; a new kind is one new line here."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs to take part in a run: small, and sent once.
-
-    `devices` says where the lane of each worker is, by `Worker.id`: one that is restarted at the same address has another.
-    """
-
-    run: str
-    plan: Plan
-    dataset: Dataset
-    result: ResultArrays
-    journal: Journal
-    scratch: Path
-    devices: Mapping[str, str]
-
-
 class Lane:
-    """The lane of a job on a device, called from several tasks of a worker at a time."""
+    """The lane of a run on a device, called from several tasks of a worker at a time."""
 
-    def __init__(self, job: Job, device_name: str) -> None:
-        for folder in filter(None, (job.scratch, job.dataset.folder)):
+    def __init__(self, run: Run, device_name: str) -> None:
+        for folder in filter(None, (run.paths.scratch, run.dataset.folder)):
             if not folder.is_dir():
                 raise ProblemError(
                     f"no folder {folder} on {socket.gethostname()}: the workers of a run must see the same paths"
                 )
-        self.plan = plan = job.plan
-        self.result = job.result
+        self.plan = plan = run.plan
+        self.result = run.result
         operation, make_device = make_operation(plan), DEVICES[device_name.partition(":")[0]]
         with ExitStack() as parts:  # closes what was made, the last first, where the rest cannot be made
             self._health = health = _owned(parts, Health())
             self.device = device = _owned(parts, make_device(device_name, plan, operation, health))
             self.memory = memory = _owned(parts, HostMemory(plan, device.allocate))
             memory.begin(device.allocator)
-            files = PartialFiles(job.scratch, job.journal.run, job.journal.claim, health.step)
+            files = PartialFiles(run.paths.scratch, run.journal.run, run.journal.claim, health.step)
             self.partials = partials = _owned(parts, make_partials(plan, files, memory.states, device.merge))
             blocks, finalise, cores = memory.out_blocks, device.finalise, device.cores
-            finisher = Finisher(plan, operation, partials, job.result, job.journal, blocks, finalise, cores)
+            finisher = Finisher(plan, operation, partials, run.result, run.journal, blocks, finalise, cores)
             self.finisher = _owned(parts, finisher)
-            self._stager = _owned(parts, Stager(plan, operation, job.dataset, memory.slots, device.readers, health.step))
+            self._stager = _owned(parts, Stager(plan, operation, run.dataset, memory.slots, device.readers, health.step))
             seconds = plan.checkpoint_seconds if plan.saves else 0.0
             self._checkpoints = _owned(parts, Checkpoints(partials, seconds, health.fail))
             self._attend_turns = Turns("attend", len(memory.slots))

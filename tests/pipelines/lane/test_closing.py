@@ -17,7 +17,7 @@ import numpy as np
 import pretend
 import pytest
 import torch
-from support import job_of, normal_arrays, plan_for, replanned, write_dataset
+from support import normal_arrays, plan_for, replanned, run_of, write_dataset
 
 from oocattn import BudgetError, Plan
 from oocattn.operations import forward
@@ -79,7 +79,7 @@ def plan_of(dataset: Path, device: str, partials: str = "memory") -> Plan:
 
 def lane_of(folder: Path, device: str, partials: str = "memory") -> Lane:
     dataset = write_dataset(folder / "dataset.zarr", normal_arrays(70, heads=2, kv_heads=1))
-    return Lane(job_of(folder, plan_of(dataset, device, partials)), device)
+    return Lane(run_of(folder, plan_of(dataset, device, partials)), device)
 
 
 def stage(lane: Lane) -> None:
@@ -223,7 +223,7 @@ def test_torch_uses_as_many_threads_as_before_while_lanes_work_and_after(fast_pa
     before, found = (torch.get_num_threads(), threads_of_torch()), []
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
     plan = replanned(plan_for(dataset, chunks=3), threads=before[1] + 1)
-    lanes = [Lane(job_of(fast_path, plan, name), "cpu") for name in ("first.zarr", "second.zarr", "third.zarr")]
+    lanes = [Lane(run_of(fast_path, plan, name), "cpu") for name in ("first.zarr", "second.zarr", "third.zarr")]
     attend_in = CpuDevice.launch
 
     def launch(device: CpuDevice, *arguments: Any) -> Any:

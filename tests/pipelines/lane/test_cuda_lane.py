@@ -22,9 +22,9 @@ from support import (
     Recorder,
     assert_same_bits,
     carry_out,
-    job_of,
     normal_arrays,
     replanned,
+    run_of,
     with_partials,
     write_dataset,
     written_bits,
@@ -164,7 +164,7 @@ def test_bits_do_not_depend_on_workers_runs_or_the_place_of_partials(
 def test_turns_are_taken_in_order_whichever_task_comes_first(half: Path, half_plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "dataset.zarr").symlink_to(half)
     plan = replace(with_partials(half_plan, "memory"), accumulators=7)
-    in_order, shuffled = (Lane(job_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
+    in_order, shuffled = (Lane(run_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
     events: dict[int, Event] = {}
     for turns, order in (((0, 1, 2), (2, 0, 1)), ((3, 4, 5), (4, 3, 5)), ((6,), (6,))):
         for turn in turns:

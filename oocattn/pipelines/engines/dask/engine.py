@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,8 +15,7 @@ from oocattn.pipelines.engines.dask.cluster import assign_devices, wait_for_work
 from oocattn.pipelines.engines.dask.enlisting import enlist, enlist_again
 from oocattn.pipelines.engines.dask.lanes import DaskLanes
 from oocattn.pipelines.engines.dask.readiness import Expectations
-from oocattn.pipelines.lane.lane import Job
-from oocattn.pipelines.work import Work
+from oocattn.pipelines.run import Run
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
@@ -58,8 +56,6 @@ class DaskEngine(Engine):
         if not self._devices:
             raise WorkerLostError("no worker is ready to continue: the work that was done is on disk; start some and resume")
 
-    def lanes(self, work: Work, deadline: Deadline) -> DaskLanes:
+    def lanes(self, run: Run, deadline: Deadline) -> DaskLanes:
         devices = {self._ids[address]: device for address, device in self._devices.items()}
-        run = uuid.uuid4().hex[:8]
-        job = Job(run, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
-        return DaskLanes(self._client, job, list(self._devices), deadline)
+        return DaskLanes(self._client, run, devices, list(self._devices), deadline)

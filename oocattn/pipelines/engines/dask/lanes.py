@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import time
+import uuid
 from asyncio import CancelledError
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future as CallFuture
@@ -29,7 +30,7 @@ from oocattn.pipelines.engines.dask.cluster import check_scheduler, living_worke
 from oocattn.pipelines.engines.dask.obstacles import Inquiry
 from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, save, stop
 from oocattn.pipelines.graph import STEPS, Task, TaskId
-from oocattn.pipelines.lane.lane import Job
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
 
 Key = tuple[str, int, int]
@@ -77,20 +78,28 @@ class GraphMaker:
 
 
 class DaskLanes(Lanes):
-    """One lane on each of these workers, by address, for a job."""
+    """One lane of a run on each of these workers, by address.
 
-    def __init__(self, client: Client, job: Job, workers: Sequence[str], deadline: Deadline) -> None:
+    `devices` says where the lane of each worker is, by `Worker.id`: one that is restarted at the same address has another.
+    """
+
+    def __init__(
+        self, client: Client, run: Run, devices: Mapping[str, str], workers: Sequence[str], deadline: Deadline
+    ) -> None:
         super().__init__(workers)
         self._client = client
-        self._job = job
+        self._run = run
+        self._devices = devices
+        self._name = uuid.uuid4().hex[:8]  # of the tasks and lanes of this attempt
         self._deadline = deadline
-        self._graphs = GraphMaker(job.run, self.workers)
+        self._graphs = GraphMaker(self._name, self.workers)
         self._futures: dict[TaskId, Future[TaskEvent | None]] = {}
-        self._inquiry = Inquiry(job.run, client)
+        self._inquiry = Inquiry(self._name, client)
         self._answering: list[str] = []  # as the run ends
 
     def open(self) -> CallFuture[None]:
-        return begin(self._client, lambda: self._client.run(open_lane, self._job, workers=self.workers))
+        asked = (self._name, self._run, self._devices)
+        return begin(self._client, lambda: self._client.run(open_lane, *asked, workers=self.workers))
 
     def submit(self, piece: Sequence[Task]) -> None:
         graph, keys = self._graphs.make(piece, self._futures)
@@ -172,7 +181,7 @@ class DaskLanes(Lanes):
         """A function's results by worker; one that fails or is silent is warned of."""
         answers: dict[str, CallFuture[dict[str, int]]] = {}
         for address in workers:
-            answers[address] = begin(self._client, partial(self._client.run, function, self._job.run, workers=[address]))
+            answers[address] = begin(self._client, partial(self._client.run, function, self._name, workers=[address]))
         wait(answers.values(), timeout=seconds)
         found: dict[str, int] = {}
         for address, said in answers.items():

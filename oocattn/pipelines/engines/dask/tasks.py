@@ -7,6 +7,7 @@ does not look at them.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from distributed import Worker, WorkerPlugin, get_worker
 from oocattn.pipelines.engines.base import perform
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Task
-from oocattn.pipelines.lane.lane import Job, Lane
+from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
 
 ENDED = ("memory", "error", "rescheduled")
@@ -60,13 +62,13 @@ def plugin_name(run: str) -> str:
     return f"oocattn-{run}"
 
 
-async def open_lane(job: Job, dask_worker: Worker) -> None:
-    """Make the lane of this worker, unless it was restarted since it was enlisted."""
-    device = job.devices.get(dask_worker.id)
+async def open_lane(name: str, run: Run, devices: Mapping[str, str], dask_worker: Worker) -> None:
+    """Make the lane of this worker on its device, unless it was restarted since it was enlisted."""
+    device = devices.get(dask_worker.id)
     if device is not None:
         with naming(SET_UP):
-            lane = Lane(job, device)
-        await dask_worker.plugin_add(LanePlugin(job.run, job.scratch, lane), plugin_name(job.run))
+            lane = Lane(run, device)
+        await dask_worker.plugin_add(LanePlugin(name, run.paths.scratch, lane), plugin_name(name))
 
 
 async def close_lane(run: str, dask_worker: Worker) -> int:
