@@ -50,7 +50,7 @@ def least_budget(result: Path, rows: int) -> int:
     return int(re.search(r"(\d+)MiB$", str(refused.value))[1]) * MIB
 
 
-@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("rows", [1, 64, pytest.param(300, marks=pytest.mark.slow)])
 def test_the_budget_is_kept(large: Path, rows: int) -> None:
     """The smallest that works, which is that of the smallest tiles, and larger ones."""
     least = least_budget(large, rows)
