@@ -8,6 +8,7 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from distributed import Client
@@ -33,10 +34,10 @@ _results: dict[str, Result] = {}
 _folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
 
 
-def uninterrupted(plan: Plan, dataset: Path, client: Client) -> Result:
+def uninterrupted(plan: Plan, dataset: Path) -> Result:
     """The result of a plan where nothing goes wrong, to compare bits with; not to be changed.
 
-    It is computed once for each problem, division and content of the dataset: bits depend on nothing else.
+    It is computed inline, once for each problem, division and content of the dataset: bits depend on nothing else.
     """
     files = sorted(path for path in dataset.rglob("*") if path.is_file())
     content = hashlib.sha256(repr((plan.problem, plan.division, plan.out_chunk_rows)).encode())
@@ -44,7 +45,7 @@ def uninterrupted(plan: Plan, dataset: Path, client: Client) -> Result:
         content.update(f"{path.relative_to(dataset)}\n".encode() + path.read_bytes())
     key = content.hexdigest()
     if key not in _results:
-        _results[key] = carry_out(plan, dataset, Path(_folder.name) / f"{key}.zarr", client)
+        _results[key] = carry_out(plan, dataset, Path(_folder.name) / f"{key}.zarr")
     return _results[key]
 
 
@@ -65,7 +66,14 @@ def interrupt(kind: str, count: int) -> Callable[[Event], None]:
     return listen
 
 
-def interrupted(plan: Plan, dataset: Path, result: Path, client: Client, kind: str = "written", count: int = 5) -> None:
+def interrupted(
+    plan: Plan,
+    dataset: Path,
+    result: Path,
+    kind: str = "written",
+    count: int = 5,
+    client: Client | Literal["inline"] = "inline",
+) -> None:
     with pytest.raises(EnoughError):
         carry_out(plan, dataset, result, client, callbacks=[interrupt(kind, count)])
     assert oocattn.status(result).state == "interrupted"

@@ -12,7 +12,6 @@ from pathlib import Path
 from support import assert_same_bits, carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
-from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.storage.paths import ResultPaths
 
 
@@ -25,26 +24,25 @@ def main(folder: Path, cases: list[tuple[str, int]]) -> None:
     """A run on a disk of so many KiB fails, and is resumed once there is room."""
     folder.mkdir(exist_ok=True)
     dataset = write_dataset(folder / "dataset.zarr", normal_arrays(300, heads=4, kv_heads=2, head_dim=32))
-    with local_client() as client:
-        for partials, kibibytes in cases:
-            plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
-            plan = replanned(plan, checkpoint_seconds=0.01)
-            right = carry_out(plan, dataset, folder / "right.zarr", client, overwrite=True)
-            disk = folder / f"{partials}-{kibibytes}"
-            disk.mkdir()
-            mount(disk, kibibytes)
-            result = disk / "result.zarr"
-            try:
-                carry_out(plan, dataset, result, client)
-            except OSError as error:
-                print(f"failed: {error}")
-            state = ResultPaths.at(result).state
-            print(f"left half written: {len(list(state.rglob('*.partial')))}")
-            print(oocattn.status(result))
-            mount(disk, 64 * kibibytes, "remount")
-            assert_same_bits(oocattn.resume(result, client=client), right)
-            print(f"beside it: {[path.name for path in state.iterdir()]}")
-            print("bit-identical\n=")
+    for partials, kibibytes in cases:
+        plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
+        plan = replanned(plan, checkpoint_seconds=0.01)
+        right = carry_out(plan, dataset, folder / "right.zarr", overwrite=True)
+        disk = folder / f"{partials}-{kibibytes}"
+        disk.mkdir()
+        mount(disk, kibibytes)
+        result = disk / "result.zarr"
+        try:
+            carry_out(plan, dataset, result)
+        except OSError as error:
+            print(f"failed: {error}")
+        state = ResultPaths.at(result).state
+        print(f"left half written: {len(list(state.rglob('*.partial')))}")
+        print(oocattn.status(result))
+        mount(disk, 64 * kibibytes, "remount")
+        assert_same_bits(oocattn.resume(result, engine="inline"), right)
+        print(f"beside it: {[path.name for path in state.iterdir()]}")
+        print("bit-identical\n=")
 
 
 if __name__ == "__main__":

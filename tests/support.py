@@ -137,11 +137,11 @@ def carry_out(
     plan: Plan,
     dataset: Path,
     result: Path,
-    client: Client | Literal["inline"],
+    client: Client | Literal["inline"] = "inline",
     callbacks: Sequence[Callable[[Event], None]] = (),
     overwrite: bool = False,
 ) -> Result:
-    """Run a plan on the workers of a client, or inline."""
+    """Run a plan inline or, where Dask is the point, on the workers of a client."""
     request = Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result), overwrite)
     return run_plan(plan, request, client, callbacks=callbacks)
 

@@ -101,10 +101,8 @@ def test_a_kernel_for_gpus_without_a_gpu_is_refused_in_words(fast_path: Path, ke
     assert sorted(path.name for path in fast_path.iterdir()) == ["half.zarr"]
 
 
-def test_a_result_that_is_there_costs_no_start(
-    client: Client, dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = oocattn.attention(dataset, fast_path / "out.zarr", client=client)
+def test_a_result_that_is_there_costs_no_start(dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = oocattn.attention(dataset, fast_path / "out.zarr", engine="inline")
 
     def start(*_: object) -> None:
         raise AssertionError("something was started")
@@ -125,13 +123,13 @@ def test_planning_writes_nothing(dataset: Path, fast_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "partials"), [("float16", "memory"), ("float32", "disk")])
-def test_a_run_reads_and_writes_what_its_plan_says(client: Client, fast_path: Path, dtype: str, partials: str) -> None:
+def test_a_run_reads_and_writes_what_its_plan_says(fast_path: Path, dtype: str, partials: str) -> None:
     dataset = fast_path / "dataset.zarr"
     synthesise(dataset, tokens=2003, heads=4, kv_heads=2, head_dim=24, dtype=dtype)
     strips = {"chunks": 9, "causal": True, "decomposition": "strips"}  # they keep nothing on disk
     for options in ({"chunks": 13}, {"chunks": 7, "causal": True}, strips if partials == "memory" else {"chunks": 8}):
         plan = plan_for(dataset, partials="disk" if partials == "disk" else None, **options)
-        report = carry_out(plan, dataset, fast_path / "result.zarr", client, overwrite=True).report
+        report = carry_out(plan, dataset, fast_path / "result.zarr", overwrite=True).report
         amounts = {link.name: link.amount for link in plan.links}
         assert 0.85 * amounts["read"] <= report.bytes_read <= amounts["read"]
         assert report.bytes_written == amounts["write"]
@@ -180,11 +178,11 @@ def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(
     torch.set_num_threads(before)
 
 
-def test_bits_do_not_depend_on_processes(client: Client, fast_path: Path) -> None:
+def test_bits_do_not_depend_on_processes(fast_path: Path) -> None:
     dataset = fast_path / "dataset.zarr"
     synthesise(dataset, tokens=901, heads=6, kv_heads=3, head_dim=32, dtype="float32")
     plan = plan_for(dataset, causal=True, chunks=7)
-    expected = bits(carry_out(plan, dataset, fast_path / "first.zarr", client))
+    expected = bits(carry_out(plan, dataset, fast_path / "first.zarr"))
     with cluster_of(2, 2, processes=True) as connected:
         for place in ("memory", "disk"):
             same = replanned(with_partials(plan, place), lanes=2)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from distributed import Client
 from support import Recorder, plan_for
 from tornado.ioloop import IOLoop
 
@@ -70,7 +69,6 @@ def stop(patched: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("change", [set_by(DECADE), set_by(-DECADE), stop], ids=["forward", "back", "standing"])
 def test_a_run_is_right_when_the_clock_is_set_meanwhile(
-    client: Client,
     dataset: Path,
     result: Path,
     change: Callable[[pytest.MonkeyPatch], None],
@@ -91,9 +89,8 @@ def test_a_run_is_right_when_the_clock_is_set_meanwhile(
 
         listeners = [recorder, ProgressBar(), look]
         until = clock.now() + 3600
-        report = run_plan(
-            plan, Request(plan.problem, Dataset.open(dataset), paths), client, callbacks=listeners, until=until
-        ).report
+        request = Request(plan.problem, Dataset.open(dataset), paths)
+        report = run_plan(plan, request, "inline", callbacks=listeners, until=until).report
     assert 0 <= report.seconds < 60
     assert 0 <= report.compute_busy <= 1
     assert "compute      busy" in str(report)

@@ -80,7 +80,6 @@ PROBLEMS = {
 
 @pytest.mark.parametrize(("change", "options", "message"), PROBLEMS.values(), ids=PROBLEMS)
 def test_what_is_no_problem_is_refused(
-    client: Client,
     dataset: Path,
     result: Path,
     change: Callable[[Path], None] | None,
@@ -90,10 +89,10 @@ def test_what_is_no_problem_is_refused(
     if change is not None:
         change(dataset)
     if message is None:
-        assert oocattn.attention(dataset, result, client=client).out.shape == (1, 3, 64, 8)
+        assert oocattn.attention(dataset, result, engine="inline").out.shape == (1, 3, 64, 8)
         return
     with pytest.raises(ProblemError, match=message):
-        oocattn.attention(dataset, result, client=client, **options)
+        oocattn.attention(dataset, result, engine="inline", **options)
     with pytest.raises(ProblemError, match=message):
         oocattn.plan(dataset, **options)
     assert_nothing_written(result)
@@ -112,12 +111,12 @@ def test_a_cluster_without_workers_is_refused(dataset: Path, result: Path, monke
     assert_nothing_written(result)
 
 
-def test_query_heads_are_a_multiple_of_the_others(client: Client, result: Path, fast_path: Path) -> None:
+def test_query_heads_are_a_multiple_of_the_others(result: Path, fast_path: Path) -> None:
     q, _, _ = normal_arrays(9, heads=3)
     _, k, v = normal_arrays(9, kv_heads=2)
     dataset = write_dataset(fast_path / "dataset.zarr", (q, k, v))
     with pytest.raises(ProblemError, match="q has 3 heads and k has 2: the query heads must be a multiple"):
-        oocattn.attention(dataset, result, client=client)
+        oocattn.attention(dataset, result, engine="inline")
     assert_nothing_written(result)
 
 
@@ -130,9 +129,9 @@ def test_a_small_budget_is_refused_with_one_that_works(client: Client, dataset: 
     assert oocattn.attention(dataset, result, client=client, **{budget: smallest}).path == result
 
 
-def test_a_result_is_local(client: Client, dataset: Path) -> None:
+def test_a_result_is_local(dataset: Path) -> None:
     with pytest.raises(ProblemError, match="written to a local path, not to a URL"):
-        oocattn.attention(dataset, "memory://result.zarr", client=client)
+        oocattn.attention(dataset, "memory://result.zarr", engine="inline")
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -147,21 +146,21 @@ def test_a_result_is_local(client: Client, dataset: Path) -> None:
     ids=["missing", "short", "long", "empty"],
 )
 def test_a_damaged_chunk_is_found_before_anything_is_written(
-    client: Client, dataset: Path, result: Path, name: str, content: Callable[[bytes], bytes | None], message: str
+    dataset: Path, result: Path, name: str, content: Callable[[bytes], bytes | None], message: str
 ) -> None:
     damage(dataset / name / "c/0/0/2/0", content)
     with pytest.raises(IntegrityError, match=rf"array '{name}' of .*chunk 'c/0/0/2/0'.* {message}"):
-        oocattn.attention(dataset, result, client=client)
+        oocattn.attention(dataset, result, engine="inline")
     assert_nothing_written(result)
     assert not ResultPaths.at(result).state.exists()
 
 
-def test_a_compressed_chunk_that_is_damaged_stops_the_run(client: Client, fast_path: Path, result: Path) -> None:
+def test_a_compressed_chunk_that_is_damaged_stops_the_run(fast_path: Path, result: Path) -> None:
     dataset = write_dataset(fast_path / "zstd.zarr", normal_arrays(TOKENS), 16, compressors=zarr.codecs.ZstdCodec())
     plan = plan_for(dataset, chunks=7)
     damage(dataset / "v/c/0/0/3/0", lambda data: data[: len(data) // 2])
     with pytest.raises(IntegrityError, match=r"array 'v' of .*'c/0/0/3/0'.*cannot be decoded"):
-        carry_out(plan, dataset, result, client)
+        carry_out(plan, dataset, result)
     assert not os.path.lexists(result)
     assert "cannot be decoded" in oocattn.status(result).error
 
@@ -173,27 +172,27 @@ def file_times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_a_finished_result_is_returned_as_it_is(client: Client, dataset: Path, result: Path) -> None:
+def test_a_finished_result_is_returned_as_it_is(dataset: Path, result: Path) -> None:
     plan = plan_for(dataset, chunks=7, causal=True)
-    first = carry_out(plan, dataset, result, client)
+    first = carry_out(plan, dataset, result)
     before = file_times(result)
     events: list[Event] = []
     another_plan = plan_for(dataset, chunks=3, causal=True)
-    assert carry_out(another_plan, dataset, result, client, callbacks=[events.append]).report == first.report
-    again = carry_out(plan, dataset, result, client, callbacks=[events.append])
+    assert carry_out(another_plan, dataset, result, callbacks=[events.append]).report == first.report
+    again = carry_out(plan, dataset, result, callbacks=[events.append])
     assert again.report == first.report
     assert events == []
     assert file_times(result) == before
-    replaced = carry_out(plan, dataset, result, client, callbacks=[events.append], overwrite=True)
+    replaced = carry_out(plan, dataset, result, callbacks=[events.append], overwrite=True)
     assert events[-1].kind == "ended"
     assert replaced.report.finished >= first.report.finished
 
 
-def test_a_kill_between_result_and_report_is_no_dead_end(client: Client, dataset: Path, result: Path) -> None:
+def test_a_kill_between_result_and_report_is_no_dead_end(dataset: Path, result: Path) -> None:
     plan = plan_for(dataset, chunks=7)
-    carry_out(plan, dataset, result, client)
+    carry_out(plan, dataset, result)
     ResultPaths.at(result).report.unlink()
-    assert carry_out(plan, dataset, result, client).report is None
+    assert carry_out(plan, dataset, result).report is None
     assert oocattn.status(result).state == "finished"
     assert oocattn.verify(result).passed
 
@@ -206,35 +205,31 @@ def test_a_kill_between_result_and_report_is_no_dead_end(client: Client, dataset
         ({"scale": 0.5, "out_dtype": "float16"}, r"out dtype float32, now float16; scale 0\.3535\d*, now 0\.5"),
     ],
 )
-def test_the_result_of_something_else_is_kept(
-    client: Client, dataset: Path, result: Path, options: dict[str, Any], differs: str
-) -> None:
-    carry_out(plan_for(dataset), dataset, result, client)
+def test_the_result_of_something_else_is_kept(dataset: Path, result: Path, options: dict[str, Any], differs: str) -> None:
+    carry_out(plan_for(dataset), dataset, result)
     before = file_times(result)
     other = plan_for(dataset, **options)
     with pytest.raises(ResultExistsError, match=rf"{result} .*\(its problem differs: {differs}\).*overwrite"):
-        carry_out(other, dataset, result, client)
+        carry_out(other, dataset, result)
     assert file_times(result) == before
-    carry_out(other, dataset, result, client, overwrite=True)
+    carry_out(other, dataset, result, overwrite=True)
     assert zarr.open_group(result, mode="r").attrs["oocattn"]["plan"]["digest"] == other.digest
 
 
-def test_the_result_of_another_dataset_is_kept(client: Client, dataset: Path, result: Path, fast_path: Path) -> None:
-    carry_out(plan_for(dataset), dataset, result, client)
+def test_the_result_of_another_dataset_is_kept(dataset: Path, result: Path, fast_path: Path) -> None:
+    carry_out(plan_for(dataset), dataset, result)
     other = write_dataset(fast_path / "other.zarr", normal_arrays(TOKENS, seed=1), chunk_rows=16)
     places = f"its dataset differs: {dataset}, now {other}; its dataset differs: q, k and v not the same in"
     with pytest.raises(ResultExistsError, match=places):
-        carry_out(plan_for(other), other, result, client)
+        carry_out(plan_for(other), other, result)
     os.utime(dataset / "k/c/0/0/0/0", ns=(1, 1))
     with pytest.raises(ResultExistsError, match=r"\(its dataset differs: k not the same in"):
-        carry_out(plan_for(dataset), dataset, result, client)
+        carry_out(plan_for(dataset), dataset, result)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "array"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_no_result_is_never_replaced(
-    client: Client, dataset: Path, result: Path, kind: str, overwrite: bool
-) -> None:
+def test_what_is_no_result_is_never_replaced(dataset: Path, result: Path, kind: str, overwrite: bool) -> None:
     if kind == "folder":
         result.mkdir()
         (result / "thesis.txt").write_text("years of work")
@@ -243,7 +238,7 @@ def test_what_is_no_result_is_never_replaced(
     else:
         zarr.open_array(result, mode="w", shape=3, dtype="i4")[:] = 7
     with pytest.raises(ResultExistsError, match=str(result)):
-        oocattn.attention(dataset, result, client=client, overwrite=overwrite)
+        oocattn.attention(dataset, result, engine="inline", overwrite=overwrite)
     assert os.path.lexists(result)
     if kind == "folder":
         assert (result / "thesis.txt").read_text() == "years of work"
@@ -251,13 +246,13 @@ def test_what_is_no_result_is_never_replaced(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("where", ["", "q", "..", "link"])
-def test_the_dataset_is_never_replaced(client: Client, dataset: Path, fast_path: Path, where: str, overwrite: bool) -> None:
+def test_the_dataset_is_never_replaced(dataset: Path, fast_path: Path, where: str, overwrite: bool) -> None:
     result = dataset / where
     if where == "link":
         result = fast_path / "link.zarr"
         result.symlink_to(dataset)
     with pytest.raises((ProblemError, ResultExistsError)):
-        oocattn.attention(dataset, result, client=client, overwrite=overwrite)
+        oocattn.attention(dataset, result, engine="inline", overwrite=overwrite)
     assert oocattn.plan(dataset).problem.tokens == TOKENS
 
 
@@ -273,7 +268,7 @@ with FileLock(Path(sys.argv[1])):
 """
 
 
-def test_a_result_is_written_by_one_run_at_a_time(client: Client, dataset: Path, result: Path) -> None:
+def test_a_result_is_written_by_one_run_at_a_time(dataset: Path, result: Path) -> None:
     paths = ResultPaths.at(result)
     paths.state.mkdir()
     source = str(Path(oocattn.__file__).parents[1])
@@ -284,7 +279,7 @@ def test_a_result_is_written_by_one_run_at_a_time(client: Client, dataset: Path,
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(LockedError, match=rf"{paths.state}: .*process {holder.pid} on host {os.uname().nodename}"):
-            carry_out(plan_for(dataset), dataset, result, client)
+            carry_out(plan_for(dataset), dataset, result)
         assert not os.path.lexists(result)
         assert paths.unfinished is None
         status = oocattn.status(result)
@@ -292,19 +287,19 @@ def test_a_result_is_written_by_one_run_at_a_time(client: Client, dataset: Path,
     finally:
         holder.kill()
         holder.wait()
-    assert carry_out(plan_for(dataset), dataset, result, client).path == result  # the lock died with its process
+    assert carry_out(plan_for(dataset), dataset, result).path == result  # the lock died with its process
 
 
-def test_a_second_run_in_the_same_process_is_refused(client: Client, dataset: Path, result: Path) -> None:
+def test_a_second_run_in_the_same_process_is_refused(dataset: Path, result: Path) -> None:
     refusals: list[LockedError] = []
 
     def run_again(event: Event) -> None:
         if event.kind == "started":
             with pytest.raises(LockedError, match=rf"process {os.getpid()} on host") as refused:
-                carry_out(plan_for(dataset), dataset, result, client)
+                carry_out(plan_for(dataset), dataset, result)
             refusals.append(refused.value)
 
-    carry_out(plan_for(dataset), dataset, result, client, callbacks=[run_again])
+    carry_out(plan_for(dataset), dataset, result, callbacks=[run_again])
     assert len(refusals) == 1
     assert not ResultPaths.at(result).lock.exists()
 

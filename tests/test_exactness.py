@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -134,24 +134,24 @@ def assert_exact(result: Result, expected: Array64, lse: Array64, out_dtype: str
 
 @given(case=cases(st.just(False)))
 @settings(max_examples=40)
-def test_every_way_of_computing_it_is_attention(case: Case, client: Client, fast_path: Path) -> None:
-    check_exactness(case, client, fast_path)
+def test_every_way_of_computing_it_is_attention(case: Case, fast_path: Path) -> None:
+    check_exactness(case, fast_path)
 
 
 @given(case=cases(st.just(True)))
 @settings(max_examples=40)
-def test_every_way_of_computing_it_is_causal_attention(case: Case, client: Client, fast_path: Path) -> None:
-    check_exactness(case, client, fast_path)
+def test_every_way_of_computing_it_is_causal_attention(case: Case, fast_path: Path) -> None:
+    check_exactness(case, fast_path)
 
 
 @pytest.mark.slow
 @given(case=cases(st.booleans()))
 @settings(max_examples=500)
 def test_hundreds_more_ways_of_computing_it(case: Case, client: Client, fast_path: Path) -> None:
-    check_exactness(case, client, fast_path)
+    check_exactness(case, fast_path, client)
 
 
-def check_exactness(case: Case, client: Client, fast_path: Path) -> None:
+def check_exactness(case: Case, fast_path: Path, client: Client | Literal["inline"] = "inline") -> None:
     arrays = arrays_of(case)
     dataset = store(case, arrays, fast_path / "dataset.zarr")
     plan = plan_of(case, dataset)
@@ -164,14 +164,14 @@ def check_exactness(case: Case, client: Client, fast_path: Path) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_of_a_thousand(client: Client, fast_path: Path, dtype: str, causal: bool) -> None:
+def test_logits_of_a_thousand(fast_path: Path, dtype: str, causal: bool) -> None:
     q, k, v = normal_arrays(150, heads=2, kv_heads=2, head_dim=64, dtype="float32")
     q[:, 0], k[:, 0] = q[:, 0] * 16, k[:, 0] * 16
     q[:, 1], k[:, 1] = -9 + q[:, 1] / 10, 14 + k[:, 1] / 10  # near -1,000 in every row
     arrays = tuple(array.astype(normal_arrays(1, dtype=dtype)[0].dtype) for array in (q, k, v))
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
     plan = plan_for(dataset, causal=causal, out_dtype="float32", chunks=7)
-    result = carry_out(plan, dataset, fast_path / "result.zarr", client)
+    result = carry_out(plan, dataset, fast_path / "result.zarr")
     expected, lse = attention64(*arrays, causal, 0.125)
     assert lse[:, 0].max() > 800
     assert lse[:, 1].max() < -900
@@ -181,14 +181,12 @@ def test_logits_of_a_thousand(client: Client, fast_path: Path, dtype: str, causa
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-def test_rows_with_one_key_are_their_value(client: Client, fast_path: Path, magnitude: float) -> None:
+def test_rows_with_one_key_are_their_value(fast_path: Path, magnitude: float) -> None:
     arrays = normal_arrays(1, heads=3, kv_heads=3, head_dim=40)
     arrays = (arrays[0] * 300, arrays[1], (arrays[2] * magnitude).astype(np.float32))
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
     for causal in (False, True):
-        result = carry_out(
-            plan_for(dataset, causal=causal), dataset, fast_path / f"{causal}.zarr", client
-        )  # fmt: skip
+        result = carry_out(plan_for(dataset, causal=causal), dataset, fast_path / f"{causal}.zarr")
         np.testing.assert_allclose(result.out[...], arrays[2], rtol=1e-6)
 
 
@@ -205,13 +203,13 @@ def sdpa_by_rows(arrays: Arrays, causal: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("array", "partials"), [(0, "memory"), (1, "disk"), (2, "memory")])
-def test_nan_and_inf_flow_as_in_torch(client: Client, fast_path: Path, array: int, causal: bool, partials: str) -> None:
+def test_nan_and_inf_flow_as_in_torch(fast_path: Path, array: int, causal: bool, partials: str) -> None:
     """One of them in each head, of q, k or v."""
     arrays = normal_arrays(40, heads=3, kv_heads=3, head_dim=4)
     arrays[array][0, :, 23, 2] = np.nan, np.inf, -np.inf
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
     plan = plan_for(dataset, causal=causal, chunks=7, partials=partials)
-    result = carry_out(plan, dataset, fast_path / "result.zarr", client)
+    result = carry_out(plan, dataset, fast_path / "result.zarr")
     expected = sdpa_by_rows(arrays, causal)
     assert not np.isfinite(expected[:, 0]).all()
     np.testing.assert_allclose(result.out[...], expected, rtol=2e-5, atol=1e-6)
@@ -219,7 +217,7 @@ def test_nan_and_inf_flow_as_in_torch(client: Client, fast_path: Path, array: in
     assert verify(result.path).passed
 
 
-def test_every_element_that_is_not_finite_is_counted_once(client: Client, fast_path: Path) -> None:
+def test_every_element_that_is_not_finite_is_counted_once(fast_path: Path) -> None:
     random = np.random.default_rng(1)
     arrays = normal_arrays(101, heads=6, kv_heads=2, head_dim=5, batch=2, dtype="float16")
     for array in arrays:
@@ -228,14 +226,14 @@ def test_every_element_that_is_not_finite_is_counted_once(client: Client, fast_p
     for options in ({"chunks": 13}, {"chunks": 6, "decomposition": "strips"}, {"chunks": 8}):
         for causal in (False, True):
             plan = plan_for(dataset, causal=causal, **options)
-            result = carry_out(plan, dataset, fast_path / "result.zarr", client, overwrite=True)
+            result = carry_out(plan, dataset, fast_path / "result.zarr", overwrite=True)
             assert result.report.not_finite == 3 * 37
             assert "111 elements are NaN or Inf" in str(result.report)
 
 
 @pytest.mark.parametrize(("size", "out_dtype"), [(3.3e38, "float32"), (7e4, "float16"), (1e6, "float16")])
 def test_what_overflows_in_out_is_counted_and_said(
-    client: Client, fast_path: Path, caplog: pytest.LogCaptureFixture, size: float, out_dtype: str
+    fast_path: Path, caplog: pytest.LogCaptureFixture, size: float, out_dtype: str
 ) -> None:
     q, k, v = normal_arrays(101, heads=6, kv_heads=2, head_dim=5, batch=2)
     v = np.where(v > 0, size, -size).astype(np.float32)
@@ -243,7 +241,7 @@ def test_what_overflows_in_out_is_counted_and_said(
     for options in ({"chunks": 13}, {"chunks": 6, "decomposition": "strips"}):
         plan = plan_for(dataset, out_dtype=out_dtype, causal=True, **options)
         caplog.clear()
-        result = carry_out(plan, dataset, fast_path / "result.zarr", client, overwrite=True)
+        result = carry_out(plan, dataset, fast_path / "result.zarr", overwrite=True)
         count = int((~np.isfinite(np.asarray(result.out[...]).astype(np.float64))).sum())
         assert count > 0
         assert (result.report.not_finite, result.report.out_not_finite) == (0, count)
@@ -259,13 +257,13 @@ def test_what_overflows_in_out_is_counted_and_said(
 
 
 def test_what_the_dtype_of_out_loses_is_told_apart_from_what_inputs_bring(
-    client: Client, fast_path: Path, caplog: pytest.LogCaptureFixture
+    fast_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     q, k, v = normal_arrays(101, heads=6, kv_heads=2, head_dim=5, batch=2)
     v[0, 0, :, 0], v[0, 0, :, 1], v[0, 0, :, 2] = 1e6, np.nan, 1e-9
     dataset = write_dataset(fast_path / "dataset.zarr", (q, k, v))
     plan = plan_for(dataset, out_dtype="float16", chunks=7)
-    report = carry_out(plan, dataset, fast_path / "result.zarr", client).report
+    report = carry_out(plan, dataset, fast_path / "result.zarr").report
     assert (report.not_finite, report.out_not_finite, report.out_overflowed, report.out_underflowed) == (101, 606, 303, 303)
     assert "303 elements of out are Inf because their values are too large for its dtype" in caplog.text
     assert "303 elements of out are 0 because their values are too small for its dtype" in caplog.text

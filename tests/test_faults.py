@@ -46,21 +46,19 @@ def on_first(kind: str, action: Callable[[], None]) -> Callable[[Event], None]:
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_a_dataset_that_changes_during_the_run_is_noticed(
-    client: Client, dataset: Path, result: Path, partials: str
-) -> None:
+def test_a_dataset_that_changes_during_the_run_is_noticed(dataset: Path, result: Path, partials: str) -> None:
     chunk = dataset / "q/c/0/0/0/0"
     plan = plan_for(dataset, chunks=7, partials=partials)
     rewrite = on_first("attended", lambda: damage(chunk, lambda data: bytes(len(data))))
     with pytest.raises(IntegrityError, match=r"zarr: q of the dataset changed while the run read it.*run again"):
-        carry_out(plan, dataset, result, client, callbacks=[rewrite])
+        carry_out(plan, dataset, result, callbacks=[rewrite])
     assert_nothing_written(result)
-    assert carry_out(plan, dataset, result, client).path == result
+    assert carry_out(plan, dataset, result).path == result
 
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_chunk_that_changes_is_noticed_though_size_and_time_are_set_back(
-    client: Client, fast_path: Path, result: Path, replaced: bool
+    fast_path: Path, result: Path, replaced: bool
 ) -> None:
     """In the middle of a chunk whose content is not sampled, in place or by another file."""
     dataset = write_dataset(fast_path / "large.zarr", normal_arrays(1 << 12, head_dim=32), chunk_rows=1 << 11)
@@ -76,14 +74,14 @@ def test_a_chunk_that_changes_is_noticed_though_size_and_time_are_set_back(
         os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     with pytest.raises(IntegrityError, match=r"zarr: k of the dataset changed while the run read it.*run again"):
-        carry_out(plan_for(dataset, chunks=7), dataset, result, client, callbacks=[on_first("attended", change)])
+        carry_out(plan_for(dataset, chunks=7), dataset, result, callbacks=[on_first("attended", change)])
     assert_nothing_written(result)
 
 
-def test_a_chunk_that_disappears_during_the_run_is_named(client: Client, dataset: Path, result: Path) -> None:
+def test_a_chunk_that_disappears_during_the_run_is_named(dataset: Path, result: Path) -> None:
     plan = plan_for(dataset, chunks=31)
     with pytest.raises(IntegrityError, match=r"array 'v' of .*'c/0/0/3/0'.* is missing"):
-        carry_out(plan, dataset, result, client, callbacks=[on_first("staged", (dataset / "v/c/0/0/3/0").unlink)])
+        carry_out(plan, dataset, result, callbacks=[on_first("staged", (dataset / "v/c/0/0/3/0").unlink)])
     assert not os.path.lexists(result)
 
 
@@ -94,10 +92,10 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def right(client: Client, shared_path: Path) -> Result:
+def right(shared_path: Path) -> Result:
     """The result of the `dataset` fixture in 40 chunks, without a fault."""
     dataset = write_dataset(shared_path / "dataset.zarr", normal_arrays(TOKENS), chunk_rows=16)
-    return carry_out(plan_for(dataset, chunks=40, causal=True), dataset, shared_path / "right.zarr", client)
+    return carry_out(plan_for(dataset, chunks=40, causal=True), dataset, shared_path / "right.zarr")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +120,7 @@ def test_a_damaged_partial_is_computed_again(
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 def test_a_partial_that_cannot_be_read_is_computed_again(
-    client: Client, dataset: Path, result: Path, right: Result, partials: str, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, result: Path, right: Result, partials: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=40, causal=True, partials=partials)
     recorder = Recorder([])
@@ -132,7 +130,7 @@ def test_a_partial_that_cannot_be_read_is_computed_again(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        carry_out(plan, dataset, result, client, callbacks=[recorder, stop])
+        carry_out(plan, dataset, result, callbacks=[recorder, stop])
     real, refused = PartialFiles.read, []
 
     def read(files: PartialFiles, partial: PartialId, buffers: Sequence[AttentionState]) -> Iterator[int]:
@@ -142,18 +140,18 @@ def test_a_partial_that_cannot_be_read_is_computed_again(
         return real(files, partial, buffers)
 
     monkeypatch.setattr(PartialFiles, "read", read)
-    found = oocattn.resume(result, client=client)
+    found = oocattn.resume(result, engine="inline")
     assert found.report.recomputed == len(refused) == 1
     assert_same_bits(found, right)
 
 
-def test_recomputation_counts_nothing_twice(client: Client, fast_path: Path, result: Path) -> None:
+def test_recomputation_counts_nothing_twice(fast_path: Path, result: Path) -> None:
     arrays = normal_arrays(TOKENS)
     arrays[0][0, 0, 0, 0] = np.nan
     dataset = write_dataset(fast_path / "nan.zarr", arrays)
     plan = plan_for(dataset, chunks=40, partials="disk")
     partial = ResultPaths.at(result).scratch / "partial-0-0-0"
-    found = carry_out(plan, dataset, result, client, callbacks=[on_first("attended", partial.unlink)])
+    found = carry_out(plan, dataset, result, callbacks=[on_first("attended", partial.unlink)])
     assert found.report.recomputed == 1
     assert found.report.not_finite == 1
     assert found.report.subproblems == plan.subproblems
@@ -192,9 +190,7 @@ def test_a_full_disk_stops_the_run_and_leaves_no_result(
     assert oocattn.verify(carry_out(plan, dataset, result, client).path, rows=8).passed  # once there is room
 
 
-def test_a_disk_that_is_full_of_partials_stops_the_run(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_full_of_partials_stops_the_run(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.replace
 
     def full(source: Any, target: Any, **folders: int) -> None:
@@ -205,7 +201,7 @@ def test_a_disk_that_is_full_of_partials_stops_the_run(
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)
         with pytest.raises(OSError, match="no space left for the result and its partials; make room and resume"):
-            carry_out(plan_for(dataset, chunks=7, partials="disk"), dataset, result, client)
+            carry_out(plan_for(dataset, chunks=7, partials="disk"), dataset, result)
     assert not os.path.lexists(result)
 
 

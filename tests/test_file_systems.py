@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import Client
 from refusing import ANSWERS, CALLS, refusing
 from safetensors.torch import save_file
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
@@ -60,13 +59,13 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def good(client: Client, shared_path: Path) -> Result:
+def good(shared_path: Path) -> Result:
     """A result of the arrays of the `dataset` fixture, for comparison and to be verified."""
     dataset = write_dataset(shared_path / "dataset.zarr", ARRAYS, chunk_rows=16)
-    return carry_out(plan_for(dataset, chunks=3), dataset, shared_path / "good.zarr", client)
+    return carry_out(plan_for(dataset, chunks=3), dataset, shared_path / "good.zarr")
 
 
-def interrupt(client: Client, dataset: Path, result: Path) -> None:
+def interrupt(dataset: Path, result: Path) -> None:
     """A run that ends with its first chunk written."""
 
     def stop(event: Event) -> None:
@@ -74,19 +73,19 @@ def interrupt(client: Client, dataset: Path, result: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        carry_out(plan_for(dataset, chunks=3), dataset, result, client, callbacks=[stop])
+        carry_out(plan_for(dataset, chunks=3), dataset, result, callbacks=[stop])
 
 
 def test_a_run_goes_on_where_a_file_system_lacks_much(
-    client: Client, dataset: Path, good: Result, result: Path, caplog: pytest.LogCaptureFixture
+    dataset: Path, good: Result, result: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ExitStack() as refused, caplog.at_level(logging.WARNING):
         seen = {name: refused.enter_context(refusing(result.parent, name, LACKING[name])) for name in LACKING}
-        interrupt(client, dataset, result)
+        interrupt(dataset, result)
         assert oocattn.status(result).state == "interrupted"
-        found = oocattn.resume(result, client=client)
+        found = oocattn.resume(result, engine="inline")
         assert_same_bits(found, good)
-        carry_out(plan_for(dataset, chunks=3, causal=True), dataset, result, client, overwrite=True)
+        carry_out(plan_for(dataset, chunks=3, causal=True), dataset, result, overwrite=True)
         assert oocattn.verify(result, rows=4).passed
         synthesise(result.with_name("s.zarr"), tokens=64, heads=2, head_dim=8, dtype="float32")
     assert all(seen[name] for name in ("sync", "lock", "rename to a new name", "link", "extend", "map"))
@@ -98,12 +97,12 @@ def test_a_run_goes_on_where_a_file_system_lacks_much(
 
 
 @pytest.mark.parametrize("name", [name for name in ANSWERS if name not in HARD])
-def test_each_operation_can_be_done_without(client: Client, dataset: Path, result: Path, name: str) -> None:
+def test_each_operation_can_be_done_without(dataset: Path, result: Path, name: str) -> None:
     for number in ANSWERS[name]:
         if number != errno.EIO:
             place = result.with_name(f"{number}.zarr")
             with refusing(result.parent, name, number):
-                carry_out(plan_for(dataset, chunks=3), dataset, place, client)
+                carry_out(plan_for(dataset, chunks=3), dataset, place)
                 assert oocattn.verify(place, rows=2).passed
 
 
@@ -130,14 +129,14 @@ def synth(folder: Path) -> None:
 
 
 @pytest.fixture(params=["synth", "npy", "safetensors", "pt", "verify", "status", "run", "resume"])
-def command(request: pytest.FixtureRequest, client: Client, good: Result) -> tuple[str, Prepare, Do]:
+def command(request: pytest.FixtureRequest, good: Result) -> tuple[str, Prepare, Do]:
     """A command: what it needs in a folder, and what it does there."""
 
     def copied(folder: Path) -> None:
         shutil.copytree(good.path, folder / "r.zarr")
 
     def interrupted(folder: Path) -> None:
-        interrupt(client, write_dataset(folder / "d.zarr", ARRAYS, chunk_rows=16), folder / "r.zarr")
+        interrupt(write_dataset(folder / "d.zarr", ARRAYS, chunk_rows=16), folder / "r.zarr")
 
     commands: dict[str, tuple[Prepare, Do]] = {
         "synth": (lambda folder: None, synth),
@@ -148,9 +147,9 @@ def command(request: pytest.FixtureRequest, client: Client, good: Result) -> tup
         "status": (interrupted, lambda folder: oocattn.status(folder / "r.zarr")),
         "run": (
             lambda folder: write_dataset(folder / "d.zarr", ARRAYS, chunk_rows=16),
-            lambda folder: carry_out(plan_for(folder / "d.zarr", chunks=3), folder / "d.zarr", folder / "r.zarr", client),
+            lambda folder: carry_out(plan_for(folder / "d.zarr", chunks=3), folder / "d.zarr", folder / "r.zarr"),
         ),
-        "resume": (interrupted, lambda folder: oocattn.resume(folder / "r.zarr", client=client)),
+        "resume": (interrupted, lambda folder: oocattn.resume(folder / "r.zarr", engine="inline")),
     }
     return request.param, *commands[request.param]
 
@@ -217,12 +216,12 @@ def test_a_chunk_that_cannot_be_read_is_no_evidence_of_damage(good: Result) -> N
 
 
 def test_a_finished_chunk_that_cannot_be_read_is_computed_again(
-    client: Client, dataset: Path, good: Result, result: Path, caplog: pytest.LogCaptureFixture
+    dataset: Path, good: Result, result: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    interrupt(client, dataset, result)
+    interrupt(dataset, result)
     growing = next(result.with_name("result.zarr.oocattn").glob("result-*.zarr"))
     with refusing(growing / "out" / "c.", "read", errno.EIO, times=1):
-        found = oocattn.resume(result, client=client)
+        found = oocattn.resume(result, engine="inline")
     assert_same_bits(found, good)
     assert "is not known to be as it was written (cannot read" in caplog.text
 
@@ -250,16 +249,16 @@ def numbered(real: Callable[..., os.stat_result], stable: bool) -> Callable[...,
 
 @pytest.mark.parametrize("stable", [True, False], ids=["0", "another each time"])
 def test_files_need_no_numbers(
-    client: Client, dataset: Path, good: Result, result: Path, monkeypatch: pytest.MonkeyPatch, stable: bool
+    dataset: Path, good: Result, result: Path, monkeypatch: pytest.MonkeyPatch, stable: bool
 ) -> None:
     with monkeypatch.context() as patched:
         for name in ("stat", "lstat", "fstat"):
             patched.setattr(os, name, numbered(getattr(os, name), stable))
-        interrupt(client, dataset, result)
+        interrupt(dataset, result)
         (result.with_name("result.zarr.oocattn") / "lock").write_text("left by a run that was killed")
-        assert_same_bits(oocattn.resume(result, client=client), good)
+        assert_same_bits(oocattn.resume(result, engine="inline"), good)
         assert oocattn.verify(result, rows=4).passed
-        found = carry_out(plan_for(dataset, chunks=3, causal=True), dataset, result, client, overwrite=True)
+        found = carry_out(plan_for(dataset, chunks=3, causal=True), dataset, result, overwrite=True)
         assert oocattn.verify(found.path, rows=4).passed
     beside = {path.name for path in result.with_name("result.zarr.oocattn").iterdir()}
     assert beside == {"certificate.html", "certificate.json", "report.json"}
@@ -284,14 +283,12 @@ def test_a_file_system_that_counts_nothing_has_room(tmp_path: Path, monkeypatch:
         (errno.ENOSPC, "no space left for the result and its partials; make room and resume$"),
     ],
 )
-def test_no_room_ends_a_run_at_once(client: Client, dataset: Path, result: Path, number: int, remedy: str) -> None:
+def test_no_room_ends_a_run_at_once(dataset: Path, result: Path, number: int, remedy: str) -> None:
     recorder = Recorder([])
     with refusing(result.parent, "write", number, after=4):
-        error = outcome(
-            lambda _: carry_out(plan_for(dataset, chunks=3), dataset, result, client, callbacks=[recorder]), result
-        )
+        error = outcome(lambda _: carry_out(plan_for(dataset, chunks=3), dataset, result, callbacks=[recorder]), result)
     assert isinstance(error, OSError)
     assert error.errno == number
     assert re.search(remedy, words_of(error))
     assert not recorder.of("recovered")
-    assert carry_out(plan_for(dataset, chunks=3), dataset, result, client).path == result
+    assert carry_out(plan_for(dataset, chunks=3), dataset, result).path == result

@@ -13,21 +13,21 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from distributed import Client
 from forking import Commands
 from fuzzing import LIMIT_SECONDS, Case, Outcome, complaints, make_case, unwatch, watch
 from worlds import World, make_world
 
 from oocattn.cli.main import main
+from oocattn.pipelines.engines import INLINE
 from oocattn.pipelines.engines.dask import local_cluster
 from oocattn.storage.journal import lock
 
 
 @pytest.fixture(scope="module")
-def world(client: Client) -> Iterator[World]:
+def world() -> Iterator[World]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        yield make_world(Path(folder), client)
+        yield make_world(Path(folder))
 
 
 class TooLongError(BaseException):
@@ -81,11 +81,9 @@ def check(world: World, case: Case, outcome: Outcome) -> list[str]:
     return [f"{case}: {'; '.join(found)}\n{outcome.err[-1500:]}"] if found else []
 
 
-def test_a_hundred_damaged_files(
-    world: World, client: Client, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hundred_damaged_files(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.02)
-    monkeypatch.setattr(local_cluster, "local_client", lambda *_: nullcontext(client))
+    monkeypatch.setattr(local_cluster, "local_client", lambda *_: nullcontext(INLINE))
     failures: list[str] = []
     for seed in range(100):
         case = make_case(world, seed)

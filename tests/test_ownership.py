@@ -46,44 +46,40 @@ def at_first(kind: str, action: Callable[[], object]) -> Callable[[Event], None]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_finished_result_that_appears_during_a_run_is_not_replaced(
-    client: Client, dataset: Path, result: Path, overwrite: bool
-) -> None:
+def test_a_finished_result_that_appears_during_a_run_is_not_replaced(dataset: Path, result: Path, overwrite: bool) -> None:
     plan = plan_for(dataset, chunks=7)
-    other = carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result.with_name("other.zarr"), client).path
+    other = carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result.with_name("other.zarr")).path
     if overwrite:
-        carry_out(plan, dataset, result, client)
+        carry_out(plan, dataset, result)
 
     def appear() -> None:
         shutil.rmtree(result, ignore_errors=True)
         shutil.copytree(other, result)
 
     with pytest.raises(ResultExistsError, match="has appeared, or was replaced, while the run was under way: move it away"):
-        carry_out(plan, dataset, result, client, callbacks=[at_first("merged", appear)], overwrite=overwrite)
+        carry_out(plan, dataset, result, callbacks=[at_first("merged", appear)], overwrite=overwrite)
     assert {path.relative_to(result): content for path, content in everything(result).items()} == {
         path.relative_to(other): content for path, content in everything(other).items()
     }
     result.rename(result.with_name("away.zarr"))
-    assert oocattn.resume(result, client=client).path == result
+    assert oocattn.resume(result, engine="inline").path == result
 
 
 @pytest.mark.parametrize("inside", ["data.zarr", "partials/data.zarr", "result-01234567.zarr", "trash-01234567"])
-def test_a_dataset_in_the_folder_of_job_state_is_refused_and_left(
-    client: Client, fast_path: Path, result: Path, inside: str
-) -> None:
+def test_a_dataset_in_the_folder_of_job_state_is_refused_and_left(fast_path: Path, result: Path, inside: str) -> None:
     place = ResultPaths.at(result).state / inside
     place.parent.mkdir(parents=True)
     dataset = write_dataset(place, normal_arrays(170, heads=4, kv_heads=2))
     before = everything(dataset)
     with pytest.raises(ResultExistsError, match=r"result\.zarr\.oocattn belongs to the dataset"):
-        oocattn.attention(dataset, result, client=client)
+        oocattn.attention(dataset, result, engine="inline")
     assert everything(dataset) == before
 
 
 def test_files_of_others_in_what_is_overwritten_are_named_and_left(
-    client: Client, dataset: Path, result: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path, result: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    carry_out(plan_for(dataset, chunks=7), dataset, result, client)
+    carry_out(plan_for(dataset, chunks=7), dataset, result)
     synth = [
         "synth",
         str(dataset),
@@ -127,8 +123,8 @@ def test_a_run_that_has_lost_its_lock_ends_and_leaves_everything(
     client: Client, dataset: Path, result: Path, kind: str, partials: str
 ) -> None:
     plan = plan_for(dataset, chunks=13, partials=partials)
-    right = uninterrupted(plan, dataset, client)
-    interrupted(plan, dataset, result, client, "written", 3)
+    right = uninterrupted(plan, dataset)
+    interrupted(plan, dataset, result, "written", 3, client=client)
     state = ResultPaths.at(result).state
     recorder, before = Recorder([]), []
 
@@ -146,7 +142,7 @@ def test_a_run_that_has_lost_its_lock_ends_and_leaves_everything(
 
 
 def test_an_error_while_tidying_up_is_no_failure(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(5, "Input/output error")
@@ -155,7 +151,7 @@ def test_an_error_while_tidying_up_is_no_failure(
         patched.setattr(
             "oocattn.storage.results.growing.remove_journal", lambda state: None if not result.exists() else refuse()
         )
-        found = carry_out(plan_for(dataset, chunks=7), dataset, result, client)
+        found = carry_out(plan_for(dataset, chunks=7), dataset, result)
     assert "is complete, but not everything beside it was removed: [Errno 5] Input/output error" in caplog.text
     assert oocattn.status(result).state == "finished"
     assert oocattn.resume(result).path == found.path
@@ -168,9 +164,9 @@ PLANTED = ["lock", "plan.json", "status.json", "report.json", "partials", "finis
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
 def test_planted_links_fifos_and_folders_end_a_command_or_are_replaced(
-    client: Client, dataset: Path, result: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+    dataset: Path, result: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupted(plan_for(dataset, chunks=7), dataset, result, client, "written", 3)
+    interrupted(plan_for(dataset, chunks=7), dataset, result, "written", 3)
     paths = ResultPaths.at(result)
     victim = result.with_name("victim")
     target = paths.state / name.replace("GROWING", paths.unfinished.name)
@@ -184,7 +180,7 @@ def test_planted_links_fifos_and_folders_end_a_command_or_are_replaced(
         os.mkfifo(target)
     else:
         target.mkdir()
-    for command in (["status"], ["resume"], ["verify"]):
+    for command in (["status"], ["resume", "--engine", "inline"], ["verify"]):
         assert main([*command, str(result)]) in (0, 1)
         said = capsys.readouterr()
         assert "Traceback" not in said.err
@@ -192,7 +188,7 @@ def test_planted_links_fifos_and_folders_end_a_command_or_are_replaced(
         assert everything(victim) == {victim / "thesis.txt": b"precious"}
 
 
-def test_what_was_computed_is_not_discarded_by_whoever_lost_the_lock(client: Client, dataset: Path, result: Path) -> None:
+def test_what_was_computed_is_not_discarded_by_whoever_lost_the_lock(dataset: Path, result: Path) -> None:
     """The dataset has changed, so that the run would discard what it has done; but that is another's by now."""
     chunk = dataset / "q/c/0/0/0/0"
 
@@ -203,15 +199,15 @@ def test_what_was_computed_is_not_discarded_by_whoever_lost_the_lock(client: Cli
 
     plan = plan_for(dataset, chunks=13)
     with pytest.raises((LockedError, IntegrityError)):
-        carry_out(plan, dataset, result, client, callbacks=[at_first("attended", change)])
+        carry_out(plan, dataset, result, callbacks=[at_first("attended", change)])
     state = ResultPaths.at(result).state
     assert {"plan.json", "lock", "finished", "partials"} <= {path.name for path in state.iterdir()}
 
 
-def test_an_unfinished_run_may_be_given_up(client: Client, dataset: Path, result: Path) -> None:
+def test_an_unfinished_run_may_be_given_up(dataset: Path, result: Path) -> None:
     with pytest.raises(EnoughError):
-        carry_out(plan_for(dataset), dataset, result, client, callbacks=[interrupt("staged", 1)])
+        carry_out(plan_for(dataset), dataset, result, callbacks=[interrupt("staged", 1)])
     shutil.rmtree(ResultPaths.at(result).state)
-    found = carry_out(plan_for(dataset, causal=True), dataset, result, client)
+    found = carry_out(plan_for(dataset, causal=True), dataset, result)
     assert np.isfinite(bits(found)[1].view(np.float32)).all()
     assert isinstance(zarr.open_group(result, mode="r")["out"], zarr.Array)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client
 from interrupting import interrupted, uninterrupted, write_resuming_dataset
 from support import (
     Recorder,
@@ -47,19 +46,18 @@ def dataset(fast_path: Path) -> Path:
     ],
 )
 def test_a_record_without_its_checksums_counts_for_nothing(
-    client: Client,
     dataset: Path,
     result: Path,
     garble: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
     plan = plan_for(dataset, chunks=13)
-    right = uninterrupted(plan, dataset, client)
-    interrupted(plan, dataset, result, client)
+    right = uninterrupted(plan, dataset)
+    interrupted(plan, dataset, result)
     records = sorted((ResultPaths.at(result).state / "finished").iterdir())
     victim = records[2]
     victim.write_bytes(encode_record(garble(read_record(victim))))
     recorder = Recorder([])
-    found = oocattn.resume(result, client=client, callbacks=[recorder])
+    found = oocattn.resume(result, engine="inline", callbacks=[recorder])
     assert_same_bits(found, right)
     assert found.out.attrs["checksums"] == right.out.attrs["checksums"]
     redone = {f"{event.head_group}-{event.index}.json" for event in recorder.of("written")}
@@ -78,15 +76,14 @@ def test_a_record_of_another_run_counts_for_nothing(fast_path: Path) -> None:
     assert first.finished() == {(0, 3): {"pairs": 7}}
 
 
-def test_a_damaged_journal_costs_no_finished_result(client: Client, dataset: Path, result: Path) -> None:
-    done = carry_out(plan_for(dataset), dataset, result, client)
+def test_a_damaged_journal_costs_no_finished_result(dataset: Path, result: Path) -> None:
+    done = carry_out(plan_for(dataset), dataset, result)
     (ResultPaths.at(result).state / "plan.json").write_text("damaged")
-    assert oocattn.attention(dataset, result, client=client).path == done.path
+    assert oocattn.attention(dataset, result, engine="inline").path == done.path
 
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_checksums_of_finished_chunks_are_compared(
-    client: Client,
     dataset: Path,
     result: Path,
     everything: bool,
@@ -94,13 +91,13 @@ def test_checksums_of_finished_chunks_are_compared(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = uninterrupted(plan, dataset, client)
-    interrupted(plan, dataset, result, client, "written", 8)
+    right = uninterrupted(plan, dataset)
+    interrupted(plan, dataset, result, "written", 8)
     unfinished = ResultPaths.at(result).unfinished
     damaged = sorted((unfinished / "lse").glob("c.0.0.*"))[0]  # of the chunk that is compared last
     damage(damaged, lambda content: bytes([content[0] ^ 1]) + content[1:])
     monkeypatch.setattr("oocattn.pipelines.session.COMPARE_SECONDS", -1.0)
-    found = oocattn.resume(result, client=client, check_finished=everything)
+    found = oocattn.resume(result, engine="inline", check_finished=everything)
     if not everything:
         assert re.search(r"the checksums of 0 of \d+ finished chunks were compared", caplog.text)
         assert not oocattn.verify(result).passed
@@ -112,9 +109,9 @@ def test_checksums_of_finished_chunks_are_compared(
 
 
 def test_comparing_checksums_of_finished_chunks_ends_with_the_time_limit(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted(plan_for(dataset, chunks=13), dataset, result, client, "written", 8)
+    interrupted(plan_for(dataset, chunks=13), dataset, result, "written", 8)
     compared = []
 
     def slowly(*_: object) -> bool:
@@ -123,19 +120,17 @@ def test_comparing_checksums_of_finished_chunks_ends_with_the_time_limit(
 
     monkeypatch.setattr("oocattn.pipelines.finished._matches", slowly)
     with pytest.raises(TimeLimitError):
-        oocattn.resume(result, client=client, check_finished=True, time_limit=1.0)
+        oocattn.resume(result, engine="inline", check_finished=True, time_limit=1.0)
     assert len(compared) <= 3
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 @pytest.mark.parametrize("flips", [8, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_flipped_bit_is_recovered_or_refused(
-    client: Client, dataset: Path, result: Path, partials: str, flips: int
-) -> None:
+def test_a_flipped_bit_is_recovered_or_refused(dataset: Path, result: Path, partials: str, flips: int) -> None:
     """In any place of the journal, the partials and the checkpoints: never a wrong result."""
     plan, chance = plan_for(dataset, chunks=13, causal=True, partials=partials), random.Random(0)
     paths, recovered = ResultPaths.at(result), 0
-    interrupted(plan, dataset, result, client, "written", 8)
+    interrupted(plan, dataset, result, "written", 8)
     kept = paths.state.rename(paths.state.with_name("kept"))
     for _ in range(flips):
         shutil.rmtree(result, ignore_errors=True)
@@ -148,8 +143,8 @@ def test_a_flipped_bit_is_recovered_or_refused(
         victim.write_bytes(content)
         if victim.name == "plan.json":
             with pytest.raises(IntegrityError, match=r"plan\.json: the record is damaged"):
-                oocattn.resume(result, client=client)
+                oocattn.resume(result, engine="inline")
         else:
-            assert_same_bits(oocattn.resume(result, client=client), uninterrupted(plan, dataset, client))
+            assert_same_bits(oocattn.resume(result, engine="inline"), uninterrupted(plan, dataset))
             recovered += 1
     assert recovered > flips // 2

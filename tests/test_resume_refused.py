@@ -40,18 +40,18 @@ def dataset(fast_path: Path) -> Path:
     return write_resuming_dataset(fast_path)
 
 
-def test_resume_is_refused_without_an_unfinished_run(client: Client, dataset: Path, result: Path) -> None:
+def test_resume_is_refused_without_an_unfinished_run(dataset: Path, result: Path) -> None:
     with pytest.raises(ProblemError, match=r"result\.zarr: no run to resume; begin one"):
-        oocattn.resume(result, client=client)
-    done = carry_out(plan_for(dataset), dataset, result, client)
-    assert oocattn.resume(result, client=client).path == done.path
+        oocattn.resume(result, engine="inline")
+    done = carry_out(plan_for(dataset), dataset, result)
+    assert oocattn.resume(result, engine="inline").path == done.path
 
 
 def test_an_unfinished_run_of_another_problem_dataset_or_plan_is_not_touched(
-    client: Client, dataset: Path, result: Path, fast_path: Path
+    dataset: Path, result: Path, fast_path: Path
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    interrupted(plan, dataset, result, client)
+    interrupted(plan, dataset, result)
     other = write_dataset(fast_path / "other.zarr", normal_arrays(TOKENS, heads=4, kv_heads=2, seed=1))
     refused: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
         (dataset, {}, ResultExistsError, r"unfinished run of another problem \(causal True, now False\)"),
@@ -63,68 +63,67 @@ def test_an_unfinished_run_of_another_problem_dataset_or_plan_is_not_touched(
     ]
     for asked, options, error, message in refused:
         with pytest.raises(error, match=message):
-            oocattn.attention(asked, result, client=client, **options)
+            oocattn.attention(asked, result, engine="inline", **options)
     with pytest.raises(ResultExistsError, match=r"another plan \(chunks 13, now 7; chunk rows 14, now 25; .*\)"):
-        carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, client)
-    assert oocattn.resume(result, client=client).report.pairs_before > 0
+        carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result)
+    assert oocattn.resume(result, engine="inline").report.pairs_before > 0
 
 
-def test_another_run_than_was_asked_for_is_not_resumed(client: Client, dataset: Path, result: Path) -> None:
+def test_another_run_than_was_asked_for_is_not_resumed(dataset: Path, result: Path) -> None:
     """It has begun in the seconds in which a cluster starts."""
     plan, causal = plan_for(dataset, chunks=13), plan_for(dataset, chunks=13, causal=True)
-    interrupted(plan, dataset, result, client)
+    interrupted(plan, dataset, result)
     paths = ResultPaths.at(result)
     asked = find_unfinished(paths)
     with pytest.raises(EnoughError):
-        carry_out(causal, dataset, result, client, callbacks=[interrupt("written", 5)], overwrite=True)
+        carry_out(causal, dataset, result, callbacks=[interrupt("written", 5)], overwrite=True)
     with pytest.raises(ResultExistsError, match=r"than when the command began \(causal False, now True\): resume again"):
-        resume_run(asked, Dataset.open(dataset), client, (), math.inf, Resuming())
-    assert_same_bits(oocattn.resume(result, client=client), uninterrupted(causal, dataset, client))
+        resume_run(asked, Dataset.open(dataset), "inline", (), math.inf, Resuming())
+    assert_same_bits(oocattn.resume(result, engine="inline"), uninterrupted(causal, dataset))
 
 
-def test_a_run_is_not_resumed_where_its_dataset_changed(client: Client, dataset: Path, result: Path) -> None:
+def test_a_run_is_not_resumed_where_its_dataset_changed(dataset: Path, result: Path) -> None:
     plan = plan_for(dataset, chunks=13)
-    interrupted(plan, dataset, result, client)
+    interrupted(plan, dataset, result)
     for name in "kv":
         os.utime(dataset / name / "c/0/0/0/0", ns=(1, 1))
     for again in (
-        lambda: oocattn.resume(result, client=client),
-        lambda: carry_out(plan, dataset, result, client),
+        lambda: oocattn.resume(result, engine="inline"),
+        lambda: carry_out(plan, dataset, result),
     ):
         with pytest.raises(IntegrityError, match=r"zarr: k and v of the dataset changed .* since the run in .* began"):
             again()
-    assert carry_out(plan, dataset, result, client, overwrite=True).report.pairs_before == 0
+    assert carry_out(plan, dataset, result, overwrite=True).report.pairs_before == 0
 
 
 def test_a_chunk_that_was_written_is_noticed_though_size_and_time_are_set_back(
-    client: Client,
     dataset: Path,
     result: Path,
 ) -> None:
     """A copy, or files that were only touched, are named by who knows that they are the same."""
     plan = plan_for(dataset, chunks=13)
-    right = uninterrupted(plan, dataset, client)
-    interrupted(plan, dataset, result, client)
+    right = uninterrupted(plan, dataset)
+    interrupted(plan, dataset, result)
     chunk = dataset / "k/c/0/0/0/0"
     status = chunk.stat()
     chunk.write_bytes(chunk.read_bytes())
     os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns))
     for again in (
-        lambda: oocattn.resume(result, client=client),
-        lambda: carry_out(plan, dataset, result, client),
+        lambda: oocattn.resume(result, engine="inline"),
+        lambda: carry_out(plan, dataset, result),
     ):
         with pytest.raises(IntegrityError, match=r"zarr: files of k of the dataset were replaced or written .*--dataset"):
             again()
-    assert_same_bits(oocattn.resume(result, client=client, dataset=dataset), right)
+    assert_same_bits(oocattn.resume(result, engine="inline", dataset=dataset), right)
 
 
 def test_a_run_that_another_version_began_is_not_resumed(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted(plan_for(dataset, chunks=13), dataset, result, client)
+    interrupted(plan_for(dataset, chunks=13), dataset, result)
     monkeypatch.setattr("oocattn.pipelines.resuming.versions", lambda: {"oocattn": "99"})
     with pytest.raises(ResultExistsError, match=r"unfinished run of another oocattn \(0\.1\.0, now 99\)"):
-        oocattn.resume(result, client=client)
+        oocattn.resume(result, engine="inline")
 
 
 def other_arithmetic(*arguments: Any) -> dict[str, str]:
@@ -136,7 +135,7 @@ def test_other_bits_are_refused_or_accepted_and_reported(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=13)
-    interrupted(plan, dataset, result, client)
+    interrupted(plan, dataset, result, client=client)
     words = rf"was begun with torch {re.escape(versions()['torch'])}, now 99; cpu .*, now AVX99: .*--accept-other-bits"
     with monkeypatch.context() as patched:
         patched.setattr("oocattn.pipelines.engines.dask.readiness.arithmetic_of", other_arithmetic)
@@ -182,13 +181,13 @@ def test_arithmetic_differs_where_torch_takes_other_vector_instructions() -> Non
     ],
 )
 def test_a_journal_that_cannot_be_ours_is_refused(
-    client: Client, dataset: Path, result: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+    dataset: Path, result: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     plan = plan_for(dataset, chunks=13)
-    interrupted(plan, dataset, result, client)
+    interrupted(plan, dataset, result)
     path = ResultPaths.at(result).state / "plan.json"
     header = json.loads(path.read_bytes().partition(b" ")[2])
     path.write_bytes(encode_record(change(header)))
     with pytest.raises(IntegrityError, match=r"not the journal of a run that can be resumed .*: begin again"):
-        oocattn.resume(result, client=client)
-    assert carry_out(plan, dataset, result, client, overwrite=True).path == result
+        oocattn.resume(result, engine="inline")
+    assert carry_out(plan, dataset, result, overwrite=True).path == result

@@ -50,8 +50,8 @@ def test_a_resumed_run_gives_the_same_bits(
     causal: bool,
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=causal, partials=partials)
-    right = uninterrupted(plan, dataset, client)
-    interrupted(plan, dataset, result, client, kind, count)
+    right = uninterrupted(plan, dataset)
+    interrupted(plan, dataset, result, kind, count, client=client)
     recorder = Recorder([])
     found = oocattn.resume(result, client=client, callbacks=[recorder])
     assert_same_bits(found, right)
@@ -70,17 +70,16 @@ def test_a_resumed_run_gives_the_same_bits(
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 def test_a_run_may_be_interrupted_many_times(
-    client: Client,
     dataset: Path,
     result: Path,
     partials: str,
 ) -> None:
     plan = plan_for(dataset, chunks=13, partials=partials)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     for _ in range(5):  # what is in flight then is finished, too: some three subproblems
-        interrupted(plan, dataset, result, client, "attended", 1)
+        interrupted(plan, dataset, result, "attended", 1)
     recorder = Recorder([])
-    assert_same_bits(oocattn.resume(result, client=client, callbacks=[recorder]), right)
+    assert_same_bits(oocattn.resume(result, engine="inline", callbacks=[recorder]), right)
     assert len(recorder.of("attended")) <= plan.subproblems - 5
 
 
@@ -90,8 +89,8 @@ def test_a_plan_for_many_lanes_starts_no_more_than_this_machine_has(
     client: Client,
 ) -> None:
     plan = plan_for(dataset, chunks=13, lanes=1024)
-    right = uninterrupted(plan, dataset, client)
-    interrupted(plan, dataset, result, client)
+    right = uninterrupted(plan, dataset)
+    interrupted(plan, dataset, result, client=client)
     found = oocattn.resume(result)
     assert found.report.lanes == count_lanes("cpu")
     assert_same_bits(found, right)
@@ -102,15 +101,14 @@ def test_a_run_is_resumed_on_fewer_or_more_workers(
     dataset: Path,
     result: Path,
     partials: str,
-    client: Client,
 ) -> None:
     """On more than were planned for, it takes only as many as its memory is meant for."""
     plan = plan_for(dataset, chunks=13, partials=partials, lanes=2)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     for workers, expected in ((1, 1), (3, 2)):
         path = result.with_name(f"{workers}.zarr")
         with local_client(workers=2) as two:
-            interrupted(plan, dataset, path, two, "written", 4)
+            interrupted(plan, dataset, path, "written", 4, client=two)
         with local_client(workers=workers) as others:
             found = oocattn.resume(path, client=others)
         assert found.report.lanes == expected
@@ -118,19 +116,19 @@ def test_a_run_is_resumed_on_fewer_or_more_workers(
 
 
 def test_the_same_call_resumes_and_the_command_says_so(
-    client: Client, dataset: Path, result: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    dataset: Path, result: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     options: dict[str, Any] = {"chunks": 13, "causal": True, "host_memory": "1GiB"}
-    right = oocattn.attention(dataset, result.with_name("right.zarr"), client=client, **options)
+    right = oocattn.attention(dataset, result.with_name("right.zarr"), engine="inline", **options)
     attempts: list[Callable[[Path], object]] = [
-        lambda path: oocattn.attention(dataset, path, client=client, **options),
+        lambda path: oocattn.attention(dataset, path, engine="inline", **options),
         lambda path: main(["run", str(dataset), str(path), "--causal"]),
         lambda path: main(["resume", str(path)]),
     ]
     for number, again in enumerate(attempts):
         path = result.with_name(f"{number}.zarr")
         with pytest.raises(EnoughError):
-            oocattn.attention(dataset, path, client=client, callbacks=[interrupt("written", 15)], **options)
+            oocattn.attention(dataset, path, engine="inline", callbacks=[interrupt("written", 15)], **options)
         capsys.readouterr()
         caplog.clear()
         again(path)
@@ -143,16 +141,16 @@ def test_the_same_call_resumes_and_the_command_says_so(
             assert "of the pairs were attended before" in printed
 
 
-def test_an_overwriting_run_can_be_resumed(client: Client, dataset: Path, result: Path) -> None:
+def test_an_overwriting_run_can_be_resumed(dataset: Path, result: Path) -> None:
     full, causal = plan_for(dataset, chunks=7), plan_for(dataset, chunks=7, causal=True)
-    right = uninterrupted(causal, dataset, client)
-    carry_out(full, dataset, result, client)
+    right = uninterrupted(causal, dataset)
+    carry_out(full, dataset, result)
     with pytest.raises(EnoughError):
-        carry_out(causal, dataset, result, client, callbacks=[interrupt("written", 3)], overwrite=True)
-    assert_same_bits(oocattn.resume(result, client=client), right)
+        carry_out(causal, dataset, result, callbacks=[interrupt("written", 3)], overwrite=True)
+    assert_same_bits(oocattn.resume(result, engine="inline"), right)
 
 
-def test_a_resumed_run_counts_nan_and_inf_once(client: Client, fast_path: Path, result: Path) -> None:
+def test_a_resumed_run_counts_nan_and_inf_once(fast_path: Path, result: Path) -> None:
     arrays = normal_arrays(TOKENS, heads=4, kv_heads=2)
     for array, place in zip(arrays, ([0, 1, 5, 0], [0, 1, 60, 2], [0, 0, 120, 3]), strict=True):
         array[tuple(place)] = np.nan
@@ -161,22 +159,21 @@ def test_a_resumed_run_counts_nan_and_inf_once(client: Client, fast_path: Path, 
         plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
         path = result.with_name(partials)
         for count in (2, 2, 2):
-            interrupted(plan, dataset, path, client, "written", count)
-        assert oocattn.resume(path, client=client).report.not_finite == 3
+            interrupted(plan, dataset, path, "written", count)
+        assert oocattn.resume(path, engine="inline").report.not_finite == 3
 
 
 def test_a_run_is_resumed_with_the_name_of_a_dataset_that_was_moved(
-    client: Client,
     dataset: Path,
     result: Path,
 ) -> None:
     plan = plan_for(dataset, chunks=13)
-    right = uninterrupted(plan, dataset, client)
-    interrupted(plan, dataset, result, client)
+    right = uninterrupted(plan, dataset)
+    interrupted(plan, dataset, result)
     moved = dataset.rename(dataset.with_name("moved.zarr"))
     with pytest.raises(ProblemError, match="no Zarr group at"):
-        oocattn.resume(result, client=client)
-    assert_same_bits(oocattn.resume(result, client=client, dataset=moved), right)
+        oocattn.resume(result, engine="inline")
+    assert_same_bits(oocattn.resume(result, engine="inline", dataset=moved), right)
 
 
 def test_a_plan_survives_its_journal(dataset: Path) -> None:

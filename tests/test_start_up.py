@@ -66,7 +66,7 @@ def test_the_status_of_runs_and_results_is_read_without_heavy_imports(
     finished, unfinished = fast_path / "finished.zarr", fast_path / "unfinished.zarr"
     carry_out(plan_for(dataset), dataset, finished, client)
     oocattn.verify(finished, rows=4)
-    interrupted(plan_for(dataset, chunks=13), dataset, unfinished, client)
+    interrupted(plan_for(dataset, chunks=13), dataset, unfinished, client=client)
     for result in (finished, unfinished):
         code, modules = run_command("status", str(result))
         assert code == 0

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from distributed import Client
 from interrupting import interrupted
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
@@ -101,7 +100,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def make_world(folder: Path, client: Client) -> World:
+def make_world(folder: Path) -> World:
     """Datasets of each kind, runs that were interrupted with partials in memory and on disk, and a finished result."""
     arrays = normal_arrays(170, heads=4, kv_heads=2)
     plain = write_dataset(folder / "plain.zarr", arrays, chunk_rows=64)
@@ -115,10 +114,10 @@ def make_world(folder: Path, client: Client) -> World:
     (world.victim / "thesis.txt").write_text("precious")
     (world.victim / "data.json").write_text("{}")
     plan = plan_for(plain, chunks=7, causal=True)
-    finished = carry_out(plan, plain, folder / "finished.zarr", client).path
+    finished = carry_out(plan, plain, folder / "finished.zarr").path
     oocattn.verify(finished)
     for partials in ("memory", "disk"):
-        interrupted(plan_for(plain, chunks=7, causal=True, partials=partials), plain, folder / f"{partials}.zarr", client)
+        interrupted(plan_for(plain, chunks=7, causal=True, partials=partials), plain, folder / f"{partials}.zarr")
     world.right = result_bits(finished)
     world.keep()
     return world

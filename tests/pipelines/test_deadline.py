@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from distributed import Client
 from interrupting import uninterrupted
 from support import (
     Recorder,
@@ -38,10 +37,10 @@ def dataset(fast_path: Path) -> Path:
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
-    client: Client, dataset: Path, result: Path, partials: str, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, result: Path, partials: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     paths, done, runs = ResultPaths.at(result), 0, 0
     for _ in range(40):
         moment = [0.0]  # of which a minute passes with every subproblem
@@ -54,9 +53,8 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
             patched.setattr(deadline_module, "clock", SimpleNamespace(now=lambda moment=moment: moment[0]))
             patched.setattr(Deadline, "learn", lambda *_: None)
             try:
-                found = run_plan(
-                    plan, Request(plan.problem, Dataset.open(dataset), paths), client, callbacks=[recorder, tick], until=80.0
-                )
+                request = Request(plan.problem, Dataset.open(dataset), paths)
+                found = run_plan(plan, request, "inline", callbacks=[recorder, tick], until=80.0)
                 break
             except TimeLimitError:
                 pass
@@ -103,16 +101,16 @@ def test_a_run_stalls_after_three_minutes_or_where_the_plan_predicts_longer_step
     assert Deadline(math.inf, slow_reading).stalled_seconds == pytest.approx(1000)
 
 
-def test_a_limit_that_has_passed_computes_nothing(client: Client, dataset: Path, result: Path) -> None:
+def test_a_limit_that_has_passed_computes_nothing(dataset: Path, result: Path) -> None:
     words = r"time limit reached: 0 of \d+ subproblems are done, .*, none of them since the start: one takes .*allow .* and "
     with pytest.raises(TimeLimitError, match=words):
-        oocattn.attention(dataset, result, client=client, time_limit=0)
+        oocattn.attention(dataset, result, engine="inline", time_limit=0)
     assert oocattn.status(result).subproblems_done == 0
-    assert oocattn.resume(result, client=client, time_limit="1h").path == result
+    assert oocattn.resume(result, engine="inline", time_limit="1h").path == result
 
 
-def test_what_is_no_duration_is_refused_before_anything_is_done(client: Client, dataset: Path, result: Path) -> None:
+def test_what_is_no_duration_is_refused_before_anything_is_done(dataset: Path, result: Path) -> None:
     for options in ({"time_limit": "soon"}, {"checkpoint_interval": -1}, {"time_limit": math.nan}):
         with pytest.raises(ProblemError, match=r"interval|limit"):
-            oocattn.attention(dataset, result, client=client, **options)
+            oocattn.attention(dataset, result, engine="inline", **options)
     assert_nothing_written(result)

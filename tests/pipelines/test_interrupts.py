@@ -127,7 +127,7 @@ def test_an_interrupted_run_leaves_what_was_in_flight_on_disk(
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=4, kv_heads=2))
     result = fast_path / "result.zarr"
     plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     recorder, seen = Recorder([]), []
 
     def at_the_moment(event: Event) -> None:

@@ -78,7 +78,7 @@ def test_a_task_that_fails_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     failing = Failing(monkeypatch, owner, name, {(1, 5): 2, (0, 9): 1})
     recorder = Recorder([])
     found = carry_out(plan, dataset, result, client, callbacks=[recorder])
@@ -98,7 +98,7 @@ def test_a_task_that_raises_a_key_error_is_tried_again(
 ) -> None:
     """As where Dask runs a task again, whose lane has done away with what it needs."""
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     real, calls = Lane.attend, Counter[int]()
 
     def attend(lane: Lane, turn: int) -> Event:
@@ -120,7 +120,7 @@ def test_a_task_whose_result_is_lost_is_tried_again(
 ) -> None:
     """Then Dask runs it again as well: that fails, and so does the gathering of its result."""
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     real, lost = Client.gather, []
 
     async def gather(connected: Client, futures: Any, **options: Any) -> object:
@@ -141,7 +141,7 @@ def test_a_task_that_fails_time_and_again_is_reported_and_the_run_can_be_resumed
     client: Client, dataset: Path, result: Path, owner: type, name: str, work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     with monkeypatch.context() as patched:
         failing = Failing(patched, owner, name, {(1, 5): 99})
         with pytest.raises(TaskError, match=rf"{work} failed: OSError: .*Input/output error") as failure:
@@ -176,7 +176,7 @@ def test_workers_that_die_while_chunks_are_merged_do_not_end_a_run_that_gets_on(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(dataset, chunks=57, partials="disk")
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     recorder, real = Recorder([]), Attempt._finish
 
     def lose(attempt: Attempt, *ended: Any) -> None:
@@ -212,7 +212,7 @@ def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
     """Chunks that it had merged, of partials that the other one had computed: whose tasks are run again, too."""
     monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.REPLACEMENT_SECONDS", 0.0)
     plan = plan_for(dataset, chunks=57, causal=True, partials="disk", lanes=2)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     real, staged = Stager._lay_out, Counter[tuple[str, int, int]]()
 
     def lay_out(stager: Stager, slot: Any, head_group: int, subproblem: Any, chunks: Any) -> Any:
@@ -237,7 +237,7 @@ def test_what_a_worker_did_that_is_not_replaced_moves_on(
 ) -> None:
     monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.REPLACEMENT_SECONDS", 0.5)
     plan = plan_for(dataset, chunks=13, causal=True, lanes=2)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     with (
         LocalCluster(n_workers=2, processes=False, memory_limit=0, dashboard_address=None) as cluster,
         Client(cluster) as workers,
@@ -257,7 +257,7 @@ def test_a_run_that_loses_all_workers_or_its_scheduler_can_be_resumed(
 ) -> None:
     monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.LAST_REPLACEMENT_SECONDS", 0.5)
     plan = plan_for(dataset, chunks=13, causal=True, partials="disk")
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     for lost, words in (("workers", "all workers are gone"), ("scheduler", "the scheduler is gone")):
         result = fast_path / f"{lost}.zarr"
         with (

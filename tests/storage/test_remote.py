@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from distributed import Client
 from http_server import PAGE, TRANSIENT, Fault, Handler, Server, drop, first_try, serving, stall, status
 from support import assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
@@ -47,10 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def right(folder: Path, client: Client) -> oocattn.Result:
+def right(folder: Path) -> oocattn.Result:
     with serving(folder) as served:
         url: Any = f"{served.url}/plain.zarr"
-        return carry_out(plan_for(url, chunks=3), url, folder / "right", client)
+        return carry_out(plan_for(url, chunks=3), url, folder / "right")
 
 
 @pytest.fixture
@@ -91,13 +90,13 @@ def test_each_request_for_a_dataset_may_fail_once(server: Server, storage: str, 
 
 
 def test_each_request_of_plan_run_and_verify_may_fail_once(
-    server: Server, right: oocattn.Result, client: Client, tmp_path: Path, hurried: None
+    server: Server, right: oocattn.Result, tmp_path: Path, hurried: None
 ) -> None:
     faults = itertools.cycle(TRANSIENT.values())
     server.fault = first_try(lambda request: next(faults)(request))
     url: Any = f"{server.url}/plain.zarr"
     oocattn.plan(url, kernel="cpu")
-    result = carry_out(plan_for(url, chunks=3), url, tmp_path / "result", client)
+    result = carry_out(plan_for(url, chunks=3), url, tmp_path / "result")
     assert_same_bits(result, right)
     assert oocattn.verify(tmp_path / "result", dataset=url).passed
     assert min(tries for (method, _), tries in server.tries.items() if method == "GET") >= 2
@@ -308,7 +307,7 @@ def test_credentials_in_a_url_are_used_and_never_shown(
 
 
 def test_a_run_resumes_where_its_server_was_gone(
-    server: Server, right: oocattn.Result, client: Client, hurried: None, tmp_path: Path
+    server: Server, right: oocattn.Result, hurried: None, tmp_path: Path
 ) -> None:
     url: Any = f"{server.url}/plain.zarr"
     plan = plan_for(url, chunks=3)
@@ -319,9 +318,9 @@ def test_a_run_resumes_where_its_server_was_gone(
 
     server.fault = gone
     with pytest.raises(RemoteError, match=r"reading .*/v/c/.* tries in"):
-        carry_out(plan, url, tmp_path / "result", client)
+        carry_out(plan, url, tmp_path / "result")
     server.fault = None
-    assert_same_bits(oocattn.resume(tmp_path / "result", dataset=url, client=client), right)
+    assert_same_bits(oocattn.resume(tmp_path / "result", dataset=url, engine="inline"), right)
 
 
 def test_a_retry_after_beyond_the_minute_ends_it(server: Server) -> None:

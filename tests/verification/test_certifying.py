@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from distributed import Client
 from support import carry_out, damage, normal_arrays, plan_for, write_dataset
 
 import oocattn
@@ -28,22 +27,22 @@ PART = TOKENS // CHUNKS
 PARTS = HEADS * CHUNKS
 
 
-def finish(folder: Path, client: Client, seed: int = 0) -> Path:
+def finish(folder: Path, seed: int = 0) -> Path:
     arrays = normal_arrays(TOKENS, heads=HEADS, kv_heads=2, dtype="float16", seed=seed)
     dataset = write_dataset(folder / "dataset.zarr", arrays, 50)
-    carry_out(plan_for(dataset, causal=True, chunks=CHUNKS), dataset, folder / "result.zarr", client)
+    carry_out(plan_for(dataset, causal=True, chunks=CHUNKS), dataset, folder / "result.zarr")
     return folder / "result.zarr"
 
 
 @pytest.fixture(scope="module")
-def right(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(tmp_path_factory.mktemp("right"), client)
+def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(tmp_path_factory.mktemp("right"))
 
 
 @pytest.fixture(scope="module")
-def other(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of another dataset of the same shape."""
-    return finish(tmp_path_factory.mktemp("other"), client, seed=1)
+    return finish(tmp_path_factory.mktemp("other"), seed=1)
 
 
 @pytest.fixture
@@ -165,11 +164,11 @@ def test_every_damage_of_a_chunk_is_found(
     assert outcomes == {True, False}
 
 
-def test_a_row_that_cannot_be_read_is_wrong_even_where_it_should_be_nan(client: Client, tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_read_is_wrong_even_where_it_should_be_nan(tmp_path: Path) -> None:
     q, k, v = normal_arrays(TOKENS)
     v[:] = np.nan
     dataset = write_dataset(tmp_path / "dataset.zarr", (q, k, v))
-    carry_out(plan_for(dataset, chunks=CHUNKS), dataset, tmp_path / "result.zarr", client)
+    carry_out(plan_for(dataset, chunks=CHUNKS), dataset, tmp_path / "result.zarr")
     assert oocattn.verify(tmp_path / "result.zarr").passed
     chunk(tmp_path / "result.zarr", 0, 0).unlink()
     certificate = oocattn.verify(tmp_path / "result.zarr", checksums=False)
@@ -267,14 +266,14 @@ def test_a_report_of_another_run_does_not_pass_for_its_own(
 
 
 def test_a_result_that_is_replaced_while_it_is_verified_gets_no_certificate(
-    client: Client, right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, result = right.with_name("dataset.zarr"), tmp_path / "result.zarr"
-    carry_out(plan_for(dataset, chunks=7), dataset, result, client)
+    carry_out(plan_for(dataset, chunks=7), dataset, result)
     real = certifying.recompute_rows
 
     def late(*arguments: Any, **options: Any) -> Any:
-        carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, client, overwrite=True)
+        carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, overwrite=True)
         return real(*arguments, **options)
 
     monkeypatch.setattr(certifying, "recompute_rows", late)
@@ -283,14 +282,12 @@ def test_a_result_that_is_replaced_while_it_is_verified_gets_no_certificate(
     assert not ResultPaths.at(result).certificate.exists()
 
 
-def test_a_run_keeps_the_certificate_of_its_result_and_removes_that_of_another(
-    client: Client, right: Path, tmp_path: Path
-) -> None:
+def test_a_run_keeps_the_certificate_of_its_result_and_removes_that_of_another(right: Path, tmp_path: Path) -> None:
     dataset, result = right.with_name("dataset.zarr"), tmp_path / "result.zarr"
     plan, causal = plan_for(dataset, chunks=7), plan_for(dataset, chunks=7, causal=True)
-    carry_out(plan, dataset, result, client)
+    carry_out(plan, dataset, result)
     oocattn.verify(result)
-    carry_out(plan, dataset, result, client)  # is there already
+    carry_out(plan, dataset, result)  # is there already
     state, certificate = ResultPaths.at(result).state, ResultPaths.at(result).certificate
     assert {path.name for path in state.iterdir()} == {"report.json", "certificate.json", "certificate.html"}
 
@@ -303,10 +300,10 @@ def test_a_run_keeps_the_certificate_of_its_result_and_removes_that_of_another(
     def look(event: oocattn.Event) -> None:
         there[event.kind] = read_json(certificate) is not None
 
-    carry_out(causal, dataset, result, client, overwrite=True, callbacks=[look])
+    carry_out(causal, dataset, result, overwrite=True, callbacks=[look])
     assert (there["started"], there["written"], there["committed"]) == (True, True, False)  # as its result is
     assert {path.name for path in state.iterdir()} == {"report.json"}
-    carry_out(plan, dataset, result, client, overwrite=True, callbacks=[verify_meanwhile])
+    carry_out(plan, dataset, result, overwrite=True, callbacks=[verify_meanwhile])
     assert {path.name for path in state.iterdir()} == {"report.json"}
 
 

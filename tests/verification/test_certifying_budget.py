@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from distributed import Client
 from support import MACHINE, carry_out, plan_for, write_dataset
 
 import oocattn
@@ -22,14 +21,14 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def large(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result of 16 MiB and a dataset of 24 MiB, in chunks of 4 MiB."""
     folder = tmp_path_factory.mktemp("large")
     synthesise(folder / "dataset.zarr", tokens=16384, heads=4, kv_heads=1, head_dim=64, dtype="float32", mean=1)
     dataset = folder / "dataset.zarr"
     plan = plan_for(dataset, chunks=1, causal=True, machine=MACHINE)
     assert plan.out_chunk_rows == 16384
-    carry_out(plan, dataset, folder / "result.zarr", client)
+    carry_out(plan, dataset, folder / "result.zarr")
     return folder / "result.zarr"
 
 
@@ -51,7 +50,7 @@ def least_budget(result: Path, rows: int) -> int:
     return int(re.search(r"(\d+)MiB$", str(refused.value))[1]) * MIB
 
 
-@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("rows", [1, 64, pytest.param(300, marks=pytest.mark.slow)])
 def test_the_budget_is_kept(large: Path, rows: int) -> None:
     """The smallest that works, which is that of the smallest tiles, and larger ones."""
     least = least_budget(large, rows)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from distributed import Client
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
@@ -28,9 +27,9 @@ def plan(dataset: Path) -> Plan:
 
 
 @pytest.fixture
-def result(client: Client, dataset: Path, plan: Plan, fast_path: Path) -> Path:
+def result(dataset: Path, plan: Plan, fast_path: Path) -> Path:
     """A result with a damaged chunk, of which a certificate says so."""
-    result = carry_out(plan, dataset, fast_path / "result.zarr", client).path
+    result = carry_out(plan, dataset, fast_path / "result.zarr").path
     flip_a_bit(result)
     assert oocattn.verify(result, rows=8).failed
     return result
@@ -69,13 +68,11 @@ def test_a_command_that_runs_nothing_fails_and_says_why(
     assert warning.endswith("`oocattn verify` checks it again")
 
 
-def test_the_functions_warn(
-    client: Client, dataset: Path, result: Path, plan: Plan, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_functions_warn(dataset: Path, result: Path, plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
     for again in (
         lambda: oocattn.attention(dataset, result),
         lambda: oocattn.resume(result),
-        lambda: carry_out(plan, dataset, result, client),
+        lambda: carry_out(plan, dataset, result),
     ):
         caplog.clear()
         assert again().path == result
@@ -89,8 +86,8 @@ def assert_not_believed(dataset: Path, result: Path, certificate: str = "") -> N
     assert main(["run", str(dataset), str(result)]) == 0
 
 
-def test_computing_it_again_forgets_the_certificate(client: Client, dataset: Path, result: Path, plan: Plan) -> None:
-    carry_out(plan, dataset, result, client, overwrite=True)
+def test_computing_it_again_forgets_the_certificate(dataset: Path, result: Path, plan: Plan) -> None:
+    carry_out(plan, dataset, result, overwrite=True)
     assert not certificate_of(result).exists()
     assert_not_believed(dataset, result)
     oocattn.verify(result, rows=8)
@@ -104,7 +101,7 @@ def test_a_later_certificate_that_passed_takes_its_place(dataset: Path, result: 
     assert_not_believed(dataset, result, "passed")
 
 
-def test_an_interrupted_second_run_does_not_clear_it(client: Client, dataset: Path, result: Path, plan: Plan) -> None:
+def test_an_interrupted_second_run_does_not_clear_it(dataset: Path, result: Path, plan: Plan) -> None:
     """The result that is there until the commit is still the wrong one."""
 
     def refuse(event: Event) -> None:
@@ -112,21 +109,21 @@ def test_an_interrupted_second_run_does_not_clear_it(client: Client, dataset: Pa
             raise SystemExit
 
     with pytest.raises(SystemExit):
-        carry_out(plan, dataset, result, client, overwrite=True, callbacks=[refuse])
+        carry_out(plan, dataset, result, overwrite=True, callbacks=[refuse])
     assert oocattn.status(result).state == "interrupted"
     assert main(["run", str(dataset), str(result)]) == 1
-    assert oocattn.resume(result, client=client).report.pairs > 0
+    assert oocattn.resume(result, engine="inline").report.pairs > 0
     assert_not_believed(dataset, result)
 
 
 @pytest.mark.parametrize("how", ["files were exchanged", "another digest", "another dataset"])
 def test_the_certificate_of_another_result_is_not_believed(
-    client: Client, result: Path, fast_path: Path, how: str, caplog: pytest.LogCaptureFixture
+    result: Path, fast_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     certificate, dataset = certificate_of(result), fast_path / "dataset.zarr"
     if how == "files were exchanged":  # the right result of another dataset, put in its place
         dataset = write_dataset(fast_path / "other.zarr", normal_arrays(64, seed=1))
-        other = carry_out(plan_for(dataset, chunks=7), dataset, fast_path / "other-result.zarr", client).path
+        other = carry_out(plan_for(dataset, chunks=7), dataset, fast_path / "other-result.zarr").path
         result.rename(fast_path / "wrong.zarr")
         other.rename(result)
     else:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distributed import Client
 from every_kind import Case, a_case, in_float32
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
@@ -42,14 +41,14 @@ def check_in_torch(seed: int, folder: Path, most_tokens: int) -> None:
             assert not wrong, f"seed {seed}, {case}, {name} to {out_dtype}: {wrong[0]}"
 
 
-def check_a_run(seed: int, folder: Path, client: Client, most_tokens: int) -> None:
+def check_a_run(seed: int, folder: Path, most_tokens: int) -> None:
     case = a_case(seed, most_tokens)
     random = np.random.default_rng(seed)
     dataset = write_dataset(folder / "dataset.zarr", case.arrays)
     out_dtype = str(random.choice(["float32", case.arrays[0].dtype.name]))
     chunks = min(int(random.choice([1, 3, 7, 13])), case.arrays[0].shape[2])
     plan = plan_for(dataset, causal=case.causal, scale=case.scale, out_dtype=out_dtype, chunks=chunks)
-    carry_out(plan, dataset, folder / "result.zarr", client, overwrite=True)
+    carry_out(plan, dataset, folder / "result.zarr", overwrite=True)
     certificate = oocattn.verify(folder / "result.zarr", rows=ROWS)
     assert not certificate.failed, f"seed {seed}, {case}: {certificate}"
 
@@ -60,9 +59,9 @@ def test_no_arithmetic_of_torch_is_called_wrong(first: int, fast_path: Path) -> 
         check_in_torch(seed, fast_path, 250)
 
 
-def test_no_run_is_called_wrong(client: Client, fast_path: Path) -> None:
+def test_no_run_is_called_wrong(fast_path: Path) -> None:
     for seed in range(10_000, 10_012):
-        check_a_run(seed, fast_path, client, 500)
+        check_a_run(seed, fast_path, 500)
 
 
 @pytest.mark.slow
@@ -74,9 +73,9 @@ def test_no_arithmetic_of_torch_is_called_wrong_in_many_problems(first: int, fas
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(30_000, 31_000, 100))
-def test_no_run_is_called_wrong_in_many_problems(first: int, client: Client, fast_path: Path) -> None:
+def test_no_run_is_called_wrong_in_many_problems(first: int, fast_path: Path) -> None:
     for seed in range(first, first + 100):
-        check_a_run(seed, fast_path, client, 3000)
+        check_a_run(seed, fast_path, 3000)
 
 
 @pytest.mark.parametrize(("tokens", "head_dim"), [(300, 64), (1500, 64), (1500, 128), (700, 256)])

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from distributed import Client
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
@@ -25,11 +24,11 @@ TOKENS, CHUNKS = 210, 7
 
 
 @pytest.fixture(scope="module")
-def finished(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dataset and its right result."""
     folder = tmp_path_factory.mktemp("finished")
     dataset = write_dataset(folder / "dataset.zarr", normal_arrays(TOKENS, heads=4, kv_heads=2, dtype="float16"), 50)
-    carry_out(plan_for(dataset, causal=True, chunks=CHUNKS), dataset, folder / "result.zarr", client)
+    carry_out(plan_for(dataset, causal=True, chunks=CHUNKS), dataset, folder / "result.zarr")
     return folder
 
 
@@ -182,16 +181,16 @@ def test_attributes_that_are_not_ours_are_refused(result: Path, change: Callable
 
 
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
-def test_a_small_constant_added_to_lse_fails_for_any_dtype_of_out(client: Client, tmp_path: Path, out_dtype: str) -> None:
+def test_a_small_constant_added_to_lse_fails_for_any_dtype_of_out(tmp_path: Path, out_dtype: str) -> None:
     dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(TOKENS, dtype="float32"), 50)
-    carry_out(plan_for(dataset, out_dtype=out_dtype), dataset, tmp_path / "result.zarr", client)
+    carry_out(plan_for(dataset, out_dtype=out_dtype), dataset, tmp_path / "result.zarr")
     assert oocattn.verify(tmp_path / "result.zarr").passed
     spoil(tmp_path / "result.zarr", "lse", lambda data: np.add(data, 1e-4, out=data))
     assert not oocattn.verify(tmp_path / "result.zarr", checksums=False).passed
 
 
 @pytest.mark.parametrize("values", ["cancelling", "tiny"])
-def test_right_results_of_awkward_values_pass(client: Client, tmp_path: Path, values: str) -> None:
+def test_right_results_of_awkward_values_pass(tmp_path: Path, values: str) -> None:
     q, k, v = normal_arrays(2048, dtype="float16" if values == "tiny" else "float32")
     if values == "cancelling":  # sums of thousands of values of 1 that leave thousandths
         q, k = q * np.float32(0.1), k * np.float32(0.1)
@@ -199,18 +198,18 @@ def test_right_results_of_awkward_values_pass(client: Client, tmp_path: Path, va
     else:  # outputs among the subnormal numbers of float16
         v = (v.astype("f4") * 1e-4).astype("f2")
     dataset = write_dataset(tmp_path / "dataset.zarr", (q, k, v), 500)
-    carry_out(plan_for(dataset), dataset, tmp_path / "result.zarr", client)
+    carry_out(plan_for(dataset), dataset, tmp_path / "result.zarr")
     certificate = oocattn.verify(tmp_path / "result.zarr")
     assert certificate.passed, certificate
     spoil(tmp_path / "result.zarr", "out", lambda data: np.add(data, 1e-3, out=data))
     assert not oocattn.verify(tmp_path / "result.zarr", checksums=False).passed
 
 
-def test_rows_of_which_float32_keeps_nothing_are_inconclusive(client: Client, tmp_path: Path) -> None:
+def test_rows_of_which_float32_keeps_nothing_are_inconclusive(tmp_path: Path) -> None:
     """Scores near 1e6 that differ by less than their rounding errors: right or not, such rows show nothing."""
     q, k, v = normal_arrays(200, head_dim=64)
     dataset = write_dataset(tmp_path / "dataset.zarr", (q + 350, k + 350, v), 50)
-    carry_out(plan_for(dataset, chunks=3), dataset, tmp_path / "result.zarr", client)
+    carry_out(plan_for(dataset, chunks=3), dataset, tmp_path / "result.zarr")
     certificate = oocattn.verify(tmp_path / "result.zarr")
     assert (certificate.passed, certificate.inconclusive, certificate.wrong) == (False, True, [])
     assert "rows show nothing" in certificate.verdict
@@ -220,23 +219,23 @@ def test_rows_of_which_float32_keeps_nothing_are_inconclusive(client: Client, tm
     assert main(["verify", str(tmp_path / "result.zarr")]) == 1  # which the checksums show
 
 
-def test_large_scores_that_leave_one_key_are_checked(client: Client, tmp_path: Path) -> None:
+def test_large_scores_that_leave_one_key_are_checked(tmp_path: Path) -> None:
     """A score counts as much as its key weighs: such rows are their values, and zeros are found."""
     q, k, v = normal_arrays(200, head_dim=64)
     dataset = write_dataset(tmp_path / "dataset.zarr", (q * 1e3, k * 1e3, v), 50)
-    carry_out(plan_for(dataset, chunks=3), dataset, tmp_path / "result.zarr", client)
+    carry_out(plan_for(dataset, chunks=3), dataset, tmp_path / "result.zarr")
     assert not oocattn.verify(tmp_path / "result.zarr").failed
     spoil(tmp_path / "result.zarr", "out", lambda data: data.fill(0))
     assert oocattn.verify(tmp_path / "result.zarr", checksums=False).failed
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_rows_that_attend_only_minus_infinity_are_zeros_and_checked(client: Client, tmp_path: Path, causal: bool) -> None:
+def test_rows_that_attend_only_minus_infinity_are_zeros_and_checked(tmp_path: Path, causal: bool) -> None:
     q, k, v = normal_arrays(90)
     q[..., 0] = 1
     k[..., : 30 if causal else 90, 0] = -np.inf
     dataset = write_dataset(tmp_path / "dataset.zarr", (q, k, v), 20)
-    carry_out(plan_for(dataset, causal=causal, chunks=3), dataset, tmp_path / "result.zarr", client)
+    carry_out(plan_for(dataset, causal=causal, chunks=3), dataset, tmp_path / "result.zarr")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         certificate = oocattn.verify(tmp_path / "result.zarr", rows=180)
@@ -249,39 +248,37 @@ def test_rows_that_attend_only_minus_infinity_are_zeros_and_checked(client: Clie
 
 
 @pytest.mark.parametrize("constant", [-1e9, -1e37, -3e38])
-def test_keys_that_a_large_constant_masks_leave_rows_that_show_something(
-    client: Client, tmp_path: Path, constant: float
-) -> None:
+def test_keys_that_a_large_constant_masks_leave_rows_that_show_something(tmp_path: Path, constant: float) -> None:
     q, k, v = normal_arrays(90, head_dim=72)
     q[..., -1], k[..., -1] = 1, 0
     k[..., 1::2, -1] = constant
     dataset = write_dataset(tmp_path / "dataset.zarr", (q, k, v), 20)
-    carry_out(plan_for(dataset, causal=True, chunks=7), dataset, tmp_path / "result.zarr", client)
+    carry_out(plan_for(dataset, causal=True, chunks=7), dataset, tmp_path / "result.zarr")
     certificate = oocattn.verify(tmp_path / "result.zarr", rows=180)
     assert (certificate.passed, certificate.showing_nothing) == (True, [])
     assert certificate.worst_error < 2e-6
 
 
 @pytest.mark.parametrize("size", [1e8, 3e9, 1e10, 1e20])
-def test_large_scores_are_no_wrong_rows_and_no_nan(client: Client, tmp_path: Path, size: float) -> None:
+def test_large_scores_are_no_wrong_rows_and_no_nan(tmp_path: Path, size: float) -> None:
     """With a NaN in a value, which the reference computes."""
     q, k, v = normal_arrays(90, head_dim=64)
     q, k = q * np.float32(size**0.5), k * np.float32(size**0.5)
     v[0, 0, 80, 0] = np.nan
     dataset = write_dataset(tmp_path / "dataset.zarr", (q, k, v), 20)
-    report = carry_out(plan_for(dataset, causal=True, chunks=7), dataset, tmp_path / "result.zarr", client).report
+    report = carry_out(plan_for(dataset, causal=True, chunks=7), dataset, tmp_path / "result.zarr").report
     assert report.out_not_finite == 20  # rows 80 to 89 of two heads attend it
     certificate = oocattn.verify(tmp_path / "result.zarr", rows=180)
     assert not certificate.failed
     assert certificate.worst_error < 1e-3  # of float64, unless two scores are nearly equal
 
 
-def test_verify_warns_of_nothing_whatever_the_numbers(client: Client, tmp_path: Path) -> None:
+def test_verify_warns_of_nothing_whatever_the_numbers(tmp_path: Path) -> None:
     arrays = tuple(array * np.float32(10) ** (5 * np.arange(8, dtype="f4") - 10) for array in normal_arrays(90))
     arrays[1][0, 0, 40] = -np.inf
     arrays[2][0, 0, 50, :3] = np.nan, np.inf, -np.inf
     dataset = write_dataset(tmp_path / "dataset.zarr", arrays)
-    carry_out(plan_for(dataset, causal=True), dataset, tmp_path / "result.zarr", client)
+    carry_out(plan_for(dataset, causal=True), dataset, tmp_path / "result.zarr")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not oocattn.verify(tmp_path / "result.zarr", rows=180).wrong

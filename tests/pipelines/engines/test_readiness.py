@@ -157,7 +157,7 @@ def test_workers_without_the_package_that_join_a_run_neither_harm_it_nor_are_har
 
         found = carry_out(plan, dataset, result, connected, callbacks=[join])
         assert len(connected.nthreads()) == 3
-    assert_same_bits(found, uninterrupted(plan, dataset, client))
+    assert_same_bits(found, uninterrupted(plan, dataset))
     assert (found.report.retried, found.report.workers_lost) == (0, 0)
 
 

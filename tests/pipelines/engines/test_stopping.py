@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from distributed import Client
-from support import carry_out, job_of, plan_for
+from support import carry_out, plan_for, run_of
 
 from oocattn import Event
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.engines import inline
-from oocattn.pipelines.lane.lane import Job, Lane
+from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import Attended
 
 
@@ -57,10 +57,10 @@ def test_an_inline_lane_that_is_made_when_its_run_has_ended_is_closed(
     closed: list[str] = []
 
     class SlowLane(Lane):
-        def __init__(self, job: Job, device: str) -> None:
+        def __init__(self, run: Run, device: str) -> None:
             making.set()
             assert ended.wait(10)
-            super().__init__(job, device)
+            super().__init__(run, device)
 
         def close(self) -> None:
             super().close()
@@ -68,7 +68,7 @@ def test_an_inline_lane_that_is_made_when_its_run_has_ended_is_closed(
 
     monkeypatch.setattr(inline, "Lane", SlowLane)
     plan = plan_for(dataset, chunks=3)
-    lanes = inline.InlineLanes(replace(job_of(fast_path, plan), devices={"inline-0": "cpu"}), Deadline(math.inf, plan))
+    lanes = inline.InlineLanes(run_of(fast_path, plan), ["cpu"], Deadline(math.inf, plan))
     opened = lanes.open()
     assert making.wait(10)
     lanes.stop(1.0)

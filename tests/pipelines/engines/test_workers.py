@@ -44,7 +44,7 @@ def processes(count: int, **options: object) -> Iterator[Client]:
 
 def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path, result: Path, client: Client) -> None:
     plan = plan_for(dataset, chunks=13, causal=True)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     with processes(1, worker_port="27341:27399") as workers:
         (before,) = workers.run(os.getpid).items()
         recorder = Recorder([])
@@ -57,7 +57,7 @@ def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path,
 
 def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Path, client: Client) -> None:
     plan = plan_for(dataset, chunks=31, causal=True, lanes=2)
-    right = uninterrupted(plan, dataset, client)
+    right = uninterrupted(plan, dataset)
     with processes(2) as workers:
         workers.run(importlib.import_module, "oocattn")  # which takes as long as the run may
         process = next(iter(workers.run(os.getpid).values()))

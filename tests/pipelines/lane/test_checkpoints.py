@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import Client
 from interrupting import uninterrupted
 from support import (
     GENEROUS,
@@ -228,15 +227,15 @@ def in_the_middle(look: Callable[[Event], None], count: int = 9) -> Callable[[Ev
     return listen
 
 
-def test_checkpoints_are_made_at_the_interval_and_reported(client: Client, dataset: Path, result: Path) -> None:
+def test_checkpoints_are_made_at_the_interval_and_reported(dataset: Path, result: Path) -> None:
     plan = replanned(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
-    right = uninterrupted(plan_for(dataset, chunks=31, causal=True), dataset, client)
+    right = uninterrupted(plan_for(dataset, chunks=31, causal=True), dataset)
     recorder, most = Recorder([]), [0]
 
     def measure(event: Event) -> None:
         most[0] = max(most[0], scratch_bytes(result))
 
-    found = carry_out(plan, dataset, result, client, callbacks=[recorder, measure])
+    found = carry_out(plan, dataset, result, callbacks=[recorder, measure])
     assert_same_bits(found, right)
     told = [event for event in recorder.of("attended") if event.checkpointed]
     assert len(told) > 3
@@ -246,7 +245,7 @@ def test_checkpoints_are_made_at_the_interval_and_reported(client: Client, datas
     assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
 
 
-def test_without_checkpoints_nothing_is_saved(client: Client, dataset: Path, result: Path) -> None:
+def test_without_checkpoints_nothing_is_saved(dataset: Path, result: Path) -> None:
     plan = plan_for(dataset, chunks=13, causal=True, partials="memory", checkpoint_seconds=0.0)
     assert plan.scratch_disk == 0
     assert "never saved" in str(plan)
@@ -255,13 +254,13 @@ def test_without_checkpoints_nothing_is_saved(client: Client, dataset: Path, res
         raise SystemExit("enough")
 
     with pytest.raises(SystemExit, match="enough"):
-        carry_out(plan, dataset, result, client, callbacks=[in_the_middle(stop)])
+        carry_out(plan, dataset, result, callbacks=[in_the_middle(stop)])
     assert scratch_bytes(result) == 0
-    assert_same_bits(oocattn.resume(result, client=client), uninterrupted(plan, dataset, client))
+    assert_same_bits(oocattn.resume(result, engine="inline"), uninterrupted(plan, dataset))
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = replanned(plan_for(dataset, chunks=31, causal=True, partials="memory"), checkpoint_seconds=0.02)
 
@@ -271,14 +270,12 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
     with monkeypatch.context() as patched:
         patched.setattr(partial_files, "write_blocks", full)
         with pytest.raises(OSError, match="no space left for the result and its partials; make room and resume"):
-            carry_out(plan, dataset, result, client)
-    assert_same_bits(oocattn.resume(result, client=client), uninterrupted(plan, dataset, client))
+            carry_out(plan, dataset, result)
+    assert_same_bits(oocattn.resume(result, engine="inline"), uninterrupted(plan, dataset))
 
 
 @pytest.mark.parametrize(("partials", "chunks"), [("memory", 1), ("memory", 7), ("memory", 31), ("disk", 7), ("disk", 31)])
-def test_scratch_stays_below_what_the_plan_says(
-    client: Client, fast_path: Path, result: Path, partials: str, chunks: int
-) -> None:
+def test_scratch_stays_below_what_the_plan_says(fast_path: Path, result: Path, partials: str, chunks: int) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(6000, head_dim=64))
     plan = plan_for(dataset, chunks=chunks, decomposition="cqs", partials=partials)
     most = [0]
@@ -286,6 +283,6 @@ def test_scratch_stays_below_what_the_plan_says(
     def measure(event: Event) -> None:
         most[0] = max(most[0], scratch_bytes(result))
 
-    carry_out(replanned(plan, checkpoint_seconds=0.01), dataset, result, client, callbacks=[measure])
+    carry_out(replanned(plan, checkpoint_seconds=0.01), dataset, result, callbacks=[measure])
     assert most[0] <= plan.scratch_disk
     assert most[0] > 0 or chunks == 1  # which may be merged before its first checkpoint

@@ -68,7 +68,6 @@ def assert_attention(result: Result, plan: Plan, arrays: Arrays) -> None:
 )
 @settings(max_examples=25)
 def test_any_tiles_and_partials_are_attention(
-    client: Client,
     fast_path: Path,
     tokens: int,
     heads: tuple[int, int],
@@ -83,12 +82,12 @@ def test_any_tiles_and_partials_are_attention(
     options = {"causal": causal, "chunks": min(chunks, tokens), "decomposition": "strips" if kind == "strips" else "cqs"}
     made = pretend.gpu_plan(dataset, None, None if kind == "strips" else kind, **options)
     made = replanned(made, tiles=Tiles(min(tiles[0], made.chunk_rows), min(tiles[1], made.chunk_rows)))
-    assert_attention(carry_out(made, dataset, fast_path / "result.zarr", client, overwrite=True), made, arrays)
+    assert_attention(carry_out(made, dataset, fast_path / "result.zarr", overwrite=True), made, arrays)
 
 
 @pytest.mark.parametrize("options", [{"chunks": 7}, {"chunks": 3, "causal": True}, {"chunks": 4, "decomposition": "strips"}])
 def test_sampled_tiles_have_the_shapes_of_every_kernel_call(
-    client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(331))
     plan = pretend.gpu_plan(dataset, (29, 17), **options)
@@ -101,7 +100,7 @@ def test_sampled_tiles_have_the_shapes_of_every_kernel_call(
         attend(self, query, key, *rest, **how)
 
     monkeypatch.setattr(kernel, "attend", note)
-    carry_out(plan, dataset, fast_path / "result.zarr", client)
+    carry_out(plan, dataset, fast_path / "result.zarr")
     assert made == {
         (shape.rows, shape.keys, shape.cover is Cover.FULL) for shape in sample_tiles(plan, make_operation(plan))
     }
@@ -157,30 +156,28 @@ def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 @pytest.mark.parametrize("most_rows", [31, 5])
 def test_out_of_memory_goes_on_with_smaller_tiles(
-    client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int, partials: str
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int, partials: str
 ) -> None:
     arrays = normal_arrays(301, heads=3, kv_heads=1)
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
     cramp(monkeypatch, most_rows)
     made = pretend.gpu_plan(dataset, (43, 20), partials, causal=True, chunks=7)
-    result = carry_out(made, dataset, fast_path / "result.zarr", client)
+    result = carry_out(made, dataset, fast_path / "result.zarr")
     assert_attention(result, made, arrays)
     assert result.report.out_of_memory == {31: 1, 5: 3}[most_rows]  # tiles of 43, 21, 10, 5
     assert f"out of memory {result.report.out_of_memory} times" in str(result.report)
 
 
-def test_no_room_for_the_smallest_tile_is_a_budget_error(
-    client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_for_the_smallest_tile_is_a_budget_error(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301))
     cramp(monkeypatch, 0)
     with pytest.raises(BudgetError, match="no memory left even for tiles of 1 queries: free some, or lower --device-memory"):
-        carry_out(pretend.gpu_plan(dataset, (64, 20), chunks=1), dataset, fast_path / "result.zarr", client)
+        carry_out(pretend.gpu_plan(dataset, (64, 20), chunks=1), dataset, fast_path / "result.zarr")
     assert not (fast_path / "result.zarr").exists()
 
 
 def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
-    client: Client, fast_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     arrays = normal_arrays(301)
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
@@ -195,7 +192,7 @@ def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
 
     monkeypatch.setattr(cuda_memory, "torch", Full())
     made = pretend.gpu_plan(dataset, (64, 20), chunks=7)
-    result = carry_out(made, dataset, fast_path / "result.zarr", client)
+    result = carry_out(made, dataset, fast_path / "result.zarr")
     assert_attention(result, made, arrays)
     assert [record.args[1] for record in caplog.records if "out of memory" in record.msg] == [32, 16]
 

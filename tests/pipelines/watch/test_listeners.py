@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from distributed import Client
 from support import Recorder, carry_out, plan_for
 
 import oocattn
@@ -35,11 +34,11 @@ def raising(error: BaseException, seen: list[Event], kind: str = "attended") -> 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_error_of_a_listener_is_logged_once_and_the_run_goes_on(
-    client: Client, dataset: Path, result: Path, error: Exception, caplog: pytest.LogCaptureFixture
+    dataset: Path, result: Path, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     seen: list[Event] = []
     recorder = Recorder([])
-    found = carry_out(plan_for(dataset, chunks=7), dataset, result, client, callbacks=[raising(error, seen), recorder])
+    found = carry_out(plan_for(dataset, chunks=7), dataset, result, callbacks=[raising(error, seen), recorder])
     assert [event.kind for event in seen].count("attended") == 1
     assert len(recorder.of("attended")) == 7
     assert found.report.workers_lost == found.report.retried == 0
@@ -50,31 +49,25 @@ def test_an_error_of_a_listener_is_logged_once_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("kind", ["started", "committed", "ended"])
-def test_a_listener_may_fail_at_the_beginning_and_the_end_of_a_run(
-    client: Client, dataset: Path, result: Path, kind: str
-) -> None:
+def test_a_listener_may_fail_at_the_beginning_and_the_end_of_a_run(dataset: Path, result: Path, kind: str) -> None:
     listener = raising(RuntimeError("enough"), [], kind)
-    assert carry_out(plan_for(dataset, chunks=7), dataset, result, client, callbacks=[listener]).path == result
+    assert carry_out(plan_for(dataset, chunks=7), dataset, result, callbacks=[listener]).path == result
     assert oocattn.status(result).state == "finished"
 
 
-def test_a_status_file_that_fails_does_not_end_a_run(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_status_file_that_fails_does_not_end_a_run(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ArithmeticError("a defect")
 
     monkeypatch.setattr(StatusFile, "_counted", fail)
-    assert carry_out(plan_for(dataset, chunks=7), dataset, result, client).path == result
+    assert carry_out(plan_for(dataset, chunks=7), dataset, result).path == result
 
 
-def test_a_listener_ends_a_run_by_another_exception_and_it_can_be_resumed(
-    client: Client, dataset: Path, result: Path
-) -> None:
+def test_a_listener_ends_a_run_by_another_exception_and_it_can_be_resumed(dataset: Path, result: Path) -> None:
     recorder = Recorder([])
     listeners = [recorder, raising(SystemExit("enough"), [])]
     with pytest.raises(SystemExit, match="enough"):
-        carry_out(plan_for(dataset, chunks=7), dataset, result, client, callbacks=listeners)
+        carry_out(plan_for(dataset, chunks=7), dataset, result, callbacks=listeners)
     assert recorder.events[-1].kind == "failed"
     assert oocattn.status(result).error == "SystemExit: enough"
-    assert oocattn.resume(result, client=client).path == result
+    assert oocattn.resume(result, engine="inline").path == result

@@ -47,7 +47,7 @@ def test_from_none_over_running_to_finished(client: Client, dataset: Path, fast_
     assert str(finished).startswith("finished in ")
 
 
-def test_progress_is_written_down(client: Client, dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_written_down(dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oocattn.pipelines.watch.status.WRITING_SECONDS", 0.0)
     result = fast_path / "result.zarr"
     seen: list[Status] = []
@@ -56,7 +56,7 @@ def test_progress_is_written_down(client: Client, dataset: Path, fast_path: Path
         if event.kind == "attended":
             seen.append(oocattn.status(result))
 
-    carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[look])
+    carry_out(plan_for(dataset, chunks=13), dataset, result, callbacks=[look])
     assert [status.subproblems_done for status in seen] == list(range(1, 14))
     assert all(status.rate > 0 and status.seconds > 0 for status in seen)
     assert seen[-1].seconds_left == 0
@@ -64,7 +64,7 @@ def test_progress_is_written_down(client: Client, dataset: Path, fast_path: Path
     assert "tokens/s" in str(seen[0])
 
 
-def test_a_run_that_failed_is_interrupted_and_says_why(client: Client, dataset: Path, fast_path: Path) -> None:
+def test_a_run_that_failed_is_interrupted_and_says_why(dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
 
     def refuse(event: Event) -> None:
@@ -72,7 +72,7 @@ def test_a_run_that_failed_is_interrupted_and_says_why(client: Client, dataset: 
             raise SystemExit("enough")
 
     with pytest.raises(SystemExit, match="enough"):
-        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[refuse])
+        carry_out(plan_for(dataset, chunks=13), dataset, result, callbacks=[refuse])
     status = oocattn.status(result)
     assert status.state == "interrupted"
     assert status.error == "SystemExit: enough"
@@ -139,9 +139,9 @@ def test_a_status_of_an_older_version_is_read(fast_path: Path) -> None:
     assert (found.share, found.bytes_read, found.stalled) == (0.4, 7, "")
 
 
-def test_status_ignores_leftovers_of_a_finished_run(client: Client, dataset: Path, fast_path: Path) -> None:
+def test_status_ignores_leftovers_of_a_finished_run(dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
-    carry_out(plan_for(dataset), dataset, result, client)
+    carry_out(plan_for(dataset), dataset, result)
     finished = oocattn.status(result)
     ResultPaths.at(result).status.write_text("{")
     assert oocattn.status(result) == finished
@@ -149,7 +149,7 @@ def test_status_ignores_leftovers_of_a_finished_run(client: Client, dataset: Pat
 
 
 def test_a_damaged_status_does_not_hide_what_the_journal_says(
-    client: Client, dataset: Path, fast_path: Path, caplog: pytest.LogCaptureFixture
+    dataset: Path, fast_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     result = fast_path / "result.zarr"
 
@@ -158,7 +158,7 @@ def test_a_damaged_status_does_not_hide_what_the_journal_says(
             raise SystemExit("enough")
 
     with pytest.raises(SystemExit, match="enough"):
-        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[refuse])
+        carry_out(plan_for(dataset, chunks=13), dataset, result, callbacks=[refuse])
     whole = oocattn.status(result)
     assert whole.subproblems_done > 0
     for content in ("{", json.dumps({**asdict(whole), "rate": None})):
@@ -171,16 +171,16 @@ def test_a_damaged_status_does_not_hide_what_the_journal_says(
         caplog.clear()
 
 
-def test_an_interrupted_second_run_does_not_hide_the_first_result(client: Client, dataset: Path, fast_path: Path) -> None:
+def test_an_interrupted_second_run_does_not_hide_the_first_result(dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
-    carry_out(plan_for(dataset), dataset, result, client)
+    carry_out(plan_for(dataset), dataset, result)
     report = json.loads(ResultPaths.at(result).report.read_text())
 
     def refuse(event: Event) -> None:
         raise SystemExit
 
     with pytest.raises(SystemExit):
-        carry_out(plan_for(dataset, causal=True), dataset, result, client, callbacks=[refuse], overwrite=True)
+        carry_out(plan_for(dataset, causal=True), dataset, result, callbacks=[refuse], overwrite=True)
     assert oocattn.status(result).state == "interrupted"
     assert json.loads(ResultPaths.at(result).report.read_text()) == report
     assert oocattn.verify(result, rows=8).passed
@@ -189,9 +189,9 @@ def test_an_interrupted_second_run_does_not_hide_the_first_result(client: Client
 # Share, counts and time left of every state
 
 
-def test_a_finished_run_has_share_one_and_the_counts_of_its_report(client: Client, dataset: Path, fast_path: Path) -> None:
+def test_a_finished_run_has_share_one_and_the_counts_of_its_report(dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
-    report = carry_out(plan_for(dataset, chunks=13), dataset, result, client).report
+    report = carry_out(plan_for(dataset, chunks=13), dataset, result).report
     status = oocattn.status(result)
     assert (status.share, status.subproblems, status.subproblems_done) == (1.0, 13, 13)
     assert (status.tokens, status.tokens_done, status.seconds_left) == (130, 130, 0.0)
@@ -202,10 +202,8 @@ def test_a_finished_run_has_share_one_and_the_counts_of_its_report(client: Clien
 
 
 @pytest.mark.parametrize("report", [None, "{", "[]", '{"seconds": 1}'])
-def test_a_finished_result_without_a_report_has_share_one(
-    client: Client, dataset: Path, fast_path: Path, report: str | None
-) -> None:
-    paths = ResultPaths.at(carry_out(plan_for(dataset), dataset, fast_path / "result.zarr", client).path)
+def test_a_finished_result_without_a_report_has_share_one(dataset: Path, fast_path: Path, report: str | None) -> None:
+    paths = ResultPaths.at(carry_out(plan_for(dataset), dataset, fast_path / "result.zarr").path)
     if report is None:
         shutil.rmtree(paths.state)
     else:
@@ -216,13 +214,13 @@ def test_a_finished_result_without_a_report_has_share_one(
     assert str(status) == "finished"
 
 
-def test_a_wait_for_share_one_ends(client: Client, dataset: Path, fast_path: Path) -> None:
+def test_a_wait_for_share_one_ends(dataset: Path, fast_path: Path) -> None:
     result, shares = fast_path / "result.zarr", [oocattn.status(fast_path / "result.zarr").share]
 
     def look(event: Event) -> None:
         shares.append(oocattn.status(result).share)
 
-    carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[look])
+    carry_out(plan_for(dataset, chunks=13), dataset, result, callbacks=[look])
     shares.append(oocattn.status(result).share)
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
@@ -243,9 +241,7 @@ def test_a_run_that_has_not_planned_yet_is_starting(fast_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alive", [False, True])
-def test_without_a_status_file_the_plan_says_how_much_there_is(
-    client: Client, dataset: Path, fast_path: Path, alive: bool
-) -> None:
+def test_without_a_status_file_the_plan_says_how_much_there_is(dataset: Path, fast_path: Path, alive: bool) -> None:
     paths = ResultPaths.at(fast_path / "result.zarr")
     plan = plan_for(dataset, chunks=13)
 
@@ -253,7 +249,7 @@ def test_without_a_status_file_the_plan_says_how_much_there_is(
         raise SystemExit
 
     with pytest.raises(SystemExit):
-        carry_out(plan, dataset, paths.result, client, callbacks=[refuse])
+        carry_out(plan, dataset, paths.result, callbacks=[refuse])
     paths.status.unlink()
     with FileLock(paths.lock) if alive else nullcontext():
         status = oocattn.status(paths.result)
@@ -265,7 +261,7 @@ def test_without_a_status_file_the_plan_says_how_much_there_is(
 
 @pytest.mark.parametrize("content", ["", "damaged", "00000000 {}"])
 def test_a_damaged_journal_is_an_error_that_says_what_to_do(
-    client: Client, dataset: Path, fast_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+    dataset: Path, fast_path: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = ResultPaths.at(fast_path / "result.zarr")
 
@@ -273,7 +269,7 @@ def test_a_damaged_journal_is_an_error_that_says_what_to_do(
         raise SystemExit
 
     with pytest.raises(SystemExit):
-        carry_out(plan_for(dataset), dataset, paths.result, client, callbacks=[refuse])
+        carry_out(plan_for(dataset), dataset, paths.result, callbacks=[refuse])
     (paths.state / "plan.json").write_text(content)
     for use in (oocattn.status, oocattn.resume, lambda result: oocattn.attention(dataset, result)):
         with pytest.raises(IntegrityError, match=r"plan\.json.* cannot be resumed: begin again with .*\(--overwrite\)$"):
@@ -284,9 +280,9 @@ def test_a_damaged_journal_is_an_error_that_says_what_to_do(
 
 
 def test_a_damaged_journal_beside_a_finished_result_is_a_warning(
-    client: Client, dataset: Path, fast_path: Path, caplog: pytest.LogCaptureFixture
+    dataset: Path, fast_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    paths = ResultPaths.at(carry_out(plan_for(dataset), dataset, fast_path / "result.zarr", client).path)
+    paths = ResultPaths.at(carry_out(plan_for(dataset), dataset, fast_path / "result.zarr").path)
     finished = oocattn.status(paths.result)
     (paths.state / "plan.json").write_text("damaged")
     assert oocattn.status(paths.result) == finished
