@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +111,7 @@ def plan_for(
     **options: Any,
 ) -> Plan:
     """Plan without measuring speeds; `partials` overrides where they are kept."""
-    posed = {name: options.pop(name) for name in ("causal", "scale", "out_dtype") if name in options}
+    posed = {name: options.pop(name) for name in signature(make_problem).parameters if name in options}
     opened = Dataset.open(dataset)
     problem = make_problem(*opened.specs, **posed)
     machine = replace(machine, lanes=lanes, threads=threads)
