@@ -1,7 +1,6 @@
-"""Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified.
+"""Exact attention over tensors that do not fit in memory: Q, K and V in Zarr, streamed, merged and verified."""
 
-Names are imported when they are first used: PyTorch, Zarr and Dask take seconds, and much here needs none of them.
-"""
+# Names are imported when they are first used: PyTorch, Zarr and Dask take seconds, and much here needs none of them.
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from oocattn.errors import TaskError as TaskError
     from oocattn.errors import TimeLimitError as TimeLimitError
     from oocattn.errors import WorkerLostError as WorkerLostError
-    from oocattn.pipelines.session import Result as Result
+    from oocattn.pipelines.existing import Result as Result
     from oocattn.pipelines.watch.events import Attended as Attended
     from oocattn.pipelines.watch.events import Callback as Callback
     from oocattn.pipelines.watch.events import Committed as Committed
@@ -43,9 +42,9 @@ if TYPE_CHECKING:
     from oocattn.pipelines.watch.events import Started as Started
     from oocattn.pipelines.watch.events import Written as Written
     from oocattn.pipelines.watch.report import RunReport as RunReport
+    from oocattn.pipelines.watch.run_status import status as status
     from oocattn.pipelines.watch.status import Status as Status
     from oocattn.planning.plan import Plan as Plan
-    from oocattn.run_status import status as status
     from oocattn.storage.bfloat16 import BFloat16 as BFloat16
     from oocattn.storage.make.importing import import_arrays as import_arrays
     from oocattn.storage.make.synth import synthesise as synthesise
@@ -67,7 +66,7 @@ _MODULES = {
         "TimeLimitError",
         "WorkerLostError",
     ],
-    "oocattn.pipelines.session": ["Result"],
+    "oocattn.pipelines.existing": ["Result"],
     "oocattn.pipelines.watch.events": [
         "Attended",
         "Callback",
@@ -84,9 +83,9 @@ _MODULES = {
         "Written",
     ],
     "oocattn.pipelines.watch.report": ["RunReport"],
+    "oocattn.pipelines.watch.run_status": ["status"],
     "oocattn.pipelines.watch.status": ["Status"],
     "oocattn.planning.plan": ["Plan"],
-    "oocattn.run_status": ["status"],
     "oocattn.storage.bfloat16": ["BFloat16"],
     "oocattn.storage.make.importing": ["import_arrays"],
     "oocattn.storage.make.synth": ["synthesise"],

@@ -1,9 +1,9 @@
-"""What a caller may pass as an option: a checker for each kind, and `checked`, which applies them before a function begins.
+"""Checks of a caller's options: a checker for each kind, and `checked`.
 
-A checker takes the option's name and what was passed. It returns that as Python's own (a bool, int, float, str or tuple), or
-raises ProblemError, which names the option, what was found and what was expected. Scalars of NumPy and PyTorch, and their
-arrays without dimensions, count as the numbers that they hold; a bool is no number. Which options a function has, and what
-each may be, is said above the function.
+`checked` applies them before a function begins. A checker takes the option's name and what was passed. It returns
+that as Python's own (a bool, int, float, str or tuple), or raises ProblemError, which names the option, what was
+found and what was expected. Scalars of NumPy and PyTorch, and their arrays without dimensions, count as the numbers
+that they hold; a bool is no number. Which options a function has, and what each may be, is said above the function.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Check = Callable[[str, object], Any]
 """(name, value) to the value as Python's own. Raises ProblemError."""
 
 Dtype: TypeAlias = "str | torch.dtype | np.dtype[Any] | type"
-"""How callers name a dtype: "float16", "bf16", torch.float16, numpy.float16, numpy.dtype("float16")."""
+"""A dtype as callers name it: "float16", "bf16", torch.float16, numpy.float16."""
 
 Size = float | str
-"""How callers give bytes: 2147483648, "2GiB"."""
+"""Bytes as callers give them: 2147483648, "2GiB"."""
 
 Duration = float | str | timedelta
-"""How callers give a duration: 90, "1h30m", timedelta(minutes=90)."""
+"""A duration as callers give it: 90, "1h30m", timedelta(minutes=90)."""
 
 MOST_COUNT = 2**48
 """Of rows, heads and the like: the size of a dimension at most."""
@@ -60,7 +60,7 @@ _shown.maxstring = _shown.maxother = 80
 
 
 def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have the options of a function checked before anything else is done. None passes where it is the default."""
+    """Have a function's options checked first; None passes where it is the default."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters

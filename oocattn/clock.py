@@ -1,4 +1,4 @@
-"""The one clock of runs: moments that can be compared, whatever happens to the wall clock meanwhile.
+"""The one clock of runs: moments to compare, even if the wall clock is set.
 
 NTP, an administrator or the host of a virtual machine may set the wall clock to any time. Durations, rates and limits are
 differences of the moments here; wall time (`time.time`, `time.strftime`) is for people to read.
@@ -12,23 +12,23 @@ from contextlib import suppress
 from pathlib import Path
 
 _BEGINNING = time.time() - time.monotonic()
-"""When the monotonic clock was 0, by the wall clock as this process found it."""
+"""Wall-clock time at which the monotonic clock was 0, as first found here."""
 
 _IMPORTED = time.monotonic()
 
 
 def now() -> float:
-    """The moment, in seconds since the epoch. It never goes back and never jumps, as the wall clock may."""
+    """The moment, in seconds since the epoch; it never goes back and never jumps."""
     return _BEGINNING + time.monotonic()
 
 
 def rate(amount: float, seconds: float) -> float:
-    """The amount per second; 0 where no time has passed, for a clock may be coarse or stand still."""
+    """The amount per second; 0 where no time has passed, as on a coarse clock."""
     return amount / seconds if seconds > 0 else 0.0
 
 
 def process_age() -> float:
-    """Seconds since this process started; since this module was imported where the system does not say."""
+    """Seconds since this process started, or since this import if that is unknown."""
     known = time.monotonic() - _IMPORTED
     with suppress(OSError, ValueError, IndexError):
         # Field 22 of proc(5): the start in clock ticks since boot. Field 2 is a name in brackets that may hold anything.

@@ -1,21 +1,21 @@
-"""The errors that a user meets. Every message says what was found, what was expected and what to do."""
+"""Errors that a user meets: what was found, what was expected, what to do."""
 
 from oocattn.text import printable
 
 
 class OocattnError(Exception):
-    """Base of every error that oocattn raises on purpose. Its text is fit to print, whatever names it holds."""
+    """Base of all errors that oocattn raises on purpose; the text is fit to print."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class ProblemError(OocattnError, ValueError):
-    """The input does not describe an attention problem: shapes, heads, dtypes, options."""
+    """The input does not describe an attention problem: shapes, dtypes, options."""
 
 
 class BudgetError(OocattnError, ValueError):
-    """A memory budget is too small for any plan; the message names the smallest that works."""
+    """A memory budget is too small for any plan; it names the smallest that works."""
 
 
 class ResultExistsError(OocattnError, FileExistsError):
@@ -27,18 +27,15 @@ class IntegrityError(OocattnError, RuntimeError):
 
 
 class TaintedError(IntegrityError):
-    """What a run has computed cannot be trusted: it is discarded, and cannot be resumed."""
+    """Computed state cannot be trusted: it is discarded, and cannot be resumed."""
 
 
 class RemoteError(OocattnError, OSError):
-    """A remote store did not answer, though it was asked for a minute, or answered that it never will.
-
-    What a run has done is on disk: `resume` goes on.
-    """
+    """A remote store did not answer for a minute, or never will; `resume` continues."""
 
 
 class RemoteDeniedError(RemoteError):
-    """A remote store does not let an object be read; some, as S3, answer so where there is none, too."""
+    """A remote store denies an object; some answer so where there is none."""
 
 
 class LockedError(OocattnError, RuntimeError):
@@ -46,14 +43,14 @@ class LockedError(OocattnError, RuntimeError):
 
 
 class WorkerLostError(OocattnError, RuntimeError):
-    """Workers died, or their scheduler did, and the run cannot go on without them."""
+    """Workers died, or their scheduler did, and the run cannot continue without them."""
 
 
 class TaskError(OocattnError, RuntimeError):
-    """A step of a run failed for a reason that was not foreseen, and failed again when it was tried again.
+    """A step of a run failed for an unforeseen reason, and failed again when retried.
 
-    `work` says which it was: a subproblem, a query chunk that was to be merged or written, a checkpoint, the set-up of a
-    lane, the check of the dataset, the search for finished work, or the commit of the result.
+    `work` names the step: a subproblem, a query chunk to be merged or written, a checkpoint, the set-up of a lane,
+    the check of the dataset, the search for finished work, or the commit of the result.
     """
 
     def __init__(self, work: str, reason: str) -> None:
@@ -65,10 +62,10 @@ class TaskError(OocattnError, RuntimeError):
 
 
 class StalledError(OocattnError, RuntimeError):
-    """No task of a run has ended for three minutes, or for far longer than the plan predicts where that is more.
+    """No task of a run has ended for far longer than planned, or three minutes.
 
-    The message names the workers, what keeps them and what to do; what was done before is on disk. Also: a run cannot begin,
-    because it would wait for the thread that starts it.
+    The message names the workers, what keeps them and what to do; the work that was done is on disk. Also: a run
+    cannot begin, because it would wait for the thread that starts it.
     """
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 from oocattn.garbage import collection_paused
 from oocattn.surroundings import in_some_folder
+
+_IMPORTING = threading.RLock()
+"""One thread at a time: libraries whose modules import each other in a circle fail where two threads enter it (numpy)."""
 
 
 def lazy_attributes(
@@ -24,7 +27,7 @@ def lazy_attributes(
     def get_attribute(name: str) -> object:
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        with collection_paused(), in_some_folder():
+        with _IMPORTING, collection_paused(), in_some_folder():
             found = getattr(import_module(module_of[name]), name)
         namespace[name] = found
         return found
@@ -44,7 +47,10 @@ def import_after_zarr(module: str) -> None:
 
 
 class _AfterZarr(MetaPathFinder):
-    """Finds Zarr once, as others do, and has a module imported after it."""
+    """Finds Zarr as the other finders do, and has a module imported after it.
+
+    It stays until Zarr is imported: others ask for its spec only to know whether it is installed.
+    """
 
     def __init__(self, module: str) -> None:
         self._module = module
@@ -52,13 +58,15 @@ class _AfterZarr(MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != "zarr":
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        found = (finder.find_spec(fullname, path, target) for finder in list(sys.meta_path) if finder is not self)
+        spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_import(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 if "oocattn.storage.zarr_compat" not in sys.modules:  # else that imports it, once Zarr is there
                     import_module(self._module)
 

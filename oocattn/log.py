@@ -1,4 +1,4 @@
-"""The package's logger: its messages are fit to print, and a handler that fails ends nothing."""
+"""The package's logger: messages fit to print, handlers that may fail."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from oocattn.text import printable
 
 
 class _Logger(logging.Logger):
-    """A logger of runs of days: a log that cannot be written costs lines of the log, not the run."""
+    """A logger that loses lines where they cannot be written, but never ends a run."""
 
     around: Callable[[], AbstractContextManager[object]] = nullcontext
-    """What a message is handled in: a progress bar makes way for it."""
+    """Context in which a message is handled: a progress bar makes way for it."""
 
     def handle(self, record: logging.LogRecord) -> None:
-        """Pass the record on with its message on one line, control characters escaped; numbers stay what they are."""
+        """Pass the record on, on one line, control characters escaped, numbers kept."""
         try:
             record.msg = printable(record.msg)
             if isinstance(record.args, tuple):

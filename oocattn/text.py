@@ -1,4 +1,4 @@
-"""Text from outside, made fit to print: names, locations and messages that come from files, other hosts or the user."""
+"""Text from outside, made fit to print: names, locations and messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-"""Unicode categories that move a cursor, reverse or break a line, show nothing, or cannot be encoded."""
+"""Unicode categories that move a cursor, break a line or show nothing."""
 
 MOST_SHOWN = 2000
 """Characters of a text that are printed at most."""
@@ -20,15 +20,15 @@ _SECRET = re.compile(r"([?&][^=&#\s]*(?:sig|token|key|secret|passw|credential|au
 
 
 def without_credentials(text: str) -> str:
-    """The text without what URLs in it have before the host, and without the values of signatures, keys and the like."""
+    """The text with URLs without user, password, and values of keys and signatures."""
     return text if "://" not in text else _SECRET.sub(r"\1***", _USER.sub(r"\1\2", text))
 
 
 def printable(text: object) -> str:
-    r"""The text on one line, with control characters, line breaks and surrogates as escapes such as `\x1b`.
+    """The text on one line, with control characters as escapes such as `\\x1b`.
 
-    A terminal is told nothing by it, no line is forged, and URLs are without credentials. What is longer than `MOST_SHOWN`
-    characters is cut.
+    Line breaks and surrogates are escaped too. A terminal is told nothing by it, no line is forged, and URLs are
+    without credentials. What is longer than `MOST_SHOWN` characters is cut.
     """
     found = without_credentials(str(text))
     cut = found if len(found) <= MOST_SHOWN else f"{found[:MOST_SHOWN]}..."
@@ -42,7 +42,7 @@ def some_of(names: Sequence[str], most: int) -> str:
 
 
 def display_width(text: str) -> int:
-    """The columns that a text takes where every character has the same width, but for wide ones of East Asia."""
+    """Columns of a text in a font of one width, where wide characters take two."""
     return sum(1 + (unicodedata.east_asian_width(character) in ("W", "F")) for character in text)
 
 

@@ -18,8 +18,13 @@ MOST_SECONDS = 1e9
 
 
 def ceil_div(count: int, size: int) -> int:
-    """How many parts of `size` hold `count`: the quotient, rounded up."""
+    """The number of parts of `size` that hold `count`: the quotient, rounded up."""
     return -(-count // size)
+
+
+def round_up(count: int, quantum: int) -> int:
+    """The next multiple of `quantum`."""
+    return ceil_div(count, quantum) * quantum
 
 
 def parse_size(text: str | float, unit: str = "size") -> int:

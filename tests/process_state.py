@@ -5,12 +5,20 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+OF_OTHERS = re.compile(
+    r"PYTEST_|__DASK_|TORCHINDUCTOR_|(OMP|MKL|OPENBLAS)_NUM_THREADS$|MALLOC_TRIM_THRESHOLD_$|PYTHONHASHSEED$"
+)
+"""Variables that pytest sets, that PyTorch sets as it is imported, and that Dask sets where it starts processes."""
+
+USUAL_INTERVAL = sys.getswitchinterval()
+
 LOGGERS = ("", "oocattn", "distributed", "asyncio", "tornado")
 
 
@@ -21,11 +29,12 @@ def process_state() -> dict[str, Any]:
     except FileNotFoundError:
         folder = ""
     state: dict[str, Any] = {
+        "warning filters": list(warnings.filters),
+        "modules": len(sys.modules),
         "switch interval": sys.getswitchinterval(),
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
-        "warning filters": list(warnings.filters),
         "current folder": folder,
-        "environment": {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        "environment": {name: value for name, value in os.environ.items() if not OF_OTHERS.match(name)},
         "signal handlers": {number: signal.getsignal(number) for number in SIGNALS},
     }
     for name in LOGGERS:
@@ -48,7 +57,12 @@ def process_state() -> dict[str, Any]:
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What has changed; what was imported meanwhile has no state before."""
     changed = []
+    imported = before.pop("modules") != after.pop("modules")  # libraries add filters of warnings as they are imported
     for name, value in before.items():
+        if name == "warning filters" and imported:
+            continue
+        if name == "switch interval" and after[name] == USUAL_INTERVAL:
+            continue  # a lane that an earlier test had held was collected as garbage
         if after[name] != value:
             if isinstance(value, dict):
                 keys = [key for key in {**value, **after[name]} if value.get(key) != after[name].get(key)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,16 +20,17 @@ import oocattn
 from oocattn import Event, Plan, Result
 from oocattn.kernels import AttentionState, Kernel, get_kernel
 from oocattn.kernels.intervals import Intervals
-from oocattn.pipelines.lane.lane import Job, Lane
+from oocattn.pipelines.existing import Request
+from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.run import Run, begin_run
 from oocattn.pipelines.session import run_plan
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.cost import recost
 from oocattn.planning.machine import Hardware, Machine
-from oocattn.planning.measure import input_cost
+from oocattn.planning.reading import input_cost
 from oocattn.problem.problem import Problem, make_problem
 from oocattn.problem.scores import Scores
 from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.journal.journal import Journal
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.growing import GrowingResult, Layout, RunState
 
@@ -109,7 +111,7 @@ def plan_for(
     **options: Any,
 ) -> Plan:
     """Plan without measuring speeds; `partials` overrides where they are kept."""
-    posed = {name: options.pop(name) for name in ("causal", "scale", "out_dtype") if name in options}
+    posed = {name: options.pop(name) for name in signature(make_problem).parameters if name in options}
     opened = Dataset.open(dataset)
     problem = make_problem(*opened.specs, **posed)
     machine = replace(machine, lanes=lanes, threads=threads)
@@ -141,14 +143,14 @@ def carry_out(
     overwrite: bool = False,
 ) -> Result:
     """Run a plan inline or, where Dask is the point, on the workers of a client."""
-    return run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), client, callbacks=callbacks, overwrite=overwrite)
+    request = Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result), overwrite)
+    return run_plan(plan, request, client, callbacks=callbacks)
 
 
-def job_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Job:
-    """The job of a lane by itself, on `folder`/dataset.zarr and with a new result in `folder`."""
+def run_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Run:
+    """The run of a lane by itself, on `folder`/dataset.zarr and with a new result in `folder`."""
     state, growing = begun(ResultPaths.at(folder / result), plan)
-    journal = Journal.begin(state.paths.state, {"result": growing.name}, state.claim)
-    return Job("run", plan, Dataset.open(folder / "dataset.zarr"), growing.arrays, journal, state.paths.scratch, {})
+    return begin_run(state, plan, Dataset.open(folder / "dataset.zarr"), growing, {})
 
 
 def begun(paths: ResultPaths, plan: Plan) -> tuple[RunState, GrowingResult]:

@@ -107,8 +107,8 @@ def test_a_result_that_is_there_costs_no_start(dataset: Path, fast_path: Path, m
     def start(*_: object) -> None:
         raise AssertionError("something was started")
 
-    for name in ("warm_up", "describe_hardware", "rehearse"):
-        monkeypatch.setattr(f"oocattn.api.{name}", start)
+    for name in ("pipelines.workplace.warm_up", "pipelines.workplace.rehearse", "planning.measure.describe_hardware"):
+        monkeypatch.setattr(f"oocattn.{name}", start)
     monkeypatch.setattr("oocattn.pipelines.engines.dask.local_cluster.local_client", start)
     assert oocattn.attention(dataset, fast_path / "out.zarr").report == result.report
     with pytest.raises(ResultExistsError, match="its problem differs"):

@@ -14,6 +14,7 @@ from tornado.ioloop import IOLoop
 
 import oocattn
 from oocattn import Event, clock
+from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.pipelines.watch.progress import ProgressBar
 from oocattn.storage.inputs.dataset import Dataset
@@ -74,7 +75,7 @@ def test_a_run_is_right_when_the_clock_is_set_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("oocattn.pipelines.watch.status.INTERVAL", 0.0)
+    monkeypatch.setattr("oocattn.pipelines.watch.status.WRITING_SECONDS", 0.0)
     plan, paths = plan_for(dataset, chunks=7), ResultPaths.at(result)
     recorder, statuses = Recorder([]), []
 
@@ -88,7 +89,8 @@ def test_a_run_is_right_when_the_clock_is_set_meanwhile(
 
         listeners = [recorder, ProgressBar(), look]
         until = clock.now() + 3600
-        report = run_plan(plan, Dataset.open(dataset), paths, "inline", callbacks=listeners, until=until).report
+        request = Request(plan.problem, Dataset.open(dataset), paths)
+        report = run_plan(plan, request, "inline", callbacks=listeners, until=until).report
     assert 0 <= report.seconds < 60
     assert 0 <= report.compute_busy <= 1
     assert "compute      busy" in str(report)

@@ -188,7 +188,7 @@ def test_a_result_that_was_being_replaced_comes_back_if_another_run_begins(datas
     result.rename(paths.replaced)
     with pytest.raises(EnoughError):
         carry_out(plan, dataset, result, callbacks=[interrupt("attended", 3)], overwrite=True)
-    np.testing.assert_array_equal(oocattn.pipelines.session.open_result(result).out[...], old)
+    np.testing.assert_array_equal(oocattn.pipelines.existing.open_result(result).out[...], old)
     assert not paths.replaced.exists()
 
 

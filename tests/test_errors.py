@@ -99,7 +99,7 @@ def test_what_is_no_problem_is_refused(
 
 
 def test_a_cluster_without_workers_is_refused(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "FIRST_WORKER", 0.2)
+    monkeypatch.setattr(cluster, "FIRST_WORKER_SECONDS", 0.2)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
         Client(nobody, set_as_default=False) as client,

@@ -25,7 +25,7 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 import oocattn
 from oocattn import Event, OocattnError, Result
 from oocattn.pipelines import failing
-from oocattn.planning.measure import UNKNOWN_DISK, free_disk
+from oocattn.planning.host import UNKNOWN_DISK, free_disk
 from oocattn.storage.files import operations
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.journal import lock
@@ -55,7 +55,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process, and with nobody waiting long."""
     monkeypatch.setattr(operations, "_said", set())
     monkeypatch.setattr(lock, "BEAT", 0.05)
-    monkeypatch.setattr(failing, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(failing, "PAUSES_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ print(json.dumps(answers))
 """
 
 REFUSES = (
-    *("a product in another thread", "after a run", "plan", "attention", "doctor", "one thread"),
+    *("after a run", "plan", "attention", "doctor", "one thread"),
     "resume of an unfinished run",
 )
 
@@ -104,6 +104,8 @@ def test_a_fork_refuses_what_would_never_end_and_does_the_rest(client: Client, d
     arguments = [sys.executable, "-c", FORK, str(dataset), str(result), str(unfinished)]
     answers = json.loads(subprocess.run(arguments, check=True, stdout=subprocess.PIPE).stdout)
     assert answers.pop("client").startswith("ProblemError: the client was made before this process was forked")
+    product = answers.pop("a product in another thread")  # which a fork survives or not, as the BLAS has it
+    assert product == "works" or product.startswith(REFUSED)
     refused = {name: answers.pop(name) for name in REFUSES}
     assert all(answer.startswith(REFUSED) and "spawn" in answer for answer in refused.values()), refused
     assert set(answers.values()) == {"works"}, answers

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -88,8 +90,31 @@ def test_every_public_name_is_there_by_every_way() -> None:
         oocattn.nothing  # noqa: B018
 
 
+def test_names_are_imported_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that import numpy at once may find it half there: its modules import each other."""
+    package = tmp_path / "lazy"
+    package.mkdir()
+    modules = {"lazy.one": ["one"], "lazy.two": ["two"]}
+    names = f"from oocattn.imports import lazy_attributes\n__getattr__, __dir__ = lazy_attributes(__name__, {modules})\n"
+    package.joinpath("__init__.py").write_text(f"{names}steps = []")
+    for name in ("one", "two"):
+        lines = "import lazy, time", "lazy.steps += ['begin']", "time.sleep(0.1)", "lazy.steps += ['end']", f"{name} = 1"
+        package.joinpath(f"{name}.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    lazy = importlib.import_module("lazy")
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda name: getattr(lazy, name), ("one", "two"))) == [1, 1]
+    assert lazy.steps == ["begin", "end", "begin", "end"]
+
+
 @pytest.mark.parametrize(
-    "imports", ["import zarr, oocattn", "import oocattn, zarr", "import oocattn; oocattn.import_arrays"]
+    "imports",
+    [
+        "import zarr, oocattn",
+        "import oocattn, zarr",
+        "import oocattn; oocattn.import_arrays",
+        "import oocattn, importlib.util; importlib.util.find_spec('zarr')",  # as xarray asks whether it is installed
+    ],
 )
 def test_plain_zarr_reads_bfloat16_whatever_is_imported_first(tmp_path: Path, imports: str) -> None:
     values = np.arange(8, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(1, 1, 4, 2)

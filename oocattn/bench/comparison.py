@@ -36,7 +36,8 @@ from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, 
 from oocattn.errors import ProblemError
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.watch.report import RunReport
-from oocattn.planning.measure import choose_device, count_lanes, free_disk
+from oocattn.planning.host import free_disk
+from oocattn.planning.measure import choose_device, count_lanes
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import DTYPES
 from oocattn.storage.inputs.dataset import Dataset
@@ -242,6 +243,7 @@ def _reset_peak() -> None:
     """Free cached device memory, and measure its peak from here."""
     if torch.cuda.is_available():
         gc.collect()
+        torch.cuda.init()  # before, there is no peak to reset
         torch.cuda.empty_cache()
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)

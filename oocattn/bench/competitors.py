@@ -26,7 +26,7 @@ from oocattn.errors import OocattnError
 from oocattn.kernels import AttentionState, finalise, get_kernel
 from oocattn.kernels.intervals import make_intervals
 from oocattn.operations.tiles import pieces
-from oocattn.pipelines.session import Result
+from oocattn.pipelines.existing import Result
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.problem.mask import Cover
 from oocattn.problem.problem import Problem

@@ -228,10 +228,10 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client | None
         return nullcontext(None)
     if options.engine == INLINE:
         raise ProblemError("--engine inline with --scheduler: it runs on threads of this process; leave one of both out")
-    from oocattn.pipelines.engines.dask.connecting import CONNECT, connect
+    from oocattn.pipelines.engines.dask.connecting import CONNECT_SECONDS, connect
 
     left = _time_left(options.time_limit)
-    return connect(options.scheduler, CONNECT if left is None else min(CONNECT, left))
+    return connect(options.scheduler, CONNECT_SECONDS if left is None else min(CONNECT_SECONDS, left))
 
 
 class _PlanPrinter:

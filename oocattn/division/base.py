@@ -1,7 +1,4 @@
-"""The interface of divisions: chunk pairs dealt out to subproblems.
-
-The rules are in `quorums` and `strips`.
-"""
+"""The interface of divisions, as in `quorums` and `strips`: pairs to subproblems."""
 
 from __future__ import annotations
 
@@ -41,7 +38,7 @@ class Subproblem:
 
 
 class Division(Protocol):
-    """A decomposition of one head group's chunk pairs into subproblems; each ordered pair is owned exactly once.
+    """A decomposition of one head group's chunk pairs; each has exactly one owner.
 
     Triangular divisions own the pairs with key chunk <= query chunk, others all c^2. Indices out of range raise IndexError;
     `owner` of a pair above the triangle raises ValueError.
@@ -53,7 +50,7 @@ class Division(Protocol):
 
     @property
     def triangular(self) -> bool:
-        """Whether no chunk attends a later one: `problem.mask.Mask.triangular`."""
+        """True if no chunk attends a later one: `problem.mask.Mask.triangular`."""
 
     @property
     def subproblems(self) -> int:
@@ -63,22 +60,21 @@ class Division(Protocol):
         """Everything that subproblem `index` owns and needs."""
 
     def contributors(self, chunk: int) -> tuple[int, ...]:
-        """Ascending indices of the subproblems that hand back a partial for this query chunk."""
+        """Ascending indices of the subproblems with a partial for this query chunk."""
 
     def owner(self, query_chunk: int, key_chunk: int) -> int:
         """Index of the one subproblem that owns the pair."""
 
     def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
-        """Which of `lanes` lanes takes each query chunk and all that contributes to it, where each merges in its own memory:
-        [chunks].
+        """The lane, of `lanes`, that merges each query chunk in its own memory: [chunks].
 
-        All 0, where subproblems contribute to several chunks.
+        A lane takes a chunk with all that contributes to it. All 0, where subproblems contribute to several chunks.
         """
 
 
 @singledispatch
 def chunk_reads(division: Division) -> tuple[int, int]:
-    """Query chunks and key chunks staged, each counted once for every subproblem that needs it.
+    """Query chunks and key chunks staged, once for every subproblem that needs them.
 
     The rows of Q, K and V read, in units of N, are (query + 2 key) / c. This general form walks every subproblem; the
     divisions of this package register closed forms, milliseconds at c = 10,000.
@@ -94,7 +90,7 @@ def require_index(index: int, count: int, what: str) -> None:
 
 
 def require_pair(division: Division, query_chunk: int, key_chunk: int) -> None:
-    """Raise IndexError for chunks out of range, ValueError for a pair above the triangle."""
+    """Check a pair: IndexError out of range, ValueError above the triangle."""
     require_index(query_chunk, division.chunks, "query chunk")
     require_index(key_chunk, division.chunks, "key chunk")
     if division.triangular and key_chunk > query_chunk:

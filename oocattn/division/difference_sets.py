@@ -1,4 +1,4 @@
-"""Difference sets and difference covers: the k residues modulo c from which every quorum is cut.
+"""Difference sets and covers: the k residues modulo c that make every quorum.
 
 A set S of residues is a *difference cover* modulo c when every residue is a difference of two of its elements, and a
 perfect *difference set* (lambda = 1, c = k(k-1)+1) when every non-zero one is so exactly once. Nothing here knows of
@@ -21,13 +21,15 @@ from __future__ import annotations
 from itertools import accumulate, count, product
 from math import isqrt
 
+from oocattn.units import ceil_div
+
 
 def difference_cover(modulus: int) -> tuple[int, ...]:
-    """The difference cover used for `modulus`: perfect where a Singer set exists, ascending, containing 0.
+    """The difference cover of `modulus`: perfect where a Singer set exists.
 
-    Of all its translates and mirror images it is the one with the smallest gaps on both sides of 0 (`quorum.py` says
-    what that saves), then the lexicographically smallest. Always the same for the same modulus. Raises ValueError for
-    a modulus below 1.
+    It is ascending and contains 0. Of all its translates and mirror images it is the one with the smallest gaps on
+    both sides of 0 (`quorum.py` says what that saves), then the lexicographically smallest. Always the same for the
+    same modulus. Raises ValueError for a modulus below 1.
     """
     if modulus < 1:
         raise ValueError(f"modulus {modulus}: expected at least 1")
@@ -41,7 +43,7 @@ def difference_cover(modulus: int) -> tuple[int, ...]:
 
 
 def perfect_order(modulus: int) -> int | None:
-    """q where modulus = q^2+q+1 has a perfect difference set: q = 0, 1 or a prime power; else None."""
+    """q (0, 1, a prime power) where modulus = q^2+q+1 has a perfect set; else None."""
     order = (isqrt(4 * modulus - 3) - 1) // 2
     if order * order + order + 1 != modulus:
         return None
@@ -50,13 +52,13 @@ def perfect_order(modulus: int) -> int | None:
 
 
 def _prime_and_degree(order: int) -> tuple[int, int]:
-    """The smallest prime factor p of order >= 2, and the smallest m with p^m >= order: equal for a prime power."""
+    """The least prime factor p of order >= 2, and the least m with p^m >= order."""
     prime = next(d for d in range(2, order + 1) if order % d == 0)
     return prime, next(m for m in count(1) if prime**m >= order)
 
 
 def _singer_set(order: int) -> list[int]:
-    """Zeros of the first recurrence over GF(order), a prime power, whose zeros are a perfect difference set."""
+    """Zeros of the first recurrence over GF(order) that are a perfect set."""
     add, multiply = _field(order)
     modulus = order * order + order + 1
     # Without an s(i+2) term (tried first) the zeros hold 0, 1 and 3, the two smallest gaps side by side.
@@ -68,7 +70,7 @@ def _singer_set(order: int) -> list[int]:
 
 
 def _zeros(add: list[list[int]], by_a: list[int], by_b: list[int], by_d: list[int]) -> list[int]:
-    """Positions of the zeros of s(i+3) = a s(i+2) + b s(i+1) + d s(i) in its first period, stopping at one too many."""
+    """Zeros of s(i+3) = a s(i+2) + b s(i+1) + d s(i), up to one too many."""
     order = len(add)
     zeros: list[int] = []
     first, second, third = 0, 0, 1
@@ -82,7 +84,7 @@ def _zeros(add: list[list[int]], by_a: list[int], by_b: list[int], by_d: list[in
 
 
 def _field(order: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Addition and multiplication tables of GF(order): element 0 is zero, i+1 the i-th power of a generator."""
+    """Tables of + and * of GF(order): 0 is zero, i+1 the i-th power of a generator."""
     prime, degree = _prime_and_degree(order)
     zero = (0,) * degree
     for reduction in product(range(prime), repeat=degree):  # x^degree = reduction, lowest coefficient first
@@ -100,14 +102,14 @@ def _field(order: int) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def _ruler_cover(modulus: int) -> list[int]:
-    """The Wichmann ruler of fewest marks that measures every length to modulus/2, laid around the circle.
+    """The Wichmann ruler of fewest marks for modulus/2, laid around the circle.
 
     No mark of it is redundant (tested), so there is nothing to prune.
     """
     length = modulus // 2
     sizes: list[tuple[int, int, int]] = []  # marks, r, s
     for r in count():
-        s = max(0, -(-(length - 4 * r * (r + 2) - 3) // (4 * r + 3)))
+        s = max(0, ceil_div(length - 4 * r * (r + 2) - 3, 4 * r + 3))
         sizes.append((4 * r + s + 3, r, s))
         if s == 0:
             break

@@ -8,7 +8,7 @@ import textwrap
 from oocattn.division.base import Division
 
 MOST_CHUNKS = 133
-"""Larger matrices are drawn up to this chunk: more cells than this are neither seen nor loaded by a browser."""
+"""The chunk up to which larger matrices are drawn; browsers load no more cells."""
 
 _SIDE = 720
 _MARGIN = 60
@@ -16,10 +16,7 @@ _CELL = 7.5  # the width of a character at most, in a monospaced font of size 12
 
 
 def draw_division(division: Division, mask: str) -> str:
-    """The matrix as SVG: rows are query chunks, columns key chunks.
-
-    A colour is a subproblem; the caption names the mask.
-    """
+    """The matrix as SVG: rows are query chunks, columns keys, colours subproblems."""
     shown = min(division.chunks, MOST_CHUNKS)
     cell = _SIDE / shown
     cells = []
@@ -48,7 +45,7 @@ def draw_division(division: Division, mask: str) -> str:
 
 
 def _colour(index: int) -> str:
-    """Hues by the golden ratio: neighbouring indices are far apart, and no two of a few hundred are alike."""
+    """A hue by the golden ratio: no two of a few hundred are alike."""
     hue = index * 0.6180339887 % 1.0
     lightness = (0.55, 0.7, 0.4)[index % 3]
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.65)

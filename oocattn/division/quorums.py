@@ -1,4 +1,4 @@
-"""Cyclic quorums: which chunk pairs a subproblem computes, and which subproblem owns a chunk pair.
+"""Cyclic quorums: the subproblem that owns each chunk pair.
 
 Pure integers: no I/O, no tokens, no bytes. Difference sets are made in `difference.py`; the other decomposition is in
 `strips.py`; how many chunks to take is decided in `planner.py`.
@@ -55,7 +55,7 @@ from oocattn.division.difference_sets import difference_cover, perfect_order
 
 
 def candidate_chunk_counts(limit: int) -> tuple[int, ...]:
-    """Every c up to `limit` that has a perfect difference set, ascending: 1, 3, 7, 13, 21, 31, 57, ..."""
+    """Every c up to `limit` with a perfect difference set: 1, 3, 7, 13, 21, 31, ..."""
     counts = takewhile(lambda c: c <= limit, (q * q + q + 1 for q in range(limit + 1)))
     return tuple(c for c in counts if perfect_order(c) is not None)
 
@@ -68,21 +68,18 @@ def quorum_size(chunks: int) -> int:
 
 @dataclass(frozen=True)
 class _Pattern:
-    """The pairs of quorum 0; every other quorum is a translate of it.
-
-    All tables together hold about 2c integers.
-    """
+    """The pairs of quorum 0, which others translate: tables of 2c integers."""
 
     offsets: tuple[int, ...]
     """The difference cover: the chunks of quorum 0."""
     query_offset: tuple[int, ...]
-    """[d] the offset x of the query chunk that stands for key - query = d, the key's offset being x + d; [0] is 0."""
+    """[d] offset x of the query chunk for key - query = d, key x + d; [0] is 0."""
     key_offsets: dict[int, tuple[int, ...]]
     """[x] the offsets that the query chunk at offset x attends, itself left out."""
     query_gap: dict[int, int]
-    """[x] the distance down to the nearest of them: 0 where x owns its diagonal, c where it attends none."""
+    """[x] distance down to the nearest key chunk of x: 0 its own, c none."""
     key_gap: dict[int, int]
-    """[y] likewise for a key chunk, the distance up to the nearest query chunk that attends it."""
+    """[y] distance up to the nearest query chunk that attends key chunk y."""
 
 
 @lru_cache(maxsize=64)
@@ -109,10 +106,11 @@ def _pattern(chunks: int) -> _Pattern:
 
 @dataclass(frozen=True)
 class CyclicQuorums:
-    """CQS Divide: subproblem i is what quorum i of a cyclic quorum set over `chunks` chunks owns. Implements Division.
+    """CQS Divide: subproblem i is what quorum i of a cyclic quorum set owns.
 
-    Any number of chunks works; those of `candidate_chunk_counts` are perfect, and 1 is the undivided call. The tables
-    of a chunk count are made at first use, in well under a second up to 10,000, and shared.
+    The set is over `chunks` chunks. Implements Division. Any number of chunks works; those of
+    `candidate_chunk_counts` are perfect, and 1 is the undivided call. The tables of a chunk count are made at first
+    use, in well under a second up to 10,000, and shared.
     """
 
     chunks: int

@@ -1,4 +1,4 @@
-"""Strips: the query-stationary decomposition, one query chunk against a run of neighbouring key chunks.
+"""Strips: one query chunk against a run of neighbouring key chunks.
 
 The second decomposition beside the cyclic quorums of `quorum.py`, where the records it hands out are defined. Pure
 integers: no I/O, no tokens, no bytes.
@@ -24,14 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.division.base import Block, Subproblem, chunk_reads, require_index, require_pair
+from oocattn.units import ceil_div
 
 
 @dataclass(frozen=True)
 class Strips:
-    """Subproblem (i, j) is query chunk i against key chunks j*span to (j+1)*span; causal, those up to i. A Division.
+    """Subproblem (i, j) is query chunk i against key chunks j*span to (j+1)*span.
 
-    Indices count over j within i. Causal strips without a key do not exist. A span of c or more makes one strip of
-    every query chunk.
+    Causal: those up to i. Implements Division. Indices count over j within i. Causal strips without a key do not
+    exist. A span of c or more makes one strip of every query chunk.
     """
 
     chunks: int
@@ -69,14 +70,14 @@ class Strips:
         return self._first(query_chunk) + key_chunk // self.span
 
     def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
-        """Dealt out back and forth from the last, which has most to do where causal: 0 1 2 2 1 0 0 1 2 and so on."""
+        """Deal lanes out back and forth from the last chunk, the longest: 0 1 2 2 1 0."""
         places = np.arange(self.chunks)[::-1] % (2 * lanes)
         return np.minimum(places, 2 * lanes - 1 - places)
 
     def _first(self, query_chunk: int) -> int:
         """Index of strip (query_chunk, 0), which is the number of strips before it."""
         if not self.triangular:
-            return query_chunk * -(-self.chunks // self.span)
+            return query_chunk * ceil_div(self.chunks, self.span)
         # Query chunks come in runs of `span`; each chunk of run n has n+1 strips.
         run, within = divmod(query_chunk, self.span)
         return self.span * run * (run + 1) // 2 + within * (run + 1)
@@ -84,7 +85,7 @@ class Strips:
     def _place(self, index: int) -> tuple[int, int]:
         """(i, j) of subproblem `index`."""
         if not self.triangular:
-            return divmod(index, -(-self.chunks // self.span))
+            return divmod(index, ceil_div(self.chunks, self.span))
         run = (isqrt(8 * (index // self.span) + 1) - 1) // 2  # the largest whose first index is not beyond
         within, strip = divmod(index - self._first(run * self.span), run + 1)
         return run * self.span + within, strip

@@ -1,4 +1,4 @@
-"""Partial attention and its merge on a device; nothing of disks, plans or tasks belongs here."""
+"""Kernels: partial attention on a device, and merging; no disks, plans or tasks."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from oocattn.kernels import AttentionState, get_kernel
 from oocattn.problem.scores import Scores
 
 ROWS, KEYS = 64, 512
-"""Of the call whose bits are hashed: enough for every vector width, and some milliseconds."""
+"""Size of the call whose bits are hashed: every vector width, some milliseconds."""
 
 
 def arithmetic_of(kernel: str, head_dim: int, dtype: str, device: str) -> dict[str, str]:
@@ -46,7 +46,7 @@ def _blas() -> str:
 
 
 def _bits(kernel: str, head_dim: int, dtype: str) -> str:
-    """A digest of what the kernel makes of numbers that are always the same, to the last bit."""
+    """Digest the kernel's exact result on fixed numbers."""
     count = (ROWS + 2 * KEYS) * head_dim
     numbers = torch.arange(count, dtype=torch.int64, device="cpu")
     numbers.mul_(2654435761).remainder_(1 << 16)  # Knuth's multiplicative hashing

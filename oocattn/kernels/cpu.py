@@ -1,4 +1,4 @@
-"""The CPU kernel: torch's flash attention for CPUs on float32 tiles, merged in float32.
+"""The CPU kernel: torch's flash attention on float32 tiles, merged in float32.
 
 The library call is `aten::_scaled_dot_product_flash_attention_for_cpu`, in PyTorch's
 aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. What it gets wrong is kept away from it:
@@ -29,10 +29,11 @@ from oocattn.kernels.merging import SCRATCH_BYTES, fold
 from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
-from oocattn.kernels.tiles import make_tiles, round_up
+from oocattn.kernels.tiles import make_tiles
 from oocattn.problem.mask import Causal
 from oocattn.problem.problem import DTYPES
 from oocattn.problem.scores import Scores
+from oocattn.units import round_up
 
 # Tiles. The rates are of 2 cores (Zen 4, torch 2.13) on float32, D = 64, where no tile above 1,024 x 1,024 differs by
 # more than 5%: 158 to 169 GFLOP/s (D = 32: 134 to 140; D = 128: 171 to 185).
@@ -47,7 +48,7 @@ _LIBRARY_BLOCK = (256, 512)  # rows and keys of the score block that each thread
 
 
 class CpuKernel:
-    """Flash attention on the CPU, on as many threads as torch gives to the calling thread."""
+    """Flash attention on the CPU, on the threads that torch gives the calling thread."""
 
     name = "cpu"
     plans_shapes = False
@@ -65,7 +66,7 @@ class CpuKernel:
         scores: Scores,
         intervals: Intervals | None,
     ) -> None:
-        """See `Kernel.attend`. The result is the same bit for bit whatever the number of threads."""
+        """See `Kernel.attend`; the bits do not depend on the number of threads."""
         check_operands(query, key, value, state, intervals)
         rows, keys = query.shape[1], key.shape[0]
         if rows == 0 or keys == 0:
@@ -83,7 +84,7 @@ class CpuKernel:
                 call.rectangle(row, end, first, last)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """See `Kernel.scratch_bytes`: the tiles, then the library's result and buffers, and the merge, or the reference."""
+        """See `Kernel.scratch_bytes`: tiles, library buffers and merge, or the reference."""
         tile_rows = group_size * _tile_rows(group_size, rows)
         tiles = tile_rows * head_dim + 2 * min(keys, _KEY_TILE) * head_dim
         result = tile_rows * (head_dim + 1)
@@ -98,7 +99,7 @@ class CpuKernel:
 
 
 class _Call:
-    """One call of `attend`: its operands and its scratch. Rows and keys are numbered as in the whole call."""
+    """One call of `attend`, its operands and scratch; rows and keys are the call's."""
 
     def __init__(self, query: torch.Tensor, state: AttentionState, scores: Scores, keys: int) -> None:
         group_size, rows, head_dim = query.shape
@@ -117,7 +118,7 @@ class _Call:
             self.first_key, self.last_key = first_key, last_key
 
     def triangle(self, start: int, stop: int, first_key: int) -> None:
-        """Rows [start, stop) attend as many keys from `first_key` on, up to a diagonal: two triangles and a square."""
+        """Attend a triangle at row `start` and `first_key`: two smaller ones and a square."""
         if stop - start <= _TRIANGLE:
             self._attend(start, stop, first_key, first_key + stop - start, causal=True)
             return
@@ -164,7 +165,7 @@ def _tile_rows(group_size: int, rows: int) -> int:
 
 
 def _all_finite(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> bool:
-    """Whether every value is finite and no score can overflow float32."""
+    """True if every value is finite and no score can overflow float32."""
     query_bound, key_bound, value_bound = (_largest_magnitude(tensor) for tensor in (query, key, value))
     score_bound = query_bound * key_bound * query.shape[-1] * max(1.0, scale)
     return score_bound < torch.finfo(torch.float32).max and math.isfinite(value_bound)

@@ -1,4 +1,4 @@
-"""Which keys the rows of one call attend: four bounds that rise with the row, and what shape they have.
+"""Keys that the rows of one call attend: four bounds that rise with the row.
 
 They come from `problem.mask`. A kernel asks for the band where its call has that shape, which takes no time, or for the
 bounds of every row.
@@ -24,13 +24,13 @@ class Band(NamedTuple):
     upper: int
 
     def is_open_below(self, rows: int) -> bool:
-        """Whether every one of so many rows attends the keys from the first on."""
+        """True if every one of so many rows attends the keys from the first on."""
         return self.lower <= 1 - rows
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """Row i of `rows` attends keys [a, b) and [c, d) of `keys`: `ramps` are a <= b <= c <= d as functions of i."""
+    """Row i attends keys [a, b) and [c, d): `ramps` are a <= b <= c <= d of i."""
 
     rows: int
     keys: int
@@ -49,7 +49,7 @@ class Intervals:
         return Band(lower, upper)
 
     def _slope(self, bound: Ramp) -> int | None:
-        """The number s such that the bound is i + s, but 0 at least and `keys` at most; None if there is none."""
+        """The s such that the bound is i + s, within 0 and `keys`; None if there is none."""
         ends = bound.at(0), bound.at(self.rows - 1)
         for slope in (bound.offset, -self.rows, self.keys):
             same = Ramp(slope, 0, self.keys)  # both rise by 0 or 1 a row: equal at both ends, they are equal
@@ -74,17 +74,17 @@ class Intervals:
 
 
 def make_intervals(mask: Mask, rows: range, keys: range) -> Intervals:
-    """Which of `keys` consecutive `rows` of the problem attend, as kernels take it."""
+    """The part of `keys` that consecutive `rows` attend, as kernels take it."""
     ramps = tuple(_relative(ramp, rows.start, keys) for ramp in mask.ramps)
     return Intervals(len(rows), len(keys), ramps)  # type: ignore[arg-type]
 
 
 def find_band(intervals: Intervals | None, rows: int, keys: int) -> Band | None:
-    """The band of a call of so many rows and keys; None for intervals of another shape."""
+    """The band of a call of so many rows and keys; None for another shape."""
     return Band(-rows, keys) if intervals is None else intervals.band
 
 
 def _relative(ramp: Ramp, first_row: int, keys: range) -> Ramp:
-    """A bound within `keys`, counted from the first of them, as a function of the row from `first_row` on."""
+    """A bound in `keys`, from the first of them, by the row from `first_row` on."""
     clipped = ramp.clipped(keys)
     return Ramp(clipped.offset + first_row - keys.start, clipped.least - keys.start, clipped.most - keys.start)

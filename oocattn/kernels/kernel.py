@@ -12,7 +12,7 @@ from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 MAX_KEYS = 65_536
-"""Keys that one accumulation may chain at most: beyond it the error of 16-bit matrix units grows with the keys."""
+"""The most keys to chain: beyond, the error of 16-bit matrix units grows."""
 
 
 class Kernel(Protocol):
@@ -25,13 +25,13 @@ class Kernel(Protocol):
     """The name that it is registered under."""
 
     max_keys: int
-    """Keys that a caller should give to one call at most; `attend` is right beyond it too."""
+    """The most keys to give to one call; `attend` is right beyond it too."""
 
     plans_shapes: bool
-    """Whether the first call of each shape takes far longer than the next."""
+    """True if the first call of each shape takes far longer than the next."""
 
     rounds_weights: bool
-    """Whether softmax weights are rounded to the inputs' dtype before they multiply values: `verify` allows more then."""
+    """True if softmax weights are rounded to the inputs' dtype; `verify` allows more."""
 
     def attend(
         self,
@@ -82,10 +82,7 @@ class Kernel(Protocol):
 def check_operands(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, intervals: Intervals | None
 ) -> None:
-    """Raise ValueError unless the operands of `Kernel.attend` fit each other.
-
-    torch would broadcast some misfits.
-    """
+    """Raise ValueError unless operands fit each other: torch would broadcast some."""
     group_size, rows, head_dim = query.shape
     if key.shape != value.shape or key.dim() != 2 or key.shape[1] != head_dim:
         raise ValueError(

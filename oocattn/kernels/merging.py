@@ -21,15 +21,17 @@ from oocattn.problem.mask import Ramp
 logger = logging.getLogger("oocattn")
 
 SCRATCH_BYTES = 1 << 20
-"""Bytes of temporaries that `merge` and `finalise` allocate at most (one row of all heads at least). 1 MiB stays in the
-second-level cache of a core."""
+"""The most bytes of temporaries that `merge` and `finalise` allocate.
+
+One row of all heads is the least. 1 MiB stays in the second-level cache of a core.
+"""
 
 _LEDGER_ROWS = 8192  # rows whose ledger is entered at a time: half a megabyte of temporaries
 _VECTORS = 8  # temporaries of one float32 per head and row that are alive at once, at most
 
 
 def merge(into: AttentionState, other: AttentionState) -> None:
-    """Add the keys of `other` to those of `into`, in place; both are states of the same query rows.
+    """Add the keys of `other` to those of `into`, in place; the rows are the same.
 
     With m = max(m1, m2): num = num1 exp(m1 - m) + num2 exp(m2 - m), den likewise (Milakov and Gimelshein, arXiv 1805.02867,
     section 3.1); the ledgers are added. exp(lse) is never formed, for it overflows. A row with no key
@@ -113,10 +115,7 @@ def _signed(number: int) -> int:
 
 
 def finite_shift(maximum: torch.Tensor) -> torch.Tensor:
-    """The shift before exp: the maximum, or 0 where it is -inf.
-
-    -inf - -inf would be NaN.
-    """
+    """The shift before exp: the maximum, or 0 where it is -inf, or NaN would come."""
     return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
@@ -134,7 +133,7 @@ def _load_fused() -> ModuleType | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # cuda.bindings or NVRTC is not there, or knows nothing of this GPU
-        logger.warning("merging is not compiled here and takes slower operations of torch: %s", error)
+        logger.warning("merging cannot be compiled (%s); slower operations of torch are used", error)
         return None
     return fused
 

@@ -20,16 +20,16 @@ from oocattn.problem.problem import DTYPES
 from oocattn.problem.scores import Scores
 
 _CUBLAS_WORKSPACE = 32 << 20
-"""What torch keeps for cuBLAS from the first product on: 32 MiB on Hopper, less on others."""
+"""Bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others."""
 
 _MOST_APART = 40.0
-"""How far the rounded maximum of a row may lie from the exact one and still be its shift: weights reach exp(40) = 2e17."""
+"""The most that a row's shift may lie from its maximum: weights reach exp(40)."""
 
 _QUANTUM = 64  # steps above it are cut to a multiple, which suits the matrix products
 
 
 class PlainKernel:
-    """Scores, softmax numerator and denominator as matrix products, in float32 without TF32; merged in float32.
+    """Attention as matrix products in float32 without TF32; merged in float32.
 
     NaN and Inf reach the rows that attend them and no others, also within the tiles whose rows attend different keys.
     Everything is launched on torch's current stream and nothing waits for it. It serves any intervals, also for the other
@@ -75,7 +75,7 @@ class PlainKernel:
         scale: float,
         intervals: Int32s | None,
     ) -> None:
-        """Attend the keys of one tile, those of `intervals` or all, and merge what comes of it into the state."""
+        """Attend one tile's keys, those of `intervals` or all; merge into the state."""
         if intervals is not None and not (intervals[:, ::2] < intervals[:, 1::2]).any():
             return
         scores = (query.to(self.precision) * scale) @ key.to(self.precision).T  # [g, rows, keys]
@@ -101,7 +101,7 @@ class PlainKernel:
         return step - step % _QUANTUM if step > _QUANTUM else step
 
     def _tile_bytes(self, group_size: int, rows: int, keys: int, head_dim: int) -> tuple[int, ...]:
-        """Sizes of the tensors of one tile: scores, masks, operands, numerators, vectors; and of the merge."""
+        """Sizes of a tile's tensors: scores, masks, operands, numerators, vectors, merge."""
         step, itemsize = self._step(group_size), self.precision.itemsize
         rows, keys = min(rows, step), min(keys, step)
         of_query = group_size * rows * head_dim * itemsize  # cast and scaled; later the numerator, also as float32
@@ -137,10 +137,7 @@ def _hide(scores: torch.Tensor, intervals: Int32s) -> None:
 
 
 def _weighted_sum(weights: torch.Tensor, value: torch.Tensor, intervals: Int32s | None) -> torch.Tensor:
-    """weights [g, rows, keys] @ value [keys, D].
-
-    NaN and Inf of values reach only the rows that attend them.
-    """
+    """weights [g, rows, keys] @ value [keys, D]; NaN, Inf reach attending rows only."""
     if intervals is None:
         return weights @ value
     finite = value.nan_to_num(0.0, 0.0, 0.0)  # a hidden key's weight is 0, and 0 times NaN or Inf would be NaN

@@ -1,7 +1,4 @@
-"""The kernels by name, imported on first use.
-
-A new kernel is one new module and one line in `_KERNELS`.
-"""
+"""The kernels by name, imported on first use; a new one is a line in `_KERNELS`."""
 
 from __future__ import annotations
 
@@ -48,17 +45,14 @@ def kernel_names() -> tuple[str, ...]:
 
 
 def get_kernel(name: str) -> Kernel:
-    """The kernel of that name. Raises ProblemError naming the known ones if there is none."""
+    """The kernel of that name; ProblemError, naming the known ones, if there is none."""
     entry = _registration(name)
     kernel: Kernel = getattr(import_module(entry.module), entry.class_name)()
     return kernel
 
 
 def device_type(name: str) -> DeviceType:
-    """The device of a run with the kernel of that name: "cpu" or "cuda".
-
-    Raises ProblemError for an unknown name.
-    """
+    """The device of a kernel's runs: "cpu" or "cuda"; ProblemError for unknown names."""
     return _registration(name).device_type
 
 

@@ -1,4 +1,4 @@
-"""What a kernel computes does not depend on the caller's settings of torch; here they are kept from it.
+"""Keep the caller's settings of torch from the results of kernels.
 
 Some settings belong to a thread: the default device, autocast, function modes, whether small numbers are flushed to zero.
 Kernels are called in threads of our own, which have none of them (`plain_threads`). Others belong to the process: in how
@@ -22,7 +22,7 @@ _COUNTING = threading.Lock()
 
 
 def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPoolExecutor:
-    """So many threads that compute, whatever the settings of the thread that makes them.
+    """A pool of threads that compute with none of the caller's settings.
 
     A thread begins with torch's own defaults, but on Linux it inherits whether the processor flushes to zero what is
     smaller than the smallest normal number, and so do the threads of OpenMP that it makes. In each thread torch uses
@@ -39,7 +39,7 @@ def _begin_plainly(cores: int | None) -> None:
 
 
 def _use_cores(count: int) -> None:
-    """Have torch use so many cores in the calling thread, and as many as before in threads that begin later.
+    """Have torch use so many cores in this thread; later threads are unchanged.
 
     To set the number is to set it for both. So another thread puts it back at once: the calling thread keeps its own.
     """
@@ -55,7 +55,7 @@ def _use_cores(count: int) -> None:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 matrices within are float32 products, whatever the process allows: not TF32, not bfloat16.
+    """Have float32 matrix products within be float32: not TF32, not bfloat16.
 
     The permission is a global one: it is taken away for as long as a kernel computes, on a GPU only launches, and then given
     back. Other products of the process meanwhile are more exact than asked.
@@ -69,7 +69,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 class _CpuPrecision:
-    """As a context manager, has CPUs compute float32 products in float32, in all threads that are within at a time.
+    """Context manager: CPUs compute float32 products in float32, in all threads.
 
     The first one to enter takes the permission away, and the last one to leave gives it back. It has two names: the newer is
     one for CPUs alone, which torch 2.8 lacks, and where both are used the older cannot be read.
@@ -116,8 +116,11 @@ def _set_cpu_precision(precision: str) -> None:
 
 @contextmanager
 def _no_tf32() -> Iterator[None]:
-    """No TF32 on GPUs. The setting has two names: the older, all that torch 2.8 has, cannot be read where they disagree, but
-    sets both."""
+    """Context manager: no TF32 on GPUs.
+
+    The setting has two names: the older, the only one that torch 2.8 has, cannot be read where they disagree, but
+    sets both.
+    """
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
     if precision != "tf32":
@@ -132,9 +135,10 @@ def _no_tf32() -> Iterator[None]:
 
 @contextmanager
 def _no_refusals() -> Iterator[None]:
-    """No operation raises on GPUs for not being deterministic: cumulative sums, and products without a setting of cuBLAS.
+    """Context manager: no operation raises on GPUs for not being deterministic.
 
-    None of ours depends on it: sums of floats are over zeros, NaN and Inf, and products are launched on one stream.
+    Such are cumulative sums, and products without a setting of cuBLAS. None of ours depends on it: sums of floats are
+    over zeros, NaN and Inf, and products are launched on one stream.
     """
     asked = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("default")

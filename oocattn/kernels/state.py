@@ -39,7 +39,7 @@ class AttentionState:
 
     @classmethod
     def empty(cls, group_size: int, rows: int, head_dim: int, device: torch.device | str = "cpu") -> AttentionState:
-        """Allocate the state of [group_size, rows, head_dim] on `device`, with no key attended."""
+        """Allocate the state of [group_size, rows, head_dim] without keys."""
         state = cls(
             num=torch.empty((group_size, rows, head_dim), dtype=torch.float32, device=device),
             den=torch.empty((group_size, rows), dtype=torch.float32, device=device),
@@ -76,7 +76,7 @@ class AttentionState:
 
     @staticmethod
     def nbytes_for(group_size: int, rows: int, head_dim: int) -> int:
-        """Bytes of a state of that size: D + 2 float32 per head and row, two int64 per row."""
+        """Bytes of a state: D + 2 float32 per head and row, two int64 per row."""
         return rows * (group_size * (head_dim + 2) * 4 + 16)
 
     @property

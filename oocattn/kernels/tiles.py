@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from oocattn.units import ceil_div, round_up
+
 _QUANTUM = 256  # a multiple of every library's own tiles
 
 
@@ -40,14 +42,9 @@ def _steps(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + step, stop)) for first in range(start, stop, step))
 
 
-def round_up(count: int, quantum: int) -> int:
-    """The next multiple of `quantum`."""
-    return -(-count // quantum) * quantum
-
-
 def level_step(total: int, most: int) -> int:
-    """The step that cuts `total` into the fewest pieces of at most `most` (a multiple of 256), without a thin last one."""
-    pieces = max(1, -(-total // most))
+    """The step, a multiple of 256, that cuts `total` into fewest pieces up to `most`."""
+    pieces = max(1, ceil_div(total, most))
     if pieces == 1:
         return max(1, total)
-    return round_up(-(-total // pieces), _QUANTUM)
+    return round_up(ceil_div(total, pieces), _QUANTUM)

@@ -1,4 +1,4 @@
-"""Operations, which a run computes: inputs, tiles, state, ledger; no disks, no tasks."""
+"""Operations: the mathematics of a run; no disks, no tasks."""
 
 from oocattn.operations.base import Operation
 from oocattn.operations.forward import Forward

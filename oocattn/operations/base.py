@@ -15,7 +15,7 @@ import torch
 
 from oocattn.division.base import Block
 from oocattn.kernels import AttentionState
-from oocattn.operations.ledger import Expected
+from oocattn.operations.ledger import ExpectedLedger
 from oocattn.operations.tiles import Tile
 
 
@@ -55,5 +55,5 @@ class Operation(Protocol):
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Turn a state whose pairs are complete into results."""
 
-    def expected(self, head_group: int, rows: range) -> Expected:
+    def expected(self, head_group: int, rows: range) -> ExpectedLedger:
         """The ledger that complete rows, given by their tokens, must have."""

@@ -8,7 +8,7 @@ import torch
 
 from oocattn.division.base import Block
 from oocattn.kernels import AttentionState, finalise, get_kernel, merge
-from oocattn.operations.ledger import Expected, enter_tile
+from oocattn.operations.ledger import ExpectedLedger, enter_tile
 from oocattn.operations.tiles import Tile, make_tiles
 from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Mask
@@ -22,6 +22,8 @@ class Forward:
 
     query_inputs: tuple[str, ...] = ("q",)
     key_inputs: tuple[str, ...] = ("k", "v")
+    merge = staticmethod(merge)
+    finalise = staticmethod(finalise)
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -51,15 +53,7 @@ class Forward:
         self._kernel.attend(q[:, tile.rows.start : tile.rows.stop], k, v, part, scores=self._scores, intervals=intervals)
         enter_tile(part, tile)
 
-    def merge(self, into: AttentionState, other: AttentionState) -> None:
-        """See `Operation.merge`."""
-        merge(into, other)
-
-    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """See `Operation.finalise`."""
-        finalise(state, out, lse)
-
-    def expected(self, head_group: int, rows: range) -> Expected:
+    def expected(self, head_group: int, rows: range) -> ExpectedLedger:
         """See `Operation.expected`."""
         mask = self.mask(head_group)
         return mask.counts(rows), mask.index_sums(rows)

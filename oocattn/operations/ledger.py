@@ -19,8 +19,8 @@ from oocattn.problem.mask import Cover, Int64s
 ROWS = 8192
 """Rows whose numbers are computed at a time: some hundred kilobytes."""
 
-Expected = tuple[Int64s, Int64s]
-"""Of consecutive rows, how many keys each attends, and the sum of their indices: int64 [n] each."""
+ExpectedLedger = tuple[Int64s, Int64s]
+"""Keys that consecutive rows attend, and sums of their indices: int64 [n] each."""
 
 
 def enter_tile(state: AttentionState, tile: Tile) -> None:
@@ -33,11 +33,8 @@ def enter_tile(state: AttentionState, tile: Tile) -> None:
     enter(state, tile.row_tokens.start, [ramp.clipped(keys) for ramp in tile.mask.ramps])
 
 
-def find_wrong_row(state: AttentionState, tokens: range, expected: Callable[[range], Expected]) -> int | None:
-    """The first row, of these tokens, whose ledger is not what is expected; None if there is none.
-
-    `state` is in host memory.
-    """
+def find_wrong_row(state: AttentionState, tokens: range, expected: Callable[[range], ExpectedLedger]) -> int | None:
+    """The first row whose ledger, in host memory, is wrong; None if there is none."""
     found_keys, found_sum = state.keys.numpy(), state.key_sum.numpy()
     for part in pieces(tokens, ROWS):
         rows = slice(part.start - tokens.start, part.stop - tokens.start)

@@ -12,8 +12,7 @@ from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Cover
 
 SAMPLED_SUBPROBLEMS = 32
-"""Subproblems at the beginning and at the end of a head group whose tiles are cut. Those of others have the same shapes, but
-for a few with the last chunk, which may be shorter."""
+"""Subproblems cut at each end of a head group: others have the same shapes."""
 
 
 class Shape(NamedTuple):

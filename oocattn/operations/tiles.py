@@ -1,4 +1,4 @@
-"""The tiles of one query chunk of a subproblem: the keys that pass by a query piece.
+"""Tiles of one query chunk of a subproblem: the keys that meet a query piece.
 
 Pure integers. On a CPU a piece is a whole chunk and a tile all keys of a kind; on a GPU both are what fits the device. With
 pieces of 2 rows and tiles of 1 key, the second piece of a causal chunk of 4, which owns its diagonal, has these tiles (rows
@@ -42,7 +42,7 @@ class Tile:
         return sum(self.mask.pairs(self.row_tokens, run) for run in self.key_tokens)
 
     def intervals(self) -> Intervals | None:
-        """Which of the keys each row attends, as kernels take it."""
+        """The keys that each row attends, as kernels take them."""
         return None if self.cover is Cover.FULL else make_intervals(self.mask, self.row_tokens, self.key_tokens[0])
 
 
@@ -104,10 +104,7 @@ def pieces(rows: range, size: int) -> Iterator[range]:
 
 
 def join_runs(runs: Iterable[StagedKeys]) -> list[StagedKeys]:
-    """Join ascending runs that are staged side by side.
-
-    [0-2), [2-5), [7-9) become [0-5), [7-9).
-    """
+    """Join runs staged side by side: [0-2), [2-5), [7-9) become [0-5), [7-9)."""
     joined: list[StagedKeys] = []
     for run in runs:
         if joined and joined[-1].rows.stop == run.rows.start:

@@ -21,17 +21,17 @@ from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.engines.base import Lanes, Outcome
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Graph, Task, TaskId, pieces
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError
 from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.watch.events import Attended, Callback, Saved, Staged, TaskEvent
-from oocattn.pipelines.work import Work
-from oocattn.planning.cost import UNFINISHED, WINDOW
+from oocattn.planning.cost import MOST_UNFINISHED, WINDOW
 from oocattn.storage.files.operations import describe_error, is_disk_full
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.units import format_seconds
 
-PATIENCE = 5.0
+WORKER_CHECK_SECONDS = 5.0
 """Seconds after which it is checked again whether the workers still live."""
 
 logger = logging.getLogger("oocattn")
@@ -42,8 +42,8 @@ T = TypeVar("T")
 class Attempt:
     """What is left of a run, from the opening of its lanes to their end; `left` subproblems are to be staged."""
 
-    def __init__(self, work: Work, lanes: Lanes, schedule: Schedule, left: int, emit: Callback, deadline: Deadline) -> None:
-        self._work = work
+    def __init__(self, run: Run, lanes: Lanes, schedule: Schedule, left: int, emit: Callback, deadline: Deadline) -> None:
+        self._run = run
         self._lanes = lanes
         self._schedule = schedule
         self._to_stage = self._to_attend = left
@@ -80,9 +80,9 @@ class Attempt:
 
     def check_dataset(self) -> None:
         """Raise TaintedError where the dataset is not what it was when the run began."""
-        dataset = self._work.dataset
+        dataset = self._run.dataset
         with naming("the check of the dataset"):
-            changed = changed_arrays(self._work.fingerprint, dataset.reopen().fingerprint(within_run=True))
+            changed = changed_arrays(dataset.as_found.within_run, dataset.reopen().fingerprint(within_run=True))
         if changed:
             raise TaintedError(
                 f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "
@@ -109,7 +109,7 @@ class Attempt:
     def _has_room(self) -> bool:
         """Whether another piece may be submitted: both what is to be attended and what is to be written is bounded."""
         lanes = self._schedule.lanes
-        return self._attending < WINDOW * lanes and len(self._unfinished) < UNFINISHED * lanes
+        return self._attending < WINDOW * lanes and len(self._unfinished) < MOST_UNFINISHED * lanes
 
     def _submit(self, piece: list[Task]) -> None:
         with naming("the submission of tasks"), self._prefer_worker_lost():
@@ -122,7 +122,7 @@ class Attempt:
         ended: list[Outcome] = []
         while not ended:
             seconds = self._check_time()
-            if time.monotonic() - self._checked > PATIENCE:
+            if time.monotonic() - self._checked > WORKER_CHECK_SECONDS:
                 self._check_workers()
             with suppress(queue.Empty):
                 with self._waiting(seconds):
@@ -178,7 +178,9 @@ class Attempt:
     def _stop(self, error: BaseException) -> None:
         """Let what is executing end, and have what lanes hold in memory on disk, unless the error says that it is wrong."""
         start = clock.now()
-        self._lanes.stop(self._deadline.silence if isinstance(error, StalledError) else self._deadline.patience)
+        self._lanes.stop(
+            self._deadline.silence_seconds if isinstance(error, StalledError) else self._deadline.patience_seconds
+        )
         saved = 0 if isinstance(error, TaintedError) else self._lanes.save()
         if saved:
             self._emit(Saved(start=start, stop=clock.now(), bytes=saved))
@@ -214,24 +216,24 @@ class Attempt:
     def _check_time(self) -> float:
         """Seconds until it is to be asked again. Raises InterruptedRunError when that was asked for, TimeLimitError when it
         is time."""
-        left = self._deadline.left
+        left = self._deadline.seconds_left
         if self._interrupted:
             logger.warning(
                 "ending: what is in flight is finished and saved first, which may take %s; a second signal ends at once",
-                format_seconds(self._deadline.in_flight),
+                format_seconds(self._deadline.in_flight_seconds),
             )
             raise InterruptedRunError("interrupted: what was in flight is on disk")
         if left <= 0:
             raise TimeLimitError(self._describe_time_limit())
-        return min(PATIENCE, left)
+        return min(WORKER_CHECK_SECONDS, left)
 
     def _describe_time_limit(self) -> str:
-        plan = self._work.plan
+        plan = self._run.plan
         words = (
             f"time limit reached: {plan.subproblems - self._to_attend:,} of {plan.subproblems:,} subproblems are done, "
             "not counting those in flight"
         )
         if not self._attended:
             words += f", none of them since the start: one takes about {format_seconds(plan.subproblem_seconds)}"
-            words += f", so allow {format_seconds(self._deadline.least)} and what it takes to start"
+            words += f", so allow {format_seconds(self._deadline.least_seconds)} and what it takes to start"
         return words

@@ -10,17 +10,17 @@ from oocattn import clock
 from oocattn.pipelines.watch.events import Attended, TaskEvent
 from oocattn.planning.plan import Plan
 
-MARGIN = 2.0
+MARGIN_SECONDS = 2.0
 """Seconds for what is not foreseen: closing the lanes, the last entry of the journal, a disk that is busy."""
 
-SILENCE, LEAST_SILENCE = 15.0, 1.0
+SILENCE_SECONDS, LEAST_SILENCE_SECONDS = 15.0, 1.0
 """Seconds in which a worker must answer as a run ends, or it is done without; and those it has however late it is."""
 
-STALLED, STALLED_TIMES = 180.0, 5
+STALLED_SECONDS, STALLED_TIMES = 180.0, 5
 """A run ends after so many seconds in which none of its tasks ended or got on, or after so many times its longest step
-(`Deadline.step`) where that is longer."""
+(`Deadline.step_seconds`) where that is longer."""
 
-NOTICED, NOTICED_TIMES = 30.0, 2
+NOTICED_SECONDS, NOTICED_TIMES = 30.0, 2
 """After so many seconds the workers are asked what keeps them, and again after as many. Where nothing is found that does,
 the run is said to stall only after so many times its longest step."""
 
@@ -55,12 +55,12 @@ class Deadline:
         self._saving = max([self._saving, *(span.stop - span.start for span in event.spans if span.resource == "save")])
 
     @property
-    def in_flight(self) -> float:
+    def in_flight_seconds(self) -> float:
         """Seconds until what is in flight has ended."""
         return self._at_a_time * self._longest or self._predicted
 
     @property
-    def step(self) -> float:
+    def step_seconds(self) -> float:
         """Seconds of the longest step between the ends of two tasks: as planned, or as tasks took so far.
 
         Of those it is the median: one that was stopped for a while does not make a run wait longer the next time.
@@ -69,31 +69,31 @@ class Deadline:
         return max(self._planned_step, self._at_a_time * took, self._saving)
 
     @property
-    def stalled(self) -> float:
+    def stalled_seconds(self) -> float:
         """Seconds without the end of any task after which a run ends."""
-        return max(STALLED, STALLED_TIMES * self.step)
+        return max(STALLED_SECONDS, STALLED_TIMES * self.step_seconds)
 
     @property
-    def noticed(self) -> float:
+    def noticed_seconds(self) -> float:
         """Seconds without the end of any task after which a run is said to stall, though nothing is found that keeps it."""
-        return max(NOTICED, NOTICED_TIMES * self.step)
+        return max(NOTICED_SECONDS, NOTICED_TIMES * self.step_seconds)
 
     @property
-    def least(self) -> float:
+    def least_seconds(self) -> float:
         """Seconds that a run needs at least to do anything."""
-        return self.in_flight + self._saving + MARGIN
+        return self.in_flight_seconds + self._saving + MARGIN_SECONDS
 
     @property
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until the run must begin to end."""
-        return self._at - clock.now() - self.least
+        return self._at - clock.now() - self.least_seconds
 
     @property
-    def patience(self) -> float:
+    def patience_seconds(self) -> float:
         """Seconds for which to wait as a run ends until tasks have ended."""
-        return self.stalled if self._at == math.inf else self.in_flight + self.silence
+        return self.stalled_seconds if self._at == math.inf else self.in_flight_seconds + self.silence_seconds
 
     @property
-    def silence(self) -> float:
+    def silence_seconds(self) -> float:
         """Seconds for which to wait for a worker that does not answer: there are two such waits as a run ends."""
-        return max(LEAST_SILENCE, min(SILENCE, (self._at - clock.now()) / 2))
+        return max(LEAST_SILENCE_SECONDS, min(SILENCE_SECONDS, (self._at - clock.now()) / 2))

@@ -25,6 +25,7 @@ from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.failing import insist
 from oocattn.pipelines.finished import FinishedChunk, finished_chunks, gather_checksums
 from oocattn.pipelines.lane.partials.store import DamagedPartialError
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.scan import ScanResult, scan_completed
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
@@ -32,7 +33,6 @@ from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Fa
 from oocattn.pipelines.watch.listeners import Listeners
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.pipelines.watch.tally import Tally
-from oocattn.pipelines.work import Work
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import write_text
 from oocattn.storage.files.folders import remove_file
@@ -48,14 +48,10 @@ COMMIT = "the commit of the result"
 logger = logging.getLogger("oocattn")
 
 
-def run(
-    work: Work,
-    engine: Engine,
-    callbacks: Sequence[Callback],
-    interrupts: Interrupts,
-    until: float = math.inf,
+def carry_out(
+    run: Run, engine: Engine, callbacks: Sequence[Callback], interrupts: Interrupts, until: float = math.inf
 ) -> RunReport:
-    """Do what is left of the work on an engine whose workers are ready, and commit the result.
+    """Do what is left of a run on an engine whose workers are ready, and commit the result.
 
     Raises what stopped it: IntegrityError where the ledger, a partial or the dataset is not what it must be, TaskError,
     WorkerLostError, OSError as the file system does, and TimeLimitError where it would not end by `until` (seconds since
@@ -64,49 +60,53 @@ def run(
     that raises an `Exception` is logged and dropped; any other `BaseException` of a callback ends the run.
     """
     start = clock.now()
-    plan, tally, listeners = work.plan, Tally(), Listeners(callbacks)
+    plan, tally, listeners = run.plan, Tally(), Listeners(callbacks)
 
     def emit(event: Event) -> None:
         tally(event)
         listeners(event)
 
     try:
-        lanes = _drive(work, engine, emit, start, interrupts, until)
-        finished = insist(COMMIT, lambda: _all_finished(work))
+        lanes = _drive(run, engine, emit, start, interrupts, until)
+        finished = insist(COMMIT, lambda: _all_finished(run))
         _check_pairs(plan, finished)
-        seconds, other_bits = clock.now() - start, work.journal.other_bits
-        report = tally.report(plan, finished, seconds=seconds, lanes=lanes, compared=work.compared, other_bits=other_bits)
-        insist(COMMIT, lambda: work.result.record(gather_checksums(plan, finished)))
-        work.state.claim.check()
-        insist(COMMIT, lambda: write_text(work.paths.report, json.dumps(report.to_json(), indent=1)))
-        insist(COMMIT, lambda: work.state.commit(work.growing))
+        seconds, other_bits = clock.now() - start, run.journal.other_bits
+        report = tally.report(plan, finished, seconds=seconds, lanes=lanes, compared=run.compared, other_bits=other_bits)
+        insist(COMMIT, lambda: run.result.record(gather_checksums(plan, finished)))
+        run.state.claim.check()
+        insist(COMMIT, lambda: write_text(run.paths.report, json.dumps(report.to_json(), indent=1)))
+        insist(COMMIT, lambda: run.state.commit(run.growing))
     except BaseException as error:
         try:
             emit(Failed(start=start, stop=clock.now(), error=_words(error)))
         finally:
             if isinstance(error, TaintedError):
-                work.state.discard(work.growing)
+                run.state.discard(run.growing)
         if is_disk_full(error):
-            raise _no_space(cast(OSError, error), work) from error
+            raise _no_space(cast(OSError, error), run) from error
         raise
-    try:
-        work.state.tidy()
-    except (OocattnError, OSError) as error:  # the result is there: `resume` tidies up
-        logger.warning("%s is complete, but not everything beside it was removed: %s", work.paths.result, words_of(error))
+    _tidy(run)
     for line in report.lost:
-        logger.warning("%s: %s", work.paths.result, line)
+        logger.warning("%s: %s", run.paths.result, line)
     now = clock.now()
-    emit(Committed(start=now, stop=now, path=str(work.paths.result)))
+    emit(Committed(start=now, stop=now, path=str(run.paths.result)))
     emit(Ended(start=start, stop=now, report=report))
     return report
 
 
-def _no_space(error: OSError, work: Work) -> OSError:
+def _tidy(run: Run) -> None:
+    try:
+        run.state.tidy()
+    except (OocattnError, OSError) as error:  # the result is there: `resume` tidies up
+        logger.warning("%s is complete, but not everything beside it was removed: %s", run.paths.result, words_of(error))
+
+
+def _no_space(error: OSError, run: Run) -> OSError:
     """What to do about a disk that is full, as the whole run has it; a quota says so itself."""
     if error.errno == errno.ENOSPC:
         words = "no space left for the result and its partials; make room and resume"
-        return OSError(errno.ENOSPC, words, str(work.paths.state))
-    return OSError(error.errno, f"{words_of(error)}, then resume", str(work.paths.state))
+        return OSError(errno.ENOSPC, words, str(run.paths.state))
+    return OSError(error.errno, f"{words_of(error)}, then resume", str(run.paths.state))
 
 
 def _words(error: BaseException) -> str:
@@ -116,14 +116,14 @@ def _words(error: BaseException) -> str:
     return describe_error(error)
 
 
-def _all_finished(work: Work) -> dict[ChunkId, FinishedChunk]:
+def _all_finished(run: Run) -> dict[ChunkId, FinishedChunk]:
     """The records of all chunks. Raises OSError where the journal does not give one of them back."""
-    plan = work.plan
-    finished = finished_chunks(plan, work.journal)
+    plan = run.plan
+    finished = finished_chunks(plan, run.journal)
     chunks = [chunk for chunk in range(plan.chunks) if plan.tokens(chunk)]
     missing = set(itertools.product(range(plan.problem.head_groups), chunks)) - finished.keys()
     if missing:
-        raise OSError(f"{work.paths.state}: the records of {len(missing):,} finished chunks cannot be read; resume")
+        raise OSError(f"{run.paths.state}: the records of {len(missing):,} finished chunks cannot be read; resume")
     return finished
 
 
@@ -135,23 +135,23 @@ def _check_pairs(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> None:
         )
 
 
-def _drive(work: Work, engine: Engine, emit: Callback, start: float, interrupts: Interrupts, until: float) -> int:
+def _drive(run: Run, engine: Engine, emit: Callback, start: float, interrupts: Interrupts, until: float) -> int:
     """Attempt to do what is left until nothing is; return how many lanes did the last of it."""
-    limits, deadline = FailureLimits(), Deadline(until, work.plan)
+    limits, deadline = FailureLimits(), Deadline(until, run.plan)
     recovered: Recovered | None = None
     while True:
         # After a partial was found damaged, so are all others looked for.
         thorough = recovered is not None and recovered.recomputed > 0
-        found = insist("the search for finished work", partial(_look, work, thorough))
-        schedule = Schedule(work.plan, engine.lane_count, found.done)
+        found = insist("the search for finished work", partial(_look, run, thorough))
+        schedule = Schedule(run.plan, engine.lane_count, found.done)
         left = schedule.left
         limits.note_progress(left - len(found.done.chunks))
         if recovered is None:
-            emit(_started(work, engine, start, found, left))
+            emit(_started(run, engine, start, found, left))
         else:
             emit(replace(recovered, left=left, recomputed=recovered.recomputed + found.torn))
         try:
-            attempt = Attempt(work, engine.lanes(work, deadline), schedule, left, emit, deadline)
+            attempt = Attempt(run, engine.lanes(run, deadline), schedule, left, emit, deadline)
             interrupts.tell = attempt.interrupt
             if interrupts.asked:
                 attempt.interrupt()
@@ -164,14 +164,14 @@ def _drive(work: Work, engine: Engine, emit: Callback, start: float, interrupts:
             now = clock.now()
             recovered = Recovered(start=now, stop=now, error=str(error), **{_COUNTED[type(error)]: 1})
             engine.replenish(lambda: _check(deadline, interrupts))
-            logger.warning("%s; the run goes on with what is left", error)
+            logger.warning("%s; the run continues with the rest", error)
 
 
-def _started(work: Work, engine: Engine, start: float, found: ScanResult, left: int) -> Started:
+def _started(run: Run, engine: Engine, start: float, found: ScanResult, left: int) -> Started:
     return Started(
         start=start,
         stop=start,
-        plan=work.plan,
+        plan=run.plan,
         dashboard=engine.dashboard,
         left=left,
         resumed=bool(found.done.chunks or found.done.partials),
@@ -179,10 +179,10 @@ def _started(work: Work, engine: Engine, start: float, found: ScanResult, left: 
     )
 
 
-def _look(work: Work, thorough: bool) -> ScanResult:
+def _look(run: Run, thorough: bool) -> ScanResult:
     """What is done; what serves nothing is removed, also what workers left that died while they wrote."""
-    work.state.remove_leftovers()
-    found = scan_completed(work.plan, work.journal, work.paths.scratch, work.result, thorough=thorough)
+    run.state.remove_leftovers()
+    found = scan_completed(run.plan, run.journal, run.paths.scratch, run.result, thorough=thorough)
     for path in found.useless:
         remove_file(path)
     return found
@@ -192,7 +192,7 @@ def _check(deadline: Deadline, interrupts: Interrupts) -> None:
     """Raise what ends a run while it waits for workers."""
     if interrupts.asked:
         raise InterruptedRunError("interrupted while it waited for workers: what was done is on disk")
-    if deadline.left <= 0:
+    if deadline.seconds_left <= 0:
         raise TimeLimitError("time limit reached while it waited for workers: what was done is on disk")
 
 

@@ -17,7 +17,7 @@ from oocattn.storage.files.operations import describe_error, is_disk_full
 SET_UP, CHECKPOINT = "the set-up of a lane", "a checkpoint"
 """Places that belong to no subproblem and no query chunk."""
 
-PAUSES = 0.1, 0.5
+PAUSES_SECONDS = 0.1, 0.5
 """Seconds before the second and the third try of a step that `insist` does."""
 
 logger = logging.getLogger("oocattn")
@@ -51,7 +51,7 @@ def naming(place: str) -> Iterator[None]:
 
 def insist(place: str, step: Callable[[], T]) -> T:
     """What a step returns that can be done again after it has failed; the third failure is raised, as `naming` does."""
-    for pause in PAUSES:
+    for pause in PAUSES_SECONDS:
         try:
             with naming(place):
                 return step()

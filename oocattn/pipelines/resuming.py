@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from oocattn.errors import BudgetError, IntegrityError, ResultExistsError
-from oocattn.pipelines.record import RunRecord
+from oocattn.pipelines.run import Run
+from oocattn.planning.candidates import Choices
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 from oocattn.records import differences
@@ -19,19 +20,7 @@ from oocattn.units import format_bytes
 from oocattn.version import versions
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What a user chose of a plan, None for what is left to it: budgets in bytes, what a kill may cost in seconds."""
-
-    device_memory: int | None
-    host_memory: int | None
-    chunks: int | None
-    decomposition: str
-    kernel: str | None
-    checkpoint_seconds: float | None
-
-
-def check_asked(run: RunRecord, problem: Problem, dataset: Dataset) -> None:
+def check_asked(run: Run, problem: Problem, dataset: Dataset) -> None:
     """Raise ResultExistsError where it is another problem's, dataset's or version's, IntegrityError where the dataset
     has changed since."""
     _check_same(run, "problem", run.plan.problem, problem)
@@ -40,7 +29,7 @@ def check_asked(run: RunRecord, problem: Problem, dataset: Dataset) -> None:
     _check_unchanged(run, dataset, named=False)
 
 
-def check_run(run: RunRecord, asked: RunRecord) -> None:
+def check_run(run: Run, asked: Run) -> None:
     """Raise ResultExistsError where this is another run than the one that is asked for."""
     if run.journal.run != asked.journal.run:
         raise ResultExistsError(
@@ -49,7 +38,7 @@ def check_run(run: RunRecord, asked: RunRecord) -> None:
         )
 
 
-def _check_same(run: RunRecord, name: str, found: object, asked: object) -> None:
+def _check_same(run: Run, name: str, found: object, asked: object) -> None:
     if found != asked:
         raise ResultExistsError(
             f"{run.journal.state} holds an unfinished run of another {name} ({differences(found, asked)}): finish that "
@@ -58,7 +47,7 @@ def _check_same(run: RunRecord, name: str, found: object, asked: object) -> None
         )
 
 
-def _check_unchanged(run: RunRecord, dataset: Dataset, named: bool) -> None:
+def _check_unchanged(run: Run, dataset: Dataset, named: bool) -> None:
     """Raise IntegrityError where the dataset has changed; one that was `named` may be a copy."""
     changed = changed_arrays(run.header.dataset.fingerprint, dataset.as_found.recorded)
     if changed:
@@ -76,7 +65,7 @@ def _check_unchanged(run: RunRecord, dataset: Dataset, named: bool) -> None:
         )
 
 
-def check_chosen(run: RunRecord, choices: Choices) -> None:
+def check_chosen(run: Run, choices: Choices) -> None:
     """Raise BudgetError where its plan needs more memory than is given now, ResultExistsError where it is another plan
     than is chosen now."""
     plan, place = run.plan, run.journal.state
@@ -99,7 +88,7 @@ def check_chosen(run: RunRecord, choices: Choices) -> None:
             )
 
 
-def check_plan(run: RunRecord, plan: Plan) -> None:
+def check_plan(run: Run, plan: Plan) -> None:
     """Raise ResultExistsError where this plan would not give the same result bit for bit."""
     if plan.digest != run.plan.digest:
         raise ResultExistsError(
@@ -108,7 +97,7 @@ def check_plan(run: RunRecord, plan: Plan) -> None:
         )
 
 
-def check_bits(run: RunRecord, computing: Mapping[str, str], accept: bool) -> str:
+def check_bits(run: Run, computing: Mapping[str, str], accept: bool) -> str:
     """What computes otherwise now than when it began, in words; "" where nothing does.
 
     `computing` is what `arithmetic.describe_arithmetic` says of the workers. Raises ResultExistsError for a difference
@@ -129,7 +118,7 @@ def check_bits(run: RunRecord, computing: Mapping[str, str], accept: bool) -> st
     return "; ".join(others)
 
 
-def open_dataset(run: RunRecord, named: Location | None) -> Dataset:
+def open_dataset(run: Run, named: Location | None) -> Dataset:
     """The dataset that it reads, at the place that is named, else where its journal says, if that is a local path.
 
     Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.
@@ -143,7 +132,7 @@ def open_dataset(run: RunRecord, named: Location | None) -> Dataset:
 
 
 def _plan_differences(before: Plan, now: Plan) -> str:
-    return differences({**asdict(before.problem), **before.decided}, {**asdict(now.problem), **now.decided})
+    return differences({**asdict(before.problem), **before.decisions}, {**asdict(now.problem), **now.decisions})
 
 
 def result_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ def scan_completed(
     chunks = {place for place in finished_chunks(plan, journal) if result is None or is_written(plan, result, *place)}
     partials: set[tuple[int, int, int]] = set()
     useless, damaged, torn = [], journal.records - len(chunks), 0
-    for path, partial in PartialFiles(scratch, journal.run).found():
+    for path, partial in PartialFiles(scratch, journal.run).scan():
         if partial is None or not _fits(plan, partial):
             damaged += 1
             useless.append(path)

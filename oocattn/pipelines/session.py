@@ -1,4 +1,8 @@
-"""From a plan to a committed result: what is at its path already, its lock, a run that begins or goes on."""
+"""From what is asked for to a committed result: what is there already, the plan, the lock, a run that begins or goes on.
+
+A result is looked for before planning, as one that is there costs no start, and under the lock, as another process may have
+begun or finished a run in between. It is one look, `find`, taken twice.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +11,35 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import zarr
-
 from oocattn import clock
-from oocattn.errors import IntegrityError, LockedError, ResultExistsError, TimeLimitError
+from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.pipelines.engines import make_engine
+from oocattn.pipelines.existing import Found, Request, Result, find, finished_result, open_result
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
-from oocattn.pipelines.record import DatasetIdentity, RunRecord, begin_journal, find_unfinished
-from oocattn.pipelines.resuming import check_asked, check_bits, check_plan, check_run, describe, result_differences
+from oocattn.pipelines.resuming import (
+    check_bits,
+    check_chosen,
+    check_plan,
+    check_run,
+    describe,
+    open_dataset,
+)
+from oocattn.pipelines.run import Run, begin_run, find_unfinished
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback
-from oocattn.pipelines.watch.report import RunReport
-from oocattn.pipelines.watch.status import StatusFile, read_report
-from oocattn.pipelines.work import Work
+from oocattn.pipelines.watch.status import StatusFile
+from oocattn.pipelines.workplace import Workplace
+from oocattn.planning.candidates import Choices
+from oocattn.planning.measure import plan_here
 from oocattn.planning.plan import Plan
-from oocattn.problem.problem import Problem
-from oocattn.storage.files.folders import is_folder, is_taken
+from oocattn.storage.files.folders import is_taken
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.journal.lock import FileLock
+from oocattn.storage.locations import Location
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.results.arrays import ResultArrays
-from oocattn.storage.results.growing import Layout, RunState, is_untidy
-from oocattn.storage.results.summary import Summary, read_summary
+from oocattn.storage.results.growing import Layout, RunState
 from oocattn.version import versions
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
@@ -43,23 +51,8 @@ logger = logging.getLogger("oocattn")
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished result: `out` [B, Hq, N, D] in the output's dtype, `lse` [B, Hq, N] float32, and how it came about.
-
-    `report` is None for a result that was copied without the folder beside it. `certificate` sums up that of a result that
-    was there already, where it was verified: it may have failed.
-    """
-
-    path: Path
-    out: zarr.Array[Any]
-    lse: zarr.Array[Any]
-    report: RunReport | None
-    certificate: Summary | None = None
-
-
-@dataclass(frozen=True)
 class Resuming:
-    """How an unfinished run is gone on with.
+    """How an unfinished run is resumed.
 
     `accept_other_bits`: also where its result has other bits than that of an uninterrupted run. `check_finished`: compare
     the checksums of all finished chunks first, not only of as many as can be read in a few seconds.
@@ -92,48 +85,76 @@ class _Execution:
             raise TimeLimitError(f"time limit reached: {words}")
 
 
+def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: Sequence[Callback], until: float) -> Result:
+    """Have the result that is asked for: find it, or plan it as is chosen and run it. Raises what `attention` raises."""
+    found = find(request)
+    if found is Found.FINISHED:
+        return finished_result(request.paths)
+    if isinstance(found, Run):
+        check_chosen(found, choices)
+
+    def decide(lanes: int) -> Plan:
+        if isinstance(found, Run):
+            return found.plan
+        return plan_here(request.dataset, request.problem, choices, lanes, request.paths.state)
+
+    with workplace.prepare(request.problem, choices.kernel, decide, until) as (client, plan):
+        return run_plan(plan, request, client, callbacks=callbacks, until=until)
+
+
 def run_plan(
     plan: Plan,
-    dataset: Dataset,
-    paths: ResultPaths,
+    request: Request,
     client: Client | Literal["inline"],
     *,
     callbacks: Sequence[Callback] = (),
-    overwrite: bool = False,
     until: float = math.inf,
 ) -> Result:
-    """Carry out a plan made for `dataset`: the part of `attention` after planning, for callers who plan themselves.
+    """Carry out a plan for what is asked for: the part of `attend` after planning.
 
-    It ends by `until`, a moment of `clock.now`. An unfinished run of an equal plan is resumed. Raises what `attention`
-    raises.
+    It ends by `until`, a moment of `clock.now`. An unfinished run of an equal plan is resumed.
     """
-    refuse_to_replace_dataset(paths, dataset)
-    if is_finished(paths, plan.problem, dataset, overwrite):
-        return finished_result(paths)
-    dataset.check_complete()
-    with _locked(paths, until) as (lock, interrupts):
-        state = RunState(paths, lock.claim)
-        if is_finished(paths, plan.problem, dataset, overwrite):  # another run may have ended in between
-            return open_result(paths.result)
-        execution = _Execution(make_engine(client), callbacks, interrupts, until)
-        begun = None if overwrite else find_unfinished(paths)
-        if begun is None:
-            computing = _enlist(plan, dataset, state, execution)
-            work = _begin(plan, dataset, state, overwrite, computing)
-        else:
-            check_asked(begun, plan.problem, dataset)
-            check_plan(begun, plan)
-            logger.warning("%s: resuming the unfinished run that is there, as it was planned", paths.result)
-            computing = _enlist(begun.plan, dataset, state, execution)
-            work = _resume(begun, dataset, state, Resuming(), computing, execution)
-        _carry_out(work, execution)
-    return open_result(paths.result)
+    request.dataset.check_complete()
+    with _locked(request.paths, until) as (lock, interrupts):
+        found = find(request)
+        if found is not Found.FINISHED:
+            execution = _Execution(make_engine(client), callbacks, interrupts, until)
+            state = RunState(request.paths, lock.claim)
+            if isinstance(found, Run):
+                check_plan(found, plan)
+                logger.warning("%s: resuming the unfinished run that is there, as it was planned", request.paths.result)
+                run = _resume(found, request.dataset, state, Resuming(), execution)
+            else:
+                run = _begin(plan, request, state, execution)
+            return _carry_out(run, execution)
+    return finished_result(request.paths)
+
+
+def resume(
+    paths: ResultPaths,
+    named: Location | None,
+    resuming: Resuming,
+    workplace: Workplace,
+    callbacks: Sequence[Callback],
+    until: float,
+) -> Result:
+    """Go on with the unfinished run to a result, over the dataset that is named or that its journal names.
+
+    Raises what `resume` of the api raises.
+    """
+    found = find_unfinished(paths)
+    if found is None:
+        if paths.attributes():
+            return finished_result(paths)
+        raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
+    plan, dataset = found.plan, open_dataset(found, named)
+    with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (client, _):
+        return resume_run(found, dataset, client, callbacks, until, resuming)
 
 
 def resume_run(
-    asked: RunRecord,
+    asked: Run,
     dataset: Dataset,
-    paths: ResultPaths,
     client: Client | Literal["inline"],
     callbacks: Sequence[Callback],
     until: float,
@@ -143,15 +164,13 @@ def resume_run(
 
     Raises ResultExistsError where another run has begun since.
     """
-    with _locked(paths, until) as (lock, interrupts):
-        begun = find_unfinished(paths)
-        if begun is not None:  # else another process has finished it in between
-            check_run(begun, asked)
+    with _locked(asked.paths, until) as (lock, interrupts):
+        found = find_unfinished(asked.paths)
+        if found is not None:  # else another process has finished it in between
+            check_run(found, asked)
             execution = _Execution(make_engine(client), callbacks, interrupts, until)
-            state = RunState(paths, lock.claim)
-            computing = _enlist(begun.plan, dataset, state, execution)
-            _carry_out(_resume(begun, dataset, state, resuming, computing, execution), execution)
-    return open_result(paths.result)
+            return _carry_out(_resume(found, dataset, RunState(asked.paths, lock.claim), resuming, execution), execution)
+    return finished_result(asked.paths)
 
 
 @contextmanager
@@ -173,45 +192,38 @@ def _enlist(plan: Plan, dataset: Dataset, state: RunState, execution: _Execution
     return execution.engine.enlist(plan, dataset, state, lambda: execution.check_waiting(plan))
 
 
-def _carry_out(work: Work, execution: _Execution) -> None:
+def _carry_out(run: Run, execution: _Execution) -> Result:
     """Do what is left of a run; the result is locked."""
-    from oocattn.pipelines.driver import run
+    from oocattn.pipelines.driver import carry_out
 
-    listeners: list[Callback] = [StatusFile(work.paths.status, work.state.claim), *execution.callbacks]
-    run(work, execution.engine, listeners, execution.interrupts, execution.until)
+    listeners: list[Callback] = [StatusFile(run.paths.status, run.state.claim), *execution.callbacks]
+    carry_out(run, execution.engine, listeners, execution.interrupts, execution.until)
+    return open_result(run.paths.result)
 
 
-def _begin(plan: Plan, dataset: Dataset, state: RunState, overwrite: bool, computing: Mapping[str, str]) -> Work:
-    """A run at its beginning, whose workers compute with what is named; the result is locked."""
-    identity = describe(plan.problem, dataset)
+def _begin(plan: Plan, request: Request, state: RunState, execution: _Execution) -> Run:
+    """Begin a run; the result is locked."""
+    computing = _enlist(plan, request.dataset, state, execution)
     made_with = {**versions(), **computing}
-    layout = _layout(plan, {**identity, "plan": _decided(plan), "versions": made_with})
-    growing = state.begin(layout, overwrite=overwrite)
-    recorded = DatasetIdentity(**identity["dataset"], within_run=dataset.as_found.within_run)
-    journal = begin_journal(state.paths, plan, recorded, growing, computing, state.claim)
-    return Work(plan, dataset, recorded.within_run, state, growing, journal)
+    attributes = {**describe(plan.problem, request.dataset), "plan": _decided(plan), "versions": made_with}
+    growing = state.begin(_layout(plan, attributes), overwrite=request.overwrite)
+    return begin_run(state, plan, request.dataset, growing, computing)
 
 
-def _resume(
-    begun: RunRecord,
-    dataset: Dataset,
-    state: RunState,
-    resuming: Resuming,
-    computing: Mapping[str, str],
-    execution: _Execution,
-) -> Work:
-    """A run that was begun before; the result is locked."""
-    plan, header = begun.plan, begun.header
-    other_bits = check_bits(begun, computing, resuming.accept_other_bits)
-    source = {"location": header.dataset.location, "fingerprint": header.dataset.fingerprint}
-    attributes = {"problem": asdict(plan.problem), "dataset": source, "plan": _decided(plan)}
-    growing = state.resume(begun.path, _layout(plan, attributes), replaces=header.replaces)
-    journal = replace(begun.journal, claim=state.claim)
+def _resume(found: Run, dataset: Dataset, state: RunState, resuming: Resuming, execution: _Execution) -> Run:
+    """Take up a run that was begun before; the result is locked."""
+    plan, source = found.plan, found.header.dataset
+    computing = _enlist(plan, dataset, state, execution)
+    other_bits = check_bits(found, computing, resuming.accept_other_bits)
+    recorded = {"location": source.location, "fingerprint": source.fingerprint}
+    attributes = {"problem": asdict(plan.problem), "dataset": recorded, "plan": _decided(plan)}
+    state.resume(found.growing, _layout(plan, attributes))
+    run = replace(found, journal=replace(found.journal, claim=state.claim), opened=dataset)
     if other_bits:
-        journal.note_other_bits(other_bits)
+        run.journal.note_other_bits(other_bits)
     seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
-    compared = compare_finished(plan, growing.arrays, journal, seconds, lambda: execution.is_over)
-    return Work(plan, dataset, dataset.as_found.within_run, state, growing, journal, compared)
+    compared = compare_finished(plan, run.result, run.journal, seconds, lambda: execution.is_over)
+    return replace(run, compared=compared)
 
 
 def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:
@@ -225,72 +237,3 @@ def _decided(plan: Plan) -> dict[str, Any]:
     """What a result says of its plan."""
     names = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel", "rounds_weights")
     return {name: getattr(plan, name) for name in names}
-
-
-def is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrite: bool) -> bool:
-    """Whether the result is there already. Raises ResultExistsError if something else is and may not be replaced."""
-    found = paths.attributes()
-    if found is None:
-        return False
-    if "problem" not in found:
-        raise ResultExistsError(
-            f"{paths.result} exists and is not a result of oocattn, and only those are replaced: remove it, or choose "
-            "another path"
-        )
-    if overwrite:
-        return False
-    differing = result_differences(found, describe(problem, dataset))
-    if not differing:
-        return True
-    raise ResultExistsError(
-        f"{paths.result} exists and is not the result of this run ({differing}): choose another path, or replace it with "
-        "overwrite=True (--overwrite)"
-    )
-
-
-def finished_result(paths: ResultPaths) -> Result:
-    """The finished result that is there, tidied up. A warning says where its certificate failed."""
-    tidy(paths)
-    certificate = read_summary(paths)
-    if certificate is not None and certificate.outcome == "failed":
-        logger.warning(
-            "%s is there, but its certificate of %s says %s; `oocattn verify` checks it again",
-            paths.result,
-            certificate.made,
-            certificate.verdict,
-        )
-    return replace(open_result(paths.result), certificate=certificate)
-
-
-def tidy(paths: ResultPaths) -> None:
-    """Do what a run that was killed at its very end has left to do; a failure costs nothing but that."""
-    with suppress(LockedError, IntegrityError, OSError):
-        if is_folder(paths.state) and is_untidy(paths):
-            with FileLock(paths.lock) as lock:
-                RunState(paths, lock.claim).tidy()
-
-
-def refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:
-    """Raise ResultExistsError where the result, or the folder of job state, would lie in the dataset or hold it."""
-    if dataset.folder is None:
-        return
-    location = Path(dataset.location).resolve()
-    for place in (paths.result, paths.state):
-        ours = place.resolve()
-        inside = any(ours.is_relative_to(location / name) for name in dataset.arrays)
-        if inside or location.is_relative_to(ours):
-            raise ResultExistsError(f"{place} belongs to the dataset {dataset.location}: choose another path for the result")
-
-
-def open_result(result: str | Path) -> Result:
-    """A finished result, its arrays open for reading. Raises IntegrityError where there is none."""
-    paths = ResultPaths.at(result)
-    if not is_taken(paths.result):
-        raise IntegrityError(f"{paths.result}: no finished result here; `oocattn status` says whether one is under way")
-    arrays = ResultArrays.open(paths.result)
-    try:
-        report = read_report(paths)
-    except IntegrityError as error:  # the result is worth more
-        logger.warning("the report of the run cannot be read: %s", error)
-        report = None
-    return Result(paths.result, arrays.out, arrays.lse, report)

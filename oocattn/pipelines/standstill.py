@@ -45,12 +45,12 @@ class Standstill:
         self._deadline = deadline
         self._waited = self._looked = self._progressed = 0.0
         self._ended = dict.fromkeys(workers, 0.0)  # how long was waited in all when a task of each last ended
-        self._told: Mapping[str, Obstacle] = {}
+        self._obstacles: Mapping[str, Obstacle] = {}
 
     def progress(self, worker: str) -> None:
         """A task of this worker's lane ended."""
         self._progressed = self._ended[worker] = self._waited
-        if worker in self._told or "" in self._told:
+        if worker in self._obstacles or "" in self._obstacles:
             self._tell({})
 
     def begin(self) -> None:
@@ -66,37 +66,41 @@ class Standstill:
             pending = self._pending()
             obstacles = self._look(pending, list(pending or self._ended)) or {"": self._unexplained(pending)}
             if not self._is_stalled:
-                return  # a task that takes long goes on
+                return  # a long task still works
             idle = format_seconds(self._idle)
-            raise StalledError(f"nothing has ended for {idle}: {_words(obstacles)}; what was done is on disk: resume then")
-        if self._waited - max(self._looked, min(self._ended.values())) >= limits.NOTICED:
+            raise StalledError(
+                f"nothing has ended for {idle}: {_words(obstacles)}; the work that was done is on disk: resume then"
+            )
+        if self._waited - max(self._looked, min(self._ended.values())) >= limits.NOTICED_SECONDS:
             before, self._looked = self._progressed, self._waited
             pending = self._pending()
-            idle_workers = [name for name in pending or self._ended if self._waited - self._ended[name] >= limits.NOTICED]
+            idle_workers = [
+                name for name in pending or self._ended if self._waited - self._ended[name] >= limits.NOTICED_SECONDS
+            ]
             obstacles = self._look(pending, idle_workers)
             if not obstacles and self._progressed > before:
                 self._looked = self._progressed
-            elif not obstacles and self._idle >= self._deadline.noticed:
+            elif not obstacles and self._idle >= self._deadline.noticed_seconds:
                 obstacles = {"": self._unexplained(pending)}
             self._tell(obstacles)
 
     @property
     def _is_stalled(self) -> bool:
-        """Whether nothing has gone on for so long that the run ends; what it costs to say so is most often saved."""
-        return self._idle > limits.STALLED and self._idle > self._deadline.stalled
+        """True if nothing has ended for so long that the run ends; this is cheap to ask."""
+        return self._idle > limits.STALLED_SECONDS and self._idle > self._deadline.stalled_seconds
 
     @property
     def _idle(self) -> float:
-        """Seconds for which nothing has gone on."""
+        """Seconds since a task last ended or made progress."""
         return self._waited - self._progressed
 
     def _look(self, pending: Pending, workers: Sequence[str]) -> dict[str, Obstacle]:
-        """What keeps these workers, or under "" what keeps all. Lanes that are at a task that takes long go on."""
+        """Obstacles of these workers (of all: ""). A lane at a long task still works."""
         if not workers:
             return {}
         obstacles, idle = self._look_at(pending, workers)
         for name, seconds in idle.items():
-            if seconds < limits.NOTICED:
+            if seconds < limits.NOTICED_SECONDS:
                 self._ended[name] = max(self._ended[name], self._waited - seconds)
                 self._progressed = max(self._progressed, self._ended[name])
         return obstacles
@@ -107,12 +111,12 @@ class Standstill:
         unfinished = some_of(list(places), MOST_NAMED) or "the set-up of lanes"
         return Obstacle(
             f"{unfinished} does not end on worker {some_of(list(pending or self._ended), MOST_NAMED)}",
-            "see to the storage that it reads and writes, and restart the worker",
+            "check the storage that it reads and writes, and restart the worker",
         )
 
     def _tell(self, obstacles: Mapping[str, Obstacle]) -> None:
         """Log what keeps the run, or that nothing does any more, and pass it on; once each time that it changes."""
-        before, self._told = self._told, obstacles
+        before, self._obstacles = self._obstacles, obstacles
         if {name: obstacle.remedy for name, obstacle in before.items()} == {
             name: obstacle.remedy for name, obstacle in obstacles.items()
         }:
@@ -120,10 +124,10 @@ class Standstill:
         now = clock.now()
         reason = _words(obstacles)
         if reason:
-            limit = format_seconds(self._deadline.stalled)
-            logger.warning("the run stalls: %s; it ends, to be resumed, when no task has ended for %s", reason, limit)
+            limit = format_seconds(self._deadline.stalled_seconds)
+            logger.warning("the run stalls: %s; it ends, and can be resumed, when no task has ended for %s", reason, limit)
         else:
-            logger.warning("the run goes on")
+            logger.warning("the run continues")
         since = min((self._ended[name] for name in obstacles if name), default=self._progressed)
         self._emit(Stalled(start=now - (self._waited - since), stop=now, reason=reason))
 
@@ -134,7 +138,7 @@ def _words(obstacles: Mapping[str, Obstacle]) -> str:
     for name, obstacle in obstacles.items():
         named.setdefault(obstacle, []).append(name)
     words = [
-        f"{f'worker {some_of(names, MOST_NAMED)} ' if any(names) else ''}{obstacle.found}: {obstacle.remedy}"
+        f"{f'worker {some_of(names, MOST_NAMED)} ' if any(names) else ''}{obstacle.fault}: {obstacle.remedy}"
         for obstacle, names in itertools.islice(named.items(), MOST_NAMED)
     ]
     return "; ".join(words)

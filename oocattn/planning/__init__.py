@@ -1,1 +1,1 @@
-"""From a problem, budgets and a machine to a costed `Plan`; only `measure` has effects."""
+"""Planning: a costed `Plan` from a problem, budgets and a machine."""

@@ -1,4 +1,4 @@
-"""What other budgets would give: the words of a refusal, and of a warning that a plan is mostly overhead.
+"""Other budgets: the words of a refusal, and of a warning of overhead.
 
 Overhead is tasks and durable files, which cost the same however little each of them does. Pure functions of costed plans.
 """
@@ -11,18 +11,18 @@ from typing import Literal
 
 from oocattn.errors import BudgetError
 from oocattn.planning.plan import Plan
-from oocattn.units import format_bytes, format_seconds
+from oocattn.units import ceil_div, format_bytes, format_seconds, round_up
 
 HOPELESS_TIMES, HOPELESS_SECONDS = 20.0, 60.0
-"""A plan is hopeless whose overhead takes more than so many times its computing and more than so many seconds."""
+"""Overhead of a hopeless plan: times its computing, and seconds; it exceeds both."""
 
 MOST_TASKS_A_SECOND, NOTICED_SECONDS = 100.0, 2.0
-"""A plan is crowded that has more tasks a second of computing, or more overhead than computing, and so much overhead."""
+"""Limits of a crowded plan: tasks a second of computing, seconds of overhead."""
 
 LARGER = (2, 4)
 """Multiples of a budget at which plans are compared."""
 
-WORTH = 1.5
+WORTHWHILE_SPEEDUP = 1.5
 """By how many times faster a plan must be for a larger budget to be named."""
 
 MIB = 1 << 20
@@ -37,36 +37,36 @@ PlanWith = Callable[[BudgetName, int], Plan | None]
 
 
 def is_hopeless(plan: Plan) -> bool:
-    """Whether nobody would wait for a plan, as it spends nearly all its time on tasks and files."""
+    """True if a plan spends nearly all its time on tasks and files."""
     return plan.overhead_seconds > max(HOPELESS_SECONDS, HOPELESS_TIMES * plan.link("compute").seconds)
 
 
 def is_crowded(plan: Plan) -> bool:
-    """Whether a plan spends so much of its time on tasks and files that the user should know."""
+    """True if a plan spends so much time on tasks and files that users should know."""
     computing, tasks = plan.link("compute").seconds, plan.link("tasks").amount
     crowded = tasks > MOST_TASKS_A_SECOND * computing or plan.overhead_seconds > computing
     return crowded and plan.overhead_seconds > NOTICED_SECONDS
 
 
 def faster_plans(plan: Plan, replan: Replan) -> list[tuple[int, Plan]]:
-    """The multiples of a plan's budgets that are worth their memory, with their plans, ascending."""
+    """Multiples of a plan's budgets worth their memory, ascending, with their plans."""
     found = [(1, plan)]
     for times in LARGER:
         larger = replan(times)
-        if larger is not None and larger.seconds * WORTH < found[-1][1].seconds:
+        if larger is not None and larger.seconds * WORTHWHILE_SPEEDUP < found[-1][1].seconds:
             found.append((times, larger))
     return found[1:]
 
 
 def crowded_warning(plan: Plan, replan: Replan) -> str:
-    """Say how much of a crowded plan is overhead, and which budget, or choice left to the plan, would be better."""
+    """Say how much of a crowded plan is overhead, and name a better choice."""
     tasks, files, computing = (plan.link(name) for name in ("tasks", "files", "compute"))
     found = (
         f"this plan spends {format_seconds(tasks.seconds)} on {tasks.amount:,.0f} tasks and "
         f"{format_seconds(files.seconds)} on {files.amount:,.0f} files for {format_seconds(computing.seconds)} of computing"
     )
     unpinned = replan(1)
-    if unpinned is not None and unpinned.seconds * WORTH < plan.seconds:
+    if unpinned is not None and unpinned.seconds * WORTHWHILE_SPEEDUP < plan.seconds:
         seconds = format_seconds(unpinned.seconds)
         return f"{found}: leave --chunks and --decomposition to the plan, which then takes {seconds} in all"
     faster = faster_plans(plan, replan)
@@ -82,10 +82,10 @@ def crowded_warning(plan: Plan, replan: Replan) -> str:
 
 
 def refuse(plans: Sequence[Plan], chosen: Plan | None, scratch_disk: int, plan_with: PlanWith) -> BudgetError | None:
-    """The refusal of budgets of which no plan fits (`chosen` is None), or only a hopeless one where a larger one has better.
+    """Refuse budgets without a plan, or with only a hopeless one; None: accept them.
 
-    It names the budget that is too small, the smallest that works, and what larger ones give. None: the hopeless plan is as
-    good as any.
+    `chosen` is the hopeless plan, or None. The error names the budget that is too small, the smallest that works, and
+    what larger ones give. A hopeless plan is accepted where no larger budget has a better one.
     """
     with_scratch = [plan for plan in plans if plan.scratch_disk <= scratch_disk]
     if not with_scratch:
@@ -101,11 +101,11 @@ def refuse(plans: Sequence[Plan], chosen: Plan | None, scratch_disk: int, plan_w
 
 
 def _smallest(peaks: Iterable[int], budget: int, plan_of: Callable[[int], Plan | None]) -> tuple[int, Plan | None]:
-    """The smallest budget above `budget` that has a plan, with that plan: one that is not hopeless, if there is any.
+    """The smallest larger budget that has a plan, not hopeless if possible.
 
-    Without a plan, where another budget is too small as well.
+    The plan is None where another budget is too small as well.
     """
-    steps = sorted({-(-peak // MIB) * MIB for peak in peaks if peak > budget})
+    steps = sorted({round_up(peak, MIB) for peak in peaks if peak > budget})
     found: list[tuple[int, Plan | None]] = []
     for step in steps:
         plan = plan_of(step)
@@ -150,4 +150,4 @@ def _scratch_error(plans: Sequence[Plan], scratch_disk: int) -> BudgetError:
 
 def _in_mib(count: int) -> str:
     """A number of bytes as an option takes it, rounded up."""
-    return f"{-(-count // MIB)}MiB"
+    return f"{ceil_div(count, MIB)}MiB"

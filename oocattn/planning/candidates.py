@@ -1,4 +1,4 @@
-"""From a problem, budgets and a small description of the hardware to a `Plan`, before the first byte is read.
+"""Choice of a `Plan` among all candidates, before the first byte is read.
 
 Planning is a pure function of records: nothing here reads data, measures hardware or starts a task. Every candidate
 division is costed (memory, bytes, files, tasks and seconds), and those that do not fit the budgets are dropped. Of the rest
@@ -10,6 +10,7 @@ long ones.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from oocattn.division.quorums import candidate_chunk_counts, quorum_size
 from oocattn.errors import BudgetError, ProblemError
@@ -22,12 +23,24 @@ from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 
 FINE_SECONDS = 0.005
-"""A subproblem of less would cost more to schedule than to compute: nothing finer is considered where this fits."""
+"""Seconds of a subproblem below which scheduling costs more than computing."""
 
-TIE = 1.05
-"""Divisions of different kinds whose predictions differ by less are taken for equally fast; of one kind, `CLOSE`."""
+TIE_RATIO = 1.05
+"""Predictions of two kinds of division closer than this count as equal."""
 
-CLOSE = 1.01
+CLOSE_RATIO = 1.01
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user chose of a plan, None for what is left to it: budgets in bytes, what a kill may cost in seconds."""
+
+    device_memory: int | None = None
+    host_memory: int | None = None
+    chunks: int | None = None
+    decomposition: str = "auto"
+    kernel: str | None = None
+    checkpoint_seconds: float | None = None
 
 
 def make_plan(
@@ -41,12 +54,13 @@ def make_plan(
     decomposition: str = "auto",
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Plan:
-    """Choose the division, tiles and place of partials that finish soonest within the budgets (bytes, over all lanes).
+    """Choose the division, tiles and place of partials that finish soonest.
 
-    `chunks` pins c and `decomposition` the kind. A kill is to cost no more than `checkpoint_seconds` (0: whatever it costs):
-    where the budgets leave a choice, subproblems are short enough for that, and what is saved little enough. Raises
-    ProblemError for a choice that does not exist and BudgetError, naming the smallest budget that works and what larger ones
-    give, where nothing fits, or only a hopeless plan does and a larger budget has one that is not.
+    Budgets are bytes over all lanes. `chunks` pins c and `decomposition` the kind. A kill is to cost no more than
+    `checkpoint_seconds` (0: whatever it costs): where the budgets leave a choice, subproblems are short enough for
+    that, and what is saved little enough. Raises ProblemError for a choice that does not exist and BudgetError,
+    naming the smallest budget that works and what larger ones give, where nothing fits, or only a hopeless plan does
+    and a larger budget has one that is not.
     """
     limit = min(problem.tokens, MAX_CHUNKS)
     if decomposition not in DECOMPOSITIONS:
@@ -77,7 +91,7 @@ def make_plan(
 
 
 def overhead_warning(plan: Plan, hardware: Hardware) -> str | None:
-    """What to tell the user of a plan that is mostly tasks and files; None for any other plan."""
+    """The warning for a plan that is mostly tasks and files; None for any other."""
     if not is_crowded(plan):
         return None
 
@@ -106,7 +120,7 @@ def _cost_all(
     host_memory: int,
     checkpoint_seconds: float,
 ) -> list[Plan]:
-    """The plan of each candidate, but for those that are cut finer than one that fits and is fine enough."""
+    """The plan of each candidate, unless a coarser one fits and is fine enough."""
     plans: list[Plan] = []
     enough: dict[str, int] = {}  # chunks of each decomposition
     for candidate in candidates:
@@ -128,23 +142,25 @@ def _choose(plans: Sequence[Plan], hardware: Hardware) -> Plan | None:
         return None
     prompt = [plan for plan in fitting if _keeps_to_interval(plan)] or fitting
     fastest = min(plan.seconds for plan in prompt)
-    ties = [plan for plan in prompt if plan.seconds <= TIE * fastest]
+    ties = [plan for plan in prompt if plan.seconds <= TIE_RATIO * fastest]
     kind = min(_kind(plan) for plan in ties)
     ties = [plan for plan in ties if _kind(plan) == kind]
     fastest = min(plan.seconds for plan in ties)
-    close = (plan for plan in ties if plan.seconds <= CLOSE * fastest)
+    close = (plan for plan in ties if plan.seconds <= CLOSE_RATIO * fastest)
     return min(close, key=lambda plan: (plan.chunks, plan.span, -plan.accumulators))
 
 
 def _keeps_to_interval(plan: Plan) -> bool:
-    """Whether a kill costs no more than it may: half of that passes between saves, in the other half two subproblems are in
-    flight and all accumulators are saved."""
+    """True if a kill costs no more than it may.
+
+    Half of that passes between saves; in the other half two subproblems are in flight and all accumulators are saved.
+    """
     saving = plan.saving_seconds if plan.saves else 0.0
     return not plan.checkpoint_seconds or saving + 2 * plan.subproblem_seconds <= plan.checkpoint_seconds / 2
 
 
 def _kind(plan: Plan) -> tuple[bool, bool]:
-    """How a plan divides and where it keeps partials; the preferred sort first."""
+    """Place of partials and kind of division; the preferred one first."""
     return plan.partials == "disk", plan.decomposition != "cqs"
 
 

@@ -1,4 +1,4 @@
-"""What a division costs: bytes, files, tasks and floating-point operations a link, and seconds, on a described machine.
+"""Cost of a division on a described machine: amount and seconds of each link.
 
 Pure arithmetic over records; which of the costed divisions is taken is decided in `candidates`.
 
@@ -27,41 +27,45 @@ from oocattn.planning.machine import Hardware, InputCost, ScratchBytes
 from oocattn.planning.memory import Tiles, partial_file_bytes
 from oocattn.planning.plan import Link, Plan
 from oocattn.problem.problem import DTYPES, Problem
+from oocattn.units import ceil_div
 
 PIN_RATE = 10e9
-"""Bytes per second at which host memory is pinned (15 measured, where there are huge pages)."""
+"""Bytes per second at which host memory is pinned (15e9 with huge pages)."""
 
 HALF_RATE_KEYS = 512
-"""Keys of a call at which a GPU's kernel falls to half its rate: launching it takes as long as they do."""
+"""Keys of a call at which a GPU's kernel falls to half its rate, for its launch."""
 
 CALL_SECONDS = 0.0002
-"""What a call of the CPU kernel costs however small it is, with the merge of its state: 0.2 to 0.3 ms, Zen 4."""
+"""Least cost of a call of the CPU kernel, with the merge: 0.2 to 0.3 ms (Zen 4)."""
 
 REREAD_FILE_SECONDS = 0.0002
-"""What it costs to open, check and remove a small file that was written before: 0.2 ms on ext4."""
+"""Cost to open, check and remove a small file: 0.2 ms on ext4."""
 
 RUN_FILES = 9
-"""Durable files of any run beside its chunks: lock, journal, metadata, report, and the commit."""
+"""Durable files of any run: lock, journal, metadata, report, and the commit."""
 
 TASK_SHARE = 0.5
-"""How much of the cost of tasks adds to that of computing on a CPU: a task takes one core, and the kernel waits for it or
-not, as the system divides the cores. 1 / cores is the least, 1 the most."""
+"""Share of the cost of tasks that adds to computing on a CPU.
+
+A task takes one core, and the kernel waits for it or not, as the system divides the cores. 1 / cores is the least, 1
+the most.
+"""
 
 LAST_TASKS = 4
-"""Tasks that follow each other with nothing beside them: the first stage and attend, the last merge and write."""
+"""Tasks one after another: the first stage and attend, the last merge and write."""
 
 PIECE = 16
 """Subproblems of a lane that are submitted to the scheduler together."""
 
 WINDOW = 32
-"""Subproblems of a lane that may wait there before no more are submitted: enough to hide a round trip."""
+"""Subproblems of a lane that may wait at the scheduler, to hide a round trip."""
 
-UNFINISHED = 4 * WINDOW
+MOST_UNFINISHED = 4 * WINDOW
 """Tasks of a lane, of any layer, that may wait there before no more are submitted."""
 
 
 def recost(plan: Plan, scratch_bytes: ScratchBytes) -> Plan:
-    """The plan with all that follows from what is given and chosen in it computed again, as `cost` does."""
+    """Compute again all that follows from the choices in a plan, as `cost` does."""
     hardware = Hardware(**asdict(plan.machine), scratch_bytes=scratch_bytes)
     candidate = Candidate(plan.decomposition, plan.chunks, plan.span, plan.partials, plan.accumulators)
     chosen = (hardware, plan.inputs, plan.device_memory, plan.host_memory, plan.checkpoint_seconds)
@@ -78,7 +82,7 @@ def cost(
     checkpoint_seconds: float,
     tiles: Tiles | None = None,
 ) -> Plan:
-    """Cost one candidate: its tiles, unless they are given, memory, bytes a link and seconds."""
+    """Cost one candidate: tiles (unless given), memory, bytes a link and seconds."""
     layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes, tiles)
     division = candidate.division(problem)
     run = _Run(candidate, division, layout, problem, hardware, inputs, checkpoint_seconds)
@@ -138,7 +142,8 @@ class _Run:
         """The bytes that partials take on disk at most at a time."""
         lanes = self.hardware.lanes
         if self.candidate.partials == "disk":
-            waiting = (UNFINISHED + 4 * PIECE) * lanes / self.candidate.chunks  # head groups whose chunks are not written
+            # Head groups whose chunks are not written yet.
+            waiting = (MOST_UNFINISHED + 4 * PIECE) * lanes / self.candidate.chunks
             return min(self.problem.head_groups, 2 + waiting) * self._reads[0] * self._partial_file
         return (self._held + lanes) * self._partial_file if self.checkpoint_seconds else 0  # one of a lane is replaced
 
@@ -223,10 +228,10 @@ class _Run:
         return Link("write", written, written / self.hardware.write_rate)
 
     def _files(self) -> Link:
-        """Durable files: partials or checkpoints, chunks of `out` and `lse`, and an entry of the journal a query chunk."""
+        """Durable files: partials or checkpoints, `out` and `lse`, and journal entries."""
         problem, layout = self.problem, self.layout
-        chunks = problem.head_groups * math.ceil(problem.tokens / layout.chunk_rows)
-        out_chunks = problem.batch * problem.query_heads * math.ceil(problem.tokens / layout.out_chunk_rows)
+        chunks = problem.head_groups * ceil_div(problem.tokens, layout.chunk_rows)
+        out_chunks = problem.batch * problem.query_heads * ceil_div(problem.tokens, layout.out_chunk_rows)
         reread = self._handed_back if self.candidate.partials == "disk" else 0
         files = RUN_FILES + chunks + 2 * out_chunks + self._saves * self._held + reread
         return Link("files", files, files * self.hardware.file_seconds + reread * REREAD_FILE_SECONDS)
@@ -242,7 +247,7 @@ class _Run:
         return pinned + max(hardware.lanes * slot / hardware.read_rate, slot / self.inputs.decode_rate)
 
     def _drain(self, write_seconds: float) -> float:
-        """Seconds of writing when nothing is left to compute: a GPU's chunks are written tile by tile as they come back."""
+        """Seconds of writing after the last computing; on a GPU of the last tiles only."""
         layout, lanes = self.layout, self.hardware.lanes
         last = layout.query_chunks * layout.chunk_rows
         if self.hardware.device == "cuda" and self.candidate.partials == "memory":
@@ -253,10 +258,10 @@ class _Run:
 
 
 def largest_share(division: Division, chunk_rows: int, problem: Problem, lanes: int, partials: str) -> float:
-    """The share of all pairs of the lane that has most to do; how lanes share is in `pipelines.schedule`."""
+    """The share of all pairs of the busiest lane, as `pipelines.schedule` divides."""
     if partials == "disk":
         subproblems = problem.head_groups * division.subproblems
-        return math.ceil(subproblems / lanes) / subproblems
+        return ceil_div(subproblems, lanes) / subproblems
     rounds, rest = divmod(problem.head_groups, lanes)
     if not rest:
         return rounds / problem.head_groups

@@ -1,11 +1,10 @@
-"""How a candidate division is laid out: rows of its chunks, tiles on the device, and the memory that follows from them.
+"""Layout of a candidate: rows of chunks, tiles on the device, and memory.
 
 Pure arithmetic over records; what a layout costs in seconds is in `cost`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,10 +14,10 @@ from oocattn.planning.machine import Hardware, InputCost
 from oocattn.planning.memory import Buffers, LaneMemory, Tiles, cpu_memory, cuda_memory, slot_bytes
 from oocattn.planning.plan import make_division
 from oocattn.problem.problem import DTYPES, Problem
+from oocattn.units import ceil_div, round_up
 
 OUT_CHUNK_BYTES = 16 << 20
-"""Aim for the chunks of `out`: between the 8 and 64 MiB at which chunk files are read fast, and short to wait for at the end
-of a run."""
+"""Bytes to aim for in a chunk of `out`; files of 8 to 64 MiB are read fast."""
 
 TILE_UNIT = 128
 """GPU tiles are a multiple of this: kernels work on blocks of 128 rows."""
@@ -41,7 +40,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Layout:
-    """A candidate's chunks and tiles, the most query chunks of a subproblem, and the memory of a lane."""
+    """A candidate's chunks and tiles, query chunks of a subproblem, lane memory."""
 
     chunk_rows: int
     out_chunk_rows: int
@@ -86,35 +85,36 @@ def lay_out(
 
 
 def _chunk_rows(problem: Problem, chunks: int, hardware: Hardware, inputs: InputCost) -> tuple[int, int]:
-    """Rows of a chunk and of a chunk of `out`; the second divides the first, so that every output chunk has one writer."""
-    rows = math.ceil(problem.tokens / chunks)
+    """Rows of a chunk and of a chunk of `out`, which divides it: one writer each."""
+    rows = ceil_div(problem.tokens, chunks)
     unit = inputs.align_rows if rows >= inputs.align_rows else 1
     if unit > 1 or hardware.device == "cpu" or rows < 64 * TILE_UNIT:
         return _whole_blocks(problem, rows, unit)
-    tiles = math.ceil(rows / hardware.max_keys)  # so many key tiles of one size are a chunk
+    tiles = ceil_div(rows, hardware.max_keys)  # so many key tiles of one size are a chunk
     while _whole_blocks(problem, rows, TILE_UNIT * tiles)[0] > tiles * hardware.max_keys:
         tiles += 1
     return _whole_blocks(problem, rows, TILE_UNIT * tiles)
 
 
 def _whole_blocks(problem: Problem, rows: int, unit: int) -> tuple[int, int]:
-    """`rows` rounded up to whole chunks of `out`, themselves of whole units; and the rows of a chunk of `out`."""
-    blocks = math.ceil(rows / unit)
+    """`rows` in whole chunks of `out`, and the rows of such a chunk in whole units."""
+    blocks = ceil_div(rows, unit)
     out_bytes = rows * problem.head_dim * DTYPES[problem.out_dtype]
-    blocks_per_out_chunk = math.ceil(blocks / max(1, round(out_bytes / OUT_CHUNK_BYTES)))
+    blocks_per_out_chunk = ceil_div(blocks, max(1, round(out_bytes / OUT_CHUNK_BYTES)))
     out_chunk_rows = blocks_per_out_chunk * unit
-    return math.ceil(blocks / blocks_per_out_chunk) * out_chunk_rows, out_chunk_rows
+    return ceil_div(blocks, blocks_per_out_chunk) * out_chunk_rows, out_chunk_rows
 
 
 def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tiles]:
-    """Tiles for a GPU, the fastest first: up to four key tiles of rows (over all heads), down to the smallest that works.
+    """Tiles for a GPU, the fastest first, down to the smallest that works.
 
-    Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471, 478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
+    The largest have four key tiles of rows, over all heads. Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471,
+    478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
     """
-    least = math.ceil(chunk_rows / max_keys)
+    least = ceil_div(chunk_rows, max_keys)
     equal = (count for count in range(least, 2 * least + 1) if chunk_rows % (count * TILE_UNIT) == 0)
     count = next(equal, least)
-    key = min(chunk_rows, math.ceil(chunk_rows / count / TILE_UNIT) * TILE_UNIT)
+    key = min(chunk_rows, round_up(ceil_div(chunk_rows, count), TILE_UNIT))
     most = max(key, 4 * max_keys // problem.group_size)
     choices = [(query, key) for query in (4 * key, 2 * key, key, key // 2, key // 4) if query <= most]
     choices += [(key // 4, key // 2)] + [(key >> power, key >> power) for power in range(2, key.bit_length())]

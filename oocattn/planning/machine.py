@@ -1,4 +1,4 @@
-"""What a plan knows of the machine and of reading the dataset. These are records: how they are measured is in `measure`."""
+"""Records of a machine and of the cost of reading; `measure` makes them."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from typing import Annotated, Literal
 from oocattn.records import Count, Positive, Range, Seconds
 
 ScratchBytes = Callable[[int, int, int, int, str, int], int]
-"""Bounds what a kernel allocates: (group_size, rows, keys, head_dim, dtype, threads) to bytes."""
+"""Kernel's bytes by group_size, rows, keys, head_dim, dtype and threads."""
 
 Rate = Annotated[float, Range(1e-3, inf)]
 """Bytes, or floating-point operations, per second."""
 
 Device = Literal["cpu", "cuda"]
-"""Where lanes are."""
+"""Kind of device of the lanes."""
 
 Engine = Literal["dask", "inline"]
-"""What carries the tasks of a run out."""
+"""Name of the engine that carries out the tasks of a run."""
 
 MAX_LANES = 1024
 """The most lanes of a run; further workers take no part."""
 
 TASK_SECONDS: dict[Engine, float] = {"dask": 0.004, "inline": 0.001}
-"""What one task costs the processor on each engine: the engines' own limits for runs of tiny tasks on 2 cores."""
+"""Processor time of a tiny task on each engine, measured on 2 cores."""
 
 FILE_SECONDS = 0.002
-"""Writing a small durable file, where that is not measured: file and folder synced (ext4 on a local SSD: 0.6 to 2.6 ms;
-tmpfs: 0.07 ms)."""
+"""Seconds to write and sync a small file (ext4, SSD: 0.6 to 2.6 ms; tmpfs: 0.07)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a plan records of the machine. Rates are in bytes/s and FLOP/s.
+    """Facts of the machine that a plan records. Rates are in bytes/s and FLOP/s.
 
     `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a call at which it falls to half,
     `max_keys` the most keys of a call; `rounds_weights` says whether the kernel rounds softmax weights to the inputs' dtype.
@@ -64,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware(Machine):
-    """A machine together with a bound on what its kernel allocates, which is a function and is not recorded."""
+    """A machine, and a bound on its kernel's allocation, which is not recorded."""
 
     scratch_bytes: ScratchBytes
 
@@ -76,7 +75,7 @@ class Hardware(Machine):
 
 @dataclass(frozen=True)
 class InputCost:
-    """What reading the dataset costs beyond its bytes.
+    """Cost of reading the dataset beyond its bytes.
 
     `decode_bytes` is the transient host memory of one read and `decode_rate` bytes/s, both through Zarr's codecs; chunks
     of tokens are best aligned to `align_rows`; `notes` say so in words.

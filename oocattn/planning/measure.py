@@ -1,57 +1,43 @@
-"""What this machine can do, for a plan: the kernel, reading, decoding and small files are measured briefly.
+"""What this machine can do, measured briefly, and the plan of a problem for it.
 
-The rate of writing large files is assumed.
+Kernels and GPUs are measured here, reading in `reading`, memory and small files in `host`; the rate of writing large files
+is assumed.
 """
 
 from __future__ import annotations
 
-import math
-import shutil
-import tempfile
+import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from queue import SimpleQueue
 from statistics import median
 
-import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 
-from oocattn.errors import IntegrityError
+from oocattn.errors import ProblemError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels import AttentionState, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.settings import plain_threads
+from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.cost import HALF_RATE_KEYS
-from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, InputCost
-from oocattn.planning.memory import PAGE
+from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power
+from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware
+from oocattn.planning.options import CHECKPOINT_SECONDS
+from oocattn.planning.plan import Plan
+from oocattn.planning.reading import input_cost, sample_rate
 from oocattn.problem.mask import Causal
 from oocattn.problem.problem import Problem
 from oocattn.problem.scores import Scores
-from oocattn.storage.dtypes import numpy_dtype
-from oocattn.storage.files.durable import write_durably
-from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.inputs.readers import InputArray
 
-UNKNOWN_DISK = 1 << 60
-"""Free bytes of a file system that does not say how many it has."""
-
-SAMPLE_BYTES = 16 << 20
-"""How much of an array is decoded to measure how fast that is."""
+logger = logging.getLogger("oocattn")
 
 MOMENT = {"cpu": 0.15, "cuda": 0.05}
 """Seconds for which a kernel is timed: some tens of calls."""
-
-SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 4, 2 << 20, 4
-"""Places of an array that are read as a sample, how much there, and threads that do. Of smaller pieces from the page
-cache, the threads' turns at Python take longer than the reading."""
 
 COPY_BYTES = 64 << 20
 """Copied to and from a GPU to measure how fast that is."""
@@ -59,21 +45,11 @@ COPY_BYTES = 64 << 20
 SEGMENTS = 40 << 20
 """By how much torch's allocator may take more than it was asked for while a kernel is timed."""
 
-ASSUMED_RATE = 1e9
-"""Bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s."""
-
 CACHE_RATE = 5e9
 """Bytes per second at least from the page cache; one thread reads 6 to 7 GB/s."""
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux says what the control group of this process may use, of version 2 or 1."""
-
 CUDA_SAMPLE = (32_768, 32_768)
 """Rows and keys on which a kernel is timed on a GPU: enough to fill it, in little memory."""
-
-
-FILE_MOMENT, MOST_FILES = 0.03, 8
-"""Seconds after which no more files are written to measure what one costs, and how many at most."""
 
 
 def describe_hardware(
@@ -100,16 +76,9 @@ def describe_hardware(
         flops, half_rate_rows, measuring_bytes = kernel_rate(name, problem.head_dim, problem.dtype), 256, 0
         flops *= threads / torch.get_num_threads()
     else:
-        rows, keys, half_rate_rows = *CUDA_SAMPLE, 2048
-        measured = kernel_rate(name, problem.head_dim, problem.dtype, rows, keys, device)
-        flops = measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys)
-        release_cached_memory(torch.device(device))
-        operands = (
-            AttentionState.nbytes_for(1, rows, problem.head_dim) + (rows + 2 * keys) * problem.head_dim * problem.itemsize
-        )
-        scratch_bytes = get_kernel(name).scratch_bytes(1, rows, keys, problem.head_dim, problem.dtype, threads)
-        measuring_bytes = operands + scratch_bytes + SEGMENTS
-    found = _rounded(sample_rate(dataset))
+        half_rate_rows = 2048
+        flops, measuring_bytes = _gpu_rate(name, problem, half_rate_rows, threads)
+    found = round_to_power(sample_rate(dataset))
     return Hardware(
         kernel=name,
         kernel_flops=flops,
@@ -127,6 +96,45 @@ def describe_hardware(
         measuring_bytes=measuring_bytes,
         scratch_disk=UNKNOWN_DISK if scratch is None else free_disk(scratch),
     )
+
+
+def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) -> tuple[float, int]:
+    """Floating-point operations per second of a kernel in calls of any length, and the bytes that measuring it takes."""
+    rows, keys = CUDA_SAMPLE
+    head_dim, dtype = problem.head_dim, problem.dtype
+    measured = kernel_rate(name, head_dim, dtype, rows, keys, "cuda")
+    release_cached_memory(torch.device("cuda"))
+    operands = AttentionState.nbytes_for(1, rows, head_dim) + (rows + 2 * keys) * head_dim * problem.itemsize
+    scratch_bytes = get_kernel(name).scratch_bytes(1, rows, keys, head_dim, dtype, threads)
+    return measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys), operands + scratch_bytes + SEGMENTS
+
+
+def plan_here(dataset: Dataset, problem: Problem, choices: Choices, lanes: int | None, scratch: Path | None) -> Plan:
+    """Measure this machine and plan; partials would lie in the folder `scratch`.
+
+    Raises ProblemError as `describe_hardware` and BudgetError as `make_plan`.
+    """
+    if lanes is not None and lanes < 1:
+        raise ProblemError(f"{lanes} workers: a run needs at least one; start workers and run again")
+    hardware = describe_hardware(dataset, problem, kernel=choices.kernel, lanes=lanes, scratch=scratch)
+    device_memory = choices.device_memory
+    if device_memory is None:
+        device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
+    host_memory = default_host_memory() if choices.host_memory is None else choices.host_memory
+    plan = make_plan(
+        problem,
+        hardware,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        inputs=input_cost(dataset, problem, host_memory),
+        chunks=choices.chunks,
+        decomposition=choices.decomposition,
+        checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
+    )
+    warning = overhead_warning(plan, hardware)
+    if warning is not None:
+        logger.warning("%s", warning)
+    return plan
 
 
 def _choose_kernel(problem: Problem, kernel: str | None) -> tuple[Device, str]:
@@ -151,39 +159,6 @@ def choose_device(kernel: str | None) -> Device:
 def count_lanes(kernel: str | None) -> int:
     """Lanes that a run of its own has on this machine: one for each GPU, or one for the CPU."""
     return max(1, torch.cuda.device_count()) if choose_device(kernel) == "cuda" else 1
-
-
-def sample_rate(dataset: Dataset) -> float:
-    """Bytes per second at which the dataset's directly read arrays come in, by several threads, from cache or disk.
-
-    The samples lie all over the arrays, so that a dataset of which a part is cached gives something in between.
-    """
-    arrays = [array for array in dataset.arrays.values() if array.direct]
-    if not arrays:
-        return ASSUMED_RATE
-    samples = [(array, (number + 0.5) / SAMPLES) for number in range(SAMPLES) for array in arrays]
-    buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-    for _ in range(SAMPLE_THREADS):
-        buffers.put(np.ones(PIECE_BYTES, np.uint8))  # touched
-
-    def read(sample: tuple[InputArray, float]) -> int:
-        array, share = sample
-        batches, heads, tokens, head_dim = array.spec.four_dimensional
-        row_bytes = head_dim * array.dtype.itemsize
-        rows = min(tokens, max(1, PIECE_BYTES // row_bytes))
-        start = int(share * (tokens - rows))
-        buffer = buffers.get()
-        out = buffer[: rows * row_bytes].view(array.dtype).reshape(rows, head_dim)
-        try:
-            array.read_rows(int(share * batches), int(share * heads), start, start + rows, out)
-        finally:  # or the other reads would never end
-            buffers.put(buffer)
-        return out.nbytes
-
-    with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
-        began = time.perf_counter()
-        total = sum(pool.map(read, samples))
-        return total / max(time.perf_counter() - began, 1e-6)
 
 
 def _fits_page_cache(problem: Problem) -> bool:
@@ -273,40 +248,6 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCost:
-    """Measure what reading the dataset costs beyond its bytes: nothing, where chunk files are read directly.
-
-    What would take more than `host_memory` bytes is not measured: its rate is assumed, and no plan fits the budget.
-    """
-    slow = [array for array in dataset.arrays.values() if not array.direct]
-    if not slow:
-        return InputCost()
-    rates = {array.spec.name: read_rate(dataset, array.spec.name, problem, host_memory) for array in slow}
-    notes = tuple(
-        f"{array.spec.name} is {array.describe()}: that bounds reading to {rates[array.spec.name] / 1e9:.2g} GB/s"
-        for array in slow
-    )
-    return InputCost(
-        decode_bytes=max(array.decode_bytes for array in slow),
-        decode_rate=min(rates.values()),
-        align_rows=max(array.chunk_rows for array in slow),
-        notes=notes,
-    )
-
-
-def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -> float:
-    """Bytes per second at which the beginning of an array can be read, whatever is cached, within `host_memory` bytes."""
-    array, row_bytes = dataset.arrays[name], problem.head_dim * problem.itemsize
-    most = min(4 * SAMPLE_BYTES, host_memory - array.decode_bytes)
-    rows = min(problem.tokens, max(array.chunk_rows, SAMPLE_BYTES // row_bytes), most // row_bytes)
-    if rows < 1:
-        return ASSUMED_RATE
-    buffer = np.empty((rows, problem.head_dim), numpy_dtype(problem.dtype))
-    start = time.perf_counter()
-    array.read_rows(0, 0, 0, len(buffer), buffer)
-    return buffer.nbytes / max(time.perf_counter() - start, 1e-6)
-
-
 def copy_rates(index: int) -> tuple[float, float]:
     """Bytes per second of a copy to GPU `index` and of one back; each is timed on the GPU, the second time it is made."""
     device = torch.device("cuda", index)
@@ -324,63 +265,3 @@ def default_device_memory(lanes: int) -> int:
     """Half of the memory that is free now on the fullest GPU, in bytes, for each GPU that the lanes are on."""
     gpus = torch.cuda.device_count()
     return min(lanes, gpus) * min(torch.cuda.mem_get_info(index)[0] for index in range(gpus)) // 2
-
-
-def default_host_memory() -> int:
-    """Half of the memory that is free now, in bytes; of a container's limit where there is one."""
-    return int(min(psutil.virtual_memory().available, *container_limits()) // 2)
-
-
-def container_limits() -> list[int]:
-    """The limits on this process's memory that its control group sets, in bytes.
-
-    `distributed.system` knows them, too, but imports all of Dask.
-    """
-    limits = []
-    for name in ("memory.max", "memory.high", "memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # "max" is none
-            limits.append(int((CONTROL_GROUP / name).read_text()))
-    return limits
-
-
-def file_seconds(folder: Path) -> float:
-    """Seconds that a small durable file costs on the file system that will hold `folder`, which need not exist yet.
-
-    The median of a few, in a temporary folder that is removed again; `FILE_SECONDS` where none can be written.
-    """
-    try:
-        with tempfile.TemporaryDirectory(prefix=".oocattn-", dir=_existing(folder)) as temporary:
-            seconds: list[float] = []
-            began = time.perf_counter()
-            while len(seconds) < MOST_FILES and (not seconds or time.perf_counter() - began < FILE_MOMENT):
-                start = time.perf_counter()
-                write_durably(Path(temporary, str(len(seconds))), [np.zeros(PAGE, np.uint8)])
-                seconds.append(time.perf_counter() - start)
-    except (OSError, IntegrityError):
-        return FILE_SECONDS
-    return _rounded(max(median(seconds), 1e-6))
-
-
-def _rounded(found: float) -> float:
-    """What was measured, to a power of two: so that the same conditions make the same plan."""
-    return float(2.0 ** round(math.log2(found)))
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    with name_failure("look at", folder):
-        while not folder.exists():
-            folder = folder.parent
-    return folder
-
-
-def free_disk(folder: Path) -> int:
-    """Free bytes on the file system that will hold `folder`, which need not exist yet; `UNKNOWN_DISK` where it says none.
-
-    One in user space may count nothing at all; on one that is full in truth, the first write says so.
-    """
-    folder = _existing(folder)
-    try:
-        return shutil.disk_usage(folder).free or UNKNOWN_DISK
-    except OSError:
-        return UNKNOWN_DISK

@@ -1,4 +1,4 @@
-"""What a lane allocates: the one place from which the planner promises it and the lanes do it.
+"""Memory of a lane: the one place that both the planner and the lanes use.
 
 Bytes only, nothing is allocated here. A CPU lane is its own device, so its device memory is part of its host memory. A
 CUDA lane stages subproblems in pinned host memory and works through them in tiles: `query_tile` rows (of each head of
@@ -7,52 +7,52 @@ the group) stay on the device with their state while `key_tile` keys after anoth
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from oocattn.problem.problem import DTYPES, Problem
 from oocattn.records import Positive
+from oocattn.units import ceil_div, round_up
 
 STAGING_SLOTS = {"cpu": 2, "cuda": 3}
-"""Subproblems staged on a lane at a time: one that is read, and one that is computed or, on a GPU, two in flight."""
+"""Subproblems staged on a lane: one read, one computed (on a GPU two in flight)."""
 
 QUERY_SLOTS = 2
-"""Query tiles on a GPU at a time, each with its state: one that is computed, one that is copied in or out."""
+"""Query tiles on a GPU, each with its state: one computed, one copied."""
 
 KEY_SLOTS = 3
 """Key tiles on a GPU at a time: one that is attended and two that are copied in."""
 
 PARTIAL_BLOCK_ROWS = 4096
-"""Rows of a block of a partial's file: some megabytes, so that merging streams through little memory."""
+"""Rows of a block of a partial's file: some megabytes, so that merging streams."""
 
 PAGE = 4096
-"""What comes before the blocks of a file is a multiple of this."""
+"""Multiple to which a file's header, before its blocks, is padded."""
 
 FINALISED_ROWS = 16384
 """Rows of one head that a GPU finalises at a time."""
 
 OUT_BLOCKS = {"cpu": 1, "cuda": 2}
-"""Chunks of `out` that a lane holds at a time: on a GPU one is finalised while another is written."""
+"""Chunks of `out` that a lane holds: on a GPU one is finalised, one written."""
 
 PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}
-"""Partials on their way to disk that a lane holds: on a GPU one is computed while another is written."""
+"""Partials on their way to disk: on a GPU one is computed, one written."""
 
 MERGE_SCRATCH_BYTES = 2 << 20
 """Temporaries of one merge and one finalisation, which may run beside the kernel."""
 
 LEDGER_SCRATCH_BYTES = 2 << 20
-"""Temporaries when the ledger of some rows is entered while that of others is checked, a few thousand rows at a time."""
+"""Temporaries of the ledger: some rows are entered while others are checked."""
 
 ALIGNMENT = 256
 """Every buffer begins at a multiple of this."""
 
 SEGMENT = 2 << 20
-"""Large allocations on a GPU, and host memory in huge pages, come in multiples of this."""
+"""Unit of large allocations on a GPU, and of host memory in huge pages."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows and keys that are on the device at a time; on a CPU, where nothing is copied, whole chunks."""
+    """Rows and keys on the device at a time; on a CPU whole chunks."""
 
     query: Positive
     key: Positive
@@ -60,7 +60,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class LaneMemory:
-    """What a lane allocates, in bytes: one staging slot, its whole working set on the device, and its share of the host."""
+    """Bytes that a lane allocates: a staging slot, device and host in all."""
 
     slot: int
     device: int
@@ -69,7 +69,7 @@ class LaneMemory:
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a lane keeps in host memory: staging slots, accumulators, partials on their way to disk, chunks of `out`."""
+    """Host memory of a lane: slots, accumulators, partials to disk, chunks of `out`."""
 
     slot: int
     chunk_rows: int
@@ -79,7 +79,7 @@ class Buffers:
     device: str
 
     def states(self) -> dict[str, tuple[int, int]]:
-        """How many states of how many rows: accumulators and, on disk, partials on their way there, and blocks of them."""
+        """Number and rows of states: accumulators and, on disk, buffers and blocks."""
         found = {"accumulators": (self.accumulators, self.chunk_rows)}
         if self.partials == "disk":
             found["buffers"] = PARTIAL_BUFFERS[self.device], self.chunk_rows
@@ -102,9 +102,9 @@ class Buffers:
 
 
 def partial_file_bytes(problem: Problem, rows: int) -> int:
-    """The most bytes of a file with the partial of so many rows: its blocks, and a header of pages that lists them."""
-    header = 1024 + 40 * math.ceil(rows / PARTIAL_BLOCK_ROWS)
-    return problem.state_bytes(rows) + math.ceil(header / PAGE) * PAGE
+    """The most bytes of a partial's file: its blocks and a padded header."""
+    header = 1024 + 40 * ceil_div(rows, PARTIAL_BLOCK_ROWS)
+    return problem.state_bytes(rows) + round_up(header, PAGE)
 
 
 def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks: int) -> int:
@@ -114,21 +114,21 @@ def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks:
 
 
 def cpu_memory(problem: Problem, buffers: Buffers, kernel_scratch: int) -> LaneMemory:
-    """What a CPU lane allocates: slots, one partial and the kernel's scratch are its device memory."""
+    """Memory of a CPU lane; slots, one partial and scratch count as the device's."""
     working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
     host = buffers.nbytes(problem) + working + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
     return LaneMemory(buffers.slot, STAGING_SLOTS["cpu"] * buffers.slot + working, host)
 
 
 def cuda_memory(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int) -> LaneMemory:
-    """What a CUDA lane allocates: its buffers and results on the host, and on the device what its tiles need."""
+    """Memory of a CUDA lane: buffers on the host, tiles on the device."""
     device = device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch
     host = buffers.nbytes(problem) + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
     return LaneMemory(buffers.slot, device, host)
 
 
 def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:
-    """Bytes of a CUDA lane's one allocation on the device: query tiles, their states, key tiles, and what merging needs."""
+    """Bytes of a CUDA lane's one allocation: query tiles, states, keys, merging."""
     query = problem.group_size * tiles.query * problem.head_dim * problem.itemsize
     key = tiles.key * problem.head_dim * problem.itemsize
     state = problem.state_bytes(tiles.query)
@@ -139,4 +139,4 @@ def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:
 
 
 def _in_segments(count: int) -> int:
-    return -(-count // SEGMENT) * SEGMENT
+    return round_up(count, SEGMENT)

@@ -24,8 +24,8 @@ from oocattn.records import Count, Positive, Range, Seconds, to_json
 from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
 
-COUNTED = ("files", "tasks")
-"""Links whose amount is a number of things; that of `compute` is floating-point operations, of the others bytes."""
+COUNTED_LINKS = ("files", "tasks")
+"""Links whose amount is a number; of `compute` it is FLOP, of others bytes."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before a run. Seconds are predictions; peaks are upper bounds on what all lanes allocate.
+    """Every decision before a run, with predictions.
 
-    What is given and chosen comes first, down to `checkpoint_seconds`; all else follows from that.
+    Seconds are predictions; peaks are upper bounds on what all lanes allocate. What is given and chosen comes first,
+    down to `checkpoint_seconds`; all else follows from that.
     """
 
     problem: Problem
@@ -55,9 +56,7 @@ class Plan:
     tiles: Tiles
     device_memory: Positive
     host_memory: Positive
-    checkpoint_seconds: Annotated[
-        float, Range(0.0, MOST_SECONDS)
-    ]  # what a kill may cost; 0: partials in memory are not saved
+    checkpoint_seconds: Annotated[float, Range(0.0, MOST_SECONDS)]  # cost of a kill; 0: accumulators are not saved
     chunk_rows: Positive
     out_chunk_rows: Positive
     slot_bytes: Positive
@@ -74,17 +73,17 @@ class Plan:
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the kernel rounds softmax weights to the inputs' dtype: `verify` allows more then."""
+        """True if the kernel rounds softmax weights to the inputs' dtype."""
         return self.machine.rounds_weights
 
     @property
     def device(self) -> Device:
-        """Where the lanes are."""
+        """Kind of device of the lanes."""
         return self.machine.device
 
     @property
     def lanes(self) -> int:
-        """How many lanes the plan is for."""
+        """Lanes that the plan is for."""
         return self.machine.lanes
 
     @property
@@ -99,7 +98,7 @@ class Plan:
 
     @property
     def buffers(self) -> Buffers:
-        """What a lane keeps in host memory."""
+        """Host memory of a lane."""
         return Buffers(self.slot_bytes, self.chunk_rows, self.out_chunk_rows, self.partials, self.accumulators, self.device)
 
     @property
@@ -113,28 +112,28 @@ class Plan:
 
     @property
     def subproblem_seconds(self) -> float:
-        """How long a lane is predicted to compute a subproblem."""
+        """Predicted time in which a lane computes a subproblem."""
         return self.link("compute").seconds * self.lanes / self.subproblems
 
     @property
     def overhead_seconds(self) -> float:
-        """How long tasks and files take, which compute nothing."""
+        """Predicted time of tasks and files, which compute nothing."""
         return self.link("tasks").seconds + self.link("files").seconds
 
     @property
     def saves(self) -> bool:
-        """Whether what lanes hold in memory is saved."""
+        """True if accumulators in memory are saved at an interval."""
         return self.partials == "memory" and self.checkpoint_seconds > 0
 
     @property
     def saving_seconds(self) -> float:
-        """How long it is predicted to take to save what all lanes hold in memory."""
+        """Predicted time to save all that lanes hold in memory."""
         held = self.lanes * min(self.accumulators, self.problem.head_groups * self.chunks)
         return self.scratch_disk / self.machine.write_rate + held * self.machine.file_seconds
 
     @property
     def fits(self) -> bool:
-        """Whether the plan keeps to its budgets of memory."""
+        """True if the plan keeps to its budgets of memory."""
         return self.peak_device <= self.device_memory and self.peak_host <= self.host_memory
 
     def with_budgets(self, device_memory: int, host_memory: int) -> Plan:
@@ -143,7 +142,7 @@ class Plan:
 
     @property
     def binds(self) -> str:
-        """What takes longest: a link that is alone or, where those that share the disk do together, the largest of them."""
+        """The link that takes longest; links that share the disk count together."""
         alone = [link for link in self.links if link.name in ("compute", "copy", "tasks", "files")]
         disk = [link for link in self.links if link not in alone]
         longest = max(alone, key=lambda link: link.seconds)
@@ -152,8 +151,8 @@ class Plan:
         return longest.name
 
     @property
-    def decided(self) -> dict[str, str | int]:
-        """What determines the result bit for bit besides the problem, in the order in which it is hashed."""
+    def decisions(self) -> dict[str, str | int]:
+        """All that determines the result's bits besides the problem, as it is hashed."""
         return {
             "decomposition": self.decomposition,
             "chunks": self.chunks,
@@ -167,8 +166,8 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Identity of what determines the result bit for bit: the problem, the division and the kernel."""
-        text = json.dumps([asdict(self.problem), [*self.decided.values()]], sort_keys=True)
+        """Identity of the result's bits: the problem, the division and the kernel."""
+        text = json.dumps([asdict(self.problem), [*self.decisions.values()]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -182,10 +181,11 @@ class Plan:
         return range(start, min(start + self.chunk_rows, self.problem.tokens))
 
     def visualize(self, path: str | Path) -> Path:
-        """Draw the chunk-pair matrix, coloured by the subproblem that owns each pair, as an SVG file; return its path.
+        """Draw the chunk-pair matrix as an SVG file; return its path.
 
-        Raises ResultExistsError where something is at `path` that oocattn has not drawn, and ProblemError where its folder
-        does not exist or cannot be written to, or `path` does not end in .svg.
+        Colours name the subproblem that owns each pair. Raises ResultExistsError where something is at `path` that
+        oocattn has not drawn, and ProblemError where its folder does not exist or cannot be written to, or `path`
+        does not end in .svg.
         """
         from oocattn.storage.files.outputs import write_drawing  # all else here is pure
 
@@ -221,7 +221,7 @@ class Plan:
         ]
         for link in self.links:
             amount = format_bytes(link.amount)
-            if link.name in (*COUNTED, "compute"):
+            if link.name in (*COUNTED_LINKS, "compute"):
                 amount = f"{format_count(link.amount)}{'FLOP' if link.name == 'compute' else ''}".rstrip()
             mark = "  <- binds" if link.name == self.binds else ""
             lines.append(f"{link.name:<12} {amount:>12} {link.seconds:>9.3g}{mark}")
@@ -230,7 +230,7 @@ class Plan:
 
 
 def make_division(decomposition: str, chunks: int, span: int, mask: Mask) -> Division:
-    """The division that a plan names, of the pairs that a mask attends; a new decomposition is registered here."""
+    """The division that a plan names; a new decomposition is registered here."""
     if decomposition == "strips":
         return Strips(chunks, span, mask.triangular)
     return CyclicQuorums(chunks, mask.triangular)

@@ -1,4 +1,4 @@
-"""A plan that was kept in a file, checked before it is believed: its numbers must be those that the planner computes."""
+"""Plans read from files: their numbers must be those that the planner computes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from oocattn.records import from_json
 
 
 def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes] | None) -> Plan:
-    """The plan that `Plan.to_json` wrote; `scratch_of(kernel, device)` says what a kernel allocates,
-    and without it what follows from that is believed.
+    """Read and check the plan that `Plan.to_json` wrote.
 
-    Raises ValueError for anything else: another type, a number out of range, a choice that does not exist, a number that
-    does not follow from what was given and chosen, a peak beyond its budget.
+    `scratch_of(kernel, device)` bounds a kernel's allocation; without it the numbers that follow from that are
+    believed. Raises ValueError for anything else: another type, a number out of range, a choice that does not exist,
+    a number that does not follow from what was given and chosen, a peak beyond its budget.
     """
     plan = from_json(Plan, content)
     check_problem(plan.problem)
@@ -51,7 +51,7 @@ def _check_choices(plan: Plan) -> None:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Whether two JSON values are equal, numbers that are not whole up to their last digits."""
+    """True if two JSON values are equal, fractions up to their last digits."""
     if isinstance(value, float) or isinstance(other, float):
         return isinstance(value, int | float) and isinstance(other, int | float) and math.isclose(value, other, rel_tol=1e-9)
     if isinstance(value, Mapping) and isinstance(other, Mapping):

@@ -54,7 +54,7 @@ class Ramp:
 
     @property
     def moves(self) -> bool:
-        """Whether it is not the same for every row."""
+        """True if the bound is not the same for every row."""
         return self.least < self.most
 
     def at(self, row: int) -> int:
@@ -103,7 +103,7 @@ class Mask(ABC):
 
     @property
     def triangular(self) -> bool:
-        """Whether rows attend the keys up to their own.
+        """True if rows attend the keys up to their own.
 
         Equal chunks then attend the chunks before them, none after them, and of themselves the lower triangle.
         """
@@ -114,10 +114,7 @@ class Mask(ABC):
         """The mask in a word or two."""
 
     def entry(self, batch: int) -> Mask:
-        """The mask of one batch entry.
-
-        The mask of the problem attends what any of its entries does.
-        """
+        """The mask of one batch entry; the problem's own is the union of them."""
         return self
 
     def key_ranges(self, row: int) -> tuple[range, range]:
@@ -147,7 +144,7 @@ class Mask(ABC):
         return (b - a) + (d - c)
 
     def cover(self, rows: range, keys: range) -> Cover:
-        """Whether `rows` attend all, some or none of `keys`."""
+        """The share of a rectangle that is attended: all, some or none of its pairs."""
         pairs = self.pairs(rows, keys)
         if not pairs:
             return Cover.DEAD

@@ -21,7 +21,7 @@ DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MAX_HEAD_DIM = 256
 
 _OTHER_ORDER = "; if the axes are in another order than [B, H, N, D], import the tensors with --layout"
-"""What else may be wrong with a shape, and what to do then."""
+"""Advice for a shape that may have another order of axes."""
 
 Extent = Annotated[int, Range(1, 2**48)]
 """The size of one dimension."""
@@ -37,7 +37,7 @@ class ArraySpec:
 
     @property
     def four_dimensional(self) -> tuple[int, int, int, int]:
-        """The shape as [B, H, N, D]; [H, N, D] is taken as B = 1. Raises ProblemError for any other rank."""
+        """The shape [B, H, N, D], with B = 1 for [H, N, D]; ProblemError for other ranks."""
         if len(self.shape) == 3:
             heads, tokens, head_dim = self.shape
             return 1, heads, tokens, head_dim
@@ -61,10 +61,10 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call: `out = softmax(scale * q @ k.T) @ v` per head, with a causal mask or none.
+    """One attention call: `out = softmax(scale * q @ k.T) @ v` per head.
 
-    Shapes: q [batch, query_heads, tokens, head_dim]; k and v [batch, kv_heads, tokens, head_dim]. `dtype` is that of the
-    inputs, `out_dtype` that of the output; the log-sum-exp is always float32.
+    The mask is causal or none. Shapes: q [batch, query_heads, tokens, head_dim]; k and v [batch, kv_heads, tokens,
+    head_dim]. `dtype` is that of the inputs, `out_dtype` that of the output; the log-sum-exp is always float32.
     """
 
     batch: Extent
@@ -108,10 +108,7 @@ class Problem:
         return Scores(self.scale)
 
     def state_bytes(self, rows: int) -> int:
-        """Bytes of the state of `rows` rows of one head group.
-
-        These are num, den and max in float32, and the ledger in two int64.
-        """
+        """Bytes of a state of `rows` rows: num, den and max in float32, two int64."""
         return self.group_size * rows * (self.head_dim + 2) * 4 + rows * 16
 
     def __str__(self) -> str:
@@ -182,7 +179,7 @@ def make_problem(
 
 
 def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
-    """Check the shapes of the arrays against each other, but for how many query heads share one of k and v."""
+    """Check the shapes against each other, but for the query heads of a K/V head."""
     for spec in (q, k, v):
         if 0 in spec.four_dimensional:
             raise ProblemError(
@@ -207,7 +204,7 @@ def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
 
 
 def read_problem(content: object) -> Problem:
-    """The valid problem that JSON holds as the fields of a `Problem`. Raises ValueError for anything else."""
+    """The problem that JSON holds; ValueError for anything else."""
     problem = from_json(Problem, content)
     check_problem(problem)
     return problem

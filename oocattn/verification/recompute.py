@@ -17,6 +17,7 @@ import numpy.typing as npt
 from oocattn.problem.problem import Problem
 from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
+from oocattn.verification.attended import AttendedKeys, attended_ranges
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.repeats import slots_for
 from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors
@@ -170,11 +171,11 @@ def _recompute(
         np.copyto(tile[: len(rows)], rows)
         return tile[: len(rows)]
 
-    softmax = _Softmax(problem, query, np.asarray([place.token for place in places]), len(raw), weight_roundoff)
-    last = max(place.token for place in places) + 1 if problem.causal else problem.tokens
+    attended = AttendedKeys(attended_ranges(problem, np.asarray([place.token for place in places])))
+    softmax = _Softmax(problem, query, attended, len(raw), weight_roundoff)
     with np.errstate(all="ignore"):  # NaN and Inf flow as they come, and what underflows is nothing
-        for start in range(0, last, len(raw)):
-            stop = min(start + len(raw), last)
+        for start in attended.span[:: len(raw)]:
+            stop = min(start + len(raw), attended.span.stop)
             softmax.weigh(read("k", start, stop), start)
             softmax.add(read("v", start, stop), start)
         return softmax.rows(places)
@@ -191,12 +192,12 @@ class _Softmax:
         self,
         problem: Problem,
         query: Array64,
-        tokens: npt.NDArray[np.int64],
+        attended: AttendedKeys,
         key_rows: int,
         weight_roundoff: float = UNIT_ROUNDOFF["float32"],
     ) -> None:
         members = len(query)
-        self._problem, self._query, self._tokens = problem, query, tokens
+        self._problem, self._query, self._attended = problem, query, attended
         self._num, self._special, self._den = np.zeros_like(query), np.zeros_like(query), np.zeros(members)
         self._maximum = np.full(members, -np.inf)
         self._buffers = [np.empty(members * key_rows) for _ in range(2)]
@@ -209,8 +210,10 @@ class _Softmax:
         scores, weights = self._views(len(key))
         np.matmul(self._query, key.T, out=scores)
         scores *= self._problem.scale
-        if self._problem.causal:
-            np.copyto(scores, -np.inf, where=self._tokens[:, None] < np.arange(start, start + len(key)))
+        hidden = self._attended.hidden(start, start + len(key))
+        if hidden is not None:
+            np.copyto(scores, -np.inf, where=hidden)
+            del hidden
         self._rounding.see_keys(key, scores)
         risen = np.maximum(self._maximum, scores.max(axis=1))
         shift = np.where(np.isneginf(risen), 0.0, risen)
@@ -228,12 +231,14 @@ class _Softmax:
     def add(self, value: Array64, start: int) -> None:
         """Add the values [n, D] of the keys that were weighed last."""
         _, weights = self._views(len(value))
-        attended = self._count_attended(start + len(value)) - self._count_attended(start)
+        hidden = self._attended.hidden(start, start + len(value))
         special = ~np.isfinite(value)
         if special.any():  # a NaN or Inf in a value that a row does not attend stays out of that row
-            values = np.where(special, value, 0.0)
-            for row, keys in enumerate(attended):
-                self._special[row] += weights[row, :keys] @ values[:keys]
+            of_special = np.flatnonzero(special.any(axis=1))
+            values = np.where(special[of_special], value[of_special], 0.0)
+            for row in range(len(weights)):
+                met = slice(None) if hidden is None else ~hidden[row, of_special]
+                self._special[row] += weights[row, of_special][met] @ values[met]
             value[special] = 0.0
         lengths = np.sqrt(np.einsum("nd,nd->n", value, value))
         first = start
@@ -247,12 +252,12 @@ class _Softmax:
             if last == border:
                 self._count_partial_sum(border)
             first = last
-        self._rounding.see_values(weights, value, lengths, attended)
+        self._rounding.see_values(weights, value, lengths, hidden)
 
     def rows(self, places: Sequence[SampledRow]) -> list[ExactRow]:
         """What has come of the rows, which are at these places."""
         self._count_partial_sum(self._problem.tokens)
-        keys = self._count_attended(self._problem.tokens)
+        keys = self._attended.count(0, self._problem.tokens)
         den = np.where(self._den == 0, 1.0, self._den)  # every score is -inf: out is 0, as of no key
         out = (self._num + self._special) / den[:, None]
         lse = self._maximum + np.log(self._den)
@@ -264,15 +269,10 @@ class _Softmax:
             for place, row, *of_row in zip(places, *columns, strict=True)
         ]
 
-    def _count_attended(self, stop: int) -> npt.NDArray[np.int64]:
-        """The keys before `stop` that each row attends."""
-        return np.minimum(self._tokens + 1, stop) if self._problem.causal else np.full(len(self._tokens), stop)
-
     def _count_partial_sum(self, stop: int) -> None:
         """The sums over the keys before `stop` stand for those since the last call."""
-        self._rounding.see_partial_sum(
-            self._num, self._size, self._passed, self._count_attended(stop) - self._count_attended(self._counted)
-        )
+        keys = self._attended.count(self._counted, stop)
+        self._rounding.see_partial_sum(self._num, self._size, self._passed, keys)
         self._counted = stop
 
     def _views(self, keys: int) -> tuple[Array64, Array64]:

@@ -216,8 +216,8 @@ class RoundingErrors:
         np.multiply(weights, scores, out=scratch)
         np.copyto(scratch, 0.0, where=~np.isfinite(scratch))
 
-    def see_values(self, weights: Array64, value: Array64, lengths: Array64, last: npt.NDArray[np.int64]) -> None:
-        """Take the values [n, D], all finite; row i attends those before `last[i]`."""
+    def see_values(self, weights: Array64, value: Array64, lengths: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
+        """Take the values [n, D], all finite; rows attend all of them but those that are `hidden` [rows, n]."""
         squares = lengths * lengths
         self._square_of_values += weights @ squares
         self._systematic.add(self._errors, value, squares)
@@ -226,8 +226,11 @@ class RoundingErrors:
             self._rounded.add(self._coherence * weights * weights, value, squares)
         self._slope += self._scratch.sum(axis=1)
         self._slope_vector += self._scratch @ value
-        attended = np.maximum.accumulate(lengths)[np.maximum(last, 1) - 1]
-        np.maximum(self._largest_value, np.where(last > 0, attended, 0.0), out=self._largest_value)
+        attended = self._scratch  # used up
+        np.copyto(attended, lengths)
+        if hidden is not None:
+            np.copyto(attended, 0.0, where=hidden)
+        np.maximum(self._largest_value, attended.max(axis=1), out=self._largest_value)
 
     def see_partial_sum(self, num: Array64, size: Array64, den: Array64, keys: npt.NDArray[np.int64]) -> None:
         """Take the present sums of weight times value, and of weights.

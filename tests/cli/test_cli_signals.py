@@ -13,6 +13,8 @@ import oocattn
 from oocattn import clock
 from oocattn.cli import main as cli
 
+PROGRESS_BAR = "oocattn.pipelines.watch.progress.ProgressBar"
+
 
 def started(dataset, result, chunks):
     """A run in a process of its own that has attended something."""
@@ -61,7 +63,10 @@ def test_a_signal_has_its_exit_code_before_a_run_and_in_it(dataset, result, numb
     with monkeypatch.context() as patched:
         patched.setattr(oocattn, "plan", lambda *_, **__: signal.raise_signal(number))
         assert cli.main(["plan", dataset]) == code
-    monkeypatch.setattr(cli, "ProgressBar", lambda: lambda event: event.kind == "staged" and signal.raise_signal(number))
+    monkeypatch.setattr(
+        PROGRESS_BAR,
+        lambda: lambda event: event.kind == "staged" and signal.raise_signal(number),
+    )
     assert cli.main(["run", dataset, result, "--chunks", "13", "--progress"]) == code
     assert f"go on with: oocattn resume {result}" in capsys.readouterr().err
     assert [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1)] == handlers
@@ -70,7 +75,8 @@ def test_a_signal_has_its_exit_code_before_a_run_and_in_it(dataset, result, numb
 
 def test_a_warning_that_time_is_short_comes_too_late_for_a_committed_result(dataset, result, monkeypatch):
     monkeypatch.setattr(
-        cli, "ProgressBar", lambda: lambda event: event.kind == "committed" and signal.raise_signal(signal.SIGUSR1)
+        PROGRESS_BAR,
+        lambda: lambda event: event.kind == "committed" and signal.raise_signal(signal.SIGUSR1),
     )
     assert cli.main(["run", dataset, result, "--chunks", "1", "--progress"]) == 0
 
@@ -90,7 +96,10 @@ def test_a_time_limit_ends_a_run_with_its_own_code_and_it_can_be_resumed(dataset
     """Of a run of which every subproblem takes a second more, by the clock of runs."""
     real, skipped = clock.now, []
     monkeypatch.setattr(clock, "now", lambda: real() + len(skipped))
-    monkeypatch.setattr(cli, "ProgressBar", lambda: lambda event: event.kind == "attended" and skipped.append(event))
+    monkeypatch.setattr(
+        PROGRESS_BAR,
+        lambda: lambda event: event.kind == "attended" and skipped.append(event),
+    )
     monkeypatch.setattr(clock, "process_age", lambda: 30.0)  # the limit is the whole command's
     assert cli.main(["run", dataset, result, "--chunks", "91", "--time-limit", "2m30s", "--progress"]) == 75
     assert len(skipped) < 120

@@ -11,7 +11,7 @@ import numpy as np
 import pretend
 import pytest
 from reference import relative_error
-from support import job_of, normal_arrays, plan_for, with_partials, write_dataset
+from support import normal_arrays, plan_for, run_of, with_partials, write_dataset
 
 from oocattn.errors import TaintedError
 from oocattn.operations import forward
@@ -62,7 +62,7 @@ def lane_with(folder: Path, monkeypatch: pytest.MonkeyPatch, mask: Mask, device:
     else:
         pretend.pretend_a_gpu(monkeypatch)
         plan = pretend.gpu_plan(dataset, (29, 17), **options)
-    return Lane(job_of(folder, with_partials(plan, "memory")), "cpu" if device == "cpu" else "cuda:0")
+    return Lane(run_of(folder, with_partials(plan, "memory")), "cpu" if device == "cpu" else "cuda:0")
 
 
 def attend_all(lane: Lane) -> int:
@@ -116,6 +116,6 @@ def test_a_window_that_is_shifted_by_one_is_caught(
 
     monkeypatch.setattr(forward, "make_tiles", tiles)
     lane = lane_with(fast_path, monkeypatch, mask, device, chunks=7)
-    with pytest.raises(TaintedError, match=r"other keys were attended than expected \(sum of indices"):
+    with pytest.raises(TaintedError, match=r"keys were attended(,| than) expected"):
         attend_all(lane)
     lane.close()

@@ -22,7 +22,8 @@ from support import (
 import oocattn
 from oocattn import Event, ProblemError, TimeLimitError, clock
 from oocattn.pipelines import deadline as deadline_module
-from oocattn.pipelines.deadline import MARGIN, Deadline
+from oocattn.pipelines.deadline import MARGIN_SECONDS, Deadline
+from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.pipelines.watch.events import Span
 from oocattn.storage.inputs.dataset import Dataset
@@ -52,7 +53,8 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
             patched.setattr(deadline_module, "clock", SimpleNamespace(now=lambda moment=moment: moment[0]))
             patched.setattr(Deadline, "learn", lambda *_: None)
             try:
-                found = run_plan(plan, Dataset.open(dataset), paths, "inline", callbacks=[recorder, tick], until=80.0)
+                request = Request(plan.problem, Dataset.open(dataset), paths)
+                found = run_plan(plan, request, "inline", callbacks=[recorder, tick], until=80.0)
                 break
             except TimeLimitError:
                 pass
@@ -69,32 +71,34 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
 
 def test_time_for_what_is_in_flight_is_kept(dataset: Path) -> None:
     plan = replace(plan_for(dataset, chunks=13, partials="memory"), scratch_disk=3_000_000_000)
-    assert Deadline(math.inf, plan).left == math.inf
+    assert Deadline(math.inf, plan).seconds_left == math.inf
     deadline = Deadline(clock.now() + 100, plan)
-    assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * plan.subproblem_seconds, abs=0.5)
+    assert deadline.seconds_left == pytest.approx(100 - MARGIN_SECONDS - 3 - 2 * plan.subproblem_seconds, abs=0.5)
     for seconds in (7.0, 4.0):
         deadline.learn(make_event("attended", 10.0, 10.0 + seconds))
-        assert deadline.left == pytest.approx(100 - MARGIN - 3 - 2 * 7, abs=0.5)  # a second one waits behind the first
+        assert deadline.seconds_left == pytest.approx(
+            100 - MARGIN_SECONDS - 3 - 2 * 7, abs=0.5
+        )  # a second one waits behind the first
     deadline.learn(make_event("attended", 0.0, 0.0, spans=(Span("save", 20.0, 31.0),)))
-    assert deadline.left == pytest.approx(100 - MARGIN - 11 - 2 * 7, abs=0.5)
+    assert deadline.seconds_left == pytest.approx(100 - MARGIN_SECONDS - 11 - 2 * 7, abs=0.5)
     on_gpu = Deadline(clock.now() + 100, replace(plan, machine=replace(plan.machine, device="cuda")))
     on_gpu.learn(make_event("attended", 10.0, 17.0))
-    assert on_gpu.left == pytest.approx(100 - MARGIN - 3 - 7, abs=0.5)
+    assert on_gpu.seconds_left == pytest.approx(100 - MARGIN_SECONDS - 3 - 7, abs=0.5)
 
 
 def test_a_run_stalls_after_three_minutes_or_where_the_plan_predicts_longer_steps_later(dataset: Path) -> None:
     short = plan_for(dataset, chunks=13, partials="memory")
     deadline = Deadline(math.inf, short)
-    assert (deadline.noticed, deadline.stalled) == (30, 180)
+    assert (deadline.noticed_seconds, deadline.stalled_seconds) == (30, 180)
     for seconds in (0.1, 0.2, 170.0):  # the last was stopped for a while
         deadline.learn(make_event("attended", 10.0, 10.0 + seconds))
-    assert (deadline.noticed, deadline.stalled) == (30, 180)
+    assert (deadline.noticed_seconds, deadline.stalled_seconds) == (30, 180)
     for _ in range(3):
         deadline.learn(make_event("staged", 10.0, 70.0))
-    assert (deadline.noticed, deadline.stalled) == (240, 600)
+    assert (deadline.noticed_seconds, deadline.stalled_seconds) == (240, 600)
     link = replace(short.links[0], seconds=100.0 * min(short.subproblems, short.chunks * short.problem.head_groups))
     slow_reading = replace(short, links=(link, *short.links[1:]))
-    assert Deadline(math.inf, slow_reading).stalled == pytest.approx(1000)
+    assert Deadline(math.inf, slow_reading).stalled_seconds == pytest.approx(1000)
 
 
 def test_a_limit_that_has_passed_computes_nothing(dataset: Path, result: Path) -> None:

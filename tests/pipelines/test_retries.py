@@ -237,9 +237,9 @@ def test_mishaps_without_progress_end_a_run_wherever_they_are(
 def test_a_task_that_hangs_ends_the_run_after_a_while(
     client: Client, dataset: Path, right: Result, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deadline, "STALLED", 0.5)
-    monkeypatch.setattr(deadline, "SILENCE", 1.0)
-    monkeypatch.setattr(attempt, "PATIENCE", 0.1)
+    monkeypatch.setattr(deadline, "STALLED_SECONDS", 0.5)
+    monkeypatch.setattr(deadline, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(attempt, "WORKER_CHECK_SECONDS", 0.1)
     go_on = threading.Event()
     with monkeypatch.context() as patched:
         method(CpuDevice, "launch")(patched, go_on.wait)

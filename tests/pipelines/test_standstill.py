@@ -49,10 +49,10 @@ def right(client: Client, dataset: Path, fast_path: Path) -> Result:
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deadline, "STALLED", 0.6)
-    monkeypatch.setattr(deadline, "NOTICED", 0.2)
-    monkeypatch.setattr(deadline, "SILENCE", 1.0)
-    monkeypatch.setattr(attempt, "PATIENCE", 0.05)
+    monkeypatch.setattr(deadline, "STALLED_SECONDS", 0.6)
+    monkeypatch.setattr(deadline, "NOTICED_SECONDS", 0.2)
+    monkeypatch.setattr(deadline, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(attempt, "WORKER_CHECK_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_what_keeps_a_worker(found: Occupation | None, words: str) -> None:
         assert obstacle is None
     else:
         assert obstacle is not None
-        assert re.search(words, f"{obstacle.found};{obstacle.remedy}")
+        assert re.search(words, f"{obstacle.fault};{obstacle.remedy}")
 
 
 def test_one_of_two_workers_that_stands_still_is_told_while_the_other_works() -> None:
@@ -88,12 +88,12 @@ def test_one_of_two_workers_that_stands_still_is_told_while_the_other_works() ->
     recorder = Recorder([])
     watch = Standstill("ab", lambda: tasks, look, recorder, limits)
     for _ in range(4):
-        watch.add(deadline.NOTICED / 2)
+        watch.add(deadline.NOTICED_SECONDS / 2)
         watch.progress("a")
     (told,) = recorder.events
     assert told.reason.startswith("worker b is paused by Dask: ")
     gone = found.pop("b")  # which the attempt finds
-    watch.add(deadline.NOTICED)
+    watch.add(deadline.NOTICED_SECONDS)
     watch.progress("b")
     found["b"] = gone
     assert recorder.events[-1].reason == ""
@@ -187,8 +187,8 @@ def test_a_run_that_stands_still_from_the_start_ends(
 def test_a_run_goes_on_when_its_worker_does(
     client: Client, dataset: Path, right: Result, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deadline, "STALLED", 60.0)
-    monkeypatch.setattr("oocattn.pipelines.watch.status.INTERVAL", 0.0)
+    monkeypatch.setattr(deadline, "STALLED_SECONDS", 60.0)
+    monkeypatch.setattr("oocattn.pipelines.watch.status.WRITING_SECONDS", 0.0)
     told: list[tuple[str, str]] = []
 
     def listen(event: Event) -> None:
@@ -213,7 +213,7 @@ def test_a_task_may_take_longer_than_planned_while_its_lane_works(
 
     def launch_slowly(device: CpuDevice, staged: StagedChunks, *rest: Any) -> Callable[[], Attended]:
         for _ in range(30 if staged.index == 3 else 0):
-            time.sleep(deadline.NOTICED / 4)
+            time.sleep(deadline.NOTICED_SECONDS / 4)
             if works:
                 device._step()
         return launch(device, staged, *rest)
@@ -232,13 +232,13 @@ def test_a_task_may_take_longer_than_planned_while_its_lane_works(
 def test_a_scheduler_that_does_not_answer_is_named(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "SOON", 0.2)
+    monkeypatch.setattr(calls, "SOON_SECONDS", 0.2)
 
     def freeze(event: Event) -> None:
         if event.kind == "attended" and event.index == 3:
             client.loop.add_callback(threading.Event().wait, 3)
 
-    with pytest.raises(StalledError, match="the scheduler does not answer: let it go on or restart it"):
+    with pytest.raises(StalledError, match="the scheduler does not answer: continue it"):
         carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[freeze])
 
 

@@ -13,7 +13,7 @@ from support import normal_arrays, write_dataset
 
 import oocattn
 from oocattn import IntegrityError, ProblemError
-from oocattn.planning.measure import PIECE_BYTES, sample_rate
+from oocattn.planning.reading import PIECE_BYTES, sample_rate
 from oocattn.problem.problem import ArraySpec
 
 SECONDS = 0.02

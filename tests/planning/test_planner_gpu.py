@@ -71,7 +71,7 @@ def test_peaks_stay_within_the_budgets(problem: Problem, gpu: Hardware, device: 
 
 
 @given(problems(), gpus, st.sampled_from(["host_memory", "device_memory"]), st.sampled_from(["auto", "cqs", "strips"]))
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_the_smallest_budget_that_is_named_works_and_one_mebibyte_less_does_not(
     problem: Problem, gpu: Hardware, name: str, decomposition: str
 ) -> None:

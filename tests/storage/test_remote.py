@@ -18,7 +18,7 @@ from support import assert_same_bits, carry_out, normal_arrays, plan_for, write_
 import oocattn
 from oocattn.cli.main import main
 from oocattn.errors import IntegrityError, ProblemError, RemoteDeniedError, RemoteError
-from oocattn.pipelines.record import find_unfinished
+from oocattn.pipelines.run import find_unfinished
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote import transient

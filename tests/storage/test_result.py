@@ -101,10 +101,10 @@ def test_beginning_again_forgets_what_was_begun(paths: ResultPaths) -> None:
 
 def test_a_late_writer_finds_its_result_gone(paths: ResultPaths) -> None:
     """A worker that nobody has told that its run has ended, and that another one has begun."""
-    late = begin(paths)[1]
+    late = begin(paths)[1].arrays
     again = begin(paths)[1]
     with pytest.raises(FileNotFoundError):
-        fill(late.arrays)
+        fill(late)
     assert not np.any(again.arrays.out[...])
     assert not list(paths.state.rglob("*.partial"))
 
@@ -222,7 +222,7 @@ def test_links_are_not_followed_out_of_the_folder(paths: ResultPaths, tmp_path: 
     link.symlink_to(elsewhere)
     for step in (
         lambda: begin(paths),
-        lambda: state.resume(growing.path, Layout(SHAPE, "float16", 20, ATTRIBUTES), replaces=None),
+        lambda: state.resume(growing, Layout(SHAPE, "float16", 20, ATTRIBUTES)),
         state.remove_leftovers,
         state.tidy,
         lambda: state.discard(growing),

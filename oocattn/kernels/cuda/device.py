@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from oocattn.kernels.tiles import round_up
+from oocattn.units import ceil_div, round_up
 
 _MIB = 1 << 20
 
@@ -22,17 +22,14 @@ def launcher(device: torch.device) -> ThreadPoolExecutor:
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Give back to `device` what torch has cached of its memory, cuBLAS's workspaces too: one a stream, which outlive it."""
+    """Give back to `device` torch's cached memory, and cuBLAS's workspaces."""
     with torch.cuda.device(device):
         torch._C._cuda_clearCublasWorkspaces()  # torch has no public name for it
         torch.cuda.empty_cache()
 
 
 def capability_reason(device: torch.device, least: tuple[int, int] = (0, 0)) -> str:
-    """The reason why `device` is no GPU of compute capability `least`; "" if it is.
-
-    Touches no GPU where there is none.
-    """
+    """Why `device` is no GPU of capability `least`, or ""; touches none without GPUs."""
     if device.type != "cuda":
         return "it runs on NVIDIA GPUs"
     if not torch.cuda.is_available():
@@ -54,7 +51,7 @@ def hopper_reason(device: torch.device) -> str:
 
 
 def allocated_bytes(*sizes: int) -> int:
-    """Bytes that torch's caching allocator takes from an empty device for tensors of these sizes, at most.
+    """The most bytes that torch's allocator takes from an empty device for tensors.
 
     Up to 1 MiB they are rounded to 512 B and share segments of 2 MiB; below 10 MiB they share segments of 20 MiB; the
     rest is rounded to 2 MiB (PyTorch, c10/core/AllocatorConfig.h).
@@ -66,7 +63,7 @@ def allocated_bytes(*sizes: int) -> int:
 
 
 def _shared_segments(sizes: list[int]) -> int:
-    """Segments of 20 MiB for these sizes, at most: two always fit, and one that is left has no room for the largest."""
+    """The most segments of 20 MiB for these sizes, of which two always fit in one."""
     if not sizes:
         return 0
-    return min(-(-len(sizes) // 2), -(-sum(sizes) // (20 * _MIB - max(sizes))))
+    return min(ceil_div(len(sizes), 2), ceil_div(sum(sizes), 20 * _MIB - max(sizes)))

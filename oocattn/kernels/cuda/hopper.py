@@ -64,11 +64,11 @@ class HopperKernel:
             launch.attend(query, key, value, state, scale=scores.scale, band=band)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """See `Kernel.scratch_bytes`: a counter for 64 rows, and one more, but not the copies that `attend` may make."""
+        """See `Kernel.scratch_bytes`: counters, but not the copies that `attend` may make."""
         return allocated_bytes(4 * (1 + group_size * (rows // 64 + 3)))
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`. The first question about a device, dtype and head dimension makes a tiny call."""
+        """See `Kernel.unsupported_reason`; the first question makes a tiny call."""
         return hopper_reason(device) or _operands_reason(dtype, head_dim) or self._refusal(device, dtype, head_dim)
 
     @staticmethod
@@ -83,7 +83,7 @@ class HopperKernel:
             raise
         except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
             reason = f"it cannot be compiled or loaded here: {str(error).strip().partition(chr(10))[0]}"
-            logger.warning("the kernel hopper cannot be had, and a library's takes its place: %s", reason)
+            logger.warning("the kernel hopper is not available (%s); a library's kernel is used in its place", reason)
             return reason
         return ""
 

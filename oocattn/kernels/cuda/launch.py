@@ -19,28 +19,28 @@ from oocattn.kernels.cuda.program import Program, checked
 from oocattn.kernels.cuda.state import row_strides, state_of
 from oocattn.kernels.intervals import Band
 from oocattn.kernels.state import AttentionState
-from oocattn.kernels.tiles import round_up
+from oocattn.units import ceil_div, round_up
 
 KEYS_OF_STEP = 128
 """`KEYS` of hopper.cu."""
 
 MOST_SPAN = 16_384
-"""Keys after which an accumulation begins again: its error is then a third of that of rounding the weights (NOTES.md)."""
+"""Keys of one accumulation: its error is a third of the weights' (NOTES.md)."""
 
 PROCESSORS = 132
-"""Multiprocessors that spans are chosen for, those of an H100 or H200, whatever the GPU has: the same bits on all."""
+"""Multiprocessors to choose spans for, on any GPU, so that all give the same bits."""
 
 MOST_ROWS = (1 << 31) - (1 << 15)
 """Rows, keys and items of a call: the kernel counts them in 32 bits."""
 
 ITEMS = 4
-"""Items of a block: then it ends, and the small kernels of other streams, which go first, get in."""
+"""Items of a block; then it ends, and small kernels of other streams get in."""
 
 _ITEM_STEPS = 3
-"""What an item costs beside its steps, in steps: filling the pipeline, and adding to the state."""
+"""Cost of an item beside its steps, in steps: fill the pipeline, add the state."""
 
 _CHOICES, _MANY_ITEMS = 8, 20
-"""Numbers of spans that are tried (3 ms in all), and items of a multiprocessor from which on they hardly matter."""
+"""Numbers of spans to try, and items per multiprocessor that make any do."""
 
 _PANEL = 64
 
@@ -82,9 +82,10 @@ def attend(
     scale: float,
     band: Band,
 ) -> None:
-    """Add attention of query [g, n, D] over key and value [m, D] to `state`, in place, in one launch.
+    """Add attention over key and value [m, D] to `state`, in place, in one launch.
 
-    Row i attends the keys of `band`. float16 or bfloat16, D a multiple of 8 up to 128, scale > 0; n and m are not 0.
+    query is [g, n, D]. Row i attends the keys of `band`. float16 or bfloat16, D a multiple of 8 up to 128, scale > 0;
+    n and m are not 0.
     """
     group_size, rows, head_dim = query.shape
     keys, device = key.shape[0], query.device
@@ -93,8 +94,8 @@ def attend(
     tuning = TUNING[round_up(head_dim, _PANEL)]
     band = Band(*(max(-rows, min(bound, keys)) for bound in band))  # more is the same
     span = choose_span(group_size, rows, keys, band, tuning.rows)
-    tiles = group_size * -(-rows // tuning.rows)
-    counters, items = 1 + tiles * tuning.consumers, tiles * -(-keys // span)  # fewer where some attend nothing
+    tiles = group_size * ceil_div(rows, tuning.rows)
+    counters, items = 1 + tiles * tuning.consumers, tiles * ceil_div(keys, span)  # fewer where some attend nothing
     if max(rows, keys, counters, items) > MOST_ROWS:
         raise ValueError(f"a call of {group_size} heads x {rows} rows and {keys} keys is too large: divide it")
     turns = torch.zeros(counters, dtype=torch.int32, device=device)
@@ -105,7 +106,7 @@ def attend(
     ]
     threads = 128 * (tuning.consumers + 1)
     # A block for each multiprocessor to spare: so the last items are not left to those that have taken few.
-    blocks = -(-items // ITEMS) + torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = ceil_div(items, ITEMS) + torch.cuda.get_device_properties(device).multi_processor_count
     program.launch("attend", device, blocks, threads, (*maps, state_of(state), call))
 
 
@@ -115,10 +116,10 @@ def choose_span(group_size: int, rows: int, keys: int, band: Band, tile: int) ->
 
     Where there are few items, it is the span with which they fill the multiprocessors best.
     """
-    fewest, tiles = -(-keys // MOST_SPAN), group_size * -(-rows // tile)
+    fewest, tiles = ceil_div(keys, MOST_SPAN), group_size * ceil_div(rows, tile)
     times: dict[int, int] = {}
     for spans in range(fewest, fewest + _CHOICES):
-        span = round_up(-(-keys // spans), KEYS_OF_STEP)
+        span = round_up(ceil_div(keys, spans), KEYS_OF_STEP)
         if tiles * spans > _MANY_ITEMS * PROCESSORS:
             return min(times, key=times.__getitem__, default=span)
         times[span] = _makespan(steps_of_items(group_size, rows, keys, band, tile, span))
@@ -131,7 +132,7 @@ def steps_of_items(group_size: int, rows: int, keys: int, band: Band, tile: int,
         (max(0, row + band.lower), min(keys, min(rows, row + tile) - 1 + band.upper)) for row in range(0, rows, tile)
     ]
     return [
-        -(-(min(first + span, stop) - max(first, start - start % KEYS_OF_STEP)) // KEYS_OF_STEP)
+        ceil_div(min(first + span, stop) - max(first, start - start % KEYS_OF_STEP), KEYS_OF_STEP)
         for first in range(0, keys, span)
         for start, stop in reversed(attended)
         if start < min(first + span, keys) and stop > first
@@ -140,7 +141,7 @@ def steps_of_items(group_size: int, rows: int, keys: int, band: Band, tile: int,
 
 
 def _makespan(items: list[int]) -> int:
-    """Steps until the last item ends, if each goes to the processor that is free first."""
+    """Steps until the last item ends if each goes to the first free processor."""
     free = [0] * PROCESSORS
     for steps in items:
         heapq.heapreplace(free, free[0] + steps + _ITEM_STEPS)
@@ -149,7 +150,7 @@ def _makespan(items: list[int]) -> int:
 
 @cache
 def program_for(head_dim: int, dtype: torch.dtype) -> Program:
-    """hopper.cu for float16 or bfloat16 rows of D = head_dim, a multiple of 8 up to 128."""
+    """Make hopper.cu for 16-bit rows of D = head_dim, a multiple of 8 up to 128."""
     width = round_up(head_dim, _PANEL)
     tuning = TUNING[width]
     shared = 2 * width * (tuning.rows + 2 * tuning.stages * KEYS_OF_STEP) + 2048
@@ -166,7 +167,7 @@ def program_for(head_dim: int, dtype: torch.dtype) -> Program:
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where TMA cannot read it: it takes addresses and strides of 16 bytes."""
+    """Copy the tensor if TMA cannot read it: addresses and strides of 16 bytes."""
     odd = tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:-1])
     return tensor.clone(memory_format=torch.contiguous_format) if odd else tensor
 

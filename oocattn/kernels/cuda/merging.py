@@ -1,7 +1,8 @@
-"""Merging on a GPU as single launches, without temporaries; what they compute is defined in `kernels.merging`.
+"""Merging on a GPU as single launches, without temporaries.
 
-Imported for CUDA tensors only, and only where `cuda.bindings` is installed. Everything is launched on torch's current
-stream of the tensors' device; nothing is allocated and nothing waits.
+The mathematics is defined in `kernels.merging`. Imported for CUDA tensors only, and only where `cuda.bindings` is
+installed. Everything is launched on torch's current stream of the tensors' device; nothing is allocated and nothing
+waits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from oocattn.kernels.cuda.program import Program
 from oocattn.kernels.cuda.state import row_strides, state_of
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.mask import Ramp
+from oocattn.units import ceil_div
 
 _WARPS = 8  # rows of a block
 _ENTRIES = 256  # rows of a block that enters keys in a ledger
@@ -64,7 +66,7 @@ def enter(state: AttentionState, first_row: int, ramps: Sequence[Ramp], keys: in
     entry = _Entry(first_row, keys, key_sum % (1 << 64), len(ramps) // 2, (ctypes.c_longlong * 12)(*bounds))
     if rows:
         arguments = (state_of(state), entry, ctypes.c_longlong(rows))
-        _program(state.num.shape[-1]).launch("enter", state.num.device, -(-rows // _ENTRIES), _ENTRIES, arguments)
+        _program(state.num.shape[-1]).launch("enter", state.num.device, ceil_div(rows, _ENTRIES), _ENTRIES, arguments)
 
 
 def _launch(kernel: str, state: AttentionState, other: ctypes.Structure) -> None:

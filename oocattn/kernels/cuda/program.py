@@ -1,4 +1,4 @@
-"""CUDA C++ that is compiled when it is first needed, by NVRTC, and kept on disk for the next process.
+"""CUDA C++ that NVRTC compiles on first use and keeps on disk.
 
 NVRTC and `cuda.bindings` come with torch's builds for CUDA 13; no compiler, header or build step is needed. A build lies in
 `~/.cache/oocattn` (or where the XDG base directory specification says) under a digest of all that it depends on, with a
@@ -31,7 +31,7 @@ class CompilationError(OocattnError):
 
 
 class Program:
-    """One source file of this folder with the macros that it is compiled with; for any number of GPUs.
+    """One source file of this folder with its macros; for any number of GPUs.
 
     `variant` is what follows an architecture's number: "a" for its own instructions, which later ones lack. Each block
     has `shared_bytes` of dynamic shared memory.
@@ -47,9 +47,10 @@ class Program:
         self._libraries: dict[str, Any] = {}
 
     def build(self, architecture: str, folder: Path | None = None) -> bytes:
-        """The program for an architecture such as "sm_90", from `folder` (default: the user's cache) or newly compiled.
+        """Compile the program for an architecture such as "sm_90", or read a kept build.
 
-        Needs no GPU. Raises CompilationError. A folder that cannot be written is no error.
+        `folder` holds kept builds (default: the user's cache). Needs no GPU. Raises CompilationError. A folder that
+        cannot be written is no error.
         """
         options = self._options(architecture)
         version = "nvrtc {}.{}".format(*checked(nvrtc.nvrtcVersion()))
@@ -73,9 +74,9 @@ class Program:
         return ("--std=c++17", f"--gpu-architecture={architecture}", *self._macros)
 
     def launch(self, kernel: str, device: torch.device, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
-        """Launch a kernel of this program on `device`, on torch's current stream there; `arguments` are of ctypes.
+        """Launch a kernel of this program on torch's current stream of `device`.
 
-        Raises CompilationError where the program cannot be compiled for the device.
+        `arguments` are of ctypes. Raises CompilationError where the program cannot be compiled for the device.
         """
         with torch.cuda.device(device):
             checked(driver.cuCtxSetCurrent(_context(device)))
@@ -166,7 +167,7 @@ def _read_checked(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Write a build and its checksum under a temporary name, and rename it: other processes may do the same."""
+    """Write a build and its checksum, by renaming: other processes may do the same."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is executed

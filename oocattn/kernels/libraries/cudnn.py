@@ -1,4 +1,4 @@
-"""The cuDNN kernel: `aten::_scaled_dot_product_cudnn_attention`, the fastest that comes with torch on NVIDIA GPUs."""
+"""The cuDNN kernel, aten's `_scaled_dot_product_cudnn_attention`: torch's fastest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WIDE = 91900  # from cuDNN 9.19 on, D up to 256 is right on Hopper: 3e-4 measur
 
 
 class CudnnKernel(LibraryKernel):
-    """Flash attention by cuDNN, through torch. Its causal mask starts at the top left, the same for a square tile."""
+    """Flash attention by cuDNN, through torch; causal calls are square."""
 
     name = "cudnn"
     plans_shapes = True

@@ -1,4 +1,4 @@
-"""The FlashAttention-3 kernel, for Hopper GPUs on which that library is installed; never a dependency.
+"""The FlashAttention-3 kernel, for Hopper GPUs with that library; no dependency.
 
 Shah et al., arXiv 2407.08608. Its official build is the module `flash_attn_interface`, a forward-only one
 `fa3_fwd_interface`. Builds differ in the dtypes and head dimensions that they were compiled for: a trial call tells.
@@ -22,12 +22,12 @@ _DTYPES = ("float16", "bfloat16")
 
 
 class Fa3Kernel(LibraryKernel):
-    """FlashAttention-3. Its causal mask ends at the bottom right, the same for a square tile."""
+    """FlashAttention-3; causal calls are square."""
 
     name = "fa3"
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`. The first question about a device, dtype and head dimension makes a tiny call."""
+        """See `Kernel.unsupported_reason`; the first question makes a tiny call."""
         reason = hopper_reason(device) or unsupported_dtype(dtype, _DTYPES)
         if reason:
             return reason

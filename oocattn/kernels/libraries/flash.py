@@ -1,4 +1,4 @@
-"""The FlashAttention-2 kernel: `aten::_scaled_dot_product_flash_attention`, in every torch for NVIDIA GPUs."""
+"""The FlashAttention-2 kernel, aten's `_scaled_dot_product_flash_attention`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from oocattn.kernels.cuda.device import capability_reason
 from oocattn.kernels.kernel import unsupported_dtype
 from oocattn.kernels.libraries.library import LibraryKernel, shared_by_heads
+from oocattn.units import ceil_div
 
 _DTYPES = ("float16", "bfloat16")
 
@@ -18,7 +19,7 @@ _MULTIPROCESSORS = 192  # as many as the largest GPUs have, or more
 
 
 class FlashKernel(LibraryKernel):
-    """FlashAttention-2 through torch. Its causal mask ends at the bottom right, the same for a square tile."""
+    """FlashAttention-2 through torch; causal calls are square."""
 
     name = "flash"
 
@@ -44,10 +45,10 @@ class FlashKernel(LibraryKernel):
         return out[0], lse[0]
 
     def _buffers(self, group_size: int, rows: int, keys: int, head_dim: int) -> tuple[int, ...]:
-        blocks = group_size * -(-rows // _BLOCK_ROWS)
+        blocks = group_size * ceil_div(rows, _BLOCK_ROWS)
         if blocks >= 0.8 * 2 * _MULTIPROCESSORS:
             return ()
         key_block = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
-        splits = min(128, -(-keys // key_block), 5 * 2 * _MULTIPROCESSORS // max(1, blocks))
-        padded = -(-head_dim // 32) * 32 if head_dim <= 192 else 256
+        splits = min(128, ceil_div(keys, key_block), 5 * 2 * _MULTIPROCESSORS // max(1, blocks))
+        padded = ceil_div(head_dim, 32) * 32 if head_dim <= 192 else 256
         return (splits * group_size * rows * padded * 4, splits * group_size * rows * 4)

@@ -17,11 +17,11 @@ from oocattn.problem.problem import DTYPES
 from oocattn.problem.scores import Scores
 
 _OWN_BYTES = 1 << 19
-"""What a library call allocates for itself beside its results: random seeds, counters, a workspace."""
+"""Bytes that a library call allocates for seeds, counters and a workspace."""
 
 
 class LibraryKernel(ABC):
-    """A kernel whose tiles are calls of a library that returns the divided output and the log-sum-exp.
+    """A kernel whose tiles are calls of a library: divided output and log-sum-exp.
 
     Everything is launched on torch's current stream and nothing waits for it. A call is cut into tiles of at most
     65,536 keys, so that none chains more keys than is exact; rows are not cut, for large calls are the fast ones. Where rows
@@ -57,9 +57,10 @@ class LibraryKernel(ABC):
             del result  # before the next call needs the memory
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """See `Kernel.scratch_bytes`: the output and log-sum-exp of a tile, and those of the one before.
+        """See `Kernel.scratch_bytes`: output and log-sum-exp of two tiles.
 
-        Those are let go before, but torch was once seen to hold 64 MiB more than a call's (756 MiB of 692, H200).
+        The tile before is let go first, but torch was once seen to hold 64 MiB more than a call's (756 MiB of 692,
+        H200).
         """
         of_call = (group_size * rows * head_dim * DTYPES[dtype], group_size * rows * 4)
         return allocated_bytes(*of_call, *of_call, _OWN_BYTES, *self._buffers(group_size, rows, keys, head_dim))
@@ -72,7 +73,7 @@ class LibraryKernel(ABC):
     def _call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output [g, n, D], of any strides but the last, and the natural log-sum-exp [g, n] of one tile."""
+        """Output [g, n, D], last stride 1, and log-sum-exp [g, n] of one tile."""
 
     def _buffers(self, group_size: int, rows: int, keys: int, head_dim: int) -> tuple[int, ...]:
         """Sizes in bytes of large buffers that the library allocates beside its results."""

@@ -1,4 +1,4 @@
-"""What runs the tasks of a run: Dask (default), or threads of this process. `base` says what an engine is."""
+"""Engines, which run the tasks of a run: Dask, or threads of this process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ INLINE: Literal["inline"] = "inline"
 ENGINES = ("dask", INLINE)
 
 DASHBOARD = "127.0.0.1:0"
-"""Where the dashboard listens, unless the caller says otherwise: on the loopback, at any free port."""
+"""Default address of the dashboard: on the loopback, at any free port."""
 
 
 def check_engine(engine: str, client: object, dashboard_address: str) -> None:
-    """Raise ProblemError for a client or scheduler that a run cannot use, or that contradicts its engine."""
+    """Raise ProblemError for a client that a run cannot use or its engine excludes."""
     if engine == INLINE and (client is not None or dashboard_address != DASHBOARD):
         found = "a client (--scheduler)" if client is not None else "a dashboard_address (--dashboard)"
         raise ProblemError(
@@ -33,7 +33,7 @@ def check_engine(engine: str, client: object, dashboard_address: str) -> None:
 
 
 def make_engine(client: Client | Literal["inline"]) -> Engine:
-    """The engine of a run on the workers of a Dask client, or "inline". Only the one that is used is imported."""
+    """The engine of a run, alone imported: a Dask client's workers, or "inline"."""
     if client == INLINE:
         from oocattn.pipelines.engines.inline import InlineEngine
 

@@ -1,4 +1,4 @@
-"""What an engine is: what runs the tasks of a run, on lanes that it opens, and says what became of them.
+"""The interface of an engine, which runs tasks on lanes and reports their ends.
 
 An `Engine` has the workers of one run, for as many attempts as it takes. `Lanes` are the lanes of one attempt: tasks are
 submitted to them, their outcomes come back through a queue, in the order of completion. A new engine is a new file beside
@@ -26,13 +26,13 @@ from oocattn.storage.files.operations import words_of
 if TYPE_CHECKING:
     from oocattn.pipelines.deadline import Deadline
     from oocattn.pipelines.lane.lane import Lane
-    from oocattn.pipelines.work import Work
+    from oocattn.pipelines.run import Run
     from oocattn.planning.plan import Plan
     from oocattn.storage.inputs.dataset import Dataset
     from oocattn.storage.results.growing import RunState
 
 SAVING_SECONDS = 600.0
-"""How long lanes may take to save what they hold, as a run ends."""
+"""The longest time for lanes to save their work as a run ends."""
 
 logger = logging.getLogger("oocattn")
 
@@ -47,9 +47,9 @@ Check = Callable[[], object]
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What keeps a worker from the tasks of a run, and what to do."""
+    """A reason that keeps a worker from the tasks of a run, and advice."""
 
-    found: str
+    fault: str
     remedy: str
 
 
@@ -67,7 +67,7 @@ class Lanes(ABC):
 
     @property
     def is_here(self) -> bool:
-        """Whether this is the process that made the lanes, not a fork of it: their threads are not there."""
+        """True in the process that made the lanes, False in its forks."""
         return os.getpid() == self._process
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Lanes(ABC):
 
     @abstractmethod
     def submit(self, piece: Sequence[Task]) -> None:
-        """Begin each task when those that it waits for have ended: they are in this piece, or were submitted before."""
+        """Submit tasks; each begins when those that it waits for have ended."""
 
     @abstractmethod
     def forget(self, task: Task) -> None:
@@ -90,7 +90,7 @@ class Lanes(ABC):
     def look(
         self, pending: Mapping[str, Sequence[Task]], workers: Sequence[str]
     ) -> tuple[dict[str, Obstacle], dict[str, float]]:
-        """What keeps these workers, or under "" what keeps all; and for how many seconds each did no piece of a task.
+        """Obstacles of these workers (of all: ""), and seconds since their last step.
 
         `pending` are the unfinished tasks of each worker; it is empty while lanes are made.
         """
@@ -116,27 +116,27 @@ class Engine(ABC):
 
     @abstractmethod
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
-        """Have the workers ready before the run begins; return what they compute with (`arithmetic_of`).
+        """Have the workers ready before a run begins; return their arithmetic.
 
-        Raises ProblemError with all that is wrong with them.
+        See `arithmetic_of`. Raises ProblemError with all that is wrong with them.
         """
 
     @abstractmethod
     def replenish(self, check: Check) -> None:
-        """Have the workers ready again after something failed. Raises WorkerLostError where none is left."""
+        """Have the workers ready again after a failure; WorkerLostError if none is left."""
 
     @property
     @abstractmethod
     def lane_count(self) -> int:
-        """How many workers take part."""
+        """Workers that take part."""
 
     @abstractmethod
-    def lanes(self, work: Work, deadline: Deadline) -> Lanes:
-        """The lanes of a new attempt at some work, not open yet."""
+    def lanes(self, run: Run, deadline: Deadline) -> Lanes:
+        """The lanes of a new attempt at a run, not open yet."""
 
 
 def perform(lane: Lane, task: Task) -> TaskEvent:
-    """Do a task on its lane. Raises TaskError, with its place, for what was not foreseen."""
+    """Do a task on its lane; TaskError, with its place, for an unforeseen error."""
     step, head_group, index = task.id
     with naming(task.place):
         match step:
@@ -152,7 +152,7 @@ def perform(lane: Lane, task: Task) -> TaskEvent:
 
 @contextmanager
 def warn_of_failure(consequence: str) -> Iterator[None]:
-    """What fails inside is logged, with the consequence."""
+    """Log an error of the code inside as a warning, with its consequence."""
     try:
         yield
     except Exception as error:
@@ -160,7 +160,7 @@ def warn_of_failure(consequence: str) -> Iterator[None]:
 
 
 def begin_call(function: Callable[[], T]) -> Future[T]:
-    """A call in a thread of its own, which does not keep the process when it never returns."""
+    """Begin a call in a thread that does not keep the process if it never returns."""
     called = Future[T]()
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""The inline engine: the same tasks and edges on threads of this process, without a scheduler.
+"""The inline engine: tasks on threads of this process, without a scheduler.
 
 It is for tests, notebooks and small calls: a task costs a fraction of a millisecond, and there is no dashboard. Its threads
 are daemons, so a task that hangs keeps no interpreter from its exit.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
@@ -30,15 +29,15 @@ from oocattn.pipelines.engines.base import (
 )
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Task, TaskId
-from oocattn.pipelines.lane.lane import Job, Lane
+from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
-from oocattn.pipelines.work import Work
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 
 THREADS = 6
-"""Threads of a lane: up to three tasks attend (on a GPU), the others stage, merge and write meanwhile."""
+"""Threads of a lane: up to three attend (on a GPU), others stage, merge and write."""
 
 logger = logging.getLogger("oocattn")
 
@@ -60,11 +59,8 @@ class InlineEngine(Engine):
     def replenish(self, check: Check) -> None:
         check()
 
-    def lanes(self, work: Work, deadline: Deadline) -> InlineLanes:
-        devices = {f"inline-{number}": device for number, device in enumerate(self._devices)}
-        run = uuid.uuid4().hex[:8]
-        job = Job(run, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
-        return InlineLanes(job, deadline)
+    def lanes(self, run: Run, deadline: Deadline) -> InlineLanes:
+        return InlineLanes(run, self._devices, deadline)
 
 
 @dataclass
@@ -76,11 +72,12 @@ class _Waiting:
 
 
 class InlineLanes(Lanes):
-    """Lanes of this process, with a few threads each."""
+    """Lanes of a run in this process, one on each of the devices, with a few threads each."""
 
-    def __init__(self, job: Job, deadline: Deadline) -> None:
-        super().__init__(list(job.devices))
-        self._job = job
+    def __init__(self, run: Run, devices: Sequence[str], deadline: Deadline) -> None:
+        super().__init__([f"inline-{number}" for number in range(len(devices))])
+        self._run = run
+        self._devices = devices
         self._deadline = deadline
         self._lanes: list[Lane] = []
         self._ready: list[queue.SimpleQueue[Task | None]] = [queue.SimpleQueue() for _ in self.workers]
@@ -94,8 +91,15 @@ class InlineLanes(Lanes):
 
     def _open(self) -> None:
         with naming(SET_UP):
-            for device in self._job.devices.values():
-                self._lanes.append(Lane(self._job, device))
+            for device in self._devices:
+                lane = Lane(self._run, device)
+                with self._changing:
+                    stopped = self._stopped
+                    if not stopped:
+                        self._lanes.append(lane)
+                if stopped:  # while it was made: nobody waits for it
+                    lane.close()
+                    return
         for number in range(len(self._lanes)):
             for _ in range(THREADS):
                 threading.Thread(target=self._work, args=(number,), name="oocattn-task", daemon=True).start()
@@ -164,10 +168,10 @@ class InlineLanes(Lanes):
         for ready in self._ready:
             for _ in range(THREADS):
                 ready.put(None)
-        self._ask(Lane.close, self._deadline.silence, "its lane may not be closed, and keep its memory")
+        self._ask(Lane.close, self._deadline.silence_seconds, "its lane may not be closed, and keep its memory")
 
     def _ask(self, function: Callable[[Lane], int | None], seconds: float, consequence: str) -> list[int]:
-        """What this returns for each lane; one that fails or hangs is named, with the consequence."""
+        """A function's results by lane; one that fails or hangs is warned of."""
         if not self.is_here:
             return []
         calls = [begin_call(partial(function, lane)) for lane in self._lanes]

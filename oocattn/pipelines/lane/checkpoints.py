@@ -1,4 +1,4 @@
-"""A lane's checkpoints: partials that are in memory alone are saved at an interval, beside the lane's work."""
+"""Checkpoints of a lane: partials in memory are saved beside the lane's work."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from oocattn.pipelines.watch.events import Attended, Span
 
 
 class Checkpoints:
-    """Saves a lane's partials twice in an interval of seconds, so that a kill costs no more than one interval of work:
-    what came after the last save began, which is half an interval before the next one ends, and what is in flight.
+    """Saves a lane's partials twice in an interval of seconds.
 
-    With an interval of 0 nothing is saved but at the end. `fail` is called with an error that ends the saving.
+    So a kill costs no more than one interval of work: the work since the last save began, which is half an interval
+    before the next one ends, and the work in flight. With an interval of 0 nothing is saved but at the end. `fail` is
+    called with an error that ends the saving.
     """
 
     def __init__(self, partials: PartialStore, interval: float, fail: Callable[[BaseException], object]) -> None:
@@ -25,7 +26,7 @@ class Checkpoints:
         self._pause = interval / 2
         self._fail = fail
         self._ended = threading.Event()
-        self._made: deque[tuple[Span, int]] = deque()
+        self._saves: deque[tuple[Span, int]] = deque()
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
@@ -36,7 +37,7 @@ class Checkpoints:
 
     def add_to(self, event: Attended) -> Attended:
         """The event, with the checkpoints that were made since the last one."""
-        made = [self._made.popleft() for _ in range(len(self._made))]
+        made = [self._saves.popleft() for _ in range(len(self._saves))]
         if not made:
             return event
         spans = tuple(span for span, _ in made)
@@ -62,4 +63,4 @@ class Checkpoints:
                 return
             took = clock.now() - start
             if written:
-                self._made.append((Span("save", start, clock.now()), written))
+                self._saves.append((Span("save", start, clock.now()), written))

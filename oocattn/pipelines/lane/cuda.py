@@ -1,4 +1,4 @@
-"""A lane's device that is an NVIDIA GPU, fed from pinned host memory so that its kernel never waits.
+"""A lane's device that is an NVIDIA GPU, fed from pinned host memory.
 
 A staged subproblem is worked through in tiles (`tiles.py`) on three streams, which only wait for each other's events (a
 fourth merges partials from disk and divides chunks, in `cuda_finishing`):
@@ -50,11 +50,10 @@ from oocattn.planning.memory import PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
 
 READERS = 8
-"""Threads that read: 28 GB/s from the page cache were measured with 8, 6 with one (16 cores)."""
+"""Threads that read: 28 GB/s from the page cache with 8, 6 with one (16 cores)."""
 
 AHEAD = 32
-"""Key tiles that are enqueued ahead of the device. Where CUDA's own queue is full, it is the driver that waits, and with it
-every other thread that asks it for something."""
+"""Key tiles enqueued ahead: where CUDA's queue is full, the driver blocks all."""
 
 
 @dataclass
@@ -73,7 +72,7 @@ class _Launch:
 
 @dataclass(frozen=True)
 class _ReturnedTile:
-    """The row of its chunk up to which a tile goes, and the event after which its partial is in host memory."""
+    """The last row of a tile, and the event after which its partial is on the host."""
 
     stop: int
     returned: torch.cuda.Event
@@ -102,7 +101,7 @@ class CudaDevice:
         self._finishing = CudaFinishing(self._device, self._merge_stream, operation, self._buffers)
         self._ahead: deque[torch.cuda.Event] = deque()
         self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event]] = deque()
-        """Query chunks whose partials are on their way, and the event after which each is in host memory."""
+        """Query chunks in flight, and the event after which each is on the host."""
         self._handing_over = threading.Lock()
         self._end_short_interval = hold_short_interval(self)
 
@@ -138,7 +137,7 @@ class CudaDevice:
             self.allocator.submit(close_all, pinned)
 
     def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
-        """Enqueue a whole subproblem. With partials on disk this waits for buffers that are still being written."""
+        """Enqueue a whole subproblem; partials to disk may have to wait for buffers."""
         launch = _Launch(staged, partials, clock.now(), self.tile_rows.take_halvings())
         with torch.cuda.device(self._device):
             for block in staged.blocks:
@@ -160,7 +159,7 @@ class CudaDevice:
         )
 
     def _launch_chunk(self, launch: _Launch, block: Block, finisher: Finisher) -> None:
-        """Enqueue one query chunk: its partial, the way of that to the host and, if it is the last one, what follows."""
+        """Enqueue a query chunk's partial and its copy back; the last one's is finished."""
         staged, chunk = launch.staged, block.query_chunk
         self._hand_over_while(lambda: self._must_come_back(launch, chunk))  # only this thread adds to what comes back
         destination = launch.partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
@@ -172,20 +171,20 @@ class CudaDevice:
             finisher.begin(staged.head_group, chunk, _rows_returned(tiles))
 
     def _must_come_back(self, launch: _Launch, chunk: int) -> bool:
-        """Whether a partial of a chunk must wait for earlier ones: for their buffers, or because a save waits for them."""
+        """True if earlier partials of a chunk must come first: for buffers, or a save."""
         if self._plan.partials == "disk":
             return len(self._coming_back) == PARTIAL_BUFFERS["cuda"]
         return bool(self._coming_back) and launch.partials.save_pending(launch.staged.head_group, chunk)
 
     def _hand_over_while(self, due: Callable[[], bool]) -> None:
-        """Hand partials over, the oldest first, as long as that is due; another thread may do it meanwhile."""
+        """Hand partials over, the oldest first, while due; other threads may, too."""
         while due():
             with self._handing_over, self._health.reraise_first_failure():
                 if due():
                     self._hand_over_oldest()
 
     def _hand_over_oldest(self) -> None:
-        """Wait until the oldest partial that was begun is in host memory, and hand it over."""
+        """Wait until the oldest partial in flight is on the host, and hand it over."""
         launch, chunk, returned = self._coming_back[0]
         head_group, index = launch.staged.head_group, launch.staged.index
         with naming_subproblem(head_group, index):
@@ -196,7 +195,7 @@ class CudaDevice:
         self._coming_back.popleft()
 
     def _launch_tiles(self, launch: _Launch, block: Block, destination: Destination) -> list[_ReturnedTile]:
-        """Enqueue one query chunk tile by tile; a tile for which the device has no memory is begun again with half of it."""
+        """Enqueue a query chunk tile by tile, again with half the rows if memory is short."""
         rows = launch.staged.queries[block.query_chunk][0].shape[1]
         tiles: list[_ReturnedTile] = []
         while not tiles or tiles[-1].stop < rows:
@@ -211,7 +210,7 @@ class CudaDevice:
         return tiles
 
     def _launch_tile(self, launch: _Launch, block: Block, tile: range, destination: Destination) -> torch.cuda.Event:
-        """Enqueue the query rows `tile` of a chunk, their keys and the way back; return the event after it."""
+        """Enqueue query rows `tile`, their keys and the way back; return its event."""
         slot = self._buffers.queries.acquire(self._copy)
         heads = launch.staged.queries[block.query_chunk][0][:, tile.start : tile.stop]
         query = slot.buffer[: heads.shape[0] * heads.shape[1]].view(heads.shape)
@@ -265,9 +264,9 @@ class CudaDevice:
         destination: Destination,
         attended: torch.cuda.Event,
     ) -> torch.cuda.Event:
-        """Enqueue the way of a tile's state to the host, through a merge where its chunk has earlier partials.
+        """Enqueue the copy of a tile's state to the host.
 
-        Returns the event at its end.
+        It passes through a merge where its chunk has earlier partials. Returns the event at its end.
         """
         host, source = destination.state, state
         with torch.cuda.stream(self._back):

@@ -1,4 +1,4 @@
-"""Merging and dividing states in host memory by way of a GPU, on a stream of their own beside the attention."""
+"""Merging and dividing states in host memory on a GPU, on a stream of their own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CudaFinishing:
         done.synchronize()
 
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Divide on the device, block by block through one buffer: copied there, divided and copied back."""
+        """Divide on the device: copy each block there, divide it, and copy it back."""
         buffers = self._buffers
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             for block in pieces(range(len(state.keys)), FINALISED_ROWS):

@@ -1,4 +1,4 @@
-"""The memory of a lane on a GPU: buffers on the device, taken at once, and host memory that is pinned for it.
+"""Memory of a lane on a GPU: device buffers, and host memory pinned for it.
 
 Pinning with CUDA's own allocator faults pages in one by one: 2.5 GB/s measured (H200 host). Huge pages, touched by
 several threads and then registered, take a sixth of that: 15 GB/s.
@@ -34,7 +34,7 @@ from oocattn.planning.plan import Plan
 from oocattn.units import format_bytes
 
 SMALLEST_TILE = 128
-"""Query rows below which a tile is not halved any more when the device is out of memory."""
+"""Query rows below which a tile is not halved when the device is out of memory."""
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 _TOUCHING_THREADS = 8
@@ -43,7 +43,7 @@ logger = logging.getLogger("oocattn")
 
 
 class TileRows:
-    """Query rows of a tile on a device: half of them each time that it is out of memory."""
+    """Query rows of a tile on a device, halved each time that it is out of memory."""
 
     def __init__(self, device: torch.device, rows: int) -> None:
         self._device = device
@@ -51,7 +51,7 @@ class TileRows:
         self._halvings = 0
 
     def halve(self, error: torch.OutOfMemoryError) -> None:
-        """Go on with half the rows: another process has taken memory that was free when the run was planned."""
+        """Halve the rows: another process has taken memory that the plan counted on."""
         if self.count < 2 * SMALLEST_TILE:
             raise BudgetError(
                 f"{self._device} has no memory left even for tiles of {self.count} queries: free some, or lower "
@@ -60,16 +60,16 @@ class TileRows:
         self.count //= 2
         self._halvings += 1
         torch.cuda.empty_cache()
-        logger.warning("%s is out of memory: tiles of %d queries from here on", self._device, self.count)
+        logger.warning("%s is out of memory; the run continues with tiles of %d queries", self._device, self.count)
 
     def take_halvings(self) -> int:
-        """How often they were halved since this was last asked."""
+        """The number of halvings since the last call."""
         halvings, self._halvings = self._halvings, 0
         return halvings
 
 
 class DeviceBuffers:
-    """All device memory of a lane: rings of query tiles, their states and key tiles, and what merging and dividing take."""
+    """Device memory of a lane: rings of query tiles, states and keys, and scratch."""
 
     def __init__(self, memory: torch.Tensor, plan: Plan, tiles: Tiles) -> None:
         arena, problem = Arena(memory), plan.problem
@@ -85,7 +85,7 @@ class DeviceBuffers:
 
 
 def take_device_memory(device: torch.device, compute: torch.cuda.Stream, plan: Plan, rows: TileRows) -> DeviceBuffers:
-    """Take all device memory at once; with smaller tiles where it is not there any more.
+    """Take all device memory at once, with smaller tiles where it is short.
 
     Raises BudgetError where there is no room even for the smallest tiles.
     """
@@ -105,7 +105,7 @@ def take_device_memory(device: torch.device, compute: torch.cuda.Stream, plan: P
 
 
 def copy_state(into: AttentionState, state: AttentionState) -> None:
-    """Copy a state between host and device on the current stream, in contiguous pieces: a strided copy would block."""
+    """Copy a state between host and device in contiguous pieces: strided ones block."""
     for target, source in ((into.num, state.num), (into.den, state.den), (into.max, state.max)):
         for target_head, source_head in zip(target, source, strict=True):
             target_head.copy_(source_head, non_blocking=True)
@@ -115,7 +115,7 @@ def copy_state(into: AttentionState, state: AttentionState) -> None:
 
 @cache
 def pinning(device: torch.device) -> ThreadPoolExecutor:
-    """The one thread of this process that pins host memory for a GPU, and unpins it, for good.
+    """The one thread of this process that pins and unpins host memory for a GPU.
 
     One after the other: what a lane has given up is gone before the next one gets any.
     """
@@ -123,9 +123,9 @@ def pinning(device: torch.device) -> ThreadPoolExecutor:
 
 
 class PinnedMemory:
-    """Page-locked host memory of `nbytes` for the current GPU, as the uint8 tensor `tensor`, until `close`.
+    """Page-locked host memory of `nbytes` for the current GPU, until `close`.
 
-    Raises BudgetError where the system refuses to lock so much.
+    It is the uint8 tensor `tensor`. Raises BudgetError where the system refuses to lock so much.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -133,8 +133,8 @@ class PinnedMemory:
             region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as refused:
             raise BudgetError(
-                f"{format_bytes(nbytes)} of host memory cannot be had ({refused.strerror}): lower --host-memory, or raise "
-                "the limit on address space (ulimit -v)"
+                f"{format_bytes(nbytes)} of host memory cannot be allocated ({refused.strerror}): lower --host-memory, or "
+                "raise the limit on address space (ulimit -v)"
             ) from refused
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without huge pages
@@ -158,9 +158,10 @@ def close_all(memories: Iterable[PinnedMemory]) -> None:
 
 
 def _unregister(content: np.ndarray[tuple[int], np.dtype[np.uint8]], index: int) -> None:
-    """Unlock the pages; they are given back when the last view of them is gone, which this argument is until then.
+    """Unlock the pages, to be given back with the last view of them.
 
-    GPU `index` is the one they were locked for: without it, CUDA would set up the first one just for this.
+    The argument is the last view until then. GPU `index` is the one they were locked for: without it, CUDA would set
+    up the first one just for this.
     """
     with torch.cuda.device(index):
         torch.cuda.cudart().cudaHostUnregister(content.ctypes.data)

@@ -1,4 +1,4 @@
-"""What a lane asks of its device. A new kind of device is one new module and one line in `DEVICES` of `lane`."""
+"""The interface of a lane's device; a new kind is a line in `DEVICES` of `lane`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oocattn.pipelines.watch.events import Attended
 
 
 class Device(Protocol):
-    """A device with its memory and threads. It reports each piece of its work to the lane's health."""
+    """A device with its memory and threads; it reports its steps to the lane's health."""
 
     @property
     def readers(self) -> int:
@@ -24,7 +24,7 @@ class Device(Protocol):
 
     @property
     def cores(self) -> int | None:
-        """Cores that torch uses in each thread of the lane that computes; None: as many as the process does."""
+        """Cores of each computing thread of the lane; None: as many as the process uses."""
 
     @property
     def allocator(self) -> Executor:
@@ -38,13 +38,14 @@ class Device(Protocol):
         """Bytes of host memory, as uint8 [nbytes] or more, that the device can work with."""
 
     def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
-        """Begin to attend a subproblem and to hand its partials over; return what waits for the end of that.
+        """Begin to attend a subproblem; return the function that waits for its end.
 
-        `finisher` is told of a chunk whose last partial has begun to come, where that is worth it.
+        The end is when its partials are handed over. `finisher` is told of a chunk whose last partial has begun to
+        come, where that is worth it.
         """
 
     def merge(self, into: AttentionState, state: AttentionState) -> None:
-        """Merge one state in host memory into another; when this returns, `state` may be overwritten."""
+        """Merge one state in host memory into another; `state` is free afterwards."""
 
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""

@@ -1,4 +1,4 @@
-"""When a GPU did what: stretches between two events of a stream, as spans of the host's clock."""
+"""Time on a GPU: stretches between events, as spans of the host's clock."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from oocattn import clock
 from oocattn.pipelines.watch.events import Resource, Span
 
-JOIN = 2e-5
-"""Spans of one resource with a smaller gap (seconds) between them are joined: the gap is the launch of the next."""
+JOIN_SECONDS = 2e-5
+"""Gap below which spans of one resource are joined: the launch of the next."""
 
-ANCHOR = 60.0
-"""Seconds after which times are measured from a later event: CUDA gives them as float32 milliseconds."""
+ANCHOR_SECONDS = 60.0
+"""Seconds after which a later event is the origin: CUDA's times are float32."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """What a stream did between two recorded events."""
+    """Work of a stream between two recorded events."""
 
     resource: Resource
     start: torch.cuda.Event
@@ -28,7 +28,7 @@ class Stretch:
 
 
 def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """A new event at this point of the stream, to be timed, waited for by streams, or by the host without spinning."""
+    """Record an event at this point of the stream, timed, waited for without spinning."""
     event = torch.cuda.Event(enable_timing=True, blocking=True)
     event.record(stream)
     return event
@@ -44,10 +44,10 @@ class DeviceClock:
         self._lock = threading.Lock()
 
     def spans(self, stretches: Sequence[Stretch]) -> tuple[Span, ...]:
-        """When finished stretches were, those of one resource joined where nothing lies between."""
+        """Spans of finished stretches, joined where nothing of the resource lies between."""
         with self._lock:
             timed = [Span(each.resource, self._seconds(each.start), self._seconds(each.stop)) for each in stretches]
-            if timed and timed[-1].stop > self._time + ANCHOR:
+            if timed and timed[-1].stop > self._time + ANCHOR_SECONDS:
                 self._anchor, self._time = stretches[-1].stop, timed[-1].stop
         return join_spans(timed)
 
@@ -56,12 +56,12 @@ class DeviceClock:
 
 
 def join_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The spans in order, those of one resource joined where the gap between them is smaller than `JOIN`."""
+    """Sort spans, and join those of one resource whose gap is smaller than `JOIN_SECONDS`."""
     found: list[Span] = []
     last: dict[Resource, int] = {}
     for span in sorted(spans, key=lambda span: span.start):
         place = last.get(span.resource)
-        if place is not None and span.start - found[place].stop < JOIN:
+        if place is not None and span.start - found[place].stop < JOIN_SECONDS:
             found[place] = Span(span.resource, found[place].start, max(span.stop, found[place].stop))
         else:
             last[span.resource] = len(found)

@@ -1,4 +1,4 @@
-"""Finishing a query chunk when its last partials come: it is merged, its ledger checked, divided, and written.
+"""Finishing a query chunk: merge its partials, check its ledger, divide and write.
 
 One thread merges partials from disk, another checks and divides the chunk before, part by part as its rows are whole, and
 a third writes the part before.
@@ -46,7 +46,10 @@ class _DividedChunk:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part that was written: what, when, how many elements of `out` are NaN or Inf, how many its dtype made Inf or 0."""
+    """A part that was written: its span, bytes, and counts of unusual elements.
+
+    They are the elements of `out` that are NaN or Inf, and those that its dtype made Inf or 0.
+    """
 
     written: WrittenChunk
     span: Span
@@ -55,7 +58,7 @@ class _Part:
 
 
 class Finisher:
-    """Finishes the chunks of one lane, whose partials are in `partials`, by way of the blocks of `out` in `blocks`.
+    """Finishes the chunks of one lane, from `partials`, through `blocks` of `out`.
 
     Its threads merge, divide and write; torch uses `cores` in each (None: as many as the process does).
     """
@@ -84,16 +87,17 @@ class Finisher:
         self._chunks: dict[tuple[int, int], Future[_DividedChunk]] = {}
 
     def begin(self, head_group: int, chunk: int, whole: Iterable[int]) -> None:
-        """Begin to finish a chunk, all of whose partials have begun to come; `merge` and `write` then find it begun.
+        """Begin to finish a chunk whose last partials are in flight.
 
-        `whole` waits for the partials: it yields, again and again, up to which row they are there. So the chunks of the
-        last subproblem are written part by part while it is computed, not together at the end.
+        `merge` and `write` then find it begun. `whole` waits for the partials: it yields, again and again, up to
+        which row they are there. So the chunks of the last subproblem are written part by part while it is computed,
+        not together at the end.
         """
         merging = self._collector.submit(self._collect, head_group, chunk)
         self._chunks[head_group, chunk] = self._divider.submit(self._finish, head_group, chunk, merging, whole)
 
     def merge(self, head_group: int, chunk: int) -> Merged:
-        """Merge a chunk's partials, check that every row attended exactly the keys it must, and divide it.
+        """Merge a chunk's partials, check its rows' ledger, and divide it.
 
         Raises DamagedPartialError for a partial on disk that is not whole, after which a chunk may be merged again, and
         TaintedError for a wrong ledger.
@@ -107,7 +111,7 @@ class Finisher:
             raise
 
     def write(self, head_group: int, chunk: int) -> Written:
-        """Write a merged chunk to `out` and `lse`, one chunk file at a time; record it, and release its partials."""
+        """Write a merged chunk to `out` and `lse`, file by file; record and release it."""
         finished = self._chunks.pop((head_group, chunk)).result()
         parts = [part.result() for part in finished.parts]
         spans = tuple(part.span for part in parts)
@@ -125,7 +129,7 @@ class Finisher:
         return Written(start=start, stop=stop, head_group=head_group, index=chunk, bytes=record.bytes, spans=spans)
 
     def close(self) -> None:
-        """Wait for what is in flight, begin nothing else, and let go of what was not written."""
+        """Wait for all in flight, begin nothing else, and let go of unwritten chunks."""
         for threads in (self._collector, self._divider):
             threads.shutdown(cancel_futures=True)
         self._writer.shutdown()
@@ -163,7 +167,7 @@ class Finisher:
         return _DividedChunk(event, collected.not_finite, parts)
 
     def _check_ledger(self, state: AttentionState, head_group: int, chunk: int, rows: range) -> int:
-        """Check the ledger of some rows of a chunk; return the pairs they attended, of all heads of the group."""
+        """Check the ledger of some rows of a chunk; return the pairs of all heads."""
         tokens = self._plan.tokens(chunk)[rows.start : rows.stop]
         counted = state.rows(rows.start, rows.stop)
         row = find_wrong_row(counted, tokens, partial(self._operation.expected, head_group))
@@ -176,7 +180,7 @@ class Finisher:
         return int(counted.keys.sum()) * self._plan.problem.group_size
 
     def _divide(self, head_group: int, head: int, part: int, rows: AttentionState, spans: list[Span]) -> Future[_Part]:
-        """Finalise the rows of a head that are chunk `part` of `out`, and have them written."""
+        """Finalise the rows of a head in chunk `part` of `out`, and have them written."""
         block = self._blocks.take()
         start = clock.now()
         try:

@@ -1,4 +1,4 @@
-"""Whether a lane works: when it last did a step, and the first error that stopped it."""
+"""Health of a lane: the time of its last step, and the first error."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Health:
 
     def __init__(self) -> None:
         self.stepped = clock.now()
-        """When a piece of a task was last done: a tile, a read, a block to be written, a file of partials."""
+        """Time of the last step: a tile, a read, a written block, a file of partials."""
         self._error: BaseException | None = None
 
     def step(self) -> None:
-        """Note that a piece of a task is done: the lane works, however long the task takes."""
+        """Note that a piece of a task is done: the lane works, though the task is long."""
         self.stepped = clock.now()
 
     def fail(self, error: BaseException) -> None:
@@ -27,7 +27,7 @@ class Health:
 
     @contextmanager
     def reraise_first_failure(self) -> Iterator[None]:
-        """Raise, before and after what is inside, the error that stopped the lane: later ones only follow from it."""
+        """Raise the error that stopped the lane, in place of those that follow from it."""
         if self._error is not None:
             raise self._error
         try:

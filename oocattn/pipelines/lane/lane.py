@@ -19,8 +19,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 from oocattn.errors import ProblemError
@@ -38,55 +36,37 @@ from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import Stager, Turns
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import Attended, Merged, Staged, Written
 from oocattn.planning.plan import Plan
-from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.journal.journal import Journal
-from oocattn.storage.results.arrays import ResultArrays
 
 DEVICES: Mapping[str, Callable[[str, Plan, Operation, Health], Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
-"""The devices by their kind, which a name like "cuda:1" begins with. A new kind is one new module and one line here."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs to take part in a run: small, and sent once.
-
-    `devices` says where the lane of each worker is, by `Worker.id`: one that is restarted at the same address has another.
-    """
-
-    run: str
-    plan: Plan
-    dataset: Dataset
-    result: ResultArrays
-    journal: Journal
-    scratch: Path
-    devices: Mapping[str, str]
+"""Devices by the kind of a name like "cuda:1"; a new kind is one new line here."""
 
 
 class Lane:
-    """The lane of a job on a device. Its methods are called from the tasks of one worker, several at a time."""
+    """The lane of a run on a device, called from several tasks of a worker at a time."""
 
-    def __init__(self, job: Job, device_name: str) -> None:
-        for folder in filter(None, (job.scratch, job.dataset.folder)):
+    def __init__(self, run: Run, device_name: str) -> None:
+        for folder in filter(None, (run.paths.scratch, run.dataset.folder)):
             if not folder.is_dir():
                 raise ProblemError(
                     f"no folder {folder} on {socket.gethostname()}: the workers of a run must see the same paths"
                 )
-        self.plan = plan = job.plan
-        self.result = job.result
+        self.plan = plan = run.plan
+        self.result = run.result
         operation, make_device = make_operation(plan), DEVICES[device_name.partition(":")[0]]
         with ExitStack() as parts:  # closes what was made, the last first, where the rest cannot be made
             self._health = health = _owned(parts, Health())
             self.device = device = _owned(parts, make_device(device_name, plan, operation, health))
             self.memory = memory = _owned(parts, HostMemory(plan, device.allocate))
             memory.begin(device.allocator)
-            files = PartialFiles(job.scratch, job.journal.run, job.journal.claim, health.step)
+            files = PartialFiles(run.paths.scratch, run.journal.run, run.journal.claim, health.step)
             self.partials = partials = _owned(parts, make_partials(plan, files, memory.states, device.merge))
             blocks, finalise, cores = memory.out_blocks, device.finalise, device.cores
-            finisher = Finisher(plan, operation, partials, job.result, job.journal, blocks, finalise, cores)
+            finisher = Finisher(plan, operation, partials, run.result, run.journal, blocks, finalise, cores)
             self.finisher = _owned(parts, finisher)
-            self._stager = _owned(parts, Stager(plan, operation, job.dataset, memory.slots, device.readers, health.step))
+            self._stager = _owned(parts, Stager(plan, operation, run.dataset, memory.slots, device.readers, health.step))
             seconds = plan.checkpoint_seconds if plan.saves else 0.0
             self._checkpoints = _owned(parts, Checkpoints(partials, seconds, health.fail))
             self._attend_turns = Turns("attend", len(memory.slots))
@@ -97,11 +77,11 @@ class Lane:
 
     @property
     def stepped(self) -> float:
-        """When a piece of a task was last done, in seconds since the epoch."""
+        """Time of the last step of a task, in seconds since the epoch."""
         return self._health.stepped
 
     def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Staged:
-        """Read the chunks of a subproblem into a staging slot; `turn` counts the subproblems of this lane from 0.
+        """Read a subproblem into a staging slot; `turn` counts this lane's from 0.
 
         Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there. Raises
         RuntimeError for a turn that was taken before.
@@ -109,10 +89,10 @@ class Lane:
         return self._stager.stage(turn, head_group, index, wanted)
 
     def attend(self, turn: int) -> Attended:
-        """Compute the partials of the subproblem that was staged for this turn, and hand them to the partial store.
+        """Compute the partials of the subproblem staged for this turn; hand them over.
 
-        A lane takes subproblems in the order of their turns, whichever task comes first: that which comes early begins
-        those before it too, which have been staged. The event also tells of the checkpoints that were made meanwhile.
+        A lane takes subproblems in the order of their turns, whichever task comes first: an early task begins those before
+        it too, which have been staged. The event also has the checkpoints that were made meanwhile.
         Raises RuntimeError for a turn that was taken before.
         """
         self._attend_turns.take(turn)
@@ -138,7 +118,7 @@ class Lane:
         return self.finisher.write(head_group, chunk)
 
     def save(self) -> int:
-        """Have on disk what is in memory alone, if the plan says so, as nothing more will come; return the bytes written."""
+        """Save what is in memory alone, at the end, if the plan says so; return the bytes."""
         self._checkpoints.close()
         return self.partials.save(patient=False) if self.plan.saves else 0
 
@@ -150,7 +130,7 @@ class Lane:
 
 
 def make_partials(plan: Plan, files: PartialFiles, states: Mapping[str, States], merge_states: MergeStates) -> PartialStore:
-    """The store that the plan names, working with the states that `planning.memory.Buffers` counts by these names."""
+    """The store that the plan names, with the states that `Buffers` counts for it."""
     if plan.partials == "memory":
         return MemoryPartials(plan, files, states["accumulators"])
     return DiskPartials(plan, files, states["accumulators"], states["buffers"], states["blocks"], merge_states)

@@ -1,4 +1,4 @@
-"""The host memory of a lane: allocated once, as the plan counted it, and handed out in pieces."""
+"""Host memory of a lane: allocated once, as the plan counted it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from oocattn.kernels import AttentionState
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.planning.memory import ALIGNMENT, OUT_BLOCKS, STAGING_SLOTS
 from oocattn.planning.plan import Plan
-from oocattn.units import format_bytes
+from oocattn.units import format_bytes, round_up
 
 FIRST_STATES = 3
 """States that are allocated after each staging slot, before the next one."""
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Pool(Generic[T]):
-    """Pieces of memory of one kind, uninitialised, to be taken and put back; some may yet be allocated."""
+    """Uninitialised pieces of memory of one kind; some may yet be allocated."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -43,8 +43,11 @@ class Pool(Generic[T]):
             self._changed.notify()
 
     def take(self) -> T:
-        """A free piece, waiting for one if need be. Raises the error of `fail` if none will come, and RuntimeError where the
-        pool was closed, as under a task that hung."""
+        """Take a piece, waiting for one if need be.
+
+        Raises the error of `fail` if none will come, and RuntimeError where the pool was closed, as under a task that
+        hung.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._error or self._closed)
             if self._closed:
@@ -76,7 +79,7 @@ OutBlock = tuple[torch.Tensor, torch.Tensor]
 
 
 class HostMemory:
-    """What a plan counts of a lane's host memory: staging slots, states by their names in the plan, and blocks of `out`.
+    """A lane's host memory: staging slots, states by name, and blocks of `out`.
 
     `allocate` gives bytes of host memory. All is allocated once, by one thread and in the order in which it is needed: the
     first chunks are read while the rest is still being pinned.
@@ -86,7 +89,7 @@ class HostMemory:
         self._plan = plan
         self._allocate = allocate
         self._stopped = False
-        self._allocated: Future[None] = Future()
+        self._allocated: Future[None] | None = None
         self.slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self.states = {name: States() for name in plan.buffers.states()}
         self.out_blocks = Pool[OutBlock]()
@@ -102,7 +105,8 @@ class HostMemory:
     def close(self) -> None:
         """Let go of all that was allocated; nobody uses any of it."""
         self.stop()
-        wait([self._allocated])
+        if self._allocated is not None:
+            wait([self._allocated])
         self.slots.clear()
         self.out_blocks.close()
         for states in self.states.values():
@@ -116,7 +120,7 @@ class HostMemory:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Raise the error in every thread that waits, or will wait, for memory that is missing."""
+        """Raise the error in every thread that waits, or will wait, for missing memory."""
         for slot in self.slots:
             if not slot.done():
                 slot.set_exception(error)
@@ -125,7 +129,7 @@ class HostMemory:
             states.fail(error)
 
     def _allocate_all(self) -> None:
-        """Allocate first one slot and a few states, so that work begins, then the rest in turn."""
+        """Allocate one slot and a few states, so that work begins, then the rest in turn."""
         plan, buffers = self._plan, self._plan.buffers
         waiting = deque((name, rows) for name, (count, rows) in buffers.states().items() for _ in range(count))
         for slot in self.slots:
@@ -152,16 +156,16 @@ class HostMemory:
 
 
 class Arena:
-    """Hands out the bytes of one allocation, from its beginning to its end, aligned to 256 bytes."""
+    """Hands out the bytes of one allocation in order, aligned to 256 bytes."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
         self._used = 0
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor in the next bytes. Raises BudgetError where none are left: the plan was wrong."""
+        """Take a tensor from the next bytes; BudgetError where the plan counted too few."""
         count = math.prod(shape) * dtype.itemsize
-        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        start = round_up(self._used, ALIGNMENT)
         if start + count > len(self._memory):
             raise BudgetError(
                 f"the lane needs {format_bytes(start + count)} where {format_bytes(len(self._memory))} were planned"

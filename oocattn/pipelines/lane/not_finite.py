@@ -1,5 +1,4 @@
-"""How many elements are NaN or Inf: of inputs as they are read, and of `out` as it is written, and whether its dtype made
-them so."""
+"""Counts of elements that are NaN or Inf, and of those that a dtype made Inf or 0."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ _BLOCK = 1 << 16
 
 
 def count_not_finite(array: npt.NDArray[Any]) -> int:
-    """How many elements are NaN or Inf: those whose exponent bits are all ones.
+    """Count the NaN and Inf: elements whose exponent bits are all ones.
 
     Usually none: as integers, these are the largest without a sign and the largest with one, so two maxima tell.
     """
@@ -32,9 +31,10 @@ def count_not_finite(array: npt.NDArray[Any]) -> int:
 
 
 def count_narrowed(state: AttentionState, out: torch.Tensor, not_finite: int) -> tuple[int, int]:
-    """How many elements of `out` [g, n, D] are Inf, and how many 0, though the state gives them another float32 value.
+    """Count the elements of `out` [g, n, D] that its dtype made Inf, and 0.
 
-    `not_finite` of them are NaN or Inf. Where there are none, and few zeros (0.5%), nothing is counted: it takes time.
+    The state gives them another float32 value. `not_finite` of them are NaN or Inf. Where there are none, and few
+    zeros (0.5%), nothing is counted: it takes time.
     """
     if not not_finite and out.numel() - int(torch.count_nonzero(out)) <= out.numel() / 200:
         return 0, 0

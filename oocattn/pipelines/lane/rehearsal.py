@@ -20,7 +20,7 @@ logger = logging.getLogger("oocattn")
 
 
 def rehearse(plan: Plan) -> None:
-    """Make a plan's calls on random data, on every GPU of this process, within what the plan allocates there.
+    """Make a plan's calls on random data on every GPU, within the plan's memory.
 
     Only where the kernel plans shapes. What fails here is left to the run, which says it or gets by.
     """

@@ -1,4 +1,4 @@
-"""A ring of buffers for a GPU, used in turn: each is taken again when the device has done with it."""
+"""A ring of buffers on a GPU, each used again when the device has done with it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ T = TypeVar("T")
 
 @dataclass
 class Slot(Generic[T]):
-    """A buffer, and the event after which it may be overwritten: None before its first use."""
+    """A buffer, and the event after which it may be overwritten; None if unused."""
 
     buffer: T
     freed: torch.cuda.Event | None = None
 
 
 class SlotRing(Generic[T]):
-    """Slots in the order of their use. Whoever acquires one sets the event that frees it."""
+    """Slots in the order of their use; the user of one sets the event that frees it."""
 
     def __init__(self, buffers: Iterable[T]) -> None:
         self._slots = [Slot(buffer) for buffer in buffers]
         self._acquired = 0
 
     def acquire(self, stream: torch.cuda.Stream) -> Slot[T]:
-        """The next slot; what is enqueued on the stream from here on waits until it is free."""
+        """The next slot; the stream waits from here on until it is free."""
         slot = self._next()
         if slot.freed is not None:
             stream.wait_event(slot.freed)

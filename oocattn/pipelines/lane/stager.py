@@ -1,4 +1,4 @@
-"""Staging: the chunks of a subproblem are read into a slot of host memory, where a device finds them."""
+"""Staging: a subproblem's chunks are read into host memory for a device."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
 
 READ_BYTES = 8 << 20
-"""What one thread reads at a time where several read."""
+"""Bytes that one thread reads at a time where several read."""
 
 
 @dataclass(frozen=True)
 class StagedChunks:
-    """One subproblem's chunks in a staging slot: query inputs [g, n, D] by chunk, key inputs [rows, D] in one piece each.
+    """A subproblem in a staging slot: query inputs by chunk, key inputs in one piece.
 
-    `not_finite` counts, by query chunk whose diagonal it owns, the elements of the chunk's rows that are NaN or Inf.
+    They are [g, n, D] and [rows, D]. `not_finite` counts, by query chunk whose diagonal it owns, the elements of the
+    chunk's rows that are NaN or Inf.
     """
 
     head_group: int
@@ -52,7 +53,7 @@ class StagedChunks:
 
     @property
     def blocks(self) -> Iterator[Block]:
-        """The blocks to be attended: those of other query chunks lie beyond the last token, or are not wanted."""
+        """The blocks to attend; others lie beyond the last token or are not wanted."""
         return (block for block in self.subproblem.blocks if block.query_chunk in self.queries)
 
     @property
@@ -62,10 +63,11 @@ class StagedChunks:
 
 
 class Turns:
-    """The numbers of a lane's subproblems, each to be taken once; those that share a staging slot in their order.
+    """Numbers of a lane's subproblems, each to be taken once.
 
-    Dask runs a task again whose result is not there any more, where another worker dies with what was made of it. To stage
-    it again would put other chunks under a subproblem that is being attended.
+    Those that share a staging slot come in their order. Dask runs a task again whose result is not there any more,
+    where another worker dies with what was made of it. To stage it again would put other chunks under a subproblem
+    that is being attended.
     """
 
     def __init__(self, action: str, slots: int) -> None:
@@ -81,7 +83,7 @@ class Turns:
 
 
 class Stager:
-    """Reads a dataset into staging slots with `readers` threads; `step` is called when a piece has been read."""
+    """Reads a dataset into staging slots by `readers` threads, a `step` each piece."""
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class Stager:
         return Staged(start=start, stop=stop, head_group=head_group, index=index, bytes=staged.nbytes, spans=spans)
 
     def take(self, turn: int) -> StagedChunks:
-        """Hand over what was staged for a turn; its slot is used again when the subproblem has been attended."""
+        """Hand over a turn's chunks; the slot is used again when they are attended."""
         return self._staged.pop(turn)
 
     def close(self) -> None:
@@ -129,7 +131,7 @@ class Stager:
     def _lay_out(
         self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, query_chunks: Iterable[int]
     ) -> StagedChunks:
-        """Lay a subproblem's chunks out in a slot: the query inputs of each chunk, then each input of all keys."""
+        """Lay out a slot: query inputs chunk by chunk, then each input of all keys."""
         problem = self._plan.problem
         dtype = getattr(torch, problem.dtype)
         row_bytes = problem.head_dim * problem.itemsize
@@ -151,9 +153,10 @@ class Stager:
         return StagedChunks(head_group, subproblem, queries, keys, key_rows)
 
     def _reads(self, staged: StagedChunks) -> Iterator[_Read]:
-        """The reads that fill a staged subproblem, cut to pieces where the array's chunk files are read directly.
+        """The reads that fill a subproblem's slot.
 
-        NaN and Inf are counted in the query chunks whose diagonal it owns: so each chunk is counted once in a run.
+        They are cut to pieces where the array's chunk files are read directly. NaN and Inf are counted in the query
+        chunks whose diagonal it owns: so each chunk is counted once in a run.
         """
         group = self._plan.problem.head_group(staged.head_group)
         owned = {block.query_chunk for block in staged.blocks if block.diagonal}

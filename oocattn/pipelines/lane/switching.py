@@ -1,4 +1,4 @@
-"""How often the threads of this process take turns, while a lane on a GPU needs them to."""
+"""The interval at which threads take turns, while there is a lane on a GPU."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import threading
 import weakref
 from collections.abc import Callable
 
-SWITCH_INTERVAL = 5e-4
-"""Seconds after which a thread of the process lets another run, instead of Python's 5e-3, while there is a lane on a GPU:
-the thread that launches needs its turn before the device runs dry. (1M tokens x 8 heads: the gaps fell from 53 to 22 ms.)"""
+SWITCH_SECONDS = 5e-4
+"""Seconds between switches of threads while there is a lane on a GPU.
+
+The thread that launches needs its turn before the device runs dry. (1M tokens x 8 heads: the gaps fell from 53 to 22
+ms.)
+"""
 
 _lock = threading.RLock()  # a lane that nobody closed may end its hold wherever Python collects garbage
 _holds, _found, _set = 0, 0.0, 0.0
 
 
 def hold_short_interval(owner: object) -> Callable[[], object]:
-    """Have threads take turns often until the returned function is called, or the owner is gone.
+    """Switch threads often until the returned function is called or the owner is gone.
 
     With the last hold the interval is put back as the first one found it, unless somebody else has set it since.
     """
@@ -29,7 +32,7 @@ def _add(holds: int) -> None:
     with _lock:
         if not _holds:
             _found = sys.getswitchinterval()
-            _set_interval(min(SWITCH_INTERVAL, _found))
+            _set_interval(min(SWITCH_SECONDS, _found))
             _set = sys.getswitchinterval()
         _holds += holds
         if not _holds and sys.getswitchinterval() == _set:
@@ -37,5 +40,5 @@ def _add(holds: int) -> None:
 
 
 def _set_interval(seconds: float) -> None:
-    """Set it to that, though Python cuts it to whole microseconds, which made 99 of what it says are 100."""
+    """Set the switch interval exactly; Python cuts it to whole microseconds."""
     sys.setswitchinterval(seconds + 5e-7)

@@ -1,1 +1,1 @@
-"""What watches a run: its events, and the progress bar, status file, report and timeline made of them."""
+"""Listeners of a run: events, progress bar, status file, report, timeline."""

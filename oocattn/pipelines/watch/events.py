@@ -1,4 +1,4 @@
-"""What happens in a run, one record a kind: the one interface between a run and all that watches it."""
+"""Events of a run, one record a kind: the interface between a run and listeners."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from oocattn.planning.plan import Plan
 
 Resource = Literal["read", "copy in", "compute", "copy out", "merge", "save", "write"]
-"""What a lane has one or more of, in the order in which bytes pass through: see `Span`."""
+"""Parts of a lane that `Span` times, in the order in which bytes pass through."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One step of a run, between two moments in seconds since the epoch.
-
-    `kind` is the name of its class in small letters.
-    """
+    """One step of a run between two moments (epoch seconds); `kind` names its class."""
 
     start: float
     stop: float
@@ -60,8 +57,11 @@ class Started(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered(Event):
-    """Something failed, and the run goes on with the `left` subproblems: because of a damaged partial (`recomputed` counts
-    them), a failed task (`retried`) or lost workers (`workers_lost`)."""
+    """Something failed, and the run continues with the `left` subproblems.
+
+    The reason is a damaged partial (`recomputed` counts them), a failed task (`retried`) or lost workers
+    (`workers_lost`).
+    """
 
     error: str
     left: int = 0
@@ -79,7 +79,7 @@ class Saved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stalled(Event):
-    """The run stands still for `reason`; "" when it goes on."""
+    """The run stalls for `reason`; "" when it continues."""
 
     reason: str
 
@@ -107,8 +107,11 @@ class Ended(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvent(Event):
-    """A task of `worker` ended. `index` counts subproblems or query chunks within `head_group`; `spans` says which resources
-    of the lane were busy when."""
+    """A task of `worker` ended.
+
+    `index` counts subproblems or query chunks within `head_group`; `spans` says which resources of the lane were busy
+    when.
+    """
 
     head_group: int
     index: int
@@ -141,7 +144,7 @@ class Attended(TaskEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Merged(TaskEvent):
-    """The partials of a query chunk were merged and divided: its rows attended so many query-key `pairs`."""
+    """A query chunk's partials were merged and divided; its rows attended `pairs`."""
 
     pairs: int
 
@@ -154,7 +157,8 @@ class Written(TaskEvent):
 
 
 Callback = Callable[[Event], None]
-"""A listener: called with every event of a run, in the order of completion, on the thread that drives the run.
+"""A listener: called with every event of a run, in the order of completion.
 
-One that raises an `Exception` is logged and called no more. It ends the run by `KeyboardInterrupt` or `SystemExit`.
+The calls come from the thread that drives the run. One that raises an `Exception` is logged and called no more. It
+ends the run by `KeyboardInterrupt` or `SystemExit`.
 """

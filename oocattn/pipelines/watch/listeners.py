@@ -26,7 +26,7 @@ class Listeners:
             except Exception as error:
                 self._listeners = [other for other in self._listeners if other is not listener]
                 logger.warning(
-                    "a listener failed and is dropped; the run goes on without it: %s raised %s: %s (%s)",
+                    "a listener failed; the run continues without it: %s raised %s: %s (%s)",
                     *(_name(listener), type(error).__name__, error, _place(error)),
                 )
 
@@ -36,6 +36,6 @@ def _name(listener: Callback) -> str:
 
 
 def _place(error: Exception) -> str:
-    """Where it was raised."""
+    """File and line where an error was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}"

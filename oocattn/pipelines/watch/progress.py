@@ -15,8 +15,8 @@ from oocattn.pipelines.watch.events import Attended, Ended, Event, Failed, Recov
 from oocattn.text import printable
 from oocattn.units import format_seconds
 
-INTERVAL = 0.1
-"""Seconds between two drawings of the bar at least, where subproblems end faster than that."""
+DRAWING_SECONDS = 0.1
+"""The least time between two drawings of the bar, in seconds."""
 
 
 class ProgressBar:
@@ -68,9 +68,9 @@ class ProgressBar:
         bar.close()
 
     def _is_due(self, event: Event, bar: tqdm[None]) -> bool:
-        """Whether to draw it now: where subproblems take long the next event is far away."""
-        slow = isinstance(event, Attended) and self._seconds_each(bar) >= INTERVAL
-        return slow or clock.now() - self._drawn >= INTERVAL
+        """True if the bar is to be drawn now, not at an event that may be far away."""
+        slow = isinstance(event, Attended) and self._seconds_each(bar) >= DRAWING_SECONDS
+        return slow or clock.now() - self._drawn >= DRAWING_SECONDS
 
     def _draw(self, bar: tqdm[None]) -> None:
         self._drawn = clock.now()

@@ -13,7 +13,7 @@ from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
 MOST_UNDERFLOWED = 0.01
-"""Of the elements of `out`: where more are 0 because its dtype holds no smaller number, the others have lost as much."""
+"""Share of underflowed elements of `out` that makes the others inaccurate too."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RunReport:
     `out_elements` (0, 0 and 1 in reports of older versions);
     `recomputed` the partials on disk that were damaged, so that they were computed again; `retried` the tasks that
     failed and were tried again, `workers_lost` how often workers died, so that others took over their work;
-    `out_of_memory` how often a GPU had less memory than was planned, so that the run went on with smaller tiles;
+    `out_of_memory` how often a GPU had less memory than was planned, so that the run continued with smaller tiles;
     `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them whose checksums
     were compared then; `other_bits` what computed otherwise for a part of the run than when it began, so that its bits
     are not those of an uninterrupted run.
@@ -133,6 +133,6 @@ class RunReport:
             lines.append(f"workers      {self.workers_lost} lost; others took over")
         if self.out_of_memory:
             lines.append(
-                f"device       out of memory {self.out_of_memory} times although the plan fits: went on with smaller tiles"
+                f"device       out of memory {self.out_of_memory} times although the plan fits: continued with smaller tiles"
             )
         return "\n".join(map(printable, lines))

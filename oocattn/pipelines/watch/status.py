@@ -1,4 +1,4 @@
-"""How far a run is, for those who did not start it: a small file that the run keeps up to date, and its reader."""
+"""Progress of a run for other processes: a small file, its writer and reader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
-from oocattn.pipelines.deadline import NOTICED
+from oocattn.pipelines.deadline import NOTICED_SECONDS
 from oocattn.pipelines.watch.events import (
     Attended,
     Committed,
@@ -41,7 +41,7 @@ from oocattn.units import format_bytes, format_seconds
 MOST_BYTES = 1 << 20
 """Of the files of status and report."""
 
-INTERVAL = 1.0
+WRITING_SECONDS = 1.0
 """Seconds between updates of the file."""
 
 logger = logging.getLogger("oocattn")
@@ -54,8 +54,9 @@ State = Literal["none", "running", "interrupted", "finished"]
 
 @dataclass(frozen=True)
 class Status:
-    """How far the run to `result` is: `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody
-    works on it) or "finished".
+    """Progress of the run to `result`.
+
+    `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody works on it) or "finished".
 
     `share` of the work is done: 0 of no run, 1 of a finished result. `subproblems` and `tokens` are those of the whole run,
     0 where they are not known: before a run has planned, and `subproblems` of a result without its report. Of an interrupted
@@ -94,7 +95,7 @@ class Status:
 
     @property
     def share(self) -> float:
-        """Of the work that is done, between 0 and 1. Whether the result is there says `state`."""
+        """Share of the work that is done, 0 to 1, whether the result is there or not."""
         if self.state == "finished":
             return 1.0
         return self.subproblems_done / self.subproblems if self.subproblems else 0.0
@@ -143,7 +144,7 @@ class Status:
 
 
 class StatusFile:
-    """A listener that writes a run's progress to a file, once a second at most, while the run holds its lock."""
+    """A listener that writes progress to a file, once a second, under the run's lock."""
 
     def __init__(self, path: Path, claim: Claim) -> None:
         self._path = path
@@ -165,7 +166,7 @@ class StatusFile:
         elif isinstance(event, Stalled):
             self._status = replace(self._status, stalled=event.reason, stalled_since=event.start)
         important = isinstance(event, Started | Recovered | Stalled | Failed)
-        if important or clock.now() - self._written >= INTERVAL:
+        if important or clock.now() - self._written >= WRITING_SECONDS:
             self._written = clock.now()
             with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
                 self._claim.check()
@@ -218,7 +219,7 @@ class StatusFile:
 
 
 def read_status(paths: ResultPaths) -> Status:
-    """How far the run to this result is, whether or not one is alive.
+    """Progress of the run to this result, whether or not it is alive.
 
     Raises IntegrityError for a damaged file, and warns of one where the journal still says how far an interrupted run came.
     """
@@ -231,7 +232,7 @@ def read_status(paths: ResultPaths) -> Status:
         except IntegrityError as error:
             if not unfinished:
                 raise
-            logger.warning("%s: what the run had read and written, and how fast it was, is not known", error)
+            logger.warning("%s; the bytes and the rate of the run are not known", error)
         if last is None and unfinished:
             last = Status("interrupted")  # killed before it was written
     if last is None:
@@ -249,28 +250,28 @@ def read_status(paths: ResultPaths) -> Status:
 def _seen(last: Status, holder: Holder, paths: ResultPaths) -> Status:
     """The status of a run that is alive; its process may be stopped."""
     running, silence = replace(last, state="running"), holder_silence(paths.lock)
-    if silence < NOTICED:
+    if silence < NOTICED_SECONDS:
         return running
     stopped = (
-        f"{holder} is stopped, and its run with it: let it go on (kill -CONT {holder.process}); or else {paths.state} is on "
+        f"{holder} is stopped, and its run with it: continue it (kill -CONT {holder.process}); or else {paths.state} is on "
         "a file system that does not answer it"
     )
     return replace(running, stalled=stopped, stalled_since=clock.now() - silence)
 
 
 def _is_unfinished(paths: ResultPaths) -> bool:
-    """Whether a run has begun and is not complete. Raises IntegrityError for a damaged journal, unless a result is there."""
+    """True if a run has begun and is not complete; IntegrityError for a bad journal."""
     try:
         return paths.unfinished is not None
     except IntegrityError as error:
         if "problem" not in (paths.attributes() or {}):
             raise
-        logger.warning("%s; the result that is there is not touched by that", error)
+        logger.warning("%s; the result itself is not affected", error)
         return False
 
 
 def _finished(paths: ResultPaths, problem: object) -> Status:
-    """The status of a finished result, with the figures of its report, or as much as follows from its problem."""
+    """The status of a finished result, from its report or else from its problem."""
     try:
         report = read_report(paths)
     except IntegrityError as error:  # the result is there
@@ -300,13 +301,13 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
 
 
 def read_report(paths: ResultPaths) -> RunReport | None:
-    """The report beside a result; None where there is none. Raises IntegrityError for a damaged one."""
+    """The report beside a result, or None; IntegrityError for a damaged one."""
     found = read_json(paths.report, MOST_BYTES) if is_folder(paths.state) else None
     return RunReport.from_json(found) if found else None
 
 
 def as_planned(status: Status, plan: Plan, left: int) -> Status:
-    """The status of a run of which the plan is known, and how many subproblems are left."""
+    """The status of a run whose plan is known, and the number of subproblems left."""
     done, tokens = plan.subproblems - left, _tokens(plan.problem)
     share = left / plan.subproblems
     seconds_left = tokens * share / status.rate if status.rate else plan.seconds * share
@@ -318,7 +319,7 @@ def _tokens(problem: Problem) -> int:
 
 
 def _last_written(path: Path) -> Status | None:
-    """The status in a file, None where there is none. Raises IntegrityError unless it is as `StatusFile` writes it."""
+    """The status in a file, or None; IntegrityError unless `StatusFile` wrote it."""
     content = read_json(path, MOST_BYTES)
     if content is None:
         return None

@@ -32,7 +32,7 @@ RESOURCES: tuple[Resource, ...] = get_args(Resource)
 """Every resource, in the order in which bytes pass through."""
 
 MOST_CELLS = 30_000
-"""Cells of the picture, over all rows: at most some 25 bytes each, so that the file stays below 1 MB."""
+"""Cells of the picture, of 25 bytes, over all rows: its file stays below 1 MB."""
 
 _COLOURS = ("#4e79a7", "#76b7b2", "#e15759", "#f28e2b", "#b07aa1", "#edc948", "#59a14f")
 _SHADES = 4  # a cell is drawn as dark as it is busy, in quarters
@@ -44,7 +44,7 @@ Floats = NDArray[np.float64]
 
 
 def busy_seconds(spans: Iterable[Span]) -> float:
-    """Seconds in which at least one of the spans was under way: the length of their union, whatever their order."""
+    """Seconds in which at least one span was under way: their union's length."""
     pairs = [(span.start, span.stop) for span in spans]
     if len(pairs) < 2:  # most events, and the driver adds them all up
         return sum(max(0.0, stop - start) for start, stop in pairs)
@@ -63,10 +63,7 @@ def _union(starts: Floats, stops: Floats) -> tuple[Floats, Floats]:
 
 
 class _Spans:
-    """The spans of one resource of one lane, as arrays: 33 bytes each.
-
-    A run of days has a million.
-    """
+    """The spans of one resource of a lane, 33 bytes each: there may be a million."""
 
     def __init__(self) -> None:
         self.starts, self.stops = array("d"), array("d")
@@ -166,10 +163,7 @@ def _trace(rows: dict[tuple[str, str], _Spans], start: float) -> Iterator[dict[s
 
 
 def _tracks(spans: _Spans) -> list[list[int]]:
-    """Divide the spans, by indices, into tracks without overlap.
-
-    Each goes to the first track that is free, in order of time.
-    """
+    """Divide the spans, by index, in order of time into tracks without overlap."""
     tracks: list[list[int]] = []
     for index in np.argsort(np.asarray(spans.starts), kind="stable").tolist():
         free = (track for track in tracks if spans.stops[track[-1]] <= spans.starts[index])
@@ -181,10 +175,7 @@ def _tracks(spans: _Spans) -> list[list[int]]:
 
 
 def _slice(spans: _Spans, index: int, resource: str, start: float) -> dict[str, Any]:
-    """A complete event.
-
-    Its times are microseconds, rounded to nanoseconds so that neighbours stay apart.
-    """
+    """A complete event; its microseconds are rounded so that neighbours stay apart."""
     begin, end = (round((moment - start) * 1e9) for moment in (spans.starts[index], spans.stops[index]))
     counted = "chunk" if spans.chunks[index] else "subproblem"
     return {
@@ -198,10 +189,7 @@ def _slice(spans: _Spans, index: int, resource: str, start: float) -> dict[str, 
 
 
 def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, stop: float, wall: float) -> Iterator[str]:
-    """The lines of an SVG file: a row for each resource, time across.
-
-    At the right is the share of the run's wall time.
-    """
+    """The lines of an SVG file: a row for each resource, time across, share at right."""
     labels = [printable(f"lane {_shorten(worker)}: {resource}") for worker, resource in rows]
     left = max([_LEFT, *(math.ceil(_CELL * display_width(label)) + 16 for label in labels)])
     width = left + _WIDTH + _RIGHT
@@ -247,10 +235,7 @@ def _coverage(starts: Floats, stops: Floats, edges: Floats) -> Floats:
 
 
 def _bars(coverage: Floats, left: int, top: int, colour: str) -> Iterator[str]:
-    """A path for each shade, with one bar for each run of cells of it.
-
-    Spans narrower than a cell become one.
-    """
+    """A path for each shade, with a bar for each run of cells; narrow spans are one."""
     width = _WIDTH / len(coverage)
     shades = np.ceil(np.round(coverage, 6) * _SHADES).astype(int)
     borders = [0, *(np.flatnonzero(np.diff(shades)) + 1).tolist(), len(shades)]

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,12 @@ class GrowingResult:
     """A result that is not complete, and the identity of the one it replaces."""
 
     path: Path
-    arrays: ResultArrays
     replaces: str | None
+
+    @cached_property
+    def arrays(self) -> ResultArrays:
+        """The arrays, open for writing."""
+        return ResultArrays.of(LocalStore(self.path))
 
     @property
     def name(self) -> str:
@@ -117,24 +122,24 @@ class RunState:
         growing = paths.state / f"result-{uuid.uuid4().hex[:8]}.zarr"
         with name_failure("make", growing):
             group = zarr.create_group(OwnStore(growing), attributes={ATTRIBUTES: dict(layout.attributes)}, zarr_format=3)
-            out = create_array(group, "out", layout.shape, layout.dtype, layout.chunk_rows)
-            arrays = ResultArrays(out, create_array(group, "lse", layout.shape[:3], "float32", layout.chunk_rows))
+            create_array(group, "out", layout.shape, layout.dtype, layout.chunk_rows)
+            create_array(group, "lse", layout.shape[:3], "float32", layout.chunk_rows)
         sync_metadata(growing)
-        return GrowingResult(growing, arrays, identity_at(paths.result))
+        return GrowingResult(growing, identity_at(paths.result))
 
-    def resume(self, path: Path, layout: Layout, *, replaces: str | None) -> GrowingResult:
-        """The result that has begun to grow at `path`, to be written on.
+    def resume(self, growing: GrowingResult, layout: Layout) -> None:
+        """Have a result that has begun to grow ready for more to be written.
 
         Raises IntegrityError where it is not what `begin` made of the same layout, or a folder in it is a link.
         """
+        path = growing.path
         self._check()
         with suppress(FileExistsError), name_failure("make", self.paths.scratch):
             self.paths.scratch.mkdir()
         for folder in (path, path / "out", path / "lse", self.paths.scratch, self.paths.state / "finished"):
             if not is_folder(folder):
                 raise IntegrityError(f"{folder} is not a folder: the unfinished run is damaged: {_AGAIN}")
-        arrays = ResultArrays.of(LocalStore(path))
-        found = {name: (array.shape, array.dtype, array.chunks) for name, array in arrays.by_name.items()}
+        found = {name: (array.shape, array.dtype, array.chunks) for name, array in growing.arrays.by_name.items()}
         out, lse = (1, 1, layout.chunk_rows, layout.shape[3]), (1, 1, layout.chunk_rows)
         float32 = np.dtype(np.float32)
         expected = {"out": (layout.shape, numpy_dtype(layout.dtype), out), "lse": (layout.shape[:3], float32, lse)}
@@ -145,7 +150,6 @@ class RunState:
             raise IntegrityError(
                 f"{path}: the metadata of the unfinished result is damaged ({', '.join(differing)}): {_AGAIN}"
             )
-        return GrowingResult(path, arrays, replaces)
 
     # The commit, under the lock. It can be repeated from any step at which it failed.
     #   1. Ask whether the lock is still this run's.

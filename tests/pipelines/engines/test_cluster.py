@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from random import Random
 
@@ -133,7 +134,7 @@ def test_dask_does_not_log_the_tracebacks_of_tasks_in_a_cluster_of_our_own(caplo
 
 def test_a_run_does_not_begin_without_workers(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its journal would not say what it was begun with, and no worker could resume it."""
-    monkeypatch.setattr(cluster, "FIRST_WORKER", 0.3)
+    monkeypatch.setattr(cluster, "FIRST_WORKER_SECONDS", 0.3)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody,
         Client(nobody, set_as_default=False) as client,
@@ -141,6 +142,13 @@ def test_a_run_does_not_begin_without_workers(dataset: Path, result: Path, monke
     ):
         carry_out(plan_for(dataset), dataset, result, client)
     assert oocattn.status(result).state == "none"
+
+
+def answering(found: dict[str, list[str]]) -> Callable[..., Awaitable[dict[str, list[str]]]]:
+    async def answer(*_: object, **__: object) -> dict[str, list[str]]:
+        return found
+
+    return answer
 
 
 def test_workers_that_see_no_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,10 +161,8 @@ def test_workers_that_see_no_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ProblemError, match=f"worker {first}, {second} sees no GPU: start workers where .*--kernel cpu"):
             assign_devices(client, "cuda", [first, second])
         seen = iter([["host GPU-7"], []])
-        monkeypatch.setattr(client, "run", lambda function, workers: dict(zip((first, second), seen, strict=True)))
+        monkeypatch.setattr(client, "run", answering(dict(zip((first, second), seen, strict=True))))
         with pytest.raises(ProblemError, match=f"^worker {second} sees no GPU"):
             assign_devices(client, "cuda", [first, second])
-        monkeypatch.setattr(
-            client, "run", lambda function, workers: {second: ["host a", "host b"], first: ["host b", "host a"]}
-        )
+        monkeypatch.setattr(client, "run", answering({second: ["host a", "host b"], first: ["host b", "host a"]}))
         assert assign_devices(client, "cuda", [first, second]) == {first: "cuda:0", second: "cuda:0"}

@@ -127,7 +127,7 @@ def test_an_address_that_cannot_be_a_schedulers_is_refused_at_once(
 
 
 def test_an_address_where_nobody_listens_is_tried_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connecting, "LEAST_CONNECT", 0.3)
+    monkeypatch.setattr(connecting, "LEAST_CONNECT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(
@@ -149,7 +149,7 @@ def test_an_address_where_nobody_listens_is_tried_for_a_while(monkeypatch: pytes
 def test_what_is_no_scheduler_is_told_in_time(
     behave: Callable[[socket.socket], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connecting, "LEAST_CONNECT", 0.3)
+    monkeypatch.setattr(connecting, "LEAST_CONNECT_SECONDS", 0.3)
     with listening(behave) as port:
         began = time.monotonic()
         with pytest.raises(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,29 +15,29 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster, Status
 from interrupting import uninterrupted
-from support import Recorder, Unlocked, assert_same_bits, carry_out, damage, normal_arrays, plan_for, write_dataset
+from support import Unlocked, assert_same_bits, carry_out, plan_for
+from worker_processes import cluster_of, command, start
 
 import oocattn
-from oocattn import Event, ProblemError, TaskError, TimeLimitError
+from oocattn import Event, ProblemError, TimeLimitError
 from oocattn.cli import main as cli
-from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.engines.dask import cluster, enlisting
-from oocattn.pipelines.engines.dask.enlisting import Roll, call_roll
+from oocattn.pipelines.engines.dask.enlisting import Roll
 from oocattn.pipelines.engines.dask.readiness import (
     NAMES,
     PACKAGES,
-    Expected,
-    Seen,
+    Expectations,
+    WorkerState,
     describe_interpreter,
-    faults,
-    interpreter_faults,
+    find_faults,
+    find_interpreter_faults,
 )
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import Fingerprints
 from oocattn.storage.paths import ResultPaths
 from oocattn.version import source_digest
 
-EXPECTED = Expected(
+EXPECTED = Expectations(
     Dataset("/d.zarr", {}),
     Fingerprints("q1-k1-v1", "", "q-k-v"),
     Path("/r.zarr.oocattn"),
@@ -50,7 +46,7 @@ EXPECTED = Expected(
     ("cpu", 8, "float32", "cpu"),
 )
 COMPUTING = {"cpu": "AVX2", "arithmetic": "a"}
-GOOD = Seen("id", "host", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, COMPUTING)
+GOOD = WorkerState("id", "host", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, COMPUTING)
 
 HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu", "dask": "2026.1"}
 
@@ -85,7 +81,7 @@ HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu
 )
 def test_what_keeps_a_worker_from_a_run(changed: dict[str, Any], words: list[str]) -> None:
     expected = replace(EXPECTED, computing={"cpu": "AVX2 | NEON", "arithmetic": "a"})
-    found = faults(replace(GOOD, **changed), expected, written=True)
+    found = find_faults(replace(GOOD, **changed), expected, written=True)
     assert len(found) == len(words)
     for text, beginning in zip(found, words, strict=True):
         assert beginning.partition(".*")[0] in text
@@ -93,7 +89,7 @@ def test_what_keeps_a_worker_from_a_run(changed: dict[str, Any], words: list[str
 
 
 def test_what_a_worker_writes_must_appear_beside_the_result() -> None:
-    (found,) = faults(GOOD, EXPECTED, written=False)
+    (found,) = find_faults(GOOD, EXPECTED, written=False)
     assert found.startswith("writes to /r.zarr.oocattn, and nothing of that appears here: choose a result")
 
 
@@ -108,7 +104,7 @@ def test_what_a_worker_writes_must_appear_beside_the_result() -> None:
     ],
 )
 def test_which_software_is_other_than_here(changed: dict[str, str], words: str) -> None:
-    found = interpreter_faults({**HERE, **changed}, HERE)
+    found = find_interpreter_faults({**HERE, **changed}, HERE)
     assert found[0].startswith(words) if words else not found
 
 
@@ -117,146 +113,6 @@ def test_a_worker_is_asked_for_its_software_by_text_that_needs_nothing() -> None
     exec(NAMES["source"], alone)
     assert alone["describe_interpreter"](PACKAGES) == describe_interpreter(PACKAGES)
     assert "No module named 'nowhere'" in alone["describe_interpreter"](("nowhere",))["nowhere"]
-
-
-def command(scheduler: str) -> list[str]:
-    options = ["--no-nanny", "--nthreads", "4", "--memory-limit", "0", "--no-dashboard"]
-    return [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, *options]
-
-
-@contextmanager
-def cluster_of(count: int) -> Iterator[tuple[Client, ExitStack]]:
-    """A scheduler, with a client that waits for so many workers, and what ends their processes."""
-    with (
-        LocalCluster(n_workers=0, processes=True, dashboard_address="127.0.0.1:0", host="127.0.0.1") as own,
-        Client(own, set_as_default=False) as client,
-        ExitStack() as ending,
-    ):
-        yield client, ending
-
-
-def start(ending: ExitStack, arguments: list[str], **environment: str) -> None:
-    process = subprocess.Popen(arguments, env={**os.environ, **environment}, stderr=subprocess.DEVNULL, cwd="/")
-    ending.callback(process.wait)
-    ending.callback(process.kill)
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """A cluster of two workers, one of which sees other things at some paths below `folder`."""
-
-    client: Client
-    folder: Path
-    odd: str
-    """The address of that worker."""
-
-
-MOUNTS = """
-set -e
-cd "$1"; shift
-mount --bind old.zarr changed.zarr
-mount --bind touched.zarr timed.zarr
-mount -t tmpfs none absent
-mount -t tmpfs none private
-mkdir private/result.zarr.oocattn
-mount --bind sealed sealed
-mount -o remount,bind,ro sealed
-mount -t tmpfs none upper
-mkdir upper/files upper/work
-mount -t overlay -o lowerdir=layered,upperdir=upper/files,workdir=upper/work none layered
-exec "$@"
-"""
-
-
-@pytest.fixture(scope="module")
-def elsewhere() -> Iterator[Elsewhere]:
-    probe = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /mnt"]
-    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
-        pytest.skip("no mount namespace can be made here")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name, cluster_of(2) as (client, ending):
-        folder = Path(name)
-        for each in ("absent", "private", "sealed", "layered", "upper"):
-            (folder / each).mkdir()
-        arrays = normal_arrays(170, heads=2)
-        write_dataset(folder / "changed.zarr", arrays)
-        shutil.copytree(folder / "changed.zarr", folder / "old.zarr")  # with its times
-        times = (folder / "old.zarr/k/c/0/0/0/0").stat()
-        damage(folder / "old.zarr/k/c/0/0/0/0", lambda content: b"\x01" + content[1:])
-        os.utime(folder / "old.zarr/k/c/0/0/0/0", ns=(times.st_atime_ns, times.st_mtime_ns))
-        shutil.copytree(folder / "changed.zarr", folder / "timed.zarr")
-        shutil.copytree(folder / "timed.zarr", folder / "touched.zarr")
-        os.utime(folder / "touched.zarr/v/c/0/0/0/0")
-        shutil.copytree(folder / "changed.zarr", folder / "absent/dataset.zarr")
-        path = str(Path(oocattn.__file__).parents[1])
-        address = client.scheduler.address
-        start(ending, command(address), PYTHONPATH=path)
-        client.wait_for_workers(1, timeout=60)
-        (plain,) = client.nthreads()
-        start(ending, ["unshare", "-rm", "sh", "-c", MOUNTS, "sh", str(folder), *command(address)], PYTHONPATH=path)
-        client.wait_for_workers(2, timeout=60)
-        (odd,) = client.nthreads().keys() - {plain}
-        yield Elsewhere(client, folder, odd)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "result", "words"),
-    [
-        ("changed.zarr", "r.zarr", "sees other data in k of the dataset {}/changed.zarr than is here"),
-        ("timed.zarr", "r.zarr", "sees v of the dataset {}/timed.zarr with other modification times than here"),
-        ("absent/dataset.zarr", "r.zarr", "cannot read the dataset {}/absent/dataset.zarr as it can be read here"),
-        ("old.zarr", "private/result.zarr", "sees another folder {}/private/result.zarr.oocattn than is here"),
-        ("old.zarr", "sealed/result.zarr", "cannot write to {}/sealed/result.zarr.oocattn (Read-only file system)"),
-        ("old.zarr", "layered/result.zarr", "writes to {}/layered/result.zarr.oocattn, and nothing of that appears here"),
-        ("changed.zarr", "sealed/result.zarr", "(rsync -a), and cannot write to {}/sealed/result.zarr.oocattn"),
-    ],
-)
-def test_a_worker_that_sees_other_files_is_named_before_anything_is_written(
-    elsewhere: Elsewhere, dataset: str, result: str, words: str
-) -> None:
-    folder = elsewhere.folder
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(ProblemError) as refused:
-        oocattn.attention(folder / dataset, folder / result, client=elsewhere.client, kernel="cpu")
-    text = str(refused.value)
-    assert text.startswith("the cluster is not ready for this run: worker ")
-    assert words.format(folder) in text
-    assert elsewhere.odd in text
-    assert text.count("worker tcp://") == 1
-    assert sorted(folder.rglob("*")) == before
-
-
-def test_workers_that_see_the_same_files_share_a_run(elsewhere: Elsewhere, result: Path, client: Client) -> None:
-    dataset = elsewhere.folder / "old.zarr"
-    found = oocattn.attention(dataset, elsewhere.folder / "whole.zarr", client=elsewhere.client, kernel="cpu", chunks=7)
-    assert_same_bits(found, oocattn.attention(dataset, result, client=client, kernel="cpu", chunks=7))
-
-
-def test_a_worker_that_comes_later_and_sees_other_data_takes_no_part(
-    elsewhere: Elsewhere, result: Path, client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset, drive, failed = elsewhere.folder / "changed.zarr", Attempt.drive, []
-
-    def fail_once(attempt: Attempt) -> None:
-        failed or failed.append(attempt) or raising(TaskError("subproblem 0 of head group 0", "a mishap"))
-        drive(attempt)
-
-    def raising(error: Exception) -> None:
-        raise error
-
-    def enlist_first(connected: Client, expected: Expected, check: Callable[[], object]) -> Roll:
-        return Roll(call_roll(connected, expected, check).ready)  # as if the other had not been there yet
-
-    monkeypatch.setattr(Attempt, "drive", fail_once)
-    monkeypatch.setattr(enlisting, "enlist", enlist_first)
-    plan = plan_for(dataset, chunks=7, lanes=2)
-    recorder = Recorder([])
-    found = carry_out(plan, dataset, elsewhere.folder / "later.zarr", elsewhere.client, callbacks=[recorder])
-    assert_same_bits(found, carry_out(plan, dataset, result, client))
-    assert found.report.retried == 1
-    assert f"worker {elsewhere.odd}" in caplog.text
-    assert "sees other data in k of the dataset" in caplog.text
-    assert "; it takes no part" in caplog.text
-    assert len({event.worker for event in recorder.of("attended")}) == 1
 
 
 STUBS = {
@@ -309,7 +165,11 @@ def test_a_scheduler_without_the_package_is_named(
     dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = {**describe_interpreter(PACKAGES), "oocattn": "none (ModuleNotFoundError: no)"}
-    monkeypatch.setattr(client, "run_on_scheduler", lambda *_: other)
+
+    async def answer(*_: object) -> dict[str, str]:
+        return other
+
+    monkeypatch.setattr(client, "run_on_scheduler", answer)
     with pytest.raises(ProblemError, match=r"the scheduler has no oocattn \(ModuleNotFoundError: no\): install there"):
         carry_out(plan_for(dataset), dataset, result, client)
 
@@ -355,8 +215,8 @@ def test_workers_that_compute_otherwise_than_the_first_are_told(caplog: pytest.L
 
 
 def test_a_worker_that_is_silent_is_named(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(enlisting, "ANSWER", 0.5)
-    monkeypatch.setattr(enlisting, "LEAST_ANSWER", 0.3)
+    monkeypatch.setattr(enlisting, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(enlisting, "LEAST_ANSWER_SECONDS", 0.3)
     with cluster_of(1) as (client, ending):
         start(ending, command(client.scheduler.address))
         client.wait_for_workers(1, timeout=60)
@@ -372,7 +232,7 @@ def test_a_worker_that_is_silent_is_named(dataset: Path, result: Path, monkeypat
 def test_an_adaptive_cluster_without_workers_is_waited_for(
     dataset: Path, result: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "KEPT", 1.5)
+    monkeypatch.setattr(cluster, "KEEPING_SECONDS", 1.5)
     with in_process(n_workers=0) as (own, client):
         own.adapt(minimum=0, maximum=1, interval="100 ms")
         oocattn.attention(dataset, result, client=client, kernel="cpu")
@@ -393,7 +253,7 @@ def test_a_run_does_not_wait_for_workers_beyond_its_time_limit(dataset: Path, re
 def test_the_command_says_in_one_line_that_a_cluster_is_not_ready(
     dataset: Path, result: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "FIRST_WORKER", 0.2)
+    monkeypatch.setattr(cluster, "FIRST_WORKER_SECONDS", 0.2)
     with LocalCluster(n_workers=0, processes=True, dashboard_address="127.0.0.1:0", host="127.0.0.1") as own:
         assert cli.main(["run", str(dataset), str(result), "--scheduler", own.scheduler_address]) == 1
     *_, last = capsys.readouterr().err.splitlines()

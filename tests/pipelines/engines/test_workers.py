@@ -19,8 +19,9 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 
 import oocattn
 from oocattn import Event, TimeLimitError, clock
-from oocattn.pipelines.deadline import MARGIN
+from oocattn.pipelines.deadline import MARGIN_SECONDS
 from oocattn.pipelines.engines.dask.tasks import LanePlugin
+from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
@@ -68,10 +69,16 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
                 if len(seen) == 4:
                     os.kill(process, signal.SIGSTOP)
 
-        until = clock.now() + MARGIN + 5
+        until = clock.now() + MARGIN_SECONDS + 5
         try:
             with pytest.raises(TimeLimitError, match="time limit reached"):
-                run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), workers, callbacks=[freeze], until=until)
+                run_plan(
+                    plan,
+                    Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result)),
+                    workers,
+                    callbacks=[freeze],
+                    until=until,
+                )
             assert clock.now() < until + 1
         finally:
             os.kill(process, signal.SIGCONT)
@@ -87,10 +94,10 @@ def test_a_worker_that_is_frozen_before_it_has_a_lane_does_not_hold_a_run(
     with processes(2) as workers:
         process = next(iter(workers.run(os.getpid).values()))
         os.kill(process, signal.SIGSTOP)
-        until = clock.now() + MARGIN + 3
+        until = clock.now() + MARGIN_SECONDS + 3
         try:
             with pytest.raises(TimeLimitError, match="time limit reached: 0 of 62 subproblems"):
-                run_plan(plan, Dataset.open(dataset), ResultPaths.at(result), workers, until=until)
+                run_plan(plan, Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result)), workers, until=until)
             assert clock.now() < until + 1
         finally:
             os.kill(process, signal.SIGCONT)

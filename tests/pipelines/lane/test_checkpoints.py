@@ -75,7 +75,7 @@ def bits(state: AttentionState) -> list[np.ndarray]:
 
 def folded(folder: Path) -> list[tuple[int, ...]]:
     """The subproblems in each file of a folder, as the file says."""
-    return [partial.subproblems if partial else () for _, partial in PartialFiles(folder, "run").found()]
+    return [partial.subproblems if partial else () for _, partial in PartialFiles(folder, "run").scan()]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

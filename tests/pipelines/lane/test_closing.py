@@ -17,13 +17,15 @@ import numpy as np
 import pretend
 import pytest
 import torch
-from support import job_of, normal_arrays, plan_for, replanned, write_dataset
+from support import normal_arrays, plan_for, replanned, run_of, write_dataset
 
 from oocattn import BudgetError, Plan
 from oocattn.operations import forward
+from oocattn.pipelines.engines.base import begin_call
 from oocattn.pipelines.lane import cuda, cuda_memory, switching
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.lane.memory import HostMemory
 from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.stager import Stager
 
@@ -77,7 +79,7 @@ def plan_of(dataset: Path, device: str, partials: str = "memory") -> Plan:
 
 def lane_of(folder: Path, device: str, partials: str = "memory") -> Lane:
     dataset = write_dataset(folder / "dataset.zarr", normal_arrays(70, heads=2, kv_heads=1))
-    return Lane(job_of(folder, plan_of(dataset, device, partials)), device)
+    return Lane(run_of(folder, plan_of(dataset, device, partials)), device)
 
 
 def stage(lane: Lane) -> None:
@@ -145,6 +147,7 @@ def test_closing_a_lane_frees_its_memory_though_the_lane_is_held(
     fast_path: Path, allocations: Allocations, device: str, partials: str, work: Callable[[Lane], None]
 ) -> None:
     lane = lane_of(fast_path, device, partials)
+    assert lane.memory._allocated is not None
     lane.memory._allocated.result()
     assert len(allocations) > 5
     work(lane)
@@ -167,6 +170,15 @@ def test_a_lane_that_cannot_be_made_frees_its_memory(
     assert not [thread for thread in left if not thread.name.startswith("oocattn-pin")]  # which is kept for good
     assert not living(allocations)
     assert sys.getswitchinterval() == interval
+
+
+def test_a_lane_for_which_no_thread_can_be_started_is_closed(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(HostMemory, "begin", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        begin_call(lambda: lane_of(fast_path, "cpu")).result(timeout=30)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -211,7 +223,7 @@ def test_torch_uses_as_many_threads_as_before_while_lanes_work_and_after(fast_pa
     before, found = (torch.get_num_threads(), threads_of_torch()), []
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
     plan = replanned(plan_for(dataset, chunks=3), threads=before[1] + 1)
-    lanes = [Lane(job_of(fast_path, plan, name), "cpu") for name in ("first.zarr", "second.zarr", "third.zarr")]
+    lanes = [Lane(run_of(fast_path, plan, name), "cpu") for name in ("first.zarr", "second.zarr", "third.zarr")]
     attend_in = CpuDevice.launch
 
     def launch(device: CpuDevice, *arguments: Any) -> Any:
@@ -245,9 +257,9 @@ def test_the_switch_interval_is_put_back_with_the_last_lane(
 ) -> None:
     pretend.pretend_a_gpu(monkeypatch)
     lanes = [lane_of(fast_path / name, "cuda:0") for name in ("first", "second")]
-    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_SECONDS)
     lanes[order[0]].close()
-    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_SECONDS)
     lanes[order[1]].close()
     lanes[order[1]].close()  # says nothing more
     assert sys.getswitchinterval() == python_interval
@@ -260,7 +272,7 @@ class Owner:
 def test_the_switch_interval_is_put_back_where_nobody_closed(python_interval: float) -> None:
     owner = Owner()
     switching.hold_short_interval(owner)
-    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_SECONDS)
     del owner
     assert sys.getswitchinterval() == python_interval
 

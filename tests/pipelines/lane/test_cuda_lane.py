@@ -5,9 +5,7 @@ Sizes are few, and used by several tests: cuDNN prepares every shape at its firs
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -17,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_datasets import BOUND, BUDGETS, TOKENS, Datasets, assert_verified
 from distributed import Client, LocalCluster
 from reference import attention64, relative_error
 from support import (
-    CrampedKernel,
     Recorder,
     assert_same_bits,
     carry_out,
-    job_of,
     normal_arrays,
     replanned,
+    run_of,
     with_partials,
     write_dataset,
     written_bits,
@@ -34,59 +32,13 @@ from support import (
 from zarr.codecs import ZstdCodec
 
 import oocattn
-from oocattn import BudgetError, Event, Plan, Result
+from oocattn import Event, Plan
 from oocattn.kernels import get_kernel
-from oocattn.kernels.libraries.cudnn import CudnnKernel
-from oocattn.operations import forward, make_operation
-from oocattn.operations.shapes import sample_tiles
-from oocattn.pipelines.lane import cuda_memory
-from oocattn.pipelines.lane.cuda import CudaDevice
 from oocattn.pipelines.lane.lane import Lane
-from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.pipelines.watch.events import TaskEvent
-from oocattn.planning.measure import kernel_rate
-from oocattn.problem.mask import Cover
 from oocattn.storage.paths import ResultPaths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")]
-
-TOKENS = 100_003
-MIB = 1 << 20
-BOUND = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 2e-6}
-"""Relative error of the output over all sampled rows; for 16 bits it is rounded up to three times on its way."""
-
-BUDGETS = {"device_memory": "1GiB", "host_memory": "4GiB"}
-
-Datasets = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> Datasets:
-    """Makes the dataset of these sizes, once."""
-    made: dict[str, Path] = {}
-
-    def make(tokens: int = TOKENS, *, storage: dict[str, Any] | None = None, **sizes: Any) -> Path:
-        name = str((tokens, storage, sizes))
-        if name not in made:
-            folder = tmp_path_factory.mktemp("datasets")
-            made[name] = write_dataset(
-                folder / "dataset.zarr", normal_arrays(tokens, **sizes), min(tokens, 1 << 16), **storage or {}
-            )
-        return made[name]
-
-    return make
-
-
-@pytest.fixture
-def half(datasets: Datasets) -> Path:
-    """Two heads of 64 float16 dimensions: what most tests run on."""
-    return datasets(heads=2, kv_heads=2, head_dim=64, dtype="float16")
-
-
-@pytest.fixture
-def half_plan(half: Path) -> Plan:
-    """Causal, seven chunks, cuDNN."""
-    return oocattn.plan(half, causal=True, chunks=7, decomposition="cqs", kernel="cudnn", **BUDGETS)
 
 
 def require(kernel: str, dtype: str, head_dim: int) -> None:
@@ -94,12 +46,6 @@ def require(kernel: str, dtype: str, head_dim: int) -> None:
     reason = get_kernel(kernel).unsupported_reason(torch.device("cuda"), dtype, head_dim)
     if reason:
         pytest.skip(f"{kernel}: {reason}")
-
-
-def assert_verified(result: Result, dtype: str) -> None:
-    certificate = oocattn.verify(result.path, rows=64)
-    assert certificate.passed, str(certificate)
-    assert certificate.error <= BOUND[dtype], str(certificate)
 
 
 # Exactness
@@ -218,7 +164,7 @@ def test_bits_do_not_depend_on_workers_runs_or_the_place_of_partials(
 def test_turns_are_taken_in_order_whichever_task_comes_first(half: Path, half_plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "dataset.zarr").symlink_to(half)
     plan = replace(with_partials(half_plan, "memory"), accumulators=7)
-    in_order, shuffled = (Lane(job_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
+    in_order, shuffled = (Lane(run_of(tmp_path, plan, name), "cuda:0") for name in ("first.zarr", "second.zarr"))
     events: dict[int, Event] = {}
     for turns, order in (((0, 1, 2), (2, 0, 1)), ((3, 4, 5), (4, 3, 5)), ((6,), (6,))):
         for turn in turns:
@@ -258,135 +204,6 @@ def test_a_damaged_partial_is_computed_again(client: Client, datasets: Datasets,
 
 
 # Memory
-
-
-def reserved_bytes() -> int:
-    """What torch holds of the device when it has given back what it need not."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved()
-
-
-@pytest.mark.parametrize(
-    ("budget", "causal"), [(128 * MIB, True), (512 * MIB, True), (512 * MIB, False), (2048 * MIB, True)]
-)
-def test_the_device_budget_is_kept_and_used_and_given_back(
-    client: Client, datasets: Datasets, tmp_path: Path, budget: int, causal: bool
-) -> None:
-    dataset = datasets(heads=4, kv_heads=4, head_dim=64, dtype="float16")
-    options: dict[str, Any] = {"causal": causal, "device_memory": budget, "host_memory": "4GiB", "kernel": "cudnn"}
-    usual, before = sys.getswitchinterval(), reserved_bytes()
-    torch.cuda.reset_peak_memory_stats()
-    kernel_rate.cache_clear()  # measuring counts too
-    plan = oocattn.plan(dataset, lanes=1, **options)
-    measuring = torch.cuda.max_memory_reserved() - before
-    result = carry_out(plan, dataset, tmp_path / "result.zarr", client)
-    peak = torch.cuda.max_memory_reserved() - before
-    assert peak <= plan.peak_device <= budget
-    assert measuring <= plan.peak_device
-    assert peak >= 0.85 * plan.peak_device or plan.peak_device < measuring + 48 * MIB
-    assert reserved_bytes() - before <= 4 * MIB
-    assert sys.getswitchinterval() == usual
-    assert result.report.out_of_memory == 0
-    assert_verified(result, "float16")
-
-
-@pytest.mark.usefixtures("half")
-def test_a_rehearsal_makes_every_call_within_the_plan_and_gives_all_back(
-    half_plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-    attend = CudnnKernel.attend
-
-    def note(self: CudnnKernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
-        made.append((query.shape[1], len(key), how["intervals"] is None))
-        attend(self, query, key, *rest, **how)
-
-    monkeypatch.setattr(CudnnKernel, "attend", note)
-    before = reserved_bytes()
-    torch.cuda.reset_peak_memory_stats()
-    rehearse(half_plan)
-    calls = [
-        (shape.rows, shape.keys, shape.cover is Cover.FULL) for shape in sample_tiles(half_plan, make_operation(half_plan))
-    ]
-    assert sorted(made) == sorted(calls * torch.cuda.device_count())
-    assert torch.cuda.max_memory_reserved() - before <= half_plan.peak_device
-    assert torch.cuda.memory_reserved() == before
-
-
-def test_a_budget_too_small_for_any_tile_is_refused_with_one_that_works(
-    client: Client, datasets: Datasets, tmp_path: Path
-) -> None:
-    dataset = datasets(20_011, heads=2, kv_heads=1, head_dim=64, dtype="float16")
-    with pytest.raises(BudgetError, match=r"--device-memory 1 MiB is too small .* works is (\d+)MiB") as refused:
-        oocattn.plan(dataset, kernel="flash", device_memory="1MiB")
-    smallest = str(refused.value).rpartition(" ")[2]
-    before = reserved_bytes()
-    torch.cuda.reset_peak_memory_stats()
-    options: dict[str, Any] = {"kernel": "flash", "causal": True, "device_memory": smallest, "client": client}
-    assert_verified(oocattn.attention(dataset, tmp_path / "result.zarr", **options), "float16")
-    assert torch.cuda.max_memory_reserved() - before <= int(smallest.removesuffix("MiB")) * MIB
-
-
-# Out of memory
-
-
-def cramp(monkeypatch: pytest.MonkeyPatch, most_rows: int) -> None:
-    usual = forward.get_kernel
-    monkeypatch.setattr(forward, "get_kernel", lambda name: CrampedKernel(usual(name), most_rows))
-
-
-@pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_out_of_memory_goes_on_with_smaller_tiles(
-    client: Client, half: Path, half_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partials: str
-) -> None:
-    most_rows = half_plan.tiles.query // 3
-    cramp(monkeypatch, most_rows)
-    result = carry_out(with_partials(half_plan, partials), half, tmp_path / "result.zarr", client)
-    assert_verified(result, "float16")
-    assert result.report.out_of_memory == 2
-    assert result.report.pairs == half_plan.problem.pairs
-
-
-def test_no_room_for_the_smallest_tile_is_a_budget_error(
-    client: Client, datasets: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = datasets(20_011, heads=2, kv_heads=1, head_dim=64, dtype="float16")
-    plan = oocattn.plan(dataset, chunks=1, decomposition="cqs", kernel="flash", **BUDGETS)
-    cramp(monkeypatch, 0)
-    with pytest.raises(BudgetError, match=r"no memory left even for tiles of \d+ queries: free some, or lower"):
-        carry_out(plan, dataset, tmp_path / "result.zarr", client)
-    assert not (tmp_path / "result.zarr").exists()
-
-
-def test_a_device_that_is_too_full_at_first_gets_smaller_tiles(
-    client: Client, half: Path, half_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refused: list[int] = []
-    made: list[CudaDevice] = []
-    empty, take = torch.empty, CudaDevice.__init__
-
-    def refuse_once(*shape: Any, **options: Any) -> torch.Tensor:
-        if "device" in options and torch.device(options["device"]).type == "cuda" and not refused:
-            refused.append(1)
-            raise torch.OutOfMemoryError("the device is full")
-        return empty(*shape, **options)
-
-    def keep(self: CudaDevice, *arguments: Any) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(cuda_memory.torch, "empty", refuse_once)
-            take(self, *arguments)
-        made.append(self)
-
-    monkeypatch.setattr(CudaDevice, "__init__", keep)
-    result = carry_out(half_plan, half, tmp_path / "result.zarr", client)
-    assert refused
-    assert made[0].tile_rows.count == half_plan.tiles.query // 2
-    assert_verified(result, "float16")
-
-
-# Events
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])

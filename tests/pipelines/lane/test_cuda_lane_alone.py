@@ -17,8 +17,8 @@ import pretend
 import pytest
 import torch
 from support import (
-    job_of,
     normal_arrays,
+    run_of,
     write_dataset,
     written_bits,
 )
@@ -49,7 +49,7 @@ def _pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
-    return Lane(job_of(folder, plan, result), "cuda:0")
+    return Lane(run_of(folder, plan, result), "cuda:0")
 
 
 def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oocattn.pipelines.lane import device_time
-from oocattn.pipelines.lane.device_time import ANCHOR, JOIN, DeviceClock, Stretch, join_spans, record_event
+from oocattn.pipelines.lane.device_time import ANCHOR_SECONDS, JOIN_SECONDS, DeviceClock, Stretch, join_spans, record_event
 from oocattn.pipelines.watch.events import Span
 from oocattn.pipelines.watch.timeline import busy_seconds
 
-TICK = JOIN / 4
+TICK = JOIN_SECONDS / 4
 
 spans = st.lists(
     st.builds(
@@ -45,15 +45,15 @@ def test_joining_keeps_when_each_resource_was_busy_but_for_small_gaps(given_span
     assert before.keys() == after.keys()
     for resource, these in after.items():
         for first, second in pairwise(these):
-            assert second.start - first.stop >= JOIN
+            assert second.start - first.stop >= JOIN_SECONDS
         for span in before[resource]:
             assert any(whole.start <= span.start and span.stop <= whole.stop for whole in these)
         ends = {span.start for span in before[resource]}, {span.stop for span in before[resource]}
         assert {span.start for span in these} <= ends[0]
         assert {span.stop for span in these} <= ends[1]
-        # What joining adds are gaps, each smaller than JOIN, between spans that were there.
+        # What joining adds are gaps, each smaller than JOIN_SECONDS, between spans that were there.
         added = busy_seconds(these) - busy_seconds(before[resource])
-        assert -1e-12 <= added <= JOIN * (len(before[resource]) - len(these)) + 1e-12
+        assert -1e-12 <= added <= JOIN_SECONDS * (len(before[resource]) - len(these)) + 1e-12
 
 
 @given(spans, st.randoms(use_true_random=False))
@@ -87,5 +87,5 @@ def test_a_device_clock_gives_seconds_of_the_host_for_hours(monkeypatch: pytest.
         assert span.resource == "compute"
         assert span.start == pytest.approx(began + start.seconds, abs=0.01)
         assert span.stop - span.start == pytest.approx(3)
-    assert max(asked) < ANCHOR + 20
+    assert max(asked) < ANCHOR_SECONDS + 20
     assert clock.spans([]) == ()

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import attention64, relative_error
-from support import job_of, normal_arrays, plan_for, write_dataset, written_bits
+from support import normal_arrays, plan_for, run_of, write_dataset, written_bits
 
 from oocattn import IntegrityError, Plan, ProblemError
 from oocattn.operations import forward
@@ -29,7 +29,7 @@ from oocattn.storage.results.arrays import ResultArrays
 
 
 def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
-    return Lane(job_of(folder, plan, result), "cpu")
+    return Lane(run_of(folder, plan, result), "cpu")
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
@@ -195,10 +195,10 @@ def test_partials_on_disk_stay_until_what_replaces_them_is_written(fast_path: Pa
 @pytest.mark.parametrize("unseen", ["result.zarr.oocattn/partials", "dataset.zarr"])
 def test_a_worker_that_does_not_see_the_folders_of_the_run_is_refused(fast_path: Path, unseen: str) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
-    job = job_of(fast_path, plan_for(dataset))
+    run = run_of(fast_path, plan_for(dataset))
     (fast_path / unseen).rename(fast_path / "elsewhere")
     with pytest.raises(ProblemError, match=rf"no folder .*{unseen} on .* must see the same paths"):
-        Lane(job, "cpu")
+        Lane(run, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -28,21 +28,6 @@ def test_slots_are_acquired_in_turn_when_their_last_use_has_ended() -> None:
     assert stream.waited == events[:4]
 
 
-def test_the_host_waits_for_what_used_a_slot_last() -> None:
-    class Event:
-        """Notes who waits for it."""
-
-        waits = 0
-
-        def synchronize(self) -> None:
-            self.waits += 1
-
-    ring, events = SlotRing([1, 2]), [Event() for _ in range(4)]
-    for event in events:
-        ring.acquire_on_host().freed = event
-    assert [event.waits for event in events] == [1, 1, 0, 0]
-
-
 def test_a_slot_whose_use_failed_before_it_was_freed_waits_for_the_use_before() -> None:
     ring, stream, event = SlotRing(["a"]), Stream(), object()
     ring.acquire(stream).freed = event

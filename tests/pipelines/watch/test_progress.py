@@ -16,7 +16,7 @@ from support import make_event
 from oocattn import clock
 from oocattn.cli.printing import Printing
 from oocattn.log import logger
-from oocattn.pipelines.watch.progress import INTERVAL, ProgressBar
+from oocattn.pipelines.watch.progress import DRAWING_SECONDS, ProgressBar
 
 PLAN = SimpleNamespace(problem=SimpleNamespace(tokens=1000, batch=2), subproblems=20)
 """A subproblem is 100 tokens."""
@@ -67,7 +67,7 @@ def test_every_subproblem_that_ended_counts_in_the_rate(bar: Watched, terminal: 
     terminal()
     assert "0/20 subproblems" in bar.begin()
     assert bar.see("attended", 10).endswith("1/20 subproblems, 10 s, 10 tokens/s, about 3 min left")
-    assert bar.see("attended", 10 + INTERVAL / 2).endswith("2/20 subproblems, 10 s, 20 tokens/s, about 90.4 s left")
+    assert bar.see("attended", 10 + DRAWING_SECONDS / 2).endswith("2/20 subproblems, 10 s, 20 tokens/s, about 90.4 s left")
     assert bar.see("attended", 30).endswith("3/20 subproblems, 30 s, 10 tokens/s, about 3 min left")
 
 
@@ -97,7 +97,7 @@ def test_fast_subproblems_are_not_all_drawn_but_the_last_one_is(bar: Watched, te
     terminal()
     bar.begin()
     for number in range(1, 21):
-        bar.see("attended", number * INTERVAL / 10)
+        bar.see("attended", number * DRAWING_SECONDS / 10)
     assert bar.written.getvalue().count("\r") < 8
     bar.see("ended", 0.5)
     assert bar.lines()[-2].endswith("20/20 subproblems, 0.5 s, 10,000 tokens/s")

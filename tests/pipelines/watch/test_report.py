@@ -149,6 +149,6 @@ def test_out_of_memory_is_added_up_and_said() -> None:
     events = [make_event("attended", 0, 1, index=index, out_of_memory=index) for index in (0, 2, 1)]
     report = report_of(events)
     assert report.out_of_memory == 3
-    assert "out of memory 3 times although the plan fits: went on with smaller tiles" in str(report)
+    assert "out of memory 3 times although the plan fits: continued with smaller tiles" in str(report)
     assert "out of memory" not in str(report_of(EVENTS))
     assert RunReport.from_json(json.loads(json.dumps(report.to_json()))) == report

@@ -48,7 +48,7 @@ def test_from_none_over_running_to_finished(client: Client, dataset: Path, fast_
 
 
 def test_progress_is_written_down(dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oocattn.pipelines.watch.status.INTERVAL", 0.0)
+    monkeypatch.setattr("oocattn.pipelines.watch.status.WRITING_SECONDS", 0.0)
     result = fast_path / "result.zarr"
     seen: list[Status] = []
 
@@ -164,7 +164,7 @@ def test_a_damaged_status_does_not_hide_what_the_journal_says(
     for content in ("{", json.dumps({**asdict(whole), "rate": None})):
         ResultPaths.at(result).status.write_text(content)
         found = oocattn.status(result)
-        assert "is not known" in caplog.text
+        assert "the rate of the run are not known" in caplog.text
         assert (found.state, found.subproblems_done) == ("interrupted", whole.subproblems_done)
         assert (found.tokens, found.tokens_done) == (whole.tokens, whole.tokens_done)
         assert "tokens/s" not in str(found)
@@ -286,7 +286,7 @@ def test_a_damaged_journal_beside_a_finished_result_is_a_warning(
     finished = oocattn.status(paths.result)
     (paths.state / "plan.json").write_text("damaged")
     assert oocattn.status(paths.result) == finished
-    assert "the result that is there is not touched by that" in caplog.text
+    assert "the result itself is not affected" in caplog.text
 
 
 def test_every_field_of_a_status_is_documented() -> None:

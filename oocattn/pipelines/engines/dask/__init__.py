@@ -1,1 +1,1 @@
-"""The Dask engine: the cluster, the workers that take part, the graph and its tasks."""
+"""The Dask engine: cluster, workers, graph and tasks."""

@@ -1,4 +1,4 @@
-"""Calls to a Dask cluster: coroutines on the client's event loop, where its methods are coroutines, with a limit of time."""
+"""Calls to a Dask cluster, on the client's event loop, with a time limit."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from distributed import Client
 
 from oocattn.units import format_seconds
 
-ANSWER = 120.0
-"""Seconds in which a scheduler, and workers that are asked for their GPUs, must answer."""
+ANSWER_SECONDS = 120.0
+"""Seconds in which a scheduler, and workers asked for their GPUs, must answer."""
 
-SOON = 5.0
+SOON_SECONDS = 5.0
 """Seconds in which a worker says what it does, and a scheduler where tasks are."""
 
 WAITS = 10
-"""Waits in that time: one that ends late, because this process was stopped, is not all of it."""
+"""Parts of a wait; a late one, because this process was stopped, is not all of it."""
 
 T = TypeVar("T")
 
 
 def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> Future[T]:
-    """Begin a call, which ends with a TimeoutError after so many seconds; without end where the loop itself is blocked."""
+    """Begin a call; TimeoutError after so many seconds, unless the loop is blocked."""
 
     async def limited() -> T:
         try:
             return await asyncio.wait_for(call(), seconds)
         except asyncio.CancelledError as error:
+            if called.cancelled():  # by its caller, who has gone: asyncio would log any other error
+                raise
             raise ConnectionAbortedError("the client was closed") from error
 
     coroutine, loop = limited(), cast(Any, client.loop)
     try:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
+        called = asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
+        return called
     except RuntimeError as error:  # the loop is closed
         coroutine.close()
         failed = Future[T]()
@@ -43,8 +46,8 @@ def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | Non
 
 
 def answer(client: Client, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
-    """What a call returns. Raises TimeoutError after so many seconds (default: `ANSWER`)."""
-    limit = ANSWER if seconds is None else seconds
+    """The result of a call; TimeoutError after `seconds` (default: `ANSWER_SECONDS`)."""
+    limit = ANSWER_SECONDS if seconds is None else seconds
     called = begin(client, call, limit)
     wait([called], timeout=limit)
     try:
@@ -55,20 +58,23 @@ def answer(client: Client, call: Callable[[], Awaitable[T]], seconds: float | No
 
 
 class Calls:
-    """Calls to several processes of a cluster, by name; one that has not answered its last call is not called again."""
+    """Calls to processes of a cluster by name; one that owes an answer is not called."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._begun: dict[str, Future[Any]] = {}
+        self._calls: dict[str, Future[Any]] = {}
 
     def ask(self, questions: Mapping[str, Callable[[], Awaitable[Any]]]) -> dict[str, Any]:
-        """The answers: None where there is none in time, and nothing of who is gone, which the attempt finds itself."""
+        """The answers; None where there is none in time.
+
+        Processes that are gone are left out: the attempt finds that itself.
+        """
         for name, question in questions.items():
-            if name not in self._begun or self._begun[name].done():
-                self._begun[name] = begin(self._client, question)
-        calls = {name: self._begun[name] for name in questions}
+            if name not in self._calls or self._calls[name].done():
+                self._calls[name] = begin(self._client, question)
+        calls = {name: self._calls[name] for name in questions}
         for _ in range(WAITS):
-            if not wait(calls.values(), timeout=SOON / WAITS).not_done:
+            if not wait(calls.values(), timeout=SOON_SECONDS / WAITS).not_done:
                 break
         return {
             name: call.result() if call.done() else None

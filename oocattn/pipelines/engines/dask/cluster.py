@@ -1,4 +1,4 @@
-"""The Dask cluster that a client is connected to: which workers it has, and the device of each."""
+"""The Dask cluster of a client: its workers, and the device of each."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.pipelines.engines.dask.calls import answer
 from oocattn.units import format_seconds
 
-LEAST_ANSWER = 1.0
-"""Seconds that workers have to say whether they are ready, also where a time limit has passed."""
+LEAST_ANSWER_SECONDS = 1.0
+"""Seconds for workers to say that they are ready, even after a time limit."""
 
-FIRST_WORKER = 60.0
+FIRST_WORKER_SECONDS = 60.0
 """Seconds for which a run waits for a first worker."""
 
-KEPT = 5.0
-"""Seconds of a task that keeps it, on an adaptive cluster, until it has work of the run."""
+KEEPING_SECONDS = 5.0
+"""Seconds of a task that keeps a worker of an adaptive cluster until it has work."""
 
 logger = logging.getLogger("oocattn")
 
@@ -33,7 +33,7 @@ logger = logging.getLogger("oocattn")
 def worker_addresses(client: Client, seconds: float | None = None) -> list[str]:
     """The addresses of the client's workers, in a fixed order: one lane each.
 
-    Raises TimeoutError after so many seconds (default: `calls.ANSWER`).
+    Raises TimeoutError after so many seconds (default: `calls.ANSWER_SECONDS`).
 
     The scheduler is asked itself: the record behind `Client.scheduler_info` is overwritten, without workers, by a task of
     the client that runs every other second.
@@ -42,7 +42,7 @@ def worker_addresses(client: Client, seconds: float | None = None) -> list[str]:
 
 
 def warn_of_open_ports(client: Client) -> None:
-    """Log a warning where the caller's cluster is not encrypted and can be reached from other machines."""
+    """Warn of a cluster that is not encrypted and can be reached from other machines."""
     scheduler = [str(client.scheduler.address)] if client.scheduler else []
     for address in scheduler + worker_addresses(client):
         if address.startswith(("tcp://", "ws://")) and not _on_loopback(address):
@@ -63,15 +63,12 @@ def _on_loopback(address: str) -> bool:
 
 
 def wait_for_first(client: Client, check: Callable[[], object]) -> None:
-    """Wait for a first worker, at most `FIRST_WORKER` seconds, and say so. `check` ends it by raising.
-
-    Raises ProblemError where none has come.
-    """
+    """Wait `FIRST_WORKER_SECONDS` for a worker, and say so; ProblemError without one."""
     if living_workers(client):
         return
-    seconds = format_seconds(FIRST_WORKER)
+    seconds = format_seconds(FIRST_WORKER_SECONDS)
     logger.warning("the cluster has no worker: waiting for one, %s at most", seconds)
-    if not _wait(client, 1, FIRST_WORKER, FIRST_WORKER, check):
+    if not _wait(client, 1, FIRST_WORKER_SECONDS, FIRST_WORKER_SECONDS, check):
         raise ProblemError(
             f"0 workers after {seconds}: a run needs at least one; start workers and run again (if Dask keeps restarting "
             "them, set memory_limit=0)"
@@ -81,10 +78,10 @@ def wait_for_first(client: Client, check: Callable[[], object]) -> None:
 def wait_for_workers(
     client: Client, count: int, seconds: float, seconds_for_any: float, check: Callable[[], object]
 ) -> None:
-    """Wait until there are so many workers, at most `seconds` where there are some, `seconds_for_any` where there is none.
+    """Wait until there are so many workers.
 
-    `check` is called meanwhile, and ends it by raising.
-    Raises WorkerLostError where the scheduler does not answer, or there is no worker after that.
+    At most `seconds` where there are some, `seconds_for_any` where there is none. `check` is called meanwhile, and
+    ends it by raising. Raises WorkerLostError where the scheduler does not answer, or there is no worker after that.
     """
     if not _wait(client, count, seconds, seconds_for_any, check):
         raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
@@ -98,7 +95,7 @@ def _wait(client: Client, count: int, seconds: float, seconds_for_any: float, ch
             if time.monotonic() - began > (seconds if there else seconds_for_any):
                 break
             if not there and task is None:  # an adaptive cluster starts workers for tasks alone, and stops those without
-                task = client.submit(time.sleep, KEPT, pure=False)
+                task = client.submit(time.sleep, KEEPING_SECONDS, pure=False)
                 fire_and_forget(task)
             check()
             time.sleep(0.1)
@@ -116,7 +113,7 @@ def check_scheduler(client: Client) -> None:
 
 
 def living_workers(client: Client, seconds: float | None = None) -> list[str]:
-    """The addresses of the client's workers. Raises WorkerLostError where the scheduler is gone, or silent for so long."""
+    """The client's workers; WorkerLostError where the scheduler is gone or silent."""
     check_scheduler(client)
     try:
         return worker_addresses(client, seconds)
@@ -130,10 +127,10 @@ def scheduler_gone(reason: object) -> WorkerLostError:
 
 
 def assign_devices(client: Client, device_type: str, workers: Container[str]) -> dict[str, str]:
-    """The device of the lane of each of these workers that is there: "cpu", or a GPU of its own such as "cuda:1".
+    """Give each of these workers a device: "cpu", or a GPU of its own like "cuda:1".
 
     Raises ProblemError naming one that has no GPU where one is asked for; TimeoutError where they have not answered after
-    `calls.ANSWER` seconds.
+    `calls.ANSWER_SECONDS` seconds.
     """
     addresses = [address for address in worker_addresses(client) if address in workers]
     if device_type == "cpu" or not addresses:
@@ -148,10 +145,10 @@ def assign_devices(client: Client, device_type: str, workers: Container[str]) ->
 
 
 def share_out(visible: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Give each worker the GPU, as an index into those that it sees, that fewest others have: of those, its first.
+    """Give each worker the GPU that fewest others have; of those, its first.
 
-    `visible` names the GPUs, the same name for the same one. So workers that see all GPUs, in whatever order, and workers
-    that see one each all end up with their own.
+    A GPU is an index into those that the worker sees. `visible` names the GPUs, the same name for the same one. So
+    workers that see all GPUs, in whatever order, and workers that see one each all end up with their own.
     """
     taken: Counter[str] = Counter()
     chosen = {}

@@ -1,4 +1,4 @@
-"""From what a caller names to a client that works: an address on the command line, or an object passed as `client`.
+"""Connecting to a cluster that a caller names: an address, or an object.
 
 What is no connected client of a Dask scheduler is refused here, with its cause, before anything else is done.
 """
@@ -19,13 +19,13 @@ from oocattn.pipelines.engines.base import begin_call
 from oocattn.text import printable
 from oocattn.units import format_seconds
 
-CONNECT = 30.0
-"""Seconds in which a scheduler must answer: one that is started by the same script may need some."""
+CONNECT_SECONDS = 30.0
+"""Seconds in which a scheduler must answer, even one that is just being started."""
 
-LEAST_CONNECT = 1.0
+LEAST_CONNECT_SECONDS = 1.0
 """Seconds that it has, however short a time limit is."""
 
-RETRY = 0.25
+RETRY_SECONDS = 0.25
 """Seconds between tries of an address where nobody listens."""
 
 SCHEMES = ("tcp", "tls", "ws", "wss")
@@ -35,7 +35,7 @@ _EXPECTED = "give the address of a Dask scheduler, like tcp://HOST:8786"
 
 
 def check_client(client: object) -> None:
-    """Raise ProblemError unless this is a client that a run can use: connected, and not asynchronous."""
+    """Raise ProblemError unless a client is connected and not asynchronous."""
     expected = "expected a distributed.Client that is connected to a scheduler"
     if not isinstance(client, Client):
         argument = "the cluster" if isinstance(client, Cluster) else "ADDRESS"
@@ -52,24 +52,24 @@ def check_client(client: object) -> None:
 
 
 def _kind(value: object) -> str:
-    """What was passed, in words."""
+    """The type of an argument, in words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return f"a {type(value).__name__}" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
-def connect(address: str, seconds: float = CONNECT) -> Client:
+def connect(address: str, seconds: float = CONNECT_SECONDS) -> Client:
     """A client of the scheduler at an address, which must answer in so many seconds.
 
     Raises ProblemError with the cause: no such address, nobody listens there for all that time, or no Dask scheduler does.
     """
-    until = time.monotonic() + max(LEAST_CONNECT, seconds)
+    until = time.monotonic() + max(LEAST_CONNECT_SECONDS, seconds)
     host, port = _parse(address)
     _knock(address, host, port, until)
-    left = max(LEAST_CONNECT, until - time.monotonic())
+    left = max(LEAST_CONNECT_SECONDS, until - time.monotonic())
     try:
         # In a thread: Dask waits longer than it is told for what accepts connections and is silent.
-        kind = begin_call(lambda: asyncio.run(_kind_of_server(address, left))).result(timeout=left + LEAST_CONNECT)
+        kind = begin_call(lambda: asyncio.run(_kind_of_server(address, left))).result(timeout=left + LEAST_CONNECT_SECONDS)
         if kind == "Scheduler":
             return Client(address, timeout=left)
         reason = f"it is a {kind}"
@@ -84,7 +84,7 @@ def connect(address: str, seconds: float = CONNECT) -> Client:
 
 
 async def _kind_of_server(address: str, seconds: float) -> str:
-    """What kind of Dask server listens at an address, such as "Scheduler".
+    """The kind of Dask server at an address, such as "Scheduler".
 
     It is asked before a client is made, for a client that cannot connect is never closed, and Dask may hang when it is
     collected as garbage.
@@ -112,19 +112,19 @@ def _parse(address: str) -> tuple[str, int]:
 
 
 def _knock(address: str, host: str, port: int, until: float) -> None:
-    """Wait until something listens there. Raises ProblemError where there is no such host, or nothing does in time."""
+    """Wait until something listens at an address; ProblemError where nothing does."""
     began = time.monotonic()
     while True:
         try:
-            with socket.create_connection((host, port), timeout=max(RETRY, until - time.monotonic())):
+            with socket.create_connection((host, port), timeout=max(RETRY_SECONDS, until - time.monotonic())):
                 return
         except (socket.gaierror, UnicodeError) as error:
             raise ProblemError(f"scheduler {printable(address)}: no host {printable(host)} ({error}); {_EXPECTED}") from None
         except OSError as error:
-            if time.monotonic() + RETRY > until:
+            if time.monotonic() + RETRY_SECONDS > until:
                 waited = format_seconds(round(time.monotonic() - began, 1))
                 raise ProblemError(
                     f"no scheduler listens at {printable(address)} ({error}), tried for {waited}: start one there, or "
                     f"{_EXPECTED}"
                 ) from None
-        time.sleep(RETRY)
+        time.sleep(RETRY_SECONDS)

@@ -1,4 +1,4 @@
-"""Where a run's dashboard listens, and which web pages may read it.
+"""Address of a run's dashboard, and the web pages that may read it.
 
 A browser lets any page open a WebSocket to any address, the loopback too, and a page whose name is made to point at the
 loopback may read all that is there. Only the server can refuse: ours answers requests for the dashboard's own hosts, and
@@ -25,7 +25,7 @@ ADVICE = {
     errno.EADDRINUSE: "another process listens there; choose another port, or 0 for any free one",
     errno.EACCES: "this user may not listen on that port; choose one from 1024 on",
 }
-"""What to do where nothing can listen at an address; for every other reason the host is wrong."""
+"""Advice by the reason why nothing can listen; for others the host is wrong."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DashboardAddress:
 
     @classmethod
     def parse(cls, text: str) -> DashboardAddress:
-        """The address in HOST:PORT, [IPv6]:PORT or, on the loopback, :PORT. Raises ProblemError for anything else."""
+        """Parse HOST:PORT, [IPv6]:PORT or, on the loopback, :PORT; or ProblemError."""
         host, _, port = text.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
         if (":" in host) != bracketed or not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
@@ -57,7 +57,7 @@ class DashboardAddress:
         return f"{{scheme}}://{self._in_urls}:{{port}}/status"
 
     def check_free(self) -> None:
-        """Raise ProblemError where nothing can listen at this address, OSError where no file can be opened at all."""
+        """ProblemError where nothing can listen here, OSError where no file can be opened."""
         try:
             for listener in bind_sockets(self.port, self.host):
                 listener.close()
@@ -70,7 +70,7 @@ class DashboardAddress:
             raise ProblemError(f"dashboard address {str(self)!r}: no name of a host ({error})") from error
 
     def check_port(self, port: int) -> None:
-        """Raise ProblemError where the dashboard listens on another port than was asked for, as Dask lets it."""
+        """Raise ProblemError where Dask let the dashboard listen on another port."""
         if self.port not in (0, port):
             raise ProblemError(f"dashboard address {str(self)!r}: Address already in use: {ADVICE[errno.EADDRINUSE]}")
 
@@ -80,12 +80,12 @@ class DashboardAddress:
         dashboard.add_handlers(rf"(?!(?:{own})$).*$", [(r".*", _Elsewhere)])
 
     def origins(self, port: int) -> set[str]:
-        """HOST:PORT of the pages that may open a WebSocket to a dashboard that listens on `port` of this address."""
+        """HOST:PORT of pages that may open a WebSocket to a dashboard at `port`."""
         return {f"{host}:{port}" for host in self._hosts}
 
     @property
     def _hosts(self) -> set[str]:
-        """What this address is called in URLs."""
+        """Names of this address in URLs."""
         hosts, ip = {self._in_urls}, _ip_address(self.host)
         if self.host == "localhost" or (ip and (ip.is_loopback or ip.is_unspecified)):
             hosts |= {LOOPBACK, "localhost"}

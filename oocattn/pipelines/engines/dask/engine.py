@@ -1,9 +1,8 @@
-"""The Dask engine: which workers of a cluster take part in a run, and the device of each."""
+"""The Dask engine: workers that take part in a run, and the device of each."""
 
 from __future__ import annotations
 
 import itertools
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -15,20 +14,18 @@ from oocattn.pipelines.engines.base import Check, Engine
 from oocattn.pipelines.engines.dask.cluster import assign_devices, wait_for_workers, warn_of_open_ports
 from oocattn.pipelines.engines.dask.enlisting import enlist, enlist_again
 from oocattn.pipelines.engines.dask.lanes import DaskLanes
-from oocattn.pipelines.engines.dask.readiness import Expected
-from oocattn.pipelines.lane.lane import Job
-from oocattn.pipelines.work import Work
+from oocattn.pipelines.engines.dask.readiness import Expectations
+from oocattn.pipelines.run import Run
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 
 REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS = 10.0, 120.0
-"""How long to wait for a worker in the place of one that died, and for one where no other is left. A nanny starts one within
-two seconds, and then it imports torch."""
+"""Time for a dead worker's replacement, and the last one's: a nanny takes seconds."""
 
 
 class DaskEngine(Engine):
-    """The workers of a client that are ready, as many as were planned at most: the plan counts the memory of so many."""
+    """Workers of a client that are ready, at most as many as the plan counts."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -41,7 +38,7 @@ class DaskEngine(Engine):
         return len(self._devices)
 
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
-        expected = Expected.of(plan, dataset, state)
+        expected = Expectations.of_run(plan, dataset, state)
         roll = enlist(self._client, expected, check)
         self._plan, self._expected = plan, replace(expected, computing=roll.computing)
         self._take(roll.ids)
@@ -53,14 +50,12 @@ class DaskEngine(Engine):
         self._take(enlist_again(self._client, self._expected, check))
 
     def _take(self, ids: dict[str, str]) -> None:
-        """Have these workers take part, by their addresses. Raises WorkerLostError where none is left."""
+        """Have these workers take part, by address; WorkerLostError where none is left."""
         devices = assign_devices(self._client, self._plan.device, ids)
         self._ids, self._devices = ids, dict(itertools.islice(devices.items(), self._plan.lanes))
         if not self._devices:
-            raise WorkerLostError("no worker is ready to go on: what was done is on disk; start some and resume")
+            raise WorkerLostError("no worker is ready to continue: the work that was done is on disk; start some and resume")
 
-    def lanes(self, work: Work, deadline: Deadline) -> DaskLanes:
+    def lanes(self, run: Run, deadline: Deadline) -> DaskLanes:
         devices = {self._ids[address]: device for address, device in self._devices.items()}
-        run = uuid.uuid4().hex[:8]
-        job = Job(run, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
-        return DaskLanes(self._client, job, list(self._devices), deadline)
+        return DaskLanes(self._client, run, devices, list(self._devices), deadline)

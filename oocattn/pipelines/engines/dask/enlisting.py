@@ -1,4 +1,4 @@
-"""Which workers take part in a run: all are asked whether they are ready, before it begins and after some were lost.
+"""Workers that take part: all are asked before a run, and after some were lost.
 
 A run does not begin while one is not ready, and all that is wrong is told at once. Of a run that goes on, those that are not
 ready take no part. What they are asked is in `readiness`.
@@ -18,19 +18,19 @@ from distributed import Client
 from oocattn import clock
 from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.kernels.arithmetic import combine
-from oocattn.pipelines.engines.dask.calls import ANSWER, begin
-from oocattn.pipelines.engines.dask.cluster import LEAST_ANSWER, living_workers, wait_for_first
+from oocattn.pipelines.engines.dask.calls import ANSWER_SECONDS, begin
+from oocattn.pipelines.engines.dask.cluster import LEAST_ANSWER_SECONDS, living_workers, wait_for_first
 from oocattn.pipelines.engines.dask.readiness import (
     EXPRESSION,
     NAMES,
     PACKAGES,
     SAME_SOFTWARE,
-    Expected,
-    Seen,
+    Expectations,
+    WorkerState,
     describe_interpreter,
-    faults,
-    interpreter_faults,
-    look,
+    find_faults,
+    find_interpreter_faults,
+    inspect_worker,
     remove_probes,
 )
 from oocattn.text import MOST_SHOWN, some_of
@@ -39,8 +39,8 @@ from oocattn.units import format_seconds
 MOST_NAMED = 20
 """Workers with the same fault that are named."""
 
-POLL = 0.2
-"""Seconds between looks at whether to go on waiting for answers."""
+POLL_SECONDS = 0.2
+"""Seconds between checks while answers are awaited."""
 
 logger = logging.getLogger("oocattn")
 
@@ -49,36 +49,36 @@ logger = logging.getLogger("oocattn")
 class Roll:
     """Workers that are ready, by address, and what is wrong with others, by name."""
 
-    ready: Mapping[str, Seen]
+    ready: Mapping[str, WorkerState]
     wrong: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def ids(self) -> dict[str, str]:
-        """`Worker.id` of those that are ready, by address: one that is restarted there has another."""
+        """`Worker.id` of ready workers by address; a restarted one has another."""
         return {address: seen.id for address, seen in self.ready.items()}
 
     @property
     def computing(self) -> dict[str, str]:
-        """What those that are ready compute with (`arithmetic`)."""
+        """Arithmetic of those that are ready (`arithmetic`)."""
         return combine([seen.computing for seen in self.ready.values()])
 
     def __str__(self) -> str:
-        """What is wrong, those with the same fault together."""
+        """The faults in words, workers with the same one together."""
         return "; ".join(self.lines)
 
     @property
     def lines(self) -> list[str]:
-        """What is wrong: one for each fault that workers share."""
+        """The faults in words, one line for each fault that workers share."""
         alike: dict[tuple[str, ...], list[str]] = {}
         for name, found in self.wrong.items():
             alike.setdefault(tuple(found), []).append(name)
         return [f"{some_of(names, MOST_NAMED)} {', and '.join(found)}" for found, names in alike.items()]
 
 
-def enlist(client: Client, expected: Expected, check: Callable[[], object]) -> Roll:
-    """The workers of a run that is to begin, all of which are ready. `check` ends it by raising while they are waited for.
+def enlist(client: Client, expected: Expectations, check: Callable[[], object]) -> Roll:
+    """The workers of a run that is to begin, all of which are ready.
 
-    Raises ProblemError with all that is wrong with the cluster.
+    `check` ends the wait for them by raising. Raises ProblemError with all that is wrong with the cluster.
     """
     wait_for_first(client, check)
     roll = call_roll(client, expected, check)
@@ -92,24 +92,24 @@ def enlist(client: Client, expected: Expected, check: Callable[[], object]) -> R
     for name, values in roll.computing.items():
         if " | " in values:
             logger.warning(
-                "the workers compute with different %s (%s): bits of the result depend on who attends what; another run may "
-                "give others",
+                "the workers compute with different %s (%s): the bits of the result depend on the worker that computes each "
+                "part; another run may give others",
                 name,
                 values,
             )
     return roll
 
 
-def enlist_again(client: Client, expected: Expected, check: Callable[[], object]) -> dict[str, str]:
-    """The workers that can go on with a run, as `Roll.ids`. Those that are not ready are logged."""
+def enlist_again(client: Client, expected: Expectations, check: Callable[[], object]) -> dict[str, str]:
+    """The workers that can continue a run, as `Roll.ids`; others are logged."""
     roll = call_roll(client, expected, check)
     for line in roll.lines:
         logger.warning("%s; it takes no part", line)
     return roll.ids
 
 
-def call_roll(client: Client, expected: Expected, check: Callable[[], object]) -> Roll:
-    """Ask the scheduler and every worker; nothing of that remains. Raises LockedError where the result's lock was lost."""
+def call_roll(client: Client, expected: Expectations, check: Callable[[], object]) -> Roll:
+    """Ask the scheduler and all workers; LockedError where the lock was lost."""
     here = describe_interpreter(PACKAGES)
     scheduler = _call(client, lambda: client.run_on_scheduler(eval, EXPRESSION, NAMES), check)
     reasons = _software_faults(scheduler, here)  # it unpickles the tasks as well
@@ -121,8 +121,8 @@ def call_roll(client: Client, expected: Expected, check: Callable[[], object]) -
             wrong[f"worker {address}{hosts[address]}"] = reasons
         else:
             same.append(address)
-    seen = _ask(client, same, check, look, expected)
-    probes = {address: each.probe for address, each in seen.items() if isinstance(each, Seen) and each.probe}
+    seen = _ask(client, same, check, inspect_worker, expected)
+    probes = {address: each.probe for address, each in seen.items() if isinstance(each, WorkerState) and each.probe}
     there = set(remove_probes(expected.state, probes.values()))
     astray = [name for name in probes.values() if name not in there]
     if astray:  # on another file system, where they would stay
@@ -130,7 +130,9 @@ def call_roll(client: Client, expected: Expected, check: Callable[[], object]) -
     expected.claim.check()
     ready = {}
     for address, each in seen.items():
-        reasons = faults(each, expected, each.probe in there) if isinstance(each, Seen) else [_silence(each)]
+        reasons = (
+            find_faults(each, expected, each.probe in there) if isinstance(each, WorkerState) else [_describe_silence(each)]
+        )
         if reasons:
             wrong[f"worker {address}{hosts[address]}"] = reasons
         else:
@@ -140,21 +142,21 @@ def call_roll(client: Client, expected: Expected, check: Callable[[], object]) -
 
 def _software_faults(answer: object, here: Mapping[str, str]) -> list[str]:
     if isinstance(answer, dict):
-        return interpreter_faults(answer, here)
-    return [_silence(answer)]
+        return find_interpreter_faults(answer, here)
+    return [_describe_silence(answer)]
 
 
-def _silence(answer: object) -> str:
-    """What is wrong with a process whose answer is an error."""
+def _describe_silence(answer: object) -> str:
+    """The fault of a process whose answer is an error."""
     if isinstance(answer, TimeoutError):
-        return f"does not answer for {format_seconds(ANSWER)}: restart it"
+        return f"does not answer for {format_seconds(ANSWER_SECONDS)}: restart it"
     return f"cannot answer ({type(answer).__name__}: {answer}): see its log; {SAME_SOFTWARE}"
 
 
 def _ask(
     client: Client, workers: Sequence[str], check: Callable[[], object], function: Callable[..., Any], *arguments: object
 ) -> dict[str, Any]:
-    """What a function returns on each of these workers, or the error that it raises; TimeoutError where one is silent."""
+    """A function's result, or error, on each worker; TimeoutError where one is silent."""
     if not workers:
         return {}
 
@@ -166,7 +168,7 @@ def _ask(
         awake = [address for address, ping in _ping(client, workers).items() if ping.done()]
         answers = run(awake) if awake else {}
     if isinstance(answers, BaseException):
-        raise WorkerLostError(f"the workers cannot be asked ({answers}); see to the scheduler and try again") from answers
+        raise WorkerLostError(f"the workers cannot be asked ({answers}); check the scheduler and try again") from answers
     silent = dict.fromkeys(set(workers) - answers.keys(), TimeoutError())
     there = living_workers(client)
     return {address: answer for address, answer in {**answers, **silent}.items() if address in there}
@@ -175,17 +177,17 @@ def _ask(
 def _ping(client: Client, workers: Sequence[str]) -> dict[str, Future[Any]]:
     """Calls to each worker, which those that are awake have answered."""
     calls = {address: begin(client, partial(client.run, int, workers=[address])) for address in workers}
-    wait(calls.values(), timeout=LEAST_ANSWER)
+    wait(calls.values(), timeout=LEAST_ANSWER_SECONDS)
     return calls
 
 
 def _call(client: Client, call: Callable[[], Any], check: Callable[[], object]) -> Any:
-    """What a call returns, or the error that it raises; TimeoutError after `ANSWER` seconds. `check` ends it by raising."""
+    """A call's result or error; TimeoutError when late; `check` ends it by raising."""
     called, start = begin(client, call), clock.now()
-    while not wait([called], timeout=POLL).done:
-        if (waited := clock.now() - start) > ANSWER:
+    while not wait([called], timeout=POLL_SECONDS).done:
+        if (waited := clock.now() - start) > ANSWER_SECONDS:
             called.cancel()
             return TimeoutError()
-        if waited > LEAST_ANSWER:  # they have that also where a time limit has passed
+        if waited > LEAST_ANSWER_SECONDS:  # they have that also where a time limit has passed
             check()
     return called.exception() or called.result()

@@ -1,4 +1,4 @@
-"""The lanes of an attempt on the workers of a Dask cluster: tasks as a Dask graph, outcomes as the results of its futures.
+"""Lanes of an attempt on a Dask cluster: a graph of tasks, futures as outcomes.
 
 No other worker of the cluster is touched. As a run ends, a worker that fails or is silent costs what it held, never the end.
 """
@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import time
+import uuid
 from asyncio import CancelledError
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future as CallFuture
@@ -29,23 +30,24 @@ from oocattn.pipelines.engines.dask.cluster import check_scheduler, living_worke
 from oocattn.pipelines.engines.dask.obstacles import Inquiry
 from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, save, stop
 from oocattn.pipelines.graph import STEPS, Task, TaskId
-from oocattn.pipelines.lane.lane import Job
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
 
 Key = tuple[str, int, int]
-"""A task's key at the scheduler: the layer (step, run and piece), head group, and index."""
+"""A task's key at the scheduler: layer (step, run and piece), head group, index."""
 
-PAUSE = 0.05
+PAUSE_SECONDS = 0.05
 """Seconds between two looks at whether tasks still execute."""
 
 logger = logging.getLogger("oocattn")
 
 
 class GraphMaker:
-    """Makes Dask graphs of the pieces of a run, a layer a step, for the workers of its lanes.
+    """Makes Dask graphs of the pieces of a run, a layer a step.
 
-    An edge to a task of an earlier piece is that task's future; one that has ended needs no edge. Layers, and with them the
-    task groups of the scheduler, have the number of their piece in their names, so that they never form a cycle.
+    Tasks are for the workers of its lanes. An edge to a task of an earlier piece is that task's future; one that has
+    ended needs no edge. Layers, and with them the task groups of the scheduler, have the number of their piece in
+    their names, so that they never form a cycle.
     """
 
     def __init__(self, run: str, workers: Sequence[str]) -> None:
@@ -56,7 +58,7 @@ class GraphMaker:
     def make(
         self, piece: Sequence[Task], unfinished: Mapping[TaskId, Future[TaskEvent | None]]
     ) -> tuple[HighLevelGraph, list[Key]]:
-        """The graph of a piece, and the keys of its tasks; `unfinished` has the futures of earlier ones."""
+        """The graph of a piece, and its keys; `unfinished`: futures of earlier pieces."""
         number = next(self._numbers)
         names = {step: f"{step}-{self._run}-{number}" for step in STEPS}
         keys: dict[TaskId, Key] = {task.id: (names[task.id[0]], *task.id[1:]) for task in piece}
@@ -76,20 +78,28 @@ class GraphMaker:
 
 
 class DaskLanes(Lanes):
-    """One lane on each of these workers, by address, for a job."""
+    """One lane of a run on each of these workers, by address.
 
-    def __init__(self, client: Client, job: Job, workers: Sequence[str], deadline: Deadline) -> None:
+    `devices` says where the lane of each worker is, by `Worker.id`: one that is restarted at the same address has another.
+    """
+
+    def __init__(
+        self, client: Client, run: Run, devices: Mapping[str, str], workers: Sequence[str], deadline: Deadline
+    ) -> None:
         super().__init__(workers)
         self._client = client
-        self._job = job
+        self._run = run
+        self._devices = devices
+        self._name = uuid.uuid4().hex[:8]  # of the tasks and lanes of this attempt
         self._deadline = deadline
-        self._graphs = GraphMaker(job.run, self.workers)
+        self._graphs = GraphMaker(self._name, self.workers)
         self._futures: dict[TaskId, Future[TaskEvent | None]] = {}
-        self._inquiry = Inquiry(job.run, client)
+        self._inquiry = Inquiry(self._name, client)
         self._answering: list[str] = []  # as the run ends
 
     def open(self) -> CallFuture[None]:
-        return begin(self._client, lambda: self._client.run(open_lane, self._job, workers=self.workers))
+        asked = (self._name, self._run, self._devices)
+        return begin(self._client, lambda: self._client.run(open_lane, *asked, workers=self.workers))
 
     def submit(self, piece: Sequence[Task]) -> None:
         graph, keys = self._graphs.make(piece, self._futures)
@@ -102,7 +112,7 @@ class DaskLanes(Lanes):
         await asyncio.gather(*itertools.starmap(self._report, pairs))
 
     async def _report(self, task: Task, future: Future[TaskEvent | None]) -> None:
-        """Wait for the end of a task, and pass on what it did. Where its result is lost, Dask runs it again."""
+        """Pass on the end of a task; where its result is lost, Dask runs it again."""
         try:
             outcome: TaskEvent | BaseException | None = await self._client.gather(future, asynchronous=True)
         except (Exception, CancelledError) as error:
@@ -131,28 +141,35 @@ class DaskLanes(Lanes):
         return self._inquiry.look(by_key, workers)
 
     def stop(self, seconds: float) -> None:
-        self._answering = self._living()
+        self._answering = self._living_workers()
         if not self._answering:
             return
-        with warn_of_failure("some tasks may go on"):
+        with warn_of_failure("some tasks may still run"):
             futures = list(self._futures.values())
             reason = "the run has ended"
-            answer(self._client, lambda: self._client.cancel(futures, force=True, reason=reason), self._deadline.silence)
+            answer(
+                self._client, lambda: self._client.cancel(futures, force=True, reason=reason), self._deadline.silence_seconds
+            )
         until = time.monotonic() + seconds
-        while any(self._ask_stopped(stop, self._deadline.silence)):
+        while any(self._ask_stopped(stop, self._deadline.silence_seconds)):
             if time.monotonic() > until:
                 logger.warning("some tasks did not stop in time; their work is not saved")
                 break
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_SECONDS)
 
     def save(self) -> int:
         return sum(self._ask_stopped(save, SAVING_SECONDS))
 
     def close(self) -> None:
-        self._ask(close_lane, self._living(), self._deadline.silence, "its lane may not be closed, and keep its memory")
+        self._ask(
+            close_lane,
+            self._living_workers(),
+            self._deadline.silence_seconds,
+            "its lane may not be closed, and keep its memory",
+        )
 
     def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
-        """What this returns on each worker that has answered so far."""
+        """A function's results on the workers that have answered so far."""
         consequence = "what it held in memory may be lost, and is computed again"
         found = self._ask(function, self._answering, seconds, consequence)
         self._answering = list(found)
@@ -161,10 +178,10 @@ class DaskLanes(Lanes):
     def _ask(
         self, function: Callable[..., object], workers: Collection[str], seconds: float, consequence: str
     ) -> dict[str, int]:
-        """What this returns on each of these workers; one that fails or is silent is named, with the consequence."""
+        """A function's results by worker; one that fails or is silent is warned of."""
         answers: dict[str, CallFuture[dict[str, int]]] = {}
         for address in workers:
-            answers[address] = begin(self._client, partial(self._client.run, function, self._job.run, workers=[address]))
+            answers[address] = begin(self._client, partial(self._client.run, function, self._name, workers=[address]))
         wait(answers.values(), timeout=seconds)
         found: dict[str, int] = {}
         for address, said in answers.items():
@@ -172,11 +189,11 @@ class DaskLanes(Lanes):
                 found[address] = int(said.result(timeout=0)[address])
         return found
 
-    def _living(self) -> list[str]:
-        """The workers that are still there; none where the scheduler is not, or in a fork of the process of the run."""
+    def _living_workers(self) -> list[str]:
+        """The workers still there; none without a scheduler, or in a fork."""
         if not self.is_here:  # a listener has forked
             return []
         with suppress(WorkerLostError):
-            there = living_workers(self._client, self._deadline.silence)
+            there = living_workers(self._client, self._deadline.silence_seconds)
             return [address for address in there if address in self.workers]
         return []

@@ -1,4 +1,4 @@
-"""The cluster of a run that brings none: in this process, with its dashboard, and with no other port."""
+"""The cluster of a run that brings none: in this process, with its dashboard."""
 
 from __future__ import annotations
 
@@ -27,33 +27,39 @@ with collection_paused():
     from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress
 
 THREADS = 8
-"""Task threads of a worker: up to three attend (on a GPU they wait for it), the others stage, merge and write meanwhile."""
+"""Task threads of a worker: up to three attend, others stage, merge and write."""
 
 DESCRIPTORS = 24
 """Files that must be free to be opened: a cluster opens some ten as it starts."""
 
 NO_PROFILER = {"distributed.worker.profile.enabled": False}
-"""Dask's profiler walks the frames of running threads every 10 ms: seen to end the process with a segmentation fault, in its
-`profile.process` (CPython 3.11.7, distributed 2026.8)."""
+"""Settings without Dask's profiler, which can crash the process.
+
+It walks the frames of running threads every 10 ms: seen to end the process with a segmentation fault, in its
+`profile.process` (CPython 3.11.7, distributed 2026.8).
+"""
 
 OWN_ORIGIN: dict[str, list[str]] = {"distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": []}
-"""Bokeh's own list, localhost and the port: Dask's allows every web page to read the dashboard."""
+"""Bokeh's own origins; Dask's let every web page read the dashboard."""
 
 ENCRYPTION = "distributed.comm.require-encryption"
 
 
 NO_TIMEOUT = {"distributed.scheduler.worker-ttl": None}
-"""Dask takes a worker for lost that was silent for five minutes by the wall clock, as when that is set forward; those of a
-process of ours live as long as it does."""
+"""Settings without Dask's timeout of silent workers.
+
+Dask measures it by the wall clock, which may be set forward; workers in a process of ours live as long as it does.
+"""
 
 
 @contextmanager
 def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> Iterator[Client]:
-    """A client of a new cluster in this process: a worker for the CPU or each GPU, and the dashboard on the loopback.
+    """A client of a new cluster in this process.
 
-    The cluster opens no port but that of the dashboard, which pages of other origins cannot read. Dask's own memory limit
-    is off: it counts mapped pages, and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Tracebacks
-    of tasks that fail are not logged. Raises ProblemError, with the cause, where the cluster cannot start.
+    It has a worker for the CPU or each GPU, and the dashboard on the loopback. The cluster opens no port but that of
+    the dashboard, which pages of other origins cannot read. Dask's own memory limit is off: it counts mapped pages,
+    and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Tracebacks of tasks that fail are not
+    logged. Raises ProblemError, with the cause, where the cluster cannot start.
     """
     address = DashboardAddress.parse(dashboard_address)
     if is_forked():
@@ -75,7 +81,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
 
 @contextmanager
 def _here_alone() -> Iterator[ExitStack]:
-    """A stack that is left alone in a fork of this process: threads that a cluster waits for as it closes are not there."""
+    """An exit stack that does nothing in a fork, which lacks a cluster's threads."""
     process = os.getpid()
     with ExitStack() as stack:
         try:
@@ -108,7 +114,7 @@ def _start(address: DashboardAddress, workers: int) -> LocalCluster:
 
 @contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Have Dask not log that a task failed, with its traceback, for a while: the run says that in its own words."""
+    """Keep Dask from logging failed tasks: the run reports them in its own words."""
     logger = logging.getLogger("distributed.worker")
 
     def is_other(record: logging.LogRecord) -> bool:  # a filter of its own for each cluster: they may overlap
@@ -133,14 +139,14 @@ def _silent(name: str) -> Iterator[None]:
 
 
 def _check_descriptors() -> None:
-    """Raise OSError where few files can be opened: Dask would log every one of its own that fails, and go on."""
+    """Raise OSError where few files can be opened: Dask would log each, and continue."""
     with ExitStack() as opened:
         for _ in range(DESCRIPTORS):
             opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
 
 
 def _reason(error: BaseException) -> str:
-    """What is behind an error of Dask, and what to do."""
+    """The cause of an error of Dask, and advice."""
     cause = _cause(error)
     words = str(cause) or type(cause).__name__
     if isinstance(cause, OSError):

@@ -1,4 +1,4 @@
-"""What keeps workers of a Dask cluster from the tasks of a run, found by asking them and the scheduler.
+"""Obstacles of workers on a Dask cluster, found by asking them and the scheduler.
 
 Dask waits without a word for a worker that is paused, stopped, closing or busy with the tasks of others.
 """
@@ -34,8 +34,11 @@ UNASSIGNED = {"no-worker", "queued", "waiting"}
 
 @dataclass(frozen=True)
 class Occupation:
-    """What a worker says of itself: its state as Dask has it, its threads, the tasks that hold one, its memory in bytes, and
-    the seconds since its lane last did a piece of a task (Inf without a lane)."""
+    """A worker's account of itself.
+
+    Its state as Dask has it, its threads, the tasks that hold one, its memory in bytes, and the seconds since its
+    lane's last step (Inf without a lane).
+    """
 
     status: str
     threads: int
@@ -45,8 +48,8 @@ class Occupation:
     since_step: float = math.inf
 
 
-def occupation(run: str, dask_worker: Worker) -> Occupation:
-    """What this worker does, for a run and otherwise."""
+def describe_occupation(run: str, dask_worker: Worker) -> Occupation:
+    """This worker's account of itself, for a run."""
     executing = tuple(map(str, dask_worker.active_threads.copy().values()))
     limit = dask_worker.memory_manager.memory_limit or 0
     memory = dask_worker.monitor.get_process_memory()
@@ -55,24 +58,24 @@ def occupation(run: str, dask_worker: Worker) -> Occupation:
     return Occupation(dask_worker.status.name, dask_worker.state.nthreads, executing, memory, limit, since_step)
 
 
-def find_obstacle(run: str, found: Occupation | None) -> Obstacle | None:
-    """What keeps a worker that said this, or nothing, from the tasks of a run."""
-    if found is None:
+def find_obstacle(run: str, occupation: Occupation | None) -> Obstacle | None:
+    """The obstacle of a worker that gave this account, or none."""
+    if occupation is None:
         return Obstacle(
             "does not answer: its process is stopped, or busy in a way that lets nothing else run",
-            "let it go on or restart it",
+            "continue it (kill -CONT) or restart it",
         )
-    if found.status == "paused":
-        uses = f", at {format_bytes(found.memory)} of its memory limit of {format_bytes(found.memory_limit)}"
+    if occupation.status == "paused":
+        uses = f", at {format_bytes(occupation.memory)} of its memory limit of {format_bytes(occupation.memory_limit)}"
         return Obstacle(
-            f"is paused by Dask{uses if found.memory_limit else ''}",
+            f"is paused by Dask{uses if occupation.memory_limit else ''}",
             "start workers with memory_limit=0 (--memory-limit 0), or with a larger one: Dask counts mapped files",
         )
-    if found.status != "running":
-        return Obstacle(f"is {found.status.replace('_', ' ')}", "start another worker")
-    others = [key for key in found.executing if run not in key]
-    if len(others) >= found.threads:
-        threads = "its only thread" if found.threads == 1 else f"all of its {found.threads} threads"
+    if occupation.status != "running":
+        return Obstacle(f"is {occupation.status.replace('_', ' ')}", "start another worker")
+    others = [key for key in occupation.executing if run not in key]
+    if len(others) >= occupation.threads:
+        threads = "its only thread" if occupation.threads == 1 else f"all of its {occupation.threads} threads"
         return Obstacle(
             f"is busy with tasks of others on {threads}: {some_of(others, MOST_NAMED)}",
             "wait until they end, or give the run a worker of its own or one with more threads; a task that starts a run "
@@ -82,7 +85,7 @@ def find_obstacle(run: str, found: Occupation | None) -> Obstacle | None:
 
 
 class Inquiry:
-    """Asks the workers of a run, and the scheduler, what they do: one that has not answered is not asked again."""
+    """Asks workers and scheduler for their state, those that owe no answer."""
 
     def __init__(self, run: str, client: Client) -> None:
         self._run = run
@@ -99,8 +102,8 @@ class Inquiry:
         if "" not in states:
             return {}, {}
         if states[""] is None:
-            return {"": Obstacle("the scheduler does not answer", "let it go on or restart it")}, {}
-        questions = {name: partial(self._client.run, occupation, self._run, workers=[name]) for name in workers}
+            return {"": Obstacle("the scheduler does not answer", "continue it (kill -CONT) or restart it")}, {}
+        questions = {name: partial(self._client.run, describe_occupation, self._run, workers=[name]) for name in workers}
         said = {name: answer and answer[name] for name, answer in self._calls.ask(questions).items()}
         steps = {name: answer.since_step for name, answer in said.items() if answer}
         found = {name: find_obstacle(self._run, answer) for name, answer in said.items()}
@@ -114,7 +117,7 @@ class Inquiry:
 
 
 def refuse_own_thread(client: Client) -> None:
-    """Raise StalledError where the calling thread is a task's and the only one of a worker that would take part."""
+    """Raise StalledError where a run would wait for the only thread, its caller's."""
     if not getattr(thread_state, "proceed", False):  # no task's, or one that has seceded
         return
     worker = get_worker()

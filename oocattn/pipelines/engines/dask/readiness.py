@@ -1,8 +1,8 @@
-"""What a worker says of itself before a run, and what in that keeps it from taking part.
+"""Readiness of a worker: its account of itself before a run, and its faults.
 
-Every worker is asked twice. First for its Python and packages, by text that it evaluates: one without this package, or with
-another Python, answers as well. Then those that have the same look at the dataset, the folder of the result, their memory
-and their arithmetic. All here is records and comparisons; who is asked when, and what comes of it, is in `enlisting`.
+Every worker is asked twice. The first question is for its Python and packages, by text that it evaluates: a worker without
+this package, or with another Python, answers as well. Workers with the same software then inspect the dataset, the folder of
+the result, their memory and their arithmetic. Here are records and comparisons; `enlisting` asks and decides.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import Fingerprints, changed_arrays
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.results.growing import RunState
-from oocattn.units import format_bytes
+from oocattn.units import ceil_div, format_bytes
 from oocattn.version import __version__, source_digest
 
 PACKAGES = ("oocattn", "torch", "zarr", "dask", "distributed")
-"""Packages whose versions must be the driver's: what computes, and what is sent between processes."""
+"""Packages that compute or are sent: their versions must be the driver's."""
 
 SAME_DATA = "mount the same file system there, or copy the dataset to the same path with its times (rsync -a)"
-"""What to do about a worker that sees another dataset."""
+"""Advice for a worker that sees another dataset."""
 
 SAME_SOFTWARE = "install there what is here, and restart it"
-"""What to do about a process that has other software."""
+"""Advice for a process that has other software."""
 
 
 def describe_interpreter(packages: tuple[str, ...]) -> dict[str, str]:
-    """Host, version of Python and versions of packages of a process; it needs nothing around it, for its text is sent.
+    """Host, and versions of Python and packages, of a process.
 
-    The first package is imported, as what is sent next will be; of others that are not, the version is the installed one.
+    It needs nothing around it, for its text is sent. The first package is imported, as what is sent next will be; of
+    others that are not, the version is the installed one.
     """
     import importlib.metadata
     import socket
@@ -65,15 +66,15 @@ def describe_interpreter(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 EXPRESSION = f"(exec(source), {describe_interpreter.__name__}(packages))[1]"
-"""What a process is asked for its versions."""
+"""Expression that `eval` of any Python answers with its versions."""
 
 
 NAMES = {"source": inspect.getsource(describe_interpreter), "packages": PACKAGES}
-"""What `EXPRESSION` is evaluated with, by `eval`, which every Python has."""
+"""Names for the evaluation of `EXPRESSION`."""
 
 
-def interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """What another process has other than this one; of torch, builds of one release may differ."""
+def find_interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """Versions that differ from this process's, but for builds of one torch."""
     others = [
         f"no {name}{value.removeprefix('none')}" if value.startswith("none") else f"{name} {value} instead of {here[name]}"
         for name, value in found.items()
@@ -83,11 +84,11 @@ def interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -> lis
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the driver of a run sees, and what every worker must see or have room for.
+class Expectations:
+    """State of the driver that every worker must see, or have room for.
 
-    `state` is the folder of job state, locked under the `claim`, `lane_bytes` what a lane allocates in host memory, `asked`
-    the arguments of `arithmetic_of`. `computing` is what the workers of the run may compute with, where it has begun.
+    `state` is the folder of job state, locked under the `claim`, `lane_bytes` the host memory of a lane, `call` the
+    arguments of `arithmetic_of`. `computing` is the arithmetic of the run's workers, where it has begun.
     """
 
     dataset: Dataset
@@ -95,24 +96,24 @@ class Expected:
     state: Path
     claim: Claim
     lane_bytes: int
-    asked: tuple[str, int, str, str]
+    call: tuple[str, int, str, str]
     computing: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, plan: Plan, dataset: Dataset, state: RunState) -> Expected:
-        """What a run of this plan expects."""
-        asked = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
-        lane_bytes = -(-plan.peak_host // plan.lanes)
-        return cls(dataset, dataset.as_found, state.paths.state, state.claim, lane_bytes, asked)
+    def of_run(cls, plan: Plan, dataset: Dataset, state: RunState) -> Expectations:
+        """The expectations of a run of this plan."""
+        call = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
+        lane_bytes = ceil_div(plan.peak_host, plan.lanes)
+        return cls(dataset, dataset.as_found, state.paths.state, state.claim, lane_bytes, call)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a worker sees. `code` is the digest of its sources of this package, `dataset` its fingerprints, or why it cannot
-    be read, `result` why no result can be written.
+class WorkerState:
+    """State of a worker as it sees itself.
 
-    `probe` names the file that it has written beside the result. Of its memory in bytes it says what is in use, Dask's limit
-    (0: none), and from which use on Dask gives it no tasks.
+    `code` is the digest of its sources of this package, `dataset` its fingerprints, or the reason why it cannot be
+    read, `result` why no result can be written. `probe` names the file that it has written beside the result. Memory
+    in bytes: in use, Dask's limit (0: none), and the use from which on Dask gives it no tasks.
     """
 
     id: str
@@ -128,15 +129,15 @@ class Seen:
     computing: Mapping[str, str]
 
 
-async def look(expected: Expected, dask_worker: Worker) -> Seen:
-    """What this worker sees, when what an earlier driver of the same run left in its memory is closed."""
+async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerState:
+    """Look at what a run needs, after closing stale lanes of the same result."""
     await close_stale_lanes(expected.state, dask_worker)
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
     share = manager.memory_pause_fraction or dask.config.get("distributed.worker.memory.terminate") or math.inf
     dataset = await asyncio.to_thread(_look_at_dataset, expected.dataset)  # which may take seconds
     result, probe = await asyncio.to_thread(_look_at_state, expected.state, expected.claim)
-    return Seen(
+    return WorkerState(
         id=str(dask_worker.id),
         host=socket.gethostname(),
         code=source_digest(),
@@ -147,7 +148,7 @@ async def look(expected: Expected, dask_worker: Worker) -> Seen:
         memory_used=int(dask_worker.monitor.get_process_memory()),
         memory_limit=limit,
         memory_pause=limit * float(share) if limit else math.inf,
-        computing=arithmetic_of(*expected.asked),
+        computing=arithmetic_of(*expected.call),
     )
 
 
@@ -164,7 +165,7 @@ def _look_at_dataset(dataset: Dataset) -> Fingerprints | str:
 
 
 def _look_at_state(state: Path, claim: Claim) -> tuple[str, str]:
-    """Why the folder of job state cannot be used, and the name of a file that was written there otherwise."""
+    """The reason why the folder of job state is unusable, or "", and a file there."""
     name = f"ready.{uuid.uuid4().hex}{PARTIAL}"
     try:
         os.stat(state)
@@ -179,7 +180,7 @@ def _look_at_state(state: Path, claim: Claim) -> tuple[str, str]:
 
 
 def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
-    """Remove what workers have written into the folder of job state; return the names of those files that were there."""
+    """Remove the files that workers have written; return the names that were there."""
     there = []
     for name in names:
         with suppress(FileNotFoundError), name_failure("remove", state / name):
@@ -188,25 +189,25 @@ def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
     return there
 
 
-def faults(seen: Seen, expected: Expected, written: bool) -> list[str]:
-    """What keeps a worker from taking part, and what to do about it; `written`: its file has appeared beside the result."""
-    return [*_dataset_faults(seen, expected), *_result_faults(seen, expected, written), *_other_faults(seen, expected)]
+def find_faults(worker: WorkerState, expected: Expectations, written: bool) -> list[str]:
+    """Faults of a worker, with advice; `written`: its probe has appeared here."""
+    return [*_dataset_faults(worker, expected), *_result_faults(worker, expected, written), *_other_faults(worker, expected)]
 
 
-def _dataset_faults(seen: Seen, expected: Expected) -> list[str]:
+def _dataset_faults(worker: WorkerState, expected: Expectations) -> list[str]:
     place, here = f"the dataset {expected.dataset.location}", expected.fingerprints
-    if isinstance(seen.dataset, str):
-        return [f"cannot read {place} as it can be read here ({seen.dataset}): {SAME_DATA}"]
-    if changed := changed_arrays(here.untimed, seen.dataset.untimed):
+    if isinstance(worker.dataset, str):
+        return [f"cannot read {place} as it can be read here ({worker.dataset}): {SAME_DATA}"]
+    if changed := changed_arrays(here.untimed, worker.dataset.untimed):
         return [f"sees other data in {changed} of {place} than is here (metadata, sizes or content of chunks): {SAME_DATA}"]
-    if changed := changed_arrays(here.recorded, seen.dataset.recorded):
+    if changed := changed_arrays(here.recorded, worker.dataset.recorded):
         return [f"sees {changed} of {place} with other modification times than here, and may have an old copy: {SAME_DATA}"]
     return []
 
 
-def _result_faults(seen: Seen, expected: Expected, written: bool) -> list[str]:
-    if seen.result:
-        reason = seen.result
+def _result_faults(worker: WorkerState, expected: Expectations, written: bool) -> list[str]:
+    if worker.result:
+        reason = worker.result
     elif not written:
         reason = f"writes to {expected.state}, and nothing of that appears here"
     else:
@@ -214,26 +215,26 @@ def _result_faults(seen: Seen, expected: Expected, written: bool) -> list[str]:
     return [f"{reason}: choose a result on a file system that all workers share, and that they may write to"]
 
 
-def _other_faults(seen: Seen, expected: Expected) -> list[str]:
+def _other_faults(worker: WorkerState, expected: Expectations) -> list[str]:
     found = []
-    if seen.code != source_digest():
+    if worker.code != source_digest():
         found.append(f"has oocattn {__version__} with other code than here: {SAME_SOFTWARE}")
-    used, limit = format_bytes(seen.memory_used), format_bytes(seen.memory_limit)
-    if seen.paused:
+    used, limit = format_bytes(worker.memory_used), format_bytes(worker.memory_limit)
+    if worker.paused:
         found.append(
-            f"is paused by Dask, with {used}{f' of its memory limit of {limit}' if seen.memory_limit else ''} in use: "
+            f"is paused by Dask, with {used}{f' of its memory limit of {limit}' if worker.memory_limit else ''} in use: "
             "restart it with memory_limit=0, or a larger one"
         )
-    elif seen.memory_used + expected.lane_bytes > seen.memory_pause:
+    elif worker.memory_used + expected.lane_bytes > worker.memory_pause:
         found.append(
             f"has a memory limit of {limit}, of which {used} are in use: a lane takes {format_bytes(expected.lane_bytes)} "
             "more, and Dask would give it no tasks: restart it with memory_limit=0 or a larger one, or lower host_memory "
             "(--host-memory)"
         )
-    if seen.computing.get("gpu") == "none":
+    if worker.computing.get("gpu") == "none":
         found.append("sees no GPU: start it where there is one, or choose --kernel cpu")
     for name, recorded in (expected.computing or {}).items():
-        value = seen.computing.get(name, "none")
+        value = worker.computing.get(name, "none")
         if value not in recorded.split(" | "):
             words = "other bits of a test call" if name == "arithmetic" else f"{name} {value} instead of {recorded}"
             found.append(f"computes with {words}, so that the result would have other bits: use workers like the first")

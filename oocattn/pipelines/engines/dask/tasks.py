@@ -1,4 +1,4 @@
-"""What Dask calls on workers: the plugin that keeps the lane of a run there, its tasks, and what is asked of it as it ends.
+"""Functions that Dask calls on workers: tasks, and the plugin that keeps a lane.
 
 Arrays stay in the lane and in the stores. The further arguments of a task are the results of those that it waits for, and it
 does not look at them.
@@ -7,6 +7,7 @@ does not look at them.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,19 @@ from distributed import Worker, WorkerPlugin, get_worker
 from oocattn.pipelines.engines.base import perform
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Task
-from oocattn.pipelines.lane.lane import Job, Lane
+from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
+
+ENDED = ("memory", "error", "rescheduled")
+"""States that a worker gives a task when it has ended, cancelled or not."""
 
 
 class LanePlugin(WorkerPlugin):
-    """Keeps the lane that a worker has for a run, with partials in the folder `scratch`, and closes it with the worker.
+    """Keeps a worker's lane for a run, and closes it with the worker.
 
-    `executing` are the tasks of the run that execute, until the worker has heard of their end.
+    Partials lie in the folder `scratch`. `executing` are the tasks of the run that execute, until the worker has
+    heard of their end: one that is cancelled meanwhile, and called released at once, still runs to its end.
     """
 
     def __init__(self, run: str, scratch: Path, lane: Lane) -> None:
@@ -34,11 +40,11 @@ class LanePlugin(WorkerPlugin):
         self.executing: set[Any] = set()
 
     def transition(self, key: Any, start: str, finish: str, **options: Any) -> None:
-        """Called by the worker, in its event loop, when a task of whomever gets another state."""
+        """Follow a task's state; the worker's event loop calls this."""
         if self.run in str(key):
             if finish == "executing":
                 self.executing.add(key)
-            else:
+            elif finish in ENDED:
                 self.executing.discard(key)
 
     def teardown(self, worker: Worker) -> None:
@@ -56,13 +62,13 @@ def plugin_name(run: str) -> str:
     return f"oocattn-{run}"
 
 
-async def open_lane(job: Job, dask_worker: Worker) -> None:
-    """Make the lane of this worker, unless it was restarted after it was asked for its `Worker.id`."""
-    device = job.devices.get(dask_worker.id)
+async def open_lane(name: str, run: Run, devices: Mapping[str, str], dask_worker: Worker) -> None:
+    """Make the lane of this worker on its device, unless it was restarted since it was enlisted."""
+    device = devices.get(dask_worker.id)
     if device is not None:
         with naming(SET_UP):
-            lane = Lane(job, device)
-        await dask_worker.plugin_add(LanePlugin(job.run, job.scratch, lane), plugin_name(job.run))
+            lane = Lane(run, device)
+        await dask_worker.plugin_add(LanePlugin(name, run.paths.scratch, lane), plugin_name(name))
 
 
 async def close_lane(run: str, dask_worker: Worker) -> int:
@@ -74,7 +80,7 @@ async def close_lane(run: str, dask_worker: Worker) -> int:
 
 
 async def close_stale_lanes(state: Path, dask_worker: Worker) -> None:
-    """Close the lanes of runs to the same result whose driver is gone: else they hold their memory until the worker ends."""
+    """Close lanes of runs to the same result whose driver is gone, and free memory."""
     for name, plugin in list(dask_worker.plugins.items()):
         if isinstance(plugin, LanePlugin) and plugin.scratch.is_relative_to(state):
             plugin.stopped = True
@@ -82,7 +88,7 @@ async def close_stale_lanes(state: Path, dask_worker: Worker) -> None:
 
 
 def stop(run: str, dask_worker: Worker) -> int:
-    """Let no further task of the run begin on this worker; return how many still execute.
+    """Begin no more tasks of the run on this worker; return how many still execute.
 
     A task that has returned executes until the worker has heard of it: a worker that closes complains of one cut off there.
     """
@@ -94,7 +100,7 @@ def stop(run: str, dask_worker: Worker) -> int:
 
 
 async def save(run: str, dask_worker: Worker) -> int:
-    """Have on disk what the lane of a stopped run on this worker holds in memory alone; return the bytes written."""
+    """Save what a stopped run's lane here holds in memory alone; return the bytes."""
     plugin = find_plugin(run, dask_worker)
     return 0 if plugin is None else await asyncio.to_thread(plugin.lane.save)
 

@@ -1,1 +1,1 @@
-"""Partials between being computed and being merged: in memory with checkpoints, or in files."""
+"""Stores of partials until they are merged: memory with checkpoints, or files."""

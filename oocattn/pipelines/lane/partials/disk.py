@@ -1,4 +1,4 @@
-"""Partials in files of their own, merged when the last of a chunk is there: see `DiskPartials`."""
+"""Partials in files of their own, merged when the last of a chunk is there."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 
 MergeStates = Callable[[AttentionState, AttentionState], None]
-"""Merge the second state, whose memory is the caller's again afterwards, into the first; both in host memory."""
+"""Merge the second state, free afterwards, into the first; both on the host."""
 
 
 class DiskPartials:
-    """A file a partial, for accumulators that do not fit: what is on disk need not be computed again."""
+    """A file for each partial, for accumulators that do not fit in memory."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class DiskPartials:
         return MergedChunk(state, not_finite)
 
     def _merge(self, partial: PartialId, state: AttentionState) -> None:
-        """Merge a partial's file into the state, block by block: a damaged one leaves it half merged."""
+        """Merge a partial's file into the state by blocks; a damaged one is half merged."""
         into = row_blocks(state)
         block = self._blocks.take()
         try:

@@ -1,4 +1,4 @@
-"""The files of a run's partials: which query chunk each is of, and which subproblems have gone into it.
+"""Files of a run's partials, and the query chunk and subproblems of each.
 
 A file says which run and partial it is of, and carries checksums (`storage.journal.blocks`): one of another run, or a
 damaged one, counts for nothing. Where partials are merged on disk it holds what one subproblem handed back; where they are
@@ -30,7 +30,7 @@ _NAME = re.compile(r"partial-\d+-\d+-\d+")
 
 @dataclass(frozen=True)
 class PartialId:
-    """Which partial: its head group and query chunk, and the subproblems whose contributions are in it."""
+    """Identity of a partial: head group, query chunk, and contributing subproblems."""
 
     head_group: int
     chunk: int
@@ -39,10 +39,10 @@ class PartialId:
 
 @dataclass(frozen=True)
 class PartialFiles:
-    """The partials of the run `run` in a folder, one file for a chunk and the first subproblem that is in it.
+    """The partials of the run `run` in a folder.
 
-    They are written and removed under a `claim` to the result's lock. `step` is called when a file is written, and after
-    each block that is read.
+    There is one file for a chunk and the first subproblem that is in it. They are written and removed under a `claim`
+    to the result's lock. `step` is called when a file is written, and after each block that is read.
     """
 
     folder: Path
@@ -55,9 +55,10 @@ class PartialFiles:
         return self.folder / f"partial-{partial.head_group}-{partial.chunk}-{partial.subproblems[0]}"
 
     def write(self, partial: PartialId, state: AttentionState, not_finite: int) -> int:
-        """Write a partial durably, in place of one with the same first subproblem; return its bytes.
+        """Write a partial durably, in place of one with the same first subproblem.
 
-        `not_finite` is how many elements of the chunk's inputs those subproblems found to be NaN or Inf.
+        Returns its bytes. `not_finite` is how many elements of the chunk's inputs those subproblems found to be NaN
+        or Inf.
         """
         self._check()
         blocks = [_arrays(rows) for rows in row_blocks(state)]
@@ -66,7 +67,7 @@ class PartialFiles:
         return written
 
     def not_finite(self, partial: PartialId) -> int:
-        """What was written of NaN and Inf with a partial. Raises IntegrityError where there is none of just that."""
+        """Counts of NaN and Inf in a partial's file; IntegrityError if it is not there."""
         path, expected = self.path(partial), self._label(partial)
         label = read_label(path)
         if any(label.get(name) != value for name, value in expected.items()) or not _is_count(label.get("not_finite")):
@@ -74,7 +75,7 @@ class PartialFiles:
         return int(label["not_finite"])
 
     def read(self, partial: PartialId, buffers: Sequence[AttentionState]) -> Iterator[int]:
-        """Read a partial, one of `row_blocks` after another, into the caller's; yield the index of each that is whole.
+        """Read a partial into the caller's blocks; yield the index of each whole one.
 
         Raises IntegrityError, naming the file, for one that is not.
         """
@@ -87,8 +88,8 @@ class PartialFiles:
         self._check()
         remove_file(self.path(partial))
 
-    def found(self) -> Iterator[tuple[Path, PartialId | None]]:
-        """Every file, and the partial that it claims to hold: None if that cannot be, or it is another run's."""
+    def scan(self) -> Iterator[tuple[Path, PartialId | None]]:
+        """Yield every file with its partial; None if it is damaged or of another run."""
         for name in names_in(self.folder):
             if _NAME.fullmatch(name):
                 yield self.folder / name, self._read_id(self.folder / name)
@@ -124,7 +125,7 @@ def row_blocks(state: AttentionState) -> list[AttentionState]:
 
 
 def _arrays(state: AttentionState) -> list[npt.NDArray[np.generic]]:
-    """The contiguous arrays of a state's rows: num, den and max of each head, and the ledger."""
+    """Contiguous arrays of a state's rows: num, den and max of each head, ledger."""
     heads = [tensor[head].numpy() for tensor in (state.num, state.den, state.max) for head in range(len(tensor))]
     return [*heads, state.keys.numpy(), state.key_sum.numpy()]
 

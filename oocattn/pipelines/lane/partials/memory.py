@@ -1,4 +1,4 @@
-"""Partials folded into accumulators in host memory as they come, and saved at an interval: see `MemoryPartials`."""
+"""Partials folded into accumulators in host memory, and saved at an interval."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ Place = tuple[int, int]
 
 @dataclass
 class _Fold:
-    """A chunk's accumulator, and how many of the chunk's contributors have begun to be folded into it, are in it whole, and
-    are in its file. Where its `save_pending`, nothing more begins before it has been saved."""
+    """A chunk's accumulator, and the contributors started, folded and saved."""
 
     state: AttentionState
-    begun: int
-    whole: int
+    started: int
+    folded: int
     saved: int
     not_finite: int
     save_pending: bool = False
@@ -32,12 +31,12 @@ class _Fold:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is being folded in."""
-        return self.begun == self.whole
+        """True if nothing is being folded in."""
+        return self.started == self.folded
 
 
 class MemoryPartials:
-    """Each partial is folded into its chunk's accumulator as it comes, and they come in order.
+    """Each partial is folded into its chunk's accumulator, in order.
 
     So an accumulator is at any time that of the first few contributors, and its file, if it was saved, need not be of the
     same moment as another's: each says for itself how far its chunk had come. While one is being written nothing is folded
@@ -57,8 +56,8 @@ class MemoryPartials:
         place, contributors = (head_group, chunk), self._division.contributors(chunk)
         known = self._folds.get(place)
         position = contributors.index(subproblem) if subproblem in contributors else -1
-        if position < 0 or (known and position != known.begun):
-            expected = contributors[known.begun :][:1] if known else contributors[:1]
+        if position < 0 or (known and position != known.started):
+            expected = contributors[known.started :][:1] if known else contributors[:1]
             raise IntegrityError(
                 f"head group {head_group}, chunk {chunk}: the partial of subproblem {subproblem} came, expected "
                 f"{expected[0] if expected else 'no more'}"
@@ -66,7 +65,7 @@ class MemoryPartials:
         fold = known or self._take(place, position)
         with self._changed:
             self._changed.wait_for(lambda: not fold.being_saved and not (fold.save_pending and fold.idle))
-            fold.begun += 1
+            fold.started += 1
             fold.not_finite += not_finite
         return Destination(fold.state, merged=position > 0)
 
@@ -76,14 +75,14 @@ class MemoryPartials:
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         with self._changed:
-            self._folds[head_group, chunk].whole += 1
+            self._folds[head_group, chunk].folded += 1
             self._changed.notify_all()
         return 0
 
     def collect(self, head_group: int, chunk: int) -> MergedChunk:
         contributors = self._division.contributors(chunk)
         fold = self._folds.get((head_group, chunk)) or self._take((head_group, chunk), len(contributors))
-        if missing := contributors[fold.begun :]:
+        if missing := contributors[fold.started :]:
             raise IntegrityError(f"head group {head_group}, chunk {chunk}: no partial of subproblems {list(missing)}")
         return MergedChunk(fold.state, fold.not_finite)
 
@@ -99,7 +98,7 @@ class MemoryPartials:
 
     def save(self, patient: bool) -> int:
         with self._changed:
-            due = {place for place, fold in self._folds.items() if fold.saved < fold.begun}
+            due = {place for place, fold in self._folds.items() if fold.saved < fold.started}
         written = 0
         while (place := self._next_due(due, patient)) is not None:
             due.remove(place)
@@ -117,7 +116,7 @@ class MemoryPartials:
         self._accumulators.close()
 
     def _take(self, place: Place, count: int) -> _Fold:
-        """An accumulator for a chunk, the first `count` of whose contributors are in its file, if any."""
+        """An accumulator for a chunk, with the first `count` contributors from its file."""
         state, not_finite = self._accumulators.take(*place), 0
         if count:
             partial = self._partial_id(place, count)
@@ -134,7 +133,7 @@ class MemoryPartials:
         return fold
 
     def _next_due(self, due: set[Place], patient: bool) -> Place | None:
-        """One of these chunks into which nothing is being folded, nor will be; None where there is, or comes, no more."""
+        """An idle chunk among these; None where there is none, and none will come."""
 
         def find_idle() -> Place | None:
             folds = ((place, self._folds.get(place)) for place in due)
@@ -155,8 +154,8 @@ class MemoryPartials:
     def _save(self, place: Place) -> int:
         fold = self._folds[place]
         try:
-            written = self._files.write(self._partial_id(place, fold.whole), fold.state, fold.not_finite)
-            fold.saved = fold.whole
+            written = self._files.write(self._partial_id(place, fold.folded), fold.state, fold.not_finite)
+            fold.saved = fold.folded
             return written
         finally:
             with self._changed:

@@ -1,4 +1,4 @@
-"""What every store of partials does between their computation and their merging.
+"""The interface and common code of stores of partials.
 
 There are two stores, `partials.memory` and `partials.disk`. Partials are merged by quorum index, so a merged state is the
 same bit for bit in either of them, whatever computed the partials and when. A store for another place is one more module.
@@ -16,7 +16,7 @@ from oocattn.planning.plan import Plan
 
 
 class DamagedPartialError(IntegrityError):
-    """A partial was lost or damaged, and its file removed: compute its subproblem again, and then merge."""
+    """A partial was lost or damaged, and removed: compute its subproblem again."""
 
     def __init__(self, message: str, head_group: int, chunk: int, subproblem: int) -> None:
         super().__init__(message, head_group, chunk, subproblem)
@@ -30,7 +30,7 @@ class DamagedPartialError(IntegrityError):
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a partial goes: host memory that it overwrites or, where `merged`, into whose content it is merged."""
+    """Host memory for a partial: overwritten or, where `merged`, merged into."""
 
     state: AttentionState
     merged: bool
@@ -38,27 +38,27 @@ class Destination:
 
 @dataclass(frozen=True)
 class MergedChunk:
-    """The merged state of a query chunk, and how many elements of its rows of q, k and v are NaN or Inf."""
+    """The merged state of a query chunk, with counts of NaN and Inf in q, k and v."""
 
     state: AttentionState
     not_finite: int
 
 
 class PartialStore(Protocol):
-    """Takes partials as they are computed and gives back the merged state of a query chunk.
+    """Takes partials as they come, and gives back merged states of query chunks.
 
     A chunk holds one of the lane's accumulators from its first partial (in memory) or its merge (on disk) to its release.
     """
 
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
-        """Where the partial of `chunk` from `subproblem` goes; this waits where a buffer, or the accumulator, is in use.
+        """The destination of the partial of `chunk` from `subproblem`.
 
-        `not_finite` is what the subproblem found in the chunk's inputs. Raises DamagedPartialError where what was on disk
-        of the chunk before is not whole.
+        This waits where a buffer, or the accumulator, is in use. `not_finite` is what the subproblem found in the
+        chunk's inputs. Raises DamagedPartialError where what was on disk of the chunk before is not whole.
         """
 
     def save_pending(self, head_group: int, chunk: int) -> bool:
-        """Whether a `save` waits until the partials of this chunk that are in flight have ended."""
+        """True if a `save` waits until this chunk's partials in flight have ended."""
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         """The partial is there, whole; return the bytes written to disk."""
@@ -87,7 +87,7 @@ class PartialStore(Protocol):
 
 
 class Accumulators:
-    """The chunk states of a lane, allocated once. The edges of the graph make sure that one is free when it is needed."""
+    """The chunk states of a lane; the graph's edges make sure that one is free."""
 
     def __init__(self, plan: Plan, free: States) -> None:
         self._plan = plan

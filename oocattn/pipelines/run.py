@@ -1,26 +1,28 @@
-"""The record of a run: what it works at, as its journal keeps it. Reading it needs neither PyTorch nor Zarr."""
+"""The record of a run, and the header of its journal, from which it is read. Reading needs neither PyTorch nor Zarr."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels import device_type, get_kernel
+from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.planning.machine import ScratchBytes
 from oocattn.planning.plan import Plan
 from oocattn.planning.stored_plan import read_plan
 from oocattn.records import Range, Seconds, from_json, to_json
-from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.journal import Journal, identity, read_header
 from oocattn.storage.paths import ResultPaths
 from oocattn.version import versions
 
 if TYPE_CHECKING:
-    from oocattn.storage.results.growing import GrowingResult
+    from oocattn.storage.inputs.dataset import Dataset
+    from oocattn.storage.results.arrays import ResultArrays
+    from oocattn.storage.results.growing import GrowingResult, RunState
 
 FORMAT = 5
 """Of the journal and of what lies beside it; another one is not resumed. 3: machine and inputs of the plan, the name of the
@@ -53,30 +55,59 @@ class Header:
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """An unfinished run: its plan, what else its journal says, where its result grows, and the journal."""
+class Run:
+    """A run to a result, from its beginning or as its journal tells: what driver, engine and lanes share.
 
+    It is small, and can be sent to workers. One that is only read has no `opened` dataset, and a journal without a claim.
+    `compared` says which chunks were looked at as it was resumed.
+    """
+
+    paths: ResultPaths
     plan: Plan
     header: Header
-    path: Path
     journal: Journal
+    opened: Dataset | None = None
+    compared: Compared = NOTHING_FINISHED
+
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset that is read."""
+        if self.opened is None:
+            raise ValueError("the run was read from its journal: expected one with an open dataset")
+        return self.opened
+
+    @cached_property
+    def growing(self) -> GrowingResult:
+        """The result that is not complete yet."""
+        from oocattn.storage.results.growing import GrowingResult
+
+        return GrowingResult(self.paths.state / self.header.result, self.header.replaces)
+
+    @property
+    def result(self) -> ResultArrays:
+        """The arrays of the growing result."""
+        return self.growing.arrays
+
+    @property
+    def state(self) -> RunState:
+        """The places of the result, in the hands of this run."""
+        from oocattn.storage.results.growing import RunState
+
+        if self.journal.claim is None:
+            raise ValueError("the run was read from its journal: expected one under a lock")
+        return RunState(self.paths, self.journal.claim)
 
 
-def begin_journal(
-    paths: ResultPaths,
-    plan: Plan,
-    dataset: DatasetIdentity,
-    growing: GrowingResult,
-    computing: Mapping[str, str],
-    claim: Claim,
-) -> Journal:
-    """Begin the journal of a run that computes with `computing`."""
-    made_with = {**versions(), **computing}
-    header = Header(FORMAT, time.time(), dataset, made_with, growing.name, growing.replaces)
-    return Journal.begin(paths.state, {**to_json(header), "plan": plan.to_json()}, claim)
+def begin_run(state: RunState, plan: Plan, dataset: Dataset, growing: GrowingResult, computing: Mapping[str, str]) -> Run:
+    """Begin the journal of a run that computes with `computing`, into a result that has begun to grow."""
+    found = dataset.as_found
+    source = DatasetIdentity(dataset.location, found.recorded, found.within_run)
+    header = Header(FORMAT, time.time(), source, {**versions(), **computing}, growing.name, growing.replaces)
+    journal = Journal.begin(state.paths.state, {**to_json(header), "plan": plan.to_json()}, state.claim)
+    return Run(state.paths, plan, header, journal, dataset)
 
 
-def find_unfinished(paths: ResultPaths, *, recost: bool = True) -> RunRecord | None:
+def find_unfinished(paths: ResultPaths, *, recost: bool = True) -> Run | None:
     """Read the record of the unfinished run to this result; None where there is none.
 
     Without `recost` the predictions of the plan are believed: computing them again takes the kernel, and with it PyTorch.
@@ -98,7 +129,7 @@ def find_unfinished(paths: ResultPaths, *, recost: bool = True) -> RunRecord | N
             f"{paths.state}: not the journal of a run that can be resumed ({error}): begin again with overwrite=True "
             "(--overwrite)"
         ) from error
-    return RunRecord(plan, found, path, Journal(paths.state, run))
+    return Run(paths, plan, found, Journal(paths.state, run))
 
 
 def _scratch_of(kernel: str, device: str) -> ScratchBytes:

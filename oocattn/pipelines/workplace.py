@@ -1,0 +1,74 @@
+"""Where a run is carried out: a cluster of the caller's, a new one in this process, or threads of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from oocattn import clock
+from oocattn.errors import TimeLimitError
+from oocattn.forks import refuse_lost_client, refuse_lost_threads
+from oocattn.pipelines.engines import INLINE, check_engine
+from oocattn.pipelines.lane.rehearsal import rehearse
+from oocattn.planning.measure import count_lanes, warm_up
+from oocattn.planning.plan import Plan
+from oocattn.problem.problem import Problem
+
+if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
+    from distributed import Client
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a caller says of where a run is carried out. Raises ProblemError for what contradicts itself."""
+
+    engine: str
+    client: Client | None
+    dashboard_address: str
+
+    def __post_init__(self) -> None:
+        check_engine(self.engine, self.client, self.dashboard_address)
+
+    @contextmanager
+    def prepare(
+        self, problem: Problem, kernel: str | None, decide: Callable[[int], Plan], until: float
+    ) -> Iterator[tuple[Client | Literal["inline"], Plan]]:
+        """Have workers while inside: a client, or "inline"; and the plan that `decide` makes for so many lanes.
+
+        Raises ProblemError where no worker can be had, TimeLimitError where none has come by `until`.
+        """
+        if self.client is not None:
+            refuse_lost_client(self.client)
+        refuse_lost_threads()
+        if self.client is not None:
+            yield self.client, decide(_count_workers(self.client, until))
+            return
+        with ThreadPoolExecutor(1) as beside:
+            warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
+            if self.engine != INLINE:
+                from oocattn.pipelines.engines.dask.local_cluster import local_client
+            warm.result()
+            lanes = count_lanes(kernel)
+            plan = decide(lanes)
+            rehearsed = beside.submit(rehearse, plan)
+            count = min(plan.lanes, lanes)  # the plan may be of another machine
+            with nullcontext(INLINE) if self.engine == INLINE else local_client(self.dashboard_address, count) as client:
+                rehearsed.result()
+                yield client, plan
+
+
+def _count_workers(client: Client, until: float) -> int:
+    """How many workers a client has, after waiting for a first one."""
+    from oocattn.pipelines.engines.dask.cluster import wait_for_first, worker_addresses
+    from oocattn.pipelines.engines.dask.obstacles import refuse_own_thread
+
+    def check() -> None:
+        if clock.now() > until:
+            raise TimeLimitError("time limit reached while it waited for a first worker: nothing was begun")
+
+    refuse_own_thread(client)
+    wait_for_first(client, check)
+    return len(worker_addresses(client))

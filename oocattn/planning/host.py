@@ -1,0 +1,89 @@
+"""What the host of a run has: memory, disk, and what a small durable file costs there."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+
+from oocattn.errors import IntegrityError
+from oocattn.planning.machine import FILE_SECONDS
+from oocattn.planning.memory import PAGE
+from oocattn.storage.files.durable import write_durably
+from oocattn.storage.files.operations import name_failure
+
+UNKNOWN_DISK = 1 << 60
+"""Free bytes of a file system that does not say how many it has."""
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what the control group of this process may use, of version 2 or 1."""
+
+FILE_MOMENT, MOST_FILES = 0.03, 8
+"""Seconds after which no more files are written to measure what one costs, and how many at most."""
+
+
+def default_host_memory() -> int:
+    """Half of the memory that is free now, in bytes; of a container's limit where there is one."""
+    return int(min([psutil.virtual_memory().available, *container_limits()]) // 2)
+
+
+def container_limits() -> list[int]:
+    """The limits on this process's memory that its control group sets, in bytes.
+
+    `distributed.system` knows them, too, but imports all of Dask.
+    """
+    limits = []
+    for name in ("memory.max", "memory.high", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is none
+            limits.append(int((CONTROL_GROUP / name).read_text()))
+    return limits
+
+
+def file_seconds(folder: Path) -> float:
+    """Seconds that a small durable file costs on the file system that will hold `folder`, which need not exist yet.
+
+    The median of a few, in a temporary folder that is removed again; `FILE_SECONDS` where none can be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".oocattn-", dir=_existing(folder)) as temporary:
+            seconds: list[float] = []
+            began = time.perf_counter()
+            while len(seconds) < MOST_FILES and (not seconds or time.perf_counter() - began < FILE_MOMENT):
+                start = time.perf_counter()
+                write_durably(Path(temporary, str(len(seconds))), [np.zeros(PAGE, np.uint8)])
+                seconds.append(time.perf_counter() - start)
+    except (OSError, IntegrityError):
+        return FILE_SECONDS
+    return round_to_power(max(median(seconds), 1e-6))
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    with name_failure("look at", folder):
+        while not folder.exists():
+            folder = folder.parent
+    return folder
+
+
+def round_to_power(found: float) -> float:
+    """What was measured, to a power of two: so that the same conditions make the same plan."""
+    return float(2.0 ** round(math.log2(found)))
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes on the file system that will hold `folder`, which need not exist yet; `UNKNOWN_DISK` where it says none.
+
+    One in user space may count nothing at all; on one that is full in truth, the first write says so.
+    """
+    folder = _existing(folder)
+    try:
+        return shutil.disk_usage(folder).free or UNKNOWN_DISK
+    except OSError:
+        return UNKNOWN_DISK

@@ -1,0 +1,93 @@
+"""How fast a dataset is read and decoded on this machine, measured on samples of it."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oocattn.planning.machine import InputCost
+from oocattn.problem.problem import Problem
+from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.inputs.readers import InputArray
+
+SAMPLE_BYTES = 16 << 20
+"""How much of an array is decoded to measure how fast that is."""
+
+SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 4, 2 << 20, 4
+"""Places of an array that are read as a sample, how much there, and threads that do. Of smaller pieces from the page
+cache, the threads' turns at Python take longer than the reading."""
+
+ASSUMED_RATE = 1e9
+"""Bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s."""
+
+
+def sample_rate(dataset: Dataset) -> float:
+    """Bytes per second at which the dataset's directly read arrays come in, by several threads, from cache or disk.
+
+    The samples lie all over the arrays, so that a dataset of which a part is cached gives something in between.
+    """
+    arrays = [array for array in dataset.arrays.values() if array.direct]
+    if not arrays:
+        return ASSUMED_RATE
+    samples = [(array, (number + 0.5) / SAMPLES) for number in range(SAMPLES) for array in arrays]
+    buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
+    for _ in range(SAMPLE_THREADS):
+        buffers.put(np.ones(PIECE_BYTES, np.uint8))  # touched
+
+    def read(sample: tuple[InputArray, float]) -> int:
+        array, share = sample
+        batches, heads, tokens, head_dim = array.spec.four_dimensional
+        row_bytes = head_dim * array.dtype.itemsize
+        rows = min(tokens, max(1, PIECE_BYTES // row_bytes))
+        start = int(share * (tokens - rows))
+        buffer = buffers.get()
+        out = buffer[: rows * row_bytes].view(array.dtype).reshape(rows, head_dim)
+        try:
+            array.read_rows(int(share * batches), int(share * heads), start, start + rows, out)
+        finally:  # or the other reads would never end
+            buffers.put(buffer)
+        return out.nbytes
+
+    with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
+        began = time.perf_counter()
+        total = sum(pool.map(read, samples))
+        return total / max(time.perf_counter() - began, 1e-6)
+
+
+def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCost:
+    """Measure what reading the dataset costs beyond its bytes: nothing, where chunk files are read directly.
+
+    What would take more than `host_memory` bytes is not measured: its rate is assumed, and no plan fits the budget.
+    """
+    slow = [array for array in dataset.arrays.values() if not array.direct]
+    if not slow:
+        return InputCost()
+    rates = {array.spec.name: read_rate(dataset, array.spec.name, problem, host_memory) for array in slow}
+    notes = tuple(
+        f"{array.spec.name} is {array.describe()}: that bounds reading to {rates[array.spec.name] / 1e9:.2g} GB/s"
+        for array in slow
+    )
+    return InputCost(
+        decode_bytes=max(array.decode_bytes for array in slow),
+        decode_rate=min(rates.values()),
+        align_rows=max(array.chunk_rows for array in slow),
+        notes=notes,
+    )
+
+
+def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -> float:
+    """Bytes per second at which the beginning of an array can be read, whatever is cached, within `host_memory` bytes."""
+    array, row_bytes = dataset.arrays[name], problem.head_dim * problem.itemsize
+    most = min(4 * SAMPLE_BYTES, host_memory - array.decode_bytes)
+    rows = min(problem.tokens, max(array.chunk_rows, SAMPLE_BYTES // row_bytes), most // row_bytes)
+    if rows < 1:
+        return ASSUMED_RATE
+    buffer = np.empty((rows, problem.head_dim), numpy_dtype(problem.dtype))
+    start = time.perf_counter()
+    array.read_rows(0, 0, 0, len(buffer), buffer)
+    return buffer.nbytes / max(time.perf_counter() - start, 1e-6)
