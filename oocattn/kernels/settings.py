@@ -78,21 +78,21 @@ class _CpuPrecision:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._within = 0
-        self._before, self._taken = "", False
+        self._before, self._lowered = "", False
 
     def __enter__(self) -> None:
         with self._lock:
             self._within += 1
             if self._within == 1:
                 self._before = _get_cpu_precision()
-                self._taken = self._before in ("bf16", "tf32", "medium", "high")
-                if self._taken:
+                self._lowered = self._before in ("bf16", "tf32", "medium", "high")
+                if self._lowered:
                     _set_cpu_precision("ieee")
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._within -= 1
-            if not self._within and self._taken and _get_cpu_precision() in ("ieee", "highest"):  # else the caller set it
+            if not self._within and self._lowered and _get_cpu_precision() in ("ieee", "highest"):  # else the caller set it
                 _set_cpu_precision("none")  # which inherits it
                 if self._before != _get_cpu_precision():
                     _set_cpu_precision(self._before)

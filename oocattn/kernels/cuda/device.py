@@ -29,7 +29,7 @@ def release_cached_memory(device: torch.device) -> None:
 
 
 def capability_reason(device: torch.device, least: tuple[int, int] = (0, 0)) -> str:
-    """Why `device` is no GPU of capability `least`, or ""; touches none without GPUs."""
+    """Why `device` is no GPU of capability `least`, or ""; GPUs are not touched."""
     if device.type != "cuda":
         return "it runs on NVIDIA GPUs"
     if not torch.cuda.is_available():
