@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -50,6 +49,7 @@ from oocattn.storage.inputs.posing import pose
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
+from oocattn.threads import ThreadPool
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
@@ -287,7 +287,7 @@ def _planned_cluster(
         wait_for_first(client, lambda: _check_time(until))
         yield client, decide(len(worker_addresses(client)))
         return
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPool(1, "oocattn-prepare") as beside:
         warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
         if engine == "dask":
             from oocattn.pipelines.engines.dask.local_cluster import local_client

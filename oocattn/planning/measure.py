@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +38,7 @@ from oocattn.storage.files.durable import write_durably
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
+from oocattn.threads import ThreadPool
 
 UNKNOWN_DISK = 1 << 60
 """Free bytes of a file system that does not say how many it has."""
@@ -180,7 +180,7 @@ def sample_rate(dataset: Dataset) -> float:
             buffers.put(buffer)
         return out.nbytes
 
-    with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
+    with ThreadPool(SAMPLE_THREADS, "oocattn-sample") as pool:
         began = time.perf_counter()
         total = sum(pool.map(read, samples))
         return total / max(time.perf_counter() - began, 1e-6)

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from functools import partial
 
 from oocattn import clock
 from oocattn.kernels.arithmetic import arithmetic_of
@@ -24,7 +23,6 @@ from oocattn.pipelines.engines.base import (
     Engine,
     Lanes,
     Obstacle,
-    begin_call,
     perform,
     warn_of_failure,
 )
@@ -36,6 +34,7 @@ from oocattn.pipelines.work import Work
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
+from oocattn.threads import begin_call
 
 THREADS = 6
 """Threads of a lane: up to three tasks attend (on a GPU), the others stage, merge and write meanwhile."""
@@ -170,7 +169,7 @@ class InlineLanes(Lanes):
         """What this returns for each lane; one that fails or hangs is named, with the consequence."""
         if not self.is_here:
             return []
-        calls = [begin_call(partial(function, lane)) for lane in self._lanes]
+        calls = [begin_call(function, lane) for lane in self._lanes]
         wait(calls, timeout=seconds)
         found = []
         for name, call in zip(self.workers, calls, strict=False):

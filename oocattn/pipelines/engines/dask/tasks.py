@@ -7,6 +7,7 @@ does not look at them.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Task
 from oocattn.pipelines.lane.lane import Job, Lane
 from oocattn.pipelines.watch.events import TaskEvent
+from oocattn.threads import begin_call
+from oocattn.units import format_seconds
+
+logger = logging.getLogger("oocattn")
+
+CLOSE_SECONDS = 10.0
+"""Seconds in which a lane closes, or a worker goes on without."""
 
 
 class LanePlugin(WorkerPlugin):
@@ -41,8 +49,18 @@ class LanePlugin(WorkerPlugin):
             else:
                 self.executing.discard(key)
 
-    def teardown(self, worker: Worker) -> None:
-        self.lane.close()
+    async def teardown(self, worker: Worker) -> None:
+        """Close the lane; one that hangs is left to the end of the process."""
+        closing = asyncio.wrap_future(begin_call(self.lane.close))
+        ended, _ = await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+        if not ended:
+            logger.warning(
+                "worker %s: its lane did not close in %s and keeps its memory; restart the worker",
+                worker.name,
+                format_seconds(CLOSE_SECONDS),
+            )
+        for each in ended:
+            each.result()
 
 
 def find_plugin(run: str, worker: Worker) -> LanePlugin | None:
@@ -96,7 +114,7 @@ def stop(run: str, dask_worker: Worker) -> int:
 async def save(run: str, dask_worker: Worker) -> int:
     """Have on disk what the lane of a stopped run on this worker holds in memory alone; return the bytes written."""
     plugin = find_plugin(run, dask_worker)
-    return 0 if plugin is None else await asyncio.to_thread(plugin.lane.save)
+    return 0 if plugin is None else await asyncio.wrap_future(begin_call(plugin.lane.save))
 
 
 def perform_task(run: str, task: Task, *after: TaskEvent) -> TaskEvent | None:
