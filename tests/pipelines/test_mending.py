@@ -158,7 +158,7 @@ def test_a_worker_that_dies_is_replaced(
     workers: Client, dataset: Path, result: Path, partials: str | None, decomposition: str
 ) -> None:
     plan = plan_for(dataset, chunks=13, causal=True, partials=partials, decomposition=decomposition, lanes=2)
-    right = uninterrupted(plan, dataset, workers)
+    right = uninterrupted(plan, dataset)
     before = workers.run(os.getpid)
     recorder = Recorder([])
     found = carry_out(plan, dataset, result, workers, callbacks=[recorder, kill_at(6, next(iter(before.values())))])

@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_searched_ends_the_run_with_the_reason(
     for times in (math.inf, 2):
         trouble = Trouble(OSError(errno.EIO, "the disk is on fire"), times)
         with monkeypatch.context() as patched:
-            method(PartialFiles, "found")(patched, trouble.begin)
+            method(PartialFiles, "scan")(patched, trouble.begin)
             if times == 2:
                 assert_same_bits(carry_out(plan_of(dataset, ""), dataset, result, client), right)
             else:

@@ -21,13 +21,13 @@ from support import normal_arrays, plan_for, replanned, run_of, write_dataset
 
 from oocattn import BudgetError, Plan
 from oocattn.operations import forward
-from oocattn.pipelines.engines.base import begin_call
 from oocattn.pipelines.lane import cuda, cuda_memory, switching
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import HostMemory
 from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.stager import Stager
+from oocattn.threads import begin_call
 
 DEVICES = ["cpu", "cuda:0"]
 
