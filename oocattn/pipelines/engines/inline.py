@@ -63,7 +63,7 @@ class InlineEngine(Engine):
         devices = {f"inline-{number}": device for number, device in enumerate(self._devices)}
         run = uuid.uuid4().hex[:8]
         job = Job(run, work.plan, work.dataset, work.result, work.journal, work.paths.scratch, devices)
-        return InlineLanes(job, deadline)
+        return InlineLanes(job)
 
 
 @dataclass
@@ -77,10 +77,9 @@ class _Waiting:
 class InlineLanes(Lanes):
     """Lanes of this process, with a few threads each."""
 
-    def __init__(self, job: Job, deadline: Deadline) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__(list(job.devices))
         self._job = job
-        self._deadline = deadline
         self._lanes: list[Lane] = []
         self._ready: list[queue.SimpleQueue[Task | None]] = [queue.SimpleQueue() for _ in self.workers]
         self._dependents: dict[TaskId, list[_Waiting]] = {}  # of each task that has not ended
@@ -159,11 +158,11 @@ class InlineLanes(Lanes):
         consequence = "what it held in memory may be lost, and is computed again"
         return sum(self._ask(Lane.save, SAVING_SECONDS, consequence))
 
-    def close(self) -> None:
+    def close(self, seconds: float) -> None:
         for ready in self._ready:
             for _ in range(THREADS):
                 ready.put(None)
-        self._ask(Lane.close, self._deadline.silence, "its lane may not be closed, and keep its memory")
+        self._ask(Lane.close, seconds, "its lane may not be closed, and keep its memory")
 
     def _ask(self, function: Callable[[Lane], int | None], seconds: float, consequence: str) -> list[int]:
         """What this returns for each lane; one that fails or hangs is named, with the consequence."""

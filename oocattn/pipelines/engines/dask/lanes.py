@@ -131,7 +131,7 @@ class DaskLanes(Lanes):
         return self._inquiry.look(by_key, workers)
 
     def stop(self, seconds: float) -> None:
-        self._answering = self._living()
+        self._answering = self._living(self._deadline.silence)
         if not self._answering:
             return
         with warn_of_failure("some tasks may go on"):
@@ -148,8 +148,8 @@ class DaskLanes(Lanes):
     def save(self) -> int:
         return sum(self._ask_stopped(save, SAVING_SECONDS))
 
-    def close(self) -> None:
-        self._ask(close_lane, self._living(), self._deadline.silence, "its lane may not be closed, and keep its memory")
+    def close(self, seconds: float) -> None:
+        self._ask(close_lane, self._living(seconds), seconds, "its lane may not be closed, and keep its memory")
 
     def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
         """What this returns on each worker that has answered so far."""
@@ -172,11 +172,11 @@ class DaskLanes(Lanes):
                 found[address] = int(said.result(timeout=0)[address])
         return found
 
-    def _living(self) -> list[str]:
+    def _living(self, seconds: float) -> list[str]:
         """The workers that are still there; none where the scheduler is not, or in a fork of the process of the run."""
         if not self.is_here:  # a listener has forked
             return []
         with suppress(WorkerLostError):
-            there = living_workers(self._client, self._deadline.silence)
+            there = living_workers(self._client, seconds)
             return [address for address in there if address in self.workers]
         return []
