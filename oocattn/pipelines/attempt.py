@@ -34,6 +34,9 @@ from oocattn.units import format_seconds
 WORKER_CHECK_SECONDS = 5.0
 """Seconds after which it is checked again whether the workers still live."""
 
+AT_ONCE = 1.0
+"""Seconds in which lanes close after a second signal, or are left."""
+
 logger = logging.getLogger("oocattn")
 
 T = TypeVar("T")
@@ -68,15 +71,18 @@ class Attempt:
         Raises the first failure, WorkerLostError where a worker or the scheduler is gone; but for a TaintedError, what the
         lanes have done is on disk then.
         """
+        patience = AT_ONCE
         with self._prefer_worker_lost():
             try:
                 self._open_lanes()
                 self._run_to_completion()
+                patience = self._deadline.silence
             except BaseException as error:
-                self._stop(error)
+                self._stop(error)  # unless a second signal ends it
+                patience = self._deadline.silence
                 raise
             finally:
-                self._lanes.close()
+                self._lanes.close(patience)
 
     def check_dataset(self) -> None:
         """Raise TaintedError where the dataset is not what it was when the run began."""

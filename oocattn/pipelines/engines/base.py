@@ -103,8 +103,8 @@ class Lanes(ABC):
         """Have on disk what stopped lanes hold in memory alone; return the bytes written."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Close the lanes that are still there."""
+    def close(self, seconds: float) -> None:
+        """Close the lanes that are still there; those that do not answer in so many seconds are left."""
 
 
 class Engine(ABC):

@@ -59,7 +59,7 @@ class InlineEngine(Engine):
         check()
 
     def lanes(self, run: Run, deadline: Deadline) -> InlineLanes:
-        return InlineLanes(run, self._devices, deadline)
+        return InlineLanes(run, self._devices)
 
 
 @dataclass
@@ -73,11 +73,10 @@ class _Waiting:
 class InlineLanes(Lanes):
     """Lanes of a run in this process, one on each of the devices, with a few threads each."""
 
-    def __init__(self, run: Run, devices: Sequence[str], deadline: Deadline) -> None:
+    def __init__(self, run: Run, devices: Sequence[str]) -> None:
         super().__init__([f"inline-{number}" for number in range(len(devices))])
         self._run = run
         self._devices = devices
-        self._deadline = deadline
         self._lanes: list[Lane] = []
         self._ready: list[queue.SimpleQueue[Task | None]] = [queue.SimpleQueue() for _ in self.workers]
         self._dependents: dict[TaskId, list[_Waiting]] = {}  # of each task that has not ended
@@ -163,11 +162,11 @@ class InlineLanes(Lanes):
         consequence = "what it held in memory may be lost, and is computed again"
         return sum(self._ask(Lane.save, SAVING_SECONDS, consequence))
 
-    def close(self) -> None:
+    def close(self, seconds: float) -> None:
         for ready in self._ready:
             for _ in range(THREADS):
                 ready.put(None)
-        self._ask(Lane.close, self._deadline.silence_seconds, "its lane may not be closed, and keep its memory")
+        self._ask(Lane.close, seconds, "its lane may not be closed, and keep its memory")
 
     def _ask(self, function: Callable[[Lane], int | None], seconds: float, consequence: str) -> list[int]:
         """A function's results by lane; one that fails or hangs is warned of."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from pathlib import Path
@@ -12,7 +11,6 @@ from distributed import Client
 from support import carry_out, plan_for, run_of
 
 from oocattn import Event
-from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.engines import inline
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.run import Run
@@ -68,11 +66,11 @@ def test_an_inline_lane_that_is_made_when_its_run_has_ended_is_closed(
 
     monkeypatch.setattr(inline, "Lane", SlowLane)
     plan = plan_for(dataset, chunks=3)
-    lanes = inline.InlineLanes(run_of(fast_path, plan), ["cpu"], Deadline(math.inf, plan))
+    lanes = inline.InlineLanes(run_of(fast_path, plan), ["cpu"])
     opened = lanes.open()
     assert making.wait(10)
     lanes.stop(1.0)
-    lanes.close()
+    lanes.close(1.0)
     ended.set()
     opened.result(10)
     assert closed == ["closed"]

@@ -141,7 +141,7 @@ class DaskLanes(Lanes):
         return self._inquiry.look(by_key, workers)
 
     def stop(self, seconds: float) -> None:
-        self._answering = self._living_workers()
+        self._answering = self._living_workers(self._deadline.silence_seconds)
         if not self._answering:
             return
         with warn_of_failure("some tasks may still run"):
@@ -160,13 +160,8 @@ class DaskLanes(Lanes):
     def save(self) -> int:
         return sum(self._ask_stopped(save, SAVING_SECONDS))
 
-    def close(self) -> None:
-        self._ask(
-            close_lane,
-            self._living_workers(),
-            self._deadline.silence_seconds,
-            "its lane may not be closed, and keep its memory",
-        )
+    def close(self, seconds: float) -> None:
+        self._ask(close_lane, self._living_workers(seconds), seconds, "its lane may not be closed, and keep its memory")
 
     def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
         """A function's results on the workers that have answered so far."""
@@ -189,11 +184,11 @@ class DaskLanes(Lanes):
                 found[address] = int(said.result(timeout=0)[address])
         return found
 
-    def _living_workers(self) -> list[str]:
+    def _living_workers(self, seconds: float) -> list[str]:
         """The workers still there; none without a scheduler, or in a fork."""
         if not self.is_here:  # a listener has forked
             return []
         with suppress(WorkerLostError):
-            there = living_workers(self._client, self._deadline.silence_seconds)
+            there = living_workers(self._client, seconds)
             return [address for address in there if address in self.workers]
         return []
