@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from oocattn.bench.records import Ceiling
@@ -14,6 +13,7 @@ from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import advise, open_regular
 from oocattn.storage.files.syncing import sync_descriptor
+from oocattn.threads import ThreadPool
 
 BYTES = 256 << 20
 """Read and written at most to measure a rate."""
@@ -79,7 +79,7 @@ def drop_from_cache(files: Iterable[Path]) -> None:
 
 def read_files(files: Iterable[Path]) -> None:
     """Read files whole, four at a time, into buffers that are reused."""
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS, "oocattn-ceiling") as pool:
         for _ in pool.map(_read, files):
             pass
 

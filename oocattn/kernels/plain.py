@@ -112,14 +112,14 @@ class PlainKernel:
         return (scores, (rows + 1) * keys, *[of_query] * 2, *[of_value] * 3, *counted, vectors, SCRATCH_BYTES)
 
 
-def _shift(maximum: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The shift of scores before exp: `kept`, or as near as weights stay finite.
+def _shift(maximum: torch.Tensor, state_maximum: torch.Tensor) -> torch.Tensor:
+    """The shift of scores before exp: `state_maximum`, or as near as weights stay finite.
 
     From scores of about 1e9 on, rounding the maximum to float32 moves it by more than exp can take. The weights of a tile
     are exact all the same; against other tiles the row then counts as float32 scores would.
     """
     finite = finite_shift(maximum)
-    return finite - (finite - finite_shift(kept)).clamp_(-_MOST_APART, _MOST_APART)
+    return finite - (finite - finite_shift(state_maximum)).clamp_(-_MOST_APART, _MOST_APART)
 
 
 def _hide(scores: torch.Tensor, intervals: Int32s) -> None:

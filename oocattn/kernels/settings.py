@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from oocattn.forks import note_computing
+from oocattn.threads import ThreadPool, begin_call
 
 _LAUNCHING = threading.Lock()
 _COUNTING = threading.Lock()
 
 
-def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPoolExecutor:
+def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPool:
     """A pool of threads that compute with none of the caller's settings.
 
     A thread begins with torch's own defaults, but on Linux it inherits whether the processor flushes to zero what is
@@ -29,7 +30,7 @@ def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPool
     `cores` (None: as many as the process does).
     """
     note_computing()
-    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_begin_plainly, initargs=(cores,))
+    return ThreadPool(count, name, partial(_begin_plainly, cores))
 
 
 def _begin_plainly(cores: int | None) -> None:
@@ -48,9 +49,7 @@ def _use_cores(count: int) -> None:
         if usual == count:
             return
         torch.set_num_threads(count)
-        restoring = threading.Thread(target=torch.set_num_threads, args=(usual,), name="oocattn-restore")
-        restoring.start()
-        restoring.join()
+        begin_call(torch.set_num_threads, usual).result()
 
 
 @contextmanager
@@ -78,21 +77,21 @@ class _CpuPrecision:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._within = 0
-        self._before, self._taken = "", False
+        self._before, self._lowered = "", False
 
     def __enter__(self) -> None:
         with self._lock:
             self._within += 1
             if self._within == 1:
                 self._before = _get_cpu_precision()
-                self._taken = self._before in ("bf16", "tf32", "medium", "high")
-                if self._taken:
+                self._lowered = self._before in ("bf16", "tf32", "medium", "high")
+                if self._lowered:
                     _set_cpu_precision("ieee")
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._within -= 1
-            if not self._within and self._taken and _get_cpu_precision() in ("ieee", "highest"):  # else the caller set it
+            if not self._within and self._lowered and _get_cpu_precision() in ("ieee", "highest"):  # else the caller set it
                 _set_cpu_precision("none")  # which inherits it
                 if self._before != _get_cpu_precision():
                     _set_cpu_precision(self._before)

@@ -22,8 +22,6 @@ class Forward:
 
     query_inputs: tuple[str, ...] = ("q",)
     key_inputs: tuple[str, ...] = ("k", "v")
-    merge = staticmethod(merge)
-    finalise = staticmethod(finalise)
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -52,6 +50,14 @@ class Forward:
         intervals = tile.intervals()
         self._kernel.attend(q[:, tile.rows.start : tile.rows.stop], k, v, part, scores=self._scores, intervals=intervals)
         enter_tile(part, tile)
+
+    def merge(self, into: AttentionState, other: AttentionState) -> None:
+        """See `Operation.merge`."""
+        merge(into, other)
+
+    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """See `Operation.finalise`."""
+        finalise(state, out, lse)
 
     def expected(self, head_group: int, rows: range) -> ExpectedLedger:
         """See `Operation.expected`."""

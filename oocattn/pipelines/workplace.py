@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +15,7 @@ from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.planning.measure import count_lanes, warm_up
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
+from oocattn.threads import ThreadPool
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
@@ -46,7 +46,7 @@ class Workplace:
         if self.client is not None:
             yield self.client, decide(_count_workers(self.client, until))
             return
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPool(1, "oocattn-prepare") as beside:
             warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
             if self.engine != INLINE:
                 from oocattn.pipelines.engines.dask.local_cluster import local_client

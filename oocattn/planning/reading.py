@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import numpy as np
@@ -14,6 +13,7 @@ from oocattn.problem.problem import Problem
 from oocattn.storage.dtypes import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
+from oocattn.threads import ThreadPool
 
 SAMPLE_BYTES = 16 << 20
 """How much of an array is decoded to measure how fast that is."""
@@ -53,7 +53,7 @@ def sample_rate(dataset: Dataset) -> float:
             buffers.put(buffer)
         return out.nbytes
 
-    with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
+    with ThreadPool(SAMPLE_THREADS, "oocattn-sample") as pool:
         began = time.perf_counter()
         total = sum(pool.map(read, samples))
         return total / max(time.perf_counter() - began, 1e-6)

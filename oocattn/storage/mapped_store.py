@@ -29,6 +29,7 @@ from oocattn.storage.zarr_compat import (
     SuffixByteRequest,
     default_buffer_prototype,
 )
+from oocattn.threads import begin_call
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -117,7 +118,7 @@ class MappedStore(LocalStore):
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
         """The value of `key`, or the part of it in `byte_range`; None if there is none."""
-        return await asyncio.to_thread(self.get_sync, key, prototype=prototype, byte_range=byte_range)
+        return await asyncio.wrap_future(begin_call(self.get_sync, key, prototype=prototype, byte_range=byte_range))
 
     async def get_partial_values(
         self,

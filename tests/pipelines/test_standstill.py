@@ -84,7 +84,7 @@ def test_one_of_two_workers_that_stands_still_is_told_while_the_other_works() ->
     def look(pending: object, workers: Sequence[str]) -> tuple[dict[str, Obstacle], dict[str, float]]:
         return {name: found[name] for name in workers if name in found}, dict.fromkeys(workers, math.inf)
 
-    limits: Any = SimpleNamespace(stalled=1000.0, noticed=1000.0)
+    limits: Any = SimpleNamespace(stalled_seconds=1000.0, noticed_seconds=1000.0)
     recorder = Recorder([])
     watch = Standstill("ab", lambda: tasks, look, recorder, limits)
     for _ in range(4):

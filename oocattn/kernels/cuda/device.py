@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
 
+from oocattn.threads import ThreadPool
 from oocattn.units import ceil_div, round_up
 
 _MIB = 1 << 20
 
 
 @cache
-def launcher(device: torch.device) -> ThreadPoolExecutor:
+def launcher(device: torch.device) -> ThreadPool:
     """The one thread of this process that launches attention on a GPU, for good.
 
     torch keeps what cuDNN has planned for each shape by thread, and a plan takes 45 ms to make (H200, cuDNN 9.19).
     """
-    return ThreadPoolExecutor(1, thread_name_prefix=f"oocattn-launch-{device}")
+    return ThreadPool(1, f"oocattn-launch-{device}")
 
 
 def release_cached_memory(device: torch.device) -> None:
@@ -29,7 +29,7 @@ def release_cached_memory(device: torch.device) -> None:
 
 
 def capability_reason(device: torch.device, least: tuple[int, int] = (0, 0)) -> str:
-    """Why `device` is no GPU of capability `least`, or ""; touches none without GPUs."""
+    """Why `device` is no GPU of capability `least`, or ""; GPUs are not touched."""
     if device.type != "cuda":
         return "it runs on NVIDIA GPUs"
     if not torch.cuda.is_available():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -157,17 +156,3 @@ def warn_of_failure(consequence: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning("%s: %s", consequence, words_of(error))
-
-
-def begin_call(function: Callable[[], T]) -> Future[T]:
-    """Begin a call in a thread that does not keep the process if it never returns."""
-    called = Future[T]()
-
-    def call() -> None:
-        try:
-            called.set_result(function())
-        except BaseException as error:
-            called.set_exception(error)
-
-    threading.Thread(target=call, name="oocattn-call", daemon=True).start()
-    return called

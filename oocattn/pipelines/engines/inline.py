@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from functools import partial
 
 from oocattn import clock
 from oocattn.kernels.arithmetic import arithmetic_of
@@ -23,7 +22,6 @@ from oocattn.pipelines.engines.base import (
     Engine,
     Lanes,
     Obstacle,
-    begin_call,
     perform,
     warn_of_failure,
 )
@@ -35,6 +33,7 @@ from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
+from oocattn.threads import begin_call
 
 THREADS = 6
 """Threads of a lane: up to three attend (on a GPU), others stage, merge and write."""
@@ -174,7 +173,7 @@ class InlineLanes(Lanes):
         """A function's results by lane; one that fails or hangs is warned of."""
         if not self.is_here:
             return []
-        calls = [begin_call(partial(function, lane)) for lane in self._lanes]
+        calls = [begin_call(function, lane) for lane in self._lanes]
         wait(calls, timeout=seconds)
         found = []
         for name, call in zip(self.workers, calls, strict=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -18,6 +17,7 @@ from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended, Span
 from oocattn.planning.plan import Plan
+from oocattn.threads import ThreadPool
 
 
 class CpuDevice:
@@ -31,7 +31,7 @@ class CpuDevice:
         self._step = health.step
         self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
         self.cores = plan.threads
-        self.allocator = ThreadPoolExecutor(1, thread_name_prefix="oocattn-allocate")
+        self.allocator = ThreadPool(1, "oocattn-allocate")
         # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.
         self.launcher = plain_threads(1, "oocattn-attend", self.cores)
 

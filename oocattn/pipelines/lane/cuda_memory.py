@@ -10,7 +10,6 @@ import logging
 import mmap
 import weakref
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 
@@ -31,6 +30,7 @@ from oocattn.planning.memory import (
     device_arena_bytes,
 )
 from oocattn.planning.plan import Plan
+from oocattn.threads import ThreadPool
 from oocattn.units import format_bytes
 
 SMALLEST_TILE = 128
@@ -114,12 +114,12 @@ def copy_state(into: AttentionState, state: AttentionState) -> None:
 
 
 @cache
-def pinning(device: torch.device) -> ThreadPoolExecutor:
+def pinning(device: torch.device) -> ThreadPool:
     """The one thread of this process that pins and unpins host memory for a GPU.
 
     One after the other: what a lane has given up is gone before the next one gets any.
     """
-    return ThreadPoolExecutor(1, thread_name_prefix=f"oocattn-pin-{device}")
+    return ThreadPool(1, f"oocattn-pin-{device}")
 
 
 class PinnedMemory:
@@ -149,6 +149,7 @@ class PinnedMemory:
             )
         self.tensor = torch.from_numpy(content)
         self.close = weakref.finalize(self, _unregister, content, torch.cuda.current_device())
+        self.close.atexit = False  # CUDA might not answer, and the end of the process unlocks them
 
 
 def close_all(memories: Iterable[PinnedMemory]) -> None:
@@ -174,5 +175,5 @@ def _touch(content: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
     def touch(start: int) -> None:
         content[start : start + step : mmap.PAGESIZE] = 0
 
-    with ThreadPoolExecutor(_TOUCHING_THREADS) as pool:
+    with ThreadPool(_TOUCHING_THREADS, "oocattn-touch") as pool:
         list(pool.map(touch, range(0, len(content), step)))

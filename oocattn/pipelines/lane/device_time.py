@@ -56,7 +56,7 @@ class DeviceClock:
 
 
 def join_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Sort spans, and join those of one resource whose gap is smaller than `JOIN_SECONDS`."""
+    """Sort spans, and join those of one resource less than `JOIN_SECONDS` apart."""
     found: list[Span] = []
     last: dict[Resource, int] = {}
     for span in sorted(spans, key=lambda span: span.start):

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from oocattn.planning.plan import Plan
 from oocattn.problem.problem import HeadGroup
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
+from oocattn.threads import ThreadPool
 
 READ_BYTES = 8 << 20
 """Bytes that one thread reads at a time where several read."""
@@ -101,7 +102,7 @@ class Stager:
         self._step = step
         self._turns = Turns("stage", len(slots))
         self._staged: dict[int, StagedChunks] = {}
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="oocattn-read")
+        self._readers = ThreadPool(readers, "oocattn-read")
         self._decoding = threading.Lock()
 
     def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None) -> Staged:

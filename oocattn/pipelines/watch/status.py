@@ -241,13 +241,13 @@ def read_status(paths: ResultPaths) -> Status:
             return replace(_finished(paths, recorded["problem"]), result=str(paths.result))
         last = Status("none" if holder is None else "running")
     elif holder is not None:
-        last = replace(_seen(last, holder, paths), error="")  # which is of a run before this one
+        last = replace(_running_status(last, holder, paths), error="")  # which is of a run before this one
     else:
         last = replace(last, state="interrupted", dashboard="", stalled="")
     return replace(last, holder="" if holder is None else str(holder), result=str(paths.result))
 
 
-def _seen(last: Status, holder: Holder, paths: ResultPaths) -> Status:
+def _running_status(last: Status, holder: Holder, paths: ResultPaths) -> Status:
     """The status of a run that is alive; its process may be stopped."""
     running, silence = replace(last, state="running"), holder_silence(paths.lock)
     if silence < NOTICED_SECONDS:

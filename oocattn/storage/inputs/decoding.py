@@ -25,6 +25,7 @@ from zarr.codecs import ShardingCodec
 from oocattn.storage.inputs.codec_chain import COMPRESSORS, Chain, Codec, Stage, chain_of, v2_codecs, v3_codecs
 from oocattn.storage.inputs.zstd_frames import first_size, frame_sizes
 from oocattn.storage.zarr_compat import ArraySpec, Buffer, BytesBytesCodec
+from oocattn.threads import begin_call
 
 PIECE_BYTES = 1 << 16
 """Compressed bytes that a stream is given at a time: deflate makes at most a thousand times as many of them."""
@@ -90,7 +91,7 @@ class _BoundedCodec(BytesBytesCodec):
         return chunk_spec.prototype.buffer.from_bytes(self.decoder(chunk_bytes.as_numpy_array()))
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
-        return await asyncio.to_thread(self._decode_sync, chunk_bytes, chunk_spec)
+        return await asyncio.wrap_future(begin_call(self._decode_sync, chunk_bytes, chunk_spec))
 
     def _encode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer | None:
         raise NotImplementedError

@@ -53,6 +53,9 @@ PATIENCE = 0.5
 BEAT = 2.0
 """Seconds between touches of the file by its holder."""
 
+RELEASE_SECONDS = 10.0
+"""Seconds for which a release waits for a touch in flight."""
+
 BEATS_MISSED = 3
 """So many of them may fail to appear before a holder on another host is taken for dead."""
 
@@ -146,7 +149,12 @@ class FileLock:
             return
         _held.discard(self)
         self._released.set()
-        self._beating.join()  # else it might touch another file, which has the descriptor by then
+        self._beating.join(RELEASE_SECONDS)
+        if self._beating.is_alive():  # it might touch another file, if that had the descriptor
+            logger.warning(
+                "%s: the file system does not answer; the lock is left behind, a later run takes it over", self.path
+            )
+            return
         with suppress(OSError):
             if self.is_held():
                 self.path.unlink(missing_ok=True)

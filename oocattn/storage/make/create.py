@@ -13,7 +13,6 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from oocattn.storage.remote.store import RemoteStore, open_remote
 from oocattn.storage.zarr_compat import ArrayV3Metadata, Buffer, DefaultChunkKeyEncoding
 from oocattn.storage.zarr_compat import sync as zarr_sync
 from oocattn.text import printable
+from oocattn.threads import ThreadPool
 from oocattn.units import ceil_div
 
 CHUNK_BYTES = 32 * 2**20
@@ -159,7 +159,7 @@ def fill_array(
         span = chunk_selection(array, coords)[2]
         write_chunk(array, coords, rows(b, h, span.start, span.stop)[np.newaxis, np.newaxis])
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPool(workers or os.cpu_count() or 1, "oocattn-create") as pool:
         for _ in pool.map(write, itertools.product(range(batch), range(tokens), range(heads))):
             pass
 

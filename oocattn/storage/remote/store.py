@@ -18,6 +18,7 @@ from oocattn.storage.locations import Location, is_chain
 from oocattn.storage.remote.transient import retry
 from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sync
 from oocattn.text import printable
+from oocattn.threads import begin_call
 
 LISTING_PATIENCE = 5.0
 """Seconds for which a listing is tried again: what cannot be listed is asked for by name."""
@@ -162,7 +163,7 @@ def open_remote(location: Location, *, read_only: bool = True) -> RemoteStore:
     """
 
     async def step() -> RemoteStore:
-        return await asyncio.to_thread(_open, location.text, read_only)  # an archive's contents are read
+        return await asyncio.wrap_future(begin_call(_open, location.text, read_only))  # an archive's contents are read
 
     store = sync(retry("opening", str(location), step))
     store.location = str(location)

@@ -150,11 +150,11 @@ def share_out(visible: Mapping[str, Sequence[str]]) -> dict[str, int]:
     A GPU is an index into those that the worker sees. `visible` names the GPUs, the same name for the same one. So
     workers that see all GPUs, in whatever order, and workers that see one each all end up with their own.
     """
-    taken: Counter[str] = Counter()
+    sharers: Counter[str] = Counter()
     chosen = {}
     for worker, names in visible.items():
-        index = min(range(len(names)), key=lambda index: (taken[names[index]], index))
-        taken[names[index]] += 1
+        index = min(range(len(names)), key=lambda index: (sharers[names[index]], index))
+        sharers[names[index]] += 1
         chosen[worker] = index
     return chosen
 

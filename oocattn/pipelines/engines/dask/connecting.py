@@ -15,8 +15,8 @@ from distributed import Client, Security, rpc
 from distributed.deploy.cluster import Cluster
 
 from oocattn.errors import ProblemError
-from oocattn.pipelines.engines.base import begin_call
 from oocattn.text import printable
+from oocattn.threads import begin_call
 from oocattn.units import format_seconds
 
 CONNECT_SECONDS = 30.0

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, cast
 
 from oocattn.errors import ProblemError
 from oocattn.forks import is_forked
 from oocattn.garbage import collection_paused
 from oocattn.surroundings import with_some_home
+from oocattn.threads import ThreadPool
 
 with collection_paused():
     import dask
@@ -64,7 +66,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     address = DashboardAddress.parse(dashboard_address)
     if is_forked():
         # Dask has one thread for the whole process that unpacks tasks: where it was in use before the fork, it is not here.
-        distributed.utils._offload_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Offload")
+        distributed.utils._offload_executor = cast(Any, ThreadPool(1, "Dask-Offload"))
     # Else Dask asks for the way to a host of the internet, and warns where is none. Other clusters here keep their address.
     inproc.global_manager._ip = inproc.global_manager._ip or LOOPBACK
     settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
@@ -75,7 +77,9 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
         address.restrict(cluster.scheduler.http_application)
         for application in cluster.scheduler.http_application.applications:
             application.websocket_origins.update(address.origins(http.port))
-        cluster.sync(_close_pages, list(cluster.workers.values()))
+        workers_here = list(cluster.workers.values())
+        cluster.sync(_close_pages, workers_here)
+        here.callback(cluster.sync, _close_workers, workers_here)
         yield here.enter_context(Client(cluster))
 
 
@@ -163,6 +167,11 @@ def _cause(error: BaseException) -> BaseException:
     while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
         error = before
     return error
+
+
+async def _close_workers(workers: list[Worker]) -> None:
+    """Close workers without waiting for tasks: a run that has ended waits for none, and one may hang."""
+    await asyncio.gather(*(worker.close(executor_wait=False) for worker in workers))
 
 
 async def _close_pages(workers: list[Worker]) -> None:

@@ -31,6 +31,7 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import Fingerprints, changed_arrays
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.results.growing import RunState
+from oocattn.threads import begin_call
 from oocattn.units import ceil_div, format_bytes
 from oocattn.version import __version__, source_digest
 
@@ -135,8 +136,8 @@ async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerS
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
     share = manager.memory_pause_fraction or dask.config.get("distributed.worker.memory.terminate") or math.inf
-    dataset = await asyncio.to_thread(_look_at_dataset, expected.dataset)  # which may take seconds
-    result, probe = await asyncio.to_thread(_look_at_state, expected.state, expected.claim)
+    dataset = await asyncio.wrap_future(begin_call(_look_at_dataset, expected.dataset))  # which may take seconds
+    result, probe = await asyncio.wrap_future(begin_call(_look_at_state, expected.state, expected.claim))
     return WorkerState(
         id=str(dask_worker.id),
         host=socket.gethostname(),

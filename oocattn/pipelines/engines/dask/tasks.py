@@ -7,6 +7,7 @@ does not look at them.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,13 @@ from oocattn.pipelines.graph import Task
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
+from oocattn.threads import begin_call
+from oocattn.units import format_seconds
+
+logger = logging.getLogger("oocattn")
+
+CLOSE_SECONDS = 10.0
+"""Seconds in which a lane closes, or a worker goes on without."""
 
 ENDED = ("memory", "error", "rescheduled")
 """States that a worker gives a task when it has ended, cancelled or not."""
@@ -47,8 +55,18 @@ class LanePlugin(WorkerPlugin):
             elif finish in ENDED:
                 self.executing.discard(key)
 
-    def teardown(self, worker: Worker) -> None:
-        self.lane.close()
+    async def teardown(self, worker: Worker) -> None:
+        """Close the lane; one that hangs is left to the end of the process."""
+        closing = asyncio.wrap_future(begin_call(self.lane.close))
+        ended, _ = await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+        if not ended:
+            logger.warning(
+                "worker %s: its lane did not close in %s and keeps its memory; restart the worker",
+                worker.name,
+                format_seconds(CLOSE_SECONDS),
+            )
+        for each in ended:
+            each.result()
 
 
 def find_plugin(run: str, worker: Worker) -> LanePlugin | None:
@@ -102,7 +120,7 @@ def stop(run: str, dask_worker: Worker) -> int:
 async def save(run: str, dask_worker: Worker) -> int:
     """Save what a stopped run's lane here holds in memory alone; return the bytes."""
     plugin = find_plugin(run, dask_worker)
-    return 0 if plugin is None else await asyncio.to_thread(plugin.lane.save)
+    return 0 if plugin is None else await asyncio.wrap_future(begin_call(plugin.lane.save))
 
 
 def perform_task(run: str, task: Task, *after: TaskEvent) -> TaskEvent | None:
