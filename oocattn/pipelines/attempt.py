@@ -76,10 +76,10 @@ class Attempt:
             try:
                 self._open_lanes()
                 self._run_to_completion()
-                patience = self._deadline.silence
+                patience = self._deadline.silence_seconds
             except BaseException as error:
                 self._stop(error)  # unless a second signal ends it
-                patience = self._deadline.silence
+                patience = self._deadline.silence_seconds
                 raise
             finally:
                 self._lanes.close(patience)
