@@ -190,6 +190,7 @@ def test_every_task_raises_the_error_that_stopped_the_lane(
     for turn in heard:
         with pytest.raises(OSError, match="No space left"):
             made.attend(turn)
+    made.close()
 
 
 def test_a_waiting_task_raises_the_error_that_stops_the_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
