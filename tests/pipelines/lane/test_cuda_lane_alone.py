@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +48,19 @@ def _pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_memory, "SMALLEST_TILE", 1)
 
 
+MADE: list[Lane] = []
+
+
+@pytest.fixture(autouse=True)
+def _lanes_are_closed(_pretended: None) -> Iterator[None]:
+    yield
+    while MADE:
+        MADE.pop().close()
+
+
 def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
-    return Lane(run_of(folder, plan, result), "cuda:0")
+    MADE.append(Lane(run_of(folder, plan, result), "cuda:0"))
+    return MADE[-1]
 
 
 def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +201,6 @@ def test_every_task_raises_the_error_that_stopped_the_lane(
     for turn in heard:
         with pytest.raises(OSError, match="No space left"):
             made.attend(turn)
-    made.close()
 
 
 def test_a_waiting_task_raises_the_error_that_stops_the_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
