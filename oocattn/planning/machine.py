@@ -25,7 +25,7 @@ MAX_LANES = 1024
 """The most lanes of a run; further workers take no part."""
 
 TASK_SECONDS: dict[Engine, float] = {"dask": 0.004, "inline": 0.001}
-"""Processor time of a tiny task on each engine, measured on 2 cores."""
+"""Processor seconds of a tiny task on each engine: 2 cores, 3.7 to 6.4 ms measured on Dask, 0.9 to 2.9 inline."""
 
 FILE_SECONDS = 0.002
 """Seconds to write and sync a small file (ext4, SSD: 0.6 to 2.6 ms; tmpfs: 0.07)."""
