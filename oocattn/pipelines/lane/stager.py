@@ -103,6 +103,7 @@ class Stager:
         self._turns = Turns("stage", len(slots))
         self._staged: dict[int, StagedChunks] = {}
         self._readers = ThreadPool(readers, "oocattn-read")
+        self._map = self._readers.map if readers > 1 else map
         self._decoding = threading.Lock()
 
     def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None) -> Staged:
@@ -114,7 +115,7 @@ class Stager:
         chunks = [chunk for chunk in subproblem.query_chunks if wanted is None or chunk in wanted]
         self._staged[turn] = staged = self._lay_out(slot, head_group, subproblem, chunks)
         reads = list(self._reads(staged))
-        for read, not_finite in zip(reads, self._readers.map(self._read, reads), strict=True):
+        for read, not_finite in zip(reads, self._map(self._read, reads), strict=True):
             staged.not_finite[read.chunk] += not_finite
         stop = clock.now()
         spans = (Span("read", start, stop),)
