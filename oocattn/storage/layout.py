@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ class ChunkFiles:
 
     def parts(self, batch: int, head: int, start: int, stop: int) -> Iterator[Part]:
         """Tokens [start, stop) of one head, split at chunk boundaries, in order."""
-        *grouped, rows, head_dim = self.array.chunks
-        row_bytes = head_dim * self.array.dtype.itemsize
+        *grouped, rows, head_dim = self._extents
+        row_bytes = head_dim * self._itemsize
         outer: list[int] = []
         before = 0  # heads that come before this one in the same chunk
         for position, extent in zip(leading_indices(self.array, batch, head), grouped, strict=True):
@@ -59,7 +60,19 @@ class ChunkFiles:
             key = chunk_key(self.array, (*outer, number, 0))
             offset = (before * rows + low - number * rows) * row_bytes
             begin, end = (low - start) * row_bytes, (high - start) * row_bytes
-            yield Part(key, self.root / key, offset, chunk_bytes(self.array), begin, end)
+            yield Part(key, self.root / key, offset, self._file_bytes, begin, end)
+
+    @cached_property
+    def _extents(self) -> tuple[int, ...]:
+        return self.array.chunks
+
+    @cached_property
+    def _itemsize(self) -> int:
+        return self.array.dtype.itemsize
+
+    @cached_property
+    def _file_bytes(self) -> int:
+        return chunk_bytes(self.array)
 
 
 def leading_indices(array: zarr.Array[Any], batch: int, head: int) -> tuple[int, ...]:

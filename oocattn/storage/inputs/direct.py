@@ -48,10 +48,11 @@ def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int,
     """
     content = _bytes_of(out)
     ahead = files.parts(batch, head, start, stop)
-    _advise(islice(ahead, 1 + READ_AHEAD))
+    _advise(islice(ahead, 1, 1 + READ_AHEAD))
     for part in files.parts(batch, head, start, stop):
         _advise(islice(ahead, 1))
         with _open_part(files, part) as descriptor:
+            advise(descriptor, part.offset, part.end - part.begin, os.POSIX_FADV_WILLNEED)
             _read(descriptor, files, part, content)
 
 

@@ -35,12 +35,12 @@ class InputArray:
         self._root = array.store.root if isinstance(array.store, MappedStore) else None
         self._fastest = fastest or FastestReader()
 
-    @property
+    @cached_property
     def spec(self) -> ArraySpec:
         """Name, shape and dtype; a dtype that is not ours keeps Zarr's name for it."""
         return ArraySpec(self.name, self.array.shape, self.array.dtype.name)
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of `read_rows`' buffers: the array's, in native byte order."""
         return self.array.dtype.newbyteorder("=")
@@ -85,7 +85,7 @@ class InputArray:
         fit, and IntegrityError for a chunk that is missing, of the wrong size or undecodable; `out` is then undefined.
         """
         self._check_rows(batch, head, start, stop)
-        expected = (stop - start, self.array.shape[-1])
+        expected = (stop - start, self.spec.shape[-1])
         if out.shape != expected or out.dtype != self.dtype or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(
                 f"buffer of {out.dtype} {list(out.shape)} for rows of {self.name!r}: expected {self.dtype} "
