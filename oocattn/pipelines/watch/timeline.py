@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from html import escape
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO, cast, get_args
 
@@ -45,11 +46,12 @@ Floats = NDArray[np.float64]
 
 def busy_seconds(spans: Iterable[Span]) -> float:
     """Seconds in which at least one span was under way: their union's length."""
-    pairs = [(span.start, span.stop) for span in spans]
-    if len(pairs) < 2:  # most events, and the driver adds them all up
-        return sum(max(0.0, stop - start) for start, stop in pairs)
-    starts, stops = _union(*np.asarray(pairs, dtype=np.float64).T)
-    return float((stops - starts).sum())
+    seconds, reached = 0.0, -math.inf
+    for span in sorted(spans, key=attrgetter("start")):
+        if span.stop > reached:
+            seconds += span.stop - max(span.start, reached)
+            reached = span.stop
+    return seconds
 
 
 def _union(starts: Floats, stops: Floats) -> tuple[Floats, Floats]:
