@@ -6,6 +6,7 @@ ends with the first failure, and then what is in flight is on disk; the driver d
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import time
@@ -20,13 +21,13 @@ from oocattn.errors import OocattnError, StalledError, TaintedError, TaskError, 
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.engines.base import Lanes, Outcome
 from oocattn.pipelines.failing import SET_UP, naming
-from oocattn.pipelines.graph import Graph, Task, TaskId, pieces
+from oocattn.pipelines.graph import STEPS, Graph, Task, TaskId, pieces
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError
 from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.watch.events import Attended, Callback, Saved, Staged, TaskEvent
-from oocattn.planning.cost import MOST_UNFINISHED, WINDOW
+from oocattn.planning.cost import MOST_UNFINISHED, PIECE, WINDOW
 from oocattn.storage.files.operations import describe_error, is_disk_full
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.units import format_seconds
@@ -104,9 +105,11 @@ class Attempt:
     def _run_to_completion(self) -> None:
         """Submit every piece of the graph, and deal with the outcome of every task."""
         ahead = pieces(Graph(self._schedule).tasks())
+        subproblems = 1  # few at first: reading begins while the rest is submitted
         while True:
-            while self._has_room() and (piece := next(ahead, None)) is not None:
-                self._submit(piece)
+            while self._has_room() and (batch := _take(ahead, subproblems * self._schedule.lanes)):
+                self._submit(batch)
+                subproblems = PIECE
             if not self._unfinished:
                 return
             for task, outcome in self._next_outcomes():
@@ -117,11 +120,12 @@ class Attempt:
         lanes = self._schedule.lanes
         return self._attending < WINDOW * lanes and len(self._unfinished) < MOST_UNFINISHED * lanes
 
-    def _submit(self, piece: list[Task]) -> None:
+    def _submit(self, batch: list[list[Task]]) -> None:
         with naming("the submission of tasks"), self._prefer_worker_lost():
-            self._lanes.submit(piece)
-        self._unfinished.update((task.id, task) for task in piece)
-        self._attending += sum(task.id[0] == "attend" for task in piece)
+            self._lanes.submit(batch)
+        for task in itertools.chain.from_iterable(batch):
+            self._unfinished[task.id] = task
+            self._attending += task.id[0] == "attend"
 
     def _next_outcomes(self) -> list[Outcome]:
         """Wait until tasks have ended. Raises InterruptedRunError, TimeLimitError, and StalledError when none ends."""
@@ -243,3 +247,11 @@ class Attempt:
             words += f", none of them since the start: one takes about {format_seconds(plan.subproblem_seconds)}"
             words += f", so allow {format_seconds(self._deadline.least_seconds)} and what it takes to start"
         return words
+
+
+def _take(ahead: Iterator[list[Task]], subproblems: int) -> list[list[Task]]:
+    """The next pieces, with the tasks of about so many subproblems: an engine takes them at less cost together."""
+    batch: list[list[Task]] = []
+    while sum(map(len, batch)) < subproblems * len(STEPS) and (piece := next(ahead, None)) is not None:
+        batch.append(piece)
+    return batch

@@ -182,7 +182,7 @@ def test_dask_graphs_are_valid_and_their_groups_have_no_cycle(plan: Plan, lanes:
     maker, earlier = GraphMaker("1234abcd", workers), {}
     groups: dict[str, set[str]] = {}
     for piece in pieces(Graph(Schedule(plan, lanes)).tasks()):
-        graph, keys = maker.make(piece, earlier)
+        graph, keys = maker.make([piece], earlier)
         graph.validate()
         for task, key in zip(piece, keys, strict=True):
             made = graph[key]

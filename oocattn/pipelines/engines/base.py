@@ -74,8 +74,8 @@ class Lanes(ABC):
         """Make the lanes. The future has the error of the first that cannot be made."""
 
     @abstractmethod
-    def submit(self, piece: Sequence[Task]) -> None:
-        """Submit tasks; each begins when those that it waits for have ended."""
+    def submit(self, pieces: Sequence[Sequence[Task]]) -> None:
+        """Submit tasks; each begins when those that it waits for, which come before it, have ended."""
 
     @abstractmethod
     def forget(self, task: Task) -> None:

@@ -6,6 +6,7 @@ are daemons, so a task that hangs keeps no interpreter from its exit.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -102,9 +103,9 @@ class InlineLanes(Lanes):
             for _ in range(THREADS):
                 threading.Thread(target=self._work, args=(number,), name="oocattn-task", daemon=True).start()
 
-    def submit(self, piece: Sequence[Task]) -> None:
+    def submit(self, pieces: Sequence[Sequence[Task]]) -> None:
         with self._changing:
-            for task in piece:
+            for task in itertools.chain.from_iterable(pieces):
                 pending = [self._dependents[other] for other in task.after if other in self._dependents]
                 self._dependents[task.id] = []
                 waiting = _Waiting(task, len(pending))

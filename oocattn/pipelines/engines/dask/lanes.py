@@ -29,7 +29,7 @@ from oocattn.pipelines.engines.dask.calls import answer, begin
 from oocattn.pipelines.engines.dask.cluster import check_scheduler, living_workers, scheduler_gone
 from oocattn.pipelines.engines.dask.obstacles import Inquiry
 from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, save, stop
-from oocattn.pipelines.graph import STEPS, Task, TaskId
+from oocattn.pipelines.graph import Task, TaskId
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
 
@@ -45,7 +45,7 @@ logger = logging.getLogger("oocattn")
 class GraphMaker:
     """Makes Dask graphs of the pieces of a run, a layer a step.
 
-    Tasks are for the workers of its lanes. An edge to a task of an earlier piece is that task's future; one that has
+    Tasks are for the workers of its lanes. An edge to a task of an earlier graph is that task's future; one that has
     ended needs no edge. Layers, and with them the task groups of the scheduler, have the number of their piece in
     their names, so that they never form a cycle.
     """
@@ -56,22 +56,25 @@ class GraphMaker:
         self._numbers = itertools.count()
 
     def make(
-        self, piece: Sequence[Task], unfinished: Mapping[TaskId, Future[TaskEvent | None]]
+        self, pieces: Sequence[Sequence[Task]], unfinished: Mapping[TaskId, Future[TaskEvent | None]]
     ) -> tuple[HighLevelGraph, list[Key]]:
-        """The graph of a piece, and its keys; `unfinished`: futures of earlier pieces."""
-        number = next(self._numbers)
-        names = {step: f"{step}-{self._run}-{number}" for step in STEPS}
-        keys: dict[TaskId, Key] = {task.id: (names[task.id[0]], *task.id[1:]) for task in piece}
+        """The graph of some pieces, and its keys; `unfinished`: futures of earlier graphs."""
+        keys: dict[TaskId, Key] = {}
+        for piece in pieces:
+            number = next(self._numbers)
+            keys.update((task.id, (f"{task.id[0]}-{self._run}-{number}", *task.id[1:])) for task in piece)
         layers: dict[str, dict[Key, DaskTask]] = {}
         dependencies: dict[str, set[str]] = {}
-        for task in piece:
-            name, key = names[task.id[0]], keys[task.id]
+        workers: dict[Key, list[str]] = {}
+        for task in itertools.chain.from_iterable(pieces):
+            key = keys[task.id]
+            name = key[0]
             inside = [keys[other] for other in task.after if other in keys]
             earlier = [unfinished[other] for other in task.after if other in unfinished]
             sent = Task(task.id, task.lane, (), task.turn, task.chunks)
             layers.setdefault(name, {})[key] = DaskTask(key, perform_task, self._run, sent, *map(TaskRef, inside), *earlier)
             dependencies.setdefault(name, set()).update(other[0] for other in inside if other[0] != name)
-        workers = {keys[task.id]: [self._workers[task.lane]] for task in piece}
+            workers[key] = [self._workers[task.lane]]
         annotations = {"workers": workers.__getitem__}
         graph = {name: MaterializedLayer(layer, annotations=annotations) for name, layer in layers.items()}
         return HighLevelGraph(graph, dependencies), list(keys.values())
@@ -101,10 +104,10 @@ class DaskLanes(Lanes):
         asked = (self._name, self._run, self._devices)
         return begin(self._client, lambda: self._client.run(open_lane, *asked, workers=self.workers))
 
-    def submit(self, piece: Sequence[Task]) -> None:
-        graph, keys = self._graphs.make(piece, self._futures)
+    def submit(self, pieces: Sequence[Sequence[Task]]) -> None:
+        graph, keys = self._graphs.make(pieces, self._futures)
         futures = self._client.get(graph, keys, sync=False)
-        pairs = list(zip(piece, futures, strict=True))
+        pairs = list(zip(itertools.chain.from_iterable(pieces), futures, strict=True))
         self._futures.update((task.id, future) for task, future in pairs)
         begin(self._client, partial(self._report_all, pairs))
 
