@@ -21,6 +21,7 @@ from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
 from oocattn.planning.host import default_host_memory
+from oocattn.planning.machine import Engine
 from oocattn.planning.measure import plan_here
 from oocattn.planning.options import DECOMPOSITIONS, MAX_CHUNKS
 from oocattn.planning.plan import Plan
@@ -57,7 +58,7 @@ RUN_OPTIONS = {
 """What the options may be that say how a run is carried out."""
 
 
-@checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, lanes=arguments.integer(1))
+@checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, engine=RUN_OPTIONS["engine"], lanes=arguments.integer(1))
 def plan(
     dataset: str | Path,
     *,
@@ -70,6 +71,7 @@ def plan(
     decomposition: str = "auto",
     kernel: str | None = None,
     checkpoint_interval: Duration | None = None,
+    engine: Engine = "dask",
     lanes: int | None = None,
     result: str | Path | None = None,
 ) -> Plan:
@@ -81,8 +83,9 @@ def plan(
     limits in bytes, as numbers or like "2GiB", on all that the run allocates (default: half of the free memory). `chunks`
     pins the number of chunks c, `decomposition` is "auto", "cqs" or "strips", `kernel` pins a kernel, and with it the CPU or
     GPUs. `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a minute; 0: no checkpoints, only
-    finished query chunks are kept). `lanes` is the number of workers that will share the run (default: one, or one for each
-    GPU); `result` tells on which file system partials would lie.
+    finished query chunks are kept). `engine` is what will run the tasks: they cost more on Dask. `lanes` is the number of
+    workers that will share the run (default: one, or one for each GPU); `result` tells on which file system partials would
+    lie.
 
     Here and elsewhere a path may begin with `~` or `file://`. More heads than tokens are logged as a warning: the axes may
     be in another order.
@@ -93,7 +96,8 @@ def plan(
     opened = Dataset.open(dataset)
     problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
     choices = _chosen(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
-    return plan_here(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
+    scratch = None if result is None else ResultPaths.at(result).state
+    return plan_here(opened, problem, choices, lanes, scratch, engine)
 
 
 def _chosen(*parsed: Any) -> Choices:
@@ -116,7 +120,7 @@ def attention(
     kernel: str | None = None,
     checkpoint_interval: Duration | None = None,
     time_limit: Duration | None = None,
-    engine: str = "dask",
+    engine: Engine = "dask",
     client: Client | None = None,
     dashboard_address: str = DASHBOARD,
     callbacks: Sequence[Callback] = (),
@@ -152,7 +156,7 @@ def resume(
     accept_other_bits: bool = False,
     check_finished: bool = False,
     time_limit: Duration | None = None,
-    engine: str = "dask",
+    engine: Engine = "dask",
     client: Client | None = None,
     dashboard_address: str = DASHBOARD,
     callbacks: Sequence[Callback] = (),

@@ -20,6 +20,8 @@ import oocattn
 from oocattn import Event, Plan, Result
 from oocattn.kernels import AttentionState, Kernel, get_kernel
 from oocattn.kernels.intervals import Intervals
+from oocattn.pipelines.engines.dask.engine import DaskEngine
+from oocattn.pipelines.engines.inline import InlineEngine
 from oocattn.pipelines.existing import Request
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.run import Run, begin_run
@@ -144,7 +146,8 @@ def carry_out(
 ) -> Result:
     """Run a plan inline or, where Dask is the point, on the workers of a client."""
     request = Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result), overwrite)
-    return run_plan(plan, request, client, callbacks=callbacks)
+    engine = InlineEngine() if client == "inline" else DaskEngine(client)
+    return run_plan(plan, request, engine, callbacks=callbacks)
 
 
 def run_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Run:

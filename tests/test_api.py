@@ -16,8 +16,9 @@ from reference import attention64, relative_error
 from support import Recorder, bits, carry_out, normal_arrays, plan_for, replanned, with_partials, write_dataset
 
 import oocattn
-from oocattn import ProblemError, ResultExistsError
+from oocattn import Event, ProblemError, ResultExistsError
 from oocattn.kernels import device_type, kernel_names
+from oocattn.pipelines.watch.events import Started
 from oocattn.storage.make.synth import synthesise
 
 
@@ -109,7 +110,7 @@ def test_a_result_that_is_there_costs_no_start(dataset: Path, fast_path: Path, m
 
     for name in ("pipelines.workplace.warm_up", "pipelines.workplace.rehearse", "planning.measure.describe_hardware"):
         monkeypatch.setattr(f"oocattn.{name}", start)
-    monkeypatch.setattr("oocattn.pipelines.engines.dask.local_cluster.local_client", start)
+    monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.local_engine", start)
     assert oocattn.attention(dataset, fast_path / "out.zarr").report == result.report
     with pytest.raises(ResultExistsError, match="its problem differs"):
         oocattn.attention(dataset, fast_path / "out.zarr", causal=True)
@@ -120,6 +121,18 @@ def test_a_result_that_is_there_costs_no_start(dataset: Path, fast_path: Path, m
 def test_planning_writes_nothing(dataset: Path, fast_path: Path) -> None:
     oocattn.plan(dataset, result=fast_path / "no" / "such" / "out.zarr")
     assert [path.name for path in fast_path.iterdir()] == ["dataset.zarr"]
+
+
+def test_a_plan_prices_the_tasks_of_its_engine(dataset: Path, fast_path: Path) -> None:
+    started: list[oocattn.Plan] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Started):
+            started.append(event.plan)
+
+    oocattn.attention(dataset, fast_path / "out.zarr", engine="inline", callbacks=[note])
+    inline, dask = (oocattn.plan(dataset, engine=engine).machine.task_seconds for engine in ("inline", "dask"))
+    assert started[0].machine.task_seconds == inline < dask
 
 
 @pytest.mark.parametrize(("dtype", "partials"), [("float16", "memory"), ("float32", "disk")])

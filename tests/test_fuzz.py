@@ -18,8 +18,8 @@ from fuzzing import LIMIT_SECONDS, Case, Outcome, complaints, make_case, unwatch
 from worlds import World, make_world
 
 from oocattn.cli.main import main
-from oocattn.pipelines.engines import INLINE
-from oocattn.pipelines.engines.dask import local_cluster
+from oocattn.pipelines.engines.dask import engine as dask_engine
+from oocattn.pipelines.engines.inline import InlineEngine
 from oocattn.storage.journal import lock
 
 
@@ -83,7 +83,7 @@ def check(world: World, case: Case, outcome: Outcome) -> list[str]:
 
 def test_a_hundred_damaged_files(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.02)
-    monkeypatch.setattr(local_cluster, "local_client", lambda *_: nullcontext(INLINE))
+    monkeypatch.setattr(dask_engine, "local_engine", lambda *_: nullcontext(InlineEngine()))
     failures: list[str] = []
     for seed in range(100):
         case = make_case(world, seed)

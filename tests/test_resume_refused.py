@@ -27,6 +27,7 @@ from support import (
 import oocattn
 from oocattn import BudgetError, IntegrityError, ProblemError, ResultExistsError
 from oocattn.kernels.arithmetic import arithmetic_of
+from oocattn.pipelines.engines.inline import InlineEngine
 from oocattn.pipelines.run import find_unfinished
 from oocattn.pipelines.session import Resuming, resume_run
 from oocattn.storage.files.durable import encode_record
@@ -78,7 +79,7 @@ def test_another_run_than_was_asked_for_is_not_resumed(dataset: Path, result: Pa
     with pytest.raises(EnoughError):
         carry_out(causal, dataset, result, callbacks=[interrupt("written", 5)], overwrite=True)
     with pytest.raises(ResultExistsError, match=r"than when the command began \(causal False, now True\): resume again"):
-        resume_run(asked, Dataset.open(dataset), "inline", (), math.inf, Resuming())
+        resume_run(asked, Dataset.open(dataset), InlineEngine(), (), math.inf, Resuming())
     assert_same_bits(oocattn.resume(result, engine="inline"), uninterrupted(causal, dataset))
 
 

@@ -16,7 +16,6 @@ from oocattn import clock
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
-from oocattn.pipelines.engines import INLINE
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.storage.files.operations import words_of
@@ -151,7 +150,7 @@ def _import(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     if options.draw:
         check_drawing(options.draw)  # before the machine is measured, which takes a while
-    plan = oocattn.plan(options.dataset, **_plan_options(options))
+    plan = oocattn.plan(options.dataset, **_plan_options(options), engine=options.engine)
     print(plan)
     if options.draw:
         plan.visualize(options.draw)
@@ -226,7 +225,7 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client | None
     """Of the scheduler at the address that is given, which must answer within the time limit; None where none is given."""
     if options.scheduler is None:
         return nullcontext(None)
-    if options.engine == INLINE:
+    if options.engine == "inline":
         raise ProblemError("--engine inline with --scheduler: it runs on threads of this process; leave one of both out")
     from oocattn.pipelines.engines.dask.connecting import CONNECT_SECONDS, connect
 

@@ -110,6 +110,7 @@ def _add_new_dataset(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_problem_options(parser)
     _add_plan_options(parser)
+    _add_engine(parser)
     parser.add_argument("--draw", metavar="FILE.svg", help="draw which subproblem owns which chunk pair")
 
 
@@ -160,12 +161,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="end before this time has passed since the start of the command, with all work saved and exit code 75",
     )
-    parser.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="dask",
-        help="what runs the tasks: Dask, or threads of this process alone (default: %(default)s)",
-    )
+    _add_engine(parser)
     cluster = parser.add_mutually_exclusive_group()
     cluster.add_argument(
         "--scheduler",
@@ -177,6 +173,15 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         default="127.0.0.1:0",
         help="address of the dashboard; port 0 is any free port (default: %(default)s)",
+    )
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="dask",
+        help="what runs the tasks: Dask, or threads of this process alone (default: %(default)s)",
     )
 
 

@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from oocattn import clock
 from oocattn.errors import ProblemError, TimeLimitError
-from oocattn.pipelines.engines import make_engine
+from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.existing import Found, Request, Result, find, finished_result, open_result
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
 from oocattn.pipelines.resuming import (
@@ -41,11 +41,6 @@ from oocattn.storage.locations import Location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.growing import Layout, RunState
 from oocattn.version import versions
-
-if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
-    from distributed import Client
-
-    from oocattn.pipelines.engines.base import Engine
 
 logger = logging.getLogger("oocattn")
 
@@ -96,16 +91,16 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
     def decide(lanes: int) -> Plan:
         if isinstance(found, Run):
             return found.plan
-        return plan_here(request.dataset, request.problem, choices, lanes, request.paths.state)
+        return plan_here(request.dataset, request.problem, choices, lanes, request.paths.state, workplace.engine)
 
-    with workplace.prepare(request.problem, choices.kernel, decide, until) as (client, plan):
-        return run_plan(plan, request, client, callbacks=callbacks, until=until)
+    with workplace.prepare(request.problem, choices.kernel, decide, until) as (engine, plan):
+        return run_plan(plan, request, engine, callbacks=callbacks, until=until)
 
 
 def run_plan(
     plan: Plan,
     request: Request,
-    client: Client | Literal["inline"],
+    engine: Engine,
     *,
     callbacks: Sequence[Callback] = (),
     until: float = math.inf,
@@ -118,7 +113,7 @@ def run_plan(
     with _locked(request.paths, until) as (lock, interrupts):
         found = find(request)
         if found is not Found.FINISHED:
-            execution = _Execution(make_engine(client), callbacks, interrupts, until)
+            execution = _Execution(engine, callbacks, interrupts, until)
             state = RunState(request.paths, lock.claim)
             if isinstance(found, Run):
                 check_plan(found, plan)
@@ -148,14 +143,14 @@ def resume(
             return finished_result(paths)
         raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
     plan, dataset = found.plan, open_dataset(found, named)
-    with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (client, _):
-        return resume_run(found, dataset, client, callbacks, until, resuming)
+    with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (engine, _):
+        return resume_run(found, dataset, engine, callbacks, until, resuming)
 
 
 def resume_run(
     asked: Run,
     dataset: Dataset,
-    client: Client | Literal["inline"],
+    engine: Engine,
     callbacks: Sequence[Callback],
     until: float,
     resuming: Resuming,
@@ -168,7 +163,7 @@ def resume_run(
         found = find_unfinished(asked.paths)
         if found is not None:  # else another process has finished it in between
             check_run(found, asked)
-            execution = _Execution(make_engine(client), callbacks, interrupts, until)
+            execution = _Execution(engine, callbacks, interrupts, until)
             return _carry_out(_resume(found, dataset, RunState(asked.paths, lock.claim), resuming, execution), execution)
     return finished_result(asked.paths)
 

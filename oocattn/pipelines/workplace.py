@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 from oocattn import clock
 from oocattn.errors import TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
-from oocattn.pipelines.engines import INLINE, check_engine
+from oocattn.pipelines.engines import check_engine
+from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.lane.rehearsal import rehearse
+from oocattn.planning.machine import Engine as EngineName
 from oocattn.planning.measure import count_lanes, warm_up
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
@@ -25,7 +28,7 @@ if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while t
 class Workplace:
     """What a caller says of where a run is carried out. Raises ProblemError for what contradicts itself."""
 
-    engine: str
+    engine: EngineName
     client: Client | None
     dashboard_address: str
 
@@ -35,29 +38,39 @@ class Workplace:
     @contextmanager
     def prepare(
         self, problem: Problem, kernel: str | None, decide: Callable[[int], Plan], until: float
-    ) -> Iterator[tuple[Client | Literal["inline"], Plan]]:
-        """Have workers while inside: a client, or "inline"; and the plan that `decide` makes for so many lanes.
+    ) -> Iterator[tuple[Engine, Plan]]:
+        """Have an engine while inside, and the plan that `decide` makes for so many lanes.
 
         Raises ProblemError where no worker can be had, TimeLimitError where none has come by `until`.
         """
         if self.client is not None:
+            from oocattn.pipelines.engines.dask.engine import DaskEngine
+
             refuse_lost_client(self.client)
-        refuse_lost_threads()
-        if self.client is not None:
-            yield self.client, decide(_count_workers(self.client, until))
+            refuse_lost_threads()
+            yield DaskEngine(self.client), decide(_count_workers(self.client, until))
             return
+        refuse_lost_threads()
         with ThreadPool(1, "oocattn-prepare") as beside:
             warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
-            if self.engine != INLINE:
-                from oocattn.pipelines.engines.dask.local_cluster import local_client
+            open_engine = self._import_engine()
             warm.result()
             lanes = count_lanes(kernel)
             plan = decide(lanes)
             rehearsed = beside.submit(rehearse, plan)
-            count = min(plan.lanes, lanes)  # the plan may be of another machine
-            with nullcontext(INLINE) if self.engine == INLINE else local_client(self.dashboard_address, count) as client:
+            with open_engine(min(plan.lanes, lanes)) as engine:  # the plan may be of another machine
                 rehearsed.result()
-                yield client, plan
+                yield engine, plan
+
+    def _import_engine(self) -> Callable[[int], AbstractContextManager[Engine]]:
+        """What opens an engine in this process, with so many workers."""
+        if self.engine == "inline":
+            from oocattn.pipelines.engines.inline import InlineEngine
+
+            return lambda _: nullcontext(InlineEngine())
+        from oocattn.pipelines.engines.dask.engine import local_engine
+
+        return partial(local_engine, self.dashboard_address)
 
 
 def _count_workers(client: Client, until: float) -> int:

@@ -59,7 +59,7 @@ def describe_hardware(
     kernel: str | None,
     lanes: int | None,
     scratch: Path | None,
-    engine: Engine = "dask",
+    engine: Engine,
 ) -> Hardware:
     """Measure the kernel, reading and small files on this machine and describe it for a plan.
 
@@ -109,14 +109,16 @@ def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) ->
     return measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys), operands + scratch_bytes + SEGMENTS
 
 
-def plan_here(dataset: Dataset, problem: Problem, choices: Choices, lanes: int | None, scratch: Path | None) -> Plan:
-    """Measure this machine and plan; partials would lie in the folder `scratch`.
+def plan_here(
+    dataset: Dataset, problem: Problem, choices: Choices, lanes: int | None, scratch: Path | None, engine: Engine
+) -> Plan:
+    """Measure this machine and plan for an engine; partials would lie in the folder `scratch`.
 
     Raises ProblemError as `describe_hardware` and BudgetError as `make_plan`.
     """
     if lanes is not None and lanes < 1:
         raise ProblemError(f"{lanes} workers: a run needs at least one; start workers and run again")
-    hardware = describe_hardware(dataset, problem, kernel=choices.kernel, lanes=lanes, scratch=scratch)
+    hardware = describe_hardware(dataset, problem, kernel=choices.kernel, lanes=lanes, scratch=scratch, engine=engine)
     device_memory = choices.device_memory
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)

@@ -23,6 +23,7 @@ import oocattn
 from oocattn import Event, ProblemError, TimeLimitError, clock
 from oocattn.pipelines import deadline as deadline_module
 from oocattn.pipelines.deadline import MARGIN_SECONDS, Deadline
+from oocattn.pipelines.engines.inline import InlineEngine
 from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.pipelines.watch.events import Span
@@ -54,7 +55,7 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
             patched.setattr(Deadline, "learn", lambda *_: None)
             try:
                 request = Request(plan.problem, Dataset.open(dataset), paths)
-                found = run_plan(plan, request, "inline", callbacks=[recorder, tick], until=80.0)
+                found = run_plan(plan, request, InlineEngine(), callbacks=[recorder, tick], until=80.0)
                 break
             except TimeLimitError:
                 pass

@@ -2,7 +2,7 @@
 
 An `Engine` has the workers of one run, for as many attempts as it takes. `Lanes` are the lanes of one attempt: tasks are
 submitted to them, their outcomes come back through a queue, in the order of completion. A new engine is a new file beside
-this one, and one line of `make_engine`.
+this one, and a case in `Workplace.prepare`.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 import oocattn
 from oocattn import Event, TimeLimitError, clock
 from oocattn.pipelines.deadline import MARGIN_SECONDS
+from oocattn.pipelines.engines.dask.engine import DaskEngine
 from oocattn.pipelines.engines.dask.tasks import LanePlugin
 from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
@@ -75,7 +76,7 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
                 run_plan(
                     plan,
                     Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result)),
-                    workers,
+                    DaskEngine(workers),
                     callbacks=[freeze],
                     until=until,
                 )
@@ -97,7 +98,12 @@ def test_a_worker_that_is_frozen_before_it_has_a_lane_does_not_hold_a_run(
         until = clock.now() + MARGIN_SECONDS + 3
         try:
             with pytest.raises(TimeLimitError, match="time limit reached: 0 of 62 subproblems"):
-                run_plan(plan, Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result)), workers, until=until)
+                run_plan(
+                    plan,
+                    Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result)),
+                    DaskEngine(workers),
+                    until=until,
+                )
             assert clock.now() < until + 1
         finally:
             os.kill(process, signal.SIGCONT)

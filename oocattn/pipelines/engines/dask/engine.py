@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from distributed import Client
@@ -14,6 +15,7 @@ from oocattn.pipelines.engines.base import Check, Engine
 from oocattn.pipelines.engines.dask.cluster import assign_devices, wait_for_workers, warn_of_open_ports
 from oocattn.pipelines.engines.dask.enlisting import enlist, enlist_again
 from oocattn.pipelines.engines.dask.lanes import DaskLanes
+from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.engines.dask.readiness import Expectations
 from oocattn.pipelines.run import Run
 from oocattn.planning.plan import Plan
@@ -59,3 +61,10 @@ class DaskEngine(Engine):
     def lanes(self, run: Run, deadline: Deadline) -> DaskLanes:
         devices = {self._ids[address]: device for address, device in self._devices.items()}
         return DaskLanes(self._client, run, devices, list(self._devices), deadline)
+
+
+@contextmanager
+def local_engine(dashboard_address: str, workers: int) -> Iterator[DaskEngine]:
+    """The engine of a new cluster in this process (see `local_client`)."""
+    with local_client(dashboard_address, workers) as client:
+        yield DaskEngine(client)
