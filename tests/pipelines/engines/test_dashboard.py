@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import dask
 import psutil
@@ -46,6 +47,7 @@ def listening() -> set[tuple[str, int]]:
 def answer(client: Client, origin: str, host: str = "") -> int:
     """What a dashboard, which the page calls `host`, answers to a web page of this origin that opens a WebSocket."""
     address = urlsplit(client.dashboard_link)
+    urlopen(client.dashboard_link, timeout=20).close()  # the first page that is asked for opens them all
     url = f"ws://{address.netloc}/status/ws"
     token = generate_jwt_token(generate_session_id())
     headers = {"Origin": origin.format(port=address.port), "Host": host or address.netloc}
@@ -78,6 +80,25 @@ def test_a_dashboard_is_read_by_its_own_pages_alone() -> None:
         assert [answer(client, origin) for origin in FOREIGN] == [403] * len(FOREIGN)
         for own, other in itertools.permutations([f"127.0.0.1:{port}", f"localhost:{port}"]):
             assert answer(client, f"http://{own}", host=other) == 101
+
+
+def test_pages_are_imported_when_the_first_is_asked_for() -> None:
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from urllib.request import urlopen
+from oocattn.pipelines.engines.dask.local_cluster import local_client
+
+with local_client() as client:
+    assert "bokeh.server.server" not in sys.modules
+    status = client.dashboard_link
+    paths = (status, status.removesuffix("status"), status.replace("status", "graph"), status.replace("status", "workers"))
+    with ThreadPoolExecutor() as threads:
+        pages = list(threads.map(lambda page: urlopen(page, timeout=30).read().decode(), paths))
+    assert all("Dask" in page for page in pages), pages
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_a_name_that_is_made_to_point_at_the_loopback_reads_nothing() -> None:

@@ -7,17 +7,26 @@ WebSockets of pages that come from there.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from types import ModuleType
+from typing import cast
 
 import psutil
+from distributed import Scheduler
 from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 
 from oocattn.errors import ProblemError
+from oocattn.surroundings import with_some_home
+from oocattn.text import printable
+from oocattn.threads import begin_call
 
 LOOPBACK = "127.0.0.1"
 
@@ -92,6 +101,44 @@ class DashboardAddress:
         if ip and ip.is_unspecified:
             hosts |= {socket.gethostname().lower(), *_own_addresses()}
         return hosts
+
+
+class DashboardPages(Application):
+    """Dask's pages, imported when the first one is asked for.
+
+    That takes half a second, which most runs would spend for nobody. They replace this application then.
+    """
+
+    def __init__(self, scheduler: Scheduler, origins: Iterable[str]) -> None:
+        super().__init__([(r".*", _FirstRequest)])
+        self._scheduler = scheduler
+        self._origins = list(origins)
+
+    async def open(self) -> None:
+        """Have the pages served. Raises ImportError where they cannot be imported."""
+        dashboard = await asyncio.wrap_future(begin_call(_import_dashboard))
+        http = self._scheduler.http_application
+        if self in http.applications:  # no other request has come first
+            http.applications.remove(self)
+            dashboard.connect(http, self._scheduler.http_server, self._scheduler, prefix="/")
+            for pages in http.applications:
+                pages.websocket_origins.update(self._origins)
+
+
+class _FirstRequest(RequestHandler):
+    """Has the pages opened, and sends the browser to the one that it asked for."""
+
+    async def prepare(self) -> None:
+        try:
+            await cast(DashboardPages, self.application).open()
+        except ImportError as error:
+            raise HTTPError(503, reason=printable(f"Dask's dashboard cannot be imported: {error}")) from error
+        self.redirect(self.request.uri or "/")
+
+
+def _import_dashboard() -> ModuleType:
+    with with_some_home():
+        return import_module("distributed.dashboard.scheduler")
 
 
 class _Elsewhere(RequestHandler):

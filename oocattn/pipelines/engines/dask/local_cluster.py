@@ -7,13 +7,12 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 from oocattn.errors import ProblemError
 from oocattn.forks import is_forked
 from oocattn.garbage import collection_paused
-from oocattn.surroundings import with_some_home
 from oocattn.threads import ThreadPool
 
 with collection_paused():
@@ -22,11 +21,7 @@ with collection_paused():
     from distributed import Client, LocalCluster, Worker
     from distributed.comm import inproc
 
-    # What a scheduler imports as it starts; it goes on without a dashboard where it cannot.
-    with suppress(ImportError), with_some_home():
-        import distributed.dashboard.scheduler
-
-    from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress
+    from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress, DashboardPages
 
 THREADS = 8
 """Task threads of a worker: up to three attend, others stage, merge and write."""
@@ -72,11 +67,10 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
     with dask.config.set(settings), _without_tracebacks(), _here_alone() as here:
         cluster = here.enter_context(_start(address, workers))
-        http = cluster.scheduler.http_server
-        address.check_port(http.port)
-        address.restrict(cluster.scheduler.http_application)
-        for application in cluster.scheduler.http_application.applications:
-            application.websocket_origins.update(address.origins(http.port))
+        http, port = cluster.scheduler.http_application, cluster.scheduler.http_server.port
+        address.check_port(port)
+        address.restrict(http)
+        http.add_application(DashboardPages(cluster.scheduler, address.origins(port)))
         workers_here = list(cluster.workers.values())
         cluster.sync(_close_pages, workers_here)
         here.callback(cluster.sync, _close_workers, workers_here)
@@ -108,6 +102,8 @@ def _start(address: DashboardAddress, workers: int) -> LocalCluster:
                 processes=False,
                 memory_limit=0,
                 dashboard_address=[(address.host, address.port)],
+                scheduler_kwargs={"dashboard": False},  # its pages come when they are asked for: see DashboardPages
+                worker_class=_PagelessWorker,
                 worker_dashboard_address=f"{LOOPBACK}:0",  # left out, a worker listens on every interface
             )
     except ProblemError:
@@ -167,6 +163,13 @@ def _cause(error: BaseException) -> BaseException:
     while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
         error = before
     return error
+
+
+class _PagelessWorker(Worker):
+    """A worker without web pages of its own."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "dashboard": False})
 
 
 async def _close_workers(workers: list[Worker]) -> None:
