@@ -10,9 +10,9 @@ from pathlib import Path
 from oocattn.bench.records import Ceiling
 from oocattn.planning.measure import copy_rates, kernel_rate
 from oocattn.planning.plan import Plan
+from oocattn.storage.files.durable import sync_descriptor
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import advise, open_regular
-from oocattn.storage.files.syncing import sync_descriptor
 from oocattn.threads import ThreadPool
 
 BYTES = 256 << 20

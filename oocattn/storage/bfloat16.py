@@ -31,6 +31,11 @@ from oocattn.storage.zarr_compat import (
 _NATIVE: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype called `name` in NumPy; bfloat16 is that of ml_dtypes."""
+    return _NATIVE if name == "bfloat16" else np.dtype(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BFloat16(ZDType["np.dtype[Any]", "np.generic"], HasEndianness, HasItemSize):
     """The Zarr v3 data type `bfloat16`, in NumPy `ml_dtypes.bfloat16`."""

@@ -18,8 +18,7 @@ from weakref import WeakValueDictionary
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.files.mapping import map_file
-from oocattn.storage.files.regular import open_regular, read_exactly
+from oocattn.storage.files.regular import map_file, open_regular, read_exactly
 from oocattn.storage.zarr_compat import (
     Buffer,
     BufferPrototype,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem, read_problem
 from oocattn.records import ADDED, Positive, Range, from_json, to_json
-from oocattn.storage.results.damage import Damage
+from oocattn.storage.results.rows import Damage
 from oocattn.storage.results.summary import FORMAT, Outcome
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound

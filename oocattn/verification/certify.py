@@ -20,20 +20,18 @@ from oocattn.records import ADDED, Count, Excerpt, from_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.files.operations import words_of
-from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.inputs.posing import check_poses
+from oocattn.storage.inputs.dataset import Dataset, check_poses
 from oocattn.storage.paths import ResultPaths, identity_at
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.checksums import Checksums, read_bits, result_digest
-from oocattn.storage.results.damage import find_damage
-from oocattn.storage.results.rows import RowReader
+from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
 from oocattn.units import ceil_div, format_bytes
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
-from oocattn.verification.page import certificate_page
 from oocattn.verification.recompute import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
+from oocattn.verification.text import certificate_page
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")

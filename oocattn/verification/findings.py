@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from oocattn.records import Count, Range
-from oocattn.storage.results.damage import Damage
+from oocattn.storage.results.rows import Damage
 from oocattn.verification.sampling import StratumName
 
 MOST_OPEN = 0.01

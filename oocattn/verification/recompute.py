@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.problem.problem import Problem
-from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.verification.attended import AttendedKeys, attended_ranges
 from oocattn.verification.findings import RowCheck
-from oocattn.verification.repeats import slots_for
-from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors
+from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors, slots_for
 from oocattn.verification.sampling import SampledRow, StratumName, sample_rows
 
 KEY_ROWS = 8192

@@ -3,6 +3,10 @@
 A file is written under a temporary name, synced and renamed, and its folder is synced. Everything that a run may need again
 goes through here: chunks, partials, the journal. A failure takes the temporary file with it; a kill leaves `*.partial`, as
 zarr's own writes do, and nobody reads it. A file is written relative to its folder, which may not be a symbolic link.
+
+Samba, some NFS servers and file systems in user space refuse to sync a folder, and a few a file. Nothing that was written
+is lost by that as long as the system runs; a power cut may cost what was written last. So it is logged once, and the run
+goes on. Any other answer is an error: after EIO, what was written may be lost.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import fcntl
 import itertools
 import mmap
 import os
+import stat
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,15 +31,17 @@ from numpy.typing import NDArray
 from oocattn.errors import IntegrityError
 from oocattn.records import parse_json
 from oocattn.storage.files.folders import open_folder
-from oocattn.storage.files.operations import UNSUPPORTED, name_failure
+from oocattn.storage.files.operations import UNSUPPORTED, name_failure, warn_once
 from oocattn.storage.files.regular import read_file
-from oocattn.storage.files.syncing import sync, sync_descriptor
 
 PARTIAL = ".partial"
 """How the names of files end that are not whole."""
 
 MOST_RECORD = 1 << 26
 """Bytes of a record at most: of the checksums of 8 million parts."""
+
+_NO_FOLDERS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, *UNSUPPORTED})
+"""What a file system answers that does not open a folder to sync it, or does not sync what is open."""
 
 
 def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None = None, *, synced: bool = True) -> int:
@@ -115,6 +122,55 @@ def _extend(descriptor: int, written: int, size: int) -> None:
         if error.errno not in (*UNSUPPORTED, errno.EPERM):
             raise
         _write(descriptor, np.zeros(size - written, np.uint8), written)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's entries, to disk.
+
+    Raises OSError as the file system does.
+    """
+    try:
+        with name_failure("open", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _NO_FOLDERS and path.is_dir():
+            _warn(path, os.stat(path), error)
+            return
+        raise
+    try:
+        sync_descriptor(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int, path: Path) -> None:
+    """As `sync`, of an open file or folder. `path` is what messages call it."""
+    with name_failure("sync", path):
+        status = os.fstat(descriptor)
+        unsupported = _NO_FOLDERS if stat.S_ISDIR(status.st_mode) else UNSUPPORTED
+        for function in (os.fsync, os.fdatasync):
+            try:
+                function(descriptor)
+            except OSError as error:
+                if error.errno not in unsupported:
+                    raise
+                refused = error
+            else:
+                break
+        else:
+            _warn(path, status, refused)
+
+
+def _warn(path: Path, status: os.stat_result, error: OSError) -> None:
+    """Say once for each file system that it does not sync."""
+    is_folder = stat.S_ISDIR(status.st_mode)
+    warn_once(
+        status.st_dev,
+        "sync",
+        "%s: this file system does not sync %s (%s): a power cut may cost what was written last; after one, resume with "
+        "--check-finished, and verify the result",
+        *(path if is_folder else path.parent, "folders" if is_folder else "files", os.strerror(error.errno or 0)),
+    )
 
 
 def make_durably(folder: Path) -> None:

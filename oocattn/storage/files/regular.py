@@ -1,10 +1,14 @@
 """Bounded reading of regular files, and of nothing else.
 
 A FIFO, a device or a folder may stand where a file should, and a file may be of any size. Nothing here writes.
+
+What cannot be mapped is read: file systems in user space refuse maps (ENODEV), limits on address space or on open files do
+(ENOMEM, EMFILE), and a file that has become shorter has nothing to map. None of that says anything about its bytes.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -82,3 +86,14 @@ def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
     """Tell the system how a file will be read, where it takes advice."""
     with suppress(OSError):
         os.posix_fadvise(descriptor, offset, length, advice)
+
+
+def map_file(descriptor: int, length: int, offset: int = 0) -> mmap.mmap | None:
+    """Map `length` bytes from `offset`, read-only; None where that fails.
+
+    `offset` is a multiple of a page.
+    """
+    try:
+        return mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=offset)
+    except (OSError, ValueError):
+        return None

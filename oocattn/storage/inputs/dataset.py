@@ -15,13 +15,14 @@ from typing import Any
 
 import zarr
 
+from oocattn.arguments import Dtype
 from oocattn.errors import ProblemError
-from oocattn.problem.problem import ArraySpec
+from oocattn.problem.problem import ArraySpec, Problem, make_problem
+from oocattn.records import differences
 from oocattn.storage.chunk_errors import missing_chunk, torn_chunk
-from oocattn.storage.inputs.axes import check_axes
 from oocattn.storage.inputs.direct import FastestReader
 from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, chunk_files, fingerprints_of, identity
-from oocattn.storage.inputs.packing import MEANINGFUL, refuse_packed
+from oocattn.storage.inputs.meaning import MEANINGFUL, check_axes, refuse_packed, warn_if_transposed
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.inputs.shards import check_shard
 from oocattn.storage.layout import chunk_key, stored_bytes, stored_chunks
@@ -141,6 +142,27 @@ class Dataset:
         """One fingerprint of the dataset as it is now: recorded, or `within_run`."""
         found = self.fingerprints()
         return found.within_run if within_run else found.recorded
+
+
+def pose(dataset: Dataset, *, causal: bool, scale: float | None, out_dtype: Dtype | None) -> Problem:
+    """The problem of a dataset with these options. Raises as `make_problem`, and warns of more heads than tokens."""
+    chosen = None if out_dtype is None else str(out_dtype)
+    problem = make_problem(*dataset.specs, causal=causal, scale=scale, out_dtype=chosen)
+    warn_if_transposed(dataset.specs[0])
+    return problem
+
+
+def check_poses(dataset: Dataset, problem: Problem, whose: str) -> None:
+    """Raise ProblemError where a dataset poses another problem.
+
+    `problem` is that of a `whose`: "run" or "result".
+    """
+    posed = pose(dataset, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
+    if posed != problem:
+        raise ProblemError(
+            f"{dataset.location} poses another problem than the {whose}'s ({differences(problem, posed)}): name the dataset "
+            "that the run read (--dataset)"
+        )
 
 
 def _meaning(array: zarr.Array[Any]) -> dict[str, Any]:

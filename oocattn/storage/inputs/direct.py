@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
 from oocattn.storage.chunk_errors import refuse_missing, torn_chunk
-from oocattn.storage.files.mapping import map_file
 from oocattn.storage.files.operations import name_failure
-from oocattn.storage.files.regular import advise, open_regular
+from oocattn.storage.files.regular import advise, map_file, open_regular
 from oocattn.storage.layout import ChunkFiles, Part
 
 Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.files.durable import encode_record, read_record, write_record
+from oocattn.storage.files.durable import encode_record, read_record, sync, write_record
 from oocattn.storage.files.folders import JOURNAL, is_taken, names_in, remove_ours
 from oocattn.storage.files.operations import name_failure
-from oocattn.storage.files.syncing import sync
 from oocattn.storage.journal.claims import Claim
 from oocattn.text import printable
 

@@ -40,11 +40,10 @@ from weakref import WeakSet
 
 from oocattn.clock import now
 from oocattn.errors import IntegrityError, LockedError, TimeLimitError
-from oocattn.storage.files.durable import PARTIAL
+from oocattn.storage.files.durable import PARTIAL, sync_descriptor
 from oocattn.storage.files.operations import UNSUPPORTED, name_failure, warn_once
 from oocattn.storage.files.regular import open_regular, read_exactly, read_file
 from oocattn.storage.files.renaming import rename_new
-from oocattn.storage.files.syncing import sync_descriptor
 from oocattn.storage.journal.claims import MOST_BYTES, UNKNOWN_HOLDER, Holder, parse_holder, read_holder
 
 PATIENCE = 0.5

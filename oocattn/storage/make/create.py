@@ -23,14 +23,12 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec
 from zarr.storage import LocalStore
 
-import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import OocattnError, ProblemError, ResultExistsError
-from oocattn.storage.dtypes import numpy_dtype
-from oocattn.storage.files.durable import PARTIAL, write_durably
+from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.storage.files.durable import PARTIAL, sync, write_durably
 from oocattn.storage.files.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
 from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.files.renaming import rename_new
-from oocattn.storage.files.syncing import sync
 from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.locations import Location, local_path, parse_location
 from oocattn.storage.remote.store import RemoteStore, open_remote

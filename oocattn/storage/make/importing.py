@@ -21,12 +21,11 @@ from oocattn.arguments import Dtype, checked
 from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError
 from oocattn.problem.problem import DTYPES, ArraySpec, make_problem
-from oocattn.storage.dtypes import numpy_dtype
-from oocattn.storage.inputs.axes import LAYOUTS, warn_if_transposed
-from oocattn.storage.locations import parse_location
+from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.storage.inputs.meaning import LAYOUTS, warn_if_transposed
+from oocattn.storage.locations import no_file, parse_location
 from oocattn.storage.make.create import create_array, create_dataset, fill_array
 from oocattn.storage.make.tensor_files import FileTensor, open_npy, open_safetensors, open_torch
-from oocattn.storage.path_errors import no_file
 from oocattn.text import printable
 
 _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from oocattn import arguments
 from oocattn.arguments import MOST_SEED, Dtype, checked
 from oocattn.problem.problem import MAX_HEAD_DIM, ArraySpec, make_problem
-from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.make.create import create_array, create_dataset, fill_array
 from oocattn.units import ceil_div
 

@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.records import Count, Excerpt, from_json, parse_json
-from oocattn.storage.dtypes import numpy_dtype
-from oocattn.storage.files.mapping import map_file
+from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.files.operations import name_failure
-from oocattn.storage.files.regular import open_regular, read_exactly
+from oocattn.storage.files.regular import map_file, open_regular, read_exactly
 from oocattn.text import printable
 
 if TYPE_CHECKING:

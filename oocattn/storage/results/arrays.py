@@ -30,7 +30,7 @@ from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, open_array
 from oocattn.storage.results.checksums import ATTRIBUTE as CHECKSUMS
 from oocattn.storage.results.checksums import Checksums, as_digits
-from oocattn.storage.results.damage import checksum
+from oocattn.storage.results.rows import checksum
 
 
 @dataclass(frozen=True)

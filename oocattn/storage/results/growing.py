@@ -22,7 +22,8 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
-from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.storage.files.durable import sync
 from oocattn.storage.files.folders import (
     CHECKPOINTS,
     GROUP,
@@ -39,7 +40,6 @@ from oocattn.storage.files.folders import (
 )
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.renaming import rename_new
-from oocattn.storage.files.syncing import sync
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.journal import journal_exists, remove_journal
 from oocattn.storage.journal.lock import lock_holder

@@ -1,16 +1,24 @@
-"""The order of an array's axes, by dimension names and sizes.
+"""What the axes and the numbers of an array mean, by its names and attributes.
 
 An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads of H
 tokens, and nothing about the result shows it. Names are believed where each one that is given is known and together they
 can be read in one way only.
+
+xarray packs or masks arrays by the CF conventions, in attributes that Zarr does not look at. Such an array is refused,
+unless they change no number: xarray writes a `_FillValue` of NaN with every array of floats. `_Unsigned` is about
+integers, which are refused anyway; xarray does not apply `valid_min`, `valid_max` and `valid_range`.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import logging
+import math
 import re
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from oocattn.errors import ProblemError
@@ -50,6 +58,20 @@ _KNOWN = {axis: re.compile(words) for axis, words in _WORDS.items()}
 
 _MOST_LETTERS = 40
 """Of a name that is known."""
+
+_CHANGES_NOTHING: Mapping[str, Callable[[float], bool]] = {
+    "scale_factor": lambda number: number == 1,
+    "add_offset": lambda number: number == 0,
+    "_FillValue": math.isnan,  # NaN is masked with NaN
+    "missing_value": math.isnan,
+}
+"""The attributes that xarray decodes, and where the decoded numbers are those that are stored."""
+
+_NAMED_DIMENSIONS = "_ARRAY_DIMENSIONS"
+"""What xarray adds to an array of Zarr v2."""
+
+MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
+"""The attributes of an array that say what its numbers and its axes are."""
 
 
 def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
@@ -95,7 +117,7 @@ def _letters(order: str) -> str:
 
 def _named_orders(array: zarr.Array[Any]) -> Iterator[tuple[list[str], str]]:
     """Pairs of dimension names that are believed and the order they give."""
-    for names in (getattr(array.metadata, "dimension_names", None), array.attrs.get("_ARRAY_DIMENSIONS")):
+    for names in (getattr(array.metadata, "dimension_names", None), array.attrs.get(_NAMED_DIMENSIONS)):
         if isinstance(names, list | tuple) and len(names) == array.ndim and (order := _order(names)):
             yield ["unnamed" if name is None else str(name) for name in names], order
 
@@ -118,3 +140,49 @@ def _axes_called(name: str | None) -> set[str]:
         return {*_KNOWN}
     plain = re.sub("[^a-z0-9]", "", name[: 2 * _MOST_LETTERS].lower())
     return {axis for axis, words in _KNOWN.items() if len(plain) <= _MOST_LETTERS and words.fullmatch(plain)}
+
+
+def refuse_packed(array: zarr.Array[Any], location: str) -> None:
+    """Raise ProblemError where an array is packed, naming the attribute."""
+    for name, unchanged in _CHANGES_NOTHING.items():
+        found = array.attrs.get(name)
+        for item in found if isinstance(found, list) else [found]:
+            number = _number(item)
+            if item is not None and (number is None or not unchanged(number)):
+                shown = printable(repr(item if number is None else number))
+                raise _packed_error(array, location, f"the attribute {name} = {shown:.80}")
+    if (filled := _mask_of_v2(array)) is not None:
+        raise _packed_error(array, location, f"the fill_value {filled}, as which xarray keeps _FillValue,")
+
+
+def _packed_error(array: zarr.Array[Any], location: str, found: str) -> ProblemError:
+    return ProblemError(
+        f"array {array.path!r} of {printable(location)} has {found} by which its numbers are packed or masked (CF "
+        "conventions): expected plain numbers; write the decoded ones, as with "
+        "xarray.open_zarr(PATH).drop_encoding().astype('float32').to_zarr(NEW), and give NEW"
+    )
+
+
+def _number(found: object) -> float | None:
+    """The number that an attribute holds; None where that is not understood.
+
+    A text is one such as "NaN", or a double in base64, as which xarray writes a `_FillValue` in Zarr v3.
+    """
+    if not isinstance(found, int | float | str):
+        return None
+    with suppress(ValueError, OverflowError):
+        return float(found)
+    with suppress(ValueError, TypeError, struct.error):
+        return float(*struct.unpack("<d", base64.b64decode(str(found), validate=True)))
+    return None
+
+
+def _mask_of_v2(array: zarr.Array[Any]) -> Any:
+    """The fill value by which xarray masks an array of Zarr v2, or None.
+
+    Zero is what Zarr itself fills with where nobody has chosen.
+    """
+    filled: Any = array.metadata.fill_value
+    if array.metadata.zarr_format != 2 or _NAMED_DIMENSIONS not in array.attrs or filled is None:
+        return None
+    return None if filled != filled or filled == 0 else filled
