@@ -1,12 +1,13 @@
 """Durable files: each is whole or not there, whatever happens.
 
-A file is written under a temporary name, synced and renamed, and its folder is synced. Everything that a run may need again
-goes through here: chunks, partials, the journal. A failure takes the temporary file with it; a kill leaves `*.partial`, as
-zarr's own writes do, and nobody reads it. A file is written relative to its folder, which may not be a symbolic link.
+A file is written under a temporary name, synced and renamed, and its folder is synced. Everything that a run may need
+again goes through here: chunks, partials, the journal. A failure takes the temporary file with it; a kill leaves
+`*.partial`, as zarr's own writes do, and nobody reads it. A file is written relative to its folder, which may not be a
+symbolic link.
 
-Samba, some NFS servers and file systems in user space refuse to sync a folder, and a few a file. Nothing that was written
-is lost by that as long as the system runs; a power cut may cost what was written last. So it is logged once, and the run
-goes on. Any other answer is an error: after EIO, what was written may be lost.
+Samba, some NFS servers and file systems in user space refuse to sync a folder, and a few a file. Nothing that was
+written is lost by that as long as the system runs; a power cut may cost what was written last. So it is logged once,
+and the run goes on. Any other answer is an error: after EIO, what was written may be lost.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ _NO_FOLDERS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, *
 
 
 def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None = None, *, synced: bool = True) -> int:
-    """Write C-contiguous arrays as the file `path`; return the bytes written.
+    """Write C-contiguous arrays as the file `path`, extended by zeros to `size` bytes; return the bytes written.
 
-    The file is extended by zeros to `size` bytes, if given. When this returns, it is on disk, unless it need not be
-    `synced`. Raises IntegrityError where its folder is none, or a symbolic link, or where a folder is at `path`, and OSError
-    as the file system does; then what was at `path` is still there.
+    When this returns, it is on disk, unless it need not be `synced`. Raises IntegrityError where its folder is none, or
+    a symbolic link, or where a folder is at `path`, and OSError as the file system does; what was at `path` is then
+    still there.
     """
     written = 0
     with replacement(path, synced=synced) as descriptor:
@@ -63,11 +64,7 @@ def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None 
 
 @contextmanager
 def replacement(path: Path, *, synced: bool = True) -> Iterator[int]:
-    """Open a new file that replaces `path` when the `with` ends well.
-
-    It has a temporary name until then. A failure removes it, and what was at `path` is still there. Raises as
-    `write_durably`.
-    """
+    """Open a new file that replaces `path` when the `with` ends well. Raises as `write_durably`."""
     temporary = f"{path.name}.{uuid.uuid4().hex}{PARTIAL}"
     with open_folder(path.parent, listed=False) as folder, name_failure("write", path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -93,8 +90,7 @@ def replacement(path: Path, *, synced: bool = True) -> Iterator[int]:
 def _write(descriptor: int, content: NDArray[np.uint8], offset: int) -> None:
     """Write bytes at `offset`, past the page cache where possible.
 
-    That takes whole pages in memory, and a file system that can. Measured on a local disk, up to fsync: 1.6 to 2.3 GB/s
-    directly, 0.9 to 1.25 GB/s through the page cache.
+    Measured on a local disk, up to fsync: 1.6 to 2.3 GB/s directly, 0.9 to 1.25 GB/s through the page cache.
     """
     written = 0
     whole_pages = not any(number % mmap.PAGESIZE for number in (content.ctypes.data, content.nbytes, offset))
@@ -112,10 +108,7 @@ def _write(descriptor: int, content: NDArray[np.uint8], offset: int) -> None:
 
 
 def _extend(descriptor: int, written: int, size: int) -> None:
-    """Extend a file of `written` bytes by zeros to `size` bytes.
-
-    They are written where the file system cannot extend a file.
-    """
+    """Extend a file of `written` bytes by zeros to `size` bytes, by writing where the file system cannot."""
     try:
         os.ftruncate(descriptor, size)
     except OSError as error:
@@ -125,10 +118,7 @@ def _extend(descriptor: int, written: int, size: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's entries, to disk.
-
-    Raises OSError as the file system does.
-    """
+    """Bring a file's content, or a folder's entries, to disk. Raises OSError as the file system does."""
     try:
         with name_failure("open", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -183,10 +173,7 @@ def make_durably(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, synced: bool = True) -> None:
-    """Write a text as UTF-8, durably where `synced`.
-
-    Bytes of file names that are no UTF-8 become escapes.
-    """
+    """Write a text as UTF-8, durably where `synced`. Bytes of file names that are no UTF-8 become escapes."""
     write_durably(path, [np.frombuffer(text.encode("utf-8", "backslashreplace"), np.uint8)], synced=synced)
 
 
@@ -196,10 +183,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the JSON object that `write_record` wrote.
-
-    Raises IntegrityError for anything else, FileNotFoundError for nothing.
-    """
+    """Read the JSON object that `write_record` wrote. Raises IntegrityError for anything else."""
     return decode_record(read_file(path, MOST_RECORD, follow=False), path)
 
 
@@ -210,10 +194,7 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
 
 
 def decode_record(line: bytes, path: Path) -> dict[str, Any]:
-    """Parse the JSON object in a line.
-
-    Raises IntegrityError, naming the file, where its checksum does not match.
-    """
+    """Parse the JSON object in a line of the file `path`. Raises IntegrityError where its checksum does not match."""
     checksum, _, text = line.rstrip().partition(b" ")
     if checksum == b"%08x" % zlib.crc32(text):
         with suppress(ValueError):
@@ -222,10 +203,7 @@ def decode_record(line: bytes, path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, most: int = MOST_RECORD) -> dict[str, Any] | None:
-    """Read a JSON object of at most `most` bytes; None where there is no file.
-
-    Raises IntegrityError for anything else, also for a symbolic link.
-    """
+    """Read a JSON object of at most `most` bytes; None where there is no file. Raises IntegrityError for anything else."""
     try:
         return parse_json(read_file(path, most, follow=False))
     except (FileNotFoundError, NotADirectoryError):

@@ -15,20 +15,13 @@ from typing import Any
 
 import zarr
 
-from oocattn.storage.chunk_errors import irregular_chunk, missing_chunk, refuse_missing
+from oocattn.storage.chunk_errors import damaged_chunk, missing_chunk, refuse_missing
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import advise, open_regular, read_exactly
 from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks, stored_counts
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
-from oocattn.storage.zarr_compat import (
-    Buffer,
-    ByteRequest,
-    RangeByteRequest,
-    SuffixByteRequest,
-    default_buffer_prototype,
-    sync,
-)
+from oocattn.storage.zarr_compat import Buffer, ByteRequest, RangeByteRequest, SuffixByteRequest, buffer_prototype, sync
 
 NAMES = ("q", "k", "v")
 """The arrays that a dataset has."""
@@ -45,13 +38,12 @@ _IDENTITY = (
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Digests that tell a dataset from another, or from itself once changed.
+    """Digests that tell a dataset from another, or from itself once changed; one of each array, joined by "-".
 
-    Each is a digest of each array, joined by "-". All cover shape, dtype, chunk grid and codecs, the beginning and the end
-    of a few stored chunks and, in a local folder, the size of every chunk file. `recorded` covers their modification times
-    as well: results keep it, and a copy shares it if times were copied. `within_run` also covers change times, which cannot
-    be set back, and which no copy shares (not inodes: not every file system has them for good). `untimed` covers none of
-    these.
+    All cover shape, dtype, chunk grid and codecs, both ends of a few stored chunks and, in a local folder, the size of
+    every chunk file. `recorded` covers modification times, too: results keep it, and a copy shares it if times were
+    copied. `within_run` also covers change times, which no copy shares (not inodes: not every file system has them for
+    good).
     """
 
     recorded: str
@@ -60,10 +52,7 @@ class Fingerprints:
 
 
 def changed_arrays(before: str, after: str) -> str:
-    """Name the arrays that differ between fingerprints: "k", "q, k and v".
-
-    "" where none does.
-    """
+    """Name the arrays that differ between fingerprints: "k", "q, k and v", or "" where none does."""
     pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
     *first, last = [name for name, old, new in pairs if old != new] or [""]
     return f"{', '.join(first)} and {last}" if first else last
@@ -100,7 +89,7 @@ def chunk_files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[i
         with refuse_missing(location, key), name_failure("look at", array.store.root / key):
             status = os.stat(array.store.root / key)
         if not stat.S_ISREG(status.st_mode):
-            raise irregular_chunk(location, key)
+            raise damaged_chunk(location, key, "is no regular file: expected one")
         yield coordinates, key, status
 
 
@@ -135,5 +124,4 @@ def _ends(root: Path, key: str, location: str) -> list[bytes]:
 
 
 async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:
-    prototype = default_buffer_prototype()
-    return await all_of(array.store.get(key, prototype, part) for key, part in wanted)
+    return await all_of(array.store.get(key, buffer_prototype, part) for key, part in wanted)

@@ -1,17 +1,15 @@
 """The lock of a result: it lives as long as its process.
 
-A token tells a holder who has lost it. The lock is the kernel's (`flock`), so it is gone with the process that held it,
-however that ended; the file's text only says who holds it. Whether such a lock is seen by other hosts depends on the file
-system (flock(2): on NFS since Linux 2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also
-touches the file every few seconds: what another kernel's process left there is taken over only when that has stopped. A file
-system may have no locks at all (NFS without its lock daemon, some in user space): there, touching and watching is all that
-keeps others away, also on the same host. A lock file says whether its holder had the kernel's lock too.
+The lock is the kernel's (`flock`), so it is gone with the process that held it, however that ended; the file's text
+says who holds it. Whether other hosts see such a lock depends on the file system (flock(2): on NFS since Linux 2.6.12,
+on CIFS since 5.5, unless they are mounted with local locks). So the holder also touches the file every few seconds:
+what another kernel's process left there is taken over only when that has stopped. A file system may have no locks at
+all (NFS without its lock daemon, some in user space): there, touching and watching is all that keeps others away. A
+lock file says which it was.
 
-A process that is forked while it holds a lock shares it with the fork: so the fork closes the file, and the token is worth
-nothing there.
-
-A holder that slept through that goes on where its lock is another's by then. So each acquisition has a token of its own, in
-the file, which is asked for before every step that commits, discards, deletes or records: who does not find its own ends.
+A holder that slept through a takeover must not go on. So each acquisition has a token of its own, in the file, which is
+asked for before every step that commits, discards, deletes or records. In a fork of the holder the token is worth
+nothing.
 
 How the file changes, always whole:
   1. Lock a temporary file beside it, if that can be, and write holder and token to it.
@@ -32,10 +30,9 @@ import math
 import os
 import threading
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from weakref import WeakSet
 
 from oocattn.clock import now
@@ -99,12 +96,11 @@ class FileClaim:
             return False
 
 
-class FileLock:
-    """The lock of a result on a file system: a `Lock`.
+class FileLock(AbstractContextManager["FileLock"]):
+    """The lock of a result on a file system.
 
-    Raises LockedError with the holder's host and process. A lock that was left behind is taken over, and a warning says from
-    whom. Whether it was may take some seconds to tell: TimeLimitError where that would be after `until`, a moment of
-    `clock.now`.
+    Raises LockedError with the holder's host and process. A stale lock is taken over, with a warning. Whether it is
+    stale may take some seconds to tell: TimeLimitError where that would be after `until`, a moment of `clock.now`.
     """
 
     def __init__(self, path: Path, until: float = math.inf) -> None:
@@ -140,10 +136,7 @@ class FileLock:
         return self.claim.holds()
 
     def release(self) -> None:
-        """Release the lock; its file is removed unless another process took over.
-
-        In a fork of the holder, nothing happens.
-        """
+        """Release the lock, and remove its file unless another process took over; nothing in a fork of the holder."""
         if self.claim.token in _left_to_parent:
             return
         _held.discard(self)
@@ -160,19 +153,11 @@ class FileLock:
         os.close(self._descriptor)
 
     def leave_to_parent(self) -> None:
-        """Give up a lock that this process shares as a fork of its holder.
-
-        It would be held as long as the fork lives.
-        """
+        """Give up a lock that this process shares as a fork of its holder: the fork may live longer."""
         _left_to_parent.add(self.claim.token)
         os.close(self._descriptor)
 
-    def __enter__(self) -> FileLock:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
@@ -207,7 +192,7 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
                     *(path.parent, BEAT, BEATS_MISSED * BEAT),
                 )
                 sync_descriptor(descriptor, path)  # so that other hosts find it whole, which a lock would see to
-            while not _give_name(temporary, path) and not _take_over(temporary, path, until, flocked):
+            while not _give_name(temporary, path, until, flocked):
                 pass
         except BaseException:
             with suppress(OSError):
@@ -217,17 +202,11 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
     return descriptor
 
 
-def _give_name(temporary: Path, path: Path) -> bool:
-    """Give the lock file its name; False where something has it."""
-    try:
+def _give_name(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
+    """Give the lock file its name, in the place of a stale one; False where that is gone meanwhile."""
+    with suppress(FileExistsError):
         rename_new(temporary, path)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _take_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
-    """Replace a stale lock file by ours; False where it is gone meanwhile."""
+        return True
     try:
         with open_regular(path, follow=False, writable=True) as left:  # NFS locks only those exclusively
             flocked &= _lock(left, path)
@@ -243,10 +222,7 @@ def _take_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool
 
 
 def _watch(path: Path, until: float, flocked: bool) -> None:
-    """Return when the holder of a stale lock file is gone.
-
-    Its kernel tells where it was `flocked`, or else its silence.
-    """
+    """Return when the holder of a stale lock file is gone: its kernel tells where it was `flocked`, or else its silence."""
     try:
         before = parse_holder(read_file(path, MOST_BYTES, follow=False))
     except (ValueError, IntegrityError):  # one that cannot be read at all is left: somebody may hold it
@@ -299,10 +275,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _flock(descriptor: int, kind: int, path: Path) -> bool:
-    """Lock an open file; False where the file system has no locks.
-
-    Raises BlockingIOError where another process has it.
-    """
+    """Lock an open file; False where the file system has no locks. Raises BlockingIOError where another process has it."""
     try:
         with name_failure("lock", path):
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -334,10 +307,7 @@ def lock_holder(path: Path) -> Holder | None:
 
 
 def holder_silence(path: Path) -> float:
-    """Seconds since the holder touched its lock file: `BEAT` unless stopped.
-
-    0 where that cannot be told: of a holder with another kernel, the clock may differ.
-    """
+    """Seconds since the holder touched its lock file; 0 for another kernel's, whose clock may differ."""
     if not read_holder(path).shares_kernel(Holder.this_process()):
         return 0.0
     try:

@@ -46,8 +46,7 @@ class ResultArrays:
     """The arrays of a result; a growing one has one writer a chunk."""
 
     def __init__(self, out: zarr.Array[Any], lse: zarr.Array[Any]) -> None:
-        self.out = out
-        self.lse = lse
+        self.out, self.lse = out, lse
 
     @property
     def by_name(self) -> dict[str, zarr.Array[Any]]:
@@ -55,10 +54,7 @@ class ResultArrays:
 
     @classmethod
     def open(cls, path: Path) -> ResultArrays:
-        """Open the arrays of the result at `path` through memory maps.
-
-        Raises IntegrityError where one is missing.
-        """
+        """Open the arrays of the result at `path` through memory maps. Raises IntegrityError where one is missing."""
         return cls.of(MappedStore(path, read_only=True))
 
     @classmethod
@@ -83,10 +79,7 @@ class ResultArrays:
         return True
 
     def checksums(self, batch: int, head: int, part: int) -> dict[str, str]:
-        """The checksums of chunk `part` of one head on disk; "" for no chunk.
-
-        Raises OSError as the file system does.
-        """
+        """The checksums of chunk `part` of one head on disk; "" for no chunk. Raises OSError as the file system does."""
         found = {}
         for name, array in self.by_name.items():
             coordinates = _coordinates(array, batch, head, part)

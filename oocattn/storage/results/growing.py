@@ -41,7 +41,7 @@ from oocattn.storage.files.folders import (
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.renaming import rename_new
 from oocattn.storage.journal.claims import Claim
-from oocattn.storage.journal.journal import journal_exists, remove_journal
+from oocattn.storage.journal.journal import HEADER, remove_journal
 from oocattn.storage.journal.lock import lock_holder
 from oocattn.storage.make.create import OwnStore, create_array, sync_metadata
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
@@ -90,11 +90,10 @@ class RunState:
     claim: Claim
 
     def begin(self, layout: Layout, *, overwrite: bool) -> GrowingResult:
-        """Make the empty result: `out` [B, Hq, N, D] and `lse` [B, Hq, N].
+        """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], and remove what an unfinished run has left.
 
-        What an unfinished run has left is removed. With `overwrite` it is to replace the result that is there now. Raises
-        ProblemError where it could not be given its name later, and ResultExistsError where a file of somebody else's would
-        be removed, now or then.
+        With `overwrite` it is to replace the result that is there now. Raises ProblemError where it could not be given
+        its name later, and ResultExistsError where a file of somebody else's would be removed, now or then.
         """
         paths = self.paths
         self._check()
@@ -113,7 +112,7 @@ class RunState:
         if not overwrite and is_taken(paths.result):
             raise ResultExistsError(f"{paths.result} exists: choose another path, or replace it (--overwrite)")
         # A result that could not be restored was replaced, by a run that was killed before it removed it.
-        self._throw_away(*self._growing_folders(), paths.scratch, paths.replaced)
+        self._throw_away(*self._found(GROWING_NAME), paths.scratch, paths.replaced)
         remove_file(paths.status)
         if not is_taken(paths.result):
             self._forget_certificate()  # else it is of the result that is there until the commit
@@ -159,8 +158,8 @@ class RunState:
     def commit(self, growing: GrowingResult) -> None:
         """Give the complete result its name.
 
-        Raises ResultExistsError where something is there that the run may not replace, LockedError where the lock was lost,
-        and OSError as the file system does.
+        Raises ResultExistsError where something is there that the run may not replace, LockedError where the lock was
+        lost, and OSError as the file system does.
         """
         result, replaced = self.paths.result, self.paths.replaced
         self._check()
@@ -190,7 +189,7 @@ class RunState:
         """Remove the job state of a complete result, but report and certificate."""
         self._check()
         remove_journal(self.paths.state)
-        self._throw_away(self.paths.scratch, self.paths.replaced, *self._growing_folders(), *self._trash_folders())
+        self._throw_away(self.paths.scratch, self.paths.replaced, *self._found(GROWING_NAME), *self._found(TRASH_NAME))
         remove_file(self.paths.status)
 
     def discard(self, growing: GrowingResult) -> None:
@@ -204,11 +203,11 @@ class RunState:
     def remove_leftovers(self) -> None:
         """Remove what writes that were killed have left in the folders of this run."""
         self._check()
-        for folder in (*self._growing_folders(), self.paths.scratch, self.paths.state / "finished"):
+        for folder in (*self._found(GROWING_NAME), self.paths.scratch, self.paths.state / "finished"):
             remove_ours(folder, LEFTOVERS, keep_folders=True)
-        for name in names_in(self.paths.state):
-            if _LEFT_BESIDE.fullmatch(name) and not _is_waiting(self.paths.state / name):
-                remove_file(self.paths.state / name)
+        for path in self._found(_LEFT_BESIDE):
+            if not _is_waiting(path):
+                remove_file(path)
 
     def _check(self) -> None:
         """Raise where the lock was lost, or the folder is not this user's own."""
@@ -226,14 +225,11 @@ class RunState:
         """Raise ResultExistsError where a folder to be removed has foreign files."""
         refuse_foreign(self.paths.scratch, CHECKPOINTS)
         refuse_foreign(self.paths.state / "finished", JOURNAL)
-        for folder in (*self._growing_folders(), self.paths.replaced):
+        for folder in (*self._found(GROWING_NAME), self.paths.replaced):
             refuse_foreign(folder, GROUP)
 
-    def _growing_folders(self) -> list[Path]:
-        return [self.paths.state / name for name in names_in(self.paths.state) if GROWING_NAME.fullmatch(name)]
-
-    def _trash_folders(self) -> list[Path]:
-        return [self.paths.state / name for name in names_in(self.paths.state) if TRASH_NAME.fullmatch(name)]
+    def _found(self, pattern: re.Pattern[str]) -> list[Path]:
+        return [self.paths.state / name for name in names_in(self.paths.state) if pattern.fullmatch(name)]
 
     def _throw_away(self, *folders: Path) -> None:
         """Remove folders; rename them first, so that late writers do not find them."""
@@ -241,14 +237,14 @@ class RunState:
             if is_folder(folder) and not TRASH_NAME.fullmatch(folder.name):
                 with name_failure("rename", folder):
                     os.rename(folder, self.paths.state / f"trash-{uuid.uuid4().hex[:8]}")
-        for trash in self._trash_folders():
+        for trash in self._found(TRASH_NAME):
             if not remove_ours(trash, (*GROUP, *CHECKPOINTS, *JOURNAL)):
                 foreign = find_foreign(trash, GROUP) or trash
                 logger.warning("%s was not removed: oocattn did not write it; move it away", foreign)
 
     def _forget_certificate(self) -> None:
-        for path in (self.paths.certificate, self.paths.certificate_page):
-            remove_file(path)
+        remove_file(self.paths.certificate)
+        remove_file(self.paths.certificate_page)
 
 
 def _is_waiting(path: Path) -> bool:
@@ -267,5 +263,4 @@ def is_untidy(paths: ResultPaths) -> bool:
     """Whether a run was killed between its commit and its tidying up."""
     if paths.unfinished is not None:
         return False
-    leftovers = (paths.scratch, paths.replaced, paths.status, paths.lock)
-    return journal_exists(paths.state) or any(map(is_taken, leftovers))
+    return any(map(is_taken, (paths.state / HEADER, paths.scratch, paths.replaced, paths.status, paths.lock)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Iterator
@@ -47,11 +48,7 @@ class RowReader:
         return buffer + decoded + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
     def read(self, batch: int, head: int, start: int, out: NDArray[Any]) -> None:
-        """Read the rows from token `start` on into `out` [n, ...], C-contiguous.
-
-        Raises IntegrityError for a chunk that is missing, of the wrong size or undecodable, OSError as the file system
-        does; `out` is then undefined.
-        """
+        """Read the rows from token `start` on into `out` [n, ...], C-contiguous. Raises as `read_span`."""
         read_span(self._array, self._location, (batch, head), start, out)
 
 
@@ -85,27 +82,18 @@ def find_damage(reader: RowReader, recorded: Checksums, step: int) -> Iterator[D
     """
     batches, heads, tokens, *row = reader.shape
     buffer = np.empty((min(step, recorded.rows, tokens), *row), reader.dtype)
-    places = (
-        (batch, head, start)
-        for batch in range(batches)
-        for head in range(heads)
-        for start in range(0, tokens, recorded.rows)
-    )
+    places = itertools.product(range(batches), range(heads), range(0, tokens, recorded.rows))
     for part, (batch, head, start) in enumerate(places):
         stop = min(start + recorded.rows, tokens)
+        found, reason = 0, ""
         try:
-            found = as_digits(_checksum_of_part(reader, batch, head, start, stop, buffer))
+            for low in range(start, stop, len(buffer)):
+                rows = buffer[: min(stop - low, len(buffer))]
+                reader.read(batch, head, low, rows)
+                found = checksum(rows, found)
+            if as_digits(found) != recorded[part]:
+                reason = f"checksum {as_digits(found)}, written with {recorded[part]}"
         except IntegrityError as error:
-            yield Damage(reader.name, batch, head, start, stop, str(error))
-            continue
-        if found != recorded[part]:
-            yield Damage(reader.name, batch, head, start, stop, f"checksum {found}, written with {recorded[part]}")
-
-
-def _checksum_of_part(reader: RowReader, batch: int, head: int, start: int, stop: int, buffer: NDArray[Any]) -> int:
-    value = 0
-    for low in range(start, stop, len(buffer)):
-        rows = buffer[: min(stop - low, len(buffer))]
-        reader.read(batch, head, low, rows)
-        value = checksum(rows, value)
-    return value
+            reason = str(error)
+        if reason:
+            yield Damage(reader.name, batch, head, start, stop, reason)
