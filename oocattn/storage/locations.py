@@ -1,8 +1,8 @@
 """Paths and URLs of datasets and results, checked before Zarr sees them.
 
-A URL can make fsspec connect to a host, run what that host sends, or import a module, so schemes are taken from a list. Two
-sources are told apart: what a caller typed (`parse_location`) and what a file says (`recorded_location`), which may name a
-local path and nothing else.
+A URL can make fsspec connect to a host, run what that host sends, or import a module, so schemes are taken from a list.
+What a caller typed (`parse_location`) may be a URL; what a file says (`recorded_location`) may be a local path and
+nothing else.
 """
 
 from __future__ import annotations
@@ -41,10 +41,7 @@ _TENSORS = (
 
 @dataclass(frozen=True)
 class Location:
-    """A place that may be opened: an absolute path or a URL.
-
-    `path` is None for a URL. As a str it is fit to be printed and recorded: without the credentials that a URL may have.
-    """
+    """A place that may be opened: an absolute path, or a URL (`path` is None). As a str it is without credentials."""
 
     text: str
     path: Path | None
@@ -56,9 +53,9 @@ class Location:
 def parse_location(typed: object, what: str = "dataset") -> Location:
     """The place that a caller names: a path, a URL or a chain.
 
-    URLs have a scheme of `SCHEMES`, or file:. A Path is always a local path, and so is a text that begins with "/", "." or
-    "~/", or that has no "://" and is the name of something that exists. `~` and `~USER` at the beginning are home folders,
-    as in a shell. Raises ProblemError for anything else, which messages call `what`.
+    URLs have a scheme of `SCHEMES`, or file:. A Path is always a local path, and so is a text that begins with "/", "."
+    or "~/", or that has no "://" and is the name of something that exists. `~` and `~USER` at the beginning are home
+    folders, as in a shell. Raises ProblemError for anything else, which messages call `what`.
     """
     if isinstance(typed, Location):
         return typed
@@ -74,10 +71,7 @@ def is_chain(text: str) -> bool:
 
 
 def recorded_location(text: object) -> Location:
-    """The place of a dataset that a file names.
-
-    Raises IntegrityError unless it is an absolute local path.
-    """
+    """The place of a dataset that a file names. Raises IntegrityError unless it is an absolute local path."""
     if isinstance(text, str) and text.startswith("/") and _is_printable(_BYTES.sub("", text)):
         return _parse_local(text)
     raise IntegrityError(
@@ -87,10 +81,7 @@ def recorded_location(text: object) -> Location:
 
 
 def local_path(typed: object, what: str = "dataset") -> Path | None:
-    """`typed` without symbolic links, or None for the URL of a remote store.
-
-    Raises as `parse_location`.
-    """
+    """`typed` without symbolic links, or None for the URL of a remote store. Raises as `parse_location`."""
     found = parse_location(typed, what).path
     return None if found is None else resolve_path(found)
 
@@ -104,10 +95,7 @@ def resolve_path(path: Path) -> Path:
 
 
 def output_path(typed: object, what: str) -> Path:
-    """The absolute path of an output, which is local.
-
-    Raises ProblemError for a URL, else as `parse_location`.
-    """
+    """The absolute path of an output, which is local. Raises ProblemError for a URL, else as `parse_location`."""
     if isinstance(typed, str) and not (_is_local(typed) or typed.lower().startswith("file:")):
         raise ProblemError(
             f"{what} {printable(typed)}: {what}s are written to a local path, not to a URL: give a local path, and copy it "
@@ -130,10 +118,7 @@ def _text(typed: object, what: str) -> str:
 
 
 def _expand_home(text: str) -> str:
-    """The path with its home folder in the place of `~`.
-
-    Raises ProblemError where there is none for this user.
-    """
+    """The path with its home folder in the place of `~`. Raises ProblemError where there is none for this user."""
     try:
         found = os.path.expanduser(text)
     except ValueError:  # a null character or a surrogate, which no path has

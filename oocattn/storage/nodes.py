@@ -1,7 +1,7 @@
 """The JSON documents of Zarr groups and arrays, read without Zarr.
 
-They are read with a bound, and parsed. Where the bytes come from is the caller's: a function of a key that gives its
-content, or None where there is none. What the documents say of an array is checked in `metadata`.
+They are read with a bound, and parsed; where the bytes come from is the caller's. What the documents say of an array is
+checked in `metadata`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ Node = tuple[str, dict[str, Any]]
 
 
 def folder_attributes(folder: Path) -> dict[str, Any]:
-    """The attributes of the group in a folder; none where no group is.
-
-    Raises IntegrityError where it is damaged.
-    """
+    """The attributes of the group in a folder; none where no group is. Raises IntegrityError where it is damaged."""
     group = read_group(partial(read_in_folder, folder), str(folder))
     return {} if group is None else attributes_of(group, str(folder))
 
@@ -51,10 +48,7 @@ class ArrayNode(Excerpt):
 
 
 def read_array(folder: Path, name: str) -> ArrayNode:
-    """Read an array of the group in a folder.
-
-    Raises IntegrityError where it is missing or damaged.
-    """
+    """Read an array of the group in a folder. Raises IntegrityError where it is missing or damaged."""
     node = read_node(partial(read_in_folder, folder), name, str(folder))
     if node is None or node[0] != "array":
         raise IntegrityError(f"{printable(folder)} has no array {name!r}: expected a finished result; copy it again")
@@ -67,10 +61,7 @@ def read_array(folder: Path, name: str) -> ArrayNode:
 
 
 def read_in_folder(folder: Path, key: str) -> bytes | None:
-    """The content of a file in a folder; None where there is none.
-
-    Raises IntegrityError for what is no such file.
-    """
+    """The content of a file in a folder; None where there is none. Raises IntegrityError for what is no such file."""
     try:
         return read_file(folder / key, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -82,9 +73,9 @@ def read_in_folder(folder: Path, key: str) -> bytes | None:
 
 
 def read_group(read: Read, location: str) -> dict[str, Any] | None:
-    """The metadata of the group at the root of a store; None where no group is.
+    """The metadata of the group at the root of the store `location`; None where no group is.
 
-    Raises IntegrityError where it is damaged. `location` is what messages call the store.
+    Raises IntegrityError where it is damaged.
     """
     node = read_node(read, "", location)
     if node is None or node[0] != "group":
@@ -94,10 +85,7 @@ def read_group(read: Read, location: str) -> dict[str, Any] | None:
 
 
 def read_node(read: Read, path: str, location: str) -> Node | None:
-    """Read a node; None where there is none.
-
-    Raises RemoteDeniedError where a server lets no document be read.
-    """
+    """Read a node; None where there is none. Raises RemoteDeniedError where a server lets no document be read."""
     denied: list[RemoteDeniedError] = []
 
     def document(name: str) -> dict[str, Any] | None:
@@ -136,10 +124,7 @@ def read_document(read: Read, path: str, name: str, location: str) -> dict[str, 
 
 
 def attributes_of(node: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The attributes of a node.
-
-    Raises IntegrityError, calling it `name`, where they are no object.
-    """
+    """The attributes of a node. Raises IntegrityError, calling it `name`, where they are no object."""
     attributes = node.get("attributes", {})
     if not isinstance(attributes, dict):
         raise damaged_metadata(name, "its attributes are no object")

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import inf, nan
 from pathlib import Path
 from typing import Annotated
@@ -77,10 +78,7 @@ def certify(
     host_memory: int,
     checksums: bool,
 ) -> Certificate:
-    """Verify a finished result, and write its certificate beside it.
-
-    The arguments are those of `oocattn.verify`.
-    """
+    """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
     recorded, identity = ResultAttributes.read(paths), identity_at(paths.result)
     problem, opened = recorded.problem, Dataset.open_recorded(recorded.dataset.location, dataset)
     check_poses(opened, problem, "result")
@@ -88,15 +86,9 @@ def certify(
     bits = read_bits(paths.result)
     compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
     sizes = _sizes(problem, opened, readers, compared, rows, host_memory)
-    exact = recompute_rows(
-        problem,
-        opened,
-        borders=recorded.borders,
-        rows=rows,
-        seed=seed,
-        key_rows=sizes.key_rows,
-        weight_roundoff=_weight_roundoff(recorded),
-    )
+    roundoff = UNIT_ROUNDOFF[problem.dtype if recorded.plan.rounds_weights else "float32"]  # matrix units of GPUs: 16 bits
+    sampled = partial(recompute_rows, problem, opened, borders=recorded.borders, rows=rows, seed=seed)
+    exact = sampled(key_rows=sizes.key_rows, weight_roundoff=roundoff)
     certificate = Certificate(
         str(paths.result),
         opened.location,
@@ -118,32 +110,18 @@ def certify(
     return _write_certificate(certificate, paths)
 
 
-def _weight_roundoff(recorded: ResultAttributes) -> float:
-    """The unit roundoff of the dtype that softmax weights are rounded to.
-
-    The matrix units of GPUs take 16 bits.
-    """
-    return UNIT_ROUNDOFF[recorded.problem.dtype if recorded.plan.rounds_weights else "float32"]
-
-
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
     """The totals in the report beside a result; None where there is no whole one."""
     try:
         content = read_json(paths.report) if is_folder(paths.state) else None
-        found = None if content is None else from_json(_RunCounts, content)
+        counts = asdict(from_json(_RunCounts, content))
     except (IntegrityError, ValueError):
         return None
-    if found is None:
-        return None
-    counts = asdict(found)
     return Ledger(expected=problem.pairs, counted=counts.pop("pairs"), **counts)
 
 
 def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict[str, RowReader]:
-    """The readers of `out` and `lse`.
-
-    Raises IntegrityError where they are not the arrays of such a problem.
-    """
+    """The readers of `out` and `lse`. Raises IntegrityError where they are not the arrays of such a problem."""
     shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
     expected = {"out": (shape, problem.out_dtype), "lse": (shape[:3], "float32")}
     for name, array in arrays.by_name.items():
@@ -172,10 +150,7 @@ def _sizes(
     rows: int,
     host_memory: int,
 ) -> _Sizes:
-    """The largest sizes that fit the budget, one after another.
-
-    Raises BudgetError where the smallest do not.
-    """
+    """The largest sizes that fit the budget, one after another. Raises BudgetError where the smallest do not."""
     rows = min(rows, problem.rows)
     always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(checksums) for checksums in compared.values())
     one_row = max(reader.nbytes(1) for reader in readers.values())
@@ -199,10 +174,7 @@ def _sizes(
 
 
 def _steps(reader: RowReader, part: int) -> tuple[int, int]:
-    """The most and the fewest rows of an array to read at a time.
-
-    Its parts have `part` rows.
-    """
+    """The most and the fewest rows to read at a time of an array whose parts have `part` rows."""
     row = math.prod(reader.shape[3:]) * reader.dtype.itemsize
     most = min(part, reader.shape[2], max(1, STEP_BYTES // row) if reader.mapped else part)
     return most, min(most, max(1, LEAST_STEP_BYTES // row))

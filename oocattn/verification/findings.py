@@ -1,7 +1,4 @@
-"""The findings of `verify`: rows, checksums, ledger and strata.
-
-What follows from all of it together is `certificate`'s.
-"""
+"""The findings of `verify`: rows, checksums, ledger and strata."""
 
 from __future__ import annotations
 
@@ -76,8 +73,8 @@ class ArrayCheck:
 class Ledger:
     """What the run counted; `other_bits` says what computed otherwise, or "".
 
-    Counts are of query-key pairs, expected and found, of NaN and Inf in its inputs and in `out`, and of elements of `out`
-    that only its dtype made Inf or 0.
+    Counts are of query-key pairs, expected and found, of NaN and Inf in its inputs and in `out`, and of elements of
+    `out` that only its dtype made Inf or 0.
     """
 
     expected: Count
@@ -91,10 +88,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Stratum:
-    """What was found in the rows of a stratum, or in all.
-
-    Errors are as in `RowCheck`.
-    """
+    """What was found in the rows of a stratum, or in all; errors are as in `RowCheck`."""
 
     name: str
     rows: int

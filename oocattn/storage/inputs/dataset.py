@@ -1,7 +1,4 @@
-"""A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL.
-
-Here a dataset is found and checked to be whole; what identifies it is fingerprints.py's, how rows are read readers.py's.
-"""
+"""A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL; found, and checked to be whole."""
 
 from __future__ import annotations
 
@@ -44,8 +41,7 @@ MOST_NAMED = 10
 class Dataset:
     """The input of a run: its location, and the arrays "q", "k" and "v".
 
-    `location` is an absolute path, or a URL without credentials. Opening reads metadata alone. It is sent to other processes
-    as its arrays' metadata; each learns again how they are read best.
+    `location` is an absolute path, or a URL without credentials. Other processes are sent the arrays' metadata alone.
     """
 
     location: str
@@ -53,11 +49,11 @@ class Dataset:
 
     @classmethod
     def open(cls, path_or_url: str | Path | Location) -> Dataset:
-        """Open a Zarr group, v3 or v2, for reading, at a path or a URL.
+        """Open a Zarr group, v3 or v2, for reading, at a path or a URL, which is checked first.
 
-        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes say that
-        its numbers or its axes are not what they would be taken for, and IntegrityError if its metadata is damaged. Nothing
-        is read before the location is checked.
+        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes say
+        that its numbers or its axes are not what they would be taken for, and IntegrityError if its metadata is
+        damaged.
         """
         location = parse_location(path_or_url)
         return cls._open_in(_open_store(location), str(location))
@@ -81,10 +77,7 @@ class Dataset:
 
     @classmethod
     def open_recorded(cls, recorded: object, named: str | Path | Location | None) -> Dataset:
-        """Open the dataset of a result or journal: where `named`, else as recorded.
-
-        Raises as `open`, and IntegrityError where something else than a local path is recorded.
-        """
+        """Open the dataset of a result or journal: where `named`, else at the `recorded_location`. Raises as both."""
         if named is not None:
             return cls.open(named)
         try:
@@ -114,22 +107,22 @@ class Dataset:
         return q, k, v
 
     def check_complete(self) -> None:
-        """Check that every chunk of q, k and v is there.
+        """Check that every chunk of q, k and v is there. Raises IntegrityError naming array, chunk and key.
 
-        Raises IntegrityError naming array, chunk and key. In a local folder each chunk file must exist and, where it is
-        stored as it is (no compressor, no shards), have exactly the size of a chunk: one `stat` a file. Elsewhere the keys
-        are listed once, where that is possible, and those not listed are asked for by name; a size counts where it is told.
-        Of a shard the index is read as well (16 bytes a chunk): every chunk that lies within the array's bounds must be in
-        it and, in a local folder, within the file. What chunks decode to is not checked.
+        A chunk that is stored as it is (no compressor, no shards) must have its size, where that is told. Elsewhere
+        than in a local folder the keys are listed once, where that is possible, and those not listed are asked for by
+        name. Of a shard the index is read as well (16 bytes a chunk). What chunks decode to is not checked.
         """
         for array in (self.arrays[name].array for name in NAMES):
-            _check_chunks(array, self.location)
+            expected = stored_bytes(array)
+            for coordinates, key, size in _sizes(array, self.location):
+                if expected is not None and size is not None and size != expected:
+                    raise torn_chunk(self.location, key, size, expected)
+                if array.shards is not None:
+                    check_shard(array, coordinates, self.location)
 
     def fingerprints(self) -> Fingerprints:
-        """The fingerprints of the dataset as it is now.
-
-        Raises IntegrityError for a chunk that is missing: any in a local folder, elsewhere one of the few that are sampled.
-        """
+        """The fingerprints of the dataset as it is now. Raises IntegrityError for a chunk that is found to be missing."""
         found = [fingerprints_of(name, self.arrays[name].array, self.location) for name in NAMES]
         return Fingerprints(*("-".join(digests) for digests in zip(*found, strict=True)))
 
@@ -153,10 +146,7 @@ def pose(dataset: Dataset, *, causal: bool, scale: float | None, out_dtype: Dtyp
 
 
 def check_poses(dataset: Dataset, problem: Problem, whose: str) -> None:
-    """Raise ProblemError where a dataset poses another problem.
-
-    `problem` is that of a `whose`: "run" or "result".
-    """
+    """Raise ProblemError where a dataset poses another problem than that of a `whose`: "run" or "result"."""
     posed = pose(dataset, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
     if posed != problem:
         raise ProblemError(
@@ -173,10 +163,7 @@ def _meaning(array: zarr.Array[Any]) -> dict[str, Any]:
 
 
 def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], location: str) -> None:
-    """Raise ProblemError where consolidated metadata differ from the array's.
-
-    Zarr and xarray believe the consolidated metadata.
-    """
+    """Raise ProblemError where consolidated metadata, which Zarr and xarray believe, differ from the array's."""
     own, other = _meaning(array), _meaning(consolidated)
     for field in sorted({*own, *other}):
         if json.dumps(own.get(field), default=str) != json.dumps(other.get(field), default=str):
@@ -187,25 +174,12 @@ def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], l
             )
 
 
-def _check_chunks(array: zarr.Array[Any], location: str) -> None:
-    expected = stored_bytes(array)
-    for coordinates, key, size in _sizes(array, location):
-        if expected is not None and size is not None and size != expected:
-            raise torn_chunk(location, key, size, expected)
-        if array.shards is not None:
-            check_shard(array, coordinates, location)
-
-
 def _sizes(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
     """Coordinates, key and size, if it is told, of every chunk. Raises at the first that is missing."""
-    if isinstance(array.store, MappedStore):
-        return ((coordinates, key, status.st_size) for coordinates, key, status in chunk_files(array, location))
-    return _objects(array, location)
-
-
-def _objects(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
-    """Coordinates, key and size, if it is told, of every chunk of a remote array. Raises at the first that is missing."""
     store: Any = array.store
+    if isinstance(store, MappedStore):
+        yield from ((coordinates, key, status.st_size) for coordinates, key, status in chunk_files(array, location))
+        return
     listed, stored = sync(store.list_sizes(array.path)), stored_chunks(array)
     while batch := {chunk_key(array, coordinates): coordinates for coordinates in itertools.islice(stored, ASKED)}:
         found = sync(store.find_sizes([key for key in batch if key not in listed]))

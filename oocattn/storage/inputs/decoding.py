@@ -1,8 +1,8 @@
 """Bounded decompression: no chunk decodes to more bytes than it must have.
 
-A few kilobytes can claim to be, and can really be, gigabytes. Formats that state their size are checked before anything is
-allocated; streams are decompressed piece by piece until they exceed the bound. `bounded_metadata` puts these decoders in
-the place of an array's own compressors; they decode and do not encode.
+A few kilobytes can claim to be, and can really be, gigabytes. Formats that state their size are checked before anything
+is allocated; streams are decompressed piece by piece until they exceed the bound. `bounded_metadata` puts these
+decoders in the place of an array's own compressors; they decode and do not encode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import numcodecs
 import numpy as np
 import zarr
 from numcodecs.abc import Codec as Numcodec
-from zarr.codecs import ShardingCodec
 
 from oocattn.storage.inputs.codec_chain import COMPRESSORS, Chain, Codec, Stage, chain_of, v2_codecs, v3_codecs
 from oocattn.storage.zarr_compat import ArraySpec, Buffer, BytesBytesCodec
@@ -77,16 +76,9 @@ def _bounded_v3(own: Any, codecs: list[Codec], chain: Chain) -> list[Any]:
             _BoundedCodec(partial(decode, codec, stage)) if codec[0] in COMPRESSORS else original
             for original, codec, stage in zip(own, codecs, chain.stages, strict=True)
         ]
-    (shards,), config = own, codecs[0][1]
-    inner = _bounded_v3(shards.codecs, v3_codecs(config["codecs"], "the array"), chain.inner)
-    return [
-        ShardingCodec(
-            chunk_shape=shards.chunk_shape,
-            codecs=inner,
-            index_codecs=shards.index_codecs,
-            index_location=config["index_location"],
-        )
-    ]
+    (shards,) = own
+    inner = _bounded_v3(shards.codecs, v3_codecs(codecs[0][1]["codecs"], "the array"), chain.inner)
+    return [replace(shards, codecs=inner)]
 
 
 @dataclass(frozen=True)
@@ -163,10 +155,7 @@ def _lz4(content: memoryview, stage: Stage) -> Any:
 
 
 def _zstd(content: memoryview, stage: Stage) -> Any:
-    """Decode zstd into a buffer of the size that its frames state.
-
-    libzstd writes no more than that.
-    """
+    """Decode zstd into a buffer of the size that its frames state: libzstd writes no more than that."""
     nbytes: int | None = _first_size(content)
     if nbytes != stage.decoded:
         nbytes, most = _frame_sizes(content)

@@ -40,10 +40,9 @@ TRIAL_BYTES = 4 * 2**20
 
 
 def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-    """Read tokens [start, stop) of one head into `out` [stop - start, D].
+    """Read tokens [start, stop) of one head into `out` [stop - start, D], C-contiguous, of the array's dtype.
 
-    `out` is C-contiguous, of the array's dtype. While a chunk is copied the kernel reads the next two of the request. Raises
-    IntegrityError for a chunk file that is missing or of another size than it must be.
+    Raises IntegrityError for a chunk file that is missing or of another size than it must be.
     """
     content = _bytes_of(out)
     ahead = files.parts(batch, head, start, stop)

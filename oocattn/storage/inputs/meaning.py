@@ -1,8 +1,8 @@
 """What the axes and the numbers of an array mean, by its names and attributes.
 
-An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads of H
-tokens, and nothing about the result shows it. Names are believed where each one that is given is known and together they
-can be read in one way only.
+An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads
+of H tokens, and nothing about the result shows it. Names are believed where each one that is given is known and
+together they can be read in one way only.
 
 xarray packs or masks arrays by the CF conventions, in attributes that Zarr does not look at. Such an array is refused,
 unless they change no number: xarray writes a `_FillValue` of NaN with every array of floats. `_Unsigned` is about
@@ -75,10 +75,9 @@ MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
 
 
 def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
-    """Raise ProblemError where dimension names give another order of axes.
+    """Raise ProblemError where dimension names give another order of axes than [B, H, N, D] or [H, N, D].
 
-    Expected are [B, H, N, D] or [H, N, D]. The names are `dimension_names` of Zarr v3, and the attribute `_ARRAY_DIMENSIONS`
-    that xarray adds in v2.
+    The names are `dimension_names` of Zarr v3, and the attribute `_ARRAY_DIMENSIONS` that xarray adds in v2.
     """
     named = [(name, names, order) for name, array in arrays.items() for names, order in _named_orders(array)]
     wrong = {order for _, _, order in named if order not in ("bhnd", "hnd")}
@@ -94,10 +93,7 @@ def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
 
 
 def warn_if_transposed(q: ArraySpec, layout: str | None = None) -> None:
-    """Warn where `q`, in the order `layout`, has more heads than tokens.
-
-    The default layout is [B, H, N, D].
-    """
+    """Warn where `q`, in the order `layout` (default: [B, H, N, D]), has more heads than tokens."""
     taken = layout or "bhnd"[4 - len(q.shape) :]
     size = dict(zip(taken, q.shape, strict=True))
     if size["h"] <= size["n"]:
@@ -123,10 +119,7 @@ def _named_orders(array: zarr.Array[Any]) -> Iterator[tuple[list[str], str]]:
 
 
 def _order(names: list[Any] | tuple[Any, ...]) -> str | None:
-    """The only order of axes, like "bhnd", that the names allow, or None.
-
-    An axis without a name, None, may be any.
-    """
+    """The only order of axes, like "bhnd", that the names allow, or None. An axis without a name, None, may be any."""
     if len(names) not in (3, 4) or not all(name is None or isinstance(name, str) for name in names):
         return None
     axes = [_axes_called(name) for name in names]
@@ -164,10 +157,7 @@ def _packed_error(array: zarr.Array[Any], location: str, found: str) -> ProblemE
 
 
 def _number(found: object) -> float | None:
-    """The number that an attribute holds; None where that is not understood.
-
-    A text is one such as "NaN", or a double in base64, as which xarray writes a `_FillValue` in Zarr v3.
-    """
+    """The number that an attribute holds, also as a text or, as xarray writes `_FillValue`, in base64; None for others."""
     if not isinstance(found, int | float | str):
         return None
     with suppress(ValueError, OverflowError):
@@ -178,10 +168,7 @@ def _number(found: object) -> float | None:
 
 
 def _mask_of_v2(array: zarr.Array[Any]) -> Any:
-    """The fill value by which xarray masks an array of Zarr v2, or None.
-
-    Zero is what Zarr itself fills with where nobody has chosen.
-    """
+    """The fill value by which xarray masks an array of Zarr v2, or None; zero is what Zarr fills with by itself."""
     filled: Any = array.metadata.fill_value
     if array.metadata.zarr_format != 2 or _NAMED_DIMENSIONS not in array.attrs or filled is None:
         return None

@@ -1,9 +1,7 @@
 """Our own Zarr arrays and datasets: how they are made and filled.
 
-Chunks hold plain rows of one head each, and are written whole and durably. Here live the chunk shape, the durable commit of
-one chunk (`write_chunk`), the creation of a dataset that appears under its name only when it is complete (`create_dataset`),
-and the loop that fills an array in parallel (`fill_array`). What is written comes from elsewhere: synth, importing and the
-results; reading is the business of dataset.py.
+Chunks hold plain rows of one head each, and are written whole and durably. A dataset appears under its name only when
+it is complete. What is written comes from elsewhere: synth, importing and the results.
 """
 
 from __future__ import annotations
@@ -51,7 +49,8 @@ logger = logging.getLogger("oocattn")
 class OwnStore(LocalStore):
     """A store in a folder whose name only this process knows.
 
-    No object appears there in the meantime. LocalStore creates an object by a hard link, which not every file system has.
+    No object appears there in the meantime. LocalStore creates an object by a hard link, which not every file system
+    has.
     """
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
@@ -123,9 +122,9 @@ def chunk_file(array: zarr.Array[Any], coords: tuple[int, ...]) -> Path:
 def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[Any]) -> None:
     """Write chunk `coords` of `array` whole; when this returns, it is on disk.
 
-    `data` has the shape of `chunk_selection(array, coords)` and the dtype of the array. Arrays that are not of the kind
-    made by `create_array`, or not in a local store, are written through Zarr, without that promise. Raises ValueError
-    for another shape or dtype, OSError as the file system does.
+    `data` has the shape of `chunk_selection(array, coords)` and the dtype of the array. Arrays of another kind than
+    `create_array` makes, or not in a local store, are written through Zarr, without that promise. Raises ValueError for
+    another shape or dtype, OSError as the file system does.
     """
     selection = chunk_selection(array, coords)
     expected = tuple(part.stop - part.start for part in selection)
@@ -143,11 +142,10 @@ def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[A
 def fill_array(
     array: zarr.Array[Any], rows: Callable[[int, int, int, int], NDArray[Any]], workers: int | None = None
 ) -> None:
-    """Write every chunk of `array` from `rows(batch, head, start, stop)`.
+    """Write every chunk of `array` from `rows(batch, head, start, stop)`, [stop - start, D] in the dtype of the array.
 
-    These are [stop - start, D] in the dtype of the array. Runs in `workers` threads (default: one a core), each with one
-    chunk in memory. The heads of one range of rows are asked for one after another, so that a source which interleaves them
-    is read from disk once.
+    Runs in `workers` threads (default: one a core), each with one chunk in memory. The heads of a range of rows follow
+    one another, so that a source which interleaves them is read from disk once.
     """
     batch, heads, tokens = array.cdata_shape[:3]
 
@@ -167,8 +165,8 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     """Create a Zarr group, to be filled inside the `with`, at `path` after it.
 
     Until then it grows under a temporary name beside `path`, and an exception removes it. (At a URL other than file://
-    it is made in place.) Raises ProblemError for a location that is not taken, and ResultExistsError where something is at
-    `path`, unless `overwrite` is given and that something is a Zarr group or array.
+    it is made in place.) Raises ProblemError for a location that is not taken, and ResultExistsError where something is
+    at `path`, unless `overwrite` is given and that something is a Zarr group or array.
     """
     local = local_path(path)
     if local is None:
@@ -229,10 +227,7 @@ async def _foreign_key(store: RemoteStore) -> str | None:
 
 
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:
-    """Raise ResultExistsError where something at `path` may not be replaced.
-
-    With `overwrite`, a Zarr group or array without other files may be.
-    """
+    """Raise ResultExistsError where something at `path` is, unless `overwrite` and it is a Zarr group or array alone."""
     if not is_taken(path):
         return
     if not overwrite:
@@ -250,10 +245,10 @@ def sync_metadata(group: Path) -> None:
 
 
 def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give the complete group at `temporary` the name `path`.
+    """Give the complete group at `temporary` the name `path`, also of another group with `overwrite`.
 
-    One that is there already may be replaced with `overwrite`. Raises ResultExistsError where something else is there by
-    then. What was to be overwritten has its name again where the new one could not be given it.
+    Raises ResultExistsError where something else is there by then. What was to be overwritten has its name again where
+    the new one could not be given it.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     refuse_to_destroy(path, overwrite)
@@ -264,18 +259,13 @@ def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
         rename_new(temporary, path)
     except OSError as error:
         if replaced:
-            _give_back(aside, path)
+            try:
+                rename_new(aside, path)
+            except OSError as second:
+                logger.warning("%s; the group that was there is now at %s: rename it", words_of(second), aside)
         if isinstance(error, FileExistsError):
             raise ResultExistsError(f"{path} has appeared meanwhile: move it away and try again") from None
         raise
     sync(path.parent)
     if not remove_ours(aside, GROUP):
         logger.warning("%s was not removed: it holds files that Zarr did not write; move them away, and remove it", aside)
-
-
-def _give_back(aside: Path, path: Path) -> None:
-    """Give a group its name again; where that fails, log where it is."""
-    try:
-        rename_new(aside, path)
-    except OSError as error:
-        logger.warning("%s; the group that was there is now at %s: rename it", words_of(error), aside)

@@ -1,8 +1,4 @@
-"""Import of .npy, .safetensors and .pt files into a dataset of our own.
-
-The three tensors are checked against each other before anything is written; then they are copied chunk by chunk. Where they
-lie in their files, and how they are read from there, is tensor_files.py's.
-"""
+"""Import of .npy, .safetensors and .pt files into a dataset of our own, chunk by chunk, once all three are checked."""
 
 from __future__ import annotations
 
@@ -45,15 +41,15 @@ def import_arrays(
 ) -> None:
     """Copy the tensors of three files into a new dataset at `path`.
 
-    Its arrays q, k and v have the shape [B, H, N, D]. More heads than tokens, by `layout`, are logged as a warning: the axes
-    may be in another order.
+    Its arrays q, k and v have the shape [B, H, N, D]. More heads than tokens, by `layout`, are logged as a warning: the
+    axes may be in another order.
 
     A file is `FILE.npy`, `FILE.safetensors` or `FILE.pt`, the last two with `:TENSOR` where they hold several tensors
     and none is called q, k or v. `layout` is the order of the axes in the files. float16, bfloat16 and float32 are kept
-    unless `dtype` asks for another of them, by a name or as that of NumPy or PyTorch; float64 is read only with a `dtype`.
-    Raises ProblemError for a file that is missing or not understood and for options, shapes and dtypes that cannot be,
-    before anything is written, and for a finite value that overflows `dtype`; ResultExistsError where `path` is taken and
-    `overwrite` is not given.
+    unless `dtype` asks for another of them, by a name or as that of NumPy or PyTorch; float64 is read only with a
+    `dtype`. Raises ProblemError for a file that is missing or not understood and for options, shapes and dtypes that
+    cannot be, before anything is written, and for a finite value that overflows `dtype`; ResultExistsError where `path`
+    is taken and `overwrite` is not given.
     """
     converted = None if dtype is None else str(dtype)
     sources = {name: _open(name, file) for name, file in (("q", q), ("k", k), ("v", v))}
@@ -68,10 +64,7 @@ def import_arrays(
 
 
 def _spec(name: str, source: FileTensor, layout: str, dtype: str | None) -> ArraySpec:
-    """The array that `source` becomes in the dataset.
-
-    Raises ProblemError where its rank or dtype cannot become that.
-    """
+    """The array that `source` becomes in the dataset. Raises ProblemError where its rank or dtype cannot become that."""
     if len(source.shape) != len(layout):
         raise ProblemError(
             f"{name} ({source.label}) has shape {list(source.shape)}: layout {layout} has {len(layout)} dimensions; "

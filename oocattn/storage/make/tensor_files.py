@@ -1,9 +1,8 @@
 """Tensors in .npy, .safetensors and .pt files, read in parts.
 
 A file is opened without being loaded and without running what it may carry (.npy and .safetensors hold none, torch's
-weights_only=True keeps it from running). It is read, not mapped: not every file system can map, and a mapped file that is
-cut short ends the process. Only elements that lie scattered are copied from a map, if there can be one, for the time of
-one read. What the tensors are for is importing.py's.
+weights_only=True keeps it from running). It is read, not mapped: a mapped file that is cut short ends the process. Only
+elements that lie scattered are copied from a map, if there can be one, for the time of one read.
 """
 
 from __future__ import annotations
@@ -52,10 +51,7 @@ class _Entry(Excerpt):
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a file: elements at `offset`, `strides` bytes apart.
-
-    `stamp` is the size and the time of change of the file when it was opened.
-    """
+    """A tensor in a file: elements at `offset`, `strides` bytes apart; `stamp` is of the file when it was opened."""
 
     path: Path
     label: str
@@ -66,10 +62,7 @@ class FileTensor:
     stamp: tuple[int, int]
 
     def read(self, part: Sequence[slice]) -> NDArray[Any]:
-        """A part of it, a slice for each axis.
-
-        Raises OSError as the file system does, ProblemError where the file is short or was changed.
-        """
+        """A part of it, a slice for each axis. Raises ProblemError where the file is short or was changed."""
         spans = [range(*each.indices(size)) for each, size in zip(part, self.shape, strict=True)]
         out = np.empty([len(span) for span in spans], self.dtype)
         first = [span.start for span in spans]
@@ -116,10 +109,7 @@ class FileTensor:
 
 
 def open_npy(name: str, path: Path) -> FileTensor:
-    """The array in a .npy file that is to become array `name`.
-
-    Raises ProblemError for one that is not understood.
-    """
+    """The array in a .npy file that is to become array `name`. Raises ProblemError for one that is not understood."""
     try:
         with open_regular(path) as descriptor, name_failure("read", path), open(descriptor, "rb", closefd=False) as file:
             readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -148,11 +138,11 @@ def open_npy(name: str, path: Path) -> FileTensor:
 
 
 def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
-    """The tensor in a .safetensors file that is to become array `name`.
+    """The tensor, called `tensor` if that is given, in a .safetensors file that is to become array `name`.
 
-    It is called `tensor`, if that is given. The format: 8 bytes that say how long the header is, the header, which is JSON,
-    and the elements of the tensors (https://github.com/huggingface/safetensors; its library maps whole files). Raises
-    ProblemError for what is not that.
+    The format: 8 bytes that say how long the header is, the header, which is JSON, and the elements of the tensors
+    (https://github.com/huggingface/safetensors; its library maps whole files). Raises ProblemError for what is not
+    that.
     """
     try:
         with open_regular(path) as descriptor:
@@ -183,10 +173,10 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
 
 
 def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
-    """The tensor in a file of torch.save that is to become array `name`.
+    """The tensor, called `tensor` if that is given, in a file of torch.save that is to become array `name`.
 
-    It is called `tensor`, if that is given. Its elements are not read: of a tensor without data torch says where in the file
-    they lie. Raises ProblemError for a file of anything else than plain tensors.
+    Its elements are not read: of a tensor without data torch says where in the file they lie. Raises ProblemError for a
+    file of anything else than plain tensors.
     """
     import torch
 
@@ -215,10 +205,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
 
 
 def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
-    """Raise ProblemError where torch.save's elements are compressed or swapped.
-
-    torch tells where an element lies, and not that it is compressed; numbers of another byte order crash it.
-    """
+    """Raise ProblemError where torch.save's elements are compressed, which torch hides, or swapped, which crashes it."""
     if not zipfile.is_zipfile(file):  # torch says what it is
         file.seek(0)
         return
@@ -235,10 +222,7 @@ def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
 
 
 def _without_data() -> AbstractContextManager[object]:
-    """A context in which torch.load to the device "meta" reads no elements.
-
-    Older versions need fake tensors for that.
-    """
+    """A context in which torch.load to the device "meta" reads no elements; older versions need fake tensors for that."""
     import torch
 
     if hasattr(torch.serialization, "_is_meta_location"):

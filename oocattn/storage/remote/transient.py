@@ -1,7 +1,7 @@
 """What a failure of a remote store means, and another try where that can help.
 
-Every file system of fsspec has exceptions of its own. They are told apart here and nowhere else, by status code or by type;
-none of their packages is imported. Which requests are made is remote.py's.
+Every file system of fsspec has exceptions of its own. They are told apart here and nowhere else, by status code or by
+type; none of their packages is imported.
 """
 
 from __future__ import annotations
@@ -77,10 +77,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The meaning of an exception: what was found, and what to do.
-
-    `wait` is the seconds that the server asks to wait.
-    """
+    """The meaning of an exception: what was found, what to do, and the seconds that the server asks to wait."""
 
     kind: Kind
     found: str
@@ -91,9 +88,10 @@ class Failure:
 async def retry(operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
     """Await a repeatable step; retry transient failures for `patience` seconds.
 
-    Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, and RemoteError for
-    every other failure: with the operation, the URL, what the server said, and how often it was tried.
+    Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, and RemoteError
+    for every other failure: with the operation, the URL, what the server said, and how often it was tried.
     """
+    global _warned
     began, first, pause, tries = clock.now(), None, FIRST_PAUSE, 0
     while True:
         tries += 1
@@ -110,15 +108,11 @@ async def retry(operation: str, url: str, step: Callable[[], Awaitable[T]], pati
             if failure.kind is not Kind.TRANSIENT or now + wait > first + patience:
                 raise _error(operation, url, failure, tries, now - began) from error
             if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
-                _warn("%s %s failed: %s; retrying for %.0f s", operation, url, failure.found, first + patience - now)
+                _warned = now
+                left = first + patience - now
+                logger.warning("%s %s failed: %s; retrying for %.0f s", operation, url, failure.found, left)
         await asyncio.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _warn(words: str, *arguments: object) -> None:
-    global _warned
-    _warned = clock.now()
-    logger.warning(words, *arguments)
 
 
 def _error(operation: str, url: str, failure: Failure, tries: int, seconds: float) -> RemoteError:
