@@ -86,12 +86,12 @@ def bench(
 ) -> Generator[Plan | Ceiling | Progress | Table, None, None]:
     """Measure this machine, and compare ways to attend a synthetic dataset.
 
-    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M and
-    8 with a GPU, 32K and 4 without one; the options from `device_memory` to `checkpoint_interval` are those of
+    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M
+    and 8 with a GPU, 32K and 4 without one; the options from `device_memory` to `checkpoint_interval` are those of
     `oocattn.plan`. The dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are
-    removed at the end. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of `repeats` rounds,
-    after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. One that fails has a row that says
-    so. Raises as `oocattn.plan`, and ProblemError where `folder` is no folder or has no room.
+    removed at the end. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of `repeats`
+    rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. One that fails has a
+    row that says so. Raises as `oocattn.plan`, and ProblemError where `folder` is no folder or has no room.
     """
     default = choose_device(kernel)
     tokens, heads, where = tokens or TOKENS[default], heads or HEADS[default], output_path(folder, "folder")
@@ -122,12 +122,11 @@ def _exact_rows(plan: Plan, dataset: Path, rows: int, seed: int) -> list[ExactRo
 
 
 def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any], stack: ExitStack) -> list[Competitor]:
-    """All competitors, in the order of the table.
+    """All competitors, in the order of the table. What cannot run here says so when its turn comes.
 
-    What cannot run here says so when its turn comes. What a competitor needs beyond the dataset in `place` is removed when
-    `stack` is closed.
+    What a competitor needs beyond the dataset in `place` is removed when `stack` is closed.
     """
-    dataset, result = place / "qkv.zarr", place / "out.zarr"
+    dataset = place / "qkv.zarr"
     options = {**options, "device_memory": plan.device_memory, "host_memory": plan.host_memory}  # the same in every run
     found: list[Competitor] = []
     needed, free = Inputs.nbytes(plan.problem), psutil.virtual_memory().available
@@ -142,8 +141,8 @@ def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any]
     return [
         *found,
         _from_memory(plan, dataset, client, options, stack),
-        OutOfCore(PAGE_CACHE, dataset, result, client, options, before=lambda: ceilings.read_files(files)),
-        OutOfCore("oocattn, cold disk", dataset, result, client, options, before=lambda: ceilings.drop_from_cache(files)),
+        OutOfCore(PAGE_CACHE, dataset, client, options, before=lambda: ceilings.read_files(files)),
+        OutOfCore("oocattn, cold disk", dataset, client, options, before=lambda: ceilings.drop_from_cache(files)),
         *_stream_cqsa(inputs),
     ]
 
@@ -161,7 +160,7 @@ def _from_memory(plan: Plan, dataset: Path, client: Client, options: dict[str, A
         )
     place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=MEMORY_FOLDER)))
     shutil.copytree(dataset, place / dataset.name)
-    return OutOfCore(name, place / dataset.name, place / "out.zarr", client, options, before=lambda: None)
+    return OutOfCore(name, place / dataset.name, client, options, before=lambda: None)
 
 
 def _stream_cqsa(inputs: Inputs | None) -> list[Competitor]:
@@ -211,24 +210,17 @@ class _Entrant:
 
 
 def _rounds(entrants: Sequence[_Entrant], repeats: int, warm_up: bool) -> Iterator[Progress]:
-    """Run all rounds, after an untimed one with `warm_up`."""
+    """Run all rounds, after an untimed one with `warm_up`; the failure of a competitor ends its own part alone."""
     for number in range(0 if warm_up else 1, repeats + 1):
-        yield from _round(entrants, f"round {number} of {repeats}" if number else "warm-up", timed=number > 0)
-
-
-def _round(entrants: Sequence[_Entrant], name: str, *, timed: bool) -> Iterator[Progress]:
-    """Run every competitor that has not failed once.
-
-    The failure of one is its own.
-    """
-    for entrant in (entrant for entrant in entrants if not entrant.note):
-        what, start = f"{name}, {entrant.competitor.name}", time.perf_counter()
-        try:
-            seconds = entrant.run(timed=timed)
-        except Exception as error:
-            entrant.note = _words(error)
-            what, seconds = f"{what}: {entrant.note}", time.perf_counter() - start
-        yield Progress(what, seconds)
+        name = f"round {number} of {repeats}" if number else "warm-up"
+        for entrant in (entrant for entrant in entrants if not entrant.note):
+            what, start = f"{name}, {entrant.competitor.name}", time.perf_counter()
+            try:
+                seconds = entrant.run(timed=number > 0)
+            except Exception as error:
+                entrant.note = _words(error)
+                what, seconds = f"{what}: {entrant.note}", time.perf_counter() - start
+            yield Progress(what, seconds)
 
 
 def _words(error: Exception) -> str:
@@ -255,10 +247,7 @@ def _device_peak() -> int:
 
 
 def _check_room(folder: Path, elements: int, dtype: str) -> None:
-    """Raise ProblemError unless a dataset and a result fit into `folder`.
-
-    `elements` counts both.
-    """
+    """Raise ProblemError unless a dataset and a result, of so many elements together, fit into `folder`."""
     if not folder.is_dir():
         raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with --folder")
     needed, free = elements * DTYPES[dtype] + ceilings.BYTES, free_disk(folder)

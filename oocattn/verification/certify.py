@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from math import inf, nan
 from pathlib import Path
 from typing import Annotated
@@ -87,8 +86,8 @@ def certify(
     compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
     sizes = _sizes(problem, opened, readers, compared, rows, host_memory)
     roundoff = UNIT_ROUNDOFF[problem.dtype if recorded.plan.rounds_weights else "float32"]  # matrix units of GPUs: 16 bits
-    sampled = partial(recompute_rows, problem, opened, borders=recorded.borders, rows=rows, seed=seed)
-    exact = sampled(key_rows=sizes.key_rows, weight_roundoff=roundoff)
+    options = {"rows": rows, "seed": seed, "key_rows": sizes.key_rows}
+    exact = recompute_rows(problem, opened, borders=recorded.borders, weight_roundoff=roundoff, **options)
     certificate = Certificate(
         str(paths.result),
         opened.location,

@@ -1,7 +1,6 @@
 """Sampled rows of a result in float64, with K and V streamed.
 
-Nothing of a run is reused here: no kernel, no merge, no division; the formula of attention alone, in numpy. What is made of
-the comparison is `certificate`'s.
+Nothing of a run is reused here: no kernel, no merge, no division; the formula of attention alone, in numpy.
 """
 
 from __future__ import annotations
@@ -53,8 +52,9 @@ class ExactRow:
 def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> RowCheck:
     """The check of one row, found as `out` [D] and `lse`.
 
-    Errors of `out` are relative to the norm of the exact row; where that is nearly nothing, because values cancel or are as
-    small as the smallest numbers of the dtype of `out`, to a thousandth of the values' size or to 200 such roundings.
+    Errors of `out` are relative to the norm of the exact row; where that is nearly nothing, because values cancel or
+    are as small as the smallest numbers of the dtype of `out`, to a thousandth of the values' size or to 200 such
+    roundings.
     """
     tiny = SMALLEST[problem.out_dtype] / 2 * math.sqrt(problem.head_dim)
     norm = _norm(np.where(np.isfinite(exact.out), exact.out, 0.0))
@@ -84,10 +84,9 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
 
 
 def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
-    """|found - exact| in units of the last place of `exact` in `dtype`.
+    """|found - exact| in units of the last place of `exact` in `dtype`: at most 0.5 where it is rounded right.
 
-    That is at most 0.5 where it is rounded right. 0 where both are NaN or the same Inf, after rounding; Inf where only one
-    is.
+    0 where both are NaN or the same Inf, after rounding; Inf where only one is.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         rounded = exact.astype(numpy_dtype(dtype)).astype(np.float64)
@@ -134,10 +133,7 @@ def recompute_rows(
 
 
 def _difference(found: Array64, expected: Array64) -> Array64:
-    """|found - expected|: 0 where both are the same NaN or Inf.
-
-    It is Inf where only one is not finite.
-    """
+    """|found - expected|: 0 where both are the same NaN or Inf, Inf where only one is not finite."""
     same = (found == expected) | (np.isnan(found) & np.isnan(expected))
     finite = np.isfinite(found) & np.isfinite(expected)
     return np.where(same, 0.0, np.where(finite, np.abs(found - np.where(same, 0.0, expected)), np.inf))
@@ -181,19 +177,14 @@ def _recompute(
 
 
 class _Softmax:
-    """softmax(scale q k) v of some rows of one head group, in float64.
+    """softmax(scale q k) v of some rows of one head group, in float64, tile of keys by tile.
 
-    Keys come tile by tile. What is as large as a tile of keys lives in buffers that are used again, and the keys and values
-    that are passed are overwritten: `recompute_bytes` counts it all.
+    What is as large as a tile lives in buffers that are used again, and the keys and values that are passed are
+    overwritten: `recompute_bytes` counts it all.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        query: Array64,
-        attended: AttendedKeys,
-        key_rows: int,
-        weight_roundoff: float = UNIT_ROUNDOFF["float32"],
+        self, problem: Problem, query: Array64, attended: AttendedKeys, key_rows: int, weight_roundoff: float
     ) -> None:
         members = len(query)
         self._problem, self._query, self._attended = problem, query, attended
@@ -220,11 +211,9 @@ class _Softmax:
         np.subtract(scores, shift[:, None], out=weights)
         np.exp(weights, out=weights)
         self._rounding.see_weights(scores, weights, shift, kept)
-        self._den = self._den * kept + weights.sum(axis=1)
-        self._num *= kept[:, None]
-        self._size *= kept
-        self._passed *= kept
-        self._special *= kept[:, None]
+        for sums in (self._num, self._special, self._size, self._passed, self._den):
+            sums *= kept[:, None] if sums.ndim == 2 else kept
+        self._den += weights.sum(axis=1)
         self._maximum = risen
 
     def add(self, value: Array64, start: int) -> None:
@@ -281,9 +270,6 @@ class _Softmax:
 
 
 def _next_border(token: int) -> int:
-    """The next token up to which a sum over keys is looked at.
-
-    There are about 16 in each doubling of the tokens.
-    """
+    """The next token up to which a sum over keys is looked at: about 16 in each doubling of the tokens."""
     step = max(16, 1 << max(0, token.bit_length() - 5))
     return (token // step + 1) * step

@@ -1,8 +1,8 @@
 """What float32 arithmetic may lose in a row of attention.
 
-The allowance of a row follows from its own numbers. The row is out = sum_j P_j v_j with P = softmax(s), and lse = log sum_j
-exp(s_j). u is the unit roundoff of float32, 2^-24. No order of summation is assumed, because libraries differ in it. To
-first order an error e_j of each score changes
+The allowance of a row follows from its own numbers. The row is out = sum_j P_j v_j with P = softmax(s), and lse = log
+sum_j exp(s_j). u is the unit roundoff of float32, 2^-24. No order of summation is assumed, because libraries differ in
+it. To first order an error e_j of each score changes
 
     lse by sum_j P_j e_j    and    out by sum_j P_j e_j (v_j - out),
 
@@ -22,10 +22,10 @@ order, the squares of the partial sums add up to D (s^2 / 3 + sum t^2 / 6) in th
 of the squares of c such keys is c times as large. `SIGMAS` standard deviations are allowed. What exceeds the errors of
 scores of a few units counts as of one sign, because keys that differ little may have nearly equal errors, too.
 
-Libraries block sums over keys: a partial sum has hundreds of terms, whatever n is. The numbers of additions and the factors
-of merges and exponentials in `_of_out` and `_of_lse` were measured with torch on CPUs. Over thousands of random problems of
-every kind, the largest float32 errors are 0.8 of what is allowed; on unit-normal inputs, the median allowance is 5 to 11
-times the median error.
+Libraries block sums over keys: a partial sum has hundreds of terms, whatever n is. The numbers of additions and the
+factors of merges and exponentials in `_of_out` and `_of_lse` were measured with torch on CPUs. Over thousands of random
+problems of every kind, the largest float32 errors are 0.8 of what is allowed; on unit-normal inputs, the median
+allowance is 5 to 11 times the median error.
 """
 
 from __future__ import annotations
@@ -113,10 +113,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Allowance:
-    """What float32 may lose in rows, both [rows] and absolute.
-
-    `out` is a norm over D.
-    """
+    """What float32 may lose in rows, both [rows] and absolute; `out` is a norm over D."""
 
     out: Array64
     lse: Array64
@@ -147,9 +144,9 @@ class _Moments:
 
 
 class RoundingErrors:
-    """Collects, key by key, what the allowance of some rows follows from.
+    """Collects, key by key, what the allowance of some rows of one head group follows from.
 
-    The rows are of one head group. `weight_roundoff` is that of the dtype that softmax weights were rounded to.
+    `weight_roundoff` is that of the dtype that softmax weights were rounded to.
     """
 
     def __init__(self, query: Array64, scale: float, tokens: int, key_rows: int, weight_roundoff: float = UNIT) -> None:
@@ -169,10 +166,7 @@ class RoundingErrors:
         self._buffers = [np.empty(rows * key_rows) for _ in range(3)]
 
     def see_keys(self, key: Array64, scores: Array64) -> None:
-        """Take the scores [rows, n] of the keys [n, D], -inf where masked.
-
-        The keys are overwritten.
-        """
+        """Take the scores [rows, n], -inf where masked, of the keys [n, D], which are overwritten."""
         self._coherence = 2 * self._repeats.count(key) - 1  # of c equal keys, these sum up to c^2
         error, variance, sizes = self._errors, self._variances, self._scratch = [
             buffer[: scores.size].reshape(scores.shape) for buffer in self._buffers
@@ -194,11 +188,7 @@ class RoundingErrors:
             np.maximum(self._reach, reach, out=self._reach)
 
     def _see_sums(self, scores: Array64, sizes: Array64, masked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
-        """Take sum|q k| of each score; return which scores may overflow to -Inf.
-
-        Products above 0 may overflow to Inf, those below 0 to -Inf: such keys then weigh nothing, which is wrong only where
-        they should.
-        """
+        """Take sum|q k| of each score; return which scores may overflow to -Inf, so that their keys weigh nothing."""
         largest = SCORE_OVERFLOW * min(1.0, self._scale)
         if sizes.max(initial=0.0) <= largest:
             return None
@@ -207,10 +197,7 @@ class RoundingErrors:
         return (sizes - finite) / 2 > largest
 
     def _bound_errors(self, error: Array64, variance: Array64, sizes: Array64) -> None:
-        """Split the error of each score, in place, into one sign and variance.
-
-        Given are |s|, sum (q k)^2 and sum|q k|.
-        """
+        """Split the error of each score, in place, into one sign and variance, by |s|, sum (q k)^2 and sum|q k|."""
         head_dim = self._head_dim
         variance *= (head_dim / 6 + 2) * self._scale**2  # + 2: each product is rounded, and so is the scaled query
         variance += error * error * (head_dim / 3)
@@ -266,9 +253,9 @@ class RoundingErrors:
         np.maximum(self._largest_value, attended.max(axis=1), out=self._largest_value)
 
     def see_partial_sum(self, num: Array64, size: Array64, den: Array64, keys: npt.NDArray[np.int64]) -> None:
-        """Take the present sums of weight times value, and of weights.
+        """Take the present sums of weight times value [rows, D], of weight times |value|, and of weights.
 
-        `num` is [rows, D], `size` the sum of weight times |value|. They stand for so many keys of each row.
+        They stand for so many keys of each row.
         """
         squares = np.einsum("md,md->m", num, num)
         self._partials.total += keys * den * den
@@ -282,8 +269,8 @@ class RoundingErrors:
     ) -> Allowance:
         """The allowance of rows with these exact results.
 
-        Given are `out` [rows, D] and lse, largest scores, sums of weights and of weight times |value|, and numbers of keys.
-        Nothing is lost of a row whose scores are all -Inf: its weights are 0 in any arithmetic.
+        Given are `out` [rows, D] and lse, largest scores, sums of weights and of weight times |value|, and numbers of
+        keys. Nothing is lost of a row whose scores are all -Inf: its weights are 0 in any arithmetic.
         """
         empty = np.isneginf(maximum)
         out, lse, rise = (np.where(np.isfinite(array), array, 0.0) for array in (out, lse, lse - maximum))

@@ -121,7 +121,9 @@ def certificate_page(certificate: Certificate) -> str:
         keep_trailing_newline=True,
         finalize=lambda value: value if isinstance(value, Markup) else printable(value),
     )
-    environment.filters.update(sentence=_sentence, thousands="{:,}".format, versions=_versions)
+    environment.filters.update(
+        sentence=lambda text: f"{text[:1].upper()}{text[1:]}.", thousands="{:,}".format, versions=_versions
+    )
     return environment.get_template("page.html.jinja").render(
         certificate=certificate,
         worst=sorted(certificate.rows, key=lambda row: (row.passed, row.shows, -row.of_allowed))[:WORST],
@@ -130,10 +132,6 @@ def certificate_page(certificate: Certificate) -> str:
         error_line=error_line(certificate),
         ledger_line=ledger_line(certificate),
     )
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _versions(versions: Mapping[str, str]) -> str:
