@@ -18,11 +18,8 @@ from oocattn.threads import ThreadPool
 BYTES = 256 << 20
 """Read and written at most to measure a rate."""
 
-PIECE = 8 << 20
-"""Bytes of one read or write."""
-
-READERS = 4
-"""Threads that read, for one does not keep a fast disk busy."""
+PIECE = 8 << 20  # bytes of one read or write
+READERS = 4  # threads that read, for one does not keep a fast disk busy
 
 
 def kernel_ceiling(plan: Plan) -> Ceiling:

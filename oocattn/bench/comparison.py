@@ -47,12 +47,8 @@ from oocattn.units import format_bytes
 from oocattn.verification.recompute import ExactRow, recompute_rows
 
 TOKENS = {"cpu": 32 << 10, "cuda": 1 << 20}
-HEADS = {"cpu": 4, "cuda": 8}
-"""Defaults: a minute or two of work on two cores, and half a minute on one GPU of 2023."""
-
-MEMORY_FOLDER = Path("/dev/shm")
-"""Where Linux has a file system in memory."""
-
+HEADS = {"cpu": 4, "cuda": 8}  # defaults: a minute or two of work on two cores, and half a minute on one GPU of 2023
+MEMORY_FOLDER = Path("/dev/shm")  # where Linux has a file system in memory
 _PREFIX = f"oocattn-bench-{os.getpid()}-"
 
 

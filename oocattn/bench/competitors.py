@@ -34,11 +34,9 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 from oocattn.verification.recompute import Array64
 
-TILE = {"cpu": 8192, "cuda": 131_072}
-"""Queries and keys of a tile of the query-stationary loop."""
+TILE = {"cpu": 8192, "cuda": 131_072}  # queries and keys of a tile of the query-stationary loop
 
-RowIndex = tuple[int, int, int]
-"""Batch, query head and token of one row of `out`."""
+RowIndex = tuple[int, int, int]  # batch, query head and token of one row of `out`
 
 
 class Competitor(ABC):

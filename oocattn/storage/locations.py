@@ -27,12 +27,8 @@ code, and they open nothing but the next link."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
-_ADDRESS = re.compile(r"(?<=[/@])\[[0-9A-Fa-f:.]*\]")
-"""A host that is given as an address of IPv6, such as [::1]."""
-
-_BYTES = re.compile("[\udc80-\udcff]")
-"""Bytes of a path that are no UTF-8, as Python has them in a text."""
-
+_ADDRESS = re.compile(r"(?<=[/@])\[[0-9A-Fa-f:.]*\]")  # A host that is given as an address of IPv6, such as [::1]
+_BYTES = re.compile("[\udc80-\udcff]")  # bytes of a path that are no UTF-8, as Python has them in a text
 _TENSORS = (
     "save tensors with torch.save or numpy.save, write them to a dataset with oocattn.import_arrays(DATASET, q=FILE, "
     "k=FILE, v=FILE), and give DATASET"

@@ -31,8 +31,7 @@ MOST_DIMENSIONS = 8
 MOST_CHUNK_BYTES = 1 << 40
 MOST_ARRAY_BYTES = 1 << 62
 
-MOST_ENTRIES = 1000
-"""Entries of a folder that are looked at for a message."""
+MOST_ENTRIES = 1000  # entries of a folder that are looked at for a message
 
 _V3_TYPES = {
     **{"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4},

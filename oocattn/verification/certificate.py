@@ -17,9 +17,7 @@ from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum,
 from oocattn.verification.sampling import STRATA, share_bound
 from oocattn.verification.text import certificate_text
 
-MOST_SHOWING_NOTHING = 0.1
-"""The share of rows that show nothing above which a certificate is inconclusive."""
-
+MOST_SHOWING_NOTHING = 0.1  # the share of rows that show nothing above which a certificate is inconclusive
 _FOLLOWS = ("passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
 
 

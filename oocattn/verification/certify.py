@@ -36,23 +36,14 @@ from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
 
-LEAST_KEYS = 64
-"""Keys of the smallest tile that K and V are streamed in."""
-
+LEAST_KEYS = 64  # keys of the smallest tile that K and V are streamed in
 STEP_BYTES = 8 << 20
 """Read at a time for a checksum where chunks are plain files, at most: it stays in the processor's cache. Else a part is."""
 
-LEAST_STEP_BYTES = 64 << 10
-"""The same, at least: below it, calls take longer than bytes."""
-
-BASE_BYTES = 4 << 20
-"""For what does not grow with tiles and steps: Zarr's and Python's own."""
-
-ROW_BYTES = 8 << 10
-"""For a row in the sample, in the certificate and on its page."""
-
-PART_BYTES = 128
-"""For the checksum of a part, as it is read and parsed."""
+LEAST_STEP_BYTES = 64 << 10  # the same, at least: below it, calls take longer than bytes
+BASE_BYTES = 4 << 20  # for what does not grow with tiles and steps: Zarr's and Python's own
+ROW_BYTES = 8 << 10  # for a row in the sample, in the certificate and on its page
+PART_BYTES = 128  # for the checksum of a part, as it is read and parsed
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ MOST_OPEN = 0.01
 """Of `out` (relative) and of lse (absolute: so much is a share of the sum of weights). A row of which more may be lost
 shows nothing."""
 
-Limit = Annotated[float, Range(0.0, math.inf)]
-"""What is not negative, and may be Inf."""
+Limit = Annotated[float, Range(0.0, math.inf)]  # what is not negative, and may be Inf
 
 
 @dataclass(frozen=True)

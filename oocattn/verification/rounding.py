@@ -48,34 +48,22 @@ LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120, "float32": 2.0**
 
 UNIT = UNIT_ROUNDOFF["float32"]
 
-VARIANCE = 1 / 3
-"""The mean square of the rounding error of x, at most, in units of (u x)^2."""
-
-SIGMAS = 4.0
-"""Standard deviations that are allowed of errors that vary."""
-
+VARIANCE = 1 / 3  # the mean square of the rounding error of x, at most, in units of (u x)^2
+SIGMAS = 4.0  # standard deviations that are allowed of errors that vary
 FEW_WEIGHTS = 1.2
 """Where a few weights make up a row, their rounding is less even: 1.15 was the most in 11,520 rows of cuDNN's and
 FlashAttention's calls on problems of every kind (H200)."""
 
-MATRIX_UNITS = 1e-5
-"""Of lse: what matrix units that truncate sums and approximate powers of two may lose besides."""
-
+MATRIX_UNITS = 1e-5  # of lse: what matrix units that truncate sums and approximate powers of two may lose besides
 OVERFLOW = 2.0**119
 """Sums of values as large as this may overflow float32, with weights that a kernel has raised by up to 2^8."""
 
 SCORE_OVERFLOW = 2.0**126
 """Sums of products of a query and a key as large as this may overflow float32, before they are scaled."""
 
-LARGE = 0.25
-"""An error of a score that is not small: first-order analysis ends."""
-
-REPEATED = 4
-"""Occurrences of a key up to which sums over keys count as sums of different terms."""
-
-MOST_SLOTS = 1 << 20
-"""Counts that are kept, at most. Where keys are many more, some that differ share a count."""
-
+LARGE = 0.25  # an error of a score that is not small: first-order analysis ends
+REPEATED = 4  # occurrences of a key up to which sums over keys count as sums of different terms
+MOST_SLOTS = 1 << 20  # counts that are kept, at most. Where keys are many more, some that differ share a count.
 _MOST_RAISED = 30.0  # of an exponent, so that nothing overflows
 
 

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 MOST_SHOWN = 20
 """Wrong rows, and damaged parts, that are listed for reading; the JSON has all."""
 
-WORST = 10
-"""Rows that are shown one by one: the worst."""
+WORST = 10  # rows that are shown one by one: the worst
 
 
 def certificate_text(certificate: Certificate) -> str:

@@ -48,8 +48,7 @@ REMEDIES = {
 
 _MARK = "cannot "
 
-_said: set[tuple[int, str]] = set()
-"""What was said by `warn_once`."""
+_said: set[tuple[int, str]] = set()  # what was said by `warn_once`
 
 _saying = threading.Lock()
 

@@ -19,8 +19,7 @@ SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
 JSON_MARK = '{"otherData": {"producer": "oocattn"}, '
 """The beginning of a trace."""
 
-_HEAD = 512
-"""Bytes at the beginning of a file within which its mark lies."""
+_HEAD = 512  # bytes at the beginning of a file within which its mark lies
 
 
 def check_output(path: Path) -> None:

@@ -28,21 +28,11 @@ _V3 = ("bytes", "transpose", "blosc", "gzip", "zstd", "crc32c", SHARDS)
 """The names that Zarr v3 has itself; the others begin with "numcodecs." there."""
 
 MOST_CODECS = 16
-MOST_DEPTH = 3
-"""Levels of shards within shards."""
-
-MOST_SHARD_CHUNKS = 1 << 20
-"""Chunks of a shard: its index, 16 bytes for each, is read whole."""
-
-MOST_NESTED = 1 << 12
-"""Shards within a shard: each has an index of its own to be read."""
-
-MOST_DICTIONARY = 1 << 26
-"""Bytes of the dictionary of a raw LZMA stream, as large as its highest preset has it."""
-
-SLACK_BYTES = 1 << 16
-"""For headers and the like of what a compressor makes."""
-
+MOST_DEPTH = 3  # levels of shards within shards
+MOST_SHARD_CHUNKS = 1 << 20  # chunks of a shard: its index, 16 bytes for each, is read whole
+MOST_NESTED = 1 << 12  # shards within a shard: each has an index of its own to be read
+MOST_DICTIONARY = 1 << 26  # bytes of the dictionary of a raw LZMA stream, as large as its highest preset has it
+SLACK_BYTES = 1 << 16  # for headers and the like of what a compressor makes
 _NUMBERS = re.compile(r"[<>|=]?[a-z]{1,8}[0-9]{0,2}")
 
 _CHECKSUM_BYTES = 4
@@ -53,10 +43,7 @@ Codec = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A codec of a chain, and the most bytes that it decodes to.
-
-    Where `exact`, it decodes to just so many.
-    """
+    """A codec of a chain, and the most bytes that it decodes to. Where `exact`, it decodes to just so many."""
 
     name: str
     decoded: int

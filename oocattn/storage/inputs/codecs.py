@@ -44,9 +44,7 @@ from oocattn.units import ceil_div
 STEP_BYTES = 32 * 2**20
 """Decoded bytes of the chunks that Zarr is asked for at a time, at most, unless one chunk is larger."""
 
-STEP_CHUNKS = 1024
-"""How many chunks it is asked for at a time, at most: each is a task of its own, with some kilobytes."""
-
+STEP_CHUNKS = 1024  # how many chunks it is asked for at a time, at most: each is a task of its own, with some kilobytes
 DECODE_COPIES = 4
 """Bound on the copies of a step that live at once: as stored, as decompressed, as filtered, and a shard's result."""
 

@@ -30,11 +30,8 @@ from oocattn.storage.remote.store import open_remote
 from oocattn.storage.zarr_compat import Store, sync
 from oocattn.text import printable
 
-ASKED = 64
-"""Chunks of a remote array that are asked for at the same time, where they are not listed."""
-
-MOST_NAMED = 10
-"""Arrays that the message names where one is missing."""
+ASKED = 64  # chunks of a remote array that are asked for at the same time, where they are not listed
+MOST_NAMED = 10  # arrays that the message names where one is missing
 
 
 @dataclass(frozen=True)

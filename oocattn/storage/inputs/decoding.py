@@ -28,19 +28,12 @@ from oocattn.threads import begin_call
 PIECE_BYTES = 1 << 16
 """Compressed bytes that a stream is given at a time: deflate makes at most a thousand times as many of them."""
 
-STREAM_MEMORY = 1 << 27
-"""Bytes that an LZMA decoder may need for its dictionary; the highest preset needs 65 MiB."""
-
+STREAM_MEMORY = 1 << 27  # bytes that an LZMA decoder may need for its dictionary; the highest preset needs 65 MiB
 _FRAME, _SKIPPABLE = 0xFD2FB528, 0x184D2A50
 
-_RAW, _REPEATED = 0, 1
-"""Kinds of a block: its bytes as they are, one byte so many times; others are compressed."""
-
-MOST_BLOCK_BYTES = 1 << 17
-"""What a compressed block holds at most."""
-
-MOST_BLOCKS = 1 << 18
-"""Blocks that are looked at: there is one for each 128 KiB, or for what was flushed."""
+_RAW, _REPEATED = 0, 1  # kinds of a block: its bytes as they are, one byte so many times; others are compressed
+MOST_BLOCK_BYTES = 1 << 17  # what a compressed block holds at most
+MOST_BLOCKS = 1 << 18  # blocks that are looked at: there is one for each 128 KiB, or for what was flushed
 
 
 def array_chain(array: zarr.Array[Any]) -> Chain:

@@ -31,9 +31,7 @@ from oocattn.storage.layout import ChunkFiles, Part
 Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]
 """(files, batch, head, start, stop, out): read tokens [start, stop) of one head into out [stop - start, D]."""
 
-READ_AHEAD = 2
-"""Chunks that `read_preadv` asks the kernel for ahead of the one that it copies."""
-
+READ_AHEAD = 2  # chunks that `read_preadv` asks the kernel for ahead of the one that it copies
 TRIALS = 4
 TRIAL_BYTES = 4 * 2**20
 """Each reader is timed on its first 4 reads of 4 MiB or more; of smaller reads the processor's caches decide."""

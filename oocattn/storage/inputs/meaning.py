@@ -33,9 +33,7 @@ logger = logging.getLogger("oocattn")
 LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
 """Orders of a tensor's axes that are imported: b batch, h heads, n tokens, d head dimension."""
 
-_OTHER = {"bhnd": "bnhd", "bnhd": "bhnd", "hnd": "nhd", "nhd": "hnd"}
-"""The layout that another one is taken for."""
-
+_OTHER = {"bhnd": "bnhd", "bnhd": "bhnd", "hnd": "nhd", "nhd": "hnd"}  # the layout that another one is taken for
 _OF = r"(q|k|v|kv|query|key|value|keyvalue|source|src|target|tgt|context|attention|attn)?"
 _INDEX = r"(s|ids?|idx|index|size|count|axis|dim|pos|position)?"
 _WORDS = {
@@ -56,8 +54,7 @@ _WORDS = {
 
 _KNOWN = {axis: re.compile(words) for axis, words in _WORDS.items()}
 
-_MOST_LETTERS = 40
-"""Of a name that is known."""
+_MOST_LETTERS = 40  # of a name that is known
 
 _CHANGES_NOTHING: Mapping[str, Callable[[float], bool]] = {
     "scale_factor": lambda number: number == 1,
@@ -67,9 +64,7 @@ _CHANGES_NOTHING: Mapping[str, Callable[[float], bool]] = {
 }
 """The attributes that xarray decodes, and where the decoded numbers are those that are stored."""
 
-_NAMED_DIMENSIONS = "_ARRAY_DIMENSIONS"
-"""What xarray adds to an array of Zarr v2."""
-
+_NAMED_DIMENSIONS = "_ARRAY_DIMENSIONS"  # what xarray adds to an array of Zarr v2
 MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
 """The attributes of an array that say what its numbers and its axes are."""
 

@@ -46,15 +46,9 @@ from oocattn.storage.journal.claims import MOST_BYTES, UNKNOWN_HOLDER, Holder, p
 PATIENCE = 0.5
 """Seconds to wait for a lock: one who only looks at who holds it has it for a moment."""
 
-BEAT = 2.0
-"""Seconds between touches of the file by its holder."""
-
-RELEASE_SECONDS = 10.0
-"""Seconds for which a release waits for a touch in flight."""
-
-BEATS_MISSED = 3
-"""So many of them may fail to appear before a holder on another host is taken for dead."""
-
+BEAT = 2.0  # seconds between touches of the file by its holder
+RELEASE_SECONDS = 10.0  # seconds for which a release waits for a touch in flight
+BEATS_MISSED = 3  # so many of them may fail to appear before a holder on another host is taken for dead
 GRACE = 0.1
 """Seconds for which a lock file without words is watched: one is whole from its first moment where the file system can
 rename or link it, and nearly so elsewhere."""
@@ -163,8 +157,7 @@ class FileLock(AbstractContextManager["FileLock"]):
 
 _held: WeakSet[FileLock] = WeakSet()
 
-_left_to_parent: set[str] = set()
-"""Tokens of locks that were held when this process was forked."""
+_left_to_parent: set[str] = set()  # tokens of locks that were held when this process was forked
 
 
 def _leave_all_to_parent() -> None:

@@ -36,11 +36,8 @@ from oocattn.text import printable
 from oocattn.threads import ThreadPool
 from oocattn.units import ceil_div
 
-CHUNK_BYTES = 32 * 2**20
-"""Size aimed at for a chunk; 8 to 64 MiB read equally well."""
-
-ROW_MULTIPLE = 4096
-"""Chunks of longer arrays hold a multiple of this many rows, so that they start on page boundaries."""
+CHUNK_BYTES = 32 * 2**20  # size aimed at for a chunk; 8 to 64 MiB read equally well
+ROW_MULTIPLE = 4096  # chunks of longer arrays hold a multiple of this many rows, so that they start on page boundaries
 
 
 logger = logging.getLogger("oocattn")

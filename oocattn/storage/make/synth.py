@@ -23,18 +23,12 @@ from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.make.create import create_array, create_dataset, fill_array
 from oocattn.units import ceil_div
 
-BLOCK_ROWS = 4096
-"""Rows drawn from one start of the counter; part of the generator's definition."""
-
+BLOCK_ROWS = 4096  # rows drawn from one start of the counter; part of the generator's definition
 GENERATOR = "philox-normal-1"
 """Name and version of the generator, recorded in the dataset's attributes; a change of the numbers is a new version."""
 
-MAX_WORKERS = 1 << 10
-"""Threads that write at a time."""
-
-MOST_DEVIATION = 16.0
-"""A normal number is smaller than that, in all that are ever drawn."""
-
+MAX_WORKERS = 1 << 10  # threads that write at a time
+MOST_DEVIATION = 16.0  # A normal number is smaller than that, in all that are ever drawn
 ARRAYS = ("q", "k", "v")
 
 

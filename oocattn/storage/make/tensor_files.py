@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 STEP_BYTES = 4 << 20
 """Bytes of a file that are read at a time, at most, also where most of them lie between those that are wanted."""
 
-_MOST_HEADER = 100 << 20
-"""Bytes of the header of a safetensors file, as its format has it."""
-
+_MOST_HEADER = 100 << 20  # bytes of the header of a safetensors file, as its format has it
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 

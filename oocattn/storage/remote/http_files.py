@@ -27,9 +27,7 @@ CONNECT_SECONDS, IDLE_SECONDS = 15.0, 20.0
 LEAST_RATE = 1000.0
 """Bytes per second that a body must have on average after `IDLE_SECONDS`: a server may not drip for hours."""
 
-TOTAL_SECONDS = 300.0
-"""Seconds that a request may take whose body is not read here, as in a chain such as zip::https."""
-
+TOTAL_SECONDS = 300.0  # seconds that a request may take whose body is not read here, as in a chain such as zip::https
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
 

@@ -19,9 +19,7 @@ from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sy
 from oocattn.text import printable
 from oocattn.threads import begin_call
 
-LISTING_PATIENCE = 5.0
-"""Seconds for which a listing is tried again: what cannot be listed is asked for by name."""
-
+LISTING_PATIENCE = 5.0  # seconds for which a listing is tried again: what cannot be listed is asked for by name
 T = TypeVar("T")
 
 

@@ -24,18 +24,14 @@ from oocattn import clock
 from oocattn.errors import OocattnError, RemoteDeniedError, RemoteError
 from oocattn.text import printable
 
-PATIENCE = 60.0
-"""Seconds after its first failure until which a request is tried again."""
-
+PATIENCE = 60.0  # seconds after its first failure until which a request is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 8.0
 """Seconds between two tries: at first, and at most. They double; up to half is taken off, so that clients come apart."""
 
 WARNING_SECONDS, SILENT_SECONDS = 5.0, 30.0
 """Seconds of failing after which it is logged that a request is tried again, and least seconds between two such lines."""
 
-TRY_SECONDS = 600.0
-"""Seconds that one try may take, whatever the server sends meanwhile."""
-
+TRY_SECONDS = 600.0  # seconds that one try may take, whatever the server sends meanwhile
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529}
 """Status codes after which the same request may be answered: from 520 on as content delivery networks give them."""
 
@@ -58,8 +54,7 @@ _TRANSIENT_TYPES = {
 }
 """Packages and classes, with all that inherit from these, of connections that broke and bodies that were cut."""
 
-_warned = 0.0
-"""When it was logged last: where a server fails, many requests do at once."""
+_warned = 0.0  # when it was logged last: where a server fails, many requests do at once
 
 logger = logging.getLogger("oocattn")
 

@@ -57,10 +57,7 @@ class ResultAttributes(Excerpt):
 
     @classmethod
     def read(cls, paths: ResultPaths) -> ResultAttributes:
-        """Read the attributes of a finished result.
-
-        Raises IntegrityError where it is no result of ours.
-        """
+        """Read the attributes of a finished result. Raises IntegrityError where it is no result of ours."""
         try:
             found = from_json(cls, paths.attributes() or {})
             check_problem(found.problem)
