@@ -93,8 +93,8 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[T], content: object, name: str = "") -> T:
     """Convert what `to_json` made to the record `kind`.
 
-    Raises ValueError for anything else. Numbers must lie in the `Range` of their field. A NaN or an Inf is accepted only
-    where the field has none. `name` is what messages call the record: the field that holds it.
+    Raises ValueError, calling the record `name`, for anything else. A number must lie in the `Range` of its field; NaN and
+    Inf are accepted where there is none.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a {kind.__name__}, found {content!r:.80}")
@@ -115,10 +115,7 @@ def _hints(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def differences(before: object, now: object) -> str:
-    """Describe differences: "causal False, now True; scale 0.1, now 0.2".
-
-    "" where they are equal. A missing value is "none".
-    """
+    """Describe differences: "causal False, now True; scale 0.1, now none"; "" where there are none."""
     old, new = to_json(before), to_json(now)
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return "" if old == new else f"{_show(old)}, now {_show(new)}"

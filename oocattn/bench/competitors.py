@@ -1,7 +1,4 @@
-"""The ways to compute a problem that a bench compares.
-
-Each is a `Competitor`; a new one is a class here and a line in `comparison.competitors`. Timing them is not done here.
-"""
+"""The ways to compute a problem that a bench compares: a new one is a class here and a line in `competitors`."""
 
 from __future__ import annotations
 

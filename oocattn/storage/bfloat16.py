@@ -3,8 +3,7 @@
 Plain `zarr.open_array` then reads and writes such arrays. The name is that of the zarr-extensions registry
 (github.com/zarr-developers/zarr-extensions, data-types/bfloat16), the bytes and the fill values are those of TensorStore's
 zarr3 driver: two bytes an element in the byte order of the `bytes` codec; the fill value a number, "NaN", "Infinity",
-"-Infinity" or the four hexadecimal digits of the bits. Zarr format 2 has no such type. Which dtypes a problem may have is
-not decided here.
+"-Infinity" or the four hexadecimal digits of the bits. Zarr format 2 has no such type.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Zarr decodes uncompressed chunks without a copy, so over this store `array.get_basic_selection(..., out=...)` copies
 once. A view stays valid while its file is replaced by renaming or removed; one that is *truncated in place* under a
-live view kills the process (SIGBUS). Zarr, TensorStore and this package replace files; use LocalStore where others
-change them in place.
+live view kills the process (SIGBUS). Zarr, TensorStore and this package replace files.
 """
 
 from __future__ import annotations

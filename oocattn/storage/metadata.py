@@ -1,8 +1,7 @@
 """Zarr arrays, opened only after their metadata is checked.
 
 Zarr believes what it reads: it makes codecs by name, and objects of any size. Here a node's JSON is read once
-(`nodes`), and what Zarr gets is the very content that was checked. An array is opened by its own metadata; what the
-consolidated metadata of its group say of it can be opened as well, to be compared.
+(`nodes`), and what Zarr gets is the very content that was checked.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ def is_array(store: Store, location: str) -> bool:
 def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None:
     """Open array `name` of the root group; None where nothing has that name.
 
-    Raises IntegrityError where its metadata is damaged, ProblemError where it is a group or has codecs, a data type or
-    extensions that are not read.
+    Raises IntegrityError where its metadata is damaged, ProblemError where it is a group or stored in ways not read.
     """
     node = read_node(_reader(store, location), name, location)
     if node is None:

@@ -1,7 +1,6 @@
 """The JSON documents of Zarr groups and arrays, read without Zarr.
 
-They are read with a bound, and parsed; where the bytes come from is the caller's. What the documents say of an array is
-checked in `metadata`.
+They are read with a bound, and parsed. What they say of an array is checked in `metadata`.
 """
 
 from __future__ import annotations
@@ -73,10 +72,7 @@ def read_in_folder(folder: Path, key: str) -> bytes | None:
 
 
 def read_group(read: Read, location: str) -> dict[str, Any] | None:
-    """The metadata of the group at the root of the store `location`; None where no group is.
-
-    Raises IntegrityError where it is damaged.
-    """
+    """The metadata of the group at the root of a store; None where no group is. Raises IntegrityError if it is damaged."""
     node = read_node(read, "", location)
     if node is None or node[0] != "group":
         return None

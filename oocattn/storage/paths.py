@@ -1,8 +1,7 @@
 """The places of a run: its result, and the folder of job state beside it.
 
 While it runs, everything is in `RESULT.oocattn/`: the growing result, the journal, scratch, the lock and the status.
-When it is complete the result is renamed to `RESULT`, and only the report stays behind, beside which `verify` puts its
-certificate.
+When it is complete the result is renamed to `RESULT`; only the report stays behind, and the certificate of `verify`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Zarr's private modules, for every version: only this module imports them.
-
-What others use of Zarr is `zarr`, `zarr.codecs` and `zarr.storage`.
-"""
+"""Zarr's private modules, for every version: only this module imports them."""
 
 from __future__ import annotations
 

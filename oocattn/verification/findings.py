@@ -72,8 +72,7 @@ class ArrayCheck:
 class Ledger:
     """What the run counted; `other_bits` says what computed otherwise, or "".
 
-    Counts are of query-key pairs, expected and found, of NaN and Inf in its inputs and in `out`, and of elements of
-    `out` that only its dtype made Inf or 0.
+    Counts are of query-key pairs, of NaN and Inf in inputs and `out`, and of elements that only the dtype made Inf or 0.
     """
 
     expected: Count

@@ -53,8 +53,7 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
     """The check of one row, found as `out` [D] and `lse`.
 
     Errors of `out` are relative to the norm of the exact row; where that is nearly nothing, because values cancel or
-    are as small as the smallest numbers of the dtype of `out`, to a thousandth of the values' size or to 200 such
-    roundings.
+    are nearly subnormal in the dtype of `out`, to a thousandth of the values' size or to 200 such roundings.
     """
     tiny = SMALLEST[problem.out_dtype] / 2 * math.sqrt(problem.head_dim)
     norm = _norm(np.where(np.isfinite(exact.out), exact.out, 0.0))

@@ -255,10 +255,9 @@ class RoundingErrors:
     def allowance(
         self, out: Array64, lse: Array64, maximum: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]
     ) -> Allowance:
-        """The allowance of rows with these exact results.
+        """The allowance of rows with these exact results: `out` [rows, D], lse, largest scores, sums and numbers of keys.
 
-        Given are `out` [rows, D] and lse, largest scores, sums of weights and of weight times |value|, and numbers of
-        keys. Nothing is lost of a row whose scores are all -Inf: its weights are 0 in any arithmetic.
+        Nothing is lost of a row whose scores are all -Inf: its weights are 0 in any arithmetic.
         """
         empty = np.isneginf(maximum)
         out, lse, rise = (np.where(np.isfinite(array), array, 0.0) for array in (out, lse, lse - maximum))

@@ -36,8 +36,7 @@ def sample_rows(problem: Problem, borders: Sequence[int], rows: int, seed: int) 
     """Draw at most `rows` distinct rows, in the order of heads and tokens.
 
     `borders` are the first tokens of all chunks but one. Rows chosen by their place take heads in turn. The others are
-    drawn uniformly without replacement, whatever was chosen before: a row may be in several strata, and is recomputed
-    once.
+    drawn uniformly without replacement, whatever was chosen before: a row may be in several strata.
     """
     random = np.random.default_rng(seed)
     heads = problem.batch * problem.query_heads

@@ -1,7 +1,4 @@
-"""A certificate as lines for a terminal, and as one HTML file without scripts or links.
-
-What comes from files and names is escaped.
-"""
+"""A certificate as lines for a terminal, and as one HTML file without scripts or links; foreign text is escaped."""
 
 from __future__ import annotations
 

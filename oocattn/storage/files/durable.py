@@ -1,9 +1,8 @@
 """Durable files: each is whole or not there, whatever happens.
 
 A file is written under a temporary name, synced and renamed, and its folder is synced. Everything that a run may need
-again goes through here: chunks, partials, the journal. A failure takes the temporary file with it; a kill leaves
-`*.partial`, as zarr's own writes do, and nobody reads it. A file is written relative to its folder, which may not be a
-symbolic link.
+again goes through here. A failure takes the temporary file with it; a kill leaves `*.partial`, as zarr's own writes do,
+and nobody reads it. A file is written relative to its folder, which may not be a symbolic link.
 
 Samba, some NFS servers and file systems in user space refuse to sync a folder, and a few a file. Nothing that was
 written is lost by that as long as the system runs; a power cut may cost what was written last. So it is logged once,
@@ -49,8 +48,7 @@ def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None 
     """Write C-contiguous arrays as the file `path`, extended by zeros to `size` bytes; return the bytes written.
 
     When this returns, it is on disk, unless it need not be `synced`. Raises IntegrityError where its folder is none, or
-    a symbolic link, or where a folder is at `path`, and OSError as the file system does; what was at `path` is then
-    still there.
+    a symbolic link, or a folder is at `path`, OSError as the file system does; what was there is then still there.
     """
     written = 0
     with replacement(path, synced=synced) as descriptor:

@@ -1,9 +1,7 @@
 """Bounded reading of regular files, and of nothing else.
 
-A FIFO, a device or a folder may stand where a file should, and a file may be of any size. Nothing here writes.
-
-What cannot be mapped is read: file systems in user space refuse maps (ENODEV), limits on address space or on open files
-do (ENOMEM, EMFILE), and a file that has become shorter has nothing to map. None of that says anything about its bytes.
+A FIFO, a device or a folder may stand where a file should, and a file may be of any size. What cannot be mapped is read:
+file systems in user space refuse maps (ENODEV), limits do (ENOMEM, EMFILE), and a file may have become shorter.
 """
 
 from __future__ import annotations

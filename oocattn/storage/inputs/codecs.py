@@ -1,8 +1,7 @@
 """Reading rows through Zarr and its codecs: all but plain local chunks.
 
 Zarr reads a chunk that does not exist as its fill value, and decodes a chunk to whatever it decodes to. Here both are
-IntegrityErrors: `CompleteStore` refuses absent and oversized objects, shards.py looks for absent chunks within a shard,
-and decoding.py bounds what the codecs give.
+IntegrityErrors, by `CompleteStore`, shards.py (absent chunks within a shard) and decoding.py (bounds).
 """
 
 from __future__ import annotations

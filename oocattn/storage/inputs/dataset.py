@@ -48,9 +48,8 @@ class Dataset:
     def open(cls, path_or_url: str | Path | Location) -> Dataset:
         """Open a Zarr group, v3 or v2, for reading, at a path or a URL, which is checked first.
 
-        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes say
-        that its numbers or its axes are not what they would be taken for, and IntegrityError if its metadata is
-        damaged.
+        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes give its
+        numbers or axes another meaning, and IntegrityError if its metadata is damaged.
         """
         location = parse_location(path_or_url)
         return cls._open_in(_open_store(location), str(location))

@@ -215,10 +215,7 @@ def _first_size(content: memoryview) -> int | None:
 
 
 def _frame_sizes(content: memoryview) -> tuple[int | None, int]:
-    """The size that all frames state, or None, and the most they can hold.
-
-    Raises ValueError where there is something other than whole frames.
-    """
+    """The size that all frames state, or None, and the most they can hold. Raises ValueError for anything else."""
     position, stated, most, seen, all_state = 0, 0, 0, 0, True
     while position < len(content):
         magic, seen = _number(content, position, 4), seen + 1

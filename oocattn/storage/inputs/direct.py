@@ -1,10 +1,9 @@
 """Reading rows straight from uncompressed chunk files: `preadv` or a map.
 
 Both readers take the same arguments and give the same bytes; which is faster depends on the machine, the file system
-and how much of the files is in the page cache, so `FastestReader` measures it on the dataset's own reads. Neither keeps
-a file open or mapped beyond its call, and each file is checked against the size that it must have. (A file cut short in
-place *while* it is copied from a map kills the process, where `preadv` raises. Writers that replace files by renaming,
-as Zarr's do, cannot bring that about.)
+and how much of the files is in the page cache, so `FastestReader` measures it on the dataset's own reads. Each
+file is checked against the size that it must have. (A file cut short in place *while* it is copied from a map kills the
+process, where `preadv` raises. Writers that replace files by renaming, as Zarr's do, cannot bring that about.)
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ class Fingerprints:
 
     All cover shape, dtype, chunk grid and codecs, both ends of a few stored chunks and, in a local folder, the size of
     every chunk file. `recorded` covers modification times, too: results keep it, and a copy shares it if times were
-    copied. `within_run` also covers change times, which no copy shares (not inodes: not every file system has them for
-    good).
+    copied. `within_run` also covers change times, which no copy shares (inodes are not for good everywhere).
     """
 
     recorded: str

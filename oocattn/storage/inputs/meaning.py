@@ -1,8 +1,7 @@
 """What the axes and the numbers of an array mean, by its names and attributes.
 
 An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads
-of H tokens, and nothing about the result shows it. Names are believed where each one that is given is known and
-together they can be read in one way only.
+of H tokens. Names are believed where each one that is given is known and together they can be read in one way only.
 
 xarray packs or masks arrays by the CF conventions, in attributes that Zarr does not look at. Such an array is refused,
 unless they change no number: xarray writes a `_FillValue` of NaN with every array of floats. `_Unsigned` is about

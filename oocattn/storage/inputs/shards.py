@@ -1,7 +1,6 @@
-"""Checks of a shard's index: complete, and within the shard.
+"""Checks of a shard's index, before Zarr reads the shard: complete, and within the shard.
 
-Zarr reads a chunk that an index does not list as fill values, and believes every offset and length in it. Here an index
-is checked before Zarr reads the shard, and those of shards within it.
+Zarr reads a chunk that an index does not list as fill values, and believes every offset and length in it.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ _ABSENT = 2**64 - 1
 class _Shard:
     """A shard, or one within it: where it lies in the array and in an object.
 
-    It begins at element `origin`, and takes the bytes [begin, end) of the object `key`. `place` is what messages call
-    it.
+    It begins at element `origin`, and takes the bytes [begin, end) of the object `key`; messages call it `place`.
     """
 
     array: zarr.Array[Any]

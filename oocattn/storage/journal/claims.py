@@ -1,7 +1,4 @@
-"""The holder of a lock, as its file names it, and the claim of its run.
-
-How a lock is taken, kept and lost is in `lock`.
-"""
+"""The holder of a lock, as its file names it, and the claim of its run."""
 
 from __future__ import annotations
 

@@ -94,10 +94,7 @@ class Journal:
 
 
 def read_header(state: Path) -> dict[str, Any] | None:
-    """Read the header of the unfinished run in `state`; None where there is none.
-
-    Raises IntegrityError where it is damaged.
-    """
+    """Read the header of the unfinished run in `state`; None if there is none. Raises IntegrityError for a damaged one."""
     try:
         return read_record(state / HEADER)
     except (FileNotFoundError, NotADirectoryError):

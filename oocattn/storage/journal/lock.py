@@ -4,12 +4,10 @@ The lock is the kernel's (`flock`), so it is gone with the process that held it,
 says who holds it. Whether other hosts see such a lock depends on the file system (flock(2): on NFS since Linux 2.6.12,
 on CIFS since 5.5, unless they are mounted with local locks). So the holder also touches the file every few seconds:
 what another kernel's process left there is taken over only when that has stopped. A file system may have no locks at
-all (NFS without its lock daemon, some in user space): there, touching and watching is all that keeps others away. A
-lock file says which it was.
+all (NFS without its lock daemon, some in user space): only touching and watching keeps others away. A lock file says which.
 
 A holder that slept through a takeover must not go on. So each acquisition has a token of its own, in the file, which is
-asked for before every step that commits, discards, deletes or records. In a fork of the holder the token is worth
-nothing.
+asked for before every step that commits, discards, deletes or records. A fork of the holder has it in vain.
 
 How the file changes, always whole:
   1. Lock a temporary file beside it, if that can be, and write holder and token to it.

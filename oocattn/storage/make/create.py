@@ -1,7 +1,6 @@
 """Our own Zarr arrays and datasets: how they are made and filled.
 
-Chunks hold plain rows of one head each, and are written whole and durably. A dataset appears under its name only when
-it is complete. What is written comes from elsewhere: synth, importing and the results.
+Chunks hold plain rows of one head, and are written whole and durably. A dataset gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -44,11 +43,7 @@ logger = logging.getLogger("oocattn")
 
 
 class OwnStore(LocalStore):
-    """A store in a folder whose name only this process knows.
-
-    No object appears there in the meantime. LocalStore creates an object by a hard link, which not every file system
-    has.
-    """
+    """A store in a folder of this process alone: no hard links, by which LocalStore creates objects, are needed there."""
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a key, unless it is there."""
@@ -244,8 +239,7 @@ def sync_metadata(group: Path) -> None:
 def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
     """Give the complete group at `temporary` the name `path`, also of another group with `overwrite`.
 
-    Raises ResultExistsError where something else is there by then. What was to be overwritten has its name again where
-    the new one could not be given it.
+    Raises ResultExistsError where something else is there by then. Where it fails, what was there has its name again.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     refuse_to_destroy(path, overwrite)

@@ -139,8 +139,7 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
     """The tensor, called `tensor` if that is given, in a .safetensors file that is to become array `name`.
 
     The format: 8 bytes that say how long the header is, the header, which is JSON, and the elements of the tensors
-    (https://github.com/huggingface/safetensors; its library maps whole files). Raises ProblemError for what is not
-    that.
+    (https://github.com/huggingface/safetensors; its library maps whole files). Raises ProblemError for anything else.
     """
     try:
         with open_regular(path) as descriptor:

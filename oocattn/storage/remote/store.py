@@ -1,7 +1,4 @@
-"""Remote stores: Zarr's store over fsspec, with retries.
-
-Data, metadata, sizes and listings all go through `RemoteStore`. An object is missing only where its server says so.
-"""
+"""Remote stores: Zarr's store over fsspec, with retries. An object is missing only where its server says so."""
 
 from __future__ import annotations
 
@@ -36,8 +33,7 @@ async def all_of(steps: Iterable[Awaitable[T]]) -> list[T]:
 class RemoteStore(FsspecStore):
     """A store that retries requests for a minute after transient failures.
 
-    Its methods raise RemoteDeniedError where a server does not let an object be read, and RemoteError for other
-    failures.
+    Its methods raise RemoteDeniedError where a server does not let an object be read, else RemoteError.
     """
 
     location = ""
@@ -149,8 +145,7 @@ class RemoteStore(FsspecStore):
 def open_remote(location: Location, *, read_only: bool = True) -> RemoteStore:
     """The store at a URL, or at a chain of them, that was checked.
 
-    Raises ProblemError where a package is missing, FileNotFoundError where an archive is, and RemoteError as requests
-    do.
+    Raises ProblemError where a package is missing, FileNotFoundError where an archive is, and RemoteError as `retry`.
     """
 
     async def step() -> RemoteStore:

@@ -1,7 +1,4 @@
-"""The arrays of a result, `out` and `lse`: written by chunks, or read.
-
-Where they lie is `paths`' business, how the group begins and takes its name `state`'s.
-"""
+"""The arrays of a result, `out` and `lse`: written by chunks, or read."""
 
 from __future__ import annotations
 

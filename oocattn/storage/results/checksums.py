@@ -1,8 +1,7 @@
 """Checksums of a result's bits, kept in the attributes of its arrays.
 
-They are made as the result is written, and compared when it is verified. A part is T tokens of one head, what a run writes
-as one chunk. Its checksum is the CRC-32 of its elements, little-endian and in C order: of what they are, and not of how they
-are stored. A result that was copied to other chunks or compressed has the same.
+A part is T tokens of one head, what a run writes as one chunk. Its checksum is the CRC-32 of its elements, little-endian and
+in C order: of what they are, and not of how they are stored. A result copied to other chunks or compressed has the same.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ Digits = Annotated[str, Pattern("[0-9a-f]*")]
 
 @dataclass(frozen=True)
 class Checksums:
-    """Checksums of an array [B, H, N, ...]: 8 digits for every part.
-
-    A part is `rows` tokens of one head; parts are in the order of (batch, head, part).
-    """
+    """Checksums of an array [B, H, N, ...]: 8 digits for every part of `rows` tokens, by batch, head and part."""
 
     rows: Positive
     digits: Digits
@@ -63,10 +59,7 @@ class ArrayBits:
 
 
 def read_bits(result: Path) -> dict[str, ArrayBits]:
-    """Read what the metadata of a result say of the bits of `out` and `lse`.
-
-    Raises IntegrityError where an array is missing, or its checksums are damaged.
-    """
+    """Read what metadata say of the bits of `out` and `lse`. Raises IntegrityError where they are missing or damaged."""
     return {name: _read_bits(result, name) for name in ("out", "lse")}
 
 
@@ -88,10 +81,7 @@ def _read_bits(result: Path, name: str) -> ArrayBits:
 
 
 def result_digest(arrays: Mapping[str, ArrayBits]) -> str | None:
-    """The identity of a result's bits: a SHA-256 of shapes and checksums.
-
-    None where the checksums of an array are not recorded.
-    """
+    """The identity of a result's bits: a SHA-256 of shapes and checksums; None where checksums are not recorded."""
     if any(array.checksums is None for array in arrays.values()):
         return None
     described = [[name, list(array.shape), array.dtype, to_json(array.checksums)] for name, array in sorted(arrays.items())]

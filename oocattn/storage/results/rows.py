@@ -76,10 +76,7 @@ def checksum(rows: NDArray[Any], before: int = 0) -> int:
 
 
 def find_damage(reader: RowReader, recorded: Checksums, step: int) -> Iterator[Damage]:
-    """Find the damaged parts of an array, read `step` rows at a time.
-
-    Raises OSError as the file system does: what could not be read may be as it was.
-    """
+    """Find the damaged parts of an array, read `step` rows at a time. Raises OSError as the file system does."""
     batches, heads, tokens, *row = reader.shape
     buffer = np.empty((min(step, recorded.rows, tokens), *row), reader.dtype)
     places = itertools.product(range(batches), range(heads), range(0, tokens, recorded.rows))

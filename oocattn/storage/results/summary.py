@@ -88,10 +88,7 @@ class Summary(Excerpt):
 
 
 def read_summary(paths: ResultPaths) -> Summary | None:
-    """Read the summary of a result's certificate; None where there is none.
-
-    One of another result counts as none. A damaged certificate is logged as a warning and counts as none.
-    """
+    """Read the summary of a result's certificate; None where none is of this result, or, with a warning, readable."""
     try:
         content = read_json(paths.certificate) if is_folder(paths.state) else None
         if content is None:
