@@ -188,14 +188,11 @@ def _parse_chain(text: str) -> Location:
     for link in wrappers:
         if link.partition("://")[0] not in WRAPPERS or not _is_printable(link):
             raise ProblemError(
-                f"{printable(text)} is a chain with the link {printable(repr(link))}: expected {', '.join(WRAPPERS)} before "
-                "the last link"
+                f"{text} is a chain with the link {link!r}: expected {', '.join(WRAPPERS)} before the last link"
             )
     target = _parse_local(_expand_home(last)) if _is_local(last) else _parse_url(last)
     if target.path is not None and ("::" in target.text or not target.path.is_file()):
-        raise ProblemError(
-            f"{printable(text)}: {printable(target.text)} is no regular file: expected one at the chain's end"
-        )
+        raise ProblemError(f"{text}: {target.text} is no regular file: expected one at the chain's end")
     return Location("::".join((*wrappers, target.text)), None)
 
 

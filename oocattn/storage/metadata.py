@@ -108,9 +108,7 @@ def _array(store: Store, name: str, found: dict[str, Any], described: str) -> za
     except MemoryError:
         raise
     except Exception as error:  # Zarr has many
-        raise ProblemError(
-            f"{described} cannot be opened by zarr {zarr.__version__}: {printable(error)}; write it again"
-        ) from error
+        raise ProblemError(f"{described} cannot be opened by zarr {zarr.__version__}: {error}; write it again") from error
 
 
 def array_names(store: Store) -> list[str]:

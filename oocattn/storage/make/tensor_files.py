@@ -123,8 +123,7 @@ def open_npy(name: str, path: Path) -> FileTensor:
             raise ValueError(f"it has {stamp[0]:,} bytes of {needed:,}")
     except (ValueError, EOFError) as error:
         raise ProblemError(
-            f"{name}: {printable(path)} cannot be mapped to an array of numbers ({printable(error)}): save one plain array "
-            "with numpy.save"
+            f"{name}: {path} cannot be mapped to an array of numbers ({error}): save one plain array with numpy.save"
         ) from error
     if dtype.str[1:] in ("V2", "u2"):
         raise ProblemError(
@@ -187,8 +186,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
         raise
     except Exception as error:  # of a file that torch did not write it has many
         raise ProblemError(
-            f"{name}: {printable(path)} is not a file of plain tensors, as torch.save writes them: save one, or a dict of "
-            "them"
+            f"{name}: {path} is not a file of plain tensors, as torch.save writes them: save one, or a dict of them"
         ) from error
     label = str(path)
     if isinstance(found, dict):

@@ -19,7 +19,6 @@ from yarl import URL
 
 from oocattn import clock
 from oocattn.errors import RemoteError
-from oocattn.text import printable
 
 CONNECT_SECONDS, IDLE_SECONDS = 15.0, 20.0
 """Seconds in which a server must take a connection, and in which it must send something."""
@@ -88,9 +87,7 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
     def _check(self, response: aiohttp.ClientResponse, url: str) -> None:
         self._raise_not_found_for_status(response, url)
         if response.status not in (200, 206):
-            raise RemoteError(
-                f"{printable(url)} is answered with status {response.status}, expected 200 or 206: check the URL"
-            )
+            raise RemoteError(f"{url} is answered with status {response.status}, expected 200 or 206: check the URL")
 
 
 def _range_header(start: int | None, end: int | None) -> dict[str, str]:

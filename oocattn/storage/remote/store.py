@@ -13,7 +13,6 @@ from oocattn.errors import ProblemError, RemoteError
 from oocattn.storage.locations import Location, is_chain
 from oocattn.storage.remote.transient import retry
 from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sync
-from oocattn.text import printable
 from oocattn.threads import begin_call
 
 LISTING_PATIENCE = 5.0  # seconds for which a listing is tried again: what cannot be listed is asked for by name
@@ -171,6 +170,4 @@ def _open(url: str, read_only: bool) -> RemoteStore:
         store.supports_listing = False  # a page with links is no list of what is there
         return store
     except ImportError as error:
-        raise ProblemError(
-            f"{printable(url)} cannot be opened ({printable(error)}): install that package, and oocattn[remote]"
-        ) from error
+        raise ProblemError(f"{url} cannot be opened ({error}): install that package, and oocattn[remote]") from error

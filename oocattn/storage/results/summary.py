@@ -14,7 +14,6 @@ from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.checksums import read_bits, result_digest
-from oocattn.text import printable
 
 FORMAT = 3
 """Of a certificate; others are not read."""
@@ -62,9 +61,7 @@ class ResultAttributes(Excerpt):
             found = from_json(cls, paths.attributes() or {})
             check_problem(found.problem)
         except ValueError as error:
-            raise IntegrityError(
-                f"{paths.result}: the attributes do not describe a result of oocattn ({printable(error)})"
-            ) from None
+            raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({error})") from None
         return found
 
 
