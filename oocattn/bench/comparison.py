@@ -35,7 +35,6 @@ from oocattn.bench.competitors import (
 from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
 from oocattn.errors import ProblemError
 from oocattn.pipelines.engines.dask.local_cluster import local_client
-from oocattn.pipelines.watch.report import RunReport
 from oocattn.planning.host import free_disk
 from oocattn.planning.measure import choose_device, count_lanes
 from oocattn.planning.plan import Plan
@@ -109,7 +108,7 @@ def bench(
         yield Progress(f"recomputed {len(exact)} rows in float64", time.perf_counter() - start)
         entrants = [_Entrant(competitor, exact) for competitor in competitors(plan, place, client, options, stack)]
         yield from _rounds(entrants, repeats, warm_up)
-        yield Table(plan.problem, tuple(entrant.row() for entrant in entrants), kernel_ceiling.rate)
+        yield Table(plan.problem, tuple(entrant.row for entrant in entrants), kernel_ceiling.rate)
 
 
 def _exact_rows(plan: Plan, dataset: Path, rows: int, seed: int) -> list[ExactRow]:
@@ -170,52 +169,39 @@ def _stream_cqsa(inputs: Inputs | None) -> list[Competitor]:
 
 
 class _Entrant:
-    """A competitor in the rounds, and what was measured of it."""
+    """A competitor in the rounds, and its row of the table; one that failed in any round has no figures."""
 
     def __init__(self, competitor: Competitor, exact: Sequence[ExactRow]) -> None:
-        self.competitor = competitor
-        self.note = ""
+        self.competitor, self.row = competitor, Row(competitor.name)
         self._places = [(row.batch, row.head, row.token) for row in exact]
         self._expected = np.stack([row.out for row in exact])
-        self._seconds: list[float] = []
-        self._peak = 0
-        self._error: float | None = None
-        self._report: RunReport | None = None
 
     def run(self, *, timed: bool) -> float:
         """One run and its seconds."""
         self.competitor.prepare()
         _reset_peak()
         start = time.perf_counter()
-        self._report = self.competitor.run()
+        report = self.competitor.run()
         seconds = time.perf_counter() - start
-        self._peak = max(self._peak, _device_peak())
+        peak = max(self.row.device_peak or 0, _device_peak()) or None
         difference = self.competitor.rows(self._places) - self._expected
         errors = np.linalg.norm(difference, axis=1) / np.linalg.norm(self._expected, axis=1)
-        self._error = float(np.sqrt(np.mean(errors**2)))
-        if timed:
-            self._seconds.append(seconds)
+        rounds = (*self.row.seconds, seconds) if timed else self.row.seconds
+        self.row = Row(self.row.name, rounds, peak, float(np.sqrt(np.mean(errors**2))), report=report)
         return seconds
-
-    def row(self) -> Row:
-        """Its row of the table; one that failed in any round has no figures."""
-        name = self.competitor.name
-        if self.note:
-            return Row(name, note=self.note)
-        return Row(name, tuple(self._seconds), self._peak or None, self._error, report=self._report)
 
 
 def _rounds(entrants: Sequence[_Entrant], repeats: int, warm_up: bool) -> Iterator[Progress]:
     """Run all rounds, after an untimed one with `warm_up`; the failure of a competitor ends its own part alone."""
     for number in range(0 if warm_up else 1, repeats + 1):
         name = f"round {number} of {repeats}" if number else "warm-up"
-        for entrant in (entrant for entrant in entrants if not entrant.note):
+        for entrant in (entrant for entrant in entrants if not entrant.row.note):
             what, start = f"{name}, {entrant.competitor.name}", time.perf_counter()
             try:
                 seconds = entrant.run(timed=number > 0)
             except Exception as error:
-                entrant.note = _words(error)
-                what, seconds = f"{what}: {entrant.note}", time.perf_counter() - start
+                entrant.row = Row(entrant.competitor.name, note=_words(error))
+                what, seconds = f"{what}: {entrant.row.note}", time.perf_counter() - start
             yield Progress(what, seconds)
 
 

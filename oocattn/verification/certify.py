@@ -75,9 +75,9 @@ def certify(
     readers = _readers(problem, arrays, paths)
     bits = read_bits(paths.result)
     compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
-    sizes = _sizes(problem, opened, readers, compared, rows, host_memory)
+    key_rows, steps = _sizes(problem, opened, readers, compared, rows, host_memory)
     roundoff = UNIT_ROUNDOFF[problem.dtype if recorded.plan.rounds_weights else "float32"]  # matrix units of GPUs: 16 bits
-    options = {"rows": rows, "seed": seed, "key_rows": sizes.key_rows}
+    options = {"rows": rows, "seed": seed, "key_rows": key_rows}
     exact = recompute_rows(problem, opened, borders=recorded.borders, weight_roundoff=roundoff, **options)
     certificate = Certificate(
         str(paths.result),
@@ -86,7 +86,7 @@ def certify(
         rows,
         seed,
         rows=tuple(_check_row(problem, row, readers) for row in exact),
-        arrays=tuple(_check_array(readers[name], bits[name].checksums, sizes.steps.get(name)) for name in bits),
+        arrays=tuple(_check_array(readers[name], bits[name].checksums, steps.get(name)) for name in bits),
         digest=result_digest(bits),
         ledger=_ledger(problem, paths),
         dataset_recorded=recorded.dataset.fingerprint,
@@ -124,14 +124,6 @@ def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict
     return {name: RowReader(name, array, str(paths.result)) for name, array in arrays.by_name.items()}
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Keys of K and V that are read at a time, and rows for checksums."""
-
-    key_rows: int
-    steps: Mapping[str, int]
-
-
 def _sizes(
     problem: Problem,
     dataset: Dataset,
@@ -139,8 +131,11 @@ def _sizes(
     compared: Mapping[str, Checksums],
     rows: int,
     host_memory: int,
-) -> _Sizes:
-    """The largest sizes that fit the budget, one after another. Raises BudgetError where the smallest do not."""
+) -> tuple[int, Mapping[str, int]]:
+    """Keys to read at a time, and rows of arrays for checksums: the most that fits the budget, one after another.
+
+    Raises BudgetError where the fewest do not.
+    """
     rows = min(rows, problem.rows)
     always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(checksums) for checksums in compared.values())
     one_row = max(reader.nbytes(1) for reader in readers.values())
@@ -160,7 +155,7 @@ def _sizes(
             f"--host-memory {format_bytes(host_memory)} is too small to verify this result: the smallest that works is "
             f"{ceil_div(max(least), 1 << 20)}MiB"
         )
-    return _Sizes(key_rows, steps)
+    return key_rows, steps
 
 
 def _steps(reader: RowReader, part: int) -> tuple[int, int]:

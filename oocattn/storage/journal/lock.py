@@ -144,11 +144,6 @@ class FileLock(AbstractContextManager["FileLock"]):
                 self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
-    def leave_to_parent(self) -> None:
-        """Give up a lock that this process shares as a fork of its holder: the fork may live longer."""
-        _left_to_parent.add(self.claim.token)
-        os.close(self._descriptor)
-
     def __exit__(self, *error: object) -> None:
         self.release()
 
@@ -159,8 +154,11 @@ _left_to_parent: set[str] = set()  # tokens of locks that were held when this pr
 
 
 def _leave_all_to_parent() -> None:
+    """Give up locks that this process shares as a fork of their holder: the fork may live longer."""
     while _held:
-        _held.pop().leave_to_parent()
+        lock = _held.pop()
+        _left_to_parent.add(lock.claim.token)
+        os.close(lock._descriptor)
 
 
 os.register_at_fork(after_in_child=_leave_all_to_parent)

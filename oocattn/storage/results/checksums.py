@@ -60,24 +60,22 @@ class ArrayBits:
 
 def read_bits(result: Path) -> dict[str, ArrayBits]:
     """Read what metadata say of the bits of `out` and `lse`. Raises IntegrityError where they are missing or damaged."""
-    return {name: _read_bits(result, name) for name in ("out", "lse")}
-
-
-def _read_bits(result: Path, name: str) -> ArrayBits:
-    found = read_array(result, name)
-    if ATTRIBUTE not in found.attributes:
-        return ArrayBits(found.shape, found.dtype, None)
-    try:
-        checksums = from_json(Checksums, found.attributes[ATTRIBUTE])
-        expected = DIGITS * math.prod(found.shape[:2]) * ceil_div(found.shape[2], checksums.rows)
-        if len(checksums.digits) != expected:
-            raise ValueError(f"{len(checksums.digits)} digits, expected {expected}")
-    except (IndexError, ValueError) as error:
-        raise IntegrityError(
-            f"{result / name}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(found.shape)} ({error}): "
-            "it is damaged; copy the result again"
-        ) from None
-    return ArrayBits(found.shape, found.dtype, checksums)
+    bits = {}
+    for name in ("out", "lse"):
+        found, checksums = read_array(result, name), None
+        try:
+            if ATTRIBUTE in found.attributes:
+                checksums = from_json(Checksums, found.attributes[ATTRIBUTE])
+                expected = DIGITS * math.prod(found.shape[:2]) * ceil_div(found.shape[2], checksums.rows)
+                if len(checksums.digits) != expected:
+                    raise ValueError(f"{len(checksums.digits)} digits, expected {expected}")
+        except (IndexError, ValueError) as error:
+            raise IntegrityError(
+                f"{result / name}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(found.shape)} "
+                f"({error}): it is damaged; copy the result again"
+            ) from None
+        bits[name] = ArrayBits(found.shape, found.dtype, checksums)
+    return bits
 
 
 def result_digest(arrays: Mapping[str, ArrayBits]) -> str | None:
