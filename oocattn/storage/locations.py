@@ -71,7 +71,7 @@ def recorded_location(text: object) -> Location:
     if isinstance(text, str) and text.startswith("/") and _is_printable(_BYTES.sub("", text)):
         return _parse_local(text)
     raise IntegrityError(
-        f"the dataset is recorded as {printable(repr(text))}: only an absolute local path is believed, and nothing is read "
+        f"the dataset is recorded as {text!r}: only an absolute local path is believed, and nothing is read "
         "from there; if you trust that place, name it with --dataset (dataset=)"
     )
 
@@ -87,15 +87,14 @@ def resolve_path(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links: Python has had both
-        raise ProblemError(f"{printable(path)} cannot be resolved ({printable(error)}): choose another path") from None
+        raise ProblemError(f"{path} cannot be resolved ({error}): choose another path") from None
 
 
 def output_path(typed: object, what: str) -> Path:
     """The absolute path of an output, which is local. Raises ProblemError for a URL, else as `parse_location`."""
     if isinstance(typed, str) and not (_is_local(typed) or typed.lower().startswith("file:")):
         raise ProblemError(
-            f"{what} {printable(typed)}: {what}s are written to a local path, not to a URL: give a local path, and copy it "
-            "from there"
+            f"{what} {typed}: {what}s are written to a local path, not to a URL: give a local path, and copy it from there"
         )
     path = parse_location(typed, what).path
     assert path is not None
@@ -120,7 +119,7 @@ def _expand_home(text: str) -> str:
     except ValueError:  # a null character or a surrogate, which no path has
         return text
     if found.partition("/")[0] == "~":
-        raise ProblemError(f"{printable(text)}: this user has no home folder; give an absolute path")
+        raise ProblemError(f"{text}: this user has no home folder; give an absolute path")
     return found
 
 
@@ -143,12 +142,12 @@ def _parse_local(text: str) -> Location:
     except ValueError:
         text += "\0"  # no file system can have it, as with a null character
     if "\0" in text:
-        raise ProblemError(f"{printable(repr(text))} is no path: it has characters that a path cannot have")
+        raise ProblemError(f"{text!r} is no path: it has characters that a path cannot have")
     try:
         path = Path(text).absolute()
     except FileNotFoundError:
         raise ProblemError(
-            f"{printable(text)}: the current folder was removed: change to one that is there, or give an absolute path"
+            f"{text}: the current folder was removed: change to one that is there, or give an absolute path"
         ) from None
     return Location(str(path), path)
 
@@ -161,11 +160,11 @@ def _parse_url(text: str) -> Location:
     scheme = found[1].lower() if found else text.partition("://")[0]
     if found is None or scheme not in SCHEMES:
         raise ProblemError(
-            f"{printable(text)} has the scheme {printable(repr(scheme))}: expected a local path, or a URL that begins with "
+            f"{text} has the scheme {scheme!r}: expected a local path, or a URL that begins with "
             f"{', '.join(f'{name}://' for name in ('file', *SCHEMES))}; copy the data to one of these"
         )
     if not _is_printable(text):
-        raise ProblemError(f"{printable(text)} has control characters: expected a URL without any")
+        raise ProblemError(f"{text} has control characters: expected a URL without any")
     return Location(f"{scheme}://{text[found.end() :]}", None)
 
 
@@ -176,9 +175,9 @@ def _parse_file_url(text: str) -> Location:
         host, slash, path = rest[2:].partition("/")
         rest = slash + path
         if host.lower() not in ("", "localhost"):
-            raise ProblemError(f"{printable(text)} names the host {printable(repr(host))}: expected file:///PATH")
+            raise ProblemError(f"{text} names the host {host!r}: expected file:///PATH")
     if not rest.startswith("/") or "?" in rest or "#" in rest:
-        raise ProblemError(f"{printable(text)} is no absolute path: expected file:///PATH, with ? and # as %3F and %23")
+        raise ProblemError(f"{text} is no absolute path: expected file:///PATH, with ? and # as %3F and %23")
     return _parse_local(os.fsdecode(unquote_to_bytes(rest)))
 
 
@@ -224,7 +223,7 @@ def describe(found: object) -> str:
     article = "an" if name[0] in "aeiouAEIO" else "a"
     shape = getattr(found, "shape", None)
     if isinstance(shape, tuple):
-        return f"{article} {name} {printable(list(shape))}"
+        return f"{article} {name} {list(shape)}"
     if isinstance(found, int | float | bytes):
         return f"the {name} {printable(repr(found)):.80}"
     return f"{article} {name}"
@@ -249,5 +248,5 @@ def _place_in_zarr(found: Any) -> str | None:
     if isinstance(root, Path):
         place = root / name if isinstance(name, str) else root
         group = place.parent if hasattr(found, "shape") else place
-        return f", such as {printable(repr(str(group)))}"
+        return f", such as {str(group)!r}"
     return ": give the path or URL that it was opened from; if it is in memory, write it to a folder first"

@@ -60,8 +60,8 @@ def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None
         return None
     kind, found = node
     if kind != "array":
-        raise ProblemError(f"{name!r} in {printable(location)} is a group: expected an array [B, H, N, D] or [H, N, D]")
-    return _array(store, name, found, f"array {name!r} of {printable(location)}")
+        raise ProblemError(f"{name!r} in {location} is a group: expected an array [B, H, N, D] or [H, N, D]")
+    return _array(store, name, found, f"array {name!r} of {location}")
 
 
 def open_consolidated(

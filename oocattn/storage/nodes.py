@@ -17,7 +17,6 @@ from oocattn.records import Count, Excerpt, from_json, parse_json
 from oocattn.storage.chunk_errors import html_page, is_html
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.regular import read_file
-from oocattn.text import printable
 
 MOST_BYTES = 64 << 20
 """Of one document; the checksums of a result are in the attributes of its arrays."""
@@ -50,13 +49,13 @@ def read_array(folder: Path, name: str) -> ArrayNode:
     """Read an array of the group in a folder. Raises IntegrityError where it is missing or damaged."""
     node = read_node(partial(read_in_folder, folder), name, str(folder))
     if node is None or node[0] != "array":
-        raise IntegrityError(f"{printable(folder)} has no array {name!r}: expected a finished result; copy it again")
+        raise IntegrityError(f"{folder} has no array {name!r}: expected a finished result; copy it again")
     kind = node[1].get("data_type", node[1].get("dtype"))
     kind = _V2_NAMES.get(kind[1:], kind) if isinstance(kind, str) else kind
     try:
         return from_json(ArrayNode, {**node[1], "dtype": kind, "attributes": attributes_of(node[1], str(folder / name))})
     except ValueError as error:
-        raise damaged_metadata(node_name(name, str(folder)), printable(error)) from None
+        raise damaged_metadata(node_name(name, str(folder)), str(error)) from None
 
 
 def read_in_folder(folder: Path, key: str) -> bytes | None:
@@ -68,7 +67,7 @@ def read_in_folder(folder: Path, key: str) -> bytes | None:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise IntegrityError(f"{printable(folder)}: {key} cannot be read ({words_of(error)})") from error
+        raise IntegrityError(f"{folder}: {key} cannot be read ({words_of(error)})") from error
 
 
 def read_group(read: Read, location: str) -> dict[str, Any] | None:
@@ -116,7 +115,7 @@ def read_document(read: Read, path: str, name: str, location: str) -> dict[str, 
     except ValueError as error:
         if is_html(content):
             raise html_page(f"{name} of {node_name(path, location)}", content) from None
-        raise damaged_metadata(node_name(path, location), f"{name} is {printable(error)}") from None
+        raise damaged_metadata(node_name(path, location), f"{name} is {error}") from None
 
 
 def attributes_of(node: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -134,4 +133,4 @@ def node_name(path: str, location: str) -> str:
 
 def damaged_metadata(name: str, reason: str) -> IntegrityError:
     """The error for metadata that cannot be what somebody wrote."""
-    return IntegrityError(f"the metadata of {printable(name)} is damaged: {reason}; copy it again")
+    return IntegrityError(f"the metadata of {name} is damaged: {reason}; copy it again")

@@ -144,7 +144,7 @@ def _itemsize(dtype: object, array: str) -> int:
             found = np.dtype(object)
         if found.kind in "iufb" and found.itemsize <= 8:
             return found.itemsize
-    raise ProblemError(f"{array} has a filter for elements of type {printable(repr(dtype))}: expected one of numbers")
+    raise ProblemError(f"{array} has a filter for elements of type {dtype!r}: expected one of numbers")
 
 
 def _v3_codec(found: object, array: str) -> Codec:

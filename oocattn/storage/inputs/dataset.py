@@ -164,7 +164,7 @@ def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], l
     for field in sorted({*own, *other}):
         if json.dumps(own.get(field), default=str) != json.dumps(other.get(field), default=str):
             raise ProblemError(
-                f"array {array.path!r} of {printable(location)} has {field} = {printable(repr(own.get(field))):.80}, but "
+                f"array {array.path!r} of {location} has {field} = {printable(repr(own.get(field))):.80}, but "
                 f"{printable(repr(other.get(field))):.80} in the consolidated metadata of its group: expected the same in "
                 "both, for many programs read these; bring them up to date with zarr.consolidate_metadata(PATH)"
             )
@@ -209,7 +209,7 @@ def _what_is_at(store: Store, location: str) -> str:
 
 def _no_group(location: str, reason: str) -> ProblemError:
     return ProblemError(
-        f"no Zarr group at {printable(location)} ({reason}): give the path or URL of a group with the arrays q, k and v; "
+        f"no Zarr group at {location} ({reason}): give the path or URL of a group with the arrays q, k and v; "
         "`oocattn import` makes one from other files"
     )
 
@@ -224,6 +224,6 @@ def _array(store: Store, name: str, location: str) -> zarr.Array[Any]:
     if not store.supports_listing:
         shown = "its server does not list what is there"
     raise ProblemError(
-        f"no array {name!r} in {printable(location)}: {shown}; a dataset has the arrays q, k and v: rename the "
+        f"no array {name!r} in {location}: {shown}; a dataset has the arrays q, k and v: rename the "
         "array, or import the tensors with `oocattn import`"
     )

@@ -81,7 +81,7 @@ def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
     layout = min(wrong) if len(wrong) == 1 and wrong <= {*LAYOUTS} else None
     imported = f", or save its tensors as files and import them with `oocattn import --layout {layout}`" if layout else ""
     raise ProblemError(
-        f"the dimension names in {printable(location)} say that {printable(told)}; expected are [B, H, N, D] (batch, head, "
+        f"the dimension names in {location} say that {told}; expected are [B, H, N, D] (batch, head, "
         f"token, head_dim) or [H, N, D]: write the array transposed{imported}; if its names are wrong, correct them"
     )
 
@@ -144,7 +144,7 @@ def refuse_packed(array: zarr.Array[Any], location: str) -> None:
 
 def _packed_error(array: zarr.Array[Any], location: str, found: str) -> ProblemError:
     return ProblemError(
-        f"array {array.path!r} of {printable(location)} has {found} by which its numbers are packed or masked (CF "
+        f"array {array.path!r} of {location} has {found} by which its numbers are packed or masked (CF "
         "conventions): expected plain numbers; write the decoded ones, as with "
         "xarray.open_zarr(PATH).drop_encoding().astype('float32').to_zarr(NEW), and give NEW"
     )

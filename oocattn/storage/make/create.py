@@ -31,7 +31,6 @@ from oocattn.storage.locations import Location, local_path, parse_location
 from oocattn.storage.remote.store import RemoteStore, open_remote
 from oocattn.storage.zarr_compat import ArrayV3Metadata, Buffer, DefaultChunkKeyEncoding
 from oocattn.storage.zarr_compat import sync as zarr_sync
-from oocattn.text import printable
 from oocattn.threads import ThreadPool
 from oocattn.units import ceil_div
 
@@ -206,7 +205,7 @@ def _create_remote(location: Location, attributes: dict[str, Any], overwrite: bo
     except FileExistsError as error:
         raise ResultExistsError(f"{url} exists already: choose another path, or overwrite it (--overwrite)") from error
     except Exception as error:  # each file system has its own
-        raise ProblemError(f"{url} cannot be created ({printable(error)}): check the URL and its access") from error
+        raise ProblemError(f"{url} cannot be created ({error}): check the URL and its access") from error
 
 
 async def _foreign_key(store: RemoteStore) -> str | None:

@@ -22,7 +22,6 @@ from oocattn.storage.inputs.meaning import LAYOUTS, warn_if_transposed
 from oocattn.storage.locations import no_file, parse_location
 from oocattn.storage.make.create import create_array, create_dataset, fill_array
 from oocattn.storage.make.tensor_files import FileTensor, open_npy, open_safetensors, open_torch
-from oocattn.text import printable
 
 _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
 
@@ -105,7 +104,7 @@ def _open(name: str, typed: object) -> FileTensor:
         raise ProblemError(f"{name}: {file} is not understood: expected FILE.npy, FILE.safetensors or FILE.pt[:TENSOR]")
     path, tensor = parse_location(match[1]).path, match[2]
     if path is None:
-        raise ProblemError(f"{name}: {printable(file)} is a URL: tensors are imported from local files; copy it first")
+        raise ProblemError(f"{name}: {file} is a URL: tensors are imported from local files; copy it first")
     try:
         if path.suffix == ".npy":
             return open_npy(name, path)
@@ -113,4 +112,4 @@ def _open(name: str, typed: object) -> FileTensor:
             return open_safetensors(name, path, tensor)
         return open_torch(name, path, tensor)
     except (FileNotFoundError, NotADirectoryError):
-        raise ProblemError(f"{name}: there is no file {printable(path)}") from None
+        raise ProblemError(f"{name}: there is no file {path}") from None

@@ -26,7 +26,6 @@ from oocattn.records import Count, Excerpt, from_json, parse_json
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import map_file, open_regular, read_exactly
-from oocattn.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +163,7 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
     except ProblemError:
         raise
     except ValueError as error:
-        raise ProblemError(f"{name}: {printable(path)} is not a whole safetensors file: {printable(error)}") from error
+        raise ProblemError(f"{name}: {path} is not a whole safetensors file: {error}") from error
     return FileTensor(path, f"{path}:{key}", shape, numbers, 8 + length + begin, _strides(shape, numbers), stamp)
 
 
@@ -206,12 +205,11 @@ def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
         return
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ProblemError(f"{name}: {printable(path)} is compressed: load it, and save it again with torch.save")
+            raise ProblemError(f"{name}: {path} is compressed: load it, and save it again with torch.save")
         for each in archive.namelist():
             if each.rpartition("/")[2] == "byteorder" and archive.open(each).read(16) != b"little":
                 raise ProblemError(
-                    f"{name}: {printable(path)} has numbers of another byte order than little-endian: save it again on "
-                    "this machine"
+                    f"{name}: {path} has numbers of another byte order than little-endian: save it again on this machine"
                 )
     file.seek(0)
 
@@ -256,7 +254,7 @@ def _pick(name: str, path: Path, tensor: str | None, found: list[str]) -> str:
 
 def _unsupported(name: str, label: str, dtype: object) -> ProblemError:
     expected = ", ".join(_SAFETENSORS_DTYPES.values())
-    return ProblemError(f"{name} ({label}) has dtype {printable(dtype)}: expected one of {expected}; convert it first")
+    return ProblemError(f"{name} ({label}) has dtype {dtype}: expected one of {expected}; convert it first")
 
 
 def _stamp(descriptor: int, path: Path) -> tuple[int, int]:

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 from oocattn import clock
 from oocattn.errors import OocattnError, RemoteDeniedError, RemoteError
-from oocattn.text import printable
 
 PATIENCE = 60.0  # seconds after its first failure until which a request is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 8.0
@@ -119,7 +118,7 @@ def _error(operation: str, url: str, failure: Failure, tries: int, seconds: floa
             "(`oocattn resume` for a run)"
         )
     kind = RemoteDeniedError if failure.kind is Kind.DENIED else RemoteError
-    return kind(f"{operation} {printable(url)} failed: {printable(failure.found)}; {advice}")
+    return kind(f"{operation} {url} failed: {failure.found}; {advice}")
 
 
 def classify(error: BaseException) -> Failure:
