@@ -205,14 +205,6 @@ def no_path(found: object, what: str) -> ProblemError:
     return ProblemError(f"{what}: found {describe(found)}, expected {expected}{_remedy(found, what)}")
 
 
-def no_file(found: object, what: str) -> ProblemError:
-    """The error for an object where the file of tensor `what` must be named."""
-    return ProblemError(
-        f"{what}: found {describe(found)}, expected the path of a file: save the tensor with torch.save or numpy.save, and "
-        "name FILE.pt, FILE.npy or FILE.safetensors"
-    )
-
-
 def describe(found: object) -> str:
     """An object in a few words: its type, and its shape or value."""
     if found is None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from zarr.storage import LocalStore
@@ -28,11 +29,6 @@ from oocattn.storage.zarr_compat import (
     default_buffer_prototype,
 )
 from oocattn.threads import begin_call
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
 
 # Python's mmap keeps a file descriptor, and one read of a shard asks for thousands of ranges of one file: they share
 # its map while any of them lives. A live map holds its inode, so the number cannot come to mean another file; where a file

@@ -19,7 +19,7 @@ from oocattn.errors import ProblemError
 from oocattn.problem.problem import DTYPES, ArraySpec, make_problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.meaning import LAYOUTS, warn_if_transposed
-from oocattn.storage.locations import no_file, parse_location
+from oocattn.storage.locations import describe, parse_location
 from oocattn.storage.make.create import create_array, create_dataset, fill_array
 from oocattn.storage.make.tensor_files import FileTensor, open_npy, open_safetensors, open_torch
 
@@ -97,7 +97,10 @@ def _read_rows(source: FileTensor, layout: str, dtype: str, batch: int, head: in
 def _open(name: str, typed: object) -> FileTensor:
     """Open the tensor that is to become array `name`."""
     if not isinstance(typed, str | os.PathLike):
-        raise no_file(typed, name)
+        raise ProblemError(
+            f"{name}: found {describe(typed)}, expected the path of a file: save the tensor with torch.save or numpy.save, "
+            "and name FILE.pt, FILE.npy or FILE.safetensors"
+        )
     file = os.fsdecode(typed)
     match = _FILE_AND_TENSOR.fullmatch(file)
     if match is None:
