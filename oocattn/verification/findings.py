@@ -101,17 +101,14 @@ class Stratum:
 
 
 def stratum_of(name: str, rows: Sequence[RowCheck]) -> Stratum:
+    maxima = ("error", "of_allowed", "ulps", "lse_error", "lse_ulps")
     return Stratum(
         name,
         rows=len(rows),
         wrong=sum(not row.passed for row in rows),
         showing_nothing=sum(row.passed and not row.shows for row in rows),
-        error=largest([row.error for row in rows]),
-        of_allowed=largest([row.of_allowed for row in rows]),
-        ulps=largest([row.ulps for row in rows]),
         mean_ulps=sum(row.mean_ulps for row in rows) / len(rows),
-        lse_error=largest([row.lse_error for row in rows]),
-        lse_ulps=largest([row.lse_ulps for row in rows]),
+        **{field: largest([getattr(row, field) for row in rows]) for field in maxima},
     )
 
 

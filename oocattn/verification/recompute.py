@@ -19,7 +19,7 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.verification.attended import AttendedKeys, attended_ranges
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors, slots_for
-from oocattn.verification.sampling import SampledRow, StratumName, sample_rows
+from oocattn.verification.sampling import SampledRow, sample_rows
 
 KEY_ROWS = 8192
 """Keys that are read and attended at a time, at most."""
@@ -31,17 +31,13 @@ Array64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class ExactRow:
-    """A row in float64: where it is and what it was sampled for, out [D] and lse.
+class ExactRow(SampledRow):
+    """A sampled row in float64: out [D] and lse.
 
     `size` is the sum of weight times |value|; `allowed` and `allowed_lse` are what float32 arithmetic may lose of `out`
     (norm over D) and of lse.
     """
 
-    batch: int
-    head: int
-    token: int
-    strata: tuple[StratumName, ...]
     out: Array64
     lse: float
     size: float
@@ -66,11 +62,9 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
         overflow = (np.abs(exact.out) + allowed > LARGEST[problem.out_dtype]) & (out == np.copysign(np.inf, exact.out))
         error = _norm(np.where(overflow, 0.0, _difference(out, exact.out)))
         lse_error = _norm(_difference(*of_lse))
+    place = (exact.batch, exact.head, exact.token, exact.strata)
     return RowCheck(
-        exact.batch,
-        exact.head,
-        exact.token,
-        exact.strata,
+        *place,
         length=length,
         error=error / length,
         allowed=allowed / length,
