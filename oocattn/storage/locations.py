@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,6 @@ def recorded_location(text: object) -> Location:
     )
 
 
-def local_path(typed: object, what: str = "dataset") -> Path | None:
-    """`typed` without symbolic links, or None for the URL of a remote store. Raises as `parse_location`."""
-    found = parse_location(typed, what).path
-    return None if found is None else resolve_path(found)
-
-
 def resolve_path(path: Path) -> Path:
     """`path` without symbolic links. Raises ProblemError where they lead nowhere."""
     try:
@@ -103,13 +98,13 @@ def output_path(typed: object, what: str) -> Path:
 
 def _text(typed: object, what: str) -> str:
     """The text of a path or URL. Raises ProblemError for an object that is neither."""
-    try:
-        text = os.fspath(typed)  # type: ignore[call-overload]
-    except TypeError:
-        raise no_path(typed, what) from None
-    if not isinstance(text, str):
-        raise no_path(text, what)
-    return str(text)
+    found = typed
+    with suppress(TypeError):
+        found = os.fspath(typed)  # type: ignore[call-overload]
+    if isinstance(found, str):
+        return str(found)
+    expected = "a path or a URL" if what == "dataset" else "a local path"
+    raise ProblemError(f"{what}: found {describe(found)}, expected {expected}{_remedy(found, what)}")
 
 
 def _expand_home(text: str) -> str:
@@ -197,12 +192,6 @@ def _parse_chain(text: str) -> Location:
 
 def _is_printable(text: str) -> bool:
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
-
-
-def no_path(found: object, what: str) -> ProblemError:
-    """The error for an object where `what` ("dataset", ...) must be a path."""
-    expected = "a path or a URL" if what == "dataset" else "a local path"
-    return ProblemError(f"{what}: found {describe(found)}, expected {expected}{_remedy(found, what)}")
 
 
 def describe(found: object) -> str:

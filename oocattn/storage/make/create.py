@@ -27,7 +27,7 @@ from oocattn.storage.files.folders import GROUP, is_folder, is_taken, names_in, 
 from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.files.renaming import rename_new
 from oocattn.storage.layout import chunk_bytes
-from oocattn.storage.locations import Location, local_path, parse_location
+from oocattn.storage.locations import Location, parse_location, resolve_path
 from oocattn.storage.remote.store import RemoteStore, open_remote
 from oocattn.storage.zarr_compat import ArrayV3Metadata, Buffer, DefaultChunkKeyEncoding
 from oocattn.storage.zarr_compat import sync as zarr_sync
@@ -159,10 +159,11 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     it is made in place.) Raises ProblemError for a location that is not taken, and ResultExistsError where something is
     at `path`, unless `overwrite` is given and that something is a Zarr group or array.
     """
-    local = local_path(path)
-    if local is None:
-        yield _create_remote(parse_location(path), attributes, overwrite)
+    location = parse_location(path)
+    if location.path is None:
+        yield _create_remote(location, attributes, overwrite)
         return
+    local = resolve_path(location.path)
     refuse_to_destroy(local, overwrite)
     with name_failure("make", local.parent):
         local.parent.mkdir(parents=True, exist_ok=True)
