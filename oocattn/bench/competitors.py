@@ -57,8 +57,7 @@ class SkippedCompetitor(Competitor):
     """A competitor that cannot run: says why when it is asked to."""
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name = name
-        self._reason = reason
+        self.name, self._reason = name, reason
 
     def run(self) -> None:
         """Raises OocattnError with the reason."""

@@ -179,10 +179,9 @@ class Certificate:
     @property
     def again(self) -> str:
         """The command that checks the same rows again."""
-        words = ["oocattn", "verify", self.result, "--rows", str(self.asked), "--seed", str(self.seed)]
-        words += ["--dataset", self.dataset]
-        words += ["--no-checksums"] if any(array.state == "not checked" for array in self.arrays) else []
-        return shlex.join(words)
+        sample = ["--rows", str(self.asked), "--seed", str(self.seed)]
+        without = ["--no-checksums"] if any(array.state == "not checked" for array in self.arrays) else []
+        return shlex.join(["oocattn", "verify", self.result, *sample, "--dataset", self.dataset, *without])
 
     def to_json(self) -> dict[str, Any]:
         """The certificate as JSON-ready values, with what follows from them."""

@@ -224,7 +224,8 @@ class _Softmax:
         lengths = np.sqrt(np.einsum("nd,nd->n", value, value))
         first = start
         while first < start + len(value):
-            border = _next_border(first)
+            step = max(16, 1 << max(0, first.bit_length() - 5))  # about 16 partial sums in each doubling of the tokens
+            border = (first // step + 1) * step
             last = min(border, start + len(value))
             keys = slice(first - start, last - start)
             self._num += weights[:, keys] @ value[keys]
@@ -260,9 +261,3 @@ class _Softmax:
         """Views [rows, keys] of the buffers of scores and of weights."""
         scores, weights = (buffer[: len(self._query) * keys].reshape(len(self._query), keys) for buffer in self._buffers)
         return scores, weights
-
-
-def _next_border(token: int) -> int:
-    """The next token up to which a sum over keys is looked at: about 16 in each doubling of the tokens."""
-    step = max(16, 1 << max(0, token.bit_length() - 5))
-    return (token // step + 1) * step

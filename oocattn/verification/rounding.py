@@ -81,7 +81,10 @@ class Repeats:
 
     def count(self, key: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Which occurrence of itself each key [n, D] is: [n], 1 for the first."""
-        slots = self._hash(key)
+        bits = key.view(np.uint64)
+        mixed = bits ^ (bits >> np.uint64(31))  # a sign alone would reach the highest bit alone
+        sums = (mixed * self._factors).sum(axis=1, dtype=np.uint64)
+        slots = (sums >> np.uint64(65 - len(self._counts).bit_length())).astype(np.int64)
         order = np.argsort(slots, kind="stable")
         ordered = slots[order]
         first = np.flatnonzero(np.diff(ordered, prepend=-1))  # of each run of equal slots
@@ -90,13 +93,6 @@ class Repeats:
         found[order] = np.arange(1, len(key) + 1) - np.repeat(first, lengths) + self._counts[ordered]
         self._counts[ordered[first]] += lengths.astype(np.uint32)
         return found
-
-    def _hash(self, key: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        bits = key.view(np.uint64)
-        mixed = bits ^ (bits >> np.uint64(31))  # a sign alone would reach the highest bit alone
-        sums = (mixed * self._factors).sum(axis=1, dtype=np.uint64)
-        slots: npt.NDArray[np.int64] = (sums >> np.uint64(65 - len(self._counts).bit_length())).astype(np.int64)
-        return slots
 
 
 @dataclass(frozen=True)

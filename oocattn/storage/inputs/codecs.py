@@ -62,9 +62,7 @@ class CompleteStore(WrapperStore[Store]):
 
     def __init__(self, store: Store, location: str = "", most: int = 2**63 - 1, exact: int | None = None) -> None:
         super().__init__(store)
-        self._location = location
-        self._most = most
-        self._exact = exact
+        self._location, self._most, self._exact = location, most, exact
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of `key`. Raises IntegrityError if there is none, or more than a chunk can have."""

@@ -155,7 +155,8 @@ def _zstd(content: memoryview, stage: Stage) -> Any:
         if nbytes is None and stage.exact:
             nbytes = stage.decoded  # another size is an error then
         elif nbytes is None and most <= 2 * stage.decoded:
-            return _check_size(stage.decoded, numcodecs.Zstd().decode(content))
+            decoded = numcodecs.Zstd().decode(content)
+            return decoded if len(decoded) <= stage.decoded else _refuse_size(stage.decoded)
         if nbytes is None or nbytes > stage.decoded:
             _refuse_size(stage.decoded)
     try:
@@ -164,10 +165,6 @@ def _zstd(content: memoryview, stage: Stage) -> Any:
         if "too small" in str(error):
             _refuse_size(nbytes)
         raise
-
-
-def _check_size(most: int, decoded: Any) -> Any:
-    return decoded if len(decoded) <= most else _refuse_size(most)
 
 
 def _inflate(new: Callable[[], Any], content: memoryview, most: int, several: bool) -> Any:

@@ -98,13 +98,10 @@ class FastestReader:
         began = time.perf_counter()
         reader(files, batch, head, start, stop, out)
         if trial:
-            self._learn(reader, (time.perf_counter() - began) / out.nbytes)
-
-    def _learn(self, reader: Reader, seconds_a_byte: float) -> None:
-        self._seconds_a_byte[reader].append(seconds_a_byte)
-        usual, other = self._seconds_a_byte.values()
-        if min(len(usual), len(other)) >= TRIALS:
-            self.learned = self._readers[statistics.median(other) < 0.9 * statistics.median(usual)]
+            self._seconds_a_byte[reader].append((time.perf_counter() - began) / out.nbytes)
+            usual, other = self._seconds_a_byte.values()
+            if min(len(usual), len(other)) >= TRIALS:
+                self.learned = self._readers[statistics.median(other) < 0.9 * statistics.median(usual)]
 
 
 def _bytes_of(out: NDArray[Any]) -> NDArray[np.uint8]:

@@ -21,7 +21,7 @@ from oocattn.storage.files.regular import advise, open_regular, read_exactly
 from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks, stored_counts
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
-from oocattn.storage.zarr_compat import Buffer, ByteRequest, RangeByteRequest, SuffixByteRequest, buffer_prototype, sync
+from oocattn.storage.zarr_compat import ByteRequest, RangeByteRequest, SuffixByteRequest, buffer_prototype, sync
 
 NAMES = ("q", "k", "v")
 """The arrays that a dataset has."""
@@ -57,7 +57,7 @@ def changed_arrays(before: str, after: str) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def fingerprints_of(name: str, array: zarr.Array[Any], location: str) -> tuple[str, str, str]:
+def fingerprints_of(name: str, array: zarr.Array[Any], location: str) -> tuple[str, ...]:
     """Half a SHA-256 for each of `Fingerprints`, in their order, in one walk."""
     beginning = json.dumps([name, identity(array)], sort_keys=True, default=str).encode()
     recorded, within_run, untimed = digests = tuple(hashlib.sha256(beginning) for _ in range(3))
@@ -69,8 +69,7 @@ def fingerprints_of(name: str, array: zarr.Array[Any], location: str) -> tuple[s
     for content in _sample(array, location):
         for digest in digests:
             digest.update(content)
-    first, second, third = (digest.hexdigest()[:32] for digest in digests)
-    return first, second, third
+    return tuple(digest.hexdigest()[:32] for digest in digests)
 
 
 def identity(array: zarr.Array[Any]) -> dict[str, Any]:
@@ -106,8 +105,9 @@ def _sample(array: zarr.Array[Any], location: str) -> list[bytes]:
         return [end for key in _sampled_keys(array) for end in _ends(array.store.root, key, location)]
     ends: list[ByteRequest] = [RangeByteRequest(0, SAMPLED_BYTES), SuffixByteRequest(SAMPLED_BYTES)]
     wanted = list(itertools.product(_sampled_keys(array), ends))
+    contents = sync(all_of(array.store.get(key, buffer_prototype, part) for key, part in wanted))
     found = []
-    for (key, _), content in zip(wanted, sync(_get_all(array, wanted)), strict=True):
+    for (key, _), content in zip(wanted, contents, strict=True):
         if content is None:
             raise missing_chunk(location, key)
         found.append(content.to_bytes())
@@ -120,7 +120,3 @@ def _ends(root: Path, key: str, location: str) -> list[bytes]:
         advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
         return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]
-
-
-async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:
-    return await all_of(array.store.get(key, buffer_prototype, part) for key, part in wanted)

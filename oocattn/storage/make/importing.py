@@ -111,8 +111,6 @@ def _open(name: str, typed: object) -> FileTensor:
     try:
         if path.suffix == ".npy":
             return open_npy(name, path)
-        if path.suffix == ".safetensors":
-            return open_safetensors(name, path, tensor)
-        return open_torch(name, path, tensor)
+        return (open_safetensors if path.suffix == ".safetensors" else open_torch)(name, path, tensor)
     except (FileNotFoundError, NotADirectoryError):
         raise ProblemError(f"{name}: there is no file {path}") from None

@@ -127,9 +127,8 @@ class RunState:
                 raise IntegrityError(f"{folder} is not a folder: the unfinished run is damaged: {_AGAIN}")
         found = {name: (array.shape, array.dtype, array.chunks) for name, array in growing.arrays.by_name.items()}
         out, lse = (1, 1, layout.chunk_rows, layout.shape[3]), (1, 1, layout.chunk_rows)
-        float32 = np.dtype(np.float32)
-        expected = {"out": (layout.shape, numpy_dtype(layout.dtype), out), "lse": (layout.shape[:3], float32, lse)}
-        recorded = recorded_attributes(path)
+        dtype, recorded = numpy_dtype(layout.dtype), recorded_attributes(path)
+        expected = {"out": (layout.shape, dtype, out), "lse": (layout.shape[:3], np.dtype(np.float32), lse)}
         differing = [name for name in expected if found[name] != expected[name]]
         differing += [name for name, value in layout.attributes.items() if recorded.get(name) != value]
         if differing:

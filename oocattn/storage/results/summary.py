@@ -90,11 +90,8 @@ def read_summary(paths: ResultPaths) -> Summary | None:
         content = read_json(paths.certificate) if is_folder(paths.state) else None
         if content is None:
             return None
-        found, recorded, digest = (
-            from_json(Summary, content),
-            ResultAttributes.read(paths),
-            result_digest(read_bits(paths.result)),
-        )
+        found, recorded = from_json(Summary, content), ResultAttributes.read(paths)
+        digest = result_digest(read_bits(paths.result))
     except (ValueError, IntegrityError, OSError) as error:
         logger.warning(
             "the certificate beside %s cannot be read (%s) and counts as none; verify the result again", paths.result, error
