@@ -130,7 +130,7 @@ def _show(value: object) -> str:
     return "none" if value is None else f"{value!s:.200}"
 
 
-def _value(hint: Any, found: object, name: str) -> Any:
+def _value(hint: Any, found: Any, name: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _check_annotations(arguments[1:], _value(arguments[0], found, name), name)
@@ -147,7 +147,10 @@ def _value(hint: Any, found: object, name: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, found, name)
     if hint is float and (type(found) in (int, float) or (isinstance(found, str) and found in _NOT_FINITE)):
-        return _as_float(found, name)
+        try:
+            return float(found)
+        except OverflowError:
+            raise ValueError(f"{name} is too large for a number") from None
     if hint is Any or (hint in (int, str, bool) and type(found) is hint):
         return found
     raise ValueError(f"{name} is {found!r:.80}, expected {getattr(hint, '__name__', hint)}")
@@ -159,13 +162,6 @@ def _tuple(arguments: tuple[Any, ...], found: list[Any], name: str) -> tuple[Any
     if len(arguments) != len(found):
         raise ValueError(f"{name} has {len(found)} items, expected {len(arguments)}")
     return tuple(_value(hint, item, name) for hint, item in zip(arguments, found, strict=True))
-
-
-def _as_float(found: Any, name: str) -> float:
-    try:
-        return float(found)
-    except OverflowError:
-        raise ValueError(f"{name} is too large for a number") from None
 
 
 def _check_annotations(annotations: tuple[Any, ...], found: Any, name: str) -> Any:

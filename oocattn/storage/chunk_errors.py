@@ -40,17 +40,13 @@ def undecodable_chunk(location: str, key: str, error: object) -> IntegrityError:
     return damaged_chunk(location, key, f"cannot be decoded ({error}): it is damaged")
 
 
-def is_html(content: bytes) -> bool:
-    """Whether content begins as an HTML page, as some servers answer for 404."""
-    return content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html"))
-
-
-def html_page(place: str, content: bytes) -> IntegrityError:
-    """The error for a page that stands where metadata or a chunk should."""
-    return IntegrityError(
-        f"{place} is an HTML page ({content[:40]!s}): its server seems to answer so for what is missing; check the URL, or "
-        "copy the dataset again"
-    )
+def refuse_html(place: str, content: bytes) -> None:
+    """Raise IntegrityError for an HTML page, as some servers answer for 404, in the place of metadata or a chunk."""
+    if content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise IntegrityError(
+            f"{place} is an HTML page ({content[:40]!s}): its server seems to answer so for what is missing; check the URL, "
+            "or copy the dataset again"
+        ) from None
 
 
 def chunk_name(location: str, key: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from oocattn.errors import IntegrityError, RemoteDeniedError
 from oocattn.records import Count, Excerpt, from_json, parse_json
-from oocattn.storage.chunk_errors import html_page, is_html
+from oocattn.storage.chunk_errors import refuse_html
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.regular import read_file
 
@@ -113,8 +113,7 @@ def read_document(read: Read, path: str, name: str, location: str) -> dict[str, 
     try:
         return parse_json(content, not_finite=True)
     except ValueError as error:
-        if is_html(content):
-            raise html_page(f"{name} of {node_name(path, location)}", content) from None
+        refuse_html(f"{name} of {node_name(path, location)}", content)
         raise damaged_metadata(node_name(path, location), f"{name} is {error}") from None
 
 

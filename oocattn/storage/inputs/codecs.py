@@ -16,15 +16,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore, WrapperStore
 
 from oocattn.errors import OocattnError
-from oocattn.storage.chunk_errors import (
-    chunk_name,
-    damaged_chunk,
-    html_page,
-    is_html,
-    missing_chunk,
-    torn_chunk,
-    undecodable_chunk,
-)
+from oocattn.storage.chunk_errors import chunk_name, damaged_chunk, missing_chunk, refuse_html, torn_chunk, undecodable_chunk
 from oocattn.storage.inputs.decoding import array_chain, bounded_metadata
 from oocattn.storage.inputs.shards import check_shard
 from oocattn.storage.layout import chunk_bytes, chunk_key, leading_indices, stored_bytes
@@ -85,9 +77,7 @@ class CompleteStore(WrapperStore[Store]):
         get_ranges = Store.get_ranges
 
     def _check_content(self, key: str, value: Buffer) -> None:
-        beginning = value[:64].to_bytes()
-        if is_html(beginning):
-            raise html_page(chunk_name(self._location, key), beginning)
+        refuse_html(chunk_name(self._location, key), value[:64].to_bytes())
         if self._exact is not None and len(value) != self._exact:
             raise torn_chunk(self._location, key, len(value), self._exact)
 
