@@ -115,7 +115,7 @@ def _hints(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def differences(before: object, now: object) -> str:
-    """Describe differences: "causal False, now True; scale 0.1, now none"; "" where there are none."""
+    """Describe differences: "causal False, now True; scale 0.1, now none", or ""."""
     old, new = to_json(before), to_json(now)
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return "" if old == new else f"{_show(old)}, now {_show(new)}"

@@ -32,7 +32,7 @@ def kernel_ceiling(plan: Plan) -> Ceiling:
 
 
 def other_ceilings(plan: Plan, dataset: Path, folder: Path) -> Iterator[Ceiling]:
-    """Measure pinned copies to a GPU and back, where the plan has one, and the disk: cold, warm, written with fsync."""
+    """Measure pinned copies to a GPU and back, where the plan has one, and the disk, read and written."""
     rates = copy_rates(0) if plan.device == "cuda" else ()
     for name, rate in zip(("host to device, pinned", "device to host, pinned"), rates, strict=False):
         yield Ceiling(name, rate, "B/s")
@@ -54,7 +54,7 @@ def chunk_files(dataset: Path) -> list[Path]:
 
 
 def drop_from_cache(files: Iterable[Path]) -> None:
-    """Drop files from the page cache, once they are on disk; a file system in memory drops nothing."""
+    """Drop files from the page cache, once they are on disk. One in memory drops nothing."""
     for file in files:
         with open_regular(file) as descriptor:
             sync_descriptor(descriptor, file)

@@ -169,7 +169,7 @@ def _stream_cqsa(inputs: Inputs | None) -> list[Competitor]:
 
 
 class _Entrant:
-    """A competitor in the rounds, and its row of the table; one that failed in any round has no figures."""
+    """A competitor in the rounds, and its row of the table. One that failed has no figures."""
 
     def __init__(self, competitor: Competitor, exact: Sequence[ExactRow]) -> None:
         self.competitor, self.row = competitor, Row(competitor.name)
@@ -192,7 +192,7 @@ class _Entrant:
 
 
 def _rounds(entrants: Sequence[_Entrant], repeats: int, warm_up: bool) -> Iterator[Progress]:
-    """Run all rounds, after an untimed one with `warm_up`; the failure of a competitor ends its own part alone."""
+    """Run all rounds, after an untimed one with `warm_up`. A competitor that fails ends alone."""
     for number in range(0 if warm_up else 1, repeats + 1):
         name = f"round {number} of {repeats}" if number else "warm-up"
         for entrant in (entrant for entrant in entrants if not entrant.row.note):
@@ -229,7 +229,7 @@ def _device_peak() -> int:
 
 
 def _check_room(folder: Path, elements: int, dtype: str) -> None:
-    """Raise ProblemError unless a dataset and a result, of so many elements together, fit into `folder`."""
+    """Raise ProblemError unless a dataset and a result fit into `folder`. `elements` counts both."""
     if not folder.is_dir():
         raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with --folder")
     needed, free = elements * DTYPES[dtype] + ceilings.BYTES, free_disk(folder)

@@ -1,4 +1,4 @@
-"""The ways to compute a problem that a bench compares: a new one is a class here and a line in `competitors`."""
+"""The ways to compute a problem that a bench compares. A new one is a class here and a line in `competitors`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class SkippedCompetitor(Competitor):
 
 @dataclass(frozen=True)
 class Inputs:
-    """q and room for `out` [B, Hq, N, D], k and v [B, Hkv, N, D] in host memory, pinned where there is a GPU."""
+    """q, k, v and room for `out` in host memory, pinned for a GPU. q and `out` are [B, Hq, N, D], k and v [B, Hkv, N, D]."""
 
     problem: Problem
     device: str
@@ -198,7 +198,7 @@ class QueryStationaryLoop(FromHostMemory):
 
 
 class StreamCqsa(FromHostMemory):
-    """The Stream-CQSA package of the method's authors, streaming from host memory, with the least memory."""
+    """The Stream-CQSA package of the method's authors. It streams from host memory, with the least memory."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)

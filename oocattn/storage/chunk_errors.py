@@ -41,7 +41,7 @@ def undecodable_chunk(location: str, key: str, error: object) -> IntegrityError:
 
 
 def refuse_html(place: str, content: bytes) -> None:
-    """Raise IntegrityError for an HTML page, as some servers answer for 404, in the place of metadata or a chunk."""
+    """Raise IntegrityError for an HTML page, as some servers answer for 404."""
     if content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise IntegrityError(
             f"{place} is an HTML page ({content[:40]!s}): its server seems to answer so for what is missing; check the URL, "

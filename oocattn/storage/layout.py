@@ -21,7 +21,7 @@ _OTHER_ORDER = "big" if sys.byteorder == "little" else "little"
 
 @dataclass(frozen=True)
 class Part:
-    """The bytes of a request from `offset` of one chunk file, of `file_bytes`, which fill [begin, end) of its buffer."""
+    """The bytes of a request in one chunk file. From `offset` of `file_bytes`, they fill [begin, end) of its buffer."""
 
     key: str
     path: Path
@@ -33,7 +33,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ChunkFiles:
-    """The chunk files of a directly readable array under the folder `root`; messages call it `location`."""
+    """The chunk files of a directly readable array under the folder `root`. Messages call it `location`."""
 
     array: zarr.Array[Any]
     root: Path

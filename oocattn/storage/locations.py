@@ -1,8 +1,7 @@
 """Paths and URLs of datasets and results, checked before Zarr sees them.
 
 A URL can make fsspec connect to a host, run what that host sends, or import a module, so schemes are taken from a list.
-What a caller typed (`parse_location`) may be a URL; what a file says (`recorded_location`) may be a local path and
-nothing else.
+What a caller typed (`parse_location`) may be a URL; what a file says (`recorded_location`) is a local path.
 """
 
 from __future__ import annotations

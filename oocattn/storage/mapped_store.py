@@ -65,7 +65,7 @@ def _window(byte_range: ByteRequest | None) -> slice:
 
 
 class MappedStore(LocalStore):
-    """A `zarr.storage.LocalStore` whose reads return read-only views of the files; what cannot be mapped is read."""
+    """A `zarr.storage.LocalStore` whose reads return read-only views of files. What cannot be mapped is read."""
 
     def can_map(self, path: str) -> bool:
         """Whether files are mapped and not read, by the metadata of a node."""

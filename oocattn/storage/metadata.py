@@ -201,7 +201,7 @@ def _configuration(found: Mapping[str, Any], field: str, names: tuple[str, ...],
 
 
 def _check_extents(found_shape: object, found_chunk: object, itemsize: int, array: str) -> list[int]:
-    """The chunk shape, once it and the shape are checked: Zarr divides by the one and multiplies with the other."""
+    """The chunk shape, once it and the shape are checked. Zarr divides by the one and multiplies with the other."""
     shape = _sizes("shape", found_shape, 0, array)
     chunk = _sizes("chunk shape", found_chunk, 1, array)
     if len(shape) != len(chunk):

@@ -111,7 +111,7 @@ def recorded_attributes(path: Path) -> dict[str, Any]:
 
 
 def identity_at(path: Path) -> str | None:
-    """An identity of the file or folder at a path, which changes when another is put there; None where there is nothing.
+    """An identity of the file or folder at a path; None where there is nothing.
 
     Of a result it is what its metadata say, and when they came to be there: inodes are not for good everywhere.
     """

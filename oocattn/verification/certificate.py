@@ -28,8 +28,7 @@ class Certificate:
     `asked` (the most rows) and `seed` determine the sample. `dataset_recorded` and `dataset_found` are the fingerprints
     of the dataset that the run read and of the one read now; `digest` is the identity of the result's bits as written
     (None: no checksums are recorded); `ledger` is None where the run's report was not beside the result.
-    `computed_with` and `verified_with` are versions, `made` is when. `files` says where the certificate was written,
-    and is not part of it.
+    `computed_with` and `verified_with` are versions, `made` is when. `files` are where it was written.
     """
 
     result: str
@@ -90,7 +89,7 @@ class Certificate:
 
     @property
     def error(self) -> float:
-        """The root mean square over rows, but those that show nothing unless all do, of the relative error of `out`."""
+        """The root mean square of the rows' relative errors of `out`. Rows that show nothing are left out, unless all do."""
         return math.hypot(*self._errors) / math.sqrt(len(self._errors))
 
     @property

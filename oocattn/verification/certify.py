@@ -132,7 +132,7 @@ def _sizes(
     rows: int,
     host_memory: int,
 ) -> tuple[int, Mapping[str, int]]:
-    """Keys to read at a time, and rows of arrays for checksums: the most that fits the budget, one after another.
+    """Keys, and rows of arrays for checksums, to read at a time within the budget.
 
     Raises BudgetError where the fewest do not.
     """

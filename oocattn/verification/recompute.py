@@ -34,8 +34,7 @@ Array64 = npt.NDArray[np.float64]
 class ExactRow(SampledRow):
     """A sampled row in float64: out [D] and lse.
 
-    `size` is the sum of weight times |value|; `allowed` and `allowed_lse` are what float32 arithmetic may lose of `out`
-    (norm over D) and of lse.
+    `size` is the sum of weight times |value|; `allowed` and `allowed_lse` are what float32 may lose of out (norm) and lse.
     """
 
     out: Array64
@@ -77,9 +76,9 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
 
 
 def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
-    """|found - exact| in units of the last place of `exact` in `dtype`: at most 0.5 where it is rounded right.
+    """|found - exact| in units of the last place of `exact` in `dtype`.
 
-    0 where both are NaN or the same Inf, after rounding; Inf where only one is.
+    At most 0.5 where it is rounded right; 0 where both are NaN or the same Inf, after rounding; Inf where only one is.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         rounded = exact.astype(numpy_dtype(dtype)).astype(np.float64)
@@ -126,7 +125,7 @@ def recompute_rows(
 
 
 def _difference(found: Array64, expected: Array64) -> Array64:
-    """|found - expected|: 0 where both are the same NaN or Inf, Inf where only one is not finite."""
+    """|found - expected|. 0 where both are the same NaN or Inf, Inf where only one is not finite."""
     same = (found == expected) | (np.isnan(found) & np.isnan(expected))
     finite = np.isfinite(found) & np.isfinite(expected)
     return np.where(same, 0.0, np.where(finite, np.abs(found - np.where(same, 0.0, expected)), np.inf))

@@ -172,7 +172,7 @@ class RoundingErrors:
             np.maximum(self._reach, reach, out=self._reach)
 
     def _see_sums(self, scores: Array64, sizes: Array64, masked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
-        """Take sum|q k| of each score; return which scores may overflow to -Inf, so that their keys weigh nothing."""
+        """Take sum|q k| of each score; return which may overflow to -Inf. Their keys would weigh nothing."""
         largest = SCORE_OVERFLOW * min(1.0, self._scale)
         if sizes.max(initial=0.0) <= largest:
             return None
@@ -181,7 +181,7 @@ class RoundingErrors:
         return (sizes - finite) / 2 > largest
 
     def _bound_errors(self, error: Array64, variance: Array64, sizes: Array64) -> None:
-        """Split the error of each score, in place, into one sign and variance, by |s|, sum (q k)^2 and sum|q k|."""
+        """Split the error of each score, in place, into one sign and variance. Given are |s|, sum (q k)^2 and sum|q k|."""
         head_dim = self._head_dim
         variance *= (head_dim / 6 + 2) * self._scale**2  # + 2: each product is rounded, and so is the scaled query
         variance += error * error * (head_dim / 3)
@@ -221,7 +221,7 @@ class RoundingErrors:
         np.copyto(scratch, 0.0, where=~np.isfinite(scratch))
 
     def see_values(self, weights: Array64, value: Array64, lengths: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
-        """Take the values [n, D], all finite; rows attend all of them but those that are `hidden` [rows, n]."""
+        """Take the values [n, D], all finite. Rows attend all of them but those that are `hidden` [rows, n]."""
         squares = lengths * lengths
         self._square_of_values += weights @ squares
         self._systematic.add(self._errors, value, squares)
@@ -237,10 +237,7 @@ class RoundingErrors:
         np.maximum(self._largest_value, attended.max(axis=1), out=self._largest_value)
 
     def see_partial_sum(self, num: Array64, size: Array64, den: Array64, keys: npt.NDArray[np.int64]) -> None:
-        """Take the present sums of weight times value [rows, D], of weight times |value|, and of weights.
-
-        They stand for so many keys of each row.
-        """
+        """Take the present sums: of weight times value, of weight times |value|, of weights. They stand for so many keys."""
         squares = np.einsum("md,md->m", num, num)
         self._partials.total += keys * den * den
         self._partials.vector += (keys * den)[:, None] * num
@@ -251,9 +248,10 @@ class RoundingErrors:
     def allowance(
         self, out: Array64, lse: Array64, maximum: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]
     ) -> Allowance:
-        """The allowance of rows with these exact results: `out` [rows, D], lse, largest scores, sums and numbers of keys.
+        """The allowance of rows with these exact results.
 
-        Nothing is lost of a row whose scores are all -Inf: its weights are 0 in any arithmetic.
+        Given are `out` [rows, D], lse, largest scores, sums and numbers of keys. Nothing is lost of a row whose scores are
+        all -Inf: its weights are 0 in any arithmetic.
         """
         empty = np.isneginf(maximum)
         out, lse, rise = (np.where(np.isfinite(array), array, 0.0) for array in (out, lse, lse - maximum))

@@ -1,4 +1,4 @@
-"""Which rows are recomputed: sequence ends, chunk borders, and random ones, from which something follows for all."""
+"""Which rows are recomputed: sequence ends, chunk borders, and random ones."""
 
 from __future__ import annotations
 
@@ -65,9 +65,10 @@ def _by_place(
 
 
 def share_bound(drawn: int) -> float:
-    """The most rows that are wrong, as a share, with 95% confidence, where of `drawn` rows none was.
+    """The most rows that are wrong, as a share, where of `drawn` rows none was.
 
-    If a share p were wrong, n right rows would come with a probability of at most (1 - p)^n: 1 - 0.05^(1/n) solves that
-    for 5%, a little less than 3/n, the "rule of three" (Hanley and Lippman-Hand, JAMA 249:1743, 1983).
+    With 95% confidence: if a share p were wrong, n right rows would come with a probability of at most (1 - p)^n: 1 -
+    0.05^(1/n) solves that for 5%, a little less than 3/n, the "rule of three" (Hanley and Lippman-Hand, JAMA 249:1743,
+    1983).
     """
     return float(-np.expm1(np.log(1 - CONFIDENCE) / drawn))

@@ -1,4 +1,4 @@
-"""A certificate as lines for a terminal, and as one HTML file without scripts or links; foreign text is escaped."""
+"""A certificate as lines for a terminal, and as one HTML file. Foreign text is escaped."""
 
 from __future__ import annotations
 

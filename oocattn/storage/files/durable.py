@@ -45,10 +45,11 @@ _NO_FOLDERS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, *
 
 
 def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None = None, *, synced: bool = True) -> int:
-    """Write C-contiguous arrays as the file `path`, extended by zeros to `size` bytes; return the bytes written.
+    """Write C-contiguous arrays as the file `path`; return the bytes written.
 
-    When this returns, it is on disk, unless it need not be `synced`. Raises IntegrityError where its folder is none, or
-    a symbolic link, or a folder is at `path`, OSError as the file system does; what was there is then still there.
+    It is extended by zeros to `size` bytes. When this returns, it is on disk, unless it need not be `synced`. Raises
+    IntegrityError where its folder is none, or a symbolic link, or a folder is at `path`, OSError as the file system does;
+    what was there is then still there.
     """
     written = 0
     with replacement(path, synced=synced) as descriptor:
@@ -106,7 +107,7 @@ def _write(descriptor: int, content: NDArray[np.uint8], offset: int) -> None:
 
 
 def _extend(descriptor: int, written: int, size: int) -> None:
-    """Extend a file of `written` bytes by zeros to `size` bytes, by writing where the file system cannot."""
+    """Extend a file of `written` bytes by zeros to `size`. They are written where the file system cannot extend a file."""
     try:
         os.ftruncate(descriptor, size)
     except OSError as error:

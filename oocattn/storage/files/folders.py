@@ -120,7 +120,7 @@ def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:
 
 
 def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
-    """Find a file below a folder that is no regular file matching a pattern of `ours`; None where all are."""
+    """Find a file below a folder that is not ours; None where all are. Ours are regular and match a pattern of `ours`."""
     if not is_taken(folder):
         return None
     if not is_folder(folder):
@@ -144,9 +144,9 @@ def refuse_foreign(folder: Path, ours: Sequence[str]) -> None:
 
 
 def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False) -> bool:
-    """Remove the regular files below a folder that match a pattern of `ours`, then its empty folders unless kept.
+    """Remove our files below a folder, then its empty folders unless kept.
 
-    Return whether nothing is left. A link is neither followed nor removed.
+    Ours are regular files that match one of the patterns `ours`. Return whether nothing is left. Links are left alone.
     """
     if not is_folder(folder):
         return not is_taken(folder)

@@ -1,4 +1,4 @@
-"""Output files that a user names: only files of oocattn, told by the mark at their beginning, are replaced."""
+"""Output files that a user names. Only files of oocattn, told by their first bytes, are replaced."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def read_file(path: str | Path, most: int, *, follow: bool = True) -> bytes:
 
 
 def read_exactly(descriptor: int, nbytes: int, offset: int, path: str | Path) -> bytes:
-    """Read `nbytes` of an open file, called `path` in errors, from `offset` on, fewer only at its end."""
+    """Read `nbytes` of an open file from `offset` on, fewer only at its end. `path` is for errors."""
     pieces: list[bytes] = []
     with name_failure("read", path):
         while nbytes > 0 and (piece := os.pread(descriptor, nbytes, offset)):

@@ -47,9 +47,10 @@ INDEX_COPIES = 4
 
 
 class CompleteStore(WrapperStore[Store]):
-    """A store of whole chunks: an absent object, or one of more than `most` or not `exact` bytes, is an error.
+    """A store of whole chunks: an absent or oversized object is an error.
 
-    No more than that is fetched of a remote object; local ones are mapped. `location` is for the message.
+    An object may have `most` bytes, or must have `exact` ones. No more than that is fetched of a remote object; local ones
+    are mapped. `location` is for the message.
     """
 
     def __init__(self, store: Store, location: str = "", most: int = 2**63 - 1, exact: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL; found, and checked to be whole."""
+"""A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def pose(dataset: Dataset, *, causal: bool, scale: float | None, out_dtype: Dtyp
 
 
 def check_poses(dataset: Dataset, problem: Problem, whose: str) -> None:
-    """Raise ProblemError where a dataset poses another problem than that of a `whose`: "run" or "result"."""
+    """Raise ProblemError where a dataset poses another problem than `problem`, of a "run" or a "result" (`whose`)."""
     posed = pose(dataset, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
     if posed != problem:
         raise ProblemError(
@@ -159,7 +159,7 @@ def _meaning(array: zarr.Array[Any]) -> dict[str, Any]:
 
 
 def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], location: str) -> None:
-    """Raise ProblemError where consolidated metadata, which Zarr and xarray believe, differ from the array's."""
+    """Raise ProblemError where consolidated metadata differ from the array's. Zarr and xarray believe the former."""
     own, other = _meaning(array), _meaning(consolidated)
     for field in sorted({*own, *other}):
         if json.dumps(own.get(field), default=str) != json.dumps(other.get(field), default=str):

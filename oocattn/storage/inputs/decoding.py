@@ -148,7 +148,7 @@ def _lz4(content: memoryview, stage: Stage) -> Any:
 
 
 def _zstd(content: memoryview, stage: Stage) -> Any:
-    """Decode zstd into a buffer of the size that its frames state: libzstd writes no more than that."""
+    """Decode zstd into a buffer of the size that its frames state. libzstd writes no more than that."""
     nbytes: int | None = _first_size(content)
     if nbytes != stage.decoded:
         nbytes, most = _frame_sizes(content)

@@ -37,9 +37,9 @@ TRIAL_BYTES = 4 * 2**20
 
 
 def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-    """Read tokens [start, stop) of one head into `out` [stop - start, D], C-contiguous, of the array's dtype.
+    """Read tokens [start, stop) of one head into `out` [stop - start, D].
 
-    Raises IntegrityError for a chunk file that is missing or of another size than it must be.
+    `out` is C-contiguous, of the array's dtype. Raises IntegrityError for a chunk file that is missing or of another size.
     """
     content = _bytes_of(out)
     ahead = files.parts(batch, head, start, stop)

@@ -38,11 +38,11 @@ _IDENTITY = (
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Digests that tell a dataset from another, or from itself once changed; one of each array, joined by "-".
+    """Digests that tell a dataset from another, or from itself once changed.
 
-    All cover shape, dtype, chunk grid and codecs, both ends of a few stored chunks and, in a local folder, the size of
-    every chunk file. `recorded` covers modification times, too: results keep it, and a copy shares it if times were
-    copied. `within_run` also covers change times, which no copy shares (inodes are not for good everywhere).
+    Each is one of each array, joined by "-". All cover shape, dtype, chunk grid and codecs, both ends of a few stored chunks
+    and, in a local folder, the size of every chunk file. `recorded` covers modification times, too: results keep it, and a
+    copy shares it if times were copied. `within_run` also covers change times, which no copy shares (inodes may change).
     """
 
     recorded: str
@@ -51,7 +51,7 @@ class Fingerprints:
 
 
 def changed_arrays(before: str, after: str) -> str:
-    """Name the arrays that differ between fingerprints: "k", "q, k and v", or "" where none does."""
+    """Name the arrays that differ between fingerprints: "k", "q, k and v", or ""."""
     pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
     *first, last = [name for name, old, new in pairs if old != new] or [""]
     return f"{', '.join(first)} and {last}" if first else last

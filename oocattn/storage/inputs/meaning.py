@@ -69,9 +69,10 @@ MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
 
 
 def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
-    """Raise ProblemError where dimension names give another order of axes than [B, H, N, D] or [H, N, D].
+    """Raise ProblemError where dimension names give another order of axes.
 
-    The names are `dimension_names` of Zarr v3, and the attribute `_ARRAY_DIMENSIONS` that xarray adds in v2.
+    Expected are [B, H, N, D] or [H, N, D]. The names are `dimension_names` of Zarr v3, and xarray's `_ARRAY_DIMENSIONS` of
+    v2.
     """
     named = [(name, names, order) for name, array in arrays.items() for names, order in _named_orders(array)]
     wrong = {order for _, _, order in named if order not in ("bhnd", "hnd")}
@@ -151,7 +152,7 @@ def _packed_error(array: zarr.Array[Any], location: str, found: str) -> ProblemE
 
 
 def _number(found: object) -> float | None:
-    """The number that an attribute holds, also as a text or, as xarray writes `_FillValue`, in base64; None for others."""
+    """The number that an attribute holds, or None. It may be a text, or base64 as which xarray writes a `_FillValue`."""
     if not isinstance(found, int | float | str):
         return None
     with suppress(ValueError, OverflowError):
@@ -162,7 +163,7 @@ def _number(found: object) -> float | None:
 
 
 def _mask_of_v2(array: zarr.Array[Any]) -> Any:
-    """The fill value by which xarray masks an array of Zarr v2, or None; zero is what Zarr fills with by itself."""
+    """The fill value by which xarray masks an array of Zarr v2, or None. Zero is what Zarr fills with by itself."""
     filled: Any = array.metadata.fill_value
     if array.metadata.zarr_format != 2 or _NAMED_DIMENSIONS not in array.attrs or filled is None:
         return None

@@ -1,4 +1,4 @@
-"""Input arrays as a run sees them: read by rows of one head, directly (direct.py) or through Zarr (codecs.py)."""
+"""Input arrays as a run sees them: read by rows of one head. Plain files are read by direct.py, others by codecs.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from oocattn.storage.mapped_store import MappedStore
 
 
 class InputArray:
-    """An array [B, H, N, D] or [H, N, D] of a dataset, read by rows of one head, also in several threads at once.
+    """An array [B, H, N, D] or [H, N, D] of a dataset, read by rows of one head.
 
-    `location` is what messages call the dataset; the arrays of a dataset share one `fastest`.
+    Reads may run in several threads at once. Messages call the dataset `location`; its arrays share one `fastest`.
     """
 
     def __init__(self, name: str, array: zarr.Array[Any], location: str, fastest: FastestReader | None = None) -> None:
@@ -74,10 +74,10 @@ class InputArray:
         return f"{', '.join(found)}: read through Zarr's codecs"
 
     def read_rows(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Read tokens [start, stop) of one head into `out` [stop - start, D], C-contiguous, of dtype `dtype`.
+        """Read tokens [start, stop) of one head into `out` [stop - start, D].
 
-        Raises ValueError for rows that the array has not or a buffer that does not fit, and IntegrityError for a chunk
-        that is missing, of the wrong size or undecodable; `out` is then undefined.
+        `out` is C-contiguous, of dtype `dtype`. Raises ValueError for rows that the array has not or a buffer that does not
+        fit, and IntegrityError for a chunk that is missing, of the wrong size or undecodable; `out` is then undefined.
         """
         batches, heads, tokens, head_dim = self.spec.four_dimensional
         if not (0 <= batch < batches and 0 <= head < heads and 0 <= start < stop <= tokens):

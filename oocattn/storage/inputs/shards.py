@@ -43,10 +43,10 @@ class _Shard:
 
 
 def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -> None:
-    """Check that a shard exists, and that its index, and those of shards within it, list every chunk within the array.
+    """Check that a shard exists, and that its index lists every chunk in the array.
 
-    No two chunks may share bytes, nor a chunk and the index; none may be longer than its codecs can make it, or lie
-    beyond the shard. Reads indices alone: 16 bytes a chunk. Raises IntegrityError.
+    Shards within the shard are checked as well. No two chunks may share bytes, nor a chunk and the index; none may be longer
+    than its codecs can make it, or lie beyond the shard. Reads indices alone: 16 bytes a chunk. Raises IntegrityError.
     """
     assert array.shards is not None
     key = chunk_key(array, shard)
@@ -100,7 +100,7 @@ def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int],
 
 
 def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int, content: range) -> None:
-    """Check the stretches of up to `most` bytes that an index lists in `content`, the shard without its index."""
+    """Check the stretches of bytes that an index lists: up to `most`, in `content`, the shard without its index."""
     listed = index[(index != _ABSENT).any(axis=-1)]
     offsets, lengths = listed[np.argsort(listed[:, 0], kind="stable")].T
     fault = ""

@@ -58,7 +58,7 @@ class Claim(Protocol):
     """What a lock gives to all who work under it; small, and can be sent."""
 
     def check(self) -> None:
-        """Raise LockedError where the lock is not held any more; asked before each step that others would see."""
+        """Raise LockedError where the lock is not held any more. Asked before each step that others would see."""
 
 
 def read_holder(path: Path) -> Holder:

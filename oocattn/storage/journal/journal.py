@@ -29,7 +29,7 @@ ChunkId = tuple[int, int]
 
 @dataclass(frozen=True)
 class Journal:
-    """The journal of the run with the identity `run` in the folder `state`, written under a `claim` to the result's lock."""
+    """The journal of the run `run`, an identity, in the folder `state`. It is written under a `claim` to the result."""
 
     state: Path
     run: str

@@ -14,8 +14,7 @@ How the file changes, always whole:
   2. Nothing at the path: give it that name, unless something has it by now; then begin again.
   3. A file at the path: lock it, which succeeds only if its holder is gone or on another kernel; if it is on another
      kernel, or without the kernel's lock, watch for its beats. Then give the temporary file its name. Whoever waited for
-     the old file finds another one under its name. Which file is which is told by its text: not every file system has
-     numbers for that.
+     the old file finds another one under its name. Which file is which is told by its text: inodes may change.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class FileLock(AbstractContextManager["FileLock"]):
         return self.claim.holds()
 
     def release(self) -> None:
-        """Release the lock, and remove its file unless another process took over; nothing in a fork of the holder."""
+        """Release the lock, and remove its file unless another process took over. In a fork, nothing happens."""
         if self.claim.token in _left_to_parent:
             return
         _held.discard(self)
@@ -154,7 +153,7 @@ _left_to_parent: set[str] = set()  # tokens of locks that were held when this pr
 
 
 def _leave_all_to_parent() -> None:
-    """Give up locks that this process shares as a fork of their holder: the fork may live longer."""
+    """Give up locks that this process shares as a fork of their holder. It may live longer."""
     while _held:
         lock = _held.pop()
         _left_to_parent.add(lock.claim.token)
@@ -192,7 +191,7 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
 
 
 def _give_name(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
-    """Give the lock file its name, in the place of a stale one; False where that is gone meanwhile."""
+    """Give the lock file its name. False where a stale one that had it is gone meanwhile."""
     with suppress(FileExistsError):
         rename_new(temporary, path)
         return True
@@ -211,7 +210,7 @@ def _give_name(temporary: Path, path: Path, until: float, flocked: bool) -> bool
 
 
 def _watch(path: Path, until: float, flocked: bool) -> None:
-    """Return when the holder of a stale lock file is gone: its kernel tells where it was `flocked`, or else its silence."""
+    """Return when the holder of a stale lock file is gone. Its kernel tells where it was `flocked`, or else its silence."""
     try:
         before = parse_holder(read_file(path, MOST_BYTES, follow=False))
     except (ValueError, IntegrityError):  # one that cannot be read at all is left: somebody may hold it
@@ -296,7 +295,7 @@ def lock_holder(path: Path) -> Holder | None:
 
 
 def holder_silence(path: Path) -> float:
-    """Seconds since the holder touched its lock file; 0 for another kernel's, whose clock may differ."""
+    """Seconds since the holder touched its lock file. 0 for another kernel's, whose clock may differ."""
     if not read_holder(path).shares_kernel(Holder.this_process()):
         return 0.0
     try:

@@ -42,7 +42,7 @@ logger = logging.getLogger("oocattn")
 
 
 class OwnStore(LocalStore):
-    """A store in a folder of this process alone: no hard links, by which LocalStore creates objects, are needed there."""
+    """A store in a folder of this process alone. LocalStore creates objects by hard links, which some file systems lack."""
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a key, unless it is there."""
@@ -133,10 +133,10 @@ def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[A
 def fill_array(
     array: zarr.Array[Any], rows: Callable[[int, int, int, int], NDArray[Any]], workers: int | None = None
 ) -> None:
-    """Write every chunk of `array` from `rows(batch, head, start, stop)`, [stop - start, D] in the dtype of the array.
+    """Write every chunk of `array` from `rows(batch, head, start, stop)`.
 
-    Runs in `workers` threads (default: one a core), each with one chunk in memory. The heads of a range of rows follow
-    one another, so that a source which interleaves them is read from disk once.
+    These are [stop - start, D] in the dtype of the array. Runs in `workers` threads (default: one a core), each with one
+    chunk in memory. The heads of a range of rows follow one another, so that a source which interleaves them is read once.
     """
     batch, heads, tokens = array.cdata_shape[:3]
 
@@ -219,7 +219,7 @@ async def _foreign_key(store: RemoteStore) -> str | None:
 
 
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:
-    """Raise ResultExistsError where something at `path` is, unless `overwrite` and it is a Zarr group or array alone."""
+    """Raise ResultExistsError where something is at `path`. A Zarr group or array alone may be, with `overwrite`."""
     if not is_taken(path):
         return
     if not overwrite:
@@ -237,9 +237,10 @@ def sync_metadata(group: Path) -> None:
 
 
 def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give the complete group at `temporary` the name `path`, also of another group with `overwrite`.
+    """Give the complete group at `temporary` the name `path`.
 
-    Raises ResultExistsError where something else is there by then. Where it fails, what was there has its name again.
+    With `overwrite` that may be another group's. Raises ResultExistsError where something else is there by then. Where it
+    fails, what was there has its name again.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     refuse_to_destroy(path, overwrite)

@@ -1,4 +1,4 @@
-"""Import of .npy, .safetensors and .pt files into a dataset of our own, chunk by chunk, once all three are checked."""
+"""Import of .npy, .safetensors and .pt files into a dataset of our own. All three are checked first."""
 
 from __future__ import annotations
 

@@ -91,9 +91,9 @@ def synthesise(
 def synthetic_rows(
     seed: int, array_name: str, batch: int, head: int, start: int, stop: int, head_dim: int, dtype: str, mean: float = 0.0
 ) -> NDArray[Any]:
-    """Rows [start, stop) of one head of array q, k or v, normal around `mean`: [stop - start, head_dim].
+    """Rows [start, stop) of one head of array q, k or v, normal around `mean`.
 
-    They are drawn as float32 and then rounded to `dtype`.
+    They are [stop - start, head_dim], drawn as float32 and then rounded to `dtype`.
     """
     rows = np.empty((stop - start, head_dim), numpy_dtype(dtype))
     for block in range(start // BLOCK_ROWS, ceil_div(stop, BLOCK_ROWS)):

@@ -48,7 +48,7 @@ class _Entry(Excerpt):
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a file: elements at `offset`, `strides` bytes apart; `stamp` is of the file when it was opened."""
+    """A tensor in a file: elements at `offset`, `strides` bytes apart. `stamp` is of the file when it was opened."""
 
     path: Path
     label: str
@@ -134,10 +134,10 @@ def open_npy(name: str, path: Path) -> FileTensor:
 
 
 def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
-    """The tensor, called `tensor` if that is given, in a .safetensors file that is to become array `name`.
+    """The tensor in a .safetensors file that is to become array `name`.
 
-    The format: 8 bytes that say how long the header is, the header, which is JSON, and the elements of the tensors
-    (https://github.com/huggingface/safetensors; its library maps whole files). Raises ProblemError for anything else.
+    It is called `tensor`, if that is given. The format: 8 bytes that say how long the header is, the header, which is JSON,
+    and the elements of the tensors (https://github.com/huggingface/safetensors). Raises ProblemError for anything else.
     """
     try:
         with open_regular(path) as descriptor:
@@ -168,10 +168,10 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
 
 
 def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
-    """The tensor, called `tensor` if that is given, in a file of torch.save that is to become array `name`.
+    """The tensor in a file of torch.save that is to become array `name`.
 
-    Its elements are not read: of a tensor without data torch says where in the file they lie. Raises ProblemError for a
-    file of anything else than plain tensors.
+    It is called `tensor`, if that is given. Its elements are not read: of a tensor without data torch says where in the file
+    they lie. Raises ProblemError for a file of anything else than plain tensors.
     """
     import torch
 
@@ -199,7 +199,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
 
 
 def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
-    """Raise ProblemError where torch.save's elements are compressed, which torch hides, or swapped, which crashes it."""
+    """Raise ProblemError where stored elements are compressed or swapped. torch hides the one, and crashes on the other."""
     if not zipfile.is_zipfile(file):  # torch says what it is
         file.seek(0)
         return
@@ -215,7 +215,7 @@ def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
 
 
 def _without_data() -> AbstractContextManager[object]:
-    """A context in which torch.load to the device "meta" reads no elements; older versions need fake tensors for that."""
+    """A context in which torch.load to "meta" reads no elements. Older versions need fake tensors for that."""
     import torch
 
     if hasattr(torch.serialization, "_is_meta_location"):

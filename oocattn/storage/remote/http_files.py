@@ -44,9 +44,9 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
     _session: Any = None
 
     async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """All bytes of a file, [start, end), or the last -`start`, whether or not the server knows ranges.
+        """All bytes of a file, [start, end), or the last -`start`.
 
-        Little more than these is held in memory. Raises FileNotFoundError and aiohttp's exceptions.
+        The server need not know ranges. Little more than these is held in memory. Raises FileNotFoundError and aiohttp's.
         """
         if start is not None and start == end:
             return b""
@@ -61,7 +61,7 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
             return await _read(response, start or 0, end)
 
     async def _info(self, url: str, **_: Any) -> dict[str, Any]:
-        """The file's name and size, None where the server does not tell it (by HEAD, some tell another size)."""
+        """The file's name and size, None where the server does not tell it. Some answer HEAD with another size."""
         async with await self._request(url, {"Range": "bytes=0-0"}) as response:
             if response.status != 416:  # an empty file
                 self._check(response, url)
@@ -113,7 +113,7 @@ def _size(response: aiohttp.ClientResponse) -> int | None:
 
 
 async def _read(response: aiohttp.ClientResponse, start: int, end: int | None) -> bytes:
-    """[start, end) of a file, or its last -`start` bytes, from a response that has these, or the whole file."""
+    """[start, end) of a file, or its last -`start` bytes. The response has these, or the whole file."""
     expected = None if response.status == 200 else _part_bytes(response, start)
     most = None if end is None else end - start
     skip = start if response.status == 200 and start > 0 else 0

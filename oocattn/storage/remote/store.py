@@ -93,7 +93,7 @@ class RemoteStore(FsspecStore):
         return dict(itertools.chain.from_iterable(await all_of(map(find, keys))))
 
     async def list_sizes(self, prefix: str) -> dict[str, int | None]:
-        """The sizes of all objects below `prefix`, by key; none where the store cannot be listed, or does not allow it."""
+        """The sizes of all objects below `prefix`, by key. None where the store cannot be listed, or does not allow it."""
         path = self._path_of(prefix)
 
         async def step() -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The meaning of an exception: what was found, what to do, and the seconds that the server asks to wait."""
+    """The meaning of an exception: what was found, and what to do. The server asks to wait `wait` seconds."""
 
     kind: Kind
     found: str

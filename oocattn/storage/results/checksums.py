@@ -31,7 +31,7 @@ Digits = Annotated[str, Pattern("[0-9a-f]*")]
 
 @dataclass(frozen=True)
 class Checksums:
-    """Checksums of an array [B, H, N, ...]: 8 digits for every part of `rows` tokens, by batch, head and part."""
+    """Checksums of an array [B, H, N, ...]: 8 digits for every part. A part is `rows` tokens of one (batch, head)."""
 
     rows: Positive
     digits: Digits
@@ -79,7 +79,7 @@ def read_bits(result: Path) -> dict[str, ArrayBits]:
 
 
 def result_digest(arrays: Mapping[str, ArrayBits]) -> str | None:
-    """The identity of a result's bits: a SHA-256 of shapes and checksums; None where checksums are not recorded."""
+    """The identity of a result's bits: a SHA-256 of shapes and checksums. None where these are not recorded."""
     if any(array.checksums is None for array in arrays.values()):
         return None
     described = [[name, list(array.shape), array.dtype, to_json(array.checksums)] for name, array in sorted(arrays.items())]

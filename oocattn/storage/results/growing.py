@@ -77,10 +77,11 @@ class RunState:
     claim: Claim
 
     def begin(self, layout: Layout, *, overwrite: bool) -> GrowingResult:
-        """Make the empty result, `out` [B, Hq, N, D] and `lse` [B, Hq, N], and remove what an unfinished run has left.
+        """Make the empty result: `out` [B, Hq, N, D] and `lse` [B, Hq, N].
 
-        With `overwrite` it is to replace the result that is there now. Raises ProblemError where it could not be given
-        its name later, and ResultExistsError where a file of somebody else's would be removed, now or then.
+        What an unfinished run has left is removed. With `overwrite` it is to replace the result that is there now. Raises
+        ProblemError where it could not be given its name later, and ResultExistsError where a file of somebody else's would
+        be removed, now or then.
         """
         paths = self.paths
         self._check()

@@ -85,7 +85,7 @@ class Summary(Excerpt):
 
 
 def read_summary(paths: ResultPaths) -> Summary | None:
-    """Read the summary of a result's certificate; None where none is of this result, or, with a warning, readable."""
+    """Read the summary of a result's certificate; None without one. An unreadable one is logged and counts as none."""
     try:
         content = read_json(paths.certificate) if is_folder(paths.state) else None
         if content is None:
