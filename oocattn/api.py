@@ -25,8 +25,7 @@ from oocattn.planning.machine import Engine
 from oocattn.planning.measure import plan_here
 from oocattn.planning.options import DECOMPOSITIONS, MAX_CHUNKS
 from oocattn.planning.plan import Plan
-from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.inputs.posing import pose
+from oocattn.storage.inputs.dataset import Dataset, pose
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays

@@ -93,8 +93,8 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[T], content: object, name: str = "") -> T:
     """Convert what `to_json` made to the record `kind`.
 
-    Raises ValueError for anything else. Numbers must lie in the `Range` of their field. A NaN or an Inf is accepted only
-    where the field has none. `name` is what messages call the record: the field that holds it.
+    Raises ValueError, calling the record `name`, for anything else. A number must lie in the `Range` of its field; NaN and
+    Inf are accepted where there is none.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a {kind.__name__}, found {content!r:.80}")
@@ -115,10 +115,7 @@ def _hints(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def differences(before: object, now: object) -> str:
-    """Describe differences: "causal False, now True; scale 0.1, now 0.2".
-
-    "" where they are equal. A missing value is "none".
-    """
+    """Describe differences: "causal False, now True; scale 0.1, now none", or ""."""
     old, new = to_json(before), to_json(now)
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return "" if old == new else f"{_show(old)}, now {_show(new)}"
@@ -133,7 +130,7 @@ def _show(value: object) -> str:
     return "none" if value is None else f"{value!s:.200}"
 
 
-def _value(hint: Any, found: object, name: str) -> Any:
+def _value(hint: Any, found: Any, name: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _check_annotations(arguments[1:], _value(arguments[0], found, name), name)
@@ -150,7 +147,10 @@ def _value(hint: Any, found: object, name: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, found, name)
     if hint is float and (type(found) in (int, float) or (isinstance(found, str) and found in _NOT_FINITE)):
-        return _as_float(found, name)
+        try:
+            return float(found)
+        except OverflowError:
+            raise ValueError(f"{name} is too large for a number") from None
     if hint is Any or (hint in (int, str, bool) and type(found) is hint):
         return found
     raise ValueError(f"{name} is {found!r:.80}, expected {getattr(hint, '__name__', hint)}")
@@ -162,13 +162,6 @@ def _tuple(arguments: tuple[Any, ...], found: list[Any], name: str) -> tuple[Any
     if len(arguments) != len(found):
         raise ValueError(f"{name} has {len(found)} items, expected {len(arguments)}")
     return tuple(_value(hint, item, name) for hint, item in zip(arguments, found, strict=True))
-
-
-def _as_float(found: Any, name: str) -> float:
-    try:
-        return float(found)
-    except OverflowError:
-        raise ValueError(f"{name} is too large for a number") from None
 
 
 def _check_annotations(annotations: tuple[Any, ...], found: Any, name: str) -> Any:

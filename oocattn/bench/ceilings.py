@@ -10,19 +10,16 @@ from pathlib import Path
 from oocattn.bench.records import Ceiling
 from oocattn.planning.measure import copy_rates, kernel_rate
 from oocattn.planning.plan import Plan
+from oocattn.storage.files.durable import sync_descriptor
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import advise, open_regular
-from oocattn.storage.files.syncing import sync_descriptor
 from oocattn.threads import ThreadPool
 
 BYTES = 256 << 20
 """Read and written at most to measure a rate."""
 
-PIECE = 8 << 20
-"""Bytes of one read or write."""
-
-READERS = 4
-"""Threads that read, for one does not keep a fast disk busy."""
+PIECE = 8 << 20  # bytes of one read or write
+READERS = 4  # threads that read, for one does not keep a fast disk busy
 
 
 def kernel_ceiling(plan: Plan) -> Ceiling:
@@ -35,20 +32,10 @@ def kernel_ceiling(plan: Plan) -> Ceiling:
 
 
 def other_ceilings(plan: Plan, dataset: Path, folder: Path) -> Iterator[Ceiling]:
-    """Measure copies to and from a GPU, where the plan has one, and the disk."""
-    yield from copy_ceilings() if plan.device == "cuda" else ()
-    yield from disk_ceilings(dataset, folder)
-
-
-def copy_ceilings() -> Iterator[Ceiling]:
-    """Copies of pinned host memory to the first GPU and back, each alone."""
-    rates = copy_rates(0)
-    for name, rate in zip(("host to device, pinned", "device to host, pinned"), rates, strict=True):
+    """Measure pinned copies to a GPU and back, where the plan has one, and the disk, read and written."""
+    rates = copy_rates(0) if plan.device == "cuda" else ()
+    for name, rate in zip(("host to device, pinned", "device to host, pinned"), rates, strict=False):
         yield Ceiling(name, rate, "B/s")
-
-
-def disk_ceilings(dataset: Path, folder: Path) -> Iterator[Ceiling]:
-    """Measure reading the dataset, cold and warm, and a write with fsync."""
     files, total = [], 0
     for file in chunk_files(dataset):
         if total < BYTES:
@@ -67,10 +54,7 @@ def chunk_files(dataset: Path) -> list[Path]:
 
 
 def drop_from_cache(files: Iterable[Path]) -> None:
-    """Drop files from the page cache.
-
-    What they hold is put on disk first, for only that can be dropped; a file system in memory drops nothing.
-    """
+    """Drop files from the page cache, once they are on disk. One in memory drops nothing."""
     for file in files:
         with open_regular(file) as descriptor:
             sync_descriptor(descriptor, file)

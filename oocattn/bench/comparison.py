@@ -35,7 +35,6 @@ from oocattn.bench.competitors import (
 from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
 from oocattn.errors import ProblemError
 from oocattn.pipelines.engines.dask.local_cluster import local_client
-from oocattn.pipelines.watch.report import RunReport
 from oocattn.planning.host import free_disk
 from oocattn.planning.measure import choose_device, count_lanes
 from oocattn.planning.plan import Plan
@@ -47,12 +46,8 @@ from oocattn.units import format_bytes
 from oocattn.verification.recompute import ExactRow, recompute_rows
 
 TOKENS = {"cpu": 32 << 10, "cuda": 1 << 20}
-HEADS = {"cpu": 4, "cuda": 8}
-"""Defaults: a minute or two of work on two cores, and half a minute on one GPU of 2023."""
-
-MEMORY_FOLDER = Path("/dev/shm")
-"""Where Linux has a file system in memory."""
-
+HEADS = {"cpu": 4, "cuda": 8}  # defaults: a minute or two of work on two cores, and half a minute on one GPU of 2023
+MEMORY_FOLDER = Path("/dev/shm")  # where Linux has a file system in memory
 _PREFIX = f"oocattn-bench-{os.getpid()}-"
 
 
@@ -86,12 +81,12 @@ def bench(
 ) -> Generator[Plan | Ceiling | Progress | Table, None, None]:
     """Measure this machine, and compare ways to attend a synthetic dataset.
 
-    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M and
-    8 with a GPU, 32K and 4 without one; the options from `device_memory` to `checkpoint_interval` are those of
+    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M
+    and 8 with a GPU, 32K and 4 without one; the options from `device_memory` to `checkpoint_interval` are those of
     `oocattn.plan`. The dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are
-    removed at the end. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of `repeats` rounds,
-    after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. One that fails has a row that says
-    so. Raises as `oocattn.plan`, and ProblemError where `folder` is no folder or has no room.
+    removed at the end. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of `repeats`
+    rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. One that fails has a
+    row that says so. Raises as `oocattn.plan`, and ProblemError where `folder` is no folder or has no room.
     """
     default = choose_device(kernel)
     tokens, heads, where = tokens or TOKENS[default], heads or HEADS[default], output_path(folder, "folder")
@@ -113,7 +108,7 @@ def bench(
         yield Progress(f"recomputed {len(exact)} rows in float64", time.perf_counter() - start)
         entrants = [_Entrant(competitor, exact) for competitor in competitors(plan, place, client, options, stack)]
         yield from _rounds(entrants, repeats, warm_up)
-        yield Table(plan.problem, tuple(entrant.row() for entrant in entrants), kernel_ceiling.rate)
+        yield Table(plan.problem, tuple(entrant.row for entrant in entrants), kernel_ceiling.rate)
 
 
 def _exact_rows(plan: Plan, dataset: Path, rows: int, seed: int) -> list[ExactRow]:
@@ -122,12 +117,11 @@ def _exact_rows(plan: Plan, dataset: Path, rows: int, seed: int) -> list[ExactRo
 
 
 def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any], stack: ExitStack) -> list[Competitor]:
-    """All competitors, in the order of the table.
+    """All competitors, in the order of the table. What cannot run here says so when its turn comes.
 
-    What cannot run here says so when its turn comes. What a competitor needs beyond the dataset in `place` is removed when
-    `stack` is closed.
+    What a competitor needs beyond the dataset in `place` is removed when `stack` is closed.
     """
-    dataset, result = place / "qkv.zarr", place / "out.zarr"
+    dataset = place / "qkv.zarr"
     options = {**options, "device_memory": plan.device_memory, "host_memory": plan.host_memory}  # the same in every run
     found: list[Competitor] = []
     needed, free = Inputs.nbytes(plan.problem), psutil.virtual_memory().available
@@ -142,8 +136,8 @@ def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any]
     return [
         *found,
         _from_memory(plan, dataset, client, options, stack),
-        OutOfCore(PAGE_CACHE, dataset, result, client, options, before=lambda: ceilings.read_files(files)),
-        OutOfCore("oocattn, cold disk", dataset, result, client, options, before=lambda: ceilings.drop_from_cache(files)),
+        OutOfCore(PAGE_CACHE, dataset, client, options, before=lambda: ceilings.read_files(files)),
+        OutOfCore("oocattn, cold disk", dataset, client, options, before=lambda: ceilings.drop_from_cache(files)),
         *_stream_cqsa(inputs),
     ]
 
@@ -161,7 +155,7 @@ def _from_memory(plan: Plan, dataset: Path, client: Client, options: dict[str, A
         )
     place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=MEMORY_FOLDER)))
     shutil.copytree(dataset, place / dataset.name)
-    return OutOfCore(name, place / dataset.name, place / "out.zarr", client, options, before=lambda: None)
+    return OutOfCore(name, place / dataset.name, client, options, before=lambda: None)
 
 
 def _stream_cqsa(inputs: Inputs | None) -> list[Competitor]:
@@ -175,60 +169,40 @@ def _stream_cqsa(inputs: Inputs | None) -> list[Competitor]:
 
 
 class _Entrant:
-    """A competitor in the rounds, and what was measured of it."""
+    """A competitor in the rounds, and its row of the table. One that failed has no figures."""
 
     def __init__(self, competitor: Competitor, exact: Sequence[ExactRow]) -> None:
-        self.competitor = competitor
-        self.note = ""
+        self.competitor, self.row = competitor, Row(competitor.name)
         self._places = [(row.batch, row.head, row.token) for row in exact]
         self._expected = np.stack([row.out for row in exact])
-        self._seconds: list[float] = []
-        self._peak = 0
-        self._error: float | None = None
-        self._report: RunReport | None = None
 
     def run(self, *, timed: bool) -> float:
         """One run and its seconds."""
         self.competitor.prepare()
         _reset_peak()
         start = time.perf_counter()
-        self._report = self.competitor.run()
+        report = self.competitor.run()
         seconds = time.perf_counter() - start
-        self._peak = max(self._peak, _device_peak())
+        peak = max(self.row.device_peak or 0, _device_peak()) or None
         difference = self.competitor.rows(self._places) - self._expected
         errors = np.linalg.norm(difference, axis=1) / np.linalg.norm(self._expected, axis=1)
-        self._error = float(np.sqrt(np.mean(errors**2)))
-        if timed:
-            self._seconds.append(seconds)
+        rounds = (*self.row.seconds, seconds) if timed else self.row.seconds
+        self.row = Row(self.row.name, rounds, peak, float(np.sqrt(np.mean(errors**2))), report=report)
         return seconds
-
-    def row(self) -> Row:
-        """Its row of the table; one that failed in any round has no figures."""
-        name = self.competitor.name
-        if self.note:
-            return Row(name, note=self.note)
-        return Row(name, tuple(self._seconds), self._peak or None, self._error, report=self._report)
 
 
 def _rounds(entrants: Sequence[_Entrant], repeats: int, warm_up: bool) -> Iterator[Progress]:
-    """Run all rounds, after an untimed one with `warm_up`."""
+    """Run all rounds, after an untimed one with `warm_up`. A competitor that fails ends alone."""
     for number in range(0 if warm_up else 1, repeats + 1):
-        yield from _round(entrants, f"round {number} of {repeats}" if number else "warm-up", timed=number > 0)
-
-
-def _round(entrants: Sequence[_Entrant], name: str, *, timed: bool) -> Iterator[Progress]:
-    """Run every competitor that has not failed once.
-
-    The failure of one is its own.
-    """
-    for entrant in (entrant for entrant in entrants if not entrant.note):
-        what, start = f"{name}, {entrant.competitor.name}", time.perf_counter()
-        try:
-            seconds = entrant.run(timed=timed)
-        except Exception as error:
-            entrant.note = _words(error)
-            what, seconds = f"{what}: {entrant.note}", time.perf_counter() - start
-        yield Progress(what, seconds)
+        name = f"round {number} of {repeats}" if number else "warm-up"
+        for entrant in (entrant for entrant in entrants if not entrant.row.note):
+            what, start = f"{name}, {entrant.competitor.name}", time.perf_counter()
+            try:
+                seconds = entrant.run(timed=number > 0)
+            except Exception as error:
+                entrant.row = Row(entrant.competitor.name, note=_words(error))
+                what, seconds = f"{what}: {entrant.row.note}", time.perf_counter() - start
+            yield Progress(what, seconds)
 
 
 def _words(error: Exception) -> str:
@@ -255,10 +229,7 @@ def _device_peak() -> int:
 
 
 def _check_room(folder: Path, elements: int, dtype: str) -> None:
-    """Raise ProblemError unless a dataset and a result fit into `folder`.
-
-    `elements` counts both.
-    """
+    """Raise ProblemError unless a dataset and a result fit into `folder`. `elements` counts both."""
     if not folder.is_dir():
         raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with --folder")
     needed, free = elements * DTYPES[dtype] + ceilings.BYTES, free_disk(folder)

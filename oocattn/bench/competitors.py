@@ -1,7 +1,4 @@
-"""The ways to compute a problem that a bench compares.
-
-Each is a `Competitor`; a new one is a class here and a line in `comparison.competitors`. Timing them is not done here.
-"""
+"""The ways to compute a problem that a bench compares. A new one is a class here and a line in `competitors`."""
 
 from __future__ import annotations
 
@@ -34,15 +31,9 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 from oocattn.verification.recompute import Array64
 
-TILE = {"cpu": 8192, "cuda": 131_072}
-"""Queries and keys of a tile of the query-stationary loop."""
+TILE = {"cpu": 8192, "cuda": 131_072}  # queries and keys of a tile of the query-stationary loop
 
-RowIndex = tuple[int, int, int]
-"""Batch, query head and token of one row of `out`."""
-
-
-class SkippedError(OocattnError):
-    """A competitor has nothing to run on this machine."""
+RowIndex = tuple[int, int, int]  # batch, query head and token of one row of `out`
 
 
 class Competitor(ABC):
@@ -66,12 +57,11 @@ class SkippedCompetitor(Competitor):
     """A competitor that cannot run: says why when it is asked to."""
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name = name
-        self._reason = reason
+        self.name, self._reason = name, reason
 
     def run(self) -> None:
-        """Raises SkippedError."""
-        raise SkippedError(self._reason)
+        """Raises OocattnError with the reason."""
+        raise OocattnError(self._reason)
 
     def rows(self, places: Sequence[RowIndex]) -> Array64:
         """There are none."""
@@ -80,10 +70,7 @@ class SkippedCompetitor(Competitor):
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v and room for `out` in host memory, pinned where there is a GPU.
-
-    q is [B, Hq, N, D], k and v are [B, Hkv, N, D].
-    """
+    """q, k, v and room for `out` in host memory, pinned for a GPU. q and `out` are [B, Hq, N, D], k and v [B, Hkv, N, D]."""
 
     problem: Problem
     device: str
@@ -110,17 +97,34 @@ class Inputs:
         rows = 2 * problem.batch * (problem.query_heads + problem.kv_heads) * problem.tokens
         return rows * problem.head_dim * problem.itemsize
 
-    def rows(self, places: Sequence[RowIndex]) -> Array64:
-        """Rows of `out`."""
-        return torch.stack([self.out[place] for place in places]).double().numpy()
-
 
 def _host_tensor(problem: Problem, heads: int, device: str) -> torch.Tensor:
     shape = (problem.batch, heads, problem.tokens, problem.head_dim)
     return torch.empty(shape, dtype=getattr(torch, problem.dtype), device="cpu", pin_memory=device == "cuda")
 
 
-class ResidentCall(Competitor):
+class FromHostMemory(Competitor):
+    """A way to compute that takes q, k and v from host memory, and leaves `out` there."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs, self._out = inputs, inputs.out
+
+    def run(self) -> None:
+        """See `Competitor.run`."""
+        self._compute()
+        if self._inputs.device == "cuda":
+            torch.cuda.synchronize()
+
+    @abstractmethod
+    def _compute(self) -> None:
+        """Have `out` computed, on a GPU in the order of the stream."""
+
+    def rows(self, places: Sequence[RowIndex]) -> Array64:
+        """See `Competitor.rows`."""
+        return torch.stack([self._out[place] for place in places]).double().numpy()
+
+
+class ResidentCall(FromHostMemory):
     """PyTorch's way: copy q, k and v to the device, one call, copy `out` back.
 
     On a GPU cuDNN is asked for, as the fastest, and PyTorch's own choice is taken where that refuses.
@@ -129,15 +133,13 @@ class ResidentCall(Competitor):
     name = RESIDENT
 
     def __init__(self, inputs: Inputs) -> None:
-        self._inputs = inputs
+        super().__init__(inputs)
         self._backend = SDPBackend.CUDNN_ATTENTION if inputs.device == "cuda" else None
 
-    def run(self) -> None:
-        """See `Competitor.run`."""
+    def _compute(self) -> None:
         inputs = self._inputs
         q, k, v = (tensor.to(inputs.device, non_blocking=True) for tensor in (inputs.q, inputs.k, inputs.v))
         inputs.out.copy_(self._attend(q, k, v), non_blocking=True)
-        _wait(inputs.device)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if self._backend is not None:
@@ -156,35 +158,27 @@ class ResidentCall(Competitor):
             q, k, v, is_causal=problem.mask.triangular, scale=problem.scale, enable_gqa=problem.group_size > 1
         )
 
-    def rows(self, places: Sequence[RowIndex]) -> Array64:
-        """See `Competitor.rows`."""
-        return self._inputs.rows(places)
 
-
-class QueryStationaryLoop(Competitor):
+class QueryStationaryLoop(FromHostMemory):
     """The loop people write first: over heads, query tiles, and key tiles.
 
-    A tile of 128K queries (8K on the CPU) and their state stay on the device. Tiles of as many keys and values, where the
-    mask attends any, are copied there one after another, attended by one call of the kernel that oocattn would use, and
-    merged into the state; then `out` of the tile is copied back. All is in the order of one stream, so copies and
-    kernel take turns.
+    A tile of queries and their state stay on the device. Tiles of as many keys and values, where the mask attends any,
+    are copied there one after another and attended by one call of the kernel that oocattn would use; then `out` of the
+    tile is copied back. All is in the order of one stream, so copies and kernel take turns.
     """
 
     name = "query-stationary loop"
 
     def __init__(self, inputs: Inputs, kernel: str) -> None:
-        self._inputs = inputs
-        self._kernel = get_kernel(kernel)
-        self._tile = TILE[inputs.device]
+        super().__init__(inputs)
+        self._kernel, self._tile = get_kernel(kernel), TILE[inputs.device]
 
-    def run(self) -> None:
-        """See `Competitor.run`."""
+    def _compute(self) -> None:
         problem = self._inputs.problem
         for batch in range(problem.batch):
             for head in range(problem.query_heads):
                 for start in range(0, problem.tokens, self._tile):
                     self._attend(batch, head, start)
-        _wait(self._inputs.device)
 
     def _attend(self, batch: int, head: int, start: int) -> None:
         inputs, problem, kv_head = self._inputs, self._inputs.problem, head // self._inputs.problem.group_size
@@ -202,53 +196,33 @@ class QueryStationaryLoop(Competitor):
         finalise(state, out, lse)
         inputs.out[batch, head, start:stop].copy_(out[0], non_blocking=True)
 
-    def rows(self, places: Sequence[RowIndex]) -> Array64:
-        """See `Competitor.rows`."""
-        return self._inputs.rows(places)
 
-
-class StreamCqsa(Competitor):
-    """The Stream-CQSA package of the method's authors, if installed.
-
-    It streams from host memory, with the least memory.
-    """
+class StreamCqsa(FromHostMemory):
+    """The Stream-CQSA package of the method's authors. It streams from host memory, with the least memory."""
 
     def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
         self._forward = import_module("stream_cqsa").stream_cqsa_forward
-        self._inputs = inputs
-        self._out = inputs.out
         try:
             self.name = f"stream_cqsa {version('stream_cqsa')}"
         except PackageNotFoundError:
             self.name = "stream_cqsa"
 
-    def run(self) -> None:
-        """See `Competitor.run`."""
+    def _compute(self) -> None:
         inputs = self._inputs
         options = {"min_itr": 1, "stream_from_host": True, "low_memory": True, "out_device": "acc"}
         self._out, _ = self._forward(inputs.q, inputs.k, inputs.v, causal=inputs.problem.mask.triangular, **options)
-        _wait(inputs.device)
-
-    def rows(self, places: Sequence[RowIndex]) -> Array64:
-        """See `Competitor.rows`."""
-        return torch.stack([self._out[place] for place in places]).double().numpy()
 
 
 class OutOfCore(Competitor):
-    """oocattn from a dataset to a result on disk, on a cluster that is there already."""
+    """oocattn from a dataset to a result beside it, on a cluster that is there already."""
 
     def __init__(
-        self,
-        name: str,
-        dataset: Path,
-        result: Path,
-        client: Client,
-        options: Mapping[str, Any],
-        before: Callable[[], None],
+        self, name: str, dataset: Path, client: Client, options: Mapping[str, Any], before: Callable[[], None]
     ) -> None:
         self.name = name
         self._dataset, self._client, self._options, self._before = dataset, client, options, before
-        self._paths = ResultPaths.at(result)
+        self._paths = ResultPaths.at(dataset.with_name("out.zarr"))
         self._result: Result | None = None
 
     def prepare(self) -> None:
@@ -266,9 +240,3 @@ class OutOfCore(Competitor):
         """See `Competitor.rows`."""
         assert self._result is not None
         return np.stack([np.asarray(self._result.out[place]).astype(np.float64) for place in places])
-
-
-def _wait(device: str) -> None:
-    """Wait until the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()

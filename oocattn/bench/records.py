@@ -45,8 +45,7 @@ class Row:
 
     `seconds` are those of every timed round, none where it could not run: `note` says why. `device_peak` is the most
     bytes that torch reserved on a GPU, None without one. `error` is that of the sampled rows of `out` against float64: the
-    root mean square of each row's relative error, as causal rows differ in length. `report` is that of the last run of
-    oocattn, None for the others.
+    root mean square of each row's relative error, as causal rows differ in length. `report` is oocattn's last one.
     """
 
     name: str

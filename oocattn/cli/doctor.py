@@ -32,10 +32,10 @@ from oocattn.planning.measure import copy_rates, kernel_rate
 from oocattn.problem.mask import make_mask
 from oocattn.problem.problem import DTYPES
 from oocattn.problem.scores import Scores
-from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.storage.files.durable import sync_descriptor
 from oocattn.storage.files.operations import describe_error
 from oocattn.storage.files.regular import advise
-from oocattn.storage.files.syncing import sync_descriptor
 from oocattn.units import format_bytes, format_count
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.version import versions

@@ -12,7 +12,7 @@ from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import ENGINES
 from oocattn.planning.options import DECOMPOSITIONS
 from oocattn.problem.problem import DTYPES
-from oocattn.storage.inputs.axes import LAYOUTS
+from oocattn.storage.inputs.meaning import LAYOUTS
 from oocattn.text import printable
 from oocattn.units import parse_duration, parse_size
 from oocattn.version import __version__

@@ -12,9 +12,8 @@ from oocattn.planning.candidates import Choices
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 from oocattn.records import differences
-from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.inputs.dataset import Dataset, check_poses
 from oocattn.storage.inputs.fingerprints import changed_arrays
-from oocattn.storage.inputs.posing import check_poses
 from oocattn.storage.locations import Location
 from oocattn.units import format_bytes
 from oocattn.version import versions

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from oocattn.planning.machine import InputCost
 from oocattn.problem.problem import Problem
-from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.threads import ThreadPool

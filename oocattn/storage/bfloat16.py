@@ -3,8 +3,7 @@
 Plain `zarr.open_array` then reads and writes such arrays. The name is that of the zarr-extensions registry
 (github.com/zarr-developers/zarr-extensions, data-types/bfloat16), the bytes and the fill values are those of TensorStore's
 zarr3 driver: two bytes an element in the byte order of the `bytes` codec; the fill value a number, "NaN", "Infinity",
-"-Infinity" or the four hexadecimal digits of the bits. Zarr format 2 has no such type. Which dtypes a problem may have is
-not decided here.
+"-Infinity" or the four hexadecimal digits of the bits. Zarr format 2 has no such type.
 """
 
 from __future__ import annotations
@@ -29,6 +28,11 @@ from oocattn.storage.zarr_compat import (
 )
 
 _NATIVE: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype called `name` in NumPy; bfloat16 is that of ml_dtypes."""
+    return _NATIVE if name == "bfloat16" else np.dtype(name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from oocattn.errors import IntegrityError
-from oocattn.text import printable
 
 
 @contextmanager
@@ -26,49 +25,31 @@ def missing_chunk(location: str, key: str) -> IntegrityError:
     )
 
 
-def irregular_chunk(location: str, key: str) -> IntegrityError:
-    """The error for a chunk that is a folder, a FIFO or a device."""
-    return IntegrityError(f"{chunk_name(location, key)} is no regular file: expected one; copy it again")
+def damaged_chunk(location: str, key: str, found: str) -> IntegrityError:
+    """The error for a chunk that is there and cannot be what was written."""
+    return IntegrityError(f"{chunk_name(location, key)} {found}; copy it again")
 
 
 def torn_chunk(location: str, key: str, found: int, expected: int) -> IntegrityError:
     """The error for a chunk file of `found` bytes that must have `expected`."""
-    return IntegrityError(
-        f"{chunk_name(location, key)} has {found} bytes, expected {expected}: it is torn or of another array; copy it again"
-    )
-
-
-def is_html(content: bytes) -> bool:
-    """Whether content begins as an HTML page, as some servers answer for 404."""
-    return content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html"))
-
-
-def html_page(place: str, content: bytes) -> IntegrityError:
-    """The error for a page that stands where metadata or a chunk should."""
-    return IntegrityError(
-        f"{printable(place)} is an HTML page ({printable(content[:40])}): its server seems to answer so for what is "
-        "missing; check the URL, or copy the dataset again"
-    )
-
-
-def oversized_chunk(location: str, key: str, most: int) -> IntegrityError:
-    """The error for a stored chunk of more than `most` bytes."""
-    return IntegrityError(
-        f"{chunk_name(location, key)} has more than {most} bytes, the most that it can have; copy it again"
-    )
+    return damaged_chunk(location, key, f"has {found} bytes, expected {expected}: it is torn or of another array")
 
 
 def undecodable_chunk(location: str, key: str, error: object) -> IntegrityError:
     """The error for a chunk that its codecs refuse."""
-    return IntegrityError(
-        f"{chunk_name(location, key)} cannot be decoded ({printable(error)}): it is damaged; copy it again"
-    )
+    return damaged_chunk(location, key, f"cannot be decoded ({error}): it is damaged")
+
+
+def refuse_html(place: str, content: bytes) -> None:
+    """Raise IntegrityError for an HTML page, as some servers answer for 404."""
+    if content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise IntegrityError(
+            f"{place} is an HTML page ({content[:40]!s}): its server seems to answer so for what is missing; check the URL, "
+            "or copy the dataset again"
+        ) from None
 
 
 def chunk_name(location: str, key: str) -> str:
-    """Name a chunk for messages: array, coordinates and key.
-
-    The key starts with the array's name.
-    """
+    """Name a chunk for messages: array, coordinates and key, which starts with the array's name."""
     array, _, chunk = key.partition("/")
-    return f"array {array!r} of {printable(location)}: chunk {chunk!r} (key {key!r})"
+    return f"array {array!r} of {location}: chunk {chunk!r} (key {key!r})"

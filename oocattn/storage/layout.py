@@ -22,10 +22,7 @@ _OTHER_ORDER = "big" if sys.byteorder == "little" else "little"
 
 @dataclass(frozen=True)
 class Part:
-    """The bytes of a request that lie in one chunk file.
-
-    They start at `offset` of the file, which must be `file_bytes` long, and fill [begin, end) of the request's buffer.
-    """
+    """The bytes of a request in one chunk file. From `offset` of `file_bytes`, they fill [begin, end) of its buffer."""
 
     key: str
     path: Path
@@ -37,10 +34,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ChunkFiles:
-    """The chunk files of a directly readable array under the folder `root`.
-
-    `location` is what messages call it.
-    """
+    """The chunk files of a directly readable array under the folder `root`. Messages call it `location`."""
 
     array: zarr.Array[Any]
     root: Path

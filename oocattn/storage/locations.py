@@ -1,8 +1,7 @@
 """Paths and URLs of datasets and results, checked before Zarr sees them.
 
-A URL can make fsspec connect to a host, run what that host sends, or import a module, so schemes are taken from a list. Two
-sources are told apart: what a caller typed (`parse_location`) and what a file says (`recorded_location`), which may name a
-local path and nothing else.
+A URL can make fsspec connect to a host, run what that host sends, or import a module, so schemes are taken from a list.
+What a caller typed (`parse_location`) may be a URL; what a file says (`recorded_location`) is a local path.
 """
 
 from __future__ import annotations
@@ -10,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.storage.path_errors import no_path
 from oocattn.text import printable, without_credentials
 
 SCHEMES = ("s3", "gs", "az", "abfs", "http", "https", "memory")
@@ -27,19 +27,17 @@ code, and they open nothing but the next link."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
-_ADDRESS = re.compile(r"(?<=[/@])\[[0-9A-Fa-f:.]*\]")
-"""A host that is given as an address of IPv6, such as [::1]."""
-
-_BYTES = re.compile("[\udc80-\udcff]")
-"""Bytes of a path that are no UTF-8, as Python has them in a text."""
+_ADDRESS = re.compile(r"(?<=[/@])\[[0-9A-Fa-f:.]*\]")  # A host that is given as an address of IPv6, such as [::1]
+_BYTES = re.compile("[\udc80-\udcff]")  # bytes of a path that are no UTF-8, as Python has them in a text
+_TENSORS = (
+    "save tensors with torch.save or numpy.save, write them to a dataset with oocattn.import_arrays(DATASET, q=FILE, "
+    "k=FILE, v=FILE), and give DATASET"
+)
 
 
 @dataclass(frozen=True)
 class Location:
-    """A place that may be opened: an absolute path or a URL.
-
-    `path` is None for a URL. As a str it is fit to be printed and recorded: without the credentials that a URL may have.
-    """
+    """A place that may be opened: an absolute path, or a URL (`path` is None). As a str it is without credentials."""
 
     text: str
     path: Path | None
@@ -51,9 +49,9 @@ class Location:
 def parse_location(typed: object, what: str = "dataset") -> Location:
     """The place that a caller names: a path, a URL or a chain.
 
-    URLs have a scheme of `SCHEMES`, or file:. A Path is always a local path, and so is a text that begins with "/", "." or
-    "~/", or that has no "://" and is the name of something that exists. `~` and `~USER` at the beginning are home folders,
-    as in a shell. Raises ProblemError for anything else, which messages call `what`.
+    URLs have a scheme of `SCHEMES`, or file:. A Path is always a local path, and so is a text that begins with "/", "."
+    or "~/", or that has no "://" and is the name of something that exists. `~` and `~USER` at the beginning are home
+    folders, as in a shell. Raises ProblemError for anything else, which messages call `what`.
     """
     if isinstance(typed, Location):
         return typed
@@ -69,25 +67,13 @@ def is_chain(text: str) -> bool:
 
 
 def recorded_location(text: object) -> Location:
-    """The place of a dataset that a file names.
-
-    Raises IntegrityError unless it is an absolute local path.
-    """
+    """The place of a dataset that a file names. Raises IntegrityError unless it is an absolute local path."""
     if isinstance(text, str) and text.startswith("/") and _is_printable(_BYTES.sub("", text)):
         return _parse_local(text)
     raise IntegrityError(
-        f"the dataset is recorded as {printable(repr(text))}: only an absolute local path is believed, and nothing is read "
+        f"the dataset is recorded as {text!r}: only an absolute local path is believed, and nothing is read "
         "from there; if you trust that place, name it with --dataset (dataset=)"
     )
-
-
-def local_path(typed: object, what: str = "dataset") -> Path | None:
-    """`typed` without symbolic links, or None for the URL of a remote store.
-
-    Raises as `parse_location`.
-    """
-    found = parse_location(typed, what).path
-    return None if found is None else resolve_path(found)
 
 
 def resolve_path(path: Path) -> Path:
@@ -95,18 +81,14 @@ def resolve_path(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links: Python has had both
-        raise ProblemError(f"{printable(path)} cannot be resolved ({printable(error)}): choose another path") from None
+        raise ProblemError(f"{path} cannot be resolved ({error}): choose another path") from None
 
 
 def output_path(typed: object, what: str) -> Path:
-    """The absolute path of an output, which is local.
-
-    Raises ProblemError for a URL, else as `parse_location`.
-    """
+    """The absolute path of an output, which is local. Raises ProblemError for a URL, else as `parse_location`."""
     if isinstance(typed, str) and not (_is_local(typed) or typed.lower().startswith("file:")):
         raise ProblemError(
-            f"{what} {printable(typed)}: {what}s are written to a local path, not to a URL: give a local path, and copy it "
-            "from there"
+            f"{what} {typed}: {what}s are written to a local path, not to a URL: give a local path, and copy it from there"
         )
     path = parse_location(typed, what).path
     assert path is not None
@@ -115,26 +97,23 @@ def output_path(typed: object, what: str) -> Path:
 
 def _text(typed: object, what: str) -> str:
     """The text of a path or URL. Raises ProblemError for an object that is neither."""
-    try:
-        text = os.fspath(typed)  # type: ignore[call-overload]
-    except TypeError:
-        raise no_path(typed, what) from None
-    if not isinstance(text, str):
-        raise no_path(text, what)
-    return str(text)
+    found = typed
+    with suppress(TypeError):
+        found = os.fspath(typed)  # type: ignore[call-overload]
+    if isinstance(found, str):
+        return str(found)
+    expected = "a path or a URL" if what == "dataset" else "a local path"
+    raise ProblemError(f"{what}: found {describe(found)}, expected {expected}{_remedy(found, what)}")
 
 
 def _expand_home(text: str) -> str:
-    """The path with its home folder in the place of `~`.
-
-    Raises ProblemError where there is none for this user.
-    """
+    """The path with its home folder in the place of `~`. Raises ProblemError where there is none for this user."""
     try:
         found = os.path.expanduser(text)
     except ValueError:  # a null character or a surrogate, which no path has
         return text
     if found.partition("/")[0] == "~":
-        raise ProblemError(f"{printable(text)}: this user has no home folder; give an absolute path")
+        raise ProblemError(f"{text}: this user has no home folder; give an absolute path")
     return found
 
 
@@ -157,12 +136,12 @@ def _parse_local(text: str) -> Location:
     except ValueError:
         text += "\0"  # no file system can have it, as with a null character
     if "\0" in text:
-        raise ProblemError(f"{printable(repr(text))} is no path: it has characters that a path cannot have")
+        raise ProblemError(f"{text!r} is no path: it has characters that a path cannot have")
     try:
         path = Path(text).absolute()
     except FileNotFoundError:
         raise ProblemError(
-            f"{printable(text)}: the current folder was removed: change to one that is there, or give an absolute path"
+            f"{text}: the current folder was removed: change to one that is there, or give an absolute path"
         ) from None
     return Location(str(path), path)
 
@@ -175,11 +154,11 @@ def _parse_url(text: str) -> Location:
     scheme = found[1].lower() if found else text.partition("://")[0]
     if found is None or scheme not in SCHEMES:
         raise ProblemError(
-            f"{printable(text)} has the scheme {printable(repr(scheme))}: expected a local path, or a URL that begins with "
+            f"{text} has the scheme {scheme!r}: expected a local path, or a URL that begins with "
             f"{', '.join(f'{name}://' for name in ('file', *SCHEMES))}; copy the data to one of these"
         )
     if not _is_printable(text):
-        raise ProblemError(f"{printable(text)} has control characters: expected a URL without any")
+        raise ProblemError(f"{text} has control characters: expected a URL without any")
     return Location(f"{scheme}://{text[found.end() :]}", None)
 
 
@@ -190,9 +169,9 @@ def _parse_file_url(text: str) -> Location:
         host, slash, path = rest[2:].partition("/")
         rest = slash + path
         if host.lower() not in ("", "localhost"):
-            raise ProblemError(f"{printable(text)} names the host {printable(repr(host))}: expected file:///PATH")
+            raise ProblemError(f"{text} names the host {host!r}: expected file:///PATH")
     if not rest.startswith("/") or "?" in rest or "#" in rest:
-        raise ProblemError(f"{printable(text)} is no absolute path: expected file:///PATH, with ? and # as %3F and %23")
+        raise ProblemError(f"{text} is no absolute path: expected file:///PATH, with ? and # as %3F and %23")
     return _parse_local(os.fsdecode(unquote_to_bytes(rest)))
 
 
@@ -202,16 +181,52 @@ def _parse_chain(text: str) -> Location:
     for link in wrappers:
         if link.partition("://")[0] not in WRAPPERS or not _is_printable(link):
             raise ProblemError(
-                f"{printable(text)} is a chain with the link {printable(repr(link))}: expected {', '.join(WRAPPERS)} before "
-                "the last link"
+                f"{text} is a chain with the link {link!r}: expected {', '.join(WRAPPERS)} before the last link"
             )
     target = _parse_local(_expand_home(last)) if _is_local(last) else _parse_url(last)
     if target.path is not None and ("::" in target.text or not target.path.is_file()):
-        raise ProblemError(
-            f"{printable(text)}: {printable(target.text)} is no regular file: expected one at the chain's end"
-        )
+        raise ProblemError(f"{text}: {target.text} is no regular file: expected one at the chain's end")
     return Location("::".join((*wrappers, target.text)), None)
 
 
 def _is_printable(text: str) -> bool:
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+
+
+def describe(found: object) -> str:
+    """An object in a few words: its type, and its shape or value."""
+    if found is None:
+        return "None"
+    kind = type(found)
+    module = kind.__module__.partition(".")[0].removeprefix("_")  # as of _io.BytesIO
+    name = kind.__name__ if module == "builtins" else f"{module}.{kind.__name__}"
+    article = "an" if name[0] in "aeiouAEIO" else "a"
+    shape = getattr(found, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{article} {name} {list(shape)}"
+    if isinstance(found, int | float | bytes):
+        return f"the {name} {printable(repr(found)):.80}"
+    return f"{article} {name}"
+
+
+def _remedy(found: object, what: str) -> str:
+    if isinstance(found, bytes | bytearray):
+        return ": decode it first, as with os.fsdecode"
+    if (place := _place_in_zarr(found)) is not None:
+        return place
+    if what == "dataset" and (isinstance(found, list | tuple | dict) or hasattr(found, "shape")):
+        return f": {_TENSORS}"
+    return ""
+
+
+def _place_in_zarr(found: Any) -> str | None:
+    """What to give instead of an object of Zarr; None for anything else."""
+    if not type(found).__module__.startswith("zarr."):
+        return None
+    store, name = getattr(found, "store", found), getattr(found, "path", "")
+    root = getattr(store, "root", None)
+    if isinstance(root, Path):
+        place = root / name if isinstance(name, str) else root
+        group = place.parent if hasattr(found, "shape") else place
+        return f", such as {str(group)!r}"
+    return ": give the path or URL that it was opened from; if it is in memory, write it to a folder first"

@@ -1,9 +1,8 @@
 """A local Zarr store whose reads are views of memory-mapped files.
 
-Zarr decodes uncompressed chunks without a copy, so that over this store `array.get_basic_selection(..., out=...)`
-copies once, from the page cache into the caller's buffer. A view stays valid while its file is replaced by renaming or
-removed, because the map holds the old inode; a file that is *truncated in place* under a live view kills the process
-(SIGBUS). Zarr, TensorStore and this package replace files; use LocalStore where other writers change them in place.
+Zarr decodes uncompressed chunks without a copy, so over this store `array.get_basic_selection(..., out=...)` copies
+once. A view stays valid while its file is replaced by renaming or removed; one that is *truncated in place* under a
+live view kills the process (SIGBUS). Zarr, TensorStore and this package replace files.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.files.mapping import map_file
-from oocattn.storage.files.regular import open_regular, read_exactly
+from oocattn.storage.files.regular import map_file, open_regular, read_exactly
 from oocattn.storage.zarr_compat import (
     Buffer,
     BufferPrototype,
@@ -31,11 +30,6 @@ from oocattn.storage.zarr_compat import (
 )
 from oocattn.threads import begin_call
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-
 # Python's mmap keeps a file descriptor, and one read of a shard asks for thousands of ranges of one file: they share
 # its map while any of them lives. A live map holds its inode, so the number cannot come to mean another file; where a file
 # system has no numbers, path and times tell files apart.
@@ -43,10 +37,7 @@ _live_maps: WeakValueDictionary[tuple[object, ...], mmap.mmap] = WeakValueDictio
 
 
 def _content(path: Path, window: slice) -> bytes | memoryview:
-    """A window of a regular file, mapped read-only, or else read.
-
-    Raises as `open_regular` does.
-    """
+    """A window of a regular file, mapped read-only, or else read. Raises as `open_regular` does."""
     with open_regular(path) as descriptor:
         status = os.fstat(descriptor)
         if status.st_size == 0:  # cannot be mapped
@@ -74,11 +65,7 @@ def _window(byte_range: ByteRequest | None) -> slice:
 
 
 class MappedStore(LocalStore):
-    """A `zarr.storage.LocalStore` that reads by memory map.
-
-    The buffers that its reads return are read-only views of the files, valid for as long as they are held. What cannot be
-    mapped is read.
-    """
+    """A `zarr.storage.LocalStore` whose reads return read-only views of files. What cannot be mapped is read."""
 
     def can_map(self, path: str) -> bool:
         """Whether files are mapped and not read, by the metadata of a node."""
@@ -91,16 +78,9 @@ class MappedStore(LocalStore):
         return False
 
     def get_sync(
-        self,
-        key: str,
-        *,
-        prototype: BufferPrototype | None = None,
-        byte_range: ByteRequest | None = None,
+        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """The value of `key`, or a part of it; None if there is none, or a folder.
-
-        Raises IntegrityError where something else than a file is.
-        """
+        """The value of `key`, or a part of it; None if there is none, or a folder. Raises as `open_regular`."""
         self._ensure_open_sync()
         window, path = _window(byte_range), self.root / key
         try:
@@ -112,18 +92,13 @@ class MappedStore(LocalStore):
         return (prototype or default_buffer_prototype()).buffer.from_bytes(content)
 
     async def get(
-        self,
-        key: str,
-        prototype: BufferPrototype | None = None,
-        byte_range: ByteRequest | None = None,
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """The value of `key`, or the part of it in `byte_range`; None if there is none."""
         return await asyncio.wrap_future(begin_call(self.get_sync, key, prototype=prototype, byte_range=byte_range))
 
     async def get_partial_values(
-        self,
-        prototype: BufferPrototype,
-        key_ranges: Iterable[tuple[str, ByteRequest | None]],
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
         """The values of several (key, range), in order; None where one is missing."""
         return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))

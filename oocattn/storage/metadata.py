@@ -1,15 +1,12 @@
 """Zarr arrays, opened only after their metadata is checked.
 
-Zarr believes what it reads: it makes codecs by name, and objects of any size. Here a node's JSON is read once (`nodes`), and
-what Zarr gets is the very content that was checked. An array is opened by its own metadata; what the
-consolidated metadata of its group say of it can be opened as well, to be compared.
+Zarr believes what it reads: it makes codecs by name, and objects of any size. Here a node's JSON is read once
+(`nodes`), and what Zarr gets is the very content that was checked.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -33,8 +30,7 @@ MOST_DIMENSIONS = 8
 MOST_CHUNK_BYTES = 1 << 40
 MOST_ARRAY_BYTES = 1 << 62
 
-MOST_ENTRIES = 1000
-"""Entries of a folder that are looked at for a message."""
+MOST_ENTRIES = 1000  # entries of a folder that are looked at for a message
 
 _V3_TYPES = {
     **{"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4},
@@ -57,32 +53,28 @@ def is_array(store: Store, location: str) -> bool:
 def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None:
     """Open array `name` of the root group; None where nothing has that name.
 
-    Raises IntegrityError where its metadata is damaged, and ProblemError where it is a group or stored in a way that is not
-    read: codecs, data types, extensions.
+    Raises IntegrityError where its metadata is damaged, ProblemError where it is a group or stored in ways not read.
     """
     node = read_node(_reader(store, location), name, location)
     if node is None:
         return None
     kind, found = node
     if kind != "array":
-        raise ProblemError(f"{name!r} in {printable(location)} is a group: expected an array [B, H, N, D] or [H, N, D]")
-    return _array(store, name, found, f"array {name!r} of {printable(location)}")
+        raise ProblemError(f"{name!r} in {location} is a group: expected an array [B, H, N, D] or [H, N, D]")
+    return _array(store, name, found, f"array {name!r} of {location}")
 
 
 def open_consolidated(
     store: Store, group: Mapping[str, Any], names: Iterable[str], location: str
 ) -> dict[str, zarr.Array[Any]]:
-    """Open arrays as the consolidated metadata of `group`, the root, has them.
-
-    Raises as `open_array`.
-    """
+    """Open arrays as the consolidated metadata of `group`, the root, has them. Raises as `open_array`."""
     found = _read_consolidated(store, group, location)
-    arrays = {}
-    for name in names:
-        node = found.get(name)
-        if isinstance(node, dict):
-            arrays[name] = _array(store, name, node, f"array {name!r} in the consolidated metadata of {printable(location)}")
-    return arrays
+    described = f"in the consolidated metadata of {location}"
+    return {
+        name: _array(store, name, found[name], f"array {name!r} {described}")
+        for name in names
+        if isinstance(found.get(name), dict)
+    }
 
 
 def _read_consolidated(store: Store, group: Mapping[str, Any], location: str) -> dict[str, Any]:
@@ -116,46 +108,29 @@ def _array(store: Store, name: str, found: dict[str, Any], described: str) -> za
     except MemoryError:
         raise
     except Exception as error:  # Zarr has many
-        raise ProblemError(
-            f"{described} cannot be opened by zarr {zarr.__version__}: {printable(error)}; write it again"
-        ) from error
+        raise ProblemError(f"{described} cannot be opened by zarr {zarr.__version__}: {error}; write it again") from error
 
 
 def array_names(store: Store) -> list[str]:
-    """Names of some arrays in the root group, for a message.
-
-    The first thousand entries are looked at.
-    """
-    if isinstance(store, LocalStore):
-        return _array_folders(store)
-    if not store.supports_listing:
-        return []
+    """Names of some arrays in the root group, for a message. The first thousand entries are looked at."""
     try:
-        entries = sync(_some_entries(store))
-        return sorted(
-            name for name in entries if any(sync(store.exists(f"{name}/{key}")) for key in ("zarr.json", ".zarray"))
-        )
-    except Exception:  # a store that cannot list
-        return []
+        with name_failure("list", getattr(store, "root", store)):
+            return sync(_some_arrays(store)) if store.supports_listing else []
+    except Exception:
+        if isinstance(store, LocalStore):
+            raise
+        return []  # it cannot list
 
 
-def _array_folders(store: LocalStore) -> list[str]:
-    try:
-        with name_failure("list", store.root), os.scandir(store.root) as entries:
-            names = [entry.name for entry in itertools.islice(entries, MOST_ENTRIES)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    documents = ("zarr.json", ".zarray")
-    return sorted(name for name in names if any((store.root / name / document).is_file() for document in documents))
-
-
-async def _some_entries(store: Store) -> list[str]:
-    found = []
+async def _some_arrays(store: Store) -> list[str]:
+    found, seen = [], 0
     async for entry in store.list_dir(""):
-        found.append(entry.rstrip("/"))
-        if len(found) == MOST_ENTRIES:
+        name, seen = entry.rstrip("/"), seen + 1
+        if await store.exists(f"{name}/zarr.json") or await store.exists(f"{name}/.zarray"):
+            found.append(name)
+        if seen == MOST_ENTRIES:
             break
-    return found
+    return sorted(found)
 
 
 def _reader(store: Store, location: str) -> Read:
@@ -167,9 +142,11 @@ def _reader(store: Store, location: str) -> Read:
 
 def _read(store: Store, location: str, key: str) -> bytes | None:
     found = sync(store.get(key, buffer_prototype, RangeByteRequest(0, MOST_BYTES + 1)))
-    if found is not None and len(found) > MOST_BYTES:
+    if found is None:
+        return None
+    if len(found) > MOST_BYTES:
         raise damaged_metadata(location, f"{key} has more than {MOST_BYTES:,} bytes")
-    return None if found is None else found.to_bytes()
+    return found.to_bytes()
 
 
 def _check_v3(found: Mapping[str, Any], array: str) -> None:
@@ -224,10 +201,7 @@ def _configuration(found: Mapping[str, Any], field: str, names: tuple[str, ...],
 
 
 def _check_extents(found_shape: object, found_chunk: object, itemsize: int, array: str) -> list[int]:
-    """The chunk shape, once it and the shape are checked.
-
-    Zarr divides by the one and multiplies with the other.
-    """
+    """The chunk shape, once it and the shape are checked. Zarr divides by the one and multiplies with the other."""
     shape = _sizes("shape", found_shape, 0, array)
     chunk = _sizes("chunk shape", found_chunk, 1, array)
     if len(shape) != len(chunk):

@@ -1,7 +1,6 @@
 """The JSON documents of Zarr groups and arrays, read without Zarr.
 
-They are read with a bound, and parsed. Where the bytes come from is the caller's: a function of a key that gives its
-content, or None where there is none. What the documents say of an array is checked in `metadata`.
+They are read with a bound, and parsed. What they say of an array is checked in `metadata`.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from typing import Any
 
 from oocattn.errors import IntegrityError, RemoteDeniedError
 from oocattn.records import Count, Excerpt, from_json, parse_json
-from oocattn.storage.chunk_errors import html_page, is_html
+from oocattn.storage.chunk_errors import refuse_html
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.regular import read_file
-from oocattn.text import printable
 
 MOST_BYTES = 64 << 20
 """Of one document; the checksums of a result are in the attributes of its arrays."""
@@ -33,10 +31,7 @@ Node = tuple[str, dict[str, Any]]
 
 
 def folder_attributes(folder: Path) -> dict[str, Any]:
-    """The attributes of the group in a folder; none where no group is.
-
-    Raises IntegrityError where it is damaged.
-    """
+    """The attributes of the group in a folder; none where no group is. Raises IntegrityError where it is damaged."""
     group = read_group(partial(read_in_folder, folder), str(folder))
     return {} if group is None else attributes_of(group, str(folder))
 
@@ -51,26 +46,20 @@ class ArrayNode(Excerpt):
 
 
 def read_array(folder: Path, name: str) -> ArrayNode:
-    """Read an array of the group in a folder.
-
-    Raises IntegrityError where it is missing or damaged.
-    """
+    """Read an array of the group in a folder. Raises IntegrityError where it is missing or damaged."""
     node = read_node(partial(read_in_folder, folder), name, str(folder))
     if node is None or node[0] != "array":
-        raise IntegrityError(f"{printable(folder)} has no array {name!r}: expected a finished result; copy it again")
+        raise IntegrityError(f"{folder} has no array {name!r}: expected a finished result; copy it again")
     kind = node[1].get("data_type", node[1].get("dtype"))
     kind = _V2_NAMES.get(kind[1:], kind) if isinstance(kind, str) else kind
     try:
         return from_json(ArrayNode, {**node[1], "dtype": kind, "attributes": attributes_of(node[1], str(folder / name))})
     except ValueError as error:
-        raise damaged_metadata(node_name(name, str(folder)), printable(error)) from None
+        raise damaged_metadata(node_name(name, str(folder)), str(error)) from None
 
 
 def read_in_folder(folder: Path, key: str) -> bytes | None:
-    """The content of a file in a folder; None where there is none.
-
-    Raises IntegrityError for what is no such file.
-    """
+    """The content of a file in a folder; None where there is none. Raises IntegrityError for what is no such file."""
     try:
         return read_file(folder / key, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -78,14 +67,11 @@ def read_in_folder(folder: Path, key: str) -> bytes | None:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise IntegrityError(f"{printable(folder)}: {key} cannot be read ({words_of(error)})") from error
+        raise IntegrityError(f"{folder}: {key} cannot be read ({words_of(error)})") from error
 
 
 def read_group(read: Read, location: str) -> dict[str, Any] | None:
-    """The metadata of the group at the root of a store; None where no group is.
-
-    Raises IntegrityError where it is damaged. `location` is what messages call the store.
-    """
+    """The metadata of the group at the root of a store; None where no group is. Raises IntegrityError if it is damaged."""
     node = read_node(read, "", location)
     if node is None or node[0] != "group":
         return None
@@ -94,10 +80,7 @@ def read_group(read: Read, location: str) -> dict[str, Any] | None:
 
 
 def read_node(read: Read, path: str, location: str) -> Node | None:
-    """Read a node; None where there is none.
-
-    Raises RemoteDeniedError where a server lets no document be read.
-    """
+    """Read a node; None where there is none. Raises RemoteDeniedError where a server lets no document be read."""
     denied: list[RemoteDeniedError] = []
 
     def document(name: str) -> dict[str, Any] | None:
@@ -130,16 +113,12 @@ def read_document(read: Read, path: str, name: str, location: str) -> dict[str, 
     try:
         return parse_json(content, not_finite=True)
     except ValueError as error:
-        if is_html(content):
-            raise html_page(f"{name} of {node_name(path, location)}", content) from None
-        raise damaged_metadata(node_name(path, location), f"{name} is {printable(error)}") from None
+        refuse_html(f"{name} of {node_name(path, location)}", content)
+        raise damaged_metadata(node_name(path, location), f"{name} is {error}") from None
 
 
 def attributes_of(node: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The attributes of a node.
-
-    Raises IntegrityError, calling it `name`, where they are no object.
-    """
+    """The attributes of a node. Raises IntegrityError, calling it `name`, where they are no object."""
     attributes = node.get("attributes", {})
     if not isinstance(attributes, dict):
         raise damaged_metadata(name, "its attributes are no object")
@@ -153,4 +132,4 @@ def node_name(path: str, location: str) -> str:
 
 def damaged_metadata(name: str, reason: str) -> IntegrityError:
     """The error for metadata that cannot be what somebody wrote."""
-    return IntegrityError(f"the metadata of {printable(name)} is damaged: {reason}; copy it again")
+    return IntegrityError(f"the metadata of {name} is damaged: {reason}; copy it again")

@@ -1,8 +1,7 @@
 """The places of a run: its result, and the folder of job state beside it.
 
-While it runs, everything is in `RESULT.oocattn/`: the growing result, the journal, scratch, the lock and the status. When it
-is complete the result is renamed to `RESULT`, and only the report stays behind, beside which `verify` puts its certificate:
-what lies at `RESULT` is whole. What a run does to these places is in `state`.
+While it runs, everything is in `RESULT.oocattn/`: the growing result, the journal, scratch, the lock and the status.
+When it is complete the result is renamed to `RESULT`; only the report stays behind, and the certificate of `verify`.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ class ResultPaths:
 
     @classmethod
     def at(cls, path: str | Path) -> ResultPaths:
-        """The places of the result at `path`.
-
-        Raises ProblemError for a URL of another host: results are local.
-        """
+        """The places of the result at `path`. Raises ProblemError for a URL of another host: results are local."""
         result = resolve_path(output_path(path, "result"))
         if not result.name:
             raise ProblemError(f"result {result}: expected a path with a name for the Zarr group; add one")
@@ -59,8 +55,8 @@ class ResultPaths:
     def unfinished(self) -> Path | None:
         """The growing result of the run in the journal; None where there is none.
 
-        Every run has another name for it: what is left of a run that is gone, such as a worker that nobody has told, finds
-        its own no more and cannot write into that of the next. Raises IntegrityError for a journal that is damaged.
+        Every run has another name for it: a worker of a run that is gone cannot write into that of the next. Raises
+        IntegrityError for a journal that is damaged.
         """
         name = (read_header(self.state) or {}).get("result")
         if not (isinstance(name, str) and GROWING_NAME.fullmatch(name)):
@@ -98,10 +94,7 @@ class ResultPaths:
         return self.state / "certificate.html"
 
     def make_state(self) -> None:
-        """Make the folder of job state, if it is not there.
-
-        Raises IntegrityError where it is a link, or another user's.
-        """
+        """Make the folder of job state, if it is not there. Raises IntegrityError where it is a link, or another user's."""
         if not is_taken(self.state):
             make_durably(self.state)
         require_own(self.state)
@@ -112,10 +105,7 @@ class ResultPaths:
 
 
 def recorded_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of the result group at `path`; none where no group is.
-
-    Raises IntegrityError where its metadata is damaged.
-    """
+    """The attributes of the result group at `path`; none where no group is. Raises IntegrityError where it is damaged."""
     found = folder_attributes(path).get(ATTRIBUTES)
     return dict(found) if isinstance(found, Mapping) else {}
 
@@ -123,8 +113,7 @@ def recorded_attributes(path: Path) -> dict[str, Any]:
 def identity_at(path: Path) -> str | None:
     """An identity of the file or folder at a path; None where there is nothing.
 
-    It tells that from another one that is put there. Of a result it is what its metadata say, and when they came to be
-    there: not every file system gives a folder one number for good.
+    Of a result it is what its metadata say, and when they came to be there: inodes are not for good everywhere.
     """
     found = status_of(path)
     if found is None:

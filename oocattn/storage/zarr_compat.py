@@ -1,7 +1,4 @@
-"""Zarr's private modules, for every version: only this module imports them.
-
-What others use of Zarr is `zarr`, `zarr.codecs` and `zarr.storage`.
-"""
+"""Zarr's private modules, for every version: only this module imports them."""
 
 from __future__ import annotations
 
@@ -29,10 +26,7 @@ except ImportError:  # zarr 3.1
 
 
 def parse_metadata(document: dict[str, Any]) -> Any:
-    """The metadata object of an array's JSON document, of format 2 or 3.
-
-    Raises whatever Zarr raises.
-    """
+    """The metadata object of an array's JSON document, of format 2 or 3. Raises whatever Zarr raises."""
     kind: Any = ArrayV3Metadata if document.get("zarr_format") == 3 else ArrayV2Metadata
     return kind.from_dict(document)
 

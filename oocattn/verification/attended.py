@@ -1,7 +1,6 @@
 """The keys that rows attend: the mask, defined a second time on purpose.
 
-Nothing of `problem.mask` is used here, so that a fault there shows. A new mask is a case in `attended_ranges`; everything
-else follows from its ranges.
+Nothing of `problem.mask` is used here, so that a fault there shows. A new mask is a case in `attended_ranges`.
 """
 
 from __future__ import annotations

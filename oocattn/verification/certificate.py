@@ -1,8 +1,4 @@
-"""The certificate of a result, as a record and as JSON.
-
-Here is what follows from the findings; how they come about is in `verification` (rows), `storage.checksums` (bits) and
-`certifying` (all of it). The lines are `certificate_text`'s, the page is `certificate_page`'s.
-"""
+"""The certificate of a result, as a record and as JSON, and what follows from its findings."""
 
 from __future__ import annotations
 
@@ -15,25 +11,24 @@ from typing import Annotated, Any
 from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem, read_problem
 from oocattn.records import ADDED, Positive, Range, from_json, to_json
-from oocattn.storage.results.damage import Damage
+from oocattn.storage.results.rows import Damage
 from oocattn.storage.results.summary import FORMAT, Outcome
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
 from oocattn.verification.text import certificate_text
 
-MOST_SHOWING_NOTHING = 0.1
-"""The share of rows that show nothing above which a certificate is inconclusive."""
+MOST_SHOWING_NOTHING = 0.1  # the share of rows that show nothing above which a certificate is inconclusive
+_FOLLOWS = ("passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
 
 
 @dataclass(frozen=True)
 class Certificate:
     """The outcome of `verify`.
 
-    `asked` and `seed` determine the sample, of `asked` rows at most. `dataset_recorded` and `dataset_found` are the
-    fingerprints of the dataset that the run read and of the one that was read now; `digest` is the identity of the result's
-    bits, as they were written (None: no checksums are recorded); `ledger` is None where the run's report was not beside the
-    result. `computed_with` and `verified_with` are versions, `made` is when. `files` says where the certificate was
-    written, and is not part of it.
+    `asked` (the most rows) and `seed` determine the sample. `dataset_recorded` and `dataset_found` are the fingerprints
+    of the dataset that the run read and of the one read now; `digest` is the identity of the result's bits as written
+    (None: no checksums are recorded); `ledger` is None where the run's report was not beside the result.
+    `computed_with` and `verified_with` are versions, `made` is when. `files` are where it was written.
     """
 
     result: str
@@ -94,10 +89,7 @@ class Certificate:
 
     @property
     def error(self) -> float:
-        """The root mean square over rows of the relative error of `out`.
-
-        Rows that show nothing are left out, unless all do.
-        """
+        """The root mean square of the rows' relative errors of `out`. Rows that show nothing are left out, unless all do."""
         return math.hypot(*self._errors) / math.sqrt(len(self._errors))
 
     @property
@@ -137,13 +129,11 @@ class Certificate:
         bound = f"{share_bound(drawn):.2%}"
         claim = f"fewer than 3/{drawn} = {3 / drawn:.2%}" if drawn > 3 else f"at most {bound}"
         exact = f" (1 - 0.05^(1/{drawn}) = {bound})" if drawn > 3 else ""
+        but = f"; not counting rows like {left_out:,} of the recomputed ones, which show nothing" if left_out else ""
         return (
             f"of {drawn:,} {row} drawn uniformly at random none exceeds its tolerance: with 95% confidence {claim} of all "
-            f"{rows:,} rows do{exact}{self._left_out(left_out)}"
+            f"{rows:,} rows do{exact}{but}"
         )
-
-    def _left_out(self, rows: int) -> str:
-        return f"; not counting rows like {rows:,} of the recomputed ones, which show nothing" if rows else ""
 
     @property
     def strata(self) -> list[Stratum]:
@@ -188,35 +178,22 @@ class Certificate:
     @property
     def again(self) -> str:
         """The command that checks the same rows again."""
-        words = ["oocattn", "verify", self.result, "--rows", str(self.asked), "--seed", str(self.seed)]
-        words += ["--dataset", self.dataset]
-        words += ["--no-checksums"] if any(array.state == "not checked" for array in self.arrays) else []
-        return shlex.join(words)
+        sample = ["--rows", str(self.asked), "--seed", str(self.seed)]
+        without = ["--no-checksums"] if any(array.state == "not checked" for array in self.arrays) else []
+        return shlex.join(["oocattn", "verify", self.result, *sample, "--dataset", self.dataset, *without])
 
     def to_json(self) -> dict[str, Any]:
         """The certificate as JSON-ready values, with what follows from them."""
+        follows = {name: getattr(self, name) for name in _FOLLOWS} | {"strata": tuple(self.strata)}
         content = {name: value for name, value in to_json(self).items() if name != "files"}
-        summary = {"verdict": self.verdict, "statement": self.statement, "strata": to_json(tuple(self.strata))}
-        return {
-            "format": FORMAT,
-            "passed": self.passed,
-            "inconclusive": self.inconclusive,
-            **summary,
-            "error": to_json(self.error),
-            "worst_error": to_json(self.worst_error),
-            **content,
-        }
+        return {"format": FORMAT, **to_json(follows), **content}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Certificate:
-        """The certificate that `to_json` wrote.
-
-        Raises IntegrityError for anything else, also for another verdict.
-        """
-        follows = ("format", "passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
+        """The certificate that `to_json` wrote. Raises IntegrityError for anything else, also for another verdict."""
         try:
             found = dict(content)
-            summary = {name: found.pop(name) for name in follows}
+            summary = {name: found.pop(name) for name in ("format", *_FOLLOWS)}
             read_problem(found["problem"])
             certificate = from_json(cls, found)
             certificate._check_rows()

@@ -20,41 +20,30 @@ from oocattn.records import ADDED, Count, Excerpt, from_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.files.operations import words_of
-from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.inputs.posing import check_poses
+from oocattn.storage.inputs.dataset import Dataset, check_poses
 from oocattn.storage.paths import ResultPaths, identity_at
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.checksums import Checksums, read_bits, result_digest
-from oocattn.storage.results.damage import find_damage
-from oocattn.storage.results.rows import RowReader
+from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
 from oocattn.units import ceil_div, format_bytes
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
-from oocattn.verification.page import certificate_page
 from oocattn.verification.recompute import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
+from oocattn.verification.text import certificate_page
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
 
-LEAST_KEYS = 64
-"""Keys of the smallest tile that K and V are streamed in."""
-
+LEAST_KEYS = 64  # keys of the smallest tile that K and V are streamed in
 STEP_BYTES = 8 << 20
 """Read at a time for a checksum where chunks are plain files, at most: it stays in the processor's cache. Else a part is."""
 
-LEAST_STEP_BYTES = 64 << 10
-"""The same, at least: below it, calls take longer than bytes."""
-
-BASE_BYTES = 4 << 20
-"""For what does not grow with tiles and steps: Zarr's and Python's own."""
-
-ROW_BYTES = 8 << 10
-"""For a row in the sample, in the certificate and on its page."""
-
-PART_BYTES = 128
-"""For the checksum of a part, as it is read and parsed."""
+LEAST_STEP_BYTES = 64 << 10  # the same, at least: below it, calls take longer than bytes
+BASE_BYTES = 4 << 20  # for what does not grow with tiles and steps: Zarr's and Python's own
+ROW_BYTES = 8 << 10  # for a row in the sample, in the certificate and on its page
+PART_BYTES = 128  # for the checksum of a part, as it is read and parsed
 
 
 @dataclass(frozen=True)
@@ -79,26 +68,17 @@ def certify(
     host_memory: int,
     checksums: bool,
 ) -> Certificate:
-    """Verify a finished result, and write its certificate beside it.
-
-    The arguments are those of `oocattn.verify`.
-    """
+    """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
     recorded, identity = ResultAttributes.read(paths), identity_at(paths.result)
     problem, opened = recorded.problem, Dataset.open_recorded(recorded.dataset.location, dataset)
     check_poses(opened, problem, "result")
     readers = _readers(problem, arrays, paths)
     bits = read_bits(paths.result)
     compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
-    sizes = _sizes(problem, opened, readers, compared, rows, host_memory)
-    exact = recompute_rows(
-        problem,
-        opened,
-        borders=recorded.borders,
-        rows=rows,
-        seed=seed,
-        key_rows=sizes.key_rows,
-        weight_roundoff=_weight_roundoff(recorded),
-    )
+    key_rows, steps = _sizes(problem, opened, readers, compared, rows, host_memory)
+    roundoff = UNIT_ROUNDOFF[problem.dtype if recorded.plan.rounds_weights else "float32"]  # matrix units of GPUs: 16 bits
+    options = {"rows": rows, "seed": seed, "key_rows": key_rows}
+    exact = recompute_rows(problem, opened, borders=recorded.borders, weight_roundoff=roundoff, **options)
     certificate = Certificate(
         str(paths.result),
         opened.location,
@@ -106,7 +86,7 @@ def certify(
         rows,
         seed,
         rows=tuple(_check_row(problem, row, readers) for row in exact),
-        arrays=tuple(_check_array(readers[name], bits[name].checksums, sizes.steps.get(name)) for name in bits),
+        arrays=tuple(_check_array(readers[name], bits[name].checksums, steps.get(name)) for name in bits),
         digest=result_digest(bits),
         ledger=_ledger(problem, paths),
         dataset_recorded=recorded.dataset.fingerprint,
@@ -120,32 +100,18 @@ def certify(
     return _write_certificate(certificate, paths)
 
 
-def _weight_roundoff(recorded: ResultAttributes) -> float:
-    """The unit roundoff of the dtype that softmax weights are rounded to.
-
-    The matrix units of GPUs take 16 bits.
-    """
-    return UNIT_ROUNDOFF[recorded.problem.dtype if recorded.plan.rounds_weights else "float32"]
-
-
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
     """The totals in the report beside a result; None where there is no whole one."""
     try:
         content = read_json(paths.report) if is_folder(paths.state) else None
-        found = None if content is None else from_json(_RunCounts, content)
+        counts = asdict(from_json(_RunCounts, content))
     except (IntegrityError, ValueError):
         return None
-    if found is None:
-        return None
-    counts = asdict(found)
     return Ledger(expected=problem.pairs, counted=counts.pop("pairs"), **counts)
 
 
 def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict[str, RowReader]:
-    """The readers of `out` and `lse`.
-
-    Raises IntegrityError where they are not the arrays of such a problem.
-    """
+    """The readers of `out` and `lse`. Raises IntegrityError where they are not the arrays of such a problem."""
     shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
     expected = {"out": (shape, problem.out_dtype), "lse": (shape[:3], "float32")}
     for name, array in arrays.by_name.items():
@@ -158,14 +124,6 @@ def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict
     return {name: RowReader(name, array, str(paths.result)) for name, array in arrays.by_name.items()}
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Keys of K and V that are read at a time, and rows for checksums."""
-
-    key_rows: int
-    steps: Mapping[str, int]
-
-
 def _sizes(
     problem: Problem,
     dataset: Dataset,
@@ -173,10 +131,10 @@ def _sizes(
     compared: Mapping[str, Checksums],
     rows: int,
     host_memory: int,
-) -> _Sizes:
-    """The largest sizes that fit the budget, one after another.
+) -> tuple[int, Mapping[str, int]]:
+    """Keys, and rows of arrays for checksums, to read at a time within the budget.
 
-    Raises BudgetError where the smallest do not.
+    Raises BudgetError where the fewest do not.
     """
     rows = min(rows, problem.rows)
     always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(checksums) for checksums in compared.values())
@@ -197,14 +155,11 @@ def _sizes(
             f"--host-memory {format_bytes(host_memory)} is too small to verify this result: the smallest that works is "
             f"{ceil_div(max(least), 1 << 20)}MiB"
         )
-    return _Sizes(key_rows, steps)
+    return key_rows, steps
 
 
 def _steps(reader: RowReader, part: int) -> tuple[int, int]:
-    """The most and the fewest rows of an array to read at a time.
-
-    Its parts have `part` rows.
-    """
+    """The most and the fewest rows to read at a time of an array whose parts have `part` rows."""
     row = math.prod(reader.shape[3:]) * reader.dtype.itemsize
     most = min(part, reader.shape[2], max(1, STEP_BYTES // row) if reader.mapped else part)
     return most, min(most, max(1, LEAST_STEP_BYTES // row))

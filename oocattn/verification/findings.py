@@ -1,7 +1,4 @@
-"""The findings of `verify`: rows, checksums, ledger and strata.
-
-What follows from all of it together is `certificate`'s.
-"""
+"""The findings of `verify`: rows, checksums, ledger and strata."""
 
 from __future__ import annotations
 
@@ -12,15 +9,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from oocattn.records import Count, Range
-from oocattn.storage.results.damage import Damage
+from oocattn.storage.results.rows import Damage
 from oocattn.verification.sampling import StratumName
 
 MOST_OPEN = 0.01
 """Of `out` (relative) and of lse (absolute: so much is a share of the sum of weights). A row of which more may be lost
 shows nothing."""
 
-Limit = Annotated[float, Range(0.0, math.inf)]
-"""What is not negative, and may be Inf."""
+Limit = Annotated[float, Range(0.0, math.inf)]  # what is not negative, and may be Inf
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,7 @@ class ArrayCheck:
 class Ledger:
     """What the run counted; `other_bits` says what computed otherwise, or "".
 
-    Counts are of query-key pairs, expected and found, of NaN and Inf in its inputs and in `out`, and of elements of `out`
-    that only its dtype made Inf or 0.
+    Counts are of query-key pairs, of NaN and Inf in inputs and `out`, and of elements that only the dtype made Inf or 0.
     """
 
     expected: Count
@@ -91,10 +86,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Stratum:
-    """What was found in the rows of a stratum, or in all.
-
-    Errors are as in `RowCheck`.
-    """
+    """What was found in the rows of a stratum, or in all; errors are as in `RowCheck`."""
 
     name: str
     rows: int
@@ -109,17 +101,14 @@ class Stratum:
 
 
 def stratum_of(name: str, rows: Sequence[RowCheck]) -> Stratum:
+    maxima = ("error", "of_allowed", "ulps", "lse_error", "lse_ulps")
     return Stratum(
         name,
         rows=len(rows),
         wrong=sum(not row.passed for row in rows),
         showing_nothing=sum(row.passed and not row.shows for row in rows),
-        error=largest([row.error for row in rows]),
-        of_allowed=largest([row.of_allowed for row in rows]),
-        ulps=largest([row.ulps for row in rows]),
         mean_ulps=sum(row.mean_ulps for row in rows) / len(rows),
-        lse_error=largest([row.lse_error for row in rows]),
-        lse_ulps=largest([row.lse_ulps for row in rows]),
+        **{field: largest([getattr(row, field) for row in rows]) for field in maxima},
     )
 
 

@@ -1,7 +1,6 @@
 """Sampled rows of a result in float64, with K and V streamed.
 
-Nothing of a run is reused here: no kernel, no merge, no division; the formula of attention alone, in numpy. What is made of
-the comparison is `certificate`'s.
+Nothing of a run is reused here: no kernel, no merge, no division; the formula of attention alone, in numpy.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.problem.problem import Problem
-from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.verification.attended import AttendedKeys, attended_ranges
 from oocattn.verification.findings import RowCheck
-from oocattn.verification.repeats import slots_for
-from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors
-from oocattn.verification.sampling import SampledRow, StratumName, sample_rows
+from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, RoundingErrors, slots_for
+from oocattn.verification.sampling import SampledRow, sample_rows
 
 KEY_ROWS = 8192
 """Keys that are read and attended at a time, at most."""
@@ -33,17 +31,12 @@ Array64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class ExactRow:
-    """A row in float64: where it is and what it was sampled for, out [D] and lse.
+class ExactRow(SampledRow):
+    """A sampled row in float64: out [D] and lse.
 
-    `size` is the sum of weight times |value|; `allowed` and `allowed_lse` are what float32 arithmetic may lose of `out`
-    (norm over D) and of lse.
+    `size` is the sum of weight times |value|; `allowed` and `allowed_lse` are what float32 may lose of out (norm) and lse.
     """
 
-    batch: int
-    head: int
-    token: int
-    strata: tuple[StratumName, ...]
     out: Array64
     lse: float
     size: float
@@ -54,8 +47,8 @@ class ExactRow:
 def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> RowCheck:
     """The check of one row, found as `out` [D] and `lse`.
 
-    Errors of `out` are relative to the norm of the exact row; where that is nearly nothing, because values cancel or are as
-    small as the smallest numbers of the dtype of `out`, to a thousandth of the values' size or to 200 such roundings.
+    Errors of `out` are relative to the norm of the exact row; where that is nearly nothing, because values cancel or
+    are nearly subnormal in the dtype of `out`, to a thousandth of the values' size or to 200 such roundings.
     """
     tiny = SMALLEST[problem.out_dtype] / 2 * math.sqrt(problem.head_dim)
     norm = _norm(np.where(np.isfinite(exact.out), exact.out, 0.0))
@@ -68,11 +61,9 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
         overflow = (np.abs(exact.out) + allowed > LARGEST[problem.out_dtype]) & (out == np.copysign(np.inf, exact.out))
         error = _norm(np.where(overflow, 0.0, _difference(out, exact.out)))
         lse_error = _norm(_difference(*of_lse))
+    place = (exact.batch, exact.head, exact.token, exact.strata)
     return RowCheck(
-        exact.batch,
-        exact.head,
-        exact.token,
-        exact.strata,
+        *place,
         length=length,
         error=error / length,
         allowed=allowed / length,
@@ -87,8 +78,7 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
 def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
     """|found - exact| in units of the last place of `exact` in `dtype`.
 
-    That is at most 0.5 where it is rounded right. 0 where both are NaN or the same Inf, after rounding; Inf where only one
-    is.
+    At most 0.5 where it is rounded right; 0 where both are NaN or the same Inf, after rounding; Inf where only one is.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         rounded = exact.astype(numpy_dtype(dtype)).astype(np.float64)
@@ -135,10 +125,7 @@ def recompute_rows(
 
 
 def _difference(found: Array64, expected: Array64) -> Array64:
-    """|found - expected|: 0 where both are the same NaN or Inf.
-
-    It is Inf where only one is not finite.
-    """
+    """|found - expected|. 0 where both are the same NaN or Inf, Inf where only one is not finite."""
     same = (found == expected) | (np.isnan(found) & np.isnan(expected))
     finite = np.isfinite(found) & np.isfinite(expected)
     return np.where(same, 0.0, np.where(finite, np.abs(found - np.where(same, 0.0, expected)), np.inf))
@@ -182,19 +169,14 @@ def _recompute(
 
 
 class _Softmax:
-    """softmax(scale q k) v of some rows of one head group, in float64.
+    """softmax(scale q k) v of some rows of one head group, in float64, tile of keys by tile.
 
-    Keys come tile by tile. What is as large as a tile of keys lives in buffers that are used again, and the keys and values
-    that are passed are overwritten: `recompute_bytes` counts it all.
+    What is as large as a tile lives in buffers that are used again, and the keys and values that are passed are
+    overwritten: `recompute_bytes` counts it all.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        query: Array64,
-        attended: AttendedKeys,
-        key_rows: int,
-        weight_roundoff: float = UNIT_ROUNDOFF["float32"],
+        self, problem: Problem, query: Array64, attended: AttendedKeys, key_rows: int, weight_roundoff: float
     ) -> None:
         members = len(query)
         self._problem, self._query, self._attended = problem, query, attended
@@ -221,11 +203,9 @@ class _Softmax:
         np.subtract(scores, shift[:, None], out=weights)
         np.exp(weights, out=weights)
         self._rounding.see_weights(scores, weights, shift, kept)
-        self._den = self._den * kept + weights.sum(axis=1)
-        self._num *= kept[:, None]
-        self._size *= kept
-        self._passed *= kept
-        self._special *= kept[:, None]
+        for sums in (self._num, self._special, self._size, self._passed, self._den):
+            sums *= kept[:, None] if sums.ndim == 2 else kept
+        self._den += weights.sum(axis=1)
         self._maximum = risen
 
     def add(self, value: Array64, start: int) -> None:
@@ -243,7 +223,8 @@ class _Softmax:
         lengths = np.sqrt(np.einsum("nd,nd->n", value, value))
         first = start
         while first < start + len(value):
-            border = _next_border(first)
+            step = max(16, 1 << max(0, first.bit_length() - 5))  # about 16 partial sums in each doubling of the tokens
+            border = (first // step + 1) * step
             last = min(border, start + len(value))
             keys = slice(first - start, last - start)
             self._num += weights[:, keys] @ value[keys]
@@ -279,12 +260,3 @@ class _Softmax:
         """Views [rows, keys] of the buffers of scores and of weights."""
         scores, weights = (buffer[: len(self._query) * keys].reshape(len(self._query), keys) for buffer in self._buffers)
         return scores, weights
-
-
-def _next_border(token: int) -> int:
-    """The next token up to which a sum over keys is looked at.
-
-    There are about 16 in each doubling of the tokens.
-    """
-    step = max(16, 1 << max(0, token.bit_length() - 5))
-    return (token // step + 1) * step

@@ -1,8 +1,8 @@
 """What float32 arithmetic may lose in a row of attention.
 
-The allowance of a row follows from its own numbers. The row is out = sum_j P_j v_j with P = softmax(s), and lse = log sum_j
-exp(s_j). u is the unit roundoff of float32, 2^-24. No order of summation is assumed, because libraries differ in it. To
-first order an error e_j of each score changes
+The allowance of a row follows from its own numbers. The row is out = sum_j P_j v_j with P = softmax(s), and lse = log
+sum_j exp(s_j). u is the unit roundoff of float32, 2^-24. No order of summation is assumed, because libraries differ in
+it. To first order an error e_j of each score changes
 
     lse by sum_j P_j e_j    and    out by sum_j P_j e_j (v_j - out),
 
@@ -22,10 +22,10 @@ order, the squares of the partial sums add up to D (s^2 / 3 + sum t^2 / 6) in th
 of the squares of c such keys is c times as large. `SIGMAS` standard deviations are allowed. What exceeds the errors of
 scores of a few units counts as of one sign, because keys that differ little may have nearly equal errors, too.
 
-Libraries block sums over keys: a partial sum has hundreds of terms, whatever n is. The numbers of additions and the factors
-of merges and exponentials in `_of_out` and `_of_lse` were measured with torch on CPUs. Over thousands of random problems of
-every kind, the largest float32 errors are 0.8 of what is allowed; on unit-normal inputs, the median allowance is 5 to 11
-times the median error.
+Libraries block sums over keys: a partial sum has hundreds of terms, whatever n is. The numbers of additions and the
+factors of merges and exponentials in `_of_out` and `_of_lse` were measured with torch on CPUs. Over thousands of random
+problems of every kind, the largest float32 errors are 0.8 of what is allowed; on unit-normal inputs, the median
+allowance is 5 to 11 times the median error.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from oocattn.verification.repeats import Repeats
 
 Array64 = npt.NDArray[np.float64]
 
@@ -50,40 +48,56 @@ LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120, "float32": 2.0**
 
 UNIT = UNIT_ROUNDOFF["float32"]
 
-VARIANCE = 1 / 3
-"""The mean square of the rounding error of x, at most, in units of (u x)^2."""
-
-SIGMAS = 4.0
-"""Standard deviations that are allowed of errors that vary."""
-
+VARIANCE = 1 / 3  # the mean square of the rounding error of x, at most, in units of (u x)^2
+SIGMAS = 4.0  # standard deviations that are allowed of errors that vary
 FEW_WEIGHTS = 1.2
 """Where a few weights make up a row, their rounding is less even: 1.15 was the most in 11,520 rows of cuDNN's and
 FlashAttention's calls on problems of every kind (H200)."""
 
-MATRIX_UNITS = 1e-5
-"""Of lse: what matrix units that truncate sums and approximate powers of two may lose besides."""
-
+MATRIX_UNITS = 1e-5  # of lse: what matrix units that truncate sums and approximate powers of two may lose besides
 OVERFLOW = 2.0**119
 """Sums of values as large as this may overflow float32, with weights that a kernel has raised by up to 2^8."""
 
 SCORE_OVERFLOW = 2.0**126
 """Sums of products of a query and a key as large as this may overflow float32, before they are scaled."""
 
-LARGE = 0.25
-"""An error of a score that is not small: first-order analysis ends."""
-
-REPEATED = 4
-"""Occurrences of a key up to which sums over keys count as sums of different terms."""
-
+LARGE = 0.25  # an error of a score that is not small: first-order analysis ends
+REPEATED = 4  # occurrences of a key up to which sums over keys count as sums of different terms
+MOST_SLOTS = 1 << 20  # counts that are kept, at most. Where keys are many more, some that differ share a count.
 _MOST_RAISED = 30.0  # of an exponent, so that nothing overflows
+
+
+def slots_for(tokens: int) -> int:
+    """Counts that are kept for so many keys."""
+    return min(MOST_SLOTS, 1 << (8 * tokens - 1).bit_length())
+
+
+class Repeats:
+    """Counts the keys of one head as they come, by a hash of their bits."""
+
+    def __init__(self, tokens: int, head_dim: int) -> None:
+        self._counts = np.zeros(slots_for(tokens), np.uint32)
+        self._factors = np.random.default_rng(0).integers(0, 1 << 64, head_dim, np.uint64) | np.uint64(1)
+
+    def count(self, key: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Which occurrence of itself each key [n, D] is: [n], 1 for the first."""
+        bits = key.view(np.uint64)
+        mixed = bits ^ (bits >> np.uint64(31))  # a sign alone would reach the highest bit alone
+        sums = (mixed * self._factors).sum(axis=1, dtype=np.uint64)
+        slots = (sums >> np.uint64(65 - len(self._counts).bit_length())).astype(np.int64)
+        order = np.argsort(slots, kind="stable")
+        ordered = slots[order]
+        first = np.flatnonzero(np.diff(ordered, prepend=-1))  # of each run of equal slots
+        lengths = np.diff(first, append=len(ordered))
+        found = np.empty(len(key))
+        found[order] = np.arange(1, len(key) + 1) - np.repeat(first, lengths) + self._counts[ordered]
+        self._counts[ordered[first]] += lengths.astype(np.uint32)
+        return found
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """What float32 may lose in rows, both [rows] and absolute.
-
-    `out` is a norm over D.
-    """
+    """What float32 may lose in rows, both [rows] and absolute; `out` is a norm over D."""
 
     out: Array64
     lse: Array64
@@ -114,9 +128,9 @@ class _Moments:
 
 
 class RoundingErrors:
-    """Collects, key by key, what the allowance of some rows follows from.
+    """Collects, key by key, what the allowance of some rows of one head group follows from.
 
-    The rows are of one head group. `weight_roundoff` is that of the dtype that softmax weights were rounded to.
+    `weight_roundoff` is that of the dtype that softmax weights were rounded to.
     """
 
     def __init__(self, query: Array64, scale: float, tokens: int, key_rows: int, weight_roundoff: float = UNIT) -> None:
@@ -136,10 +150,7 @@ class RoundingErrors:
         self._buffers = [np.empty(rows * key_rows) for _ in range(3)]
 
     def see_keys(self, key: Array64, scores: Array64) -> None:
-        """Take the scores [rows, n] of the keys [n, D], -inf where masked.
-
-        The keys are overwritten.
-        """
+        """Take the scores [rows, n], -inf where masked, of the keys [n, D], which are overwritten."""
         self._coherence = 2 * self._repeats.count(key) - 1  # of c equal keys, these sum up to c^2
         error, variance, sizes = self._errors, self._variances, self._scratch = [
             buffer[: scores.size].reshape(scores.shape) for buffer in self._buffers
@@ -161,11 +172,7 @@ class RoundingErrors:
             np.maximum(self._reach, reach, out=self._reach)
 
     def _see_sums(self, scores: Array64, sizes: Array64, masked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
-        """Take sum|q k| of each score; return which scores may overflow to -Inf.
-
-        Products above 0 may overflow to Inf, those below 0 to -Inf: such keys then weigh nothing, which is wrong only where
-        they should.
-        """
+        """Take sum|q k| of each score; return which may overflow to -Inf. Their keys would weigh nothing."""
         largest = SCORE_OVERFLOW * min(1.0, self._scale)
         if sizes.max(initial=0.0) <= largest:
             return None
@@ -174,10 +181,7 @@ class RoundingErrors:
         return (sizes - finite) / 2 > largest
 
     def _bound_errors(self, error: Array64, variance: Array64, sizes: Array64) -> None:
-        """Split the error of each score, in place, into one sign and variance.
-
-        Given are |s|, sum (q k)^2 and sum|q k|.
-        """
+        """Split the error of each score, in place, into one sign and variance. Given are |s|, sum (q k)^2 and sum|q k|."""
         head_dim = self._head_dim
         variance *= (head_dim / 6 + 2) * self._scale**2  # + 2: each product is rounded, and so is the scaled query
         variance += error * error * (head_dim / 3)
@@ -217,7 +221,7 @@ class RoundingErrors:
         np.copyto(scratch, 0.0, where=~np.isfinite(scratch))
 
     def see_values(self, weights: Array64, value: Array64, lengths: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
-        """Take the values [n, D], all finite; rows attend all of them but those that are `hidden` [rows, n]."""
+        """Take the values [n, D], all finite. Rows attend all of them but those that are `hidden` [rows, n]."""
         squares = lengths * lengths
         self._square_of_values += weights @ squares
         self._systematic.add(self._errors, value, squares)
@@ -233,10 +237,7 @@ class RoundingErrors:
         np.maximum(self._largest_value, attended.max(axis=1), out=self._largest_value)
 
     def see_partial_sum(self, num: Array64, size: Array64, den: Array64, keys: npt.NDArray[np.int64]) -> None:
-        """Take the present sums of weight times value, and of weights.
-
-        `num` is [rows, D], `size` the sum of weight times |value|. They stand for so many keys of each row.
-        """
+        """Take the present sums: of weight times value, of weight times |value|, of weights. They stand for so many keys."""
         squares = np.einsum("md,md->m", num, num)
         self._partials.total += keys * den * den
         self._partials.vector += (keys * den)[:, None] * num
@@ -249,8 +250,8 @@ class RoundingErrors:
     ) -> Allowance:
         """The allowance of rows with these exact results.
 
-        Given are `out` [rows, D] and lse, largest scores, sums of weights and of weight times |value|, and numbers of keys.
-        Nothing is lost of a row whose scores are all -Inf: its weights are 0 in any arithmetic.
+        Given are `out` [rows, D], lse, largest scores, sums and numbers of keys. Nothing is lost of a row whose scores are
+        all -Inf: its weights are 0 in any arithmetic.
         """
         empty = np.isneginf(maximum)
         out, lse, rise = (np.where(np.isfinite(array), array, 0.0) for array in (out, lse, lse - maximum))

@@ -1,7 +1,4 @@
-"""Which rows are recomputed: sequence ends, chunk borders, random ones.
-
-From the random rows alone something follows for all the others.
-"""
+"""Which rows are recomputed: sequence ends, chunk borders, and random ones."""
 
 from __future__ import annotations
 
@@ -38,8 +35,8 @@ class SampledRow:
 def sample_rows(problem: Problem, borders: Sequence[int], rows: int, seed: int) -> list[SampledRow]:
     """Draw at most `rows` distinct rows, in the order of heads and tokens.
 
-    `borders` are the first tokens of all chunks but one. Rows chosen by their place take heads in turn. The others are drawn
-    uniformly without replacement, whatever was chosen before: a row may be in several strata, and is recomputed once.
+    `borders` are the first tokens of all chunks but one. Rows chosen by their place take heads in turn. The others are
+    drawn uniformly without replacement, whatever was chosen before: a row may be in several strata.
     """
     random = np.random.default_rng(seed)
     heads = problem.batch * problem.query_heads
@@ -68,10 +65,10 @@ def _by_place(
 
 
 def share_bound(drawn: int) -> float:
-    """The most rows that are wrong, as a share, with 95% confidence.
+    """The most rows that are wrong, as a share, where of `drawn` rows none was.
 
-    Of `drawn` rows none was wrong. If a share p were wrong, so many right rows would come with a probability of at most (1 -
-    p)^n: 1 - 0.05^(1/n) solves that for 5%, and is a little less than 3/n, the "rule of three" (Hanley and Lippman-Hand,
-    JAMA 249:1743, 1983).
+    With 95% confidence: if a share p were wrong, n right rows would come with a probability of at most (1 - p)^n: 1 -
+    0.05^(1/n) solves that for 5%, a little less than 3/n, the "rule of three" (Hanley and Lippman-Hand, JAMA 249:1743,
+    1983).
     """
     return float(-np.expm1(np.log(1 - CONFIDENCE) / drawn))

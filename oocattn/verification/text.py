@@ -1,11 +1,12 @@
-"""A certificate as a few lines for a terminal.
-
-What comes from files and names is escaped.
-"""
+"""A certificate as lines for a terminal, and as one HTML file. Foreign text is escaped."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.text import printable
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 20
 """Wrong rows, and damaged parts, that are listed for reading; the JSON has all."""
+
+WORST = 10  # rows that are shown one by one: the worst
 
 
 def certificate_text(certificate: Certificate) -> str:
@@ -103,3 +106,29 @@ def dataset_line(certificate: Certificate) -> str:
 def more_line(count: int) -> list[str]:
     """The line below a list that was cut."""
     return [f"  and {count - MOST_SHOWN:,} more"] if count > MOST_SHOWN else []
+
+
+def certificate_page(certificate: Certificate) -> str:
+    """Render the page as HTML, names escaped and hidden characters shown."""
+    environment = Environment(
+        loader=PackageLoader("oocattn", "verification"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
+    )
+    environment.filters.update(
+        sentence=lambda text: f"{text[:1].upper()}{text[1:]}.", thousands="{:,}".format, versions=_versions
+    )
+    return environment.get_template("page.html.jinja").render(
+        certificate=certificate,
+        worst=sorted(certificate.rows, key=lambda row: (row.passed, row.shows, -row.of_allowed))[:WORST],
+        checksum_lines=checksum_lines(certificate),
+        dataset_line=dataset_line(certificate),
+        error_line=error_line(certificate),
+        ledger_line=ledger_line(certificate),
+    )
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items()) or "unknown"

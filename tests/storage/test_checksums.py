@@ -22,8 +22,7 @@ from oocattn.storage.results.checksums import (
     read_bits,
     result_digest,
 )
-from oocattn.storage.results.damage import Damage, checksum, find_damage
-from oocattn.storage.results.rows import RowReader
+from oocattn.storage.results.rows import Damage, RowReader, checksum, find_damage
 
 SHAPE, ROWS = (2, 3, 50, 4), 20
 

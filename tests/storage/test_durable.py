@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from oocattn.storage.files import operations
-from oocattn.storage.files.durable import make_durably, write_durably, write_text
+from oocattn.storage.files.durable import make_durably, sync, write_durably, write_text
 from oocattn.storage.files.regular import read_file
-from oocattn.storage.files.syncing import sync
 
 
 def test_every_folder_that_gets_an_entry_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

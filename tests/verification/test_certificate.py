@@ -13,9 +13,9 @@ import pytest
 from support import a_problem
 
 from oocattn import Certificate, IntegrityError
-from oocattn.storage.results.damage import Damage
+from oocattn.storage.results.rows import Damage
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
-from oocattn.verification.page import certificate_page
+from oocattn.verification.text import certificate_page
 
 PROBLEM = a_problem(1000, query_heads=2)
 

@@ -1,8 +1,12 @@
 """Durable files: each is whole or not there, whatever happens.
 
-A file is written under a temporary name, synced and renamed, and its folder is synced. Everything that a run may need again
-goes through here: chunks, partials, the journal. A failure takes the temporary file with it; a kill leaves `*.partial`, as
-zarr's own writes do, and nobody reads it. A file is written relative to its folder, which may not be a symbolic link.
+A file is written under a temporary name, synced and renamed, and its folder is synced. Everything that a run may need
+again goes through here. A failure takes the temporary file with it; a kill leaves `*.partial`, as zarr's own writes do,
+and nobody reads it. A file is written relative to its folder, which may not be a symbolic link.
+
+Samba, some NFS servers and file systems in user space refuse to sync a folder, and a few a file. Nothing that was
+written is lost by that as long as the system runs; a power cut may cost what was written last. So it is logged once,
+and the run goes on. Any other answer is an error: after EIO, what was written may be lost.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import fcntl
 import itertools
 import mmap
 import os
+import stat
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,9 +31,8 @@ from numpy.typing import NDArray
 from oocattn.errors import IntegrityError
 from oocattn.records import parse_json
 from oocattn.storage.files.folders import open_folder
-from oocattn.storage.files.operations import UNSUPPORTED, name_failure
+from oocattn.storage.files.operations import UNSUPPORTED, name_failure, warn_once
 from oocattn.storage.files.regular import read_file
-from oocattn.storage.files.syncing import sync, sync_descriptor
 
 PARTIAL = ".partial"
 """How the names of files end that are not whole."""
@@ -36,13 +40,16 @@ PARTIAL = ".partial"
 MOST_RECORD = 1 << 26
 """Bytes of a record at most: of the checksums of 8 million parts."""
 
+_NO_FOLDERS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, *UNSUPPORTED})
+"""What a file system answers that does not open a folder to sync it, or does not sync what is open."""
+
 
 def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None = None, *, synced: bool = True) -> int:
     """Write C-contiguous arrays as the file `path`; return the bytes written.
 
-    The file is extended by zeros to `size` bytes, if given. When this returns, it is on disk, unless it need not be
-    `synced`. Raises IntegrityError where its folder is none, or a symbolic link, or where a folder is at `path`, and OSError
-    as the file system does; then what was at `path` is still there.
+    It is extended by zeros to `size` bytes. When this returns, it is on disk, unless it need not be `synced`. Raises
+    IntegrityError where its folder is none, or a symbolic link, or a folder is at `path`, OSError as the file system does;
+    what was there is then still there.
     """
     written = 0
     with replacement(path, synced=synced) as descriptor:
@@ -56,11 +63,7 @@ def write_durably(path: Path, content: Iterable[NDArray[Any]], size: int | None 
 
 @contextmanager
 def replacement(path: Path, *, synced: bool = True) -> Iterator[int]:
-    """Open a new file that replaces `path` when the `with` ends well.
-
-    It has a temporary name until then. A failure removes it, and what was at `path` is still there. Raises as
-    `write_durably`.
-    """
+    """Open a new file that replaces `path` when the `with` ends well. Raises as `write_durably`."""
     temporary = f"{path.name}.{uuid.uuid4().hex}{PARTIAL}"
     with open_folder(path.parent, listed=False) as folder, name_failure("write", path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -86,8 +89,7 @@ def replacement(path: Path, *, synced: bool = True) -> Iterator[int]:
 def _write(descriptor: int, content: NDArray[np.uint8], offset: int) -> None:
     """Write bytes at `offset`, past the page cache where possible.
 
-    That takes whole pages in memory, and a file system that can. Measured on a local disk, up to fsync: 1.6 to 2.3 GB/s
-    directly, 0.9 to 1.25 GB/s through the page cache.
+    Measured on a local disk, up to fsync: 1.6 to 2.3 GB/s directly, 0.9 to 1.25 GB/s through the page cache.
     """
     written = 0
     whole_pages = not any(number % mmap.PAGESIZE for number in (content.ctypes.data, content.nbytes, offset))
@@ -105,16 +107,59 @@ def _write(descriptor: int, content: NDArray[np.uint8], offset: int) -> None:
 
 
 def _extend(descriptor: int, written: int, size: int) -> None:
-    """Extend a file of `written` bytes by zeros to `size` bytes.
-
-    They are written where the file system cannot extend a file.
-    """
+    """Extend a file of `written` bytes by zeros to `size`. They are written where the file system cannot extend a file."""
     try:
         os.ftruncate(descriptor, size)
     except OSError as error:
         if error.errno not in (*UNSUPPORTED, errno.EPERM):
             raise
         _write(descriptor, np.zeros(size - written, np.uint8), written)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's entries, to disk. Raises OSError as the file system does."""
+    try:
+        with name_failure("open", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _NO_FOLDERS and path.is_dir():
+            _warn(path, os.stat(path), error)
+            return
+        raise
+    try:
+        sync_descriptor(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int, path: Path) -> None:
+    """As `sync`, of an open file or folder. `path` is what messages call it."""
+    with name_failure("sync", path):
+        status = os.fstat(descriptor)
+        unsupported = _NO_FOLDERS if stat.S_ISDIR(status.st_mode) else UNSUPPORTED
+        for function in (os.fsync, os.fdatasync):
+            try:
+                function(descriptor)
+            except OSError as error:
+                if error.errno not in unsupported:
+                    raise
+                refused = error
+            else:
+                break
+        else:
+            _warn(path, status, refused)
+
+
+def _warn(path: Path, status: os.stat_result, error: OSError) -> None:
+    """Say once for each file system that it does not sync."""
+    is_folder = stat.S_ISDIR(status.st_mode)
+    warn_once(
+        status.st_dev,
+        "sync",
+        "%s: this file system does not sync %s (%s): a power cut may cost what was written last; after one, resume with "
+        "--check-finished, and verify the result",
+        *(path if is_folder else path.parent, "folders" if is_folder else "files", os.strerror(error.errno or 0)),
+    )
 
 
 def make_durably(folder: Path) -> None:
@@ -127,10 +172,7 @@ def make_durably(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, synced: bool = True) -> None:
-    """Write a text as UTF-8, durably where `synced`.
-
-    Bytes of file names that are no UTF-8 become escapes.
-    """
+    """Write a text as UTF-8, durably where `synced`. Bytes of file names that are no UTF-8 become escapes."""
     write_durably(path, [np.frombuffer(text.encode("utf-8", "backslashreplace"), np.uint8)], synced=synced)
 
 
@@ -140,10 +182,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the JSON object that `write_record` wrote.
-
-    Raises IntegrityError for anything else, FileNotFoundError for nothing.
-    """
+    """Read the JSON object that `write_record` wrote. Raises IntegrityError for anything else."""
     return decode_record(read_file(path, MOST_RECORD, follow=False), path)
 
 
@@ -154,10 +193,7 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
 
 
 def decode_record(line: bytes, path: Path) -> dict[str, Any]:
-    """Parse the JSON object in a line.
-
-    Raises IntegrityError, naming the file, where its checksum does not match.
-    """
+    """Parse the JSON object in a line of the file `path`. Raises IntegrityError where its checksum does not match."""
     checksum, _, text = line.rstrip().partition(b" ")
     if checksum == b"%08x" % zlib.crc32(text):
         with suppress(ValueError):
@@ -166,10 +202,7 @@ def decode_record(line: bytes, path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, most: int = MOST_RECORD) -> dict[str, Any] | None:
-    """Read a JSON object of at most `most` bytes; None where there is no file.
-
-    Raises IntegrityError for anything else, also for a symbolic link.
-    """
+    """Read a JSON object of at most `most` bytes; None where there is no file. Raises IntegrityError for anything else."""
     try:
         return parse_json(read_file(path, most, follow=False))
     except (FileNotFoundError, NotADirectoryError):

@@ -1,7 +1,7 @@
 """Our own folders: opened without following links, cleared by file name.
 
-What is ours is told by names: a set of patterns of paths relative to a folder. A file that somebody else put there is never
-removed, nor is anything behind a symbolic link.
+What is ours is told by names: a set of patterns of paths relative to a folder. A file that somebody else put there is
+never removed, nor is anything behind a symbolic link.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from pathlib import Path
 from oocattn.errors import IntegrityError, ResultExistsError
 from oocattn.storage.files.operations import name_failure
 
-_TEMPORARY = r"(\.[0-9a-f]{32})?(\.partial)?"
-"""What the name of a file ends with while it is written."""
-
+_TEMPORARY = r"(\.[0-9a-f]{32})?(\.partial)?"  # what the name of a file ends with while it is written
 CHECKPOINTS = (r"partial-\d+-\d+-\d+" + _TEMPORARY,)
 JOURNAL = (r"\d+-\d+\.json" + _TEMPORARY,)
 
@@ -42,17 +40,17 @@ _HELD = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]+")
 
 @contextmanager
 def open_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
-    """Open a folder; yield its descriptor.
+    """Open a folder, which must be readable if it is to be `listed`; yield its descriptor.
 
-    Raises IntegrityError for a link or a file, OSError as `open`. It need not be allowed to list one that is not to be
-    `listed`.
+    Raises IntegrityError for a link or a file, OSError as `open`.
     """
     flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     with name_failure("open the folder", path):
         try:
             descriptor = os.open(path, flags | os.O_RDONLY)
         except NotADirectoryError:
-            raise IntegrityError(f"{path} is not a folder but {_kind(path)}: expected a folder; remove it") from None
+            found = "a symbolic link" if path.is_symlink() else "a file"
+            raise IntegrityError(f"{path} is not a folder but {found}: expected a folder; remove it") from None
         except OSError as error:
             if listed or error.errno not in (errno.EACCES, errno.EISDIR):
                 raise
@@ -64,10 +62,7 @@ def open_folder(path: Path, *, listed: bool = True) -> Iterator[int]:
 
 
 def status_of(path: Path) -> os.stat_result | None:
-    """The status of what is at a path, not following links; None where nothing is.
-
-    Raises OSError where that cannot be told.
-    """
+    """The status of what is at a path, not following links; None where nothing is. Raises OSError where that is unknown."""
     try:
         with name_failure("look at", path):
             return os.lstat(path)
@@ -89,8 +84,8 @@ def is_taken(path: Path) -> bool:
 def require_own(path: Path) -> None:
     """Raise IntegrityError unless `path` is a folder of this process's user.
 
-    Some file systems have users of their own (NFS that squashes them, SMB, sshfs): there it must be of the user that they
-    give what this process makes.
+    Some file systems have users of their own (NFS that squashes them, SMB, sshfs): there it must be of the user that
+    they give what this process makes.
     """
     with open_folder(path, listed=False) as descriptor, name_failure("look at", path):
         owner = os.fstat(descriptor).st_uid
@@ -111,10 +106,7 @@ def _owner_of_new_files(folder: Path) -> int | None:
 
 
 def names_in(path: Path) -> list[str]:
-    """List the names in a folder, sorted; none where there is no folder.
-
-    Raises IntegrityError for a link.
-    """
+    """List the names in a folder, sorted; none where there is no folder. Raises IntegrityError for a link."""
     try:
         with open_folder(path) as descriptor, name_failure("list", path):
             return sorted(os.listdir(descriptor))
@@ -128,10 +120,7 @@ def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:
 
 
 def find_foreign(folder: Path, ours: Sequence[str]) -> Path | None:
-    """Find a file below a folder that is not ours; None where all are.
-
-    Ours are regular files whose path from the folder matches one of the patterns `ours`.
-    """
+    """Find a file below a folder that is not ours; None where all are. Ours are regular and match a pattern of `ours`."""
     if not is_taken(folder):
         return None
     if not is_folder(folder):
@@ -157,8 +146,7 @@ def refuse_foreign(folder: Path, ours: Sequence[str]) -> None:
 def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False) -> bool:
     """Remove our files below a folder, then its empty folders unless kept.
 
-    Ours are regular files that match one of the patterns `ours`. Return whether nothing is left. A link is neither followed
-    nor removed.
+    Ours are regular files that match one of the patterns `ours`. Return whether nothing is left. Links are left alone.
     """
     if not is_folder(folder):
         return not is_taken(folder)
@@ -175,10 +163,9 @@ def remove_ours(folder: Path, ours: Sequence[str], *, keep_folders: bool = False
 
 
 def _walk(folder: Path, inside: Path = Path(), parent: int | None = None) -> Iterator[tuple[Path, dict[str, int], int]]:
-    """Walk a folder bottom-up: relative path, modes by name, descriptor.
+    """Walk a folder bottom-up without following links: relative path, modes by name, descriptor.
 
-    Links are not followed, by the way in which folders are opened: `os.fwalk` compares inodes, which not every file system
-    has for good.
+    (`os.fwalk` tells links by comparing inodes, which not every file system has for good.)
     """
     with name_failure("list", folder / inside):
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -201,7 +188,3 @@ def remove_file(path: Path) -> None:
     """Remove a file of our own, if it is there."""
     with suppress(FileNotFoundError), name_failure("remove", path):
         path.unlink()
-
-
-def _kind(path: Path) -> str:
-    return "a symbolic link" if path.is_symlink() else "a file"

@@ -1,7 +1,6 @@
 """Errors of the file system: operation, path, reason and remedy.
 
-The system's own errors name no operation, and those of operations on open files name no path either. Here an error keeps
-its number and its class (FileNotFoundError and so on), and gets the words that it lacks.
+An error keeps its number and its class (FileNotFoundError and so on), and gets the words that the system's own lacks.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ REMEDIES = {
 
 _MARK = "cannot "
 
-_said: set[tuple[int, str]] = set()
-"""What was said by `warn_once`."""
+_said: set[tuple[int, str]] = set()  # what was said by `warn_once`
 
 _saying = threading.Lock()
 

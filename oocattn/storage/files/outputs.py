@@ -1,7 +1,4 @@
-"""Output files that a user names: only files of oocattn are replaced.
-
-Each begins with a mark, by which the next run knows that it may be replaced.
-"""
+"""Output files that a user names. Only files of oocattn, told by their first bytes, are replaced."""
 
 from __future__ import annotations
 
@@ -22,15 +19,13 @@ SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
 JSON_MARK = '{"otherData": {"producer": "oocattn"}, '
 """The beginning of a trace."""
 
-_HEAD = 512
-"""Bytes at the beginning of a file within which its mark lies."""
+_HEAD = 512  # bytes at the beginning of a file within which its mark lies
 
 
 def check_output(path: Path) -> None:
-    """Raise unless `path` is free, or holds a file that oocattn wrote.
+    """Raise ResultExistsError unless `path` is free, or holds a file that oocattn wrote.
 
-    Raises ResultExistsError for anything else, also a symbolic link or a folder, and ProblemError where the folder of `path`
-    does not exist or cannot be written to, OSError where the file that is there cannot be read.
+    Raises ProblemError where its folder does not exist or cannot be written to, OSError where the file cannot be read.
     """
     folder = path.parent
     removed = folder.is_dir() and not folder.stat().st_nlink  # as a current folder may be
@@ -44,10 +39,7 @@ def check_output(path: Path) -> None:
 
 
 def write_output(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Have `write` fill the file `path`, atomically.
-
-    Raises as `check_output`, before and after writing.
-    """
+    """Have `write` fill the file `path`, atomically. Raises as `check_output`, before and after writing."""
     check_output(path)
     with replacement(path.parent.resolve() / path.name, synced=False) as descriptor:
         with open(descriptor, "w", encoding="utf-8", closefd=False) as file:

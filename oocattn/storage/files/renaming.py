@@ -1,7 +1,7 @@
 """Renaming that never replaces what has the name already.
 
-That is one step of the file system where it can (renameat2, Linux 3.15). Where it cannot, a name is claimed first, by what
-fails in one step if something has it: a hard link, a new empty file, or for a folder its own renaming.
+That is one step of the file system where it can (renameat2, Linux 3.15). Where it cannot, a name is claimed first, by
+what fails in one step if something has it: a hard link, a new empty file, or for a folder its own renaming.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ _NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, *UN
 def rename_new(source: Path, target: Path) -> None:
     """Give a file or folder the name `target`, on the same file system.
 
-    Raises FileExistsError where something has it. Of what lies at `target`, nothing but an empty folder is ever replaced, by
-    a folder and where renameat2 is missing.
+    Raises FileExistsError where something has it. Where renameat2 is missing, a folder replaces an empty folder.
     """
     with name_failure(f"rename {source} to", target):
         try:

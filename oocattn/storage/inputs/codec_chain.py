@@ -1,8 +1,8 @@
 """Which codecs are decoded, and how many bytes each may decode to.
 
-This is arithmetic over metadata alone. A chunk has a known size, so every stage of its decoding has one too: what a codec
-made of so many bytes when the chunk was written. Codecs that are not on the list are refused by name, before Zarr makes
-them: some run code (pickle), some make objects (json2, vlen-utf8), and of others no bound is known.
+A chunk has a known size, so every stage of its decoding has one too: what a codec made of so many bytes when the chunk
+was written. Codecs that are not on the list are refused by name, before Zarr makes them: some run code (pickle), some
+make objects (json2, vlen-utf8), and of others no bound is known.
 """
 
 from __future__ import annotations
@@ -28,21 +28,11 @@ _V3 = ("bytes", "transpose", "blosc", "gzip", "zstd", "crc32c", SHARDS)
 """The names that Zarr v3 has itself; the others begin with "numcodecs." there."""
 
 MOST_CODECS = 16
-MOST_DEPTH = 3
-"""Levels of shards within shards."""
-
-MOST_SHARD_CHUNKS = 1 << 20
-"""Chunks of a shard: its index, 16 bytes for each, is read whole."""
-
-MOST_NESTED = 1 << 12
-"""Shards within a shard: each has an index of its own to be read."""
-
-MOST_DICTIONARY = 1 << 26
-"""Bytes of the dictionary of a raw LZMA stream, as large as its highest preset has it."""
-
-SLACK_BYTES = 1 << 16
-"""For headers and the like of what a compressor makes."""
-
+MOST_DEPTH = 3  # levels of shards within shards
+MOST_SHARD_CHUNKS = 1 << 20  # chunks of a shard: its index, 16 bytes for each, is read whole
+MOST_NESTED = 1 << 12  # shards within a shard: each has an index of its own to be read
+MOST_DICTIONARY = 1 << 26  # bytes of the dictionary of a raw LZMA stream, as large as its highest preset has it
+SLACK_BYTES = 1 << 16  # for headers and the like of what a compressor makes
 _NUMBERS = re.compile(r"[<>|=]?[a-z]{1,8}[0-9]{0,2}")
 
 _CHECKSUM_BYTES = 4
@@ -53,10 +43,7 @@ Codec = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A codec of a chain, and the most bytes that it decodes to.
-
-    Where `exact`, it decodes to just so many.
-    """
+    """A codec of a chain, and the most bytes that it decodes to. Where `exact`, it decodes to just so many."""
 
     name: str
     decoded: int
@@ -67,8 +54,8 @@ class Stage:
 class Chain:
     """The codecs of a chunk, in the order of writing.
 
-    `stored` is the most bytes of a stored chunk, `widest` those of its largest stage. Where it is a shard, `inner` is the
-    chain of the chunks in it, `widest` is theirs, and `index` the bytes of its index.
+    `stored` is the most bytes of a stored chunk, `widest` those of its largest stage. Where it is a shard, `inner` is
+    the chain of the chunks in it, `widest` is theirs, and `index` the bytes of its index.
     """
 
     stages: tuple[Stage, ...]
@@ -79,10 +66,7 @@ class Chain:
 
 
 def v3_codecs(found: object, array: str) -> list[Codec]:
-    """The codecs of an array in Zarr v3.
-
-    Raises ProblemError, naming `array`, for one that is not on the list.
-    """
+    """The codecs of an array in Zarr v3. Raises ProblemError, naming `array`, for one that is not on the list."""
     return [_v3_codec(item, array) for item in _as_list(found, array)]
 
 
@@ -93,18 +77,15 @@ def v2_codecs(filters: object, compressor: object, array: str) -> list[Codec]:
 
 
 def chain_of(codecs: Sequence[Codec], chunk: Sequence[int], itemsize: int, array: str, depth: int = 1) -> Chain:
-    """The chain of a chunk of that shape.
-
-    Raises ProblemError, naming `array`, for one that is not decoded.
-    """
+    """The chain of a chunk of that shape. Raises ProblemError, naming `array`, for one that is not decoded."""
     if any(name == SHARDS for name, _ in codecs):
         return _shard_chain(codecs, chunk, itemsize, array, depth)
     nbytes, exact, stages = math.prod(chunk) * itemsize, True, []
     widest = nbytes
     for name, config in codecs:
         stages.append(Stage(name, nbytes, exact))
-        if name in COMPRESSORS:
-            nbytes, exact = _compressed_bytes(nbytes), False
+        if name in COMPRESSORS:  # all store what is random
+            nbytes, exact = nbytes + nbytes // 64 + SLACK_BYTES, False
         elif name in CHECKSUMS:
             nbytes += _CHECKSUM_BYTES
         elif name in FILTERS:
@@ -114,11 +95,6 @@ def chain_of(codecs: Sequence[Codec], chunk: Sequence[int], itemsize: int, array
             if exact:  # else it is small change
                 widest = max(widest, 16 * count if name == "fixedscaleoffset" else nbytes)  # numpy's float64, twice
     return Chain(tuple(stages), nbytes, widest)
-
-
-def _compressed_bytes(nbytes: int) -> int:
-    """Bound what a compressor makes of `nbytes`: all store what is random."""
-    return nbytes + nbytes // 64 + SLACK_BYTES
 
 
 def _shard_chain(codecs: Sequence[Codec], shard: Sequence[int], itemsize: int, array: str, depth: int) -> Chain:
@@ -134,13 +110,9 @@ def _shard_chain(codecs: Sequence[Codec], shard: Sequence[int], itemsize: int, a
         )
     config = codecs[0][1]
     chunk = config.get("chunk_shape")
-    sizes = (
-        isinstance(chunk, Sequence) and len(chunk) == len(shard) and all(type(size) is int and size > 0 for size in chunk)
-    )
-    if not sizes or any(extent % size for extent, size in zip(shard, chunk or (), strict=True)):
-        raise ProblemError(
-            f"{array} has shards {list(shard)} of chunks {chunk!r:.80}: expected chunks that divide the shard"
-        )
+    sized = isinstance(chunk, Sequence) and len(chunk) == len(shard) and all(type(n) is int and n > 0 for n in chunk)
+    if not sized or any(extent % size for extent, size in zip(shard, chunk or (), strict=True)):
+        raise ProblemError(f"{array} has shards {list(shard)} of chunks {chunk!r:.80}: expected chunks that divide them")
     chunks = math.prod(extent // size for extent, size in zip(shard, chunk or (), strict=True))
     codecs_within = v3_codecs(config.get("codecs"), array)
     most = MOST_NESTED if any(name == SHARDS for name, _ in codecs_within) else MOST_SHARD_CHUNKS
@@ -172,16 +144,16 @@ def _itemsize(dtype: object, array: str) -> int:
             found = np.dtype(object)
         if found.kind in "iufb" and found.itemsize <= 8:
             return found.itemsize
-    raise ProblemError(f"{array} has a filter for elements of type {printable(repr(dtype))}: expected one of numbers")
+    raise ProblemError(f"{array} has a filter for elements of type {dtype!r}: expected one of numbers")
 
 
 def _v3_codec(found: object, array: str) -> Codec:
-    name = found if isinstance(found, str) else found.get("name") if isinstance(found, Mapping) else None
-    config = found.get("configuration") if isinstance(found, Mapping) else None
-    known = name in _V3 if isinstance(name, str) else False
-    own = isinstance(name, str) and name.startswith("numcodecs.")
-    plain = name.removeprefix("numcodecs.") if isinstance(name, str) else ""
-    return _check_codec(found, plain, {} if config is None else config, array, known or (own and _is_numcodec(plain)))
+    described = found if isinstance(found, Mapping) else {"name": found}
+    named, config = described.get("name"), described.get("configuration")
+    name = named if isinstance(named, str) else ""
+    plain = name.removeprefix("numcodecs.")
+    allowed = name in _V3 or (name != plain and _is_numcodec(plain))
+    return _check_codec(found, plain, {} if config is None else config, array, allowed)
 
 
 def _v2_codec(found: object, array: str) -> Codec:
@@ -205,19 +177,12 @@ def _check_codec(found: object, name: str, config: object, array: str, allowed: 
         raise ProblemError(f"{array} has the codec {name} with the configuration {config!r:.80}: expected an object")
     if name in FILTERS:
         _itemsizes(name, config, 1, array)
-    if name == "lzma":
-        _check_dictionaries(config.get("filters"), array)
+    if name == "lzma" and config.get("filters") is not None:  # of a raw stream
+        for each in _as_list(config["filters"], array):
+            size = each.get("dict_size", 0) if isinstance(each, Mapping) else -1
+            if type(size) is not int or not 0 <= size <= MOST_DICTIONARY:
+                raise ProblemError(f"{array} has the codec lzma with the filter {each!r:.80}: expected a smaller dictionary")
     return name, config
-
-
-def _check_dictionaries(filters: object, array: str) -> None:
-    """Of a raw LZMA stream, whose filters are in the metadata."""
-    if filters is None:
-        return
-    for each in _as_list(filters, array):
-        size = each.get("dict_size", 0) if isinstance(each, Mapping) else -1
-        if type(size) is not int or not 0 <= size <= MOST_DICTIONARY:
-            raise ProblemError(f"{array} has the codec lzma with the filter {each!r:.80}: expected a smaller dictionary")
 
 
 def _as_list(found: object, array: str) -> Sequence[Any]:

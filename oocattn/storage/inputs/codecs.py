@@ -1,8 +1,7 @@
 """Reading rows through Zarr and its codecs: all but plain local chunks.
 
 Zarr reads a chunk that does not exist as its fill value, and decodes a chunk to whatever it decodes to. Here both are
-IntegrityErrors: `CompleteStore` refuses absent and oversized objects, shards.py looks for absent chunks within a shard, and
-decoding.py bounds what the codecs give.
+IntegrityErrors, by `CompleteStore`, shards.py (absent chunks within a shard) and decoding.py (bounds).
 """
 
 from __future__ import annotations
@@ -17,15 +16,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore, WrapperStore
 
 from oocattn.errors import OocattnError
-from oocattn.storage.chunk_errors import (
-    chunk_name,
-    html_page,
-    is_html,
-    missing_chunk,
-    oversized_chunk,
-    torn_chunk,
-    undecodable_chunk,
-)
+from oocattn.storage.chunk_errors import chunk_name, damaged_chunk, missing_chunk, refuse_html, torn_chunk, undecodable_chunk
 from oocattn.storage.inputs.decoding import array_chain, bounded_metadata
 from oocattn.storage.inputs.shards import check_shard
 from oocattn.storage.layout import chunk_bytes, chunk_key, leading_indices, stored_bytes
@@ -44,9 +35,7 @@ from oocattn.units import ceil_div
 STEP_BYTES = 32 * 2**20
 """Decoded bytes of the chunks that Zarr is asked for at a time, at most, unless one chunk is larger."""
 
-STEP_CHUNKS = 1024
-"""How many chunks it is asked for at a time, at most: each is a task of its own, with some kilobytes."""
-
+STEP_CHUNKS = 1024  # how many chunks it is asked for at a time, at most: each is a task of its own, with some kilobytes
 DECODE_COPIES = 4
 """Bound on the copies of a step that live at once: as stored, as decompressed, as filtered, and a shard's result."""
 
@@ -60,15 +49,13 @@ INDEX_COPIES = 4
 class CompleteStore(WrapperStore[Store]):
     """A store of whole chunks: an absent or oversized object is an error.
 
-    An object may have `most` bytes, or must have `exact` ones. Of a remote object no more than that is fetched; local ones
+    An object may have `most` bytes, or must have `exact` ones. No more than that is fetched of a remote object; local ones
     are mapped. `location` is for the message.
     """
 
     def __init__(self, store: Store, location: str = "", most: int = 2**63 - 1, exact: int | None = None) -> None:
         super().__init__(store)
-        self._location = location
-        self._most = most
-        self._exact = exact
+        self._location, self._most, self._exact = location, most, exact
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of `key`. Raises IntegrityError if there is none, or more than a chunk can have."""
@@ -91,9 +78,7 @@ class CompleteStore(WrapperStore[Store]):
         get_ranges = Store.get_ranges
 
     def _check_content(self, key: str, value: Buffer) -> None:
-        beginning = value[:64].to_bytes()
-        if is_html(beginning):
-            raise html_page(chunk_name(self._location, key), beginning)
+        refuse_html(chunk_name(self._location, key), value[:64].to_bytes())
         if self._exact is not None and len(value) != self._exact:
             raise torn_chunk(self._location, key, len(value), self._exact)
 
@@ -101,15 +86,12 @@ class CompleteStore(WrapperStore[Store]):
         if value is None:
             raise missing_chunk(self._location, key)
         if len(value) > self._most:
-            raise oversized_chunk(self._location, key, self._most)
+            raise damaged_chunk(self._location, key, f"has more than {self._most} bytes, the most that it can have")
         return value
 
 
 def complete_array(array: zarr.Array[Any], location: str) -> zarr.Array[Any]:
-    """The same array, to read: absent and oversized chunks are IntegrityErrors.
-
-    Raises ProblemError for codecs that are not decoded.
-    """
+    """The same array, to read: absent and oversized chunks are IntegrityErrors. Raises ProblemError as `array_chain`."""
     store = CompleteStore(array.store, location, array_chain(array).stored, stored_bytes(array))
     return array_at(store, array.path, bounded_metadata(array))
 
@@ -135,11 +117,7 @@ class CodecReader:
         return DECODE_COPIES * chunks * self._chain.widest + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
     def read(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Read tokens [start, stop) of one head into `out` [stop - start, D].
-
-        `out` has the array's dtype in native order. Raises IntegrityError for a chunk that is missing or that its codecs
-        refuse.
-        """
+        """Read tokens [start, stop) of one head into `out` [stop - start, D]. Raises as `read_span`."""
         index = leading_indices(self._array, batch, head)
         for shard in self._shards(index, start, stop):
             if (key := chunk_key(self._array, shard)) not in self._whole_shards:
@@ -160,8 +138,8 @@ class CodecReader:
 def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low: int, out: NDArray[Any]) -> None:
     """Read rows from `low` on of one head of a `complete_array` into `out`.
 
-    `out` is [n, ...], of its dtype in native order. `index` is (batch, head), or (head,). Raises IntegrityError for a chunk
-    that is missing or that its codecs refuse, which is named, and OSError as the file system does.
+    `out` is [n, ...], of its dtype in native order. `index` is (batch, head), or (head,). Raises IntegrityError for a
+    chunk that is missing or that its codecs refuse, which is named, and OSError as the file system does.
     """
     high, rows = low + len(out), array.chunks[len(index)]
     selection = (*(slice(at, at + 1) for at in index), slice(low, high))
@@ -171,7 +149,10 @@ def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low
     except (OocattnError, OSError, MemoryError):
         raise
     except BaseExceptionGroup as group:  # as Zarr raises what reads of a shard's parts raised
-        raise _first_error(group) from group
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from group
     except Exception as error:  # each codec has its own: RuntimeError, ValueError, zlib.error, EOFError, ...
         if str(error) == "can't start new thread":  # nor does that say anything of the chunk
             raise OSError(errno.EAGAIN, "cannot start a thread: raise the limit on processes (ulimit -u)") from error
@@ -179,11 +160,6 @@ def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low
             raise undecodable_chunk(location, _key(array, index, low), error) from error
         for first, last in _spans(low, high, rows):  # to find out which chunk it is
             read_span(array, location, index, first, out[first - low : last - low])
-
-
-def _first_error(error: BaseException) -> BaseException:
-    """The first exception in a group that holds no group."""
-    return _first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _key(array: zarr.Array[Any], index: tuple[int, ...], token: int) -> str:

@@ -1,7 +1,4 @@
-"""A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL.
-
-Here a dataset is found and checked to be whole; what identifies it is fingerprints.py's, how rows are read readers.py's.
-"""
+"""A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL."""
 
 from __future__ import annotations
 
@@ -15,13 +12,14 @@ from typing import Any
 
 import zarr
 
+from oocattn.arguments import Dtype
 from oocattn.errors import ProblemError
-from oocattn.problem.problem import ArraySpec
+from oocattn.problem.problem import ArraySpec, Problem, make_problem
+from oocattn.records import differences
 from oocattn.storage.chunk_errors import missing_chunk, torn_chunk
-from oocattn.storage.inputs.axes import check_axes
 from oocattn.storage.inputs.direct import FastestReader
 from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, chunk_files, fingerprints_of, identity
-from oocattn.storage.inputs.packing import MEANINGFUL, refuse_packed
+from oocattn.storage.inputs.meaning import MEANINGFUL, check_axes, refuse_packed, warn_if_transposed
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.inputs.shards import check_shard
 from oocattn.storage.layout import chunk_key, stored_bytes, stored_chunks
@@ -32,19 +30,15 @@ from oocattn.storage.remote.store import open_remote
 from oocattn.storage.zarr_compat import Store, sync
 from oocattn.text import printable
 
-ASKED = 64
-"""Chunks of a remote array that are asked for at the same time, where they are not listed."""
-
-MOST_NAMED = 10
-"""Arrays that the message names where one is missing."""
+ASKED = 64  # chunks of a remote array that are asked for at the same time, where they are not listed
+MOST_NAMED = 10  # arrays that the message names where one is missing
 
 
 @dataclass(frozen=True)
 class Dataset:
     """The input of a run: its location, and the arrays "q", "k" and "v".
 
-    `location` is an absolute path, or a URL without credentials. Opening reads metadata alone. It is sent to other processes
-    as its arrays' metadata; each learns again how they are read best.
+    `location` is an absolute path, or a URL without credentials. Other processes are sent the arrays' metadata alone.
     """
 
     location: str
@@ -52,11 +46,10 @@ class Dataset:
 
     @classmethod
     def open(cls, path_or_url: str | Path | Location) -> Dataset:
-        """Open a Zarr group, v3 or v2, for reading, at a path or a URL.
+        """Open a Zarr group, v3 or v2, for reading, at a path or a URL, which is checked first.
 
-        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes say that
-        its numbers or its axes are not what they would be taken for, and IntegrityError if its metadata is damaged. Nothing
-        is read before the location is checked.
+        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes give its
+        numbers or axes another meaning, and IntegrityError if its metadata is damaged.
         """
         location = parse_location(path_or_url)
         return cls._open_in(_open_store(location), str(location))
@@ -80,10 +73,7 @@ class Dataset:
 
     @classmethod
     def open_recorded(cls, recorded: object, named: str | Path | Location | None) -> Dataset:
-        """Open the dataset of a result or journal: where `named`, else as recorded.
-
-        Raises as `open`, and IntegrityError where something else than a local path is recorded.
-        """
+        """Open the dataset of a result or journal: where `named`, else at the `recorded_location`. Raises as both."""
         if named is not None:
             return cls.open(named)
         try:
@@ -113,22 +103,22 @@ class Dataset:
         return q, k, v
 
     def check_complete(self) -> None:
-        """Check that every chunk of q, k and v is there.
+        """Check that every chunk of q, k and v is there. Raises IntegrityError naming array, chunk and key.
 
-        Raises IntegrityError naming array, chunk and key. In a local folder each chunk file must exist and, where it is
-        stored as it is (no compressor, no shards), have exactly the size of a chunk: one `stat` a file. Elsewhere the keys
-        are listed once, where that is possible, and those not listed are asked for by name; a size counts where it is told.
-        Of a shard the index is read as well (16 bytes a chunk): every chunk that lies within the array's bounds must be in
-        it and, in a local folder, within the file. What chunks decode to is not checked.
+        A chunk that is stored as it is (no compressor, no shards) must have its size, where that is told. Elsewhere
+        than in a local folder the keys are listed once, where that is possible, and those not listed are asked for by
+        name. Of a shard the index is read as well (16 bytes a chunk). What chunks decode to is not checked.
         """
         for array in (self.arrays[name].array for name in NAMES):
-            _check_chunks(array, self.location)
+            expected = stored_bytes(array)
+            for coordinates, key, size in _sizes(array, self.location):
+                if expected is not None and size is not None and size != expected:
+                    raise torn_chunk(self.location, key, size, expected)
+                if array.shards is not None:
+                    check_shard(array, coordinates, self.location)
 
     def fingerprints(self) -> Fingerprints:
-        """The fingerprints of the dataset as it is now.
-
-        Raises IntegrityError for a chunk that is missing: any in a local folder, elsewhere one of the few that are sampled.
-        """
+        """The fingerprints of the dataset as it is now. Raises IntegrityError for a chunk that is found to be missing."""
         found = [fingerprints_of(name, self.arrays[name].array, self.location) for name in NAMES]
         return Fingerprints(*("-".join(digests) for digests in zip(*found, strict=True)))
 
@@ -143,6 +133,24 @@ class Dataset:
         return found.within_run if within_run else found.recorded
 
 
+def pose(dataset: Dataset, *, causal: bool, scale: float | None, out_dtype: Dtype | None) -> Problem:
+    """The problem of a dataset with these options. Raises as `make_problem`, and warns of more heads than tokens."""
+    chosen = None if out_dtype is None else str(out_dtype)
+    problem = make_problem(*dataset.specs, causal=causal, scale=scale, out_dtype=chosen)
+    warn_if_transposed(dataset.specs[0])
+    return problem
+
+
+def check_poses(dataset: Dataset, problem: Problem, whose: str) -> None:
+    """Raise ProblemError where a dataset poses another problem than `problem`, of a "run" or a "result" (`whose`)."""
+    posed = pose(dataset, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
+    if posed != problem:
+        raise ProblemError(
+            f"{dataset.location} poses another problem than the {whose}'s ({differences(problem, posed)}): name the dataset "
+            "that the run read (--dataset)"
+        )
+
+
 def _meaning(array: zarr.Array[Any]) -> dict[str, Any]:
     """What metadata say of an array's numbers and axes, by name."""
     attributes = {name: array.attrs[name] for name in MEANINGFUL if name in array.attrs}
@@ -151,39 +159,23 @@ def _meaning(array: zarr.Array[Any]) -> dict[str, Any]:
 
 
 def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], location: str) -> None:
-    """Raise ProblemError where consolidated metadata differ from the array's.
-
-    Zarr and xarray believe the consolidated metadata.
-    """
+    """Raise ProblemError where consolidated metadata differ from the array's. Zarr and xarray believe the former."""
     own, other = _meaning(array), _meaning(consolidated)
     for field in sorted({*own, *other}):
         if json.dumps(own.get(field), default=str) != json.dumps(other.get(field), default=str):
             raise ProblemError(
-                f"array {array.path!r} of {printable(location)} has {field} = {printable(repr(own.get(field))):.80}, but "
+                f"array {array.path!r} of {location} has {field} = {printable(repr(own.get(field))):.80}, but "
                 f"{printable(repr(other.get(field))):.80} in the consolidated metadata of its group: expected the same in "
                 "both, for many programs read these; bring them up to date with zarr.consolidate_metadata(PATH)"
             )
 
 
-def _check_chunks(array: zarr.Array[Any], location: str) -> None:
-    expected = stored_bytes(array)
-    for coordinates, key, size in _sizes(array, location):
-        if expected is not None and size is not None and size != expected:
-            raise torn_chunk(location, key, size, expected)
-        if array.shards is not None:
-            check_shard(array, coordinates, location)
-
-
 def _sizes(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
     """Coordinates, key and size, if it is told, of every chunk. Raises at the first that is missing."""
-    if isinstance(array.store, MappedStore):
-        return ((coordinates, key, status.st_size) for coordinates, key, status in chunk_files(array, location))
-    return _objects(array, location)
-
-
-def _objects(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
-    """Coordinates, key and size, if it is told, of every chunk of a remote array. Raises at the first that is missing."""
     store: Any = array.store
+    if isinstance(store, MappedStore):
+        yield from ((coordinates, key, status.st_size) for coordinates, key, status in chunk_files(array, location))
+        return
     listed, stored = sync(store.list_sizes(array.path)), stored_chunks(array)
     while batch := {chunk_key(array, coordinates): coordinates for coordinates in itertools.islice(stored, ASKED)}:
         found = sync(store.find_sizes([key for key in batch if key not in listed]))
@@ -217,7 +209,7 @@ def _what_is_at(store: Store, location: str) -> str:
 
 def _no_group(location: str, reason: str) -> ProblemError:
     return ProblemError(
-        f"no Zarr group at {printable(location)} ({reason}): give the path or URL of a group with the arrays q, k and v; "
+        f"no Zarr group at {location} ({reason}): give the path or URL of a group with the arrays q, k and v; "
         "`oocattn import` makes one from other files"
     )
 
@@ -232,6 +224,6 @@ def _array(store: Store, name: str, location: str) -> zarr.Array[Any]:
     if not store.supports_listing:
         shown = "its server does not list what is there"
     raise ProblemError(
-        f"no array {name!r} in {printable(location)}: {shown}; a dataset has the arrays q, k and v: rename the "
+        f"no array {name!r} in {location}: {shown}; a dataset has the arrays q, k and v: rename the "
         "array, or import the tensors with `oocattn import`"
     )

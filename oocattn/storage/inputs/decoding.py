@@ -1,8 +1,8 @@
 """Bounded decompression: no chunk decodes to more bytes than it must have.
 
-A few kilobytes can claim to be, and can really be, gigabytes. Formats that state their size are checked before anything is
-allocated; streams are decompressed piece by piece until they exceed the bound. `bounded_metadata` puts these decoders in
-the place of an array's own compressors; they decode and do not encode.
+A few kilobytes can claim to be, and can really be, gigabytes. Formats that state their size are checked before anything
+is allocated; streams are decompressed piece by piece until they exceed the bound. `bounded_metadata` puts these
+decoders in the place of an array's own compressors; they decode and do not encode.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ import numcodecs
 import numpy as np
 import zarr
 from numcodecs.abc import Codec as Numcodec
-from zarr.codecs import ShardingCodec
 
 from oocattn.storage.inputs.codec_chain import COMPRESSORS, Chain, Codec, Stage, chain_of, v2_codecs, v3_codecs
-from oocattn.storage.inputs.zstd_frames import first_size, frame_sizes
 from oocattn.storage.zarr_compat import ArraySpec, Buffer, BytesBytesCodec
 from oocattn.threads import begin_call
 
 PIECE_BYTES = 1 << 16
 """Compressed bytes that a stream is given at a time: deflate makes at most a thousand times as many of them."""
 
-STREAM_MEMORY = 1 << 27
-"""Bytes that an LZMA decoder may need for its dictionary; the highest preset needs 65 MiB."""
+STREAM_MEMORY = 1 << 27  # bytes that an LZMA decoder may need for its dictionary; the highest preset needs 65 MiB
+_FRAME, _SKIPPABLE = 0xFD2FB528, 0x184D2A50
+
+_RAW, _REPEATED = 0, 1  # kinds of a block: its bytes as they are, one byte so many times; others are compressed
+MOST_BLOCK_BYTES = 1 << 17  # what a compressed block holds at most
+MOST_BLOCKS = 1 << 18  # blocks that are looked at: there is one for each 128 KiB, or for what was flushed
 
 
 def array_chain(array: zarr.Array[Any]) -> Chain:
@@ -67,16 +69,9 @@ def _bounded_v3(own: Any, codecs: list[Codec], chain: Chain) -> list[Any]:
             _BoundedCodec(partial(decode, codec, stage)) if codec[0] in COMPRESSORS else original
             for original, codec, stage in zip(own, codecs, chain.stages, strict=True)
         ]
-    (shards,), config = own, codecs[0][1]
-    inner = _bounded_v3(shards.codecs, v3_codecs(config["codecs"], "the array"), chain.inner)
-    return [
-        ShardingCodec(
-            chunk_shape=shards.chunk_shape,
-            codecs=inner,
-            index_codecs=shards.index_codecs,
-            index_location=config["index_location"],
-        )
-    ]
+    (shards,) = own
+    inner = _bounded_v3(shards.codecs, v3_codecs(codecs[0][1]["codecs"], "the array"), chain.inner)
+    return [replace(shards, codecs=inner)]
 
 
 @dataclass(frozen=True)
@@ -153,17 +148,15 @@ def _lz4(content: memoryview, stage: Stage) -> Any:
 
 
 def _zstd(content: memoryview, stage: Stage) -> Any:
-    """Decode zstd into a buffer of the size that its frames state.
-
-    libzstd writes no more than that.
-    """
-    nbytes: int | None = first_size(content)
+    """Decode zstd into a buffer of the size that its frames state. libzstd writes no more than that."""
+    nbytes: int | None = _first_size(content)
     if nbytes != stage.decoded:
-        nbytes, most = frame_sizes(content)
+        nbytes, most = _frame_sizes(content)
         if nbytes is None and stage.exact:
             nbytes = stage.decoded  # another size is an error then
         elif nbytes is None and most <= 2 * stage.decoded:
-            return _check_size(stage.decoded, numcodecs.Zstd().decode(content))
+            decoded = numcodecs.Zstd().decode(content)
+            return decoded if len(decoded) <= stage.decoded else _refuse_size(stage.decoded)
         if nbytes is None or nbytes > stage.decoded:
             _refuse_size(stage.decoded)
     try:
@@ -172,10 +165,6 @@ def _zstd(content: memoryview, stage: Stage) -> Any:
         if "too small" in str(error):
             _refuse_size(nbytes)
         raise
-
-
-def _check_size(most: int, decoded: Any) -> Any:
-    return decoded if len(decoded) <= most else _refuse_size(most)
 
 
 def _inflate(new: Callable[[], Any], content: memoryview, most: int, several: bool) -> Any:
@@ -212,3 +201,57 @@ _STREAMS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "bz2": lambda config: bz2.BZ2Decompressor(),
     "lzma": _new_lzma,
 }
+
+
+def _first_size(content: memoryview) -> int | None:
+    """The size that the first frame states, or None."""
+    try:
+        return _frame_header(content, 4)[0] if _number(content, 0, 4) == _FRAME else None
+    except ValueError:
+        return None
+
+
+def _frame_sizes(content: memoryview) -> tuple[int | None, int]:
+    """The size that all frames state, or None, and the most they can hold. Raises ValueError for anything else."""
+    position, stated, most, seen, all_state = 0, 0, 0, 0, True
+    while position < len(content):
+        magic, seen = _number(content, position, 4), seen + 1
+        if magic & ~0xF == _SKIPPABLE:
+            position += 8 + _number(content, position + 4, 4)
+        elif magic == _FRAME:
+            size, checksum, position = _frame_header(content, position + 4)
+            all_state, stated = all_state and size is not None, stated + (size or 0)
+            last = False
+            while not last and seen <= MOST_BLOCKS:
+                last, held, position = _frame_block(content, position)
+                most, seen = most + held, seen + 1
+            position += checksum
+        else:
+            raise ValueError("it is not a zstd frame")
+        if seen > MOST_BLOCKS:
+            raise ValueError(f"it has more than {MOST_BLOCKS:,} zstd blocks")
+    return stated if all_state else None, most
+
+
+def _frame_header(content: memoryview, position: int) -> tuple[int | None, int, int]:
+    """A frame's stated size, its checksum's bytes, and where its blocks begin."""
+    descriptor = _number(content, position, 1)
+    single, checksum = descriptor >> 5 & 1, 4 * (descriptor >> 2 & 1)
+    nbytes = (single, 2, 4, 8)[descriptor >> 6]
+    begin = position + 1 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
+    size = _number(content, begin, nbytes) + (256 if nbytes == 2 else 0) if nbytes else None
+    return size, checksum, begin + nbytes
+
+
+def _frame_block(content: memoryview, position: int) -> tuple[bool, int, int]:
+    """Whether a block is the last, the most bytes in it, and where it ends."""
+    header = _number(content, position, 3)
+    kind, size = header >> 1 & 3, header >> 3
+    held = size if kind in (_RAW, _REPEATED) else MOST_BLOCK_BYTES
+    return bool(header & 1), held, position + 3 + (1 if kind == _REPEATED else size)
+
+
+def _number(content: memoryview, start: int, nbytes: int) -> int:
+    if start + nbytes > len(content):
+        raise ValueError(f"it ends early, after {len(content):,} bytes")
+    return int.from_bytes(content[start : start + nbytes], "little")

@@ -1,10 +1,9 @@
 """Reading rows straight from uncompressed chunk files: `preadv` or a map.
 
 Both readers take the same arguments and give the same bytes; which is faster depends on the machine, the file system
-and how much of the files is in the page cache, so `FastestReader` measures it on the dataset's own reads. Neither keeps
-a file open or mapped beyond its call, and each file is checked against the size that it must have. (A file cut short in
-place *while* it is copied from a map kills the process, where `preadv` raises. Writers that replace files by renaming,
-as Zarr's do, cannot bring that about.)
+and how much of the files is in the page cache, so `FastestReader` measures it on the dataset's own reads. Each
+file is checked against the size that it must have. (A file cut short in place *while* it is copied from a map kills the
+process, where `preadv` raises. Writers that replace files by renaming, as Zarr's do, cannot bring that about.)
 """
 
 from __future__ import annotations
@@ -24,17 +23,14 @@ from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
 from oocattn.storage.chunk_errors import refuse_missing, torn_chunk
-from oocattn.storage.files.mapping import map_file
 from oocattn.storage.files.operations import name_failure
-from oocattn.storage.files.regular import advise, open_regular
+from oocattn.storage.files.regular import advise, map_file, open_regular
 from oocattn.storage.layout import ChunkFiles, Part
 
 Reader = Callable[[ChunkFiles, int, int, int, int, NDArray[Any]], None]
 """(files, batch, head, start, stop, out): read tokens [start, stop) of one head into out [stop - start, D]."""
 
-READ_AHEAD = 2
-"""Chunks that `read_preadv` asks the kernel for ahead of the one that it copies."""
-
+READ_AHEAD = 2  # chunks that `read_preadv` asks the kernel for ahead of the one that it copies
 TRIALS = 4
 TRIAL_BYTES = 4 * 2**20
 """Each reader is timed on its first 4 reads of 4 MiB or more; of smaller reads the processor's caches decide."""
@@ -43,8 +39,7 @@ TRIAL_BYTES = 4 * 2**20
 def read_preadv(files: ChunkFiles, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
     """Read tokens [start, stop) of one head into `out` [stop - start, D].
 
-    `out` is C-contiguous, of the array's dtype. While a chunk is copied the kernel reads the next two of the request. Raises
-    IntegrityError for a chunk file that is missing or of another size than it must be.
+    `out` is C-contiguous, of the array's dtype. Raises IntegrityError for a chunk file that is missing or of another size.
     """
     content = _bytes_of(out)
     ahead = files.parts(batch, head, start, stop)
@@ -104,13 +99,10 @@ class FastestReader:
         began = time.perf_counter()
         reader(files, batch, head, start, stop, out)
         if trial:
-            self._learn(reader, (time.perf_counter() - began) / out.nbytes)
-
-    def _learn(self, reader: Reader, seconds_a_byte: float) -> None:
-        self._seconds_a_byte[reader].append(seconds_a_byte)
-        usual, other = self._seconds_a_byte.values()
-        if min(len(usual), len(other)) >= TRIALS:
-            self.learned = self._readers[statistics.median(other) < 0.9 * statistics.median(usual)]
+            self._seconds_a_byte[reader].append((time.perf_counter() - began) / out.nbytes)
+            usual, other = self._seconds_a_byte.values()
+            if min(len(usual), len(other)) >= TRIALS:
+                self.learned = self._readers[statistics.median(other) < 0.9 * statistics.median(usual)]
 
 
 def _bytes_of(out: NDArray[Any]) -> NDArray[np.uint8]:

@@ -15,20 +15,13 @@ from typing import Any
 
 import zarr
 
-from oocattn.storage.chunk_errors import irregular_chunk, missing_chunk, refuse_missing
+from oocattn.storage.chunk_errors import damaged_chunk, missing_chunk, refuse_missing
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import advise, open_regular, read_exactly
 from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks, stored_counts
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
-from oocattn.storage.zarr_compat import (
-    Buffer,
-    ByteRequest,
-    RangeByteRequest,
-    SuffixByteRequest,
-    default_buffer_prototype,
-    sync,
-)
+from oocattn.storage.zarr_compat import ByteRequest, RangeByteRequest, SuffixByteRequest, buffer_prototype, sync
 
 NAMES = ("q", "k", "v")
 """The arrays that a dataset has."""
@@ -47,11 +40,9 @@ _IDENTITY = (
 class Fingerprints:
     """Digests that tell a dataset from another, or from itself once changed.
 
-    Each is a digest of each array, joined by "-". All cover shape, dtype, chunk grid and codecs, the beginning and the end
-    of a few stored chunks and, in a local folder, the size of every chunk file. `recorded` covers their modification times
-    as well: results keep it, and a copy shares it if times were copied. `within_run` also covers change times, which cannot
-    be set back, and which no copy shares (not inodes: not every file system has them for good). `untimed` covers none of
-    these.
+    Each is one of each array, joined by "-". All cover shape, dtype, chunk grid and codecs, both ends of a few stored chunks
+    and, in a local folder, the size of every chunk file. `recorded` covers modification times, too: results keep it, and a
+    copy shares it if times were copied. `within_run` also covers change times, which no copy shares (inodes may change).
     """
 
     recorded: str
@@ -60,16 +51,13 @@ class Fingerprints:
 
 
 def changed_arrays(before: str, after: str) -> str:
-    """Name the arrays that differ between fingerprints: "k", "q, k and v".
-
-    "" where none does.
-    """
+    """Name the arrays that differ between fingerprints: "k", "q, k and v", or ""."""
     pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
     *first, last = [name for name, old, new in pairs if old != new] or [""]
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def fingerprints_of(name: str, array: zarr.Array[Any], location: str) -> tuple[str, str, str]:
+def fingerprints_of(name: str, array: zarr.Array[Any], location: str) -> tuple[str, ...]:
     """Half a SHA-256 for each of `Fingerprints`, in their order, in one walk."""
     beginning = json.dumps([name, identity(array)], sort_keys=True, default=str).encode()
     recorded, within_run, untimed = digests = tuple(hashlib.sha256(beginning) for _ in range(3))
@@ -81,8 +69,7 @@ def fingerprints_of(name: str, array: zarr.Array[Any], location: str) -> tuple[s
     for content in _sample(array, location):
         for digest in digests:
             digest.update(content)
-    first, second, third = (digest.hexdigest()[:32] for digest in digests)
-    return first, second, third
+    return tuple(digest.hexdigest()[:32] for digest in digests)
 
 
 def identity(array: zarr.Array[Any]) -> dict[str, Any]:
@@ -100,7 +87,7 @@ def chunk_files(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[i
         with refuse_missing(location, key), name_failure("look at", array.store.root / key):
             status = os.stat(array.store.root / key)
         if not stat.S_ISREG(status.st_mode):
-            raise irregular_chunk(location, key)
+            raise damaged_chunk(location, key, "is no regular file: expected one")
         yield coordinates, key, status
 
 
@@ -118,8 +105,9 @@ def _sample(array: zarr.Array[Any], location: str) -> list[bytes]:
         return [end for key in _sampled_keys(array) for end in _ends(array.store.root, key, location)]
     ends: list[ByteRequest] = [RangeByteRequest(0, SAMPLED_BYTES), SuffixByteRequest(SAMPLED_BYTES)]
     wanted = list(itertools.product(_sampled_keys(array), ends))
+    contents = sync(all_of(array.store.get(key, buffer_prototype, part) for key, part in wanted))
     found = []
-    for (key, _), content in zip(wanted, sync(_get_all(array, wanted)), strict=True):
+    for (key, _), content in zip(wanted, contents, strict=True):
         if content is None:
             raise missing_chunk(location, key)
         found.append(content.to_bytes())
@@ -132,8 +120,3 @@ def _ends(root: Path, key: str, location: str) -> list[bytes]:
         advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         last = max(0, os.fstat(descriptor).st_size - SAMPLED_BYTES)
         return [read_exactly(descriptor, SAMPLED_BYTES, start, root / key) for start in (0, last)]
-
-
-async def _get_all(array: zarr.Array[Any], wanted: list[tuple[str, ByteRequest]]) -> list[Buffer | None]:
-    prototype = default_buffer_prototype()
-    return await all_of(array.store.get(key, prototype, part) for key, part in wanted)

@@ -1,8 +1,4 @@
-"""Input arrays as a run sees them: read by rows of one head.
-
-`InputArray` picks the way: chunk files that are plain rows are read directly (direct.py), all else through Zarr
-(codecs.py). Finding the arrays of a dataset and checking them is dataset.py's.
-"""
+"""Input arrays as a run sees them: read by rows of one head. Plain files are read by direct.py, others by codecs.py."""
 
 from __future__ import annotations
 
@@ -24,8 +20,7 @@ from oocattn.storage.mapped_store import MappedStore
 class InputArray:
     """An array [B, H, N, D] or [H, N, D] of a dataset, read by rows of one head.
 
-    `location` is what messages call the dataset; the arrays of a dataset share one `fastest`. Every read fills a buffer
-    that the caller owns; reads may run in several threads at once.
+    Reads may run in several threads at once. Messages call the dataset `location`; its arrays share one `fastest`.
     """
 
     def __init__(self, name: str, array: zarr.Array[Any], location: str, fastest: FastestReader | None = None) -> None:
@@ -84,8 +79,13 @@ class InputArray:
         `out` is C-contiguous, of dtype `dtype`. Raises ValueError for rows that the array has not or a buffer that does not
         fit, and IntegrityError for a chunk that is missing, of the wrong size or undecodable; `out` is then undefined.
         """
-        self._check_rows(batch, head, start, stop)
-        expected = (stop - start, self.spec.shape[-1])
+        batches, heads, tokens, head_dim = self.spec.four_dimensional
+        if not (0 <= batch < batches and 0 <= head < heads and 0 <= start < stop <= tokens):
+            raise ValueError(
+                f"tokens [{start}, {stop}) of batch {batch}, head {head} of {self.name!r}: "
+                f"the array has {batches} batches, {heads} heads and {tokens} tokens"
+            )
+        expected = (stop - start, head_dim)
         if out.shape != expected or out.dtype != self.dtype or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(
                 f"buffer of {out.dtype} {list(out.shape)} for rows of {self.name!r}: expected {self.dtype} "
@@ -95,14 +95,6 @@ class InputArray:
             self._fastest.read(self._files, batch, head, start, stop, out)
         else:
             self._codec_reader.read(batch, head, start, stop, out)
-
-    def _check_rows(self, batch: int, head: int, start: int, stop: int) -> None:
-        batches, heads, tokens, _ = self.spec.four_dimensional
-        if not (0 <= batch < batches and 0 <= head < heads and 0 <= start < stop <= tokens):
-            raise ValueError(
-                f"tokens [{start}, {stop}) of batch {batch}, head {head} of {self.name!r}: "
-                f"the array has {batches} batches, {heads} heads and {tokens} tokens"
-            )
 
     @cached_property
     def _files(self) -> ChunkFiles | None:

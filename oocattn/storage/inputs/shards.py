@@ -1,7 +1,6 @@
-"""Checks of a shard's index: complete, and within the shard.
+"""Checks of a shard's index, before Zarr reads the shard: complete, and within the shard.
 
-Zarr reads a chunk that an index does not list as fill values, and believes every offset and length in it. Here an index is
-checked before Zarr reads the shard, and those of shards within it.
+Zarr reads a chunk that an index does not list as fill values, and believes every offset and length in it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from oocattn.storage.chunk_errors import missing_chunk, refuse_missing, undecoda
 from oocattn.storage.inputs.codec_chain import Chain
 from oocattn.storage.inputs.decoding import array_chain
 from oocattn.storage.layout import chunk_key
-from oocattn.storage.zarr_compat import ByteRequest, RangeByteRequest, buffer_prototype, sync
+from oocattn.storage.zarr_compat import RangeByteRequest, buffer_prototype, sync
 from oocattn.units import ceil_div
 
 _ABSENT = 2**64 - 1
@@ -30,7 +29,7 @@ _ABSENT = 2**64 - 1
 class _Shard:
     """A shard, or one within it: where it lies in the array and in an object.
 
-    It begins at element `origin`, and takes the bytes [begin, end) of the object `key`. `place` is what messages call it.
+    It begins at element `origin`, and takes the bytes [begin, end) of the object `key`; messages call it `place`.
     """
 
     array: zarr.Array[Any]
@@ -44,24 +43,18 @@ class _Shard:
 
 
 def check_shard(array: zarr.Array[Any], shard: tuple[int, ...], location: str) -> None:
-    """Check that a shard exists, and that its index lists every chunk.
+    """Check that a shard exists, and that its index lists every chunk in the array.
 
-    Chunks beyond the array's bounds may be missing. No two chunks may share bytes, nor a chunk and the index; none may be
-    longer than its codecs can make it, and none may lie beyond the shard. Shards within the shard are checked as well. Reads
-    indices alone: 16 bytes a chunk. Raises IntegrityError.
+    Shards within the shard are checked as well. No two chunks may share bytes, nor a chunk and the index; none may be longer
+    than its codecs can make it, or lie beyond the shard. Reads indices alone: 16 bytes a chunk. Raises IntegrityError.
     """
     assert array.shards is not None
     key = chunk_key(array, shard)
     origin = tuple(at * extent for at, extent in zip(shard, array.shards, strict=True))
-    whole = _Shard(array, location, key, key, origin, array.shards, 0, _size(array, key, location))
-    described: Any = array.metadata.to_dict()["codecs"]
-    _check(whole, described, array_chain(array))
-
-
-def _size(array: zarr.Array[Any], key: str, location: str) -> int:
-    """Bytes of a stored object."""
     with refuse_missing(location, key):
-        return sync(array.store.getsize(key))
+        nbytes = sync(array.store.getsize(key))
+    described: Any = array.metadata.to_dict()["codecs"]
+    _check(_Shard(array, location, key, key, origin, array.shards, 0, nbytes), described, array_chain(array))
 
 
 def _check(shard: _Shard, codecs: Any, chain: Chain) -> None:
@@ -94,7 +87,9 @@ def _place_of(shard: _Shard, at: Iterable[int]) -> str:
 
 def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int], size: int) -> NDArray[np.uint64]:
     """Read offset and length of every chunk: [*counts, 2], `size` bytes."""
-    content = sync(shard.array.store.get(shard.key, buffer_prototype, _window(shard, size, config["index_location"])))
+    at_start = config["index_location"] == "start"
+    first, last = (shard.begin, shard.begin + size) if at_start else (max(shard.begin, shard.end - size), shard.end)
+    content = sync(shard.array.store.get(shard.key, buffer_prototype, RangeByteRequest(first, last)))
     if content is None:
         raise missing_chunk(shard.location, shard.place)
     if len(content) != size:
@@ -104,29 +99,21 @@ def _read_index(shard: _Shard, config: Mapping[str, Any], counts: Sequence[int],
     return numbers.astype(np.uint64, copy=False).reshape(*counts, 2)
 
 
-def _window(shard: _Shard, size: int, where: str) -> ByteRequest:
-    if where == "start":
-        return RangeByteRequest(shard.begin, shard.begin + size)
-    return RangeByteRequest(max(shard.begin, shard.end - size), shard.end)
-
-
 def _check_stretches(shard: _Shard, index: NDArray[np.uint64], most: int, content: range) -> None:
-    """Check the stretches of bytes that an index lists.
-
-    Each has up to `most` bytes, and all lie in `content`, the shard without its index.
-    """
+    """Check the stretches of bytes that an index lists: up to `most`, in `content`, the shard without its index."""
     listed = index[(index != _ABSENT).any(axis=-1)]
     offsets, lengths = listed[np.argsort(listed[:, 0], kind="stable")].T
+    fault = ""
     if np.any(lengths == 0):  # Zarr would read fill values
-        raise undecodable_chunk(shard.location, shard.place, "its index lists a chunk of no bytes")
-    if np.any(lengths > most):
-        raise undecodable_chunk(shard.location, shard.place, f"its index lists {int(lengths.max()):,} bytes for one chunk")
-    if np.any(offsets > 2**63) or np.any((offsets + lengths)[:-1] > offsets[1:]):
-        raise undecodable_chunk(shard.location, shard.place, "its index lists chunks that overlap")
-    if len(listed) and not content.start <= int(offsets[0]) <= int(offsets[-1] + lengths[-1]) <= content.stop:
-        raise undecodable_chunk(
-            shard.location, shard.place, f"its index points beyond the {len(content):,} bytes of its chunks"
-        )
+        fault = "lists a chunk of no bytes"
+    elif np.any(lengths > most):
+        fault = f"lists {int(lengths.max()):,} bytes for one chunk"
+    elif np.any(offsets > 2**63) or np.any((offsets + lengths)[:-1] > offsets[1:]):
+        fault = "lists chunks that overlap"
+    elif len(listed) and not content.start <= int(offsets[0]) <= int(offsets[-1] + lengths[-1]) <= content.stop:
+        fault = f"points beyond the {len(content):,} bytes of its chunks"
+    if fault:
+        raise undecodable_chunk(shard.location, shard.place, f"its index {fault}")
 
 
 def _inside(shard: _Shard, chunk: tuple[int, ...]) -> tuple[slice, ...]:

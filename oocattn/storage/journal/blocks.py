@@ -1,8 +1,7 @@
 """Checksummed files of array blocks: partials and checkpoints.
 
-A file is a record, `{"blocks": [[bytes, crc32], ...], "label": {...}}`, padded to 4,096 bytes or a multiple, and then the
-raw bytes of the blocks. It is written durably, so a file under its final name is whole; the checksums find what happened to
-it since, and the label tells which one it is. What blocks and label mean is the caller's business.
+A file is a record, `{"blocks": [[bytes, crc32], ...], "label": {...}}`, padded to 4,096 bytes or a multiple, and then
+the raw bytes of the blocks. What blocks and label mean is the caller's business.
 """
 
 from __future__ import annotations
@@ -54,10 +53,7 @@ def write_blocks(path: Path, blocks: Sequence[Block], label: Mapping[str, Any]) 
 
 
 def read_label(path: Path) -> Mapping[str, Any]:
-    """Read the label of a file.
-
-    Raises IntegrityError, naming the file, where it is missing or its header is damaged.
-    """
+    """Read the label of a file. Raises IntegrityError where it is missing or its header is damaged."""
     with _open_blocks(path) as file:
         return _read_header(path, file).label
 

@@ -1,7 +1,4 @@
-"""The holder of a lock, as its file names it, and the claim of its run.
-
-How a lock is taken, kept and lost is in `lock`.
-"""
+"""The holder of a lock, as its file names it, and the claim of its run."""
 
 from __future__ import annotations
 
@@ -61,28 +58,7 @@ class Claim(Protocol):
     """What a lock gives to all who work under it; small, and can be sent."""
 
     def check(self) -> None:
-        """Raise LockedError where the lock is not held any more.
-
-        It is called before each step that others would see.
-        """
-
-
-class Lock(Protocol):
-    """Exclusive use of a result, as a context manager, wherever results are."""
-
-    @property
-    def holder(self) -> Holder:
-        """Who holds it."""
-
-    @property
-    def claim(self) -> Claim:
-        """What those who work under it ask."""
-
-    def is_held(self) -> bool:
-        """Whether nobody has taken it over."""
-
-    def release(self) -> None:
-        """Give it up."""
+        """Raise LockedError where the lock is not held any more. Asked before each step that others would see."""
 
 
 def read_holder(path: Path) -> Holder:

@@ -1,9 +1,8 @@
 """The journal of a run: its plan, and the query chunks it has finished.
 
-`RESULT.oocattn/plan.json` is written before the first task, and `RESULT.oocattn/finished/HEADGROUP-CHUNK.json` once `out`
-and `lse` of a chunk are on disk, before its partials are removed. All are records with a checksum, written durably. A record
-of a chunk carries the identity of its run: one of another run, or a damaged one, counts for nothing, and the chunk is
-computed again. A run that has lost its lock records nothing. What plan and records say is the caller's business.
+`RESULT.oocattn/plan.json` is written before the first task, and `RESULT.oocattn/finished/HEADGROUP-CHUNK.json` once
+`out` and `lse` of a chunk are on disk, before its partials are removed. A record of another run, or a damaged one,
+counts for nothing, and the chunk is computed again. What plan and records say is the caller's business.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from oocattn.errors import IntegrityError
-from oocattn.storage.files.durable import encode_record, read_record, write_record
-from oocattn.storage.files.folders import JOURNAL, is_taken, names_in, remove_ours
+from oocattn.storage.files.durable import encode_record, read_record, sync, write_record
+from oocattn.storage.files.folders import JOURNAL, names_in, remove_ours
 from oocattn.storage.files.operations import name_failure
-from oocattn.storage.files.syncing import sync
 from oocattn.storage.journal.claims import Claim
 from oocattn.text import printable
 
-OTHER_BITS = "other-bits.json"
+HEADER, OTHER_BITS = "plan.json", "other-bits.json"
 
 ChunkId = tuple[int, int]
 """A head group and one of its query chunks."""
@@ -31,10 +29,7 @@ ChunkId = tuple[int, int]
 
 @dataclass(frozen=True)
 class Journal:
-    """The journal of a run in the folder `state`.
-
-    `run` is an identity of everything that determines its result. It is written under a `claim` to the result's lock.
-    """
+    """The journal of the run `run`, an identity, in the folder `state`. It is written under a `claim` to the result."""
 
     state: Path
     run: str
@@ -47,7 +42,7 @@ class Journal:
         with name_failure("make", journal._folder):
             journal._folder.mkdir()
         claim.check()
-        write_record(state / "plan.json", header)
+        write_record(state / HEADER, header)
         return journal
 
     @property
@@ -99,12 +94,9 @@ class Journal:
 
 
 def read_header(state: Path) -> dict[str, Any] | None:
-    """Read the header of the unfinished run in `state`; None where there is none.
-
-    Raises IntegrityError where it is damaged.
-    """
+    """Read the header of the unfinished run in `state`; None if there is none. Raises IntegrityError for a damaged one."""
     try:
-        return read_record(state / "plan.json")
+        return read_record(state / HEADER)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except IntegrityError as error:
@@ -113,17 +105,9 @@ def read_header(state: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def journal_exists(state: Path) -> bool:
-    """Whether there is the journal of a run in a folder."""
-    return is_taken(state / "plan.json")
-
-
 def remove_journal(state: Path) -> None:
-    """Remove the journal in a folder, the header first.
-
-    Half of a journal is never believed then.
-    """
-    for name in ("plan.json", OTHER_BITS):
+    """Remove the journal in a folder, the header first: half of a journal is never believed."""
+    for name in (HEADER, OTHER_BITS):
         with suppress(FileNotFoundError), name_failure("remove", state / name):
             (state / name).unlink()
             sync(state)

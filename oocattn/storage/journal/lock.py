@@ -1,25 +1,20 @@
 """The lock of a result: it lives as long as its process.
 
-A token tells a holder who has lost it. The lock is the kernel's (`flock`), so it is gone with the process that held it,
-however that ended; the file's text only says who holds it. Whether such a lock is seen by other hosts depends on the file
-system (flock(2): on NFS since Linux 2.6.12, on CIFS since 5.5, unless they are mounted with local locks), so its holder also
-touches the file every few seconds: what another kernel's process left there is taken over only when that has stopped. A file
-system may have no locks at all (NFS without its lock daemon, some in user space): there, touching and watching is all that
-keeps others away, also on the same host. A lock file says whether its holder had the kernel's lock too.
+The lock is the kernel's (`flock`), so it is gone with the process that held it, however that ended; the file's text
+says who holds it. Whether other hosts see such a lock depends on the file system (flock(2): on NFS since Linux 2.6.12,
+on CIFS since 5.5, unless they are mounted with local locks). So the holder also touches the file every few seconds:
+what another kernel's process left there is taken over only when that has stopped. A file system may have no locks at
+all (NFS without its lock daemon, some in user space): only touching and watching keeps others away. A lock file says which.
 
-A process that is forked while it holds a lock shares it with the fork: so the fork closes the file, and the token is worth
-nothing there.
-
-A holder that slept through that goes on where its lock is another's by then. So each acquisition has a token of its own, in
-the file, which is asked for before every step that commits, discards, deletes or records: who does not find its own ends.
+A holder that slept through a takeover must not go on. So each acquisition has a token of its own, in the file, which is
+asked for before every step that commits, discards, deletes or records. A fork of the holder has it in vain.
 
 How the file changes, always whole:
   1. Lock a temporary file beside it, if that can be, and write holder and token to it.
   2. Nothing at the path: give it that name, unless something has it by now; then begin again.
   3. A file at the path: lock it, which succeeds only if its holder is gone or on another kernel; if it is on another
      kernel, or without the kernel's lock, watch for its beats. Then give the temporary file its name. Whoever waited for
-     the old file finds another one under its name. Which file is which is told by its text: not every file system has
-     numbers for that.
+     the old file finds another one under its name. Which file is which is told by its text: inodes may change.
 """
 
 from __future__ import annotations
@@ -32,33 +27,25 @@ import math
 import os
 import threading
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from weakref import WeakSet
 
 from oocattn.clock import now
 from oocattn.errors import IntegrityError, LockedError, TimeLimitError
-from oocattn.storage.files.durable import PARTIAL
+from oocattn.storage.files.durable import PARTIAL, sync_descriptor
 from oocattn.storage.files.operations import UNSUPPORTED, name_failure, warn_once
 from oocattn.storage.files.regular import open_regular, read_exactly, read_file
 from oocattn.storage.files.renaming import rename_new
-from oocattn.storage.files.syncing import sync_descriptor
 from oocattn.storage.journal.claims import MOST_BYTES, UNKNOWN_HOLDER, Holder, parse_holder, read_holder
 
 PATIENCE = 0.5
 """Seconds to wait for a lock: one who only looks at who holds it has it for a moment."""
 
-BEAT = 2.0
-"""Seconds between touches of the file by its holder."""
-
-RELEASE_SECONDS = 10.0
-"""Seconds for which a release waits for a touch in flight."""
-
-BEATS_MISSED = 3
-"""So many of them may fail to appear before a holder on another host is taken for dead."""
-
+BEAT = 2.0  # seconds between touches of the file by its holder
+RELEASE_SECONDS = 10.0  # seconds for which a release waits for a touch in flight
+BEATS_MISSED = 3  # so many of them may fail to appear before a holder on another host is taken for dead
 GRACE = 0.1
 """Seconds for which a lock file without words is watched: one is whole from its first moment where the file system can
 rename or link it, and nearly so elsewhere."""
@@ -100,12 +87,11 @@ class FileClaim:
             return False
 
 
-class FileLock:
-    """The lock of a result on a file system: a `Lock`.
+class FileLock(AbstractContextManager["FileLock"]):
+    """The lock of a result on a file system.
 
-    Raises LockedError with the holder's host and process. A lock that was left behind is taken over, and a warning says from
-    whom. Whether it was may take some seconds to tell: TimeLimitError where that would be after `until`, a moment of
-    `clock.now`.
+    Raises LockedError with the holder's host and process. A stale lock is taken over, with a warning. Whether it is
+    stale may take some seconds to tell: TimeLimitError where that would be after `until`, a moment of `clock.now`.
     """
 
     def __init__(self, path: Path, until: float = math.inf) -> None:
@@ -141,10 +127,7 @@ class FileLock:
         return self.claim.holds()
 
     def release(self) -> None:
-        """Release the lock; its file is removed unless another process took over.
-
-        In a fork of the holder, nothing happens.
-        """
+        """Release the lock, and remove its file unless another process took over. In a fork, nothing happens."""
         if self.claim.token in _left_to_parent:
             return
         _held.discard(self)
@@ -160,32 +143,21 @@ class FileLock:
                 self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
-    def leave_to_parent(self) -> None:
-        """Give up a lock that this process shares as a fork of its holder.
-
-        It would be held as long as the fork lives.
-        """
-        _left_to_parent.add(self.claim.token)
-        os.close(self._descriptor)
-
-    def __enter__(self) -> FileLock:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
 _held: WeakSet[FileLock] = WeakSet()
 
-_left_to_parent: set[str] = set()
-"""Tokens of locks that were held when this process was forked."""
+_left_to_parent: set[str] = set()  # tokens of locks that were held when this process was forked
 
 
 def _leave_all_to_parent() -> None:
+    """Give up locks that this process shares as a fork of their holder. It may live longer."""
     while _held:
-        _held.pop().leave_to_parent()
+        lock = _held.pop()
+        _left_to_parent.add(lock.claim.token)
+        os.close(lock._descriptor)
 
 
 os.register_at_fork(after_in_child=_leave_all_to_parent)
@@ -208,7 +180,7 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
                     *(path.parent, BEAT, BEATS_MISSED * BEAT),
                 )
                 sync_descriptor(descriptor, path)  # so that other hosts find it whole, which a lock would see to
-            while not _give_name(temporary, path) and not _take_over(temporary, path, until, flocked):
+            while not _give_name(temporary, path, until, flocked):
                 pass
         except BaseException:
             with suppress(OSError):
@@ -218,17 +190,11 @@ def _acquire(path: Path, holder: Holder, until: float) -> int:
     return descriptor
 
 
-def _give_name(temporary: Path, path: Path) -> bool:
-    """Give the lock file its name; False where something has it."""
-    try:
+def _give_name(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
+    """Give the lock file its name. False where a stale one that had it is gone meanwhile."""
+    with suppress(FileExistsError):
         rename_new(temporary, path)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _take_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool:
-    """Replace a stale lock file by ours; False where it is gone meanwhile."""
+        return True
     try:
         with open_regular(path, follow=False, writable=True) as left:  # NFS locks only those exclusively
             flocked &= _lock(left, path)
@@ -244,10 +210,7 @@ def _take_over(temporary: Path, path: Path, until: float, flocked: bool) -> bool
 
 
 def _watch(path: Path, until: float, flocked: bool) -> None:
-    """Return when the holder of a stale lock file is gone.
-
-    Its kernel tells where it was `flocked`, or else its silence.
-    """
+    """Return when the holder of a stale lock file is gone. Its kernel tells where it was `flocked`, or else its silence."""
     try:
         before = parse_holder(read_file(path, MOST_BYTES, follow=False))
     except (ValueError, IntegrityError):  # one that cannot be read at all is left: somebody may hold it
@@ -300,10 +263,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _flock(descriptor: int, kind: int, path: Path) -> bool:
-    """Lock an open file; False where the file system has no locks.
-
-    Raises BlockingIOError where another process has it.
-    """
+    """Lock an open file; False where the file system has no locks. Raises BlockingIOError where another process has it."""
     try:
         with name_failure("lock", path):
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -335,10 +295,7 @@ def lock_holder(path: Path) -> Holder | None:
 
 
 def holder_silence(path: Path) -> float:
-    """Seconds since the holder touched its lock file: `BEAT` unless stopped.
-
-    0 where that cannot be told: of a holder with another kernel, the clock may differ.
-    """
+    """Seconds since the holder touched its lock file. 0 for another kernel's, whose clock may differ."""
     if not read_holder(path).shares_kernel(Holder.this_process()):
         return 0.0
     try:

@@ -1,9 +1,6 @@
 """Our own Zarr arrays and datasets: how they are made and filled.
 
-Chunks hold plain rows of one head each, and are written whole and durably. Here live the chunk shape, the durable commit of
-one chunk (`write_chunk`), the creation of a dataset that appears under its name only when it is complete (`create_dataset`),
-and the loop that fills an array in parallel (`fill_array`). What is written comes from elsewhere: synth, importing and the
-results; reading is the business of dataset.py.
+Chunks hold plain rows of one head, and are written whole and durably. A dataset gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -23,38 +20,29 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec
 from zarr.storage import LocalStore
 
-import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import OocattnError, ProblemError, ResultExistsError
-from oocattn.storage.dtypes import numpy_dtype
-from oocattn.storage.files.durable import PARTIAL, write_durably
+from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.storage.files.durable import PARTIAL, sync, write_durably
 from oocattn.storage.files.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
 from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.files.renaming import rename_new
-from oocattn.storage.files.syncing import sync
 from oocattn.storage.layout import chunk_bytes
-from oocattn.storage.locations import Location, local_path, parse_location
+from oocattn.storage.locations import Location, parse_location, resolve_path
 from oocattn.storage.remote.store import RemoteStore, open_remote
 from oocattn.storage.zarr_compat import ArrayV3Metadata, Buffer, DefaultChunkKeyEncoding
 from oocattn.storage.zarr_compat import sync as zarr_sync
-from oocattn.text import printable
 from oocattn.threads import ThreadPool
 from oocattn.units import ceil_div
 
-CHUNK_BYTES = 32 * 2**20
-"""Size aimed at for a chunk; 8 to 64 MiB read equally well."""
-
-ROW_MULTIPLE = 4096
-"""Chunks of longer arrays hold a multiple of this many rows, so that they start on page boundaries."""
+CHUNK_BYTES = 32 * 2**20  # size aimed at for a chunk; 8 to 64 MiB read equally well
+ROW_MULTIPLE = 4096  # chunks of longer arrays hold a multiple of this many rows, so that they start on page boundaries
 
 
 logger = logging.getLogger("oocattn")
 
 
 class OwnStore(LocalStore):
-    """A store in a folder whose name only this process knows.
-
-    No object appears there in the meantime. LocalStore creates an object by a hard link, which not every file system has.
-    """
+    """A store in a folder of this process alone. LocalStore creates objects by hard links, which some file systems lack."""
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a key, unless it is there."""
@@ -125,9 +113,9 @@ def chunk_file(array: zarr.Array[Any], coords: tuple[int, ...]) -> Path:
 def write_chunk(array: zarr.Array[Any], coords: tuple[int, ...], data: NDArray[Any]) -> None:
     """Write chunk `coords` of `array` whole; when this returns, it is on disk.
 
-    `data` has the shape of `chunk_selection(array, coords)` and the dtype of the array. Arrays that are not of the kind
-    made by `create_array`, or not in a local store, are written through Zarr, without that promise. Raises ValueError
-    for another shape or dtype, OSError as the file system does.
+    `data` has the shape of `chunk_selection(array, coords)` and the dtype of the array. Arrays of another kind than
+    `create_array` makes, or not in a local store, are written through Zarr, without that promise. Raises ValueError for
+    another shape or dtype, OSError as the file system does.
     """
     selection = chunk_selection(array, coords)
     expected = tuple(part.stop - part.start for part in selection)
@@ -148,8 +136,7 @@ def fill_array(
     """Write every chunk of `array` from `rows(batch, head, start, stop)`.
 
     These are [stop - start, D] in the dtype of the array. Runs in `workers` threads (default: one a core), each with one
-    chunk in memory. The heads of one range of rows are asked for one after another, so that a source which interleaves them
-    is read from disk once.
+    chunk in memory. The heads of a range of rows follow one another, so that a source which interleaves them is read once.
     """
     batch, heads, tokens = array.cdata_shape[:3]
 
@@ -169,13 +156,14 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     """Create a Zarr group, to be filled inside the `with`, at `path` after it.
 
     Until then it grows under a temporary name beside `path`, and an exception removes it. (At a URL other than file://
-    it is made in place.) Raises ProblemError for a location that is not taken, and ResultExistsError where something is at
-    `path`, unless `overwrite` is given and that something is a Zarr group or array.
+    it is made in place.) Raises ProblemError for a location that is not taken, and ResultExistsError where something is
+    at `path`, unless `overwrite` is given and that something is a Zarr group or array.
     """
-    local = local_path(path)
-    if local is None:
-        yield _create_remote(parse_location(path), attributes, overwrite)
+    location = parse_location(path)
+    if location.path is None:
+        yield _create_remote(location, attributes, overwrite)
         return
+    local = resolve_path(location.path)
     refuse_to_destroy(local, overwrite)
     with name_failure("make", local.parent):
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +206,7 @@ def _create_remote(location: Location, attributes: dict[str, Any], overwrite: bo
     except FileExistsError as error:
         raise ResultExistsError(f"{url} exists already: choose another path, or overwrite it (--overwrite)") from error
     except Exception as error:  # each file system has its own
-        raise ProblemError(f"{url} cannot be created ({printable(error)}): check the URL and its access") from error
+        raise ProblemError(f"{url} cannot be created ({error}): check the URL and its access") from error
 
 
 async def _foreign_key(store: RemoteStore) -> str | None:
@@ -231,10 +219,7 @@ async def _foreign_key(store: RemoteStore) -> str | None:
 
 
 def refuse_to_destroy(path: Path, overwrite: bool) -> None:
-    """Raise ResultExistsError where something at `path` may not be replaced.
-
-    With `overwrite`, a Zarr group or array without other files may be.
-    """
+    """Raise ResultExistsError where something is at `path`. A Zarr group or array alone may be, with `overwrite`."""
     if not is_taken(path):
         return
     if not overwrite:
@@ -254,8 +239,8 @@ def sync_metadata(group: Path) -> None:
 def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
     """Give the complete group at `temporary` the name `path`.
 
-    One that is there already may be replaced with `overwrite`. Raises ResultExistsError where something else is there by
-    then. What was to be overwritten has its name again where the new one could not be given it.
+    With `overwrite` that may be another group's. Raises ResultExistsError where something else is there by then. Where it
+    fails, what was there has its name again.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     refuse_to_destroy(path, overwrite)
@@ -266,18 +251,13 @@ def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
         rename_new(temporary, path)
     except OSError as error:
         if replaced:
-            _give_back(aside, path)
+            try:
+                rename_new(aside, path)
+            except OSError as second:
+                logger.warning("%s; the group that was there is now at %s: rename it", words_of(second), aside)
         if isinstance(error, FileExistsError):
             raise ResultExistsError(f"{path} has appeared meanwhile: move it away and try again") from None
         raise
     sync(path.parent)
     if not remove_ours(aside, GROUP):
         logger.warning("%s was not removed: it holds files that Zarr did not write; move them away, and remove it", aside)
-
-
-def _give_back(aside: Path, path: Path) -> None:
-    """Give a group its name again; where that fails, log where it is."""
-    try:
-        rename_new(aside, path)
-    except OSError as error:
-        logger.warning("%s; the group that was there is now at %s: rename it", words_of(error), aside)

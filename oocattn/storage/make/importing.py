@@ -1,8 +1,4 @@
-"""Import of .npy, .safetensors and .pt files into a dataset of our own.
-
-The three tensors are checked against each other before anything is written; then they are copied chunk by chunk. Where they
-lie in their files, and how they are read from there, is tensor_files.py's.
-"""
+"""Import of .npy, .safetensors and .pt files into a dataset of our own. All three are checked first."""
 
 from __future__ import annotations
 
@@ -21,13 +17,11 @@ from oocattn.arguments import Dtype, checked
 from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError
 from oocattn.problem.problem import DTYPES, ArraySpec, make_problem
-from oocattn.storage.dtypes import numpy_dtype
-from oocattn.storage.inputs.axes import LAYOUTS, warn_if_transposed
-from oocattn.storage.locations import parse_location
+from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.storage.inputs.meaning import LAYOUTS, warn_if_transposed
+from oocattn.storage.locations import describe, parse_location
 from oocattn.storage.make.create import create_array, create_dataset, fill_array
 from oocattn.storage.make.tensor_files import FileTensor, open_npy, open_safetensors, open_torch
-from oocattn.storage.path_errors import no_file
-from oocattn.text import printable
 
 _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
 
@@ -46,15 +40,15 @@ def import_arrays(
 ) -> None:
     """Copy the tensors of three files into a new dataset at `path`.
 
-    Its arrays q, k and v have the shape [B, H, N, D]. More heads than tokens, by `layout`, are logged as a warning: the axes
-    may be in another order.
+    Its arrays q, k and v have the shape [B, H, N, D]. More heads than tokens, by `layout`, are logged as a warning: the
+    axes may be in another order.
 
     A file is `FILE.npy`, `FILE.safetensors` or `FILE.pt`, the last two with `:TENSOR` where they hold several tensors
     and none is called q, k or v. `layout` is the order of the axes in the files. float16, bfloat16 and float32 are kept
-    unless `dtype` asks for another of them, by a name or as that of NumPy or PyTorch; float64 is read only with a `dtype`.
-    Raises ProblemError for a file that is missing or not understood and for options, shapes and dtypes that cannot be,
-    before anything is written, and for a finite value that overflows `dtype`; ResultExistsError where `path` is taken and
-    `overwrite` is not given.
+    unless `dtype` asks for another of them, by a name or as that of NumPy or PyTorch; float64 is read only with a
+    `dtype`. Raises ProblemError for a file that is missing or not understood and for options, shapes and dtypes that
+    cannot be, before anything is written, and for a finite value that overflows `dtype`; ResultExistsError where `path`
+    is taken and `overwrite` is not given.
     """
     converted = None if dtype is None else str(dtype)
     sources = {name: _open(name, file) for name, file in (("q", q), ("k", k), ("v", v))}
@@ -69,10 +63,7 @@ def import_arrays(
 
 
 def _spec(name: str, source: FileTensor, layout: str, dtype: str | None) -> ArraySpec:
-    """The array that `source` becomes in the dataset.
-
-    Raises ProblemError where its rank or dtype cannot become that.
-    """
+    """The array that `source` becomes in the dataset. Raises ProblemError where its rank or dtype cannot become that."""
     if len(source.shape) != len(layout):
         raise ProblemError(
             f"{name} ({source.label}) has shape {list(source.shape)}: layout {layout} has {len(layout)} dimensions; "
@@ -106,19 +97,20 @@ def _read_rows(source: FileTensor, layout: str, dtype: str, batch: int, head: in
 def _open(name: str, typed: object) -> FileTensor:
     """Open the tensor that is to become array `name`."""
     if not isinstance(typed, str | os.PathLike):
-        raise no_file(typed, name)
+        raise ProblemError(
+            f"{name}: found {describe(typed)}, expected the path of a file: save the tensor with torch.save or numpy.save, "
+            "and name FILE.pt, FILE.npy or FILE.safetensors"
+        )
     file = os.fsdecode(typed)
     match = _FILE_AND_TENSOR.fullmatch(file)
     if match is None:
         raise ProblemError(f"{name}: {file} is not understood: expected FILE.npy, FILE.safetensors or FILE.pt[:TENSOR]")
     path, tensor = parse_location(match[1]).path, match[2]
     if path is None:
-        raise ProblemError(f"{name}: {printable(file)} is a URL: tensors are imported from local files; copy it first")
+        raise ProblemError(f"{name}: {file} is a URL: tensors are imported from local files; copy it first")
     try:
         if path.suffix == ".npy":
             return open_npy(name, path)
-        if path.suffix == ".safetensors":
-            return open_safetensors(name, path, tensor)
-        return open_torch(name, path, tensor)
+        return (open_safetensors if path.suffix == ".safetensors" else open_torch)(name, path, tensor)
     except (FileNotFoundError, NotADirectoryError):
-        raise ProblemError(f"{name}: there is no file {printable(path)}") from None
+        raise ProblemError(f"{name}: there is no file {path}") from None

@@ -1,10 +1,9 @@
 """Synthetic datasets of any size; each row follows from the seed alone.
 
-Rows come in fixed blocks of `BLOCK_ROWS`. Each block of each head of each array has a stretch of its own in the stream
-of a counter-based generator: Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed
-by (seed, array), its 256-bit counter started at (0, block, head, batch). So the numbers depend on neither the chunks
-nor the threads; and within a block they are drawn in order, because the normal deviates (ziggurat, with rejection) use
-a varying number of random words.
+Each block of `BLOCK_ROWS` rows of each head of each array has a stretch of its own in the stream of a counter-based
+generator: Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed by (seed, array), its
+256-bit counter started at (0, block, head, batch). So the numbers depend on neither the chunks nor the threads. Within a
+block they are drawn in order: normal deviates (ziggurat, with rejection) use a varying number of random words.
 """
 
 from __future__ import annotations
@@ -20,22 +19,16 @@ from numpy.typing import NDArray
 from oocattn import arguments
 from oocattn.arguments import MOST_SEED, Dtype, checked
 from oocattn.problem.problem import MAX_HEAD_DIM, ArraySpec, make_problem
-from oocattn.storage.dtypes import numpy_dtype
+from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.make.create import create_array, create_dataset, fill_array
 from oocattn.units import ceil_div
 
-BLOCK_ROWS = 4096
-"""Rows drawn from one start of the counter; part of the generator's definition."""
-
+BLOCK_ROWS = 4096  # rows drawn from one start of the counter; part of the generator's definition
 GENERATOR = "philox-normal-1"
 """Name and version of the generator, recorded in the dataset's attributes; a change of the numbers is a new version."""
 
-MAX_WORKERS = 1 << 10
-"""Threads that write at a time."""
-
-MOST_DEVIATION = 16.0
-"""A normal number is smaller than that, in all that are ever drawn."""
-
+MAX_WORKERS = 1 << 10  # threads that write at a time
+MOST_DEVIATION = 16.0  # A normal number is smaller than that, in all that are ever drawn
 ARRAYS = ("q", "k", "v")
 
 
@@ -73,11 +66,11 @@ def synthesise(
 ) -> None:
     """Write a dataset of unit-normal numbers.
 
-    q is [batch, heads, tokens, head_dim], k and v are [batch, kv_heads, tokens, head_dim]. `mean` is added to v; `kv_heads`
-    defaults to `heads`; `workers` is the number of threads (default: one a core), each holding one chunk. `dtype` is
-    float16, bfloat16 or float32, as a name ("bf16" and the like too) or as that of NumPy or PyTorch. The group's attributes
-    record what makes the dataset again. Raises ProblemError for an option that cannot be, ResultExistsError where `path` is
-    taken and `overwrite` is not given.
+    q is [batch, heads, tokens, head_dim], k and v are [batch, kv_heads, tokens, head_dim]. `mean` is added to v;
+    `kv_heads` defaults to `heads`; `workers` is the number of threads (default: one a core), each holding one chunk.
+    `dtype` is float16, bfloat16 or float32, as a name ("bf16" and the like too) or as that of NumPy or PyTorch. The
+    group's attributes record what makes the dataset again. Raises ProblemError for an option that cannot be,
+    ResultExistsError where `path` is taken and `overwrite` is not given.
     """
     shape = (batch, heads, tokens, head_dim)
     kv_shape = (batch, heads if kv_heads is None else kv_heads, tokens, head_dim)
@@ -96,19 +89,11 @@ def synthesise(
 
 
 def synthetic_rows(
-    seed: int,
-    array_name: str,
-    batch: int,
-    head: int,
-    start: int,
-    stop: int,
-    head_dim: int,
-    dtype: str,
-    mean: float = 0.0,
+    seed: int, array_name: str, batch: int, head: int, start: int, stop: int, head_dim: int, dtype: str, mean: float = 0.0
 ) -> NDArray[Any]:
     """Rows [start, stop) of one head of array q, k or v, normal around `mean`.
 
-    They are [stop - start, head_dim] in `dtype`. They are drawn as float32 and then rounded to `dtype`.
+    They are [stop - start, head_dim], drawn as float32 and then rounded to `dtype`.
     """
     rows = np.empty((stop - start, head_dim), numpy_dtype(dtype))
     for block in range(start // BLOCK_ROWS, ceil_div(stop, BLOCK_ROWS)):

@@ -1,9 +1,8 @@
 """Tensors in .npy, .safetensors and .pt files, read in parts.
 
 A file is opened without being loaded and without running what it may carry (.npy and .safetensors hold none, torch's
-weights_only=True keeps it from running). It is read, not mapped: not every file system can map, and a mapped file that is
-cut short ends the process. Only elements that lie scattered are copied from a map, if there can be one, for the time of
-one read. What the tensors are for is importing.py's.
+weights_only=True keeps it from running). It is read, not mapped: a mapped file that is cut short ends the process. Only
+elements that lie scattered are copied from a map, if there can be one, for the time of one read.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ from numpy.typing import NDArray
 
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.records import Count, Excerpt, from_json, parse_json
-from oocattn.storage.dtypes import numpy_dtype
-from oocattn.storage.files.mapping import map_file
+from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.files.operations import name_failure
-from oocattn.storage.files.regular import open_regular, read_exactly
-from oocattn.text import printable
+from oocattn.storage.files.regular import map_file, open_regular, read_exactly
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +33,7 @@ if TYPE_CHECKING:
 STEP_BYTES = 4 << 20
 """Bytes of a file that are read at a time, at most, also where most of them lie between those that are wanted."""
 
-_MOST_HEADER = 100 << 20
-"""Bytes of the header of a safetensors file, as its format has it."""
-
+_MOST_HEADER = 100 << 20  # bytes of the header of a safetensors file, as its format has it
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -53,10 +48,7 @@ class _Entry(Excerpt):
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a file: elements at `offset`, `strides` bytes apart.
-
-    `stamp` is the size and the time of change of the file when it was opened.
-    """
+    """A tensor in a file: elements at `offset`, `strides` bytes apart. `stamp` is of the file when it was opened."""
 
     path: Path
     label: str
@@ -67,10 +59,7 @@ class FileTensor:
     stamp: tuple[int, int]
 
     def read(self, part: Sequence[slice]) -> NDArray[Any]:
-        """A part of it, a slice for each axis.
-
-        Raises OSError as the file system does, ProblemError where the file is short or was changed.
-        """
+        """A part of it, a slice for each axis. Raises ProblemError where the file is short or was changed."""
         spans = [range(*each.indices(size)) for each, size in zip(part, self.shape, strict=True)]
         out = np.empty([len(span) for span in spans], self.dtype)
         first = [span.start for span in spans]
@@ -117,10 +106,7 @@ class FileTensor:
 
 
 def open_npy(name: str, path: Path) -> FileTensor:
-    """The array in a .npy file that is to become array `name`.
-
-    Raises ProblemError for one that is not understood.
-    """
+    """The array in a .npy file that is to become array `name`. Raises ProblemError for one that is not understood."""
     try:
         with open_regular(path) as descriptor, name_failure("read", path), open(descriptor, "rb", closefd=False) as file:
             readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -136,8 +122,7 @@ def open_npy(name: str, path: Path) -> FileTensor:
             raise ValueError(f"it has {stamp[0]:,} bytes of {needed:,}")
     except (ValueError, EOFError) as error:
         raise ProblemError(
-            f"{name}: {printable(path)} cannot be mapped to an array of numbers ({printable(error)}): save one plain array "
-            "with numpy.save"
+            f"{name}: {path} cannot be mapped to an array of numbers ({error}): save one plain array with numpy.save"
         ) from error
     if dtype.str[1:] in ("V2", "u2"):
         raise ProblemError(
@@ -152,8 +137,7 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
     """The tensor in a .safetensors file that is to become array `name`.
 
     It is called `tensor`, if that is given. The format: 8 bytes that say how long the header is, the header, which is JSON,
-    and the elements of the tensors (https://github.com/huggingface/safetensors; its library maps whole files). Raises
-    ProblemError for what is not that.
+    and the elements of the tensors (https://github.com/huggingface/safetensors). Raises ProblemError for anything else.
     """
     try:
         with open_regular(path) as descriptor:
@@ -179,7 +163,7 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
     except ProblemError:
         raise
     except ValueError as error:
-        raise ProblemError(f"{name}: {printable(path)} is not a whole safetensors file: {printable(error)}") from error
+        raise ProblemError(f"{name}: {path} is not a whole safetensors file: {error}") from error
     return FileTensor(path, f"{path}:{key}", shape, numbers, 8 + length + begin, _strides(shape, numbers), stamp)
 
 
@@ -201,8 +185,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
         raise
     except Exception as error:  # of a file that torch did not write it has many
         raise ProblemError(
-            f"{name}: {printable(path)} is not a file of plain tensors, as torch.save writes them: save one, or a dict of "
-            "them"
+            f"{name}: {path} is not a file of plain tensors, as torch.save writes them: save one, or a dict of them"
         ) from error
     label = str(path)
     if isinstance(found, dict):
@@ -216,30 +199,23 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
 
 
 def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
-    """Raise ProblemError where torch.save's elements are compressed or swapped.
-
-    torch tells where an element lies, and not that it is compressed; numbers of another byte order crash it.
-    """
+    """Raise ProblemError where stored elements are compressed or swapped. torch hides the one, and crashes on the other."""
     if not zipfile.is_zipfile(file):  # torch says what it is
         file.seek(0)
         return
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ProblemError(f"{name}: {printable(path)} is compressed: load it, and save it again with torch.save")
+            raise ProblemError(f"{name}: {path} is compressed: load it, and save it again with torch.save")
         for each in archive.namelist():
             if each.rpartition("/")[2] == "byteorder" and archive.open(each).read(16) != b"little":
                 raise ProblemError(
-                    f"{name}: {printable(path)} has numbers of another byte order than little-endian: save it again on "
-                    "this machine"
+                    f"{name}: {path} has numbers of another byte order than little-endian: save it again on this machine"
                 )
     file.seek(0)
 
 
 def _without_data() -> AbstractContextManager[object]:
-    """A context in which torch.load to the device "meta" reads no elements.
-
-    Older versions need fake tensors for that.
-    """
+    """A context in which torch.load to "meta" reads no elements. Older versions need fake tensors for that."""
     import torch
 
     if hasattr(torch.serialization, "_is_meta_location"):
@@ -278,7 +254,7 @@ def _pick(name: str, path: Path, tensor: str | None, found: list[str]) -> str:
 
 def _unsupported(name: str, label: str, dtype: object) -> ProblemError:
     expected = ", ".join(_SAFETENSORS_DTYPES.values())
-    return ProblemError(f"{name} ({label}) has dtype {printable(dtype)}: expected one of {expected}; convert it first")
+    return ProblemError(f"{name} ({label}) has dtype {dtype}: expected one of {expected}; convert it first")
 
 
 def _stamp(descriptor: int, path: Path) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """Files behind http and https, on servers as they really are.
 
 They may lack ranges and HEAD, compress, redirect or stall. fsspec's own class takes the whole file for a range where a
-server ignores ranges, and takes every failure to learn a size for a missing file. Importing this module needs aiohttp. What
-failures mean, and further tries, are transient.py's.
+server ignores ranges, and takes every failure to learn a size for a missing file. Importing this module needs aiohttp.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from yarl import URL
 
 from oocattn import clock
 from oocattn.errors import RemoteError
-from oocattn.text import printable
 
 CONNECT_SECONDS, IDLE_SECONDS = 15.0, 20.0
 """Seconds in which a server must take a connection, and in which it must send something."""
@@ -28,9 +26,7 @@ CONNECT_SECONDS, IDLE_SECONDS = 15.0, 20.0
 LEAST_RATE = 1000.0
 """Bytes per second that a body must have on average after `IDLE_SECONDS`: a server may not drip for hours."""
 
-TOTAL_SECONDS = 300.0
-"""Seconds that a request may take whose body is not read here, as in a chain such as zip::https."""
-
+TOTAL_SECONDS = 300.0  # seconds that a request may take whose body is not read here, as in a chain such as zip::https
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
 
@@ -50,8 +46,7 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
     async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """All bytes of a file, [start, end), or the last -`start`.
 
-        It does not matter whether the server knows ranges. Little more than these is held in memory. Raises
-        FileNotFoundError and aiohttp's exceptions.
+        The server need not know ranges. Little more than these is held in memory. Raises FileNotFoundError and aiohttp's.
         """
         if start is not None and start == end:
             return b""
@@ -66,10 +61,7 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
             return await _read(response, start or 0, end)
 
     async def _info(self, url: str, **_: Any) -> dict[str, Any]:
-        """The file's name and size, None where the server does not tell it.
-
-        HEAD is not asked: some servers answer it with another size, 0 or that of a compressed body.
-        """
+        """The file's name and size, None where the server does not tell it. Some answer HEAD with another size."""
         async with await self._request(url, {"Range": "bytes=0-0"}) as response:
             if response.status != 416:  # an empty file
                 self._check(response, url)
@@ -95,9 +87,7 @@ class HttpFiles(HTTPFileSystem):  # type: ignore[misc]
     def _check(self, response: aiohttp.ClientResponse, url: str) -> None:
         self._raise_not_found_for_status(response, url)
         if response.status not in (200, 206):
-            raise RemoteError(
-                f"{printable(url)} is answered with status {response.status}, expected 200 or 206: check the URL"
-            )
+            raise RemoteError(f"{url} is answered with status {response.status}, expected 200 or 206: check the URL")
 
 
 def _range_header(start: int | None, end: int | None) -> dict[str, str]:
@@ -123,10 +113,7 @@ def _size(response: aiohttp.ClientResponse) -> int | None:
 
 
 async def _read(response: aiohttp.ClientResponse, start: int, end: int | None) -> bytes:
-    """[start, end) of a file, or its last -`start` bytes, from a response.
-
-    The response has these, or the whole file.
-    """
+    """[start, end) of a file, or its last -`start` bytes. The response has these, or the whole file."""
     expected = None if response.status == 200 else _part_bytes(response, start)
     most = None if end is None else end - start
     skip = start if response.status == 200 and start > 0 else 0
@@ -147,40 +134,31 @@ async def _read(response: aiohttp.ClientResponse, start: int, end: int | None) -
 
 
 def _part_bytes(response: aiohttp.ClientResponse, start: int) -> int:
-    """How many bytes a response to a range request has.
-
-    Raises for another range, or one that is not said.
-    """
+    """How many bytes a response to a range request has. Raises for another range, or one that is not said."""
     match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if match is None:
-        raise RemoteError(
-            f"{printable(response.url)} is answered with a part of it, status 206, that does not say which (Content-Range): "
-            "its server does not do as it is asked; copy the dataset elsewhere"
-        )
-    first, last = int(match[1]), int(match[2])
-    wrong = first != start if start >= 0 else match[3] != "*" and last != int(match[3]) - 1
-    if wrong:
-        raise RemoteError(
-            f"{printable(response.url)} is answered with bytes {first} to {last}, expected those from {start} on: its "
-            "server does not do as it is asked; copy the dataset elsewhere"
-        )
-    return last - first + 1
+    fault = "a part of it, status 206, that does not say which (Content-Range)"
+    if match is not None:
+        first, last = int(match[1]), int(match[2])
+        if (first == start) if start >= 0 else (match[3] == "*" or last == int(match[3]) - 1):
+            return last - first + 1
+        fault = f"bytes {first} to {last}, expected those from {start} on"
+    raise RemoteError(
+        f"{response.url} is answered with {fault}: its server does not do as it is asked; copy the dataset elsewhere"
+    )
 
 
 async def _check_redirect(session: Any, context: SimpleNamespace, redirect: aiohttp.TraceRequestRedirectParams) -> None:
     """Raise RemoteError for a redirect to a nearer network, or away from TLS."""
     there = redirect.url.join(URL(redirect.response.headers.get("Location", "")))
+    why = ""
     if there.scheme not in ("http", "https") or (redirect.url.scheme == "https" and there.scheme == "http"):
-        raise _redirect_error(redirect, there, f"from {redirect.url.scheme} to {there.scheme}")
-    if there.host != redirect.url.host and max(await _nearness(there.host)) > min(await _nearness(redirect.url.host)):
-        raise _redirect_error(redirect, there, "to a host in a network that is nearer than its own")
-
-
-def _redirect_error(redirect: aiohttp.TraceRequestRedirectParams, there: URL, why: str) -> RemoteError:
-    return RemoteError(
-        f"{printable(redirect.url)} redirects to {printable(there)}: redirects {why} are not followed; if you trust that "
-        "place, give its URL"
-    )
+        why = f"from {redirect.url.scheme} to {there.scheme}"
+    elif there.host != redirect.url.host and max(await _nearness(there.host)) > min(await _nearness(redirect.url.host)):
+        why = "to a host in a network that is nearer than its own"
+    if why:
+        raise RemoteError(
+            f"{redirect.url} redirects to {there}: redirects {why} are not followed; if you trust that place, give its URL"
+        )
 
 
 async def _nearness(host: str | None) -> list[int]:

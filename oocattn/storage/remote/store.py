@@ -1,8 +1,4 @@
-"""Remote stores: Zarr's store over fsspec, with retries.
-
-Data, metadata, sizes and listings all go through `RemoteStore`, so none of them can be forgotten. An object is missing only
-where its server says so. What an exception means is transient.py's.
-"""
+"""Remote stores: Zarr's store over fsspec, with retries. An object is missing only where its server says so."""
 
 from __future__ import annotations
 
@@ -17,36 +13,35 @@ from oocattn.errors import ProblemError, RemoteError
 from oocattn.storage.locations import Location, is_chain
 from oocattn.storage.remote.transient import retry
 from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sync
-from oocattn.text import printable
 from oocattn.threads import begin_call
 
-LISTING_PATIENCE = 5.0
-"""Seconds for which a listing is tried again: what cannot be listed is asked for by name."""
-
+LISTING_PATIENCE = 5.0  # seconds for which a listing is tried again: what cannot be listed is asked for by name
 T = TypeVar("T")
 
 
 async def all_of(steps: Iterable[Awaitable[T]]) -> list[T]:
-    """Await steps at the same time; return what each returns.
-
-    An error is raised when all have ended: none goes on.
-    """
-    found = await asyncio.gather(*steps, return_exceptions=True)
-    for each in found:
+    """Await steps at the same time; return what each returns. An error is raised when all have ended: none goes on."""
+    found = []
+    for each in await asyncio.gather(*steps, return_exceptions=True):
         if isinstance(each, BaseException):
             raise each
-    return [each for each in found if not isinstance(each, BaseException)]
+        found.append(each)
+    return found
 
 
 class RemoteStore(FsspecStore):
     """A store that retries requests for a minute after transient failures.
 
-    Its methods return what FsspecStore's do. They raise RemoteDeniedError where a server does not let an object be read, and
-    RemoteError for every other failure.
+    Its methods raise RemoteDeniedError where a server does not let an object be read, else RemoteError.
     """
 
     location = ""
     """What messages call the store."""
+
+    def _path_of(self, key: str) -> str:
+        """What the file system calls a key."""
+        root = self.path.rstrip("/")
+        return f"{root}/{key}" if root else key
 
     async def _retry(self, operation: str, key: str, step: Callable[[], Awaitable[T]], **options: float) -> T:
         return await retry(operation, f"{self.location}/{key}", step, **options)
@@ -74,12 +69,8 @@ class RemoteStore(FsspecStore):
         return True
 
     async def find_size(self, key: str) -> int | None:
-        """Bytes of an object; None where its server does not tell.
-
-        Raises FileNotFoundError where there is none.
-        """
-        root = self.path.rstrip("/")
-        path = f"{root}/{key}" if root else key
+        """Bytes of an object; None where its server does not tell. Raises FileNotFoundError where there is none."""
+        path = self._path_of(key)
 
         async def step() -> int | None:
             found = await self.fs._info(path)
@@ -102,12 +93,8 @@ class RemoteStore(FsspecStore):
         return dict(itertools.chain.from_iterable(await all_of(map(find, keys))))
 
     async def list_sizes(self, prefix: str) -> dict[str, int | None]:
-        """The sizes of all objects below `prefix`, by key.
-
-        None where the store cannot be listed, or does not allow it.
-        """
-        root = self.path.rstrip("/")
-        path = f"{root}/{prefix}" if root else prefix
+        """The sizes of all objects below `prefix`, by key. None where the store cannot be listed, or does not allow it."""
+        path = self._path_of(prefix)
 
         async def step() -> dict[str, Any]:
             return await self.fs._find(path, detail=True, withdirs=False) if self.supports_listing else {}
@@ -116,13 +103,11 @@ class RemoteStore(FsspecStore):
             found = await self._retry("listing", prefix, step, patience=LISTING_PATIENCE)
         except (FileNotFoundError, RemoteError):
             return {}
+        root = self.path.rstrip("/")
         return {name.removeprefix(f"{root}/"): info.get("size") for name, info in found.items()}
 
     async def getsize(self, key: str) -> int:
-        """Bytes of an object, which is read where its server does not tell.
-
-        Raises FileNotFoundError.
-        """
+        """Bytes of an object, which is read where its server does not tell. Raises FileNotFoundError."""
         size = await self.find_size(key)
         if size is not None:
             return int(size)
@@ -159,7 +144,7 @@ class RemoteStore(FsspecStore):
 def open_remote(location: Location, *, read_only: bool = True) -> RemoteStore:
     """The store at a URL, or at a chain of them, that was checked.
 
-    Raises ProblemError where a package is missing, FileNotFoundError where an archive is, and RemoteError as requests do.
+    Raises ProblemError where a package is missing, FileNotFoundError where an archive is, and RemoteError as `retry`.
     """
 
     async def step() -> RemoteStore:
@@ -185,6 +170,4 @@ def _open(url: str, read_only: bool) -> RemoteStore:
         store.supports_listing = False  # a page with links is no list of what is there
         return store
     except ImportError as error:
-        raise ProblemError(
-            f"{printable(url)} cannot be opened ({printable(error)}): install that package, and oocattn[remote]"
-        ) from error
+        raise ProblemError(f"{url} cannot be opened ({error}): install that package, and oocattn[remote]") from error

@@ -1,7 +1,7 @@
 """What a failure of a remote store means, and another try where that can help.
 
-Every file system of fsspec has exceptions of its own. They are told apart here and nowhere else, by status code or by type;
-none of their packages is imported. Which requests are made is remote.py's.
+Every file system of fsspec has exceptions of its own. They are told apart here and nowhere else, by status code or by
+type; none of their packages is imported.
 """
 
 from __future__ import annotations
@@ -22,20 +22,15 @@ from typing import Any, TypeVar
 
 from oocattn import clock
 from oocattn.errors import OocattnError, RemoteDeniedError, RemoteError
-from oocattn.text import printable
 
-PATIENCE = 60.0
-"""Seconds after its first failure until which a request is tried again."""
-
+PATIENCE = 60.0  # seconds after its first failure until which a request is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 8.0
 """Seconds between two tries: at first, and at most. They double; up to half is taken off, so that clients come apart."""
 
 WARNING_SECONDS, SILENT_SECONDS = 5.0, 30.0
 """Seconds of failing after which it is logged that a request is tried again, and least seconds between two such lines."""
 
-TRY_SECONDS = 600.0
-"""Seconds that one try may take, whatever the server sends meanwhile."""
-
+TRY_SECONDS = 600.0  # seconds that one try may take, whatever the server sends meanwhile
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529}
 """Status codes after which the same request may be answered: from 520 on as content delivery networks give them."""
 
@@ -58,8 +53,7 @@ _TRANSIENT_TYPES = {
 }
 """Packages and classes, with all that inherit from these, of connections that broke and bodies that were cut."""
 
-_warned = 0.0
-"""When it was logged last: where a server fails, many requests do at once."""
+_warned = 0.0  # when it was logged last: where a server fails, many requests do at once
 
 logger = logging.getLogger("oocattn")
 
@@ -77,10 +71,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The meaning of an exception: what was found, and what to do.
-
-    `wait` is the seconds that the server asks to wait.
-    """
+    """The meaning of an exception: what was found, and what to do. The server asks to wait `wait` seconds."""
 
     kind: Kind
     found: str
@@ -91,9 +82,10 @@ class Failure:
 async def retry(operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
     """Await a repeatable step; retry transient failures for `patience` seconds.
 
-    Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, and RemoteError for
-    every other failure: with the operation, the URL, what the server said, and how often it was tried.
+    Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, and RemoteError
+    for every other failure: with the operation, the URL, what the server said, and how often it was tried.
     """
+    global _warned
     began, first, pause, tries = clock.now(), None, FIRST_PAUSE, 0
     while True:
         tries += 1
@@ -110,15 +102,11 @@ async def retry(operation: str, url: str, step: Callable[[], Awaitable[T]], pati
             if failure.kind is not Kind.TRANSIENT or now + wait > first + patience:
                 raise _error(operation, url, failure, tries, now - began) from error
             if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
-                _warn("%s %s failed: %s; retrying for %.0f s", operation, url, failure.found, first + patience - now)
+                _warned = now
+                left = first + patience - now
+                logger.warning("%s %s failed: %s; retrying for %.0f s", operation, url, failure.found, left)
         await asyncio.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _warn(words: str, *arguments: object) -> None:
-    global _warned
-    _warned = clock.now()
-    logger.warning(words, *arguments)
 
 
 def _error(operation: str, url: str, failure: Failure, tries: int, seconds: float) -> RemoteError:
@@ -130,7 +118,7 @@ def _error(operation: str, url: str, failure: Failure, tries: int, seconds: floa
             "(`oocattn resume` for a run)"
         )
     kind = RemoteDeniedError if failure.kind is Kind.DENIED else RemoteError
-    return kind(f"{operation} {printable(url)} failed: {printable(failure.found)}; {advice}")
+    return kind(f"{operation} {url} failed: {failure.found}; {advice}")
 
 
 def classify(error: BaseException) -> Failure:

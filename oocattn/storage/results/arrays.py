@@ -1,7 +1,4 @@
-"""The arrays of a result, `out` and `lse`: written by chunks, or read.
-
-Where they lie is `paths`' business, how the group begins and takes its name `state`'s.
-"""
+"""The arrays of a result, `out` and `lse`: written by chunks, or read."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, open_array
 from oocattn.storage.results.checksums import ATTRIBUTE as CHECKSUMS
 from oocattn.storage.results.checksums import Checksums, as_digits
-from oocattn.storage.results.damage import checksum
+from oocattn.storage.results.rows import checksum
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,7 @@ class ResultArrays:
     """The arrays of a result; a growing one has one writer a chunk."""
 
     def __init__(self, out: zarr.Array[Any], lse: zarr.Array[Any]) -> None:
-        self.out = out
-        self.lse = lse
+        self.out, self.lse = out, lse
 
     @property
     def by_name(self) -> dict[str, zarr.Array[Any]]:
@@ -55,10 +51,7 @@ class ResultArrays:
 
     @classmethod
     def open(cls, path: Path) -> ResultArrays:
-        """Open the arrays of the result at `path` through memory maps.
-
-        Raises IntegrityError where one is missing.
-        """
+        """Open the arrays of the result at `path` through memory maps. Raises IntegrityError where one is missing."""
         return cls.of(MappedStore(path, read_only=True))
 
     @classmethod
@@ -83,10 +76,7 @@ class ResultArrays:
         return True
 
     def checksums(self, batch: int, head: int, part: int) -> dict[str, str]:
-        """The checksums of chunk `part` of one head on disk; "" for no chunk.
-
-        Raises OSError as the file system does.
-        """
+        """The checksums of chunk `part` of one head on disk; "" for no chunk. Raises OSError as the file system does."""
         found = {}
         for name, array in self.by_name.items():
             coordinates = _coordinates(array, batch, head, part)

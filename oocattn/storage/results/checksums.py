@@ -1,8 +1,7 @@
 """Checksums of a result's bits, kept in the attributes of its arrays.
 
-They are made as the result is written, and compared when it is verified. A part is T tokens of one head, what a run writes
-as one chunk. Its checksum is the CRC-32 of its elements, little-endian and in C order: of what they are, and not of how they
-are stored. A result that was copied to other chunks or compressed has the same.
+A part is T tokens of one head, what a run writes as one chunk. Its checksum is the CRC-32 of its elements, little-endian and
+in C order: of what they are, and not of how they are stored. A result copied to other chunks or compressed has the same.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ Digits = Annotated[str, Pattern("[0-9a-f]*")]
 
 @dataclass(frozen=True)
 class Checksums:
-    """Checksums of an array [B, H, N, ...]: 8 digits for every part.
-
-    A part is `rows` tokens of one head; parts are in the order of (batch, head, part).
-    """
+    """Checksums of an array [B, H, N, ...]: 8 digits for every part. A part is `rows` tokens of one (batch, head)."""
 
     rows: Positive
     digits: Digits
@@ -63,35 +59,27 @@ class ArrayBits:
 
 
 def read_bits(result: Path) -> dict[str, ArrayBits]:
-    """Read what the metadata of a result say of the bits of `out` and `lse`.
-
-    Raises IntegrityError where an array is missing, or its checksums are damaged.
-    """
-    return {name: _read_bits(result, name) for name in ("out", "lse")}
-
-
-def _read_bits(result: Path, name: str) -> ArrayBits:
-    found = read_array(result, name)
-    if ATTRIBUTE not in found.attributes:
-        return ArrayBits(found.shape, found.dtype, None)
-    try:
-        checksums = from_json(Checksums, found.attributes[ATTRIBUTE])
-        expected = DIGITS * math.prod(found.shape[:2]) * ceil_div(found.shape[2], checksums.rows)
-        if len(checksums.digits) != expected:
-            raise ValueError(f"{len(checksums.digits)} digits, expected {expected}")
-    except (IndexError, ValueError) as error:
-        raise IntegrityError(
-            f"{result / name}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(found.shape)} ({error}): "
-            "it is damaged; copy the result again"
-        ) from None
-    return ArrayBits(found.shape, found.dtype, checksums)
+    """Read what metadata say of the bits of `out` and `lse`. Raises IntegrityError where they are missing or damaged."""
+    bits = {}
+    for name in ("out", "lse"):
+        found, checksums = read_array(result, name), None
+        try:
+            if ATTRIBUTE in found.attributes:
+                checksums = from_json(Checksums, found.attributes[ATTRIBUTE])
+                expected = DIGITS * math.prod(found.shape[:2]) * ceil_div(found.shape[2], checksums.rows)
+                if len(checksums.digits) != expected:
+                    raise ValueError(f"{len(checksums.digits)} digits, expected {expected}")
+        except (IndexError, ValueError) as error:
+            raise IntegrityError(
+                f"{result / name}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(found.shape)} "
+                f"({error}): it is damaged; copy the result again"
+            ) from None
+        bits[name] = ArrayBits(found.shape, found.dtype, checksums)
+    return bits
 
 
 def result_digest(arrays: Mapping[str, ArrayBits]) -> str | None:
-    """The identity of a result's bits: a SHA-256 of shapes and checksums.
-
-    None where the checksums of an array are not recorded.
-    """
+    """The identity of a result's bits: a SHA-256 of shapes and checksums. None where these are not recorded."""
     if any(array.checksums is None for array in arrays.values()):
         return None
     described = [[name, list(array.shape), array.dtype, to_json(array.checksums)] for name, array in sorted(arrays.items())]

@@ -22,26 +22,13 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
-from oocattn.storage.dtypes import numpy_dtype
-from oocattn.storage.files.folders import (
-    CHECKPOINTS,
-    GROUP,
-    JOURNAL,
-    LEFTOVERS,
-    find_foreign,
-    is_folder,
-    is_taken,
-    names_in,
-    refuse_foreign,
-    remove_file,
-    remove_ours,
-    require_own,
-)
+from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.storage.files import folders
+from oocattn.storage.files.durable import sync
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.renaming import rename_new
-from oocattn.storage.files.syncing import sync
 from oocattn.storage.journal.claims import Claim
-from oocattn.storage.journal.journal import journal_exists, remove_journal
+from oocattn.storage.journal.journal import HEADER, remove_journal
 from oocattn.storage.journal.lock import lock_holder
 from oocattn.storage.make.create import OwnStore, create_array, sync_metadata
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
@@ -107,15 +94,15 @@ class RunState:
             )
         self._refuse_foreign()
         if overwrite:
-            refuse_foreign(paths.result, GROUP)
+            folders.refuse_foreign(paths.result, folders.GROUP)
         remove_journal(paths.state)
         self._restore()
-        if not overwrite and is_taken(paths.result):
+        if not overwrite and folders.is_taken(paths.result):
             raise ResultExistsError(f"{paths.result} exists: choose another path, or replace it (--overwrite)")
         # A result that could not be restored was replaced, by a run that was killed before it removed it.
-        self._throw_away(*self._growing_folders(), paths.scratch, paths.replaced)
-        remove_file(paths.status)
-        if not is_taken(paths.result):
+        self._throw_away(*self._found(GROWING_NAME), paths.scratch, paths.replaced)
+        folders.remove_file(paths.status)
+        if not folders.is_taken(paths.result):
             self._forget_certificate()  # else it is of the result that is there until the commit
         with name_failure("make", paths.scratch):
             paths.scratch.mkdir()
@@ -137,13 +124,12 @@ class RunState:
         with suppress(FileExistsError), name_failure("make", self.paths.scratch):
             self.paths.scratch.mkdir()
         for folder in (path, path / "out", path / "lse", self.paths.scratch, self.paths.state / "finished"):
-            if not is_folder(folder):
+            if not folders.is_folder(folder):
                 raise IntegrityError(f"{folder} is not a folder: the unfinished run is damaged: {_AGAIN}")
         found = {name: (array.shape, array.dtype, array.chunks) for name, array in growing.arrays.by_name.items()}
         out, lse = (1, 1, layout.chunk_rows, layout.shape[3]), (1, 1, layout.chunk_rows)
-        float32 = np.dtype(np.float32)
-        expected = {"out": (layout.shape, numpy_dtype(layout.dtype), out), "lse": (layout.shape[:3], float32, lse)}
-        recorded = recorded_attributes(path)
+        dtype, recorded = numpy_dtype(layout.dtype), recorded_attributes(path)
+        expected = {"out": (layout.shape, dtype, out), "lse": (layout.shape[:3], np.dtype(np.float32), lse)}
         differing = [name for name in expected if found[name] != expected[name]]
         differing += [name for name, value in layout.attributes.items() if recorded.get(name) != value]
         if differing:
@@ -159,17 +145,17 @@ class RunState:
     def commit(self, growing: GrowingResult) -> None:
         """Give the complete result its name.
 
-        Raises ResultExistsError where something is there that the run may not replace, LockedError where the lock was lost,
-        and OSError as the file system does.
+        Raises ResultExistsError where something is there that the run may not replace, LockedError where the lock was
+        lost, and OSError as the file system does.
         """
         result, replaced = self.paths.result, self.paths.replaced
         self._check()
-        if is_folder(growing.path):
+        if folders.is_folder(growing.path):
             found = identity_at(result)
             if found is not None:
                 if found != growing.replaces:
                     raise self._appeared_error()
-                refuse_foreign(result, GROUP)
+                folders.refuse_foreign(result, folders.GROUP)
                 rename_new(result, replaced)
                 if identity_at(replaced) != found:  # exchanged between two looks
                     rename_new(replaced, result)
@@ -190,8 +176,8 @@ class RunState:
         """Remove the job state of a complete result, but report and certificate."""
         self._check()
         remove_journal(self.paths.state)
-        self._throw_away(self.paths.scratch, self.paths.replaced, *self._growing_folders(), *self._trash_folders())
-        remove_file(self.paths.status)
+        self._throw_away(self.paths.scratch, self.paths.replaced, *self._found(GROWING_NAME), *self._found(TRASH_NAME))
+        folders.remove_file(self.paths.status)
 
     def discard(self, growing: GrowingResult) -> None:
         """Remove what a run has done, for it cannot be trusted."""
@@ -199,56 +185,53 @@ class RunState:
         self._restore()
         remove_journal(self.paths.state)
         self._throw_away(growing.path, self.paths.scratch)
-        remove_file(self.paths.status)
+        folders.remove_file(self.paths.status)
 
     def remove_leftovers(self) -> None:
         """Remove what writes that were killed have left in the folders of this run."""
         self._check()
-        for folder in (*self._growing_folders(), self.paths.scratch, self.paths.state / "finished"):
-            remove_ours(folder, LEFTOVERS, keep_folders=True)
-        for name in names_in(self.paths.state):
-            if _LEFT_BESIDE.fullmatch(name) and not _is_waiting(self.paths.state / name):
-                remove_file(self.paths.state / name)
+        for folder in (*self._found(GROWING_NAME), self.paths.scratch, self.paths.state / "finished"):
+            folders.remove_ours(folder, folders.LEFTOVERS, keep_folders=True)
+        for path in self._found(_LEFT_BESIDE):
+            if not _is_waiting(path):
+                folders.remove_file(path)
 
     def _check(self) -> None:
         """Raise where the lock was lost, or the folder is not this user's own."""
-        require_own(self.paths.state)
+        folders.require_own(self.paths.state)
         self.claim.check()
 
     def _restore(self) -> None:
         """Give a replaced result its name back, unless something has it."""
-        if is_folder(self.paths.replaced):
+        if folders.is_folder(self.paths.replaced):
             with suppress(FileExistsError):
                 rename_new(self.paths.replaced, self.paths.result)
                 sync(self.paths.result.parent)
 
     def _refuse_foreign(self) -> None:
         """Raise ResultExistsError where a folder to be removed has foreign files."""
-        refuse_foreign(self.paths.scratch, CHECKPOINTS)
-        refuse_foreign(self.paths.state / "finished", JOURNAL)
-        for folder in (*self._growing_folders(), self.paths.replaced):
-            refuse_foreign(folder, GROUP)
+        folders.refuse_foreign(self.paths.scratch, folders.CHECKPOINTS)
+        folders.refuse_foreign(self.paths.state / "finished", folders.JOURNAL)
+        for folder in (*self._found(GROWING_NAME), self.paths.replaced):
+            folders.refuse_foreign(folder, folders.GROUP)
 
-    def _growing_folders(self) -> list[Path]:
-        return [self.paths.state / name for name in names_in(self.paths.state) if GROWING_NAME.fullmatch(name)]
+    def _found(self, pattern: re.Pattern[str]) -> list[Path]:
+        return [self.paths.state / name for name in folders.names_in(self.paths.state) if pattern.fullmatch(name)]
 
-    def _trash_folders(self) -> list[Path]:
-        return [self.paths.state / name for name in names_in(self.paths.state) if TRASH_NAME.fullmatch(name)]
-
-    def _throw_away(self, *folders: Path) -> None:
+    def _throw_away(self, *places: Path) -> None:
         """Remove folders; rename them first, so that late writers do not find them."""
-        for folder in folders:
-            if is_folder(folder) and not TRASH_NAME.fullmatch(folder.name):
+        for folder in places:
+            if folders.is_folder(folder) and not TRASH_NAME.fullmatch(folder.name):
                 with name_failure("rename", folder):
                     os.rename(folder, self.paths.state / f"trash-{uuid.uuid4().hex[:8]}")
-        for trash in self._trash_folders():
-            if not remove_ours(trash, (*GROUP, *CHECKPOINTS, *JOURNAL)):
-                foreign = find_foreign(trash, GROUP) or trash
+        for trash in self._found(TRASH_NAME):
+            if not folders.remove_ours(trash, (*folders.GROUP, *folders.CHECKPOINTS, *folders.JOURNAL)):
+                foreign = folders.find_foreign(trash, folders.GROUP) or trash
                 logger.warning("%s was not removed: oocattn did not write it; move it away", foreign)
 
     def _forget_certificate(self) -> None:
-        for path in (self.paths.certificate, self.paths.certificate_page):
-            remove_file(path)
+        folders.remove_file(self.paths.certificate)
+        folders.remove_file(self.paths.certificate_page)
 
 
 def _is_waiting(path: Path) -> bool:
@@ -267,5 +250,4 @@ def is_untidy(paths: ResultPaths) -> bool:
     """Whether a run was killed between its commit and its tidying up."""
     if paths.unfinished is not None:
         return False
-    leftovers = (paths.scratch, paths.replaced, paths.status, paths.lock)
-    return journal_exists(paths.state) or any(map(is_taken, leftovers))
+    return any(map(folders.is_taken, (paths.state / HEADER, paths.scratch, paths.replaced, paths.status, paths.lock)))

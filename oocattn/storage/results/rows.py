@@ -1,18 +1,25 @@
-"""Rows of a result read through Zarr, within memory that is known before."""
+"""Rows of a result, read through Zarr within a bound of memory, and compared by checksum."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from oocattn.errors import IntegrityError
+from oocattn.records import Count
 from oocattn.storage.inputs.codecs import DECODE_COPIES, DECODE_OVERHEAD, INDEX_COPIES, complete_array, read_span
 from oocattn.storage.inputs.decoding import array_chain
 from oocattn.storage.layout import stored_bytes
 from oocattn.storage.mapped_store import MappedStore
+from oocattn.storage.results.checksums import Checksums, as_digits
 from oocattn.units import ceil_div
 
 
@@ -41,9 +48,49 @@ class RowReader:
         return buffer + decoded + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
     def read(self, batch: int, head: int, start: int, out: NDArray[Any]) -> None:
-        """Read the rows from token `start` on into `out` [n, ...], C-contiguous.
-
-        Raises IntegrityError for a chunk that is missing, of the wrong size or undecodable, OSError as the file system
-        does; `out` is then undefined.
-        """
+        """Read the rows from token `start` on into `out` [n, ...], C-contiguous. Raises as `read_span`."""
         read_span(self._array, self._location, (batch, head), start, out)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Tokens [start, stop) of one head that are not as they were written."""
+
+    array: str
+    batch: Count
+    head: Count
+    start: Count
+    stop: Count
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"batch {self.batch}, head {self.head}, tokens {self.start:,} to {self.stop - 1:,}"
+        return f"{self.array}, {where}: {self.reason}"
+
+
+def checksum(rows: NDArray[Any], before: int = 0) -> int:
+    """The CRC-32 of some rows, which go on after those whose checksum is `before`."""
+    native = np.ascontiguousarray(rows, rows.dtype.newbyteorder("="))
+    words = native.reshape(-1).view(f"u{native.itemsize}").astype(f"<u{native.itemsize}", copy=False)
+    return zlib.crc32(words.view(np.uint8).data, before)
+
+
+def find_damage(reader: RowReader, recorded: Checksums, step: int) -> Iterator[Damage]:
+    """Find the damaged parts of an array, read `step` rows at a time. Raises OSError as the file system does."""
+    batches, heads, tokens, *row = reader.shape
+    buffer = np.empty((min(step, recorded.rows, tokens), *row), reader.dtype)
+    places = itertools.product(range(batches), range(heads), range(0, tokens, recorded.rows))
+    for part, (batch, head, start) in enumerate(places):
+        stop = min(start + recorded.rows, tokens)
+        found, reason = 0, ""
+        try:
+            for low in range(start, stop, len(buffer)):
+                rows = buffer[: min(stop - low, len(buffer))]
+                reader.read(batch, head, low, rows)
+                found = checksum(rows, found)
+            if as_digits(found) != recorded[part]:
+                reason = f"checksum {as_digits(found)}, written with {recorded[part]}"
+        except IntegrityError as error:
+            reason = str(error)
+        if reason:
+            yield Damage(reader.name, batch, head, start, stop, reason)

@@ -14,7 +14,6 @@ from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.checksums import read_bits, result_digest
-from oocattn.text import printable
 
 FORMAT = 3
 """Of a certificate; others are not read."""
@@ -57,17 +56,12 @@ class ResultAttributes(Excerpt):
 
     @classmethod
     def read(cls, paths: ResultPaths) -> ResultAttributes:
-        """Read the attributes of a finished result.
-
-        Raises IntegrityError where it is no result of ours.
-        """
+        """Read the attributes of a finished result. Raises IntegrityError where it is no result of ours."""
         try:
             found = from_json(cls, paths.attributes() or {})
             check_problem(found.problem)
         except ValueError as error:
-            raise IntegrityError(
-                f"{paths.result}: the attributes do not describe a result of oocattn ({printable(error)})"
-            ) from None
+            raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({error})") from None
         return found
 
 
@@ -91,19 +85,13 @@ class Summary(Excerpt):
 
 
 def read_summary(paths: ResultPaths) -> Summary | None:
-    """Read the summary of a result's certificate; None where there is none.
-
-    One of another result counts as none. A damaged certificate is logged as a warning and counts as none.
-    """
+    """Read the summary of a result's certificate; None without one. An unreadable one is logged and counts as none."""
     try:
         content = read_json(paths.certificate) if is_folder(paths.state) else None
         if content is None:
             return None
-        found, recorded, digest = (
-            from_json(Summary, content),
-            ResultAttributes.read(paths),
-            result_digest(read_bits(paths.result)),
-        )
+        found, recorded = from_json(Summary, content), ResultAttributes.read(paths)
+        digest = result_digest(read_bits(paths.result))
     except (ValueError, IntegrityError, OSError) as error:
         logger.warning(
             "the certificate beside %s cannot be read (%s) and counts as none; verify the result again", paths.result, error

@@ -1,16 +1,23 @@
-"""The order of an array's axes, by dimension names and sizes.
+"""What the axes and the numbers of an array mean, by its names and attributes.
 
-An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads of H
-tokens, and nothing about the result shows it. Names are believed where each one that is given is known and together they
-can be read in one way only.
+An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads
+of H tokens. Names are believed where each one that is given is known and together they can be read in one way only.
+
+xarray packs or masks arrays by the CF conventions, in attributes that Zarr does not look at. Such an array is refused,
+unless they change no number: xarray writes a `_FillValue` of NaN with every array of floats. `_Unsigned` is about
+integers, which are refused anyway; xarray does not apply `valid_min`, `valid_max` and `valid_range`.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import logging
+import math
 import re
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from oocattn.errors import ProblemError
@@ -25,9 +32,7 @@ logger = logging.getLogger("oocattn")
 LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
 """Orders of a tensor's axes that are imported: b batch, h heads, n tokens, d head dimension."""
 
-_OTHER = {"bhnd": "bnhd", "bnhd": "bhnd", "hnd": "nhd", "nhd": "hnd"}
-"""The layout that another one is taken for."""
-
+_OTHER = {"bhnd": "bnhd", "bnhd": "bhnd", "hnd": "nhd", "nhd": "hnd"}  # the layout that another one is taken for
 _OF = r"(q|k|v|kv|query|key|value|keyvalue|source|src|target|tgt|context|attention|attn)?"
 _INDEX = r"(s|ids?|idx|index|size|count|axis|dim|pos|position)?"
 _WORDS = {
@@ -48,15 +53,26 @@ _WORDS = {
 
 _KNOWN = {axis: re.compile(words) for axis, words in _WORDS.items()}
 
-_MOST_LETTERS = 40
-"""Of a name that is known."""
+_MOST_LETTERS = 40  # of a name that is known
+
+_CHANGES_NOTHING: Mapping[str, Callable[[float], bool]] = {
+    "scale_factor": lambda number: number == 1,
+    "add_offset": lambda number: number == 0,
+    "_FillValue": math.isnan,  # NaN is masked with NaN
+    "missing_value": math.isnan,
+}
+"""The attributes that xarray decodes, and where the decoded numbers are those that are stored."""
+
+_NAMED_DIMENSIONS = "_ARRAY_DIMENSIONS"  # what xarray adds to an array of Zarr v2
+MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
+"""The attributes of an array that say what its numbers and its axes are."""
 
 
 def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
     """Raise ProblemError where dimension names give another order of axes.
 
-    Expected are [B, H, N, D] or [H, N, D]. The names are `dimension_names` of Zarr v3, and the attribute `_ARRAY_DIMENSIONS`
-    that xarray adds in v2.
+    Expected are [B, H, N, D] or [H, N, D]. The names are `dimension_names` of Zarr v3, and xarray's `_ARRAY_DIMENSIONS` of
+    v2.
     """
     named = [(name, names, order) for name, array in arrays.items() for names, order in _named_orders(array)]
     wrong = {order for _, _, order in named if order not in ("bhnd", "hnd")}
@@ -66,16 +82,13 @@ def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
     layout = min(wrong) if len(wrong) == 1 and wrong <= {*LAYOUTS} else None
     imported = f", or save its tensors as files and import them with `oocattn import --layout {layout}`" if layout else ""
     raise ProblemError(
-        f"the dimension names in {printable(location)} say that {printable(told)}; expected are [B, H, N, D] (batch, head, "
+        f"the dimension names in {location} say that {told}; expected are [B, H, N, D] (batch, head, "
         f"token, head_dim) or [H, N, D]: write the array transposed{imported}; if its names are wrong, correct them"
     )
 
 
 def warn_if_transposed(q: ArraySpec, layout: str | None = None) -> None:
-    """Warn where `q`, in the order `layout`, has more heads than tokens.
-
-    The default layout is [B, H, N, D].
-    """
+    """Warn where `q`, in the order `layout` (default: [B, H, N, D]), has more heads than tokens."""
     taken = layout or "bhnd"[4 - len(q.shape) :]
     size = dict(zip(taken, q.shape, strict=True))
     if size["h"] <= size["n"]:
@@ -95,16 +108,13 @@ def _letters(order: str) -> str:
 
 def _named_orders(array: zarr.Array[Any]) -> Iterator[tuple[list[str], str]]:
     """Pairs of dimension names that are believed and the order they give."""
-    for names in (getattr(array.metadata, "dimension_names", None), array.attrs.get("_ARRAY_DIMENSIONS")):
+    for names in (getattr(array.metadata, "dimension_names", None), array.attrs.get(_NAMED_DIMENSIONS)):
         if isinstance(names, list | tuple) and len(names) == array.ndim and (order := _order(names)):
             yield ["unnamed" if name is None else str(name) for name in names], order
 
 
 def _order(names: list[Any] | tuple[Any, ...]) -> str | None:
-    """The only order of axes, like "bhnd", that the names allow, or None.
-
-    An axis without a name, None, may be any.
-    """
+    """The only order of axes, like "bhnd", that the names allow, or None. An axis without a name, None, may be any."""
     if len(names) not in (3, 4) or not all(name is None or isinstance(name, str) for name in names):
         return None
     axes = [_axes_called(name) for name in names]
@@ -118,3 +128,43 @@ def _axes_called(name: str | None) -> set[str]:
         return {*_KNOWN}
     plain = re.sub("[^a-z0-9]", "", name[: 2 * _MOST_LETTERS].lower())
     return {axis for axis, words in _KNOWN.items() if len(plain) <= _MOST_LETTERS and words.fullmatch(plain)}
+
+
+def refuse_packed(array: zarr.Array[Any], location: str) -> None:
+    """Raise ProblemError where an array is packed, naming the attribute."""
+    for name, unchanged in _CHANGES_NOTHING.items():
+        found = array.attrs.get(name)
+        for item in found if isinstance(found, list) else [found]:
+            number = _number(item)
+            if item is not None and (number is None or not unchanged(number)):
+                shown = printable(repr(item if number is None else number))
+                raise _packed_error(array, location, f"the attribute {name} = {shown:.80}")
+    if (filled := _mask_of_v2(array)) is not None:
+        raise _packed_error(array, location, f"the fill_value {filled}, as which xarray keeps _FillValue,")
+
+
+def _packed_error(array: zarr.Array[Any], location: str, found: str) -> ProblemError:
+    return ProblemError(
+        f"array {array.path!r} of {location} has {found} by which its numbers are packed or masked (CF "
+        "conventions): expected plain numbers; write the decoded ones, as with "
+        "xarray.open_zarr(PATH).drop_encoding().astype('float32').to_zarr(NEW), and give NEW"
+    )
+
+
+def _number(found: object) -> float | None:
+    """The number that an attribute holds, or None. It may be a text, or base64 as which xarray writes a `_FillValue`."""
+    if not isinstance(found, int | float | str):
+        return None
+    with suppress(ValueError, OverflowError):
+        return float(found)
+    with suppress(ValueError, TypeError, struct.error):
+        return float(*struct.unpack("<d", base64.b64decode(str(found), validate=True)))
+    return None
+
+
+def _mask_of_v2(array: zarr.Array[Any]) -> Any:
+    """The fill value by which xarray masks an array of Zarr v2, or None. Zero is what Zarr fills with by itself."""
+    filled: Any = array.metadata.fill_value
+    if array.metadata.zarr_format != 2 or _NAMED_DIMENSIONS not in array.attrs or filled is None:
+        return None
+    return None if filled != filled or filled == 0 else filled
