@@ -4,11 +4,11 @@ Pure arithmetic over records; which of the costed divisions is taken is decided 
 
 Seconds of a run. Links that work at the same time do not add up, the longest counts:
 
-    compute   on a GPU its own; on a CPU some of the tasks, and the partials that its thread writes, take turns with it
+    compute   on a GPU its own; on a CPU some of the tasks, their Python, and partials that its thread writes take turns with it
     copy      between host and device
     disk      read, partials and write share it, and add up
     files     written one after another: each is waited for until it is on disk, while the disk has room for others' bytes
-    tasks     one scheduler serves all lanes
+    tasks     one scheduler serves all lanes; on a CPU, with what Python takes within them
 
 and then what nothing overlaps with: the first staging before, and the last writing after.
 """
@@ -35,8 +35,15 @@ PIN_RATE = 10e9
 HALF_RATE_KEYS = 512
 """Keys of a call at which a GPU's kernel falls to half its rate, for its launch."""
 
-CALL_SECONDS = 0.0002
-"""Least cost of a call of the CPU kernel, with the merge: 0.2 to 0.3 ms (Zen 4)."""
+# What Python takes for small work on a CPU, of one core's time (Zen 4; a kernel call on 31 rows and 341 keys).
+CALL_SECONDS = 0.00055  # a library call within the kernel: 0.5 to 0.7 ms
+TRIANGLE_ROWS = 512  # a diagonal is halved down to these rows
+PARTIAL_SECONDS = 0.00045  # a partial, besides its calls: tiles, state, merge
+PARTIAL_FILE_SECONDS = 0.001  # a partial on disk, besides its bytes and its sync: written, checked, merged, removed
+READ_SECONDS = 0.000125  # a chunk of an array, besides its bytes
+
+RUN_SECONDS = 0.04
+"""Cost of any run: lanes are opened and closed, the dataset is checked, the result is committed."""
 
 REREAD_FILE_SECONDS = 0.0002
 """Cost to open, check and remove a small file: 0.2 ms on ext4."""
@@ -132,10 +139,11 @@ class _Run:
         compute = seconds["compute"]
         if self.hardware.device == "cpu":
             written = self._handed_back if self.candidate.partials == "disk" else 0  # by the thread that attends
-            waiting = TASK_SHARE * seconds["tasks"] + written * self.hardware.file_seconds
+            waiting = TASK_SHARE * self._scheduling_seconds + self._python_seconds + written * self.hardware.file_seconds
             compute += waiting / self.hardware.lanes
         longest = max(compute, disk, seconds.get("copy", 0.0), seconds["tasks"], seconds["write"] + seconds["files"])
-        return self._fill() + longest + self._drain(seconds["write"]) + LAST_TASKS * self.hardware.task_seconds
+        before_and_after = self._fill() + self._drain(seconds["write"]) + LAST_TASKS * self.hardware.task_seconds
+        return RUN_SECONDS + longest + before_and_after
 
     @property
     def scratch_disk(self) -> float:
@@ -151,6 +159,24 @@ class _Run:
     def _reads(self) -> tuple[int, int]:
         """Query chunks and key chunks that the subproblems of a head group stage."""
         return chunk_reads(self.division)
+
+    @property
+    def _python_seconds(self) -> float:
+        """What Python takes within tasks, which on a CPU takes turns with computing."""
+        if self.hardware.device == "cuda":
+            return 0.0
+        queries, keys = self._reads
+        reads = self.problem.head_groups * (self.problem.group_size * queries + 2 * keys)
+        in_file = PARTIAL_FILE_SECONDS if self.candidate.partials == "disk" else 0.0
+        return reads * READ_SECONDS + self._handed_back * (PARTIAL_SECONDS + in_file)
+
+    @property
+    def _task_count(self) -> int:
+        return self.problem.head_groups * 2 * (self.division.subproblems + self.candidate.chunks)
+
+    @property
+    def _scheduling_seconds(self) -> float:
+        return self._task_count * self.hardware.task_seconds
 
     @property
     def _row_bytes(self) -> int:
@@ -198,10 +224,11 @@ class _Run:
     @cached_property
     def _compute_seconds(self) -> float:
         flops = self.problem.flops / kernel_rate(self.layout.tiles, self.problem, self.hardware)
-        diagonals = self.candidate.chunks if self.problem.mask.triangular else 0
-        calls = self._handed_back + self.problem.head_groups * diagonals
-        launching = calls * CALL_SECONDS if self.hardware.device == "cpu" else 0.0
-        return (flops + launching) * self._balance
+        if self.hardware.device == "cuda":
+            return flops * self._balance
+        diagonals = self.problem.head_groups * self.candidate.chunks if self.problem.mask.triangular else 0
+        calls = self._handed_back + diagonals * (2 * ceil_div(self.layout.chunk_rows, TRIANGLE_ROWS) - 1)
+        return (flops + calls * CALL_SECONDS) * self._balance
 
     def _compute(self) -> Link:
         return Link("compute", self.problem.flops, self._compute_seconds)
@@ -237,8 +264,7 @@ class _Run:
         return Link("files", files, files * self.hardware.file_seconds + reread * REREAD_FILE_SECONDS)
 
     def _tasks(self) -> Link:
-        tasks = self.problem.head_groups * 2 * (self.division.subproblems + self.candidate.chunks)
-        return Link("tasks", tasks, tasks * self.hardware.task_seconds)
+        return Link("tasks", self._task_count, self._scheduling_seconds + self._python_seconds)
 
     def _fill(self) -> float:
         """Seconds until the first subproblem is staged."""

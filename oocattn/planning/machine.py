@@ -24,8 +24,8 @@ Engine = Literal["dask", "inline"]
 MAX_LANES = 1024
 """The most lanes of a run; further workers take no part."""
 
-TASK_SECONDS: dict[Engine, float] = {"dask": 0.004, "inline": 0.001}
-"""Processor seconds of a tiny task on each engine: 2 cores, 3.7 to 6.4 ms measured on Dask, 0.9 to 2.9 inline."""
+TASK_SECONDS: dict[Engine, float] = {"dask": 0.0035, "inline": 0.0006}
+"""Processor seconds of a task, besides reads and kernel calls: 2 cores, a task of nothing takes 1.9 and 0.06 ms."""
 
 FILE_SECONDS = 0.002
 """Seconds to write and sync a small file (ext4, SSD: 0.6 to 2.6 ms; tmpfs: 0.07)."""
