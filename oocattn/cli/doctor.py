@@ -24,7 +24,7 @@ from zarr.storage import MemoryStore
 
 from oocattn import clock
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
-from oocattn.kernels import AttentionState, device_type, finalise, get_kernel, kernel_names
+from oocattn.kernels import AttentionState, Operands, device_type, finalise, get_kernel, kernel_names
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.settings import plain_threads
 from oocattn.pipelines.engines.dask.local_cluster import local_client
@@ -174,7 +174,7 @@ def kernel_error(name: str, dtype: str, causal: bool) -> tuple[float, float]:
     state = AttentionState.empty(1, ROWS, HEAD_DIM, device)
     mask = make_mask(ROWS, ROWS, causal=causal)
     intervals = make_intervals(mask, range(ROWS), range(ROWS)) if causal else None
-    get_kernel(name).attend(query[None], key, value, state, scores=Scores(HEAD_DIM**-0.5), intervals=intervals)
+    get_kernel(name).attend(Operands(query[None], key, value, Scores(HEAD_DIM**-0.5), intervals), state)
     out, lse = torch.empty_like(query[None]), torch.empty_like(state.den)
     finalise(state, out, lse)
     scores = query.double() @ key.double().T * HEAD_DIM**-0.5

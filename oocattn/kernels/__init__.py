@@ -8,13 +8,14 @@ from oocattn.imports import lazy_attributes
 from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel
 
 if TYPE_CHECKING:
-    from oocattn.kernels.kernel import Kernel
+    from oocattn.kernels.kernel import Kernel, Operands
     from oocattn.kernels.merging import enter, finalise, fold, merge
     from oocattn.kernels.state import AttentionState
 
 __all__ = [
     "AttentionState",
     "Kernel",
+    "Operands",
     "default_kernel",
     "device_type",
     "enter",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _MODULES = {  # which import PyTorch: the names of kernels are known without it
-    "oocattn.kernels.kernel": ["Kernel"],
+    "oocattn.kernels.kernel": ["Kernel", "Operands"],
     "oocattn.kernels.merging": ["enter", "finalise", "fold", "merge"],
     "oocattn.kernels.state": ["AttentionState"],
 }

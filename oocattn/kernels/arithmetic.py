@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from oocattn.kernels import AttentionState, get_kernel
+from oocattn.kernels import AttentionState, Operands, get_kernel
 from oocattn.problem.scores import Scores
 
 ROWS, KEYS = 64, 512
@@ -54,14 +54,8 @@ def _bits(kernel: str, head_dim: int, dtype: str) -> str:
     query, key, value = values.split([ROWS * head_dim, KEYS * head_dim, KEYS * head_dim])
     state = AttentionState.empty(1, ROWS, head_dim, torch.device("cpu"))
     state.reset()
-    get_kernel(kernel).attend(
-        query.view(1, ROWS, head_dim),
-        key.view(KEYS, head_dim),
-        value.view(KEYS, head_dim),
-        state,
-        scores=Scores(head_dim**-0.5),
-        intervals=None,
-    )
+    key, value = key.view(KEYS, head_dim), value.view(KEYS, head_dim)
+    get_kernel(kernel).attend(Operands(query.view(1, ROWS, head_dim), key, value, Scores(head_dim**-0.5)), state)
     digest = hashlib.sha256()
     for tensor in (state.num, state.den, state.max):
         digest.update(tensor.contiguous().numpy().tobytes())

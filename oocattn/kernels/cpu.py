@@ -23,8 +23,8 @@ import math
 
 import torch
 
-from oocattn.kernels.intervals import Intervals, find_band, make_intervals
-from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
+from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import MAX_KEYS, Operands, unsupported_dtype
 from oocattn.kernels.merging import SCRATCH_BYTES, fold
 from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
 from oocattn.kernels.settings import full_precision
@@ -32,7 +32,6 @@ from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import make_tiles
 from oocattn.problem.mask import Causal
 from oocattn.problem.problem import DTYPES
-from oocattn.problem.scores import Scores
 from oocattn.units import round_up
 
 # Tiles. The rates are of 2 cores (Zen 4, torch 2.13) on float32, D = 64, where no tile above 1,024 x 1,024 differs by
@@ -56,28 +55,18 @@ class CpuKernel:
     max_keys = MAX_KEYS
 
     @full_precision(torch.device("cpu"))
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        *,
-        scores: Scores,
-        intervals: Intervals | None,
-    ) -> None:
+    def attend(self, operands: Operands, state: AttentionState) -> None:
         """See `Kernel.attend`; the bits do not depend on the number of threads."""
-        check_operands(query, key, value, state, intervals)
-        rows, keys = query.shape[1], key.shape[0]
+        operands.check(state)
+        rows, keys, band = operands.rows, operands.keys, operands.band
         if rows == 0 or keys == 0:
             return
-        band = find_band(intervals, rows, keys)
-        if band is None or not band.is_open_below(rows) or not _all_finite(query, key, value, scores.scale):
-            ReferenceKernel().attend(query, key, value, state, scores=scores, intervals=intervals)
+        if band is None or not band.is_open_below(rows) or not _all_finite(operands):
+            ReferenceKernel().attend(operands, state)
             return
-        call = _Call(query, state, scores, keys)
+        call = _Call(operands, state)
         for row, end, first, last, triangular in make_tiles(rows, keys, rows, _KEY_TILE, upper=band.upper):
-            call.load(key, value, first, last)
+            call.load(first, last)
             if triangular:
                 call.triangle(row, end, first)
             else:
@@ -101,20 +90,20 @@ class CpuKernel:
 class _Call:
     """One call of `attend`, its operands and scratch; rows and keys are the call's."""
 
-    def __init__(self, query: torch.Tensor, state: AttentionState, scores: Scores, keys: int) -> None:
-        group_size, rows, head_dim = query.shape
-        self.query, self.state, self.scores = query, state, scores
+    def __init__(self, operands: Operands, state: AttentionState) -> None:
+        (group_size, rows, head_dim), device = operands.query.shape, operands.query.device
+        self.operands, self.state = operands, state
         self.row_tile = _tile_rows(group_size, rows)
-        self.query_tile = torch.zeros((group_size, self.row_tile, head_dim), dtype=torch.float32, device=query.device)
-        self.key_tile = torch.empty((min(keys, _KEY_TILE), head_dim), dtype=torch.float32, device=query.device)
+        self.query_tile = torch.zeros((group_size, self.row_tile, head_dim), dtype=torch.float32, device=device)
+        self.key_tile = torch.empty((min(operands.keys, _KEY_TILE), head_dim), dtype=torch.float32, device=device)
         self.value_tile = torch.empty_like(self.key_tile)
         self.first_key = self.last_key = 0
 
-    def load(self, key: torch.Tensor, value: torch.Tensor, first_key: int, last_key: int) -> None:
+    def load(self, first_key: int, last_key: int) -> None:
         """Make keys [first_key, last_key) of the call the ones to attend, if they are not."""
         if (self.first_key, self.last_key) != (first_key, last_key):
-            self.key_tile[: last_key - first_key].copy_(key[first_key:last_key])
-            self.value_tile[: last_key - first_key].copy_(value[first_key:last_key])
+            self.key_tile[: last_key - first_key].copy_(self.operands.key[first_key:last_key])
+            self.value_tile[: last_key - first_key].copy_(self.operands.value[first_key:last_key])
             self.first_key, self.last_key = first_key, last_key
 
     def triangle(self, start: int, stop: int, first_key: int) -> None:
@@ -137,26 +126,26 @@ class _Call:
             start += rows
 
     def _attend(self, start: int, stop: int, first_key: int, last_key: int, *, causal: bool) -> None:
-        group_size, rows, head_dim = self.query.shape[0], stop - start, self.query.shape[2]
+        rows, scores = stop - start, self.operands.scores
         query = self.query_tile[:, : round_up(rows, _ROW_QUANTUM)]  # the rows beyond are computed and dropped
-        query[:, :rows].copy_(self.query[:, start:stop])
+        query[:, :rows].copy_(self.operands.query[:, start:stop])
         keys = slice(first_key - self.first_key, last_key - self.first_key)
-        shared = (1, group_size, last_key - first_key, head_dim)
+        key, value = self.key_tile[keys], self.value_tile[keys]
+        shared = (1, len(query), *key.shape)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query.unsqueeze(0),
-            self.key_tile[keys].expand(shared),
-            self.value_tile[keys].expand(shared),
+            key.expand(shared),
+            value.expand(shared),
             is_causal=causal,
-            scale=self.scores.scale,
+            scale=scores.scale,
         )
         state = self.state.rows(start, stop)
         if float(lse[0, :, :rows].abs().amax()) < _LARGEST_LSE:
             fold(state, out[0, :, :rows], lse[0, :, :rows])
             return
         del out, lse
-        key, value = self.key_tile[keys], self.value_tile[keys]
         intervals = make_intervals(Causal(rows, rows), range(rows), range(rows)) if causal else None
-        ReferenceKernel().attend(query[:, :rows], key, value, state, scores=self.scores, intervals=intervals)
+        ReferenceKernel().attend(Operands(query[:, :rows], key, value, scores, intervals), state)
 
 
 def _tile_rows(group_size: int, rows: int) -> int:
@@ -164,11 +153,11 @@ def _tile_rows(group_size: int, rows: int) -> int:
     return min(max(_ROW_TILE_PER_HEAD, _ROW_TILE // group_size // 256 * 256), round_up(rows, _ROW_QUANTUM))
 
 
-def _all_finite(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> bool:
+def _all_finite(operands: Operands) -> bool:
     """True if every value is finite and no score can overflow float32."""
-    query_bound, key_bound, value_bound = (_largest_magnitude(tensor) for tensor in (query, key, value))
-    score_bound = query_bound * key_bound * query.shape[-1] * max(1.0, scale)
-    return score_bound < torch.finfo(torch.float32).max and math.isfinite(value_bound)
+    query, key, value = map(_largest_magnitude, (operands.query, operands.key, operands.value))
+    score_bound = query * key * operands.key.shape[1] * max(1.0, operands.scores.scale)
+    return score_bound < torch.finfo(torch.float32).max and math.isfinite(value)
 
 
 def _largest_magnitude(tensor: torch.Tensor) -> float:

@@ -79,11 +79,6 @@ def make_intervals(mask: Mask, rows: range, keys: range) -> Intervals:
     return Intervals(len(rows), len(keys), ramps)  # type: ignore[arg-type]
 
 
-def find_band(intervals: Intervals | None, rows: int, keys: int) -> Band | None:
-    """The band of a call of so many rows and keys; None for another shape."""
-    return Band(-rows, keys) if intervals is None else intervals.band
-
-
 def _relative(ramp: Ramp, first_row: int, keys: range) -> Ramp:
     """A bound in `keys`, from the first of them, by the row from `first_row` on."""
     clipped = ramp.clipped(keys)

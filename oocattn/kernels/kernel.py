@@ -1,18 +1,68 @@
-"""The interface of kernels, and the checks that every kernel shares."""
+"""The interface of kernels: operands, and what a kernel does with them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from oocattn.kernels.intervals import Intervals
+from oocattn.kernels.intervals import Band, Intervals
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 MAX_KEYS = 65_536
 """The most keys to chain: beyond, the error of 16-bit matrix units grows."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Rows of g heads, and the keys and values that they attend. Raises ValueError where shapes or dtypes do not fit.
+
+    query [g, n, D]; key, value [m, D], shared by the g heads; all of one dtype (float16, bfloat16, float32), contiguous
+    but for the heads of `query`, which may lie apart, on one device. `intervals`: the keys of each row, relative to the
+    first (`make_intervals`); None: all. n and m may be 0: then there is nothing to attend.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scores: Scores
+    intervals: Intervals | None = None
+
+    def __post_init__(self) -> None:
+        query, key, value, intervals = self.query, self.key, self.value, self.intervals
+        if key.shape != value.shape or key.dim() != 2 or key.shape[1] != query.shape[2]:  # torch would broadcast some
+            raise ValueError(
+                f"key {list(key.shape)} and value {list(value.shape)} do not fit query {list(query.shape)}: "
+                f"expected [m, {query.shape[2]}] twice"
+            )
+        if not query.dtype == key.dtype == value.dtype:
+            raise ValueError(f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: expected one")
+        if intervals is not None and (intervals.rows, intervals.keys) != (self.rows, self.keys):
+            found = f"{intervals.rows} rows and {intervals.keys} keys"
+            raise ValueError(f"intervals of {found}: expected those of {self.rows} rows and {self.keys} keys")
+
+    @property
+    def rows(self) -> int:
+        """Rows of each head, n."""
+        return self.query.shape[1]
+
+    @property
+    def keys(self) -> int:
+        """Keys, m."""
+        return len(self.key)
+
+    @property
+    def band(self) -> Band | None:
+        """The band that the rows attend; None where their intervals have another shape."""
+        return Band(-self.rows, self.keys) if self.intervals is None else self.intervals.band
+
+    def check(self, state: AttentionState) -> None:
+        """Raise ValueError for the state of other rows, heads or columns."""
+        if state.num.shape != self.query.shape:
+            raise ValueError(f"state of {list(state.num.shape)} does not fit query {list(self.query.shape)}")
 
 
 class Kernel(Protocol):
@@ -33,24 +83,10 @@ class Kernel(Protocol):
     rounds_weights: bool
     """True if softmax weights are rounded to the inputs' dtype; `verify` allows more."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        *,
-        scores: Scores,
-        intervals: Intervals | None,
-    ) -> None:
-        """Attend `key` and `value` with `query` and add the result to `state`, in place.
+    def attend(self, operands: Operands, state: AttentionState) -> None:
+        """Add attention over the keys and values of `operands` to `state` [g, n, D], in place; not to its ledger.
 
-        query [g, n, D]; key, value [m, D], shared by the g heads; all of one dtype (float16, bfloat16, float32),
-        contiguous but for the heads of `query`, which may lie apart, on one device. state: the n rows of the g heads, num
-        [g, n, D]. `intervals` says which keys each row attends, all of them where it is None: [a, b) and
-        [c, d) of each row relative to the first key, as `make_intervals` makes them of a mask. `scores` are the
-        terms of a score. The ledger of the state is left alone: who calls enters the keys. Nothing happens where n or m is
-        0. On a GPU the work is launched on torch's current stream, and nothing waits for it.
+        On a GPU the work is launched on torch's current stream, and nothing waits for it.
 
         NaN and Inf make the output of the rows that attend them NaN or Inf. They reach no other rows, but for the
         16-bit kernels on a GPU (hopper, fa3, cudnn, flash), which behave as torch's own attention: where rows attend
@@ -61,7 +97,7 @@ class Kernel(Protocol):
         alike over any number of calls, and the largest decide the row, as far as float32 tells scores apart. Kernels that
         merge a library's log-sum-exp on a GPU (fa3, cudnn, flash) do not promise this: it rounds the number of keys away.
 
-        Raises ValueError where shapes or dtypes do not fit.
+        Raises ValueError where the shape of `state` does not fit.
         """
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
@@ -77,27 +113,6 @@ class Kernel(Protocol):
         Asked is attention of inputs of `dtype` and D = head_dim on `device`. Nothing of CUDA is touched on a machine that
         has none.
         """
-
-
-def check_operands(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: AttentionState, intervals: Intervals | None
-) -> None:
-    """Raise ValueError unless operands fit each other: torch would broadcast some."""
-    group_size, rows, head_dim = query.shape
-    if key.shape != value.shape or key.dim() != 2 or key.shape[1] != head_dim:
-        raise ValueError(
-            f"key {list(key.shape)} and value {list(value.shape)} do not fit query {list(query.shape)}: "
-            f"expected [m, {head_dim}] twice"
-        )
-    if state.num.shape != query.shape:
-        raise ValueError(f"state of {list(state.num.shape)} does not fit query {[group_size, rows, head_dim]}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: expected one")
-    if intervals is None:
-        return
-    if (intervals.rows, intervals.keys) != (rows, key.shape[0]):
-        found = f"{intervals.rows} rows and {intervals.keys} keys"
-        raise ValueError(f"intervals of {found}: expected those of {rows} rows and {key.shape[0]} keys")
 
 
 def unsupported_dtype(dtype: str, supported: Iterable[str]) -> str:

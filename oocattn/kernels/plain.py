@@ -11,13 +11,12 @@ import numpy as np
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, capability_reason
-from oocattn.kernels.intervals import Int32s, Intervals
-from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
+from oocattn.kernels.intervals import Int32s
+from oocattn.kernels.kernel import MAX_KEYS, Operands, unsupported_dtype
 from oocattn.kernels.merging import SCRATCH_BYTES, finite_shift, merge
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.problem import DTYPES
-from oocattn.problem.scores import Scores
 
 _CUBLAS_WORKSPACE = 32 << 20
 """Bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others."""
@@ -44,47 +43,30 @@ class PlainKernel:
     score_bytes = 64 << 20
     """Bytes of the scores of one tile."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        *,
-        scores: Scores,
-        intervals: Intervals | None,
-    ) -> None:
+    def attend(self, operands: Operands, state: AttentionState) -> None:
         """See `Kernel.attend`."""
-        check_operands(query, key, value, state, intervals)
-        step = self._step(query.shape[0])
+        operands.check(state)
+        query, key, value, intervals = operands.query, operands.key, operands.value, operands.intervals
+        step = self._step(len(query))
         with full_precision(query.device):
-            for first in range(0, key.shape[0], step):
+            for first in range(0, operands.keys, step):
                 keys = slice(first, first + step)
-                for row in range(0, query.shape[1], step):
-                    rows = slice(row, row + step)
-                    part = query[:, rows], key[keys], value[keys], state.rows(row, row + step)
-                    tile = intervals and intervals.part(row, row + step, first, first + step)
-                    self._attend_tile(*part, scores.scale, None if tile is None else tile.values())
+                for row in range(0, operands.rows, step):
+                    part = intervals and intervals.part(row, row + step, first, first + step)
+                    tile = Operands(query[:, row : row + step], key[keys], value[keys], operands.scores, part)
+                    self._attend_tile(tile, state.rows(row, row + step))
 
-    def _attend_tile(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        scale: float,
-        intervals: Int32s | None,
-    ) -> None:
-        """Attend one tile's keys, those of `intervals` or all; merge into the state."""
+    def _attend_tile(self, tile: Operands, state: AttentionState) -> None:
+        intervals = None if tile.intervals is None else tile.intervals.values()
         if intervals is not None and not (intervals[:, ::2] < intervals[:, 1::2]).any():
             return
-        scores = (query.to(self.precision) * scale) @ key.to(self.precision).T  # [g, rows, keys]
+        scores = (tile.query.to(self.precision) * tile.scores.scale) @ tile.key.to(self.precision).T  # [g, rows, keys]
         if intervals is not None:
             _hide(scores, intervals)
         maximum = scores.amax(-1)
         kept = maximum.float()  # as the state holds it
         weights = scores.sub_(_shift(maximum, kept).unsqueeze(-1)).exp_()
-        num = _weighted_sum(weights, value.to(self.precision), intervals)
+        num = _weighted_sum(weights, tile.value.to(self.precision), intervals)
         merge(state, AttentionState.without_ledger(num.float(), weights.sum(-1).float(), kept))
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState, finalise, get_kernel, merge
+from oocattn.kernels import AttentionState, Operands, finalise, get_kernel, merge
 from oocattn.operations.ledger import ExpectedLedger, enter_tile
 from oocattn.operations.tiles import Tile, make_tiles
 from oocattn.planning.plan import Plan
@@ -47,8 +47,8 @@ class Forward:
         """See `Operation.compute`."""
         (q,), (k, v) = query, key
         part = state.rows(tile.rows.start, tile.rows.stop)
-        intervals = tile.intervals()
-        self._kernel.attend(q[:, tile.rows.start : tile.rows.stop], k, v, part, scores=self._scores, intervals=intervals)
+        operands = Operands(q[:, tile.rows.start : tile.rows.stop], k, v, self._scores, tile.intervals())
+        self._kernel.attend(operands, part)
         enter_tile(part, tile)
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:

@@ -8,7 +8,7 @@ import torch
 from calling import MASKS, attended, call
 from on_gpu import BOUND, CUDA, check, finished, kernel_for, operands, poisoned_state
 
-from oocattn.kernels import AttentionState, device_type, finalise, fold, get_kernel, kernel_names, merge
+from oocattn.kernels import AttentionState, Operands, device_type, finalise, fold, get_kernel, kernel_names, merge
 from oocattn.kernels.intervals import make_intervals
 from oocattn.problem.scores import Scores
 
@@ -74,7 +74,7 @@ def test_any_intervals_are_attention(name, dtype, mask):
     query, key, value = operands(3, len(rows), len(keys), 64, dtype)
     state = poisoned_state(3, len(rows), 64)
     intervals = make_intervals(mask, rows, keys)
-    kernel.attend(query, key, value, state, scores=Scores(0.125), intervals=intervals)
+    kernel.attend(Operands(query, key, value, Scores(0.125), intervals), state)
     out, lse = finished(state)
     hidden = ~attended(intervals, len(keys)).to(CUDA)
     scores = (0.125 * query.double() @ key.double().T).masked_fill(hidden, -math.inf)

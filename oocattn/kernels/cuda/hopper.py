@@ -13,8 +13,7 @@ from importlib import import_module
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, hopper_reason
-from oocattn.kernels.intervals import Intervals, find_band
-from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
+from oocattn.kernels.kernel import MAX_KEYS, Operands, unsupported_dtype
 from oocattn.kernels.plain import PlainKernel
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
@@ -33,16 +32,7 @@ class HopperKernel:
     plans_shapes = False
     rounds_weights = True
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        *,
-        scores: Scores,
-        intervals: Intervals | None,
-    ) -> None:
+    def attend(self, operands: Operands, state: AttentionState) -> None:
         """See `Kernel.attend`.
 
         It is one launch where each row attends one interval and both ends rise by one key a row; the plain kernel takes
@@ -51,17 +41,17 @@ class HopperKernel:
         Tensors with an address or strides that are no multiples of 16 bytes are copied before it. Raises ValueError also
         for calls that it cannot count in 32 bits.
         """
-        check_operands(query, key, value, state, intervals)
-        _check_limits(query, state)
-        rows, keys = query.shape[1], key.shape[0]
-        if not rows or not keys:
+        operands.check(state)
+        _check_limits(operands.query, state)
+        band = operands.band
+        if not operands.rows or not operands.keys:
             return
-        band = find_band(intervals, rows, keys)
         if band is None:
-            PlainKernel().attend(query, key, value, state, scores=scores, intervals=intervals)
+            PlainKernel().attend(operands, state)
         elif band.lower < band.upper:
             launch = import_module("oocattn.kernels.cuda.launch")
-            launch.attend(query, key, value, state, scale=scores.scale, band=band)
+            tensors = operands.query, operands.key, operands.value
+            launch.attend(*tensors, state, scale=operands.scores.scale, band=band)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
         """See `Kernel.scratch_bytes`: counters, but not the copies that `attend` may make."""
@@ -78,7 +68,7 @@ class HopperKernel:
         rows = torch.zeros(1, head_dim, dtype=getattr(torch, dtype), device=device)
         try:
             state = AttentionState.empty(1, 1, head_dim, device)
-            HopperKernel().attend(rows.unsqueeze(0), rows, rows, state, scores=Scores(1.0), intervals=None)
+            HopperKernel().attend(Operands(rows.unsqueeze(0), rows, rows, Scores(1.0)), state)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # cuda.bindings or NVRTC is not there, or too old

@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 
 import torch
 from cuda.bindings import driver
+from torch import Tensor
 
 from oocattn.kernels.cuda.program import Program, checked
 from oocattn.kernels.cuda.state import row_strides, state_of
@@ -73,15 +74,7 @@ class _Call(ctypes.Structure):
     )
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    state: AttentionState,
-    *,
-    scale: float,
-    band: Band,
-) -> None:
+def attend(query: Tensor, key: Tensor, value: Tensor, state: AttentionState, *, scale: float, band: Band) -> None:
     """Add attention over key and value [m, D] to `state`, in place, in one launch.
 
     query is [g, n, D]. Row i attends the keys of `band`. float16 or bfloat16, D a multiple of 8 up to 128, scale > 0;

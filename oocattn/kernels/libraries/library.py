@@ -7,14 +7,12 @@ from abc import ABC, abstractmethod
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes
-from oocattn.kernels.intervals import Intervals, find_band
-from oocattn.kernels.kernel import MAX_KEYS, check_operands
+from oocattn.kernels.kernel import MAX_KEYS, Operands
 from oocattn.kernels.merging import fold
 from oocattn.kernels.plain import PlainKernel
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import level_step, make_tiles
 from oocattn.problem.problem import DTYPES
-from oocattn.problem.scores import Scores
 
 _OWN_BYTES = 1 << 19
 """Bytes that a library call allocates for seeds, counters and a workspace."""
@@ -33,26 +31,17 @@ class LibraryKernel(ABC):
     plans_shapes = False
     rounds_weights = True
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        *,
-        scores: Scores,
-        intervals: Intervals | None,
-    ) -> None:
+    def attend(self, operands: Operands, state: AttentionState) -> None:
         """See `Kernel.attend`."""
-        check_operands(query, key, value, state, intervals)
-        rows, keys = query.shape[1], key.shape[0]
-        band = find_band(intervals, rows, keys)
+        operands.check(state)
+        query, key, value, scale = operands.query, operands.key, operands.value, operands.scores.scale
+        rows, keys, band = operands.rows, operands.keys, operands.band
         if band is None or not band.is_open_below(rows):
-            PlainKernel().attend(query, key, value, state, scores=scores, intervals=intervals)
+            PlainKernel().attend(operands, state)
             return
         step = level_step(keys, MAX_KEYS)
         for row, end, first, last, triangular in make_tiles(rows, keys, max(1, rows), step, upper=band.upper):
-            result = self._call(query[:, row:end], key[first:last], value[first:last], scores.scale, triangular)
+            result = self._call(query[:, row:end], key[first:last], value[first:last], scale, triangular)
             fold(state.rows(row, end), *result)
             del result  # before the next call needs the memory
 
