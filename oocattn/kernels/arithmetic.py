@@ -1,7 +1,6 @@
 """A record of the processor's or GPU's way to compute, on which bits depend.
 
-The same kernel on the same inputs rounds otherwise where torch picks other vector instructions, where its matrix products
-come from another library, or where that library picks other code for the processor. All of that is seen in the bits of one
+Vector instructions, the library of matrix products and its choice of code for the processor are all seen in the bits of one
 small call, which is made and hashed.
 """
 

@@ -24,9 +24,9 @@ import math
 import torch
 
 from oocattn.kernels.intervals import make_intervals
-from oocattn.kernels.kernel import MAX_KEYS, Operands, unsupported_dtype
+from oocattn.kernels.kernel import Kernel, Operands, unsupported_dtype
 from oocattn.kernels.merging import SCRATCH_BYTES, fold
-from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
+from oocattn.kernels.plain import PRODUCT_BYTES, ReferenceKernel
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import make_tiles
@@ -46,17 +46,13 @@ _LARGEST_LSE = 1024.0  # beyond it, float32 keeps less than 14 bits of what a lo
 _LIBRARY_BLOCK = (256, 512)  # rows and keys of the score block that each thread of the library call allocates
 
 
-class CpuKernel:
-    """Flash attention on the CPU, on the threads that torch gives the calling thread."""
+class CpuKernel(Kernel):
+    """Flash attention on the CPU. Its bits do not depend on the number of threads that torch gives the calling one."""
 
     name = "cpu"
-    plans_shapes = False
-    rounds_weights = False
-    max_keys = MAX_KEYS
 
     @full_precision(torch.device("cpu"))
     def attend(self, operands: Operands, state: AttentionState) -> None:
-        """See `Kernel.attend`; the bits do not depend on the number of threads."""
         operands.check(state)
         rows, keys, band = operands.rows, operands.keys, operands.band
         if rows == 0 or keys == 0:
@@ -73,7 +69,6 @@ class CpuKernel:
                 call.rectangle(row, end, first, last)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """See `Kernel.scratch_bytes`: tiles, library buffers and merge, or the reference."""
         tile_rows = group_size * _tile_rows(group_size, rows)
         tiles = tile_rows * head_dim + 2 * min(keys, _KEY_TILE) * head_dim
         result = tile_rows * (head_dim + 1)
@@ -83,7 +78,6 @@ class CpuKernel:
         return 4 * tiles + max(4 * result + library + SCRATCH_BYTES, reference)
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`."""
         return "it runs on CPUs" if device.type != "cpu" else unsupported_dtype(dtype, DTYPES)
 
 
@@ -107,7 +101,7 @@ class _Call:
             self.first_key, self.last_key = first_key, last_key
 
     def triangle(self, start: int, stop: int, first_key: int) -> None:
-        """Attend a triangle at row `start` and `first_key`: two smaller ones and a square."""
+        """A triangle from row `start` and `first_key` on: two smaller ones and a square."""
         if stop - start <= _TRIANGLE:
             self._attend(start, stop, first_key, first_key + stop - start, causal=True)
             return

@@ -1,8 +1,4 @@
-"""Keys that the rows of one call attend: four bounds that rise with the row.
-
-They come from `problem.mask`. A kernel asks for the band where its call has that shape, which takes no time, or for the
-bounds of every row.
-"""
+"""Keys that the rows of one call attend: a mask's four bounds of each row, or a band, where they have that shape."""
 
 from __future__ import annotations
 
@@ -38,10 +34,7 @@ class Intervals:
 
     @property
     def band(self) -> Band | None:
-        """The band that these are; None where the bounds have another shape.
-
-        A triangle with its corner at the first row and key is Band(1 - rows or less, 1).
-        """
+        """The band that these are, such as (1 - rows, 1) of a triangle; None where the bounds have another shape."""
         a, b, c, d = self.ramps
         lower, upper = self._slope(a), self._slope(b)
         if lower is None or upper is None or c.before(self.rows) < d.before(self.rows):

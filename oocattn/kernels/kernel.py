@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -14,6 +14,9 @@ from oocattn.problem.scores import Scores
 
 MAX_KEYS = 65_536
 """The most keys to chain: beyond, the error of 16-bit matrix units grows."""
+
+HALF_DTYPES = ("float16", "bfloat16")
+"""The dtypes of 16-bit matrix units."""
 
 
 @dataclass(frozen=True)
@@ -65,54 +68,44 @@ class Operands:
             raise ValueError(f"state of {list(state.num.shape)} does not fit query {list(self.query.shape)}")
 
 
-class Kernel(Protocol):
-    """Attention of query rows over a range of keys, added to a state.
-
-    It is stateless: any thread may call it at any time.
-    """
+class Kernel(ABC):
+    """Attention of query rows over a range of keys, added to a state. It is stateless: any thread may call it."""
 
     name: str
     """The name that it is registered under."""
 
-    max_keys: int
+    max_keys = MAX_KEYS
     """The most keys to give to one call; `attend` is right beyond it too."""
 
-    plans_shapes: bool
+    plans_shapes = False
     """True if the first call of each shape takes far longer than the next."""
 
-    rounds_weights: bool
+    rounds_weights = False
     """True if softmax weights are rounded to the inputs' dtype; `verify` allows more."""
 
+    @abstractmethod
     def attend(self, operands: Operands, state: AttentionState) -> None:
         """Add attention over the keys and values of `operands` to `state` [g, n, D], in place; not to its ledger.
 
         On a GPU the work is launched on torch's current stream, and nothing waits for it.
 
-        NaN and Inf make the output of the rows that attend them NaN or Inf. They reach no other rows, but for the
-        16-bit kernels on a GPU (hopper, fa3, cudnn, flash), which behave as torch's own attention: where rows attend
-        different keys, NaN or Inf in a value may also reach rows of the kernel's tile that do not attend it (less than 512
-        away); with a library's, scores of -inf may become NaN, and the log-sum-exp of a row with NaN may be anything.
+        NaN and Inf reach the rows that attend them and no others, but for the 16-bit kernels on a GPU (hopper, fa3, cudnn,
+        flash), which behave as torch's own attention: where rows attend different keys, NaN or Inf in a value may reach rows
+        less than 512 away; with a library's, scores of -inf and the log-sum-exp of a row with NaN may be anything.
 
-        Where the scores of a row are all large (1e3 and more in size, as of padding that a constant masks), equal ones count
-        alike over any number of calls, and the largest decide the row, as far as float32 tells scores apart. Kernels that
-        merge a library's log-sum-exp on a GPU (fa3, cudnn, flash) do not promise this: it rounds the number of keys away.
+        Where the scores of a row are all large (1e3 and more in size, as of masked padding), equal ones count alike over any
+        number of calls; kernels that merge a library's log-sum-exp on a GPU (fa3, cudnn, flash) do not promise this.
 
         Raises ValueError where the shape of `state` does not fit.
         """
 
+    @abstractmethod
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """Bytes that `attend` allocates at most.
+        """Bytes that `attend` allocates at most, with so many threads on a CPU; on a GPU what torch's allocator takes."""
 
-        The call has g = group_size, n = rows, m = keys, D = head_dim and that dtype; on a CPU it has so many threads. On a
-        GPU these are the bytes that torch's caching allocator takes from the device.
-        """
-
+    @abstractmethod
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """The reason why this kernel cannot serve, in words; "" if it can.
-
-        Asked is attention of inputs of `dtype` and D = head_dim on `device`. Nothing of CUDA is touched on a machine that
-        has none.
-        """
+        """The reason why this kernel cannot serve, in words; "" if it can. No CUDA is touched where there is none."""
 
 
 def unsupported_dtype(dtype: str, supported: Iterable[str]) -> str:

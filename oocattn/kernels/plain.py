@@ -1,7 +1,4 @@
-"""Attention in plain torch operations, tile by tile, wherever torch runs.
-
-The scores of a tile are written out in one precision, float32 here; the float64 reference is the same with other tiles.
-"""
+"""Attention in plain torch operations, tile by tile, wherever torch runs: in float32, and the float64 reference."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, capability_reason
 from oocattn.kernels.intervals import Int32s
-from oocattn.kernels.kernel import MAX_KEYS, Operands, unsupported_dtype
+from oocattn.kernels.kernel import Kernel, Operands, unsupported_dtype
 from oocattn.kernels.merging import SCRATCH_BYTES, finite_shift, merge
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
@@ -21,13 +18,16 @@ from oocattn.problem.problem import DTYPES
 _CUBLAS_WORKSPACE = 32 << 20
 """Bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others."""
 
+PRODUCT_BYTES = 3 << 20
+"""Bytes of the CPU's matrix products per thread; measured: 1.7 to 2.8 MiB (MKL)."""
+
 _MOST_APART = 40.0
 """The most that a row's shift may lie from its maximum: weights reach exp(40)."""
 
 _QUANTUM = 64  # steps above it are cut to a multiple, which suits the matrix products
 
 
-class PlainKernel:
+class PlainKernel(Kernel):
     """Attention as matrix products in float32 without TF32; merged in float32.
 
     NaN and Inf reach the rows that attend them and no others, also within the tiles whose rows attend different keys.
@@ -36,15 +36,11 @@ class PlainKernel:
     """
 
     name = "torch"
-    plans_shapes = False
-    rounds_weights = False
-    max_keys = MAX_KEYS
     precision = torch.float32
     score_bytes = 64 << 20
     """Bytes of the scores of one tile."""
 
     def attend(self, operands: Operands, state: AttentionState) -> None:
-        """See `Kernel.attend`."""
         operands.check(state)
         query, key, value, intervals = operands.query, operands.key, operands.value, operands.intervals
         step = self._step(len(query))
@@ -70,11 +66,9 @@ class PlainKernel:
         merge(state, AttentionState.without_ledger(num.float(), weights.sum(-1).float(), kept))
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """See `Kernel.scratch_bytes`: what a tile needs, and what cuBLAS keeps."""
         return allocated_bytes(*self._tile_bytes(group_size, rows, keys, head_dim)) + _CUBLAS_WORKSPACE
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`."""
         return unsupported_dtype(dtype, DTYPES) or ("" if device.type == "cpu" else capability_reason(device))
 
     def _step(self, group_size: int) -> int:
@@ -92,6 +86,20 @@ class PlainKernel:
         vectors = 8 * group_size * rows * itemsize + rows * 16 * (4 + 1)
         scores = group_size * rows * keys * itemsize
         return (scores, (rows + 1) * keys, *[of_query] * 2, *[of_value] * 3, *counted, vectors, SCRATCH_BYTES)
+
+
+class ReferenceKernel(PlainKernel):
+    """Attention in float64, in tiles that fit a CPU's caches: slow, to compare fast kernels with.
+
+    The state that it adds to is float32 like everyone's, so it is right to a few 1e-7.
+    """
+
+    name = "reference"
+    precision = torch.float64
+    score_bytes = 1 << 20
+
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
+        return sum(self._tile_bytes(group_size, rows, keys, head_dim)) + threads * PRODUCT_BYTES
 
 
 def _shift(maximum: torch.Tensor, state_maximum: torch.Tensor) -> torch.Tensor:

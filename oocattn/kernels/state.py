@@ -10,16 +10,15 @@ import torch
 
 @dataclass(frozen=True)
 class AttentionState:
-    """Attention of n rows of g heads over the keys so far, before the division.
+    """Attention of n rows of g heads over the keys so far, before the division: tensors that kernels update in place.
 
-    With the scores s = scale * q @ k.T of a row and a shift no less than a few units below the largest of them: `max`
-    [g, n] is the shift, `den` [g, n] the sum of exp(s - max) and `num` [g, n, D] the sum of exp(s - max) * v, all
-    float32. A row with no key has num = 0, den = 0 and max = -inf. The ledger says which keys were attended, the same for
-    all heads: `keys` [n] int64 counts them, and `key_sum` [n] int64 is the sum of their indices modulo 2^64. Kernels do not
-    touch it; merging adds it.
+    With the scores s of a row and a shift no less than a few units below the largest of them: `max` [g, n] is the shift,
+    `den` [g, n] the sum of exp(s - max) and `num` [g, n, D] the sum of exp(s - max) * v, all float32. A row with no key has
+    num = 0, den = 0 and max = -inf. The ledger, the same for all heads, says which keys were attended: `keys` [n] int64
+    counts them, `key_sum` [n] int64 is the sum of their indices modulo 2^64. Kernels do not touch it; merging adds it.
 
-    Source: the running softmax of Milakov and Gimelshein, arXiv 1805.02867, section 3, as a mergeable record. The
-    fields are tensors that kernels update in place. Raises ValueError where their shapes do not fit each other.
+    Source: the running softmax of Milakov and Gimelshein, arXiv 1805.02867, section 3, as a mergeable record. Raises
+    ValueError where the shapes do not fit each other.
     """
 
     num: torch.Tensor

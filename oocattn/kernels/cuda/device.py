@@ -51,10 +51,10 @@ def hopper_reason(device: torch.device) -> str:
 
 
 def allocated_bytes(*sizes: int) -> int:
-    """The most bytes that torch's allocator takes from an empty device for tensors.
+    """The most bytes that torch's allocator takes from an empty device for tensors (c10/core/AllocatorConfig.h).
 
     Up to 1 MiB they are rounded to 512 B and share segments of 2 MiB; below 10 MiB they share segments of 20 MiB; the
-    rest is rounded to 2 MiB (PyTorch, c10/core/AllocatorConfig.h).
+    rest is rounded to 2 MiB.
     """
     small = sum(round_up(size, 512) for size in sizes if size <= _MIB)
     middle = [size for size in sizes if _MIB < size < 10 * _MIB]

@@ -1,8 +1,4 @@
-"""Launches of our own kernel on Hopper GPUs (hopper.cu), cut into items.
-
-Imported only where `cuda.bindings` is installed. Everything is launched on torch's current stream of the tensors' device,
-and nothing waits.
-"""
+"""Launches of our own kernel on Hopper GPUs (hopper.cu), cut into items; only where `cuda.bindings` is installed."""
 
 from __future__ import annotations
 
@@ -16,8 +12,8 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
+from oocattn.kernels.cuda.merging import row_strides, state_of
 from oocattn.kernels.cuda.program import Program, checked
-from oocattn.kernels.cuda.state import row_strides, state_of
 from oocattn.kernels.intervals import Band
 from oocattn.kernels.state import AttentionState
 from oocattn.units import ceil_div, round_up
@@ -75,10 +71,9 @@ class _Call(ctypes.Structure):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, state: AttentionState, *, scale: float, band: Band) -> None:
-    """Add attention over key and value [m, D] to `state`, in place, in one launch.
+    """Add attention of query [g, n, D] over the keys of `band`, key and value [m, D], to `state`, in place, in one launch.
 
-    query is [g, n, D]. Row i attends the keys of `band`. float16 or bfloat16, D a multiple of 8 up to 128, scale > 0;
-    n and m are not 0.
+    float16 or bfloat16, D a multiple of 8 up to 128, scale > 0; n and m are not 0.
     """
     group_size, rows, head_dim = query.shape
     keys, device = key.shape[0], query.device
@@ -105,10 +100,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, state: AttentionState, *, 
 
 @lru_cache(4096)
 def choose_span(group_size: int, rows: int, keys: int, band: Band, tile: int) -> int:
-    """Keys of a span, 16K at most.
-
-    Where there are few items, it is the span with which they fill the multiprocessors best.
-    """
+    """Keys of a span, 16K at most; of few items, the span with which they fill the multiprocessors best."""
     fewest, tiles = ceil_div(keys, MOST_SPAN), group_size * ceil_div(rows, tile)
     times: dict[int, int] = {}
     for spans in range(fewest, fewest + _CHOICES):

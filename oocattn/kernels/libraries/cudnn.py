@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from oocattn.kernels.cuda.device import capability_reason
-from oocattn.kernels.kernel import unsupported_dtype
+from oocattn.kernels.kernel import HALF_DTYPES, unsupported_dtype
 from oocattn.kernels.libraries.library import LibraryKernel, shared_by_heads
 
-_DTYPES = ("float16", "bfloat16")
 _WIDE = 91900  # from cuDNN 9.19 on, D up to 256 is right on Hopper: 3e-4 measured at D = 160 and 256 (H200, float16)
 
 
@@ -21,8 +21,7 @@ class CudnnKernel(LibraryKernel):
     plans_shapes = True
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`."""
-        reason = capability_reason(device, (8, 0)) or unsupported_dtype(dtype, _DTYPES)
+        reason = capability_reason(device, (8, 0)) or unsupported_dtype(dtype, HALF_DTYPES)
         if reason:
             return reason
         version = torch.backends.cudnn.version()
@@ -32,9 +31,7 @@ class CudnnKernel(LibraryKernel):
         most = 256 if wide else 128
         return "" if head_dim % 8 == 0 and head_dim <= most else f"D must be a multiple of 8, {most} at most"
 
-    def _call(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _call(self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         copies = 2 if len(key) == 1 else 1  # cuDNN refuses a single key (PyTorch, sdp_utils.cpp): two weigh double
         key, value = (tensor.repeat(copies, 1) if copies > 1 else tensor for tensor in (key, value))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from oocattn.kernels.cuda.device import capability_reason
-from oocattn.kernels.kernel import unsupported_dtype
+from oocattn.kernels.kernel import HALF_DTYPES, unsupported_dtype
 from oocattn.kernels.libraries.library import LibraryKernel, shared_by_heads
 from oocattn.units import ceil_div
-
-_DTYPES = ("float16", "bfloat16")
 
 # Where a call has too few blocks of rows for the GPU, the library splits the keys and keeps a float32 result of each
 # split: num_splits_heuristic in flash_api.cpp. For `blocks` below 0.8 x 2 x multiprocessors, blocks x splits stays below
@@ -24,15 +23,12 @@ class FlashKernel(LibraryKernel):
     name = "flash"
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`."""
-        reason = capability_reason(device, (8, 0)) or unsupported_dtype(dtype, _DTYPES)
+        reason = capability_reason(device, (8, 0)) or unsupported_dtype(dtype, HALF_DTYPES)
         if not reason and (head_dim % 8 or head_dim > 256):
             return "D must be a multiple of 8, 256 at most"
         return reason
 
-    def _call(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _call(self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query.unsqueeze(0),
             shared_by_heads(key, len(query)),
