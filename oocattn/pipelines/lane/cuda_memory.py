@@ -11,7 +11,10 @@ import mmap
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +22,6 @@ import torch
 from oocattn.errors import BudgetError
 from oocattn.kernels import AttentionState, get_kernel
 from oocattn.pipelines.lane.memory import Arena
-from oocattn.pipelines.lane.slots import SlotRing
 from oocattn.planning.memory import (
     FINALISED_ROWS,
     KEY_SLOTS,
@@ -40,6 +42,8 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the proces
 _TOUCHING_THREADS = 8
 
 logger = logging.getLogger("oocattn")
+
+T = TypeVar("T")
 
 
 class TileRows:
@@ -66,6 +70,28 @@ class TileRows:
         """The number of halvings since the last call."""
         halvings, self._halvings = self._halvings, 0
         return halvings
+
+
+@dataclass
+class Slot(Generic[T]):
+    """A buffer, and the event after which it may be overwritten; None if unused."""
+
+    buffer: T
+    freed: torch.cuda.Event | None = None
+
+
+class SlotRing(Generic[T]):
+    """Slots in the order of their use; the user of one sets the event that frees it."""
+
+    def __init__(self, buffers: Iterable[T]) -> None:
+        self._slots = cycle([Slot(buffer) for buffer in buffers])
+
+    def acquire(self, stream: torch.cuda.Stream) -> Slot[T]:
+        """The next slot; the stream waits from here on until it is free."""
+        slot = next(self._slots)
+        if slot.freed is not None:
+            stream.wait_event(slot.freed)
+        return slot
 
 
 class DeviceBuffers:

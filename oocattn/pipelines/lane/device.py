@@ -1,18 +1,55 @@
-"""The interface of a lane's device; a new kind is a line in `DEVICES` of `lane`."""
+"""The interface of a lane's device, and the health of a lane; a new kind is a line in `DEVICES` of `lane`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 
+from oocattn import clock
 from oocattn.kernels import AttentionState
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended
+
+
+class Health:
+    """Shared by all parts of a lane, which report their steps and failures here."""
+
+    def __init__(self) -> None:
+        self.stepped = clock.now()
+        """Time of the last step: a tile, a read, a written block, a file of partials."""
+        self._error: BaseException | None = None
+
+    def step(self) -> None:
+        """Note that a piece of a long task is done."""
+        self.stepped = clock.now()
+
+    def fail(self, error: BaseException) -> None:
+        """Stop the lane with this error, unless another one has stopped it before."""
+        if self._error is None:
+            self._error = error
+
+    @contextmanager
+    def reraise_first_failure(self) -> Iterator[None]:
+        """Raise the error that stopped the lane, in place of those that follow from it."""
+        if self._error is not None:
+            raise self._error
+        try:
+            yield
+        except BaseException as error:
+            if self._error is None or self._error is error:
+                self._error = error
+                raise
+            raise self._error from None  # a local variable for it would be a reference circle through the traceback
+
+    def close(self) -> None:
+        """Forget the error: its traceback refers to whatever failed, memory included."""
+        self._error = None
 
 
 class Device(Protocol):

@@ -105,8 +105,12 @@ class Stager:
         self._readers = ThreadPool(readers, "oocattn-read")
         self._decoding = threading.Lock()
 
-    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None) -> Staged:
-        """See `Lane.stage`."""
+    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Staged:
+        """Read a subproblem into a staging slot; `turn` counts this lane's from 0.
+
+        Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there. Raises
+        RuntimeError for a turn that was taken before.
+        """
         self._turns.take(turn)
         start = clock.now()
         slot = self._slots[turn % len(self._slots)].result()
