@@ -14,11 +14,9 @@ from oocattn.pipelines.watch.events import Attended, Span
 
 
 class Checkpoints:
-    """Saves a lane's partials twice in an interval of seconds.
+    """Saves a lane's partials twice in an interval of seconds (0: never); `fail` is called with an error that ends it.
 
-    So a kill costs no more than one interval of work: the work since the last save began, which is half an interval
-    before the next one ends, and the work in flight. With an interval of 0 nothing is saved but at the end. `fail` is
-    called with an error that ends the saving.
+    So a kill costs no more than one interval of work: what came since the last save began, and what is in flight.
     """
 
     def __init__(self, partials: PartialStore, interval: float, fail: Callable[[BaseException], object]) -> None:

@@ -8,8 +8,7 @@ fourth merges partials from disk and divides chunks):
     back     the tile's partial to the host or, where its chunk has earlier partials, those to the device first, one
              fused merge, and the sum back
 
-A launch enqueues all of this for a subproblem; whoever launched it then waits until its partials have come back. Meanwhile
-the next subproblem is launched behind it, so two are in flight.
+A launch enqueues all of this for a subproblem. The next one is launched behind it, so two are in flight.
 """
 
 from __future__ import annotations
@@ -140,8 +139,7 @@ class CudaDevice:
             self._ahead.clear()
             del self._buffers, self._clock  # or torch would keep their memory in its cache
             release_cached_memory(self._device)
-            # Last, for the driver does one thing at a time, be it to forget an event: 20 ms a GiB, for which no result
-            # need wait.
+            # Last, for the driver does one thing at a time: 20 ms a GiB, for which no result need wait.
             pinned, self._pinned = self._pinned, []
             self.allocator.submit(close_all, pinned)
 

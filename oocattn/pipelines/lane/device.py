@@ -75,10 +75,9 @@ class Device(Protocol):
         """Bytes of host memory, as uint8 [nbytes] or more, that the device can work with."""
 
     def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
-        """Begin to attend a subproblem; return the function that waits for its end.
+        """Begin to attend a subproblem; return the function that waits until its partials are handed over.
 
-        The end is when its partials are handed over. `finisher` is told of a chunk whose last partial has begun to
-        come, where that is worth it.
+        `finisher` may be told of a chunk whose last partial has begun to come.
         """
 
     def merge(self, into: AttentionState, state: AttentionState) -> None:

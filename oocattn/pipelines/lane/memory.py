@@ -43,16 +43,12 @@ class Pool(Generic[T]):
             self._changed.notify()
 
     def take(self) -> T:
-        """Take a piece, waiting for one if need be.
-
-        Raises the error of `fail` if none will come, and RuntimeError where the pool was closed, as under a task that
-        hung.
-        """
+        """Take a piece, waiting for one. Raises the error of `fail` if none will come, RuntimeError for a closed pool."""
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._error or self._closed)
             if self._closed:
                 raise RuntimeError("the lane is closed")
-            if not self._free and self._error is not None:
+            if self._error and not self._free:
                 raise self._error
             return self._free.popleft()
 
@@ -79,10 +75,9 @@ OutBlock = tuple[torch.Tensor, torch.Tensor]
 
 
 class HostMemory:
-    """A lane's host memory: staging slots, states by name, and blocks of `out`.
+    """A lane's host memory: staging slots, states by name, and blocks of `out`, allocated by `allocate`.
 
-    `allocate` gives bytes of host memory. All is allocated once, by one thread and in the order in which it is needed: the
-    first chunks are read while the rest is still being pinned.
+    One thread allocates all in the order in which it is needed: the first chunks are read while the rest is being pinned.
     """
 
     def __init__(self, plan: Plan, allocate: Callable[[int], torch.Tensor]) -> None:
@@ -117,7 +112,7 @@ class HostMemory:
             with naming(SET_UP):
                 self._allocate_all()
         except BaseException as error:
-            self._fail(error)
+            self._fail(error)  # by itself: a slot among the locals here would be a reference circle through the traceback
 
     def _fail(self, error: BaseException) -> None:
         """Raise the error in every thread that waits, or will wait, for missing memory."""

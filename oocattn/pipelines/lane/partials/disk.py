@@ -17,7 +17,7 @@ MergeStates = Callable[[AttentionState, AttentionState], None]
 
 
 class DiskPartials:
-    """A file for each partial, for accumulators that do not fit in memory."""
+    """A file for each partial, for accumulators that do not fit in memory. Implements PartialStore."""
 
     def __init__(
         self,
