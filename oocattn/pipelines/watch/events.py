@@ -170,10 +170,8 @@ class Listeners:
                 listener(event)
             except Exception as error:
                 self._listeners = [other for other in self._listeners if other is not listener]
-                name, frame = (
-                    getattr(listener, "__qualname__", type(listener).__qualname__),
-                    extract_tb(error.__traceback__)[-1],
-                )
+                name = getattr(listener, "__qualname__", type(listener).__qualname__)
+                frame = extract_tb(error.__traceback__)[-1]
                 logger.warning(
                     "a listener failed; the run continues without it: %s raised %s: %s (%s, line %d)",
                     *(name, type(error).__name__, error, frame.filename, frame.lineno),
