@@ -1,9 +1,8 @@
-"""Checks of a caller's options: a checker for each kind, and `checked`.
+"""Checks of a caller's options: a checker for each kind, and `checked`, which applies them before a function begins.
 
-`checked` applies them before a function begins. A checker takes the option's name and what was passed. It returns
-that as Python's own (a bool, int, float, str or tuple), or raises ProblemError, which names the option, what was
-found and what was expected. Scalars of NumPy and PyTorch, and their arrays without dimensions, count as the numbers
-that they hold; a bool is no number. Which options a function has, and what each may be, is said above the function.
+A checker takes the option's name and what was passed. It returns that as Python's own (a bool, int, float, str or tuple), or
+raises ProblemError, which names the option, what was found and what was expected. Scalars of NumPy and PyTorch, and their
+arrays without dimensions, count as the numbers that they hold; a bool is no number.
 """
 
 from __future__ import annotations

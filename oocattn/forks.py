@@ -56,8 +56,7 @@ def is_forked() -> bool:
 def refuse_lost_threads() -> None:
     """Raise ProblemError where computing might never end in this process, because PyTorch computed before it was forked.
 
-    What the caller computed is not known: MKL says whether it holds buffers, and whether a loop of libgomp ends, only
-    another fork can try.
+    MKL says whether it holds buffers; whether a loop of libgomp ends, only another fork can try.
     """
     if is_forked() and (_Computing.inherited or not _loop_ends()):
         raise ProblemError(

@@ -1,7 +1,4 @@
-"""Cyclic quorums: the subproblem that owns each chunk pair.
-
-Pure integers: no I/O, no tokens, no bytes. Difference sets are made in `difference.py`; the other decomposition is in
-`strips.py`; how many chunks to take is decided in `planner.py`.
+"""Cyclic quorums: the subproblem that owns each chunk pair. Difference sets are made in `difference_sets.py`.
 
 **The idea.** Attention over c chunks is c^2 pairs (query chunk, key chunk), each to be computed exactly once. Take
 a set S of k residues modulo c in which every non-zero residue is a difference exactly once; for c = 7, S = {0, 1, 5}:
@@ -37,7 +34,7 @@ a perfect set that exception, which saves nothing, takes c - max(S) quorums (chu
 rows of Q, K and V read are 3k - 3 + 4/c in units of N instead of 3k (6.6 for 9 at c = 7, 15.1 for 18 at c = 31; c = 21,
 alone up to 9,507, has no such set and reads one chunk more).
 
-Sources: Singer 1938 and Colbourn and Ling 2000 for the sets (cited in `difference.py`); Bian and Akey, "Stream-CQSA",
+Sources: Singer 1938 and Colbourn and Ling 2000 for the sets (cited in `difference_sets.py`); Bian and Akey, "Stream-CQSA",
 arXiv 2604.20819, for attention divided over cyclic quorum sets.
 """
 
@@ -106,11 +103,10 @@ def _pattern(chunks: int) -> _Pattern:
 
 @dataclass(frozen=True)
 class CyclicQuorums:
-    """CQS Divide: subproblem i is what quorum i of a cyclic quorum set owns.
+    """CQS Divide: subproblem i is what quorum i of a cyclic quorum set over `chunks` chunks owns. Implements Division.
 
-    The set is over `chunks` chunks. Implements Division. Any number of chunks works; those of
-    `candidate_chunk_counts` are perfect, and 1 is the undivided call. The tables of a chunk count are made at first
-    use, in well under a second up to 10,000, and shared.
+    Any number of chunks works; those of `candidate_chunk_counts` are perfect, and 1 is the undivided call. The tables of a
+    chunk count are made at first use, in well under a second up to 10,000, and shared.
     """
 
     chunks: int

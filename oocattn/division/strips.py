@@ -1,8 +1,5 @@
 """Strips: one query chunk against a run of neighbouring key chunks.
 
-The second decomposition beside the cyclic quorums of `quorum.py`, where the records it hands out are defined. Pure
-integers: no I/O, no tokens, no bytes.
-
 With c = 7 and span = 3, the owner of each causal pair (query chunks down, key chunks across):
 
        0 1 2 3 4 5 6
@@ -29,10 +26,9 @@ from oocattn.units import ceil_div
 
 @dataclass(frozen=True)
 class Strips:
-    """Subproblem (i, j) is query chunk i against key chunks j*span to (j+1)*span.
+    """Subproblem (i, j) is query chunk i against key chunks j*span to (j+1)*span, causal those up to i. Implements Division.
 
-    Causal: those up to i. Implements Division. Indices count over j within i. Causal strips without a key do not
-    exist. A span of c or more makes one strip of every query chunk.
+    Indices count over j within i. Causal strips without a key do not exist.
     """
 
     chunks: int

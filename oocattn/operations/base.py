@@ -1,9 +1,7 @@
 """The interface of operations: all that a lane knows of mathematics.
 
-A lane stages inputs of query chunks and of key chunks, cuts them into tiles, has the operation computed on each, merges and
-keeps the states, and has finished ones turned into results. What the inputs are, what a state holds and what a tile's call
-does is the operation's business. `forward` is the first; another one, such as a second pass over the same chunks, is a
-new module here.
+A lane stages inputs of query chunks and of key chunks, cuts them into tiles, has the operation computed on each, merges the
+states, and has finished ones turned into results. What these are is the operation's business.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
 from oocattn.division.base import Block
 from oocattn.kernels import AttentionState
@@ -36,13 +34,7 @@ class Operation(Protocol):
         `key_rows` says where the keys of each chunk were staged.
         """
 
-    def compute(
-        self,
-        tile: Tile,
-        query: Sequence[torch.Tensor],
-        key: Sequence[torch.Tensor],
-        state: AttentionState,
-    ) -> None:
+    def compute(self, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState) -> None:
         """Compute a tile, add the result to `state`, and enter the pairs in its ledger.
 
         `query` and `state` are of the rows that the tile was cut for, `key` of the tile's keys. On a GPU the work is
@@ -52,7 +44,7 @@ class Operation(Protocol):
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         """Add one state to another of the same rows, in place."""
 
-    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def finalise(self, state: AttentionState, out: Tensor, lse: Tensor) -> None:
         """Turn a state whose pairs are complete into results."""
 
     def expected(self, head_group: int, rows: range) -> ExpectedLedger:

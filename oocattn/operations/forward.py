@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
+from torch import Tensor
 
 from oocattn.division.base import Block
 from oocattn.kernels import AttentionState, Operands, finalise, get_kernel, merge
@@ -34,17 +34,9 @@ class Forward:
         return self._mask.entry(self._plan.problem.head_group(head_group).batch)
 
     def tiles(self, head_group: int, block: Block, key_rows: Mapping[int, range], rows: range, size: int) -> Iterator[Tile]:
-        """See `Operation.tiles`."""
         return make_tiles(self.mask(head_group), self._plan.tokens, block, key_rows, rows, size)
 
-    def compute(
-        self,
-        tile: Tile,
-        query: Sequence[torch.Tensor],
-        key: Sequence[torch.Tensor],
-        state: AttentionState,
-    ) -> None:
-        """See `Operation.compute`."""
+    def compute(self, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState) -> None:
         (q,), (k, v) = query, key
         part = state.rows(tile.rows.start, tile.rows.stop)
         operands = Operands(q[:, tile.rows.start : tile.rows.stop], k, v, self._scores, tile.intervals())
@@ -52,14 +44,11 @@ class Forward:
         enter_tile(part, tile)
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
-        """See `Operation.merge`."""
         merge(into, other)
 
-    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """See `Operation.finalise`."""
+    def finalise(self, state: AttentionState, out: Tensor, lse: Tensor) -> None:
         finalise(state, out, lse)
 
     def expected(self, head_group: int, rows: range) -> ExpectedLedger:
-        """See `Operation.expected`."""
         mask = self.mask(head_group)
         return mask.counts(rows), mask.index_sums(rows)

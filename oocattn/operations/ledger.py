@@ -1,9 +1,7 @@
-"""The pair ledger: which keys each row has attended.
-
-It holds their number and the sum of their indices modulo 2^64.
+"""The pair ledger: the number of keys that each row has attended, and the sum of their indices modulo 2^64.
 
 The number finds a lost or doubled subproblem, the sum one that attended other keys than it should. Both come from the mask's
-closed forms, are entered beside the call that attends the keys, and are merged with the state that they belong to.
+closed forms, beside the call that attends the keys.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Cost of a division on a described machine: amount and seconds of each link.
-
-Pure arithmetic over records; which of the costed divisions is taken is decided in `candidates`.
+"""Cost of a division on a described machine: amount and seconds of each link. Pure arithmetic over records.
 
 Seconds of a run. Links that work at the same time do not add up, the longest counts:
 
@@ -45,11 +43,7 @@ RUN_FILES = 9
 """Durable files of any run: lock, journal, metadata, report, and the commit."""
 
 TASK_SHARE = 0.5
-"""Share of the cost of tasks that adds to computing on a CPU.
-
-A task takes one core, and the kernel waits for it or not, as the system divides the cores. 1 / cores is the least, 1
-the most.
-"""
+"""Share of the cost of tasks that adds to computing on a CPU: 1 / cores at least, 1 at most, as the system divides them."""
 
 LAST_TASKS = 4
 """Tasks one after another: the first stage and attend, the last merge and write."""

@@ -1,7 +1,4 @@
-"""Layout of a candidate: rows of chunks, tiles on the device, and memory.
-
-Pure arithmetic over records; what a layout costs in seconds is in `cost`.
-"""
+"""Layout of a candidate: rows of chunks, tiles on the device, and memory. Pure arithmetic over records."""
 
 from __future__ import annotations
 
@@ -52,10 +49,7 @@ class Layout:
 def lay_out(
     candidate: Candidate, problem: Problem, hardware: Hardware, inputs: InputCost, device_memory: int, tiles: Tiles | None
 ) -> Layout:
-    """Chunks and tiles of a candidate and what one lane allocates for them.
-
-    The tiles are the largest that fit `device_memory`, unless they are given.
-    """
+    """Chunks, tiles (unless given, the largest that fit `device_memory`) and what one lane allocates for them."""
     chunk_rows, out_chunk_rows = _chunk_rows(problem, candidate.chunks, hardware, inputs)
     query_chunks, key_chunks = _staged_chunks(candidate, problem)
     slot = slot_bytes(problem, chunk_rows, query_chunks, key_chunks)
@@ -106,10 +100,9 @@ def _whole_blocks(problem: Problem, rows: int, unit: int) -> tuple[int, int]:
 
 
 def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tiles]:
-    """Tiles for a GPU, the fastest first, down to the smallest that works.
+    """Tiles for a GPU, the fastest first, down to the smallest that works: 4 key tiles of rows at most, over all heads.
 
-    The largest have four key tiles of rows, over all heads. Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471,
-    478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
+    Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471, 478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
     """
     least = ceil_div(chunk_rows, max_keys)
     equal = (count for count in range(least, 2 * least + 1) if chunk_rows % (count * TILE_UNIT) == 0)
@@ -125,8 +118,7 @@ def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tile
 def _staged_chunks(candidate: Candidate, problem: Problem) -> tuple[int, int]:
     """The most query chunks and key chunks that one subproblem stages.
 
-    Triangular and perfect: every pair of the quorum is owned, so its lowest chunk stages no Q and its highest no K/V, but
-    for the one diagonal that it owns.
+    Triangular and perfect: a quorum's lowest chunk stages no Q and its highest no K/V, but for the one diagonal it owns.
     """
     if candidate.decomposition == "strips":
         return 1, candidate.span

@@ -1,8 +1,7 @@
-"""Memory of a lane: the one place that both the planner and the lanes use.
+"""Memory of a lane in bytes: the one place that both the planner and the lanes use.
 
-Bytes only, nothing is allocated here. A CPU lane is its own device, so its device memory is part of its host memory. A
-CUDA lane stages subproblems in pinned host memory and works through them in tiles: `query_tile` rows (of each head of
-the group) stay on the device with their state while `key_tile` keys after another pass by.
+A CPU lane is its own device, so its device memory is part of its host memory. On a GPU a query tile (its rows of each
+head of the group) stays on the device with its state while one key tile after another passes by.
 """
 
 from __future__ import annotations

@@ -27,10 +27,7 @@ ASSUMED_RATE = 1e9
 
 
 def sample_rate(dataset: Dataset) -> float:
-    """Bytes per second at which the dataset's directly read arrays come in, by several threads, from cache or disk.
-
-    The samples lie all over the arrays, so that a dataset of which a part is cached gives something in between.
-    """
+    """Bytes per second at which directly read arrays come in, by several threads, sampled all over: from cache or disk."""
     arrays = [array for array in dataset.arrays.values() if array.direct]
     if not arrays:
         return ASSUMED_RATE

@@ -1,6 +1,4 @@
-"""The mask: which keys a query row attends.
-
-This is the one answer, from which everything else about a mask follows by arithmetic.
+"""The mask: which keys a query row attends; everything else about a mask follows from that by arithmetic.
 
 Rows and keys are counted over the whole problem, from 0. A row attends two ranges of keys at most, [a, b) and [c, d) with
 b <= c. Each of the four bounds is a `Ramp` of the row: it rises by one key a row between two limits. So a rectangle of
@@ -88,10 +86,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Mask(ABC):
-    """The keys, of `keys`, that each of `queries` rows attends.
-
-    Everything is for one batch entry: see `entry`.
-    """
+    """The keys, of `keys`, that each of `queries` rows attends, of one batch entry (see `entry`)."""
 
     queries: int
     keys: int
@@ -103,10 +98,7 @@ class Mask(ABC):
 
     @property
     def triangular(self) -> bool:
-        """True if rows attend the keys up to their own.
-
-        Equal chunks then attend the chunks before them, none after them, and of themselves the lower triangle.
-        """
+        """True if rows attend the keys up to their own: chunks those before them, and of themselves the lower triangle."""
         return False
 
     @abstractmethod
@@ -161,10 +153,9 @@ class Mask(ABC):
         return range(min(span.start for span in spans), max(span.stop for span in spans)) if spans else rows[:0]
 
     def split(self, rows: range, keys: range) -> Iterator[tuple[range, Cover]]:
-        """Cut `keys` into parts that `rows` attend in full or in part.
+        """Cut `keys` into parts that `rows` attend in full or in part; dead parts are left out.
 
-        Dead parts are left out. The last key that all rows attend counts to the ones after it: so a causal part begins with
-        the own key of its first row.
+        The last key that all rows attend counts to the ones after it: a causal part begins with its first row's own key.
         """
         if not rows:
             return
@@ -236,10 +227,7 @@ def _clip(value: Any, least: Any, most: Any) -> Any:
 
 
 def _index_sums(start: Int64s, stop: Int64s) -> Int64s:
-    """Sums of the whole numbers [start, stop) modulo 2^64.
-
-    Each is half the product of two numbers, one of which is even.
-    """
-    count, ends = stop - start, start + stop - 1
+    """Sums of the whole numbers [start, stop) modulo 2^64."""
+    count, ends = stop - start, start + stop - 1  # a sum is half their product, and one of them is even
     odd = count % 2
     return cast(Int64s, np.where(odd, count, count // 2) * np.where(odd, ends // 2, ends))
