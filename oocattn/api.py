@@ -177,10 +177,7 @@ def _end(time_limit: Duration | None) -> float:
 
 
 @checked(
-    rows=arguments.integer(1),
-    seed=arguments.integer(0, MOST_SEED),
-    host_memory=arguments.size,
-    checksums=arguments.boolean,
+    rows=arguments.integer(1), seed=arguments.integer(0, MOST_SEED), host_memory=arguments.size, checksums=arguments.boolean
 )
 def verify(
     result: str | Path,

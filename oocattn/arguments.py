@@ -42,8 +42,7 @@ Size = float | str
 Duration = float | str | timedelta
 """A duration as callers give it: 90, "1h30m", timedelta(minutes=90)."""
 
-MOST_COUNT = 2**48
-"""Of rows, heads and the like: the size of a dimension at most."""
+MOST_COUNT = 2**48  # of rows, heads and the like: the size of a dimension at most
 
 MOST_SEED = 2**64 - 1
 

@@ -7,8 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-_BEGINNING = time.time() - time.monotonic()
-"""Wall-clock time at which the monotonic clock was 0, as first found here."""
+_BEGINNING = time.time() - time.monotonic()  # wall-clock time at which the monotonic clock was 0, as first found here
 
 _IMPORTED = time.monotonic()
 

@@ -29,17 +29,13 @@ from oocattn.errors import ProblemError
 if TYPE_CHECKING:
     from distributed import Client
 
-FORKED = 0x40
-"""The flag of a process that was forked and executed no program since: PF_FORKNOEXEC of Linux."""
-
-LOOP = 1 << 18
-"""Elements of a loop that PyTorch divides among threads: it does above 32,768."""
+FORKED = 0x40  # the flag of a process that was forked and executed no program since: PF_FORKNOEXEC of Linux
+LOOP = 1 << 18  # elements of a loop that PyTorch divides among threads: it does above 32,768
 
 ASLEEP_SECONDS, ENOUGH_SECONDS = 1.0, 10.0
 """After so long a loop does not end any more, or a thread is not there: seconds asleep, and seconds in all."""
 
-PAUSE_SECONDS = 0.01
-"""Between two looks at that process."""
+PAUSE_SECONDS = 0.01  # between two looks at that process
 
 REMEDY = "start processes by spawn (multiprocessing.set_start_method('spawn')), or fork before anything is computed"
 

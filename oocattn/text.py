@@ -9,8 +9,7 @@ from collections.abc import Sequence
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that move a cursor, break a line or show nothing."""
 
-MOST_SHOWN = 2000
-"""Characters of a text that are printed at most."""
+MOST_SHOWN = 2000  # characters of a text that are printed at most
 
 _USER = re.compile(
     r"(https?://)[^/?#\n]*@"

@@ -40,17 +40,10 @@ from oocattn.units import format_bytes, format_count
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.version import versions
 
-DISK_BYTES = 64 << 20
-"""Written and read to measure the disk."""
-
-ROWS, HEAD_DIM = 1000, 64
-"""Queries, keys and head dimension on which a kernel is compared: no multiple of any tile."""
-
-TIMED = {"cpu": (1024, 4096), "cuda": (16_384, 65_536)}
-"""Rows and keys of the calls on which a kernel is timed."""
-
-LSE_ERROR = 1e-5
-"""How far the log-sum-exp may be from that of float64."""
+DISK_BYTES = 64 << 20  # written and read to measure the disk
+ROWS, HEAD_DIM = 1000, 64  # queries, keys and head dimension on which a kernel is compared: no multiple of any tile
+TIMED = {"cpu": (1024, 4096), "cuda": (16_384, 65_536)}  # rows and keys of the calls on which a kernel is timed
+LSE_ERROR = 1e-5  # how far the log-sum-exp may be from that of float64
 
 
 @dataclass(frozen=True)

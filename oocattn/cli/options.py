@@ -82,12 +82,7 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     add("--dtype", **_DTYPE, required=True, help="dtype of q, k and v")
     add("--batch", type=_size, default=1, metavar="B", help="batch size (default: %(default)s)")
     add("--seed", type=_SEED, default=0, help="seed of the random numbers (default: %(default)s)")
-    add(
-        "--mean",
-        type=_MEAN,
-        default=0.0,
-        help="constant added to v (default: %(default)s)",
-    )
+    add("--mean", type=_MEAN, default=0.0, help="constant added to v (default: %(default)s)")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Protocol
 
 import numpy as np
@@ -63,21 +62,14 @@ class Division(Protocol):
     def owner(self, query_chunk: int, key_chunk: int) -> int:
         """Index of the one subproblem that owns the pair."""
 
+    def chunk_reads(self) -> tuple[int, int]:
+        """Query chunks and key chunks staged, once for every subproblem that needs them; in closed form."""
+
     def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
         """The lane, of `lanes`, that merges each query chunk, with all that contributes to it, in its own memory: [chunks].
 
         All 0, where subproblems contribute to several chunks.
         """
-
-
-@singledispatch
-def chunk_reads(division: Division) -> tuple[int, int]:
-    """Query chunks and key chunks staged, once for every subproblem that needs them: rows are (query + 2 key) N / c.
-
-    This general form walks every subproblem; the divisions of this package register closed forms.
-    """
-    parts = [division.subproblem(index) for index in range(division.subproblems)]
-    return sum(len(part.query_chunks) for part in parts), sum(len(part.key_chunks) for part in parts)
 
 
 def require_index(index: int, count: int, what: str) -> None:

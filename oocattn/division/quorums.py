@@ -47,7 +47,7 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
-from oocattn.division.base import Block, Subproblem, chunk_reads, require_index, require_pair
+from oocattn.division.base import Block, Subproblem, require_index, require_pair
 from oocattn.division.difference_sets import difference_cover, perfect_order
 
 
@@ -67,16 +67,11 @@ def quorum_size(chunks: int) -> int:
 class _Pattern:
     """The pairs of quorum 0, which others translate: tables of 2c integers."""
 
-    offsets: tuple[int, ...]
-    """The difference cover: the chunks of quorum 0."""
-    query_offset: tuple[int, ...]
-    """[d] offset x of the query chunk for key - query = d, key x + d; [0] is 0."""
-    key_offsets: dict[int, tuple[int, ...]]
-    """[x] the offsets that the query chunk at offset x attends, itself left out."""
-    query_gap: dict[int, int]
-    """[x] distance down to the nearest key chunk of x: 0 its own, c none."""
-    key_gap: dict[int, int]
-    """[y] distance up to the nearest query chunk that attends key chunk y."""
+    offsets: tuple[int, ...]  # the difference cover: the chunks of quorum 0
+    query_offset: tuple[int, ...]  # [d] offset x of the query chunk for key - query = d, key x + d; [0] is 0
+    key_offsets: dict[int, tuple[int, ...]]  # [x] the offsets that the query chunk at offset x attends, without itself
+    query_gap: dict[int, int]  # [x] distance down to the nearest key chunk of x: 0 its own, c none
+    key_gap: dict[int, int]  # [y] distance up to the nearest query chunk that attends key chunk y
 
 
 @lru_cache(maxsize=64)
@@ -159,14 +154,13 @@ class CyclicQuorums:
         """One lane takes them all: every two chunks lie together in a quorum."""
         return np.zeros(self.chunks, dtype=np.intp)
 
-
-@chunk_reads.register
-def _(division: CyclicQuorums) -> tuple[int, int]:
-    chunks, pattern = division.chunks, _pattern(division.chunks)
-    gaps = (pattern.query_gap.values(), pattern.key_gap.values())
-    if not division.triangular:
-        query, key = (chunks * sum(gap < chunks for gap in side) for side in gaps)
-    else:
-        # An offset is one chunk in each quorum, c in all; the `gap` of them nearest the end have nothing beyond.
-        query, key = (sum(chunks - gap for gap in side) for side in gaps)
-    return query, key
+    def chunk_reads(self) -> tuple[int, int]:
+        """See `Division.chunk_reads`."""
+        pattern, chunks = _pattern(self.chunks), self.chunks
+        gaps = (pattern.query_gap.values(), pattern.key_gap.values())
+        if not self.triangular:
+            query, key = (chunks * sum(gap < chunks for gap in side) for side in gaps)
+        else:
+            # An offset is one chunk in each quorum, c in all; the `gap` of them nearest the end have nothing beyond.
+            query, key = (sum(chunks - gap for gap in side) for side in gaps)
+        return query, key

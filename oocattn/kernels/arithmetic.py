@@ -14,8 +14,7 @@ import torch
 from oocattn.kernels import AttentionState, Operands, get_kernel
 from oocattn.problem.scores import Scores
 
-ROWS, KEYS = 64, 512
-"""Size of the call whose bits are hashed: every vector width, some milliseconds."""
+ROWS, KEYS = 64, 512  # size of the call whose bits are hashed: every vector width, some milliseconds
 
 
 def arithmetic_of(kernel: str, head_dim: int, dtype: str, device: str) -> dict[str, str]:

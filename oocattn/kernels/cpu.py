@@ -127,11 +127,7 @@ class _Call:
         key, value = self.key_tile[keys], self.value_tile[keys]
         shared = (1, len(query), *key.shape)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.unsqueeze(0),
-            key.expand(shared),
-            value.expand(shared),
-            is_causal=causal,
-            scale=scores.scale,
+            query.unsqueeze(0), key.expand(shared), value.expand(shared), is_causal=causal, scale=scores.scale
         )
         state = self.state.rows(start, stop)
         if float(lse[0, :, :rows].abs().amax()) < _LARGEST_LSE:

@@ -12,11 +12,8 @@ from oocattn.kernels.intervals import Band, Intervals
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
-MAX_KEYS = 65_536
-"""The most keys to chain: beyond, the error of 16-bit matrix units grows."""
-
-HALF_DTYPES = ("float16", "bfloat16")
-"""The dtypes of 16-bit matrix units."""
+MAX_KEYS = 65_536  # the most keys to chain: beyond, the error of 16-bit matrix units grows
+HALF_DTYPES = ("float16", "bfloat16")  # the dtypes of 16-bit matrix units
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,9 @@ from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.problem import DTYPES
 
-_CUBLAS_WORKSPACE = 32 << 20
-"""Bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others."""
-
-PRODUCT_BYTES = 3 << 20
-"""Bytes of the CPU's matrix products per thread; measured: 1.7 to 2.8 MiB (MKL)."""
-
-_MOST_APART = 40.0
-"""The most that a row's shift may lie from its maximum: weights reach exp(40)."""
+_CUBLAS_WORKSPACE = 32 << 20  # bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others
+PRODUCT_BYTES = 3 << 20  # bytes of the CPU's matrix products per thread; measured: 1.7 to 2.8 MiB (MKL)
+_MOST_APART = 40.0  # the most that a row's shift may lie from its maximum: weights reach exp(40)
 
 _QUANTUM = 64  # steps above it are cut to a multiple, which suits the matrix products
 

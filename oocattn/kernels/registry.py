@@ -29,8 +29,8 @@ _KERNELS = {  # of those that can serve, the first of its device type is the def
     "reference": _Registration("oocattn.kernels.plain", "ReferenceKernel", "cpu", default=False),
     "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda"),
     "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda"),
-    "cudnn": _Registration("oocattn.kernels.libraries.cudnn", "CudnnKernel", "cuda"),
-    "flash": _Registration("oocattn.kernels.libraries.flash", "FlashKernel", "cuda"),
+    "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda"),
+    "flash": _Registration("oocattn.kernels.libraries.aten", "FlashKernel", "cuda"),
     "torch": _Registration("oocattn.kernels.plain", "PlainKernel", "cuda"),
 }
 

@@ -20,13 +20,8 @@ from oocattn.operations.tiles import Tile
 class Operation(Protocol):
     """The mathematics of a run. Any thread may call it at any time."""
 
-    @property
-    def query_inputs(self) -> tuple[str, ...]:
-        """The arrays of which a query chunk stages its rows, [g, n, D] each."""
-
-    @property
-    def key_inputs(self) -> tuple[str, ...]:
-        """The arrays of which a key chunk stages its rows, [m, D] each, for all heads."""
+    query_inputs: tuple[str, ...]  # the arrays of which a query chunk stages its rows, [g, n, D] each
+    key_inputs: tuple[str, ...]  # the arrays of which a key chunk stages its rows, [m, D] each, for all heads
 
     def tiles(self, head_group: int, block: Block, key_rows: Mapping[int, range], rows: range, size: int) -> Iterator[Tile]:
         """Cut the pairs of rows `rows` of a block into tiles of at most `size` keys.

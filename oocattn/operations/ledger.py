@@ -14,8 +14,7 @@ from oocattn.kernels import AttentionState, enter
 from oocattn.operations.tiles import Tile, pieces
 from oocattn.problem.mask import Cover, Int64s
 
-ROWS = 8192
-"""Rows whose numbers are computed at a time: some hundred kilobytes."""
+ROWS = 8192  # rows whose numbers are computed at a time: some hundred kilobytes
 
 ExpectedLedger = tuple[Int64s, Int64s]
 """Keys that consecutive rows attend, and sums of their indices: int64 [n] each."""

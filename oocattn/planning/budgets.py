@@ -16,11 +16,8 @@ HOPELESS_TIMES, HOPELESS_SECONDS = 20.0, 60.0
 MOST_TASKS_A_SECOND, NOTICED_SECONDS = 100.0, 2.0
 """Limits of a crowded plan: tasks a second of computing, seconds of overhead."""
 
-LARGER = (2, 4)
-"""Multiples of a budget at which plans are compared."""
-
-WORTHWHILE_SPEEDUP = 1.5
-"""By how many times faster a plan must be for a larger budget to be named."""
+LARGER = (2, 4)  # multiples of a budget at which plans are compared
+WORTHWHILE_SPEEDUP = 1.5  # by how many times faster a plan must be for a larger budget to be named
 
 MIB = 1 << 20
 
@@ -70,10 +67,7 @@ def crowded_warning(plan: Plan, replan: Replan) -> str:
     if not faster:
         return f"{found}: no larger budget is much faster"
     best = faster[-1][1]
-    budgets = {
-        "device": (best.peak_device, plan.device_memory),
-        "host": (best.peak_host, plan.host_memory),
-    }
+    budgets = {"device": (best.peak_device, plan.device_memory), "host": (best.peak_host, plan.host_memory)}
     options = [f"--{name}-memory {_in_mib(peak)}" for name, (peak, budget) in budgets.items() if peak > budget]
     return f"{found}: {' and '.join(options)} takes {format_seconds(best.seconds)} in all"
 

@@ -20,11 +20,8 @@ from oocattn.planning.options import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHU
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 
-FINE_SECONDS = 0.005
-"""Seconds of a subproblem below which scheduling costs more than computing."""
-
-TIE_RATIO = 1.05
-"""Predictions of two kinds of division closer than this count as equal."""
+FINE_SECONDS = 0.005  # seconds of a subproblem below which scheduling costs more than computing
+TIE_RATIO = 1.05  # predictions of two kinds of division closer than this count as equal
 
 CLOSE_RATIO = 1.01
 

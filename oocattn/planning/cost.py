@@ -19,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
-from oocattn.division.base import Division, chunk_reads
+from oocattn.division.base import Division
 from oocattn.planning.layout import Candidate, Layout, lay_out
 from oocattn.planning.machine import Hardware, InputCost, ScratchBytes
 from oocattn.planning.memory import Tiles, partial_file_bytes
@@ -27,35 +27,19 @@ from oocattn.planning.plan import Link, Plan
 from oocattn.problem.problem import DTYPES, Problem
 from oocattn.units import ceil_div
 
-PIN_RATE = 10e9
-"""Bytes per second at which host memory is pinned (15e9 with huge pages)."""
-
-HALF_RATE_KEYS = 512
-"""Keys of a call at which a GPU's kernel falls to half its rate, for its launch."""
-
-CALL_SECONDS = 0.0002
-"""Least cost of a call of the CPU kernel, with the merge: 0.2 to 0.3 ms (Zen 4)."""
-
-REREAD_FILE_SECONDS = 0.0002
-"""Cost to open, check and remove a small file: 0.2 ms on ext4."""
-
-RUN_FILES = 9
-"""Durable files of any run: lock, journal, metadata, report, and the commit."""
+PIN_RATE = 10e9  # bytes per second at which host memory is pinned (15e9 with huge pages)
+HALF_RATE_KEYS = 512  # keys of a call at which a GPU's kernel falls to half its rate, for its launch
+CALL_SECONDS = 0.0002  # least cost of a call of the CPU kernel, with the merge: 0.2 to 0.3 ms (Zen 4)
+REREAD_FILE_SECONDS = 0.0002  # cost to open, check and remove a small file: 0.2 ms on ext4
+RUN_FILES = 9  # durable files of any run: lock, journal, metadata, report, and the commit
 
 TASK_SHARE = 0.5
 """Share of the cost of tasks that adds to computing on a CPU: 1 / cores at least, 1 at most, as the system divides them."""
 
-LAST_TASKS = 4
-"""Tasks one after another: the first stage and attend, the last merge and write."""
-
-PIECE = 16
-"""Subproblems of a lane that are submitted to the scheduler together."""
-
-WINDOW = 32
-"""Subproblems of a lane that may wait at the scheduler, to hide a round trip."""
-
-MOST_UNFINISHED = 4 * WINDOW
-"""Tasks of a lane, of any layer, that may wait there before no more are submitted."""
+LAST_TASKS = 4  # tasks one after another: the first stage and attend, the last merge and write
+PIECE = 16  # subproblems of a lane that are submitted to the scheduler together
+WINDOW = 32  # subproblems of a lane that may wait at the scheduler, to hide a round trip
+MOST_UNFINISHED = 4 * WINDOW  # tasks of a lane, of any layer, that may wait there before no more are submitted
 
 
 def recost(plan: Plan, scratch_bytes: ScratchBytes) -> Plan:
@@ -91,9 +75,9 @@ def cost(
         checkpoint_seconds=checkpoint_seconds,
         chunk_rows=layout.chunk_rows,
         out_chunk_rows=layout.out_chunk_rows,
-        slot_bytes=layout.memory.slot,
-        peak_device=layout.memory.device * hardware.lanes,
-        peak_host=layout.memory.host * hardware.lanes,
+        slot_bytes=layout.slot,
+        peak_device=layout.device * hardware.lanes,
+        peak_host=layout.host * hardware.lanes,
         scratch_disk=math.ceil(run.scratch_disk),
         links=run.links,
         seconds=run.seconds,
@@ -144,7 +128,7 @@ class _Run:
     @cached_property
     def _reads(self) -> tuple[int, int]:
         """Query chunks and key chunks that the subproblems of a head group stage."""
-        return chunk_reads(self.division)
+        return self.division.chunk_reads()
 
     @property
     def _row_bytes(self) -> int:
@@ -236,7 +220,7 @@ class _Run:
 
     def _fill(self) -> float:
         """Seconds until the first subproblem is staged."""
-        slot, hardware = self.layout.memory.slot, self.hardware
+        slot, hardware = self.layout.slot, self.hardware
         pinned = slot / PIN_RATE if hardware.device == "cuda" else 0.0
         return pinned + max(hardware.lanes * slot / hardware.read_rate, slot / self.inputs.decode_rate)
 

@@ -19,8 +19,7 @@ from oocattn.planning.memory import PAGE
 from oocattn.storage.files.durable import write_durably
 from oocattn.storage.files.operations import name_failure
 
-UNKNOWN_DISK = 1 << 60
-"""Free bytes of a file system that does not say how many it has."""
+UNKNOWN_DISK = 1 << 60  # free bytes of a file system that does not say how many it has
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where Linux says what the control group of this process may use, of version 2 or 1."""

@@ -21,8 +21,7 @@ from oocattn.records import Count, Positive, Range, Seconds, to_json
 from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
 
-COUNTED_LINKS = ("files", "tasks")
-"""Links whose amount is a number; of `compute` it is FLOP, of others bytes."""
+COUNTED_LINKS = ("files", "tasks")  # links whose amount is a number; of `compute` it is FLOP, of others bytes
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,13 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.threads import ThreadPool
 
-SAMPLE_BYTES = 16 << 20
-"""How much of an array is decoded to measure how fast that is."""
+SAMPLE_BYTES = 16 << 20  # how much of an array is decoded to measure how fast that is
 
 SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 4, 2 << 20, 4
 """Places of an array that are read as a sample, how much there, and threads that do. Of smaller pieces from the page
 cache, the threads' turns at Python take longer than the reading."""
 
-ASSUMED_RATE = 1e9
-"""Bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s."""
+ASSUMED_RATE = 1e9  # bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s
 
 
 def sample_rate(dataset: Dataset) -> float:

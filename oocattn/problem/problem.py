@@ -11,8 +11,7 @@ from oocattn.problem.mask import Mask, make_mask
 from oocattn.problem.scores import Scale, Scores
 from oocattn.records import Range, from_json
 
-DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
-"""Supported dtypes and their size in bytes."""
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}  # supported dtypes and their size in bytes
 
 MAX_HEAD_DIM = 256
 

@@ -18,26 +18,13 @@ from oocattn.kernels.intervals import Band
 from oocattn.kernels.state import AttentionState
 from oocattn.units import ceil_div, round_up
 
-KEYS_OF_STEP = 128
-"""`KEYS` of hopper.cu."""
-
-MOST_SPAN = 16_384
-"""Keys of one accumulation: its error is a third of the weights' (NOTES.md)."""
-
-PROCESSORS = 132
-"""Multiprocessors to choose spans for, on any GPU, so that all give the same bits."""
-
-MOST_ROWS = (1 << 31) - (1 << 15)
-"""Rows, keys and items of a call: the kernel counts them in 32 bits."""
-
-ITEMS = 4
-"""Items of a block; then it ends, and small kernels of other streams get in."""
-
-_ITEM_STEPS = 3
-"""Cost of an item beside its steps, in steps: fill the pipeline, add the state."""
-
-_CHOICES, _MANY_ITEMS = 8, 20
-"""Numbers of spans to try, and items per multiprocessor that make any do."""
+KEYS_OF_STEP = 128  # `KEYS` of hopper.cu
+MOST_SPAN = 16_384  # keys of one accumulation: its error is a third of the weights' (NOTES.md)
+PROCESSORS = 132  # multiprocessors to choose spans for, on any GPU, so that all give the same bits
+MOST_ROWS = (1 << 31) - (1 << 15)  # rows, keys and items of a call: the kernel counts them in 32 bits
+ITEMS = 4  # items of a block; then it ends, and small kernels of other streams get in
+_ITEM_STEPS = 3  # cost of an item beside its steps, in steps: fill the pipeline, add the state
+_CHOICES, _MANY_ITEMS = 8, 20  # numbers of spans to try, and items per multiprocessor that make any do
 
 _PANEL = 64
 
@@ -88,10 +75,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, state: AttentionState, *, 
         raise ValueError(f"a call of {group_size} heads x {rows} rows and {keys} keys is too large: divide it")
     turns = torch.zeros(counters, dtype=torch.int32, device=device)
     call = _Call(group_size, rows, keys, span, *band, scale * math.log2(math.e), turns.data_ptr())
-    maps = [
-        _tensor_map(query, tuning.rows),
-        *(_tensor_map(tensor.unsqueeze(0), KEYS_OF_STEP) for tensor in (key, value)),
-    ]
+    maps = [_tensor_map(query, tuning.rows), *(_tensor_map(tensor.unsqueeze(0), KEYS_OF_STEP) for tensor in (key, value))]
     threads = 128 * (tuning.consumers + 1)
     # A block for each multiprocessor to spare: so the last items are not left to those that have taken few.
     blocks = ceil_div(items, ITEMS) + torch.cuda.get_device_properties(device).multi_processor_count

@@ -14,8 +14,7 @@ from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import level_step, make_tiles
 from oocattn.problem.problem import DTYPES
 
-_OWN_BYTES = 1 << 19
-"""Bytes that a library call allocates for seeds, counters and a workspace."""
+_OWN_BYTES = 1 << 19  # bytes that a library call allocates for seeds, counters and a workspace
 
 
 class LibraryKernel(Kernel):

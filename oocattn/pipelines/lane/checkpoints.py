@@ -26,10 +26,7 @@ class Checkpoints:
         self._ended = threading.Event()
         self._saves: deque[tuple[Span, int]] = deque()
         self._thread: threading.Thread | None = None
-
-    def begin(self) -> None:
-        """Save from now on, in a thread of its own."""
-        if self._pause:
+        if interval:
             self._thread = threading.Thread(target=self._save_repeatedly, name="oocattn-checkpoints", daemon=True)
             self._thread.start()
 

@@ -29,14 +29,7 @@ from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.operations import Operation
 from oocattn.operations.tiles import Tile, pieces
 from oocattn.pipelines.failing import naming_subproblem
-from oocattn.pipelines.lane.cuda_memory import (
-    PinnedMemory,
-    TileRows,
-    close_all,
-    copy_state,
-    pinning,
-    take_device_memory,
-)
+from oocattn.pipelines.lane.cuda_memory import PinnedMemory, TileRows, close_all, copy_state, pinning, take_device_memory
 from oocattn.pipelines.lane.device import Health
 from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, record_event
 from oocattn.pipelines.lane.finisher import Finisher
@@ -47,11 +40,8 @@ from oocattn.pipelines.watch.events import Attended, Resource
 from oocattn.planning.memory import FINALISED_ROWS, PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
 
-READERS = 8
-"""Threads that read: 28 GB/s from the page cache with 8, 6 with one (16 cores)."""
-
-AHEAD = 32
-"""Key tiles enqueued ahead: where CUDA's queue is full, the driver blocks all."""
+READERS = 8  # threads that read: 28 GB/s from the page cache with 8, 6 with one (16 cores)
+AHEAD = 32  # key tiles enqueued ahead: where CUDA's queue is full, the driver blocks all
 
 
 @dataclass
@@ -76,7 +66,7 @@ class CudaDevice:
     """One GPU. Implements Device. Raises BudgetError where it has no room even for the smallest tiles."""
 
     readers = READERS
-    cores = None
+    cores: int | None = None
 
     def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:
         self._device = torch.device(name)

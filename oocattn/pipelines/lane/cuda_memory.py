@@ -34,8 +34,7 @@ from oocattn.planning.plan import Plan
 from oocattn.threads import ThreadPool
 from oocattn.units import format_bytes
 
-SMALLEST_TILE = 128
-"""Query rows below which a tile is not halved when the device is out of memory."""
+SMALLEST_TILE = 128  # query rows below which a tile is not halved when the device is out of memory
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 _TOUCHING_THREADS = 8

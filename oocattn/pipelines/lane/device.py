@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended
+from oocattn.threads import ThreadPool
 
 
 class Health:
@@ -55,21 +55,10 @@ class Health:
 class Device(Protocol):
     """A device with its memory and threads; it reports its steps to the lane's health."""
 
-    @property
-    def readers(self) -> int:
-        """Threads that read chunks for it."""
-
-    @property
-    def cores(self) -> int | None:
-        """Cores of each computing thread of the lane; None: as many as the process uses."""
-
-    @property
-    def allocator(self) -> Executor:
-        """The one thread in which host memory is allocated."""
-
-    @property
-    def launcher(self) -> Executor:
-        """The one thread in which subproblems are launched."""
+    readers: int  # threads that read chunks for it
+    cores: int | None  # of each computing thread of the lane; None: as many as the process uses
+    allocator: ThreadPool  # the one thread in which host memory is allocated
+    launcher: ThreadPool  # the one thread in which subproblems are launched
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Bytes of host memory, as uint8 [nbytes] or more, that the device can work with."""

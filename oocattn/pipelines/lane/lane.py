@@ -60,8 +60,7 @@ class Lane:
         with ExitStack() as parts:  # closes what was made, the last first, where the rest cannot be made
             self._health = health = parts.enter_context(closing(Health()))
             self.device = device = parts.enter_context(closing(make_device(device_name, plan, operation, health)))
-            self.memory = memory = parts.enter_context(closing(HostMemory(plan, device.allocate)))
-            memory.begin(device.allocator)
+            self.memory = memory = parts.enter_context(closing(HostMemory(plan, device.allocate, device.allocator)))
             files = PartialFiles(run.paths.scratch, run.journal.run, run.journal.claim, health.step)
             partials = make_partials(plan, files, memory.states, device.merge)
             self.partials = parts.enter_context(closing(partials))
@@ -71,12 +70,11 @@ class Lane:
             stager = Stager(plan, operation, run.dataset, memory.slots, device.readers, health.step)
             self._stager = parts.enter_context(closing(stager))
             self.stage, self.merge, self.write = stager.stage, finisher.merge, finisher.write
-            seconds = plan.checkpoint_seconds if plan.saves else 0.0
-            self._checkpoints = parts.enter_context(closing(Checkpoints(partials, seconds, health.fail)))
             self._attend_turns = Turns("attend", len(memory.slots))
             self._next_turn = 0
             self._launched: dict[int, Callable[[], Attended]] = {}
-            self._checkpoints.begin()
+            seconds = plan.checkpoint_seconds if plan.saves else 0.0
+            self._checkpoints = parts.enter_context(closing(Checkpoints(partials, seconds, health.fail)))
             self._parts = parts.pop_all()
 
     @property

@@ -21,8 +21,7 @@ from oocattn.planning.memory import ALIGNMENT, OUT_BLOCKS, STAGING_SLOTS
 from oocattn.planning.plan import Plan
 from oocattn.units import format_bytes, round_up
 
-FIRST_STATES = 3
-"""States that are allocated after each staging slot, before the next one."""
+FIRST_STATES = 3  # states that are allocated after each staging slot, before the next one
 
 T = TypeVar("T")
 
@@ -77,20 +76,16 @@ OutBlock = tuple[torch.Tensor, torch.Tensor]
 class HostMemory:
     """A lane's host memory: staging slots, states by name, and blocks of `out`, allocated by `allocate`.
 
-    One thread allocates all in the order in which it is needed: the first chunks are read while the rest is being pinned.
+    The thread of `allocator` does it as it is needed: the first chunks are read while the rest is being pinned.
     """
 
-    def __init__(self, plan: Plan, allocate: Callable[[int], torch.Tensor]) -> None:
+    def __init__(self, plan: Plan, allocate: Callable[[int], torch.Tensor], allocator: Executor) -> None:
         self._plan = plan
         self._allocate = allocate
         self._stopped = False
-        self._allocated: Future[None] | None = None
         self.slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self.states = {name: States() for name in plan.buffers.states()}
         self.out_blocks = Pool[OutBlock]()
-
-    def begin(self, allocator: Executor) -> None:
-        """Have everything allocated by the thread of `allocator`."""
         self._allocated = allocator.submit(self._allocate_or_fail)
 
     def stop(self) -> None:
@@ -100,8 +95,7 @@ class HostMemory:
     def close(self) -> None:
         """Let go of all that was allocated; nobody uses any of it."""
         self.stop()
-        if self._allocated is not None:
-            wait([self._allocated])
+        wait([self._allocated])
         self.slots.clear()
         self.out_blocks.close()
         for states in self.states.values():

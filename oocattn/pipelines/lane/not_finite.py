@@ -10,8 +10,7 @@ import torch
 
 from oocattn.kernels import AttentionState
 
-_BLOCK = 1 << 16
-"""Elements of temporary arrays, which stay small."""
+_BLOCK = 1 << 16  # elements of temporary arrays, which stay small
 
 
 def count_not_finite(array: npt.NDArray[Any]) -> int:

@@ -17,8 +17,7 @@ import torch
 from oocattn import clock
 from oocattn.division.base import Block, Subproblem
 from oocattn.operations import Operation
-from oocattn.operations.shapes import staged_keys
-from oocattn.operations.tiles import pieces
+from oocattn.operations.tiles import pieces, staged_keys
 from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.not_finite import count_not_finite
 from oocattn.pipelines.watch.events import Span, Staged

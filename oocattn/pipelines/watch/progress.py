@@ -15,8 +15,7 @@ from oocattn.pipelines.watch.events import Attended, Ended, Event, Failed, Recov
 from oocattn.text import printable
 from oocattn.units import format_seconds
 
-DRAWING_SECONDS = 0.1
-"""The least time between two drawings of the bar, in seconds."""
+DRAWING_SECONDS = 0.1  # the least time between two drawings of the bar, in seconds
 
 
 class ProgressBar:

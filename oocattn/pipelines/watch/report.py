@@ -12,8 +12,7 @@ from oocattn.records import ADDED, Count, Positive, Range, Seconds, from_json
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
-MOST_UNDERFLOWED = 0.01
-"""Share of underflowed elements of `out` that makes the others inaccurate too."""
+MOST_UNDERFLOWED = 0.01  # share of underflowed elements of `out` that makes the others inaccurate too
 
 
 @dataclass(frozen=True)

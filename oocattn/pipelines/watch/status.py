@@ -42,11 +42,8 @@ from oocattn.storage.results.summary import read_summary
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
 
-MOST_BYTES = 1 << 20
-"""Of the files of status and report."""
-
-WRITING_SECONDS = 1.0
-"""Seconds between updates of the file."""
+MOST_BYTES = 1 << 20  # of the files of status and report
+WRITING_SECONDS = 1.0  # seconds between updates of the file
 
 logger = logging.getLogger("oocattn")
 

@@ -31,8 +31,7 @@ from oocattn.units import format_seconds
 RESOURCES: tuple[Resource, ...] = get_args(Resource)
 """Every resource, in the order in which bytes pass through."""
 
-MOST_CELLS = 30_000
-"""Cells of the picture, of 25 bytes, over all rows: its file stays below 1 MB."""
+MOST_CELLS = 30_000  # cells of the picture, of 25 bytes, over all rows: its file stays below 1 MB
 
 _COLOURS = ("#4e79a7", "#76b7b2", "#e15759", "#f28e2b", "#b07aa1", "#edc948", "#59a14f")
 _SHADES = 4  # a cell is drawn as dark as it is busy, in quarters

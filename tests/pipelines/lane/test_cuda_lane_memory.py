@@ -20,12 +20,11 @@ from support import (
 import oocattn
 from oocattn import BudgetError, Plan
 from oocattn.kernels import AttentionState, Operands
-from oocattn.kernels.libraries.cudnn import CudnnKernel
+from oocattn.kernels.libraries.aten import CudnnKernel
 from oocattn.operations import forward, make_operation
-from oocattn.operations.shapes import sample_tiles
 from oocattn.pipelines.lane import cuda_memory
 from oocattn.pipelines.lane.cuda import CudaDevice
-from oocattn.pipelines.lane.rehearsal import rehearse
+from oocattn.pipelines.lane.rehearsal import rehearse, sample_tiles
 from oocattn.planning.measure import kernel_rate
 from oocattn.problem.mask import Cover
 

@@ -34,8 +34,8 @@ import oocattn
 from oocattn import BudgetError, Event, Plan, Result
 from oocattn.kernels import AttentionState, Kernel, Operands, get_kernel
 from oocattn.operations import forward, make_operation
-from oocattn.operations.shapes import sample_tiles
 from oocattn.pipelines.lane import cuda_memory
+from oocattn.pipelines.lane.rehearsal import sample_tiles
 from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.memory import (
     Tiles,
