@@ -92,13 +92,8 @@ def plan(
     """
     opened = Dataset.open(dataset)
     problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
-    choices = _chosen(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
-    return plan_here(opened, problem, choices, lanes, None if result is None else ResultPaths.at(result).state)
-
-
-def _chosen(*parsed: Any) -> Choices:
-    """The choices of a user, as `checked` has parsed them."""
-    return Choices(*parsed)
+    parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
+    return plan_here(opened, problem, Choices(*parsed), lanes, None if result is None else ResultPaths.at(result).state)
 
 
 @checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, overwrite=arguments.boolean)
@@ -140,8 +135,8 @@ def attention(
     until, workplace, paths = _end(time_limit), Workplace(engine, client, dashboard_address), ResultPaths.at(result)
     opened = Dataset.open(dataset)
     problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
-    choices = _chosen(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
-    return session.attend(Request(problem, opened, paths, overwrite), choices, workplace, callbacks, until)
+    parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
+    return session.attend(Request(problem, opened, paths, overwrite), Choices(*parsed), workplace, callbacks, until)
 
 
 @checked(**RUN_OPTIONS, accept_other_bits=arguments.boolean, check_finished=arguments.boolean)

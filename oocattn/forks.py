@@ -1,14 +1,9 @@
 """Refuse what does not survive a fork, before a call waits for it or fails on it.
 
-A forked process has the memory of its parent, but of its threads only the one that forked. PyTorch computes on CPUs with two
-libraries that cannot take that:
-
-* libgomp keeps a pool of threads for each thread that computes. In the child, the first parallel loop of the thread that
-  forked waits for threads that are not there (GCC bug 58378). Other threads of the child make pools of their own.
-* MKL accounts for its buffers by thread. In the child, a new thread may wait without end for an entry whose owner is not
-  there: one fork in 5 to 40 hangs in its first product of matrices.
-
-CUDA refuses to work in the child of a process that used it.
+Of the threads of its parent, a forked process has only the one that forked. PyTorch computes on CPUs with two libraries that
+cannot take that: in the child, the first parallel loop of libgomp waits for threads that are not there (GCC bug 58378), in
+the thread that forked, and MKL, which accounts for its buffers by thread, may wait without end for an entry whose owner is
+not there, in any new one (one fork in 5 to 40). CUDA refuses to work in the child of a process that used it.
 """
 
 from __future__ import annotations

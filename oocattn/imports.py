@@ -1,8 +1,9 @@
-"""Imports that wait until they are needed: attributes of a package, and what belongs to Zarr once Zarr is there."""
+"""Imports that wait until they are needed, and what they need: a home folder, a current folder, no garbage collection."""
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +11,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
-
-from oocattn.surroundings import in_some_folder
 
 _IMPORTING = threading.RLock()
 """One thread at a time: libraries whose modules import each other in a circle fail where two threads enter it (numpy)."""
@@ -31,6 +31,38 @@ def collection_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def with_some_home() -> Iterator[None]:
+    """Within, a user without a home folder, as in a container, has an empty one: bokeh cannot be imported otherwise."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = os.devnull
+        try:
+            yield
+        finally:
+            del os.environ["HOME"]
+    else:
+        yield
+
+
+@contextmanager
+def in_some_folder() -> Iterator[None]:
+    """Within, a process whose current folder was removed is in another one, or MKL would end it as torch is imported."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        removed = os.open(".", os.O_RDONLY)
+        os.chdir("/")
+        try:
+            yield
+        finally:
+            os.fchdir(removed)
+            os.close(removed)
+    else:
+        yield
 
 
 def lazy_attributes(

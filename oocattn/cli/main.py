@@ -16,12 +16,12 @@ from oocattn import clock
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
+from oocattn.imports import in_some_folder
 from oocattn.pipelines.engines import INLINE
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
-from oocattn.surroundings import in_some_folder
 from oocattn.text import printable
 
 if TYPE_CHECKING:

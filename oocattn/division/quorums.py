@@ -28,11 +28,10 @@ to represent it, reversed for the opposite difference. All of the above holds bu
 own opposite: there (a, b) and (b, a) belong to quorums c/2 apart. So in full attention every quorum owns c-1 pairs and
 a diagonal for every c, and causal loads are exactly level with odd c, within one pair with even c.
 
-**Causal reads.** The lowest chunk of a quorum needs no queries and the highest no keys, unless it owns its diagonal. In
-a perfect set that exception, which saves nothing, takes c - max(S) quorums (chunk i lowest) and min(S - {0}) quorums
-(chunk i highest). Placing S so that its smallest gaps, 2 and 1, lie on both sides of 0 makes it as rare as can be: the
-rows of Q, K and V read are 3k - 3 + 4/c in units of N instead of 3k (6.6 for 9 at c = 7, 15.1 for 18 at c = 31; c = 21,
-alone up to 9,507, has no such set and reads one chunk more).
+**Causal reads.** The lowest chunk of a quorum needs no queries and the highest no keys, unless it owns its diagonal.
+Placing S so that its smallest gaps, 2 and 1, lie on both sides of 0 makes that exception as rare as can be: the rows of
+Q, K and V read are 3k - 3 + 4/c in units of N instead of 3k (6.6 for 9 at c = 7, 15.1 for 18 at c = 31; c = 21, alone up
+to 9,507, has no such set and reads one chunk more).
 
 Sources: Singer 1938 and Colbourn and Ling 2000 for the sets (cited in `difference_sets.py`); Bian and Akey, "Stream-CQSA",
 arXiv 2604.20819, for attention divided over cyclic quorum sets.

@@ -1,8 +1,8 @@
 """The mask: which keys a query row attends; everything else about a mask follows from that by arithmetic.
 
-Rows and keys are counted over the whole problem, from 0. A row attends two ranges of keys at most, [a, b) and [c, d) with
-b <= c. Each of the four bounds is a `Ramp` of the row: it rises by one key a row between two limits. So a rectangle of
-rows and keys is judged by its corners, its pairs are a sum of closed forms, and nothing of the size of the problem is made.
+A row attends two ranges of keys at most, [a, b) and [c, d) with b <= c. Each bound is a `Ramp` of the row: it rises by one
+key a row between two limits. So a rectangle of rows and keys is judged by its corners, its pairs are a sum of closed forms,
+and nothing of the size of the problem is made.
 A causal row of 6, as an example, attends [0, b):
 
     row     0  1  2  3  4  5

@@ -1,17 +1,8 @@
 """A lane: one device that works through subproblems: stage, attend, merge, write.
 
 A lane is composed of parts, each of which owns what it allocates and gives it back when it is closed. They refer to those
-made before them only, so a closed lane leaves no reference circles:
-
-    health       when the lane last did a step, and what stopped it
-    device       attends, merges and divides (`cpu`, `cuda`)
-    memory       host memory, allocated once, as the plan counted it
-    partials     what subproblems hand back, until it is merged
-    finisher     checks, divides and writes finished query chunks
-    stager       reads chunks into staging slots
-    checkpoints  saves partials that are in memory alone
-
-Which subproblem comes when, and that no buffer is used for two things at once, is the graph's business.
+made before them only, so a closed lane leaves no reference circles. Which subproblem comes when, and that no buffer is used
+for two things at once, is the graph's business.
 """
 
 from __future__ import annotations
@@ -118,4 +109,4 @@ def make_partials(plan: Plan, files: PartialFiles, states: Mapping[str, States],
     """The store that the plan names, with the states that `Buffers` counts for it."""
     if plan.partials == "memory":
         return MemoryPartials(plan, files, states["accumulators"])
-    return DiskPartials(plan, files, states["accumulators"], states["buffers"], states["blocks"], merge_states)
+    return DiskPartials(plan, files, states, merge_states)

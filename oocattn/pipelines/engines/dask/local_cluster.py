@@ -12,8 +12,7 @@ from typing import Any, cast
 
 from oocattn.errors import ProblemError
 from oocattn.forks import is_forked
-from oocattn.imports import collection_paused
-from oocattn.surroundings import with_some_home
+from oocattn.imports import collection_paused, with_some_home
 from oocattn.threads import ThreadPool
 
 with collection_paused():

@@ -115,8 +115,8 @@ class PartialFiles:
 
 def row_blocks(state: AttentionState) -> list[AttentionState]:
     """The blocks of rows of a state, as a file has them."""
-    rows, step = len(state.keys), PARTIAL_BLOCK_ROWS
-    return [state.rows(start, min(start + step, rows)) for start in range(0, rows, step)]
+    starts = range(0, len(state.keys), PARTIAL_BLOCK_ROWS)
+    return [state.rows(start, start + PARTIAL_BLOCK_ROWS) for start in starts]
 
 
 def _arrays(state: AttentionState) -> list[npt.NDArray[np.generic]]:
