@@ -20,7 +20,7 @@ from distributed import Client
 from support import GPU, plan_for, replanned
 
 from oocattn import Plan
-from oocattn.kernels import get_kernel
+from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines.engines.dask import engine, readiness
 from oocattn.pipelines.engines.dask.cluster import worker_addresses
 from oocattn.pipelines.lane import cuda, cuda_memory, device_time

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 import oocattn
 from oocattn import Event, Plan, Result
-from oocattn.kernels import AttentionState, Kernel, Operands, get_kernel
+from oocattn.kernels.kernel import Kernel, Operands
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.existing import Request
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.run import Run, begin_run

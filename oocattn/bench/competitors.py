@@ -23,8 +23,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from oocattn.api import attention
 from oocattn.bench.records import RESIDENT
 from oocattn.errors import OocattnError
-from oocattn.kernels import AttentionState, Operands, finalise, get_kernel
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.operations.tiles import pieces
 from oocattn.pipelines.existing import Result
 from oocattn.pipelines.watch.report import RunReport

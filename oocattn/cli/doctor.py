@@ -24,9 +24,12 @@ from zarr.storage import MemoryStore
 
 from oocattn import clock
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
-from oocattn.kernels import AttentionState, Operands, device_type, finalise, get_kernel, kernel_names
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import device_type, get_kernel, kernel_names
 from oocattn.kernels.settings import plain_threads
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.planning.measure import copy_rates, kernel_rate
 from oocattn.problem.mask import make_mask

@@ -18,8 +18,7 @@ from oocattn.text import printable
 from oocattn.units import parse_duration, parse_size
 from oocattn.version import __version__
 
-Command = Callable[[argparse.Namespace], int]
-"""A command: it takes its options and returns its exit code."""
+Command = Callable[[argparse.Namespace], int]  # a command: it takes its options and returns its exit code
 
 PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kernel", "checkpoint_interval")
 """Options that change the plan and not the problem."""

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from oocattn.kernels import AttentionState, Operands, get_kernel
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 ROWS, KEYS = 64, 512  # size of the call whose bits are hashed: every vector width, some milliseconds

@@ -39,13 +39,9 @@ class AttentionState:
     @classmethod
     def empty(cls, group_size: int, rows: int, head_dim: int, device: torch.device | str = "cpu") -> AttentionState:
         """Allocate the state of [group_size, rows, head_dim] without keys."""
-        state = cls(
-            num=torch.empty((group_size, rows, head_dim), dtype=torch.float32, device=device),
-            den=torch.empty((group_size, rows), dtype=torch.float32, device=device),
-            max=torch.empty((group_size, rows), dtype=torch.float32, device=device),
-            keys=torch.empty(rows, dtype=torch.int64, device=device),
-            key_sum=torch.empty(rows, dtype=torch.int64, device=device),
-        )
+        numbers = (group_size, rows, head_dim), (group_size, rows), (group_size, rows)
+        tensors = [torch.empty(shape, dtype=torch.float32, device=device) for shape in numbers]
+        state = cls(*tensors, *(torch.empty(rows, dtype=torch.int64, device=device) for _ in range(2)))
         state.reset()
         return state
 
@@ -77,8 +73,3 @@ class AttentionState:
     def nbytes_for(group_size: int, rows: int, head_dim: int) -> int:
         """Bytes of a state: D + 2 float32 per head and row, two int64 per row."""
         return rows * (group_size * (head_dim + 2) * 4 + 16)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this state."""
-        return self.nbytes_for(*self.num.shape)

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.operations.ledger import ExpectedLedger
 from oocattn.operations.tiles import Tile
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState, Operands, finalise, get_kernel, merge
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise, merge
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.operations.ledger import ExpectedLedger, enter_tile
 from oocattn.operations.tiles import Tile, make_tiles
 from oocattn.planning.plan import Plan

@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from oocattn.kernels import AttentionState, enter
+from oocattn.kernels.merging import enter
+from oocattn.kernels.state import AttentionState
 from oocattn.operations.tiles import Tile, pieces
 from oocattn.problem.mask import Cover, Int64s
 
 ROWS = 8192  # rows whose numbers are computed at a time: some hundred kilobytes
 
-ExpectedLedger = tuple[Int64s, Int64s]
-"""Keys that consecutive rows attend, and sums of their indices: int64 [n] each."""
+ExpectedLedger = tuple[Int64s, Int64s]  # keys that consecutive rows attend, and sums of their indices: int64 [n] each
 
 
 def enter_tile(state: AttentionState, tile: Tile) -> None:

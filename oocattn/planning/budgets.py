@@ -21,13 +21,11 @@ WORTHWHILE_SPEEDUP = 1.5  # by how many times faster a plan must be for a larger
 
 MIB = 1 << 20
 
-Replan = Callable[[int], Plan | None]
-"""The plan of so many times the budgets, if any fits."""
+Replan = Callable[[int], Plan | None]  # the plan of so many times the budgets, if any fits
 
 BudgetName = Literal["device", "host"]
 
-PlanWith = Callable[[BudgetName, int], Plan | None]
-"""The plan where one budget is so many bytes, if any fits."""
+PlanWith = Callable[[BudgetName, int], Plan | None]  # the plan where one budget is so many bytes, if any fits
 
 
 def is_hopeless(plan: Plan) -> bool:

@@ -18,19 +18,13 @@ import torch
 
 from oocattn.errors import ProblemError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
-from oocattn.kernels import (
-    AttentionState,
-    Operands,
-    default_kernel,
-    device_type,
-    finalise,
-    get_kernel,
-    merge,
-    require_kernel,
-)
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise, merge
+from oocattn.kernels.registry import default_kernel, device_type, get_kernel, require_kernel
 from oocattn.kernels.settings import plain_threads
+from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.cost import HALF_RATE_KEYS
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power

@@ -23,8 +23,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-Rows = TypeVar("Rows", int, npt.NDArray[np.float64])
-"""One row exactly, or many to the accuracy of float64."""
+Rows = TypeVar("Rows", int, npt.NDArray[np.float64])  # one row exactly, or many to the accuracy of float64
 
 Int64s = npt.NDArray[np.int64]
 

@@ -18,8 +18,7 @@ MAX_HEAD_DIM = 256
 _OTHER_ORDER = "; if the axes are in another order than [B, H, N, D], import the tensors with --layout"
 """Advice for a shape that may have another order of axes."""
 
-Extent = Annotated[int, Range(1, 2**48)]
-"""The size of one dimension."""
+Extent = Annotated[int, Range(1, 2**48)]  # the size of one dimension
 
 
 @dataclass(frozen=True)

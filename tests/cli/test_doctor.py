@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from oocattn.cli import doctor
-from oocattn.kernels import finalise, kernel_names
 from oocattn.kernels.cpu import CpuKernel
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import kernel_names
 from oocattn.planning.measure import kernel_rate
 from oocattn.problem.scores import Scores
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from oocattn.kernels import AttentionState, Kernel, Operands
 from oocattn.kernels.intervals import Intervals, make_intervals
+from oocattn.kernels.kernel import Kernel, Operands
+from oocattn.kernels.state import AttentionState
 from oocattn.problem.mask import Causal, Mask, Ramp
 from oocattn.problem.scores import Scores
 

@@ -8,8 +8,11 @@ import torch
 from calling import MASKS, attended, call
 from on_gpu import BOUND, CUDA, check, finished, kernel_for, operands, poisoned_state
 
-from oocattn.kernels import AttentionState, Operands, device_type, finalise, fold, get_kernel, kernel_names, merge
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise, fold, merge
+from oocattn.kernels.registry import device_type, get_kernel, kernel_names
+from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 pytestmark = pytest.mark.gpu

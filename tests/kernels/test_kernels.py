@@ -12,8 +12,11 @@ from exact import DTYPES, TOLERANCE, attention, operands, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oocattn.kernels import AttentionState, Operands, finalise, get_kernel
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 KERNELS = ("cpu", "reference", "torch")

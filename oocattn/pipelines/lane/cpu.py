@@ -8,8 +8,8 @@ import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation
 from oocattn.pipelines.lane.device import Health
 from oocattn.pipelines.lane.finisher import Finisher

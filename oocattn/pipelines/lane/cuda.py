@@ -24,8 +24,8 @@ import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation
 from oocattn.operations.tiles import Tile, pieces
 from oocattn.pipelines.failing import naming_subproblem

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from oocattn.errors import BudgetError
-from oocattn.kernels import AttentionState, get_kernel
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.planning.memory import (
     FINALISED_ROWS,

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from oocattn import clock
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from oocattn.errors import BudgetError
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.planning.memory import ALIGNMENT, OUT_BLOCKS, STAGING_SLOTS
 from oocattn.planning.plan import Plan
@@ -66,11 +66,8 @@ class Pool(Generic[T]):
             self._changed.notify_all()
 
 
-States = Pool[AttentionState]
-"""States of one head group in host memory."""
-
-OutBlock = tuple[torch.Tensor, torch.Tensor]
-"""Host memory for a chunk of `out` [1, T, D] and of `lse` [1, T]."""
+States = Pool[AttentionState]  # states of one head group in host memory
+OutBlock = tuple[torch.Tensor, torch.Tensor]  # host memory for a chunk of `out` [1, T, D] and of `lse` [1, T]
 
 
 class HostMemory:
@@ -164,13 +161,9 @@ class Arena:
 
     def state(self, group_size: int, rows: int, head_dim: int) -> AttentionState:
         """An uninitialised state of [group_size, rows, head_dim]."""
-        return AttentionState(
-            num=self.take((group_size, rows, head_dim), torch.float32),
-            den=self.take((group_size, rows), torch.float32),
-            max=self.take((group_size, rows), torch.float32),
-            keys=self.take((rows,), torch.int64),
-            key_sum=self.take((rows,), torch.int64),
-        )
+        numbers = (group_size, rows, head_dim), (group_size, rows), (group_size, rows)
+        tensors = [self.take(shape, torch.float32) for shape in numbers]
+        return AttentionState(*tensors, *(self.take((rows,), torch.int64) for _ in range(2)))
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 
 _BLOCK = 1 << 16  # elements of temporary arrays, which stay small
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from oocattn.kernels import AttentionState, get_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation, make_operation
 from oocattn.operations.tiles import Tile, pieces, staged_keys
 from oocattn.planning.plan import Plan

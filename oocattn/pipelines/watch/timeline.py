@@ -28,8 +28,7 @@ from oocattn.storage.locations import output_path
 from oocattn.text import display_width, printable
 from oocattn.units import format_seconds
 
-RESOURCES: tuple[Resource, ...] = get_args(Resource)
-"""Every resource, in the order in which bytes pass through."""
+RESOURCES: tuple[Resource, ...] = get_args(Resource)  # every resource, in the order in which bytes pass through
 
 MOST_CELLS = 30_000  # cells of the picture, of 25 bytes, over all rows: its file stays below 1 MB
 

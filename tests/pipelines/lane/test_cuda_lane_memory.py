@@ -19,8 +19,9 @@ from support import (
 
 import oocattn
 from oocattn import BudgetError, Plan
-from oocattn.kernels import AttentionState, Operands
+from oocattn.kernels.kernel import Operands
 from oocattn.kernels.libraries.aten import CudnnKernel
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import forward, make_operation
 from oocattn.pipelines.lane import cuda_memory
 from oocattn.pipelines.lane.cuda import CudaDevice

@@ -32,7 +32,9 @@ from support import (
 
 import oocattn
 from oocattn import BudgetError, Event, Plan, Result
-from oocattn.kernels import AttentionState, Kernel, Operands, get_kernel
+from oocattn.kernels.kernel import Kernel, Operands
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import forward, make_operation
 from oocattn.pipelines.lane import cuda_memory
 from oocattn.pipelines.lane.rehearsal import sample_tiles

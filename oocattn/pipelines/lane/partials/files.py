@@ -22,7 +22,7 @@ from oocattn.storage.journal.blocks import read_blocks, read_label, write_blocks
 from oocattn.storage.journal.claims import Claim
 
 if TYPE_CHECKING:  # PyTorch takes seconds, and `status` reads what files say of themselves
-    from oocattn.kernels import AttentionState
+    from oocattn.kernels.state import AttentionState
 
 _NAME = re.compile(r"partial-\d+-\d+-\d+")
 

@@ -6,15 +6,14 @@ import threading
 from dataclasses import dataclass
 
 from oocattn.errors import IntegrityError
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
 from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 
-Place = tuple[int, int]
-"""A head group and one of its query chunks."""
+Place = tuple[int, int]  # a head group and one of its query chunks
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from oocattn.errors import IntegrityError
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.planning.plan import Plan
 
