@@ -118,9 +118,7 @@ scale = number(LEAST_SCALE, MOST_SCALE, SCALES)
 def size(name: str, value: object) -> int:
     """Bytes, as a whole number or as a text."""
     found = _own(value)
-    if isinstance(found, str):
-        return parse_size(found, name)
-    if not math.isfinite(_real(found)):
+    if not isinstance(found, str) and not math.isfinite(_real(found)):
         raise refused(name, value, 'bytes, as a whole number of at least 1 or like "2GiB"')
     return parse_size(found, name)  # type: ignore[arg-type] # an int is kept as it is
 
@@ -128,12 +126,10 @@ def size(name: str, value: object) -> int:
 def duration(name: str, value: object) -> float:
     """Seconds, as a number, a timedelta or a text."""
     found = _own(value)
-    if isinstance(found, str):
-        return parse_duration(found, name)
-    seconds = found.total_seconds() if isinstance(found, timedelta) else _real(found)
-    if not math.isfinite(seconds):
+    seconds = found.total_seconds() if isinstance(found, timedelta) else found
+    if not isinstance(seconds, str) and not math.isfinite(_real(seconds)):
         raise refused(name, value, 'seconds, as a number of at least 0 or like "8h"')
-    return parse_duration(seconds, name)
+    return parse_duration(seconds, name)  # type: ignore[arg-type] # a text or a real number
 
 
 def text(name: str, value: object) -> str:

@@ -5,16 +5,14 @@ aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. What it gets wrong is kept aw
 
 * No query or no key kills the process, an innermost stride other than 1 gives wrong numbers, and 16-bit inputs cost
   accuracy: every tile is first copied, as float32 and contiguous, into scratch.
-* Its bits depend on the number of threads and on where its operands lie, both through the matrix products inside:
-  those of a call with a single block of rows are themselves divided among threads, and operands off a cache line take
-  other code. So a call has never fewer than `_ROW_QUANTUM` rows, and every tile starts on a cache line.
-* The log-sum-exp of a row whose scores are all large, as where padding is masked by adding -1e9, has lost how many keys
-  it stands for, and rows are merged by it: where one exceeds `_LARGEST_LSE`, the call is made again by the reference.
-* A row whose scores are all -inf comes back as (out 0, lse 0), which looks like a row with keys, and a NaN or Inf in a
-  masked value reaches the rows that mask it: calls that may meet them go to the float64 reference, which is slow, and so
-  do calls whose rows attend other keys than all, or up to a diagonal.
-* A causal call on one head divides its rows, not its work, among the threads, and computes 512 keys at a time whether
-  masked or not: the triangle is halved recursively into plain rectangles and triangles small enough to be level.
+* Its bits depend on the number of threads, for the matrix products of a single block of rows are divided among them, and on
+  operands off a cache line: a call has never fewer than `_ROW_QUANTUM` rows, and every tile starts on a cache line.
+* The log-sum-exp of a row whose scores are all large, as of padding masked by -1e9, has lost how many keys it stands for:
+  where one exceeds `_LARGEST_LSE`, the call is made again by the reference.
+* A row whose scores are all -inf comes back as (out 0, lse 0), and a NaN or Inf in a masked value reaches the rows that
+  mask it: calls that may meet them, or whose rows attend other keys than all, or up to a diagonal, go to the reference.
+* A causal call on one head divides its rows, not its work, among the threads, and computes masked keys too: the triangle
+  is halved recursively into plain rectangles and triangles small enough to be level.
 """
 
 from __future__ import annotations

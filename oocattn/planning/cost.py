@@ -152,10 +152,19 @@ class _Run:
 
     @cached_property
     def _balance(self) -> float:
-        """The share of all pairs of the lane that has most to do."""
-        return largest_share(
-            self.division, self.layout.chunk_rows, self.problem, self.hardware.lanes, self.candidate.partials
-        )
+        """The share of all pairs of the busiest lane, as `pipelines.schedule` divides."""
+        division, problem, lanes = self.division, self.problem, self.hardware.lanes
+        if self.candidate.partials == "disk":
+            subproblems = problem.head_groups * division.subproblems
+            return ceil_div(subproblems, lanes) / subproblems
+        rounds, rest = divmod(problem.head_groups, lanes)
+        if not rest:
+            return rounds / problem.head_groups
+        edges = np.minimum(np.arange(division.chunks + 1, dtype=np.float64) * self.layout.chunk_rows, problem.tokens)
+        pairs = np.diff(problem.mask.pairs_before(edges))
+        of_lanes = np.bincount(division.chunk_lanes(lanes), weights=pairs, minlength=lanes)
+        most = np.sum([np.roll(of_lanes, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
+        return (rounds + float(most / pairs.sum())) / problem.head_groups
 
     def _read(self) -> Link:
         problem, (queries, keys) = self.problem, self._reads
@@ -175,11 +184,15 @@ class _Run:
 
     @cached_property
     def _compute_seconds(self) -> float:
-        flops = self.problem.flops / kernel_rate(self.layout.tiles, self.problem, self.hardware)
+        tiles, hardware = self.layout.tiles, self.hardware
+        rows = tiles.query * self.problem.group_size
+        rate = hardware.kernel_flops * rows / (rows + hardware.half_rate_rows)
+        if hardware.device == "cuda":
+            rate = rate * tiles.key / (tiles.key + HALF_RATE_KEYS)
         diagonals = self.candidate.chunks if self.problem.mask.triangular else 0
         calls = self._handed_back + self.problem.head_groups * diagonals
-        launching = calls * CALL_SECONDS if self.hardware.device == "cpu" else 0.0
-        return (flops + launching) * self._balance
+        launching = calls * CALL_SECONDS if hardware.device == "cpu" else 0.0
+        return (self.problem.flops / rate + launching) * self._balance
 
     def _compute(self) -> Link:
         return Link("compute", self.problem.flops, self._compute_seconds)
@@ -233,25 +246,3 @@ class _Run:
             last = layout.chunk_rows - (layout.chunk_rows - tile) // layout.out_chunk_rows * layout.out_chunk_rows
         rows = self.candidate.chunks * layout.chunk_rows * self.problem.head_groups
         return write_seconds * min(1.0, lanes * last / rows)
-
-
-def largest_share(division: Division, chunk_rows: int, problem: Problem, lanes: int, partials: str) -> float:
-    """The share of all pairs of the busiest lane, as `pipelines.schedule` divides."""
-    if partials == "disk":
-        subproblems = problem.head_groups * division.subproblems
-        return ceil_div(subproblems, lanes) / subproblems
-    rounds, rest = divmod(problem.head_groups, lanes)
-    if not rest:
-        return rounds / problem.head_groups
-    edges = np.minimum(np.arange(division.chunks + 1, dtype=np.float64) * chunk_rows, problem.tokens)
-    pairs = np.diff(problem.mask.pairs_before(edges))
-    of_lanes = np.bincount(division.chunk_lanes(lanes), weights=pairs, minlength=lanes)
-    most = np.sum([np.roll(of_lanes, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
-    return (rounds + float(most / pairs.sum())) / problem.head_groups
-
-
-def kernel_rate(tiles: Tiles, problem: Problem, hardware: Hardware) -> float:
-    """A lane's kernel rate at these tiles, in FLOP/s."""
-    rows = tiles.query * problem.group_size
-    rate = hardware.kernel_flops * rows / (rows + hardware.half_rate_rows)
-    return rate if hardware.device == "cpu" else rate * tiles.key / (tiles.key + HALF_RATE_KEYS)
