@@ -24,10 +24,7 @@ class Operation(Protocol):
     key_inputs: tuple[str, ...]  # the arrays of which a key chunk stages its rows, [m, D] each, for all heads
 
     def tiles(self, head_group: int, block: Block, key_rows: Mapping[int, range], rows: range, size: int) -> Iterator[Tile]:
-        """Cut the pairs of rows `rows` of a block into tiles of at most `size` keys.
-
-        `key_rows` says where the keys of each chunk were staged.
-        """
+        """Cut the pairs of rows `rows` of a block into tiles of at most `size` keys, which `key_rows` says where to find."""
 
     def compute(self, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState) -> None:
         """Compute a tile, add the result to `state`, and enter the pairs in its ledger.

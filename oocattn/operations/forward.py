@@ -18,10 +18,7 @@ from oocattn.problem.mask import Mask
 
 
 class Forward:
-    """Attention by the plan's kernel. Implements Operation.
-
-    It takes q by query chunk, k and v by key chunk, and adds to a state by query chunk.
-    """
+    """Attention by the plan's kernel: q by query chunk, k and v by key chunk. Implements Operation."""
 
     query_inputs: tuple[str, ...] = ("q",)
     key_inputs: tuple[str, ...] = ("k", "v")

@@ -55,10 +55,7 @@ def sample_rate(dataset: Dataset) -> float:
 
 
 def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCost:
-    """Measure what reading the dataset costs beyond its bytes: nothing, where chunk files are read directly.
-
-    What would take more than `host_memory` bytes is not measured: its rate is assumed, and no plan fits the budget.
-    """
+    """Measure what reading costs beyond its bytes; assume it where that takes more than `host_memory`: no plan fits."""
     slow = [array for array in dataset.arrays.values() if not array.direct]
     if not slow:
         return InputCost()

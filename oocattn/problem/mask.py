@@ -193,10 +193,7 @@ class Full(Mask):
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Every row attends the keys up to its own position.
-
-    Where keys and queries differ in number, the last row attends all: row i stands at i + keys - queries.
-    """
+    """Every row attends the keys up to its own position, i + keys - queries for row i: so the last one attends all."""
 
     @property
     def ramps(self) -> tuple[Ramp, Ramp, Ramp, Ramp]:
@@ -206,7 +203,7 @@ class Causal(Mask):
 
     @property
     def triangular(self) -> bool:
-        """See `Mask.triangular`."""
+        """True where there are as many rows as keys."""
         return self.queries == self.keys
 
     def __str__(self) -> str:

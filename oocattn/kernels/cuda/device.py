@@ -14,10 +14,7 @@ _MIB = 1 << 20
 
 @cache
 def launcher(device: torch.device) -> ThreadPool:
-    """The one thread of this process that launches attention on a GPU, for good.
-
-    torch keeps what cuDNN has planned for each shape by thread, and a plan takes 45 ms to make (H200, cuDNN 9.19).
-    """
+    """The one thread that launches attention on a GPU, for good: torch keeps the plans of cuDNN (45 ms each) by thread."""
     return ThreadPool(1, f"oocattn-launch-{device}")
 
 

@@ -40,7 +40,6 @@ from oocattn.pipelines.watch.events import Attended, Resource
 from oocattn.planning.memory import FINALISED_ROWS, PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
 
-READERS = 8  # threads that read: 28 GB/s from the page cache with 8, 6 with one (16 cores)
 AHEAD = 32  # key tiles enqueued ahead: where CUDA's queue is full, the driver blocks all
 
 
@@ -65,7 +64,7 @@ _ReturnedTile = tuple[int, torch.cuda.Event]
 class CudaDevice:
     """One GPU. Implements Device. Raises BudgetError where it has no room even for the smallest tiles."""
 
-    readers = READERS
+    readers = 8  # 28 GB/s from the page cache with 8, 6 with one (16 cores)
     cores: int | None = None
 
     def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:

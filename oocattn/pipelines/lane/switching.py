@@ -16,10 +16,7 @@ _holds, _found, _set = 0, 0.0, 0.0
 
 
 def hold_short_interval(owner: object) -> Callable[[], object]:
-    """Switch threads often until the returned function is called or the owner is gone.
-
-    With the last hold the interval is put back, unless somebody else has set it since.
-    """
+    """Switch threads often until the returned function is called or the owner is gone; the last one puts it back."""
     _add(1)
     return weakref.finalize(owner, _add, -1)
 
@@ -32,5 +29,5 @@ def _add(holds: int) -> None:
             sys.setswitchinterval(min(SWITCH_SECONDS, _found) + _HALF)
             _set = sys.getswitchinterval()
         _holds += holds
-        if not _holds and sys.getswitchinterval() == _set:
+        if not _holds and sys.getswitchinterval() == _set:  # else somebody else has set it since
             sys.setswitchinterval(_found + _HALF)

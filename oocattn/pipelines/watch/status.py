@@ -30,7 +30,6 @@ from oocattn.pipelines.watch.events import (
     Written,
 )
 from oocattn.pipelines.watch.report import RunReport
-from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem, read_problem
 from oocattn.records import ADDED, Count, Range, Seconds, from_json, to_json
 from oocattn.storage.files.durable import read_json, write_text
@@ -230,8 +229,11 @@ def status(result: str | Path) -> Status:
     begun = None if known else find_unfinished(paths, recost=False)
     if begun is None:
         return found
-    done = scan_completed(begun.plan, begun.journal, paths.scratch).done
-    return _as_planned(found, begun.plan, Schedule(begun.plan, 1, done).left)
+    plan, total = begun.plan, begun.plan.subproblems
+    left = Schedule(plan, 1, scan_completed(plan, begun.journal, paths.scratch).done).left
+    tokens, share = _tokens(plan.problem), left / total
+    seconds_left = tokens * share / found.rate if found.rate else plan.seconds * share
+    return replace(found, subproblems=total, subproblems_done=total - left, tokens=tokens, seconds_left=seconds_left)
 
 
 def _read_status(paths: ResultPaths) -> Status:
@@ -320,14 +322,6 @@ def read_report(paths: ResultPaths) -> RunReport | None:
     """The report beside a result, or None; IntegrityError for a damaged one."""
     found = read_json(paths.report, MOST_BYTES) if is_folder(paths.state) else None
     return RunReport.from_json(found) if found else None
-
-
-def _as_planned(status: Status, plan: Plan, left: int) -> Status:
-    """The status of a run whose plan is known, and the number of subproblems left."""
-    done, tokens = plan.subproblems - left, _tokens(plan.problem)
-    share = left / plan.subproblems
-    seconds_left = tokens * share / status.rate if status.rate else plan.seconds * share
-    return replace(status, subproblems=plan.subproblems, subproblems_done=done, tokens=tokens, seconds_left=seconds_left)
 
 
 def _tokens(problem: Problem) -> int:
