@@ -30,8 +30,7 @@ def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPool
 def _begin_plainly(cores: int | None) -> None:
     torch.set_flush_denormal(False)  # a thread, and the OpenMP threads that it makes, inherit it on Linux
     with _COUNTING:
-        usual = torch.get_num_threads()
-        if cores not in (None, usual):
+        if cores is not None and cores != (usual := torch.get_num_threads()):
             torch.set_num_threads(cores)  # sets it for later threads too, so another thread puts it back at once
             begin_call(torch.set_num_threads, usual).result()
 
