@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from oocattn.pipelines.watch.events import Started as Started
     from oocattn.pipelines.watch.events import Written as Written
     from oocattn.pipelines.watch.report import RunReport as RunReport
-    from oocattn.pipelines.watch.run_status import status as status
     from oocattn.pipelines.watch.status import Status as Status
+    from oocattn.pipelines.watch.status import status as status
     from oocattn.planning.plan import Plan as Plan
     from oocattn.storage.bfloat16 import BFloat16 as BFloat16
     from oocattn.storage.make.importing import import_arrays as import_arrays
@@ -83,8 +83,7 @@ _MODULES = {
         "Written",
     ],
     "oocattn.pipelines.watch.report": ["RunReport"],
-    "oocattn.pipelines.watch.run_status": ["status"],
-    "oocattn.pipelines.watch.status": ["Status"],
+    "oocattn.pipelines.watch.status": ["Status", "status"],
     "oocattn.planning.plan": ["Plan"],
     "oocattn.storage.bfloat16": ["BFloat16"],
     "oocattn.storage.make.importing": ["import_arrays"],

@@ -94,14 +94,9 @@ def plan(
     """
     opened = Dataset.open(dataset)
     problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
-    choices = _chosen(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
+    parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
     scratch = None if result is None else ResultPaths.at(result).state
-    return plan_here(opened, problem, choices, lanes, scratch, engine)
-
-
-def _chosen(*parsed: Any) -> Choices:
-    """The choices of a user, as `checked` has parsed them."""
-    return Choices(*parsed)
+    return plan_here(opened, problem, Choices(*parsed), lanes, scratch, engine)
 
 
 @checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, overwrite=arguments.boolean)
@@ -143,8 +138,8 @@ def attention(
     until, workplace, paths = _end(time_limit), Workplace(engine, client, dashboard_address), ResultPaths.at(result)
     opened = Dataset.open(dataset)
     problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
-    choices = _chosen(device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)
-    return session.attend(Request(problem, opened, paths, overwrite), choices, workplace, callbacks, until)
+    parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
+    return session.attend(Request(problem, opened, paths, overwrite), Choices(*parsed), workplace, callbacks, until)
 
 
 @checked(**RUN_OPTIONS, accept_other_bits=arguments.boolean, check_finished=arguments.boolean)
@@ -180,10 +175,7 @@ def _end(time_limit: Duration | None) -> float:
 
 
 @checked(
-    rows=arguments.integer(1),
-    seed=arguments.integer(0, MOST_SEED),
-    host_memory=arguments.size,
-    checksums=arguments.boolean,
+    rows=arguments.integer(1), seed=arguments.integer(0, MOST_SEED), host_memory=arguments.size, checksums=arguments.boolean
 )
 def verify(
     result: str | Path,

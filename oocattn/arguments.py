@@ -1,9 +1,8 @@
-"""Checks of a caller's options: a checker for each kind, and `checked`.
+"""Checks of a caller's options: a checker for each kind, and `checked`, which applies them before a function begins.
 
-`checked` applies them before a function begins. A checker takes the option's name and what was passed. It returns
-that as Python's own (a bool, int, float, str or tuple), or raises ProblemError, which names the option, what was
-found and what was expected. Scalars of NumPy and PyTorch, and their arrays without dimensions, count as the numbers
-that they hold; a bool is no number. Which options a function has, and what each may be, is said above the function.
+A checker takes the option's name and what was passed. It returns that as Python's own (a bool, int, float, str or tuple), or
+raises ProblemError, which names the option, what was found and what was expected. Scalars of NumPy and PyTorch, and their
+arrays without dimensions, count as the numbers that they hold; a bool is no number.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ Size = float | str
 Duration = float | str | timedelta
 """A duration as callers give it: 90, "1h30m", timedelta(minutes=90)."""
 
-MOST_COUNT = 2**48
-"""Of rows, heads and the like: the size of a dimension at most."""
+MOST_COUNT = 2**48  # of rows, heads and the like: the size of a dimension at most
 
 MOST_SEED = 2**64 - 1
 
@@ -120,9 +118,7 @@ scale = number(LEAST_SCALE, MOST_SCALE, SCALES)
 def size(name: str, value: object) -> int:
     """Bytes, as a whole number or as a text."""
     found = _own(value)
-    if isinstance(found, str):
-        return parse_size(found, name)
-    if not math.isfinite(_real(found)):
+    if not isinstance(found, str) and not math.isfinite(_real(found)):
         raise refused(name, value, 'bytes, as a whole number of at least 1 or like "2GiB"')
     return parse_size(found, name)  # type: ignore[arg-type] # an int is kept as it is
 
@@ -130,12 +126,10 @@ def size(name: str, value: object) -> int:
 def duration(name: str, value: object) -> float:
     """Seconds, as a number, a timedelta or a text."""
     found = _own(value)
-    if isinstance(found, str):
-        return parse_duration(found, name)
-    seconds = found.total_seconds() if isinstance(found, timedelta) else _real(found)
-    if not math.isfinite(seconds):
+    seconds = found.total_seconds() if isinstance(found, timedelta) else found
+    if not isinstance(seconds, str) and not math.isfinite(_real(seconds)):
         raise refused(name, value, 'seconds, as a number of at least 0 or like "8h"')
-    return parse_duration(seconds, name)
+    return parse_duration(seconds, name)  # type: ignore[arg-type] # a text or a real number
 
 
 def text(name: str, value: object) -> str:

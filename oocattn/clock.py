@@ -1,8 +1,4 @@
-"""The one clock of runs: moments to compare, even if the wall clock is set.
-
-NTP, an administrator or the host of a virtual machine may set the wall clock to any time. Durations, rates and limits are
-differences of the moments here; wall time (`time.time`, `time.strftime`) is for people to read.
-"""
+"""The one clock of runs: moments to compare, even if the wall clock is set; wall time is for people to read."""
 
 from __future__ import annotations
 
@@ -11,8 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-_BEGINNING = time.time() - time.monotonic()
-"""Wall-clock time at which the monotonic clock was 0, as first found here."""
+_BEGINNING = time.time() - time.monotonic()  # wall-clock time at which the monotonic clock was 0, as first found here
 
 _IMPORTED = time.monotonic()
 

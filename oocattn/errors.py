@@ -47,11 +47,7 @@ class WorkerLostError(OocattnError, RuntimeError):
 
 
 class TaskError(OocattnError, RuntimeError):
-    """A step of a run failed for an unforeseen reason, and failed again when retried.
-
-    `work` names the step: a subproblem, a query chunk to be merged or written, a checkpoint, the set-up of a lane,
-    the check of the dataset, the search for finished work, or the commit of the result.
-    """
+    """A step of a run, `work`, failed for an unforeseen reason, and failed again when retried."""
 
     def __init__(self, work: str, reason: str) -> None:
         super().__init__(work, reason)
@@ -62,10 +58,9 @@ class TaskError(OocattnError, RuntimeError):
 
 
 class StalledError(OocattnError, RuntimeError):
-    """No task of a run has ended for far longer than planned, or three minutes.
+    """No task of a run has ended for far longer than planned, or three minutes; the work that was done is on disk.
 
-    The message names the workers, what keeps them and what to do; the work that was done is on disk. Also: a run
-    cannot begin, because it would wait for the thread that starts it.
+    Also: a run cannot begin, because it would wait for the thread that starts it.
     """
 
 

@@ -1,14 +1,9 @@
 """Refuse what does not survive a fork, before a call waits for it or fails on it.
 
-A forked process has the memory of its parent, but of its threads only the one that forked. PyTorch computes on CPUs with two
-libraries that cannot take that:
-
-* libgomp keeps a pool of threads for each thread that computes. In the child, the first parallel loop of the thread that
-  forked waits for threads that are not there (GCC bug 58378). Other threads of the child make pools of their own.
-* MKL accounts for its buffers by thread. In the child, a new thread may wait without end for an entry whose owner is not
-  there: one fork in 5 to 40 hangs in its first product of matrices.
-
-CUDA refuses to work in the child of a process that used it.
+Of the threads of its parent, a forked process has only the one that forked. PyTorch computes on CPUs with two libraries that
+cannot take that: in the child, the first parallel loop of libgomp waits for threads that are not there (GCC bug 58378), in
+the thread that forked, and MKL, which accounts for its buffers by thread, may wait without end for an entry whose owner is
+not there, in any new one (one fork in 5 to 40). CUDA refuses to work in the child of a process that used it.
 """
 
 from __future__ import annotations
@@ -29,17 +24,13 @@ from oocattn.errors import ProblemError
 if TYPE_CHECKING:
     from distributed import Client
 
-FORKED = 0x40
-"""The flag of a process that was forked and executed no program since: PF_FORKNOEXEC of Linux."""
-
-LOOP = 1 << 18
-"""Elements of a loop that PyTorch divides among threads: it does above 32,768."""
+FORKED = 0x40  # the flag of a process that was forked and executed no program since: PF_FORKNOEXEC of Linux
+LOOP = 1 << 18  # elements of a loop that PyTorch divides among threads: it does above 32,768
 
 ASLEEP_SECONDS, ENOUGH_SECONDS = 1.0, 10.0
 """After so long a loop does not end any more, or a thread is not there: seconds asleep, and seconds in all."""
 
-PAUSE_SECONDS = 0.01
-"""Between two looks at that process."""
+PAUSE_SECONDS = 0.01  # between two looks at that process
 
 REMEDY = "start processes by spawn (multiprocessing.set_start_method('spawn')), or fork before anything is computed"
 
@@ -56,8 +47,7 @@ def is_forked() -> bool:
 def refuse_lost_threads() -> None:
     """Raise ProblemError where computing might never end in this process, because PyTorch computed before it was forked.
 
-    What the caller computed is not known: MKL says whether it holds buffers, and whether a loop of libgomp ends, only
-    another fork can try.
+    MKL says whether it holds buffers; whether a loop of libgomp ends, only another fork can try.
     """
     if is_forked() and (_Computing.inherited or not _loop_ends()):
         raise ProblemError(

@@ -1,20 +1,68 @@
-"""Imports that wait until they are needed: attributes of a package, and what belongs to Zarr once Zarr is there."""
+"""Imports that wait until they are needed, and what they need: a home folder, a current folder, no garbage collection."""
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
-
-from oocattn.garbage import collection_paused
-from oocattn.surroundings import in_some_folder
 
 _IMPORTING = threading.RLock()
 """One thread at a time: libraries whose modules import each other in a circle fail where two threads enter it (numpy)."""
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """No collection of cyclic garbage while modules are imported: 0.5 of 2.8 s of `oocattn plan` for hardly any garbage.
+
+    Of two threads that import at the same time, the one that began first resumes the collection, perhaps a little early.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def with_some_home() -> Iterator[None]:
+    """Within, a user without a home folder, as in a container, has an empty one: bokeh cannot be imported otherwise."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = os.devnull
+        try:
+            yield
+        finally:
+            del os.environ["HOME"]
+    else:
+        yield
+
+
+@contextmanager
+def in_some_folder() -> Iterator[None]:
+    """Within, a process whose current folder was removed is in another one, or MKL would end it as torch is imported."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        removed = os.open(".", os.O_RDONLY)
+        os.chdir("/")
+        try:
+            yield
+        finally:
+            os.fchdir(removed)
+            os.close(removed)
+    else:
+        yield
 
 
 def lazy_attributes(
@@ -32,10 +80,7 @@ def lazy_attributes(
         namespace[name] = found
         return found
 
-    def list_names() -> list[str]:
-        return sorted({*namespace, *module_of})
-
-    return get_attribute, list_names
+    return get_attribute, lambda: sorted({*namespace, *module_of})
 
 
 def import_after_zarr(module: str) -> None:

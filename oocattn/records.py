@@ -1,7 +1,6 @@
-"""Records: frozen dataclasses to JSON and back, validated by field types.
+"""Records: frozen dataclasses to JSON and back, validated by field types. All JSON that the package reads is parsed here.
 
-Every JSON text that this package reads is parsed here, whoever wrote it. Unknown and missing fields are refused, and so are
-wrong types and numbers out of range. JSON has no NaN and no Inf: they are written as the strings "nan", "inf" and "-inf".
+Unknown and missing fields, wrong types and numbers out of range are refused. NaN and Inf are "nan", "inf" and "-inf".
 """
 
 from __future__ import annotations
@@ -57,10 +56,9 @@ Seconds = Annotated[float, Range(0.0, 1e12)]
 
 
 def parse_json(content: bytes, not_finite: bool = False) -> dict[str, Any]:
-    """Parse a JSON object.
+    """Parse a JSON object; ValueError for anything else, however long, deep or badly encoded it is.
 
-    Raises ValueError for anything else, however long, deep or badly encoded it is. `not_finite` accepts NaN, Infinity and
-    -Infinity too, which JSON lacks, and which Zarr writes in attributes.
+    `not_finite` accepts NaN, Infinity and -Infinity too, which JSON lacks, and which Zarr writes in attributes.
     """
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=None if not_finite else _refuse_constant)
@@ -91,10 +89,10 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], content: object, name: str = "") -> T:
-    """Convert what `to_json` made to the record `kind`.
+    """Convert what `to_json` made to the record `kind`; ValueError for anything else.
 
-    Raises ValueError, calling the record `name`, for anything else. A number must lie in the `Range` of its field; NaN and
-    Inf are accepted where there is none.
+    Numbers must lie in the `Range` of their field; a NaN is accepted only where the field has none. `name` is what messages
+    call the record: the field that holds it.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a {kind.__name__}, found {content!r:.80}")

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that move a cursor, break a line or show nothing."""
 
-MOST_SHOWN = 2000
-"""Characters of a text that are printed at most."""
+MOST_SHOWN = 2000  # characters of a text that are printed at most
 
 _USER = re.compile(
     r"(https?://)[^/?#\n]*@"
@@ -25,10 +24,9 @@ def without_credentials(text: str) -> str:
 
 
 def printable(text: object) -> str:
-    """The text on one line, with control characters as escapes such as `\\x1b`.
+    """The text on one line, with control characters, line breaks and surrogates as escapes such as `\\x1b`.
 
-    Line breaks and surrogates are escaped too. A terminal is told nothing by it, no line is forged, and URLs are
-    without credentials. What is longer than `MOST_SHOWN` characters is cut.
+    URLs are without credentials. What is longer than `MOST_SHOWN` characters is cut.
     """
     found = without_credentials(str(text))
     cut = found if len(found) <= MOST_SHOWN else f"{found[:MOST_SHOWN]}..."

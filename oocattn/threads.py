@@ -1,7 +1,6 @@
-"""Threads of our own. All are daemons: one that hangs keeps no interpreter from its exit.
+"""Threads of our own. All are daemons: one that hangs, on a file system or a GPU, keeps no interpreter from its exit.
 
-A read from a file system that is away, or a GPU that does not answer, may hang without end. Python joins the threads of its
-own pools at exit, and with them it would wait without end as well.
+Python joins the threads of its own pools at exit, and would wait without end as well.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ def begin_call(function: Callable[P, T], *arguments: P.args, **options: P.kwargs
 class ThreadPool(Executor):
     """So many threads, which begin as they are needed; each calls `prepare` before its first call.
 
-    Used as a context manager it waits for every call; where its body fails, calls that have not begun are cancelled, and
-    the others have `EXIT_SECONDS`.
+    As a context manager it waits for every call; where its body fails, for `EXIT_SECONDS` and without those not begun.
     """
 
     def __init__(self, count: int, name: str, prepare: Callable[[], object] = lambda: None) -> None:

@@ -13,8 +13,7 @@ _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
-MOST_SECONDS = 1e9
-"""Of a duration that a user gives: 31 years. A plan with a longer one could not be read back."""
+MOST_SECONDS = 1e9  # of a duration that a user gives: 31 years. A plan with a longer one could not be read back
 
 
 def ceil_div(count: int, size: int) -> int:

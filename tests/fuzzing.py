@@ -19,7 +19,7 @@ from support import replanned
 from worlds import DATASETS, RESULTS, World, remove, result_bits
 
 from oocattn import Plan
-from oocattn.kernels import get_kernel
+from oocattn.kernels.registry import get_kernel
 from oocattn.planning.stored_plan import read_plan
 from oocattn.records import from_json
 from oocattn.storage.files.durable import encode_record

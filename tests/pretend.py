@@ -20,10 +20,10 @@ from distributed import Client
 from support import GPU, plan_for, replanned
 
 from oocattn import Plan
-from oocattn.kernels import get_kernel
+from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines.engines.dask import engine, readiness
 from oocattn.pipelines.engines.dask.cluster import worker_addresses
-from oocattn.pipelines.lane import cuda, cuda_finishing, cuda_memory, device_time
+from oocattn.pipelines.lane import cuda, cuda_memory, device_time
 from oocattn.planning.memory import Tiles
 
 PRETENDED = replace(GPU, kernel="torch", scratch_bytes=get_kernel("torch").scratch_bytes)
@@ -90,7 +90,7 @@ class Torch:
 
 def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every worker of this process a lane on a pretended GPU, if the plan asks for one."""
-    for module in (cuda, cuda_finishing, cuda_memory, device_time):
+    for module in (cuda, cuda_memory, device_time):
         monkeypatch.setattr(module, "torch", Torch())
     monkeypatch.setattr(cuda, "PinnedMemory", Memory)
     monkeypatch.setattr(cuda, "release_cached_memory", lambda device: None)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 import oocattn
 from oocattn import Event, Plan, Result
-from oocattn.kernels import AttentionState, Kernel, get_kernel
-from oocattn.kernels.intervals import Intervals
+from oocattn.kernels.kernel import Kernel, Operands
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.engines.dask.engine import DaskEngine
 from oocattn.pipelines.engines.inline import InlineEngine
 from oocattn.pipelines.existing import Request
@@ -31,7 +32,6 @@ from oocattn.planning.cost import recost
 from oocattn.planning.machine import Hardware, Machine
 from oocattn.planning.reading import input_cost
 from oocattn.problem.problem import Problem, make_problem
-from oocattn.problem.scores import Scores
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.growing import GrowingResult, Layout, RunState
@@ -199,19 +199,10 @@ class CrampedKernel:
     inner: Kernel
     most_rows: int
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        *,
-        scores: Scores,
-        intervals: Intervals | None,
-    ) -> None:
-        if query.shape[1] > self.most_rows:
-            raise torch.OutOfMemoryError(f"{query.shape[1]} rows are too many")
-        self.inner.attend(query, key, value, state, scores=scores, intervals=intervals)
+    def attend(self, operands: Operands, state: AttentionState) -> None:
+        if operands.rows > self.most_rows:
+            raise torch.OutOfMemoryError(f"{operands.rows} rows are too many")
+        self.inner.attend(operands, state)
 
 
 def bits(result: Result) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -17,7 +17,7 @@ from support import Recorder, bits, carry_out, normal_arrays, plan_for, replanne
 
 import oocattn
 from oocattn import Event, ProblemError, ResultExistsError
-from oocattn.kernels import device_type, kernel_names
+from oocattn.kernels.registry import device_type, kernel_names
 from oocattn.pipelines.watch.events import Started
 from oocattn.storage.make.synth import synthesise
 

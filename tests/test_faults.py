@@ -26,7 +26,7 @@ from support import (
 
 import oocattn
 from oocattn import Event, IntegrityError, Result
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
 from oocattn.storage.paths import ResultPaths
 

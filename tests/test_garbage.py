@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-from oocattn.garbage import collection_paused
+from oocattn.imports import collection_paused
 
 
 def import_what_is_not_there() -> None:

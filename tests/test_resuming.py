@@ -23,7 +23,7 @@ from support import (
 import oocattn
 from oocattn import ProblemError
 from oocattn.cli.main import main
-from oocattn.kernels import get_kernel
+from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.planning.measure import count_lanes
 from oocattn.planning.stored_plan import read_plan

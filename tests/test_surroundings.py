@@ -19,9 +19,9 @@ from support import assert_same_bits, normal_arrays, write_dataset
 import oocattn
 from oocattn import ProblemError
 from oocattn.cli import main as cli
+from oocattn.imports import in_some_folder, with_some_home
 from oocattn.pipelines.existing import open_result
 from oocattn.storage.files.outputs import check_output
-from oocattn.surroundings import in_some_folder, with_some_home
 
 SOURCE = str(Path(oocattn.__file__).parents[1])
 

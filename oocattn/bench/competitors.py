@@ -20,8 +20,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from oocattn.api import attention
 from oocattn.bench.records import RESIDENT
 from oocattn.errors import OocattnError
-from oocattn.kernels import AttentionState, finalise, get_kernel
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.operations.tiles import pieces
 from oocattn.pipelines.existing import Result
 from oocattn.pipelines.watch.report import RunReport
@@ -191,7 +194,7 @@ class QueryStationaryLoop(FromHostMemory):
                 there = (kv[batch, kv_head, keys.start : keys.stop] for kv in (inputs.k, inputs.v))
                 key, value = (tensor.to(inputs.device, non_blocking=True) for tensor in there)
                 intervals = None if cover is Cover.FULL else make_intervals(mask, rows, keys)
-                self._kernel.attend(query, key, value, state, scores=problem.scores, intervals=intervals)
+                self._kernel.attend(Operands(query, key, value, problem.scores, intervals), state)
         out, lse = torch.empty_like(query), torch.empty_like(state.den)
         finalise(state, out, lse)
         inputs.out[batch, head, start:stop].copy_(out[0], non_blocking=True)

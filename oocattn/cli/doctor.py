@@ -24,9 +24,12 @@ from zarr.storage import MemoryStore
 
 from oocattn import clock
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
-from oocattn.kernels import AttentionState, device_type, finalise, get_kernel, kernel_names
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import device_type, get_kernel, kernel_names
 from oocattn.kernels.settings import plain_threads
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.planning.measure import copy_rates, kernel_rate
 from oocattn.problem.mask import make_mask
@@ -40,17 +43,10 @@ from oocattn.units import format_bytes, format_count
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.version import versions
 
-DISK_BYTES = 64 << 20
-"""Written and read to measure the disk."""
-
-ROWS, HEAD_DIM = 1000, 64
-"""Queries, keys and head dimension on which a kernel is compared: no multiple of any tile."""
-
-TIMED = {"cpu": (1024, 4096), "cuda": (16_384, 65_536)}
-"""Rows and keys of the calls on which a kernel is timed."""
-
-LSE_ERROR = 1e-5
-"""How far the log-sum-exp may be from that of float64."""
+DISK_BYTES = 64 << 20  # written and read to measure the disk
+ROWS, HEAD_DIM = 1000, 64  # queries, keys and head dimension on which a kernel is compared: no multiple of any tile
+TIMED = {"cpu": (1024, 4096), "cuda": (16_384, 65_536)}  # rows and keys of the calls on which a kernel is timed
+LSE_ERROR = 1e-5  # how far the log-sum-exp may be from that of float64
 
 
 @dataclass(frozen=True)
@@ -161,10 +157,7 @@ def _kernel(name: str, dtype: str) -> tuple[bool, str]:
 
 
 def kernel_error(name: str, dtype: str, causal: bool) -> tuple[float, float]:
-    """Errors of a kernel on random inputs of `dtype`, on the device that it is for, against the formula in float64.
-
-    Of the output the relative one, over all rows; of the log-sum-exp the largest.
-    """
+    """Errors of a kernel on random inputs against float64: of the output, relative over all rows; the largest of the lse."""
     device = torch.device(device_type(name))
     generator = torch.Generator("cpu").manual_seed(0)
     query, key, value = (
@@ -174,7 +167,7 @@ def kernel_error(name: str, dtype: str, causal: bool) -> tuple[float, float]:
     state = AttentionState.empty(1, ROWS, HEAD_DIM, device)
     mask = make_mask(ROWS, ROWS, causal=causal)
     intervals = make_intervals(mask, range(ROWS), range(ROWS)) if causal else None
-    get_kernel(name).attend(query[None], key, value, state, scores=Scores(HEAD_DIM**-0.5), intervals=intervals)
+    get_kernel(name).attend(Operands(query[None], key, value, Scores(HEAD_DIM**-0.5), intervals), state)
     out, lse = torch.empty_like(query[None]), torch.empty_like(state.den)
     finalise(state, out, lse)
     scores = query.double() @ key.double().T * HEAD_DIM**-0.5

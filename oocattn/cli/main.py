@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,17 @@ from oocattn import clock
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
+from oocattn.imports import in_some_folder
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
-from oocattn.surroundings import in_some_folder
 from oocattn.text import printable
 
 if TYPE_CHECKING:
     from distributed import Client
+
+_PLAN_OPTIONS = ("causal", "scale", "dtype", *PLAN_CHOICES)
 
 DONE, FAILED, INCONCLUSIVE, TIME_LIMIT = 0, 1, 3, 75
 """Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command. 3 says that
@@ -119,38 +121,20 @@ def _how_to_go_on(options: argparse.Namespace) -> str:
 
 
 def _synth(options: argparse.Namespace) -> int:
-    oocattn.synthesise(
-        options.dataset,
-        tokens=options.tokens,
-        heads=options.heads,
-        kv_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        dtype=options.dtype,
-        batch=options.batch,
-        seed=options.seed,
-        mean=options.mean,
-        overwrite=options.overwrite,
-    )
+    names = ("tokens", "heads", "kv_heads", "head_dim", "dtype", "batch", "seed", "mean", "overwrite")
+    oocattn.synthesise(options.dataset, **_chosen(options, *names))
     return DONE
 
 
 def _import(options: argparse.Namespace) -> int:
-    oocattn.import_arrays(
-        options.dataset,
-        q=options.q,
-        k=options.k,
-        v=options.v,
-        layout=options.layout,
-        dtype=options.dtype,
-        overwrite=options.overwrite,
-    )
+    oocattn.import_arrays(options.dataset, **_chosen(options, "q", "k", "v", "layout", "dtype", "overwrite"))
     return DONE
 
 
 def _plan(options: argparse.Namespace) -> int:
     if options.draw:
         check_drawing(options.draw)  # before the machine is measured, which takes a while
-    plan = oocattn.plan(options.dataset, **_plan_options(options), engine=options.engine)
+    plan = oocattn.plan(options.dataset, **_chosen(options, *_PLAN_OPTIONS), engine=options.engine)
     print(plan)
     if options.draw:
         plan.visualize(options.draw)
@@ -159,37 +143,33 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    plan_printer = _PlanPrinter()
-    with _client(options) as client:
-        result = oocattn.attention(
-            options.dataset,
-            options.result,
-            **_plan_options(options),
-            time_limit=_time_left(options.time_limit),
-            engine=options.engine,
-            client=client,
-            dashboard_address=options.dashboard,
-            callbacks=_listeners(options, plan_printer),
-            overwrite=options.overwrite,
-        )
-    return _print_end(result, plan_printer, options.timeline)
+    return _carry_out(options, oocattn.attention, _chosen(options, "dataset", "result", *_PLAN_OPTIONS, "overwrite"))
 
 
 def _resume(options: argparse.Namespace) -> int:
+    names = ("result", "dataset", "accept_other_bits", "check_finished")
+    return _carry_out(options, oocattn.resume, _chosen(options, *names))
+
+
+def _carry_out(options: argparse.Namespace, function: Callable[..., oocattn.Result], chosen: dict[str, Any]) -> int:
+    """Run or resume with what was chosen, and print how it ended."""
     plan_printer = _PlanPrinter()
     with _client(options) as client:
-        result = oocattn.resume(
-            options.result,
-            dataset=options.dataset,
-            accept_other_bits=options.accept_other_bits,
-            check_finished=options.check_finished,
+        result = function(
+            **chosen,
             time_limit=_time_left(options.time_limit),
             engine=options.engine,
             client=client,
             dashboard_address=options.dashboard,
             callbacks=_listeners(options, plan_printer),
         )
-    return _print_end(result, plan_printer, options.timeline)
+    if not plan_printer.printed:
+        untimed = f", and {options.timeline} not written" if options.timeline else ""
+        print(printable(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}"))
+    if result.report is not None:
+        print(result.report)
+    failed = result.certificate is not None and result.certificate.outcome == "failed"  # a warning has said so
+    return FAILED if failed else DONE
 
 
 def _time_left(limit: float | None) -> float | None:
@@ -209,16 +189,6 @@ def _listeners(options: argparse.Namespace, plan_printer: _PlanPrinter) -> list[
 
         listeners.append(Timeline(options.timeline))
     return listeners
-
-
-def _print_end(result: oocattn.Result, plan_printer: _PlanPrinter, timeline: str | None) -> int:
-    if not plan_printer.printed:
-        untimed = f", and {timeline} not written" if timeline else ""
-        print(printable(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}"))
-    if result.report is not None:
-        print(result.report)
-    failed = result.certificate is not None and result.certificate.outcome == "failed"  # a warning has said so
-    return FAILED if failed else DONE
 
 
 def _client(options: argparse.Namespace) -> AbstractContextManager[Client | None]:
@@ -256,7 +226,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    chosen = {name: getattr(options, name) for name in ("rows", "seed", "dataset", "host_memory", "checksums")}
+    chosen = _chosen(options, "rows", "seed", "dataset", "host_memory", "checksums")
     certificate = oocattn.verify(options.result, **chosen)
     if certificate.files:
         print(f"certificate  {printable(', '.join(certificate.files))}")
@@ -281,17 +251,15 @@ def _bench(options: argparse.Namespace) -> int:
     with in_some_folder():
         from oocattn.bench import Progress, bench
 
-    shape = {name: getattr(options, name) for name in ("tokens", "heads", "kv_heads", "head_dim", "dtype")}
-    sampling = {name: getattr(options, name) for name in ("repeats", "warm_up", "rows", "seed")}
-    choices = {name: getattr(options, name) for name in PLAN_CHOICES}
-    with closing(bench(options.folder, causal=not options.full, **shape, **choices, **sampling)) as records:
+    names = ("tokens", "heads", "kv_heads", "head_dim", "dtype", "repeats", "warm_up", "rows", "seed", *PLAN_CHOICES)
+    with closing(bench(options.folder, causal=not options.full, **_chosen(options, *names))) as records:
         for record in records:
             print(record, file=sys.stderr if isinstance(record, Progress) else sys.stdout, flush=True)
     return DONE
 
 
-def _plan_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("causal", "scale", "dtype", *PLAN_CHOICES)}
+def _chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
 
 
 _COMMANDS: dict[str, Command] = {

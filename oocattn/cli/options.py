@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 from oocattn import arguments
@@ -17,8 +18,7 @@ from oocattn.text import printable
 from oocattn.units import parse_duration, parse_size
 from oocattn.version import __version__
 
-Command = Callable[[argparse.Namespace], int]
-"""A command: it takes its options and returns its exit code."""
+Command = Callable[[argparse.Namespace], int]  # a command: it takes its options and returns its exit code
 
 PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kernel", "checkpoint_interval")
 """Options that change the plan and not the problem."""
@@ -43,24 +43,25 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     return parser
 
 
-def _checked(name: str, check: arguments.Check, read: Callable[[str], object]) -> Callable[[str], Any]:
-    """Make a function that reads an option's text and checks it as the Python functions do."""
+def _reader(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Make a function that reads an option's text, for argparse, and checks it as the Python functions do."""
 
-    def parse(text: str) -> Any:
+    def read(text: str) -> Any:
         try:
-            found = read(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        try:
-            return check(name, found)
+            return parse(text)
         except ProblemError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
-    return parse
+    return read
 
 
-_DTYPE: dict[str, Any] = {"type": _checked("dtype", arguments.dtype, str), "metavar": f"{{{','.join(DTYPES)}}}"}
-_SEED = _checked("seed", arguments.integer(0, arguments.MOST_SEED), int)
+_size, _duration = _reader(parse_size), _reader(parse_duration)
+_DTYPE: dict[str, Any] = {"type": _reader(partial(arguments.dtype, "dtype")), "metavar": f"{{{','.join(DTYPES)}}}"}
+_SEED = _reader(lambda text: arguments.integer(0, arguments.MOST_SEED)("seed", int(text)))
+_SCALE = _reader(lambda text: arguments.scale("scale", float(text)))
+_MEAN = _reader(lambda text: arguments.number()("mean", float(text)))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,40 +72,36 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_synth(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_new_dataset(parser)
-    parser.add_argument("--tokens", type=_size, required=True, metavar="N", help="length of the sequence, like 65536 or 1M")
-    parser.add_argument("--heads", type=_size, required=True, metavar="HQ", help="query heads")
-    parser.add_argument("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
-    parser.add_argument("--head-dim", type=_size, required=True, metavar="D", help="head dimension, at most 256")
-    parser.add_argument("--dtype", **_DTYPE, required=True, help="dtype of q, k and v")
-    parser.add_argument("--batch", type=_size, default=1, metavar="B", help="batch size (default: %(default)s)")
-    parser.add_argument("--seed", type=_SEED, default=0, help="seed of the random numbers (default: %(default)s)")
-    parser.add_argument(
-        "--mean",
-        type=_checked("mean", arguments.number(), float),
-        default=0.0,
-        help="constant added to v (default: %(default)s)",
-    )
+    add("--tokens", type=_size, required=True, metavar="N", help="length of the sequence, like 65536 or 1M")
+    add("--heads", type=_size, required=True, metavar="HQ", help="query heads")
+    add("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
+    add("--head-dim", type=_size, required=True, metavar="D", help="head dimension, at most 256")
+    add("--dtype", **_DTYPE, required=True, help="dtype of q, k and v")
+    add("--batch", type=_size, default=1, metavar="B", help="batch size (default: %(default)s)")
+    add("--seed", type=_SEED, default=0, help="seed of the random numbers (default: %(default)s)")
+    add("--mean", type=_MEAN, default=0.0, help="constant added to v (default: %(default)s)")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_new_dataset(parser)
     for name in ("q", "k", "v"):
-        parser.add_argument(
+        add(
             f"--{name}",
             required=True,
             metavar="FILE",
             help=f"file of {name}: .npy, .safetensors or .pt; FILE.safetensors:TENSOR names a tensor in it",
         )
-    parser.add_argument(
-        "--layout", choices=LAYOUTS, default="bhnd", help="order of the axes in the files (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", **_DTYPE, help="dtype of the dataset (default: that of the files)")
+    add("--layout", choices=LAYOUTS, default="bhnd", help="order of the axes in the files (default: %(default)s)")
+    add("--dtype", **_DTYPE, help="dtype of the dataset (default: that of the files)")
 
 
 def _add_new_dataset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="path of the Zarr group to create")
-    parser.add_argument("--overwrite", action="store_true", help="replace the Zarr group at DATASET")
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", help="path of the Zarr group to create")
+    add("--overwrite", action="store_true", help="replace the Zarr group at DATASET")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -115,28 +112,24 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_problem_options(parser)
     _add_plan_options(parser)
-    parser.add_argument(
-        "result", metavar="RESULT", help="local path of the Zarr group to create, with the arrays out and lse"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace RESULT if oocattn wrote it, or restart an unfinished run"
-    )
+    add("result", metavar="RESULT", help="local path of the Zarr group to create, with the arrays out and lse")
+    add("--overwrite", action="store_true", help="replace RESULT if oocattn wrote it, or restart an unfinished run")
     _add_watching(parser)
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("result", metavar="RESULT", help="path of the result that the run was given")
-    parser.add_argument(
-        "--dataset", metavar="PATH", help="path or URL of the dataset (default: the local path that the run recorded)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("result", metavar="RESULT", help="path of the result that the run was given")
+    add("--dataset", metavar="PATH", help="path or URL of the dataset (default: the local path that the run recorded)")
+    add(
         "--accept-other-bits",
         action="store_true",
         help="continue even if this processor, GPU or torch rounds differently; the report says so",
     )
-    parser.add_argument(
+    add(
         "--check-finished",
         action="store_true",
         help="compare the checksums of all finished chunks first (default: for 10 s)",
@@ -145,17 +138,18 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_watching(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--progress",
         action=argparse.BooleanOptionalAction,
         help="show a progress bar and the dashboard address (default: only if standard error is a terminal)",
     )
-    parser.add_argument(
+    add(
         "--timeline",
         metavar="FILE.json",
         help="record which resource was busy when: FILE.json for https://ui.perfetto.dev, and a picture, FILE.svg",
     )
-    parser.add_argument(
+    add(
         "--time-limit",
         type=_duration,
         metavar="TIME",
@@ -186,34 +180,29 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_problem_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="path or URL of a Zarr group with the arrays q, k and v")
-    parser.add_argument(
-        "--causal", action="store_true", help="attend only the token itself and earlier tokens (default: all tokens)"
-    )
-    scale = _checked("scale", arguments.scale, float)
-    parser.add_argument("--scale", type=scale, help="factor of the scores (default: 1/sqrt(D))")
-    parser.add_argument("--dtype", **_DTYPE, help="dtype of out (default: that of q)")
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", help="path or URL of a Zarr group with the arrays q, k and v")
+    add("--causal", action="store_true", help="attend only the token itself and earlier tokens (default: all tokens)")
+    add("--scale", type=_SCALE, help="factor of the scores (default: 1/sqrt(D))")
+    add("--dtype", **_DTYPE, help="dtype of out (default: that of q)")
 
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     half = "default: half of the free memory"
-    parser.add_argument("--host-memory", type=_size, metavar="SIZE", help=f"hard limit on host memory, like 8GiB ({half})")
-    parser.add_argument(
-        "--device-memory", type=_size, metavar="SIZE", help=f"hard limit on device memory, like 2GiB ({half})"
-    )
-    parser.add_argument(
+    add("--host-memory", type=_size, metavar="SIZE", help=f"hard limit on host memory, like 8GiB ({half})")
+    add("--device-memory", type=_size, metavar="SIZE", help=f"hard limit on device memory, like 2GiB ({half})")
+    add(
         "--chunks", type=_size, metavar="C", help="number of chunks that the tokens are cut into (default: the plan decides)"
     )
-    parser.add_argument(
+    add(
         "--decomposition",
         choices=DECOMPOSITIONS,
         default="auto",
         help="division of the chunk pairs: cyclic quorums (cqs) or strips (default: %(default)s)",
     )
-    parser.add_argument(
-        "--kernel", choices=kernel_names(), help="kernel (default: the fastest that serves the device and dtype)"
-    )
-    parser.add_argument(
+    add("--kernel", choices=kernel_names(), help="kernel (default: the fastest that serves the device and dtype)")
+    add(
         "--checkpoint-interval",
         type=_duration,
         metavar="TIME",
@@ -226,58 +215,34 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("result", metavar="RESULT", help="path of a finished result")
-    parser.add_argument(
-        "--rows", type=_size, default=64, metavar="R", help="number of rows to recompute (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=_SEED, default=0, help="seed of the random rows (default: %(default)s)")
-    parser.add_argument(
-        "--dataset", metavar="PATH", help="path or URL of the dataset (default: the local path that the run recorded)"
-    )
-    parser.add_argument(
-        "--host-memory", type=_size, metavar="SIZE", help="hard limit on host memory (default: half of the free memory)"
-    )
-    parser.add_argument(
-        "--no-checksums", dest="checksums", action="store_false", help="check rows only; do not compare checksums"
-    )
+    add = parser.add_argument
+    add("result", metavar="RESULT", help="path of a finished result")
+    add("--rows", type=_size, default=64, metavar="R", help="number of rows to recompute (default: %(default)s)")
+    add("--seed", type=_SEED, default=0, help="seed of the random rows (default: %(default)s)")
+    add("--dataset", metavar="PATH", help="path or URL of the dataset (default: the local path that the run recorded)")
+    add("--host-memory", type=_size, metavar="SIZE", help="hard limit on host memory (default: half of the free memory)")
+    add("--no-checksums", dest="checksums", action="store_false", help="check rows only; do not compare checksums")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=_size, metavar="N", help="length of the sequence (default: 1M; 32K without a GPU)")
-    parser.add_argument("--heads", type=_size, metavar="HQ", help="query heads (default: 8; 4 without a GPU)")
-    parser.add_argument("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
-    parser.add_argument("--head-dim", type=_size, default=64, metavar="D", help="head dimension (default: %(default)s)")
-    parser.add_argument("--dtype", **_DTYPE, default="float16", help="dtype of all arrays (default: %(default)s)")
-    parser.add_argument("--full", action="store_true", help="let each token attend all tokens (default: causal)")
+    add = parser.add_argument
+    add("--tokens", type=_size, metavar="N", help="length of the sequence (default: 1M; 32K without a GPU)")
+    add("--heads", type=_size, metavar="HQ", help="query heads (default: 8; 4 without a GPU)")
+    add("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
+    add("--head-dim", type=_size, default=64, metavar="D", help="head dimension (default: %(default)s)")
+    add("--dtype", **_DTYPE, default="float16", help="dtype of all arrays (default: %(default)s)")
+    add("--full", action="store_true", help="let each token attend all tokens (default: causal)")
     _add_plan_options(parser)
-    parser.add_argument(
+    add(
         "--folder",
         metavar="DIR",
         default=".",
         help="folder for the dataset and the results, which are removed at the end (default: the current folder)",
     )
-    parser.add_argument("--repeats", type=_size, default=3, metavar="R", help="timed rounds (default: %(default)s)")
-    parser.add_argument(
-        "--no-warm-up", dest="warm_up", action="store_false", help="skip the untimed round before the timed ones"
-    )
-    parser.add_argument(
-        "--rows", type=_size, default=32, metavar="R", help="number of rows to compare with float64 (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=_SEED, default=0, help="seed of the random numbers and rows (default: %(default)s)")
-
-
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ProblemError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ProblemError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    add("--repeats", type=_size, default=3, metavar="R", help="timed rounds (default: %(default)s)")
+    add("--no-warm-up", dest="warm_up", action="store_false", help="skip the untimed round before the timed ones")
+    add("--rows", type=_size, default=32, metavar="R", help="number of rows to compare with float64 (default: %(default)s)")
+    add("--seed", type=_SEED, default=0, help="seed of the random numbers and rows (default: %(default)s)")
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +13,7 @@ from numpy.typing import NDArray
 class Block:
     """The chunk pairs of one query chunk within a subproblem.
 
-    `key_chunks` are ascending; the query chunk itself is never among them. `diagonal` says whether its pair with itself is
-    owned too. Which of the keys a row attends is the mask's business.
+    `key_chunks` are ascending, without the query chunk itself: `diagonal` says whether its pair with itself is owned too.
     """
 
     query_chunk: int
@@ -25,10 +23,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Subproblem:
-    """The chunk pairs that one task computes.
+    """The chunk pairs that one task computes: none of `blocks` is empty.
 
-    `query_chunks` (whose Q is needed, one for each of `blocks`) and `key_chunks` (whose K and V are needed) are
-    ascending; so are `blocks`, by query chunk, and none of them is empty.
+    `query_chunks` (whose Q is needed, one for each block), `key_chunks` (whose K and V are needed) and `blocks` ascend.
     """
 
     index: int
@@ -65,22 +62,14 @@ class Division(Protocol):
     def owner(self, query_chunk: int, key_chunk: int) -> int:
         """Index of the one subproblem that owns the pair."""
 
+    def chunk_reads(self) -> tuple[int, int]:
+        """Query chunks and key chunks staged, once for every subproblem that needs them; in closed form."""
+
     def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
-        """The lane, of `lanes`, that merges each query chunk in its own memory: [chunks].
+        """The lane, of `lanes`, that merges each query chunk, with all that contributes to it, in its own memory: [chunks].
 
-        A lane takes a chunk with all that contributes to it. All 0, where subproblems contribute to several chunks.
+        All 0, where subproblems contribute to several chunks.
         """
-
-
-@singledispatch
-def chunk_reads(division: Division) -> tuple[int, int]:
-    """Query chunks and key chunks staged, once for every subproblem that needs them.
-
-    The rows of Q, K and V read, in units of N, are (query + 2 key) / c. This general form walks every subproblem; the
-    divisions of this package register closed forms, milliseconds at c = 10,000.
-    """
-    parts = [division.subproblem(index) for index in range(division.subproblems)]
-    return sum(len(part.query_chunks) for part in parts), sum(len(part.key_chunks) for part in parts)
 
 
 def require_index(index: int, count: int, what: str) -> None:

@@ -1,8 +1,8 @@
 """Difference sets and covers: the k residues modulo c that make every quorum.
 
 A set S of residues is a *difference cover* modulo c when every residue is a difference of two of its elements, and a
-perfect *difference set* (lambda = 1, c = k(k-1)+1) when every non-zero one is so exactly once. Nothing here knows of
-chunk pairs or owners; those are in `quorum.py`.
+perfect *difference set* (lambda = 1, c = k(k-1)+1) when every non-zero one is so exactly once. Chunk
+pairs and owners are in `quorums.py`.
 
 Perfect sets exist for c = q^2+q+1, k = q+1, with q a prime power (Singer, "A theorem in finite projective geometry and
 some applications to number theory", Trans. AMS 43, 1938). Let s(i+3) = a s(i+2) + b s(i+1) + d s(i) be a linear
@@ -28,7 +28,7 @@ def difference_cover(modulus: int) -> tuple[int, ...]:
     """The difference cover of `modulus`: perfect where a Singer set exists.
 
     It is ascending and contains 0. Of all its translates and mirror images it is the one with the smallest gaps on
-    both sides of 0 (`quorum.py` says what that saves), then the lexicographically smallest. Always the same for the
+    both sides of 0 (`quorums.py` says what that saves), then the lexicographically smallest. Always the same for the
     same modulus. Raises ValueError for a modulus below 1.
     """
     if modulus < 1:
@@ -102,10 +102,7 @@ def _field(order: int) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def _ruler_cover(modulus: int) -> list[int]:
-    """The Wichmann ruler of fewest marks for modulus/2, laid around the circle.
-
-    No mark of it is redundant (tested), so there is nothing to prune.
-    """
+    """The Wichmann ruler of fewest marks for modulus/2, laid around the circle; no mark is redundant (tested)."""
     length = modulus // 2
     sizes: list[tuple[int, int, int]] = []  # marks, r, s
     for r in count():

@@ -7,8 +7,7 @@ import textwrap
 
 from oocattn.division.base import Division
 
-MOST_CHUNKS = 133
-"""The chunk up to which larger matrices are drawn; browsers load no more cells."""
+MOST_CHUNKS = 133  # the chunk up to which larger matrices are drawn; browsers load no more cells
 
 _SIDE = 720
 _MARGIN = 60

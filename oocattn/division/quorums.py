@@ -1,7 +1,4 @@
-"""Cyclic quorums: the subproblem that owns each chunk pair.
-
-Pure integers: no I/O, no tokens, no bytes. Difference sets are made in `difference.py`; the other decomposition is in
-`strips.py`; how many chunks to take is decided in `planner.py`.
+"""Cyclic quorums: the subproblem that owns each chunk pair. Difference sets are made in `difference_sets.py`.
 
 **The idea.** Attention over c chunks is c^2 pairs (query chunk, key chunk), each to be computed exactly once. Take
 a set S of k residues modulo c in which every non-zero residue is a difference exactly once; for c = 7, S = {0, 1, 5}:
@@ -31,13 +28,12 @@ to represent it, reversed for the opposite difference. All of the above holds bu
 own opposite: there (a, b) and (b, a) belong to quorums c/2 apart. So in full attention every quorum owns c-1 pairs and
 a diagonal for every c, and causal loads are exactly level with odd c, within one pair with even c.
 
-**Causal reads.** The lowest chunk of a quorum needs no queries and the highest no keys, unless it owns its diagonal. In
-a perfect set that exception, which saves nothing, takes c - max(S) quorums (chunk i lowest) and min(S - {0}) quorums
-(chunk i highest). Placing S so that its smallest gaps, 2 and 1, lie on both sides of 0 makes it as rare as can be: the
-rows of Q, K and V read are 3k - 3 + 4/c in units of N instead of 3k (6.6 for 9 at c = 7, 15.1 for 18 at c = 31; c = 21,
-alone up to 9,507, has no such set and reads one chunk more).
+**Causal reads.** The lowest chunk of a quorum needs no queries and the highest no keys, unless it owns its diagonal.
+Placing S so that its smallest gaps, 2 and 1, lie on both sides of 0 makes that exception as rare as can be: the rows of
+Q, K and V read are 3k - 3 + 4/c in units of N instead of 3k (6.6 for 9 at c = 7, 15.1 for 18 at c = 31; c = 21, alone up
+to 9,507, has no such set and reads one chunk more).
 
-Sources: Singer 1938 and Colbourn and Ling 2000 for the sets (cited in `difference.py`); Bian and Akey, "Stream-CQSA",
+Sources: Singer 1938 and Colbourn and Ling 2000 for the sets (cited in `difference_sets.py`); Bian and Akey, "Stream-CQSA",
 arXiv 2604.20819, for attention divided over cyclic quorum sets.
 """
 
@@ -50,7 +46,7 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
-from oocattn.division.base import Block, Subproblem, chunk_reads, require_index, require_pair
+from oocattn.division.base import Block, Subproblem, require_index, require_pair
 from oocattn.division.difference_sets import difference_cover, perfect_order
 
 
@@ -70,16 +66,11 @@ def quorum_size(chunks: int) -> int:
 class _Pattern:
     """The pairs of quorum 0, which others translate: tables of 2c integers."""
 
-    offsets: tuple[int, ...]
-    """The difference cover: the chunks of quorum 0."""
-    query_offset: tuple[int, ...]
-    """[d] offset x of the query chunk for key - query = d, key x + d; [0] is 0."""
-    key_offsets: dict[int, tuple[int, ...]]
-    """[x] the offsets that the query chunk at offset x attends, itself left out."""
-    query_gap: dict[int, int]
-    """[x] distance down to the nearest key chunk of x: 0 its own, c none."""
-    key_gap: dict[int, int]
-    """[y] distance up to the nearest query chunk that attends key chunk y."""
+    offsets: tuple[int, ...]  # the difference cover: the chunks of quorum 0
+    query_offset: tuple[int, ...]  # [d] offset x of the query chunk for key - query = d, key x + d; [0] is 0
+    key_offsets: dict[int, tuple[int, ...]]  # [x] the offsets that the query chunk at offset x attends, without itself
+    query_gap: dict[int, int]  # [x] distance down to the nearest key chunk of x: 0 its own, c none
+    key_gap: dict[int, int]  # [y] distance up to the nearest query chunk that attends key chunk y
 
 
 @lru_cache(maxsize=64)
@@ -106,11 +97,10 @@ def _pattern(chunks: int) -> _Pattern:
 
 @dataclass(frozen=True)
 class CyclicQuorums:
-    """CQS Divide: subproblem i is what quorum i of a cyclic quorum set owns.
+    """CQS Divide: subproblem i is what quorum i of a cyclic quorum set over `chunks` chunks owns. Implements Division.
 
-    The set is over `chunks` chunks. Implements Division. Any number of chunks works; those of
-    `candidate_chunk_counts` are perfect, and 1 is the undivided call. The tables of a chunk count are made at first
-    use, in well under a second up to 10,000, and shared.
+    Any number of chunks works; those of `candidate_chunk_counts` are perfect, and 1 is the undivided call. The tables of a
+    chunk count are made at first use, in well under a second up to 10,000, and shared.
     """
 
     chunks: int
@@ -163,14 +153,13 @@ class CyclicQuorums:
         """One lane takes them all: every two chunks lie together in a quorum."""
         return np.zeros(self.chunks, dtype=np.intp)
 
-
-@chunk_reads.register
-def _(division: CyclicQuorums) -> tuple[int, int]:
-    chunks, pattern = division.chunks, _pattern(division.chunks)
-    gaps = (pattern.query_gap.values(), pattern.key_gap.values())
-    if not division.triangular:
-        query, key = (chunks * sum(gap < chunks for gap in side) for side in gaps)
-    else:
-        # An offset is one chunk in each quorum, c in all; the `gap` of them nearest the end have nothing beyond.
-        query, key = (sum(chunks - gap for gap in side) for side in gaps)
-    return query, key
+    def chunk_reads(self) -> tuple[int, int]:
+        """See `Division.chunk_reads`."""
+        pattern, chunks = _pattern(self.chunks), self.chunks
+        gaps = (pattern.query_gap.values(), pattern.key_gap.values())
+        if not self.triangular:
+            query, key = (chunks * sum(gap < chunks for gap in side) for side in gaps)
+        else:
+            # An offset is one chunk in each quorum, c in all; the `gap` of them nearest the end have nothing beyond.
+            query, key = (sum(chunks - gap for gap in side) for side in gaps)
+        return query, key

@@ -1,8 +1,5 @@
 """Strips: one query chunk against a run of neighbouring key chunks.
 
-The second decomposition beside the cyclic quorums of `quorum.py`, where the records it hands out are defined. Pure
-integers: no I/O, no tokens, no bytes.
-
 With c = 7 and span = 3, the owner of each causal pair (query chunks down, key chunks across):
 
        0 1 2 3 4 5 6
@@ -23,16 +20,15 @@ from math import isqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from oocattn.division.base import Block, Subproblem, chunk_reads, require_index, require_pair
+from oocattn.division.base import Block, Subproblem, require_index, require_pair
 from oocattn.units import ceil_div
 
 
 @dataclass(frozen=True)
 class Strips:
-    """Subproblem (i, j) is query chunk i against key chunks j*span to (j+1)*span.
+    """Subproblem (i, j) is query chunk i against key chunks j*span to (j+1)*span, causal those up to i. Implements Division.
 
-    Causal: those up to i. Implements Division. Indices count over j within i. Causal strips without a key do not
-    exist. A span of c or more makes one strip of every query chunk.
+    Indices count over j within i. Causal strips without a key do not exist.
     """
 
     chunks: int
@@ -69,6 +65,10 @@ class Strips:
         require_pair(self, query_chunk, key_chunk)
         return self._first(query_chunk) + key_chunk // self.span
 
+    def chunk_reads(self) -> tuple[int, int]:
+        """Every strip has one query chunk, and every pair is one read of keys."""
+        return self.subproblems, self.chunks * (self.chunks + 1) // 2 if self.triangular else self.chunks**2
+
     def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
         """Deal lanes out back and forth from the last chunk, the longest: 0 1 2 2 1 0."""
         places = np.arange(self.chunks)[::-1] % (2 * lanes)
@@ -89,9 +89,3 @@ class Strips:
         run = (isqrt(8 * (index // self.span) + 1) - 1) // 2  # the largest whose first index is not beyond
         within, strip = divmod(index - self._first(run * self.span), run + 1)
         return run * self.span + within, strip
-
-
-@chunk_reads.register
-def _(division: Strips) -> tuple[int, int]:
-    chunks = division.chunks
-    return division.subproblems, chunks * (chunks + 1) // 2 if division.triangular else chunks * chunks

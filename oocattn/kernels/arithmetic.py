@@ -1,7 +1,6 @@
 """A record of the processor's or GPU's way to compute, on which bits depend.
 
-The same kernel on the same inputs rounds otherwise where torch picks other vector instructions, where its matrix products
-come from another library, or where that library picks other code for the processor. All of that is seen in the bits of one
+Vector instructions, the library of matrix products and its choice of code for the processor are all seen in the bits of one
 small call, which is made and hashed.
 """
 
@@ -12,11 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from oocattn.kernels import AttentionState, get_kernel
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
-ROWS, KEYS = 64, 512
-"""Size of the call whose bits are hashed: every vector width, some milliseconds."""
+ROWS, KEYS = 64, 512  # size of the call whose bits are hashed: every vector width, some milliseconds
 
 
 def arithmetic_of(kernel: str, head_dim: int, dtype: str, device: str) -> dict[str, str]:
@@ -54,14 +54,8 @@ def _bits(kernel: str, head_dim: int, dtype: str) -> str:
     query, key, value = values.split([ROWS * head_dim, KEYS * head_dim, KEYS * head_dim])
     state = AttentionState.empty(1, ROWS, head_dim, torch.device("cpu"))
     state.reset()
-    get_kernel(kernel).attend(
-        query.view(1, ROWS, head_dim),
-        key.view(KEYS, head_dim),
-        value.view(KEYS, head_dim),
-        state,
-        scores=Scores(head_dim**-0.5),
-        intervals=None,
-    )
+    key, value = key.view(KEYS, head_dim), value.view(KEYS, head_dim)
+    get_kernel(kernel).attend(Operands(query.view(1, ROWS, head_dim), key, value, Scores(head_dim**-0.5)), state)
     digest = hashlib.sha256()
     for tensor in (state.num, state.den, state.max):
         digest.update(tensor.contiguous().numpy().tobytes())

@@ -5,16 +5,14 @@ aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. What it gets wrong is kept aw
 
 * No query or no key kills the process, an innermost stride other than 1 gives wrong numbers, and 16-bit inputs cost
   accuracy: every tile is first copied, as float32 and contiguous, into scratch.
-* Its bits depend on the number of threads and on where its operands lie, both through the matrix products inside:
-  those of a call with a single block of rows are themselves divided among threads, and operands off a cache line take
-  other code. So a call has never fewer than `_ROW_QUANTUM` rows, and every tile starts on a cache line.
-* The log-sum-exp of a row whose scores are all large, as where padding is masked by adding -1e9, has lost how many keys
-  it stands for, and rows are merged by it: where one exceeds `_LARGEST_LSE`, the call is made again by the reference.
-* A row whose scores are all -inf comes back as (out 0, lse 0), which looks like a row with keys, and a NaN or Inf in a
-  masked value reaches the rows that mask it: calls that may meet them go to the float64 reference, which is slow, and so
-  do calls whose rows attend other keys than all, or up to a diagonal.
-* A causal call on one head divides its rows, not its work, among the threads, and computes 512 keys at a time whether
-  masked or not: the triangle is halved recursively into plain rectangles and triangles small enough to be level.
+* Its bits depend on the number of threads, for the matrix products of a single block of rows are divided among them, and on
+  operands off a cache line: a call has never fewer than `_ROW_QUANTUM` rows, and every tile starts on a cache line.
+* The log-sum-exp of a row whose scores are all large, as of padding masked by -1e9, has lost how many keys it stands for:
+  where one exceeds `_LARGEST_LSE`, the call is made again by the reference.
+* A row whose scores are all -inf comes back as (out 0, lse 0), and a NaN or Inf in a masked value reaches the rows that
+  mask it: calls that may meet them, or whose rows attend other keys than all, or up to a diagonal, go to the reference.
+* A causal call on one head divides its rows, not its work, among the threads, and computes masked keys too: the triangle
+  is halved recursively into plain rectangles and triangles small enough to be level.
 """
 
 from __future__ import annotations
@@ -23,16 +21,15 @@ import math
 
 import torch
 
-from oocattn.kernels.intervals import Intervals, find_band, make_intervals
-from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
+from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Kernel, Operands, unsupported_dtype
 from oocattn.kernels.merging import SCRATCH_BYTES, fold
-from oocattn.kernels.reference import PRODUCT_BYTES, ReferenceKernel
+from oocattn.kernels.plain import PRODUCT_BYTES, ReferenceKernel
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import make_tiles
 from oocattn.problem.mask import Causal
 from oocattn.problem.problem import DTYPES
-from oocattn.problem.scores import Scores
 from oocattn.units import round_up
 
 # Tiles. The rates are of 2 cores (Zen 4, torch 2.13) on float32, D = 64, where no tile above 1,024 x 1,024 differs by
@@ -47,44 +44,29 @@ _LARGEST_LSE = 1024.0  # beyond it, float32 keeps less than 14 bits of what a lo
 _LIBRARY_BLOCK = (256, 512)  # rows and keys of the score block that each thread of the library call allocates
 
 
-class CpuKernel:
-    """Flash attention on the CPU, on the threads that torch gives the calling thread."""
+class CpuKernel(Kernel):
+    """Flash attention on the CPU. Its bits do not depend on the number of threads that torch gives the calling one."""
 
     name = "cpu"
-    plans_shapes = False
-    rounds_weights = False
-    max_keys = MAX_KEYS
 
     @full_precision(torch.device("cpu"))
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        *,
-        scores: Scores,
-        intervals: Intervals | None,
-    ) -> None:
-        """See `Kernel.attend`; the bits do not depend on the number of threads."""
-        check_operands(query, key, value, state, intervals)
-        rows, keys = query.shape[1], key.shape[0]
+    def attend(self, operands: Operands, state: AttentionState) -> None:
+        operands.check(state)
+        rows, keys, band = operands.rows, operands.keys, operands.band
         if rows == 0 or keys == 0:
             return
-        band = find_band(intervals, rows, keys)
-        if band is None or not band.is_open_below(rows) or not _all_finite(query, key, value, scores.scale):
-            ReferenceKernel().attend(query, key, value, state, scores=scores, intervals=intervals)
+        if band is None or not band.is_open_below(rows) or not _all_finite(operands):
+            ReferenceKernel().attend(operands, state)
             return
-        call = _Call(query, state, scores, keys)
+        call = _Call(operands, state)
         for row, end, first, last, triangular in make_tiles(rows, keys, rows, _KEY_TILE, upper=band.upper):
-            call.load(key, value, first, last)
+            call.load(first, last)
             if triangular:
                 call.triangle(row, end, first)
             else:
                 call.rectangle(row, end, first, last)
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """See `Kernel.scratch_bytes`: tiles, library buffers and merge, or the reference."""
         tile_rows = group_size * _tile_rows(group_size, rows)
         tiles = tile_rows * head_dim + 2 * min(keys, _KEY_TILE) * head_dim
         result = tile_rows * (head_dim + 1)
@@ -94,31 +76,30 @@ class CpuKernel:
         return 4 * tiles + max(4 * result + library + SCRATCH_BYTES, reference)
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`."""
         return "it runs on CPUs" if device.type != "cpu" else unsupported_dtype(dtype, DTYPES)
 
 
 class _Call:
     """One call of `attend`, its operands and scratch; rows and keys are the call's."""
 
-    def __init__(self, query: torch.Tensor, state: AttentionState, scores: Scores, keys: int) -> None:
-        group_size, rows, head_dim = query.shape
-        self.query, self.state, self.scores = query, state, scores
+    def __init__(self, operands: Operands, state: AttentionState) -> None:
+        (group_size, rows, head_dim), device = operands.query.shape, operands.query.device
+        self.operands, self.state = operands, state
         self.row_tile = _tile_rows(group_size, rows)
-        self.query_tile = torch.zeros((group_size, self.row_tile, head_dim), dtype=torch.float32, device=query.device)
-        self.key_tile = torch.empty((min(keys, _KEY_TILE), head_dim), dtype=torch.float32, device=query.device)
+        self.query_tile = torch.zeros((group_size, self.row_tile, head_dim), dtype=torch.float32, device=device)
+        self.key_tile = torch.empty((min(operands.keys, _KEY_TILE), head_dim), dtype=torch.float32, device=device)
         self.value_tile = torch.empty_like(self.key_tile)
         self.first_key = self.last_key = 0
 
-    def load(self, key: torch.Tensor, value: torch.Tensor, first_key: int, last_key: int) -> None:
+    def load(self, first_key: int, last_key: int) -> None:
         """Make keys [first_key, last_key) of the call the ones to attend, if they are not."""
         if (self.first_key, self.last_key) != (first_key, last_key):
-            self.key_tile[: last_key - first_key].copy_(key[first_key:last_key])
-            self.value_tile[: last_key - first_key].copy_(value[first_key:last_key])
+            self.key_tile[: last_key - first_key].copy_(self.operands.key[first_key:last_key])
+            self.value_tile[: last_key - first_key].copy_(self.operands.value[first_key:last_key])
             self.first_key, self.last_key = first_key, last_key
 
     def triangle(self, start: int, stop: int, first_key: int) -> None:
-        """Attend a triangle at row `start` and `first_key`: two smaller ones and a square."""
+        """A triangle from row `start` and `first_key` on: two smaller ones and a square."""
         if stop - start <= _TRIANGLE:
             self._attend(start, stop, first_key, first_key + stop - start, causal=True)
             return
@@ -137,26 +118,22 @@ class _Call:
             start += rows
 
     def _attend(self, start: int, stop: int, first_key: int, last_key: int, *, causal: bool) -> None:
-        group_size, rows, head_dim = self.query.shape[0], stop - start, self.query.shape[2]
+        rows, scores = stop - start, self.operands.scores
         query = self.query_tile[:, : round_up(rows, _ROW_QUANTUM)]  # the rows beyond are computed and dropped
-        query[:, :rows].copy_(self.query[:, start:stop])
+        query[:, :rows].copy_(self.operands.query[:, start:stop])
         keys = slice(first_key - self.first_key, last_key - self.first_key)
-        shared = (1, group_size, last_key - first_key, head_dim)
+        key, value = self.key_tile[keys], self.value_tile[keys]
+        shared = (1, len(query), *key.shape)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.unsqueeze(0),
-            self.key_tile[keys].expand(shared),
-            self.value_tile[keys].expand(shared),
-            is_causal=causal,
-            scale=self.scores.scale,
+            query.unsqueeze(0), key.expand(shared), value.expand(shared), is_causal=causal, scale=scores.scale
         )
         state = self.state.rows(start, stop)
         if float(lse[0, :, :rows].abs().amax()) < _LARGEST_LSE:
             fold(state, out[0, :, :rows], lse[0, :, :rows])
             return
         del out, lse
-        key, value = self.key_tile[keys], self.value_tile[keys]
         intervals = make_intervals(Causal(rows, rows), range(rows), range(rows)) if causal else None
-        ReferenceKernel().attend(query[:, :rows], key, value, state, scores=self.scores, intervals=intervals)
+        ReferenceKernel().attend(Operands(query[:, :rows], key, value, scores, intervals), state)
 
 
 def _tile_rows(group_size: int, rows: int) -> int:
@@ -164,11 +141,11 @@ def _tile_rows(group_size: int, rows: int) -> int:
     return min(max(_ROW_TILE_PER_HEAD, _ROW_TILE // group_size // 256 * 256), round_up(rows, _ROW_QUANTUM))
 
 
-def _all_finite(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> bool:
+def _all_finite(operands: Operands) -> bool:
     """True if every value is finite and no score can overflow float32."""
-    query_bound, key_bound, value_bound = (_largest_magnitude(tensor) for tensor in (query, key, value))
-    score_bound = query_bound * key_bound * query.shape[-1] * max(1.0, scale)
-    return score_bound < torch.finfo(torch.float32).max and math.isfinite(value_bound)
+    query, key, value = map(_largest_magnitude, (operands.query, operands.key, operands.value))
+    score_bound = query * key * operands.key.shape[1] * max(1.0, operands.scores.scale)
+    return score_bound < torch.finfo(torch.float32).max and math.isfinite(value)
 
 
 def _largest_magnitude(tensor: torch.Tensor) -> float:

@@ -1,8 +1,4 @@
-"""Keys that the rows of one call attend: four bounds that rise with the row.
-
-They come from `problem.mask`. A kernel asks for the band where its call has that shape, which takes no time, or for the
-bounds of every row.
-"""
+"""Keys that the rows of one call attend: a mask's four bounds of each row, or a band, where they have that shape."""
 
 from __future__ import annotations
 
@@ -38,10 +34,7 @@ class Intervals:
 
     @property
     def band(self) -> Band | None:
-        """The band that these are; None where the bounds have another shape.
-
-        A triangle with its corner at the first row and key is Band(1 - rows or less, 1).
-        """
+        """The band that these are, such as (1 - rows, 1) of a triangle; None where the bounds have another shape."""
         a, b, c, d = self.ramps
         lower, upper = self._slope(a), self._slope(b)
         if lower is None or upper is None or c.before(self.rows) < d.before(self.rows):
@@ -77,11 +70,6 @@ def make_intervals(mask: Mask, rows: range, keys: range) -> Intervals:
     """The part of `keys` that consecutive `rows` attend, as kernels take it."""
     ramps = tuple(_relative(ramp, rows.start, keys) for ramp in mask.ramps)
     return Intervals(len(rows), len(keys), ramps)  # type: ignore[arg-type]
-
-
-def find_band(intervals: Intervals | None, rows: int, keys: int) -> Band | None:
-    """The band of a call of so many rows and keys; None for another shape."""
-    return Band(-rows, keys) if intervals is None else intervals.band
 
 
 def _relative(ramp: Ramp, first_row: int, keys: range) -> Ramp:

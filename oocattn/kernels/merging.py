@@ -1,7 +1,7 @@
 """Exact recombination of states, and the division that ends it.
 
-On a GPU, merging is one launch of our own (`cuda.merging`). The torch operations that serve everywhere else work through
-blocks of rows with `SCRATCH_BYTES` of temporaries at most, because the states themselves may fill most of a memory budget.
+On a GPU each is one launch of our own (`cuda.merging`), elsewhere torch operations on blocks of rows: the states themselves
+may fill most of a memory budget.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from oocattn.problem.mask import Ramp
 logger = logging.getLogger("oocattn")
 
 SCRATCH_BYTES = 1 << 20
-"""The most bytes of temporaries that `merge` and `finalise` allocate.
-
-One row of all heads is the least. 1 MiB stays in the second-level cache of a core.
-"""
+"""Temporaries of `merge` and `finalise`, or one row of all heads: 1 MiB stays in the second-level cache of a core."""
 
 _LEDGER_ROWS = 8192  # rows whose ledger is entered at a time: half a megabyte of temporaries
 _VECTORS = 8  # temporaries of one float32 per head and row that are alive at once, at most
@@ -34,9 +31,8 @@ def merge(into: AttentionState, other: AttentionState) -> None:
     """Add the keys of `other` to those of `into`, in place; the rows are the same.
 
     With m = max(m1, m2): num = num1 exp(m1 - m) + num2 exp(m2 - m), den likewise (Milakov and Gimelshein, arXiv 1805.02867,
-    section 3.1); the ledgers are added. exp(lse) is never formed, for it overflows. A row with no key
-    contributes nothing; NaN and +Inf make their own row NaN. `other` is left as it is. Raises ValueError if the shapes
-    differ.
+    section 3.1); the ledgers are added. exp(lse) is never formed: it overflows. A row with no key contributes nothing; NaN
+    and +Inf make their own row NaN. Raises ValueError if the shapes differ.
     """
     if into.num.shape != other.num.shape:
         raise ValueError(f"cannot merge a state {list(other.num.shape)} into one of {list(into.num.shape)}")
@@ -49,12 +45,10 @@ def merge(into: AttentionState, other: AttentionState) -> None:
 
 
 def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Add the results of a library's attention call to `state`, in place.
+    """Add the results of a library's attention call to `state`, in place: merge num = out, den = 1 and max = lse.
 
-    That is merging num = out, den = 1 and max = lse.
-
-    `out` [g, n, D] of any float dtype, divided already, and the natural log-sum-exp `lse` [g, n] float32, of any
-    strides but the innermost of `out`. Nothing is entered in the ledger. Raises ValueError if the shapes differ.
+    `out` [g, n, D] of any float dtype, last stride 1, divided already, and the natural log-sum-exp `lse` [g, n] float32.
+    Nothing is entered in the ledger. Raises ValueError if the shapes differ.
     """
     if out.shape != state.num.shape or lse.shape != state.den.shape:
         raise ValueError(f"cannot fold out {list(out.shape)} and lse {list(lse.shape)} into a state {list(state.num.shape)}")
@@ -69,8 +63,8 @@ def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
 def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Write out = num / den and the natural logarithm lse = max + log(den).
 
-    `out` [g, n, D] float16, bfloat16 or float32 and `lse` [g, n] float32 are overwritten whatever they hold. A row with
-    no key gives out = 0, as torch's attention has it, and lse = -inf. Raises ValueError if the shapes differ.
+    `out` is [g, n, D] float16, bfloat16 or float32, `lse` [g, n] float32. A row with no key gives out = 0, as torch's
+    attention has it, and lse = -inf. Raises ValueError if the shapes differ.
     """
     if out.shape != state.num.shape or lse.shape != state.den.shape:
         raise ValueError(f"cannot write a state {list(state.num.shape)} to out {list(out.shape)} and lse {list(lse.shape)}")
@@ -86,10 +80,9 @@ def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> Non
 
 
 def enter(state: AttentionState, first_row: int, ramps: Sequence[Ramp], *, keys: int = 0, key_sum: int = 0) -> None:
-    """Enter attended keys in the ledger of `state`, in place.
+    """Enter attended keys in the ledger of `state`, of the rows from `first_row` on, in place.
 
-    Its rows are `first_row` and those after it. Each attends `keys` keys, whose indices sum to `key_sum` modulo 2^64, and
-    those between each two of `ramps`, which are functions of the row.
+    Each row attends `keys` keys, whose indices sum to `key_sum` modulo 2^64, and those between each two of `ramps`.
     """
     fused = _fused(state.keys)
     if fused is not None:
@@ -103,8 +96,7 @@ def enter(state: AttentionState, first_row: int, ramps: Sequence[Ramp], *, keys:
         for lower, upper in zip(ramps[::2], ramps[1::2], strict=True):
             low, high = (torch.clamp(rows + ramp.offset, ramp.least, ramp.most) for ramp in (lower, upper))
             block.keys.add_(high).sub_(low)
-            # Half the product of two numbers, one of which is even.
-            count, ends = high - low, high + low - 1
+            count, ends = high - low, high + low - 1  # the sum is half their product, and one of them is even
             odd = count % 2 == 1
             block.key_sum.add_(torch.where(odd, count, count // 2) * torch.where(odd, ends // 2, ends))
 

@@ -1,7 +1,4 @@
-"""Attention in plain torch operations, tile by tile, wherever torch runs.
-
-The scores of a tile are written out in one precision, float32 here; the float64 reference is the same with other tiles.
-"""
+"""Attention in plain torch operations, tile by tile, wherever torch runs: in float32, and the float64 reference."""
 
 from __future__ import annotations
 
@@ -11,24 +8,21 @@ import numpy as np
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, capability_reason
-from oocattn.kernels.intervals import Int32s, Intervals
-from oocattn.kernels.kernel import MAX_KEYS, check_operands, unsupported_dtype
+from oocattn.kernels.intervals import Int32s
+from oocattn.kernels.kernel import Kernel, Operands, unsupported_dtype
 from oocattn.kernels.merging import SCRATCH_BYTES, finite_shift, merge
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.problem import DTYPES
-from oocattn.problem.scores import Scores
 
-_CUBLAS_WORKSPACE = 32 << 20
-"""Bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others."""
-
-_MOST_APART = 40.0
-"""The most that a row's shift may lie from its maximum: weights reach exp(40)."""
+_CUBLAS_WORKSPACE = 32 << 20  # bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others
+PRODUCT_BYTES = 3 << 20  # bytes of the CPU's matrix products per thread; measured: 1.7 to 2.8 MiB (MKL)
+_MOST_APART = 40.0  # the most that a row's shift may lie from its maximum: weights reach exp(40)
 
 _QUANTUM = 64  # steps above it are cut to a multiple, which suits the matrix products
 
 
-class PlainKernel:
+class PlainKernel(Kernel):
     """Attention as matrix products in float32 without TF32; merged in float32.
 
     NaN and Inf reach the rows that attend them and no others, also within the tiles whose rows attend different keys.
@@ -37,62 +31,39 @@ class PlainKernel:
     """
 
     name = "torch"
-    plans_shapes = False
-    rounds_weights = False
-    max_keys = MAX_KEYS
     precision = torch.float32
     score_bytes = 64 << 20
     """Bytes of the scores of one tile."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        *,
-        scores: Scores,
-        intervals: Intervals | None,
-    ) -> None:
-        """See `Kernel.attend`."""
-        check_operands(query, key, value, state, intervals)
-        step = self._step(query.shape[0])
+    def attend(self, operands: Operands, state: AttentionState) -> None:
+        operands.check(state)
+        query, key, value, intervals = operands.query, operands.key, operands.value, operands.intervals
+        step = self._step(len(query))
         with full_precision(query.device):
-            for first in range(0, key.shape[0], step):
+            for first in range(0, operands.keys, step):
                 keys = slice(first, first + step)
-                for row in range(0, query.shape[1], step):
-                    rows = slice(row, row + step)
-                    part = query[:, rows], key[keys], value[keys], state.rows(row, row + step)
-                    tile = intervals and intervals.part(row, row + step, first, first + step)
-                    self._attend_tile(*part, scores.scale, None if tile is None else tile.values())
+                for row in range(0, operands.rows, step):
+                    part = intervals and intervals.part(row, row + step, first, first + step)
+                    tile = Operands(query[:, row : row + step], key[keys], value[keys], operands.scores, part)
+                    self._attend_tile(tile, state.rows(row, row + step))
 
-    def _attend_tile(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        scale: float,
-        intervals: Int32s | None,
-    ) -> None:
-        """Attend one tile's keys, those of `intervals` or all; merge into the state."""
+    def _attend_tile(self, tile: Operands, state: AttentionState) -> None:
+        intervals = None if tile.intervals is None else tile.intervals.values()
         if intervals is not None and not (intervals[:, ::2] < intervals[:, 1::2]).any():
             return
-        scores = (query.to(self.precision) * scale) @ key.to(self.precision).T  # [g, rows, keys]
+        scores = (tile.query.to(self.precision) * tile.scores.scale) @ tile.key.to(self.precision).T  # [g, rows, keys]
         if intervals is not None:
             _hide(scores, intervals)
         maximum = scores.amax(-1)
         kept = maximum.float()  # as the state holds it
         weights = scores.sub_(_shift(maximum, kept).unsqueeze(-1)).exp_()
-        num = _weighted_sum(weights, value.to(self.precision), intervals)
+        num = _weighted_sum(weights, tile.value.to(self.precision), intervals)
         merge(state, AttentionState.without_ledger(num.float(), weights.sum(-1).float(), kept))
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """See `Kernel.scratch_bytes`: what a tile needs, and what cuBLAS keeps."""
         return allocated_bytes(*self._tile_bytes(group_size, rows, keys, head_dim)) + _CUBLAS_WORKSPACE
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`."""
         return unsupported_dtype(dtype, DTYPES) or ("" if device.type == "cpu" else capability_reason(device))
 
     def _step(self, group_size: int) -> int:
@@ -110,6 +81,20 @@ class PlainKernel:
         vectors = 8 * group_size * rows * itemsize + rows * 16 * (4 + 1)
         scores = group_size * rows * keys * itemsize
         return (scores, (rows + 1) * keys, *[of_query] * 2, *[of_value] * 3, *counted, vectors, SCRATCH_BYTES)
+
+
+class ReferenceKernel(PlainKernel):
+    """Attention in float64, in tiles that fit a CPU's caches: slow, to compare fast kernels with.
+
+    The state that it adds to is float32 like everyone's, so it is right to a few 1e-7.
+    """
+
+    name = "reference"
+    precision = torch.float64
+    score_bytes = 1 << 20
+
+    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
+        return sum(self._tile_bytes(group_size, rows, keys, head_dim)) + threads * PRODUCT_BYTES
 
 
 def _shift(maximum: torch.Tensor, state_maximum: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from oocattn.errors import ProblemError
 
@@ -17,31 +15,29 @@ if TYPE_CHECKING:  # PyTorch takes seconds, and the names of kernels are known w
 DeviceType = Literal["cpu", "cuda"]
 
 
-@dataclass(frozen=True)
-class _Registration:
+class _Registration(NamedTuple):
     """A kernel's code, its type of device, and whether it may be the default there."""
 
-    name: str
     module: str
     class_name: str
     device_type: DeviceType
     default: bool = True
 
 
-_KERNELS = (  # of those that can serve, the first of its device type is the default: measured, hopper before cudnn
-    _Registration("cpu", "oocattn.kernels.cpu", "CpuKernel", "cpu"),
-    _Registration("reference", "oocattn.kernels.reference", "ReferenceKernel", "cpu", default=False),
-    _Registration("hopper", "oocattn.kernels.cuda.hopper", "HopperKernel", "cuda"),
-    _Registration("fa3", "oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda"),
-    _Registration("cudnn", "oocattn.kernels.libraries.cudnn", "CudnnKernel", "cuda"),
-    _Registration("flash", "oocattn.kernels.libraries.flash", "FlashKernel", "cuda"),
-    _Registration("torch", "oocattn.kernels.plain", "PlainKernel", "cuda"),
-)
+_KERNELS = {  # of those that can serve, the first of its device type is the default: measured, hopper before cudnn
+    "cpu": _Registration("oocattn.kernels.cpu", "CpuKernel", "cpu"),
+    "reference": _Registration("oocattn.kernels.plain", "ReferenceKernel", "cpu", default=False),
+    "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda"),
+    "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda"),
+    "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda"),
+    "flash": _Registration("oocattn.kernels.libraries.aten", "FlashKernel", "cuda"),
+    "torch": _Registration("oocattn.kernels.plain", "PlainKernel", "cuda"),
+}
 
 
 def kernel_names() -> tuple[str, ...]:
     """The names that `get_kernel` knows."""
-    return tuple(entry.name for entry in _KERNELS)
+    return tuple(_KERNELS)
 
 
 def get_kernel(name: str) -> Kernel:
@@ -63,12 +59,12 @@ def default_kernel(device: torch.device | str, dtype: str, head_dim: int) -> str
     reason, if none serves them.
     """
     device = _known_device(device)
-    for entry in _of_type(device.type):
-        if entry.default and not get_kernel(entry.name).unsupported_reason(device, dtype, head_dim):
-            return entry.name
     reasons: dict[str, list[str]] = {}
-    for entry in _of_type(device.type):
-        reasons.setdefault(get_kernel(entry.name).unsupported_reason(device, dtype, head_dim), []).append(entry.name)
+    for name in _names_for(device.type):
+        reason = get_kernel(name).unsupported_reason(device, dtype, head_dim)
+        if not reason and _KERNELS[name].default:
+            return name
+        reasons.setdefault(reason, []).append(name)
     found = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     raise ProblemError(
         f"no kernel attends {dtype} with D = {head_dim} on {device}: {found or 'there are kernels for cpu and cuda'}"
@@ -85,11 +81,8 @@ def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: 
     reason = kernel.unsupported_reason(device, dtype, head_dim)
     if not reason:
         return kernel
-    others = [
-        entry.name
-        for entry in _of_type(device.type)
-        if not get_kernel(entry.name).unsupported_reason(device, dtype, head_dim)
-    ]
+    names = _names_for(device.type)
+    others = [other for other in names if not get_kernel(other).unsupported_reason(device, dtype, head_dim)]
     raise ProblemError(
         f"kernel {name!r} cannot attend {dtype} with D = {head_dim} on {device}: {reason}"
         + (f"; choose one of {', '.join(others)} or leave --kernel out" if others else "; leave --kernel out")
@@ -97,14 +90,13 @@ def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: 
 
 
 def _registration(name: str) -> _Registration:
-    for entry in _KERNELS:
-        if entry.name == name:
-            return entry
-    raise ProblemError(f"kernel {name!r} is not known: expected one of {', '.join(kernel_names())}")
+    if name not in _KERNELS:
+        raise ProblemError(f"kernel {name!r} is not known: expected one of {', '.join(_KERNELS)}")
+    return _KERNELS[name]
 
 
-def _of_type(device_type: str) -> Iterator[_Registration]:
-    return (entry for entry in _KERNELS if entry.device_type == device_type)
+def _names_for(device_type: str) -> list[str]:
+    return [name for name, entry in _KERNELS.items() if entry.device_type == device_type]
 
 
 def _known_device(device: torch.device | str) -> torch.device:

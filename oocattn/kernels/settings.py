@@ -1,8 +1,7 @@
 """Keep the caller's settings of torch from the results of kernels.
 
-Some settings belong to a thread: the default device, autocast, function modes, whether small numbers are flushed to zero.
-Kernels are called in threads of our own, which have none of them (`plain_threads`). Others belong to the process: in how
-many bits float32 products are computed, whether nondeterministic operations raise. They are put aside while a kernel works
+Settings of a thread (default device, autocast, function modes, denormals) do not reach threads of our own (`plain_threads`).
+Those of the process (bits of float32 products, errors of nondeterministic operations) are put aside while a kernel works
 (`full_precision`). The default dtype is a matter of naming a dtype wherever a tensor is made.
 """
 
@@ -23,42 +22,22 @@ _COUNTING = threading.Lock()
 
 
 def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPool:
-    """A pool of threads that compute with none of the caller's settings.
-
-    A thread begins with torch's own defaults, but on Linux it inherits whether the processor flushes to zero what is
-    smaller than the smallest normal number, and so do the threads of OpenMP that it makes. In each thread torch uses
-    `cores` (None: as many as the process does).
-    """
+    """A pool of threads that compute with none of the caller's settings, each with `cores` (None: those of the process)."""
     note_computing()
     return ThreadPool(count, name, partial(_begin_plainly, cores))
 
 
 def _begin_plainly(cores: int | None) -> None:
-    torch.set_flush_denormal(False)
-    if cores is not None:
-        _use_cores(cores)
-
-
-def _use_cores(count: int) -> None:
-    """Have torch use so many cores in this thread; later threads are unchanged.
-
-    To set the number is to set it for both. So another thread puts it back at once: the calling thread keeps its own.
-    """
+    torch.set_flush_denormal(False)  # a thread, and the OpenMP threads that it makes, inherit it on Linux
     with _COUNTING:
-        usual = torch.get_num_threads()
-        if usual == count:
-            return
-        torch.set_num_threads(count)
-        begin_call(torch.set_num_threads, usual).result()
+        if cores is not None and cores != (usual := torch.get_num_threads()):
+            torch.set_num_threads(cores)  # sets it for later threads too, so another thread puts it back at once
+            begin_call(torch.set_num_threads, usual).result()
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Have float32 matrix products within be float32: not TF32, not bfloat16.
-
-    The permission is a global one: it is taken away for as long as a kernel computes, on a GPU only launches, and then given
-    back. Other products of the process meanwhile are more exact than asked.
-    """
+    """Have float32 products be float32, not TF32 or bfloat16, while a kernel computes; on a GPU, while it launches."""
     if device.type != "cuda":
         with _CPU:
             yield
@@ -68,10 +47,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 class _CpuPrecision:
-    """Context manager: CPUs compute float32 products in float32, in all threads.
+    """CPUs compute float32 products in float32, in all threads, from the first to enter to the last to leave.
 
-    The first one to enter takes the permission away, and the last one to leave gives it back. It has two names: the newer is
-    one for CPUs alone, which torch 2.8 lacks, and where both are used the older cannot be read.
+    The setting has two names: the newer is for CPUs alone, torch 2.8 lacks it, and where both are used the older cannot be
+    read.
     """
 
     def __init__(self) -> None:
@@ -115,11 +94,7 @@ def _set_cpu_precision(precision: str) -> None:
 
 @contextmanager
 def _no_tf32() -> Iterator[None]:
-    """Context manager: no TF32 on GPUs.
-
-    The setting has two names: the older, the only one that torch 2.8 has, cannot be read where they disagree, but
-    sets both.
-    """
+    """No TF32 on GPUs. Of two names the older, torch 2.8's, cannot be read where they disagree, but sets both."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
     if precision != "tf32":
@@ -134,11 +109,7 @@ def _no_tf32() -> Iterator[None]:
 
 @contextmanager
 def _no_refusals() -> Iterator[None]:
-    """Context manager: no operation raises on GPUs for not being deterministic.
-
-    Such are cumulative sums, and products without a setting of cuBLAS. None of ours depends on it: sums of floats are
-    over zeros, NaN and Inf, and products are launched on one stream.
-    """
+    """No cumulative sum or cuBLAS product raises for not being deterministic: ours sum zeros, NaN and Inf, on one stream."""
     asked = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("default")
     try:

@@ -10,16 +10,15 @@ import torch
 
 @dataclass(frozen=True)
 class AttentionState:
-    """Attention of n rows of g heads over the keys so far, before the division.
+    """Attention of n rows of g heads over the keys so far, before the division: tensors that kernels update in place.
 
-    With the scores s = scale * q @ k.T of a row and a shift no less than a few units below the largest of them: `max`
-    [g, n] is the shift, `den` [g, n] the sum of exp(s - max) and `num` [g, n, D] the sum of exp(s - max) * v, all
-    float32. A row with no key has num = 0, den = 0 and max = -inf. The ledger says which keys were attended, the same for
-    all heads: `keys` [n] int64 counts them, and `key_sum` [n] int64 is the sum of their indices modulo 2^64. Kernels do not
-    touch it; merging adds it.
+    With the scores s of a row and a shift no less than a few units below the largest of them: `max` [g, n] is the shift,
+    `den` [g, n] the sum of exp(s - max) and `num` [g, n, D] the sum of exp(s - max) * v, all float32. A row with no key has
+    num = 0, den = 0 and max = -inf. The ledger, the same for all heads, says which keys were attended: `keys` [n] int64
+    counts them, `key_sum` [n] int64 is the sum of their indices modulo 2^64. Kernels do not touch it; merging adds it.
 
-    Source: the running softmax of Milakov and Gimelshein, arXiv 1805.02867, section 3, as a mergeable record. The
-    fields are tensors that kernels update in place. Raises ValueError where their shapes do not fit each other.
+    Source: the running softmax of Milakov and Gimelshein, arXiv 1805.02867, section 3, as a mergeable record. Raises
+    ValueError where the shapes do not fit each other.
     """
 
     num: torch.Tensor
@@ -40,13 +39,9 @@ class AttentionState:
     @classmethod
     def empty(cls, group_size: int, rows: int, head_dim: int, device: torch.device | str = "cpu") -> AttentionState:
         """Allocate the state of [group_size, rows, head_dim] without keys."""
-        state = cls(
-            num=torch.empty((group_size, rows, head_dim), dtype=torch.float32, device=device),
-            den=torch.empty((group_size, rows), dtype=torch.float32, device=device),
-            max=torch.empty((group_size, rows), dtype=torch.float32, device=device),
-            keys=torch.empty(rows, dtype=torch.int64, device=device),
-            key_sum=torch.empty(rows, dtype=torch.int64, device=device),
-        )
+        numbers = (group_size, rows, head_dim), (group_size, rows), (group_size, rows)
+        tensors = [torch.empty(shape, dtype=torch.float32, device=device) for shape in numbers]
+        state = cls(*tensors, *(torch.empty(rows, dtype=torch.int64, device=device) for _ in range(2)))
         state.reset()
         return state
 
@@ -80,8 +75,3 @@ class AttentionState:
     def nbytes_for(group_size: int, rows: int, head_dim: int) -> int:
         """Bytes of a state: D + 2 float32 per head and row, two int64 per row."""
         return rows * (group_size * (head_dim + 2) * 4 + 16)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this state."""
-        return self.nbytes_for(*self.num.shape)

@@ -11,10 +11,7 @@ _QUANTUM = 256  # a multiple of every library's own tiles
 
 
 class Tile(NamedTuple):
-    """Rows and keys of a call that are attended together.
-
-    Rows [first_row, last_row) attend keys [first_key, last_key): all of them, or those of a lower triangle.
-    """
+    """Rows [first_row, last_row) attend keys [first_key, last_key): all of them, or those of a lower triangle."""
 
     first_row: int
     last_row: int
@@ -24,10 +21,9 @@ class Tile(NamedTuple):
 
 
 def make_tiles(rows: int, keys: int, row_step: int, key_step: int, *, upper: int) -> Iterator[Tile]:
-    """The tiles of a call in which row i attends the first i + upper keys.
+    """The tiles of a call in which row i attends the first i + upper keys: row_step rows and key_step keys at most.
 
-    They have row_step rows and key_step keys at most; the triangles are squares of key_step at most. With upper = keys
-    every row attends every key.
+    The triangles are squares of key_step at most. With upper = keys every row attends every key.
     """
     shared = keys if upper >= keys else max(0, upper - 1)  # keys that all rows attend and that no triangle has
     for first, last in _steps(0, shared, key_step):
@@ -44,7 +40,5 @@ def _steps(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 
 def level_step(total: int, most: int) -> int:
     """The step, a multiple of 256, that cuts `total` into fewest pieces up to `most`."""
-    pieces = max(1, ceil_div(total, most))
-    if pieces == 1:
-        return max(1, total)
-    return round_up(ceil_div(total, pieces), _QUANTUM)
+    pieces = ceil_div(total, most)
+    return round_up(ceil_div(total, pieces), _QUANTUM) if pieces > 1 else max(1, total)

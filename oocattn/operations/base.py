@@ -1,9 +1,7 @@
 """The interface of operations: all that a lane knows of mathematics.
 
-A lane stages inputs of query chunks and of key chunks, cuts them into tiles, has the operation computed on each, merges and
-keeps the states, and has finished ones turned into results. What the inputs are, what a state holds and what a tile's call
-does is the operation's business. `forward` is the first; another one, such as a second pass over the same chunks, is a
-new module here.
+A lane stages inputs of query chunks and of key chunks, cuts them into tiles, has the operation computed on each, merges the
+states, and has finished ones turned into results. What these are is the operation's business.
 """
 
 from __future__ import annotations
@@ -11,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.operations.ledger import ExpectedLedger
 from oocattn.operations.tiles import Tile
 
@@ -22,27 +20,13 @@ from oocattn.operations.tiles import Tile
 class Operation(Protocol):
     """The mathematics of a run. Any thread may call it at any time."""
 
-    @property
-    def query_inputs(self) -> tuple[str, ...]:
-        """The arrays of which a query chunk stages its rows, [g, n, D] each."""
-
-    @property
-    def key_inputs(self) -> tuple[str, ...]:
-        """The arrays of which a key chunk stages its rows, [m, D] each, for all heads."""
+    query_inputs: tuple[str, ...]  # the arrays of which a query chunk stages its rows, [g, n, D] each
+    key_inputs: tuple[str, ...]  # the arrays of which a key chunk stages its rows, [m, D] each, for all heads
 
     def tiles(self, head_group: int, block: Block, key_rows: Mapping[int, range], rows: range, size: int) -> Iterator[Tile]:
-        """Cut the pairs of rows `rows` of a block into tiles of at most `size` keys.
+        """Cut the pairs of rows `rows` of a block into tiles of at most `size` keys, which `key_rows` says where to find."""
 
-        `key_rows` says where the keys of each chunk were staged.
-        """
-
-    def compute(
-        self,
-        tile: Tile,
-        query: Sequence[torch.Tensor],
-        key: Sequence[torch.Tensor],
-        state: AttentionState,
-    ) -> None:
+    def compute(self, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState) -> None:
         """Compute a tile, add the result to `state`, and enter the pairs in its ledger.
 
         `query` and `state` are of the rows that the tile was cut for, `key` of the tile's keys. On a GPU the work is
@@ -52,7 +36,7 @@ class Operation(Protocol):
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         """Add one state to another of the same rows, in place."""
 
-    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def finalise(self, state: AttentionState, out: Tensor, lse: Tensor) -> None:
         """Turn a state whose pairs are complete into results."""
 
     def expected(self, head_group: int, rows: range) -> ExpectedLedger:

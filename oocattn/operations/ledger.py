@@ -1,9 +1,7 @@
-"""The pair ledger: which keys each row has attended.
-
-It holds their number and the sum of their indices modulo 2^64.
+"""The pair ledger: the number of keys that each row has attended, and the sum of their indices modulo 2^64.
 
 The number finds a lost or doubled subproblem, the sum one that attended other keys than it should. Both come from the mask's
-closed forms, are entered beside the call that attends the keys, and are merged with the state that they belong to.
+closed forms, beside the call that attends the keys.
 """
 
 from __future__ import annotations
@@ -12,15 +10,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from oocattn.kernels import AttentionState, enter
+from oocattn.kernels.merging import enter
+from oocattn.kernels.state import AttentionState
 from oocattn.operations.tiles import Tile, pieces
 from oocattn.problem.mask import Cover, Int64s
 
-ROWS = 8192
-"""Rows whose numbers are computed at a time: some hundred kilobytes."""
+ROWS = 8192  # rows whose numbers are computed at a time: some hundred kilobytes
 
-ExpectedLedger = tuple[Int64s, Int64s]
-"""Keys that consecutive rows attend, and sums of their indices: int64 [n] each."""
+ExpectedLedger = tuple[Int64s, Int64s]  # keys that consecutive rows attend, and sums of their indices: int64 [n] each
 
 
 def enter_tile(state: AttentionState, tile: Tile) -> None:

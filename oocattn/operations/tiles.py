@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from oocattn.division.base import Block
+from oocattn.division.base import Block, Subproblem
 from oocattn.kernels.intervals import Intervals, make_intervals
+from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Cover, Mask
 
 
@@ -113,3 +114,13 @@ def join_runs(runs: Iterable[StagedKeys]) -> list[StagedKeys]:
         else:
             joined.append(run)
     return [run for run in joined if run.rows]
+
+
+def staged_keys(plan: Plan, subproblem: Subproblem) -> dict[int, range]:
+    """The staged rows of each key chunk, where all keys are staged in one piece."""
+    rows, total = {}, 0
+    for chunk in subproblem.key_chunks:
+        count = len(plan.tokens(chunk))
+        rows[chunk] = range(total, total + count)
+        total += count
+    return rows

@@ -29,10 +29,8 @@ from oocattn.pipelines.run import Run
 from oocattn.pipelines.scan import ScanResult, scan_completed
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
-from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Failed, Recovered, Started
-from oocattn.pipelines.watch.listeners import Listeners
-from oocattn.pipelines.watch.report import RunReport
-from oocattn.pipelines.watch.tally import Tally
+from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Failed, Listeners, Recovered, Started
+from oocattn.pipelines.watch.report import RunReport, Tally
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import write_text
 from oocattn.storage.files.folders import remove_file

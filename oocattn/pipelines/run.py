@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 from oocattn.errors import IntegrityError
-from oocattn.kernels import device_type, get_kernel
+from oocattn.kernels.registry import device_type, get_kernel
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.planning.machine import ScratchBytes
 from oocattn.planning.plan import Plan

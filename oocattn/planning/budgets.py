@@ -1,7 +1,4 @@
-"""Other budgets: the words of a refusal, and of a warning of overhead.
-
-Overhead is tasks and durable files, which cost the same however little each of them does. Pure functions of costed plans.
-"""
+"""Other budgets: the words of a refusal, and of a warning of overhead (tasks and durable files). Pure functions."""
 
 from __future__ import annotations
 
@@ -19,21 +16,16 @@ HOPELESS_TIMES, HOPELESS_SECONDS = 20.0, 60.0
 MOST_TASKS_A_SECOND, NOTICED_SECONDS = 100.0, 2.0
 """Limits of a crowded plan: tasks a second of computing, seconds of overhead."""
 
-LARGER = (2, 4)
-"""Multiples of a budget at which plans are compared."""
-
-WORTHWHILE_SPEEDUP = 1.5
-"""By how many times faster a plan must be for a larger budget to be named."""
+LARGER = (2, 4)  # multiples of a budget at which plans are compared
+WORTHWHILE_SPEEDUP = 1.5  # by how many times faster a plan must be for a larger budget to be named
 
 MIB = 1 << 20
 
-Replan = Callable[[int], Plan | None]
-"""The plan of so many times the budgets, if any fits."""
+Replan = Callable[[int], Plan | None]  # the plan of so many times the budgets, if any fits
 
 BudgetName = Literal["device", "host"]
 
-PlanWith = Callable[[BudgetName, int], Plan | None]
-"""The plan where one budget is so many bytes, if any fits."""
+PlanWith = Callable[[BudgetName, int], Plan | None]  # the plan where one budget is so many bytes, if any fits
 
 
 def is_hopeless(plan: Plan) -> bool:
@@ -73,23 +65,19 @@ def crowded_warning(plan: Plan, replan: Replan) -> str:
     if not faster:
         return f"{found}: no larger budget is much faster"
     best = faster[-1][1]
-    budgets = {
-        "device": (best.peak_device, plan.device_memory),
-        "host": (best.peak_host, plan.host_memory),
-    }
+    budgets = {"device": (best.peak_device, plan.device_memory), "host": (best.peak_host, plan.host_memory)}
     options = [f"--{name}-memory {_in_mib(peak)}" for name, (peak, budget) in budgets.items() if peak > budget]
     return f"{found}: {' and '.join(options)} takes {format_seconds(best.seconds)} in all"
 
 
-def refuse(plans: Sequence[Plan], chosen: Plan | None, scratch_disk: int, plan_with: PlanWith) -> BudgetError | None:
-    """Refuse budgets without a plan, or with only a hopeless one; None: accept them.
+def refuse(plans: Sequence[Plan], chosen: Plan | None, plan_with: PlanWith) -> BudgetError | None:
+    """Refuse budgets without a plan, or with only a hopeless one (`chosen`) where a larger budget has a better one.
 
-    `chosen` is the hopeless plan, or None. The error names the budget that is too small, the smallest that works, and
-    what larger ones give. A hopeless plan is accepted where no larger budget has a better one.
+    The error names the budget that is too small, the smallest that works, and what larger ones give. None: accept them.
     """
-    with_scratch = [plan for plan in plans if plan.scratch_disk <= scratch_disk]
+    with_scratch = [plan for plan in plans if plan.scratch_fits]
     if not with_scratch:
-        return _scratch_error(plans, scratch_disk)
+        return _scratch_error(plans)
     on_device = [plan for plan in with_scratch if plan.peak_device <= plan.device_memory]
     names: list[BudgetName] = ["device"] if not on_device else ["host"] if chosen is None else ["host", "device"]
     for name in names:
@@ -101,19 +89,16 @@ def refuse(plans: Sequence[Plan], chosen: Plan | None, scratch_disk: int, plan_w
 
 
 def _smallest(peaks: Iterable[int], budget: int, plan_of: Callable[[int], Plan | None]) -> tuple[int, Plan | None]:
-    """The smallest larger budget that has a plan, not hopeless if possible.
-
-    The plan is None where another budget is too small as well.
-    """
+    """The smallest larger budget that has a plan, not hopeless if possible; no plan where the other is too small as well."""
     steps = sorted({round_up(peak, MIB) for peak in peaks if peak > budget})
-    found: list[tuple[int, Plan | None]] = []
+    first: tuple[int, Plan | None] | None = None
     for step in steps:
         plan = plan_of(step)
-        if plan is not None:
-            found.append((step, plan))
-            if not is_hopeless(plan):
-                return step, plan
-    return found[0] if found else (steps[0] if steps else budget, None)
+        if plan is not None and not is_hopeless(plan):
+            return step, plan
+        if plan is not None and first is None:
+            first = step, plan
+    return first or (steps[0] if steps else budget, None)
 
 
 def _too_small(
@@ -138,11 +123,11 @@ def _peak(plan: Plan, name: BudgetName) -> int:
     return plan.peak_device if name == "device" else plan.peak_host
 
 
-def _scratch_error(plans: Sequence[Plan], scratch_disk: int) -> BudgetError:
+def _scratch_error(plans: Sequence[Plan]) -> BudgetError:
     """Say that none of these plans has room for its partials."""
-    smallest = min(plan.scratch_disk for plan in plans)
+    smallest, found = min(plan.scratch_disk for plan in plans), plans[0].machine.scratch_disk
     return BudgetError(
-        f"partials need at least {format_bytes(smallest)} of scratch on disk and {format_bytes(scratch_disk)} is "
+        f"partials need at least {format_bytes(smallest)} of scratch on disk and {format_bytes(found)} is "
         "free beside the result: make room, do without checkpoints (--checkpoint-interval 0), or leave --decomposition "
         "and --chunks to the plan"
     )

@@ -1,16 +1,14 @@
-"""Choice of a `Plan` among all candidates, before the first byte is read.
+"""Choice of a `Plan` among all candidates: a pure function of records.
 
-Planning is a pure function of records: nothing here reads data, measures hardware or starts a task. Every candidate
-division is costed (memory, bytes, files, tasks and seconds), and those that do not fit the budgets are dropped. Of the rest
-the fastest is taken; where predictions differ by less than 5%, partials in memory before partials on disk, of whose speed
-little is known, and cyclic quorums before strips; where by less than 1%, fewer chunks before more, and short spans before
-long ones.
+Every candidate division is costed, and those that do not fit the budgets are dropped. Of the rest the fastest is taken;
+where predictions differ by less than 5%, partials in memory before partials on disk, of whose speed little is known, and
+cyclic quorums before strips; where by less than 1%, fewer chunks before more, and short spans before long ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from oocattn.division.quorums import candidate_chunk_counts, quorum_size
 from oocattn.errors import BudgetError, ProblemError
@@ -22,11 +20,8 @@ from oocattn.planning.options import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHU
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 
-FINE_SECONDS = 0.005
-"""Seconds of a subproblem below which scheduling costs more than computing."""
-
-TIE_RATIO = 1.05
-"""Predictions of two kinds of division closer than this count as equal."""
+FINE_SECONDS = 0.005  # seconds of a subproblem below which scheduling costs more than computing
+TIE_RATIO = 1.05  # predictions of two kinds of division closer than this count as equal
 
 CLOSE_RATIO = 1.01
 
@@ -56,34 +51,34 @@ def make_plan(
 ) -> Plan:
     """Choose the division, tiles and place of partials that finish soonest.
 
-    Budgets are bytes over all lanes. `chunks` pins c and `decomposition` the kind. A kill is to cost no more than
-    `checkpoint_seconds` (0: whatever it costs): where the budgets leave a choice, subproblems are short enough for
-    that, and what is saved little enough. Raises ProblemError for a choice that does not exist and BudgetError,
-    naming the smallest budget that works and what larger ones give, where nothing fits, or only a hopeless plan does
-    and a larger budget has one that is not.
+    Budgets are bytes over all lanes. `chunks` pins c and `decomposition` the kind. Where the budgets leave a choice, a kill
+    costs no more than `checkpoint_seconds` (0: whatever it costs). Raises ProblemError for a choice that does not exist and
+    BudgetError, naming the smallest budget that works and what larger ones give, where nothing fits, or only a hopeless plan
+    does and a larger budget has one that is not.
     """
     limit = min(problem.tokens, MAX_CHUNKS)
     if decomposition not in DECOMPOSITIONS:
         raise ProblemError(f"decomposition {decomposition!r}: expected one of {', '.join(DECOMPOSITIONS)}")
     if chunks is not None and not 1 <= chunks <= limit:
         raise ProblemError(f"chunks = {chunks}: expected 1 to {limit:,} for {problem.tokens:,} tokens")
-    candidates = list(_candidates(problem, hardware.lanes, chunks, decomposition))
+    possible = _candidates(problem, hardware.lanes, chunks, decomposition)
+    candidates = [each for each in possible if each.division(problem).subproblems <= MAX_SUBPROBLEMS]
 
     def cost_all(device: int, host: int) -> list[Plan]:
-        return _cost_all(candidates, problem, hardware, inputs, device, host, checkpoint_seconds)
+        return _cost_all(candidates, lambda each: cost(each, problem, hardware, inputs, device, host, checkpoint_seconds))
 
     plans = cost_all(device_memory, host_memory)
-    chosen = _choose(plans, hardware)
+    chosen = _choose(plans)
     if chosen is not None and not is_hopeless(chosen):
         return chosen
 
     def plan_with(name: BudgetName, budget: int) -> Plan | None:
         budgets = (budget, host_memory) if name == "device" else (device_memory, budget)
         if hardware.device == "cpu" or name == "host":  # only tiles on a GPU depend on a budget
-            return _choose([plan.with_budgets(*budgets) for plan in plans], hardware)
-        return _choose(cost_all(*budgets), hardware)
+            return _choose([replace(plan, device_memory=budgets[0], host_memory=budgets[1]) for plan in plans])
+        return _choose(cost_all(*budgets))
 
-    refusal = refuse(plans, chosen, hardware.scratch_disk, plan_with)
+    refusal = refuse(plans, chosen, plan_with)
     if refusal is not None:
         raise refusal
     assert chosen is not None
@@ -111,33 +106,21 @@ def overhead_warning(plan: Plan, hardware: Hardware) -> str | None:
     return crowded_warning(plan, replan)
 
 
-def _cost_all(
-    candidates: Iterable[Candidate],
-    problem: Problem,
-    hardware: Hardware,
-    inputs: InputCost,
-    device_memory: int,
-    host_memory: int,
-    checkpoint_seconds: float,
-) -> list[Plan]:
+def _cost_all(candidates: Iterable[Candidate], cost_of: Callable[[Candidate], Plan]) -> list[Plan]:
     """The plan of each candidate, unless a coarser one fits and is fine enough."""
     plans: list[Plan] = []
     enough: dict[str, int] = {}  # chunks of each decomposition
     for candidate in candidates:
-        too_fine = candidate.chunks > enough.get(candidate.decomposition, MAX_CHUNKS)
-        if too_fine or candidate.division(problem).subproblems > MAX_SUBPROBLEMS:
-            continue
-        plan = cost(candidate, problem, hardware, inputs, device_memory, host_memory, checkpoint_seconds)
-        plans.append(plan)
-        fits = plan.fits and plan.scratch_disk <= hardware.scratch_disk
-        if fits and plan.subproblem_seconds < FINE_SECONDS and not is_hopeless(plan):
-            enough.setdefault(candidate.decomposition, candidate.chunks)
+        if candidate.chunks <= enough.get(candidate.decomposition, MAX_CHUNKS):
+            plans.append(plan := cost_of(candidate))
+            if plan.fits and plan.scratch_fits and plan.subproblem_seconds < FINE_SECONDS and not is_hopeless(plan):
+                enough.setdefault(candidate.decomposition, candidate.chunks)
     return plans
 
 
-def _choose(plans: Sequence[Plan], hardware: Hardware) -> Plan | None:
+def _choose(plans: Sequence[Plan]) -> Plan | None:
     """The best of the plans that fit; None where none does."""
-    fitting = [plan for plan in plans if plan.fits and plan.scratch_disk <= hardware.scratch_disk]
+    fitting = [plan for plan in plans if plan.fits and plan.scratch_fits]
     if not fitting:
         return None
     prompt = [plan for plan in fitting if _keeps_to_interval(plan)] or fitting
@@ -151,10 +134,7 @@ def _choose(plans: Sequence[Plan], hardware: Hardware) -> Plan | None:
 
 
 def _keeps_to_interval(plan: Plan) -> bool:
-    """True if a kill costs no more than it may.
-
-    Half of that passes between saves; in the other half two subproblems are in flight and all accumulators are saved.
-    """
+    """True if a kill costs no more than it may: half of it between saves, in the other half saving and two in flight."""
     saving = plan.saving_seconds if plan.saves else 0.0
     return not plan.checkpoint_seconds or saving + 2 * plan.subproblem_seconds <= plan.checkpoint_seconds / 2
 

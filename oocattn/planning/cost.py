@@ -1,10 +1,8 @@
-"""Cost of a division on a described machine: amount and seconds of each link.
-
-Pure arithmetic over records; which of the costed divisions is taken is decided in `candidates`.
+"""Cost of a division on a described machine: amount and seconds of each link. Pure arithmetic over records.
 
 Seconds of a run. Links that work at the same time do not add up, the longest counts:
 
-    compute   on a GPU its own; on a CPU some of the tasks, their Python, and partials that its thread writes take turns with it
+    compute   on a GPU its own; on a CPU it takes turns with Python, some scheduling, and partials that its thread writes
     copy      between host and device
     disk      read, partials and write share it, and add up
     files     written one after another: each is waited for until it is on disk, while the disk has room for others' bytes
@@ -21,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
-from oocattn.division.base import Division, chunk_reads
+from oocattn.division.base import Division
 from oocattn.planning.layout import Candidate, Layout, lay_out
 from oocattn.planning.machine import Hardware, InputCost, ScratchBytes
 from oocattn.planning.memory import Tiles, partial_file_bytes
@@ -29,11 +27,8 @@ from oocattn.planning.plan import Link, Plan
 from oocattn.problem.problem import DTYPES, Problem
 from oocattn.units import ceil_div
 
-PIN_RATE = 10e9
-"""Bytes per second at which host memory is pinned (15e9 with huge pages)."""
-
-HALF_RATE_KEYS = 512
-"""Keys of a call at which a GPU's kernel falls to half its rate, for its launch."""
+PIN_RATE = 10e9  # bytes per second at which host memory is pinned (15e9 with huge pages)
+HALF_RATE_KEYS = 512  # keys of a call at which a GPU's kernel falls to half its rate, for its launch
 
 # What Python takes for small work on a CPU, of one core's time (Zen 4; a kernel call on 31 rows and 341 keys).
 CALL_SECONDS = 0.00055  # a library call within the kernel: 0.5 to 0.7 ms
@@ -42,33 +37,17 @@ PARTIAL_SECONDS = 0.00045  # a partial, besides its calls: tiles, state, merge
 PARTIAL_FILE_SECONDS = 0.001  # a partial on disk, besides its bytes and its sync: written, checked, merged, removed
 READ_SECONDS = 0.000125  # a chunk of an array, besides its bytes
 
-RUN_SECONDS = 0.04
-"""Cost of any run: lanes are opened and closed, the dataset is checked, the result is committed."""
-
-REREAD_FILE_SECONDS = 0.0002
-"""Cost to open, check and remove a small file: 0.2 ms on ext4."""
-
-RUN_FILES = 9
-"""Durable files of any run: lock, journal, metadata, report, and the commit."""
+RUN_SECONDS = 0.04  # any run: lanes are opened and closed, the dataset is checked, the result is committed
+REREAD_FILE_SECONDS = 0.0002  # cost to open, check and remove a small file: 0.2 ms on ext4
+RUN_FILES = 9  # durable files of any run: lock, journal, metadata, report, and the commit
 
 TASK_SHARE = 0.5
-"""Share of the cost of tasks that adds to computing on a CPU.
+"""Share of the cost of tasks that adds to computing on a CPU: 1 / cores at least, 1 at most, as the system divides them."""
 
-A task takes one core, and the kernel waits for it or not, as the system divides the cores. 1 / cores is the least, 1
-the most.
-"""
-
-LAST_TASKS = 4
-"""Tasks one after another: the first stage and attend, the last merge and write."""
-
-PIECE = 16
-"""Subproblems of a lane that are submitted to the scheduler together."""
-
-WINDOW = 32
-"""Subproblems of a lane that may wait at the scheduler, to hide a round trip."""
-
-MOST_UNFINISHED = 4 * WINDOW
-"""Tasks of a lane, of any layer, that may wait there before no more are submitted."""
+LAST_TASKS = 4  # tasks one after another: the first stage and attend, the last merge and write
+PIECE = 16  # subproblems of a lane that are submitted to the scheduler together
+WINDOW = 32  # subproblems of a lane that may wait at the scheduler, to hide a round trip
+MOST_UNFINISHED = 4 * WINDOW  # tasks of a lane, of any layer, that may wait there before no more are submitted
 
 
 def recost(plan: Plan, scratch_bytes: ScratchBytes) -> Plan:
@@ -104,9 +83,9 @@ def cost(
         checkpoint_seconds=checkpoint_seconds,
         chunk_rows=layout.chunk_rows,
         out_chunk_rows=layout.out_chunk_rows,
-        slot_bytes=layout.memory.slot,
-        peak_device=layout.memory.device * hardware.lanes,
-        peak_host=layout.memory.host * hardware.lanes,
+        slot_bytes=layout.slot,
+        peak_device=layout.device * hardware.lanes,
+        peak_host=layout.host * hardware.lanes,
         scratch_disk=math.ceil(run.scratch_disk),
         links=run.links,
         seconds=run.seconds,
@@ -158,7 +137,7 @@ class _Run:
     @cached_property
     def _reads(self) -> tuple[int, int]:
         """Query chunks and key chunks that the subproblems of a head group stage."""
-        return chunk_reads(self.division)
+        return self.division.chunk_reads()
 
     @property
     def _python_seconds(self) -> float:
@@ -200,10 +179,19 @@ class _Run:
 
     @cached_property
     def _balance(self) -> float:
-        """The share of all pairs of the lane that has most to do."""
-        return largest_share(
-            self.division, self.layout.chunk_rows, self.problem, self.hardware.lanes, self.candidate.partials
-        )
+        """The share of all pairs of the busiest lane, as `pipelines.schedule` divides."""
+        division, problem, lanes = self.division, self.problem, self.hardware.lanes
+        if self.candidate.partials == "disk":
+            subproblems = problem.head_groups * division.subproblems
+            return ceil_div(subproblems, lanes) / subproblems
+        rounds, rest = divmod(problem.head_groups, lanes)
+        if not rest:
+            return rounds / problem.head_groups
+        edges = np.minimum(np.arange(division.chunks + 1, dtype=np.float64) * self.layout.chunk_rows, problem.tokens)
+        pairs = np.diff(problem.mask.pairs_before(edges))
+        of_lanes = np.bincount(division.chunk_lanes(lanes), weights=pairs, minlength=lanes)
+        most = np.sum([np.roll(of_lanes, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
+        return (rounds + float(most / pairs.sum())) / problem.head_groups
 
     def _read(self) -> Link:
         problem, (queries, keys) = self.problem, self._reads
@@ -223,12 +211,14 @@ class _Run:
 
     @cached_property
     def _compute_seconds(self) -> float:
-        flops = self.problem.flops / kernel_rate(self.layout.tiles, self.problem, self.hardware)
-        if self.hardware.device == "cuda":
-            return flops * self._balance
+        tiles, hardware = self.layout.tiles, self.hardware
+        rows = tiles.query * self.problem.group_size
+        rate = hardware.kernel_flops * rows / (rows + hardware.half_rate_rows)
+        if hardware.device == "cuda":
+            return self.problem.flops / (rate * tiles.key / (tiles.key + HALF_RATE_KEYS)) * self._balance
         diagonals = self.problem.head_groups * self.candidate.chunks if self.problem.mask.triangular else 0
         calls = self._handed_back + diagonals * (2 * ceil_div(self.layout.chunk_rows, TRIANGLE_ROWS) - 1)
-        return (flops + calls * CALL_SECONDS) * self._balance
+        return (self.problem.flops / rate + calls * CALL_SECONDS) * self._balance
 
     def _compute(self) -> Link:
         return Link("compute", self.problem.flops, self._compute_seconds)
@@ -268,7 +258,7 @@ class _Run:
 
     def _fill(self) -> float:
         """Seconds until the first subproblem is staged."""
-        slot, hardware = self.layout.memory.slot, self.hardware
+        slot, hardware = self.layout.slot, self.hardware
         pinned = slot / PIN_RATE if hardware.device == "cuda" else 0.0
         return pinned + max(hardware.lanes * slot / hardware.read_rate, slot / self.inputs.decode_rate)
 
@@ -281,25 +271,3 @@ class _Run:
             last = layout.chunk_rows - (layout.chunk_rows - tile) // layout.out_chunk_rows * layout.out_chunk_rows
         rows = self.candidate.chunks * layout.chunk_rows * self.problem.head_groups
         return write_seconds * min(1.0, lanes * last / rows)
-
-
-def largest_share(division: Division, chunk_rows: int, problem: Problem, lanes: int, partials: str) -> float:
-    """The share of all pairs of the busiest lane, as `pipelines.schedule` divides."""
-    if partials == "disk":
-        subproblems = problem.head_groups * division.subproblems
-        return ceil_div(subproblems, lanes) / subproblems
-    rounds, rest = divmod(problem.head_groups, lanes)
-    if not rest:
-        return rounds / problem.head_groups
-    edges = np.minimum(np.arange(division.chunks + 1, dtype=np.float64) * chunk_rows, problem.tokens)
-    pairs = np.diff(problem.mask.pairs_before(edges))
-    of_lanes = np.bincount(division.chunk_lanes(lanes), weights=pairs, minlength=lanes)
-    most = np.sum([np.roll(of_lanes, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
-    return (rounds + float(most / pairs.sum())) / problem.head_groups
-
-
-def kernel_rate(tiles: Tiles, problem: Problem, hardware: Hardware) -> float:
-    """A lane's kernel rate at these tiles, in FLOP/s."""
-    rows = tiles.query * problem.group_size
-    rate = hardware.kernel_flops * rows / (rows + hardware.half_rate_rows)
-    return rate if hardware.device == "cpu" else rate * tiles.key / (tiles.key + HALF_RATE_KEYS)

@@ -19,8 +19,7 @@ from oocattn.planning.memory import PAGE
 from oocattn.storage.files.durable import write_durably
 from oocattn.storage.files.operations import name_failure
 
-UNKNOWN_DISK = 1 << 60
-"""Free bytes of a file system that does not say how many it has."""
+UNKNOWN_DISK = 1 << 60  # free bytes of a file system that does not say how many it has
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where Linux says what the control group of this process may use, of version 2 or 1."""
@@ -35,10 +34,7 @@ def default_host_memory() -> int:
 
 
 def container_limits() -> list[int]:
-    """The limits on this process's memory that its control group sets, in bytes.
-
-    `distributed.system` knows them, too, but imports all of Dask.
-    """
+    """The limits on this process's memory that its control group sets, in bytes (`distributed.system` imports Dask)."""
     limits = []
     for name in ("memory.max", "memory.high", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # "max" is none
@@ -47,10 +43,7 @@ def container_limits() -> list[int]:
 
 
 def file_seconds(folder: Path) -> float:
-    """Seconds that a small durable file costs on the file system that will hold `folder`, which need not exist yet.
-
-    The median of a few, in a temporary folder that is removed again; `FILE_SECONDS` where none can be written.
-    """
+    """Seconds that a small durable file costs where `folder` is or will be; `FILE_SECONDS` where none can be written."""
     try:
         with tempfile.TemporaryDirectory(prefix=".oocattn-", dir=_existing(folder)) as temporary:
             seconds: list[float] = []
@@ -78,10 +71,7 @@ def round_to_power(found: float) -> float:
 
 
 def free_disk(folder: Path) -> int:
-    """Free bytes on the file system that will hold `folder`, which need not exist yet; `UNKNOWN_DISK` where it says none.
-
-    One in user space may count nothing at all; on one that is full in truth, the first write says so.
-    """
+    """Free bytes where `folder` is or will be; `UNKNOWN_DISK` where the file system says none, as some in user space do."""
     folder = _existing(folder)
     try:
         return shutil.disk_usage(folder).free or UNKNOWN_DISK

@@ -1,26 +1,20 @@
-"""Layout of a candidate: rows of chunks, tiles on the device, and memory.
-
-Pure arithmetic over records; what a layout costs in seconds is in `cost`.
-"""
+"""Layout of a candidate: rows of chunks, tiles on the device, and memory. Pure arithmetic over records."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from oocattn.division.base import Division
 from oocattn.division.quorums import quorum_size
 from oocattn.planning.machine import Hardware, InputCost
-from oocattn.planning.memory import Buffers, LaneMemory, Tiles, cpu_memory, cuda_memory, slot_bytes
+from oocattn.planning.memory import Buffers, Tiles, lane_bytes, slot_bytes
 from oocattn.planning.plan import make_division
 from oocattn.problem.problem import DTYPES, Problem
 from oocattn.units import ceil_div, round_up
 
-OUT_CHUNK_BYTES = 16 << 20
-"""Bytes to aim for in a chunk of `out`; files of 8 to 64 MiB are read fast."""
-
-TILE_UNIT = 128
-"""GPU tiles are a multiple of this: kernels work on blocks of 128 rows."""
+OUT_CHUNK_BYTES = 16 << 20  # bytes to aim for in a chunk of `out`; files of 8 to 64 MiB are read fast
+TILE_UNIT = 128  # GPU tiles are a multiple of this: kernels work on blocks of 128 rows
 
 
 @dataclass(frozen=True)
@@ -40,48 +34,41 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Layout:
-    """A candidate's chunks and tiles, query chunks of a subproblem, lane memory."""
+    """A candidate's chunks and tiles, query chunks of a subproblem, and a lane's bytes: a slot, device and host in all."""
 
     chunk_rows: int
     out_chunk_rows: int
     tiles: Tiles
     query_chunks: int
-    memory: LaneMemory
+    slot: int
+    device: int
+    host: int
 
 
 def lay_out(
     candidate: Candidate, problem: Problem, hardware: Hardware, inputs: InputCost, device_memory: int, tiles: Tiles | None
 ) -> Layout:
-    """Chunks and tiles of a candidate and what one lane allocates for them.
-
-    The tiles are the largest that fit `device_memory`, unless they are given.
-    """
+    """Chunks, tiles (unless given, the largest that fit `device_memory`) and what one lane allocates for them."""
     chunk_rows, out_chunk_rows = _chunk_rows(problem, candidate.chunks, hardware, inputs)
     query_chunks, key_chunks = _staged_chunks(candidate, problem)
     slot = slot_bytes(problem, chunk_rows, query_chunks, key_chunks)
     buffers = Buffers(slot, chunk_rows, out_chunk_rows, candidate.partials, candidate.accumulators, hardware.device)
 
-    def scratch(queries: int, keys: int) -> int:
-        shape = (problem.group_size, queries, keys, problem.head_dim)
-        return hardware.scratch_bytes(*shape, problem.dtype, hardware.threads)
-
     def laid_out(tiles: Tiles) -> Layout:
-        if hardware.device == "cpu":
-            memory = cpu_memory(problem, buffers, scratch(chunk_rows, chunk_rows * key_chunks))
-        else:
-            memory = cuda_memory(problem, buffers, tiles, scratch(tiles.query, tiles.key))
-        device = max(memory.device, hardware.measuring_bytes)
-        memory = replace(memory, device=device, host=memory.host + inputs.decode_bytes)
-        return Layout(chunk_rows, out_chunk_rows, tiles, query_chunks, memory)
+        rows, keys = (chunk_rows, chunk_rows * key_chunks) if hardware.device == "cpu" else (tiles.query, tiles.key)
+        call = (problem.group_size, rows, keys, problem.head_dim, problem.dtype, hardware.threads)
+        device, host = lane_bytes(problem, buffers, tiles, hardware.scratch_bytes(*call))
+        device, host = max(device, hardware.measuring_bytes), host + inputs.decode_bytes
+        return Layout(chunk_rows, out_chunk_rows, tiles, query_chunks, slot, device, host)
 
     if hardware.device == "cpu":
         return laid_out(Tiles(chunk_rows, chunk_rows))
     if tiles is not None:
         return laid_out(tiles)
     choices = _tile_choices(problem, chunk_rows, hardware.max_keys)
-    fitting = (layout for layout in map(laid_out, choices) if layout.memory.device <= device_memory)
+    fitting = (layout for layout in map(laid_out, choices) if layout.device <= device_memory)
     # A kernel's scratch comes in segments: the smallest tiles may need a little more of them than those before.
-    return next(fitting, None) or min(map(laid_out, choices), key=lambda layout: layout.memory.device)
+    return next(fitting, None) or min(map(laid_out, choices), key=lambda layout: layout.device)
 
 
 def _chunk_rows(problem: Problem, chunks: int, hardware: Hardware, inputs: InputCost) -> tuple[int, int]:
@@ -106,10 +93,9 @@ def _whole_blocks(problem: Problem, rows: int, unit: int) -> tuple[int, int]:
 
 
 def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tiles]:
-    """Tiles for a GPU, the fastest first, down to the smallest that works.
+    """Tiles for a GPU, the fastest first, down to the smallest that works: 4 key tiles of rows at most, over all heads.
 
-    The largest have four key tiles of rows, over all heads. Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471,
-    478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
+    Measured (H200, cuDNN, D = 64, keys 65,536): 446, 471, 478 and 491 TFLOP/s for 16K, 64K, 128K and 256K rows.
     """
     least = ceil_div(chunk_rows, max_keys)
     equal = (count for count in range(least, 2 * least + 1) if chunk_rows % (count * TILE_UNIT) == 0)
@@ -125,8 +111,7 @@ def _tile_choices(problem: Problem, chunk_rows: int, max_keys: int) -> list[Tile
 def _staged_chunks(candidate: Candidate, problem: Problem) -> tuple[int, int]:
     """The most query chunks and key chunks that one subproblem stages.
 
-    Triangular and perfect: every pair of the quorum is owned, so its lowest chunk stages no Q and its highest no K/V, but
-    for the one diagonal that it owns.
+    Triangular and perfect: a quorum's lowest chunk stages no Q and its highest no K/V, but for the one diagonal it owns.
     """
     if candidate.decomposition == "strips":
         return 1, candidate.span

@@ -18,10 +18,13 @@ import torch
 
 from oocattn.errors import ProblemError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
-from oocattn.kernels import AttentionState, default_kernel, device_type, finalise, get_kernel, merge, require_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise, merge
+from oocattn.kernels.registry import default_kernel, device_type, get_kernel, require_kernel
 from oocattn.kernels.settings import plain_threads
+from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.cost import HALF_RATE_KEYS
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power
@@ -194,7 +197,7 @@ def _kernel_rate(name: str, head_dim: int, dtype: str, rows: int, keys: int, whe
     state = AttentionState.empty(1, rows, head_dim, where)
 
     def attend() -> None:
-        kernel.attend(query, key, value, state, scores=Scores(head_dim**-0.5), intervals=None)
+        kernel.attend(Operands(query, key, value, Scores(head_dim**-0.5)), state)
 
     attend()  # the first call is never the usual one
     seconds: list[float] = []
@@ -224,10 +227,10 @@ def _launch_everything(name: str, head_dim: int, dtype: str, where: torch.device
     query = torch.randn(1, rows, head_dim, device=where, dtype=getattr(torch, dtype))
     key, value = (torch.randn(keys, head_dim, device=where, dtype=getattr(torch, dtype)) for _ in range(2))
     state = AttentionState.empty(1, rows, head_dim, where)
-    kernel.attend(query, key, value, state, scores=Scores(1.0), intervals=None)
+    kernel.attend(Operands(query, key, value, Scores(1.0)), state)
     if not kernel.plans_shapes:  # else it takes a while
         intervals = make_intervals(Causal(rows, rows), range(rows), range(rows))
-        kernel.attend(query, query[0], query[0], state, scores=Scores(1.0), intervals=intervals)
+        kernel.attend(Operands(query, query[0], query[0], Scores(1.0), intervals), state)
     merge(state, state)
     finalise(state, query, state.den)
     torch.cuda.synchronize(where)

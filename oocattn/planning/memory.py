@@ -1,8 +1,7 @@
-"""Memory of a lane: the one place that both the planner and the lanes use.
+"""Memory of a lane in bytes: the one place that both the planner and the lanes use.
 
-Bytes only, nothing is allocated here. A CPU lane is its own device, so its device memory is part of its host memory. A
-CUDA lane stages subproblems in pinned host memory and works through them in tiles: `query_tile` rows (of each head of
-the group) stay on the device with their state while `key_tile` keys after another pass by.
+A CPU lane is its own device, so its device memory is part of its host memory. On a GPU a query tile (its rows of each
+head of the group) stays on the device with its state while one key tile after another passes by.
 """
 
 from __future__ import annotations
@@ -13,41 +12,18 @@ from oocattn.problem.problem import DTYPES, Problem
 from oocattn.records import Positive
 from oocattn.units import ceil_div, round_up
 
-STAGING_SLOTS = {"cpu": 2, "cuda": 3}
-"""Subproblems staged on a lane: one read, one computed (on a GPU two in flight)."""
-
-QUERY_SLOTS = 2
-"""Query tiles on a GPU, each with its state: one computed, one copied."""
-
-KEY_SLOTS = 3
-"""Key tiles on a GPU at a time: one that is attended and two that are copied in."""
-
-PARTIAL_BLOCK_ROWS = 4096
-"""Rows of a block of a partial's file: some megabytes, so that merging streams."""
-
-PAGE = 4096
-"""Multiple to which a file's header, before its blocks, is padded."""
-
-FINALISED_ROWS = 16384
-"""Rows of one head that a GPU finalises at a time."""
-
-OUT_BLOCKS = {"cpu": 1, "cuda": 2}
-"""Chunks of `out` that a lane holds: on a GPU one is finalised, one written."""
-
-PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}
-"""Partials on their way to disk: on a GPU one is computed, one written."""
-
-MERGE_SCRATCH_BYTES = 2 << 20
-"""Temporaries of one merge and one finalisation, which may run beside the kernel."""
-
-LEDGER_SCRATCH_BYTES = 2 << 20
-"""Temporaries of the ledger: some rows are entered while others are checked."""
-
-ALIGNMENT = 256
-"""Every buffer begins at a multiple of this."""
-
-SEGMENT = 2 << 20
-"""Unit of large allocations on a GPU, and of host memory in huge pages."""
+STAGING_SLOTS = {"cpu": 2, "cuda": 3}  # subproblems staged on a lane: one read, one computed (on a GPU two in flight)
+QUERY_SLOTS = 2  # query tiles on a GPU, each with its state: one computed, one copied
+KEY_SLOTS = 3  # key tiles on a GPU at a time: one that is attended and two that are copied in
+PARTIAL_BLOCK_ROWS = 4096  # rows of a block of a partial's file: some megabytes, so that merging streams
+PAGE = 4096  # multiple to which a file's header, before its blocks, is padded
+FINALISED_ROWS = 16384  # rows of one head that a GPU finalises at a time
+OUT_BLOCKS = {"cpu": 1, "cuda": 2}  # chunks of `out` that a lane holds: on a GPU one is finalised, one written
+PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}  # partials on their way to disk: on a GPU one is computed, one written
+MERGE_SCRATCH_BYTES = 2 << 20  # temporaries of one merge and one finalisation, which may run beside the kernel
+LEDGER_SCRATCH_BYTES = 2 << 20  # temporaries of the ledger: some rows are entered while others are checked
+ALIGNMENT = 256  # every buffer begins at a multiple of this
+SEGMENT = 2 << 20  # unit of large allocations on a GPU, and of host memory in huge pages
 
 
 @dataclass(frozen=True)
@@ -56,15 +32,6 @@ class Tiles:
 
     query: Positive
     key: Positive
-
-
-@dataclass(frozen=True)
-class LaneMemory:
-    """Bytes that a lane allocates: a staging slot, device and host in all."""
-
-    slot: int
-    device: int
-    host: int
 
 
 @dataclass(frozen=True)
@@ -113,18 +80,13 @@ def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks:
     return chunk_rows * row_bytes * (problem.group_size * query_chunks + 2 * key_chunks)
 
 
-def cpu_memory(problem: Problem, buffers: Buffers, kernel_scratch: int) -> LaneMemory:
-    """Memory of a CPU lane; slots, one partial and scratch count as the device's."""
-    working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
-    host = buffers.nbytes(problem) + working + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
-    return LaneMemory(buffers.slot, STAGING_SLOTS["cpu"] * buffers.slot + working, host)
-
-
-def cuda_memory(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int) -> LaneMemory:
-    """Memory of a CUDA lane: buffers on the host, tiles on the device."""
-    device = device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch
+def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int) -> tuple[int, int]:
+    """Bytes that a lane allocates on its device, and on the host: a CPU's slots, one partial and scratch count as both."""
     host = buffers.nbytes(problem) + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
-    return LaneMemory(buffers.slot, device, host)
+    if buffers.device == "cuda":
+        return device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch, host
+    working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
+    return STAGING_SLOTS["cpu"] * buffers.slot + working, host + working
 
 
 def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:

@@ -1,13 +1,10 @@
-"""The `Plan` of a run: a frozen record that describes itself.
-
-How a plan is chosen is in `candidates`, and how one that is read from a file is checked in `stored_plan`.
-"""
+"""The `Plan` of a run: a frozen record that describes itself. `candidates` chooses one, `stored_plan` reads one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,8 +21,7 @@ from oocattn.records import Count, Positive, Range, Seconds, to_json
 from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
 
-COUNTED_LINKS = ("files", "tasks")
-"""Links whose amount is a number; of `compute` it is FLOP, of others bytes."""
+COUNTED_LINKS = ("files", "tasks")  # links whose amount is a number; of `compute` it is FLOP, of others bytes
 
 
 @dataclass(frozen=True)
@@ -39,10 +35,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every decision before a run, with predictions.
+    """Every decision before a run: what is given and chosen, down to `checkpoint_seconds`, and what follows from that.
 
-    Seconds are predictions; peaks are upper bounds on what all lanes allocate. What is given and chosen comes first,
-    down to `checkpoint_seconds`; all else follows from that.
+    Seconds are predictions; peaks are upper bounds on what all lanes allocate.
     """
 
     problem: Problem
@@ -136,9 +131,10 @@ class Plan:
         """True if the plan keeps to its budgets of memory."""
         return self.peak_device <= self.device_memory and self.peak_host <= self.host_memory
 
-    def with_budgets(self, device_memory: int, host_memory: int) -> Plan:
-        """The same plan, whatever it allocates, under other budgets."""
-        return replace(self, device_memory=device_memory, host_memory=host_memory)
+    @property
+    def scratch_fits(self) -> bool:
+        """True if partials have room on disk."""
+        return self.scratch_disk <= self.machine.scratch_disk
 
     @property
     def binds(self) -> str:
@@ -181,11 +177,10 @@ class Plan:
         return range(start, min(start + self.chunk_rows, self.problem.tokens))
 
     def visualize(self, path: str | Path) -> Path:
-        """Draw the chunk-pair matrix as an SVG file; return its path.
+        """Draw the chunk-pair matrix as an SVG file, a colour for each owning subproblem; return its path.
 
-        Colours name the subproblem that owns each pair. Raises ResultExistsError where something is at `path` that
-        oocattn has not drawn, and ProblemError where its folder does not exist or cannot be written to, or `path`
-        does not end in .svg.
+        Raises ResultExistsError where something is at `path` that oocattn has not drawn, and ProblemError where its folder
+        does not exist or cannot be written to, or `path` does not end in .svg.
         """
         from oocattn.storage.files.outputs import write_drawing  # all else here is pure
 

@@ -15,22 +15,17 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.threads import ThreadPool
 
-SAMPLE_BYTES = 16 << 20
-"""How much of an array is decoded to measure how fast that is."""
+SAMPLE_BYTES = 16 << 20  # how much of an array is decoded to measure how fast that is
 
 SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 4, 2 << 20, 4
 """Places of an array that are read as a sample, how much there, and threads that do. Of smaller pieces from the page
 cache, the threads' turns at Python take longer than the reading."""
 
-ASSUMED_RATE = 1e9
-"""Bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s."""
+ASSUMED_RATE = 1e9  # bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s
 
 
 def sample_rate(dataset: Dataset) -> float:
-    """Bytes per second at which the dataset's directly read arrays come in, by several threads, from cache or disk.
-
-    The samples lie all over the arrays, so that a dataset of which a part is cached gives something in between.
-    """
+    """Bytes per second at which directly read arrays come in, by several threads, sampled all over: from cache or disk."""
     arrays = [array for array in dataset.arrays.values() if array.direct]
     if not arrays:
         return ASSUMED_RATE
@@ -60,10 +55,7 @@ def sample_rate(dataset: Dataset) -> float:
 
 
 def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCost:
-    """Measure what reading the dataset costs beyond its bytes: nothing, where chunk files are read directly.
-
-    What would take more than `host_memory` bytes is not measured: its rate is assumed, and no plan fits the budget.
-    """
+    """Measure what reading costs beyond its bytes; assume it where that takes more than `host_memory`: no plan fits."""
     slow = [array for array in dataset.arrays.values() if not array.direct]
     if not slow:
         return InputCost()

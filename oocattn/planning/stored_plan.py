@@ -15,11 +15,9 @@ from oocattn.records import from_json
 
 
 def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes] | None) -> Plan:
-    """Read and check the plan that `Plan.to_json` wrote.
+    """Read and check the plan that `Plan.to_json` wrote; ValueError for what no plan would be.
 
-    `scratch_of(kernel, device)` bounds a kernel's allocation; without it the numbers that follow from that are
-    believed. Raises ValueError for anything else: another type, a number out of range, a choice that does not exist,
-    a number that does not follow from what was given and chosen, a peak beyond its budget.
+    `scratch_of(kernel, device)` bounds a kernel's allocation; without it the numbers that follow from that are believed.
     """
     plan = from_json(Plan, content)
     check_problem(plan.problem)

@@ -1,10 +1,8 @@
-"""The mask: which keys a query row attends.
+"""The mask: which keys a query row attends; everything else about a mask follows from that by arithmetic.
 
-This is the one answer, from which everything else about a mask follows by arithmetic.
-
-Rows and keys are counted over the whole problem, from 0. A row attends two ranges of keys at most, [a, b) and [c, d) with
-b <= c. Each of the four bounds is a `Ramp` of the row: it rises by one key a row between two limits. So a rectangle of
-rows and keys is judged by its corners, its pairs are a sum of closed forms, and nothing of the size of the problem is made.
+A row attends two ranges of keys at most, [a, b) and [c, d) with b <= c. Each bound is a `Ramp` of the row: it rises by one
+key a row between two limits. So a rectangle of rows and keys is judged by its corners, its pairs are a sum of closed forms,
+and nothing of the size of the problem is made.
 A causal row of 6, as an example, attends [0, b):
 
     row     0  1  2  3  4  5
@@ -25,8 +23,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-Rows = TypeVar("Rows", int, npt.NDArray[np.float64])
-"""One row exactly, or many to the accuracy of float64."""
+Rows = TypeVar("Rows", int, npt.NDArray[np.float64])  # one row exactly, or many to the accuracy of float64
 
 Int64s = npt.NDArray[np.int64]
 
@@ -88,10 +85,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Mask(ABC):
-    """The keys, of `keys`, that each of `queries` rows attends.
-
-    Everything is for one batch entry: see `entry`.
-    """
+    """The keys, of `keys`, that each of `queries` rows attends, of one batch entry (see `entry`)."""
 
     queries: int
     keys: int
@@ -103,10 +97,7 @@ class Mask(ABC):
 
     @property
     def triangular(self) -> bool:
-        """True if rows attend the keys up to their own.
-
-        Equal chunks then attend the chunks before them, none after them, and of themselves the lower triangle.
-        """
+        """True if rows attend the keys up to their own: chunks those before them, and of themselves the lower triangle."""
         return False
 
     @abstractmethod
@@ -161,10 +152,9 @@ class Mask(ABC):
         return range(min(span.start for span in spans), max(span.stop for span in spans)) if spans else rows[:0]
 
     def split(self, rows: range, keys: range) -> Iterator[tuple[range, Cover]]:
-        """Cut `keys` into parts that `rows` attend in full or in part.
+        """Cut `keys` into parts that `rows` attend in full or in part; dead parts are left out.
 
-        Dead parts are left out. The last key that all rows attend counts to the ones after it: so a causal part begins with
-        the own key of its first row.
+        The last key that all rows attend counts to the ones after it: a causal part begins with its first row's own key.
         """
         if not rows:
             return
@@ -203,10 +193,7 @@ class Full(Mask):
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Every row attends the keys up to its own position.
-
-    Where keys and queries differ in number, the last row attends all: row i stands at i + keys - queries.
-    """
+    """Every row attends the keys up to its own position, i + keys - queries for row i: so the last one attends all."""
 
     @property
     def ramps(self) -> tuple[Ramp, Ramp, Ramp, Ramp]:
@@ -216,7 +203,7 @@ class Causal(Mask):
 
     @property
     def triangular(self) -> bool:
-        """See `Mask.triangular`."""
+        """True where there are as many rows as keys."""
         return self.queries == self.keys
 
     def __str__(self) -> str:
@@ -236,10 +223,7 @@ def _clip(value: Any, least: Any, most: Any) -> Any:
 
 
 def _index_sums(start: Int64s, stop: Int64s) -> Int64s:
-    """Sums of the whole numbers [start, stop) modulo 2^64.
-
-    Each is half the product of two numbers, one of which is even.
-    """
-    count, ends = stop - start, start + stop - 1
+    """Sums of the whole numbers [start, stop) modulo 2^64."""
+    count, ends = stop - start, start + stop - 1  # a sum is half their product, and one of them is even
     odd = count % 2
     return cast(Int64s, np.where(odd, count, count // 2) * np.where(odd, ends // 2, ends))

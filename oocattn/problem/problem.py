@@ -1,8 +1,4 @@
-"""One attention problem: shapes, heads, mask, scale and dtypes, and their checks.
-
-Nothing here reads data: a `Problem` is made from the shapes and dtypes of the arrays alone, and everything that can be
-wrong about them is refused here, by name, before a byte is read or written.
-"""
+"""One attention problem: shapes, heads, mask, scale and dtypes, and their checks, from the arrays' metadata alone."""
 
 from __future__ import annotations
 
@@ -15,16 +11,14 @@ from oocattn.problem.mask import Mask, make_mask
 from oocattn.problem.scores import Scale, Scores
 from oocattn.records import Range, from_json
 
-DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
-"""Supported dtypes and their size in bytes."""
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}  # supported dtypes and their size in bytes
 
 MAX_HEAD_DIM = 256
 
 _OTHER_ORDER = "; if the axes are in another order than [B, H, N, D], import the tensors with --layout"
 """Advice for a shape that may have another order of axes."""
 
-Extent = Annotated[int, Range(1, 2**48)]
-"""The size of one dimension."""
+Extent = Annotated[int, Range(1, 2**48)]  # the size of one dimension
 
 
 @dataclass(frozen=True)
@@ -38,11 +32,8 @@ class ArraySpec:
     @property
     def four_dimensional(self) -> tuple[int, int, int, int]:
         """The shape [B, H, N, D], with B = 1 for [H, N, D]; ProblemError for other ranks."""
-        if len(self.shape) == 3:
-            heads, tokens, head_dim = self.shape
-            return 1, heads, tokens, head_dim
-        if len(self.shape) == 4:
-            batch, heads, tokens, head_dim = self.shape
+        if len(self.shape) in (3, 4):
+            batch, heads, tokens, head_dim = (1, *self.shape)[-4:]
             return batch, heads, tokens, head_dim
         raise ProblemError(
             f"array {self.name!r} has shape {list(self.shape)}: expected [B, H, N, D] or [H, N, D]; "
@@ -61,10 +52,10 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call: `out = softmax(scale * q @ k.T) @ v` per head.
+    """One attention call: `out = softmax(scale * q @ k.T) @ v` per head, causal or not.
 
-    The mask is causal or none. Shapes: q [batch, query_heads, tokens, head_dim]; k and v [batch, kv_heads, tokens,
-    head_dim]. `dtype` is that of the inputs, `out_dtype` that of the output; the log-sum-exp is always float32.
+    Shapes: q [batch, query_heads, tokens, head_dim]; k and v [batch, kv_heads, tokens, head_dim]. `dtype` is that of the
+    inputs, `out_dtype` that of the output; the log-sum-exp is always float32.
     """
 
     batch: Extent
@@ -144,10 +135,9 @@ def make_problem(
     scale: float | None = None,
     out_dtype: str | None = None,
 ) -> Problem:
-    """Check the three arrays against each other and return the problem they pose.
+    """Check the three arrays against each other and return the problem they pose; ProblemError for none.
 
-    `scale` defaults to 1/sqrt(head_dim), `out_dtype` to the inputs' dtype. Raises ProblemError naming the array, what
-    was found and what was expected.
+    `scale` defaults to 1/sqrt(head_dim), `out_dtype` to the inputs' dtype.
     """
     for spec in (q, k, v):
         if spec.dtype not in DTYPES:
@@ -163,17 +153,9 @@ def make_problem(
             )
     batch, query_heads, tokens, head_dim = q.four_dimensional
     kv_heads = k.four_dimensional[1]
-    problem = Problem(
-        batch,
-        query_heads,
-        kv_heads,
-        tokens,
-        head_dim,
-        q.dtype,
-        out_dtype or q.dtype,
-        causal,
-        1.0 / math.sqrt(head_dim) if scale is None else scale,
-    )
+    shape = batch, query_heads, kv_heads, tokens, head_dim
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    problem = Problem(*shape, q.dtype, out_dtype or q.dtype, causal, scale)
     check_problem(problem)
     return problem
 

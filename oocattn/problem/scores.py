@@ -11,11 +11,9 @@ from oocattn.records import Range
 LEAST_SCALE, MOST_SCALE = 2.0**-126, (2 - 2**-23) * 2.0**127
 """The positive numbers of float32, in which scores are computed."""
 
-SCALES = "a positive finite number that float32 holds (for a negative one, negate q)"
-"""These numbers in words."""
+SCALES = "a positive finite number that float32 holds (for a negative one, negate q)"  # these numbers in words
 
-Scale = Annotated[float, Range(LEAST_SCALE, MOST_SCALE)]
-"""The factor of the scores."""
+Scale = Annotated[float, Range(LEAST_SCALE, MOST_SCALE)]  # the factor of the scores
 
 
 @dataclass(frozen=True)

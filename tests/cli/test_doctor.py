@@ -1,11 +1,14 @@
 """The doctor: a whole machine passes, and what is broken is found without hiding the rest."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from oocattn.cli import doctor
-from oocattn.kernels import finalise, kernel_names
 from oocattn.kernels.cpu import CpuKernel
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import kernel_names
 from oocattn.planning.measure import kernel_rate
 from oocattn.problem.scores import Scores
 
@@ -13,8 +16,8 @@ from oocattn.problem.scores import Scores
 class Biased(CpuKernel):
     """A kernel that is right but for a scale that is off by 1%."""
 
-    def attend(self, query, key, value, state, *, scores, intervals):
-        super().attend(query, key, value, state, scores=Scores(1.01 * scores.scale), intervals=intervals)
+    def attend(self, operands, state):
+        super().attend(replace(operands, scores=Scores(1.01 * operands.scores.scale)), state)
 
 
 @pytest.fixture(autouse=True)

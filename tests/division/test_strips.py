@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quorum import check_division
 
-from oocattn.division.base import Block, chunk_reads
+from oocattn.division.base import Block
 from oocattn.division.strips import Strips
 
 divisions = st.builds(Strips, st.integers(1, 40), st.integers(1, 45), st.booleans())
@@ -42,7 +42,7 @@ def test_large_counts_need_only_arithmetic() -> None:
     assert part.query_chunks == (999_999,)
     assert 777_777 in part.key_chunks
     assert division.subproblem(division.subproblems - 1).query_chunks == (1_000_002,)
-    assert chunk_reads(division) == (division.subproblems, 1_000_003 * 1_000_004 // 2)
+    assert division.chunk_reads() == (division.subproblems, 1_000_003 * 1_000_004 // 2)
 
 
 def test_refusals() -> None:

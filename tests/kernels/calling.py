@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from oocattn.kernels import AttentionState, Kernel
 from oocattn.kernels.intervals import Intervals, make_intervals
+from oocattn.kernels.kernel import Kernel, Operands
+from oocattn.kernels.state import AttentionState
 from oocattn.problem.mask import Causal, Mask, Ramp
 from oocattn.problem.scores import Scores
 
@@ -66,4 +67,4 @@ def call(
 ) -> None:
     """Have a kernel attend all keys with every row or, where `causal`, keys 0..i with row i of as many."""
     intervals = triangle(query.shape[1]) if causal else None
-    kernel.attend(query, key, value, state, scores=Scores(scale), intervals=intervals)
+    kernel.attend(Operands(query, key, value, Scores(scale), intervals), state)

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from oocattn.kernels import AttentionState, finalise, get_kernel
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 
 CUDA = torch.device("cuda")
 BOUND = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 2e-6}  # relative error of the output, before it is rounded

@@ -8,8 +8,11 @@ import torch
 from calling import MASKS, attended, call
 from on_gpu import BOUND, CUDA, check, finished, kernel_for, operands, poisoned_state
 
-from oocattn.kernels import AttentionState, device_type, finalise, fold, get_kernel, kernel_names, merge
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise, fold, merge
+from oocattn.kernels.registry import device_type, get_kernel, kernel_names
+from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 pytestmark = pytest.mark.gpu
@@ -74,7 +77,7 @@ def test_any_intervals_are_attention(name, dtype, mask):
     query, key, value = operands(3, len(rows), len(keys), 64, dtype)
     state = poisoned_state(3, len(rows), 64)
     intervals = make_intervals(mask, rows, keys)
-    kernel.attend(query, key, value, state, scores=Scores(0.125), intervals=intervals)
+    kernel.attend(Operands(query, key, value, Scores(0.125), intervals), state)
     out, lse = finished(state)
     hidden = ~attended(intervals, len(keys)).to(CUDA)
     scores = (0.125 * query.double() @ key.double().T).masked_fill(hidden, -math.inf)

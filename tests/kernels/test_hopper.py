@@ -12,10 +12,11 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds 
 
 from on_gpu import CUDA, check, exact, finished, kernel_for, operands, poisoned_state
 
-from oocattn.kernels import AttentionState, get_kernel
 from oocattn.kernels.cuda import launch as attending
 from oocattn.kernels.cuda.launch import PROCESSORS, attend, choose_span, program_for, steps_of_items
 from oocattn.kernels.intervals import Band
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 
 every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 

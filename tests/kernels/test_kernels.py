@@ -12,8 +12,11 @@ from exact import DTYPES, TOLERANCE, attention, operands, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oocattn.kernels import AttentionState, finalise, get_kernel
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 KERNELS = ("cpu", "reference", "torch")
@@ -96,7 +99,7 @@ def test_any_intervals_are_attention(name, mask):
     query, key, value = operands(2, len(rows), len(keys), 24)
     state = AttentionState.empty(*query.shape)
     intervals = make_intervals(mask, rows, keys)
-    get_kernel(name).attend(query, key, value, state, scores=Scores(0.2), intervals=intervals)
+    get_kernel(name).attend(Operands(query, key, value, Scores(0.2), intervals), state)
     out, lse = finished(state)
     hidden = ~attended(intervals, len(keys))
     scores = (0.2 * query.double() @ key.double().T).masked_fill(hidden, -math.inf)
@@ -116,7 +119,7 @@ def test_values_that_are_not_finite_reach_the_rows_whose_intervals_have_them(nam
     query, key, value = operands(2, 400, 400, 8)
     value[[7, 200]] = bad
     state = AttentionState.empty(*query.shape)
-    get_kernel(name).attend(query, key, value, state, scores=Scores(0.2), intervals=intervals)
+    get_kernel(name).attend(Operands(query, key, value, Scores(0.2), intervals), state)
     reached = attended(intervals, 400)[:, [7, 200]].any(-1)
     assert torch.equal(~finished(state)[0].isfinite().all(-1), reached.expand(2, 400))
     assert torch.equal(finished(state)[0].isnan().any(-1), (reached & (bad != bad)).expand(2, 400))
@@ -308,14 +311,15 @@ def test_misfits_are_refused(name):
     query, key, value = operands(2, 6, 5, 8)
     state = AttentionState.empty(2, 6, 8)
     kernel = get_kernel(name)
-    for *misfit, intervals in (
-        (query, key, value[:4], state, None),
-        (query, key[:, :7], value[:, :7], state, None),
-        (query, key, value, state.rows(0, 1), None),
-        (query, key.half(), value, state, None),
-        (query, key, value, state, triangle(5)),
-        (query, key, value, state, triangle(6)),
+    for misfit, intervals in (
+        ((query, key, value[:4]), None),
+        ((query, key[:, :7], value[:, :7]), None),
+        ((query, key.half(), value), None),
+        ((query, key, value), triangle(5)),
+        ((query, key, value), triangle(6)),
     ):
         with pytest.raises(ValueError, match=r"expected|fit"):
-            kernel.attend(*misfit, scores=Scores(1.0), intervals=intervals)
+            Operands(*misfit, Scores(1.0), intervals)
+    with pytest.raises(ValueError, match="fit"):
+        kernel.attend(Operands(query, key, value, Scores(1.0)), state.rows(0, 1))
     assert state.den.sum() == 0

@@ -11,11 +11,13 @@ from exact import attention, operands, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oocattn.kernels import AttentionState, finalise, fold, get_kernel
 from oocattn.kernels.cuda.device import allocated_bytes
 from oocattn.kernels.libraries import fa3 as fa3_module
 from oocattn.kernels.libraries import library as library_module
+from oocattn.kernels.merging import finalise, fold
+from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.settings import full_precision
+from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import level_step, make_tiles
 
 MIB = 1 << 20

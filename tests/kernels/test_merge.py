@@ -9,7 +9,8 @@ from exact import DTYPES, TOLERANCE, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oocattn.kernels import AttentionState, finalise, merge
+from oocattn.kernels.merging import finalise, merge
+from oocattn.kernels.state import AttentionState
 
 
 def partial_of(scores, value):
@@ -142,11 +143,8 @@ def test_misfits_are_refused():
 
 def test_reset_and_nbytes():
     state = partial_of(np.zeros((2, 5, 3)), np.ones((3, 7)))
-    assert (
-        state.nbytes
-        == AttentionState.nbytes_for(2, 5, 7)
-        == sum(tensor.nbytes for tensor in (state.num, state.den, state.max, state.keys, state.key_sum))
-    )
+    tensors = (state.num, state.den, state.max, state.keys, state.key_sum)
+    assert AttentionState.nbytes_for(2, 5, 7) == sum(tensor.nbytes for tensor in tensors)
     state.reset()
     fresh = AttentionState.empty(2, 5, 7)
     assert torch.equal(state.num, fresh.num)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from oocattn.errors import ProblemError
-from oocattn.kernels import default_kernel, device_type, get_kernel, kernel_names, require_kernel
 from oocattn.kernels.cuda.hopper import HopperKernel
 from oocattn.kernels.libraries import fa3 as fa3_module
+from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel
 
 CUDA = torch.device("cuda:0")
 DEVICE_TYPES = {

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from oocattn.kernels import get_kernel
+from oocattn.kernels.registry import get_kernel
 
 MEASURE = """
 import sys, torch
 from calling import call
-from oocattn.kernels import AttentionState, get_kernel
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))

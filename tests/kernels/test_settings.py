@@ -11,8 +11,10 @@ import pytest
 import torch
 from calling import call
 
-from oocattn.kernels import AttentionState, finalise, get_kernel
+from oocattn.kernels.merging import finalise
+from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.settings import full_precision, plain_threads
+from oocattn.kernels.state import AttentionState
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import ledger as ledger_module
 from oocattn.operations.ledger import enter_tile, find_wrong_row
 from oocattn.operations.tiles import Tile

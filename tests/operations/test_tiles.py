@@ -13,8 +13,8 @@ from support import GENEROUS, GPU, a_problem
 
 from oocattn.division.base import Block
 from oocattn.operations import make_operation
-from oocattn.operations.shapes import sample_tiles
 from oocattn.operations.tiles import StagedKeys, join_runs, make_tiles, pieces
+from oocattn.pipelines.lane.rehearsal import sample_tiles
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.memory import Tiles
 from oocattn.problem.mask import Causal, Cover, Full

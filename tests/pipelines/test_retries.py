@@ -26,6 +26,7 @@ from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
+from oocattn.pipelines.lane.stager import Stager
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.storage.results.arrays import ResultArrays
@@ -72,7 +73,7 @@ def writing(pattern: str) -> Break:
 
 STEPS: dict[str, tuple[Break, str]] = {
     "the dataset's chunks": (method(InputArray, "read_rows"), "subproblem .* of head group"),
-    "staging": (method(Lane, "stage"), "subproblem .* of head group"),
+    "staging": (method(Stager, "stage"), "subproblem .* of head group"),
     "attending": (method(CpuDevice, "launch"), "subproblem .* of head group"),
     "the start of attending": (method(Lane, "attend"), "subproblem .* of head group"),
     "merging": (method(Finisher, "merge"), "query chunk .* of head group"),
@@ -227,7 +228,7 @@ def test_mishaps_without_progress_end_a_run_wherever_they_are(
     def fail(*_: object) -> None:
         raise TaskError(f"thing {next(names)}", "it broke")
 
-    monkeypatch.setattr(Lane, "stage", fail)
+    monkeypatch.setattr(Stager, "stage", fail)
     recorder = Recorder([])
     with pytest.raises(TaskError, match=r"^thing .* failed: it broke"):
         carry_out(plan_of(dataset, ""), dataset, result, client, callbacks=[recorder])

@@ -12,7 +12,7 @@ from support import GPU, a_problem
 from test_planner import MIB, check_the_smallest_budget, plan, smallest_named
 
 from oocattn import BudgetError
-from oocattn.kernels import get_kernel
+from oocattn.kernels.registry import get_kernel
 from oocattn.planning.machine import Hardware
 from oocattn.problem.problem import Problem
 

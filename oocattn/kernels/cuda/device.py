@@ -14,10 +14,7 @@ _MIB = 1 << 20
 
 @cache
 def launcher(device: torch.device) -> ThreadPool:
-    """The one thread of this process that launches attention on a GPU, for good.
-
-    torch keeps what cuDNN has planned for each shape by thread, and a plan takes 45 ms to make (H200, cuDNN 9.19).
-    """
+    """The one thread that launches attention on a GPU, for good: torch keeps the plans of cuDNN (45 ms each) by thread."""
     return ThreadPool(1, f"oocattn-launch-{device}")
 
 
@@ -51,10 +48,10 @@ def hopper_reason(device: torch.device) -> str:
 
 
 def allocated_bytes(*sizes: int) -> int:
-    """The most bytes that torch's allocator takes from an empty device for tensors.
+    """The most bytes that torch's allocator takes from an empty device for tensors (c10/core/AllocatorConfig.h).
 
     Up to 1 MiB they are rounded to 512 B and share segments of 2 MiB; below 10 MiB they share segments of 20 MiB; the
-    rest is rounded to 2 MiB (PyTorch, c10/core/AllocatorConfig.h).
+    rest is rounded to 2 MiB.
     """
     small = sum(round_up(size, 512) for size in sizes if size <= _MIB)
     middle = [size for size in sizes if _MIB < size < 10 * _MIB]

@@ -1,8 +1,4 @@
-"""Launches of our own kernel on Hopper GPUs (hopper.cu), cut into items.
-
-Imported only where `cuda.bindings` is installed. Everything is launched on torch's current stream of the tensors' device,
-and nothing waits.
-"""
+"""Launches of our own kernel on Hopper GPUs (hopper.cu), cut into items; only where `cuda.bindings` is installed."""
 
 from __future__ import annotations
 
@@ -14,33 +10,21 @@ from functools import cache, lru_cache
 
 import torch
 from cuda.bindings import driver
+from torch import Tensor
 
+from oocattn.kernels.cuda.merging import row_strides, state_of
 from oocattn.kernels.cuda.program import Program, checked
-from oocattn.kernels.cuda.state import row_strides, state_of
 from oocattn.kernels.intervals import Band
 from oocattn.kernels.state import AttentionState
 from oocattn.units import ceil_div, round_up
 
-KEYS_OF_STEP = 128
-"""`KEYS` of hopper.cu."""
-
-MOST_SPAN = 16_384
-"""Keys of one accumulation: its error is a third of the weights' (NOTES.md)."""
-
-PROCESSORS = 132
-"""Multiprocessors to choose spans for, on any GPU, so that all give the same bits."""
-
-MOST_ROWS = (1 << 31) - (1 << 15)
-"""Rows, keys and items of a call: the kernel counts them in 32 bits."""
-
-ITEMS = 4
-"""Items of a block; then it ends, and small kernels of other streams get in."""
-
-_ITEM_STEPS = 3
-"""Cost of an item beside its steps, in steps: fill the pipeline, add the state."""
-
-_CHOICES, _MANY_ITEMS = 8, 20
-"""Numbers of spans to try, and items per multiprocessor that make any do."""
+KEYS_OF_STEP = 128  # `KEYS` of hopper.cu
+MOST_SPAN = 16_384  # keys of one accumulation: its error is a third of the weights' (NOTES.md)
+PROCESSORS = 132  # multiprocessors to choose spans for, on any GPU, so that all give the same bits
+MOST_ROWS = (1 << 31) - (1 << 15)  # rows, keys and items of a call: the kernel counts them in 32 bits
+ITEMS = 4  # items of a block; then it ends, and small kernels of other streams get in
+_ITEM_STEPS = 3  # cost of an item beside its steps, in steps: fill the pipeline, add the state
+_CHOICES, _MANY_ITEMS = 8, 20  # numbers of spans to try, and items per multiprocessor that make any do
 
 _PANEL = 64
 
@@ -73,19 +57,10 @@ class _Call(ctypes.Structure):
     )
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    state: AttentionState,
-    *,
-    scale: float,
-    band: Band,
-) -> None:
-    """Add attention over key and value [m, D] to `state`, in place, in one launch.
+def attend(query: Tensor, key: Tensor, value: Tensor, state: AttentionState, *, scale: float, band: Band) -> None:
+    """Add attention of query [g, n, D] over the keys of `band`, key and value [m, D], to `state`, in place, in one launch.
 
-    query is [g, n, D]. Row i attends the keys of `band`. float16 or bfloat16, D a multiple of 8 up to 128, scale > 0;
-    n and m are not 0.
+    float16 or bfloat16, D a multiple of 8 up to 128, scale > 0; n and m are not 0.
     """
     group_size, rows, head_dim = query.shape
     keys, device = key.shape[0], query.device
@@ -100,10 +75,7 @@ def attend(
         raise ValueError(f"a call of {group_size} heads x {rows} rows and {keys} keys is too large: divide it")
     turns = torch.zeros(counters, dtype=torch.int32, device=device)
     call = _Call(group_size, rows, keys, span, *band, scale * math.log2(math.e), turns.data_ptr())
-    maps = [
-        _tensor_map(query, tuning.rows),
-        *(_tensor_map(tensor.unsqueeze(0), KEYS_OF_STEP) for tensor in (key, value)),
-    ]
+    maps = [_tensor_map(query, tuning.rows), *(_tensor_map(tensor.unsqueeze(0), KEYS_OF_STEP) for tensor in (key, value))]
     threads = 128 * (tuning.consumers + 1)
     # A block for each multiprocessor to spare: so the last items are not left to those that have taken few.
     blocks = ceil_div(items, ITEMS) + torch.cuda.get_device_properties(device).multi_processor_count
@@ -112,10 +84,7 @@ def attend(
 
 @lru_cache(4096)
 def choose_span(group_size: int, rows: int, keys: int, band: Band, tile: int) -> int:
-    """Keys of a span, 16K at most.
-
-    Where there are few items, it is the span with which they fill the multiprocessors best.
-    """
+    """Keys of a span, 16K at most; of few items, the span with which they fill the multiprocessors best."""
     fewest, tiles = ceil_div(keys, MOST_SPAN), group_size * ceil_div(rows, tile)
     times: dict[int, int] = {}
     for spans in range(fewest, fewest + _CHOICES):

@@ -33,8 +33,8 @@ class CompilationError(OocattnError):
 class Program:
     """One source file of this folder with its macros; for any number of GPUs.
 
-    `variant` is what follows an architecture's number: "a" for its own instructions, which later ones lack. Each block
-    has `shared_bytes` of dynamic shared memory.
+    `variant` follows an architecture's number: "a" for its own instructions. Each block has `shared_bytes` of dynamic shared
+    memory.
     """
 
     def __init__(self, source: str, macros: Mapping[str, int], *, variant: str = "", shared_bytes: int = 0) -> None:
@@ -47,10 +47,9 @@ class Program:
         self._libraries: dict[str, Any] = {}
 
     def build(self, architecture: str, folder: Path | None = None) -> bytes:
-        """Compile the program for an architecture such as "sm_90", or read a kept build.
+        """Compile for an architecture such as "sm_90", or read a build kept in `folder` (default: the user's cache).
 
-        `folder` holds kept builds (default: the user's cache). Needs no GPU. Raises CompilationError. A folder that
-        cannot be written is no error.
+        Needs no GPU. Raises CompilationError. A folder that cannot be written is no error.
         """
         options = self._options(architecture)
         version = "nvrtc {}.{}".format(*checked(nvrtc.nvrtcVersion()))
@@ -135,10 +134,7 @@ def _context(device: torch.device) -> Any:
 
 
 def checked(answer: tuple[Any, ...]) -> Any:
-    """The values that a call of cuda.bindings returned, without its error code.
-
-    Raises torch.OutOfMemoryError where the device has no memory for it, RuntimeError for any other error.
-    """
+    """The values that a call of cuda.bindings returned. Raises torch.OutOfMemoryError, or RuntimeError for other errors."""
     code, *values = answer
     if code is driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         raise torch.OutOfMemoryError(f"CUDA: {code.name}")

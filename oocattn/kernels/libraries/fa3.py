@@ -12,23 +12,22 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from oocattn.kernels.cuda.device import hopper_reason
-from oocattn.kernels.kernel import unsupported_dtype
+from oocattn.kernels.kernel import HALF_DTYPES, unsupported_dtype
 from oocattn.kernels.libraries.library import LibraryKernel
 
 _MODULES = ("flash_attn_interface", "fa3_fwd_interface")
-_DTYPES = ("float16", "bfloat16")
 
 
 class Fa3Kernel(LibraryKernel):
-    """FlashAttention-3; causal calls are square."""
+    """FlashAttention-3; causal calls are square. The first question about support makes a tiny call."""
 
     name = "fa3"
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`; the first question makes a tiny call."""
-        reason = hopper_reason(device) or unsupported_dtype(dtype, _DTYPES)
+        reason = hopper_reason(device) or unsupported_dtype(dtype, HALF_DTYPES)
         if reason:
             return reason
         if _library() is None:
@@ -46,9 +45,7 @@ class Fa3Kernel(LibraryKernel):
             return f"the library refuses it: {str(error).strip().partition(chr(10))[0]}"
         return ""
 
-    def _call(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _call(self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         attend = _library()
         assert attend is not None, "`unsupported_reason` was not asked"
         out, lse, *_ = attend(

@@ -2,77 +2,50 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
-import torch
+from torch import Tensor
 
 from oocattn.kernels.cuda.device import allocated_bytes
-from oocattn.kernels.intervals import Intervals, find_band
-from oocattn.kernels.kernel import MAX_KEYS, check_operands
+from oocattn.kernels.kernel import MAX_KEYS, Kernel, Operands
 from oocattn.kernels.merging import fold
 from oocattn.kernels.plain import PlainKernel
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import level_step, make_tiles
 from oocattn.problem.problem import DTYPES
-from oocattn.problem.scores import Scores
 
-_OWN_BYTES = 1 << 19
-"""Bytes that a library call allocates for seeds, counters and a workspace."""
+_OWN_BYTES = 1 << 19  # bytes that a library call allocates for seeds, counters and a workspace
 
 
-class LibraryKernel(ABC):
+class LibraryKernel(Kernel):
     """A kernel whose tiles are calls of a library: divided output and log-sum-exp.
 
-    Everything is launched on torch's current stream and nothing waits for it. A call is cut into tiles of at most
-    65,536 keys, so that none chains more keys than is exact; rows are not cut, for large calls are the fast ones. Where rows
-    attend other keys than all, or up to a diagonal, the plain kernel takes the call, and its scratch.
+    A call is cut into tiles of at most 65,536 keys, so that none chains more keys than is exact; rows are not cut, for large
+    calls are the fast ones. Where rows attend other keys than all, or up to a diagonal, the plain kernel takes the call.
     """
 
-    name: str
-    max_keys = MAX_KEYS
-    plans_shapes = False
     rounds_weights = True
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: AttentionState,
-        *,
-        scores: Scores,
-        intervals: Intervals | None,
-    ) -> None:
-        """See `Kernel.attend`."""
-        check_operands(query, key, value, state, intervals)
-        rows, keys = query.shape[1], key.shape[0]
-        band = find_band(intervals, rows, keys)
+    def attend(self, operands: Operands, state: AttentionState) -> None:
+        operands.check(state)
+        query, key, value, scale = operands.query, operands.key, operands.value, operands.scores.scale
+        rows, keys, band = operands.rows, operands.keys, operands.band
         if band is None or not band.is_open_below(rows):
-            PlainKernel().attend(query, key, value, state, scores=scores, intervals=intervals)
+            PlainKernel().attend(operands, state)
             return
         step = level_step(keys, MAX_KEYS)
         for row, end, first, last, triangular in make_tiles(rows, keys, max(1, rows), step, upper=band.upper):
-            result = self._call(query[:, row:end], key[first:last], value[first:last], scores.scale, triangular)
+            result = self._call(query[:, row:end], key[first:last], value[first:last], scale, triangular)
             fold(state.rows(row, end), *result)
             del result  # before the next call needs the memory
 
     def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """See `Kernel.scratch_bytes`: output and log-sum-exp of two tiles.
-
-        The tile before is let go first, but torch was once seen to hold 64 MiB more than a call's (756 MiB of 692,
-        H200).
-        """
+        # Two tiles: the one before is let go, but torch was once seen to hold 64 MiB more than a call's (756 of 692, H200).
         of_call = (group_size * rows * head_dim * DTYPES[dtype], group_size * rows * 4)
         return allocated_bytes(*of_call, *of_call, _OWN_BYTES, *self._buffers(group_size, rows, keys, head_dim))
 
     @abstractmethod
-    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        """See `Kernel.unsupported_reason`."""
-
-    @abstractmethod
-    def _call(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _call(self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         """Output [g, n, D], last stride 1, and log-sum-exp [g, n] of one tile."""
 
     def _buffers(self, group_size: int, rows: int, keys: int, head_dim: int) -> tuple[int, ...]:
@@ -80,6 +53,6 @@ class LibraryKernel(ABC):
         return ()
 
 
-def shared_by_heads(tensor: torch.Tensor, group_size: int) -> torch.Tensor:
+def shared_by_heads(tensor: Tensor, group_size: int) -> Tensor:
     """Keys or values [m, D] as [1, g, m, D], without a copy."""
     return tensor.expand(1, group_size, *tensor.shape)

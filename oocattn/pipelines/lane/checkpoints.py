@@ -14,11 +14,9 @@ from oocattn.pipelines.watch.events import Attended, Span
 
 
 class Checkpoints:
-    """Saves a lane's partials twice in an interval of seconds.
+    """Saves a lane's partials twice in an interval of seconds (0: never); `fail` is called with an error that ends it.
 
-    So a kill costs no more than one interval of work: the work since the last save began, which is half an interval
-    before the next one ends, and the work in flight. With an interval of 0 nothing is saved but at the end. `fail` is
-    called with an error that ends the saving.
+    So a kill costs no more than one interval of work: what came since the last save began, and what is in flight.
     """
 
     def __init__(self, partials: PartialStore, interval: float, fail: Callable[[BaseException], object]) -> None:
@@ -28,10 +26,7 @@ class Checkpoints:
         self._ended = threading.Event()
         self._saves: deque[tuple[Span, int]] = deque()
         self._thread: threading.Thread | None = None
-
-    def begin(self) -> None:
-        """Save from now on, in a thread of its own."""
-        if self._pause:
+        if interval:
             self._thread = threading.Thread(target=self._save_repeatedly, name="oocattn-checkpoints", daemon=True)
             self._thread.start()
 

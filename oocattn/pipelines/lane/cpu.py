@@ -8,11 +8,11 @@ import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation
+from oocattn.pipelines.lane.device import Health
 from oocattn.pipelines.lane.finisher import Finisher
-from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended, Span
@@ -21,7 +21,7 @@ from oocattn.threads import ThreadPool
 
 
 class CpuDevice:
-    """One worker's share of the processor's cores."""
+    """One worker's share of the processor's cores. Implements Device; a launched subproblem is done."""
 
     readers = 1
 
@@ -30,32 +30,27 @@ class CpuDevice:
         self._operation = operation
         self._step = health.step
         self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
-        self.cores = plan.threads
+        self.cores: int | None = plan.threads
         self.allocator = ThreadPool(1, "oocattn-allocate")
         # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.
         self.launcher = plain_threads(1, "oocattn-attend", self.cores)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """See `Device.allocate`."""
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def merge(self, into: AttentionState, state: AttentionState) -> None:
-        """See `Device.merge`."""
         self._operation.merge(into, state)
 
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """See `Device.finalise`."""
         self._operation.finalise(state, out, lse)
         self._step()
 
     def close(self) -> None:
-        """See `Device.close`."""
         self.allocator.shutdown()
         self.launcher.shutdown()
         del self._state
 
     def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
-        """Attend a whole subproblem: when this returns, it is done."""
         start = clock.now()
         pairs = partial_bytes = 0
         for block in staged.blocks:

@@ -1,15 +1,14 @@
 """A lane's device that is an NVIDIA GPU, fed from pinned host memory.
 
 A staged subproblem is worked through in tiles (`tiles.py`) on three streams, which only wait for each other's events (a
-fourth merges partials from disk and divides chunks, in `cuda_finishing`):
+fourth merges partials from disk and divides chunks):
 
     copy     query tiles, and key tiles one after another, to the device
     compute  the kernel, which adds to the tile's float32 state
     back     the tile's partial to the host or, where its chunk has earlier partials, those to the device first, one
              fused merge, and the sum back
 
-A launch enqueues all of this for a subproblem; whoever launched it then waits until its partials have come back. Meanwhile
-the next subproblem is launched behind it, so two are in flight.
+A launch enqueues all of this for a subproblem. The next one is launched behind it, so two are in flight.
 """
 
 from __future__ import annotations
@@ -25,35 +24,23 @@ import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.kernels import AttentionState
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation
-from oocattn.operations.tiles import Tile
+from oocattn.operations.tiles import Tile, pieces
 from oocattn.pipelines.failing import naming_subproblem
-from oocattn.pipelines.lane.cuda_finishing import CudaFinishing
-from oocattn.pipelines.lane.cuda_memory import (
-    PinnedMemory,
-    TileRows,
-    close_all,
-    copy_state,
-    pinning,
-    take_device_memory,
-)
+from oocattn.pipelines.lane.cuda_memory import PinnedMemory, TileRows, close_all, copy_state, pinning, take_device_memory
+from oocattn.pipelines.lane.device import Health
 from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, record_event
 from oocattn.pipelines.lane.finisher import Finisher
-from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.partials.store import Destination, PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.lane.switching import hold_short_interval
 from oocattn.pipelines.watch.events import Attended, Resource
-from oocattn.planning.memory import PARTIAL_BUFFERS
+from oocattn.planning.memory import FINALISED_ROWS, PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
 
-READERS = 8
-"""Threads that read: 28 GB/s from the page cache with 8, 6 with one (16 cores)."""
-
-AHEAD = 32
-"""Key tiles enqueued ahead: where CUDA's queue is full, the driver blocks all."""
+AHEAD = 32  # key tiles enqueued ahead: where CUDA's queue is full, the driver blocks all
 
 
 @dataclass
@@ -70,19 +57,15 @@ class _Launch:
     partial_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class _ReturnedTile:
-    """The last row of a tile, and the event after which its partial is on the host."""
-
-    stop: int
-    returned: torch.cuda.Event
+_ReturnedTile = tuple[int, torch.cuda.Event]
+"""The row at which a tile ends, and the event after which its partial is on the host."""
 
 
 class CudaDevice:
-    """One GPU. Raises BudgetError where it has no room even for the smallest tiles."""
+    """One GPU. Implements Device. Raises BudgetError where it has no room even for the smallest tiles."""
 
-    readers = READERS
-    cores = None
+    readers = 8  # 28 GB/s from the page cache with 8, 6 with one (16 cores)
+    cores: int | None = None
 
     def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:
         self._device = torch.device(name)
@@ -98,7 +81,6 @@ class CudaDevice:
             self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
             self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows)
             self._clock = DeviceClock(self._compute)
-        self._finishing = CudaFinishing(self._device, self._merge_stream, operation, self._buffers)
         self._ahead: deque[torch.cuda.Event] = deque()
         self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event]] = deque()
         """Query chunks in flight, and the event after which each is on the host."""
@@ -106,22 +88,37 @@ class CudaDevice:
         self._end_short_interval = hold_short_interval(self)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """See `Device.allocate`: pinned."""
         with torch.cuda.device(self._device):
             self._pinned.append(PinnedMemory(nbytes))
         return self._pinned[-1].tensor
 
     def merge(self, into: AttentionState, state: AttentionState) -> None:
-        """See `Device.merge`."""
-        self._finishing.merge(into, state)
+        rows = len(state.keys)
+        first, second = (merged.rows(0, rows) for merged in self._buffers.merged)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
+            copy_state(first, into)
+            copy_state(second, state)
+            self._operation.merge(first, second)
+            copy_state(into, first)
+            done = record_event(self._merge_stream)
+        done.synchronize()
 
     def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """See `Device.finalise`."""
-        self._finishing.finalise(state, out, lse)
+        buffers = self._buffers
+        with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
+            for block in pieces(range(len(state.keys)), FINALISED_ROWS):
+                rows = slice(block.start, block.stop)
+                on_device = buffers.finalised.rows(0, len(block))
+                on_device_out, on_device_lse = buffers.out[:, : len(block)], buffers.lse[:, : len(block)]
+                copy_state(on_device, state.rows(block.start, block.stop))
+                self._operation.finalise(on_device, on_device_out, on_device_lse)
+                out[0, rows].copy_(on_device_out[0], non_blocking=True)
+                lse[0, rows].copy_(on_device_lse[0], non_blocking=True)
+            done = record_event(self._merge_stream)
+        done.synchronize()
         self._health.step()
 
     def close(self) -> None:
-        """See `Device.close`."""
         self._end_short_interval()
         try:
             for stream in (self._copy, self._compute, self._back, self._merge_stream):
@@ -129,15 +126,13 @@ class CudaDevice:
         finally:
             self._coming_back.clear()
             self._ahead.clear()
-            del self._finishing, self._buffers, self._clock  # or torch would keep their memory in its cache
+            del self._buffers, self._clock  # or torch would keep their memory in its cache
             release_cached_memory(self._device)
-            # Last, for the driver does one thing at a time, be it to forget an event: 20 ms a GiB, for which no result
-            # need wait.
+            # Last, for the driver does one thing at a time: 20 ms a GiB, for which no result need wait.
             pinned, self._pinned = self._pinned, []
             self.allocator.submit(close_all, pinned)
 
     def launch(self, staged: StagedChunks, partials: PartialStore, finisher: Finisher) -> Callable[[], Attended]:
-        """Enqueue a whole subproblem; partials to disk may have to wait for buffers."""
         launch = _Launch(staged, partials, clock.now(), self.tile_rows.take_halvings())
         with torch.cuda.device(self._device):
             for block in staged.blocks:
@@ -165,7 +160,7 @@ class CudaDevice:
         destination = launch.partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
         launch.coming_back += 1
         tiles = self._launch_tiles(launch, block, destination)
-        self._coming_back.append((launch, chunk, tiles[-1].returned))
+        self._coming_back.append((launch, chunk, tiles[-1][1]))
         last = self._plan.division.contributors(chunk)[-1] == staged.index
         if last and self._plan.partials == "memory":
             finisher.begin(staged.head_group, chunk, _rows_returned(tiles))
@@ -198,11 +193,12 @@ class CudaDevice:
         """Enqueue a query chunk tile by tile, again with half the rows if memory is short."""
         rows = launch.staged.queries[block.query_chunk][0].shape[1]
         tiles: list[_ReturnedTile] = []
-        while not tiles or tiles[-1].stop < rows:
-            first = tiles[-1].stop if tiles else 0
+        first = 0
+        while first < rows:
             tile = range(first, min(first + self.tile_rows.count, rows))
             try:
-                tiles.append(_ReturnedTile(tile.stop, self._launch_tile(launch, block, tile, destination)))
+                tiles.append((tile.stop, self._launch_tile(launch, block, tile, destination)))
+                first = tile.stop
                 self._health.step()  # the device works off what was enqueued: only so much waits there
             except torch.OutOfMemoryError as error:
                 self.tile_rows.halve(error)
@@ -236,10 +232,10 @@ class CudaDevice:
 
     def _load(self, launch: _Launch, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
         """Enqueue copies (to the device, from the host); return the event after them."""
-        with torch.cuda.stream(self._copy), self._timed(launch, "copy in", self._copy) as stretch:
+        with torch.cuda.stream(self._copy), self._timed(launch, "copy in", self._copy):
             for on_device, staged in copies:
                 on_device.copy_(staged, non_blocking=True)
-        return stretch.stop
+        return launch.stretches[-1].stop
 
     def _attend_keys(self, launch: _Launch, query: torch.Tensor, tile: Tile, state: AttentionState) -> None:
         """Enqueue the copy of a key tile and the kernel's call on it."""
@@ -258,16 +254,9 @@ class CudaDevice:
             self._ahead.append(done)
 
     def _bring_back(
-        self,
-        launch: _Launch,
-        state: AttentionState,
-        destination: Destination,
-        attended: torch.cuda.Event,
+        self, launch: _Launch, state: AttentionState, destination: Destination, attended: torch.cuda.Event
     ) -> torch.cuda.Event:
-        """Enqueue the copy of a tile's state to the host.
-
-        It passes through a merge where its chunk has earlier partials. Returns the event at its end.
-        """
+        """Enqueue the copy of a tile's state to the host, merged with earlier partials of its chunk; return its end."""
         host, source = destination.state, state
         with torch.cuda.stream(self._back):
             if destination.merged:
@@ -278,29 +267,20 @@ class CudaDevice:
             if destination.merged:
                 with self._timed(launch, "merge", self._back):
                     self._operation.merge(source, state)
-            with self._timed(launch, "copy out", self._back) as stretch:
+            with self._timed(launch, "copy out", self._back):
                 copy_state(host, source)
-        return stretch.stop
+        return launch.stretches[-1].stop
 
     @contextmanager
-    def _timed(self, launch: _Launch, resource: Resource, stream: torch.cuda.Stream) -> Iterator[_OpenStretch]:
-        """Time what is enqueued inside; afterwards `stop` is the event at its end."""
-        stretch = _OpenStretch()
+    def _timed(self, launch: _Launch, resource: Resource, stream: torch.cuda.Stream) -> Iterator[None]:
+        """Time what is enqueued inside: afterwards it is the last stretch of the launch."""
         start = record_event(stream)
-        yield stretch
-        stretch.stop = record_event(stream)
-        launch.stretches.append(Stretch(resource, start, stretch.stop))
-
-
-@dataclass
-class _OpenStretch:
-    """A stretch on a stream that has begun."""
-
-    stop: torch.cuda.Event = field(init=False)
+        yield
+        launch.stretches.append(Stretch(resource, start, record_event(stream)))
 
 
 def _rows_returned(tiles: Iterable[_ReturnedTile]) -> Iterator[int]:
     """Up to which row a chunk is in host memory, as its tiles come back."""
-    for tile in tiles:
-        tile.returned.synchronize()
-        yield tile.stop
+    for stop, returned in tiles:
+        returned.synchronize()
+        yield stop

@@ -1,7 +1,6 @@
 """Memory of a lane on a GPU: device buffers, and host memory pinned for it.
 
-Pinning with CUDA's own allocator faults pages in one by one: 2.5 GB/s measured (H200 host). Huge pages, touched by
-several threads and then registered, take a sixth of that: 15 GB/s.
+Huge pages, touched by several threads and then registered, are pinned at 15 GB/s (H200 host); CUDA's own allocator: 2.5.
 """
 
 from __future__ import annotations
@@ -11,15 +10,18 @@ import mmap
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
 from oocattn.errors import BudgetError
-from oocattn.kernels import AttentionState, get_kernel
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import Arena
-from oocattn.pipelines.lane.slots import SlotRing
 from oocattn.planning.memory import (
     FINALISED_ROWS,
     KEY_SLOTS,
@@ -33,13 +35,14 @@ from oocattn.planning.plan import Plan
 from oocattn.threads import ThreadPool
 from oocattn.units import format_bytes
 
-SMALLEST_TILE = 128
-"""Query rows below which a tile is not halved when the device is out of memory."""
+SMALLEST_TILE = 128  # query rows below which a tile is not halved when the device is out of memory
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 _TOUCHING_THREADS = 8
 
 logger = logging.getLogger("oocattn")
+
+T = TypeVar("T")
 
 
 class TileRows:
@@ -68,6 +71,28 @@ class TileRows:
         return halvings
 
 
+@dataclass
+class Slot(Generic[T]):
+    """A buffer, and the event after which it may be overwritten; None if unused."""
+
+    buffer: T
+    freed: torch.cuda.Event | None = None
+
+
+class SlotRing(Generic[T]):
+    """Slots in the order of their use; the user of one sets the event that frees it."""
+
+    def __init__(self, buffers: Iterable[T]) -> None:
+        self._slots = cycle([Slot(buffer) for buffer in buffers])
+
+    def acquire(self, stream: torch.cuda.Stream) -> Slot[T]:
+        """The next slot; the stream waits from here on until it is free."""
+        slot = next(self._slots)
+        if slot.freed is not None:
+            stream.wait_event(slot.freed)
+        return slot
+
+
 class DeviceBuffers:
     """Device memory of a lane: rings of query tiles, states and keys, and scratch."""
 
@@ -85,10 +110,7 @@ class DeviceBuffers:
 
 
 def take_device_memory(device: torch.device, compute: torch.cuda.Stream, plan: Plan, rows: TileRows) -> DeviceBuffers:
-    """Take all device memory at once, with smaller tiles where it is short.
-
-    Raises BudgetError where there is no room even for the smallest tiles.
-    """
+    """Take all device memory at once, with smaller tiles where it is short; BudgetError where none are small enough."""
     problem = plan.problem
     while True:
         tiles = Tiles(rows.count, plan.tiles.key)
@@ -115,18 +137,12 @@ def copy_state(into: AttentionState, state: AttentionState) -> None:
 
 @cache
 def pinning(device: torch.device) -> ThreadPool:
-    """The one thread of this process that pins and unpins host memory for a GPU.
-
-    One after the other: what a lane has given up is gone before the next one gets any.
-    """
+    """The one thread of this process that pins host memory for a GPU, after it has unpinned what another lane gave up."""
     return ThreadPool(1, f"oocattn-pin-{device}")
 
 
 class PinnedMemory:
-    """Page-locked host memory of `nbytes` for the current GPU, until `close`.
-
-    It is the uint8 tensor `tensor`. Raises BudgetError where the system refuses to lock so much.
-    """
+    """Page-locked host memory for the current GPU, the uint8 tensor `tensor`, until `close`. Raises BudgetError."""
 
     def __init__(self, nbytes: int) -> None:
         try:
@@ -159,11 +175,7 @@ def close_all(memories: Iterable[PinnedMemory]) -> None:
 
 
 def _unregister(content: np.ndarray[tuple[int], np.dtype[np.uint8]], index: int) -> None:
-    """Unlock the pages, to be given back with the last view of them.
-
-    The argument is the last view until then. GPU `index` is the one they were locked for: without it, CUDA would set
-    up the first one just for this.
-    """
+    """Unlock the pages, to be given back with this last view; on the GPU of the lock, or CUDA would set up the first."""
     with torch.cuda.device(index):
         torch.cuda.cudart().cudaHostUnregister(content.ctypes.data)
 

@@ -11,11 +11,8 @@ import torch
 from oocattn import clock
 from oocattn.pipelines.watch.events import Resource, Span
 
-JOIN_SECONDS = 2e-5
-"""Gap below which spans of one resource are joined: the launch of the next."""
-
-ANCHOR_SECONDS = 60.0
-"""Seconds after which a later event is the origin: CUDA's times are float32."""
+JOIN_SECONDS = 2e-5  # gap below which spans of one resource are joined: the launch of the next
+ANCHOR_SECONDS = 60.0  # seconds after which a later event is the origin: CUDA's times are float32
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 
 from oocattn import clock
 from oocattn.errors import TaintedError
-from oocattn.kernels import AttentionState
 from oocattn.kernels.settings import plain_threads
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation
 from oocattn.operations.ledger import find_wrong_row
 from oocattn.operations.tiles import pieces

@@ -1,25 +1,15 @@
 """A lane: one device that works through subproblems: stage, attend, merge, write.
 
 A lane is composed of parts, each of which owns what it allocates and gives it back when it is closed. They refer to those
-made before them only, so a closed lane leaves no reference circles:
-
-    health       when the lane last did a step, and what stopped it
-    device       attends, merges and divides (`cpu`, `cuda`)
-    memory       host memory, allocated once, as the plan counted it
-    partials     what subproblems hand back, until it is merged
-    finisher     checks, divides and writes finished query chunks
-    stager       reads chunks into staging slots
-    checkpoints  saves partials that are in memory alone
-
-Which subproblem comes when, and that no buffer is used for two things at once, is the graph's business.
+made before them only, so a closed lane leaves no reference circles. Which subproblem comes when, and that no buffer is used
+for two things at once, is the graph's business.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 
 from oocattn.errors import ProblemError
 from oocattn.operations import Operation, make_operation
@@ -27,9 +17,8 @@ from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane.checkpoints import Checkpoints
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.cuda import CudaDevice
-from oocattn.pipelines.lane.device import Device
+from oocattn.pipelines.lane.device import Device, Health
 from oocattn.pipelines.lane.finisher import Finisher
-from oocattn.pipelines.lane.health import Health
 from oocattn.pipelines.lane.memory import HostMemory, States
 from oocattn.pipelines.lane.partials.disk import DiskPartials, MergeStates
 from oocattn.pipelines.lane.partials.files import PartialFiles
@@ -37,7 +26,7 @@ from oocattn.pipelines.lane.partials.memory import MemoryPartials
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.stager import Stager, Turns
 from oocattn.pipelines.run import Run
-from oocattn.pipelines.watch.events import Attended, Merged, Staged, Written
+from oocattn.pipelines.watch.events import Attended
 from oocattn.planning.plan import Plan
 
 DEVICES: Mapping[str, Callable[[str, Plan, Operation, Health], Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
@@ -45,7 +34,10 @@ DEVICES: Mapping[str, Callable[[str, Plan, Operation, Health], Device]] = {"cpu"
 
 
 class Lane:
-    """The lane of a run on a device, called from several tasks of a worker at a time."""
+    """The lane of a run on a device, called from several tasks of a worker at a time.
+
+    Its `stage` is that of `Stager`, its `merge` and `write` are those of `Finisher`.
+    """
 
     def __init__(self, run: Run, device_name: str) -> None:
         for folder in filter(None, (run.paths.scratch, run.dataset.folder)):
@@ -57,22 +49,23 @@ class Lane:
         self.result = run.result
         operation, make_device = make_operation(plan), DEVICES[device_name.partition(":")[0]]
         with ExitStack() as parts:  # closes what was made, the last first, where the rest cannot be made
-            self._health = health = _owned(parts, Health())
-            self.device = device = _owned(parts, make_device(device_name, plan, operation, health))
-            self.memory = memory = _owned(parts, HostMemory(plan, device.allocate))
-            memory.begin(device.allocator)
+            self._health = health = parts.enter_context(closing(Health()))
+            self.device = device = parts.enter_context(closing(make_device(device_name, plan, operation, health)))
+            self.memory = memory = parts.enter_context(closing(HostMemory(plan, device.allocate, device.allocator)))
             files = PartialFiles(run.paths.scratch, run.journal.run, run.journal.claim, health.step)
-            self.partials = partials = _owned(parts, make_partials(plan, files, memory.states, device.merge))
+            partials = make_partials(plan, files, memory.states, device.merge)
+            self.partials = parts.enter_context(closing(partials))
             blocks, finalise, cores = memory.out_blocks, device.finalise, device.cores
             finisher = Finisher(plan, operation, partials, run.result, run.journal, blocks, finalise, cores)
-            self.finisher = _owned(parts, finisher)
-            self._stager = _owned(parts, Stager(plan, operation, run.dataset, memory.slots, device.readers, health.step))
-            seconds = plan.checkpoint_seconds if plan.saves else 0.0
-            self._checkpoints = _owned(parts, Checkpoints(partials, seconds, health.fail))
+            self.finisher = parts.enter_context(closing(finisher))
+            stager = Stager(plan, operation, run.dataset, memory.slots, device.readers, health.step)
+            self._stager = parts.enter_context(closing(stager))
+            self.stage, self.merge, self.write = stager.stage, finisher.merge, finisher.write
             self._attend_turns = Turns("attend", len(memory.slots))
             self._next_turn = 0
             self._launched: dict[int, Callable[[], Attended]] = {}
-            self._checkpoints.begin()
+            seconds = plan.checkpoint_seconds if plan.saves else 0.0
+            self._checkpoints = parts.enter_context(closing(Checkpoints(partials, seconds, health.fail)))
             self._parts = parts.pop_all()
 
     @property
@@ -80,20 +73,11 @@ class Lane:
         """Time of the last step of a task, in seconds since the epoch."""
         return self._health.stepped
 
-    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Staged:
-        """Read a subproblem into a staging slot; `turn` counts this lane's from 0.
-
-        Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there. Raises
-        RuntimeError for a turn that was taken before.
-        """
-        return self._stager.stage(turn, head_group, index, wanted)
-
     def attend(self, turn: int) -> Attended:
         """Compute the partials of the subproblem staged for this turn; hand them over.
 
-        A lane takes subproblems in the order of their turns, whichever task comes first: an early task begins those before
-        it too, which have been staged. The event also has the checkpoints that were made meanwhile.
-        Raises RuntimeError for a turn that was taken before.
+        Subproblems begin in the order of their turns, also those before an early task. The event also has the checkpoints
+        that were made meanwhile. Raises RuntimeError for a turn that was taken before.
         """
         self._attend_turns.take(turn)
         self.device.launcher.submit(self._launch_until, turn).result()
@@ -108,14 +92,6 @@ class Lane:
                 with naming_subproblem(staged.head_group, staged.index):
                     self._launched[self._next_turn] = self.device.launch(staged, self.partials, self.finisher)
                 self._next_turn += 1
-
-    def merge(self, head_group: int, chunk: int) -> Merged:
-        """See `Finisher.merge`."""
-        return self.finisher.merge(head_group, chunk)
-
-    def write(self, head_group: int, chunk: int) -> Written:
-        """See `Finisher.write`."""
-        return self.finisher.write(head_group, chunk)
 
     def save(self) -> int:
         """Save what is in memory alone, at the end, if the plan says so; return the bytes."""
@@ -133,17 +109,4 @@ def make_partials(plan: Plan, files: PartialFiles, states: Mapping[str, States],
     """The store that the plan names, with the states that `Buffers` counts for it."""
     if plan.partials == "memory":
         return MemoryPartials(plan, files, states["accumulators"])
-    return DiskPartials(plan, files, states["accumulators"], states["buffers"], states["blocks"], merge_states)
-
-
-class _Part(Protocol):
-    def close(self) -> None: ...
-
-
-P = TypeVar("P", bound=_Part)
-
-
-def _owned(parts: ExitStack, part: P) -> P:
-    """The part, which is closed with the other parts."""
-    parts.callback(part.close)
-    return part
+    return DiskPartials(plan, files, states, merge_states)

@@ -15,14 +15,13 @@ import numpy.typing as npt
 import torch
 
 from oocattn.errors import BudgetError
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.planning.memory import ALIGNMENT, OUT_BLOCKS, STAGING_SLOTS
 from oocattn.planning.plan import Plan
 from oocattn.units import format_bytes, round_up
 
-FIRST_STATES = 3
-"""States that are allocated after each staging slot, before the next one."""
+FIRST_STATES = 3  # states that are allocated after each staging slot, before the next one
 
 T = TypeVar("T")
 
@@ -43,16 +42,12 @@ class Pool(Generic[T]):
             self._changed.notify()
 
     def take(self) -> T:
-        """Take a piece, waiting for one if need be.
-
-        Raises the error of `fail` if none will come, and RuntimeError where the pool was closed, as under a task that
-        hung.
-        """
+        """Take a piece, waiting for one. Raises the error of `fail` if none will come, RuntimeError for a closed pool."""
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._error or self._closed)
             if self._closed:
                 raise RuntimeError("the lane is closed")
-            if not self._free and self._error is not None:
+            if self._error and not self._free:
                 raise self._error
             return self._free.popleft()
 
@@ -71,31 +66,23 @@ class Pool(Generic[T]):
             self._changed.notify_all()
 
 
-States = Pool[AttentionState]
-"""States of one head group in host memory."""
-
-OutBlock = tuple[torch.Tensor, torch.Tensor]
-"""Host memory for a chunk of `out` [1, T, D] and of `lse` [1, T]."""
+States = Pool[AttentionState]  # states of one head group in host memory
+OutBlock = tuple[torch.Tensor, torch.Tensor]  # host memory for a chunk of `out` [1, T, D] and of `lse` [1, T]
 
 
 class HostMemory:
-    """A lane's host memory: staging slots, states by name, and blocks of `out`.
+    """A lane's host memory: staging slots, states by name, and blocks of `out`, allocated by `allocate`.
 
-    `allocate` gives bytes of host memory. All is allocated once, by one thread and in the order in which it is needed: the
-    first chunks are read while the rest is still being pinned.
+    The thread of `allocator` does it as it is needed: the first chunks are read while the rest is being pinned.
     """
 
-    def __init__(self, plan: Plan, allocate: Callable[[int], torch.Tensor]) -> None:
+    def __init__(self, plan: Plan, allocate: Callable[[int], torch.Tensor], allocator: Executor) -> None:
         self._plan = plan
         self._allocate = allocate
         self._stopped = False
-        self._allocated: Future[None] | None = None
         self.slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
         self.states = {name: States() for name in plan.buffers.states()}
         self.out_blocks = Pool[OutBlock]()
-
-    def begin(self, allocator: Executor) -> None:
-        """Have everything allocated by the thread of `allocator`."""
         self._allocated = allocator.submit(self._allocate_or_fail)
 
     def stop(self) -> None:
@@ -105,8 +92,7 @@ class HostMemory:
     def close(self) -> None:
         """Let go of all that was allocated; nobody uses any of it."""
         self.stop()
-        if self._allocated is not None:
-            wait([self._allocated])
+        wait([self._allocated])
         self.slots.clear()
         self.out_blocks.close()
         for states in self.states.values():
@@ -117,7 +103,7 @@ class HostMemory:
             with naming(SET_UP):
                 self._allocate_all()
         except BaseException as error:
-            self._fail(error)
+            self._fail(error)  # by itself: a slot among the locals here would be a reference circle through the traceback
 
     def _fail(self, error: BaseException) -> None:
         """Raise the error in every thread that waits, or will wait, for missing memory."""
@@ -175,13 +161,9 @@ class Arena:
 
     def state(self, group_size: int, rows: int, head_dim: int) -> AttentionState:
         """An uninitialised state of [group_size, rows, head_dim]."""
-        return AttentionState(
-            num=self.take((group_size, rows, head_dim), torch.float32),
-            den=self.take((group_size, rows), torch.float32),
-            max=self.take((group_size, rows), torch.float32),
-            keys=self.take((rows,), torch.int64),
-            key_sum=self.take((rows,), torch.int64),
-        )
+        numbers = (group_size, rows, head_dim), (group_size, rows), (group_size, rows)
+        tensors = [self.take(shape, torch.float32) for shape in numbers]
+        return AttentionState(*tensors, *(self.take((rows,), torch.int64) for _ in range(2)))
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:

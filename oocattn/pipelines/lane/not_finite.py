@@ -8,17 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 
-_BLOCK = 1 << 16
-"""Elements of temporary arrays, which stay small."""
+_BLOCK = 1 << 16  # elements of temporary arrays, which stay small
 
 
 def count_not_finite(array: npt.NDArray[Any]) -> int:
-    """Count the NaN and Inf: elements whose exponent bits are all ones.
-
-    Usually none: as integers, these are the largest without a sign and the largest with one, so two maxima tell.
-    """
+    """Count the NaN and Inf: exponent bits all ones, so as integers the largest of either sign: two maxima tell of none."""
     exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[array.dtype.name]
     unsigned, signed = (np.uint16, np.int16) if array.itemsize == 2 else (np.uint32, np.int32)
     bits: npt.NDArray[Any] = array.reshape(-1).view(unsigned)
@@ -31,10 +27,9 @@ def count_not_finite(array: npt.NDArray[Any]) -> int:
 
 
 def count_narrowed(state: AttentionState, out: torch.Tensor, not_finite: int) -> tuple[int, int]:
-    """Count the elements of `out` [g, n, D] that its dtype made Inf, and 0.
+    """Count the elements of `out` [g, n, D] that its dtype made Inf, and 0: the state gives another float32 value.
 
-    The state gives them another float32 value. `not_finite` of them are NaN or Inf. Where there are none, and few
-    zeros (0.5%), nothing is counted: it takes time.
+    Where none are `not_finite`, and few zeros (0.5%), nothing is counted: it takes time.
     """
     if not not_finite and out.numel() - int(torch.count_nonzero(out)) <= out.numel() / 200:
         return 0, 0

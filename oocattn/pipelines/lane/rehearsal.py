@@ -1,29 +1,40 @@
-"""Every shape of call that a run on GPUs will make, made once before it.
+"""Every shape of call that a run on GPUs will make, made once before it: cuDNN takes 45 ms to plan one (H200, cuDNN 9.19).
 
-cuDNN takes 45 ms to plan a shape (H200, cuDNN 9.19), in which a run's GPU would have nothing to do. The launching threads
-of this process keep the plans (`kernels.cuda.device.launcher`).
+The launching threads of this process keep the plans (`kernels.cuda.device.launcher`).
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+from typing import NamedTuple
 
 import torch
 
-from oocattn.kernels import AttentionState, get_kernel
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
-from oocattn.operations import make_operation
-from oocattn.operations.shapes import sample_tiles
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
+from oocattn.operations import Operation, make_operation
+from oocattn.operations.tiles import Tile, pieces, staged_keys
 from oocattn.planning.plan import Plan
+from oocattn.problem.mask import Cover
+
+SAMPLED_SUBPROBLEMS = 32  # cut at each end of a head group: others have the same shapes
 
 logger = logging.getLogger("oocattn")
 
 
-def rehearse(plan: Plan) -> None:
-    """Make a plan's calls on random data on every GPU, within the plan's memory.
+class Shape(NamedTuple):
+    """The shape of a tile: rows of the piece, rows that attend any key, keys."""
 
-    Only where the kernel plans shapes. What fails here is left to the run, which says it or gets by.
-    """
+    piece_rows: int
+    rows: int
+    keys: int
+    cover: Cover
+
+
+def rehearse(plan: Plan) -> None:
+    """Make a plan's calls on every GPU, within the plan's memory, where the kernel plans shapes. Failures are the run's."""
     if not get_kernel(plan.kernel).plans_shapes:
         return
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -46,3 +57,19 @@ def _make_calls(plan: Plan, gpu: torch.device) -> None:
             rows = state.rows(0, shape.piece_rows)
             operation.compute(tile, (query,), (key[: shape.keys], value[: shape.keys]), rows)
         torch.cuda.synchronize(gpu)
+
+
+def sample_tiles(plan: Plan, operation: Operation) -> dict[Shape, Tile]:
+    """A tile of each shape that a GPU computes, in the order in which they first come."""
+    found: dict[Shape, Tile] = {}
+    count = plan.division.subproblems
+    last = max(SAMPLED_SUBPROBLEMS, count - SAMPLED_SUBPROBLEMS)
+    for index in itertools.chain(range(min(count, SAMPLED_SUBPROBLEMS)), range(last, count)):
+        subproblem = plan.division.subproblem(index)
+        key_rows = staged_keys(plan, subproblem)
+        for block in subproblem.blocks:
+            for rows in pieces(range(len(plan.tokens(block.query_chunk))), plan.tiles.query):
+                for tile in operation.tiles(0, block, key_rows, rows, plan.tiles.key):
+                    shape = Shape(len(rows), len(tile.rows), len(tile.keys), tile.cover)
+                    found.setdefault(shape, tile)
+    return found

@@ -17,8 +17,7 @@ import torch
 from oocattn import clock
 from oocattn.division.base import Block, Subproblem
 from oocattn.operations import Operation
-from oocattn.operations.shapes import staged_keys
-from oocattn.operations.tiles import pieces
+from oocattn.operations.tiles import pieces, staged_keys
 from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.not_finite import count_not_finite
 from oocattn.pipelines.watch.events import Span, Staged
@@ -106,8 +105,12 @@ class Stager:
         self._map = self._readers.map if readers > 1 else map
         self._decoding = threading.Lock()
 
-    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None) -> Staged:
-        """See `Lane.stage`."""
+    def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Staged:
+        """Read a subproblem into a staging slot; `turn` counts this lane's from 0.
+
+        Of its query chunks only those that are `wanted` are attended (default: all): the others' partials are there. Raises
+        RuntimeError for a turn that was taken before.
+        """
         self._turns.take(turn)
         start = clock.now()
         slot = self._slots[turn % len(self._slots)].result()

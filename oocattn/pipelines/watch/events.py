@@ -1,10 +1,13 @@
-"""Events of a run, one record a kind: the interface between a run and listeners."""
+"""Events of a run, one record a kind, and the listeners that are called with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from traceback import extract_tb
 from typing import TYPE_CHECKING, ClassVar, Literal
+
+from oocattn.log import logger
 
 if TYPE_CHECKING:
     from oocattn.pipelines.watch.report import RunReport
@@ -16,11 +19,10 @@ Resource = Literal["read", "copy in", "compute", "copy out", "merge", "save", "w
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time in which a resource of a lane was busy.
+    """A stretch of time (seconds since the epoch, on the lane's clock) in which a resource of a lane was busy.
 
     read: chunks into host memory. copy in, copy out: between host and device. compute: the kernel, and on a GPU the merging
-    that follows each of its calls. merge, write: finished query chunks. save: checkpoints of unfinished ones. `start` and
-    `stop` are seconds since the epoch, on the lane's clock; what happened on a GPU is timed there.
+    that follows each of its calls. merge, write: finished query chunks. save: checkpoints of unfinished ones.
     """
 
     resource: Resource
@@ -57,11 +59,7 @@ class Started(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered(Event):
-    """Something failed, and the run continues with the `left` subproblems.
-
-    The reason is a damaged partial (`recomputed` counts them), a failed task (`retried`) or lost workers
-    (`workers_lost`).
-    """
+    """A damaged partial (`recomputed`), a failed task or lost workers: the run continues with the `left` subproblems."""
 
     error: str
     left: int = 0
@@ -107,11 +105,7 @@ class Ended(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvent(Event):
-    """A task of `worker` ended.
-
-    `index` counts subproblems or query chunks within `head_group`; `spans` says which resources of the lane were busy
-    when.
-    """
+    """A task of `worker` ended; `index` counts subproblems or query chunks within `head_group`."""
 
     head_group: int
     index: int
@@ -162,3 +156,23 @@ Callback = Callable[[Event], None]
 The calls come from the thread that drives the run. One that raises an `Exception` is logged and called no more. It
 ends the run by `KeyboardInterrupt` or `SystemExit`.
 """
+
+
+class Listeners:
+    """A listener that passes every event on to others, in their order, and drops one that raises an `Exception`."""
+
+    def __init__(self, listeners: Iterable[Callback]) -> None:
+        self._listeners = list(listeners)
+
+    def __call__(self, event: Event) -> None:
+        for listener in list(self._listeners):
+            try:
+                listener(event)
+            except Exception as error:
+                self._listeners = [other for other in self._listeners if other is not listener]
+                name = getattr(listener, "__qualname__", type(listener).__qualname__)
+                frame = extract_tb(error.__traceback__)[-1]
+                logger.warning(
+                    "a listener failed; the run continues without it: %s raised %s: %s (%s, line %d)",
+                    *(name, type(error).__name__, error, frame.filename, frame.lineno),
+                )

@@ -15,16 +15,14 @@ from oocattn.pipelines.watch.events import Attended, Ended, Event, Failed, Recov
 from oocattn.text import printable
 from oocattn.units import format_seconds
 
-DRAWING_SECONDS = 0.1
-"""The least time between two drawings of the bar, in seconds."""
+DRAWING_SECONDS = 0.1  # the least time between two drawings of the bar, in seconds
 
 
 class ProgressBar:
-    """A listener that draws a tqdm bar on standard error.
+    """A listener that draws a tqdm bar on standard error; the dashboard's address and the log are printed above it.
 
-    It prints the dashboard's address above it. Its times are by the clock of the run: tqdm's own are by the wall clock,
-    which may be set meanwhile. The rate is that of the subproblems that this process has seen end, up to the last one; lines
-    of the log are printed above the bar.
+    Its times are by the clock of the run: tqdm's own are by the wall clock, which may be set meanwhile. The rate is that of
+    the subproblems that this process has seen end, up to the last one.
     """
 
     def __init__(self) -> None:
@@ -85,10 +83,7 @@ class ProgressBar:
         bar.set_postfix_str(words)  # which draws it
 
     def _seconds_each(self, bar: tqdm[None]) -> float:
-        """Seconds of a subproblem on average in this process; Inf before the first.
-
-        Where the next one is overdue, it counts with the time that it has taken so far.
-        """
+        """Seconds of a subproblem on average in this process, one that is overdue included; Inf before the first."""
         done = int(bar.n - bar.initial)
         if done <= 0:
             return math.inf

@@ -1,19 +1,25 @@
-"""The report of a run: its figures, kept beside its result."""
+"""The report of a run: its figures, kept beside its result, and the listener that adds them up."""
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
+from oocattn.pipelines.finished import NOTHING_FINISHED, Compared, FinishedChunk
+from oocattn.pipelines.watch.events import Attended, Event, Merged, Recovered, Saved, Staged, Started, TaskEvent, Written
+from oocattn.pipelines.watch.timeline import busy_seconds
+from oocattn.planning.plan import Plan
 from oocattn.records import ADDED, Count, Positive, Range, Seconds, from_json
+from oocattn.storage.journal.journal import ChunkId
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
-MOST_UNDERFLOWED = 0.01
-"""Share of underflowed elements of `out` that makes the others inaccurate too."""
+MOST_UNDERFLOWED = 0.01  # share of underflowed elements of `out` that makes the others inaccurate too
 
 
 @dataclass(frozen=True)
@@ -23,16 +29,13 @@ class RunReport:
     `seconds` is wall time from the first task to the committed result, of the process that finished it, as are `busy`,
     the seconds spent in each kind of task, over all lanes, `bytes_read`, `bytes_partials` (written to disk) and
     `compute_busy`, the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean.
-    `pairs` are the query-key pairs that the ledger confirmed, `pairs_before` those of them that were attended before the
-    run was resumed; `not_finite` the NaN and Inf found in the inputs, `out_not_finite` those in `out` as it was written,
-    `out_overflowed` those of them that only the dtype of `out` made Inf, `out_underflowed` those that it made 0, of
-    `out_elements` (0, 0 and 1 in reports of older versions);
-    `recomputed` the partials on disk that were damaged, so that they were computed again; `retried` the tasks that
-    failed and were tried again, `workers_lost` how often workers died, so that others took over their work;
-    `out_of_memory` how often a GPU had less memory than was planned, so that the run continued with smaller tiles;
+    `pairs` are the query-key pairs that the ledger confirmed, `pairs_before` those attended before the run was resumed;
+    `not_finite` the NaN and Inf found in the inputs, `out_not_finite` those in `out`, `out_overflowed` those of them that
+    only its dtype made Inf, `out_underflowed` the elements that it made 0, of `out_elements` (0, 0 and 1 in reports of older
+    versions); `recomputed` the partials that were damaged on disk; `retried` the tasks that failed and were tried again,
+    `workers_lost` how often workers died; `out_of_memory` how often the run continued with smaller tiles on a GPU;
     `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them whose checksums
-    were compared then; `other_bits` what computed otherwise for a part of the run than when it began, so that its bits
-    are not those of an uninterrupted run.
+    were compared then; `other_bits` what has computed otherwise than when the run began, so that bits differ.
     """
 
     seconds: Seconds
@@ -111,28 +114,94 @@ class RunReport:
             "busy         " + ", ".join(f"{kind} {format_seconds(seconds)}" for kind, seconds in self.busy.items()),
             f"compute      busy {self.compute_busy:.1%} of the time",
         ]
-        if self.pairs_before:
-            lines.append(f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were attended before")
-        if self.chunks_before:
-            lines.append(
-                f"before       {self.chunks_before:,} chunk{'s' * (self.chunks_before > 1)} finished, checksums of "
-                f"{self.chunks_compared:,} compared"
-            )
-        if self.other_bits:
-            lines.append(f"bits         other bits than those of an uninterrupted run: {printable(self.other_bits)}")
-        if self.not_finite:
-            lines.append(f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN")
-        if self.out_not_finite:
-            lines.append(f"out          {self.out_not_finite:,} elements are NaN or Inf")
-        lines += [f"             {line}" for line in self.lost]
-        if self.recomputed:
-            lines.append(f"partials     {self.recomputed} damaged on disk, and computed again")
-        if self.retried:
-            lines.append(f"tasks        {self.retried} failed and were tried again")
-        if self.workers_lost:
-            lines.append(f"workers      {self.workers_lost} lost; others took over")
-        if self.out_of_memory:
-            lines.append(
-                f"device       out of memory {self.out_of_memory} times although the plan fits: continued with smaller tiles"
-            )
+        chunks = f"{self.chunks_before:,} chunk{'s' * (self.chunks_before > 1)}"
+        short = f"out of memory {self.out_of_memory} times"
+        on_occasion = [
+            (self.pairs_before, f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were attended before"),
+            (self.chunks_before, f"before       {chunks} finished, checksums of {self.chunks_compared:,} compared"),
+            (self.other_bits, f"bits         other bits than those of an uninterrupted run: {printable(self.other_bits)}"),
+            (self.not_finite, f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN"),
+            (self.out_not_finite, f"out          {self.out_not_finite:,} elements are NaN or Inf"),
+            *((True, f"             {line}") for line in self.lost),
+            (self.recomputed, f"partials     {self.recomputed} damaged on disk, and computed again"),
+            (self.retried, f"tasks        {self.retried} failed and were tried again"),
+            (self.workers_lost, f"workers      {self.workers_lost} lost; others took over"),
+            (self.out_of_memory, f"device       {short} although the plan fits: continued with smaller tiles"),
+        ]
+        lines += [line for applies, line in on_occasion if applies]
         return "\n".join(map(printable, lines))
+
+
+_COUNTED = ("bytes_read", "bytes_partials", "recomputed", "retried", "workers_lost", "out_of_memory")
+_OF_CHUNKS = ("pairs", "not_finite", "out_not_finite", "out_overflowed", "out_underflowed")
+"""Fields of a report that are counted here, and those that are sums over the records of finished chunks."""
+
+
+class Tally:
+    """A listener that adds a run's events up."""
+
+    def __init__(self) -> None:
+        self.busy: defaultdict[str, float] = defaultdict(float)
+        self.computing = 0.0
+        self.resumed = False
+        self.pairs = 0
+        self.counts = dict.fromkeys(_COUNTED, 0)
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.resumed = event.resumed
+                self._count(recomputed=event.recomputed)
+            case Recovered():
+                self._count(recomputed=event.recomputed, retried=event.retried, workers_lost=event.workers_lost)
+            case Saved():
+                self._count(bytes_partials=event.bytes)
+            case TaskEvent():
+                self._add_task(event)
+
+    def _count(self, **more: int) -> None:
+        for name, number in more.items():
+            self.counts[name] += number
+
+    def _add_task(self, event: TaskEvent) -> None:
+        self.computing += busy_seconds(span for span in event.spans if span.resource == "compute")
+        bit_by_bit = isinstance(event, Merged | Written)
+        self.busy[event.kind] += busy_seconds(event.spans) if bit_by_bit else event.stop - event.start
+        if isinstance(event, Staged):
+            self._count(bytes_read=event.bytes)
+        elif isinstance(event, Attended):
+            self.pairs += event.pairs
+            written = event.partial_bytes + event.checkpoint_bytes
+            self._count(bytes_partials=written, out_of_memory=event.out_of_memory)
+
+    def report(
+        self,
+        plan: Plan,
+        finished: Mapping[ChunkId, FinishedChunk],
+        *,
+        seconds: float,
+        lanes: int,
+        compared: Compared = NOTHING_FINISHED,
+        other_bits: str = "",
+    ) -> RunReport:
+        """The figures of a run: the journal has those of all its finished chunks."""
+        records = finished.values()
+        totals = {name: sum(getattr(record, name) for record in records) for name in _OF_CHUNKS}
+        return RunReport(
+            **totals,
+            **self.counts,
+            seconds=seconds,
+            predicted_seconds=plan.seconds,
+            tokens=plan.problem.tokens * plan.problem.batch,
+            subproblems=plan.subproblems,
+            lanes=lanes,
+            pairs_before=max(0, totals["pairs"] - self.pairs) if self.resumed else 0,
+            bytes_written=sum(record.bytes for record in records),
+            out_elements=plan.problem.rows * plan.problem.head_dim,
+            busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
+            compute_busy=clock.rate(self.computing, seconds * lanes),
+            chunks_before=compared.finished,
+            chunks_compared=compared.compared,
+            other_bits=other_bits,
+            finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )

@@ -1,4 +1,4 @@
-"""Progress of a run for other processes: a small file, its writer and reader."""
+"""Progress of a run for other processes: a small file, its writer, and the public function `status` that reads it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.deadline import NOTICED_SECONDS
+from oocattn.pipelines.run import find_unfinished
+from oocattn.pipelines.scan import scan_completed
+from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.watch.events import (
     Attended,
     Committed,
@@ -27,7 +30,6 @@ from oocattn.pipelines.watch.events import (
     Written,
 )
 from oocattn.pipelines.watch.report import RunReport
-from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem, read_problem
 from oocattn.records import ADDED, Count, Range, Seconds, from_json, to_json
 from oocattn.storage.files.durable import read_json, write_text
@@ -35,14 +37,12 @@ from oocattn.storage.files.folders import is_folder
 from oocattn.storage.journal.claims import Claim, Holder
 from oocattn.storage.journal.lock import holder_silence, lock_holder
 from oocattn.storage.paths import ResultPaths
+from oocattn.storage.results.summary import read_summary
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
 
-MOST_BYTES = 1 << 20
-"""Of the files of status and report."""
-
-WRITING_SECONDS = 1.0
-"""Seconds between updates of the file."""
+MOST_BYTES = 1 << 20  # of the files of status and report
+WRITING_SECONDS = 1.0  # seconds between updates of the file
 
 logger = logging.getLogger("oocattn")
 
@@ -57,20 +57,16 @@ class Status:
     """Progress of the run to `result`.
 
     `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody works on it) or "finished".
-
-    `share` of the work is done: 0 of no run, 1 of a finished result. `subproblems` and `tokens` are those of the whole run,
-    0 where they are not known: before a run has planned, and `subproblems` of a result without its report. Of an interrupted
-    run, `subproblems_done` are those that need not be done again when it is resumed; `tokens_done` is that share of the
-    tokens. `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and `bytes_read`,
+    `subproblems` and `tokens` are those of the whole run, 0 where they are not known: before a run has planned, and
+    `subproblems` of a result without its report. `subproblems_done` need not be done again when an interrupted run is
+    resumed. `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and `bytes_read`,
     `bytes_saved` (as partials) and `bytes_written` (to the result) are those since then. `seconds_left` is wall time too, of
     an interrupted run at that rate, or as its plan predicts it; None where there is no plan yet. `saved` is when something
     was last brought to disk for good, in seconds since the epoch, or 0. A finished result has the figures of its report.
 
     `dashboard` is the address of a running run's, `holder` says who works on it, and `error` how an interrupted one ended.
     `certificate` is what `verify` found of this very result, "" where it was not verified, and `verdict` when and in words.
-
-    `stalled` says why a run that is alive has not gone on since `stalled_since`, in seconds since the epoch, and what to do;
-    or it is "".
+    `stalled` says why a run that is alive has not gone on since `stalled_since`, and what to do; or it is "".
     """
 
     state: State
@@ -154,17 +150,25 @@ class StatusFile:
         self._status = Status("running")
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Committed | Ended):
-            return  # the file has been removed
-        self._status = self._counted(event)
-        if isinstance(event, Started | Recovered):
-            self._begin_attempt(event)
-        elif isinstance(event, Attended):
-            self._status = self._advanced()
-        elif isinstance(event, Failed):
-            self._status = replace(self._status, error=event.error, stalled="")
-        elif isinstance(event, Stalled):
-            self._status = replace(self._status, stalled=event.reason, stalled_since=event.start)
+        match event:
+            case Committed() | Ended():
+                return  # the file has been removed
+            case Started() | Recovered():
+                self._begin_attempt(event)
+            case Staged():
+                self._add(bytes_read=event.bytes)
+            case Written():
+                self._add(event.stop, bytes_written=event.bytes)
+            case Saved():
+                self._add(event.stop, bytes_saved=event.bytes)
+            case Attended():
+                saved = event.checkpointed or (event.stop if event.partial_bytes else 0.0)
+                self._add(saved, bytes_saved=event.partial_bytes + event.checkpoint_bytes)
+                self._advance()
+            case Failed():
+                self._status = replace(self._status, error=event.error, stalled="")
+            case Stalled():
+                self._status = replace(self._status, stalled=event.reason, stalled_since=event.start)
         important = isinstance(event, Started | Recovered | Stalled | Failed)
         if important or clock.now() - self._written >= WRITING_SECONDS:
             self._written = clock.now()
@@ -172,20 +176,10 @@ class StatusFile:
                 self._claim.check()
                 write_text(self._path, json.dumps(to_json(self._status)), synced=False)
 
-    def _counted(self, event: Event) -> Status:
-        """The status with the bytes of an event, and when they were brought to disk."""
-        status = self._status
-        if isinstance(event, Staged):
-            return replace(status, bytes_read=status.bytes_read + event.bytes)
-        if isinstance(event, Written):
-            return replace(status, bytes_written=status.bytes_written + event.bytes, saved=max(status.saved, event.stop))
-        if isinstance(event, Saved):
-            return replace(status, bytes_saved=status.bytes_saved + event.bytes, saved=max(status.saved, event.stop))
-        if isinstance(event, Attended):
-            saved = event.checkpointed or (event.stop if event.partial_bytes else 0.0)
-            written = event.partial_bytes + event.checkpoint_bytes
-            return replace(status, bytes_saved=status.bytes_saved + written, saved=max(status.saved, saved))
-        return status
+    def _add(self, saved: float = 0.0, **counts: int) -> None:
+        """Add bytes that were read, or brought to disk by the moment `saved`."""
+        totals: dict[str, Any] = {name: getattr(self._status, name) + count for name, count in counts.items()}
+        self._status = replace(self._status, saved=max(self._status.saved, saved), **totals)
 
     def _begin_attempt(self, event: Started | Recovered) -> None:
         """Count the subproblems that are left, and those that were done before."""
@@ -204,12 +198,12 @@ class StatusFile:
         self._before = min(self._before, done)
         self._status = replace(self._status, subproblems_done=done, stalled="")
 
-    def _advanced(self) -> Status:
-        """The status with one more subproblem done."""
+    def _advance(self) -> None:
+        """One more subproblem is done."""
         status, seconds = self._status, clock.now() - self._start
         done = status.subproblems_done + 1
         here = done - self._before
-        return replace(
+        self._status = replace(
             status,
             subproblems_done=done,
             rate=clock.rate(status.tokens * here / status.subproblems, seconds),
@@ -218,7 +212,31 @@ class StatusFile:
         )
 
 
-def read_status(paths: ResultPaths) -> Status:
+def status(result: str | Path) -> Status:
+    """How far the run to `result` is: from any process, whether or not a run is alive, and at once: it reads JSON alone.
+
+    Of a finished result it says what the certificate beside it says, if that is of this very result. Raises IntegrityError,
+    with what to do, where the run's own files are damaged and no result is there.
+    """
+    paths = ResultPaths.at(result)
+    found = _read_status(paths)
+    if found.state == "finished":
+        certificate = read_summary(paths)
+        if certificate is None:
+            return found
+        return replace(found, certificate=certificate.outcome, verdict=f"{certificate.made}: {certificate.verdict}")
+    known = found.state == "none" or (found.state == "running" and found.subproblems)
+    begun = None if known else find_unfinished(paths, recost=False)
+    if begun is None:
+        return found
+    plan, total = begun.plan, begun.plan.subproblems
+    left = Schedule(plan, 1, scan_completed(plan, begun.journal, paths.scratch).done).left
+    tokens, share = _tokens(plan.problem), left / total
+    seconds_left = tokens * share / found.rate if found.rate else plan.seconds * share
+    return replace(found, subproblems=total, subproblems_done=total - left, tokens=tokens, seconds_left=seconds_left)
+
+
+def _read_status(paths: ResultPaths) -> Status:
     """Progress of the run to this result, whether or not it is alive.
 
     Raises IntegrityError for a damaged file, and warns of one where the journal still says how far an interrupted run came.
@@ -304,14 +322,6 @@ def read_report(paths: ResultPaths) -> RunReport | None:
     """The report beside a result, or None; IntegrityError for a damaged one."""
     found = read_json(paths.report, MOST_BYTES) if is_folder(paths.state) else None
     return RunReport.from_json(found) if found else None
-
-
-def as_planned(status: Status, plan: Plan, left: int) -> Status:
-    """The status of a run whose plan is known, and the number of subproblems left."""
-    done, tokens = plan.subproblems - left, _tokens(plan.problem)
-    share = left / plan.subproblems
-    seconds_left = tokens * share / status.rate if status.rate else plan.seconds * share
-    return replace(status, subproblems=plan.subproblems, subproblems_done=done, tokens=tokens, seconds_left=seconds_left)
 
 
 def _tokens(problem: Problem) -> int:

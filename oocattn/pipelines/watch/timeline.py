@@ -29,11 +29,9 @@ from oocattn.storage.locations import output_path
 from oocattn.text import display_width, printable
 from oocattn.units import format_seconds
 
-RESOURCES: tuple[Resource, ...] = get_args(Resource)
-"""Every resource, in the order in which bytes pass through."""
+RESOURCES: tuple[Resource, ...] = get_args(Resource)  # every resource, in the order in which bytes pass through
 
-MOST_CELLS = 30_000
-"""Cells of the picture, of 25 bytes, over all rows: its file stays below 1 MB."""
+MOST_CELLS = 30_000  # cells of the picture, of 25 bytes, over all rows: its file stays below 1 MB
 
 _COLOURS = ("#4e79a7", "#76b7b2", "#e15759", "#f28e2b", "#b07aa1", "#edc948", "#59a14f")
 _SHADES = 4  # a cell is drawn as dark as it is busy, in quarters
@@ -79,18 +77,12 @@ class _Spans:
         self.indices.append(event.index)
         self.chunks.append(isinstance(event, Merged | Written))
 
-    def union(self) -> tuple[Floats, Floats]:
-        """The intervals in which the resource was busy."""
-        return _union(np.asarray(self.starts), np.asarray(self.stops))
-
 
 class Timeline:
-    """A listener that writes a trace and a picture when the run ends.
+    """A listener that writes a trace to `path`, and a picture (.svg) beside it, when the run ends, or warns if it cannot.
 
-    The trace goes to `path`, the picture (.svg) beside it. The trace has a process for each lane and a thread for each
-    resource, and further ones ("read 2") where its spans overlap. The picture has a row for each resource of each lane, with
-    the share of the run's wall time in which it was busy. A file that cannot be written then is a warning: the result of the
-    run is worth more.
+    The trace has a process for each lane and a thread for each resource, and further ones ("read 2") where its spans
+    overlap. The picture has a row for each resource of each lane, with the share of the wall time in which it was busy.
 
     Raises ResultExistsError where something is at either path that oocattn did not write, and ProblemError where the folder
     of `path` does not exist or cannot be written to, or `path` does not end in .json.
@@ -209,7 +201,7 @@ def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, st
     columns = max(1, min(_WIDTH, MOST_CELLS // max(1, len(rows))))
     edges = np.linspace(start, stop, columns + 1)
     for number, ((_, resource), spans) in enumerate(rows.items()):
-        starts, stops = spans.union()
+        starts, stops = _union(np.asarray(spans.starts), np.asarray(spans.stops))
         share = float((stops - starts).sum()) / wall if wall > 0 else 0.0
         colour = _COLOURS[RESOURCES.index(cast(Resource, resource))]
         row = top + _ROW * number

@@ -54,6 +54,6 @@ def test_a_state_takes_what_the_plan_counts(group_size: int, rows: int, head_dim
     state = Arena(torch.empty(planned, dtype=torch.uint8)).state(group_size, rows, head_dim)
     state.reset()
     assert state.num.shape == (group_size, rows, head_dim)
-    assert state.nbytes + 5 * ALIGNMENT == planned
+    assert state.nbytes_for(*state.num.shape) + 5 * ALIGNMENT == planned
     assert state.num.abs().sum() == state.den.sum() == state.keys.sum() == state.key_sum.sum() == 0
     assert (state.max == -math.inf).all()

@@ -27,7 +27,8 @@ from support import (
 
 import oocattn
 from oocattn import Event, Plan
-from oocattn.kernels import AttentionState, merge
+from oocattn.kernels.merging import merge
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.partials.files import PartialFiles

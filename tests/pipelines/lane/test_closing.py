@@ -176,7 +176,7 @@ def test_a_lane_for_which_no_thread_can_be_started_is_closed(fast_path: Path, mo
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(HostMemory, "begin", refuse)
+    monkeypatch.setattr(HostMemory, "__init__", refuse)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         begin_call(lambda: lane_of(fast_path, "cpu")).result(timeout=30)
 

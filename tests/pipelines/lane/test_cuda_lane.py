@@ -33,7 +33,7 @@ from zarr.codecs import ZstdCodec
 
 import oocattn
 from oocattn import Event, Plan
-from oocattn.kernels import get_kernel
+from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.storage.paths import ResultPaths

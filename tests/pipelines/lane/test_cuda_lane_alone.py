@@ -37,7 +37,7 @@ from oocattn.planning.memory import (
     STAGING_SLOTS,
 )
 from oocattn.planning.memory import (
-    cuda_memory as planned_memory,
+    lane_bytes as planned_memory,
 )
 from oocattn.storage.paths import ResultPaths
 
@@ -181,7 +181,7 @@ def test_a_gpu_lane_allocates_exactly_what_was_planned(
     lane.close()
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
     temporaries = MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
-    assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0).host - temporaries
+    assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0)[1] - temporaries
 
 
 @pytest.mark.parametrize("heard", [(0, 1), (1, 0)], ids=str)

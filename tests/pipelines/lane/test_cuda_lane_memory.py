@@ -19,12 +19,13 @@ from support import (
 
 import oocattn
 from oocattn import BudgetError, Plan
-from oocattn.kernels.libraries.cudnn import CudnnKernel
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.libraries.aten import CudnnKernel
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import forward, make_operation
-from oocattn.operations.shapes import sample_tiles
 from oocattn.pipelines.lane import cuda_memory
 from oocattn.pipelines.lane.cuda import CudaDevice
-from oocattn.pipelines.lane.rehearsal import rehearse
+from oocattn.pipelines.lane.rehearsal import rehearse, sample_tiles
 from oocattn.planning.measure import kernel_rate
 from oocattn.problem.mask import Cover
 
@@ -70,9 +71,9 @@ def test_a_rehearsal_makes_every_call_within_the_plan_and_gives_all_back(
     made = []
     attend = CudnnKernel.attend
 
-    def note(self: CudnnKernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
-        made.append((query.shape[1], len(key), how["intervals"] is None))
-        attend(self, query, key, *rest, **how)
+    def note(self: CudnnKernel, operands: Operands, state: AttentionState) -> None:
+        made.append((operands.rows, operands.keys, operands.intervals is None))
+        attend(self, operands, state)
 
     monkeypatch.setattr(CudnnKernel, "attend", note)
     before = reserved_bytes()

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pretend
@@ -33,10 +32,12 @@ from support import (
 
 import oocattn
 from oocattn import BudgetError, Event, Plan, Result
-from oocattn.kernels import Kernel, get_kernel
+from oocattn.kernels.kernel import Kernel, Operands
+from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.state import AttentionState
 from oocattn.operations import forward, make_operation
-from oocattn.operations.shapes import sample_tiles
 from oocattn.pipelines.lane import cuda_memory
+from oocattn.pipelines.lane.rehearsal import sample_tiles
 from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.memory import (
     Tiles,
@@ -95,9 +96,9 @@ def test_sampled_tiles_have_the_shapes_of_every_kernel_call(
     kernel = type(get_kernel(plan.kernel))
     attend = kernel.attend
 
-    def note(self: Kernel, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor, **how: Any) -> None:
-        made.add((query.shape[1], len(key), how["intervals"] is None))
-        attend(self, query, key, *rest, **how)
+    def note(self: Kernel, operands: Operands, state: AttentionState) -> None:
+        made.add((operands.rows, operands.keys, operands.intervals is None))
+        attend(self, operands, state)
 
     monkeypatch.setattr(kernel, "attend", note)
     carry_out(plan, dataset, fast_path / "result.zarr")

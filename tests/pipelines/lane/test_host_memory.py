@@ -24,8 +24,7 @@ def allocations_of(plan: Plan) -> list[int]:
         return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
     with ThreadPoolExecutor(1) as allocator:
-        memory = HostMemory(plan, allocate)
-        memory.begin(allocator)
+        memory = HostMemory(plan, allocate, allocator)
     for slot in memory.slots:
         slot.result()  # raises the error that ended the allocating
     return found

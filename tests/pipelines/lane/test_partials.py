@@ -11,7 +11,8 @@ import torch
 from support import GENEROUS, MACHINE, a_problem, with_partials
 
 from oocattn import IntegrityError, Plan
-from oocattn.kernels import AttentionState, merge
+from oocattn.kernels.merging import merge
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.lane import make_partials
 from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles

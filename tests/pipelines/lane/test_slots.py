@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pretend
 
-from oocattn.pipelines.lane.slots import SlotRing
+from oocattn.pipelines.lane.cuda_memory import SlotRing
 
 
 class Stream(pretend.Stream):

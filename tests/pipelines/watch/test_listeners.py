@@ -56,10 +56,10 @@ def test_a_listener_may_fail_at_the_beginning_and_the_end_of_a_run(dataset: Path
 
 
 def test_a_status_file_that_fails_does_not_end_a_run(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ArithmeticError("a defect")
 
-    monkeypatch.setattr(StatusFile, "_counted", fail)
+    monkeypatch.setattr(StatusFile, "_add", fail)
     assert carry_out(plan_for(dataset, chunks=7), dataset, result).path == result
 
 

@@ -11,7 +11,7 @@ from support import GENEROUS, GPU, a_problem, make_event
 from oocattn import Event, IntegrityError, RunReport
 from oocattn.pipelines.finished import FinishedChunk
 from oocattn.pipelines.watch.events import Span
-from oocattn.pipelines.watch.tally import Tally
+from oocattn.pipelines.watch.report import Tally
 from oocattn.planning.candidates import make_plan
 from oocattn.storage.journal.journal import ChunkId
 

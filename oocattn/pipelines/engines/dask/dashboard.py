@@ -24,7 +24,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 
 from oocattn.errors import ProblemError
-from oocattn.surroundings import with_some_home
+from oocattn.imports import with_some_home
 from oocattn.text import printable
 from oocattn.threads import begin_call
 

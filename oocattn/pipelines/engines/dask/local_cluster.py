@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from oocattn.errors import ProblemError
 from oocattn.forks import is_forked
-from oocattn.garbage import collection_paused
+from oocattn.imports import collection_paused
 from oocattn.threads import ThreadPool
 
 with collection_paused():

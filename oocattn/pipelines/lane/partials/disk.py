@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from oocattn.errors import IntegrityError
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
 from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk
@@ -17,23 +17,14 @@ MergeStates = Callable[[AttentionState, AttentionState], None]
 
 
 class DiskPartials:
-    """A file for each partial, for accumulators that do not fit in memory."""
+    """A file for each partial, for accumulators that do not fit in memory. Implements PartialStore."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        files: PartialFiles,
-        accumulators: States,
-        buffers: States,
-        blocks: States,
-        merge_states: MergeStates,
-    ) -> None:
+    def __init__(self, plan: Plan, files: PartialFiles, states: Mapping[str, States], merge_states: MergeStates) -> None:
         self._plan = plan
         self._files = files
         self._merge_states = merge_states
-        self._accumulators = Accumulators(plan, accumulators)
-        self._buffers = buffers
-        self._blocks = blocks
+        self._accumulators = Accumulators(plan, states["accumulators"])
+        self._buffers, self._blocks = states["buffers"], states["blocks"]
         self._in_flight: dict[tuple[int, int, int], tuple[AttentionState, int]] = {}
 
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:

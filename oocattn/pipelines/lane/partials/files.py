@@ -1,8 +1,7 @@
-"""Files of a run's partials, and the query chunk and subproblems of each.
+"""Files of a run's partials, with checksums: one of another run, or a damaged one, counts for nothing.
 
-A file says which run and partial it is of, and carries checksums (`storage.journal.blocks`): one of another run, or a
-damaged one, counts for nothing. Where partials are merged on disk it holds what one subproblem handed back; where they are
-merged in memory, it is a checkpoint with what the first few of a chunk's contributors handed back.
+Where partials are merged on disk, a file holds what one subproblem handed back; where in memory, it is a checkpoint of what
+the first few of a chunk's contributors did.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from oocattn.storage.journal.blocks import read_blocks, read_label, write_blocks
 from oocattn.storage.journal.claims import Claim
 
 if TYPE_CHECKING:  # PyTorch takes seconds, and `status` reads what files say of themselves
-    from oocattn.kernels import AttentionState
+    from oocattn.kernels.state import AttentionState
 
 _NAME = re.compile(r"partial-\d+-\d+-\d+")
 
@@ -39,10 +38,9 @@ class PartialId:
 
 @dataclass(frozen=True)
 class PartialFiles:
-    """The partials of the run `run` in a folder.
+    """The partials of the run `run` in a folder, one file for a chunk and the first subproblem that is in it.
 
-    There is one file for a chunk and the first subproblem that is in it. They are written and removed under a `claim`
-    to the result's lock. `step` is called when a file is written, and after each block that is read.
+    They are written and removed under a `claim` to the result's lock. `step` is called for each file written and block read.
     """
 
     folder: Path
@@ -55,10 +53,9 @@ class PartialFiles:
         return self.folder / f"partial-{partial.head_group}-{partial.chunk}-{partial.subproblems[0]}"
 
     def write(self, partial: PartialId, state: AttentionState, not_finite: int) -> int:
-        """Write a partial durably, in place of one with the same first subproblem.
+        """Write a partial durably, in place of one with the same first subproblem; return its bytes.
 
-        Returns its bytes. `not_finite` is how many elements of the chunk's inputs those subproblems found to be NaN
-        or Inf.
+        `not_finite` counts the NaN and Inf that those subproblems found in the chunk's inputs.
         """
         self._check()
         blocks = [_arrays(rows) for rows in row_blocks(state)]
@@ -70,15 +67,13 @@ class PartialFiles:
         """Counts of NaN and Inf in a partial's file; IntegrityError if it is not there."""
         path, expected = self.path(partial), self._label(partial)
         label = read_label(path)
-        if any(label.get(name) != value for name, value in expected.items()) or not _is_count(label.get("not_finite")):
+        count = label.get("not_finite")
+        if not (expected.items() <= label.items() and isinstance(count, int) and count >= 0):
             raise IntegrityError(f"{path}: expected the partial {expected}, found {label}")
-        return int(label["not_finite"])
+        return count
 
     def read(self, partial: PartialId, buffers: Sequence[AttentionState]) -> Iterator[int]:
-        """Read a partial into the caller's blocks; yield the index of each whole one.
-
-        Raises IntegrityError, naming the file, for one that is not.
-        """
+        """Read a partial into the caller's blocks; yield the index of each whole one. Raises IntegrityError for others."""
         for index in read_blocks(self.path(partial), [_arrays(buffer) for buffer in buffers]):
             self.step()
             yield index
@@ -120,15 +115,11 @@ class PartialFiles:
 
 def row_blocks(state: AttentionState) -> list[AttentionState]:
     """The blocks of rows of a state, as a file has them."""
-    rows, step = len(state.keys), PARTIAL_BLOCK_ROWS
-    return [state.rows(start, min(start + step, rows)) for start in range(0, rows, step)]
+    starts = range(0, len(state.keys), PARTIAL_BLOCK_ROWS)
+    return [state.rows(start, start + PARTIAL_BLOCK_ROWS) for start in starts]
 
 
 def _arrays(state: AttentionState) -> list[npt.NDArray[np.generic]]:
     """Contiguous arrays of a state's rows: num, den and max of each head, ledger."""
     heads = [tensor[head].numpy() for tensor in (state.num, state.den, state.max) for head in range(len(tensor))]
     return [*heads, state.keys.numpy(), state.key_sum.numpy()]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value >= 0

@@ -6,15 +6,14 @@ import threading
 from dataclasses import dataclass
 
 from oocattn.errors import IntegrityError
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
 from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 
-Place = tuple[int, int]
-"""A head group and one of its query chunks."""
+Place = tuple[int, int]  # a head group and one of its query chunks
 
 
 @dataclass
@@ -36,12 +35,10 @@ class _Fold:
 
 
 class MemoryPartials:
-    """Each partial is folded into its chunk's accumulator, in order.
+    """Each partial is folded into its chunk's accumulator, in order, so that a file says how many contributors it has.
 
-    So an accumulator is at any time that of the first few contributors, and its file, if it was saved, need not be of the
-    same moment as another's: each says for itself how far its chunk had come. While one is being written nothing is folded
-    into it, and where no other is left to be written, one that is never idle is made so. One thread begins partials; any
-    may end them and save.
+    While an accumulator is being written nothing is folded into it, and where no other is left to be written, one that is
+    never idle is made so. One thread begins partials; any may end them and save. Implements PartialStore.
     """
 
     def __init__(self, plan: Plan, files: PartialFiles, accumulators: States) -> None:
@@ -136,8 +133,7 @@ class MemoryPartials:
         """An idle chunk among these; None where there is none, and none will come."""
 
         def find_idle() -> Place | None:
-            folds = ((place, self._folds.get(place)) for place in due)
-            return next((place for place, fold in folds if fold is None or fold.idle), None)
+            return next((place for place in due if place not in self._folds or self._folds[place].idle), None)
 
         with self._changed:
             if patient and due and not find_idle():

@@ -1,7 +1,6 @@
-"""The interface and common code of stores of partials.
+"""The interface and common code of stores of partials, `partials.memory` and `partials.disk`.
 
-There are two stores, `partials.memory` and `partials.disk`. Partials are merged by quorum index, so a merged state is the
-same bit for bit in either of them, whatever computed the partials and when. A store for another place is one more module.
+Partials are merged by quorum index, so a merged state is the same bit for bit, whatever computed the partials and when.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from oocattn.errors import IntegrityError
-from oocattn.kernels import AttentionState
+from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.planning.plan import Plan
 
@@ -45,16 +44,13 @@ class MergedChunk:
 
 
 class PartialStore(Protocol):
-    """Takes partials as they come, and gives back merged states of query chunks.
-
-    A chunk holds one of the lane's accumulators from its first partial (in memory) or its merge (on disk) to its release.
-    """
+    """Takes partials as they come, and gives back merged states of query chunks, in an accumulator until their release."""
 
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
-        """The destination of the partial of `chunk` from `subproblem`.
+        """The destination of a partial; waits while its buffer, or the accumulator, is in use.
 
-        This waits where a buffer, or the accumulator, is in use. `not_finite` is what the subproblem found in the
-        chunk's inputs. Raises DamagedPartialError where what was on disk of the chunk before is not whole.
+        `not_finite` is what the subproblem found in the chunk's inputs. Raises DamagedPartialError where what was on disk of
+        the chunk before is not whole.
         """
 
     def save_pending(self, head_group: int, chunk: int) -> bool:
@@ -66,8 +62,7 @@ class PartialStore(Protocol):
     def collect(self, head_group: int, chunk: int) -> MergedChunk:
         """Merge every partial of the chunk; the state is valid until `release`.
 
-        In memory, where each is merged as it comes, this is the state into which the last have begun to be merged. Raises
-        DamagedPartialError, and holds nothing, if one is not whole.
+        In memory, the last partials may still be coming. Raises DamagedPartialError, and holds nothing, if one is not whole.
         """
 
     def release(self, head_group: int, chunk: int) -> None:
@@ -87,7 +82,7 @@ class PartialStore(Protocol):
 
 
 class Accumulators:
-    """The chunk states of a lane; the graph's edges make sure that one is free."""
+    """The chunk states of a lane; by the graph's edges one is free."""
 
     def __init__(self, plan: Plan, free: States) -> None:
         self._plan = plan
