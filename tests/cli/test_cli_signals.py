@@ -45,8 +45,8 @@ def test_a_signal_ends_a_run_in_two_lines_and_it_can_be_resumed(dataset, fast_pa
     process.send_signal(number)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == code
-    assert len(printed.splitlines()) == 2, printed
-    first, last = printed.splitlines()
+    *warned, first, last = printed.splitlines()
+    assert all(line.startswith("this plan spends ") for line in warned), printed  # it has many tasks
     assert first.startswith("ending: what is in flight is finished and saved first, which may take ")
     assert last == f"oocattn: {words}; go on with: oocattn resume {result}"
     assert oocattn.status(result).state == "interrupted"
