@@ -13,8 +13,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import dask
 import pytest
+import warm  # noqa: F401  worker processes are its forks
 from distributed import Client
-from distributed.utils import get_mp_context
 from hypothesis import HealthCheck, settings
 from process_state import differences, process_state
 from support import TOKENS, normal_arrays, write_dataset
@@ -26,11 +26,6 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 dask.config.set(NO_PROFILER)  # in the clusters that tests make for themselves too
-
-# Worker processes of tests are forks of one process that has imported what they need: each is there in a tenth of a second,
-# where starting Python and importing PyTorch and Dask takes three. (`worker_processes.py` starts some as a user does.)
-dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
-get_mp_context().set_forkserver_preload(["distributed", "oocattn.pipelines.engines.dask.tasks"])
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import dask
+import warm  # noqa: F401  worker processes are its forks
 from distributed import Client, LocalCluster
 from fuse import arm, moments
 from support import carry_out, normal_arrays, plan_for, replanned, write_dataset

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import warm
 from distributed import Client, LocalCluster
 from distributed.worker import Worker
 from interrupting import kill_at, uninterrupted
@@ -126,10 +125,7 @@ def test_lanes_of_a_driver_that_was_killed_are_closed_by_the_next(dataset: Path,
     options = {"causal": True, "chunks": 13, "kernel": "cpu"}
     right = oocattn.attention(dataset, result.with_name("right.zarr"), client=client, **options)
     with processes(1) as workers:
-        environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}
-        arguments = [workers.scheduler.address, str(dataset), str(result)]
-        driver = subprocess.run([sys.executable, "-c", DRIVE, *arguments], env=environment, check=False)
-        assert driver.returncode == -signal.SIGKILL
+        assert warm.script(DRIVE, workers.scheduler.address, str(dataset), str(result)).wait() == -signal.SIGKILL
         assert oocattn.status(result).state == "interrupted"
         assert list(workers.run(lanes_on).values()) == [1]
         assert_same_bits(oocattn.resume(result, client=workers), right)
