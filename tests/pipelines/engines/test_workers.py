@@ -18,12 +18,18 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 
 import oocattn
 from oocattn import Event, TimeLimitError, clock
+from oocattn.pipelines import attempt
 from oocattn.pipelines.deadline import MARGIN_SECONDS
 from oocattn.pipelines.engines.dask.tasks import LanePlugin
 from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
+
+
+@pytest.fixture(autouse=True)
+def _workers_are_often_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "WORKER_CHECK_SECONDS", 0.2)
 
 
 @pytest.fixture
