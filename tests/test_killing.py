@@ -10,7 +10,7 @@ from warm import WarmProcess
 @pytest.mark.parametrize(
     ("options", "kills"),
     [
-        (["--moments", "3", "--chunks", "13"], 6),
+        (["--moments", "3", "--chunks", "7"], 6),
         (["--moments", "1", "--chunks", "13", "--workers"], 2),
         pytest.param(["--moments", "40"], 80, marks=pytest.mark.slow),
         pytest.param(["--moments", "40", "--workers"], 80, marks=pytest.mark.slow),
