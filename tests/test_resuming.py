@@ -102,7 +102,7 @@ def test_a_run_is_resumed_on_fewer_or_more_workers(
     partials: str,
 ) -> None:
     """On more than were planned for, it takes only as many as its memory is meant for."""
-    plan = plan_for(dataset, chunks=13, partials=partials, lanes=2)
+    plan = plan_for(dataset, chunks=7, partials=partials, lanes=2)
     right = uninterrupted(plan, dataset)
     for workers, expected in ((1, 1), (3, 2)):
         path = result.with_name(f"{workers}.zarr")
