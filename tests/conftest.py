@@ -13,6 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import dask
 import pytest
+import warm  # noqa: F401  worker processes are its forks
 from distributed import Client
 from hypothesis import HealthCheck, settings
 from process_state import differences, process_state
@@ -27,9 +28,9 @@ settings.load_profile("repeatable")
 dask.config.set(NO_PROFILER)  # in the clusters that tests make for themselves too
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client() -> Iterator[Client]:
-    """A cluster like that of a run without a client, started once for each module of tests."""
+    """A cluster like that of a run without a client, started once."""
     with local_client() as connected:
         yield connected
 
@@ -60,7 +61,7 @@ def result(fast_path: Path) -> Path:
 def _process_state_is_left_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a setting of the process changed, and name the setting."""
     if "client" in request.fixturenames:
-        request.getfixturevalue("client")  # the cluster of a module is part of what is found
+        request.getfixturevalue("client")  # a cluster that starts now is part of what is found
     before = process_state()
     yield
     changed = differences(before, process_state())

@@ -42,6 +42,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers as a static host without listings."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its headers
     served: Server
 
     def do_HEAD(self) -> None:

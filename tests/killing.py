@@ -22,12 +22,14 @@ from functools import partial
 from pathlib import Path
 
 import dask
+import warm  # noqa: F401  worker processes are its forks
 from distributed import Client, LocalCluster
 from fuse import arm, moments
 from support import carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
 from oocattn import Plan
+from oocattn.pipelines import attempt
 from oocattn.pipelines.engines.dask.local_cluster import NO_PROFILER, local_client
 from oocattn.storage.paths import ResultPaths
 
@@ -160,6 +162,7 @@ def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
 
 
 def kill_workers(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
+    attempt.WORKER_CHECK_SECONDS = 0.2
     # Else it gives a worker up that is not there 15 s after it died: the one in its place may just have died too.
     with (
         dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day", **NO_PROFILER}),

@@ -51,6 +51,9 @@ def process_state() -> dict[str, Any]:
         )
     if (dask := sys.modules.get("dask")) is not None and hasattr(dask, "config"):
         state["dask.config"] = repr(dask.config.config)
+    if (distributed := sys.modules.get("distributed")) is not None and hasattr(distributed, "Worker"):
+        there = {worker.address_safe: worker.status.name for worker in list(distributed.Worker._instances)}
+        state["Dask workers of this process"] = {name: status for name, status in there.items() if status != "closed"}
     return state
 
 

@@ -26,7 +26,7 @@ UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 
 DTYPES = ("float16", "bfloat16", "float32")
 TOKENS = st.one_of(st.integers(1, 200), st.integers(1, 20), st.sampled_from([1, 2, 61, 127, 128, 129, 257, 509, 512, 599]))
-FEW, SEVERAL, MANY = st.integers(1, 5), st.integers(1, 14), st.sampled_from([13, 20, 31, 57, 60])
+FEW, SEVERAL, MANY = st.integers(1, 5), st.integers(1, 14), st.sampled_from([13, 20, 31])
 CHUNKS = st.integers(0, 9).flatmap(lambda number: FEW if number < 6 else SEVERAL if number < 9 else MANY)
 HEAD_DIMS = st.one_of(st.integers(1, 256), st.sampled_from([1, 2, 3, 8, 31, 64, 80, 128, 255, 256]))
 STORAGE = st.sampled_from(["plain", "plain", "plain", "zstd", "blosc", "sharded"])
@@ -223,7 +223,7 @@ def test_every_element_that_is_not_finite_is_counted_once(fast_path: Path) -> No
     for array in arrays:
         array.reshape(-1)[random.choice(array.size, 37, replace=False)] = random.choice([np.nan, np.inf, -np.inf], 37)
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
-    for options in ({"chunks": 13}, {"chunks": 6, "decomposition": "strips"}, {"chunks": 8}):
+    for options in ({"chunks": 7}, {"chunks": 3, "decomposition": "strips"}, {"chunks": 6}):
         for causal in (False, True):
             plan = plan_for(dataset, causal=causal, **options)
             result = carry_out(plan, dataset, fast_path / "result.zarr", overwrite=True)
@@ -238,7 +238,7 @@ def test_what_overflows_in_out_is_counted_and_said(
     q, k, v = normal_arrays(101, heads=6, kv_heads=2, head_dim=5, batch=2)
     v = np.where(v > 0, size, -size).astype(np.float32)
     dataset = write_dataset(fast_path / "dataset.zarr", (q, k, v))
-    for options in ({"chunks": 13}, {"chunks": 6, "decomposition": "strips"}):
+    for options in ({"chunks": 7}, {"chunks": 3, "decomposition": "strips"}):
         plan = plan_for(dataset, out_dtype=out_dtype, causal=True, **options)
         caplog.clear()
         result = carry_out(plan, dataset, fast_path / "result.zarr", overwrite=True)

@@ -24,7 +24,9 @@ SOON = 30.0
 
 HANGING_POOL = """
 import threading
+from oocattn import threads
 from oocattn.threads import ThreadPool, begin_call
+threads.EXIT_SECONDS = 0.5
 pool = ThreadPool(2, "hanging")
 pool.submit(threading.Event().wait)
 begin_call(threading.Event().wait)
@@ -34,7 +36,10 @@ print("ended", flush=True)
 HANGING_READS = """
 import os, signal, sys, threading, time
 import oocattn
+from oocattn import threads
 from oocattn.storage.inputs.readers import InputArray
+
+threads.EXIT_SECONDS = 0.5
 
 def interrupt_twice():
     for _ in range(2):

@@ -17,12 +17,18 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 
 import oocattn
 from oocattn import Event, TaskError, WorkerLostError
+from oocattn.pipelines import attempt
 from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.stager import Stager
 from oocattn.storage.paths import ResultPaths
+
+
+@pytest.fixture(autouse=True)
+def _workers_are_often_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "WORKER_CHECK_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -173,20 +179,20 @@ def test_a_worker_that_dies_is_replaced(
 
 
 def test_workers_that_die_while_chunks_are_merged_do_not_end_a_run_that_gets_on(
-    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_for(dataset, chunks=57, partials="disk")
+    plan = plan_for(dataset, chunks=13, partials="disk")
     right = uninterrupted(plan, dataset)
     recorder, real = Recorder([]), Attempt._finish
 
-    def lose(attempt: Attempt, *ended: Any) -> None:
-        real(attempt, *ended)
+    def lose(it: Attempt, *ended: Any) -> None:
+        real(it, *ended)
         written = recorder.events[-1].kind == "written"
         if written and len(recorder.of("attended")) == plan.subproblems and len(recorder.of("recovered")) < 5:
             raise WorkerLostError("a worker is gone")
 
     monkeypatch.setattr(Attempt, "_finish", lose)
-    found = carry_out(plan, dataset, result, client, callbacks=[recorder])
+    found = carry_out(plan, dataset, result, callbacks=[recorder])
     assert_same_bits(found, right)
     assert found.report.workers_lost == 5
 
@@ -205,13 +211,13 @@ def lose_at(count: int, victim: str, cluster: LocalCluster) -> Callable[[Event],
     return listen
 
 
-@pytest.mark.parametrize("counts", [(24, 36), pytest.param((16, 20, 28, 32), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("counts", [(8, 13), pytest.param((5, 10, 16, 21), marks=pytest.mark.slow)])
 def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
     dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...]
 ) -> None:
     """Chunks that it had merged, of partials that the other one had computed: whose tasks are run again, too."""
     monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.REPLACEMENT_SECONDS", 0.0)
-    plan = plan_for(dataset, chunks=57, causal=True, partials="disk", lanes=2)
+    plan = plan_for(dataset, chunks=21, causal=True, partials="disk", lanes=2)
     right = uninterrupted(plan, dataset)
     real, staged = Stager._lay_out, Counter[tuple[str, int, int]]()
 

@@ -108,8 +108,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def right(dataset: Path, client: Client) -> Result:
-    return carry_out(plan_of(dataset, ""), dataset, dataset.with_name("right.zarr"), client)
+def right(dataset: Path) -> Result:
+    return carry_out(plan_of(dataset, ""), dataset, dataset.with_name("right.zarr"))
 
 
 def plan_of(dataset: Path, step: str) -> Plan:

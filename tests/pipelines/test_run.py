@@ -17,8 +17,8 @@ SETTINGS = [
     ({"chunks": 1}, True, "memory"),
     ({"chunks": 7}, False, "memory"),
     ({"chunks": 7}, True, "disk"),
-    ({"chunks": 40}, True, "memory"),
-    ({"chunks": 40}, False, "disk"),
+    ({"chunks": 20}, True, "memory"),
+    ({"chunks": 20}, False, "disk"),
     ({"chunks": 8, "decomposition": "strips"}, True, None),
 ]
 

@@ -236,7 +236,7 @@ def test_a_scheduler_that_does_not_answer_is_named(
 
     def freeze(event: Event) -> None:
         if event.kind == "attended" and event.index == 3:
-            client.loop.add_callback(threading.Event().wait, 3)
+            client.loop.add_callback(threading.Event().wait, 1.5)
 
     with pytest.raises(StalledError, match="the scheduler does not answer: continue it"):
         carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[freeze])

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import warm
 import zarr
 from safetensors.torch import save_file
 from tensors import AXES, check_dataset, make_tensors, save_npy, save_safetensors, save_torch
@@ -260,6 +260,5 @@ def test_memory_is_bounded_by_chunks_not_by_the_file(tmp_path, save):
     """64 MiB of float16 in chunks of 1 MiB: half of the file is never held in anonymous memory."""
     large, small = np.zeros((1, 2**17, 4, 64), np.float16), np.zeros((1, 2**17, 1, 64), np.float16)
     files = save(tmp_path, {"q": large, "k": small, "v": small.copy()})
-    command = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path / "qkv.zarr"), *files.values()]
-    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    grown = int(warm.printed(MEMORY_PROBE, str(tmp_path / "qkv.zarr"), *map(str, files.values())))
     assert grown < 32 * 2**20

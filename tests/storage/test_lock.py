@@ -138,7 +138,8 @@ def test_a_lock_that_cannot_be_read_is_not_taken_for_left_behind(left: Path, mon
 @pytest.mark.parametrize(
     "text", [b"", b"not JSON", b"[]", b'{"host": "a"}', b'{"host": "a", "process": "b"}', b"\xff\xfe", b"[" * 100_000]
 )
-def test_the_text_of_a_lock_is_not_believed(tmp_path: Path, text: bytes) -> None:
+def test_the_text_of_a_lock_is_not_believed(tmp_path: Path, text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "PATIENCE", 0.05)
     path = tmp_path / "lock"
     path.write_bytes(text)
     assert lock_holder(path) is None  # whatever it says, nobody holds it

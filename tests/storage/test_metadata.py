@@ -186,7 +186,7 @@ def deep(path: Path) -> None:
 
 
 def wide(path: Path) -> None:
-    path.write_text('{"zarr_format": 3, "node_type": "group", "attributes": [' + "[]," * 10**6 + "[]]}")
+    path.write_text('{"zarr_format": 3, "node_type": "group", "attributes": [' + "[]," * 3 * 10**5 + "[]]}")
 
 
 KINDS = [fifo, folder, loop, device, huge]
@@ -208,7 +208,7 @@ def test_chunks_may_be_anything(tmp_path: Path, kind: Callable[[Path], None], co
     dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(64), compressors=compressors)
     kind(dataset / "k/c/0/0/0/0")
     works: list[Callable[[], Any]] = [
-        lambda: oocattn.attention(dataset, tmp_path / "result.zarr", kernel="cpu"),
+        lambda: oocattn.attention(dataset, tmp_path / "result.zarr", kernel="cpu", engine="inline"),
         lambda: oocattn.plan(dataset, kernel="cpu"),
     ]
     for work in works:

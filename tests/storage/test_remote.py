@@ -66,6 +66,12 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transient.retry, "__defaults__", (SOME_SECONDS,))
 
 
+@pytest.fixture
+def impatient(hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, for what fails for good."""
+    monkeypatch.setattr(transient.retry, "__defaults__", (SOME_SECONDS / 10,))
+
+
 def read(dataset: Dataset) -> None:
     """Compare all rows with what was written."""
     dataset.check_complete()
@@ -111,7 +117,7 @@ def test_a_server_that_stalls_once_is_asked_again(server: Server, monkeypatch: p
     assert server.tries["GET", "/zstd.zarr/k/c/0/0/0/0"] == 2
 
 
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("where", ["zarr.json", "/q/zarr.json", "/c/"])
 def test_a_lasting_failure_of_a_server_ends_in_one_line(server: Server, storage: str, where: str) -> None:
@@ -122,7 +128,7 @@ def test_a_lasting_failure_of_a_server_ends_in_one_line(server: Server, storage:
         assert isinstance(found.value, RemoteDeniedError) == (code in (401, 403))
 
 
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("storage", STORAGE)
 def test_a_server_that_fails_later_is_no_damage(server: Server, storage: str) -> None:
     dataset = Dataset.open(f"{server.url}/{storage}.zarr")

@@ -9,8 +9,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -21,13 +19,13 @@ from urllib.request import urlopen
 import dask
 import psutil
 import pytest
+import warm
 from bokeh.util.token import generate_jwt_token, generate_session_id
 from distributed import Client, LocalCluster
 from support import carry_out, plan_for
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
-import oocattn
 from oocattn import ProblemError
 from oocattn.pipelines.engines.dask.dashboard import DashboardAddress
 from oocattn.pipelines.engines.dask.local_cluster import local_client
@@ -259,12 +257,9 @@ def test_a_command_says_in_one_line_why_its_cluster_does_not_start(dataset: Path
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        arguments = [str(dataset), str(result), f"127.0.0.1:{taken.getsockname()[1]}"]
-        environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}
-        ended = subprocess.run(
-            [sys.executable, "-c", CAUSES, *arguments], env=environment, capture_output=True, text=True, check=True
-        )
-    assert ended.stderr == ""
+        process = warm.script(CAUSES, str(dataset), str(result), f"127.0.0.1:{taken.getsockname()[1]}")
+        printed, complaints = process.communicate()
+    assert (process.returncode, complaints) == (0, "")
     words = {
         "encryption": "TLS .*configuration sets distributed.comm.require-encryption; set distributed.comm.tls as well",
         "plain": "^oocattn: dashboard address .*Address already in use",
@@ -272,7 +267,7 @@ def test_a_command_says_in_one_line_why_its_cluster_does_not_start(dataset: Path
         "folders": "No usable temporary directory found",
         "files": r"Too many open files: raise the limit on open files \(ulimit -n\)",
     }
-    for name, (code, said) in json.loads(ended.stdout.splitlines()[-1]).items():
+    for name, (code, said) in json.loads(printed.splitlines()[-1]).items():
         assert (code, said.count("\n"), "Traceback" in said) == (1, 1, False), said
         assert re.search(words.pop(name), said), said
         assert name == "plain" or "dashboard" not in said

@@ -45,7 +45,9 @@ def test_a_run_that_is_stopped_saves_after_what_executes_has_ended(
     monkeypatch.setattr(Lane, "save", note_save)
     with pytest.raises(KeyboardInterrupt):
         carry_out(plan_for(dataset, chunks=3), dataset, result, client if engine == "dask" else "inline", [stop])
-    assert steps == ["begin", "end", "save"]
+    tasks, last = steps[:-1], steps[-1]
+    assert last == "save"
+    assert tasks == ["begin", "end"] * tasks.count("begin")  # more than one on a busy machine
 
 
 def test_an_inline_lane_that_is_made_when_its_run_has_ended_is_closed(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import warm
 from distributed import Client, LocalCluster
 from distributed.worker import Worker
 from interrupting import kill_at, uninterrupted
@@ -19,6 +18,7 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_f
 
 import oocattn
 from oocattn import Event, TimeLimitError, clock
+from oocattn.pipelines import attempt
 from oocattn.pipelines.deadline import MARGIN_SECONDS
 from oocattn.pipelines.engines.dask.engine import DaskEngine
 from oocattn.pipelines.engines.dask.tasks import LanePlugin
@@ -26,6 +26,11 @@ from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
+
+
+@pytest.fixture(autouse=True)
+def _workers_are_often_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "WORKER_CHECK_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -57,7 +62,7 @@ def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path,
 
 
 def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Path, client: Client) -> None:
-    plan = plan_for(dataset, chunks=31, causal=True, lanes=2)
+    plan = plan_for(dataset, chunks=13, causal=True, lanes=2)
     right = uninterrupted(plan, dataset)
     with processes(2) as workers:
         workers.run(importlib.import_module, "oocattn")  # which takes as long as the run may
@@ -70,7 +75,7 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
                 if len(seen) == 4:
                     os.kill(process, signal.SIGSTOP)
 
-        until = clock.now() + MARGIN_SECONDS + 5
+        until = clock.now() + MARGIN_SECONDS + 3
         try:
             with pytest.raises(TimeLimitError, match="time limit reached"):
                 run_plan(
@@ -91,13 +96,13 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
 def test_a_worker_that_is_frozen_before_it_has_a_lane_does_not_hold_a_run(
     dataset: Path, result: Path, client: Client
 ) -> None:
-    plan = plan_for(dataset, chunks=31, causal=True, lanes=2)
+    plan = plan_for(dataset, chunks=13, causal=True, lanes=2)
     with processes(2) as workers:
         process = next(iter(workers.run(os.getpid).values()))
         os.kill(process, signal.SIGSTOP)
-        until = clock.now() + MARGIN_SECONDS + 3
+        until = clock.now() + MARGIN_SECONDS + 1.5
         try:
-            with pytest.raises(TimeLimitError, match="time limit reached: 0 of 62 subproblems"):
+            with pytest.raises(TimeLimitError, match="time limit reached: 0 of 26 subproblems"):
                 run_plan(
                     plan,
                     Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result)),
@@ -132,10 +137,7 @@ def test_lanes_of_a_driver_that_was_killed_are_closed_by_the_next(dataset: Path,
     options = {"causal": True, "chunks": 13, "kernel": "cpu"}
     right = oocattn.attention(dataset, result.with_name("right.zarr"), client=client, **options)
     with processes(1) as workers:
-        environment = {**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1])}
-        arguments = [workers.scheduler.address, str(dataset), str(result)]
-        driver = subprocess.run([sys.executable, "-c", DRIVE, *arguments], env=environment, check=False)
-        assert driver.returncode == -signal.SIGKILL
+        assert warm.script(DRIVE, workers.scheduler.address, str(dataset), str(result)).wait() == -signal.SIGKILL
         assert oocattn.status(result).state == "interrupted"
         assert list(workers.run(lanes_on).values()) == [1]
         assert_same_bits(oocattn.resume(result, client=workers), right)

@@ -114,10 +114,10 @@ def workers(count: int, threads: int) -> Iterator[Client]:
         yield connected
 
 
-def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(client: Client, fast_path: Path) -> None:
+def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(fast_path: Path) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(151, heads=4, kv_heads=2, dtype="float16"))
     made = pretend.gpu_plan(dataset, (20, 10), causal=True, chunks=7)
-    expected = carry_out(made, dataset, fast_path / "expected.zarr", client)
+    expected = carry_out(made, dataset, fast_path / "expected.zarr")
     for count, threads in ((1, 1), (2, 3)):
         with workers(count, threads) as connected:
             for partials in ("memory", "disk"):
@@ -132,7 +132,7 @@ def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(client: 
 def test_an_interrupted_run_goes_on_to_the_same_bits(client: Client, fast_path: Path, partials: str, count: int) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(151, heads=4, kv_heads=2, dtype="float16"))
     made = replanned(pretend.gpu_plan(dataset, (20, 10), partials, causal=True, chunks=13), checkpoint_seconds=0.02)
-    expected = carry_out(made, dataset, fast_path / "expected.zarr", client)
+    expected = carry_out(made, dataset, fast_path / "expected.zarr")
     before, after = Recorder([]), Recorder([])
 
     def stop(event: Event) -> None:

@@ -169,7 +169,7 @@ def test_no_name_or_caption_leaves_the_picture(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("lanes", [1, 60])
 def test_the_picture_of_many_short_spans_stays_small(tmp_path: Path, lanes: int) -> None:
-    count = 25_000 // lanes
+    count = 8_000 // lanes
     events = [
         make_event("staged", index=number, worker=str(lane), spans=(span(resource, at, at + 5 / count),))
         for number in range(count)
