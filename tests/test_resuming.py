@@ -117,7 +117,7 @@ def test_a_run_is_resumed_on_fewer_or_more_workers(
 def test_the_same_call_resumes_and_the_command_says_so(
     dataset: Path, result: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    options: dict[str, Any] = {"chunks": 13, "causal": True, "host_memory": "1GiB"}
+    options: dict[str, Any] = {"chunks": 13, "decomposition": "cqs", "causal": True, "host_memory": "1GiB"}
     right = oocattn.attention(dataset, result.with_name("right.zarr"), engine="inline", **options)
     attempts: list[Callable[[Path], object]] = [
         lambda path: oocattn.attention(dataset, path, engine="inline", **options),

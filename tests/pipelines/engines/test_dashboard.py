@@ -9,6 +9,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -26,6 +28,7 @@ from support import carry_out, plan_for
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
+import oocattn
 from oocattn import ProblemError
 from oocattn.pipelines.engines.dask.dashboard import DashboardAddress
 from oocattn.pipelines.engines.dask.local_cluster import local_client
