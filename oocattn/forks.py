@@ -92,17 +92,20 @@ def _loop_ends() -> bool:
             torch.ones(LOOP).exp_()
         finally:
             os._exit(0)
-    start, asleep = time.monotonic(), 0.0
-    with suppress(ChildProcessError, psutil.NoSuchProcess):  # where another of this process waits for its children
-        while os.waitpid(process, os.WNOHANG) == (0, 0):
-            if asleep > ASLEEP_SECONDS or time.monotonic() - start > ENOUGH_SECONDS:
-                os.kill(process, signal.SIGKILL)
-                with suppress(ChildProcessError):
-                    os.waitpid(process, 0)
-                return False
+    start, asleep, ended = time.monotonic(), 0.0, False
+    try:
+        while not ended and asleep <= ASLEEP_SECONDS and time.monotonic() - start <= ENOUGH_SECONDS:
             asleep += PAUSE_SECONDS * (psutil.Process(process).status() == psutil.STATUS_SLEEPING)
             time.sleep(PAUSE_SECONDS)
-    return True
+            ended = os.waitpid(process, os.WNOHANG) != (0, 0)
+    except (ChildProcessError, psutil.NoSuchProcess):  # another of this process waits for its children
+        ended = True
+    finally:  # also after Ctrl-C
+        if not ended:
+            os.kill(process, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(process, 0)
+    return ended
 
 
 class _Computing:
