@@ -32,11 +32,8 @@ from oocattn.storage.files.operations import describe_error, is_disk_full
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.units import format_seconds
 
-WORKER_CHECK_SECONDS = 5.0
-"""Seconds after which it is checked again whether the workers still live."""
-
-AT_ONCE = 1.0
-"""Seconds in which lanes close after a second signal, or are left."""
+WORKER_CHECK_SECONDS = 5.0  # seconds after which it is checked again whether the workers still live
+AT_ONCE = 1.0  # seconds in which lanes close after a second signal, or are left
 
 logger = logging.getLogger("oocattn")
 

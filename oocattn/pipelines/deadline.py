@@ -24,11 +24,8 @@ NOTICED_SECONDS, NOTICED_TIMES = 30.0, 2
 """After so many seconds the workers are asked what keeps them, and again after as many. Where nothing is found that does,
 the run is said to stall only after so many times its longest step."""
 
-REMEMBERED = 31
-"""Tasks of each kind whose seconds are remembered."""
-
-SAVING_RATE = 1e9
-"""Bytes per second at which what lanes hold in memory is taken to be saved."""
+REMEMBERED = 31  # tasks of each kind whose seconds are remembered
+SAVING_RATE = 1e9  # bytes per second at which what lanes hold in memory is taken to be saved
 
 
 class Deadline:

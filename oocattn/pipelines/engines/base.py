@@ -12,7 +12,7 @@ import os
 import queue
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 SAVING_SECONDS = 600.0
 """The longest time for lanes to save their work as a run ends."""
+
+NOT_STOPPED = "some tasks did not stop in time; their work is not saved"
+NOT_SAVED = "what it held in memory may be lost, and is computed again"
+NOT_CLOSED = "its lane may not be closed, and keep its memory"
 
 logger = logging.getLogger("oocattn")
 
@@ -115,9 +119,9 @@ class Engine(ABC):
 
     @abstractmethod
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
-        """Have the workers ready before a run begins; return their arithmetic.
+        """Have the workers ready before a run begins; return their arithmetic (`arithmetic_of`).
 
-        See `arithmetic_of`. Raises ProblemError with all that is wrong with them.
+        Raises ProblemError with all that is wrong with them.
         """
 
     @abstractmethod
@@ -156,3 +160,13 @@ def warn_of_failure(consequence: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning("%s: %s", consequence, words_of(error))
+
+
+def collect_answers(calls: Mapping[str, Future[T]], seconds: float, consequence: str) -> dict[str, T]:
+    """The answers of workers by name; one that fails, or is silent for so many seconds, is warned of."""
+    wait(calls.values(), timeout=seconds)
+    found = {}
+    for name, call in calls.items():
+        with warn_of_failure(f"worker {name}: {consequence}"):
+            found[name] = call.result(timeout=0)
+    return found

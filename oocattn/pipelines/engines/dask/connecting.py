@@ -22,14 +22,9 @@ from oocattn.units import format_seconds
 CONNECT_SECONDS = 30.0
 """Seconds in which a scheduler must answer, even one that is just being started."""
 
-LEAST_CONNECT_SECONDS = 1.0
-"""Seconds that it has, however short a time limit is."""
-
-RETRY_SECONDS = 0.25
-"""Seconds between tries of an address where nobody listens."""
-
-SCHEMES = ("tcp", "tls", "ws", "wss")
-"""Schemes of the address of a scheduler in another process."""
+LEAST_CONNECT_SECONDS = 1.0  # that it has, however short a time limit is
+RETRY_SECONDS = 0.25  # between tries of an address where nobody listens
+SCHEMES = ("tcp", "tls", "ws", "wss")  # of the address of a scheduler in another process
 
 _EXPECTED = "give the address of a Dask scheduler, like tcp://HOST:8786"
 

@@ -26,11 +26,8 @@ from oocattn.units import format_seconds
 
 logger = logging.getLogger("oocattn")
 
-CLOSE_SECONDS = 10.0
-"""Seconds in which a lane closes, or a worker goes on without."""
-
-ENDED = ("memory", "error", "rescheduled")
-"""States that a worker gives a task when it has ended, cancelled or not."""
+CLOSE_SECONDS = 10.0  # seconds in which a lane closes, or a worker goes on without
+ENDED = ("memory", "error", "rescheduled")  # states that a worker gives a task when it has ended, cancelled or not
 
 
 class LanePlugin(WorkerPlugin):
