@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from oocattn.pipelines.finished import scan_completed
 from oocattn.pipelines.run import find_unfinished
-from oocattn.pipelines.scan import scan_completed
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.watch.status import Status, as_planned, read_status
 from oocattn.storage.paths import ResultPaths
