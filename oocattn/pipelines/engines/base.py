@@ -2,7 +2,7 @@
 
 An `Engine` has the workers of one run, for as many attempts as it takes. `Lanes` are the lanes of one attempt: tasks are
 submitted to them, their outcomes come back through a queue, in the order of completion. A new engine is a new file beside
-this one, and a case in `Workplace.prepare`.
+this one, and a case in `Workplace`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ class Obstacle:
 class Lanes(ABC):
     """The lanes of one attempt, by number. `workers` names the worker of each.
 
-    `outcomes` has the tasks that have ended; whoever wakes its reader puts None there. What may hang returns a future, of
-    which the caller waits no longer than it likes.
+    `outcomes` has the tasks that have ended; whoever wakes its reader puts None there. What may hang returns a future.
     """
 
     def __init__(self, workers: Sequence[str]) -> None:
@@ -117,6 +116,9 @@ class Engine(ABC):
     dashboard = ""
     """The address of the dashboard; "" where there is none."""
 
+    lane_count = 0
+    """Workers that take part."""
+
     @abstractmethod
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
         """Have the workers ready before a run begins; return their arithmetic (`arithmetic_of`).
@@ -127,11 +129,6 @@ class Engine(ABC):
     @abstractmethod
     def replenish(self, check: Check) -> None:
         """Have the workers ready again after a failure; WorkerLostError if none is left."""
-
-    @property
-    @abstractmethod
-    def lane_count(self) -> int:
-        """Workers that take part."""
 
     @abstractmethod
     def lanes(self, run: Run, deadline: Deadline) -> Lanes:

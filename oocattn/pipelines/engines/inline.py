@@ -53,12 +53,9 @@ class InlineEngine(Engine):
     def __init__(self) -> None:
         self._devices: list[str] = []
 
-    @property
-    def lane_count(self) -> int:
-        return len(self._devices)
-
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
         self._devices = ["cpu"] if plan.device == "cpu" else [f"cuda:{index}" for index in range(plan.lanes)]
+        self.lane_count = len(self._devices)
         return arithmetic_of(plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
 
     def replenish(self, check: Check) -> None:

@@ -97,24 +97,18 @@ def wait_for_first(client: Client, check: Check) -> None:
         return
     seconds = format_seconds(FIRST_WORKER_SECONDS)
     logger.warning("the cluster has no worker: waiting for one, %s at most", seconds)
-    if not _wait(client, 1, FIRST_WORKER_SECONDS, FIRST_WORKER_SECONDS, check):
+    if not wait_for_workers(client, 1, FIRST_WORKER_SECONDS, FIRST_WORKER_SECONDS, check):
         raise ProblemError(
             f"0 workers after {seconds}: a run needs at least one; start workers and run again (if Dask keeps restarting "
             "them, set memory_limit=0)"
         )
 
 
-def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any: float, check: Check) -> None:
-    """Wait until there are so many workers: at most `seconds` where there are some, `seconds_for_any` where there is none.
+def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any: float, check: Check) -> int:
+    """Wait for so many workers, at most `seconds` where there are some, `seconds_for_any` where there is none.
 
-    Raises WorkerLostError where the scheduler does not answer, or there is no worker after that.
+    Returns how many there are. Raises WorkerLostError where the scheduler does not answer.
     """
-    if not _wait(client, count, seconds, seconds_for_any, check):
-        raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
-
-
-def _wait(client: Client, count: int, seconds: float, seconds_for_any: float, check: Check) -> int:
-    """Wait as `wait_for_workers`; return how many there are."""
     began, task, there = time.monotonic(), None, 0
     try:
         while (there := len(living_workers(client))) < count:

@@ -79,11 +79,8 @@ def connect(address: str, seconds: float = CONNECT_SECONDS) -> Client:
 
 
 async def _kind_of_server(address: str, seconds: float) -> str:
-    """The kind of Dask server at an address, such as "Scheduler".
-
-    It is asked before a client is made, for a client that cannot connect is never closed, and Dask may hang when it is
-    collected as garbage.
-    """
+    """The kind of Dask server at an address, such as "Scheduler"."""
+    # Asked before a client is made: one that cannot connect is never closed, and Dask may hang when it is collected.
     async with rpc(address, timeout=seconds, connection_args=Security().get_connection_args("client")) as server:
         found = await asyncio.wait_for(server.identity(), seconds)
     return str(found["type"])

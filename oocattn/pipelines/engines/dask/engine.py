@@ -219,10 +219,6 @@ class DaskEngine(Engine):
         self._devices: dict[str, str] = {}
         self.dashboard = client.dashboard_link or ""
 
-    @property
-    def lane_count(self) -> int:
-        return len(self._devices)
-
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
         expected = Expectations.of_run(plan, dataset, state)
         roll = enlist(self._client, expected, check)
@@ -232,13 +228,15 @@ class DaskEngine(Engine):
         return roll.computing
 
     def replenish(self, check: Check) -> None:
-        wait_for_workers(self._client, self.lane_count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check)
+        if not wait_for_workers(self._client, self.lane_count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check):
+            raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
         self._take(enlist_again(self._client, self._expected, check))
 
     def _take(self, ids: dict[str, str]) -> None:
         """Have these workers take part, by address; WorkerLostError where none is left."""
         devices = assign_devices(self._client, self._plan.device, ids)
         self._ids, self._devices = ids, dict(itertools.islice(devices.items(), self._plan.lanes))
+        self.lane_count = len(self._devices)
         if not self._devices:
             raise WorkerLostError("no worker is ready to continue: the work that was done is on disk; start some and resume")
 

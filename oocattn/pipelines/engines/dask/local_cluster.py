@@ -41,12 +41,10 @@ ENCRYPTION = "distributed.comm.require-encryption"
 
 @contextmanager
 def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> Iterator[Client]:
-    """A client of a new cluster in this process.
+    """A client of a new cluster in this process; ProblemError, with the cause, where it cannot start.
 
-    It has a worker for the CPU or each GPU, and the dashboard on the loopback. The cluster opens no port but that of
-    the dashboard, which pages of other origins cannot read. Dask's own memory limit is off: it counts mapped pages,
-    and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Tracebacks of tasks that fail are not
-    logged. Raises ProblemError, with the cause, where the cluster cannot start.
+    It opens no port but that of the dashboard, which pages of other origins cannot read. Dask's own memory limit is off: it
+    counts mapped pages, and the plan bounds what is allocated.
     """
     address = DashboardAddress.parse(dashboard_address)
     if is_forked():

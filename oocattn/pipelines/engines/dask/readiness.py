@@ -11,7 +11,6 @@ import asyncio
 import inspect
 import math
 import os
-import socket
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -112,7 +111,6 @@ class WorkerState:
     """
 
     id: str
-    host: str
     code: str
     dataset: Fingerprints | str
     result: str
@@ -134,7 +132,6 @@ async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerS
     result, probe = await asyncio.wrap_future(begin_call(_look_at_state, expected.state, expected.claim))
     return WorkerState(
         id=str(dask_worker.id),
-        host=socket.gethostname(),
         code=source_digest(),
         dataset=dataset,
         result=result,
