@@ -122,7 +122,7 @@ def test_a_run_that_another_version_began_is_not_resumed(
     dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(plan_for(dataset, chunks=13), dataset, result)
-    monkeypatch.setattr("oocattn.pipelines.resuming.versions", lambda: {"oocattn": "99"})
+    monkeypatch.setattr("oocattn.pipelines.existing.versions", lambda: {"oocattn": "99"})
     with pytest.raises(ResultExistsError, match=r"unfinished run of another oocattn \(0\.1\.0, now 99\)"):
         oocattn.resume(result, engine="inline")
 

@@ -14,29 +14,26 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from typing import NoReturn, TypeVar
+from functools import partial
+from typing import TypeVar
 
 from oocattn import clock
-from oocattn.errors import OocattnError, StalledError, TaintedError, TaskError, TimeLimitError, WorkerLostError
+from oocattn.errors import OocattnError, StalledError, TaintedError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.engines.base import Lanes, Outcome
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import STEPS, Graph, Task, TaskId, pieces
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.signals import InterruptedRunError
+from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.watch.events import Attended, Callback, Saved, Staged, TaskEvent
 from oocattn.planning.cost import MOST_UNFINISHED, PIECE, WINDOW
-from oocattn.storage.files.operations import describe_error, is_disk_full
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.units import format_seconds
 
-WORKER_CHECK_SECONDS = 5.0
-"""Seconds after which it is checked again whether the workers still live."""
-
-AT_ONCE = 1.0
-"""Seconds in which lanes close after a second signal, or are left."""
+WORKER_CHECK_SECONDS = 5.0  # seconds after which it is checked again whether the workers still live
+AT_ONCE = 1.0  # seconds in which lanes close after a second signal, or are left
 
 logger = logging.getLogger("oocattn")
 
@@ -44,27 +41,23 @@ T = TypeVar("T")
 
 
 class Attempt:
-    """What is left of a run, from the opening of its lanes to their end; `left` subproblems are to be staged."""
+    """What is left of a run, from the opening of its lanes to their end."""
 
-    def __init__(self, run: Run, lanes: Lanes, schedule: Schedule, left: int, emit: Callback, deadline: Deadline) -> None:
+    def __init__(
+        self, run: Run, lanes: Lanes, schedule: Schedule, emit: Callback, deadline: Deadline, interrupts: Interrupts
+    ) -> None:
         self._run = run
         self._lanes = lanes
         self._schedule = schedule
-        self._to_stage = self._to_attend = left
+        self._to_stage = self._to_attend = schedule.left
         self._emit = emit
         self._deadline = deadline
+        self._interrupts = interrupts
         self._unfinished: dict[TaskId, Task] = {}
         self._attending = self._attended = 0
         self._checked = time.monotonic()
         self._standstill = Standstill(lanes.workers, self._pending, lanes.look, emit, deadline)
-        self._interrupted = False
-        self.dataset_checked = False
-        """Whether the dataset was found unchanged after all of it was read."""
-
-    def interrupt(self) -> None:
-        """Stop at the next step; to be called from anywhere."""
-        self._interrupted = True
-        self._lanes.outcomes.put(None)
+        self._dataset_checked = False
 
     def drive(self) -> None:
         """Open the lanes, run every task to completion, and close the lanes, however it ends.
@@ -73,6 +66,7 @@ class Attempt:
         lanes have done is on disk then.
         """
         patience = AT_ONCE
+        self._interrupts.tell = partial(self._lanes.outcomes.put, None)  # the next step is to look at it
         with self._prefer_worker_lost():
             try:
                 self._open_lanes()
@@ -85,7 +79,7 @@ class Attempt:
             finally:
                 self._lanes.close(patience)
 
-    def check_dataset(self) -> None:
+    def _check_dataset(self) -> None:
         """Raise TaintedError where the dataset is not what it was when the run began."""
         dataset = self._run.dataset
         with naming("the check of the dataset"):
@@ -95,7 +89,7 @@ class Attempt:
                 f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "
                 "again"
             )
-        self.dataset_checked = True
+        self._dataset_checked = True
 
     def _open_lanes(self) -> None:
         with naming(SET_UP), self._prefer_worker_lost():
@@ -111,9 +105,11 @@ class Attempt:
                 self._submit(batch)
                 subproblems = PIECE
             if not self._unfinished:
-                return
+                break
             for task, outcome in self._next_outcomes():
                 self._finish(task, outcome)
+        if not self._dataset_checked:  # it had nothing left to read
+            self._check_dataset()
 
     def _has_room(self) -> bool:
         """Whether another piece may be submitted: both what is to be attended and what is to be written is bounded."""
@@ -146,7 +142,9 @@ class Attempt:
     def _finish(self, task: Task, outcome: TaskEvent | BaseException) -> None:
         """Pass on what a task did, or raise its error."""
         if isinstance(outcome, BaseException):
-            self._raise(task, outcome)
+            self._check_workers()  # a worker that is gone explains it
+            with naming(task.place):
+                raise outcome
         self._standstill.progress(self._lanes.workers[task.lane])
         del self._unfinished[task.id]
         self._lanes.forget(task)
@@ -159,14 +157,7 @@ class Attempt:
         elif isinstance(outcome, Staged):
             self._to_stage -= 1
             if not self._to_stage:  # all is read, and the driver has little else to do
-                self.check_dataset()
-
-    def _raise(self, task: Task, error: BaseException) -> NoReturn:
-        """Raise a task's error as it is told; WorkerLostError where a worker is gone, for that explains it."""
-        self._check_workers()
-        if isinstance(error, OocattnError) or is_disk_full(error) or not isinstance(error, Exception):
-            raise error
-        raise TaskError(task.place, describe_error(error)) from error
+                self._check_dataset()
 
     def _check_workers(self) -> None:
         """Raise WorkerLostError when a worker is gone, for its tasks can end nowhere else."""
@@ -188,9 +179,8 @@ class Attempt:
     def _stop(self, error: BaseException) -> None:
         """Let what is executing end, and have what lanes hold in memory on disk, unless the error says that it is wrong."""
         start = clock.now()
-        self._lanes.stop(
-            self._deadline.silence_seconds if isinstance(error, StalledError) else self._deadline.patience_seconds
-        )
+        deadline = self._deadline
+        self._lanes.stop(deadline.silence_seconds if isinstance(error, StalledError) else deadline.patience_seconds)
         saved = 0 if isinstance(error, TaintedError) else self._lanes.save()
         if saved:
             self._emit(Saved(start=start, stop=clock.now(), bytes=saved))
@@ -203,8 +193,7 @@ class Attempt:
         return pending
 
     def _wait_for(self, call: Future[T]) -> T:
-        """What a call returns that waits for workers or the scheduler. It may hang: raises as `_check_time` and `_waiting`
-        meanwhile."""
+        """What a call returns that waits for workers or the scheduler, and may hang."""
         while not call.done():
             seconds = self._check_time()
             with self._waiting(seconds):
@@ -213,26 +202,22 @@ class Attempt:
 
     @contextmanager
     def _waiting(self, most: float) -> Iterator[None]:
-        """Count what is inside as waiting for tasks or workers. Raises StalledError where nothing has ended for too long.
-
-        No more than `most` seconds are counted: the clock goes on while this process is stopped.
-        """
-        start = time.monotonic()
+        """Count what is inside as waiting for tasks or workers; StalledError where nothing has ended for too long."""
+        start = time.monotonic()  # which goes on while this process is stopped: so no more than `most` seconds count
         try:
             yield
         finally:
             self._standstill.add(min(most, time.monotonic() - start))
 
     def _check_time(self) -> float:
-        """Seconds until it is to be asked again. Raises InterruptedRunError when that was asked for, TimeLimitError when it
-        is time."""
-        left = self._deadline.seconds_left
-        if self._interrupted:
+        """Seconds until it is to be asked again; InterruptedRunError or TimeLimitError where the run must end."""
+        if self._interrupts.asked:
             logger.warning(
                 "ending: what is in flight is finished and saved first, which may take %s; a second signal ends at once",
                 format_seconds(self._deadline.in_flight_seconds),
             )
             raise InterruptedRunError("interrupted: what was in flight is on disk")
+        left = self._deadline.seconds_left
         if left <= 0:
             raise TimeLimitError(self._describe_time_limit())
         return min(WORKER_CHECK_SECONDS, left)

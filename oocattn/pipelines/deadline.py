@@ -10,25 +10,19 @@ from oocattn import clock
 from oocattn.pipelines.watch.events import Attended, TaskEvent
 from oocattn.planning.plan import Plan
 
-MARGIN_SECONDS = 2.0
-"""Seconds for what is not foreseen: closing the lanes, the last entry of the journal, a disk that is busy."""
-
-SILENCE_SECONDS, LEAST_SILENCE_SECONDS = 15.0, 1.0
-"""Seconds in which a worker must answer as a run ends, or it is done without; and those it has however late it is."""
+MARGIN_SECONDS = 2.0  # for what is not foreseen: closing the lanes, the last entry of the journal, a busy disk
+SILENCE_SECONDS = 15.0  # in which a worker must answer as a run ends, or it is done without
+LEAST_SILENCE_SECONDS = 1.0  # that it has however late it is
 
 STALLED_SECONDS, STALLED_TIMES = 180.0, 5
-"""A run ends after so many seconds in which none of its tasks ended or got on, or after so many times its longest step
-(`Deadline.step_seconds`) where that is longer."""
+"""A run ends after so many seconds in which no task ended or got on, or so many times its longest step if that is more."""
 
 NOTICED_SECONDS, NOTICED_TIMES = 30.0, 2
 """After so many seconds the workers are asked what keeps them, and again after as many. Where nothing is found that does,
 the run is said to stall only after so many times its longest step."""
 
-REMEMBERED = 31
-"""Tasks of each kind whose seconds are remembered."""
-
-SAVING_RATE = 1e9
-"""Bytes per second at which what lanes hold in memory is taken to be saved."""
+REMEMBERED = 31  # tasks of each kind whose seconds are remembered
+SAVING_RATE = 1e9  # bytes per second at which what lanes hold in memory is taken to be saved
 
 
 class Deadline:
@@ -61,10 +55,8 @@ class Deadline:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of the longest step between the ends of two tasks: as planned, or as tasks took so far.
-
-        Of those it is the median: one that was stopped for a while does not make a run wait longer the next time.
-        """
+        """Seconds of the longest step between the ends of two tasks: as planned, or as tasks took so far."""
+        # Their median: one that was stopped for a while does not make a run wait longer the next time.
         took = max(map(median, self._took.values()), default=0.0)
         return max(self._planned_step, self._at_a_time * took, self._saving)
 

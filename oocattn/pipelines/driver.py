@@ -23,10 +23,9 @@ from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.failing import insist
-from oocattn.pipelines.finished import FinishedChunk, finished_chunks, gather_checksums
+from oocattn.pipelines.finished import FinishedChunk, ScanResult, finished_chunks, gather_checksums, scan_completed
 from oocattn.pipelines.lane.partials.store import DamagedPartialError
 from oocattn.pipelines.run import Run
-from oocattn.pipelines.scan import ScanResult, scan_completed
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Failed, Listeners, Recovered, Started
@@ -37,11 +36,15 @@ from oocattn.storage.files.folders import remove_file
 from oocattn.storage.files.operations import describe_error, is_disk_full, words_of
 from oocattn.storage.journal.journal import ChunkId
 
-ATTEMPTS = 3
-"""Failures after which the run ends: so many at the same place, or so many one after another with nothing done in between,
-wherever they are."""
+ATTEMPTS = 3  # after so many failures at one place, or anywhere with nothing done in between, the run ends
 
 COMMIT = "the commit of the result"
+WAITED = " while it waited for workers: what was done is on disk"
+
+COUNTED_AS = {DamagedPartialError: "recomputed", TaskError: "retried", WorkerLostError: "workers_lost"}
+"""What each failure that a run recovers from is counted as."""
+
+Failure = DamagedPartialError | TaskError | WorkerLostError
 
 logger = logging.getLogger("oocattn")
 
@@ -76,14 +79,18 @@ def carry_out(
         insist(COMMIT, lambda: run.state.commit(run.growing))
     except BaseException as error:
         try:
-            emit(Failed(start=start, stop=clock.now(), error=_words(error)))
+            said = isinstance(error, InterruptedRunError | TimeLimitError)
+            emit(Failed(start=start, stop=clock.now(), error=str(error) if said else describe_error(error)))
         finally:
             if isinstance(error, TaintedError):
                 run.state.discard(run.growing)
         if is_disk_full(error):
             raise _no_space(cast(OSError, error), run) from error
         raise
-    _tidy(run)
+    try:
+        run.state.tidy()
+    except (OocattnError, OSError) as error:  # the result is there: `resume` tidies up
+        logger.warning("%s is complete, but not everything beside it was removed: %s", run.paths.result, words_of(error))
     for line in report.lost:
         logger.warning("%s: %s", run.paths.result, line)
     now = clock.now()
@@ -92,26 +99,12 @@ def carry_out(
     return report
 
 
-def _tidy(run: Run) -> None:
-    try:
-        run.state.tidy()
-    except (OocattnError, OSError) as error:  # the result is there: `resume` tidies up
-        logger.warning("%s is complete, but not everything beside it was removed: %s", run.paths.result, words_of(error))
-
-
 def _no_space(error: OSError, run: Run) -> OSError:
     """What to do about a disk that is full, as the whole run has it; a quota says so itself."""
     if error.errno == errno.ENOSPC:
         words = "no space left for the result and its partials; make room and resume"
         return OSError(errno.ENOSPC, words, str(run.paths.state))
     return OSError(error.errno, f"{words_of(error)}, then resume", str(run.paths.state))
-
-
-def _words(error: BaseException) -> str:
-    """How a run ended, for those who look at it later."""
-    if isinstance(error, InterruptedRunError | TimeLimitError):
-        return str(error)
-    return describe_error(error)
 
 
 def _all_finished(run: Run) -> dict[ChunkId, FinishedChunk]:
@@ -136,6 +129,7 @@ def _check_pairs(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> None:
 def _drive(run: Run, engine: Engine, emit: Callback, start: float, interrupts: Interrupts, until: float) -> int:
     """Attempt to do what is left until nothing is; return how many lanes did the last of it."""
     limits, deadline = FailureLimits(), Deadline(until, run.plan)
+    started = partial(Started, start=start, stop=start, plan=run.plan, dashboard=engine.dashboard)
     recovered: Recovered | None = None
     while True:
         # After a partial was found damaged, so are all others looked for.
@@ -145,36 +139,19 @@ def _drive(run: Run, engine: Engine, emit: Callback, start: float, interrupts: I
         left = schedule.left
         limits.note_progress(left - len(found.done.chunks))
         if recovered is None:
-            emit(_started(run, engine, start, found, left))
+            resumed = bool(found.done.chunks or found.done.partials)
+            emit(started(left=left, resumed=resumed, recomputed=found.damaged))
         else:
             emit(replace(recovered, left=left, recomputed=recovered.recomputed + found.torn))
         try:
-            attempt = Attempt(run, engine.lanes(run, deadline), schedule, left, emit, deadline)
-            interrupts.tell = attempt.interrupt
-            if interrupts.asked:
-                attempt.interrupt()
-            attempt.drive()
-            if not attempt.dataset_checked:  # it had nothing left to read
-                attempt.check_dataset()
+            Attempt(run, engine.lanes(run, deadline), schedule, emit, deadline, interrupts).drive()
             return engine.lane_count
         except (DamagedPartialError, TaskError, WorkerLostError) as error:
             limits.add(error)
             now = clock.now()
-            recovered = Recovered(start=now, stop=now, error=str(error), **{_COUNTED[type(error)]: 1})
-            engine.replenish(lambda: _check(deadline, interrupts))
+            recovered = Recovered(start=now, stop=now, error=str(error), **{COUNTED_AS[type(error)]: 1})
+            engine.replenish(lambda: interrupts.check(deadline.seconds_left, WAITED))
             logger.warning("%s; the run continues with the rest", error)
-
-
-def _started(run: Run, engine: Engine, start: float, found: ScanResult, left: int) -> Started:
-    return Started(
-        start=start,
-        stop=start,
-        plan=run.plan,
-        dashboard=engine.dashboard,
-        left=left,
-        resumed=bool(found.done.chunks or found.done.partials),
-        recomputed=found.damaged,
-    )
 
 
 def _look(run: Run, thorough: bool) -> ScanResult:
@@ -186,22 +163,6 @@ def _look(run: Run, thorough: bool) -> ScanResult:
     return found
 
 
-def _check(deadline: Deadline, interrupts: Interrupts) -> None:
-    """Raise what ends a run while it waits for workers."""
-    if interrupts.asked:
-        raise InterruptedRunError("interrupted while it waited for workers: what was done is on disk")
-    if deadline.seconds_left <= 0:
-        raise TimeLimitError("time limit reached while it waited for workers: what was done is on disk")
-
-
-_COUNTED: dict[type[Exception], str] = {
-    DamagedPartialError: "recomputed",
-    TaskError: "retried",
-    WorkerLostError: "workers_lost",
-}
-"""What each failure that a run recovers from is counted as."""
-
-
 class FailureLimits:
     """Counts what has failed so far. A run has finitely many places and subproblems, so it ends, whatever fails."""
 
@@ -211,13 +172,12 @@ class FailureLimits:
         self._fewest_left = math.inf
 
     def note_progress(self, left: int) -> None:
-        """The subproblems that are left, less the chunks that are finished: where that has become less, failures have not
-        kept the run from it."""
+        """Subproblems that are left, less finished chunks: where these become fewer, the run goes on despite failures."""
         if left < self._fewest_left:
             self._fewest_left = left
             self._in_a_row = 0
 
-    def add(self, error: DamagedPartialError | TaskError | WorkerLostError) -> None:
+    def add(self, error: Failure) -> None:
         """Raise the error where it is one too many."""
         place = _place(error)
         self._at[place] += 1
@@ -226,7 +186,7 @@ class FailureLimits:
             raise error
 
 
-def _place(error: DamagedPartialError | TaskError | WorkerLostError) -> str:
+def _place(error: Failure) -> str:
     """Where something went wrong; "" for the loss of a worker, which may come as often as it likes while work gets done."""
     if isinstance(error, TaskError):
         return error.work

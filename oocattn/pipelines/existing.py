@@ -1,29 +1,39 @@
-"""What is at the path of a result already: the finished result, an unfinished run to it, nothing, or something else."""
+"""What is at the path of a result already, and whether it is what is asked for.
+
+It is the finished result, an unfinished run to it, which may be resumed here or not, nothing, or something else.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import zarr
 
-from oocattn.errors import IntegrityError, LockedError, ResultExistsError
-from oocattn.pipelines.resuming import check_asked, describe, result_differences
+from oocattn.errors import BudgetError, IntegrityError, LockedError, ResultExistsError
 from oocattn.pipelines.run import Run, find_unfinished
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.pipelines.watch.status import read_report
+from oocattn.planning.candidates import Choices
+from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
+from oocattn.records import differences
 from oocattn.storage.files.folders import is_folder, is_taken
-from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.inputs.dataset import Dataset, check_poses
+from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.storage.journal.lock import FileLock
+from oocattn.storage.locations import Location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.growing import RunState, is_untidy
 from oocattn.storage.results.summary import Summary, read_summary
+from oocattn.units import format_bytes
+from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
 
@@ -71,34 +81,26 @@ def find(request: Request) -> Run | Found:
     """
     paths, problem, dataset = request.paths, request.problem, request.dataset
     refuse_to_replace_dataset(paths, dataset)
-    if _is_finished(paths, problem, dataset, request.overwrite):
-        return Found.FINISHED
-    run = None if request.overwrite else find_unfinished(paths)
-    if run is None:
-        return Found.NOTHING
-    check_asked(run, problem, dataset)
-    return run
-
-
-def _is_finished(paths: ResultPaths, problem: Problem, dataset: Dataset, overwrite: bool) -> bool:
-    """Whether the result is there already. Raises ResultExistsError if something else is and may not be replaced."""
-    found = paths.attributes()
-    if found is None:
-        return False
-    if "problem" not in found:
+    finished = paths.attributes()
+    if finished is not None and "problem" not in finished:
         raise ResultExistsError(
             f"{paths.result} exists and is not a result of oocattn, and only those are replaced: remove it, or choose "
             "another path"
         )
-    if overwrite:
-        return False
-    differing = result_differences(found, describe(problem, dataset))
-    if not differing:
-        return True
-    raise ResultExistsError(
-        f"{paths.result} exists and is not the result of this run ({differing}): choose another path, or replace it with "
-        "overwrite=True (--overwrite)"
-    )
+    if request.overwrite:
+        return Found.NOTHING
+    if finished is not None:
+        if differing := result_differences(finished, describe(problem, dataset)):
+            raise ResultExistsError(
+                f"{paths.result} exists and is not the result of this run ({differing}): choose another path, or replace it "
+                "with overwrite=True (--overwrite)"
+            )
+        return Found.FINISHED
+    run = find_unfinished(paths)
+    if run is None:
+        return Found.NOTHING
+    check_asked(run, problem, dataset)
+    return run
 
 
 def finished_result(paths: ResultPaths) -> Result:
@@ -147,3 +149,138 @@ def open_result(result: str | Path) -> Result:
         logger.warning("the report of the run cannot be read: %s", error)
         report = None
     return Result(paths.result, arrays.out, arrays.lse, report)
+
+
+def check_asked(run: Run, problem: Problem, dataset: Dataset) -> None:
+    """ResultExistsError for a run of another problem, dataset or version, IntegrityError where the dataset has changed."""
+    _check_same(run, "problem", run.plan.problem, problem)
+    _check_same(run, "dataset", run.header.dataset.location, dataset.location)
+    _check_same(run, "oocattn", run.header.versions.get("oocattn"), versions()["oocattn"])
+    _check_unchanged(run, dataset, named=False)
+
+
+def check_run(run: Run, asked: Run) -> None:
+    """Raise ResultExistsError where this is another run than the one that is asked for."""
+    if run.journal.run != asked.journal.run:
+        raise ResultExistsError(
+            f"{run.journal.state} holds another run than when the command began "
+            f"({_plan_differences(asked.plan, run.plan) or 'begun again'}): resume again to go on with that one"
+        )
+
+
+def _check_same(run: Run, name: str, found: object, asked: object) -> None:
+    if found != asked:
+        raise _is_another(run, name, differences(found, asked))
+
+
+def _is_another(run: Run, name: str, differing: str) -> ResultExistsError:
+    return ResultExistsError(
+        f"{run.journal.state} holds an unfinished run of another {name} ({differing}): finish that one with "
+        "`oocattn resume` (--dataset says where its dataset is now), choose another path, or begin again with "
+        "overwrite=True (--overwrite)"
+    )
+
+
+def _check_unchanged(run: Run, dataset: Dataset, named: bool) -> None:
+    """Raise IntegrityError where the dataset has changed; one that was `named` may be a copy."""
+    changed = changed_arrays(run.header.dataset.fingerprint, dataset.as_found.recorded)
+    if changed:
+        raise IntegrityError(
+            f"{dataset.location}: {changed} of the dataset changed (metadata, size, time or content of chunks) since "
+            f"the run in {run.journal.state} began, so it cannot be resumed: begin again with overwrite=True "
+            "(--overwrite)"
+        )
+    replaced = "" if named else changed_arrays(run.header.dataset.within_run, dataset.as_found.within_run)
+    if replaced:
+        raise IntegrityError(
+            f"{dataset.location}: files of {replaced} of the dataset were replaced or written (change time) "
+            f"since the run in {run.journal.state} began, though size, time and samples are the same: if their content "
+            "is, say so by naming it with `oocattn resume --dataset`; else begin again with overwrite=True (--overwrite)"
+        )
+
+
+def check_chosen(run: Run, choices: Choices) -> None:
+    """BudgetError where its plan needs more memory than is given now, ResultExistsError where it is not as chosen now."""
+    plan, place = run.plan, run.journal.state
+    budgets = {
+        "host memory": (plan.peak_host, choices.host_memory),
+        "device memory": (plan.peak_device, choices.device_memory),
+    }
+    for name, (needed, budget) in budgets.items():
+        if budget is not None and budget < needed:
+            raise BudgetError(
+                f"the unfinished run in {place} takes {format_bytes(needed)} of {name}, more than "
+                f"{format_bytes(budget)}: resume it with so much, or begin again with overwrite=True (--overwrite)"
+            )
+    for name in ("chunks", "decomposition", "kernel", "checkpoint_seconds"):
+        found, chosen = getattr(plan, name), getattr(choices, name)
+        if chosen not in (None, "auto", found):
+            raise ResultExistsError(
+                f"the unfinished run in {place} has {name.replace('_', ' ')} {found}, not {chosen}: resume it as it is, "
+                "or begin again with overwrite=True (--overwrite)"
+            )
+
+
+def check_plan(run: Run, plan: Plan) -> None:
+    """Raise ResultExistsError where this plan would not give the same result bit for bit."""
+    if plan.digest != run.plan.digest:
+        raise _is_another(run, "plan", _plan_differences(run.plan, plan))
+
+
+def check_bits(run: Run, computing: Mapping[str, str], accept: bool) -> str:
+    """What computes otherwise now than when it began, in words; "" where nothing does.
+
+    Raises ResultExistsError for a difference that is not to be accepted: the result would have the bits of neither.
+    """
+    before = {name: run.header.versions.get(name, "unknown") for name in computing}
+    words = "; ".join(
+        "other bits of a test call" if name == "arithmetic" else f"{name} {before[name]}, now {found}"
+        for name, found in computing.items()
+        if before[name] != found
+    )
+    if words and not accept:
+        raise ResultExistsError(
+            f"the unfinished run in {run.journal.state} was begun with {words}: its result would not be the same bit for "
+            "bit; resume it where it began, or accept that with `oocattn resume --accept-other-bits` "
+            "(accept_other_bits=True)"
+        )
+    return words
+
+
+def open_dataset(run: Run, named: Location | None) -> Dataset:
+    """The dataset that it reads, at the place that is named, else where its journal says, if that is a local path.
+
+    Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.
+    """
+    dataset = Dataset.open_recorded(run.header.dataset.location, named)
+    check_poses(dataset, run.plan.problem, "run")
+    _check_same(run, "oocattn", run.header.versions.get("oocattn"), versions()["oocattn"])
+    dataset.check_complete()
+    _check_unchanged(run, dataset, named is not None)
+    return dataset
+
+
+def _plan_differences(before: Plan, now: Plan) -> str:
+    return differences({**asdict(before.problem), **before.decisions}, {**asdict(now.problem), **now.decisions})
+
+
+def result_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """In what a result that records this differs from one that is asked for, both as `describe` says; "" in nothing."""
+    problem = differences(recorded.get("problem"), asked["problem"])
+    found = [f"its problem differs: {problem}"] if problem else []
+    source, dataset = recorded.get("dataset"), asked["dataset"]
+    source = source if isinstance(source, Mapping) else {}
+    if source.get("location") != dataset["location"]:
+        found.append(f"its dataset differs: {differences(source.get('location'), dataset['location'])}")
+    changed = changed_arrays(str(source.get("fingerprint")), dataset["fingerprint"])
+    if changed:
+        found.append(f"its dataset differs: {changed} not the same in metadata, size, time or content of chunks")
+    return "; ".join(found)
+
+
+def describe(problem: Problem, dataset: Dataset) -> dict[str, Any]:
+    """What a result is the answer to."""
+    return {
+        "problem": asdict(problem),
+        "dataset": {"location": dataset.location, "fingerprint": dataset.as_found.recorded},
+    }

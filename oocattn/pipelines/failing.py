@@ -17,8 +17,7 @@ from oocattn.storage.files.operations import describe_error, is_disk_full
 SET_UP, CHECKPOINT = "the set-up of a lane", "a checkpoint"
 """Places that belong to no subproblem and no query chunk."""
 
-PAUSES_SECONDS = 0.1, 0.5
-"""Seconds before the second and the third try of a step that `insist` does."""
+PAUSES_SECONDS = 0.1, 0.5  # seconds before the second and the third try of a step that `insist` does
 
 logger = logging.getLogger("oocattn")
 

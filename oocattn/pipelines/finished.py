@@ -1,4 +1,4 @@
-"""Finished query chunks as the journal records them.
+"""What of a run is on disk already: finished query chunks as the journal records them, and partials.
 
 A record is made when a chunk is written, validated when it is read, and compared with the result as a run is resumed. The
 checksums of the whole result are gathered from all records.
@@ -11,11 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
+from oocattn.pipelines.schedule import CompletedWork
 from oocattn.planning.plan import Plan
 from oocattn.records import Count, from_json
 from oocattn.storage.files.operations import words_of
+from oocattn.storage.journal.blocks import is_whole
 from oocattn.storage.journal.journal import ChunkId, Journal
 from oocattn.storage.results.checksums import DIGITS, Checksums, Digits
 from oocattn.units import ceil_div, format_seconds
@@ -52,8 +56,7 @@ class FinishedChunk:
 
 @dataclass(frozen=True)
 class Compared:
-    """How many chunks were finished before a run went on, of how many of them the checksums were compared, and how many did
-    not match and are computed again."""
+    """How many chunks were finished before a run went on, were compared by checksums, and did not match."""
 
     finished: int = 0
     compared: int = 0
@@ -84,8 +87,7 @@ def finished_chunks(plan: Plan, journal: Journal) -> dict[ChunkId, FinishedChunk
 
 def is_written(plan: Plan, result: ResultArrays, head_group: int, chunk: int) -> bool:
     """Whether the files of a chunk are in the result, as long as they must be."""
-    heads = plan.problem.query_heads
-    return all(result.has(*divmod(head, heads), part) for head, part in _parts(plan, head_group, chunk))
+    return all(result.has(*part) for part in _parts(plan, head_group, chunk))
 
 
 def compare_finished(
@@ -111,8 +113,8 @@ def compare_finished(
         if wrong:
             damaged += 1
             logger.warning("chunk %d of head group %d %s: computed again", place[1], place[0], wrong)
-            for head, part in _parts(plan, *place):
-                result.remove(*divmod(head, plan.problem.query_heads), part)
+            for part in _parts(plan, *place):
+                result.remove(*part)
     if compared < len(finished):
         logger.warning(
             "the checksums of %d of %d finished chunks were compared in %s; --check-finished compares all, and so does "
@@ -123,8 +125,8 @@ def compare_finished(
 
 
 def _matches(plan: Plan, result: ResultArrays, place: ChunkId, record: FinishedChunk) -> bool:
-    for number, (head, part) in enumerate(_parts(plan, *place)):
-        found = result.checksums(*divmod(head, plan.problem.query_heads), part)
+    for number, part in enumerate(_parts(plan, *place)):
+        found = result.checksums(*part)
         if any(found[name] != record.digits(name, number) for name in NAMES):
             return False
     return True
@@ -138,8 +140,8 @@ def gather_checksums(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> d
     for name in NAMES:
         found = [""] * (problem.batch * problem.query_heads * parts)
         for (head_group, chunk), record in finished.items():
-            for number, (head, part) in enumerate(_parts(plan, head_group, chunk)):
-                found[head * parts + part] = record.digits(name, number)
+            for number, (batch, head, part) in enumerate(_parts(plan, head_group, chunk)):
+                found[(batch * problem.query_heads + head) * parts + part] = record.digits(name, number)
         checksums = Checksums(plan.out_chunk_rows, "".join(found))
         if len(checksums) != len(found):
             missing = found.index("")
@@ -150,9 +152,54 @@ def gather_checksums(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> d
     return gathered
 
 
-def _parts(plan: Plan, head_group: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """The (head, counted over the batch; part) of a chunk, in the order in which they are written."""
+def _parts(plan: Plan, head_group: int, chunk: int) -> Iterator[tuple[int, int, int]]:
+    """The (batch, head, part) of a chunk, in the order in which they are written."""
     group, tokens = plan.problem.head_group(head_group), plan.tokens(chunk)
     for start in range(tokens.start, tokens.stop, plan.out_chunk_rows):
         for head in group.query_heads:
-            yield group.batch * plan.problem.query_heads + head, start // plan.out_chunk_rows
+            yield group.batch, head, start // plan.out_chunk_rows
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What is done, the files of partials that serve nothing, and how many of those and of records are `damaged` by their
+    own word, or `torn` by their checksums, if those were compared."""
+
+    done: CompletedWork
+    useless: tuple[Path, ...]
+    damaged: int
+    torn: int = 0
+
+
+def scan_completed(
+    plan: Plan, journal: Journal, scratch: Path, result: ResultArrays | None = None, *, thorough: bool = False
+) -> ScanResult:
+    """Look at the journal, at what partials say of themselves, and at whether the `result` has what the journal says.
+
+    Whether partials are whole shows when they are read, or here if the search is `thorough`.
+    """
+    chunks = {place for place in finished_chunks(plan, journal) if result is None or is_written(plan, result, *place)}
+    partials: set[tuple[int, int, int]] = set()
+    useless, damaged, torn = [], journal.records - len(chunks), 0
+    for path, partial in PartialFiles(scratch, journal.run).scan():
+        if partial is None or not _fits(plan, partial):
+            damaged += 1
+            useless.append(path)
+        elif (partial.head_group, partial.chunk) in chunks:
+            useless.append(path)
+        elif thorough and not is_whole(path):
+            torn += 1
+            useless.append(path)
+        else:
+            partials.update((partial.head_group, partial.chunk, index) for index in partial.subproblems)
+    return ScanResult(CompletedWork(chunks, partials), tuple(useless), damaged, torn)
+
+
+def _fits(plan: Plan, partial: PartialId) -> bool:
+    """Whether the plan has such a partial: on disk of one contributor of the chunk, in memory of its first ones."""
+    if partial.head_group not in range(plan.problem.head_groups) or partial.chunk not in range(plan.chunks):
+        return False
+    contributors = plan.division.contributors(partial.chunk)
+    if plan.partials == "disk":
+        return len(partial.subproblems) == 1 and partial.subproblems[0] in contributors
+    return partial.subproblems == contributors[: len(partial.subproblems)]

@@ -29,8 +29,6 @@ Step = Literal["stage", "attend", "merge", "write"]
 STEPS: tuple[Step, ...] = ("stage", "attend", "merge", "write")
 """The steps of a lane, in the order in which data goes through them."""
 
-_RANKS = {step: rank for rank, step in enumerate(STEPS)}
-
 TaskId = tuple[Step, int, int]
 """Step, head group, and index of the subproblem (stage, attend) or the query chunk (merge, write)."""
 
@@ -56,13 +54,11 @@ class Task:
 
 
 def pieces(tasks: Iterable[Task]) -> Iterator[list[Task]]:
-    """Cut tasks into pieces, of each of which the steps depend on each other without a cycle.
-
-    No edge within a piece leads from a step to a later one: a lane's stage(i) comes one piece after its attend(i - s).
-    """
+    """Cut tasks into pieces, within which the steps depend on each other without a cycle: a lane's stage(i) comes one piece
+    after its attend(i - s)."""
     piece: dict[TaskId, Task] = {}
     for task in tasks:
-        if any(other in piece and _RANKS[other[0]] > _RANKS[task.id[0]] for other in task.after):
+        if any(other in piece and STEPS.index(other[0]) > STEPS.index(task.id[0]) for other in task.after):
             yield list(piece.values())
             piece = {}
         piece[task.id] = task
@@ -75,10 +71,8 @@ class _LaneEnd:
     """The last tasks of a lane: those that later ones wait for."""
 
     attends: deque[TaskId]
-    needed: deque[list[TaskId]]
-    """What each of the attends in flight waits for."""
-    freeing: deque[TaskId]
-    """The writes that free the lane's accumulators."""
+    needed: deque[list[TaskId]]  # what each of the attends in flight waits for
+    freeing: deque[TaskId]  # the writes that free the lane's accumulators
     merges: deque[TaskId] = field(default_factory=lambda: deque(maxlen=1))
     writes: deque[TaskId] = field(default_factory=lambda: deque(maxlen=1))
     turns: int = 0

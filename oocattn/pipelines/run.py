@@ -40,10 +40,10 @@ class DatasetIdentity:
 
 @dataclass(frozen=True)
 class Header:
-    """What the journal of a run says that it works at, besides the plan.
+    """What the journal of a run says besides the plan.
 
-    `begun` is in seconds since the epoch, `result` the name under which its result grows, and `replaces` the identity of the
-    result that it is to replace. `versions` are those of what it computes with.
+    `begun` is in seconds since the epoch, `result` the name under which its result grows, `replaces` the identity of the
+    result that it is to replace, and `versions` those of what it computes with.
     """
 
     format: Annotated[int, Range(FORMAT, FORMAT)]

@@ -8,7 +8,7 @@ Partials on disk: subproblems and chunks are dealt out one by one. In both, resu
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,8 +18,7 @@ from oocattn.planning.plan import Plan
 
 @dataclass(frozen=True)
 class CompletedWork:
-    """What need not be done again: query chunks (head group, chunk) that are written, and partials (head group, chunk,
-    subproblem) that are there."""
+    """Written query chunks (head group, chunk), and partials (head group, chunk, subproblem) that are there."""
 
     chunks: Set[tuple[int, int]] = field(default_factory=frozenset)
     partials: Set[tuple[int, int, int]] = field(default_factory=frozenset)
@@ -69,10 +68,10 @@ class Schedule:
         return tuple(index for index in everyone if (head_group, chunk, index) not in self.done.partials)
 
     def order(self) -> Iterator[tuple[int, int]]:
-        """All (head group, subproblem) that are left, in the order of submission; with partials in memory, one of each lane
-        in turn, for each has its own."""
+        """All (head group, subproblem) that are left, in the order of submission: where each lane has its own, in turn."""
         if self.plan.partials == "disk":
-            yield from self._all_left()
+            for head_group in range(self.plan.problem.head_groups):
+                yield from self._left_of(head_group, range(self.plan.division.subproblems))
         else:
             for places in itertools.zip_longest(*map(self._order_of, range(self.lanes))):
                 yield from filter(None, places)
@@ -86,33 +85,23 @@ class Schedule:
             of_chunks = itertools.chain.from_iterable(map(division.contributors, chunks))
             yield from self._left_of(head_group, of_chunks if shared else range(division.subproblems))
 
-    def _all_left(self) -> Iterator[tuple[int, int]]:
-        for head_group in range(self.plan.problem.head_groups):
-            yield from self._left_of(head_group, range(self.plan.division.subproblems))
-
     def _left_of(self, head_group: int, indices: Iterable[int]) -> Iterator[tuple[int, int]]:
         return ((head_group, index) for index in indices if self.wanted(head_group, index))
 
-    @property
+    @cached_property
     def left(self) -> int:
         """How many subproblems are left. It takes time for what is done, not for the head groups that nobody has begun."""
         filled = filter(self.plan.tokens, range(self.plan.chunks))
         needed = Counter(itertools.chain.from_iterable(map(self.plan.division.contributors, filled)))
-        finished = 0
-        for contributions in self._contributions().values():
-            finished += sum(needed[index] == count for index, count in contributions.items())
-        return len(needed) * self.plan.problem.head_groups - finished
-
-    def _contributions(self) -> dict[int, Counter[int]]:
-        """To how many chunks with tokens each subproblem has contributed, by head group."""
-        found: defaultdict[int, Counter[int]] = defaultdict(Counter)
+        contributed: Counter[tuple[int, int]] = Counter()  # to how many chunks with tokens, by head group and subproblem
         for head_group, chunk in self.done.chunks:
             if self.plan.tokens(chunk):
-                found[head_group].update(self.plan.division.contributors(chunk))
+                contributed.update((head_group, index) for index in self.plan.division.contributors(chunk))
         for head_group, chunk, index in self.done.partials:
             if self.plan.tokens(chunk) and (head_group, chunk) not in self.done.chunks:
-                found[head_group][index] += 1
-        return found
+                contributed[head_group, index] += 1
+        finished = sum(needed[index] == count for (_, index), count in contributed.items())
+        return len(needed) * self.plan.problem.head_groups - finished
 
     def complete(self) -> Iterator[tuple[int, int]]:
         """All (head group, chunk) whose partials are all there, but which are not written."""

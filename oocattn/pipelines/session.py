@@ -14,20 +14,25 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from oocattn import clock
-from oocattn.errors import ProblemError, TimeLimitError
+from oocattn.errors import ProblemError
 from oocattn.pipelines.engines.base import Engine
-from oocattn.pipelines.existing import Found, Request, Result, find, finished_result, open_result
-from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
-from oocattn.pipelines.resuming import (
+from oocattn.pipelines.existing import (
+    Found,
+    Request,
+    Result,
     check_bits,
     check_chosen,
     check_plan,
     check_run,
     describe,
+    find,
+    finished_result,
     open_dataset,
+    open_result,
 )
+from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
 from oocattn.pipelines.run import Run, begin_run, find_unfinished
-from oocattn.pipelines.signals import InterruptedRunError, Interrupts
+from oocattn.pipelines.signals import Interrupts
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.watch.status import StatusFile
 from oocattn.pipelines.workplace import Workplace
@@ -58,26 +63,51 @@ class Resuming:
 
 
 @dataclass(frozen=True)
-class _Execution:
-    """What a run is carried out with: an engine, listeners, the signals that are held back, and when it must have ended."""
+class _Session:
+    """A run under the lock of its result: an engine, listeners, the signals held back, and when it must have ended."""
 
+    state: RunState
     engine: Engine
     callbacks: Sequence[Callback]
     interrupts: Interrupts
     until: float
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the run is to end."""
-        return self.interrupts.asked or clock.now() > self.until
+    def begin(self, plan: Plan, request: Request) -> Run:
+        """Begin a run."""
+        computing = self._enlist(plan, request.dataset)
+        made_with = {**versions(), **computing}
+        attributes = {**describe(plan.problem, request.dataset), "plan": _decided(plan), "versions": made_with}
+        growing = self.state.begin(_layout(plan, attributes), overwrite=request.overwrite)
+        return begin_run(self.state, plan, request.dataset, growing, computing)
 
-    def check_waiting(self, plan: Plan) -> None:
-        """Raise what ends a run that waits for its workers."""
-        words = f"0 of {plan.subproblems:,} subproblems are done now, because it waited for workers"
-        if self.interrupts.asked:
-            raise InterruptedRunError(f"interrupted: {words}")
-        if clock.now() > self.until:
-            raise TimeLimitError(f"time limit reached: {words}")
+    def resume(self, found: Run, dataset: Dataset, resuming: Resuming) -> Run:
+        """Take up a run that was begun before."""
+        plan, source = found.plan, found.header.dataset
+        other_bits = check_bits(found, self._enlist(plan, dataset), resuming.accept_other_bits)
+        recorded = {"location": source.location, "fingerprint": source.fingerprint}
+        attributes = {"problem": asdict(plan.problem), "dataset": recorded, "plan": _decided(plan)}
+        self.state.resume(found.growing, _layout(plan, attributes))
+        run = replace(found, journal=replace(found.journal, claim=self.state.claim), opened=dataset)
+        if other_bits:
+            run.journal.note_other_bits(other_bits)
+        seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
+        return replace(run, compared=compare_finished(plan, run.result, run.journal, seconds, self._is_over))
+
+    def carry_out(self, run: Run) -> Result:
+        """Do what is left of a run."""
+        from oocattn.pipelines.driver import carry_out
+
+        listeners: list[Callback] = [StatusFile(run.paths.status, self.state.claim), *self.callbacks]
+        carry_out(run, self.engine, listeners, self.interrupts, self.until)
+        return open_result(run.paths.result)
+
+    def _enlist(self, plan: Plan, dataset: Dataset) -> Mapping[str, str]:
+        """Have the workers ready; return what they compute with. Nothing of the run is written yet."""
+        words = f": 0 of {plan.subproblems:,} subproblems are done now, because it waited for workers"
+        return self.engine.enlist(plan, dataset, self.state, lambda: self.interrupts.check(self.until - clock.now(), words))
+
+    def _is_over(self) -> bool:
+        return self.interrupts.asked or clock.now() > self.until
 
 
 def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: Sequence[Callback], until: float) -> Result:
@@ -98,30 +128,21 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
 
 
 def run_plan(
-    plan: Plan,
-    request: Request,
-    engine: Engine,
-    *,
-    callbacks: Sequence[Callback] = (),
-    until: float = math.inf,
+    plan: Plan, request: Request, engine: Engine, *, callbacks: Sequence[Callback] = (), until: float = math.inf
 ) -> Result:
     """Carry out a plan for what is asked for: the part of `attend` after planning.
 
     It ends by `until`, a moment of `clock.now`. An unfinished run of an equal plan is resumed.
     """
     request.dataset.check_complete()
-    with _locked(request.paths, until) as (lock, interrupts):
+    with _locked(request.paths, engine, callbacks, until) as session:
         found = find(request)
-        if found is not Found.FINISHED:
-            execution = _Execution(engine, callbacks, interrupts, until)
-            state = RunState(request.paths, lock.claim)
-            if isinstance(found, Run):
-                check_plan(found, plan)
-                logger.warning("%s: resuming the unfinished run that is there, as it was planned", request.paths.result)
-                run = _resume(found, request.dataset, state, Resuming(), execution)
-            else:
-                run = _begin(plan, request, state, execution)
-            return _carry_out(run, execution)
+        if isinstance(found, Run):
+            check_plan(found, plan)
+            logger.warning("%s: resuming the unfinished run that is there, as it was planned", request.paths.result)
+            return session.carry_out(session.resume(found, request.dataset, Resuming()))
+        if found is Found.NOTHING:
+            return session.carry_out(session.begin(plan, request))
     return finished_result(request.paths)
 
 
@@ -133,10 +154,7 @@ def resume(
     callbacks: Sequence[Callback],
     until: float,
 ) -> Result:
-    """Go on with the unfinished run to a result, over the dataset that is named or that its journal names.
-
-    Raises what `resume` of the api raises.
-    """
+    """Go on with the unfinished run to a result, over the dataset that is named or that its journal names."""
     found = find_unfinished(paths)
     if found is None:
         if paths.attributes():
@@ -148,77 +166,32 @@ def resume(
 
 
 def resume_run(
-    asked: Run,
-    dataset: Dataset,
-    engine: Engine,
-    callbacks: Sequence[Callback],
-    until: float,
-    resuming: Resuming,
+    asked: Run, dataset: Dataset, engine: Engine, callbacks: Sequence[Callback], until: float, resuming: Resuming
 ) -> Result:
     """Go on with the unfinished run that is `asked` for: the part of `resume` after the start of a cluster.
 
     Raises ResultExistsError where another run has begun since.
     """
-    with _locked(asked.paths, until) as (lock, interrupts):
+    with _locked(asked.paths, engine, callbacks, until) as session:
         found = find_unfinished(asked.paths)
         if found is not None:  # else another process has finished it in between
             check_run(found, asked)
-            execution = _Execution(engine, callbacks, interrupts, until)
-            return _carry_out(_resume(found, dataset, RunState(asked.paths, lock.claim), resuming, execution), execution)
+            return session.carry_out(session.resume(found, dataset, resuming))
     return finished_result(asked.paths)
 
 
 @contextmanager
-def _locked(paths: ResultPaths, until: float) -> Iterator[tuple[FileLock, Interrupts]]:
+def _locked(paths: ResultPaths, engine: Engine, callbacks: Sequence[Callback], until: float) -> Iterator[_Session]:
     """Lock a result, in its folder of job state, and hold signals back. A new folder is removed where no run began."""
     new = not is_taken(paths.state)
     paths.make_state()
     try:
         with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
-            yield lock, interrupts
+            yield _Session(RunState(paths, lock.claim), engine, callbacks, interrupts, until)
     finally:
         if new:
             with suppress(OSError):  # there is something in it
                 paths.state.rmdir()
-
-
-def _enlist(plan: Plan, dataset: Dataset, state: RunState, execution: _Execution) -> Mapping[str, str]:
-    """Have the workers of the run ready; return what they compute with. Nothing of the run is written yet."""
-    return execution.engine.enlist(plan, dataset, state, lambda: execution.check_waiting(plan))
-
-
-def _carry_out(run: Run, execution: _Execution) -> Result:
-    """Do what is left of a run; the result is locked."""
-    from oocattn.pipelines.driver import carry_out
-
-    listeners: list[Callback] = [StatusFile(run.paths.status, run.state.claim), *execution.callbacks]
-    carry_out(run, execution.engine, listeners, execution.interrupts, execution.until)
-    return open_result(run.paths.result)
-
-
-def _begin(plan: Plan, request: Request, state: RunState, execution: _Execution) -> Run:
-    """Begin a run; the result is locked."""
-    computing = _enlist(plan, request.dataset, state, execution)
-    made_with = {**versions(), **computing}
-    attributes = {**describe(plan.problem, request.dataset), "plan": _decided(plan), "versions": made_with}
-    growing = state.begin(_layout(plan, attributes), overwrite=request.overwrite)
-    return begin_run(state, plan, request.dataset, growing, computing)
-
-
-def _resume(found: Run, dataset: Dataset, state: RunState, resuming: Resuming, execution: _Execution) -> Run:
-    """Take up a run that was begun before; the result is locked."""
-    plan, source = found.plan, found.header.dataset
-    computing = _enlist(plan, dataset, state, execution)
-    other_bits = check_bits(found, computing, resuming.accept_other_bits)
-    recorded = {"location": source.location, "fingerprint": source.fingerprint}
-    attributes = {"problem": asdict(plan.problem), "dataset": recorded, "plan": _decided(plan)}
-    state.resume(found.growing, _layout(plan, attributes))
-    run = replace(found, journal=replace(found.journal, claim=state.claim), opened=dataset)
-    if other_bits:
-        run.journal.note_other_bits(other_bits)
-    seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
-    compared = compare_finished(plan, run.result, run.journal, seconds, lambda: execution.is_over)
-    return replace(run, compared=compared)
 
 
 def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:

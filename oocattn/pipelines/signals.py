@@ -59,6 +59,13 @@ class Interrupts:
         """Whether a signal is held back."""
         return self._signal is not None
 
+    def check(self, seconds_left: float, words: str) -> None:
+        """Raise what ends a run that waits, with these words: a signal that is held back, or that no time is left."""
+        if self.asked:
+            raise InterruptedRunError(f"interrupted{words}")
+        if seconds_left <= 0:
+            raise TimeLimitError(f"time limit reached{words}")
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:
             self._signal = number
@@ -84,8 +91,10 @@ class Interrupts:
         stopped = isinstance(error, InterruptedRunError)
         if error is None or stopped:
             self._deliver(self._signal, stopped)
+        if stopped and self._signal == signal.SIGUSR1:
+            raise TimeLimitError("time limit reached (SIGUSR1): what was in flight is on disk") from None
         if stopped:  # where its handler only went on
-            raise _ending(self._signal) from None
+            raise KeyboardInterrupt from None
 
     def _deliver(self, number: int, stopped: bool) -> None:
         """Give the signal to the handler that was there before; a finished run is not stopped by it any more."""
@@ -108,10 +117,3 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
-
-
-def _ending(number: int) -> BaseException:
-    """How a run ends that a signal has stopped."""
-    if number == signal.SIGUSR1:
-        return TimeLimitError("time limit reached (SIGUSR1): what was in flight is on disk")
-    return KeyboardInterrupt()

@@ -21,14 +21,10 @@ from oocattn.pipelines.watch.events import Callback, Stalled
 from oocattn.text import some_of
 from oocattn.units import format_seconds
 
-MOST_NAMED = 3
-"""Tasks or workers of a kind that a message names."""
+MOST_NAMED = 3  # tasks or workers of a kind in a message
 
-Pending = Mapping[str, Sequence[Task]]
-"""The unfinished tasks of each worker; empty while lanes are made."""
-
-Look = Callable[[Pending, Sequence[str]], tuple[dict[str, Obstacle], dict[str, float]]]
-"""See `Lanes.look`."""
+Pending = Mapping[str, Sequence[Task]]  # the unfinished tasks of each worker; empty while lanes are made
+Look = Callable[[Pending, Sequence[str]], tuple[dict[str, Obstacle], dict[str, float]]]  # see `Lanes.look`
 
 logger = logging.getLogger("oocattn")
 
@@ -117,9 +113,8 @@ class Standstill:
     def _tell(self, obstacles: Mapping[str, Obstacle]) -> None:
         """Log what keeps the run, or that nothing does any more, and pass it on; once each time that it changes."""
         before, self._obstacles = self._obstacles, obstacles
-        if {name: obstacle.remedy for name, obstacle in before.items()} == {
-            name: obstacle.remedy for name, obstacle in obstacles.items()
-        }:
+        remedies, remedies_before = ({name: each.remedy for name, each in told.items()} for told in (obstacles, before))
+        if remedies == remedies_before:
             return
         now = clock.now()
         reason = _words(obstacles)

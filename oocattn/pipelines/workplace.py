@@ -9,9 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from oocattn import clock
-from oocattn.errors import TimeLimitError
+from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
-from oocattn.pipelines.engines import check_engine
+from oocattn.pipelines.engines import DASHBOARD
 from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.planning.machine import Engine as EngineName
@@ -33,7 +33,16 @@ class Workplace:
     dashboard_address: str
 
     def __post_init__(self) -> None:
-        check_engine(self.engine, self.client, self.dashboard_address)
+        if self.engine == "inline" and (self.client is not None or self.dashboard_address != DASHBOARD):
+            found = "a client (--scheduler)" if self.client is not None else "a dashboard_address (--dashboard)"
+            raise ProblemError(
+                f"engine = 'inline' with {found}: it runs on threads of this process, which have neither; leave one of both "
+                "out"
+            )
+        if self.client is not None:
+            from oocattn.pipelines.engines.dask.connecting import check_client
+
+            check_client(self.client)
 
     @contextmanager
     def prepare(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import GENEROUS, GPU, MACHINE, a_problem, with_partials
 
 from oocattn import Plan
-from oocattn.pipelines.engines.dask.lanes import GraphMaker
+from oocattn.pipelines.engines.dask.engine import GraphMaker
 from oocattn.pipelines.graph import STEPS, Graph, Task, TaskId, pieces
 from oocattn.pipelines.schedule import CompletedWork, Schedule
 from oocattn.planning.candidates import make_plan

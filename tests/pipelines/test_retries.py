@@ -20,7 +20,7 @@ from support import TOKENS, Recorder, assert_same_bits, carry_out, normal_arrays
 import oocattn
 from oocattn import Event, Plan, Result, StalledError, TaskError
 from oocattn.pipelines import attempt, deadline
-from oocattn.pipelines.engines.dask.lanes import DaskLanes
+from oocattn.pipelines.engines.dask.engine import DaskLanes
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.lane import Lane

@@ -23,7 +23,7 @@ import oocattn
 from oocattn import Callback, Event, Result, StalledError
 from oocattn.pipelines import attempt, deadline
 from oocattn.pipelines.engines.base import Obstacle
-from oocattn.pipelines.engines.dask import calls
+from oocattn.pipelines.engines.dask import obstacles
 from oocattn.pipelines.engines.dask.obstacles import Occupation, find_obstacle
 from oocattn.pipelines.graph import Task
 from oocattn.pipelines.lane.cpu import CpuDevice
@@ -232,7 +232,7 @@ def test_a_task_may_take_longer_than_planned_while_its_lane_works(
 def test_a_scheduler_that_does_not_answer_is_named(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "SOON_SECONDS", 0.2)
+    monkeypatch.setattr(obstacles, "SOON_SECONDS", 0.2)
 
     def freeze(event: Event) -> None:
         if event.kind == "attended" and event.index == 3:

@@ -2,7 +2,7 @@
 
 An `Engine` has the workers of one run, for as many attempts as it takes. `Lanes` are the lanes of one attempt: tasks are
 submitted to them, their outcomes come back through a queue, in the order of completion. A new engine is a new file beside
-this one, and a case in `Workplace.prepare`.
+this one, and a case in `Workplace`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import queue
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 SAVING_SECONDS = 600.0
 """The longest time for lanes to save their work as a run ends."""
+
+NOT_STOPPED = "some tasks did not stop in time; their work is not saved"
+NOT_SAVED = "what it held in memory may be lost, and is computed again"
+NOT_CLOSED = "its lane may not be closed, and keep its memory"
 
 logger = logging.getLogger("oocattn")
 
@@ -55,8 +59,7 @@ class Obstacle:
 class Lanes(ABC):
     """The lanes of one attempt, by number. `workers` names the worker of each.
 
-    `outcomes` has the tasks that have ended; whoever wakes its reader puts None there. What may hang returns a future, of
-    which the caller waits no longer than it likes.
+    `outcomes` has the tasks that have ended; whoever wakes its reader puts None there. What may hang returns a future.
     """
 
     def __init__(self, workers: Sequence[str]) -> None:
@@ -113,21 +116,19 @@ class Engine(ABC):
     dashboard = ""
     """The address of the dashboard; "" where there is none."""
 
+    lane_count = 0
+    """Workers that take part."""
+
     @abstractmethod
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
-        """Have the workers ready before a run begins; return their arithmetic.
+        """Have the workers ready before a run begins; return their arithmetic (`arithmetic_of`).
 
-        See `arithmetic_of`. Raises ProblemError with all that is wrong with them.
+        Raises ProblemError with all that is wrong with them.
         """
 
     @abstractmethod
     def replenish(self, check: Check) -> None:
         """Have the workers ready again after a failure; WorkerLostError if none is left."""
-
-    @property
-    @abstractmethod
-    def lane_count(self) -> int:
-        """Workers that take part."""
 
     @abstractmethod
     def lanes(self, run: Run, deadline: Deadline) -> Lanes:
@@ -156,3 +157,13 @@ def warn_of_failure(consequence: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning("%s: %s", consequence, words_of(error))
+
+
+def collect_answers(calls: Mapping[str, Future[T]], seconds: float, consequence: str) -> dict[str, T]:
+    """The answers of workers by name; one that fails, or is silent for so many seconds, is warned of."""
+    wait(calls.values(), timeout=seconds)
+    found = {}
+    for name, call in calls.items():
+        with warn_of_failure(f"worker {name}: {consequence}"):
+            found[name] = call.result(timeout=0)
+    return found

@@ -11,20 +11,24 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from oocattn import clock
 from oocattn.kernels.arithmetic import arithmetic_of
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.engines.base import (
+    NOT_CLOSED,
+    NOT_SAVED,
+    NOT_STOPPED,
     SAVING_SECONDS,
     Check,
     Engine,
     Lanes,
     Obstacle,
+    collect_answers,
     perform,
-    warn_of_failure,
 )
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Task, TaskId
@@ -36,10 +40,11 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 from oocattn.threads import begin_call
 
-THREADS = 6
-"""Threads of a lane: up to three attend (on a GPU), others stage, merge and write."""
+THREADS = 6  # of a lane: up to three attend (on a GPU), others stage, merge and write
 
 logger = logging.getLogger("oocattn")
+
+T = TypeVar("T")
 
 
 class InlineEngine(Engine):
@@ -48,12 +53,9 @@ class InlineEngine(Engine):
     def __init__(self) -> None:
         self._devices: list[str] = []
 
-    @property
-    def lane_count(self) -> int:
-        return len(self._devices)
-
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
         self._devices = ["cpu"] if plan.device == "cpu" else [f"cuda:{index}" for index in range(plan.lanes)]
+        self.lane_count = len(self._devices)
         return arithmetic_of(plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
 
     def replenish(self, check: Check) -> None:
@@ -157,26 +159,20 @@ class InlineLanes(Lanes):
         with self._changing:
             self._stopped = True
             if not self._changing.wait_for(lambda: not self._executing, seconds):
-                logger.warning("some tasks did not stop in time; their work is not saved")
+                logger.warning(NOT_STOPPED)
 
     def save(self) -> int:
-        consequence = "what it held in memory may be lost, and is computed again"
-        return sum(self._ask(Lane.save, SAVING_SECONDS, consequence))
+        return sum(self._ask(Lane.save, SAVING_SECONDS, NOT_SAVED).values())
 
     def close(self, seconds: float) -> None:
         for ready in self._ready:
             for _ in range(THREADS):
                 ready.put(None)
-        self._ask(Lane.close, seconds, "its lane may not be closed, and keep its memory")
+        self._ask(Lane.close, seconds, NOT_CLOSED)
 
-    def _ask(self, function: Callable[[Lane], int | None], seconds: float, consequence: str) -> list[int]:
-        """A function's results by lane; one that fails or hangs is warned of."""
+    def _ask(self, function: Callable[[Lane], T], seconds: float, consequence: str) -> dict[str, T]:
+        """A function's results by worker."""
         if not self.is_here:
-            return []
-        calls = [begin_call(function, lane) for lane in self._lanes]
-        wait(calls, timeout=seconds)
-        found = []
-        for name, call in zip(self.workers, calls, strict=False):
-            with warn_of_failure(f"worker {name}: {consequence}"):
-                found.append(call.result(timeout=0) or 0)
-        return found
+            return {}
+        calls = {name: begin_call(function, lane) for name, lane in zip(self.workers, self._lanes, strict=False)}
+        return collect_answers(calls, seconds, consequence)

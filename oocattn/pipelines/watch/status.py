@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from oocattn import clock
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.deadline import NOTICED_SECONDS
+from oocattn.pipelines.finished import scan_completed
 from oocattn.pipelines.run import find_unfinished
-from oocattn.pipelines.scan import scan_completed
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.watch.events import (
     Attended,

@@ -8,7 +8,7 @@ import gc
 import pytest
 from distributed import Client
 
-from oocattn.pipelines.engines.dask.calls import begin
+from oocattn.pipelines.engines.dask.cluster import begin
 
 
 def test_a_call_that_is_given_up_logs_nothing(client: Client, caplog: pytest.LogCaptureFixture) -> None:

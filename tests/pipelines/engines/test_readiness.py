@@ -46,7 +46,7 @@ EXPECTED = Expectations(
     ("cpu", 8, "float32", "cpu"),
 )
 COMPUTING = {"cpu": "AVX2", "arithmetic": "a"}
-GOOD = WorkerState("id", "host", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, COMPUTING)
+GOOD = WorkerState("id", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, COMPUTING)
 
 HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu", "dask": "2026.1"}
 

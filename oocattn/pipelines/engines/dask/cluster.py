@@ -1,43 +1,72 @@
-"""The Dask cluster of a client: its workers, and the device of each."""
+"""The Dask cluster of a client: calls to it, its workers, and the device of each."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from ipaddress import ip_address
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import torch
 from distributed import Client, fire_and_forget
 
 from oocattn.errors import ProblemError, WorkerLostError
-from oocattn.pipelines.engines.dask.calls import answer
+from oocattn.pipelines.engines.base import Check
 from oocattn.units import format_seconds
 
-LEAST_ANSWER_SECONDS = 1.0
-"""Seconds for workers to say that they are ready, even after a time limit."""
-
-FIRST_WORKER_SECONDS = 60.0
-"""Seconds for which a run waits for a first worker."""
-
-KEEPING_SECONDS = 5.0
-"""Seconds of a task that keeps a worker of an adaptive cluster until it has work."""
+ANSWER_SECONDS = 120.0  # in which a scheduler, and workers asked for their GPUs, must answer
+LEAST_ANSWER_SECONDS = 1.0  # for workers to say that they are ready, even after a time limit
+FIRST_WORKER_SECONDS = 60.0  # for which a run waits for a first worker
+KEEPING_SECONDS = 5.0  # of a task that keeps a worker of an adaptive cluster until it has work
 
 logger = logging.getLogger("oocattn")
 
+T = TypeVar("T")
 
-def worker_addresses(client: Client, seconds: float | None = None) -> list[str]:
-    """The addresses of the client's workers, in a fixed order: one lane each.
 
-    Raises TimeoutError after so many seconds (default: `calls.ANSWER_SECONDS`).
+def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> Future[T]:
+    """Begin a call on the client's event loop; TimeoutError after so many seconds, unless the loop is blocked."""
 
-    The scheduler is asked itself: the record behind `Client.scheduler_info` is overwritten, without workers, by a task of
-    the client that runs every other second.
-    """
+    async def limited() -> T:
+        try:
+            return await asyncio.wait_for(call(), seconds)
+        except asyncio.CancelledError as error:
+            if called.cancelled():  # by its caller, who has gone: asyncio would log any other error
+                raise
+            raise ConnectionAbortedError("the client was closed") from error
+
+    coroutine, loop = limited(), cast(Any, client.loop)
+    try:
+        called = asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
+        return called
+    except RuntimeError as error:  # the loop is closed
+        coroutine.close()
+        failed = Future[T]()
+        failed.set_exception(error)
+        return failed
+
+
+def answer(client: Client, call: Callable[[], Awaitable[T]], seconds: float = ANSWER_SECONDS) -> T:
+    """The result of a call; TimeoutError after so many seconds."""
+    called = begin(client, call, seconds)
+    wait([called], timeout=seconds)
+    try:
+        return called.result(timeout=0.1)
+    except TimeoutError as error:
+        called.cancel()
+        raise TimeoutError(str(error) or f"no answer for {format_seconds(seconds)}") from error
+
+
+def worker_addresses(client: Client, seconds: float = ANSWER_SECONDS) -> list[str]:
+    """The addresses of the client's workers, in a fixed order; TimeoutError after so many seconds."""
+    # The record behind `Client.scheduler_info` will not do: a task of the client empties it every other second.
     return sorted(answer(client, client.nthreads, seconds))
 
 
@@ -62,33 +91,24 @@ def _on_loopback(address: str) -> bool:
         return host == "localhost"
 
 
-def wait_for_first(client: Client, check: Callable[[], object]) -> None:
+def wait_for_first(client: Client, check: Check) -> None:
     """Wait `FIRST_WORKER_SECONDS` for a worker, and say so; ProblemError without one."""
     if living_workers(client):
         return
     seconds = format_seconds(FIRST_WORKER_SECONDS)
     logger.warning("the cluster has no worker: waiting for one, %s at most", seconds)
-    if not _wait(client, 1, FIRST_WORKER_SECONDS, FIRST_WORKER_SECONDS, check):
+    if not wait_for_workers(client, 1, FIRST_WORKER_SECONDS, FIRST_WORKER_SECONDS, check):
         raise ProblemError(
             f"0 workers after {seconds}: a run needs at least one; start workers and run again (if Dask keeps restarting "
             "them, set memory_limit=0)"
         )
 
 
-def wait_for_workers(
-    client: Client, count: int, seconds: float, seconds_for_any: float, check: Callable[[], object]
-) -> None:
-    """Wait until there are so many workers.
+def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any: float, check: Check) -> int:
+    """Wait for so many workers, at most `seconds` where there are some, `seconds_for_any` where there is none.
 
-    At most `seconds` where there are some, `seconds_for_any` where there is none. `check` is called meanwhile, and
-    ends it by raising. Raises WorkerLostError where the scheduler does not answer, or there is no worker after that.
+    Returns how many there are. Raises WorkerLostError where the scheduler does not answer.
     """
-    if not _wait(client, count, seconds, seconds_for_any, check):
-        raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
-
-
-def _wait(client: Client, count: int, seconds: float, seconds_for_any: float, check: Callable[[], object]) -> int:
-    """Wait as `wait_for_workers`; return how many there are."""
     began, task, there = time.monotonic(), None, 0
     try:
         while (there := len(living_workers(client))) < count:
@@ -112,7 +132,7 @@ def check_scheduler(client: Client) -> None:
         raise scheduler_gone(f"the client is {client.status}")
 
 
-def living_workers(client: Client, seconds: float | None = None) -> list[str]:
+def living_workers(client: Client, seconds: float = ANSWER_SECONDS) -> list[str]:
     """The client's workers; WorkerLostError where the scheduler is gone or silent."""
     check_scheduler(client)
     try:
@@ -129,8 +149,7 @@ def scheduler_gone(reason: object) -> WorkerLostError:
 def assign_devices(client: Client, device_type: str, workers: Container[str]) -> dict[str, str]:
     """Give each of these workers a device: "cpu", or a GPU of its own like "cuda:1".
 
-    Raises ProblemError naming one that has no GPU where one is asked for; TimeoutError where they have not answered after
-    `calls.ANSWER_SECONDS` seconds.
+    Raises ProblemError naming one that has no GPU where one is asked for; TimeoutError where they do not answer.
     """
     addresses = [address for address in worker_addresses(client) if address in workers]
     if device_type == "cpu" or not addresses:
@@ -145,10 +164,10 @@ def assign_devices(client: Client, device_type: str, workers: Container[str]) ->
 
 
 def share_out(visible: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Give each worker the GPU that fewest others have; of those, its first.
+    """Give each worker the GPU that fewest others have, as an index into those that it sees; of those, its first.
 
-    A GPU is an index into those that the worker sees. `visible` names the GPUs, the same name for the same one. So
-    workers that see all GPUs, in whatever order, and workers that see one each all end up with their own.
+    `visible` names the GPUs, the same name for the same one. So workers that see all GPUs, in whatever order, and workers
+    that see one each all end up with their own.
     """
     sharers: Counter[str] = Counter()
     chosen = {}

@@ -22,14 +22,9 @@ from oocattn.units import format_seconds
 CONNECT_SECONDS = 30.0
 """Seconds in which a scheduler must answer, even one that is just being started."""
 
-LEAST_CONNECT_SECONDS = 1.0
-"""Seconds that it has, however short a time limit is."""
-
-RETRY_SECONDS = 0.25
-"""Seconds between tries of an address where nobody listens."""
-
-SCHEMES = ("tcp", "tls", "ws", "wss")
-"""Schemes of the address of a scheduler in another process."""
+LEAST_CONNECT_SECONDS = 1.0  # that it has, however short a time limit is
+RETRY_SECONDS = 0.25  # between tries of an address where nobody listens
+SCHEMES = ("tcp", "tls", "ws", "wss")  # of the address of a scheduler in another process
 
 _EXPECTED = "give the address of a Dask scheduler, like tcp://HOST:8786"
 
@@ -84,11 +79,8 @@ def connect(address: str, seconds: float = CONNECT_SECONDS) -> Client:
 
 
 async def _kind_of_server(address: str, seconds: float) -> str:
-    """The kind of Dask server at an address, such as "Scheduler".
-
-    It is asked before a client is made, for a client that cannot connect is never closed, and Dask may hang when it is
-    collected as garbage.
-    """
+    """The kind of Dask server at an address, such as "Scheduler"."""
+    # Asked before a client is made: one that cannot connect is never closed, and Dask may hang when it is collected.
     async with rpc(address, timeout=seconds, connection_args=Security().get_connection_args("client")) as server:
         found = await asyncio.wait_for(server.identity(), seconds)
     return str(found["type"])

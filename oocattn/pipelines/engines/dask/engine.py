@@ -1,29 +1,213 @@
-"""The Dask engine: workers that take part in a run, and the device of each."""
+"""The Dask engine: workers that take part in a run, and their lanes: graphs of tasks, futures as outcomes.
+
+No other worker of the cluster is touched. As a run ends, a worker that fails or is silent costs what it held, never the end.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+import time
+import uuid
+from asyncio import CancelledError
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future as CallFuture
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
-from distributed import Client
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.task_spec import Task as DaskTask
+from dask.task_spec import TaskRef
+from distributed import Client, Future
 
 from oocattn.errors import WorkerLostError
 from oocattn.pipelines.deadline import Deadline
-from oocattn.pipelines.engines.base import Check, Engine
-from oocattn.pipelines.engines.dask.cluster import assign_devices, wait_for_workers, warn_of_open_ports
+from oocattn.pipelines.engines.base import (
+    NOT_CLOSED,
+    NOT_SAVED,
+    NOT_STOPPED,
+    SAVING_SECONDS,
+    Check,
+    Engine,
+    Lanes,
+    Obstacle,
+    collect_answers,
+    warn_of_failure,
+)
+from oocattn.pipelines.engines.dask.cluster import (
+    answer,
+    assign_devices,
+    begin,
+    check_scheduler,
+    living_workers,
+    scheduler_gone,
+    wait_for_workers,
+    warn_of_open_ports,
+)
 from oocattn.pipelines.engines.dask.enlisting import enlist, enlist_again
-from oocattn.pipelines.engines.dask.lanes import DaskLanes
 from oocattn.pipelines.engines.dask.local_cluster import local_client
+from oocattn.pipelines.engines.dask.obstacles import Inquiry
 from oocattn.pipelines.engines.dask.readiness import Expectations
+from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, save, stop
+from oocattn.pipelines.graph import Task, TaskId
 from oocattn.pipelines.run import Run
+from oocattn.pipelines.watch.events import TaskEvent
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 
-REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS = 10.0, 120.0
-"""Time for a dead worker's replacement, and the last one's: a nanny takes seconds."""
+Key = tuple[str, int, int]
+"""A task's key at the scheduler: layer (step, run and piece), head group, index."""
+
+PAUSE_SECONDS = 0.05  # between two looks at whether tasks still execute
+REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS = 10.0, 120.0  # for a dead worker's, and the last one's: a nanny takes some
+
+logger = logging.getLogger("oocattn")
+
+
+class GraphMaker:
+    """Makes Dask graphs of the pieces of a run, a layer a step, with tasks for the workers of its lanes.
+
+    Layers, and with them the task groups of the scheduler, have the number of their piece in their names, so that they
+    never form a cycle.
+    """
+
+    def __init__(self, run: str, workers: Sequence[str]) -> None:
+        self._run = run
+        self._workers = workers
+        self._numbers = itertools.count()
+
+    def make(
+        self, pieces: Sequence[Sequence[Task]], unfinished: Mapping[TaskId, Future[TaskEvent | None]]
+    ) -> tuple[HighLevelGraph, list[Key]]:
+        """The graph of some pieces, and its keys. An edge to a task of an earlier graph is its `unfinished` future."""
+        keys: dict[TaskId, Key] = {}
+        for piece in pieces:
+            number = next(self._numbers)
+            keys.update((task.id, (f"{task.id[0]}-{self._run}-{number}", *task.id[1:])) for task in piece)
+        layers: dict[str, dict[Key, DaskTask]] = {}
+        dependencies: dict[str, set[str]] = {}
+        workers: dict[Key, list[str]] = {}
+        for task in itertools.chain.from_iterable(pieces):
+            key = keys[task.id]
+            name = key[0]
+            inside = [keys[other] for other in task.after if other in keys]
+            earlier = [unfinished[other] for other in task.after if other in unfinished]
+            sent = Task(task.id, task.lane, (), task.turn, task.chunks)
+            layers.setdefault(name, {})[key] = DaskTask(key, perform_task, self._run, sent, *map(TaskRef, inside), *earlier)
+            dependencies.setdefault(name, set()).update(other[0] for other in inside if other[0] != name)
+            workers[key] = [self._workers[task.lane]]
+        annotations = {"workers": workers.__getitem__}
+        graph = {name: MaterializedLayer(layer, annotations=annotations) for name, layer in layers.items()}
+        return HighLevelGraph(graph, dependencies), list(keys.values())
+
+
+class DaskLanes(Lanes):
+    """One lane of a run on each of these workers (addresses); `devices` has the device of each by `Worker.id`, which is
+    another where one is restarted."""
+
+    def __init__(
+        self, client: Client, run: Run, devices: Mapping[str, str], workers: Sequence[str], deadline: Deadline
+    ) -> None:
+        super().__init__(workers)
+        self._client = client
+        self._run = run
+        self._devices = devices
+        self._name = uuid.uuid4().hex[:8]  # of the tasks and lanes of this attempt
+        self._deadline = deadline
+        self._graphs = GraphMaker(self._name, self.workers)
+        self._futures: dict[TaskId, Future[TaskEvent | None]] = {}
+        self._inquiry = Inquiry(self._name, client)
+        self._answering: list[str] = []  # as the run ends
+
+    def open(self) -> CallFuture[None]:
+        asked = (self._name, self._run, self._devices)
+        return begin(self._client, lambda: self._client.run(open_lane, *asked, workers=self.workers))
+
+    def submit(self, pieces: Sequence[Sequence[Task]]) -> None:
+        graph, keys = self._graphs.make(pieces, self._futures)
+        futures = self._client.get(graph, keys, sync=False)
+        pairs = list(zip(itertools.chain.from_iterable(pieces), futures, strict=True))
+        self._futures.update((task.id, future) for task, future in pairs)
+        begin(self._client, lambda: asyncio.gather(*itertools.starmap(self._report, pairs)))
+
+    async def _report(self, task: Task, future: Future[TaskEvent | None]) -> None:
+        """Pass on the end of a task; where its result is lost, Dask runs it again."""
+        try:
+            outcome: TaskEvent | BaseException | None = await self._client.gather(future, asynchronous=True)
+        except (Exception, CancelledError) as error:
+            outcome = error
+        if outcome is None:
+            outcome = WorkerLostError(f"the worker of {task.place} has no lane: it was restarted")
+        self.outcomes.put((task, outcome))
+
+    def forget(self, task: Task) -> None:
+        del self._futures[task.id]
+
+    def find_lost(self) -> CallFuture[Collection[str]]:
+        async def find() -> Collection[str]:
+            try:
+                return set(self.workers) - set(await self._client.nthreads())
+            except (OSError, RuntimeError, ValueError) as error:
+                raise scheduler_gone(error) from error
+
+        check_scheduler(self._client)
+        return begin(self._client, find)
+
+    def look(
+        self, pending: Mapping[str, Sequence[Task]], workers: Sequence[str]
+    ) -> tuple[dict[str, Obstacle], dict[str, float]]:
+        by_key = {name: {self._futures[task.id].key: task for task in tasks} for name, tasks in pending.items()}
+        return self._inquiry.look(by_key, workers)
+
+    def stop(self, seconds: float) -> None:
+        self._answering = self._living_workers(self._deadline.silence_seconds)
+        if not self._answering:
+            return
+        silence = self._deadline.silence_seconds
+        with warn_of_failure("some tasks may still run"):
+            futures = list(self._futures.values())
+            answer(self._client, lambda: self._client.cancel(futures, force=True, reason="the run has ended"), silence)
+        until = time.monotonic() + seconds
+        while any(self._ask_stopped(stop, self._deadline.silence_seconds)):
+            if time.monotonic() > until:
+                logger.warning(NOT_STOPPED)
+                break
+            time.sleep(PAUSE_SECONDS)
+
+    def save(self) -> int:
+        return sum(self._ask_stopped(save, SAVING_SECONDS))
+
+    def close(self, seconds: float) -> None:
+        self._ask(close_lane, self._living_workers(seconds), seconds, NOT_CLOSED)
+
+    def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
+        """A function's results on the workers that have answered so far."""
+        found = self._ask(function, self._answering, seconds, NOT_SAVED)
+        self._answering = list(found)
+        return list(found.values())
+
+    def _ask(
+        self, function: Callable[..., object], workers: Collection[str], seconds: float, consequence: str
+    ) -> dict[str, int]:
+        """A function's results by worker."""
+
+        async def ask(address: str) -> int:
+            return int((await self._client.run(function, self._name, workers=[address]))[address])
+
+        calls = {address: begin(self._client, partial(ask, address)) for address in workers}
+        return collect_answers(calls, seconds, consequence)
+
+    def _living_workers(self, seconds: float) -> list[str]:
+        """The workers still there; none without a scheduler, or in a fork."""
+        if not self.is_here:  # a listener has forked
+            return []
+        with suppress(WorkerLostError):
+            there = living_workers(self._client, seconds)
+            return [address for address in there if address in self.workers]
+        return []
 
 
 class DaskEngine(Engine):
@@ -35,10 +219,6 @@ class DaskEngine(Engine):
         self._devices: dict[str, str] = {}
         self.dashboard = client.dashboard_link or ""
 
-    @property
-    def lane_count(self) -> int:
-        return len(self._devices)
-
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
         expected = Expectations.of_run(plan, dataset, state)
         roll = enlist(self._client, expected, check)
@@ -48,13 +228,15 @@ class DaskEngine(Engine):
         return roll.computing
 
     def replenish(self, check: Check) -> None:
-        wait_for_workers(self._client, self.lane_count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check)
+        if not wait_for_workers(self._client, self.lane_count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check):
+            raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
         self._take(enlist_again(self._client, self._expected, check))
 
     def _take(self, ids: dict[str, str]) -> None:
         """Have these workers take part, by address; WorkerLostError where none is left."""
         devices = assign_devices(self._client, self._plan.device, ids)
         self._ids, self._devices = ids, dict(itertools.islice(devices.items(), self._plan.lanes))
+        self.lane_count = len(self._devices)
         if not self._devices:
             raise WorkerLostError("no worker is ready to continue: the work that was done is on disk; start some and resume")
 

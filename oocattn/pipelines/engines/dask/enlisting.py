@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,8 +18,14 @@ from distributed import Client
 from oocattn import clock
 from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.kernels.arithmetic import combine
-from oocattn.pipelines.engines.dask.calls import ANSWER_SECONDS, begin
-from oocattn.pipelines.engines.dask.cluster import LEAST_ANSWER_SECONDS, living_workers, wait_for_first
+from oocattn.pipelines.engines.base import Check
+from oocattn.pipelines.engines.dask.cluster import (
+    ANSWER_SECONDS,
+    LEAST_ANSWER_SECONDS,
+    begin,
+    living_workers,
+    wait_for_first,
+)
 from oocattn.pipelines.engines.dask.readiness import (
     EXPRESSION,
     NAMES,
@@ -36,11 +42,8 @@ from oocattn.pipelines.engines.dask.readiness import (
 from oocattn.text import MOST_SHOWN, some_of
 from oocattn.units import format_seconds
 
-MOST_NAMED = 20
-"""Workers with the same fault that are named."""
-
-POLL_SECONDS = 0.2
-"""Seconds between checks while answers are awaited."""
+MOST_NAMED = 20  # workers with the same fault
+POLL_SECONDS = 0.2  # seconds between checks while answers are awaited
 
 logger = logging.getLogger("oocattn")
 
@@ -63,23 +66,19 @@ class Roll:
         return combine([seen.computing for seen in self.ready.values()])
 
     def __str__(self) -> str:
-        """The faults in words, workers with the same one together."""
         return "; ".join(self.lines)
 
     @property
     def lines(self) -> list[str]:
-        """The faults in words, one line for each fault that workers share."""
+        """The faults in words, one line for each that workers share."""
         alike: dict[tuple[str, ...], list[str]] = {}
         for name, found in self.wrong.items():
             alike.setdefault(tuple(found), []).append(name)
         return [f"{some_of(names, MOST_NAMED)} {', and '.join(found)}" for found, names in alike.items()]
 
 
-def enlist(client: Client, expected: Expectations, check: Callable[[], object]) -> Roll:
-    """The workers of a run that is to begin, all of which are ready.
-
-    `check` ends the wait for them by raising. Raises ProblemError with all that is wrong with the cluster.
-    """
+def enlist(client: Client, expected: Expectations, check: Check) -> Roll:
+    """The workers of a run that is to begin, all ready; ProblemError with all that is wrong with the cluster."""
     wait_for_first(client, check)
     roll = call_roll(client, expected, check)
     if roll.wrong:
@@ -100,7 +99,7 @@ def enlist(client: Client, expected: Expectations, check: Callable[[], object]) 
     return roll
 
 
-def enlist_again(client: Client, expected: Expectations, check: Callable[[], object]) -> dict[str, str]:
+def enlist_again(client: Client, expected: Expectations, check: Check) -> dict[str, str]:
     """The workers that can continue a run, as `Roll.ids`; others are logged."""
     roll = call_roll(client, expected, check)
     for line in roll.lines:
@@ -108,7 +107,7 @@ def enlist_again(client: Client, expected: Expectations, check: Callable[[], obj
     return roll.ids
 
 
-def call_roll(client: Client, expected: Expectations, check: Callable[[], object]) -> Roll:
+def call_roll(client: Client, expected: Expectations, check: Check) -> Roll:
     """Ask the scheduler and all workers; LockedError where the lock was lost."""
     here = describe_interpreter(PACKAGES)
     scheduler = _call(client, lambda: client.run_on_scheduler(eval, EXPRESSION, NAMES), check)
@@ -154,7 +153,7 @@ def _describe_silence(answer: object) -> str:
 
 
 def _ask(
-    client: Client, workers: Sequence[str], check: Callable[[], object], function: Callable[..., Any], *arguments: object
+    client: Client, workers: Sequence[str], check: Check, function: Callable[..., Any], *arguments: object
 ) -> dict[str, Any]:
     """A function's result, or error, on each worker; TimeoutError where one is silent."""
     if not workers:
@@ -165,7 +164,9 @@ def _ask(
 
     answers = run(workers)
     if isinstance(answers, TimeoutError):  # of some, perhaps: the others are asked again
-        awake = [address for address, ping in _ping(client, workers).items() if ping.done()]
+        pings = {address: begin(client, partial(client.run, int, workers=[address])) for address in workers}
+        wait(pings.values(), timeout=LEAST_ANSWER_SECONDS)
+        awake = [address for address, ping in pings.items() if ping.done()]
         answers = run(awake) if awake else {}
     if isinstance(answers, BaseException):
         raise WorkerLostError(f"the workers cannot be asked ({answers}); check the scheduler and try again") from answers
@@ -174,14 +175,7 @@ def _ask(
     return {address: answer for address, answer in {**answers, **silent}.items() if address in there}
 
 
-def _ping(client: Client, workers: Sequence[str]) -> dict[str, Future[Any]]:
-    """Calls to each worker, which those that are awake have answered."""
-    calls = {address: begin(client, partial(client.run, int, workers=[address])) for address in workers}
-    wait(calls.values(), timeout=LEAST_ANSWER_SECONDS)
-    return calls
-
-
-def _call(client: Client, call: Callable[[], Any], check: Callable[[], object]) -> Any:
+def _call(client: Client, call: Callable[[], Any], check: Check) -> Any:
     """A call's result or error; TimeoutError when late; `check` ends it by raising."""
     called, start = begin(client, call), clock.now()
     while not wait([called], timeout=POLL_SECONDS).done:

@@ -23,40 +23,28 @@ with collection_paused():
 
     from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress, DashboardPages
 
-THREADS = 8
-"""Task threads of a worker: up to three attend, others stage, merge and write."""
-
-DESCRIPTORS = 24
-"""Files that must be free to be opened: a cluster opens some ten as it starts."""
+THREADS = 8  # of a worker, for tasks: up to three attend, others stage, merge and write
+DESCRIPTORS = 24  # files that must be free to be opened: a cluster opens some ten as it starts
 
 NO_PROFILER = {"distributed.worker.profile.enabled": False}
-"""Settings without Dask's profiler, which can crash the process.
+"""Dask's profiler walks the frames of running threads every 10 ms, and was seen to end the process with a segmentation
+fault in its `profile.process` (CPython 3.11.7, distributed 2026.8)."""
 
-It walks the frames of running threads every 10 ms: seen to end the process with a segmentation fault, in its
-`profile.process` (CPython 3.11.7, distributed 2026.8).
-"""
-
-OWN_ORIGIN: dict[str, list[str]] = {"distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": []}
-"""Bokeh's own origins; Dask's let every web page read the dashboard."""
+SETTINGS: dict[str, object] = {
+    **NO_PROFILER,
+    "distributed.scheduler.worker-ttl": None,  # measured by the wall clock, which may be set forward
+    "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": [],  # Dask's let every page read all
+}
 
 ENCRYPTION = "distributed.comm.require-encryption"
 
 
-NO_TIMEOUT = {"distributed.scheduler.worker-ttl": None}
-"""Settings without Dask's timeout of silent workers.
-
-Dask measures it by the wall clock, which may be set forward; workers in a process of ours live as long as it does.
-"""
-
-
 @contextmanager
 def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> Iterator[Client]:
-    """A client of a new cluster in this process.
+    """A client of a new cluster in this process; ProblemError, with the cause, where it cannot start.
 
-    It has a worker for the CPU or each GPU, and the dashboard on the loopback. The cluster opens no port but that of
-    the dashboard, which pages of other origins cannot read. Dask's own memory limit is off: it counts mapped pages,
-    and the plan bounds what is allocated; so is its profiler (`NO_PROFILER`). Tracebacks of tasks that fail are not
-    logged. Raises ProblemError, with the cause, where the cluster cannot start.
+    It opens no port but that of the dashboard, which pages of other origins cannot read. Dask's own memory limit is off: it
+    counts mapped pages, and the plan bounds what is allocated.
     """
     address = DashboardAddress.parse(dashboard_address)
     if is_forked():
@@ -64,7 +52,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
         distributed.utils._offload_executor = cast(Any, ThreadPool(1, "Dask-Offload"))
     # Else Dask asks for the way to a host of the internet, and warns where is none. Other clusters here keep their address.
     inproc.global_manager._ip = inproc.global_manager._ip or LOOPBACK
-    settings = {"distributed.dashboard.link": address.link, **OWN_ORIGIN, **NO_PROFILER, **NO_TIMEOUT}
+    settings = {**SETTINGS, "distributed.dashboard.link": address.link}
     with dask.config.set(settings), _without_tracebacks(), _here_alone() as here:
         cluster = here.enter_context(_start(address, workers))
         http, port = cluster.scheduler.http_application, cluster.scheduler.http_server.port

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,27 +19,22 @@ from distributed.threadpoolexecutor import thread_state
 from oocattn import clock
 from oocattn.errors import StalledError
 from oocattn.pipelines.engines.base import Obstacle
-from oocattn.pipelines.engines.dask.calls import Calls
-from oocattn.pipelines.engines.dask.cluster import worker_addresses
+from oocattn.pipelines.engines.dask.cluster import begin, worker_addresses
 from oocattn.pipelines.engines.dask.tasks import find_plugin
 from oocattn.pipelines.graph import Task
 from oocattn.text import some_of
 from oocattn.units import format_bytes
 
-MOST_NAMED = 3
-"""Tasks of others that a message names."""
-
-UNASSIGNED = {"no-worker", "queued", "waiting"}
-"""States of tasks, at a scheduler, that no worker has."""
+MOST_NAMED = 3  # tasks of others that a message names
+SOON_SECONDS = 5.0  # in which a worker says what it does, and a scheduler where tasks are
+WAITS = 10  # parts of that wait; a late one, because this process was stopped, is not all of it
+UNASSIGNED = {"no-worker", "queued", "waiting"}  # states of tasks, at a scheduler, that no worker has
 
 
 @dataclass(frozen=True)
 class Occupation:
-    """A worker's account of itself.
-
-    Its state as Dask has it, its threads, the tasks that hold one, its memory in bytes, and the seconds since its
-    lane's last step (Inf without a lane).
-    """
+    """A worker's account of itself: its state as Dask has it, the tasks that hold a thread, its memory in bytes, and the
+    seconds since its lane's last step (Inf without a lane)."""
 
     status: str
     threads: int
@@ -85,12 +81,12 @@ def find_obstacle(run: str, occupation: Occupation | None) -> Obstacle | None:
 
 
 class Inquiry:
-    """Asks workers and scheduler for their state, those that owe no answer."""
+    """Asks workers and scheduler for their state. Who owes an answer is not asked again."""
 
     def __init__(self, run: str, client: Client) -> None:
         self._run = run
         self._client = client
-        self._calls = Calls(client)
+        self._calls: dict[str, Future[Any]] = {}
 
     def look(
         self, pending: Mapping[str, Mapping[Any, Task]], workers: Sequence[str]
@@ -98,13 +94,13 @@ class Inquiry:
         """As `Lanes.look`; `pending` has the tasks of each worker by their keys."""
         keys = list(itertools.chain.from_iterable(pending.values()))
         scheduler: Any = self._client.scheduler
-        states = self._calls.ask({"": lambda: scheduler.get_task_status(keys=keys)})
+        states = self._ask({"": lambda: scheduler.get_task_status(keys=keys)})
         if "" not in states:
             return {}, {}
         if states[""] is None:
             return {"": Obstacle("the scheduler does not answer", "continue it (kill -CONT) or restart it")}, {}
         questions = {name: partial(self._client.run, describe_occupation, self._run, workers=[name]) for name in workers}
-        said = {name: answer and answer[name] for name, answer in self._calls.ask(questions).items()}
+        said = {name: answer and answer[name] for name, answer in self._ask(questions).items()}
         steps = {name: answer.since_step for name, answer in said.items() if answer}
         found = {name: find_obstacle(self._run, answer) for name, answer in said.items()}
         obstacles = {name: obstacle for name, obstacle in found.items() if obstacle}
@@ -114,6 +110,21 @@ class Inquiry:
             remedy = "see that workers run, with the resources that dask.annotate asks for"
             obstacles[""] = Obstacle(f"Dask gives {place} to no worker", remedy)
         return obstacles, steps
+
+    def _ask(self, questions: Mapping[str, Callable[[], Awaitable[Any]]]) -> dict[str, Any]:
+        """The answers; None where there is none in time. Who is gone is left out: the attempt finds that itself."""
+        for name, question in questions.items():
+            if name not in self._calls or self._calls[name].done():
+                self._calls[name] = begin(self._client, question)
+        calls = {name: self._calls[name] for name in questions}
+        for _ in range(WAITS):
+            if not wait(calls.values(), timeout=SOON_SECONDS / WAITS).not_done:
+                break
+        return {
+            name: call.result() if call.done() else None
+            for name, call in calls.items()
+            if not call.done() or call.exception() is None
+        }
 
 
 def refuse_own_thread(client: Client) -> None:

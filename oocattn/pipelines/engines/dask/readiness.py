@@ -11,7 +11,6 @@ import asyncio
 import inspect
 import math
 import os
-import socket
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -39,10 +38,7 @@ PACKAGES = ("oocattn", "torch", "zarr", "dask", "distributed")
 """Packages that compute or are sent: their versions must be the driver's."""
 
 SAME_DATA = "mount the same file system there, or copy the dataset to the same path with its times (rsync -a)"
-"""Advice for a worker that sees another dataset."""
-
 SAME_SOFTWARE = "install there what is here, and restart it"
-"""Advice for a process that has other software."""
 
 
 def describe_interpreter(packages: tuple[str, ...]) -> dict[str, str]:
@@ -67,11 +63,8 @@ def describe_interpreter(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 EXPRESSION = f"(exec(source), {describe_interpreter.__name__}(packages))[1]"
-"""Expression that `eval` of any Python answers with its versions."""
-
-
 NAMES = {"source": inspect.getsource(describe_interpreter), "packages": PACKAGES}
-"""Names for the evaluation of `EXPRESSION`."""
+"""Names for the evaluation of `EXPRESSION`, which any Python answers with its versions."""
 
 
 def find_interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
@@ -88,8 +81,8 @@ def find_interpreter_faults(found: Mapping[str, str], here: Mapping[str, str]) -
 class Expectations:
     """State of the driver that every worker must see, or have room for.
 
-    `state` is the folder of job state, locked under the `claim`, `lane_bytes` the host memory of a lane, `call` the
-    arguments of `arithmetic_of`. `computing` is the arithmetic of the run's workers, where it has begun.
+    `lane_bytes` is the host memory of a lane, `call` the arguments of `arithmetic_of`, and `computing` the arithmetic of the
+    run's workers, where it has begun.
     """
 
     dataset: Dataset
@@ -112,13 +105,12 @@ class Expectations:
 class WorkerState:
     """State of a worker as it sees itself.
 
-    `code` is the digest of its sources of this package, `dataset` its fingerprints, or the reason why it cannot be
-    read, `result` why no result can be written. `probe` names the file that it has written beside the result. Memory
-    in bytes: in use, Dask's limit (0: none), and the use from which on Dask gives it no tasks.
+    `code` is the digest of its sources, `dataset` its fingerprints, or why it cannot be read, `result` why no result can be
+    written, `probe` the file that it has written beside the result. Memory in bytes: in use, Dask's limit (0: none), and
+    the use from which on Dask gives it no tasks.
     """
 
     id: str
-    host: str
     code: str
     dataset: Fingerprints | str
     result: str
@@ -140,7 +132,6 @@ async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerS
     result, probe = await asyncio.wrap_future(begin_call(_look_at_state, expected.state, expected.claim))
     return WorkerState(
         id=str(dask_worker.id),
-        host=socket.gethostname(),
         code=source_digest(),
         dataset=dataset,
         result=result,

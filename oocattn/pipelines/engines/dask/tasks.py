@@ -26,18 +26,15 @@ from oocattn.units import format_seconds
 
 logger = logging.getLogger("oocattn")
 
-CLOSE_SECONDS = 10.0
-"""Seconds in which a lane closes, or a worker goes on without."""
-
-ENDED = ("memory", "error", "rescheduled")
-"""States that a worker gives a task when it has ended, cancelled or not."""
+CLOSE_SECONDS = 10.0  # seconds in which a lane closes, or a worker goes on without
+ENDED = ("memory", "error", "rescheduled")  # states that a worker gives a task when it has ended, cancelled or not
 
 
 class LanePlugin(WorkerPlugin):
-    """Keeps a worker's lane for a run, and closes it with the worker.
+    """Keeps a worker's lane for a run, whose partials lie in `scratch`, and closes it with the worker.
 
-    Partials lie in the folder `scratch`. `executing` are the tasks of the run that execute, until the worker has
-    heard of their end: one that is cancelled meanwhile, and called released at once, still runs to its end.
+    `executing` are its tasks until the worker has heard of their end: one that is cancelled, and called released at once,
+    still runs to its end.
     """
 
     def __init__(self, run: str, scratch: Path, lane: Lane) -> None:
@@ -58,15 +55,12 @@ class LanePlugin(WorkerPlugin):
     async def teardown(self, worker: Worker) -> None:
         """Close the lane; one that hangs is left to the end of the process."""
         closing = asyncio.wrap_future(begin_call(self.lane.close))
-        ended, _ = await asyncio.wait([closing], timeout=CLOSE_SECONDS)
-        if not ended:
-            logger.warning(
-                "worker %s: its lane did not close in %s and keeps its memory; restart the worker",
-                worker.name,
-                format_seconds(CLOSE_SECONDS),
-            )
-        for each in ended:
-            each.result()
+        await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+        if closing.done():
+            closing.result()
+        else:
+            words = "worker %s: its lane did not close in %s and keeps its memory; restart the worker"
+            logger.warning(words, worker.name, format_seconds(CLOSE_SECONDS))
 
 
 def find_plugin(run: str, worker: Worker) -> LanePlugin | None:
@@ -106,10 +100,7 @@ async def close_stale_lanes(state: Path, dask_worker: Worker) -> None:
 
 
 def stop(run: str, dask_worker: Worker) -> int:
-    """Begin no more tasks of the run on this worker; return how many still execute.
-
-    A task that has returned executes until the worker has heard of it: a worker that closes complains of one cut off there.
-    """
+    """Begin no more tasks of the run on this worker; return how many still execute (`LanePlugin`)."""
     plugin = find_plugin(run, dask_worker)
     if plugin is None:
         return 0
@@ -124,12 +115,9 @@ async def save(run: str, dask_worker: Worker) -> int:
 
 
 def perform_task(run: str, task: Task, *after: TaskEvent) -> TaskEvent | None:
-    """Do a task on the lane of its worker.
-
-    None, where the run has been stopped, or has no lane here: an error would be logged, and nobody may wait for it.
-    """
+    """Do a task on the lane of its worker; None where the run has been stopped, or has no lane here."""
     worker = get_worker()
     plugin = find_plugin(run, worker)
-    if plugin is None or plugin.stopped:
+    if plugin is None or plugin.stopped:  # an error would be logged, and nobody may wait for it
         return None
     return replace(perform(plugin.lane, task), worker=str(worker.name))
