@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-_IMPORTING = threading.RLock()
+IMPORTING = threading.RLock()
 """One thread at a time: libraries whose modules import each other in a circle fail where two threads enter it (numpy)."""
 
 
@@ -75,7 +75,7 @@ def lazy_attributes(
     def get_attribute(name: str) -> object:
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        with _IMPORTING, collection_paused(), in_some_folder():
+        with IMPORTING, collection_paused(), in_some_folder():
             found = getattr(import_module(module_of[name]), name)
         namespace[name] = found
         return found

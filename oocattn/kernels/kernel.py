@@ -33,10 +33,11 @@ class Operands:
 
     def __post_init__(self) -> None:
         query, key, value, intervals = self.query, self.key, self.value, self.intervals
-        if key.shape != value.shape or key.dim() != 2 or key.shape[1] != query.shape[2]:  # torch would broadcast some
+        fit = query.dim() == 3 and key.dim() == 2 and key.shape == value.shape and key.shape[1] == query.shape[2]
+        if not fit:  # torch would broadcast some
             raise ValueError(
-                f"key {list(key.shape)} and value {list(value.shape)} do not fit query {list(query.shape)}: "
-                f"expected [m, {query.shape[2]}] twice"
+                f"key {list(key.shape)} and value {list(value.shape)} do not fit query {list(query.shape)}: expected [m, D] "
+                "twice, and [g, n, D]"
             )
         if not query.dtype == key.dtype == value.dtype:
             raise ValueError(f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: expected one")
@@ -84,7 +85,8 @@ class Kernel(ABC):
     def attend(self, operands: Operands, state: AttentionState) -> None:
         """Add attention over the keys and values of `operands` to `state` [g, n, D], in place; not to its ledger.
 
-        On a GPU the work is launched on torch's current stream, and nothing waits for it.
+        A row attends the keys [a, b) and [c, d) of its intervals, or all; without rows or keys nothing happens. On a GPU the
+        work is launched on torch's current stream, and nothing waits for it.
 
         NaN and Inf reach the rows that attend them and no others, but for the 16-bit kernels on a GPU (hopper, fa3, cudnn,
         flash), which behave as torch's own attention: where rows attend different keys, NaN or Inf in a value may reach rows

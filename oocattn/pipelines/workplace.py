@@ -53,10 +53,10 @@ class Workplace:
         Raises ProblemError where no worker can be had, TimeLimitError where none has come by `until`.
         """
         if self.client is not None:
-            from oocattn.pipelines.engines.dask.engine import DaskEngine
-
             refuse_lost_client(self.client)
             refuse_lost_threads()
+            from oocattn.pipelines.engines.dask.engine import DaskEngine
+
             yield DaskEngine(self.client), decide(_count_workers(self.client, until))
             return
         refuse_lost_threads()

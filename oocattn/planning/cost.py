@@ -45,8 +45,8 @@ TASK_SHARE = 0.5
 """Share of the cost of tasks that adds to computing on a CPU: 1 / cores at least, 1 at most, as the system divides them."""
 
 LAST_TASKS = 4  # tasks one after another: the first stage and attend, the last merge and write
-PIECE = 16  # subproblems of a lane that are submitted to the scheduler together
-WINDOW = 32  # subproblems of a lane that may wait at the scheduler, to hide a round trip
+PIECE = 16  # subproblems of a lane, with a chunk each, whose tasks are submitted to the scheduler together
+WINDOW = 32  # subproblems of a lane that wait at the scheduler, to hide a round trip: fewer, and more are submitted
 MOST_UNFINISHED = 4 * WINDOW  # tasks of a lane, of any layer, that may wait there before no more are submitted
 
 

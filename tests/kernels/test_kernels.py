@@ -313,6 +313,7 @@ def test_misfits_are_refused(name):
     kernel = get_kernel(name)
     for misfit, intervals in (
         ((query, key, value[:4]), None),
+        ((query[0], key, value), None),
         ((query, key[:, :7], value[:, :7]), None),
         ((query, key.half(), value), None),
         ((query, key, value), triangle(5)),

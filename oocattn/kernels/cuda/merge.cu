@@ -1,4 +1,4 @@
-// Merging and finalising of states, one warp to a row of one head. What they compute is defined in merge.py.
+// Merging and finalising of states, one warp to a row of one head. What they compute is defined in merging.py.
 //
 // Compiled with HEAD_DIM defined.
 

@@ -102,7 +102,7 @@ class Stager:
         self._turns = Turns("stage", len(slots))
         self._staged: dict[int, StagedChunks] = {}
         self._readers = ThreadPool(readers, "oocattn-read")
-        self._map = self._readers.map if readers > 1 else map
+        self._one_reader = readers == 1
         self._decoding = threading.Lock()
 
     def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Staged:
@@ -118,7 +118,7 @@ class Stager:
         chunks = [chunk for chunk in subproblem.query_chunks if wanted is None or chunk in wanted]
         self._staged[turn] = staged = self._lay_out(slot, head_group, subproblem, chunks)
         reads = list(self._reads(staged))
-        for read, not_finite in zip(reads, self._map(self._read, reads), strict=True):
+        for read, not_finite in zip(reads, self._read_all(reads), strict=True):
             staged.not_finite[read.chunk] += not_finite
         stop = clock.now()
         spans = (Span("read", start, stop),)
@@ -183,6 +183,12 @@ class Stager:
         for part in pieces(tokens, step):
             into = out[part.start - tokens.start : part.stop - tokens.start]
             yield _Read(array, group.batch, head, chunk, part, into, counted)
+
+    def _read_all(self, reads: Sequence[_Read]) -> Iterable[int]:
+        """Carry out reads, those of one slot after those of another where one thread reads; see `_read`."""
+        if self._one_reader:  # to hand over each read takes longer than a small one
+            return self._readers.submit(lambda: [self._read(read) for read in reads]).result()
+        return self._readers.map(self._read, reads)
 
     def _read(self, read: _Read) -> int:
         """Carry a read out; return how many elements are NaN or Inf, if that is counted."""

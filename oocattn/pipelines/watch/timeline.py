@@ -46,7 +46,7 @@ def busy_seconds(spans: Iterable[Span]) -> float:
     """Seconds in which at least one span was under way: their union's length."""
     seconds, reached = 0.0, -math.inf
     for span in sorted(spans, key=attrgetter("start")):
-        if span.stop > reached:
+        if span.stop > max(span.start, reached):
             seconds += span.stop - max(span.start, reached)
             reached = span.stop
     return seconds

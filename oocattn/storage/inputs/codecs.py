@@ -149,10 +149,7 @@ def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low
     except (OocattnError, OSError, MemoryError):
         raise
     except BaseExceptionGroup as group:  # as Zarr raises what reads of a shard's parts raised
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from group
+        raise _first_error(group) from group
     except Exception as error:  # each codec has its own: RuntimeError, ValueError, zlib.error, EOFError, ...
         if str(error) == "can't start new thread":  # nor does that say anything of the chunk
             raise OSError(errno.EAGAIN, "cannot start a thread: raise the limit on processes (ulimit -u)") from error
@@ -160,6 +157,13 @@ def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low
             raise undecodable_chunk(location, _key(array, index, low), error) from error
         for first, last in _spans(low, high, rows):  # to find out which chunk it is
             read_span(array, location, index, first, out[first - low : last - low])
+
+
+def _first_error(error: BaseException) -> BaseException:
+    """The first of a group's errors. By itself: among the locals of what raises it, it would be a reference circle."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _key(array: zarr.Array[Any], index: tuple[int, ...], token: int) -> str:

@@ -102,6 +102,23 @@ with local_client() as client:
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+def test_pages_keep_to_their_origins_whatever_dask_is_set_to_when_they_are_opened() -> None:
+    with (
+        started("127.0.0.1:0") as (client, _),
+        dask.config.set({"distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": ["*"]}),
+    ):
+        assert [answer(client, origin) for origin in FOREIGN] == [403] * len(FOREIGN)
+
+
+def test_the_first_page_leads_to_no_other_host() -> None:
+    with started("127.0.0.1:0") as (client, _):
+        address = urlsplit(client.dashboard_link)
+        connection = HTTPConnection("127.0.0.1", address.port, timeout=30)
+        connection.request("GET", "//evil.example/status", headers={"Host": address.netloc})
+        assert connection.getresponse().getheader("Location") == "/evil.example/status"
+        connection.close()
+
+
 def test_a_name_that_is_made_to_point_at_the_loopback_reads_nothing() -> None:
     with started("127.0.0.1:0") as (client, _):
         address = urlsplit(client.dashboard_link)

@@ -24,7 +24,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 
 from oocattn.errors import ProblemError
-from oocattn.imports import with_some_home
+from oocattn.imports import IMPORTING, with_some_home
 from oocattn.text import printable
 from oocattn.threads import begin_call
 
@@ -112,16 +112,20 @@ class DashboardPages(Application):
     def __init__(self, scheduler: Scheduler, origins: Iterable[str]) -> None:
         super().__init__([(r".*", _FirstRequest)])
         self._scheduler = scheduler
-        self._origins = list(origins)
+        self._origins = frozenset(origins)
+        self._opening = asyncio.Lock()
 
     async def open(self) -> None:
-        """Have the pages served. Raises ImportError where they cannot be imported."""
-        dashboard = await asyncio.wrap_future(begin_call(_import_dashboard))
+        """Have the pages served, to their own origins. Raises ImportError where they cannot be imported."""
         http = self._scheduler.http_application
-        if self in http.applications:  # no other request has come first
-            http.applications.remove(self)
+        async with self._opening:
+            if self not in http.applications:  # another request has come first
+                return
+            dashboard = await asyncio.wrap_future(begin_call(_import_dashboard))
             dashboard.connect(http, self._scheduler.http_server, self._scheduler, prefix="/")
+            http.applications.remove(self)
             for pages in http.applications:
+                pages.websocket_origins.clear()  # of what Dask's configuration allows now
                 pages.websocket_origins.update(self._origins)
 
 
@@ -133,11 +137,11 @@ class _FirstRequest(RequestHandler):
             await cast(DashboardPages, self.application).open()
         except ImportError as error:
             raise HTTPError(503, reason=printable(f"Dask's dashboard cannot be imported: {error}")) from error
-        self.redirect(self.request.uri or "/")
+        self.redirect("/" + (self.request.uri or "").lstrip("/"))  # here, whatever is asked for
 
 
 def _import_dashboard() -> ModuleType:
-    with with_some_home():
+    with IMPORTING, with_some_home():
         return import_module("distributed.dashboard.scheduler")
 
 
