@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shlex
@@ -154,9 +155,8 @@ def test_contributing_names_every_room_and_files_that_exist():
     modules = {path.name for path in (ROOT / "oocattn").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert not {room for room in rooms if f"`{room}/`" not in text}
     assert not {module for module in modules if f"`{module}`" not in text}
-    files = [
-        f"/{path.relative_to(ROOT)}" for folder in ("oocattn", "tests", "docs") for path in (ROOT / folder).rglob("*.*")
-    ]
+    places = itertools.chain(ROOT.glob("*.md"), *((ROOT / folder).rglob("*.*") for folder in ("oocattn", "tests", "docs")))
+    files = [f"/{path.relative_to(ROOT)}" for path in places]
     named = {name for name in re.findall(r"`([\w/-]+\.(?:py|md|cu|cuh))`", text) if "NAME" not in name}
     assert len(named) > 50
     assert not [name for name in named if not any(path.endswith(f"/{name}") for path in files)]

@@ -20,6 +20,7 @@ from oocattn.kernels.state import AttentionState
 from oocattn.problem.scores import Scores
 
 KERNELS = ("cpu", "reference", "torch")
+SAME_BITS = ("cpu",)  # kernels that runs on CPUs choose
 
 
 def finished(state, dtype=torch.float32):
@@ -145,7 +146,8 @@ def test_operands_may_be_slices_of_larger_tensors(name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 7, 31, 33, 64, 200, 600, 800, 1100])
-def test_cpu_bits_depend_neither_on_threads_nor_on_alignment(rows, causal, dtype):
+@pytest.mark.parametrize("name", SAME_BITS)
+def test_bits_depend_neither_on_threads_nor_on_alignment(name, rows, causal, dtype):
     for group_size, keys, head_dim in ((1, 1, 64), (1, 5, 256), (1, 700, 80), (2, 513, 33), (7, 16, 1), (1, 3000, 64)):
         given_operands = operands(group_size, rows, rows if causal else keys, head_dim, dtype)
         states = []
@@ -154,7 +156,7 @@ def test_cpu_bits_depend_neither_on_threads_nor_on_alignment(rows, causal, dtype
             for threads, offset in ((1, 0), (2, 0), (2, 3)):
                 torch.set_num_threads(threads)
                 moved = [torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape) for t in given_operands]
-                states.append(attend("cpu", *moved, causal=causal))
+                states.append(attend(name, *moved, causal=causal))
         finally:
             torch.set_num_threads(before)
         for state in states[1:]:
