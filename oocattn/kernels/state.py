@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+Take = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""What gives an uninitialised tensor of a shape and dtype."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,20 @@ class AttentionState:
     @classmethod
     def empty(cls, group_size: int, rows: int, head_dim: int, device: torch.device | str = "cpu") -> AttentionState:
         """Allocate the state of [group_size, rows, head_dim] without keys."""
-        numbers = (group_size, rows, head_dim), (group_size, rows), (group_size, rows)
-        tensors = [torch.empty(shape, dtype=torch.float32, device=device) for shape in numbers]
-        state = cls(*tensors, *(torch.empty(rows, dtype=torch.int64, device=device) for _ in range(2)))
+
+        def take(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        state = cls.allocate(take, group_size, rows, head_dim)
         state.reset()
         return state
+
+    @classmethod
+    def allocate(cls, take: Take, group_size: int, rows: int, head_dim: int) -> AttentionState:
+        """An uninitialised state of [group_size, rows, head_dim], of tensors that `take` gives."""
+        numbers = (group_size, rows, head_dim), (group_size, rows), (group_size, rows)
+        tensors = [take(shape, torch.float32) for shape in numbers]
+        return cls(*tensors, *(take((rows,), torch.int64) for _ in range(2)))
 
     @classmethod
     def without_ledger(cls, num: torch.Tensor, den: torch.Tensor, max: torch.Tensor) -> AttentionState:

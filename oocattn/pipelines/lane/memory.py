@@ -161,9 +161,7 @@ class Arena:
 
     def state(self, group_size: int, rows: int, head_dim: int) -> AttentionState:
         """An uninitialised state of [group_size, rows, head_dim]."""
-        numbers = (group_size, rows, head_dim), (group_size, rows), (group_size, rows)
-        tensors = [self.take(shape, torch.float32) for shape in numbers]
-        return AttentionState(*tensors, *(self.take((rows,), torch.int64) for _ in range(2)))
+        return AttentionState.allocate(self.take, group_size, rows, head_dim)
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
