@@ -102,8 +102,8 @@ def _loop_ends() -> bool:
         ended = True
     finally:  # also after Ctrl-C
         if not ended:
-            os.kill(process, signal.SIGKILL)
-            with suppress(ChildProcessError):
+            with suppress(ProcessLookupError, ChildProcessError):  # as above
+                os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
     return ended
 
