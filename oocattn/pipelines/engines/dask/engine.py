@@ -163,15 +163,15 @@ class DaskLanes(Lanes):
         return self._inquiry.look(by_key, workers)
 
     def stop(self, seconds: float) -> None:
-        self._answering = self._living_workers(self._deadline.silence_seconds)
+        silence = self._deadline.silence_seconds
+        self._answering = self._living_workers(silence)
         if not self._answering:
             return
-        silence = self._deadline.silence_seconds
         with warn_of_failure("some tasks may still run"):
             futures = list(self._futures.values())
             answer(self._client, lambda: self._client.cancel(futures, force=True, reason="the run has ended"), silence)
         until = time.monotonic() + seconds
-        while any(self._ask_stopped(stop, self._deadline.silence_seconds)):
+        while any(self._ask_stopped(stop, silence)):
             if time.monotonic() > until:
                 logger.warning(NOT_STOPPED)
                 break
