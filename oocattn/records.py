@@ -38,6 +38,10 @@ ADDED = object()
 """The annotation of a field that older versions did not write: where it is missing, it has its default."""
 
 
+UNRECORDED = object()
+"""The annotation of a field that is not written to JSON: what is read has its default."""
+
+
 class Excerpt:
     """Base of records that hold some fields of a JSON object, and ignore others."""
 
@@ -77,8 +81,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def to_json(value: Any) -> Any:
     """Convert a value to JSON-ready ones."""
-    if is_dataclass(value):
-        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: to_json(getattr(value, name)) for name in _hints(type(value))[0]}
     if isinstance(value, Mapping):
         return {str(name): to_json(item) for name, item in value.items()}
     if isinstance(value, tuple):
@@ -109,17 +113,21 @@ def _hints(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
     """A record's field types by name, and the names of required fields."""
     hints = get_type_hints(kind, include_extras=True)
     own: dict[str, Any] = {field.name: hints[field.name] for field in fields(kind)}
+    own = {name: hint for name, hint in own.items() if UNRECORDED not in get_args(hint)}
     return own, frozenset(name for name, hint in own.items() if ADDED not in get_args(hint))
 
 
 def differences(before: object, now: object) -> str:
-    """Describe differences: "causal False, now True; scale 0.1, now none", or ""."""
+    """Describe differences: "causal False, now True; scale 0.1, now none", or "". Of `digests`, the arrays are named."""
     old, new = to_json(before), to_json(now)
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return "" if old == new else f"{_show(old)}, now {_show(new)}"
     found = []
     for name in dict.fromkeys([*old, *new]):
-        if old.get(name) != new.get(name):
+        if old.get(name) != new.get(name) and name == "digests":
+            arrays, others = (values.get(name) or {} for values in (old, new))
+            found += [f"other {each}" for each in {**arrays, **others} if arrays.get(each) != others.get(each)]
+        elif old.get(name) != new.get(name):
             found.append(f"{str(name).replace('_', ' ')} {differences(old.get(name), new.get(name))}")
     return "; ".join(found)
 
