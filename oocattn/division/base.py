@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from oocattn.division.live import LivePairs
+
 
 @dataclass(frozen=True)
 class Block:
-    """The chunk pairs of one query chunk within a subproblem.
-
-    `key_chunks` are ascending, without the query chunk itself: `diagonal` says whether its pair with itself is owned too.
-    """
+    """The chunk pairs of one query chunk within a subproblem; `key_chunks` ascend, and there is at least one."""
 
     query_chunk: int
     key_chunks: tuple[int, ...]
-    diagonal: bool
 
 
 @dataclass(frozen=True)
@@ -33,25 +32,26 @@ class Subproblem:
     key_chunks: tuple[int, ...]
     blocks: tuple[Block, ...]
 
+    @classmethod
+    def of(cls, index: int, blocks: Sequence[Block]) -> Subproblem:
+        """The subproblem of these blocks, ascending."""
+        needed = set[int]().union(*(block.key_chunks for block in blocks))
+        return cls(index, tuple(block.query_chunk for block in blocks), tuple(sorted(needed)), tuple(blocks))
+
 
 class Division(Protocol):
-    """A decomposition of one head group's chunk pairs; each has exactly one owner.
+    """A decomposition of one head group's live chunk pairs; each has exactly one owner.
 
-    Triangular divisions own the pairs with key chunk <= query chunk, others all c^2. Indices out of range raise IndexError;
-    `owner` of a pair above the triangle raises ValueError.
+    Indices out of range raise IndexError; `owner` of a pair that is not live raises ValueError.
     """
 
     @property
-    def chunks(self) -> int:
-        """c, the number of chunks."""
+    def live(self) -> LivePairs:
+        """The pairs that are divided."""
 
     @property
-    def triangular(self) -> bool:
-        """True if no chunk attends a later one: `problem.mask.Mask.triangular`."""
-
-    @property
-    def subproblems(self) -> int:
-        """Number of subproblems."""
+    def indices(self) -> Sequence[int]:
+        """The subproblems: ascending indices of those that own a live pair."""
 
     def subproblem(self, index: int) -> Subproblem:
         """Everything that subproblem `index` owns and needs."""
@@ -63,12 +63,12 @@ class Division(Protocol):
         """Index of the one subproblem that owns the pair."""
 
     def chunk_reads(self) -> tuple[int, int]:
-        """Query chunks and key chunks staged, once for every subproblem that needs them; in closed form."""
+        """Query chunks and key chunks staged, once for every subproblem that needs them; without making subproblems."""
 
     def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
-        """The lane, of `lanes`, that merges each query chunk, with all that contributes to it, in its own memory: [chunks].
+        """The lane, of `lanes`, that merges each query chunk, with all that contributes to it, in its own memory.
 
-        All 0, where subproblems contribute to several chunks.
+        All 0, where subproblems contribute to several chunks: [query chunks].
         """
 
 
@@ -78,9 +78,9 @@ def require_index(index: int, count: int, what: str) -> None:
         raise IndexError(f"{what} {index}: expected 0 to {count - 1}")
 
 
-def require_pair(division: Division, query_chunk: int, key_chunk: int) -> None:
-    """Check a pair: IndexError out of range, ValueError above the triangle."""
-    require_index(query_chunk, division.chunks, "query chunk")
-    require_index(key_chunk, division.chunks, "key chunk")
-    if division.triangular and key_chunk > query_chunk:
-        raise ValueError(f"query chunk {query_chunk} does not attend key chunk {key_chunk}: the mask is triangular")
+def require_pair(live: LivePairs, query_chunk: int, key_chunk: int) -> None:
+    """Check a pair: IndexError out of range, ValueError where it is not live."""
+    require_index(query_chunk, live.query_chunks, "query chunk")
+    require_index(key_chunk, live.key_chunks, "key chunk")
+    if not live.has(query_chunk, key_chunk):
+        raise ValueError(f"query chunk {query_chunk} does not attend key chunk {key_chunk}")

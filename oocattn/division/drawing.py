@@ -16,20 +16,24 @@ _CELL = 7.5  # the width of a character at most, in a monospaced font of size 12
 
 def draw_division(division: Division, mask: str) -> str:
     """The matrix as SVG: rows are query chunks, columns keys, colours subproblems."""
-    shown = min(division.chunks, MOST_CHUNKS)
-    cell = _SIDE / shown
+    live = division.live
+    queries, keys = (min(chunks, MOST_CHUNKS) for chunks in (live.query_chunks, live.key_chunks))
+    width, height = _SIDE / keys, _SIDE / queries
     cells = []
-    for query in range(shown):
-        for key in range(query + 1 if division.triangular else shown):
+    for query in range(queries):
+        for key in (key for key in live.keys(query) if key < keys):
             owner = division.owner(query, key)
             cells.append(
-                f'<rect x="{_MARGIN + key * cell:.2f}" y="{_MARGIN + query * cell:.2f}" width="{cell:.2f}" '
-                f'height="{cell:.2f}" fill="{_colour(owner)}"><title>query chunk {query}, key chunk {key}: '
+                f'<rect x="{_MARGIN + key * width:.2f}" y="{_MARGIN + query * height:.2f}" width="{width:.2f}" '
+                f'height="{height:.2f}" fill="{_colour(owner)}"><title>query chunk {query}, key chunk {key}: '
                 f"subproblem {owner}</title></rect>"
             )
-    caption = f"{division.chunks} chunks, {division.subproblems} subproblems, {mask}: a colour is a subproblem"
-    if shown < division.chunks:
-        caption += f" (the first {shown} chunks are shown)"
+    chunks = f"{live.query_chunks} chunks"
+    if live.query_chunks != live.key_chunks:
+        chunks = f"{live.query_chunks} query chunks, {live.key_chunks} key chunks"
+    caption = f"{chunks}, {len(division.indices)} subproblems, {mask}: a colour is a subproblem"
+    if queries < live.query_chunks or keys < live.key_chunks:
+        caption += f" (the first {MOST_CHUNKS} chunks are shown)"
     lines = textwrap.wrap(caption, int((_SIDE + _MARGIN) / _CELL))
     size = _SIDE + 2 * _MARGIN
     return (

@@ -33,21 +33,28 @@ Placing S so that its smallest gaps, 2 and 1, lie on both sides of 0 makes that 
 Q, K and V read are 3k - 3 + 4/c in units of N instead of 3k (6.6 for 9 at c = 7, 15.1 for 18 at c = 31; c = 21, alone up
 to 9,507, has no such set and reads one chunk more).
 
+**Dead pairs**, of which no row attends a key, have no owner: what a quorum computes and reads is what its live pairs need.
+Chunk a of the queries and chunk a of the keys are the a-th of c equal parts of each, so all of this holds for any numbers of
+both.
+
 Sources: Singer 1938 and Colbourn and Ling 2000 for the sets (cited in `difference_sets.py`); Bian and Akey, "Stream-CQSA",
 arXiv 2604.20819, for attention divided over cyclic quorum sets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import takewhile
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.division.base import Block, Subproblem, require_index, require_pair
 from oocattn.division.difference_sets import difference_cover, perfect_order
+from oocattn.division.live import LivePairs
 
 
 def candidate_chunk_counts(limit: int) -> tuple[int, ...]:
@@ -95,26 +102,34 @@ def _pattern(chunks: int) -> _Pattern:
     return _Pattern(offsets, tuple(query_offset), {x: tuple(ys) for x, ys in keys.items()}, query_gap, key_gap)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CyclicQuorums:
-    """CQS Divide: subproblem i is what quorum i of a cyclic quorum set over `chunks` chunks owns. Implements Division.
+    """CQS Divide: subproblem i is what quorum i of a cyclic quorum set owns of the live pairs. Implements Division.
 
-    Any number of chunks works; those of `candidate_chunk_counts` are perfect, and 1 is the undivided call. The tables of a
-    chunk count are made at first use, in well under a second up to 10,000, and shared.
+    There are as many key chunks as query chunks. Any number works; those of `candidate_chunk_counts` are perfect, and 1 is
+    the undivided call. The tables of a chunk count are made at first use, in well under a second up to 10,000, and shared.
     """
 
-    chunks: int
-    triangular: bool
+    live: LivePairs
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless there is at least one chunk."""
-        if self.chunks < 1:
-            raise ValueError(f"{self.chunks} chunks: expected at least 1")
+        """Raise ValueError unless there is at least one chunk, and as many of keys as of queries."""
+        if not 1 <= self.live.query_chunks == self.live.key_chunks:
+            raise ValueError(
+                f"{self.live.query_chunks} query chunks and {self.live.key_chunks} key chunks: expected as many, at least 1"
+            )
 
     @property
-    def subproblems(self) -> int:
-        """One a quorum, so as many as chunks."""
-        return self.chunks
+    def chunks(self) -> int:
+        """c, the number of chunks, and of quorums."""
+        return self.live.query_chunks
+
+    @cached_property
+    def indices(self) -> Sequence[int]:
+        """The quorums that own a live pair: all, where all pairs are live, or those up to the diagonal."""
+        if self.is_regular:
+            return range(self.chunks)
+        return self._needed[2]
 
     def quorum(self, index: int) -> tuple[int, ...]:
         """The k chunks of quorum `index`, ascending."""
@@ -122,44 +137,80 @@ class CyclicQuorums:
         return tuple(sorted((index + offset) % self.chunks for offset in _pattern(self.chunks).offsets))
 
     def subproblem(self, index: int) -> Subproblem:
-        """The pairs of quorum `index`: c, or about half of them when triangular."""
+        """The live pairs of quorum `index`: c, or about half of them when they are triangular."""
         require_index(index, self.chunks, "subproblem")
         blocks = []
         for offset, key_offsets in _pattern(self.chunks).key_offsets.items():
             query_chunk = (index + offset) % self.chunks
-            attended = ((index + key_offset) % self.chunks for key_offset in key_offsets)
-            key_chunks = tuple(sorted(key for key in attended if not self.triangular or key < query_chunk))
-            if key_chunks or offset == 0:
-                blocks.append(Block(query_chunk, key_chunks, diagonal=offset == 0))
-        blocks.sort(key=lambda block: block.query_chunk)
-        needed = {index}.union(*(block.key_chunks for block in blocks))
-        return Subproblem(index, tuple(block.query_chunk for block in blocks), tuple(sorted(needed)), tuple(blocks))
+            keys = {(index + key_offset) % self.chunks for key_offset in key_offsets}
+            if offset == 0:
+                keys.add(index)
+            if found := tuple(sorted(self._live_of(query_chunk, keys))):
+                blocks.append(Block(query_chunk, found))
+        return Subproblem.of(index, sorted(blocks, key=lambda block: block.query_chunk))
 
     def contributors(self, chunk: int) -> tuple[int, ...]:
-        """The quorums with a pair whose query chunk is `chunk`, ascending."""
+        """The quorums with a live pair whose query chunk is `chunk`, ascending."""
         require_index(chunk, self.chunks, "query chunk")
+        if not self.is_regular:
+            return tuple(sorted({self._owner(chunk, key) for key in self.live.keys(chunk)}))
         # Triangular: the nearest key below is there unless counting down to it wraps around below chunk 0.
-        reach = chunk if self.triangular else self.chunks - 1
+        reach = self.chunks - 1 if self.live.is_full else chunk
         gaps = _pattern(self.chunks).query_gap
         return tuple(sorted((chunk - offset) % self.chunks for offset, gap in gaps.items() if gap <= reach))
 
     def owner(self, query_chunk: int, key_chunk: int) -> int:
         """The quorum that owns the pair."""
-        require_pair(self, query_chunk, key_chunk)
-        offset = _pattern(self.chunks).query_offset[(key_chunk - query_chunk) % self.chunks]
-        return (query_chunk - offset) % self.chunks
+        require_pair(self.live, query_chunk, key_chunk)
+        return self._owner(query_chunk, key_chunk)
+
+    def owners(self, query_chunks: NDArray[Any], key_chunks: NDArray[Any]) -> NDArray[Any]:
+        """The quorums that own pairs: of each query chunk and key chunk, an integer array each."""
+        offsets = np.asarray(_pattern(self.chunks).query_offset, query_chunks.dtype)
+        of_differences = np.concatenate([offsets[1:], offsets])  # from 1 - c to c - 1
+        owner = query_chunks - of_differences[key_chunks - query_chunks + self.chunks - 1]
+        owner[owner < 0] += self.chunks
+        return cast(NDArray[Any], owner)
 
     def chunk_lanes(self, lanes: int) -> NDArray[np.intp]:
         """One lane takes them all: every two chunks lie together in a quorum."""
         return np.zeros(self.chunks, dtype=np.intp)
 
     def chunk_reads(self) -> tuple[int, int]:
-        """See `Division.chunk_reads`."""
+        """See `Division.chunk_reads`: in closed form where all pairs are live, or those up to the diagonal."""
+        if not self.is_regular:
+            return self._needed[:2]
         pattern, chunks = _pattern(self.chunks), self.chunks
         gaps = (pattern.query_gap.values(), pattern.key_gap.values())
-        if not self.triangular:
+        if self.live.is_full:
             query, key = (chunks * sum(gap < chunks for gap in side) for side in gaps)
         else:
             # An offset is one chunk in each quorum, c in all; the `gap` of them nearest the end have nothing beyond.
             query, key = (sum(chunks - gap for gap in side) for side in gaps)
         return query, key
+
+    @property
+    def is_regular(self) -> bool:
+        """True if all pairs are live, or those up to the diagonal."""
+        return self.live.is_full or self.live.is_triangular
+
+    def _live_of(self, query_chunk: int, keys: set[int]) -> Iterable[int]:
+        """Those of some key chunks that a query chunk attends."""
+        if self.live.is_full:
+            return keys
+        ranges = self.live.ranges(query_chunk)
+        return (key for key in keys if any(key in part for part in ranges))
+
+    def _owner(self, query_chunk: int, key_chunk: int) -> int:
+        offset = _pattern(self.chunks).query_offset[(key_chunk - query_chunk) % self.chunks]
+        return (query_chunk - offset) % self.chunks
+
+    @cached_property
+    def _needed(self) -> tuple[int, int, tuple[int, ...]]:
+        """The query chunks and key chunks that all quorums need, and the quorums that need any: from every live pair."""
+        chunks, matrix = self.chunks, self.live.matrix()
+        query, key = (each.astype(np.int32) for each in np.nonzero(matrix))
+        owner = self.owners(query, key)
+        queries, keys = (np.zeros((chunks, chunks), bool) for _ in range(2))  # [chunk, quorum]
+        queries[query, owner] = keys[key, owner] = True
+        return int(queries.sum()), int(keys.sum()), tuple(np.flatnonzero(queries.any(0)).tolist())
