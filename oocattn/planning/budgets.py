@@ -11,10 +11,10 @@ from oocattn.planning.plan import Plan
 from oocattn.units import ceil_div, format_bytes, format_seconds, round_up
 
 HOPELESS_TIMES, HOPELESS_SECONDS = 20.0, 60.0
-"""Overhead of a hopeless plan: times its computing, and seconds; it exceeds both."""
+"""Overhead of a hopeless plan: times its work, and seconds; it exceeds both."""
 
 MOST_TASKS_A_SECOND, NOTICED_SECONDS = 100.0, 2.0
-"""Limits of a crowded plan: tasks a second of computing, seconds of overhead."""
+"""Limits of a crowded plan: tasks a second of work, seconds of overhead."""
 
 LARGER = (2, 4)  # multiples of a budget at which plans are compared
 WORTHWHILE_SPEEDUP = 1.5  # by how many times faster a plan must be for a larger budget to be named
@@ -30,13 +30,13 @@ PlanWith = Callable[[BudgetName, int], Plan | None]  # the plan where one budget
 
 def is_hopeless(plan: Plan) -> bool:
     """True if a plan spends nearly all its time on tasks and files."""
-    return plan.overhead_seconds > max(HOPELESS_SECONDS, HOPELESS_TIMES * plan.link("compute").seconds)
+    return plan.overhead_seconds > max(HOPELESS_SECONDS, HOPELESS_TIMES * plan.work_seconds)
 
 
 def is_crowded(plan: Plan) -> bool:
     """True if a plan spends so much time on tasks and files that users should know."""
-    computing, tasks = plan.link("compute").seconds, plan.link("tasks").amount
-    crowded = tasks > MOST_TASKS_A_SECOND * computing or plan.overhead_seconds > computing
+    working, tasks = plan.work_seconds, plan.link("tasks").amount
+    crowded = tasks > MOST_TASKS_A_SECOND * working or plan.overhead_seconds > working
     return crowded and plan.overhead_seconds > NOTICED_SECONDS
 
 

@@ -15,10 +15,12 @@ from oocattn.errors import BudgetError, ProblemError
 from oocattn.planning.budgets import BudgetName, crowded_warning, is_crowded, is_hopeless, refuse
 from oocattn.planning.cost import cost
 from oocattn.planning.layout import Candidate
+from oocattn.planning.live import MOST_PRUNED
 from oocattn.planning.machine import Hardware, InputCost
 from oocattn.planning.options import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS, MAX_SUBPROBLEMS
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
+from oocattn.units import ceil_div
 
 FINE_SECONDS = 0.005  # seconds of a subproblem below which scheduling costs more than computing
 TIE_RATIO = 1.05  # predictions of two kinds of division closer than this count as equal
@@ -56,13 +58,12 @@ def make_plan(
     BudgetError, naming the smallest budget that works and what larger ones give, where nothing fits, or only a hopeless plan
     does and a larger budget has one that is not.
     """
-    limit = min(problem.tokens, MAX_CHUNKS)
+    limit = min(max(problem.out_rows, problem.keys), MAX_CHUNKS)
     if decomposition not in DECOMPOSITIONS:
         raise ProblemError(f"decomposition {decomposition!r}: expected one of {', '.join(DECOMPOSITIONS)}")
     if chunks is not None and not 1 <= chunks <= limit:
-        raise ProblemError(f"chunks = {chunks}: expected 1 to {limit:,} for {problem.tokens:,} tokens")
-    possible = _candidates(problem, hardware.lanes, chunks, decomposition)
-    candidates = [each for each in possible if each.division(problem).subproblems <= MAX_SUBPROBLEMS]
+        raise ProblemError(f"chunks = {chunks}: expected 1 to {limit:,} for {problem.keys:,} keys")
+    candidates = list(_candidates(problem, hardware.lanes, chunks, decomposition))
 
     def cost_all(device: int, host: int) -> list[Plan]:
         return _cost_all(candidates, lambda each: cost(each, problem, hardware, inputs, device, host, checkpoint_seconds))
@@ -139,25 +140,47 @@ def _keeps_to_interval(plan: Plan) -> bool:
     return not plan.checkpoint_seconds or saving + 2 * plan.subproblem_seconds <= plan.checkpoint_seconds / 2
 
 
-def _kind(plan: Plan) -> tuple[bool, bool]:
-    """Place of partials and kind of division; the preferred one first."""
-    return plan.partials == "disk", plan.decomposition != "cqs"
+def _kind(plan: Plan) -> tuple[bool, bool, bool]:
+    """Whether lanes are idle, place of partials and kind of division; the preferred one first."""
+    chunks = 1 if plan.decomposition == "cqs" else plan.query_chunks  # that lanes may merge by themselves
+    shares = plan.subproblems if plan.partials == "disk" else plan.problem.head_groups * chunks
+    return shares < plan.lanes, plan.partials == "disk", plan.decomposition != "cqs"
 
 
 def _candidates(problem: Problem, lanes: int, chunks: int | None, decomposition: str) -> Iterator[Candidate]:
-    limit = min(problem.tokens, MAX_CHUNKS)
+    rows, keys = problem.out_rows, problem.keys
     if decomposition in ("auto", "cqs"):
+        regular = all(mask.is_full or mask.is_triangular for mask in problem.masks)
+        limit = min(max(rows, keys) if decomposition == "cqs" else min(rows, keys), MAX_CHUNKS if regular else MOST_PRUNED)
         for c in (chunks,) if chunks else candidate_chunk_counts(limit):
             # With more than c, a lane's next head group begins while the last one's chunks are being written.
             several = problem.head_groups > lanes
             for accumulators in (c + 2 * quorum_size(c), c) if several else (c,):
-                yield Candidate("cqs", c, 0, "memory", accumulators)
-            yield Candidate("cqs", c, 0, "disk", 2)
+                yield Candidate("cqs", c, c, 0, "memory", accumulators)
+            yield Candidate("cqs", c, c, 0, "disk", 2)
     if decomposition in ("auto", "strips"):
-        for c in (chunks,) if chunks else _powers_of_two(limit):
-            for span in _powers_of_two(c):
-                for accumulators in (4, 2):
-                    yield Candidate("strips", c, span, "memory", accumulators)
+        for c in (chunks,) if chunks else _powers_of_two(min(keys, MAX_CHUNKS)):
+            for query_chunks in dict.fromkeys((min(c, rows), _chunks_in_proportion(c, rows, keys))):
+                yield from _strips(query_chunks, c, problem.head_groups, lanes)
+
+
+def _strips(query_chunks: int, chunks: int, head_groups: int, lanes: int) -> Iterator[Candidate]:
+    """Strips of so many chunks, with spans of all sizes."""
+    for span in _powers_of_two(chunks):
+        if query_chunks * ceil_div(chunks, span) > MAX_SUBPROBLEMS:
+            continue
+        for accumulators in (4, 2):
+            yield Candidate("strips", query_chunks, chunks, span, "memory", accumulators)
+        if head_groups * query_chunks < lanes:  # else each lane has query chunks of its own, which it merges in memory
+            yield Candidate("strips", query_chunks, chunks, span, "disk", 2)
+
+
+def _chunks_in_proportion(chunks: int, rows: int, keys: int) -> int:
+    """The query chunks that have about as many rows as key chunks have keys: a power of two, unless there are as many."""
+    if rows == keys:
+        return chunks
+    wanted = max(1, min(rows, MAX_CHUNKS, round(chunks * rows / keys)))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def _powers_of_two(limit: int) -> Iterator[int]:

@@ -14,17 +14,23 @@ and then what nothing overlaps with: the first staging before, and the last writ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
 
 from oocattn.division.base import Division
+from oocattn.division.quorums import CyclicQuorums
 from oocattn.planning.layout import Candidate, Layout, lay_out
-from oocattn.planning.machine import Hardware, InputCost, ScratchBytes
+from oocattn.planning.live import keys_needed, keys_of_quorums, row_edges
+from oocattn.planning.machine import Hardware, InputCost
 from oocattn.planning.memory import Tiles, partial_file_bytes
-from oocattn.planning.plan import Link, Plan
-from oocattn.problem.problem import DTYPES, Problem
+from oocattn.planning.plan import Link, Plan, divide
+from oocattn.problem.arrays import DTYPES
+from oocattn.problem.calls import ScratchBytes
+from oocattn.problem.mask import Mask
+from oocattn.problem.problem import Problem
 from oocattn.units import ceil_div
 
 PIN_RATE = 10e9  # bytes per second at which host memory is pinned (15e9 with huge pages)
@@ -53,7 +59,8 @@ MOST_UNFINISHED = 4 * WINDOW  # tasks of a lane, of any layer, that may wait the
 def recost(plan: Plan, scratch_bytes: ScratchBytes) -> Plan:
     """Compute again all that follows from the choices in a plan, as `cost` does."""
     hardware = Hardware(**asdict(plan.machine), scratch_bytes=scratch_bytes)
-    candidate = Candidate(plan.decomposition, plan.chunks, plan.span, plan.partials, plan.accumulators)
+    chunks = plan.query_chunks, plan.chunks, plan.span
+    candidate = Candidate(plan.decomposition, *chunks, plan.partials, plan.accumulators)
     chosen = (hardware, plan.inputs, plan.device_memory, plan.host_memory, plan.checkpoint_seconds)
     return cost(candidate, plan.problem, *chosen, tiles=plan.tiles)
 
@@ -70,8 +77,7 @@ def cost(
 ) -> Plan:
     """Cost one candidate: tiles (unless given), memory, bytes a link and seconds."""
     layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes, tiles)
-    division = candidate.division(problem)
-    run = _Run(candidate, division, layout, problem, hardware, inputs, checkpoint_seconds)
+    run = _Run(candidate, layout, problem, hardware, inputs, checkpoint_seconds)
     return Plan(
         problem=problem,
         machine=hardware.machine,
@@ -82,6 +88,7 @@ def cost(
         host_memory=host_memory,
         checkpoint_seconds=checkpoint_seconds,
         chunk_rows=layout.chunk_rows,
+        key_chunk_rows=layout.grid.key_chunk_rows,
         out_chunk_rows=layout.out_chunk_rows,
         slot_bytes=layout.slot,
         peak_device=layout.device * hardware.lanes,
@@ -93,11 +100,27 @@ def cost(
 
 
 @dataclass(frozen=True)
+class _Work:
+    """What the head groups of one mask take, each: live pairs of a query head, subproblems, and chunks and keys staged."""
+
+    mask: Mask
+    division: Division
+    head_groups: int
+    pairs: int
+    query_chunks: int  # staged, once for each subproblem that needs them: so many partials are handed back
+    key_chunks: int
+    keys: int  # staged
+
+    @property
+    def subproblems(self) -> int:
+        return len(self.division.indices)
+
+
+@dataclass(frozen=True)
 class _Run:
     """A run of a candidate: the links that it occupies, and how long it takes."""
 
     candidate: Candidate
-    division: Division
     layout: Layout
     problem: Problem
     hardware: Hardware
@@ -130,47 +153,69 @@ class _Run:
         lanes = self.hardware.lanes
         if self.candidate.partials == "disk":
             # Head groups whose chunks are not written yet.
-            waiting = (MOST_UNFINISHED + 4 * PIECE) * lanes / self.candidate.chunks
-            return min(self.problem.head_groups, 2 + waiting) * self._reads[0] * self._partial_file
+            waiting = (MOST_UNFINISHED + 4 * PIECE) * lanes / self.candidate.query_chunks
+            of_group = max(work.query_chunks for work in self._work)
+            return min(self.problem.head_groups, 2 + waiting) * of_group * self._partial_file
         return (self._held + lanes) * self._partial_file if self.checkpoint_seconds else 0  # one of a lane is replaced
 
     @cached_property
-    def _reads(self) -> tuple[int, int]:
-        """Query chunks and key chunks that the subproblems of a head group stage."""
-        return self.division.chunk_reads()
+    def _work(self) -> list[_Work]:
+        """The head groups by their mask."""
+        grid, candidate = self.layout.grid, self.candidate
+        found = []
+        for mask, entries in self.problem.sampled_masks.items():
+            division = divide(mask, grid, candidate.decomposition, candidate.span)
+            queries, chunks = division.chunk_reads()
+            keys = chunks * grid.key_chunk_rows
+            if not isinstance(division, CyclicQuorums):  # a strip meets one query chunk
+                keys = keys_needed(mask, grid, grid.chunk_rows)[0]
+            elif not division.is_regular:
+                keys = keys_of_quorums(mask, grid, division)
+            pairs = mask.pairs(range(grid.start, grid.stop))
+            found.append(_Work(mask, division, entries * self.problem.entry_groups, pairs, queries, chunks, keys))
+        return found
+
+    def _total(self, amount: Callable[[_Work], int]) -> int:
+        """An amount over all head groups."""
+        return sum(work.head_groups * amount(work) for work in self._work)
+
+    @property
+    def _group_heads(self) -> float:
+        """Query heads of a head group, in the mean."""
+        return self.problem.out_heads / self.problem.entry_groups
 
     @property
     def _python_seconds(self) -> float:
         """What Python takes within tasks, which on a CPU takes turns with computing."""
         if self.hardware.device == "cuda":
             return 0.0
-        queries, keys = self._reads
-        reads = self.problem.head_groups * (self.problem.group_size * queries + 2 * keys)
+        queries, keys = self._handed_back, self._total(lambda work: work.key_chunks)
+        reads = self._group_heads * queries + 2 * keys
         in_file = PARTIAL_FILE_SECONDS if self.candidate.partials == "disk" else 0.0
         return reads * READ_SECONDS + self._handed_back * (PARTIAL_SECONDS + in_file)
 
     @property
     def _task_count(self) -> int:
-        return self.problem.head_groups * 2 * (self.division.subproblems + self.candidate.chunks)
+        return 2 * (self._total(lambda work: work.subproblems) + self.problem.head_groups * self.candidate.query_chunks)
 
     @property
     def _scheduling_seconds(self) -> float:
         return self._task_count * self.hardware.task_seconds
 
     @property
-    def _row_bytes(self) -> int:
-        """Bytes of a row of q, k or v over all head groups."""
-        return self.problem.head_dim * self.problem.itemsize * self.problem.head_groups
+    def _query_bytes(self) -> float:
+        """Bytes of a row of q over the heads of a head group."""
+        return self.problem.head_dim * self.problem.itemsize * self._group_heads
 
     @property
     def _handed_back(self) -> int:
         """Partials of the run."""
-        return self.problem.head_groups * self._reads[0]
+        return self._total(lambda work: work.query_chunks)
 
     @property
     def _held(self) -> int:
         """Accumulators that a checkpoint saves, over all lanes."""
-        everything = self.problem.head_groups * self.candidate.chunks
+        everything = self.problem.head_groups * self.candidate.query_chunks
         return self.hardware.lanes * min(self.candidate.accumulators, everything)
 
     @property
@@ -180,34 +225,44 @@ class _Run:
     @cached_property
     def _balance(self) -> float:
         """The share of all pairs of the busiest lane, as `pipelines.schedule` divides."""
-        division, problem, lanes = self.division, self.problem, self.hardware.lanes
+        problem, lanes = self.problem, self.hardware.lanes
+        if lanes == 1:
+            return 1.0
         if self.candidate.partials == "disk":
-            subproblems = problem.head_groups * division.subproblems
+            subproblems = max(1, self._total(lambda work: work.subproblems))
             return ceil_div(subproblems, lanes) / subproblems
         rounds, rest = divmod(problem.head_groups, lanes)
         if not rest:
             return rounds / problem.head_groups
-        edges = np.minimum(np.arange(division.chunks + 1, dtype=np.float64) * self.layout.chunk_rows, problem.tokens)
-        pairs = np.diff(problem.mask.pairs_before(edges))
-        of_lanes = np.bincount(division.chunk_lanes(lanes), weights=pairs, minlength=lanes)
+        work = self._work[0]
+        pairs = np.asarray(work.mask.pairs_between(row_edges(self.layout.grid, self.layout.chunk_rows)), np.float64)
+        of_lanes = np.bincount(work.division.chunk_lanes(lanes), weights=pairs, minlength=lanes)
         most = np.sum([np.roll(of_lanes, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
-        return (rounds + float(most / pairs.sum())) / problem.head_groups
+        return (rounds + float(most / max(1.0, pairs.sum()))) / problem.head_groups
 
     def _read(self) -> Link:
-        problem, (queries, keys) = self.problem, self._reads
-        amount = self.layout.chunk_rows * self._row_bytes * (problem.group_size * queries + 2 * keys)
-        once = min(amount, problem.tokens * self._row_bytes * (problem.group_size + 2))
+        problem = self.problem
+        rows = self._handed_back * self.layout.chunk_rows
+        keys = self._total(lambda work: work.keys)
+        amount = rows * self._query_bytes + keys * problem.kv_row_bytes
+        once = problem.head_groups * (problem.out_rows * self._query_bytes + problem.keys * problem.kv_row_bytes)
+        once = min(amount, once)
         seconds = once / self.hardware.read_rate + (amount - once) / self.hardware.reread_rate
         return Link("read", amount, max(seconds, amount / self.inputs.decode_rate))
 
     def _copy(self) -> Link:
         problem, tiles = self.problem, self.layout.tiles
         rows = min(tiles.query, self.layout.chunk_rows)
-        passes = problem.flops / (4 * problem.head_dim * problem.group_size * rows)
-        keys = 2 * problem.head_dim * problem.itemsize * passes
-        queries = problem.group_size * self._reads[0] * self.layout.chunk_rows * self._row_bytes
+        keys = self._total(lambda work: self._keys_copied(work, rows)) * problem.kv_row_bytes
+        queries = self._handed_back * self.layout.chunk_rows * self._query_bytes
         amount = keys + queries + 2 * self._handed_back * problem.state_bytes(self.layout.chunk_rows)
         return Link("copy", amount, amount * self._balance / self.hardware.copy_rate)
+
+    def _keys_copied(self, work: _Work, rows: int) -> int:
+        """Keys that go to the device for tiles of so many rows: all that any of the rows attends."""
+        if work.mask.is_simple:
+            return ceil_div(work.pairs, rows)
+        return keys_needed(work.mask, self.layout.grid, rows)[0]
 
     @cached_property
     def _compute_seconds(self) -> float:
@@ -216,9 +271,17 @@ class _Run:
         rate = hardware.kernel_flops * rows / (rows + hardware.half_rate_rows)
         if hardware.device == "cuda":
             return self.problem.flops / (rate * tiles.key / (tiles.key + HALF_RATE_KEYS)) * self._balance
-        diagonals = self.problem.head_groups * self.candidate.chunks if self.problem.mask.triangular else 0
-        calls = self._handed_back + diagonals * (2 * ceil_div(self.layout.chunk_rows, TRIANGLE_ROWS) - 1)
+        calls = self._handed_back + self._total(self._edge_calls)
         return (self.problem.flops / rate + calls * CALL_SECONDS) * self._balance
+
+    def _edge_calls(self, work: _Work) -> int:
+        """Library calls on a CPU at both ends of the keys of rows, where these move: triangles, halved down."""
+        mask, problem = work.mask, self.problem
+        ends = (mask.causal or mask.right is not None) + (mask.left is not None)
+        if not ends:
+            return 0
+        pieces = self.candidate.query_chunks + mask.documents - 1
+        return ends * (2 * ceil_div(problem.out_rows, TRIANGLE_ROWS) + pieces)
 
     def _compute(self) -> Link:
         return Link("compute", self.problem.flops, self._compute_seconds)
@@ -240,15 +303,14 @@ class _Run:
 
     def _write(self) -> Link:
         problem = self.problem
-        row_bytes = problem.head_dim * DTYPES[problem.out_dtype] + 4  # of out and lse
-        written = problem.tokens * problem.batch * problem.query_heads * row_bytes
+        written = problem.rows * (problem.value_dim * DTYPES[problem.out_dtype] + 4)  # of out and lse
         return Link("write", written, written / self.hardware.write_rate)
 
     def _files(self) -> Link:
         """Durable files: partials or checkpoints, `out` and `lse`, and journal entries."""
         problem, layout = self.problem, self.layout
-        chunks = problem.head_groups * ceil_div(problem.tokens, layout.chunk_rows)
-        out_chunks = problem.batch * problem.query_heads * ceil_div(problem.tokens, layout.out_chunk_rows)
+        chunks = problem.head_groups * ceil_div(problem.out_rows, layout.chunk_rows)
+        out_chunks = problem.batch * problem.out_heads * ceil_div(problem.out_rows, layout.out_chunk_rows)
         reread = self._handed_back if self.candidate.partials == "disk" else 0
         files = RUN_FILES + chunks + 2 * out_chunks + self._saves * self._held + reread
         return Link("files", files, files * self.hardware.file_seconds + reread * REREAD_FILE_SECONDS)
@@ -269,5 +331,5 @@ class _Run:
         if self.hardware.device == "cuda" and self.candidate.partials == "memory":
             tile = layout.chunk_rows % layout.tiles.query or layout.tiles.query  # the last one
             last = layout.chunk_rows - (layout.chunk_rows - tile) // layout.out_chunk_rows * layout.out_chunk_rows
-        rows = self.candidate.chunks * layout.chunk_rows * self.problem.head_groups
+        rows = self.candidate.query_chunks * layout.chunk_rows * self.problem.head_groups
         return write_seconds * min(1.0, lanes * last / rows)

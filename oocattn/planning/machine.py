@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import inf
 from typing import Annotated, Literal
 
+from oocattn.problem.calls import ScratchBytes
 from oocattn.records import Count, Positive, Range, Seconds
-
-ScratchBytes = Callable[[int, int, int, int, str, int], int]
-"""Kernel's bytes by group_size, rows, keys, head_dim, dtype and threads."""
 
 Rate = Annotated[float, Range(1e-3, inf)]
 """Bytes, or floating-point operations, per second."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -32,7 +34,8 @@ from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Devi
 from oocattn.planning.options import CHECKPOINT_SECONDS
 from oocattn.planning.plan import Plan
 from oocattn.planning.reading import input_cost, sample_rate
-from oocattn.problem.mask import Causal
+from oocattn.problem.calls import CallSize
+from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.problem.scores import Scores
 from oocattn.storage.inputs.dataset import Dataset
@@ -76,7 +79,7 @@ def describe_hardware(
     threads = max(1, torch.get_num_threads() // lanes)
     refuse_lost_threads()
     if device == "cpu":
-        flops, half_rate_rows, measuring_bytes = kernel_rate(name, problem.head_dim, problem.dtype), 256, 0
+        flops, half_rate_rows, measuring_bytes = kernel_rate(name, Sample.of(problem)), 256, 0
         flops *= threads / torch.get_num_threads()
     else:
         half_rate_rows = 2048
@@ -88,7 +91,7 @@ def describe_hardware(
         scratch_bytes=get_kernel(name).scratch_bytes,
         device=device,
         half_rate_rows=half_rate_rows,
-        max_keys=get_kernel(name).max_keys,
+        max_keys=_max_keys(name, problem),
         rounds_weights=get_kernel(name).rounds_weights,
         lanes=lanes,
         threads=threads,
@@ -101,14 +104,22 @@ def describe_hardware(
     )
 
 
+def _max_keys(name: str, problem: Problem) -> int:
+    """The most keys of a call of a kernel."""
+    square = problem.queries == problem.keys and all(mask.is_simple for mask in problem.masks)
+    return get_kernel(name).max_keys if square else get_kernel(name).max_masked_keys
+
+
 def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) -> tuple[float, int]:
     """Floating-point operations per second of a kernel in calls of any length, and the bytes that measuring it takes."""
     rows, keys = CUDA_SAMPLE
-    head_dim, dtype = problem.head_dim, problem.dtype
-    measured = kernel_rate(name, head_dim, dtype, rows, keys, "cuda")
+    sample = Sample.of(problem)
+    measured = kernel_rate(name, sample, rows, keys, "cuda")
     release_cached_memory(torch.device("cuda"))
-    operands = AttentionState.nbytes_for(1, rows, head_dim) + (rows + 2 * keys) * head_dim * problem.itemsize
-    scratch_bytes = get_kernel(name).scratch_bytes(1, rows, keys, head_dim, dtype, threads)
+    inputs = (rows + keys) * problem.head_dim + keys * problem.value_dim
+    operands = AttentionState.nbytes_for(1, rows, problem.value_dim) + inputs * problem.itemsize + 4 * keys
+    call = CallSize(1, rows, keys, sample.head_dim, sample.value_dim, sample.dtype, threads, plain=problem.is_plain)
+    scratch_bytes = get_kernel(name).scratch_bytes(call)
     return measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys), operands + scratch_bytes + SEGMENTS
 
 
@@ -145,8 +156,9 @@ def plan_here(
 def _choose_kernel(problem: Problem, kernel: str | None) -> tuple[Device, str]:
     """The type of device of a run on this machine, and its kernel. Raises ProblemError as `describe_hardware`."""
     device = choose_device(kernel)
-    name = kernel or default_kernel(device, problem.dtype, problem.head_dim)
-    require_kernel(name, device, problem.dtype, problem.head_dim)
+    dims = (problem.dtype, problem.head_dim, problem.value_dim)
+    name = kernel or default_kernel(device, *dims)
+    require_kernel(name, device, *dims)
     return device, name
 
 
@@ -168,14 +180,40 @@ def count_lanes(kernel: str | None) -> int:
 
 def _fits_page_cache(problem: Problem) -> bool:
     """Whether the dataset, once read, may be expected to stay in the page cache."""
-    rows = problem.tokens * problem.head_groups * (problem.group_size + 2)
-    return rows * problem.head_dim * problem.itemsize < int(psutil.virtual_memory().available) // 2
+    queries = problem.out_rows * problem.out_heads * problem.batch * problem.head_dim * problem.itemsize
+    keys = problem.keys * problem.head_groups * problem.kv_row_bytes
+    return queries + keys < int(psutil.virtual_memory().available) // 2
+
+
+class Sample(NamedTuple):
+    """The kind of call that is timed: dimensions, dtype, and the terms of its scores besides the scale."""
+
+    head_dim: int
+    value_dim: int
+    dtype: str
+    softcap: float | None = None
+    alibi: bool = False
+    biased: bool = False
+
+    @classmethod
+    def of(cls, problem: Problem) -> Sample:
+        """That of a problem's tiles."""
+        alibi, biased = problem.given.alibi_slopes is not None, bool(problem.bias_heads)
+        return cls(problem.head_dim, problem.value_dim, problem.dtype, problem.softcap, alibi, biased)
+
+    def operands(self, rows: int, keys: int, where: torch.device) -> Operands:
+        """Random operands of one head."""
+        dtype = getattr(torch, self.dtype)
+        query = torch.randn(1, rows, self.head_dim, device=where, dtype=dtype)
+        key, value = (torch.randn(keys, dim, device=where, dtype=dtype) for dim in (self.head_dim, self.value_dim))
+        intervals = make_intervals(Mask.of(rows, keys), range(rows), range(keys)) if self.alibi else None
+        bias = torch.zeros(1, keys, device=where, dtype=torch.float32) if self.biased else None
+        scores = Scores(self.head_dim**-0.5, self.softcap)
+        return Operands(query, key, value, scores, intervals, (0.01,) if self.alibi else None, bias)
 
 
 @lru_cache
-def kernel_rate(
-    name: str, head_dim: int, dtype: str, rows: int = 1024, keys: int = 4096, device: str | None = None
-) -> float:
+def kernel_rate(name: str, sample: Sample, rows: int = 1024, keys: int = 4096, device: str | None = None) -> float:
     """Floating-point operations per second of a kernel on random data, over the short calls of a moment.
 
     On the CPU the best call counts; on a GPU the median one, timed there. `device` defaults to the type that the kernel is
@@ -184,20 +222,17 @@ def kernel_rate(
     where = torch.device(device or device_type(name))
     if where.type == "cpu":
         with plain_threads(1, "oocattn-time") as thread:
-            return thread.submit(_kernel_rate, name, head_dim, dtype, rows, keys, where).result()
+            return thread.submit(_kernel_rate, name, sample, rows, keys, where).result()
     where = torch.device("cuda", where.index or 0)
-    return launcher(where).submit(_kernel_rate, name, head_dim, dtype, rows, keys, where).result()
+    return launcher(where).submit(_kernel_rate, name, sample, rows, keys, where).result()
 
 
-def _kernel_rate(name: str, head_dim: int, dtype: str, rows: int, keys: int, where: torch.device) -> float:
-    kernel = get_kernel(name)
-    torch_dtype = getattr(torch, dtype)
-    query = torch.randn(1, rows, head_dim, device=where, dtype=torch_dtype)
-    key, value = (torch.randn(keys, head_dim, device=where, dtype=torch_dtype) for _ in range(2))
-    state = AttentionState.empty(1, rows, head_dim, where)
+def _kernel_rate(name: str, sample: Sample, rows: int, keys: int, where: torch.device) -> float:
+    kernel, operands = get_kernel(name), sample.operands(rows, keys, where)
+    state = AttentionState.empty(1, rows, sample.value_dim, where)
 
     def attend() -> None:
-        kernel.attend(Operands(query, key, value, Scores(head_dim**-0.5)), state)
+        kernel.attend(operands, state)
 
     attend()  # the first call is never the usual one
     seconds: list[float] = []
@@ -205,7 +240,7 @@ def _kernel_rate(name: str, head_dim: int, dtype: str, rows: int, keys: int, whe
     while not seconds or time.perf_counter() - began < MOMENT[where.type]:
         seconds.append(_seconds(attend, where))
     usual = median(seconds) if where.type == "cuda" else min(seconds)
-    return 4.0 * rows * keys * head_dim / max(usual, 1e-9)  # a clock may be too coarse
+    return 2.0 * rows * keys * (sample.head_dim + sample.value_dim) / max(usual, 1e-9)  # a clock may be too coarse
 
 
 def warm_up(problem: Problem, kernel: str | None) -> None:
@@ -216,25 +251,23 @@ def warm_up(problem: Problem, kernel: str | None) -> None:
     device, name = _choose_kernel(problem, kernel)
     if device == "cuda":
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-        launched = [launcher(gpu).submit(_launch_everything, name, problem.head_dim, problem.dtype, gpu) for gpu in gpus]
+        launched = [launcher(gpu).submit(_launch_everything, name, Sample.of(problem), gpu) for gpu in gpus]
         for each in launched:
             each.result()
 
 
-def _launch_everything(name: str, head_dim: int, dtype: str, where: torch.device) -> None:
+def _launch_everything(name: str, sample: Sample, where: torch.device) -> None:
     """What will be timed, once, and every kind of launch of a lane, but for what a rehearsal makes."""
-    kernel, rows, keys = get_kernel(name), *CUDA_SAMPLE
-    query = torch.randn(1, rows, head_dim, device=where, dtype=getattr(torch, dtype))
-    key, value = (torch.randn(keys, head_dim, device=where, dtype=getattr(torch, dtype)) for _ in range(2))
-    state = AttentionState.empty(1, rows, head_dim, where)
-    kernel.attend(Operands(query, key, value, Scores(1.0)), state)
+    kernel, (rows, keys) = get_kernel(name), CUDA_SAMPLE
+    operands, state = sample.operands(rows, keys, where), AttentionState.empty(1, rows, sample.value_dim, where)
+    kernel.attend(operands, state)
     if not kernel.plans_shapes:  # else it takes a while
-        intervals = make_intervals(Causal(rows, rows), range(rows), range(rows))
-        kernel.attend(Operands(query, query[0], query[0], Scores(1.0), intervals), state)
+        causal = make_intervals(Mask.of(rows, keys, causal=True), range(rows), range(keys))
+        kernel.attend(replace(operands, intervals=causal), state)
     merge(state, state)
-    finalise(state, query, state.den)
+    finalise(state, state.num.to(getattr(torch, sample.dtype)), torch.empty_like(state.den))
     torch.cuda.synchronize(where)
-    del query, key, value, state
+    del operands, state
     release_cached_memory(where)
 
 

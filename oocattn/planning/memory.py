@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oocattn.problem.problem import DTYPES, Problem
+from oocattn.problem.arrays import DTYPES
+from oocattn.problem.problem import Problem
 from oocattn.records import Positive
 from oocattn.units import ceil_div, round_up
 
@@ -17,11 +18,12 @@ QUERY_SLOTS = 2  # query tiles on a GPU, each with its state: one computed, one 
 KEY_SLOTS = 3  # key tiles on a GPU at a time: one that is attended and two that are copied in
 PARTIAL_BLOCK_ROWS = 4096  # rows of a block of a partial's file: some megabytes, so that merging streams
 PAGE = 4096  # multiple to which a file's header, before its blocks, is padded
-FINALISED_ROWS = 16384  # rows of one head that a GPU finalises at a time
-OUT_BLOCKS = {"cpu": 1, "cuda": 2}  # chunks of `out` that a lane holds: on a GPU one is finalised, one written
+FINALISED_ROWS = 32768  # rows of one head that a GPU finalises at a time
+WRITERS = {"cpu": 1, "cuda": 4}  # threads that write chunks of `out`: one makes checksums and copies of 0.6 GB/s
+OUT_BLOCKS = {"cpu": 1, "cuda": 5}  # chunks of `out` that a lane holds: on a GPU one is finalised, others are written
 PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}  # partials on their way to disk: on a GPU one is computed, one written
 MERGE_SCRATCH_BYTES = 2 << 20  # temporaries of one merge and one finalisation, which may run beside the kernel
-LEDGER_SCRATCH_BYTES = 2 << 20  # temporaries of the ledger: some rows are entered while others are checked
+LEDGER_SCRATCH_BYTES = 3 << 20  # temporaries of the ledger: some rows are entered while others are checked
 ALIGNMENT = 256  # every buffer begins at a multiple of this
 SEGMENT = 2 << 20  # unit of large allocations on a GPU, and of host memory in huge pages
 
@@ -59,7 +61,7 @@ class Buffers:
 
     def out_bytes(self, problem: Problem) -> int:
         """Bytes of the allocation of a chunk of `out` and `lse`."""
-        return self.out_chunk_rows * (problem.head_dim * DTYPES[problem.out_dtype] + 4) + 2 * ALIGNMENT
+        return self.out_chunk_rows * (problem.value_dim * DTYPES[problem.out_dtype] + 4) + 2 * ALIGNMENT
 
     def nbytes(self, problem: Problem) -> int:
         """Bytes of all, as they are allocated."""
@@ -74,10 +76,11 @@ def partial_file_bytes(problem: Problem, rows: int) -> int:
     return problem.state_bytes(rows) + round_up(header, PAGE)
 
 
-def slot_bytes(problem: Problem, chunk_rows: int, query_chunks: int, key_chunks: int) -> int:
-    """Bytes of a staging slot for that many chunks of Q and of K and V."""
-    row_bytes = problem.head_dim * problem.itemsize
-    return chunk_rows * row_bytes * (problem.group_size * query_chunks + 2 * key_chunks)
+def slot_bytes(problem: Problem, queries: int, keys: int) -> int:
+    """Bytes of a staging slot for rows of so many queries and keys."""
+    of_query = problem.head_dim * problem.itemsize * problem.group_size
+    padding = 4 * ALIGNMENT if problem.bias_heads else 0  # of biases, which are float32
+    return queries * of_query + keys * problem.kv_row_bytes + padding
 
 
 def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int) -> tuple[int, int]:
@@ -92,12 +95,12 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
 def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:
     """Bytes of a CUDA lane's one allocation: query tiles, states, keys, merging."""
     query = problem.group_size * tiles.query * problem.head_dim * problem.itemsize
-    key = tiles.key * problem.head_dim * problem.itemsize
+    key = tiles.key * problem.kv_row_bytes
     state = problem.state_bytes(tiles.query)
     merging = state if partials == "memory" else 2 * problem.state_bytes(PARTIAL_BLOCK_ROWS)
-    finalising = FINALISED_ROWS * (problem.head_dim * (4 + DTYPES[problem.out_dtype]) + 28)  # of one head
-    pieces = 6 * QUERY_SLOTS + KEY_SLOTS + 17
-    return _in_segments(QUERY_SLOTS * (query + state) + 2 * KEY_SLOTS * key + merging + finalising + ALIGNMENT * pieces)
+    finalising = FINALISED_ROWS * (problem.value_dim * (4 + DTYPES[problem.out_dtype]) + 28)  # of one head
+    pieces = 6 * QUERY_SLOTS + 3 * KEY_SLOTS + 17
+    return _in_segments(QUERY_SLOTS * (query + state) + KEY_SLOTS * key + merging + finalising + ALIGNMENT * pieces)
 
 
 def _in_segments(count: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +15,7 @@ from oocattn.division.base import Division
 from oocattn.division.drawing import draw_division
 from oocattn.division.quorums import CyclicQuorums, quorum_size
 from oocattn.division.strips import Strips
+from oocattn.planning.live import ChunkGrid, kept_with_mask, live_pairs
 from oocattn.planning.machine import Device, InputCost, Machine
 from oocattn.planning.memory import Buffers, Tiles
 from oocattn.problem.mask import Mask
@@ -20,6 +23,8 @@ from oocattn.problem.problem import Problem
 from oocattn.records import Count, Positive, Range, Seconds, to_json
 from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
+
+WIDTH = 100  # characters of a printed line, of which only a note may have more
 
 COUNTED_LINKS = ("files", "tasks")  # links whose amount is a number; of `compute` it is FLOP, of others bytes
 
@@ -44,7 +49,8 @@ class Plan:
     machine: Machine
     inputs: InputCost
     decomposition: Literal["cqs", "strips"]
-    chunks: Positive  # c
+    query_chunks: Positive  # c with cqs
+    chunks: Positive  # c, of the keys
     span: Count  # key chunks that a strip's subproblem reads; 0 for cqs
     partials: Literal["memory", "disk"]
     accumulators: Positive  # states of query chunks that a lane holds at a time
@@ -52,7 +58,8 @@ class Plan:
     device_memory: Positive
     host_memory: Positive
     checkpoint_seconds: Annotated[float, Range(0.0, MOST_SECONDS)]  # cost of a kill; 0: accumulators are not saved
-    chunk_rows: Positive
+    chunk_rows: Positive  # of a query chunk
+    key_chunk_rows: Positive
     out_chunk_rows: Positive
     slot_bytes: Positive
     peak_device: Count
@@ -86,20 +93,40 @@ class Plan:
         """Threads of a lane's kernel, on a CPU."""
         return self.machine.threads
 
-    @cached_property
-    def division(self) -> Division:
-        """The chunk pairs of one head group, divided into subproblems."""
-        return make_division(self.decomposition, self.chunks, self.span, self.problem.mask)
+    @property
+    def grid(self) -> ChunkGrid:
+        """The chunks of rows and keys."""
+        start, stop = self.problem.rows_asked
+        return ChunkGrid(start, stop, self.query_chunks, self.chunk_rows, self.chunks, self.key_chunk_rows)
+
+    def mask(self, head_group: int) -> Mask:
+        """The mask of a head group."""
+        return self.problem.mask(head_group // self.problem.entry_groups)
+
+    def division_of(self, head_group: int) -> Division:
+        """The live chunk pairs of a head group, divided into subproblems."""
+        return self._divided(self.mask(head_group))
+
+    @property
+    def divisions(self) -> Mapping[Division, int]:
+        """The different divisions of head groups, and how many head groups have each."""
+        return {self._divided(mask): self.problem.entry_groups * entries for mask, entries in self.problem.masks.items()}
+
+    def _divided(self, mask: Mask) -> Division:
+        return divide(mask, self.grid, self.decomposition, self.span)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # without what follows from them
 
     @property
     def buffers(self) -> Buffers:
         """Host memory of a lane."""
         return Buffers(self.slot_bytes, self.chunk_rows, self.out_chunk_rows, self.partials, self.accumulators, self.device)
 
-    @property
+    @cached_property
     def subproblems(self) -> int:
         """Subproblems over all head groups."""
-        return self.division.subproblems * self.problem.head_groups
+        return sum(count * len(division.indices) for division, count in self.divisions.items())
 
     def link(self, name: str) -> Link:
         """The link of that name; one that this plan does not occupy is empty."""
@@ -108,7 +135,18 @@ class Plan:
     @property
     def subproblem_seconds(self) -> float:
         """Predicted time in which a lane computes a subproblem."""
-        return self.link("compute").seconds * self.lanes / self.subproblems
+        masks = self.problem.sampled_masks.items()
+        subproblems = self.problem.entry_groups * sum(entries * len(self._divided(mask).indices) for mask, entries in masks)
+        return self.link("compute").seconds * self.lanes / max(1, subproblems)
+
+    @property
+    def work_seconds(self) -> float:
+        """Predicted time of what every plan does: the longer of computing, and reading inputs once and writing results."""
+        problem = self.problem
+        rows = problem.rows * problem.head_dim * problem.itemsize
+        inputs = rows + problem.head_groups * problem.keys * problem.kv_row_bytes
+        read = min(inputs, self.link("read").amount) / self.machine.read_rate
+        return max(self.link("compute").seconds, read + self.link("write").seconds)
 
     @property
     def overhead_seconds(self) -> float:
@@ -123,7 +161,7 @@ class Plan:
     @property
     def saving_seconds(self) -> float:
         """Predicted time to save all that lanes hold in memory."""
-        held = self.lanes * min(self.accumulators, self.problem.head_groups * self.chunks)
+        held = self.lanes * min(self.accumulators, self.problem.head_groups * self.query_chunks)
         return self.scratch_disk / self.machine.write_rate + held * self.machine.file_seconds
 
     @property
@@ -151,9 +189,11 @@ class Plan:
         """All that determines the result's bits besides the problem, as it is hashed."""
         return {
             "decomposition": self.decomposition,
+            "query_chunks": self.query_chunks,
             "chunks": self.chunks,
             "span": self.span,
             "chunk_rows": self.chunk_rows,
+            "key_chunk_rows": self.key_chunk_rows,
             "out_chunk_rows": self.out_chunk_rows,
             "query_tile": min(self.tiles.query, self.tiles.key),
             "key_tile": self.tiles.key,
@@ -163,7 +203,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identity of the result's bits: the problem, the division and the kernel."""
-        text = json.dumps([asdict(self.problem), [*self.decisions.values()]], sort_keys=True)
+        text = json.dumps([to_json(self.problem), [*self.decisions.values()]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -171,10 +211,18 @@ class Plan:
         content: dict[str, Any] = to_json(self)
         return content
 
-    def tokens(self, chunk: int) -> range:
-        """The token positions of a chunk; those of the last chunks may be few or none."""
-        start = min(chunk * self.chunk_rows, self.problem.tokens)
-        return range(start, min(start + self.chunk_rows, self.problem.tokens))
+    def query_rows(self, chunk: int) -> range:
+        """The rows of q of a query chunk; those of the last chunks may be few or none."""
+        return self.grid.rows(chunk)
+
+    def key_rows(self, chunk: int) -> range:
+        """The rows of k and v of a key chunk; those of the last chunks may be few or none."""
+        return self.grid.keys(chunk, self.problem.keys)
+
+    def out_rows(self, chunk: int) -> range:
+        """The rows of `out` of a query chunk."""
+        rows, start = self.query_rows(chunk), self.problem.rows_asked[0]
+        return range(rows.start - start, rows.stop - start)
 
     def visualize(self, path: str | Path) -> Path:
         """Draw the chunk-pair matrix as an SVG file, a colour for each owning subproblem; return its path.
@@ -184,7 +232,22 @@ class Plan:
         """
         from oocattn.storage.files.outputs import write_drawing  # all else here is pure
 
-        return write_drawing(path, draw_division(self.division, str(self.problem.mask)))
+        return write_drawing(path, draw_division(self.division_of(0), str(self.mask(0))))
+
+    def _chunks(self) -> str:
+        """Number and size of chunks; where those of queries are others, only of keys."""
+        tokens = "tokens" if self._has_same_chunks else "keys"
+        return f"{self.chunks} chunk{'s' * (self.chunks > 1)} of {self.key_chunk_rows:,} {tokens}"
+
+    @property
+    def _has_same_chunks(self) -> bool:
+        return (self.query_chunks, self.chunk_rows) == (self.chunks, self.key_chunk_rows)
+
+    def _pairs(self) -> str:
+        """The live pairs, and their share of all."""
+        problem = self.problem
+        share = problem.pairs / (problem.rows * problem.keys)
+        return f"{format_count(problem.pairs).strip()} of queries and keys, {100 * share:.3g}% of all"
 
     def _partials(self) -> str:
         if self.partials == "disk":
@@ -199,14 +262,16 @@ class Plan:
         return f"{gpus}, tiles of {self.tiles.query:,} queries by {self.tiles.key:,} keys"
 
     def __str__(self) -> str:
-        shape = f"{self.chunks} chunk{'s' * (self.chunks > 1)} of {self.chunk_rows:,} tokens"
         if self.decomposition == "cqs":
-            division = f"cyclic quorums over c = {shape}, k = {quorum_size(self.chunks)}"
+            division = f"cyclic quorums over c = {self._chunks()}, k = {quorum_size(self.chunks)}"
         else:
-            division = f"strips over c = {shape}, {self.span} key chunk{'s' * (self.span > 1)} at a time"
+            division = f"strips over c = {self._chunks()}, {self.span} key chunk{'s' * (self.span > 1)} at a time"
+        queries = f"queries      {self.query_chunks} chunk{'s' * (self.query_chunks > 1)} of {self.chunk_rows:,} rows"
         lines = [
-            f"problem      {self.problem}",
-            f"division     {division}; {self.subproblems:,} subproblems",
+            *textwrap.wrap(f"problem      {self.problem}", WIDTH, subsequent_indent=" " * 13),
+            f"pairs        {self._pairs()}",
+            f"division     {division}; {self.subproblems:,} subproblem{'s' * (self.subproblems != 1)}",
+            *([] if self._has_same_chunks else [queries]),
             f"kernel       {self.kernel}, {self._lanes()}",
             f"partials     {self._partials()}, at most {format_bytes(self.scratch_disk)} of scratch on disk",
             f"peak memory  host {format_bytes(self.peak_host)} of {format_bytes(self.host_memory)}, "
@@ -224,8 +289,8 @@ class Plan:
         return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in self.inputs.notes)]))
 
 
-def make_division(decomposition: str, chunks: int, span: int, mask: Mask) -> Division:
-    """The division that a plan names; a new decomposition is registered here."""
-    if decomposition == "strips":
-        return Strips(chunks, span, mask.triangular)
-    return CyclicQuorums(chunks, mask.triangular)
+@kept_with_mask
+def divide(mask: Mask, grid: ChunkGrid, decomposition: str, span: int) -> Division:
+    """The division of a mask's live pairs that a plan names; a new decomposition is registered here."""
+    live = live_pairs(mask, grid)
+    return Strips(live, span) if decomposition == "strips" else CyclicQuorums(live)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from queue import SimpleQueue
 
@@ -10,7 +11,6 @@ from numpy.typing import NDArray
 
 from oocattn.planning.machine import InputCost
 from oocattn.problem.problem import Problem
-from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.threads import ThreadPool
@@ -26,7 +26,7 @@ ASSUMED_RATE = 1e9  # bytes per second where nothing was measured: local disks r
 
 def sample_rate(dataset: Dataset) -> float:
     """Bytes per second at which directly read arrays come in, by several threads, sampled all over: from cache or disk."""
-    arrays = [array for array in dataset.arrays.values() if array.direct]
+    arrays = [dataset.arrays[name] for name in ("q", "k", "v") if dataset.arrays[name].direct]
     if not arrays:
         return ASSUMED_RATE
     samples = [(array, (number + 0.5) / SAMPLES) for number in range(SAMPLES) for array in arrays]
@@ -56,7 +56,8 @@ def sample_rate(dataset: Dataset) -> float:
 
 def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCost:
     """Measure what reading costs beyond its bytes; assume it where that takes more than `host_memory`: no plan fits."""
-    slow = [array for array in dataset.arrays.values() if not array.direct]
+    used = [array for name, array in dataset.arrays.items() if name in ("q", "k", "v") or problem.bias_heads]
+    slow = [array for array in used if not array.direct]
     if not slow:
         return InputCost()
     rates = {array.spec.name: read_rate(dataset, array.spec.name, problem, host_memory) for array in slow}
@@ -74,12 +75,15 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
 
 def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -> float:
     """Bytes per second at which the beginning of an array can be read, whatever is cached, within `host_memory` bytes."""
-    array, row_bytes = dataset.arrays[name], problem.head_dim * problem.itemsize
+    array = dataset.arrays[name]
+    row = () if name == "key_bias" else array.spec.shape[-1:]
+    row_bytes = math.prod(row) * array.dtype.itemsize
+    tokens = problem.queries if name == "q" else problem.keys
     most = min(4 * SAMPLE_BYTES, host_memory - array.decode_bytes)
-    rows = min(problem.tokens, max(array.chunk_rows, SAMPLE_BYTES // row_bytes), most // row_bytes)
+    rows = min(tokens, max(array.chunk_rows, SAMPLE_BYTES // row_bytes), most // row_bytes)
     if rows < 1:
         return ASSUMED_RATE
-    buffer = np.empty((rows, problem.head_dim), numpy_dtype(problem.dtype))
+    buffer = np.empty((rows, *row), array.dtype)
     start = time.perf_counter()
     array.read_rows(0, 0, 0, len(buffer), buffer)
     return buffer.nbytes / max(time.perf_counter() - start, 1e-6)

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from oocattn.planning.cost import recost
-from oocattn.planning.machine import ScratchBytes
 from oocattn.planning.options import MAX_CHUNKS, MAX_SUBPROBLEMS
 from oocattn.planning.plan import Plan
-from oocattn.problem.problem import check_problem
+from oocattn.problem.calls import ScratchBytes
+from oocattn.problem.given import GivenArrays
+from oocattn.problem.problem import with_given
 from oocattn.records import from_json
+from oocattn.units import ceil_div
+
+Digests = Mapping[str, str]  # of arrays, by name
 
 
-def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes] | None) -> Plan:
+def read_plan(
+    content: object, scratch_of: Callable[[str, str], ScratchBytes] | None, read_given: Callable[[Digests], GivenArrays]
+) -> Plan:
     """Read and check the plan that `Plan.to_json` wrote; ValueError for what no plan would be.
 
+    `read_given` gives the arrays with the digests that its problem names.
     `scratch_of(kernel, device)` bounds a kernel's allocation; without it the numbers that follow from that are believed.
     """
     plan = from_json(Plan, content)
-    check_problem(plan.problem)
+    plan = replace(plan, problem=with_given(plan.problem, read_given(plan.problem.digests)))
     _check_choices(plan)
     recosted = plan if scratch_of is None else recost(plan, scratch_of(plan.kernel, plan.device))
     found, expected = plan.to_json(), recosted.to_json()
@@ -34,17 +42,21 @@ def read_plan(content: object, scratch_of: Callable[[str, str], ScratchBytes] | 
 
 def _check_choices(plan: Plan) -> None:
     """Raise ValueError where no plan would have been chosen so."""
-    limit = min(plan.problem.tokens, MAX_CHUNKS)
+    longest = max(plan.problem.out_rows, plan.problem.keys)
+    limit = min(longest, MAX_CHUNKS)
     strips = plan.decomposition == "strips"
-    if plan.chunks > limit:
-        raise ValueError(f"{plan.chunks:,} chunks: expected {limit:,} at most")
+    if max(plan.query_chunks, plan.chunks) > limit:
+        raise ValueError(f"{plan.query_chunks:,} and {plan.chunks:,} chunks: expected {limit:,} at most")
+    if not strips and plan.query_chunks != plan.chunks:
+        raise ValueError(f"{plan.query_chunks:,} query chunks and {plan.chunks:,} key chunks: expected as many of both")
     if plan.span > plan.chunks or strips != (plan.span > 0):
         raise ValueError(f"strips of {plan.span:,} of {plan.chunks:,} chunks")
-    if plan.division.subproblems > MAX_SUBPROBLEMS:
-        raise ValueError(f"{plan.division.subproblems:,} subproblems of a head group: expected {MAX_SUBPROBLEMS:,} at most")
-    if plan.accumulators > 3 * plan.chunks + 4 or (strips and plan.partials == "disk"):
+    subproblems = plan.query_chunks * ceil_div(plan.chunks, plan.span) if strips else plan.chunks
+    if subproblems > MAX_SUBPROBLEMS:
+        raise ValueError(f"{subproblems:,} subproblems of a head group: expected {MAX_SUBPROBLEMS:,} at most")
+    if plan.accumulators > 3 * plan.query_chunks + 4:
         raise ValueError(f"{plan.accumulators:,} accumulators, partials in {plan.partials}")
-    if max(plan.tiles.query, plan.tiles.key) > max(plan.problem.tokens, plan.chunk_rows):
+    if max(plan.tiles.query, plan.tiles.key) > max(longest, plan.chunk_rows, plan.key_chunk_rows):
         raise ValueError(f"tiles of {plan.tiles.query:,} by {plan.tiles.key:,} tokens")
 
 
