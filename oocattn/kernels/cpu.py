@@ -1,8 +1,10 @@
 """The CPU kernel: torch's flash attention on float32 tiles, merged in float32.
 
 The library call is `aten::_scaled_dot_product_flash_attention_for_cpu`, in PyTorch's
-aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. What it gets wrong is kept away from it:
+aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. It takes rectangles and triangles, into which `shapes` cuts what rows
+attend, and which `runs` puts together. What it gets wrong is kept away from it:
 
+* Keys and values must have as many columns: the fewer are filled up with zeros.
 * No query or no key kills the process, an innermost stride other than 1 gives wrong numbers, and 16-bit inputs cost
   accuracy: every tile is first copied, as float32 and contiguous, into scratch.
 * Its bits depend on the number of threads, for the matrix products of a single block of rows are divided among them, and on
@@ -10,9 +12,11 @@ aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. What it gets wrong is kept aw
 * The log-sum-exp of a row whose scores are all large, as of padding masked by -1e9, has lost how many keys it stands for:
   where one exceeds `_LARGEST_LSE`, the call is made again by the reference.
 * A row whose scores are all -inf comes back as (out 0, lse 0), and a NaN or Inf in a masked value reaches the rows that
-  mask it: calls that may meet them, or whose rows attend other keys than all, or up to a diagonal, go to the reference.
-* A causal call on one head divides its rows, not its work, among the threads, and computes masked keys too: the triangle
-  is halved recursively into plain rectangles and triangles small enough to be level.
+  mask it: calls that may meet them go to the reference.
+* A causal call on one head divides its rows, not its work, among the threads, and computes masked keys too: triangles are
+  halved recursively into rectangles and triangles small enough to be level.
+
+Scores with terms, and windows of a few keys, are attended in explicit matrix products (`plain.CachedKernel`).
 """
 
 from __future__ import annotations
@@ -21,15 +25,17 @@ import math
 
 import torch
 
-from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.intervals import Intervals, make_intervals
 from oocattn.kernels.kernel import Kernel, Operands, unsupported_dtype
-from oocattn.kernels.merging import SCRATCH_BYTES, fold
-from oocattn.kernels.plain import PRODUCT_BYTES, ReferenceKernel
+from oocattn.kernels.merging import SCRATCH_BYTES
+from oocattn.kernels.plain import PRODUCT_BYTES, CachedKernel, ReferenceKernel
+from oocattn.kernels.runs import Limits, Run, make_runs
 from oocattn.kernels.settings import full_precision
+from oocattn.kernels.shapes import Part, Shape, Sizes, make_parts, narrowest_window
 from oocattn.kernels.state import AttentionState
-from oocattn.kernels.tiles import make_tiles
-from oocattn.problem.mask import Causal
-from oocattn.problem.problem import DTYPES
+from oocattn.problem.arrays import DTYPES
+from oocattn.problem.calls import CallSize
+from oocattn.problem.mask import Mask
 from oocattn.units import round_up
 
 # Tiles. The rates are of 2 cores (Zen 4, torch 2.13) on float32, D = 64, where no tile above 1,024 x 1,024 differs by
@@ -37,11 +43,13 @@ from oocattn.units import round_up
 _KEY_TILE = 8192  # keys of one library call: 4 MiB of K and V at D = 64, and merging costs 0.2% of the call
 _ROW_TILE = 4096  # rows of one library call over all heads: blocks enough for 16 threads
 _ROW_TILE_PER_HEAD = 1024  # and at least: below 768 rows the library takes blocks of 64 rows, 6% slower
-_ROW_BLOCKS = 512  # a tile larger than this is cut to a multiple: two threads' blocks of 256, so that none waits
 _ROW_QUANTUM = 64  # rows are padded to two blocks of 32, the library's smallest, or more
 _TRIANGLE = 512  # rows of the triangles that are left: 8 equal blocks of 64 rows, each of 512 keys, masked or not
+_LARGE_TRIANGLE = 1024  # of several at once: no more masked keys are computed, for the library takes blocks of 256 rows
+_WINDOW_BLOCKS = (64, 128, 256, 512, 1024)  # rows of a block of a window, of more keys: of a window, its largest block
 _LARGEST_LSE = 1024.0  # beyond it, float32 keeps less than 14 bits of what a log-sum-exp says of the number of keys
 _LIBRARY_BLOCK = (256, 512)  # rows and keys of the score block that each thread of the library call allocates
+_SIZES = Sizes(_KEY_TILE, _TRIANGLE, _LARGE_TRIANGLE, _WINDOW_BLOCKS)
 
 
 class CpuKernel(Kernel):
@@ -52,88 +60,156 @@ class CpuKernel(Kernel):
     @full_precision(torch.device("cpu"))
     def attend(self, operands: Operands, state: AttentionState) -> None:
         operands.check(state)
-        rows, keys, band = operands.rows, operands.keys, operands.band
+        rows, keys, intervals = operands.rows, operands.keys, operands.intervals
         if rows == 0 or keys == 0:
             return
-        if band is None or not band.is_open_below(rows) or not _all_finite(operands):
+        if not operands.is_plain or _is_narrow(intervals):
+            CachedKernel().attend(operands, state)
+            return
+        most, scale = _largest_product(operands), operands.scores.scale
+        if not most * max(1.0, scale) < torch.finfo(torch.float32).max:
             ReferenceKernel().attend(operands, state)
             return
-        call = _Call(operands, state)
-        for row, end, first, last, triangular in make_tiles(rows, keys, rows, _KEY_TILE, upper=band.upper):
-            call.load(first, last)
-            if triangular:
-                call.triangle(row, end, first)
-            else:
-                call.rectangle(row, end, first, last)
+        call = _Call(operands, state, may_be_large=most * scale + math.log(keys) > _LARGEST_LSE)
+        limits = Limits(call.row_tile, _KEY_TILE, _ROW_QUANTUM)
+        for of_rows, runs in make_runs(make_parts(rows, keys, intervals, _SIZES), limits):
+            call.load_rows(of_rows)
+            for run in runs:
+                call.attend(run)
 
-    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        tile_rows = group_size * _tile_rows(group_size, rows)
-        tiles = tile_rows * head_dim + 2 * min(keys, _KEY_TILE) * head_dim
-        result = tile_rows * (head_dim + 1)
+    def scratch_bytes(self, call: CallSize) -> int:
+        tile_rows, columns = call.group_size * _tile_rows(call.group_size, call.rows), max(call.head_dim, call.value_dim)
+        tiles = tile_rows * columns + 2 * min(call.keys, _KEY_TILE) * columns
+        result = tile_rows * (columns + 1)
         block_rows, block_keys = _LIBRARY_BLOCK
-        library = threads * (4 * block_rows * (block_keys + head_dim + 2) + PRODUCT_BYTES)
-        reference = ReferenceKernel().scratch_bytes(group_size, rows, keys, head_dim, dtype, threads)
-        return 4 * tiles + max(4 * result + library + SCRATCH_BYTES, reference)
+        library = call.threads * (4 * block_rows * (block_keys + columns + 2) + PRODUCT_BYTES)
+        others = ReferenceKernel().scratch_bytes(call)
+        if call.masked or not call.plain:
+            library += 4 * _TRIANGLE**2  # a mask of upper triangles
+            others = max(others, CachedKernel().scratch_bytes(call))
+        return 4 * tiles + max(4 * result + library + max(SCRATCH_BYTES, 4 * tile_rows), others)
 
-    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         return "it runs on CPUs" if device.type != "cpu" else unsupported_dtype(dtype, DTYPES)
 
 
 class _Call:
     """One call of `attend`, its operands and scratch; rows and keys are the call's."""
 
-    def __init__(self, operands: Operands, state: AttentionState) -> None:
-        (group_size, rows, head_dim), device = operands.query.shape, operands.query.device
-        self.operands, self.state = operands, state
+    def __init__(self, operands: Operands, state: AttentionState, *, may_be_large: bool) -> None:
+        (group_size, rows, self.head_dim), device = operands.query.shape, operands.query.device
+        self.operands, self.state, self.may_be_large = operands, state, may_be_large
         self.row_tile = _tile_rows(group_size, rows)
-        self.query_tile = torch.zeros((group_size, self.row_tile, head_dim), dtype=torch.float32, device=device)
-        self.key_tile = torch.empty((min(operands.keys, _KEY_TILE), head_dim), dtype=torch.float32, device=device)
-        self.value_tile = torch.empty_like(self.key_tile)
-        self.first_key = self.last_key = 0
+        self.value_dim = operands.value.shape[1]
+        columns = max(self.head_dim, self.value_dim)
+        self.query_tile = torch.zeros((group_size, self.row_tile, columns), dtype=torch.float32, device=device)
+        self.key_tile = torch.zeros((min(operands.keys, _KEY_TILE), columns), dtype=torch.float32, device=device)
+        self.value_tile = torch.zeros_like(self.key_tile)
+        self.first_row = 0
+        self.loaded_keys = range(0)
+        self.upper_mask: torch.Tensor | None = None
 
-    def load(self, first_key: int, last_key: int) -> None:
-        """Make keys [first_key, last_key) of the call the ones to attend, if they are not."""
-        if (self.first_key, self.last_key) != (first_key, last_key):
-            self.key_tile[: last_key - first_key].copy_(self.operands.key[first_key:last_key])
-            self.value_tile[: last_key - first_key].copy_(self.operands.value[first_key:last_key])
-            self.first_key, self.last_key = first_key, last_key
+    def load_rows(self, rows: range) -> None:
+        """Make these rows of the call the ones to attend with; those after them are computed and dropped."""
+        self.first_row = rows.start
+        query = self.operands.query[:, rows.start : rows.stop]
+        self.query_tile[:, : query.shape[1], : self.head_dim].copy_(query)
 
-    def triangle(self, start: int, stop: int, first_key: int) -> None:
-        """A triangle from row `start` and `first_key` on: two smaller ones and a square."""
-        if stop - start <= _TRIANGLE:
-            self._attend(start, stop, first_key, first_key + stop - start, causal=True)
+    def load_keys(self, keys: range) -> None:
+        """Make these keys of the call the ones to attend, and as many after them as there is room for."""
+        if self.loaded_keys.start <= keys.start and keys.stop <= self.loaded_keys.stop:
             return
-        rows = round_up((stop - start) // 2, _TRIANGLE)
-        self.triangle(start, start + rows, first_key)
-        self.triangle(start + rows, stop, first_key + rows)
-        self.rectangle(start + rows, stop, first_key, first_key + rows)
+        self.loaded_keys = range(keys.start, min(keys.start + _KEY_TILE, self.operands.keys))
+        of_keys, count = slice(keys.start, self.loaded_keys.stop), len(self.loaded_keys)
+        self.key_tile[:count, : self.head_dim].copy_(self.operands.key[of_keys])
+        self.value_tile[:count, : self.value_dim].copy_(self.operands.value[of_keys])
 
-    def rectangle(self, start: int, stop: int, first_key: int, last_key: int) -> None:
-        """Rows [start, stop) attend every key of [first_key, last_key)."""
-        while start < stop:
-            rows = min(self.row_tile, stop - start)
-            if rows > _ROW_BLOCKS:
-                rows -= rows % _ROW_BLOCKS
-            self._attend(start, start + rows, first_key, last_key, causal=False)
-            start += rows
-
-    def _attend(self, start: int, stop: int, first_key: int, last_key: int, *, causal: bool) -> None:
-        rows, scores = stop - start, self.operands.scores
-        query = self.query_tile[:, : round_up(rows, _ROW_QUANTUM)]  # the rows beyond are computed and dropped
-        query[:, :rows].copy_(self.operands.query[:, start:stop])
-        keys = slice(first_key - self.first_key, last_key - self.first_key)
-        key, value = self.key_tile[keys], self.value_tile[keys]
-        shared = (1, len(query), *key.shape)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.unsqueeze(0), key.expand(shared), value.expand(shared), is_causal=causal, scale=scores.scale
+    def attend(self, run: Run) -> None:
+        """Add attention of a run to the state of its rows."""
+        self.load_keys(run.keys)
+        first, padded = run.first, round_up(run.first.rows, _ROW_QUANTUM)
+        query = _evenly(self.query_tile, first.row - self.first_row, padded, run.count, run.row_step)
+        key, value = (
+            _evenly(tile, first.key - self.loaded_keys.start, first.keys, run.count, run.key_step)
+            for tile in (self.key_tile.expand(len(query), -1, -1), self.value_tile.expand(len(query), -1, -1))
         )
-        state = self.state.rows(start, stop)
-        if float(lse[0, :, :rows].abs().amax()) < _LARGEST_LSE:
-            fold(state, out[0, :, :rows], lse[0, :, :rows])
-            return
-        del out, lse
-        intervals = make_intervals(Causal(rows, rows), range(rows), range(rows)) if causal else None
-        ReferenceKernel().attend(Operands(query[:, :rows], key, value, scores, intervals), state)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query,
+            key,
+            value,
+            is_causal=first.shape is Shape.LOWER,
+            attn_mask=self._upper_mask(padded, first.keys) if first.shape is Shape.UPPER else None,
+            scale=self.operands.scores.scale,
+        )
+        self._merge(run, out[:, :, : first.rows, : self.value_dim], lse[:, :, : first.rows])
+
+    def _merge(self, run: Run, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge out [g, count, rows, Dv], which is overwritten, and lse [g, count, rows]."""
+        first = run.first
+        if not self.may_be_large or _largest_magnitude(lse) < _LARGEST_LSE:
+            state = self.state
+            num, den, maximum = (
+                _evenly(tensor, first.row, first.rows, run.count, run.row_step)
+                for tensor in (state.num, state.den, state.max)
+            )
+            _fold(num, den, maximum, out, lse)
+        elif run.count == 1:
+            self._refer(first)
+        else:
+            for index in range(run.count):
+                self._merge(Run(run.part(index)), out[:, index : index + 1], lse[:, index : index + 1])
+
+    def _refer(self, part: Part) -> None:
+        """Have a part attended by the reference."""
+        rows, keys = range(part.row, part.row + part.rows), range(part.key, part.key + part.keys)
+        every = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
+        masks = {
+            Shape.LOWER: Mask.of(part.rows, part.keys, causal=True),
+            Shape.UPPER: Mask.of(part.rows, part.keys, left=0),
+        }
+        intervals = None
+        if part.shape in masks:
+            intervals = make_intervals(masks[part.shape], range(part.rows), range(part.keys))
+        query, key, value = self.operands.query[:, every[0]], self.operands.key[every[1]], self.operands.value[every[1]]
+        ReferenceKernel().attend(
+            Operands(query, key, value, self.operands.scores, intervals), self.state.rows(rows.start, rows.stop)
+        )
+
+    def _upper_mask(self, rows: int, keys: int) -> torch.Tensor:
+        """What is added to scores so that row i attends the keys from i on: [1, 1, rows, keys]."""
+        if self.upper_mask is None:
+            hidden = torch.full((_TRIANGLE, _TRIANGLE), -math.inf, dtype=torch.float32, device=self.key_tile.device)
+            self.upper_mask = hidden.tril_(-1)
+        return self.upper_mask[None, None, :rows, :keys]
+
+
+def _evenly(tensor: torch.Tensor, first: int, length: int, count: int, step: int) -> torch.Tensor:
+    """Parts of `length` rows of [g, n, ...], `step` apart, the first at `first`: a view [g, count, length, ...]."""
+    group_size, _, *columns = tensor.shape
+    of_heads, of_rows, *of_columns = tensor.stride()
+    shape, strides = (group_size, count, length, *columns), (of_heads, step * of_rows, of_rows, *of_columns)
+    return tensor.as_strided(shape, strides, tensor.storage_offset() + first * of_rows)
+
+
+def _fold(num: torch.Tensor, den: torch.Tensor, maximum: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Merge num = out, den = 1 and max = lse, all finite, into a state, in place; `out` and `lse` are overwritten."""
+    if float(maximum.amax()) == -math.inf:  # rows without keys so far
+        num.add_(out)
+        den.add_(1.0)
+        maximum.copy_(lse)
+        return
+    new = torch.maximum(maximum, lse)
+    kept = maximum.sub_(new).exp_()
+    added = lse.sub_(new).exp_()
+    num.mul_(kept.unsqueeze(-1)).add_(out.mul_(added.unsqueeze(-1)))
+    den.mul_(kept).add_(added)
+    maximum.copy_(new)
+
+
+def _is_narrow(intervals: Intervals | None) -> bool:
+    """True if a window has too few keys for its smallest block."""
+    window = None if intervals is None else narrowest_window(intervals)
+    return window is not None and window <= _WINDOW_BLOCKS[0]
 
 
 def _tile_rows(group_size: int, rows: int) -> int:
@@ -141,11 +217,10 @@ def _tile_rows(group_size: int, rows: int) -> int:
     return min(max(_ROW_TILE_PER_HEAD, _ROW_TILE // group_size // 256 * 256), round_up(rows, _ROW_QUANTUM))
 
 
-def _all_finite(operands: Operands) -> bool:
-    """True if every value is finite and no score can overflow float32."""
+def _largest_product(operands: Operands) -> float:
+    """A bound of the magnitude of q . k; Inf or NaN where an operand has such."""
     query, key, value = map(_largest_magnitude, (operands.query, operands.key, operands.value))
-    score_bound = query * key * operands.key.shape[1] * max(1.0, operands.scores.scale)
-    return score_bound < torch.finfo(torch.float32).max and math.isfinite(value)
+    return query * key * operands.key.shape[1] + 0.0 * value
 
 
 def _largest_magnitude(tensor: torch.Tensor) -> float:

@@ -1,14 +1,16 @@
-"""Keys that the rows of one call attend: a mask's four bounds of each row, or a band, where they have that shape."""
+"""Keys that the rows of one call attend: the bounds of a mask, relative to the call's first row and first key."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from oocattn.problem.mask import Mask, Ramp
+from oocattn.problem.bounds import Bounds, Int64s, Ramps
+from oocattn.problem.mask import Mask
 
 Int32s = npt.NDArray[np.int32]
 
@@ -24,55 +26,67 @@ class Band(NamedTuple):
         return self.lower <= 1 - rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Intervals:
-    """Row i attends keys [a, b) and [c, d): `ramps` are a <= b <= c <= d of i."""
+    """Row i attends keys [a, b) and [c, d) of the call: `bounds` say which, piece by piece."""
 
     rows: int
     keys: int
-    ramps: tuple[Ramp, Ramp, Ramp, Ramp]
+    bounds: Bounds
+
+    @property
+    def is_full(self) -> bool:
+        """True if every row attends every key."""
+        return int(self.bounds.pairs().sum()) == self.rows * self.keys
 
     @property
     def band(self) -> Band | None:
         """The band that these are, such as (1 - rows, 1) of a triangle; None where the bounds have another shape."""
-        a, b, c, d = self.ramps
-        lower, upper = self._slope(a), self._slope(b)
-        if lower is None or upper is None or c.before(self.rows) < d.before(self.rows):
-            return None
-        return Band(lower, upper)
+        bounds = self.bounds
+        if len(bounds.start) != 1 or int(bounds.start[0]) != int(bounds.fixed[0]):
+            return None  # of several documents, or some keys are attended before a hole
+        starts, stop = bounds.resume, bounds.stop
+        lower, upper = self._slope(starts), self._slope(stop)
+        return None if lower is None or upper is None else Band(lower, upper)
 
-    def _slope(self, bound: Ramp) -> int | None:
+    def _slope(self, bound: Ramps) -> int | None:
         """The s such that the bound is i + s, within 0 and `keys`; None if there is none."""
-        ends = bound.at(0), bound.at(self.rows - 1)
-        for slope in (bound.offset, -self.rows, self.keys):
-            same = Ramp(slope, 0, self.keys)  # both rise by 0 or 1 a row: equal at both ends, they are equal
-            if (same.at(0), same.at(self.rows - 1)) == ends:
+        offset, least, most = (int(numbers[0]) for numbers in (bound.offset, bound.least, bound.most))
+        ends = [min(max(row + offset, least), most) for row in (0, self.rows - 1)]
+        for slope in (offset, -self.rows, self.keys):
+            # Both rise by 0 or 1 a row: equal at both ends, they are equal.
+            if [min(max(row + slope, 0), self.keys) for row in (0, self.rows - 1)] == ends:
                 return slope
         return None
 
-    def part(self, first_row: int, last_row: int, first_key: int, last_key: int) -> Intervals | None:
-        """The intervals of a tile of the call; None where its rows attend all its keys."""
-        rows, keys = min(last_row, self.rows) - first_row, range(first_key, min(last_key, self.keys))
-        ramps = tuple(_relative(ramp, first_row, keys) for ramp in self.ramps)
-        a, b, c, d = (ramp.before(rows) for ramp in ramps)
-        found = Intervals(rows, len(keys), ramps)  # type: ignore[arg-type]
-        return None if (b - a) + (d - c) == rows * len(keys) else found
+    def part(self, rows: range, keys: range) -> Intervals:
+        """The intervals of a tile of the call."""
+        return Intervals(len(rows), len(keys), _relative(self.bounds.part(rows), rows, keys))
+
+    def live_keys(self, rows: range) -> list[range]:
+        """The keys of the call that any of some rows attends: ascending ranges that do not touch."""
+        return self.bounds.part(rows).live_keys()
+
+    def pieces(self) -> Iterator[tuple[range, Intervals]]:
+        """The rows of each piece, and their intervals by themselves."""
+        edges = self.bounds.edges
+        for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            if first < last:
+                yield range(first, last), self.part(range(first, last), range(self.keys))
 
     def values(self) -> Int32s:
-        """The bounds of every row: int32 [rows, 4]."""
-        found = np.empty((self.rows, 4), np.int32)
-        for column, ramp in enumerate(self.ramps):
-            found[:, column] = ramp.values(range(self.rows))
-        return found
+        """The bounds a <= b <= c <= d of every row: int32 [rows, 4]."""
+        return self.bounds.values().astype(np.int32)
+
+    def positions(self) -> Int64s:
+        """The key at which each row is, from which distances are counted; it may be none of the call's: int64 [rows]."""
+        return self.bounds.positions()
 
 
 def make_intervals(mask: Mask, rows: range, keys: range) -> Intervals:
     """The part of `keys` that consecutive `rows` attend, as kernels take it."""
-    ramps = tuple(_relative(ramp, rows.start, keys) for ramp in mask.ramps)
-    return Intervals(len(rows), len(keys), ramps)  # type: ignore[arg-type]
+    return Intervals(len(rows), len(keys), _relative(mask.bounds(rows), rows, keys))
 
 
-def _relative(ramp: Ramp, first_row: int, keys: range) -> Ramp:
-    """A bound in `keys`, from the first of them, by the row from `first_row` on."""
-    clipped = ramp.clipped(keys)
-    return Ramp(clipped.offset + first_row - keys.start, clipped.least - keys.start, clipped.most - keys.start)
+def _relative(bounds: Bounds, rows: range, keys: range) -> Bounds:
+    return bounds.clipped(keys).moved(rows.start, keys.start)

@@ -10,6 +10,7 @@ import torch
 
 from oocattn.kernels.intervals import Band, Intervals
 from oocattn.kernels.state import AttentionState
+from oocattn.problem.calls import CallSize
 from oocattn.problem.scores import Scores
 
 MAX_KEYS = 65_536  # the most keys to chain: beyond, the error of 16-bit matrix units grows
@@ -20,9 +21,11 @@ HALF_DTYPES = ("float16", "bfloat16")  # the dtypes of 16-bit matrix units
 class Operands:
     """Rows of g heads, and the keys and values that they attend. Raises ValueError where shapes or dtypes do not fit.
 
-    query [g, n, D]; key, value [m, D], shared by the g heads; all of one dtype (float16, bfloat16, float32), contiguous
-    but for the heads of `query`, which may lie apart, on one device. `intervals`: the keys of each row, relative to the
-    first (`make_intervals`); None: all. n and m may be 0: then there is nothing to attend.
+    query [g, n, D]; key [m, D] and value [m, Dv], shared by the g heads; all of one dtype (float16, bfloat16, float32),
+    contiguous but for the heads of `query`, which may lie apart, on one device. `intervals`: the keys of each row,
+    relative to the first (`make_intervals`); None: all. n and m may be 0: then there is nothing to attend. `slopes`: one
+    of each head, for ALiBi; then `intervals` are given, for the rows' positions. `key_bias` [g, m] or [1, m], float32, is
+    added to the scores.
     """
 
     query: torch.Tensor
@@ -30,20 +33,33 @@ class Operands:
     value: torch.Tensor
     scores: Scores
     intervals: Intervals | None = None
+    slopes: tuple[float, ...] | None = None
+    key_bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         query, key, value, intervals = self.query, self.key, self.value, self.intervals
-        fit = query.dim() == 3 and key.dim() == 2 and key.shape == value.shape and key.shape[1] == query.shape[2]
+        fit = (
+            query.dim() == 3 and key.dim() == value.dim() == 2 and len(key) == len(value) and key.shape[1] == query.shape[2]
+        )
         if not fit:  # torch would broadcast some
             raise ValueError(
-                f"key {list(key.shape)} and value {list(value.shape)} do not fit query {list(query.shape)}: expected [m, D] "
-                "twice, and [g, n, D]"
+                f"key {list(key.shape)} and value {list(value.shape)} do not fit query {list(query.shape)}: expected "
+                "[m, D], [m, Dv] and [g, n, D]"
             )
         if not query.dtype == key.dtype == value.dtype:
             raise ValueError(f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: expected one")
         if intervals is not None and (intervals.rows, intervals.keys) != (self.rows, self.keys):
             found = f"{intervals.rows} rows and {intervals.keys} keys"
             raise ValueError(f"intervals of {found}: expected those of {self.rows} rows and {self.keys} keys")
+        if self.slopes is not None and (intervals is None or len(self.slopes) != len(query)):
+            raise ValueError(f"{len(self.slopes)} slopes: expected {len(query)}, and intervals for the positions of rows")
+        bias = self.key_bias
+        if bias is not None and (
+            bias.dtype != torch.float32 or list(bias.shape) not in ([1, len(key)], [len(query), len(key)])
+        ):
+            raise ValueError(
+                f"key_bias {bias.dtype} {list(bias.shape)}: expected float32 [1, {len(key)}] or [{len(query)}, {len(key)}]"
+            )
 
     @property
     def rows(self) -> int:
@@ -56,14 +72,30 @@ class Operands:
         return len(self.key)
 
     @property
+    def is_plain(self) -> bool:
+        """True if scores have no term but the scale."""
+        return self.scores.softcap is None and self.slopes is None and self.key_bias is None
+
+    @property
     def band(self) -> Band | None:
         """The band that the rows attend; None where their intervals have another shape."""
         return Band(-self.rows, self.keys) if self.intervals is None else self.intervals.band
 
+    def part(self, rows: range, keys: range) -> Operands:
+        """A tile of the call, as views; without intervals where its rows attend all its keys and need no positions."""
+        intervals = self.intervals and self.intervals.part(rows, keys)
+        if intervals is not None and self.slopes is None and intervals.is_full:
+            intervals = None
+        of_rows, of_keys = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
+        bias = None if self.key_bias is None else self.key_bias[:, of_keys]
+        tensors = self.query[:, of_rows], self.key[of_keys], self.value[of_keys]
+        return Operands(*tensors, self.scores, intervals, self.slopes, bias)
+
     def check(self, state: AttentionState) -> None:
         """Raise ValueError for the state of other rows, heads or columns."""
-        if state.num.shape != self.query.shape:
-            raise ValueError(f"state of {list(state.num.shape)} does not fit query {list(self.query.shape)}")
+        expected = (*self.query.shape[:2], self.value.shape[1])
+        if state.num.shape != expected:
+            raise ValueError(f"state of {list(state.num.shape)}: expected {list(expected)}")
 
 
 class Kernel(ABC):
@@ -75,6 +107,9 @@ class Kernel(ABC):
     max_keys = MAX_KEYS
     """The most keys to give to one call; `attend` is right beyond it too."""
 
+    max_masked_keys = MAX_KEYS
+    """The same where rows attend few of them, as under a window, or few rows attend them, as in a decode step."""
+
     plans_shapes = False
     """True if the first call of each shape takes far longer than the next."""
 
@@ -83,7 +118,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def attend(self, operands: Operands, state: AttentionState) -> None:
-        """Add attention over the keys and values of `operands` to `state` [g, n, D], in place; not to its ledger.
+        """Add attention over the keys and values of `operands` to `state` [g, n, Dv], in place; not to its ledger.
 
         A row attends the keys [a, b) and [c, d) of its intervals, or all; without rows or keys nothing happens. On a GPU the
         work is launched on torch's current stream, and nothing waits for it.
@@ -99,11 +134,11 @@ class Kernel(ABC):
         """
 
     @abstractmethod
-    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """Bytes that `attend` allocates at most, with so many threads on a CPU; on a GPU what torch's allocator takes."""
+    def scratch_bytes(self, call: CallSize) -> int:
+        """Bytes that `attend` allocates at most; on a GPU what torch's allocator takes. Large calls do not take more."""
 
     @abstractmethod
-    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         """The reason why this kernel cannot serve, in words; "" if it can. No CUDA is touched where there is none."""
 
 

@@ -16,14 +16,14 @@ from types import ModuleType
 import torch
 
 from oocattn.kernels.state import AttentionState
-from oocattn.problem.mask import Ramp
+from oocattn.problem.bounds import Bounds
 
 logger = logging.getLogger("oocattn")
 
 SCRATCH_BYTES = 1 << 20
 """Temporaries of `merge` and `finalise`, or one row of all heads: 1 MiB stays in the second-level cache of a core."""
 
-_LEDGER_ROWS = 8192  # rows whose ledger is entered at a time: half a megabyte of temporaries
+_LEDGER_ROWS = 4096  # rows whose ledger is entered at a time: half a megabyte of temporaries
 _VECTORS = 8  # temporaries of one float32 per head and row that are alive at once, at most
 
 
@@ -60,45 +60,58 @@ def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
     merge(state, AttentionState.without_ledger(out, ones, lse))
 
 
-def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor, sinks: Sequence[float] | None = None) -> None:
     """Write out = num / den and the natural logarithm lse = max + log(den).
 
-    `out` is [g, n, D] float16, bfloat16 or float32, `lse` [g, n] float32. A row with no key gives out = 0, as torch's
-    attention has it, and lse = -inf. Raises ValueError if the shapes differ.
+    `out` is [g, n, Dv] float16, bfloat16 or float32, `lse` [g, n] float32. A row with no key gives out = 0, as torch's
+    attention has it, and lse = -inf. `sinks` has a learnable sink for each head, which is merged first: num = 0, den = 1,
+    max = sink and no keys; `state` keeps what it has. Raises ValueError if the shapes differ.
     """
     if out.shape != state.num.shape or lse.shape != state.den.shape:
         raise ValueError(f"cannot write a state {list(state.num.shape)} to out {list(out.shape)} and lse {list(lse.shape)}")
+    if sinks is not None and len(sinks) != len(out):
+        raise ValueError(f"{len(sinks)} sinks: expected one of each of {len(out)} heads")
     fused = _fused(state.num)
     if fused is not None:
-        fused.finalise(state, out, lse)
+        fused.finalise(state, out, lse, sinks)
         return
+    of_heads = None if sinks is None else torch.tensor(sinks, dtype=torch.float32, device=out.device).unsqueeze(-1)
     for start, stop in _row_blocks(state):
         block = state.rows(start, stop)
-        divisor = block.den.masked_fill(block.den == 0, 1.0)
-        out[:, start:stop].copy_(block.num / divisor.unsqueeze(-1))
-        lse[:, start:stop].copy_(block.max + torch.log(block.den))
+        num, den, maximum = (block.num, block.den, block.max) if of_heads is None else _with_sink(block, of_heads)
+        divisor = den.masked_fill(den == 0, 1.0)
+        out[:, start:stop].copy_(torch.div(num, divisor.unsqueeze(-1), out=None if of_heads is None else num))
+        lse[:, start:stop].copy_(maximum + torch.log(den))
 
 
-def enter(state: AttentionState, first_row: int, ramps: Sequence[Ramp], *, keys: int = 0, key_sum: int = 0) -> None:
-    """Enter attended keys in the ledger of `state`, of the rows from `first_row` on, in place.
+def enter(state: AttentionState, bounds: Bounds | None, *, keys: int = 0, key_sum: int = 0) -> None:
+    """Enter attended keys in the ledger of `state`, in place.
 
-    Each row attends `keys` keys, whose indices sum to `key_sum` modulo 2^64, and those between each two of `ramps`.
+    Each row attends the keys that `bounds` say, by the problem's own indices, with rows counted from the state's first; and
+    `keys` more, whose indices sum to `key_sum` modulo 2^64. Raises ValueError for the bounds of other rows.
     """
+    if bounds is not None and (bounds.edges[0], bounds.edges[-1]) != (0, len(state.keys)):
+        raise ValueError(f"bounds of rows {bounds.edges[0]} to {bounds.edges[-1]}: expected 0 to {len(state.keys)}")
     fused = _fused(state.keys)
     if fused is not None:
-        fused.enter(state, first_row, ramps, keys, key_sum)
+        fused.enter(state, bounds, keys, key_sum)
         return
     state.keys.add_(keys)
     state.key_sum.add_(_signed(key_sum))
-    for start in range(0, len(state.keys), _LEDGER_ROWS) if ramps else ():
-        block = state.rows(start, start + _LEDGER_ROWS)
-        rows = torch.arange(len(block.keys), dtype=torch.int64, device=block.keys.device).add_(first_row + start)
-        for lower, upper in zip(ramps[::2], ramps[1::2], strict=True):
-            low, high = (torch.clamp(rows + ramp.offset, ramp.least, ramp.most) for ramp in (lower, upper))
-            block.keys.add_(high).sub_(low)
-            count, ends = high - low, high + low - 1  # the sum is half their product, and one of them is even
-            odd = count % 2 == 1
-            block.key_sum.add_(torch.where(odd, count, count // 2) * torch.where(odd, ends // 2, ends))
+    if bounds is None:
+        return
+    for start in range(0, len(state.keys), _LEDGER_ROWS):
+        block = state.rows(start, min(start + _LEDGER_ROWS, len(state.keys)))
+        _enter_bounds(block, bounds.part(range(start, start + len(block.keys))))
+
+
+def _enter_bounds(state: AttentionState, bounds: Bounds) -> None:
+    values = torch.from_numpy(bounds.values()).to(state.keys.device)
+    for low, high in (values[:, :2].unbind(1), values[:, 2:].unbind(1)):
+        count, ends = high - low, high + low - 1  # the sum is half their product, and one of them is even
+        odd = count % 2 == 1
+        state.keys.add_(count)
+        state.key_sum.add_(torch.where(odd, count, count // 2) * torch.where(odd, ends // 2, ends))
 
 
 def _signed(number: int) -> int:
@@ -135,6 +148,14 @@ def _row_blocks(state: AttentionState) -> Iterator[tuple[int, int]]:
     group_size, rows, head_dim = state.num.shape
     step = max(1, SCRATCH_BYTES // (4 * group_size * (head_dim + _VECTORS)))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _with_sink(state: AttentionState, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The num, den and max of a state with the sinks [g, 1] of its heads; the state stays as it is."""
+    maximum = torch.maximum(state.max, sinks)
+    shift = finite_shift(maximum)
+    kept = torch.exp(state.max - shift)
+    return state.num * kept.unsqueeze(-1), state.den * kept + torch.exp(sinks - shift), maximum
 
 
 def _merge_block(into: AttentionState, other: AttentionState) -> None:

@@ -52,8 +52,8 @@ def device_type(name: str) -> DeviceType:
     return _registration(name).device_type
 
 
-def default_kernel(device: torch.device | str, dtype: str, head_dim: int) -> str:
-    """The name of the fastest kernel for a dtype and D = head_dim on a device.
+def default_kernel(device: torch.device | str, dtype: str, head_dim: int, value_dim: int) -> str:
+    """The name of the fastest kernel for a dtype, D = head_dim and Dv = value_dim on a device.
 
     `device` is "cpu", "cuda", "cuda:1" and so on; the reference is never chosen. Raises ProblemError, with every kernel's
     reason, if none serves them.
@@ -61,32 +61,38 @@ def default_kernel(device: torch.device | str, dtype: str, head_dim: int) -> str
     device = _known_device(device)
     reasons: dict[str, list[str]] = {}
     for name in _names_for(device.type):
-        reason = get_kernel(name).unsupported_reason(device, dtype, head_dim)
+        reason = get_kernel(name).unsupported_reason(device, dtype, head_dim, value_dim)
         if not reason and _KERNELS[name].default:
             return name
         reasons.setdefault(reason, []).append(name)
     found = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     raise ProblemError(
-        f"no kernel attends {dtype} with D = {head_dim} on {device}: {found or 'there are kernels for cpu and cuda'}"
+        f"no kernel attends {_operands(dtype, head_dim, value_dim)} on {device}: "
+        f"{found or 'there are kernels for cpu and cuda'}"
     )
 
 
-def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: int) -> Kernel:
-    """The kernel of that name, if it serves `dtype` and D = head_dim on `device`.
+def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: int, value_dim: int) -> Kernel:
+    """The kernel of that name, if it serves `dtype`, D = head_dim and Dv = value_dim on `device`.
 
     Raises ProblemError, saying why it cannot and which kernels can, or that there is no such kernel.
     """
     kernel = get_kernel(name)
     device = _known_device(device)
-    reason = kernel.unsupported_reason(device, dtype, head_dim)
+    asked = device, dtype, head_dim, value_dim
+    reason = kernel.unsupported_reason(*asked)
     if not reason:
         return kernel
     names = _names_for(device.type)
-    others = [other for other in names if not get_kernel(other).unsupported_reason(device, dtype, head_dim)]
+    others = [other for other in names if not get_kernel(other).unsupported_reason(*asked)]
     raise ProblemError(
-        f"kernel {name!r} cannot attend {dtype} with D = {head_dim} on {device}: {reason}"
+        f"kernel {name!r} cannot attend {_operands(dtype, head_dim, value_dim)} on {device}: {reason}"
         + (f"; choose one of {', '.join(others)} or leave --kernel out" if others else "; leave --kernel out")
     )
+
+
+def _operands(dtype: str, head_dim: int, value_dim: int) -> str:
+    return f"{dtype} with D = {head_dim}" + (f", Dv = {value_dim}" if value_dim != head_dim else "")
 
 
 def _registration(name: str) -> _Registration:

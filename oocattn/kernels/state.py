@@ -17,7 +17,7 @@ class AttentionState:
     """Attention of n rows of g heads over the keys so far, before the division: tensors that kernels update in place.
 
     With the scores s of a row and a shift no less than a few units below the largest of them: `max` [g, n] is the shift,
-    `den` [g, n] the sum of exp(s - max) and `num` [g, n, D] the sum of exp(s - max) * v, all float32. A row with no key has
+    `den` [g, n] the sum of exp(s - max) and `num` [g, n, Dv] the sum of exp(s - max) * v, all float32. A row with no key has
     num = 0, den = 0 and max = -inf. The ledger, the same for all heads, says which keys were attended: `keys` [n] int64
     counts them, `key_sum` [n] int64 is the sum of their indices modulo 2^64. Kernels do not touch it; merging adds it.
 
@@ -41,20 +41,20 @@ class AttentionState:
             )
 
     @classmethod
-    def empty(cls, group_size: int, rows: int, head_dim: int, device: torch.device | str = "cpu") -> AttentionState:
-        """Allocate the state of [group_size, rows, head_dim] without keys."""
+    def empty(cls, group_size: int, rows: int, value_dim: int, device: torch.device | str = "cpu") -> AttentionState:
+        """Allocate the state of [group_size, rows, value_dim] without keys."""
 
         def take(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        state = cls.allocate(take, group_size, rows, head_dim)
+        state = cls.allocate(take, group_size, rows, value_dim)
         state.reset()
         return state
 
     @classmethod
-    def allocate(cls, take: Take, group_size: int, rows: int, head_dim: int) -> AttentionState:
-        """An uninitialised state of [group_size, rows, head_dim], of tensors that `take` gives."""
-        numbers = (group_size, rows, head_dim), (group_size, rows), (group_size, rows)
+    def allocate(cls, take: Take, group_size: int, rows: int, value_dim: int) -> AttentionState:
+        """An uninitialised state of [group_size, rows, value_dim], of tensors that `take` gives."""
+        numbers = (group_size, rows, value_dim), (group_size, rows), (group_size, rows)
         tensors = [take(shape, torch.float32) for shape in numbers]
         return cls(*tensors, *(take((rows,), torch.int64) for _ in range(2)))
 
@@ -79,12 +79,16 @@ class AttentionState:
         rows = slice(start, stop)
         return AttentionState(self.num[:, rows], self.den[:, rows], self.max[:, rows], self.keys[rows], self.key_sum[rows])
 
-    def head(self, index: int) -> AttentionState:
-        """The state of one head as views, with g = 1."""
-        heads = slice(index, index + 1)
+    def heads(self, start: int, stop: int) -> AttentionState:
+        """Heads [start, stop) as views."""
+        heads = slice(start, stop)
         return AttentionState(self.num[heads], self.den[heads], self.max[heads], self.keys, self.key_sum)
 
+    def head(self, index: int) -> AttentionState:
+        """The state of one head as views, with g = 1."""
+        return self.heads(index, index + 1)
+
     @staticmethod
-    def nbytes_for(group_size: int, rows: int, head_dim: int) -> int:
-        """Bytes of a state: D + 2 float32 per head and row, two int64 per row."""
-        return rows * (group_size * (head_dim + 2) * 4 + 16)
+    def nbytes_for(group_size: int, rows: int, value_dim: int) -> int:
+        """Bytes of a state: Dv + 2 float32 per head and row, two int64 per row."""
+        return rows * (group_size * (value_dim + 2) * 4 + 16)
