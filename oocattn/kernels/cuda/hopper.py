@@ -13,9 +13,10 @@ from importlib import import_module
 import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, hopper_reason
+from oocattn.kernels.cuda.items import scratch_sizes
 from oocattn.kernels.kernel import HALF_DTYPES, Kernel, Operands, unsupported_dtype
-from oocattn.kernels.plain import PlainKernel
 from oocattn.kernels.state import AttentionState
+from oocattn.problem.calls import CallSize
 from oocattn.problem.scores import Scores
 
 logger = logging.getLogger("oocattn")
@@ -28,40 +29,35 @@ class HopperKernel(Kernel):
 
     name = "hopper"
     rounds_weights = True
+    max_masked_keys = 1 << 18  # documents at D = 64: 495 TFLOP/s, with 64K keys 450 (H200); spans have 16K keys all the same
 
     def attend(self, operands: Operands, state: AttentionState) -> None:
-        """Launch once, where each row attends one interval and both ends rise by one key a row; else the plain kernel does.
+        """Launch what there is to do.
 
         Tensors with an address or strides that are no multiples of 16 bytes are copied before it. Raises ValueError also
         for calls that it cannot count in 32 bits.
         """
         operands.check(state)
-        _check_limits(operands.query, state)
-        band = operands.band
-        if not operands.rows or not operands.keys:
-            return
-        if band is None:
-            PlainKernel().attend(operands, state)
-        elif band.lower < band.upper:
-            launch = import_module("oocattn.kernels.cuda.launch")
-            tensors = operands.query, operands.key, operands.value
-            launch.attend(*tensors, state, scale=operands.scores.scale, band=band)
+        _check_limits(operands, state)
+        if operands.rows and operands.keys:
+            import_module("oocattn.kernels.cuda.launch").attend(operands, state)
 
-    def scratch_bytes(self, group_size: int, rows: int, keys: int, head_dim: int, dtype: str, threads: int) -> int:
-        """The counters, but not the copies that `attend` may make."""
-        return allocated_bytes(4 * (1 + group_size * (rows // 64 + 3)))
+    def scratch_bytes(self, call: CallSize) -> int:
+        """The counters, bounds and items of a listed call, or the results of a split one; not the copies of odd tensors."""
+        return allocated_bytes(*scratch_sizes(call))
 
-    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
-        return hopper_reason(device) or _operands_reason(dtype, head_dim) or self._refusal(device, dtype, head_dim)
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
+        reason = hopper_reason(device) or _operands_reason(dtype, head_dim, value_dim)
+        return reason or self._refusal(device, dtype, head_dim, value_dim)
 
     @staticmethod
     @cache
-    def _refusal(device: torch.device, dtype: str, head_dim: int) -> str:
+    def _refusal(device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         """The reason why it does not compile or load here; "" if it does."""
-        rows = torch.zeros(1, head_dim, dtype=getattr(torch, dtype), device=device)
+        key, value = (torch.zeros(1, dim, dtype=getattr(torch, dtype), device=device) for dim in (head_dim, value_dim))
         try:
-            state = AttentionState.empty(1, 1, head_dim, device)
-            HopperKernel().attend(Operands(rows.unsqueeze(0), rows, rows, Scores(1.0)), state)
+            state = AttentionState.empty(1, 1, value_dim, device)
+            HopperKernel().attend(Operands(key.unsqueeze(0), key, value, Scores(1.0)), state)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
@@ -71,18 +67,19 @@ class HopperKernel(Kernel):
         return ""
 
 
-def _operands_reason(dtype: str, head_dim: int) -> str:
-    """The reason why rows of `dtype` and D = head_dim cannot be read; "" if they can."""
-    fits = head_dim % 8 == 0 and head_dim <= _MOST_HEAD_DIM
-    return unsupported_dtype(dtype, HALF_DTYPES) or ("" if fits else f"D must be a multiple of 8, {_MOST_HEAD_DIM} at most")
+def _operands_reason(dtype: str, head_dim: int, value_dim: int) -> str:
+    """The reason why rows of `dtype`, D = head_dim and Dv = value_dim cannot be read; "" if they can."""
+    fits = all(dim % 8 == 0 and dim <= _MOST_HEAD_DIM for dim in (head_dim, value_dim))
+    reason = unsupported_dtype(dtype, HALF_DTYPES)
+    return reason or ("" if fits else f"D and Dv must be multiples of 8, {_MOST_HEAD_DIM} at most")
 
 
-def _check_limits(query: torch.Tensor, state: AttentionState) -> None:
+def _check_limits(operands: Operands, state: AttentionState) -> None:
     """Raise ValueError for operands that the kernel would misread, and odd states."""
-    head_dim = query.shape[-1]
-    if _operands_reason(str(query.dtype).removeprefix("torch."), head_dim):
+    dtype, dims = operands.query.dtype, (operands.query.shape[-1], operands.value.shape[-1])
+    if _operands_reason(str(dtype).removeprefix("torch."), *dims):
         raise ValueError(
-            f"{query.dtype} with D = {head_dim}: expected {' or '.join(HALF_DTYPES)}, D a multiple of 8 up to 128"
+            f"{dtype} with D = {dims[0]}, Dv = {dims[1]}: expected {' or '.join(HALF_DTYPES)}, multiples of 8 up to 128"
         )
     if state.num.data_ptr() % 8 or any(stride % 2 for stride in state.num.stride()[:-1]):
         raise ValueError("num of the state must lie at multiples of 8 bytes")

@@ -1,135 +1,240 @@
-"""Launches of our own kernel on Hopper GPUs (hopper.cu), cut into items; only where `cuda.bindings` is installed."""
+"""Launches of our own kernel on Hopper GPUs (hopper.cu); only where `cuda.bindings` is installed.
+
+A call is made in one of three ways. Where each row attends one interval and both ends rise by one key a row (a band), items
+follow from its two numbers. Other bounds are worked out on the GPU, which lists the items. A full call of few rows has the
+heads' rows packed in tiles, and its spans merged afterwards.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import heapq
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
+from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 from cuda.bindings import driver
-from torch import Tensor
 
-from oocattn.kernels.cuda.merging import row_strides, state_of
+from oocattn.kernels.cuda.items import (
+    ITEMS,
+    KEYS_OF_STEP,
+    MOST_LISTED_KEYS,
+    MOST_SPLIT_KEYS,
+    PANEL,
+    Tuning,
+    choose_span,
+    is_split,
+    split_span,
+    tuning_for,
+)
+from oocattn.kernels.cuda.listing import MOST_PIECES, list_items
+from oocattn.kernels.cuda.merging import State, gather, row_strides, state_of
 from oocattn.kernels.cuda.program import Program, checked
 from oocattn.kernels.intervals import Band
+from oocattn.kernels.kernel import Operands
 from oocattn.kernels.state import AttentionState
 from oocattn.units import ceil_div, round_up
 
-KEYS_OF_STEP = 128  # `KEYS` of hopper.cu
-MOST_SPAN = 16_384  # keys of one accumulation: its error is a third of the weights' (NOTES.md)
-PROCESSORS = 132  # multiprocessors to choose spans for, on any GPU, so that all give the same bits
 MOST_ROWS = (1 << 31) - (1 << 15)  # rows, keys and items of a call: the kernel counts them in 32 bits
-ITEMS = 4  # items of a block; then it ends, and small kernels of other streams get in
-_ITEM_STEPS = 3  # cost of an item beside its steps, in steps: fill the pipeline, add the state
-_CHOICES, _MANY_ITEMS = 8, 20  # numbers of spans to try, and items per multiprocessor that make any do
-
-_PANEL = 64
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The cut of the program for one head dimension."""
-
-    consumers: int
-    stages: int
-    ring: bool
-
-    @property
-    def rows(self) -> int:
-        """Rows of a tile."""
-        return 64 * self.consumers
-
-
-TUNING = {64: Tuning(consumers=3, stages=2, ring=True), 128: Tuning(consumers=2, stages=2, ring=False)}
-"""By the head dimension, rounded up to a multiple of 64."""
+_LISTED_OF_TILE = 2  # items of a tile that blocks are launched for, in a listed call
+MOST_SLOPES = 256  # heads of a launch with slopes
+_ADDRESSES = ("next", "turns", "listed", "items", "walks", "wholes", "bounds", "positions")
+_LOG2E = math.log2(math.e)
+_LARGEST = torch.finfo(torch.float32).max
+_NO_CAP = 2.0**100  # a softcap from here on changes no score that float32 tells apart
 
 
 class _Call(ctypes.Structure):
-    """`Call` of hopper.cu."""
+    """`Call` of items.cuh."""
 
     _fields_ = (
         *[(name, ctypes.c_int) for name in ("heads", "rows", "keys", "span", "lower", "upper")],
-        ("scale", ctypes.c_float),
-        ("turns", ctypes.c_void_p),
+        *[(name, ctypes.c_float) for name in ("scale", "cap")],
+        *[(name, ctypes.c_void_p) for name in (*_ADDRESSES, "bias")],
+        ("bias_head", ctypes.c_longlong),
+        ("slopes", ctypes.c_float * MOST_SLOPES),
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, state: AttentionState, *, scale: float, band: Band) -> None:
-    """Add attention of query [g, n, D] over the keys of `band`, key and value [m, D], to `state`, in place, in one launch.
+class Variant(NamedTuple):
+    """What is compiled into a program of hopper.cu."""
 
-    float16 or bfloat16, D a multiple of 8 up to 128, scale > 0; n and m are not 0.
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    listed: bool = False
+    split: bool = False
+    softcap: bool = False
+    slopes: bool = False
+    bias: bool = False
+
+    @property
+    def tuning(self) -> Tuning:
+        """The cut of the program."""
+        return tuning_for(self.value_dim, plain=not (self.softcap or self.slopes or self.bias))
+
+
+def attend(operands: Operands, state: AttentionState) -> None:
+    """Add attention to `state`, in place; see `Kernel.attend`.
+
+    float16 or bfloat16, D and Dv multiples of 8 up to 128; n and m are not 0.
     """
-    group_size, rows, head_dim = query.shape
-    keys, device = key.shape[0], query.device
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    program = program_for(head_dim, query.dtype)
-    tuning = TUNING[round_up(head_dim, _PANEL)]
+    given = (operands.query, operands.key, operands.value)
+    query, key, value = map(_aligned, given)
+    if any(tensor is not each for tensor, each in zip((query, key, value), given, strict=True)):
+        operands = Operands(query, key, value, operands.scores, operands.intervals, operands.slopes, operands.key_bias)
+    cap = operands.scores.softcap
+    terms = (cap is not None and cap < _NO_CAP, operands.slopes is not None, operands.key_bias is not None)
+    variant = Variant(query.shape[-1], value.shape[-1], query.dtype, False, False, *terms)
+    band = operands.band
+    windowed = band is not None and not band.is_open_below(operands.rows)
+    if band is None or windowed or variant.slopes:
+        for part, own in _parts(operands, state):
+            _attend_listed(variant._replace(listed=True), part, own)
+    elif band.lower < band.upper:
+        rows, keys = operands.rows, operands.keys
+        full = band.is_open_below(rows) and band.upper >= keys
+        one_bias = operands.key_bias is None or len(operands.key_bias) == 1
+        if full and one_bias and is_split(len(query), rows, keys, variant.tuning.rows):
+            _attend_split(variant._replace(split=True), operands, state)
+        else:
+            _attend_band(variant, operands, state, band)
+
+
+def _attend_band(variant: Variant, operands: Operands, state: AttentionState, band: Band) -> None:
+    """Launch once for the keys of a band."""
+    (group_size, rows, _), keys, tuning = operands.query.shape, operands.keys, variant.tuning
     band = Band(*(max(-rows, min(bound, keys)) for bound in band))  # more is the same
     span = choose_span(group_size, rows, keys, band, tuning.rows)
     tiles = group_size * ceil_div(rows, tuning.rows)
     counters, items = 1 + tiles * tuning.consumers, tiles * ceil_div(keys, span)  # fewer where some attend nothing
-    if max(rows, keys, counters, items) > MOST_ROWS:
-        raise ValueError(f"a call of {group_size} heads x {rows} rows and {keys} keys is too large: divide it")
-    turns = torch.zeros(counters, dtype=torch.int32, device=device)
-    call = _Call(group_size, rows, keys, span, *band, scale * math.log2(math.e), turns.data_ptr())
-    maps = [_tensor_map(query, tuning.rows), *(_tensor_map(tensor.unsqueeze(0), KEYS_OF_STEP) for tensor in (key, value))]
-    threads = 128 * (tuning.consumers + 1)
+    _check_count(operands, counters, items)
+    turns = torch.zeros(counters, dtype=torch.int32, device=operands.query.device)
+    addresses = (turns.data_ptr(), turns.data_ptr() + 4)
+    _launch(variant, operands, state_of(state), items, _call(variant, operands, (span, *band), addresses))
+
+
+def _attend_listed(variant: Variant, operands: Operands, state: AttentionState) -> None:
+    """List the items on the GPU, then launch."""
+    assert operands.intervals is not None
+    query, consumers = operands.query, variant.tuning.consumers
+    listed = list_items(len(query), operands.intervals, consumers, query.device, positions=variant.slopes)
+    items = _LISTED_OF_TILE * listed.layout.tiles * len(query)
+    _check_count(operands, listed.layout.counters, listed.layout.most_items * len(query))
+    call = _call(variant, operands, (ceil_div(items, ITEMS), 0, 0), listed.addresses)
+    _launch(variant, operands, state_of(state), items, call)
+
+
+def _attend_split(variant: Variant, operands: Operands, state: AttentionState) -> None:
+    """Have each span of the keys attended by itself, by the rows of all heads, and merge what they give."""
+    group_size, rows, head_dim = operands.query.shape
+    packed = operands.query.reshape(1, group_size * rows, head_dim)
+    for first in range(0, operands.keys, MOST_SPLIT_KEYS):
+        part = slice(first, first + MOST_SPLIT_KEYS)
+        bias = None if operands.key_bias is None else operands.key_bias[:, part]
+        own = Operands(packed, operands.key[part], operands.value[part], operands.scores, key_bias=bias)
+        span = split_span(own.rows, own.keys, variant.tuning.rows)
+        spans = ceil_div(own.keys, span)
+        results = torch.empty(spans * own.rows * (variant.value_dim + 2), dtype=torch.float32, device=packed.device)
+        of_spans = _state_of_spans(results.data_ptr(), spans, own.rows, variant.value_dim)
+        items = spans * ceil_div(own.rows, variant.tuning.rows)
+        _launch(variant, own, of_spans, items, _call(variant, own, (span, -own.rows, own.keys), ()))
+        gather(state, of_spans, spans)
+
+
+def _state_of_spans(address: int, spans: int, rows: int, value_dim: int) -> State:
+    """The num, den and max of each span, after one another: [spans, rows, Dv] and twice [spans, rows] float32."""
+    den = address + 4 * spans * rows * value_dim
+    return State(address, den, den + 4 * spans * rows, 0, 0, rows * value_dim, value_dim, rows, 1, rows, 1, 0, 0)
+
+
+def _parts(operands: Operands, state: AttentionState) -> Iterator[tuple[Operands, AttentionState]]:
+    """The calls, one after another, that one launch each can hold: of rows, keys and heads."""
+    intervals = operands.intervals
+    assert intervals is not None
+    pieces = intervals.bounds.edges[:-1:MOST_PIECES].tolist()
+    of_rows = [range(*ends) for ends in pairwise((*pieces, operands.rows)) if ends[0] < ends[1]]
+    of_keys = [
+        range(first, min(first + MOST_LISTED_KEYS, operands.keys)) for first in range(0, operands.keys, MOST_LISTED_KEYS)
+    ]
+    step = MOST_SLOPES if operands.slopes else len(operands.query)
+    of_heads = [slice(first, first + step) for first in range(0, len(operands.query), step)]
+    if len(of_rows) == len(of_keys) == len(of_heads) == 1:
+        yield operands, state
+        return
+    for heads, rows, keys in product(of_heads, of_rows, of_keys):
+        bias = operands.key_bias
+        part = Operands(
+            operands.query[heads, rows.start : rows.stop],
+            operands.key[keys.start : keys.stop],
+            operands.value[keys.start : keys.stop],
+            operands.scores,
+            intervals.part(rows, keys),
+            operands.slopes and operands.slopes[heads],
+            None if bias is None else bias[heads if len(bias) > 1 else slice(1), keys.start : keys.stop],
+        )
+        yield part, state.heads(*heads.indices(len(operands.query))[:2]).rows(rows.start, rows.stop)
+
+
+def _check_count(operands: Operands, *counts: int) -> None:
+    if max(operands.rows, operands.keys, *counts) > MOST_ROWS:
+        raise ValueError(
+            f"a call of {len(operands.query)} heads x {operands.rows} rows and {operands.keys} keys is too large: divide it"
+        )
+
+
+def _call(variant: Variant, operands: Operands, cut: tuple[int, int, int], addresses: Sequence[int]) -> _Call:
+    """The argument `Call`: its `cut` is span, lower and upper, the addresses those of `Listed`, as many as are used."""
+    call = _Call(len(operands.query), operands.rows, operands.keys, *cut)
+    scale = operands.scores.scale
+    call.scale, call.cap = scale * _LOG2E, 0.0
+    if variant.softcap:
+        cap = operands.scores.softcap
+        assert cap is not None
+        call.scale, call.cap = min(scale / cap, _LARGEST), cap * _LOG2E
+    for name, address in zip(_ADDRESSES, addresses, strict=False):
+        setattr(call, name, address)
+    if operands.key_bias is not None:
+        bias = operands.key_bias
+        call.bias, call.bias_head = bias.data_ptr(), bias.stride(0) if len(bias) > 1 else 0
+    for head, slope in enumerate(operands.slopes or ()):
+        call.slopes[head] = -slope * _LOG2E
+    return call
+
+
+def _launch(variant: Variant, operands: Operands, state: State, items: int, call: _Call) -> None:
+    tuning, device = variant.tuning, operands.query.device
+    keys, values = operands.key.unsqueeze(0), operands.value.unsqueeze(0)
+    maps = [_tensor_map(operands.query, tuning.rows), *(_tensor_map(tensor, KEYS_OF_STEP) for tensor in (keys, values))]
     # A block for each multiprocessor to spare: so the last items are not left to those that have taken few.
-    blocks = ceil_div(items, ITEMS) + torch.cuda.get_device_properties(device).multi_processor_count
-    program.launch("attend", device, blocks, threads, (*maps, state_of(state), call))
-
-
-@lru_cache(4096)
-def choose_span(group_size: int, rows: int, keys: int, band: Band, tile: int) -> int:
-    """Keys of a span, 16K at most; of few items, the span with which they fill the multiprocessors best."""
-    fewest, tiles = ceil_div(keys, MOST_SPAN), group_size * ceil_div(rows, tile)
-    times: dict[int, int] = {}
-    for spans in range(fewest, fewest + _CHOICES):
-        span = round_up(ceil_div(keys, spans), KEYS_OF_STEP)
-        if tiles * spans > _MANY_ITEMS * PROCESSORS:
-            return min(times, key=times.__getitem__, default=span)
-        times[span] = _makespan(steps_of_items(group_size, rows, keys, band, tile, span))
-    return min(times, key=times.__getitem__)
-
-
-def steps_of_items(group_size: int, rows: int, keys: int, band: Band, tile: int, span: int) -> list[int]:
-    """Steps of the items of a call, in the order in which hopper.cu takes them."""
-    attended = [  # by the rows of each tile
-        (max(0, row + band.lower), min(keys, min(rows, row + tile) - 1 + band.upper)) for row in range(0, rows, tile)
-    ]
-    return [
-        ceil_div(min(first + span, stop) - max(first, start - start % KEYS_OF_STEP), KEYS_OF_STEP)
-        for first in range(0, keys, span)
-        for start, stop in reversed(attended)
-        if start < min(first + span, keys) and stop > first
-        for _ in range(group_size)
-    ]
-
-
-def _makespan(items: list[int]) -> int:
-    """Steps until the last item ends if each goes to the first free processor."""
-    free = [0] * PROCESSORS
-    for steps in items:
-        heapq.heapreplace(free, free[0] + steps + _ITEM_STEPS)
-    return max(free)
+    blocks = items if variant.split else ceil_div(items, ITEMS) + _multiprocessors(device)
+    threads, arguments = 128 * (tuning.consumers + 1), (*maps, state, call)
+    program_for(variant).launch("attend", device, blocks, threads, arguments, early=variant.split or variant.listed)
 
 
 @cache
-def program_for(head_dim: int, dtype: torch.dtype) -> Program:
-    """Make hopper.cu for 16-bit rows of D = head_dim, a multiple of 8 up to 128."""
-    width = round_up(head_dim, _PANEL)
-    tuning = TUNING[width]
-    shared = 2 * width * (tuning.rows + 2 * tuning.stages * KEYS_OF_STEP) + 2048
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def program_for(variant: Variant) -> Program:
+    """Make hopper.cu for 16-bit rows, D and Dv multiples of 8 up to 128."""
+    tuning = variant.tuning
+    widths = round_up(variant.head_dim, PANEL), round_up(variant.value_dim, PANEL)
+    shared = 2 * (widths[0] * tuning.rows + tuning.stages * KEYS_OF_STEP * sum(widths)) + 2048
     macros = {
-        "HEAD_DIM": head_dim,
+        "HEAD_DIM": variant.head_dim,
+        "VALUE_DIM": variant.value_dim,
         "CONSUMERS": tuning.consumers,
         "STAGES": tuning.stages,
         "RING": int(tuning.ring),
         "ITEMS": ITEMS,
-        "BFLOAT16": int(dtype == torch.bfloat16),
+        "BFLOAT16": int(variant.dtype == torch.bfloat16),
+        **{name.upper(): int(getattr(variant, name)) for name in ("listed", "split", "softcap", "slopes", "bias")},
+        "MOST_SLOPES": MOST_SLOPES,
         "SHARED_BYTES": shared,
     }
     return Program("hopper.cu", macros, variant="a", shared_bytes=shared)
@@ -166,7 +271,7 @@ def _encode(
             address,
             [driver.cuuint64_t(size) for size in shape],
             [driver.cuuint64_t(stride) for stride in strides],
-            [driver.cuuint32_t(size) for size in (_PANEL, rows, 1)],
+            [driver.cuuint32_t(size) for size in (PANEL, rows, 1)],
             [driver.cuuint32_t(1) for _ in shape],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,

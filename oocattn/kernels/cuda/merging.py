@@ -9,16 +9,21 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
 
+from oocattn.kernels.cuda.pieces import cut, most_pieces, no_pieces, piece_table
 from oocattn.kernels.cuda.program import Program
 from oocattn.kernels.state import AttentionState
-from oocattn.problem.mask import Ramp
+from oocattn.problem.bounds import Bounds
 from oocattn.units import ceil_div
 
 _WARPS = 8  # rows of a block
+_GATHERERS = 4  # warps of a block that merges the spans of a row
 _ENTRIES = 256  # rows of a block that enters keys in a ledger
+_MOST_SINKS = 512  # of a launch
 
 
 class State(ctypes.Structure):
@@ -40,16 +45,10 @@ class _Output(ctypes.Structure):
     )
 
 
-class _Entry(ctypes.Structure):
-    """`Entry` of merge.cu."""
+class _Sinks(ctypes.Structure):
+    """`Sinks` of merge.cu."""
 
-    _fields_ = (
-        ("first_row", ctypes.c_longlong),
-        ("keys", ctypes.c_longlong),
-        ("key_sum", ctypes.c_ulonglong),
-        ("ranges", ctypes.c_longlong),
-        ("ramps", ctypes.c_longlong * 12),
-    )
+    _fields_ = (("given", ctypes.c_int), ("of_head", ctypes.c_float * _MOST_SINKS))
 
 
 def merge(into: AttentionState, other: AttentionState) -> None:
@@ -57,21 +56,35 @@ def merge(into: AttentionState, other: AttentionState) -> None:
     _launch("merge", into, state_of(other))
 
 
+def gather(into: AttentionState, spans: State, count: int) -> None:
+    """Add the results of `count` spans of keys to `into` [g, n, Dv], where `spans` [count, g n, Dv] has spans as heads."""
+    heads, rows, value_dim = into.num.shape
+    arguments = (state_of(into), spans, ctypes.c_longlong(rows), ctypes.c_int(count))
+    _program(value_dim).launch("gather", into.num.device, heads * rows, 32 * _GATHERERS, arguments, early=True)
+
+
 def fold(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
     _launch(f"fold_{_name(out)}", state, _output(out, lse))
 
 
-def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-    _launch(f"finalise_{_name(out)}", state, _output(out, lse))
+def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor, sinks: Sequence[float] | None) -> None:
+    if sinks is None:
+        _launch(f"finalise_{_name(out)}", state, _output(out, lse), _Sinks())
+        return
+    for first in range(0, len(sinks), _MOST_SINKS):
+        part = slice(first, first + _MOST_SINKS)
+        given = _Sinks(1, (ctypes.c_float * _MOST_SINKS)(*sinks[part]))
+        _launch(f"finalise_{_name(out)}", state.heads(part.start, part.stop), _output(out[part], lse[part]), given)
 
 
-def enter(state: AttentionState, first_row: int, ramps: Sequence[Ramp], keys: int, key_sum: int) -> None:
-    rows = len(state.keys)
-    bounds = [number for ramp in ramps for number in (ramp.offset, ramp.least, ramp.most)]
-    entry = _Entry(first_row, keys, key_sum % (1 << 64), len(ramps) // 2, (ctypes.c_longlong * 12)(*bounds))
-    if rows:
-        arguments = (state_of(state), entry, ctypes.c_longlong(rows))
-        _program(state.num.shape[-1]).launch("enter", state.num.device, ceil_div(rows, _ENTRIES), _ENTRIES, arguments)
+def enter(state: AttentionState, bounds: Bounds | None, keys: int, key_sum: int) -> None:
+    program, device = _program(state.num.shape[-1]), state.num.device
+    every = range(len(state.keys))
+    for rows, pieces in [(every, no_pieces(np.int64))] if bounds is None else cut(piece_table(bounds), np.int64):
+        numbers = ctypes.c_ulonglong(keys % (1 << 64)), ctypes.c_ulonglong(key_sum % (1 << 64))
+        arguments = (state_of(state), *numbers, pieces, ctypes.c_longlong(len(rows)))
+        if rows:
+            program.launch("enter", device, ceil_div(len(rows), _ENTRIES), _ENTRIES, arguments)
 
 
 def state_of(state: AttentionState) -> State:
@@ -89,18 +102,20 @@ def row_strides(tensor: torch.Tensor) -> tuple[int, int]:
     return head, row
 
 
-def _launch(kernel: str, state: AttentionState, other: ctypes.Structure) -> None:
+def _launch(kernel: str, state: AttentionState, *others: Any) -> None:
     """Launch a kernel that takes a row of one head of `state` with each warp."""
-    heads, rows, head_dim = state.num.shape
+    heads, rows, value_dim = state.num.shape
     blocks = -(-heads * rows // _WARPS)
     if blocks:
-        arguments = (state_of(state), other, ctypes.c_int(heads), ctypes.c_longlong(rows))
-        _program(head_dim).launch(kernel, state.num.device, blocks, 32 * _WARPS, arguments)
+        first, *last = others
+        arguments = (state_of(state), first, ctypes.c_int(heads), ctypes.c_longlong(rows), *last)
+        _program(value_dim).launch(kernel, state.num.device, blocks, 32 * _WARPS, arguments)
 
 
 @cache
-def _program(head_dim: int) -> Program:
-    return Program("merge.cu", {"HEAD_DIM": head_dim})
+def _program(value_dim: int) -> Program:
+    sizes = {"VALUE_DIM": value_dim, "MOST_PIECES": most_pieces(np.int64), "MOST_SINKS": _MOST_SINKS}
+    return Program("merge.cu", sizes)
 
 
 def _output(out: torch.Tensor, lse: torch.Tensor) -> _Output:

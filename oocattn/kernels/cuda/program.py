@@ -12,8 +12,8 @@ import hashlib
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import cache
+from contextlib import nullcontext, suppress
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -72,18 +72,31 @@ class Program:
     def _options(self, architecture: str) -> tuple[str, ...]:
         return ("--std=c++17", f"--gpu-architecture={architecture}", *self._macros)
 
-    def launch(self, kernel: str, device: torch.device, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+    def launch(
+        self,
+        kernel: str,
+        device: torch.device,
+        blocks: int,
+        threads: int,
+        arguments: Sequence[Any],
+        *,
+        early: bool = False,
+    ) -> None:
         """Launch a kernel of this program on torch's current stream of `device`.
 
-        `arguments` are of ctypes. Raises CompilationError where the program cannot be compiled for the device.
+        `arguments` are of ctypes. An `early` one may begin before the launch ahead has ended, and waits for it by itself.
+        Raises CompilationError where the program cannot be compiled for the device.
         """
-        with torch.cuda.device(device):
+        with nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
             checked(driver.cuCtxSetCurrent(_context(device)))
             function = self._functions.get((kernel, device)) or self._load(kernel, device)
             pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
             stream = torch.cuda.current_stream(device).cuda_stream
             sizes = (blocks, 1, 1, threads, 1, 1, self._shared_bytes)
-            checked(driver.cuLaunchKernel(function, *sizes, stream, ctypes.addressof(pointers), 0))
+            if early:
+                checked(driver.cuLaunchKernelEx(_config(stream, *sizes), function, ctypes.addressof(pointers), 0))
+            else:
+                checked(driver.cuLaunchKernel(function, *sizes, stream, ctypes.addressof(pointers), 0))
 
     def _load(self, kernel: str, device: torch.device) -> Any:
         architecture = "sm_{}{}{}".format(*torch.cuda.get_device_capability(device), self._variant)
@@ -113,6 +126,21 @@ class Program:
             return cubin, said
         finally:
             nvrtc.nvrtcDestroyProgram(program)
+
+
+@lru_cache(256)
+def _config(stream: int, *sizes: int) -> Any:
+    """The launch configuration of a kernel that may begin before the launch ahead has ended."""
+    config, attribute, value = driver.CUlaunchConfig(), driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+    names = ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ", "sharedMemBytes")
+    for name, size in zip(names, sizes, strict=True):
+        setattr(config, name, size)
+    config.hStream = stream
+    value.programmaticStreamSerializationAllowed = 1
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value = value
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def _source(name: str) -> bytes:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from oocattn.kernels.cuda.device import capability_reason
 from oocattn.kernels.kernel import HALF_DTYPES, unsupported_dtype
-from oocattn.kernels.libraries.library import LibraryKernel, shared_by_heads
+from oocattn.kernels.libraries.library import LibraryKernel, equal_dims_reason, shared_by_heads
+from oocattn.problem.calls import CallSize
 from oocattn.units import ceil_div
 
 _WIDE = 91900  # from cuDNN 9.19 on, D up to 256 is right on Hopper: 3e-4 measured at D = 160 and 256 (H200, float16)
@@ -27,8 +28,9 @@ class CudnnKernel(LibraryKernel):
     name = "cudnn"
     plans_shapes = True
 
-    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         reason = capability_reason(device, (8, 0)) or unsupported_dtype(dtype, HALF_DTYPES)
+        reason = reason or equal_dims_reason(head_dim, value_dim)
         if reason:
             return reason
         version = torch.backends.cudnn.version()
@@ -60,8 +62,9 @@ class FlashKernel(LibraryKernel):
 
     name = "flash"
 
-    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         reason = capability_reason(device, (8, 0)) or unsupported_dtype(dtype, HALF_DTYPES)
+        reason = reason or equal_dims_reason(head_dim, value_dim)
         if not reason and (head_dim % 8 or head_dim > 256):
             return "D must be a multiple of 8, 256 at most"
         return reason
@@ -78,11 +81,12 @@ class FlashKernel(LibraryKernel):
         )
         return out[0], lse[0]
 
-    def _buffers(self, group_size: int, rows: int, keys: int, head_dim: int) -> tuple[int, ...]:
-        blocks = group_size * ceil_div(rows, _BLOCK_ROWS)
+    def _buffers(self, call: CallSize) -> tuple[int, ...]:
+        heads_rows, head_dim = call.group_size * call.rows, call.head_dim
+        blocks = call.group_size * ceil_div(call.rows, _BLOCK_ROWS)
         if blocks >= 0.8 * 2 * _MULTIPROCESSORS:
             return ()
         key_block = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
-        splits = min(128, ceil_div(keys, key_block), 5 * 2 * _MULTIPROCESSORS // max(1, blocks))
+        splits = min(128, ceil_div(call.keys, key_block), 5 * 2 * _MULTIPROCESSORS // max(1, blocks))
         padded = ceil_div(head_dim, 32) * 32 if head_dim <= 192 else 256
-        return (splits * group_size * rows * padded * 4, splits * group_size * rows * 4)
+        return (splits * heads_rows * padded * 4, splits * heads_rows * 4)

@@ -26,21 +26,21 @@ class Fa3Kernel(LibraryKernel):
 
     name = "fa3"
 
-    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int) -> str:
+    def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         reason = hopper_reason(device) or unsupported_dtype(dtype, HALF_DTYPES)
         if reason:
             return reason
         if _library() is None:
             return f"neither {' nor '.join(_MODULES)} is installed"
-        return self._refusal(device, dtype, head_dim)
+        return self._refusal(device, dtype, head_dim, value_dim)
 
     @staticmethod
     @cache
-    def _refusal(device: torch.device, dtype: str, head_dim: int) -> str:
+    def _refusal(device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         """The refusal of a tiny call, in the library's words; "" if there is none."""
-        rows = torch.zeros(64, head_dim, dtype=getattr(torch, dtype), device=device)
+        key, value = (torch.zeros(64, dim, dtype=getattr(torch, dtype), device=device) for dim in (head_dim, value_dim))
         try:
-            Fa3Kernel()._call(rows.unsqueeze(0), rows, rows, 1.0, False)
+            Fa3Kernel()._call(key.unsqueeze(0), key, value, 1.0, False)
         except Exception as error:
             return f"the library refuses it: {str(error).strip().partition(chr(10))[0]}"
         return ""

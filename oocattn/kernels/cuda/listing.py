@@ -1,0 +1,116 @@
+"""The items of calls whose rows have bounds of their own, listed on the GPU (bounds.cu)."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from oocattn.kernels.cuda.items import COUNTERS, FEWEST_STEPS, KEYS_OF_STEP, MOST_SPAN, PROCESSORS, most_listed
+from oocattn.kernels.cuda.pieces import cut, most_pieces, piece_table
+from oocattn.kernels.cuda.program import Program
+from oocattn.kernels.intervals import Intervals
+from oocattn.units import ceil_div
+
+MOST_PIECES = most_pieces(np.int32)
+_FAR = 1 << 30
+
+
+class _Listing(ctypes.Structure):
+    """`Listing` of bounds.cu."""
+
+    _fields_ = (
+        *[(name, ctypes.c_int) for name in ("rows", "tiles", "heads")],
+        *[(name, ctypes.c_void_p) for name in ("ended", "listed", "items", "walks", "wholes", "bounds", "positions")],
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the numbers of a listed call lie, in int32 from the start of one buffer."""
+
+    heads: int
+    rows: int
+    keys: int
+    consumers: int
+    positions: bool
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.consumers
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a head."""
+        return ceil_div(self.rows, self.tile)
+
+    @property
+    def most_items(self) -> int:
+        """The most items of a head."""
+        return most_listed(self.heads, self.rows, self.keys, self.tile)
+
+    @property
+    def counters(self) -> int:
+        """Numbers that are 0 at first."""
+        return COUNTERS + self.heads * self.tiles * self.consumers
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the items, walks, wholes, bounds and positions."""
+        rows = self.tiles * self.tile
+        return 4 * self.most_items, 4 * self.tiles, 4 * self.tiles, 4 * rows, rows if self.positions else 0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What bounds.cu leaves in device memory: the addresses that a `Call` of items.cuh has."""
+
+    layout: Layout
+    counters: torch.Tensor
+    numbers: torch.Tensor
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Next item, turns, number of items, items, walks, wholes, bounds, positions."""
+        counters = self.counters.data_ptr()
+        starts = np.cumsum((0, *self.layout.sizes[:-1])).tolist()
+        found = [self.numbers.data_ptr() + 4 * start for start in starts]
+        return counters, counters + 4 * COUNTERS, counters + 8, *found[:4], found[4] if self.layout.positions else 0
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The items, walks, wholes, bounds and positions, for tests; the items up to their number."""
+        *fours, positions = self.numbers.split(self.layout.sizes)
+        items, *others = (part.view(-1, 4) for part in fours)
+        return items[: int(self.counters[2])], *others, positions
+
+
+def list_items(heads: int, intervals: Intervals, consumers: int, device: torch.device, *, positions: bool) -> Listed:
+    """List the items of a call of `intervals`, of MOST_PIECES pieces at most, in one launch."""
+    layout = Layout(heads, intervals.rows, intervals.keys, consumers, positions)
+    counters = torch.zeros(layout.counters, dtype=torch.int32, device=device)
+    listed = Listed(layout, counters, torch.empty(sum(layout.sizes), dtype=torch.int32, device=device))
+    start, _, *others = listed.addresses
+    listing = _Listing(layout.rows, layout.tiles, heads, start + 4, *others)
+    ((_, pieces),) = cut(_narrowed(intervals), np.int32)
+    _program(consumers).launch("list", device, layout.tiles, layout.tile, (pieces, listing))
+    return listed
+
+
+def _narrowed(intervals: Intervals) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The pieces, with offsets and positions that 32 bits hold; bounds stay what they are."""
+    table = piece_table(intervals.bounds)
+    table[:, [2, 6]] = table[:, [2, 6]].clip(-intervals.rows, intervals.keys)
+    table[:, 9] = table[:, 9].clip(-_FAR, _FAR)
+    return table
+
+
+@cache
+def _program(consumers: int) -> Program:
+    sizes = {"CONSUMERS": consumers, "MOST_PIECES": MOST_PIECES, "PROCESSORS": PROCESSORS, "FEWEST_STEPS": FEWEST_STEPS}
+    macros = {**sizes, "MOST_STEPS": MOST_SPAN // KEYS_OF_STEP, "LISTED": 1, "SPLIT": 0, "MOST_SLOPES": 1, "ITEMS": 1}
+    return Program("bounds.cu", macros)
