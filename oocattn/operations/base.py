@@ -6,38 +6,73 @@ states, and has finished ones turned into results. What these are is the operati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from oocattn.division.base import Block
 from oocattn.kernels.state import AttentionState
-from oocattn.operations.ledger import ExpectedLedger
+from oocattn.operations.staging import StagedRows
 from oocattn.operations.tiles import Tile
+from oocattn.problem.problem import HeadGroup
+
+
+@dataclass(frozen=True)
+class Input:
+    """An array of the dataset of which chunks stage rows: [heads, n, width], or [heads, n] where the width is 0."""
+
+    name: str
+    width: int
+    dtype: torch.dtype
+
+    def shape(self, heads: int, rows: int) -> tuple[int, ...]:
+        """The shape of so many staged rows."""
+        return (heads, rows, self.width) if self.width else (heads, rows)
 
 
 class Operation(Protocol):
     """The mathematics of a run. Any thread may call it at any time."""
 
-    query_inputs: tuple[str, ...]  # the arrays of which a query chunk stages its rows, [g, n, D] each
-    key_inputs: tuple[str, ...]  # the arrays of which a key chunk stages its rows, [m, D] each, for all heads
+    @property
+    def query_inputs(self) -> tuple[Input, ...]:
+        """The arrays of which a query chunk stages its rows."""
 
-    def tiles(self, head_group: int, block: Block, key_rows: Mapping[int, range], rows: range, size: int) -> Iterator[Tile]:
-        """Cut the pairs of rows `rows` of a block into tiles of at most `size` keys, which `key_rows` says where to find."""
+    @property
+    def key_inputs(self) -> tuple[Input, ...]:
+        """The arrays of which a key chunk stages its rows."""
 
-    def compute(self, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState) -> None:
+    def heads(self, name: str, group: HeadGroup) -> tuple[int, ...]:
+        """The heads of an input's array that a head group stages."""
+
+    def owns(self, name: str, head_group: int) -> bool:
+        """True if NaN and Inf of an input are counted with this head group: once, where several share its heads."""
+
+    def tiles(self, head_group: int, block: Block, staged: StagedRows, rows: range, size: int) -> Iterator[Tile]:
+        """Cut the pairs of some rows of a block, given as the problem counts them, into tiles of at most `size` keys."""
+
+    def compute(
+        self, head_group: int, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState
+    ) -> None:
         """Compute a tile, add the result to `state`, and enter the pairs in its ledger.
 
-        `query` and `state` are of the rows that the tile was cut for, `key` of the tile's keys. On a GPU the work is
-        launched on torch's current stream, and nothing waits for it.
+        `query` and `state` are of the rows that the tile was cut for, `key` of the tile's keys: [heads, n, ...] all. On a
+        GPU the work is launched on torch's current stream, and nothing waits for it.
         """
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         """Add one state to another of the same rows, in place."""
 
-    def finalise(self, state: AttentionState, out: Tensor, lse: Tensor) -> None:
-        """Turn a state whose pairs are complete into results."""
+    def finalise(self, head_group: int, head: int, state: AttentionState, out: Tensor, lse: Tensor) -> None:
+        """Turn the state of one head of a group, whose pairs are complete, into results."""
 
-    def expected(self, head_group: int, rows: range) -> ExpectedLedger:
-        """The ledger that complete rows, given by their tokens, must have."""
+    def wrong_row(self, head_group: int, state: AttentionState, rows: range) -> int | None:
+        """The first of some complete rows, given as the problem counts them, whose ledger is wrong; None if there is none.
+
+        One thread calls it at a time: it works in memory of its own.
+        """
+
+    def expected(self, head_group: int, row: int) -> tuple[int, int]:
+        """The ledger that a row must have: keys, and the sum of their indices modulo 2^64."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from oocattn.division.base import Block
@@ -11,44 +12,74 @@ from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise, merge
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
-from oocattn.operations.ledger import ExpectedLedger, enter_tile
+from oocattn.operations.base import Input
+from oocattn.operations.ledger import LedgerChecker, enter_tile
+from oocattn.operations.staging import StagedRows
 from oocattn.operations.tiles import Tile, make_tiles
 from oocattn.planning.plan import Plan
-from oocattn.problem.mask import Mask
+from oocattn.problem.problem import HeadGroup
 
 
 class Forward:
-    """Attention by the plan's kernel: q by query chunk, k and v by key chunk. Implements Operation."""
-
-    query_inputs: tuple[str, ...] = ("q",)
-    key_inputs: tuple[str, ...] = ("k", "v")
+    """Attention by the plan's kernel: q by query chunk; k, v and biases by key chunk. Implements Operation."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._mask = plan.problem.mask
-        self._scores = plan.problem.scores
+        self._problem = problem = plan.problem
         self._kernel = get_kernel(plan.kernel)
+        self._ledger = LedgerChecker()
+        dtype = getattr(torch, problem.dtype)
+        self.query_inputs = (Input("q", problem.head_dim, dtype),)
+        bias = (Input("key_bias", 0, torch.float32),) if problem.bias_heads else ()
+        self.key_inputs = (Input("k", problem.head_dim, dtype), Input("v", problem.value_dim, dtype), *bias)
 
-    def mask(self, head_group: int) -> Mask:
-        """The mask of a head group."""
-        return self._mask.entry(self._plan.problem.head_group(head_group).batch)
+    def heads(self, name: str, group: HeadGroup) -> tuple[int, ...]:
+        if name == "q":
+            return group.query_heads
+        if name == "key_bias":
+            return (0,) if self._problem.bias_heads == 1 else group.query_heads
+        return (group.kv_head,)
 
-    def tiles(self, head_group: int, block: Block, key_rows: Mapping[int, range], rows: range, size: int) -> Iterator[Tile]:
-        return make_tiles(self.mask(head_group), self._plan.tokens, block, key_rows, rows, size)
+    def owns(self, name: str, head_group: int) -> bool:
+        shared = name == "key_bias" and self._problem.bias_heads == 1
+        return not shared or head_group % self._problem.entry_groups == 0
 
-    def compute(self, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState) -> None:
-        (q,), (k, v) = query, key
+    def tiles(self, head_group: int, block: Block, staged: StagedRows, rows: range, size: int) -> Iterator[Tile]:
+        plan, mask = self._plan, self._plan.mask(head_group)
+        join = self._problem.given.alibi_slopes is None  # with slopes, the distance of keys must be that of their places
+        queries = plan.query_rows(block.query_chunk)
+        return make_tiles(
+            mask, queries, lambda chunk: plan.grid.keys(chunk, mask.keys), block, staged, rows, size, join=join
+        )
+
+    def compute(
+        self, head_group: int, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState
+    ) -> None:
+        (q,), (k, v, *bias) = query, key
         part = state.rows(tile.rows.start, tile.rows.stop)
-        operands = Operands(q[:, tile.rows.start : tile.rows.stop], k, v, self._scores, tile.intervals())
+        slopes = self._problem.slopes(self._problem.head_group(head_group))
+        operands = Operands(
+            q[:, tile.rows.start : tile.rows.stop],
+            k[0],
+            v[0],
+            self._problem.scores,
+            tile.intervals(always=slopes is not None),
+            slopes,
+            bias[0] if bias else None,
+        )
         self._kernel.attend(operands, part)
         enter_tile(part, tile)
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         merge(into, other)
 
-    def finalise(self, state: AttentionState, out: Tensor, lse: Tensor) -> None:
-        finalise(state, out, lse)
+    def finalise(self, head_group: int, head: int, state: AttentionState, out: Tensor, lse: Tensor) -> None:
+        sinks = self._problem.sinks(self._problem.head_group(head_group))
+        finalise(state, out, lse, None if sinks is None else sinks[head : head + 1])
 
-    def expected(self, head_group: int, rows: range) -> ExpectedLedger:
-        mask = self.mask(head_group)
-        return mask.counts(rows), mask.index_sums(rows)
+    def wrong_row(self, head_group: int, state: AttentionState, rows: range) -> int | None:
+        return self._ledger.find_wrong_row(state, rows, self._plan.mask(head_group))
+
+    def expected(self, head_group: int, row: int) -> tuple[int, int]:
+        keys, key_sum = self._plan.mask(head_group).ledger(range(row, row + 1))
+        return int(keys[0]), int(key_sum[0])

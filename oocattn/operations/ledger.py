@@ -6,37 +6,78 @@ closed forms, beside the call that attends the keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from oocattn.kernels.merging import enter
 from oocattn.kernels.state import AttentionState
 from oocattn.operations.tiles import Tile, pieces
-from oocattn.problem.mask import Cover, Int64s
+from oocattn.problem.bounds import LARGEST, Bounds, Int64s, sums_before
+from oocattn.problem.mask import Cover, Mask
 
-ROWS = 8192  # rows whose numbers are computed at a time: some hundred kilobytes
+ROWS = 1 << 15  # rows that are looked at together: their numbers take a megabyte
 
-ExpectedLedger = tuple[Int64s, Int64s]  # keys that consecutive rows attend, and sums of their indices: int64 [n] each
+MOST_PIECES = 64  # documents of a block of rows that are looked at one by one
 
 
 def enter_tile(state: AttentionState, tile: Tile) -> None:
     """Enter the keys that the rows of a tile attend in the ledger of their state."""
     if tile.cover is Cover.FULL:
         key_sum = sum(len(run) * (run.start + run.stop - 1) // 2 for run in tile.key_tokens)
-        enter(state, tile.row_tokens.start, (), keys=len(tile.keys), key_sum=key_sum)
+        enter(state, None, keys=len(tile.keys), key_sum=key_sum)
         return
     (keys,) = tile.key_tokens
-    enter(state, tile.row_tokens.start, [ramp.clipped(keys) for ramp in tile.mask.ramps])
+    enter(state, tile.mask.bounds(tile.row_tokens, keys).moved(tile.row_tokens.start, 0))
 
 
-def find_wrong_row(state: AttentionState, tokens: range, expected: Callable[[range], ExpectedLedger]) -> int | None:
-    """The first row whose ledger, in host memory, is wrong; None if there is none."""
-    found_keys, found_sum = state.keys.numpy(), state.key_sum.numpy()
-    for part in pieces(tokens, ROWS):
-        rows = slice(part.start - tokens.start, part.stop - tokens.start)
-        keys, key_sum = expected(part)
-        right = (found_keys[rows] == keys) & (found_sum[rows] == key_sum)
-        if not right.all():
-            return rows.start + int(np.argmin(right))
-    return None
+class LedgerChecker:
+    """Compares ledgers with a mask, in memory of its own that is used again: threads that allocate wait for each other."""
+
+    def __init__(self) -> None:
+        self._row = np.arange(ROWS, dtype=np.int64)
+        self._numbers = np.empty((3, ROWS), np.int64)
+        self._same = np.empty(ROWS, bool)
+
+    def find_wrong_row(self, state: AttentionState, tokens: range, mask: Mask) -> int | None:
+        """The first row whose ledger, in host memory, is wrong; None if there is none."""
+        keys, key_sum = state.keys.numpy(), state.key_sum.numpy()
+        for part in pieces(tokens, ROWS):
+            bounds = mask.bounds(part)
+            if len(bounds.start) > MOST_PIECES or mask.keys > LARGEST:
+                rows = slice(part.start - tokens.start, part.stop - tokens.start)
+                expected, expected_sum = bounds.ledger()
+                wrong = _first_wrong((keys[rows] == expected) & (key_sum[rows] == expected_sum))
+                if wrong is not None:
+                    return rows.start + wrong
+                continue
+            for piece, (first, last) in enumerate(pairwise((bounds.edges - tokens.start).tolist())):
+                wrong = self._compare(keys[first:last], key_sum[first:last], bounds, piece)
+                if wrong is not None:
+                    return int(first) + wrong
+        return None
+
+    def _compare(self, keys: Int64s, key_sum: Int64s, bounds: Bounds, piece: int) -> int | None:
+        """Compare the rows of one piece as `Bounds.ledger` does."""
+        stop, resume, product = self._numbers[:, : len(keys)]
+        row, same = self._row[: len(keys)], self._same[: len(keys)]
+        for ramp, bound in ((bounds.stop, stop), (bounds.resume, resume)):
+            np.add(row, bounds.edges[piece] + ramp.offset[piece], out=bound)
+            np.clip(bound, ramp.least[piece], ramp.most[piece], out=bound)
+        np.subtract(stop, resume, out=product)  # keys that are attended, but for the fixed ones
+        product += bounds.fixed[piece] - bounds.start[piece]
+        if not np.equal(product, keys, out=same).all():
+            return _first_wrong(same)
+        # Sums of the indices before a and before b differ by (a - b)(a + b - 1) / 2.
+        np.subtract(stop, resume, out=product)
+        stop += resume
+        stop -= 1
+        product *= stop
+        product >>= 1
+        product += (sums_before(bounds.fixed) - sums_before(bounds.start))[piece]
+        return _first_wrong(np.equal(product, key_sum, out=same))
+
+
+def _first_wrong(same: npt.NDArray[np.bool_]) -> int | None:
+    return None if same.all() else int(np.argmin(same))

@@ -1,8 +1,8 @@
 """Tiles of one query chunk of a subproblem: the keys that meet a query piece.
 
 Pure integers. On a CPU a piece is a whole chunk and a tile all keys of a kind; on a GPU both are what fits the device. With
-pieces of 2 rows and tiles of 1 key, the second piece of a causal chunk of 4, which owns its diagonal, has these tiles (rows
-down, keys across; a column is a tile, `#` a full one):
+pieces of 2 rows and tiles of 1 key, the second piece of a causal chunk of 4, which attends its own keys, has these tiles
+(rows down, keys across; a column is a tile, `#` a full one):
 
     own keys   0  1  2  3
     row 2      #  #  2
@@ -11,21 +11,21 @@ down, keys across; a column is a tile, `#` a full one):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from oocattn.division.base import Block, Subproblem
+from oocattn.division.base import Block
 from oocattn.kernels.intervals import Intervals, make_intervals
-from oocattn.planning.plan import Plan
+from oocattn.operations.staging import Run, StagedRows
 from oocattn.problem.mask import Cover, Mask
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Staged keys, and the rows of a query piece that attend any: one kernel call.
+    """Staged keys, and the rows of a query piece from the first to the last that attends any: one kernel call.
 
-    `rows` are counted within the piece, `keys` within what was staged; the tokens are the problem's. Where the rows attend
-    different keys, these are one run of tokens.
+    `rows` are counted within the piece, `keys` within what was staged; `row_tokens` and `key_tokens` are the problem's.
+    Where the rows attend different keys, these are one run of tokens.
     """
 
     mask: Mask
@@ -42,61 +42,49 @@ class Tile:
             return len(self.rows) * len(self.keys)
         return sum(self.mask.pairs(self.row_tokens, run) for run in self.key_tokens)
 
-    def intervals(self) -> Intervals | None:
-        """The keys that each row attends, as kernels take them."""
-        return None if self.cover is Cover.FULL else make_intervals(self.mask, self.row_tokens, self.key_tokens[0])
-
-
-@dataclass(frozen=True)
-class StagedKeys:
-    """A run of staged keys, and the tokens that they are."""
-
-    rows: range
-    tokens: tuple[range, ...]
-
-    def pieces(self, size: int) -> Iterator[StagedKeys]:
-        """Consecutive parts, each of `size` keys but for the last."""
-        for part in pieces(self.rows, size):
-            yield StagedKeys(part, tuple(self._tokens_of(part)))
-
-    def _tokens_of(self, part: range) -> Iterator[range]:
-        first = self.rows.start  # staged row of the first token of a run
-        for run in self.tokens:
-            start, stop = max(part.start, first), min(part.stop, first + len(run))
-            if start < stop:
-                yield run[start - first : stop - first]
-            first += len(run)
+    def intervals(self, *, always: bool = False) -> Intervals | None:
+        """The keys that each row attends, as kernels take them; None where that is all, unless `always`."""
+        if self.cover is Cover.FULL and not always:
+            return None
+        (keys,) = self.key_tokens
+        return make_intervals(self.mask, self.row_tokens, keys)
 
 
 def make_tiles(
-    mask: Mask, tokens: Callable[[int], range], block: Block, key_rows: Mapping[int, range], rows: range, size: int
+    mask: Mask,
+    queries: range,
+    key_rows: Callable[[int], range],
+    block: Block,
+    staged: StagedRows,
+    rows: range,
+    size: int,
+    *,
+    join: bool,
 ) -> Iterator[Tile]:
-    """The tiles of rows `rows` of a block's query chunk, each of at most `size` keys.
+    """The tiles of rows `rows` of a block, whose query chunk is `queries`, each of at most `size` keys.
 
-    `tokens` gives those of a chunk, and `key_rows` where the keys of a chunk were staged. First come the chunks that the
-    whole query chunk attends, those that lie side by side in one run, and then the others, cut where the mask cuts them.
+    First come the chunks that the whole query chunk attends, then the others, cut where the mask cuts them. Of the first,
+    those that are staged side by side are joined into one run, if asked to, although their tokens may lie apart.
     """
-    queries = tokens(block.query_chunk)
-    chunks = sorted((*block.key_chunks, *[block.query_chunk] * block.diagonal))
-    # The diagonal of a triangular mask is always by itself: of a chunk of one row it is full, like the chunks below.
-    cut = [
-        chunk
-        for chunk in chunks
-        if mask.cover(queries, tokens(chunk)) is not Cover.FULL or (mask.triangular and chunk == block.query_chunk)
-    ]
-    whole = [StagedKeys(key_rows[chunk], (tokens(chunk),)) for chunk in chunks if chunk not in cut]
-    piece = queries[rows.start : rows.stop]
-    for run in join_runs(whole):
-        for part in run.pieces(size):
-            yield Tile(mask, range(len(rows)), part.rows, piece, part.tokens, Cover.FULL)
-    for chunk in cut:
-        staged = key_rows[chunk].start - tokens(chunk).start
-        for keys, _ in mask.split(piece, tokens(chunk)):
-            for own in pieces(keys, size):
-                live = mask.live_rows(piece, own)
-                local = range(live.start - piece.start, live.stop - piece.start)
-                there = range(staged + own.start, staged + own.stop)
-                yield Tile(mask, local, there, live, (own,), mask.cover(live, own))
+    cut: list[Run] = []
+    whole: list[Run] = []
+    for chunk in block.key_chunks:
+        # The diagonal of a triangular mask is always by itself: of a chunk of one row it is full, like the chunks below.
+        own = mask.is_triangular and chunk == block.query_chunk
+        is_whole = not own and mask.cover(queries, key_rows(chunk)) is Cover.FULL
+        (whole if is_whole else cut).extend(staged.keys[chunk])
+    for joined in _join(whole, join):
+        for part in pieces(range(joined[0].place.start, joined[-1].place.stop), size):
+            yield Tile(mask, range(len(rows)), part, rows, tuple(_tokens(joined, part)), Cover.FULL)
+    for run in _join_neighbours(cut, mask):
+        for keys, _ in mask.split(rows, run.rows):
+            for own_keys in pieces(keys, size):
+                live = mask.live_rows(rows, [own_keys])
+                if not live:
+                    continue
+                tokens = range(live[0].start, live[-1].stop)
+                local = range(tokens.start - rows.start, tokens.stop - rows.start)
+                yield Tile(mask, local, run.part(own_keys).place, tokens, (own_keys,), mask.cover(tokens, own_keys))
 
 
 def pieces(rows: range, size: int) -> Iterator[range]:
@@ -104,23 +92,39 @@ def pieces(rows: range, size: int) -> Iterator[range]:
     return (range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size))
 
 
-def join_runs(runs: Iterable[StagedKeys]) -> list[StagedKeys]:
-    """Join runs staged side by side: [0-2), [2-5), [7-9) become [0-5), [7-9)."""
-    joined: list[StagedKeys] = []
+def _join(runs: Iterable[Run], apart: bool) -> list[list[Run]]:
+    """Groups of runs that are staged side by side; those whose tokens are not neighbours only where they may lie `apart`."""
+    found: list[list[Run]] = []
     for run in runs:
-        if joined and joined[-1].rows.stop == run.rows.start:
-            before = joined.pop()
-            joined.append(StagedKeys(range(before.rows.start, run.rows.stop), (*before.tokens, *run.tokens)))
+        if not run.rows:
+            continue
+        last = found[-1][-1] if found else None
+        if last and last.place.stop == run.place.start and (apart or last.rows.stop == run.rows.start):
+            found[-1].append(run)
         else:
-            joined.append(run)
-    return [run for run in joined if run.rows]
+            found.append([run])
+    return found
 
 
-def staged_keys(plan: Plan, subproblem: Subproblem) -> dict[int, range]:
-    """The staged rows of each key chunk, where all keys are staged in one piece."""
-    rows, total = {}, 0
-    for chunk in subproblem.key_chunks:
-        count = len(plan.tokens(chunk))
-        rows[chunk] = range(total, total + count)
-        total += count
-    return rows
+def _join_neighbours(runs: Iterable[Run], mask: Mask) -> Iterator[Run]:
+    """Runs of neighbouring tokens as one, but for a triangular mask, whose diagonal chunk stays by itself."""
+    for group in _join(runs, False):
+        if mask.is_triangular:
+            yield from group
+        else:
+            first, last = group[0], group[-1]
+            yield Run(range(first.rows.start, last.rows.stop), range(first.place.start, last.place.stop))
+
+
+def _tokens(runs: Iterable[Run], part: range) -> Iterator[range]:
+    """The tokens of a part of what was staged, run by run; neighbours as one."""
+    found: list[range] = []
+    for run in runs:
+        start, stop = max(part.start, run.place.start), min(part.stop, run.place.stop)
+        if start < stop:
+            first = run.rows.start + start - run.place.start
+            if found and found[-1].stop == first:
+                found[-1] = range(found[-1].start, first + stop - start)
+            else:
+                found.append(range(first, first + stop - start))
+    yield from found
