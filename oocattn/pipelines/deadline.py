@@ -37,7 +37,7 @@ class Deadline:
         self._at_a_time = 2 if plan.device == "cpu" else 1  # a GPU's lane counts the time behind the one before
         self._saving = plan.scratch_disk / SAVING_RATE if plan.saves else 0.0
         self._longest = 0.0
-        tasks = min(plan.subproblems, plan.chunks * plan.problem.head_groups)
+        tasks = max(1, min(plan.subproblems, plan.query_chunks * plan.problem.head_groups))
         self._planned_step = self._at_a_time * max(link.seconds for link in plan.links) * plan.lanes / tasks
         self._took: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
 

@@ -111,7 +111,7 @@ def _all_finished(run: Run) -> dict[ChunkId, FinishedChunk]:
     """The records of all chunks. Raises OSError where the journal does not give one of them back."""
     plan = run.plan
     finished = finished_chunks(plan, run.journal)
-    chunks = [chunk for chunk in range(plan.chunks) if plan.tokens(chunk)]
+    chunks = [chunk for chunk in range(plan.query_chunks) if plan.query_rows(chunk)]
     missing = set(itertools.product(range(plan.problem.head_groups), chunks)) - finished.keys()
     if missing:
         raise OSError(f"{run.paths.state}: the records of {len(missing):,} finished chunks cannot be read; resume")

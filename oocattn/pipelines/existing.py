@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from oocattn.pipelines.watch.status import read_report
 from oocattn.planning.candidates import Choices
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
-from oocattn.records import differences
+from oocattn.records import differences, to_json
 from oocattn.storage.files.folders import is_folder, is_taken
 from oocattn.storage.inputs.dataset import Dataset, check_poses
 from oocattn.storage.inputs.fingerprints import changed_arrays
@@ -252,7 +252,8 @@ def open_dataset(run: Run, named: Location | None) -> Dataset:
 
     Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.
     """
-    dataset = Dataset.open_recorded(run.header.dataset.location, named)
+    uses_bias = bool(run.plan.problem.bias_heads)
+    dataset = Dataset.open_recorded(run.header.dataset.location, named, key_bias=uses_bias)
     check_poses(dataset, run.plan.problem, "run")
     _check_same(run, "oocattn", run.header.versions.get("oocattn"), versions()["oocattn"])
     dataset.check_complete()
@@ -261,7 +262,7 @@ def open_dataset(run: Run, named: Location | None) -> Dataset:
 
 
 def _plan_differences(before: Plan, now: Plan) -> str:
-    return differences({**asdict(before.problem), **before.decisions}, {**asdict(now.problem), **now.decisions})
+    return differences({**to_json(before.problem), **before.decisions}, {**to_json(now.problem), **now.decisions})
 
 
 def result_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
@@ -281,6 +282,6 @@ def result_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) ->
 def describe(problem: Problem, dataset: Dataset) -> dict[str, Any]:
     """What a result is the answer to."""
     return {
-        "problem": asdict(problem),
+        "problem": to_json(problem),
         "dataset": {"location": dataset.location, "fingerprint": dataset.as_found.recorded},
     }

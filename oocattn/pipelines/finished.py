@@ -40,6 +40,7 @@ class FinishedChunk:
     """The record of a chunk: counts, as `RunReport` has them of a run, and the bytes and checksums that were written."""
 
     pairs: Count
+    rows_without_keys: Count
     not_finite: Count
     out_not_finite: Count
     out_overflowed: Count
@@ -78,8 +79,9 @@ def finished_chunks(plan: Plan, journal: Journal) -> dict[ChunkId, FinishedChunk
     for (head_group, chunk), content in journal.finished().items():
         with suppress(ValueError):
             record = from_json(FinishedChunk, content)
-            if head_group in range(plan.problem.head_groups) and chunk in range(plan.chunks):
-                parts = ceil_div(len(plan.tokens(chunk)), plan.out_chunk_rows) * plan.problem.group_size
+            if head_group in range(plan.problem.head_groups) and chunk in range(plan.query_chunks):
+                heads = len(plan.problem.head_group(head_group).outputs)
+                parts = ceil_div(len(plan.query_rows(chunk)), plan.out_chunk_rows) * heads
                 if len(record.out) == len(record.lse) == DIGITS * parts:
                     found[head_group, chunk] = record
     return found
@@ -135,13 +137,13 @@ def _matches(plan: Plan, result: ResultArrays, place: ChunkId, record: FinishedC
 def gather_checksums(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> dict[str, Checksums]:
     """The checksums of `out` and `lse`. Raises RuntimeError where that of a part is missing."""
     problem = plan.problem
-    parts = ceil_div(problem.tokens, plan.out_chunk_rows)
+    parts = ceil_div(problem.out_rows, plan.out_chunk_rows)
     gathered = {}
     for name in NAMES:
-        found = [""] * (problem.batch * problem.query_heads * parts)
+        found = [""] * (problem.batch * problem.out_heads * parts)
         for (head_group, chunk), record in finished.items():
             for number, (batch, head, part) in enumerate(_parts(plan, head_group, chunk)):
-                found[(batch * problem.query_heads + head) * parts + part] = record.digits(name, number)
+                found[(batch * problem.out_heads + head) * parts + part] = record.digits(name, number)
         checksums = Checksums(plan.out_chunk_rows, "".join(found))
         if len(checksums) != len(found):
             missing = found.index("")
@@ -154,9 +156,9 @@ def gather_checksums(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> d
 
 def _parts(plan: Plan, head_group: int, chunk: int) -> Iterator[tuple[int, int, int]]:
     """The (batch, head, part) of a chunk, in the order in which they are written."""
-    group, tokens = plan.problem.head_group(head_group), plan.tokens(chunk)
-    for start in range(tokens.start, tokens.stop, plan.out_chunk_rows):
-        for head in group.query_heads:
+    group, rows = plan.problem.head_group(head_group), plan.out_rows(chunk)
+    for start in range(rows.start, rows.stop, plan.out_chunk_rows):
+        for head in group.outputs:
             yield group.batch, head, start // plan.out_chunk_rows
 
 
@@ -197,9 +199,9 @@ def scan_completed(
 
 def _fits(plan: Plan, partial: PartialId) -> bool:
     """Whether the plan has such a partial: on disk of one contributor of the chunk, in memory of its first ones."""
-    if partial.head_group not in range(plan.problem.head_groups) or partial.chunk not in range(plan.chunks):
+    if partial.head_group not in range(plan.problem.head_groups) or partial.chunk not in range(plan.query_chunks):
         return False
-    contributors = plan.division.contributors(partial.chunk)
+    contributors = plan.division_of(partial.head_group).contributors(partial.chunk)
     if plan.partials == "disk":
         return len(partial.subproblems) == 1 and partial.subproblems[0] in contributors
     return partial.subproblems == contributors[: len(partial.subproblems)]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels.registry import device_type, get_kernel
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
-from oocattn.planning.machine import ScratchBytes
 from oocattn.planning.plan import Plan
 from oocattn.planning.stored_plan import read_plan
+from oocattn.problem.calls import ScratchBytes
 from oocattn.records import Range, Seconds, from_json, to_json
 from oocattn.storage.journal.journal import Journal, identity, read_header
 from oocattn.storage.paths import ResultPaths
+from oocattn.storage.results.arguments import read_given
 from oocattn.version import versions
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from oocattn.storage.results.arrays import ResultArrays
     from oocattn.storage.results.growing import GrowingResult, RunState
 
-FORMAT = 6
+FORMAT = 7
 """Of the journal and of what lies beside it; another one is not resumed. 3: machine and inputs of the plan, the name of the
 growing result, what computes. 4: what the dtype of `out` made Inf or 0. 5: the sum of the attended keys' indices. 6: the
-cost of small work on a CPU."""
+cost of small work on a CPU. 7: queries and keys apart, masks and scores of every kind."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def find_unfinished(paths: ResultPaths, *, recost: bool = True) -> Run | None:
             raise ValueError("it does not name its result")
         if header.get("format") != FORMAT:
             raise ValueError(f"format {header.get('format')!r:.20}, expected {FORMAT}")
-        plan = read_plan(header.pop("plan", None), _scratch_of if recost else None)
+        plan = read_plan(header.pop("plan", None), _scratch_of if recost else None, partial(read_given, path))
         found = from_json(Header, header)
     except (ArithmeticError, ValueError) as error:
         raise IntegrityError(

@@ -8,11 +8,12 @@ Partials on disk: subproblems and chunks are dealt out one by one. In both, resu
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from oocattn.division.base import Division, Subproblem
 from oocattn.planning.plan import Plan
 
 
@@ -38,52 +39,69 @@ class Schedule:
     def subproblem_lane(self, head_group: int, index: int) -> int:
         """The lane that stages and attends a subproblem."""
         if self.plan.partials == "memory":
-            return self.chunk_lane(head_group, self.plan.division.subproblem(index).query_chunks[0])
-        return (head_group * self.plan.division.subproblems + index) % self.lanes
+            chunk = 0 if self.plan.decomposition == "cqs" else self._subproblem(head_group, index).query_chunks[0]
+            return self.chunk_lane(head_group, chunk)
+        return (self._before(head_group) + index) % self.lanes
 
     def chunk_lane(self, head_group: int, chunk: int) -> int:
         """The lane that merges and writes a query chunk."""
         if self.plan.partials == "memory":
             return (head_group + self._chunk_lanes[chunk]) % self.lanes
-        return (head_group * self.plan.chunks + chunk) % self.lanes
+        return (head_group * self.plan.query_chunks + chunk) % self.lanes
 
     @cached_property
     def _chunk_lanes(self) -> list[int]:
         """The lane of each query chunk of the first head group, with partials in memory."""
-        return list(map(int, self.plan.division.chunk_lanes(self.lanes)))
+        return list(map(int, self.plan.division_of(0).chunk_lanes(self.lanes)))
+
+    def _before(self, head_group: int) -> int:
+        """Subproblems of the head groups before one, with those that own no live pair."""
+        batch, of_entry = divmod(head_group, self.plan.problem.entry_groups)
+        before, after = self._before_entries[batch : batch + 2]
+        return before + (after - before) // self.plan.problem.entry_groups * of_entry
+
+    @cached_property
+    def _before_entries(self) -> list[int]:
+        """Subproblems of the batch entries before each, and of all."""
+        groups = self.plan.problem.entry_groups
+        indices = (self.plan.division_of(batch * groups).indices for batch in range(self.plan.problem.batch))
+        return [0, *itertools.accumulate(groups * (each[-1] + 1) if each else 0 for each in indices)]
+
+    def _subproblem(self, head_group: int, index: int) -> Subproblem:
+        return self.plan.division_of(head_group).subproblem(index)
 
     def wanted(self, head_group: int, index: int) -> tuple[int, ...]:
         """The query chunks of which a subproblem has still to compute the partial: those that hold tokens, at most."""
         return tuple(
             chunk
-            for chunk in self.plan.division.subproblem(index).query_chunks
-            if self.plan.tokens(chunk)
+            for chunk in self._subproblem(head_group, index).query_chunks
+            if self.plan.query_rows(chunk)
             and (head_group, chunk) not in self.done.chunks
             and (head_group, chunk, index) not in self.done.partials
         )
 
     def contributors(self, head_group: int, chunk: int) -> tuple[int, ...]:
         """The subproblems that have still to contribute to a query chunk that is not written, in order."""
-        everyone = self.plan.division.contributors(chunk)
+        everyone = self.plan.division_of(head_group).contributors(chunk)
         return tuple(index for index in everyone if (head_group, chunk, index) not in self.done.partials)
 
     def order(self) -> Iterator[tuple[int, int]]:
         """All (head group, subproblem) that are left, in the order of submission: where each lane has its own, in turn."""
         if self.plan.partials == "disk":
             for head_group in range(self.plan.problem.head_groups):
-                yield from self._left_of(head_group, range(self.plan.division.subproblems))
+                yield from self._left_of(head_group, self.plan.division_of(head_group).indices)
         else:
             for places in itertools.zip_longest(*map(self._order_of, range(self.lanes))):
                 yield from filter(None, places)
 
     def _order_of(self, lane: int) -> Iterator[tuple[int, int]]:
         """What is left for one lane, with partials in memory."""
-        division = self.plan.division
         for head_group in range(self.plan.problem.head_groups):
-            chunks = [chunk for chunk in range(division.chunks) if self.chunk_lane(head_group, chunk) == lane]
-            shared = len(chunks) < division.chunks  # so no subproblem contributes to two chunks
+            division, everything = self.plan.division_of(head_group), range(self.plan.query_chunks)
+            chunks = [chunk for chunk in everything if self.chunk_lane(head_group, chunk) == lane]
+            shared = len(chunks) < len(everything)  # so no subproblem contributes to two chunks
             of_chunks = itertools.chain.from_iterable(map(division.contributors, chunks))
-            yield from self._left_of(head_group, of_chunks if shared else range(division.subproblems))
+            yield from self._left_of(head_group, of_chunks if shared else division.indices)
 
     def _left_of(self, head_group: int, indices: Iterable[int]) -> Iterator[tuple[int, int]]:
         return ((head_group, index) for index in indices if self.wanted(head_group, index))
@@ -91,22 +109,33 @@ class Schedule:
     @cached_property
     def left(self) -> int:
         """How many subproblems are left. It takes time for what is done, not for the head groups that nobody has begun."""
-        filled = filter(self.plan.tokens, range(self.plan.chunks))
-        needed = Counter(itertools.chain.from_iterable(map(self.plan.division.contributors, filled)))
-        contributed: Counter[tuple[int, int]] = Counter()  # to how many chunks with tokens, by head group and subproblem
-        for head_group, chunk in self.done.chunks:
-            if self.plan.tokens(chunk):
-                contributed.update((head_group, index) for index in self.plan.division.contributors(chunk))
+        contributed: dict[int, Counter[int]] = defaultdict(Counter)  # by head group: to how many chunks, by subproblem
+        for head_group, chunk in filter(lambda place: self.plan.query_rows(place[1]), self.done.chunks):
+            contributed[head_group].update(self.plan.division_of(head_group).contributors(chunk))
         for head_group, chunk, index in self.done.partials:
-            if self.plan.tokens(chunk) and (head_group, chunk) not in self.done.chunks:
-                contributed[head_group, index] += 1
-        finished = sum(needed[index] == count for (_, index), count in contributed.items())
-        return len(needed) * self.plan.problem.head_groups - finished
+            if (head_group, chunk) not in self.done.chunks:
+                contributed[head_group][index] += 1
+        left = sum(count * len(self._chunks_needing(division)) for division, count in self.plan.divisions.items())
+        for head_group, counts in contributed.items():
+            needed = self._chunks_needing(self.plan.division_of(head_group))
+            left -= sum(needed[index] == count for index, count in counts.items())
+        return left
+
+    def _chunks_needing(self, division: Division) -> Counter[int]:
+        """To how many query chunks, that have rows, each subproblem contributes."""
+        if division not in self._needed:
+            filled = filter(self.plan.query_rows, range(self.plan.query_chunks))
+            self._needed[division] = Counter(itertools.chain.from_iterable(map(division.contributors, filled)))
+        return self._needed[division]
+
+    @cached_property
+    def _needed(self) -> dict[Division, Counter[int]]:
+        return {}
 
     def complete(self) -> Iterator[tuple[int, int]]:
         """All (head group, chunk) whose partials are all there, but which are not written."""
         for head_group in range(self.plan.problem.head_groups):
-            for chunk in range(self.plan.chunks):
-                written = not self.plan.tokens(chunk) or (head_group, chunk) in self.done.chunks
+            for chunk in range(self.plan.query_chunks):
+                written = not self.plan.query_rows(chunk) or (head_group, chunk) in self.done.chunks
                 if not written and not self.contributors(head_group, chunk):
                     yield head_group, chunk

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oocattn import clock
@@ -39,6 +39,7 @@ from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
 from oocattn.planning.measure import plan_here
 from oocattn.planning.plan import Plan
+from oocattn.records import to_json
 from oocattn.storage.files.folders import is_taken
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.journal.lock import FileLock
@@ -85,7 +86,7 @@ class _Session:
         plan, source = found.plan, found.header.dataset
         other_bits = check_bits(found, self._enlist(plan, dataset), resuming.accept_other_bits)
         recorded = {"location": source.location, "fingerprint": source.fingerprint}
-        attributes = {"problem": asdict(plan.problem), "dataset": recorded, "plan": _decided(plan)}
+        attributes = {"problem": to_json(plan.problem), "dataset": recorded, "plan": _decided(plan)}
         self.state.resume(found.growing, _layout(plan, attributes))
         run = replace(found, journal=replace(found.journal, claim=self.state.claim), opened=dataset)
         if other_bits:
@@ -197,11 +198,21 @@ def _locked(paths: ResultPaths, engine: Engine, callbacks: Sequence[Callback], u
 def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:
     """Shape, dtype, chunks and attributes of the result."""
     problem = plan.problem
-    shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
-    return Layout(shape, problem.out_dtype, plan.out_chunk_rows, attributes)
+    return Layout(problem.out_shape, problem.out_dtype, plan.out_chunk_rows, attributes, problem.given)
 
 
 def _decided(plan: Plan) -> dict[str, Any]:
     """What a result says of its plan."""
-    names = ("digest", "decomposition", "chunks", "span", "chunk_rows", "out_chunk_rows", "kernel", "rounds_weights")
+    names = (
+        "digest",
+        "decomposition",
+        "query_chunks",
+        "chunks",
+        "span",
+        "chunk_rows",
+        "key_chunk_rows",
+        "out_chunk_rows",
+        "kernel",
+        "rounds_weights",
+    )
     return {name: getattr(plan, name) for name in names}

@@ -27,9 +27,10 @@ class CpuDevice:
 
     def __init__(self, _name: str, plan: Plan, operation: Operation, health: Health) -> None:
         problem = plan.problem
+        self._plan = plan
         self._operation = operation
         self._step = health.step
-        self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.head_dim)
+        self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.value_dim)
         self.cores: int | None = plan.threads
         self.allocator = ThreadPool(1, "oocattn-allocate")
         # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.
@@ -41,8 +42,8 @@ class CpuDevice:
     def merge(self, into: AttentionState, state: AttentionState) -> None:
         self._operation.merge(into, state)
 
-    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        self._operation.finalise(state, out, lse)
+    def finalise(self, head_group: int, head: int, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+        self._operation.finalise(head_group, head, state, out, lse)
         self._step()
 
     def close(self) -> None:
@@ -70,16 +71,15 @@ class CpuDevice:
 
     def _attend_chunk(self, staged: StagedChunks, block: Block, partials: PartialStore) -> int:
         """Compute one query chunk's partial, and count its pairs."""
-        chunk = block.query_chunk
-        query = staged.queries[chunk]
-        heads, rows, _ = query[0].shape
-        every_key, pairs = len(staged.keys[0]), 0
+        chunk, operation = block.query_chunk, self._operation
+        query, rows = staged.queries[chunk], self._plan.query_rows(chunk)
+        heads, pairs = len(query[0]), 0
         destination = partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
-        state = self._state.rows(0, rows) if destination.merged else destination.state
+        state = self._state.heads(0, heads).rows(0, len(rows)) if destination.merged else destination.state
         state.reset()
-        for tile in self._operation.tiles(staged.head_group, block, staged.key_rows, range(rows), every_key):
-            keys = [tensor[tile.keys.start : tile.keys.stop] for tensor in staged.keys]
-            self._operation.compute(tile, query, keys, state)
+        for tile in operation.tiles(staged.head_group, block, staged.rows, rows, max(1, staged.rows.key_total)):
+            keys = [tensor[:, tile.keys.start : tile.keys.stop] for tensor in staged.keys]
+            operation.compute(staged.head_group, tile, query, keys, state)
             pairs += tile.pairs * heads
             self._step()
         if destination.merged:

@@ -79,7 +79,7 @@ class CudaDevice:
             self._copy, self._compute = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
             # Small kernels go first where a block of the large one ends, or they would wait for all that is enqueued.
             self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
-            self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows)
+            self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows, operation.key_inputs)
             self._clock = DeviceClock(self._compute)
         self._ahead: deque[torch.cuda.Event] = deque()
         self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event]] = deque()
@@ -93,8 +93,8 @@ class CudaDevice:
         return self._pinned[-1].tensor
 
     def merge(self, into: AttentionState, state: AttentionState) -> None:
-        rows = len(state.keys)
-        first, second = (merged.rows(0, rows) for merged in self._buffers.merged)
+        heads, rows = state.den.shape
+        first, second = (merged.heads(0, heads).rows(0, rows) for merged in self._buffers.merged)
         with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
             copy_state(first, into)
             copy_state(second, state)
@@ -103,7 +103,7 @@ class CudaDevice:
             done = record_event(self._merge_stream)
         done.synchronize()
 
-    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def finalise(self, head_group: int, head: int, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
         buffers = self._buffers
         with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
             for block in pieces(range(len(state.keys)), FINALISED_ROWS):
@@ -111,7 +111,7 @@ class CudaDevice:
                 on_device = buffers.finalised.rows(0, len(block))
                 on_device_out, on_device_lse = buffers.out[:, : len(block)], buffers.lse[:, : len(block)]
                 copy_state(on_device, state.rows(block.start, block.stop))
-                self._operation.finalise(on_device, on_device_out, on_device_lse)
+                self._operation.finalise(head_group, head, on_device, on_device_out, on_device_lse)
                 out[0, rows].copy_(on_device_out[0], non_blocking=True)
                 lse[0, rows].copy_(on_device_lse[0], non_blocking=True)
             done = record_event(self._merge_stream)
@@ -161,7 +161,7 @@ class CudaDevice:
         launch.coming_back += 1
         tiles = self._launch_tiles(launch, block, destination)
         self._coming_back.append((launch, chunk, tiles[-1][1]))
-        last = self._plan.division.contributors(chunk)[-1] == staged.index
+        last = self._plan.division_of(staged.head_group).contributors(chunk)[-1] == staged.index
         if last and self._plan.partials == "memory":
             finisher.begin(staged.head_group, chunk, _rows_returned(tiles))
 
@@ -216,15 +216,16 @@ class CudaDevice:
             with torch.cuda.stream(self._compute):
                 self._compute.wait_event(loaded)
                 state_slot = self._buffers.states.acquire(self._compute)
-                state = state_slot.buffer.rows(0, len(tile))
+                state = state_slot.buffer.heads(0, len(heads)).rows(0, len(tile))
                 state.reset()
-            staged = launch.staged
-            for keys in self._operation.tiles(staged.head_group, block, staged.key_rows, tile, self._plan.tiles.key):
+            staged, first = launch.staged, self._plan.query_rows(block.query_chunk).start
+            rows = range(first + tile.start, first + tile.stop)
+            for keys in self._operation.tiles(staged.head_group, block, staged.rows, rows, self._plan.tiles.key):
                 self._attend_keys(launch, query, keys, state)
                 pairs += keys.pairs
         finally:  # also what was launched before an error reads the slot
             slot.freed = attended = record_event(self._compute)
-        launch.pairs += pairs * self._plan.problem.group_size
+        launch.pairs += pairs * len(heads)
         host = destination.state.rows(tile.start, tile.stop)
         returned = self._bring_back(launch, state, Destination(host, destination.merged), attended)
         state_slot.freed = returned
@@ -242,13 +243,14 @@ class CudaDevice:
         if len(self._ahead) == AHEAD:
             self._ahead.popleft().synchronize()
         slot = self._buffers.keys.acquire(self._copy)
-        keys = slice(tile.keys.start, tile.keys.stop)
-        key, value = slot.buffer[:, : len(tile.keys)]
-        copied = self._load(launch, zip((key, value), (staged[keys] for staged in launch.staged.keys), strict=True))
+        staged = [tensor[:, tile.keys.start : tile.keys.stop] for tensor in launch.staged.keys]
+        keys = [buffer[: tensor.numel()].view(tensor.shape) for buffer, tensor in zip(slot.buffer, staged, strict=True)]
+        pairs = (heads for each in zip(keys, staged, strict=True) for heads in zip(*each, strict=True))
+        copied = self._load(launch, pairs)  # head by head: strided copies block
         self._compute.wait_event(copied)
         try:
             with torch.cuda.stream(self._compute), self._timed(launch, "compute", self._compute):
-                self._operation.compute(tile, (query,), (key, value), state)
+                self._operation.compute(launch.staged.head_group, tile, (query,), keys, state)
         finally:
             slot.freed = done = record_event(self._compute)
             self._ahead.append(done)
@@ -260,7 +262,7 @@ class CudaDevice:
         host, source = destination.state, state
         with torch.cuda.stream(self._back):
             if destination.merged:
-                source = self._buffers.merged[0].rows(0, len(host.keys))
+                source = self._buffers.merged[0].heads(0, len(host.num)).rows(0, len(host.keys))
                 with self._timed(launch, "copy in", self._back):
                     copy_state(source, host)
             self._back.wait_event(attended)

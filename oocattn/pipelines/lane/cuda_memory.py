@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,9 @@ import torch
 from oocattn.errors import BudgetError
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
+from oocattn.operations.base import Input
 from oocattn.pipelines.lane.memory import Arena
+from oocattn.planning.layout import call_size
 from oocattn.planning.memory import (
     FINALISED_ROWS,
     KEY_SLOTS,
@@ -96,12 +98,19 @@ class SlotRing(Generic[T]):
 class DeviceBuffers:
     """Device memory of a lane: rings of query tiles, states and keys, and scratch."""
 
-    def __init__(self, memory: torch.Tensor, plan: Plan, tiles: Tiles) -> None:
+    def __init__(self, memory: torch.Tensor, plan: Plan, tiles: Tiles, inputs: Sequence[Input]) -> None:
         arena, problem = Arena(memory), plan.problem
-        group, dim, dtype = problem.group_size, problem.head_dim, getattr(torch, problem.dtype)
-        self.queries = SlotRing([arena.take((group * tiles.query, dim), dtype) for _ in range(QUERY_SLOTS)])
+        group, dim, dtype = problem.group_size, problem.value_dim, getattr(torch, problem.dtype)
+        self.queries = SlotRing([arena.take((group * tiles.query, problem.head_dim), dtype) for _ in range(QUERY_SLOTS)])
         self.states = SlotRing([arena.state(group, tiles.query, dim) for _ in range(QUERY_SLOTS)])
-        self.keys = SlotRing([arena.take((2, tiles.key, dim), dtype) for _ in range(KEY_SLOTS)])
+        heads = min(problem.bias_heads, group)
+        sizes = [tiles.key * source.width if source.width else heads * tiles.key for source in inputs]
+        self.keys = SlotRing(
+            [
+                tuple(arena.take((size,), source.dtype) for size, source in zip(sizes, inputs, strict=True))
+                for _ in range(KEY_SLOTS)
+            ]
+        )
         self.finalised = arena.state(1, FINALISED_ROWS, dim)
         self.out = arena.take((1, FINALISED_ROWS, dim), getattr(torch, problem.out_dtype))
         self.lse = arena.take((1, FINALISED_ROWS), torch.float32)
@@ -109,19 +118,19 @@ class DeviceBuffers:
         self.merged = [arena.state(group, rows, dim) for rows in merged]
 
 
-def take_device_memory(device: torch.device, compute: torch.cuda.Stream, plan: Plan, rows: TileRows) -> DeviceBuffers:
+def take_device_memory(
+    device: torch.device, compute: torch.cuda.Stream, plan: Plan, rows: TileRows, inputs: Sequence[Input]
+) -> DeviceBuffers:
     """Take all device memory at once, with smaller tiles where it is short; BudgetError where none are small enough."""
     problem = plan.problem
     while True:
         tiles = Tiles(rows.count, plan.tiles.key)
         nbytes = device_arena_bytes(problem, tiles, plan.partials)
-        scratch = get_kernel(plan.kernel).scratch_bytes(
-            problem.group_size, tiles.query, tiles.key, problem.head_dim, problem.dtype, plan.threads
-        )
+        scratch = get_kernel(plan.kernel).scratch_bytes(call_size(problem, tiles.query, tiles.key, plan.threads))
         try:
             with torch.cuda.stream(compute):  # one segment, of which the results of all calls are cut
                 torch.empty(max(0, scratch - SEGMENT), dtype=torch.uint8, device=device)
-            return DeviceBuffers(torch.empty(nbytes, dtype=torch.uint8, device=device), plan, tiles)
+            return DeviceBuffers(torch.empty(nbytes, dtype=torch.uint8, device=device), plan, tiles, inputs)
         except torch.OutOfMemoryError as error:
             rows.halve(error)
 

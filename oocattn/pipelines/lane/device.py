@@ -72,8 +72,8 @@ class Device(Protocol):
     def merge(self, into: AttentionState, state: AttentionState) -> None:
         """Merge one state in host memory into another; `state` is free afterwards."""
 
-    def finalise(self, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Divide the state of one head, in host memory, into out [1, n, D] and lse [1, n]."""
+    def finalise(self, head_group: int, head: int, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Divide the state of one head of a head group, in host memory, into out [1, n, Dv] and lse [1, n]."""
 
     def close(self) -> None:
         """Give all memory and threads back; nothing runs on the device any more."""

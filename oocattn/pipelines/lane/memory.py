@@ -67,7 +67,7 @@ class Pool(Generic[T]):
 
 
 States = Pool[AttentionState]  # states of one head group in host memory
-OutBlock = tuple[torch.Tensor, torch.Tensor]  # host memory for a chunk of `out` [1, T, D] and of `lse` [1, T]
+OutBlock = tuple[torch.Tensor, torch.Tensor]  # host memory for a chunk of `out` [1, T, Dv] and of `lse` [1, T]
 
 
 class HostMemory:
@@ -125,7 +125,7 @@ class HostMemory:
         for _ in range(OUT_BLOCKS[plan.device]):
             arena = Arena(self._take(buffers.out_bytes(plan.problem)))
             # At the beginning of a page, where memory is pinned: so it can be written to disk directly.
-            out = arena.take((1, plan.out_chunk_rows, plan.problem.head_dim), getattr(torch, plan.problem.out_dtype))
+            out = arena.take((1, plan.out_chunk_rows, plan.problem.value_dim), getattr(torch, plan.problem.out_dtype))
             self.out_blocks.put((out, arena.take((1, plan.out_chunk_rows), torch.float32)))
         while waiting:
             self._add_state(*waiting.pop())
@@ -133,7 +133,7 @@ class HostMemory:
     def _add_state(self, name: str, rows: int) -> None:
         problem = self._plan.problem
         arena = Arena(self._take(self._plan.buffers.state_bytes(problem, rows)))
-        self.states[name].put(arena.state(problem.group_size, rows, problem.head_dim))
+        self.states[name].put(arena.state(problem.group_size, rows, problem.value_dim))
 
     def _take(self, nbytes: int) -> torch.Tensor:
         if self._stopped:
@@ -159,9 +159,9 @@ class Arena:
         self._used = start + count
         return self._memory[start : start + count].view(dtype).view(tuple(shape))
 
-    def state(self, group_size: int, rows: int, head_dim: int) -> AttentionState:
-        """An uninitialised state of [group_size, rows, head_dim]."""
-        return AttentionState.allocate(self.take, group_size, rows, head_dim)
+    def state(self, group_size: int, rows: int, value_dim: int) -> AttentionState:
+        """An uninitialised state of [group_size, rows, value_dim]."""
+        return AttentionState.allocate(self.take, group_size, rows, value_dim)
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:

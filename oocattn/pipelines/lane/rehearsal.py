@@ -5,7 +5,6 @@ The launching threads of this process keep the plans (`kernels.cuda.device.launc
 
 from __future__ import annotations
 
-import itertools
 import logging
 from typing import NamedTuple
 
@@ -15,7 +14,8 @@ from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation, make_operation
-from oocattn.operations.tiles import Tile, pieces, staged_keys
+from oocattn.operations.staging import stage_rows
+from oocattn.operations.tiles import Tile, pieces
 from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Cover
 
@@ -47,29 +47,37 @@ def rehearse(plan: Plan) -> None:
 
 def _make_calls(plan: Plan, gpu: torch.device) -> None:
     problem, tiles, operation = plan.problem, plan.tiles, make_operation(plan)
-    heads, dim, dtype = problem.group_size, problem.head_dim, getattr(torch, problem.dtype)
+    heads, dtype = len(problem.head_group(0).query_heads), getattr(torch, problem.dtype)
     with torch.cuda.device(gpu):
-        queries = torch.randn((heads * tiles.query, dim), dtype=dtype, device=gpu)
-        key, value = torch.randn((2, tiles.key, dim), dtype=dtype, device=gpu)
-        state = AttentionState.empty(heads, tiles.query, dim, gpu)
+        queries = torch.randn((heads * tiles.query, problem.head_dim), dtype=dtype, device=gpu)
+        keys = [
+            torch.randn(source.shape(heads_of_key(operation, plan, source.name), tiles.key), dtype=source.dtype, device=gpu)
+            for source in operation.key_inputs
+        ]
+        state = AttentionState.empty(heads, tiles.query, problem.value_dim, gpu)
         for shape, tile in sample_tiles(plan, operation).items():
-            query = queries[: heads * shape.piece_rows].view(heads, shape.piece_rows, dim)
+            query = queries[: heads * shape.piece_rows].view(heads, shape.piece_rows, problem.head_dim)
             rows = state.rows(0, shape.piece_rows)
-            operation.compute(tile, (query,), (key[: shape.keys], value[: shape.keys]), rows)
+            operation.compute(0, tile, (query,), [key[:, : shape.keys] for key in keys], rows)
         torch.cuda.synchronize(gpu)
+
+
+def heads_of_key(operation: Operation, plan: Plan, name: str) -> int:
+    """Heads of an input that the first head group stages."""
+    return len(operation.heads(name, plan.problem.head_group(0)))
 
 
 def sample_tiles(plan: Plan, operation: Operation) -> dict[Shape, Tile]:
     """A tile of each shape that a GPU computes, in the order in which they first come."""
     found: dict[Shape, Tile] = {}
-    count = plan.division.subproblems
-    last = max(SAMPLED_SUBPROBLEMS, count - SAMPLED_SUBPROBLEMS)
-    for index in itertools.chain(range(min(count, SAMPLED_SUBPROBLEMS)), range(last, count)):
-        subproblem = plan.division.subproblem(index)
-        key_rows = staged_keys(plan, subproblem)
+    division = plan.division_of(0)
+    indices = [*division.indices[:SAMPLED_SUBPROBLEMS], *division.indices[SAMPLED_SUBPROBLEMS:][-SAMPLED_SUBPROBLEMS:]]
+    for index in indices:
+        subproblem = division.subproblem(index)
+        staged = stage_rows(plan, 0, subproblem)
         for block in subproblem.blocks:
-            for rows in pieces(range(len(plan.tokens(block.query_chunk))), plan.tiles.query):
-                for tile in operation.tiles(0, block, key_rows, rows, plan.tiles.key):
+            for rows in pieces(plan.query_rows(block.query_chunk), plan.tiles.query):
+                for tile in operation.tiles(0, block, staged, rows, plan.tiles.key):
                     shape = Shape(len(rows), len(tile.rows), len(tile.keys), tile.cover)
                     found.setdefault(shape, tile)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -11,21 +11,24 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 from oocattn import clock
 from oocattn.division.base import Block, Subproblem
 from oocattn.operations import Operation
-from oocattn.operations.tiles import pieces, staged_keys
+from oocattn.operations.base import Input
+from oocattn.operations.staging import Run, StagedRows, stage_rows
+from oocattn.operations.tiles import pieces
 from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.not_finite import count_not_finite
 from oocattn.pipelines.watch.events import Span, Staged
 from oocattn.planning.plan import Plan
-from oocattn.problem.problem import HeadGroup
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.readers import InputArray
 from oocattn.threads import ThreadPool
+from oocattn.units import round_up
 
 READ_BYTES = 8 << 20
 """Bytes that one thread reads at a time where several read."""
@@ -35,15 +38,16 @@ READ_BYTES = 8 << 20
 class StagedChunks:
     """A subproblem in a staging slot: query inputs by chunk, key inputs in one piece.
 
-    They are [g, n, D] and [rows, D]. `not_finite` counts, by query chunk whose diagonal it owns, the elements of the
-    chunk's rows that are NaN or Inf.
+    They are [heads, n, ...]: of a query chunk all rows, of which those that nobody needs are 0; of keys those that are
+    needed.
+    `not_finite` counts, by query chunk, the elements that are NaN or Inf of rows that are counted with its partial.
     """
 
     head_group: int
     subproblem: Subproblem
+    rows: StagedRows
     queries: dict[int, tuple[torch.Tensor, ...]]
     keys: tuple[torch.Tensor, ...]
-    key_rows: dict[int, range]
     not_finite: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -53,13 +57,8 @@ class StagedChunks:
 
     @property
     def blocks(self) -> Iterator[Block]:
-        """The blocks to attend; others lie beyond the last token or are not wanted."""
+        """The blocks to attend; others are not wanted."""
         return (block for block in self.subproblem.blocks if block.query_chunk in self.queries)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its chunks."""
-        return sum(tensor.nbytes for tensor in (*itertools.chain(*self.queries.values()), *self.keys))
 
 
 class Turns:
@@ -114,15 +113,17 @@ class Stager:
         self._turns.take(turn)
         start = clock.now()
         slot = self._slots[turn % len(self._slots)].result()
-        subproblem = self._plan.division.subproblem(index)
+        subproblem = self._plan.division_of(head_group).subproblem(index)
+        rows = stage_rows(self._plan, head_group, subproblem)
         chunks = [chunk for chunk in subproblem.query_chunks if wanted is None or chunk in wanted]
-        self._staged[turn] = staged = self._lay_out(slot, head_group, subproblem, chunks)
+        self._staged[turn] = staged = self._lay_out(slot, head_group, subproblem, rows, chunks)
         reads = list(self._reads(staged))
         for read, not_finite in zip(reads, self._read_all(reads), strict=True):
-            staged.not_finite[read.chunk] += not_finite
+            if read.counted_for is not None:
+                staged.not_finite[read.counted_for] += not_finite
         stop = clock.now()
-        spans = (Span("read", start, stop),)
-        return Staged(start=start, stop=stop, head_group=head_group, index=index, bytes=staged.nbytes, spans=spans)
+        spans, nbytes = (Span("read", start, stop),), sum(read.out.nbytes for read in reads)
+        return Staged(start=start, stop=stop, head_group=head_group, index=index, bytes=nbytes, spans=spans)
 
     def take(self, turn: int) -> StagedChunks:
         """Hand over a turn's chunks; the slot is used again when they are attended."""
@@ -134,55 +135,53 @@ class Stager:
         self._staged.clear()
 
     def _lay_out(
-        self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, query_chunks: Iterable[int]
+        self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, rows: StagedRows, query_chunks: Iterable[int]
     ) -> StagedChunks:
         """Lay out a slot: query inputs chunk by chunk, then each input of all keys."""
-        problem = self._plan.problem
-        dtype = getattr(torch, problem.dtype)
-        row_bytes = problem.head_dim * problem.itemsize
-        used = 0
+        group, used = self._plan.problem.head_group(head_group), 0
 
-        def take(rows: int) -> torch.Tensor:
+        def take(source: Input, count: int) -> torch.Tensor:
             nonlocal used
-            used += rows * row_bytes
-            return slot[used - rows * row_bytes : used].view(dtype).view(rows, problem.head_dim)
+            shape = source.shape(len(self._operation.heads(source.name, group)), count)
+            start = round_up(used, source.dtype.itemsize)
+            used = start + math.prod(shape) * source.dtype.itemsize
+            return slot[start:used].view(source.dtype).view(shape)
 
         queries = {}
         for chunk in query_chunks:
-            if rows := len(self._plan.tokens(chunk)):
-                shape = (problem.group_size, rows, problem.head_dim)
-                queries[chunk] = tuple(take(problem.group_size * rows).view(shape) for _ in self._operation.query_inputs)
-        key_rows = staged_keys(self._plan, subproblem)
-        total = sum(map(len, key_rows.values()))
-        keys = tuple(take(total) for _ in self._operation.key_inputs)
-        return StagedChunks(head_group, subproblem, queries, keys, key_rows)
+            if count := len(self._plan.query_rows(chunk)):
+                queries[chunk] = tuple(take(source, count) for source in self._operation.query_inputs)
+                if sum(len(run.rows) for run in rows.queries[chunk]) < count:
+                    for tensor in queries[chunk]:
+                        tensor.zero_()
+        keys = tuple(take(source, rows.key_total) for source in self._operation.key_inputs)
+        return StagedChunks(head_group, subproblem, rows, queries, keys)
 
     def _reads(self, staged: StagedChunks) -> Iterator[_Read]:
-        """The reads that fill a subproblem's slot.
-
-        They are cut to pieces where the array's chunk files are read directly. NaN and Inf are counted in the query
-        chunks whose diagonal it owns: so each chunk is counted once in a run.
-        """
-        group = self._plan.problem.head_group(staged.head_group)
-        owned = {block.query_chunk for block in staged.blocks if block.diagonal}
+        """The reads that fill a subproblem's slot, cut to pieces where the array's chunk files are read directly."""
         for chunk, query in staged.queries.items():
-            for name, heads in zip(self._operation.query_inputs, query, strict=True):
-                for head, rows in zip(group.query_heads, heads, strict=True):
-                    yield from self._reads_of_chunk(name, group, head, chunk, rows, chunk in owned)
-        for name, tensor in zip(self._operation.key_inputs, staged.keys, strict=True):
-            for chunk, rows_of_chunk in staged.key_rows.items():
-                rows = tensor[rows_of_chunk.start : rows_of_chunk.stop]
-                yield from self._reads_of_chunk(name, group, group.kv_head, chunk, rows, chunk in owned)
+            for source, tensor in zip(self._operation.query_inputs, query, strict=True):
+                for head in range(len(tensor)):
+                    yield from self._reads_of_runs(staged, source, head, tensor, staged.rows.queries[chunk])
+        for source, tensor in zip(self._operation.key_inputs, staged.keys, strict=True):
+            for head in range(len(tensor)):
+                for runs in staged.rows.keys.values():
+                    yield from self._reads_of_runs(staged, source, head, tensor, runs)
 
-    def _reads_of_chunk(
-        self, name: str, group: HeadGroup, head: int, chunk: int, rows: torch.Tensor, counted: bool
+    def _reads_of_runs(
+        self, staged: StagedChunks, source: Input, head: int, tensor: torch.Tensor, runs: Iterable[Run]
     ) -> Iterator[_Read]:
-        array, tokens = self._dataset.arrays[name], self._plan.tokens(chunk)
-        out = as_numpy(rows)
-        step = max(1, READ_BYTES // out[:1].nbytes) if array.direct and tokens else max(1, len(tokens))
-        for part in pieces(tokens, step):
-            into = out[part.start - tokens.start : part.stop - tokens.start]
-            yield _Read(array, group.batch, head, chunk, part, into, counted)
+        """The reads of some runs of a head of an input."""
+        group = self._plan.problem.head_group(staged.head_group)
+        array, of_head = self._dataset.arrays[source.name], self._operation.heads(source.name, group)[head]
+        counted = self._operation.owns(source.name, staged.head_group)
+        out = as_numpy(tensor)[head]
+        for run in runs:
+            step = max(1, READ_BYTES // out[:1].nbytes) if array.direct and run.rows else max(1, len(run.rows))
+            counted_for = run.counted_for if run.counted_for in staged.queries and counted else None
+            for part in pieces(run.rows, step):
+                place = run.part(part).place
+                yield _Read(array, group.batch, of_head, part, out[place.start : place.stop], counted_for)
 
     def _read_all(self, reads: Sequence[_Read]) -> Iterable[int]:
         """Carry out reads, those of one slot after those of another where one thread reads; see `_read`."""
@@ -196,7 +195,10 @@ class Stager:
         with nullcontext() if read.array.direct else self._decoding:
             read.array.read_rows(read.batch, read.head, read.tokens.start, read.tokens.stop, read.out)
         self._step()
-        return count_not_finite(read.out) if read.counted else 0
+        if read.counted_for is None:
+            return 0
+        # A bias of -inf leaves its key out: that is no fault.
+        return count_not_finite(read.out) - (int(np.isneginf(read.out).sum()) if read.array.name == "key_bias" else 0)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,6 @@ class _Read:
     array: InputArray
     batch: int
     head: int
-    chunk: int
     tokens: range
     out: npt.NDArray[Any]
-    counted: bool
+    counted_for: int | None

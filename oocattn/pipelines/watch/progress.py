@@ -49,7 +49,7 @@ class ProgressBar:
         plan = event.plan
         if event.dashboard:
             tqdm.write(f"dashboard {printable(event.dashboard)}", file=sys.stderr)
-        self._tokens_each = plan.problem.tokens * plan.problem.batch / plan.subproblems
+        self._tokens_each = plan.problem.out_rows * plan.problem.batch / max(1, plan.subproblems)
         self._start = self._drawn = self._advanced = clock.now()
         self._bar = tqdm(
             total=plan.subproblems,

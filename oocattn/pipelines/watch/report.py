@@ -21,6 +21,8 @@ from oocattn.units import format_bytes, format_count, format_seconds
 
 MOST_UNDERFLOWED = 0.01  # share of underflowed elements of `out` that makes the others inaccurate too
 
+NO_KEYS = "their out is 0 and their lse -inf, or that of the learnable sink"
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -31,8 +33,9 @@ class RunReport:
     `compute_busy`, the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean.
     `pairs` are the query-key pairs that the ledger confirmed, `pairs_before` those attended before the run was resumed;
     `not_finite` the NaN and Inf found in the inputs, `out_not_finite` those in `out`, `out_overflowed` those of them that
-    only its dtype made Inf, `out_underflowed` the elements that it made 0, of `out_elements` (0, 0 and 1 in reports of older
-    versions); `recomputed` the partials that were damaged on disk; `retried` the tasks that failed and were tried again,
+    only its dtype made Inf, `out_underflowed` the elements that it made 0, of `out_elements`; `rows_without_keys` the rows
+    that attend no key, over all heads (0, 0, 1 and 0 in reports of older versions);
+    `recomputed` the partials that were damaged on disk; `retried` the tasks that failed and were tried again,
     `workers_lost` how often workers died; `out_of_memory` how often the run continued with smaller tiles on a GPU;
     `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them whose checksums
     were compared then; `other_bits` what has computed otherwise than when the run began, so that bits differ.
@@ -41,9 +44,9 @@ class RunReport:
     seconds: Seconds
     predicted_seconds: Seconds
     tokens: Positive
-    subproblems: Positive
+    subproblems: Count
     lanes: Positive
-    pairs: Positive
+    pairs: Count
     pairs_before: Count
     bytes_read: Count
     bytes_partials: Count
@@ -63,6 +66,7 @@ class RunReport:
     out_overflowed: Annotated[Count, ADDED] = 0
     out_underflowed: Annotated[Count, ADDED] = 0
     out_elements: Annotated[Positive, ADDED] = 1
+    rows_without_keys: Annotated[Count, ADDED] = 0
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -100,7 +104,7 @@ class RunReport:
     @property
     def rate(self) -> float:
         """Tokens/s of the work done since the run was started or resumed."""
-        return clock.rate(self.tokens * (1 - self.pairs_before / self.pairs), self.seconds)
+        return clock.rate(self.tokens * (1 - self.pairs_before / max(1, self.pairs)), self.seconds)
 
     def __str__(self) -> str:
         since = " since it was resumed" if self.pairs_before else ""
@@ -117,9 +121,13 @@ class RunReport:
         chunks = f"{self.chunks_before:,} chunk{'s' * (self.chunks_before > 1)}"
         short = f"out of memory {self.out_of_memory} times"
         on_occasion = [
-            (self.pairs_before, f"resumed      {self.pairs_before / self.pairs:.1%} of the pairs were attended before"),
+            (
+                self.pairs_before,
+                f"resumed      {self.pairs_before / max(1, self.pairs):.1%} of the pairs were attended before",
+            ),
             (self.chunks_before, f"before       {chunks} finished, checksums of {self.chunks_compared:,} compared"),
             (self.other_bits, f"bits         other bits than those of an uninterrupted run: {printable(self.other_bits)}"),
+            (self.rows_without_keys, f"rows         {self.rows_without_keys:,} rows attend no key: {NO_KEYS}"),
             (self.not_finite, f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN"),
             (self.out_not_finite, f"out          {self.out_not_finite:,} elements are NaN or Inf"),
             *((True, f"             {line}") for line in self.lost),
@@ -133,7 +141,7 @@ class RunReport:
 
 
 _COUNTED = ("bytes_read", "bytes_partials", "recomputed", "retried", "workers_lost", "out_of_memory")
-_OF_CHUNKS = ("pairs", "not_finite", "out_not_finite", "out_overflowed", "out_underflowed")
+_OF_CHUNKS = ("pairs", "rows_without_keys", "not_finite", "out_not_finite", "out_overflowed", "out_underflowed")
 """Fields of a report that are counted here, and those that are sums over the records of finished chunks."""
 
 
@@ -192,12 +200,12 @@ class Tally:
             **self.counts,
             seconds=seconds,
             predicted_seconds=plan.seconds,
-            tokens=plan.problem.tokens * plan.problem.batch,
+            tokens=plan.problem.out_rows * plan.problem.batch,
             subproblems=plan.subproblems,
             lanes=lanes,
             pairs_before=max(0, totals["pairs"] - self.pairs) if self.resumed else 0,
             bytes_written=sum(record.bytes for record in records),
-            out_elements=plan.problem.rows * plan.problem.head_dim,
+            out_elements=plan.problem.rows * plan.problem.value_dim,
             busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
             compute_busy=clock.rate(self.computing, seconds * lanes),
             chunks_before=compared.finished,

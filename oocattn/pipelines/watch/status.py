@@ -30,7 +30,7 @@ from oocattn.pipelines.watch.events import (
     Written,
 )
 from oocattn.pipelines.watch.report import RunReport
-from oocattn.problem.problem import Problem, read_problem
+from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Range, Seconds, from_json, to_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder
@@ -189,7 +189,7 @@ class StatusFile:
                 "running",
                 plan.subproblems,
                 tokens=_tokens(plan.problem),
-                seconds_left=plan.seconds * left / plan.subproblems,
+                seconds_left=plan.seconds * left / max(1, plan.subproblems),
                 dashboard=event.dashboard,
             )
             self._before = plan.subproblems - left
@@ -231,7 +231,7 @@ def status(result: str | Path) -> Status:
         return found
     plan, total = begun.plan, begun.plan.subproblems
     left = Schedule(plan, 1, scan_completed(plan, begun.journal, paths.scratch).done).left
-    tokens, share = _tokens(plan.problem), left / total
+    tokens, share = _tokens(plan.problem), left / max(1, total)
     seconds_left = tokens * share / found.rate if found.rate else plan.seconds * share
     return replace(found, subproblems=total, subproblems_done=total - left, tokens=tokens, seconds_left=seconds_left)
 
@@ -298,7 +298,7 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
     if report is None:
         tokens = 0
         with suppress(ValueError):
-            tokens = _tokens(read_problem(problem))
+            tokens = _tokens(from_json(Problem, problem))
         return Status("finished", tokens=tokens, seconds_left=0.0)
     saved = 0.0
     with suppress(ValueError):
@@ -325,7 +325,7 @@ def read_report(paths: ResultPaths) -> RunReport | None:
 
 
 def _tokens(problem: Problem) -> int:
-    return problem.tokens * problem.batch
+    return problem.out_rows * problem.batch
 
 
 def _last_written(path: Path) -> Status | None:

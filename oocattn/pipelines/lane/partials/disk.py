@@ -8,7 +8,13 @@ from oocattn.errors import IntegrityError
 from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
-from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk
+from oocattn.pipelines.lane.partials.store import (
+    Accumulators,
+    DamagedPartialError,
+    Destination,
+    MergedChunk,
+    of_chunk,
+)
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 
@@ -30,14 +36,14 @@ class DiskPartials:
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
         buffer = self._buffers.take()
         self._in_flight[head_group, chunk, subproblem] = buffer, not_finite
-        return Destination(buffer.rows(0, len(self._plan.tokens(chunk))), merged=False)
+        return Destination(of_chunk(self._plan, buffer, head_group, chunk), merged=False)
 
     def save_pending(self, head_group: int, chunk: int) -> bool:
         return False
 
     def end(self, head_group: int, chunk: int, subproblem: int) -> int:
         buffer, not_finite = self._in_flight.pop((head_group, chunk, subproblem))
-        state = buffer.rows(0, len(self._plan.tokens(chunk)))
+        state = of_chunk(self._plan, buffer, head_group, chunk)
         try:
             return self._files.write(PartialId(head_group, chunk, (subproblem,)), state, not_finite)
         finally:
@@ -47,7 +53,7 @@ class DiskPartials:
         state = self._accumulators.take(head_group, chunk)
         state.reset()
         not_finite = 0
-        for subproblem in self._plan.division.contributors(chunk):
+        for subproblem in self._plan.division_of(head_group).contributors(chunk):
             partial = PartialId(head_group, chunk, (subproblem,))
             try:
                 not_finite += self._files.not_finite(partial)
@@ -63,7 +69,7 @@ class DiskPartials:
         into = row_blocks(state)
         block = self._blocks.take()
         try:
-            buffers = [block.rows(0, len(rows.keys)) for rows in into]
+            buffers = [block.heads(0, len(rows.num)).rows(0, len(rows.keys)) for rows in into]
             for index in self._files.read(partial, buffers):
                 self._merge_states(into[index], buffers[index])
         finally:
@@ -71,7 +77,7 @@ class DiskPartials:
 
     def release(self, head_group: int, chunk: int) -> None:
         self._accumulators.give_back(head_group, chunk)
-        for subproblem in self._plan.division.contributors(chunk):
+        for subproblem in self._plan.division_of(head_group).contributors(chunk):
             self._files.remove(PartialId(head_group, chunk, (subproblem,)))
 
     def save(self, patient: bool) -> int:

@@ -42,7 +42,7 @@ class MemoryPartials:
     """
 
     def __init__(self, plan: Plan, files: PartialFiles, accumulators: States) -> None:
-        self._division = plan.division
+        self._plan = plan
         self._files = files
         self._accumulators = Accumulators(plan, accumulators)
         self._changed = threading.Condition()
@@ -50,7 +50,8 @@ class MemoryPartials:
         self._stopped_waiting = False
 
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
-        place, contributors = (head_group, chunk), self._division.contributors(chunk)
+        place = (head_group, chunk)
+        contributors = self._contributors(place)
         known = self._folds.get(place)
         position = contributors.index(subproblem) if subproblem in contributors else -1
         if position < 0 or (known and position != known.started):
@@ -77,8 +78,10 @@ class MemoryPartials:
         return 0
 
     def collect(self, head_group: int, chunk: int) -> MergedChunk:
-        contributors = self._division.contributors(chunk)
+        contributors = self._contributors((head_group, chunk))
         fold = self._folds.get((head_group, chunk)) or self._take((head_group, chunk), len(contributors))
+        if not contributors:  # no row of it attends a key
+            fold.state.reset()
         if missing := contributors[fold.started :]:
             raise IntegrityError(f"head group {head_group}, chunk {chunk}: no partial of subproblems {list(missing)}")
         return MergedChunk(fold.state, fold.not_finite)
@@ -111,6 +114,10 @@ class MemoryPartials:
     def close(self) -> None:
         self._folds.clear()
         self._accumulators.close()
+
+    def _contributors(self, place: Place) -> tuple[int, ...]:
+        head_group, chunk = place
+        return self._plan.division_of(head_group).contributors(chunk)
 
     def _take(self, place: Place, count: int) -> _Fold:
         """An accumulator for a chunk, with the first `count` contributors from its file."""
@@ -159,4 +166,4 @@ class MemoryPartials:
                 self._changed.notify_all()
 
     def _partial_id(self, place: Place, count: int) -> PartialId:
-        return PartialId(*place, self._division.contributors(place[1])[:count])
+        return PartialId(*place, self._contributors(place)[:count])

@@ -92,7 +92,7 @@ class Accumulators:
     def take(self, head_group: int, chunk: int) -> AttentionState:
         """An accumulator for a chunk, its rows of it; what it holds is undefined."""
         self._held[head_group, chunk] = self._free.take()
-        return self._held[head_group, chunk].rows(0, len(self._plan.tokens(chunk)))
+        return of_chunk(self._plan, self._held[head_group, chunk], head_group, chunk)
 
     def give_back(self, head_group: int, chunk: int) -> None:
         """Let another chunk have it."""
@@ -101,3 +101,9 @@ class Accumulators:
     def close(self) -> None:
         """Let go of those that chunks hold."""
         self._held.clear()
+
+
+def of_chunk(plan: Plan, state: AttentionState, head_group: int, chunk: int) -> AttentionState:
+    """The part of a state, which has room for any chunk, that a chunk of a head group uses."""
+    heads = len(plan.problem.head_group(head_group).query_heads)
+    return state.heads(0, heads).rows(0, len(plan.query_rows(chunk)))
