@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from oocattn.errors import IntegrityError
 
 
+class PageError(IntegrityError):
+    """There is an HTML page where an object should be: so some servers answer for what is missing."""
+
+
 @contextmanager
 def refuse_missing(location: str, key: str) -> Iterator[None]:
     """Raise `missing_chunk` where the file of a chunk is not found."""
@@ -21,7 +25,7 @@ def missing_chunk(location: str, key: str) -> IntegrityError:
     """The error for a chunk that is not there; `key` starts with the array's name."""
     return IntegrityError(
         f"{chunk_name(location, key)} is missing: Zarr would read it as the fill value; copy it again, or write it "
-        "(with write_empty_chunks=True if it is all fill value)"
+        "(if it is all fill value, make its array with config={'write_empty_chunks': True})"
     )
 
 
@@ -41,9 +45,9 @@ def undecodable_chunk(location: str, key: str, error: object) -> IntegrityError:
 
 
 def refuse_html(place: str, content: bytes) -> None:
-    """Raise IntegrityError for an HTML page, as some servers answer for 404."""
+    """Raise PageError for an HTML page."""
     if content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise IntegrityError(
+        raise PageError(
             f"{place} is an HTML page ({content[:40]!s}): its server seems to answer so for what is missing; check the URL, "
             "or copy the dataset again"
         ) from None

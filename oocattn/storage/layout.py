@@ -1,6 +1,7 @@
 """Where an array's chunks lie in its store: extents, keys and offsets.
 
-Pure arithmetic over an array's metadata, for arrays of rank 3 [H, N, D] and 4 [B, H, N, D]; nothing here opens a file.
+Pure arithmetic over an array's metadata; nothing here opens a file. Arrays are [H, N, D] or [B, H, N, D], with rows of rank
+1, or without D, with rows of rank 0.
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ class ChunkFiles:
     array: zarr.Array[Any]
     root: Path
     location: str
+    row_rank: int = 1
 
     def parts(self, batch: int, head: int, start: int, stop: int) -> Iterator[Part]:
         """Tokens [start, stop) of one head, split at chunk boundaries, in order."""
-        *grouped, rows, head_dim = self._extents
-        row_bytes = head_dim * self._itemsize
+        axis = token_axis(self.array, self.row_rank)
+        grouped, rows, row = self._extents[:axis], self._extents[axis], self._extents[axis + 1 :]
+        row_bytes = math.prod(row) * self._itemsize
         outer: list[int] = []
         before = 0  # heads that come before this one in the same chunk
-        for position, extent in zip(leading_indices(self.array, batch, head), grouped, strict=True):
+        for position, extent in zip((batch, head)[-axis:], grouped, strict=True):
             outer.append(position // extent)
             before = before * extent + position % extent
         for number in range(start // rows, ceil_div(stop, rows)):
             low, high = max(start, number * rows), min(stop, (number + 1) * rows)
-            key = chunk_key(self.array, (*outer, number, 0))
+            key = chunk_key(self.array, (*outer, number, *(0 for _ in row)))
             offset = (before * rows + low - number * rows) * row_bytes
             begin, end = (low - start) * row_bytes, (high - start) * row_bytes
             yield Part(key, self.root / key, offset, self._file_bytes, begin, end)
@@ -69,9 +72,9 @@ class ChunkFiles:
         return chunk_bytes(self.array)
 
 
-def leading_indices(array: zarr.Array[Any], batch: int, head: int) -> tuple[int, ...]:
-    """Indices of the dimensions before N and D: (batch, head) or (head,)."""
-    return (batch, head)[4 - array.ndim :]
+def token_axis(array: zarr.Array[Any], row_rank: int) -> int:
+    """The dimension of tokens: after those of the heads, before those of a row."""
+    return array.ndim - 1 - row_rank
 
 
 def chunk_bytes(array: zarr.Array[Any]) -> int:
@@ -122,8 +125,9 @@ def codec_names(array: zarr.Array[Any]) -> list[str]:
     return names
 
 
-def obstacles(array: zarr.Array[Any]) -> list[str]:
+def obstacles(array: zarr.Array[Any], row_rank: int = 1) -> list[str]:
     """Why a chunk file is not plain little-endian rows; empty where it is."""
+    row = token_axis(array, row_rank) + 1
     found = []
     if names := codec_names(array):
         found.append(f"{'+'.join(names)}-compressed")
@@ -131,7 +135,7 @@ def obstacles(array: zarr.Array[Any]) -> list[str]:
         found.append("sharded")
     if array.metadata.zarr_format == 2 and array.order != "C":
         found.append("column-major")
-    if array.chunks[-1] != array.shape[-1]:
+    if array.chunks[row:] != array.shape[row:]:
         found.append("chunked along D")
     if (serialized := _serialization(array)) != "little-endian":
         found.append(serialized)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from oocattn.errors import OocattnError
 from oocattn.storage.chunk_errors import chunk_name, damaged_chunk, missing_chunk, refuse_html, torn_chunk, undecodable_chunk
 from oocattn.storage.inputs.decoding import array_chain, bounded_metadata
 from oocattn.storage.inputs.shards import check_shard
-from oocattn.storage.layout import chunk_bytes, chunk_key, leading_indices, stored_bytes
+from oocattn.storage.layout import chunk_bytes, chunk_key, stored_bytes, token_axis
 from oocattn.storage.zarr_compat import (
     Buffer,
     BufferPrototype,
@@ -99,13 +100,15 @@ def complete_array(array: zarr.Array[Any], location: str) -> zarr.Array[Any]:
 class CodecReader:
     """Reads rows of one array through Zarr. `location` is what messages call the dataset."""
 
-    def __init__(self, array: zarr.Array[Any], location: str) -> None:
+    def __init__(self, array: zarr.Array[Any], location: str, row_rank: int = 1) -> None:
         self._array = complete_array(array, location)
         self._stored = array
         self._location = location
         self._chain = array_chain(array)
-        self._chunk_rows = array.chunks[-2]
-        self._columns = ceil_div(array.shape[-1], array.chunks[-1])
+        self._axis = axis = token_axis(array, row_rank)
+        self._chunk_rows = array.chunks[axis]
+        row = zip(array.shape[axis + 1 :], array.chunks[axis + 1 :], strict=True)
+        self._columns = math.prod(ceil_div(size, extent) for size, extent in row)
         chunks = max(1, min(STEP_CHUNKS, STEP_BYTES // (self._columns * chunk_bytes(array))))
         self._step_rows = self._chunk_rows * chunks
         self._whole_shards: set[str] = set()
@@ -113,12 +116,15 @@ class CodecReader:
     @property
     def decode_bytes(self) -> int:
         """Bound on host memory, in bytes, of one read besides the caller's buffer."""
-        chunks = min(self._step_rows // self._chunk_rows, ceil_div(self._array.shape[-2], self._chunk_rows)) * self._columns
+        chunks = (
+            min(self._step_rows // self._chunk_rows, ceil_div(self._array.shape[self._axis], self._chunk_rows))
+            * self._columns
+        )
         return DECODE_COPIES * chunks * self._chain.widest + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
     def read(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
         """Read tokens [start, stop) of one head into `out` [stop - start, D]. Raises as `read_span`."""
-        index = leading_indices(self._array, batch, head)
+        index = (batch, head)[-self._axis :]
         for shard in self._shards(index, start, stop):
             if (key := chunk_key(self._array, shard)) not in self._whole_shards:
                 check_shard(self._stored, shard, self._location)
@@ -129,10 +135,11 @@ class CodecReader:
     def _shards(self, index: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, ...]]:
         if self._array.shards is None:
             return iter(())
-        *grouped, rows, columns = self._array.shards
-        outer = [range(at // extent, at // extent + 1) for at, extent in zip(index, grouped, strict=True)]
-        tokens = range(start // rows, ceil_div(stop, rows))
-        return itertools.product(*outer, tokens, range(ceil_div(self._array.shape[-1], columns)))
+        extents, axis = self._array.shards, self._axis
+        outer = [range(at // extent, at // extent + 1) for at, extent in zip(index, extents, strict=False)]
+        tokens = range(start // extents[axis], ceil_div(stop, extents[axis]))
+        row = zip(self._array.shape[axis + 1 :], extents[axis + 1 :], strict=True)
+        return itertools.product(*outer, tokens, *(range(ceil_div(size, extent)) for size, extent in row))
 
 
 def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low: int, out: NDArray[Any]) -> None:

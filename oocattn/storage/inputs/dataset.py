@@ -1,10 +1,10 @@
-"""A dataset: a Zarr group with the arrays q, k and v, at a path or behind a URL."""
+"""A dataset: a Zarr group with the arrays q, k and v, and perhaps key_bias, at a path or behind a URL."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 
 import zarr
 
-from oocattn.arguments import Dtype
-from oocattn.errors import ProblemError
-from oocattn.problem.problem import ArraySpec, Problem, make_problem
+from oocattn.errors import ProblemError, RemoteDeniedError
+from oocattn.problem.arrays import KEY_BIAS, ArraySpec
+from oocattn.problem.options import ProblemOptions
+from oocattn.problem.problem import Problem, make_problem
 from oocattn.records import differences
-from oocattn.storage.chunk_errors import missing_chunk, torn_chunk
+from oocattn.storage.chunk_errors import PageError, missing_chunk, torn_chunk
 from oocattn.storage.inputs.direct import FastestReader
 from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, chunk_files, fingerprints_of, identity
 from oocattn.storage.inputs.meaning import MEANINGFUL, check_axes, refuse_packed, warn_if_transposed
@@ -36,7 +37,7 @@ MOST_NAMED = 10  # arrays that the message names where one is missing
 
 @dataclass(frozen=True)
 class Dataset:
-    """The input of a run: its location, and the arrays "q", "k" and "v".
+    """The input of a run: its location, and the arrays "q", "k" and "v", and "key_bias" where there is one and it is used.
 
     `location` is an absolute path, or a URL without credentials. Other processes are sent the arrays' metadata alone.
     """
@@ -45,22 +46,28 @@ class Dataset:
     arrays: dict[str, InputArray]
 
     @classmethod
-    def open(cls, path_or_url: str | Path | Location) -> Dataset:
+    def open(cls, path_or_url: str | Path | Location, *, key_bias: bool = True) -> Dataset:
         """Open a Zarr group, v3 or v2, for reading, at a path or a URL, which is checked first.
 
-        Raises ProblemError if there is no group, or no array q, k or v in it that can be read, or whose attributes give its
-        numbers or axes another meaning, and IntegrityError if its metadata is damaged.
+        Without `key_bias` an array of that name is not looked at. Raises ProblemError if there is no group, no array q, k or
+        v in it that can be read, or one whose attributes give its numbers or axes another meaning, and IntegrityError if its
+        metadata is damaged.
         """
         location = parse_location(path_or_url)
-        return cls._open_in(_open_store(location), str(location))
+        return cls._open_in(_open_store(location), str(location), (KEY_BIAS,) if key_bias else ())
 
     @classmethod
-    def _open_in(cls, store: Store, location: str) -> Dataset:
+    def _open_in(cls, store: Store, location: str, optional: Sequence[str]) -> Dataset:
         group = read_group(store, location)
         if group is None:
             raise _no_group(location, _what_is_at(store, location))
-        arrays = {name: _array(store, name, location) for name in NAMES}
-        for name, other in open_consolidated(store, group, NAMES, location).items():
+        required = [name for name in NAMES if name != KEY_BIAS]
+        arrays = {name: _array(store, name, location) for name in required}
+        consolidated = open_consolidated(store, group, (*required, *optional), location)
+        for name in optional:
+            found = _optional_array(store, name, location, listed=name in consolidated)
+            arrays |= {} if found is None else {name: found}
+        for name, other in consolidated.items():
             _check_consolidated(arrays[name], other, location)
         for array in arrays.values():
             refuse_packed(array, location)
@@ -69,15 +76,15 @@ class Dataset:
 
     def reopen(self) -> Dataset:
         """The dataset as it is now: its metadata is read again. Raises as `open`."""
-        return self._open_in(self.arrays["q"].array.store, self.location)
+        return self._open_in(self.store, self.location, [name for name in self.arrays if name == KEY_BIAS])
 
     @classmethod
-    def open_recorded(cls, recorded: object, named: str | Path | Location | None) -> Dataset:
+    def open_recorded(cls, recorded: object, named: str | Path | Location | None, *, key_bias: bool = True) -> Dataset:
         """Open the dataset of a result or journal: where `named`, else at the `recorded_location`. Raises as both."""
         if named is not None:
-            return cls.open(named)
+            return cls.open(named, key_bias=key_bias)
         try:
-            return cls.open(recorded_location(recorded))
+            return cls.open(recorded_location(recorded), key_bias=key_bias)
         except ProblemError as error:
             raise ProblemError(f"{error}; if it was moved, say where with dataset= (--dataset)") from error
 
@@ -88,28 +95,37 @@ class Dataset:
         return cls(location, {name: InputArray(name, array, location, fastest) for name, array in arrays.items()})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset.of, (self.location, {name: self.arrays[name].array for name in NAMES})
+        return Dataset.of, (self.location, {name: found.array for name, found in self.arrays.items()})
+
+    @property
+    def store(self) -> Store:
+        """The store of the group."""
+        return self.arrays["q"].array.store
 
     @property
     def folder(self) -> Path | None:
         """Where the dataset lies, or None where that is no local folder."""
-        store = self.arrays["q"].array.store
-        return store.root if isinstance(store, MappedStore) else None
+        return self.store.root if isinstance(self.store, MappedStore) else None
 
     @property
     def specs(self) -> tuple[ArraySpec, ArraySpec, ArraySpec]:
         """Names, shapes and dtypes of q, k and v."""
-        q, k, v = (self.arrays[name].spec for name in NAMES)
-        return q, k, v
+        return self.arrays["q"].spec, self.arrays["k"].spec, self.arrays["v"].spec
+
+    @property
+    def key_bias(self) -> ArraySpec | None:
+        """Name, shape and dtype of key_bias; None where there is none, or none is used."""
+        found = self.arrays.get(KEY_BIAS)
+        return None if found is None else found.spec
 
     def check_complete(self) -> None:
-        """Check that every chunk of q, k and v is there. Raises IntegrityError naming array, chunk and key.
+        """Check that every chunk of the arrays is there. Raises IntegrityError naming array, chunk and key.
 
         A chunk that is stored as it is (no compressor, no shards) must have its size, where that is told. Elsewhere
         than in a local folder the keys are listed once, where that is possible, and those not listed are asked for by
         name. Of a shard the index is read as well (16 bytes a chunk). What chunks decode to is not checked.
         """
-        for array in (self.arrays[name].array for name in NAMES):
+        for array in (found.array for found in self.arrays.values()):
             expected = stored_bytes(array)
             for coordinates, key, size in _sizes(array, self.location):
                 if expected is not None and size is not None and size != expected:
@@ -119,7 +135,7 @@ class Dataset:
 
     def fingerprints(self) -> Fingerprints:
         """The fingerprints of the dataset as it is now. Raises IntegrityError for a chunk that is found to be missing."""
-        found = [fingerprints_of(name, self.arrays[name].array, self.location) for name in NAMES]
+        found = [fingerprints_of(name, found.array, self.location) for name, found in self.arrays.items()]
         return Fingerprints(*("-".join(digests) for digests in zip(*found, strict=True)))
 
     @cached_property
@@ -133,17 +149,16 @@ class Dataset:
         return found.within_run if within_run else found.recorded
 
 
-def pose(dataset: Dataset, *, causal: bool, scale: float | None, out_dtype: Dtype | None) -> Problem:
+def pose(dataset: Dataset, options: ProblemOptions) -> Problem:
     """The problem of a dataset with these options. Raises as `make_problem`, and warns of more heads than tokens."""
-    chosen = None if out_dtype is None else str(out_dtype)
-    problem = make_problem(*dataset.specs, causal=causal, scale=scale, out_dtype=chosen)
-    warn_if_transposed(dataset.specs[0])
+    problem = make_problem(*dataset.specs, options, dataset.key_bias)
+    warn_if_transposed(dataset.specs[0], dataset.specs[1])
     return problem
 
 
 def check_poses(dataset: Dataset, problem: Problem, whose: str) -> None:
     """Raise ProblemError where a dataset poses another problem than `problem`, of a "run" or a "result" (`whose`)."""
-    posed = pose(dataset, causal=problem.causal, scale=problem.scale, out_dtype=problem.out_dtype)
+    posed = pose(dataset, problem.options)
     if posed != problem:
         raise ProblemError(
             f"{dataset.location} poses another problem than the {whose}'s ({differences(problem, posed)}): name the dataset "
@@ -212,6 +227,22 @@ def _no_group(location: str, reason: str) -> ProblemError:
         f"no Zarr group at {location} ({reason}): give the path or URL of a group with the arrays q, k and v; "
         "`oocattn import` makes one from other files"
     )
+
+
+def _optional_array(store: Store, name: str, location: str, *, listed: bool) -> zarr.Array[Any] | None:
+    """An array that may be missing, unless it is listed in consolidated metadata."""
+    try:
+        found = open_array(store, name, location)
+    except (RemoteDeniedError, PageError):  # also the answer for a missing object, of some servers
+        if listed:
+            raise
+        return None
+    if found is None and listed:
+        raise ProblemError(
+            f"array {name!r} of {location} is missing, but in the consolidated metadata of its group: expected it in both "
+            "or in neither; bring them up to date with zarr.consolidate_metadata(PATH)"
+        )
+    return found
 
 
 def _array(store: Store, name: str, location: str) -> zarr.Array[Any]:

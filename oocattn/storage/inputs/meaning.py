@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from oocattn.errors import ProblemError
-from oocattn.problem.problem import ArraySpec
+from oocattn.problem.arrays import KEY_BIAS, ArraySpec
 from oocattn.text import printable
 
 if TYPE_CHECKING:
@@ -71,11 +71,12 @@ MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
 def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
     """Raise ProblemError where dimension names give another order of axes.
 
-    Expected are [B, H, N, D] or [H, N, D]. The names are `dimension_names` of Zarr v3, and xarray's `_ARRAY_DIMENSIONS` of
-    v2.
+    Expected are [B, H, N, D] or [H, N, D], and of key_bias the same without D. The names are `dimension_names` of Zarr v3,
+    and xarray's `_ARRAY_DIMENSIONS` of v2.
     """
-    named = [(name, names, order) for name, array in arrays.items() for names, order in _named_orders(array)]
-    wrong = {order for _, _, order in named if order not in ("bhnd", "hnd")}
+    axes = {name: "bhn" if name == KEY_BIAS else "bhnd" for name in arrays}
+    named = [(name, names, order) for name, array in arrays.items() for names, order in _named_orders(array, axes[name])]
+    wrong = {order for name, _, order in named if not axes[name].endswith(order)}
     if not wrong:
         return
     told = "; ".join(f"{name} is {_letters(order)} ({', '.join(names)})" for name, names, order in named)
@@ -83,16 +84,21 @@ def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
     imported = f", or save its tensors as files and import them with `oocattn import --layout {layout}`" if layout else ""
     raise ProblemError(
         f"the dimension names in {location} say that {told}; expected are [B, H, N, D] (batch, head, "
-        f"token, head_dim) or [H, N, D]: write the array transposed{imported}; if its names are wrong, correct them"
+        f"token, head_dim) or [H, N, D], and key_bias without D: write the array transposed{imported}; if its names are "
+        "wrong, correct them"
     )
 
 
-def warn_if_transposed(q: ArraySpec, layout: str | None = None) -> None:
-    """Warn where `q`, in the order `layout` (default: [B, H, N, D]), has more heads than tokens."""
-    taken = layout or "bhnd"[4 - len(q.shape) :]
-    size = dict(zip(taken, q.shape, strict=True))
-    if size["h"] <= size["n"]:
+def warn_if_transposed(q: ArraySpec, k: ArraySpec, layout: str | None = None) -> None:
+    """Warn where q and k, in the order `layout` (default: [B, H, N, D]), have more heads than tokens.
+
+    In a decode step q alone has.
+    """
+    orders = [layout or "bhnd"[4 - len(spec.shape) :] for spec in (q, k)]
+    size, of_keys = (dict(zip(order, spec.shape, strict=True)) for order, spec in zip(orders, (q, k), strict=True))
+    if size["h"] <= size["n"] or of_keys["h"] <= of_keys["n"]:
         return
+    taken = orders[0]
     other = _OTHER[taken]
     logger.warning(
         "%s",
@@ -106,19 +112,19 @@ def _letters(order: str) -> str:
     return f"[{', '.join(order.upper())}]"
 
 
-def _named_orders(array: zarr.Array[Any]) -> Iterator[tuple[list[str], str]]:
-    """Pairs of dimension names that are believed and the order they give."""
+def _named_orders(array: zarr.Array[Any], axes: str) -> Iterator[tuple[list[str], str]]:
+    """Pairs of dimension names that are believed and the order they give of `axes`, the first of which may be left out."""
     for names in (getattr(array.metadata, "dimension_names", None), array.attrs.get(_NAMED_DIMENSIONS)):
-        if isinstance(names, list | tuple) and len(names) == array.ndim and (order := _order(names)):
+        if isinstance(names, list | tuple) and len(names) == array.ndim and (order := _order(names, axes)):
             yield ["unnamed" if name is None else str(name) for name in names], order
 
 
-def _order(names: list[Any] | tuple[Any, ...]) -> str | None:
+def _order(names: list[Any] | tuple[Any, ...], axes: str) -> str | None:
     """The only order of axes, like "bhnd", that the names allow, or None. An axis without a name, None, may be any."""
-    if len(names) not in (3, 4) or not all(name is None or isinstance(name, str) for name in names):
+    if len(names) not in (len(axes) - 1, len(axes)) or not all(name is None or isinstance(name, str) for name in names):
         return None
-    axes = [_axes_called(name) for name in names]
-    found = [order for order in itertools.permutations("bhnd"[4 - len(names) :]) if all(map(set.__contains__, axes, order))]
+    called = [_axes_called(name) for name in names]
+    found = [order for order in itertools.permutations(axes[-len(names) :]) if all(map(set.__contains__, called, order))]
     return "".join(found[0]) if len(found) == 1 else None
 
 

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from oocattn.threads import ThreadPool
 from oocattn.units import ceil_div
 
 CHUNK_BYTES = 32 * 2**20  # size aimed at for a chunk; 8 to 64 MiB read equally well
+DIMENSIONS = ("batch", "query_head", "token", "head_dim")  # of q, out and lse
 ROW_MULTIPLE = 4096  # chunks of longer arrays hold a multiple of this many rows, so that they start on page boundaries
 
 
@@ -60,25 +61,49 @@ def default_chunk_rows(tokens: int, head_dim: int, itemsize: int) -> int:
 
 
 def create_array(
-    group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, chunk_rows: int | None = None
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    chunk_rows: int | None = None,
+    dimensions: Sequence[str] = DIMENSIONS,
 ) -> zarr.Array[Any]:
-    """Create array `name`, [B, H, N, D] or [B, H, N], of chunks of one head.
+    """Create array `name`, [B, H, N, D] or [B, H, N], of chunks of one head: (1, 1, T, D) or (1, 1, T).
 
-    Chunks are (1, 1, T, D) or (1, 1, T). Zarr v3, uncompressed and unsharded, little-endian, fill value 0, empty chunks
-    written, all chunk files in one folder (a durable write then syncs that folder and no others). `chunk_rows` is T, by
-    default `default_chunk_rows`. Dimensions are named, so that xarray opens the group: only k and v share their heads.
-    Raises zarr's ContainsArrayError where the group has such an array.
+    `chunk_rows` is T, by default `default_chunk_rows`. `dimensions` are named, so that xarray opens the group. Raises zarr's
+    ContainsArrayError where the group has such an array.
     """
     tokens, row = shape[2], shape[3:]
     numpy_type = numpy_dtype(dtype)
     rows = chunk_rows or default_chunk_rows(tokens, int(np.prod(row)), numpy_type.itemsize)
+    return _create(group, name, shape, numpy_type, (1, 1, rows, *row), dimensions[: len(shape)])
+
+
+def write_whole(group: zarr.Group, name: str, data: NDArray[Any], dimensions: Sequence[str]) -> None:
+    """Write a small array, in a group of a local store, as one chunk; when this returns, that is on disk."""
+    array = _create(group, name, data.shape, data.dtype, data.shape, dimensions)
+    write_durably(chunk_file(array, (0,) * data.ndim), [np.ascontiguousarray(data)])
+
+
+def _create(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: tuple[int, ...],
+    dimensions: Sequence[str],
+) -> zarr.Array[Any]:
+    """Create an array of Zarr v3: uncompressed, little-endian, fill value 0, empty chunks written.
+
+    All chunk files lie in one folder: a durable write then syncs that folder and no others.
+    """
     with name_failure("make", str(group.store_path / name).removeprefix("file://")):
         return group.create_array(
             name,
             shape=shape,
-            dtype=numpy_type,
-            chunks=(1, 1, rows, *row),
-            dimension_names=("batch", "kv_head" if name in ("k", "v") else "query_head", "token", "head_dim")[: len(shape)],
+            dtype=dtype,
+            chunks=chunks,
+            dimension_names=dimensions,
             chunk_key_encoding={"name": "default", "separator": "."},
             serializer=BytesCodec(endian="little"),
             compressors=None,
@@ -86,6 +111,20 @@ def create_array(
             fill_value=0,
             config={"write_empty_chunks": True},
         )
+
+
+def dimension_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+    """The names of the dimensions of a dataset's arrays [B, H, N, ...]: those of one length alone share a name."""
+    q, v = shapes["q"], shapes["v"]
+    query, key = ("token", "token") if q[2] == v[2] else ("query_token", "key_token")
+    value = "head_dim" if q[3] == v[3] else "value_dim"
+    bias = shapes.get("key_bias", q)
+    return {
+        "q": ("batch", "query_head", query, "head_dim"),
+        "k": ("batch", "kv_head", key, "head_dim"),
+        "v": ("batch", "kv_head", key, value),
+        "key_bias": ("batch", "query_head" if bias[1] == q[1] else "bias_head", key),
+    }
 
 
 def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[slice, ...]:

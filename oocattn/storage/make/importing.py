@@ -1,4 +1,4 @@
-"""Import of .npy, .safetensors and .pt files into a dataset of our own. All three are checked first."""
+"""Import of .npy, .safetensors and .pt files into a dataset of our own. All are checked first."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from oocattn import arguments
 from oocattn.arguments import Dtype, checked
 from oocattn.denormals import keep_denormals
 from oocattn.errors import ProblemError
-from oocattn.problem.problem import DTYPES, ArraySpec, make_problem
+from oocattn.problem.arrays import DTYPES, KEY_BIAS, ArraySpec
+from oocattn.problem.problem import make_problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.meaning import LAYOUTS, warn_if_transposed
 from oocattn.storage.locations import describe, parse_location
-from oocattn.storage.make.create import create_array, create_dataset, fill_array
+from oocattn.storage.make.create import create_array, create_dataset, dimension_names, fill_array
 from oocattn.storage.make.tensor_files import FileTensor, open_npy, open_safetensors, open_torch
 
 _FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|pt|pth))(?::(.+))?")
@@ -34,32 +35,41 @@ def import_arrays(
     q: str | Path,
     k: str | Path,
     v: str | Path,
+    key_bias: str | Path | None = None,
     layout: str = "bhnd",
     dtype: Dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Copy the tensors of three files into a new dataset at `path`.
+    """Copy the tensors of files into a new dataset at `path`.
 
     Its arrays q, k and v have the shape [B, H, N, D]. More heads than tokens, by `layout`, are logged as a warning: the
-    axes may be in another order.
+    axes may be in another order. `key_bias` becomes float32 [B, H, N], of 1 head or as many as q has; its file may lack B,
+    or B and H.
 
     A file is `FILE.npy`, `FILE.safetensors` or `FILE.pt`, the last two with `:TENSOR` where they hold several tensors
-    and none is called q, k or v. `layout` is the order of the axes in the files. float16, bfloat16 and float32 are kept
-    unless `dtype` asks for another of them, by a name or as that of NumPy or PyTorch; float64 is read only with a
-    `dtype`. Raises ProblemError for a file that is missing or not understood and for options, shapes and dtypes that
-    cannot be, before anything is written, and for a finite value that overflows `dtype`; ResultExistsError where `path`
-    is taken and `overwrite` is not given.
+    and none is called q, k, v or key_bias. `layout` is the order of the axes of q, k and v in the files. float16, bfloat16
+    and float32 are kept unless `dtype` asks for another of them, by a name or as that of NumPy or PyTorch; float64 is read
+    only with a `dtype`. Raises ProblemError for a file that is missing or not understood and for options, shapes and dtypes
+    that cannot be, before anything is written, and for a finite value that overflows `dtype`; ResultExistsError where
+    `path` is taken and `overwrite` is not given.
     """
     converted = None if dtype is None else str(dtype)
     sources = {name: _open(name, file) for name, file in (("q", q), ("k", k), ("v", v))}
     specs = {name: _spec(name, source, layout, converted) for name, source in sources.items()}
-    make_problem(specs["q"], specs["k"], specs["v"])
-    warn_if_transposed(replace(specs["q"], shape=sources["q"].shape), layout)
+    readers = {name: partial(_read_rows, source, layout, specs[name].dtype) for name, source in sources.items()}
+    if key_bias is not None:
+        sources[KEY_BIAS] = _open(KEY_BIAS, key_bias)
+        specs[KEY_BIAS] = _bias_spec(sources[KEY_BIAS])
+        readers[KEY_BIAS] = partial(_read_bias, sources[KEY_BIAS])
+    make_problem(specs["q"], specs["k"], specs["v"], key_bias=specs.get(KEY_BIAS))
+    as_filed = {name: replace(specs[name], shape=source.shape) for name, source in sources.items()}
+    warn_if_transposed(as_filed["q"], as_filed["k"], layout)
     origin = {name: source.label for name, source in sources.items()}
+    dimensions = dimension_names({name: spec.shape for name, spec in specs.items()})
     with create_dataset(path, attributes={"oocattn": {"imported_from": origin}}, overwrite=overwrite) as group:
-        for name, source in sources.items():
-            array = create_array(group, name, specs[name].shape, specs[name].dtype)
-            fill_array(array, partial(_read_rows, source, layout, specs[name].dtype))
+        for name, spec in specs.items():
+            array = create_array(group, name, spec.shape, spec.dtype, dimensions=dimensions[name])
+            fill_array(array, readers[name])
 
 
 def _spec(name: str, source: FileTensor, layout: str, dtype: str | None) -> ArraySpec:
@@ -84,14 +94,34 @@ def _read_rows(source: FileTensor, layout: str, dtype: str, batch: int, head: in
     """Rows [start, stop) of one head: [stop - start, D] in `dtype`."""
     part = {"b": slice(batch, batch + 1), "h": slice(head, head + 1), "n": slice(start, stop), "d": slice(None)}
     rows = source.read([part[axis] for axis in layout]).reshape(stop - start, -1)
+    return _convert(source, dtype, rows, f"head {head}, tokens {start} to {stop}: import as bfloat16 or float32 (--dtype)")
+
+
+def _bias_spec(source: FileTensor) -> ArraySpec:
+    """The key bias that `source` becomes, [B, H, N]. Raises ProblemError where its rank or dtype cannot become that."""
+    rank, dtype = len(source.shape), source.dtype.name
+    if not 1 <= rank <= 3 or dtype not in (*DTYPES, "float64"):
+        raise ProblemError(
+            f"{KEY_BIAS} ({source.label}) is {dtype} {list(source.shape)}: expected floating-point numbers [B, H, N], "
+            "[H, N] or [N], one for each key"
+        )
+    return ArraySpec(f"{KEY_BIAS} ({source.label})", (1,) * (3 - rank) + source.shape, "float32")
+
+
+def _read_bias(source: FileTensor, batch: int, head: int, start: int, stop: int) -> NDArray[Any]:
+    """The bias of keys [start, stop) of one head: [stop - start]."""
+    part = (slice(batch, batch + 1), slice(head, head + 1), slice(start, stop))
+    rows = source.read(part[-len(source.shape) :]).reshape(stop - start)
+    return _convert(source, "float32", rows, f"head {head}, keys {start} to {stop}: write smaller ones, or -inf")
+
+
+def _convert(source: FileTensor, dtype: str, rows: NDArray[Any], advice: str) -> NDArray[Any]:
+    """The same numbers in `dtype`. Raises ProblemError, which says where, for a finite one that overflows it."""
     try:
         with np.errstate(over="raise"):
             return rows.astype(numpy_dtype(dtype), copy=False)
     except FloatingPointError as error:
-        raise ProblemError(
-            f"{source.label} holds values too large for {dtype}, head {head}, tokens {start} to {stop}: "
-            "import it as bfloat16 or float32 (--dtype)"
-        ) from error
+        raise ProblemError(f"{source.label} holds values too large for {dtype}, {advice}") from error
 
 
 def _open(name: str, typed: object) -> FileTensor:
@@ -109,8 +139,14 @@ def _open(name: str, typed: object) -> FileTensor:
     if path is None:
         raise ProblemError(f"{name}: {file} is a URL: tensors are imported from local files; copy it first")
     try:
-        if path.suffix == ".npy":
-            return open_npy(name, path)
-        return (open_safetensors if path.suffix == ".safetensors" else open_torch)(name, path, tensor)
+        if path.suffix != ".npy":
+            return (open_safetensors if path.suffix == ".safetensors" else open_torch)(name, path, tensor)
+        found = open_npy(name, path)
     except (FileNotFoundError, NotADirectoryError):
         raise ProblemError(f"{name}: there is no file {path}") from None
+    if found.dtype.str[1:] in ("V2", "u2"):
+        raise ProblemError(
+            f"{name}: {path} has dtype {found.dtype}: .npy cannot say bfloat16, if that is what it holds; "
+            "save it as .safetensors or .pt, or as float32"
+        )
+    return found

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from oocattn import arguments
 from oocattn.arguments import MOST_SEED, Dtype, checked
-from oocattn.problem.problem import MAX_HEAD_DIM, ArraySpec, make_problem
+from oocattn.problem.arrays import MAX_HEAD_DIM, ArraySpec
+from oocattn.problem.problem import make_problem
 from oocattn.storage.bfloat16 import numpy_dtype
-from oocattn.storage.make.create import create_array, create_dataset, fill_array
+from oocattn.storage.make.create import create_array, create_dataset, dimension_names, fill_array
 from oocattn.units import ceil_div
 
 BLOCK_ROWS = 4096  # rows drawn from one start of the counter; part of the generator's definition
@@ -36,7 +37,9 @@ DATASET_OPTIONS = {
     "tokens": arguments.integer(1),
     "heads": arguments.integer(1),
     "kv_heads": arguments.integer(1),
+    "keys": arguments.integer(1),
     "head_dim": arguments.integer(1, MAX_HEAD_DIM),
+    "value_dim": arguments.integer(1, MAX_HEAD_DIM),
     "dtype": arguments.dtype,
     "seed": arguments.integer(0, MOST_SEED),
 }
@@ -56,7 +59,9 @@ def synthesise(
     tokens: int,
     heads: int,
     kv_heads: int | None = None,
+    keys: int | None = None,
     head_dim: int,
+    value_dim: int | None = None,
     dtype: Dtype,
     batch: int = 1,
     seed: int = 0,
@@ -66,26 +71,33 @@ def synthesise(
 ) -> None:
     """Write a dataset of unit-normal numbers.
 
-    q is [batch, heads, tokens, head_dim], k and v are [batch, kv_heads, tokens, head_dim]. `mean` is added to v;
-    `kv_heads` defaults to `heads`; `workers` is the number of threads (default: one a core), each holding one chunk.
-    `dtype` is float16, bfloat16 or float32, as a name ("bf16" and the like too) or as that of NumPy or PyTorch. The
-    group's attributes record what makes the dataset again. Raises ProblemError for an option that cannot be,
-    ResultExistsError where `path` is taken and `overwrite` is not given.
+    q is [batch, heads, tokens, head_dim], k [batch, kv_heads, keys, head_dim] and v [batch, kv_heads, keys, value_dim].
+    `kv_heads`, `keys` and `value_dim` default to `heads`, `tokens` and `head_dim`. `mean` is added to v; `workers` is the
+    number of threads (default: one a core), each holding one chunk. `dtype` is float16, bfloat16 or float32, as a name
+    ("bf16" and the like too) or as that of NumPy or PyTorch. The group's attributes record what makes the dataset again.
+    Raises ProblemError for an option that cannot be, ResultExistsError where `path` is taken and `overwrite` is not given.
     """
-    shape = (batch, heads, tokens, head_dim)
-    kv_shape = (batch, heads if kv_heads is None else kv_heads, tokens, head_dim)
+    of_keys = (batch, heads if kv_heads is None else kv_heads, tokens if keys is None else keys)
+    shapes = {
+        "q": (batch, heads, tokens, head_dim),
+        "k": (*of_keys, head_dim),
+        "v": (*of_keys, head_dim if value_dim is None else value_dim),
+    }
     dtype = str(dtype)
     largest = float(ml_dtypes.finfo(numpy_dtype(dtype)).max)  # type: ignore[no-untyped-call]
     if abs(mean) > largest - MOST_DEVIATION:
         raise arguments.refused("mean", mean, f"{largest - MOST_DEVIATION:g} at most in size, so that {dtype} holds the sum")
-    shapes = {"q": shape, "k": kv_shape, "v": kv_shape}
-    make_problem(*(ArraySpec(name, shapes[name], dtype) for name in ARRAYS))
+    q, k, v = (ArraySpec(name, shapes[name], dtype) for name in ARRAYS)
+    make_problem(q, k, v)
     attributes = {"oocattn": {"generator": GENERATOR, "seed": seed, "v_mean": mean}}
+    dimensions = dimension_names(shapes)
     with create_dataset(path, attributes=attributes, overwrite=overwrite) as group:
         for name in ARRAYS:
-            array = create_array(group, name, shapes[name], dtype)
-            offset = mean if name == "v" else 0.0
-            fill_array(array, partial(synthetic_rows, seed, name, head_dim=head_dim, dtype=dtype, mean=offset), workers)
+            array = create_array(group, name, shapes[name], dtype, dimensions=dimensions[name])
+            rows = partial(
+                synthetic_rows, seed, name, head_dim=shapes[name][3], dtype=dtype, mean=mean if name == "v" else 0.0
+            )
+            fill_array(array, rows, workers)
 
 
 def synthetic_rows(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 STEP_BYTES = 4 << 20
 """Bytes of a file that are read at a time, at most, also where most of them lie between those that are wanted."""
 
+_MOST_EXTENT = 1 << 48  # of one dimension
 _MOST_HEADER = 100 << 20  # bytes of the header of a safetensors file, as its format has it
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -117,18 +118,17 @@ def open_npy(name: str, path: Path) -> FileTensor:
             offset, stamp = file.tell(), _stamp(descriptor, path)
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
+        if not all(0 <= size <= _MOST_EXTENT for size in shape):
+            raise ValueError(f"it would have the shape {list(shape)!r:.80}")
         needed = offset + math.prod(shape) * dtype.itemsize
         if stamp[0] < needed:
             raise ValueError(f"it has {stamp[0]:,} bytes of {needed:,}")
-    except (ValueError, EOFError) as error:
+    except (OocattnError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of a header that NumPy did not write it has many
         raise ProblemError(
             f"{name}: {path} cannot be mapped to an array of numbers ({error}): save one plain array with numpy.save"
         ) from error
-    if dtype.str[1:] in ("V2", "u2"):
-        raise ProblemError(
-            f"{name}: {path} has dtype {dtype}: .npy cannot say bfloat16, if that is what it holds; "
-            "save it as .safetensors or .pt, or as float32"
-        )
     strides = _strides(shape[::-1], dtype)[::-1] if columns_first else _strides(shape, dtype)
     return FileTensor(path, str(path), shape, dtype, offset, strides, stamp)
 

@@ -12,7 +12,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.problem.given import GivenArrays
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.files import folders
 from oocattn.storage.files.durable import sync
@@ -32,6 +33,7 @@ from oocattn.storage.journal.journal import HEADER, remove_journal
 from oocattn.storage.journal.lock import lock_holder
 from oocattn.storage.make.create import OwnStore, create_array, sync_metadata
 from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
+from oocattn.storage.results.arguments import read_given, write_given
 from oocattn.storage.results.arrays import ResultArrays
 
 _LEFT_BESIDE = re.compile(r"(lock|ready|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
@@ -43,12 +45,13 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape [B, Hq, N, D], dtype and chunk rows of `out`, and attributes."""
+    """Shape [B, H, N, Dv], dtype and chunk rows of `out`, attributes, and the arrays that are kept beside it."""
 
     shape: tuple[int, int, int, int]
     dtype: str
     chunk_rows: int
     attributes: Mapping[str, Any]
+    given: GivenArrays = field(default_factory=GivenArrays)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class RunState:
     claim: Claim
 
     def begin(self, layout: Layout, *, overwrite: bool) -> GrowingResult:
-        """Make the empty result: `out` [B, Hq, N, D] and `lse` [B, Hq, N].
+        """Make the empty result: `out` [B, H, N, Dv] and `lse` [B, H, N], and the arrays that its problem was given.
 
         What an unfinished run has left is removed. With `overwrite` it is to replace the result that is there now. Raises
         ProblemError where it could not be given its name later, and ResultExistsError where a file of somebody else's would
@@ -111,6 +114,7 @@ class RunState:
             group = zarr.create_group(OwnStore(growing), attributes={ATTRIBUTES: dict(layout.attributes)}, zarr_format=3)
             create_array(group, "out", layout.shape, layout.dtype, layout.chunk_rows)
             create_array(group, "lse", layout.shape[:3], "float32", layout.chunk_rows)
+            write_given(group, layout.given)
         sync_metadata(growing)
         return GrowingResult(growing, identity_at(paths.result))
 
@@ -136,6 +140,7 @@ class RunState:
             raise IntegrityError(
                 f"{path}: the metadata of the unfinished result is damaged ({', '.join(differing)}): {_AGAIN}"
             )
+        read_given(path, layout.given.digests)
 
     # The commit, under the lock. It can be repeated from any step at which it failed.
     #   1. Ask whether the lock is still this run's.

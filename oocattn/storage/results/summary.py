@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from oocattn.errors import IntegrityError
-from oocattn.problem.problem import Problem, check_problem
+from oocattn.problem.problem import Problem, read_problem
 from oocattn.records import ADDED, Excerpt, Positive, from_json
 from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.paths import ResultPaths
+from oocattn.storage.results.arguments import read_given
 from oocattn.storage.results.checksums import read_bits, result_digest
 
-FORMAT = 3
+FORMAT = 4
 """Of a certificate; others are not read."""
 
 Outcome = Literal["passed", "inconclusive", "failed"]
@@ -51,25 +52,29 @@ class ResultAttributes(Excerpt):
 
     @property
     def borders(self) -> Sequence[int]:
-        """The first tokens of all chunks but one."""
-        return range(self.plan.chunk_rows, self.problem.tokens, self.plan.chunk_rows)
+        """The first rows of `out` of all chunks but one."""
+        return range(self.plan.chunk_rows, self.problem.out_rows, self.plan.chunk_rows)
 
     @classmethod
     def read(cls, paths: ResultPaths) -> ResultAttributes:
-        """Read the attributes of a finished result. Raises IntegrityError where it is no result of ours."""
+        """Read the attributes of a finished result, and the arrays that it was given.
+
+        Raises IntegrityError where it is no result of ours.
+        """
+        content = paths.attributes() or {}
         try:
-            found = from_json(cls, paths.attributes() or {})
-            check_problem(found.problem)
+            found = from_json(cls, content)
+            given = read_given(paths.result, found.problem.digests)
+            return replace(found, problem=read_problem(content["problem"], given))
         except ValueError as error:
             raise IntegrityError(f"{paths.result}: the attributes do not describe a result of oocattn ({error})") from None
-        return found
 
 
 @dataclass(frozen=True)
 class Summary(Excerpt):
     """Some of the certificate beside a result."""
 
-    format: Literal[3]
+    format: Literal[4]
     passed: bool
     inconclusive: bool
     verdict: str
