@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from oocattn.errors import IntegrityError
-from oocattn.problem.problem import Problem, read_problem
+from oocattn.problem.checks import check_problem
+from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Positive, Range, from_json, to_json
 from oocattn.storage.results.rows import Damage
 from oocattn.storage.results.summary import FORMAT, Outcome
@@ -25,15 +26,17 @@ _FOLLOWS = ("passed", "inconclusive", "verdict", "statement", "strata", "error",
 class Certificate:
     """The outcome of `verify`.
 
-    `asked` (the most rows) and `seed` determine the sample. `dataset_recorded` and `dataset_found` are the fingerprints
-    of the dataset that the run read and of the one read now; `digest` is the identity of the result's bits as written
-    (None: no checksums are recorded); `ledger` is None where the run's report was not beside the result.
-    `computed_with` and `verified_with` are versions, `made` is when. `files` are where it was written.
+    `words` say what was asked, also without the arrays that the problem was given, such as the boundaries of documents.
+    `asked` (the most rows) and `seed` determine the sample. `dataset_recorded` and `dataset_found` are the fingerprints of
+    the dataset that the run read and of the one read now; `digest` is the identity of the result's bits as written (None:
+    no checksums are recorded); `ledger` is None where the run's report was not beside the result. `computed_with` and
+    `verified_with` are versions, `made` is when. `files` are where it was written.
     """
 
     result: str
     dataset: str
     problem: Problem
+    words: str
     asked: Positive
     seed: Annotated[int, Range(0, math.inf)]
     rows: tuple[RowCheck, ...]
@@ -194,8 +197,8 @@ class Certificate:
         try:
             found = dict(content)
             summary = {name: found.pop(name) for name in ("format", *_FOLLOWS)}
-            read_problem(found["problem"])
             certificate = from_json(cls, found)
+            check_problem(certificate.problem)
             certificate._check_rows()
             written = certificate.to_json()
             for name, value in summary.items():
@@ -209,7 +212,7 @@ class Certificate:
         """Raise ValueError for rows that no sample of the problem has."""
         if not self.drawn:
             raise ValueError("none of its rows was drawn at random")
-        sizes = self.problem.batch, self.problem.query_heads, self.problem.tokens
+        sizes = self.problem.out_shape[:3]
         for row in self.rows:
             if any(place >= size for place, size in zip((row.batch, row.head, row.token), sizes, strict=True)):
                 raise ValueError(f"batch {row.batch}, head {row.head}, token {row.token} is no row of its problem")

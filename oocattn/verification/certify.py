@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import inf, nan
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from oocattn.storage.results.checksums import Checksums, read_bits, result_diges
 from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
 from oocattn.units import ceil_div, format_bytes
+from oocattn.verification.attended import count_attended
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
 from oocattn.verification.recompute import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
@@ -36,6 +38,7 @@ from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
 
+MOST_COUNTED = 1 << 23  # rows of one head whose keys are counted one row after the other: about a second
 LEAST_KEYS = 64  # keys of the smallest tile that K and V are streamed in
 STEP_BYTES = 8 << 20
 """Read at a time for a checksum where chunks are plain files, at most: it stays in the processor's cache. Else a part is."""
@@ -56,6 +59,7 @@ class _RunCounts(Excerpt):
     other_bits: str
     out_overflowed: Annotated[Count, ADDED] = 0
     out_underflowed: Annotated[Count, ADDED] = 0
+    rows_without_keys: Annotated[Count, ADDED] = 0
 
 
 def certify(
@@ -70,7 +74,8 @@ def certify(
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
     recorded, identity = ResultAttributes.read(paths), identity_at(paths.result)
-    problem, opened = recorded.problem, Dataset.open_recorded(recorded.dataset.location, dataset)
+    problem = recorded.problem
+    opened = Dataset.open_recorded(recorded.dataset.location, dataset, key_bias=bool(problem.bias_heads))
     check_poses(opened, problem, "result")
     readers = _readers(problem, arrays, paths)
     bits = read_bits(paths.result)
@@ -83,9 +88,10 @@ def certify(
         str(paths.result),
         opened.location,
         problem,
+        str(problem),
         rows,
         seed,
-        rows=tuple(_check_row(problem, row, readers) for row in exact),
+        rows=tuple(sorted((_check_row(problem, row, readers) for row in exact), key=attrgetter("batch", "head", "token"))),
         arrays=tuple(_check_array(readers[name], bits[name].checksums, steps.get(name)) for name in bits),
         digest=result_digest(bits),
         ledger=_ledger(problem, paths),
@@ -101,18 +107,22 @@ def certify(
 
 
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
-    """The totals in the report beside a result; None where there is no whole one."""
+    """The totals in the report beside a result; None where there is no whole one.
+
+    Expected are the pairs as the mask's definition counts them, row by row, or for very many rows by its closed forms.
+    """
     try:
         content = read_json(paths.report) if is_folder(paths.state) else None
         counts = asdict(from_json(_RunCounts, content))
     except (IntegrityError, ValueError):
         return None
-    return Ledger(expected=problem.pairs, counted=counts.pop("pairs"), **counts)
+    expected = count_attended(problem)[0] if problem.batch * problem.out_rows <= MOST_COUNTED else problem.pairs
+    return Ledger(expected=expected, counted=counts.pop("pairs"), **counts)
 
 
 def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict[str, RowReader]:
     """The readers of `out` and `lse`. Raises IntegrityError where they are not the arrays of such a problem."""
-    shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
+    shape = problem.out_shape
     expected = {"out": (shape, problem.out_dtype), "lse": (shape[:3], "float32")}
     for name, array in arrays.by_name.items():
         found = (array.shape, array.dtype.name)

@@ -21,9 +21,9 @@ Limit = Annotated[float, Range(0.0, math.inf)]  # what is not negative, and may 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """One recomputed row: where it is, the strata it was sampled for, and its errors.
+    """One recomputed row: its batch, head and row of `out`, the strata it was sampled for, and its errors.
 
-    `error` is that of `out` (norm over D), relative to `length`, which is the norm of the exact row or a little more;
+    `error` is that of `out` (norm over Dv), relative to `length`, which is the norm of the exact row or a little more;
     `lse_error` is that of lse (absolute). Their limits are Inf where float32 overflows. `ulps` and `mean_ulps` are the
     largest and the mean error of an element of `out` in units of the last place of its dtype, `lse_ulps` that of lse in
     those of float32. The errors of a row that cannot be read are NaN.
@@ -72,7 +72,8 @@ class ArrayCheck:
 class Ledger:
     """What the run counted; `other_bits` says what computed otherwise, or "".
 
-    Counts are of query-key pairs, of NaN and Inf in inputs and `out`, and of elements that only the dtype made Inf or 0.
+    Counts are of query-key pairs, of NaN and Inf in inputs and `out`, of elements that only the dtype made Inf or 0, and of
+    rows that attend no key.
     """
 
     expected: Count
@@ -81,6 +82,7 @@ class Ledger:
     out_not_finite: Count
     out_overflowed: Count
     out_underflowed: Count
+    rows_without_keys: Count
     other_bits: str
 
 

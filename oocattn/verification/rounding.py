@@ -16,6 +16,11 @@ bounded by Cauchy and Schwarz. The same holds for sums over keys: there the larg
 largest partial sum as far as keys are repeated. A common factor 1 + 2 u of all scores (the scale is rounded, and so is
 log2(e) where a kernel takes powers of two) moves out along its derivative, sum_j P_j s_j (v_j - out).
 
+*Terms of the scores.* A softcap c multiplies the errors so far by the steepest rise of tanh(s / c) near s, which is 1 at
+most, and adds `TANH` roundings of the capped score. A bias b (ALiBi's, or a key's) adds the rounding of b and of the sum.
+Factors as above count as of one sign: 2 u |c tanh(s / c)| for that of s, 4 u |b| for that of b and for what the sum hides of
+that of s. A learnable sink is a score without error that no value goes with.
+
 *Errors that vary.* Other rounding errors behave as independent ones of mean 0 (Higham and Mary, SIAM J. Sci. Comput.
 41:A2815, 2019). Their squares add up; that of a number x is at most u^2 x^2 / 3 in the mean. In a sum of D terms t in any
 order, the squares of the partial sums add up to D (s^2 / 3 + sum t^2 / 6) in the mean. Equal keys have equal errors: the sum
@@ -36,6 +41,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from oocattn.verification.repeats import Repeats
+
 Array64 = npt.NDArray[np.float64]
 
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
@@ -54,6 +61,7 @@ FEW_WEIGHTS = 1.2
 """Where a few weights make up a row, their rounding is less even: 1.15 was the most in 11,520 rows of cuDNN's and
 FlashAttention's calls on problems of every kind (H200)."""
 
+TANH = 3.0  # of a capped score, in units of u: of tanh, its argument and its factor, as one rounding error
 MATRIX_UNITS = 1e-5  # of lse: what matrix units that truncate sums and approximate powers of two may lose besides
 OVERFLOW = 2.0**119
 """Sums of values as large as this may overflow float32, with weights that a kernel has raised by up to 2^8."""
@@ -63,41 +71,12 @@ SCORE_OVERFLOW = 2.0**126
 
 LARGE = 0.25  # an error of a score that is not small: first-order analysis ends
 REPEATED = 4  # occurrences of a key up to which sums over keys count as sums of different terms
-MOST_SLOTS = 1 << 20  # counts that are kept, at most. Where keys are many more, some that differ share a count.
 _MOST_RAISED = 30.0  # of an exponent, so that nothing overflows
-
-
-def slots_for(tokens: int) -> int:
-    """Counts that are kept for so many keys."""
-    return min(MOST_SLOTS, 1 << (8 * tokens - 1).bit_length())
-
-
-class Repeats:
-    """Counts the keys of one head as they come, by a hash of their bits."""
-
-    def __init__(self, tokens: int, head_dim: int) -> None:
-        self._counts = np.zeros(slots_for(tokens), np.uint32)
-        self._factors = np.random.default_rng(0).integers(0, 1 << 64, head_dim, np.uint64) | np.uint64(1)
-
-    def count(self, key: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Which occurrence of itself each key [n, D] is: [n], 1 for the first."""
-        bits = key.view(np.uint64)
-        mixed = bits ^ (bits >> np.uint64(31))  # a sign alone would reach the highest bit alone
-        sums = (mixed * self._factors).sum(axis=1, dtype=np.uint64)
-        slots = (sums >> np.uint64(65 - len(self._counts).bit_length())).astype(np.int64)
-        order = np.argsort(slots, kind="stable")
-        ordered = slots[order]
-        first = np.flatnonzero(np.diff(ordered, prepend=-1))  # of each run of equal slots
-        lengths = np.diff(first, append=len(ordered))
-        found = np.empty(len(key))
-        found[order] = np.arange(1, len(key) + 1) - np.repeat(first, lengths) + self._counts[ordered]
-        self._counts[ordered[first]] += lengths.astype(np.uint32)
-        return found
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """What float32 may lose in rows, both [rows] and absolute; `out` is a norm over D."""
+    """What float32 may lose in rows, both [rows] and absolute; `out` is a norm over Dv."""
 
     out: Array64
     lse: Array64
@@ -106,9 +85,9 @@ class Allowance:
 class _Moments:
     """Sums over keys of x_j, of x_j v_j and of x_j |v_j|^2, for some rows."""
 
-    def __init__(self, rows: int, head_dim: int) -> None:
+    def __init__(self, rows: int, value_dim: int) -> None:
         self.total, self.square = np.zeros(rows), np.zeros(rows)
-        self.vector = np.zeros((rows, head_dim))
+        self.vector = np.zeros((rows, value_dim))
 
     def scale(self, factor: Array64) -> None:
         self.total *= factor
@@ -130,27 +109,38 @@ class _Moments:
 class RoundingErrors:
     """Collects, key by key, what the allowance of some rows of one head group follows from.
 
-    `weight_roundoff` is that of the dtype that softmax weights were rounded to.
+    Of each tile of keys come, in this order: the products (`see_products`), the terms of the scores as they are applied
+    (`see_cap`, `see_bias`), the scores, the weights and the values. `weight_roundoff` is that of the dtype that softmax
+    weights were rounded to.
     """
 
-    def __init__(self, query: Array64, scale: float, tokens: int, key_rows: int, weight_roundoff: float = UNIT) -> None:
+    def __init__(
+        self, query: Array64, scale: float, value_dim: int, keys: int, key_rows: int, weight_roundoff: float = UNIT
+    ) -> None:
         rows, head_dim = query.shape
-        self._head_dim, self._scale, self._weight_roundoff = head_dim, scale, weight_roundoff
+        self._head_dim, self._value_dim, self._scale, self._weight_roundoff = head_dim, value_dim, scale, weight_roundoff
         self._sizes_of_query, self._squares_of_query = np.abs(query), query * query
-        self._systematic, self._random = _Moments(rows, head_dim), _Moments(rows, head_dim)
-        self._slope, self._slope_vector = np.zeros(rows), np.zeros((rows, head_dim))
-        self._partials = _Moments(rows, head_dim)
-        self._rounded = _Moments(rows, head_dim) if weight_roundoff > UNIT else None
-        self._largest_value = np.zeros(rows)
-        self._square_of_values = np.zeros(rows)
+        self._systematic, self._random, self._partials = (_Moments(rows, value_dim) for _ in range(3))
+        self._slope, self._slope_vector = np.zeros(rows), np.zeros((rows, value_dim))
+        self._rounded = _Moments(rows, value_dim) if weight_roundoff > UNIT else None
+        self._largest_value, self._square_of_values, self._spread = (np.zeros(rows) for _ in range(3))
         self._drift, self._peak, self._repeated = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         self._largest_sum, self._largest_error = np.zeros(rows), np.zeros(rows)
         self._reach, self._lost = np.full(rows, -np.inf), np.full(rows, -np.inf)
-        self._repeats = Repeats(tokens, head_dim)
+        self._repeats = Repeats(keys, head_dim)
         self._buffers = [np.empty(rows * key_rows) for _ in range(3)]
+        self._overflow: npt.NDArray[np.bool_] | None = None
 
-    def see_keys(self, key: Array64, scores: Array64) -> None:
-        """Take the scores [rows, n], -inf where masked, of the keys [n, D], which are overwritten."""
+    def see_sinks(self, sinks: Array64) -> None:
+        """Take the learnable sinks [rows], before any key: scores of weight 1 that no value goes with."""
+        self._slope += sinks
+        self._random.total += VARIANCE * 2 * UNIT**2
+
+    def see_products(self, key: Array64, scores: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
+        """Take the keys [n, D], which are overwritten, and their products with the queries, scaled: `scores` [rows, n].
+
+        Rows attend all of the keys but those that are `hidden` [rows, n].
+        """
         self._coherence = 2 * self._repeats.count(key) - 1  # of c equal keys, these sum up to c^2
         error, variance, sizes = self._errors, self._variances, self._scratch = [
             buffer[: scores.size].reshape(scores.shape) for buffer in self._buffers
@@ -160,47 +150,95 @@ class RoundingErrors:
         np.matmul(self._squares_of_query, np.multiply(key, key, out=key).T, out=variance)
         np.abs(scores, out=error)
         masked = ~(np.isfinite(error) & np.isfinite(sizes))
+        self._hidden = np.broadcast_to(False, scores.shape) if hidden is None else hidden
+        masked |= self._hidden
         for array in (error, variance, sizes):
             np.copyto(array, 0.0, where=masked)
-        overflow = self._see_sums(scores, sizes, masked)
-        self._bound_errors(error, variance, sizes)
+        self._overflow = self._see_sums(scores, sizes, masked)
+        del masked
+        variance *= (self._head_dim / 6 + 2) * self._scale**2  # + 2: each product is rounded, and so is the scaled query
+        variance += error * error * (self._head_dim / 3)
+        variance *= VARIANCE * UNIT**2
+        error *= 2
+        error -= sizes
+        np.maximum(error, 0.0, out=error)
+        error *= UNIT * (self._head_dim + 1) / 2
+
+    def see_cap(self, scores: Array64, softcap: float) -> None:
+        """Take the scores [rows, n] before they are capped: what they are off counts as steeply as tanh rises near them."""
+        error, variance, rise = self._errors, self._variances, self._scratch
+        np.abs(scores, out=rise)
+        rise -= self._off()
+        np.maximum(rise, 0.0, out=rise)
+        rise /= softcap
+        np.tanh(rise, out=rise)
+        np.multiply(rise, -rise, out=rise)
+        rise += 1
+        error *= rise
+        rise *= rise
+        variance *= rise
+        np.divide(scores, softcap, out=rise)
+        np.tanh(rise, out=rise)
+        np.abs(rise, out=rise)
+        rise *= UNIT * softcap
+        error += 2 * rise + SMALLEST["float32"] * softcap
+        rise *= rise
+        variance += VARIANCE * TANH**2 * rise
+
+    def see_bias(self, bias: Array64, scores: Array64) -> None:
+        """Take a term [rows, n], and the scores that it has been added to."""
+        self._see_overflow(bias)
+        error, variance, scratch = self._errors, self._variances, self._scratch
+        np.abs(bias, out=scratch)
+        error += 4 * UNIT * scratch
+        scratch *= scratch
+        scratch += scores * scores
+        variance += VARIANCE * UNIT**2 * scratch
+
+    def see_scores(self, scores: Array64) -> None:
+        """Take the scores [rows, n], with all terms, -inf where masked."""
+        error, variance, cut = self._errors, self._variances, self._scratch
+        masked = ~np.isfinite(scores)
+        for array in (error, variance):
+            np.copyto(array, 0.0, where=masked)
+        del masked
+        error[...] = self._off()
         np.maximum(self._largest_error, error.max(axis=1), out=self._largest_error)
-        if overflow is not None:
-            np.maximum(self._lost, np.where(overflow, scores + error, -np.inf).max(axis=1), out=self._lost)
+        if self._overflow is not None:
+            np.maximum(self._lost, np.where(self._overflow, scores + error, -np.inf).max(axis=1), out=self._lost)
         if self._largest_error.max() > LARGE:
             reach = np.where(error > LARGE, scores + error, -np.inf).max(axis=1)
             np.maximum(self._reach, reach, out=self._reach)
+        np.minimum(error, 4 * SIGMAS * UNIT * math.sqrt(VARIANCE * self._head_dim), out=cut)  # of which all counts as random
+        error -= cut
+        cut /= SIGMAS
+        np.multiply(cut, cut, out=variance)
+
+    def _off(self) -> Array64:
+        """All that each score may be off."""
+        off: Array64 = self._errors + SIGMAS * np.sqrt(self._variances)
+        return off
 
     def _see_sums(self, scores: Array64, sizes: Array64, masked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
         """Take sum|q k| of each score; return which may overflow to -Inf. Their keys would weigh nothing."""
         largest = SCORE_OVERFLOW * min(1.0, self._scale)
         if sizes.max(initial=0.0) <= largest:
             return None
-        finite = np.where(masked, 0.0, scores)
-        np.maximum(self._largest_sum, (sizes + finite).max(axis=1) / 2 / largest, out=self._largest_sum)
-        return (sizes - finite) / 2 > largest
+        scores = np.where(masked, 0.0, scores)
+        np.maximum(self._largest_sum, (sizes + scores).max(axis=1) / 2 / largest, out=self._largest_sum)
+        overflow: npt.NDArray[np.bool_] = (sizes - scores) / 2 > largest
+        return overflow
 
-    def _bound_errors(self, error: Array64, variance: Array64, sizes: Array64) -> None:
-        """Split the error of each score, in place, into one sign and variance. Given are |s|, sum (q k)^2 and sum|q k|."""
-        head_dim = self._head_dim
-        variance *= (head_dim / 6 + 2) * self._scale**2  # + 2: each product is rounded, and so is the scaled query
-        variance += error * error * (head_dim / 3)
-        variance *= VARIANCE * UNIT**2
-        error *= 2
-        error -= sizes
-        np.maximum(error, 0.0, out=error)
-        error *= UNIT * (head_dim + 1) / 2
-        np.sqrt(variance, out=sizes)
-        sizes *= SIGMAS
-        error += sizes  # all that the score may be off
-        np.minimum(error, 4 * SIGMAS * UNIT * math.sqrt(VARIANCE * head_dim), out=sizes)
-        error -= sizes
-        sizes /= SIGMAS
-        np.multiply(sizes, sizes, out=variance)
+    def _see_overflow(self, bias: Array64) -> None:
+        """Take terms that may overflow."""
+        large = (np.abs(bias) > SCORE_OVERFLOW) & np.isfinite(bias) & ~self._hidden
+        self._largest_sum[(large & (bias > 0)).any(axis=1)] = np.inf
+        overflow = large & (bias < 0)
+        self._overflow = overflow if self._overflow is None else self._overflow | overflow
 
     def see_weights(self, scores: Array64, weights: Array64, shift: Array64, kept: Array64) -> None:
         """Take the weights exp(scores - shift); earlier sums keep the share `kept`."""
-        for array in (self._slope, self._drift, self._peak, self._repeated, self._square_of_values):
+        for array in (self._slope, self._drift, self._peak, self._repeated, self._square_of_values, self._spread):
             array *= kept
         self._slope_vector *= kept[:, None]
         self._systematic.scale(kept)
@@ -213,6 +251,7 @@ class RoundingErrors:
         np.minimum(error, _MOST_RAISED, out=error)
         np.exp(error, out=error)
         error -= weights
+        self._spread += np.einsum("mn,mn->m", weights, np.sqrt(variance, out=scratch))
         variance += VARIANCE * 2 * UNIT**2  # of exp, and of its argument
         variance *= self._coherence
         variance *= weights
@@ -221,7 +260,7 @@ class RoundingErrors:
         np.copyto(scratch, 0.0, where=~np.isfinite(scratch))
 
     def see_values(self, weights: Array64, value: Array64, lengths: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
-        """Take the values [n, D], all finite. Rows attend all of them but those that are `hidden` [rows, n]."""
+        """Take the values [n, Dv], all finite. Rows attend all of them but those that are `hidden` [rows, n]."""
         squares = lengths * lengths
         self._square_of_values += weights @ squares
         self._systematic.add(self._errors, value, squares)
@@ -250,10 +289,10 @@ class RoundingErrors:
     ) -> Allowance:
         """The allowance of rows with these exact results.
 
-        Given are `out` [rows, D], lse, largest scores, sums and numbers of keys. Nothing is lost of a row whose scores are
-        all -Inf: its weights are 0 in any arithmetic.
+        Given are `out` [rows, Dv], lse, largest scores, sums and numbers of keys. Nothing is lost of a row without a key, or
+        whose scores are all -Inf: its weights are 0 in any arithmetic.
         """
-        empty = np.isneginf(maximum)
+        empty, keys = np.isneginf(maximum), np.maximum(keys, 1)
         out, lse, rise = (np.where(np.isfinite(array), array, 0.0) for array in (out, lse, lse - maximum))
         den = np.where(den > 0, den, 1.0)
         matter = lse - 10 - np.log(keys)  # from such a score on, together
@@ -271,7 +310,7 @@ class RoundingErrors:
         length = np.linalg.norm(out, axis=1)
         deviation = UNIT * math.sqrt(VARIANCE)
         partial = np.sqrt(self._partials.square / keys)
-        if self._head_dim == 1:  # the product with one column is a dot product, whose lanes add up keys that lie apart
+        if self._value_dim == 1:  # the product with one column is a dot product, whose lanes add up keys that lie apart
             partial = np.maximum(partial, size)
         varying = [
             np.sqrt(self._random.about(out)) / den,
@@ -284,11 +323,11 @@ class RoundingErrors:
             UNIT / 2 * np.sqrt(np.maximum(self._square_of_values / den - length**2, 0.0)),  # of exp, where values go with it
             UNIT / 2 * np.minimum(keys, 256 + keys / 256) * np.maximum(self._drift, self._repeated * self._peak / den) / den,
             2 * UNIT * length,
-            keys * (SMALLEST["float32"] * math.sqrt(self._head_dim) + 2.0**-126 * self._largest_value),  # underflow
+            keys * (SMALLEST["float32"] * math.sqrt(self._value_dim) + 2.0**-126 * self._largest_value),  # underflow
         ]
         if self._rounded is not None:  # weights one by one, or all alike where they are equal; partial results of libraries
             rounded = [np.sqrt(self._rounded.about(out)) / den, length, partial / den]
-            spread = math.sqrt(VARIANCE / 2) * (1 + SIGMAS / math.sqrt(2 * self._head_dim))  # of a norm over D elements
+            spread = math.sqrt(VARIANCE / 2) * (1 + SIGMAS / math.sqrt(2 * self._value_dim))  # of a norm over Dv elements
             most = np.maximum(FEW_WEIGHTS * spread * np.linalg.norm(rounded, axis=0), self._drift / den)
             steady.append(self._weight_roundoff * most)
         allowed: Array64 = np.sum(steady, axis=0) + SIGMAS * np.linalg.norm(varying, axis=0)
@@ -298,6 +337,7 @@ class RoundingErrors:
         of_den = UNIT * np.sqrt(VARIANCE / 3 * np.minimum(keys, 16 + keys / 512))
         varying = np.sqrt(self._random.total / den**2 + of_den**2)
         steady = steady + 2 * UNIT * np.abs(self._slope) / den + (UNIT if self._rounded is None else MATRIX_UNITS)
+        steady += self._spread / den  # a standard deviation that all keys share, as where they are nearly equal
         return 1.5 * half_spacing(lse) + half_spacing(rise) + steady + SIGMAS * varying
 
 

@@ -23,7 +23,7 @@ WORST = 10  # rows that are shown one by one: the worst
 
 def certificate_text(certificate: Certificate) -> str:
     """The certificate for a terminal."""
-    lines = [f"result       {printable(certificate.result)}", f"problem      {certificate.problem}"]
+    lines = [f"result       {printable(certificate.result)}", f"problem      {printable(certificate.words)}"]
     lines += [*_wrong_rows(certificate), ""] if certificate.wrong else [""]
     lines += [f"{'rows':<12} {'':>5} {'wrong':>6} {'error':>9} {'of allowed':>11} {'largest ulp':>12} {'mean ulp':>9}"]
     lines += [
@@ -47,7 +47,7 @@ def certificate_text(certificate: Certificate) -> str:
 
 
 def _wrong_rows(certificate: Certificate) -> list[str]:
-    lines = ["", f"{'batch':>5} {'head':>5} {'token':>12} {'error':>9} {'allowed':>9} {'lse error':>9} {'allowed':>9}"]
+    lines = ["", f"{'batch':>5} {'head':>5} {'row':>12} {'error':>9} {'allowed':>9} {'lse error':>9} {'allowed':>9}"]
     lines += [
         f"{row.batch:>5} {row.head:>5} {row.token:>12,} {row.error:>9.1e} {row.allowed:>9.1e} {row.lse_error:>9.1e} "
         f"{row.allowed_lse:>9.1e}  WRONG"
@@ -92,7 +92,9 @@ def ledger_line(certificate: Certificate) -> str:
     bits = f"; a part was computed with {printable(ledger.other_bits)}" if ledger.other_bits else ""
     narrowed = f", {ledger.out_overflowed:,} of them too large for its dtype" if ledger.out_overflowed else ""
     narrowed += f", and {ledger.out_underflowed:,} zeros too small for it" if ledger.out_underflowed else ""
-    return f"{counted}; {ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out{narrowed}{bits}"
+    without = f"; {ledger.rows_without_keys:,} rows without a key" if ledger.rows_without_keys else ""
+    special = f"{ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out"
+    return f"{counted}{without}; {special}{narrowed}{bits}"
 
 
 def dataset_line(certificate: Certificate) -> str:
