@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from oocattn.pipelines.watch.status import Status as Status
     from oocattn.pipelines.watch.status import status as status
     from oocattn.planning.plan import Plan as Plan
+    from oocattn.problem_arguments import ProblemArguments as ProblemArguments
     from oocattn.storage.bfloat16 import BFloat16 as BFloat16
     from oocattn.storage.make.importing import import_arrays as import_arrays
     from oocattn.storage.make.synth import synthesise as synthesise
@@ -85,6 +86,7 @@ _MODULES = {
     "oocattn.pipelines.watch.report": ["RunReport"],
     "oocattn.pipelines.watch.status": ["Status", "status"],
     "oocattn.planning.plan": ["Plan"],
+    "oocattn.problem_arguments": ["ProblemArguments"],
     "oocattn.storage.bfloat16": ["BFloat16"],
     "oocattn.storage.make.importing": ["import_arrays"],
     "oocattn.storage.make.synth": ["synthesise"],

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch  # noqa: F401 - before Zarr, which imports CuPy where there is one: torch's import then wakes all of it
 
 from oocattn import arguments, clock
-from oocattn.arguments import MOST_SEED, Dtype, Duration, Size, checked
+from oocattn.arguments import MOST_SEED, Duration, Size, checked
 from oocattn.denormals import keep_denormals
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines import session
@@ -25,7 +25,8 @@ from oocattn.planning.machine import Engine
 from oocattn.planning.measure import plan_here
 from oocattn.planning.options import DECOMPOSITIONS, MAX_CHUNKS
 from oocattn.planning.plan import Plan
-from oocattn.storage.inputs.dataset import Dataset, pose
+from oocattn.problem_arguments import PROBLEM_OPTIONS, ProblemArguments
+from oocattn.storage.inputs.given import open_posed
 from oocattn.storage.locations import parse_location
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
@@ -34,9 +35,6 @@ if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while t
     from distributed import Client
 
     from oocattn.verification.certificate import Certificate
-
-PROBLEM_OPTIONS = {"causal": arguments.boolean, "scale": arguments.scale, "dtype": arguments.dtype}
-"""What the options that pose a problem may be."""
 
 PLAN_OPTIONS = {
     "device_memory": arguments.size,
@@ -57,13 +55,10 @@ RUN_OPTIONS = {
 """What the options may be that say how a run is carried out."""
 
 
-@checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, engine=RUN_OPTIONS["engine"], lanes=arguments.integer(1))
+@checked(PROBLEM_OPTIONS, **PLAN_OPTIONS, engine=RUN_OPTIONS["engine"], lanes=arguments.integer(1))
 def plan(
     dataset: str | Path,
     *,
-    causal: bool = False,
-    scale: float | None = None,
-    dtype: Dtype | None = None,
     device_memory: Size | None = None,
     host_memory: Size | None = None,
     chunks: int | None = None,
@@ -73,13 +68,14 @@ def plan(
     engine: Engine = "dask",
     lanes: int | None = None,
     result: str | Path | None = None,
+    **asked: Unpack[ProblemArguments],
 ) -> Plan:
     """Decide everything about a run of exact attention over `dataset`, and predict its bytes, memory and seconds.
 
-    `dataset` is the path or URL of a Zarr group with q [B, Hq, N, D], k and v [B, Hkv, N, D] (or three-dimensional, as B =
-    1) in float16, bfloat16 or float32. `scale` (positive, finite) defaults to 1/sqrt(D), `dtype` of the output to the
-    inputs'; it is a name ("bfloat16", "bf16") or a dtype of NumPy or PyTorch. `device_memory` and `host_memory` are hard
-    limits in bytes, as numbers or like "2GiB", on all that the run allocates (default: half of the free memory). `chunks`
+    `dataset` is the path or URL of a Zarr group with q [B, Hq, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] (or
+    three-dimensional, as B = 1) in float16, bfloat16 or float32. The arguments from `causal` to `dtype` say what is
+    computed (`help(oocattn.ProblemArguments)`). `device_memory` and `host_memory` are hard limits in bytes, as numbers or
+    like "2GiB", on all that the run allocates (default: half of the free memory). `chunks`
     pins the number of chunks c, `decomposition` is "auto", "cqs" or "strips", `kernel` pins a kernel, and with it the CPU or
     GPUs. `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a minute; 0: no checkpoints, only
     finished query chunks are kept). `engine` is what will run the tasks: they cost more on Dask. `lanes` is the number of
@@ -92,21 +88,17 @@ def plan(
     Raises ProblemError for input that is no attention problem, and for an option of another type, before anything is opened,
     and BudgetError, with the smallest budget that works.
     """
-    opened = Dataset.open(dataset)
-    problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
+    opened, problem = open_posed(dataset, asked)
     parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
     scratch = None if result is None else ResultPaths.at(result).state
     return plan_here(opened, problem, Choices(*parsed), lanes, scratch, engine)
 
 
-@checked(**PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, overwrite=arguments.boolean)
+@checked(PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, overwrite=arguments.boolean)
 def attention(
     dataset: str | Path,
     result: str | Path,
     *,
-    causal: bool = False,
-    scale: float | None = None,
-    dtype: Dtype | None = None,
     device_memory: Size | None = None,
     host_memory: Size | None = None,
     chunks: int | None = None,
@@ -119,11 +111,13 @@ def attention(
     dashboard_address: str = DASHBOARD,
     callbacks: Sequence[Callback] = (),
     overwrite: bool = False,
+    **asked: Unpack[ProblemArguments],
 ) -> Result:
     """Run exact attention over `dataset` and write `out` and `lse` as the Zarr group `result`, a local path.
 
-    The options up to `checkpoint_interval` are those of `plan`. `time_limit` is in seconds from this call, or like "8h";
-    the run ends before it has passed, with all its work on disk. `engine` is "dask", or "inline": threads of this process
+    What mask, scores and rows may be asked: `help(oocattn.ProblemArguments)`. The arguments up to `checkpoint_interval` are
+    those of `plan`. `time_limit` is in seconds from this call, or like "8h"; the run ends before it has passed, with all its
+    work on disk. `engine` is "dask", or "inline": threads of this process
     without a scheduler. With Dask the run uses the workers of `client`, a connected `distributed.Client` that is not
     asynchronous, or a cluster of its own with its dashboard at `dashboard_address`. `callbacks` are called with every
     `Event`. A finished result of the same problem and dataset is returned as it is, with a warning where its certificate
@@ -136,8 +130,7 @@ def attention(
     Then nothing has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
     until, workplace, paths = _end(time_limit), Workplace(engine, client, dashboard_address), ResultPaths.at(result)
-    opened = Dataset.open(dataset)
-    problem = pose(opened, causal=causal, scale=scale, out_dtype=dtype)
+    opened, problem = open_posed(dataset, asked)
     parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
     return session.attend(Request(problem, opened, paths, overwrite), Choices(*parsed), workplace, callbacks, until)
 
@@ -188,11 +181,12 @@ def verify(
 ) -> Certificate:
     """Recompute sampled rows of a finished result in float64, compare its checksums, and write a certificate beside it.
 
-    Of at most `rows` rows up to a quarter are the last and the first token and both sides of borders between chunks; the
-    others are drawn uniformly from all rows, and of those the certificate says what they show. Which they are follows from
-    `seed`. K and V are streamed, and `out` and `lse` read, within `host_memory` bytes (default: half of the free memory);
-    `checksums=False` reads the sampled rows alone. `dataset` names the dataset if it was moved. The certificate is written
-    to certificate.json and certificate.html in the folder RESULT.oocattn; where that cannot be, a warning says so.
+    Of at most `rows` rows up to a quarter are chosen by their place: ends of heads, chunks and documents, and where the mask
+    turns. The others are drawn uniformly from all rows, and of those the certificate says what they show. Which they are
+    follows from `seed`. The keys that they attend are streamed, and `out` and `lse` read, within `host_memory` bytes
+    (default: half of the free memory); `checksums=False` reads the sampled rows alone. `dataset` names the dataset if it was
+    moved. The certificate is written to certificate.json and certificate.html in the folder RESULT.oocattn; where it cannot
+    be, a warning says so.
 
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.

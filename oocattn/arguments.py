@@ -11,8 +11,9 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
 from numbers import Real
@@ -57,23 +58,49 @@ _shown = Repr()
 _shown.maxstring = _shown.maxother = 80
 
 
-def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have a function's options checked first; None passes where it is the default."""
+@dataclass(frozen=True)
+class Option:
+    """An option that several functions share: its default, and what it may be."""
+
+    default: Any
+    check: Check
+
+
+def checked(shared: Mapping[str, Option] | None = None, /, **checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have a function's options checked first; None passes where it is the default.
+
+    The `shared` options are those that the function takes as `**keywords`, all of which it gets.
+    """
+    own = shared or {}
+    checks |= {name: option.check for name, option in own.items()}
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = inspect.signature(function).parameters
-        optional = {name for name, parameter in parameters.items() if parameter.default is None}
+        signature = _with_options(inspect.signature(function), own)
+        defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
 
         @wraps(function)
         def checking(*positional: P.args, **options: P.kwargs) -> R:
             for name, value in options.items():
-                if name in checks and not (value is None and name in optional):
+                if own and name not in defaults:
+                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+                if name in checks and not (value is None and defaults[name] is None):
                     options[name] = checks[name](name, value)
+            for name, option in own.items():
+                options.setdefault(name, option.default)
             return function(*positional, **options)
 
+        checking.__signature__ = signature  # type: ignore[attr-defined]
         return checking
 
     return decorate
+
+
+def _with_options(signature: inspect.Signature, shared: Mapping[str, Option]) -> inspect.Signature:
+    """A signature with options by name in place of its `**keywords`."""
+    kept = [each for each in signature.parameters.values() if not shared or each.kind is not each.VAR_KEYWORD]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default) for name, each in shared.items()]
+    first = next((at for at, each in enumerate(kept) if each.kind is each.KEYWORD_ONLY), len(kept))
+    return signature.replace(parameters=[*kept[:first], *added, *kept[first:]])
 
 
 def boolean(name: str, value: object) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,9 @@ from oocattn.kernels.registry import device_type, get_kernel, kernel_names
 from oocattn.kernels.settings import plain_threads
 from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.engines.dask.local_cluster import local_client
-from oocattn.planning.measure import copy_rates, kernel_rate
-from oocattn.problem.mask import make_mask
-from oocattn.problem.problem import DTYPES
+from oocattn.planning.measure import Sample, copy_rates, kernel_rate
+from oocattn.problem.arrays import DTYPES
+from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.files.durable import sync_descriptor
@@ -46,6 +47,14 @@ from oocattn.version import versions
 DISK_BYTES = 64 << 20  # written and read to measure the disk
 ROWS, HEAD_DIM = 1000, 64  # queries, keys and head dimension on which a kernel is compared: no multiple of any tile
 TIMED = {"cpu": (1024, 4096), "cuda": (16_384, 65_536)}  # rows and keys of the calls on which a kernel is timed
+_EDGES = np.array([0, 300, 303, ROWS])  # documents of the masked case
+KERNEL_CASES: dict[str, tuple[Mask, float | None]] = {
+    "full": (Mask.of(ROWS, ROWS), None),
+    "diagonal": (Mask.of(ROWS, ROWS, causal=True), None),
+    "masked": (Mask(_EDGES, _EDGES, causal=True, left=199, sinks=4), 5.0),
+}
+"""What a kernel is tried on: a mask, and a softcap. The last is a window with sinks over packed documents."""
+
 LSE_ERROR = 1e-5  # how far the log-sum-exp may be from that of float64
 
 
@@ -137,7 +146,7 @@ def _driver_version() -> str:
 def _kernel_checks(name: str) -> Iterator[Check]:
     """A kernel with each dtype; one line for a kernel that is not here, which is no failure."""
     device = torch.device(device_type(name))
-    reasons = {dtype: get_kernel(name).unsupported_reason(device, dtype, HEAD_DIM) for dtype in DTYPES}
+    reasons = {dtype: get_kernel(name).unsupported_reason(device, dtype, HEAD_DIM, HEAD_DIM) for dtype in DTYPES}
     if all(reasons.values()):
         yield Check(f"kernel {name}", True, f"not here: {next(iter(reasons.values()))}")
         return
@@ -147,16 +156,16 @@ def _kernel_checks(name: str) -> Iterator[Check]:
 
 
 def _kernel(name: str, dtype: str) -> tuple[bool, str]:
-    """A kernel against the formula in float64, over a rectangle and a causal triangle, and its rate on large tiles."""
-    errors = {shape: kernel_error(name, dtype, causal) for shape, causal in (("full", False), ("diagonal", True))}
+    """A kernel against the formula in float64, on every case, and its rate on large tiles."""
+    errors = {case: kernel_error(name, dtype, case) for case in KERNEL_CASES}
     allowed = UNIT_ROUNDOFF[dtype] + 2e-6
-    found = ", ".join(f"{shape} {out:.1e} (lse {lse:.1e})" for shape, (out, lse) in errors.items())
+    found = ", ".join(f"{case} {out:.1e} (lse {lse:.1e})" for case, (out, lse) in errors.items())
     right = all(out <= allowed and lse <= LSE_ERROR for out, lse in errors.values())
-    rate = format_count(kernel_rate(name, HEAD_DIM, dtype, *TIMED[device_type(name)]))
+    rate = format_count(kernel_rate(name, Sample(HEAD_DIM, HEAD_DIM, dtype), *TIMED[device_type(name)]))
     return right, f"error {found}, allowed {allowed:.1e} (lse {LSE_ERROR:.0e}); {rate}FLOP/s"
 
 
-def kernel_error(name: str, dtype: str, causal: bool) -> tuple[float, float]:
+def kernel_error(name: str, dtype: str, case: str) -> tuple[float, float]:
     """Errors of a kernel on random inputs against float64: of the output, relative over all rows; the largest of the lse."""
     device = torch.device(device_type(name))
     generator = torch.Generator("cpu").manual_seed(0)
@@ -164,18 +173,35 @@ def kernel_error(name: str, dtype: str, causal: bool) -> tuple[float, float]:
         torch.randn(ROWS, HEAD_DIM, generator=generator, dtype=torch.float32, device="cpu").to(device, getattr(torch, dtype))
         for _ in range(3)
     )
+    mask, softcap = KERNEL_CASES[case]
     state = AttentionState.empty(1, ROWS, HEAD_DIM, device)
-    mask = make_mask(ROWS, ROWS, causal=causal)
-    intervals = make_intervals(mask, range(ROWS), range(ROWS)) if causal else None
-    get_kernel(name).attend(Operands(query[None], key, value, Scores(HEAD_DIM**-0.5), intervals), state)
+    intervals = None if mask.is_full else make_intervals(mask, range(ROWS), range(ROWS))
+    get_kernel(name).attend(Operands(query[None], key, value, Scores(HEAD_DIM**-0.5, softcap), intervals), state)
     out, lse = torch.empty_like(query[None]), torch.empty_like(state.den)
     finalise(state, out, lse)
     scores = query.double() @ key.double().T * HEAD_DIM**-0.5
-    if causal:
-        scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores.masked_fill_(~_attended(mask).to(device), float("-inf"))
     expected = scores.softmax(-1) @ value.double()
     of_out = (out[0].double() - expected).norm() / expected.norm()
     return float(of_out), float((lse[0].double() - scores.logsumexp(-1)).abs().max())
+
+
+def _attended(mask: Mask) -> torch.Tensor:
+    """Which keys each row attends, pair by pair from the meaning of the arguments: bool [rows, keys]."""
+    row = torch.arange(ROWS, dtype=torch.int64, device="cpu").unsqueeze(1)
+    key = torch.arange(ROWS, dtype=torch.int64, device="cpu")
+    found = torch.ones((ROWS, ROWS), dtype=torch.bool, device="cpu")
+    if mask.left is not None:
+        found &= key >= row - mask.left
+    if mask.causal:
+        found &= key <= row
+    for first, last in pairwise(mask.query_edges.tolist()):
+        of_rows = slice(first, last)
+        found[of_rows, first : first + mask.sinks] |= key[first : first + mask.sinks] <= row[of_rows]
+        found[of_rows, :first] = found[of_rows, last:] = False
+    return found
 
 
 def _bfloat16() -> tuple[bool, str]:

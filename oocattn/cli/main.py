@@ -19,6 +19,7 @@ from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.imports import in_some_folder
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
+from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
 from oocattn.text import printable
@@ -26,7 +27,7 @@ from oocattn.text import printable
 if TYPE_CHECKING:
     from distributed import Client
 
-_PLAN_OPTIONS = ("causal", "scale", "dtype", *PLAN_CHOICES)
+_PLAN_OPTIONS = (*PROBLEM_OPTIONS, *PLAN_CHOICES)
 
 DONE, FAILED, INCONCLUSIVE, TIME_LIMIT = 0, 1, 3, 75
 """Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command. 3 says that
@@ -121,13 +122,13 @@ def _how_to_go_on(options: argparse.Namespace) -> str:
 
 
 def _synth(options: argparse.Namespace) -> int:
-    names = ("tokens", "heads", "kv_heads", "head_dim", "dtype", "batch", "seed", "mean", "overwrite")
+    names = ("tokens", "keys", "heads", "kv_heads", "head_dim", "value_dim", "dtype", "batch", "seed", "mean", "overwrite")
     oocattn.synthesise(options.dataset, **_chosen(options, *names))
     return DONE
 
 
 def _import(options: argparse.Namespace) -> int:
-    oocattn.import_arrays(options.dataset, **_chosen(options, "q", "k", "v", "layout", "dtype", "overwrite"))
+    oocattn.import_arrays(options.dataset, **_chosen(options, "q", "k", "v", "key_bias", "layout", "dtype", "overwrite"))
     return DONE
 
 
@@ -251,7 +252,9 @@ def _bench(options: argparse.Namespace) -> int:
     with in_some_folder():
         from oocattn.bench import Progress, bench
 
-    names = ("tokens", "heads", "kv_heads", "head_dim", "dtype", "repeats", "warm_up", "rows", "seed", *PLAN_CHOICES)
+    sizes = ("tokens", "heads", "kv_heads", "keys", "head_dim", "value_dim", "dtype")
+    asked = [name for name in PROBLEM_OPTIONS if name not in ("causal", *sizes)]
+    names = (*sizes, *asked, "repeats", "warm_up", "rows", "seed", *PLAN_CHOICES)
     with closing(bench(options.folder, causal=not options.full, **_chosen(options, *names))) as records:
         for record in records:
             print(record, file=sys.stderr if isinstance(record, Progress) else sys.stdout, flush=True)

@@ -12,7 +12,8 @@ from oocattn.errors import ProblemError
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import ENGINES
 from oocattn.planning.options import DECOMPOSITIONS
-from oocattn.problem.problem import DTYPES
+from oocattn.problem.arrays import DTYPES, MAX_HEAD_DIM
+from oocattn.problem_arguments import softcap
 from oocattn.storage.inputs.meaning import LAYOUTS
 from oocattn.text import printable
 from oocattn.units import parse_duration, parse_size
@@ -57,10 +58,42 @@ def _reader(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
+def _parse_count(text: str) -> int:
+    if text.strip().startswith("-"):
+        raise ProblemError(f"{text!r}: expected a whole number of at least 0")
+    return 0 if text.strip() == "0" else parse_size(text)
+
+
+def _parse_side(text: str) -> int | None:
+    return None if text in ("-1", "none") else _parse_count(text)
+
+
+def _parse_span(text: str) -> tuple[int, int]:
+    start, colon, stop = text.partition(":")
+    if not colon:
+        raise arguments.refused("queries", text, "START:STOP")
+    return _parse_count(start), _parse_count(stop)
+
+
+def _parse_indices(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+def _parse_numbers(text: str) -> list[float] | str:
+    """Numbers between commas; any other text is the path of a file or the name of an array."""
+    try:
+        return [int(each) if each.strip().lstrip("+-").isdecimal() else float(each) for each in text.split(",")]
+    except ValueError:
+        return text
+
+
 _size, _duration = _reader(parse_size), _reader(parse_duration)
+_count, _side = _reader(_parse_count), _reader(_parse_side)
+_span, _indices, _numbers = _reader(_parse_span), _reader(_parse_indices), _reader(_parse_numbers)
 _DTYPE: dict[str, Any] = {"type": _reader(partial(arguments.dtype, "dtype")), "metavar": f"{{{','.join(DTYPES)}}}"}
 _SEED = _reader(lambda text: arguments.integer(0, arguments.MOST_SEED)("seed", int(text)))
 _SCALE = _reader(lambda text: arguments.scale("scale", float(text)))
+_SOFTCAP = _reader(lambda text: softcap("softcap", float(text)))
 _MEAN = _reader(lambda text: arguments.number()("mean", float(text)))
 
 
@@ -75,9 +108,11 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_new_dataset(parser)
     add("--tokens", type=_size, required=True, metavar="N", help="length of the sequence, like 65536 or 1M")
+    add("--keys", type=_size, metavar="NK", help="length of k and v (default: that of the sequence)")
     add("--heads", type=_size, required=True, metavar="HQ", help="query heads")
     add("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
-    add("--head-dim", type=_size, required=True, metavar="D", help="head dimension, at most 256")
+    add("--head-dim", type=_size, required=True, metavar="D", help=f"head dimension, at most {MAX_HEAD_DIM}")
+    add("--value-dim", type=_size, metavar="DV", help="head dimension of v (default: D)")
     add("--dtype", **_DTYPE, required=True, help="dtype of q, k and v")
     add("--batch", type=_size, default=1, metavar="B", help="batch size (default: %(default)s)")
     add("--seed", type=_SEED, default=0, help="seed of the random numbers (default: %(default)s)")
@@ -94,7 +129,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"file of {name}: .npy, .safetensors or .pt; FILE.safetensors:TENSOR names a tensor in it",
         )
-    add("--layout", choices=LAYOUTS, default="bhnd", help="order of the axes in the files (default: %(default)s)")
+    add("--key-bias", metavar="FILE", help="file of a number that each key adds to its scores, [B, H, N], [H, N] or [N]")
+    add("--layout", choices=LAYOUTS, default="bhnd", help="order of the axes of q, k and v (default: %(default)s)")
     add("--dtype", **_DTYPE, help="dtype of the dataset (default: that of the files)")
 
 
@@ -182,9 +218,39 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 def _add_problem_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("dataset", metavar="DATASET", help="path or URL of a Zarr group with the arrays q, k and v")
-    add("--causal", action="store_true", help="attend only the token itself and earlier tokens (default: all tokens)")
-    add("--scale", type=_SCALE, help="factor of the scores (default: 1/sqrt(D))")
+    add("--causal", action="store_true", help="attend no later keys; the last query is at the last key (default: all keys)")
     add("--dtype", **_DTYPE, help="dtype of out (default: that of q)")
+    _add_mask(parser.add_argument_group("mask"))
+    _add_score(parser.add_argument_group("score"))
+    part = parser.add_argument_group("part of the rows")
+    part.add_argument("--queries", type=_span, metavar="START:STOP", help="compute these queries alone (default: all)")
+    part.add_argument("--heads", type=_indices, metavar="H,H,...", help="compute these query heads alone (default: all)")
+
+
+def _add_mask(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--window-size",
+        nargs=2,
+        type=_side,
+        metavar=("LEFT", "RIGHT"),
+        help="attend so many keys before and after a query's own; -1 or none: no bound",
+    )
+    array = "numbers 0,10,20, FILE.npy, or the NAME of an array in DATASET"
+    add("--cu-seqlens-q", type=_numbers, metavar="ARRAY", help=f"boundaries of packed documents among the queries: {array}")
+    add("--cu-seqlens-k", type=_numbers, metavar="ARRAY", help="the same among the keys (default: as --cu-seqlens-q)")
+    add("--seqused-k", type=_numbers, metavar="ARRAY", help="keys that exist, for each batch entry")
+    add("--prefix", type=_count, default=0, metavar="P", help="let all queries of a document attend its first P keys")
+    add("--sink-tokens", type=_count, default=0, metavar="S", help="exempt the first S keys of a document from the window")
+
+
+def _add_score(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--scale", type=_SCALE, help="factor of the scores (default: 1/sqrt(D))")
+    add("--softcap", type=_SOFTCAP, metavar="C", help="bound the scores by C tanh(score / C)")
+    add("--alibi-slopes", type=_numbers, metavar="ARRAY", help="subtract slope x distance, a slope for each query head")
+    add("--no-key-bias", dest="key_bias", action="store_false", help="leave out the array key_bias of DATASET")
+    add("--learnable-sink", type=_numbers, metavar="ARRAY", help="one more score, without a value, for each query head")
 
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -229,9 +295,14 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=_size, metavar="N", help="length of the sequence (default: 1M; 32K without a GPU)")
     add("--heads", type=_size, metavar="HQ", help="query heads (default: 8; 4 without a GPU)")
     add("--kv-heads", type=_size, metavar="HKV", help="heads of k and v (default: as many as query heads)")
+    add("--keys", type=_size, metavar="NK", help="tokens of k and v (default: as many as of q)")
     add("--head-dim", type=_size, default=64, metavar="D", help="head dimension (default: %(default)s)")
+    add("--value-dim", type=_size, metavar="DV", help="head dimension of v and out (default: that of q)")
     add("--dtype", **_DTYPE, default="float16", help="dtype of all arrays (default: %(default)s)")
     add("--full", action="store_true", help="let each token attend all tokens (default: causal)")
+    add("--queries", type=_span, metavar="START:STOP", help="compute these queries alone (default: all)")
+    _add_mask(parser.add_argument_group("mask"))
+    _add_score(parser.add_argument_group("score"))
     _add_plan_options(parser)
     add(
         "--folder",

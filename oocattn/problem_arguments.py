@@ -1,0 +1,188 @@
+"""The arguments that pose a problem over a dataset: those that `plan` and `attention` share, and the command line.
+
+Names and meaning are FlashAttention's where it has the argument. To add one: an item of `ProblemArguments`, and its default
+and its check in `PROBLEM_OPTIONS`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence, Sized
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+
+import numpy as np
+
+from oocattn.arguments import Dtype, Option, boolean, dtype, integer, number, refused, scale
+from oocattn.problem.given import DTYPES, MOST_ITEMS, Array
+from oocattn.problem.options import Window
+from oocattn.problem.scores import LEAST_SCALE, MOST_SCALE, SOFTCAPS
+
+if TYPE_CHECKING:
+    import torch
+
+Numbers: TypeAlias = "Sequence[float] | np.ndarray[Any, Any] | torch.Tensor | str | Path"
+"""Numbers as callers give them: a list, an array of NumPy or PyTorch, an .npy file's path, a dataset's array by name."""
+
+_FORMS = "as a list, an array of NumPy or PyTorch, the path of an .npy file, or the name of an array in the dataset"
+
+MOST_HEADS = 1 << 20  # that are chosen by index
+
+_RANKS = {"alibi_slopes": (1, 2)}
+"""The ranks of arrays that may have another than 1."""
+
+
+class ProblemArguments(TypedDict, total=False):
+    """What may be asked of the attention of a dataset.
+
+    In each document, of queries Nq and keys Nk (all of them, where `cu_seqlens_q` is not given), query i is at position
+    p = i + Nk - Nq, so that the last query is at the last key. It attends key j
+
+    * `causal`: where j <= p;
+    * `window_size=(left, right)`: where p - left <= j <= p + right; None or -1 is no bound, and `causal` makes `right` 0;
+    * `cu_seqlens_q`, `cu_seqlens_k` [documents + 1]: boundaries of packed documents, from 0 to the number of queries and of
+      keys; a query attends keys of its own document; one array serves for both;
+    * `seqused_k` [B]: only so many keys of a batch entry exist;
+    * `prefix`: all queries attend the first so many keys of their document;
+    * `sink_tokens`: the window does not bound the first so many keys of a document.
+
+    Its score s is `scale` (positive; default 1/sqrt(D)) times q . k, and then
+
+    * `softcap`: softcap * tanh(s / softcap);
+    * `alibi_slopes` [Hq] or [B, Hq]: minus slope * abs(p - j);
+    * `key_bias`: plus the number that the dataset's array of that name, float32 [B, 1 or Hq, Nk], has for the key, where the
+      dataset has one (default: True);
+    * `learnable_sink` [Hq]: the softmax's denominator and `lse` have one more score, without a value.
+
+    `queries=(start, stop)` and `heads` (query heads, ascending) compute a part of the rows, at the same positions. `dtype`
+    is that of `out` (default: that of q): a name ("bfloat16", "bf16") or a dtype of NumPy or PyTorch.
+    """
+
+    causal: bool
+    window_size: Window | Sequence[int | None] | None
+    cu_seqlens_q: Numbers | None
+    cu_seqlens_k: Numbers | None
+    seqused_k: Numbers | None
+    prefix: int
+    sink_tokens: int
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: Numbers | None
+    key_bias: bool
+    learnable_sink: Numbers | None
+    queries: Sequence[int] | None
+    heads: Sequence[int] | None
+    dtype: Dtype | None
+
+
+def window(name: str, value: object) -> Window:
+    """Keys before and after a row's own; None and -1 are no bound."""
+    expected = "(left, right), each a whole number of keys, or None or -1 for no bound"
+    sides = _items(name, value, expected, 2)
+    if len(sides) != 2:
+        raise refused(name, value, expected)
+    check = integer(-1)
+    left, right = (None if side is None or check(name, side) == -1 else check(name, side) for side in sides)
+    return left, right
+
+
+def softcap(name: str, value: object) -> float | None:
+    """A positive number, or None; 0, which is FlashAttention's default, is none, too."""
+    found = number(0.0, MOST_SCALE, SOFTCAPS)(name, value)
+    return number(LEAST_SCALE, MOST_SCALE, SOFTCAPS)(name, value) if found else None
+
+
+def span(name: str, value: object) -> tuple[int, int]:
+    """The first of a range, and one beyond its last."""
+    expected = "(start, stop), two whole numbers"
+    ends = _items(name, value, expected, 2)
+    if len(ends) != 2:
+        raise refused(name, value, expected)
+    start, stop = (integer(0)(name, end) for end in ends)
+    return start, stop
+
+
+def indices(name: str, value: object) -> tuple[int, ...]:
+    """Whole numbers, as a tuple."""
+    items = _items(name, value, f"a list of whole numbers, {MOST_HEADS:,} at most", MOST_HEADS)
+    return tuple(integer(0)(name, item) for item in items)
+
+
+def numbers(name: str, value: object) -> Array | str | Path:
+    """The numbers of an array argument, of the dtype that it is kept in; a path or name stays as it is."""
+    if isinstance(value, Sized) and not isinstance(value, str) and _length(value) > MOST_ITEMS:
+        raise refused(name, value, f"at most {MOST_ITEMS:,} numbers")
+    if isinstance(value, str | os.PathLike):
+        return value if isinstance(value, str) else Path(os.fsdecode(value))
+    torch = sys.modules.get("torch")
+    array: Array | None = None
+    with suppress(ValueError, TypeError, OverflowError, RuntimeError):
+        if torch is not None and isinstance(value, torch.Tensor):
+            tensor = value.detach().cpu()
+            array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        else:
+            array = np.asarray(value)
+    if array is None:
+        raise refused(name, value, f"{_expected(name)}, {_FORMS}")
+    return kept_array(name, array, value)
+
+
+def kept_array(name: str, array: Array, found: object = None) -> Array:
+    """An array as the argument of that name is kept. Raises ProblemError, which shows what was `found`."""
+    whole = DTYPES[name].kind == "i"
+    supported = array.dtype.kind in ("iu" if whole else "iuf") or (array.dtype.name == "bfloat16" and not whole)
+    if not supported or not array.size or array.ndim not in _RANKS.get(name, (1,)) or (whole and array.max() >= 2**63):
+        shown = f"{array.dtype} {list(array.shape)}" if found is None else found
+        raise refused(name, shown, f"{_expected(name)}, {_FORMS}")
+    if array.size > MOST_ITEMS:
+        raise refused(name, f"{array.dtype} {list(array.shape)}", f"at most {MOST_ITEMS:,} numbers")
+    with warnings.catch_warnings(action="ignore"), np.errstate(over="ignore"):  # what float32 does not hold is refused later
+        kept = np.array(array, DTYPES[name], order="C")
+    kept.flags.writeable = False
+    return kept
+
+
+def _length(value: Sized) -> int:
+    """Its length; 0 where it has none, as an array without dimensions."""
+    with suppress(TypeError):
+        return len(value)
+    return 0
+
+
+def _expected(name: str) -> str:
+    kind = "whole numbers" if DTYPES[name].kind == "i" else "numbers"
+    return f"{kind} [Hq] or [B, Hq]" if name in _RANKS else f"{kind} in one dimension"
+
+
+def _items(name: str, value: object, expected: str, most: int) -> Sequence[Any]:
+    """The items of a sequence that is no text, so many at most."""
+    if not isinstance(value, str | bytes):
+        with suppress(TypeError, RuntimeError):  # a tensor on the device "meta" has none
+            items = list(islice(value, most + 1))  # type: ignore[call-overload]
+            if len(items) <= most:
+                return items
+    raise refused(name, value, expected)
+
+
+PROBLEM_OPTIONS: dict[str, Option] = {
+    "causal": Option(False, boolean),
+    "window_size": Option(None, window),
+    "cu_seqlens_q": Option(None, numbers),
+    "cu_seqlens_k": Option(None, numbers),
+    "seqused_k": Option(None, numbers),
+    "prefix": Option(0, integer(0)),
+    "sink_tokens": Option(0, integer(0)),
+    "scale": Option(None, scale),
+    "softcap": Option(None, softcap),
+    "alibi_slopes": Option(None, numbers),
+    "key_bias": Option(True, boolean),
+    "learnable_sink": Option(None, numbers),
+    "queries": Option(None, span),
+    "heads": Option(None, indices),
+    "dtype": Option(None, dtype),
+}
+"""Each argument of `ProblemArguments`: its default and its check."""
