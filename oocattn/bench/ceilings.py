@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from oocattn.bench.records import Ceiling
-from oocattn.planning.measure import copy_rates, kernel_rate
+from oocattn.bench.records import COLD_READ, WARM_READ, WRITE, Ceiling
+from oocattn.planning.measure import Sample, copy_rates, kernel_rate
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import sync_descriptor
 from oocattn.storage.files.operations import name_failure
@@ -22,29 +22,40 @@ PIECE = 8 << 20  # bytes of one read or write
 READERS = 4  # threads that read, for one does not keep a fast disk busy
 
 
-def kernel_ceiling(plan: Plan) -> Ceiling:
+def measure_ceilings(plan: Plan, dataset: Path, folder: Path) -> Iterator[Ceiling]:
+    """Measure the plan's kernel, copies to a GPU where it has one, and the disk of a dataset and a folder."""
+    yield _kernel_ceiling(plan)
+    yield from _copy_ceilings(plan)
+    yield from _disk_ceilings(dataset, folder)
+
+
+def _kernel_ceiling(plan: Plan) -> Ceiling:
     """The plan's kernel on random data, on a GPU at the plan's tiles."""
-    dim, dtype = plan.problem.head_dim, plan.problem.dtype
+    sample = Sample.of(plan.problem)
     if plan.device == "cpu":
-        return Ceiling(f"kernel {plan.kernel}", kernel_rate(plan.kernel, dim, dtype), "FLOP/s")
-    rate = kernel_rate(plan.kernel, dim, dtype, rows=plan.tiles.query, keys=plan.tiles.key)
+        return Ceiling(f"kernel {plan.kernel}", kernel_rate(plan.kernel, sample), "FLOP/s")
+    rate = kernel_rate(plan.kernel, sample, rows=plan.tiles.query, keys=plan.tiles.key)
     return Ceiling(f"kernel {plan.kernel}, {plan.tiles.query:,} queries by {plan.tiles.key:,} keys", rate, "FLOP/s")
 
 
-def other_ceilings(plan: Plan, dataset: Path, folder: Path) -> Iterator[Ceiling]:
-    """Measure pinned copies to a GPU and back, where the plan has one, and the disk, read and written."""
+def _copy_ceilings(plan: Plan) -> Iterator[Ceiling]:
+    """Pinned copies to a GPU and back."""
     rates = copy_rates(0) if plan.device == "cuda" else ()
     for name, rate in zip(("host to device, pinned", "device to host, pinned"), rates, strict=False):
         yield Ceiling(name, rate, "B/s")
+
+
+def _disk_ceilings(dataset: Path, folder: Path) -> Iterator[Ceiling]:
+    """The dataset read from disk and from the page cache, and a file written."""
     files, total = [], 0
     for file in chunk_files(dataset):
         if total < BYTES:
             files.append(file)
             total += file.stat().st_size
     drop_from_cache(files)
-    for state in ("cold", "warm"):
-        yield Ceiling(f"disk read, {state}", total / _seconds(lambda: read_files(files)), "B/s")
-    yield Ceiling("disk write, with fsync", BYTES / _seconds(lambda: _write(folder / "written")), "B/s")
+    for name in (COLD_READ, WARM_READ):
+        yield Ceiling(name, total / _seconds(lambda: read_files(files)), "B/s")
+    yield Ceiling(WRITE, BYTES / _seconds(lambda: _write(folder / "written")), "B/s")
     (folder / "written").unlink()
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,25 @@ from distributed import Client
 import oocattn.api
 from oocattn import arguments
 from oocattn.api import PLAN_OPTIONS
-from oocattn.arguments import Dtype, Duration, Size, checked
+from oocattn.arguments import Dtype, Duration, Option, Size, checked
 from oocattn.bench import ceilings
 from oocattn.bench.competitors import (
     Competitor,
     Inputs,
     OutOfCore,
     QueryStationaryLoop,
-    ResidentCall,
     SkippedCompetitor,
     StreamCqsa,
 )
 from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
-from oocattn.errors import ProblemError
+from oocattn.bench.resident import Fa3Call, ResidentCall, fa3_library
+from oocattn.errors import OocattnError, ProblemError
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.planning.host import free_disk
 from oocattn.planning.measure import choose_device, count_lanes
 from oocattn.planning.plan import Plan
-from oocattn.problem.problem import DTYPES
+from oocattn.problem.arrays import DTYPES
+from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.locations import output_path
 from oocattn.storage.make.synth import DATASET_OPTIONS, synthesise
@@ -51,10 +52,15 @@ MEMORY_FOLDER = Path("/dev/shm")  # where Linux has a file system in memory
 _PREFIX = f"oocattn-bench-{os.getpid()}-"
 
 
+BENCH_OPTIONS = {name: option for name, option in PROBLEM_OPTIONS.items() if name not in ("heads", "dtype")}
+BENCH_OPTIONS["causal"] = Option(True, arguments.boolean)
+"""What may be asked: what a run may be asked, but `heads` and `dtype` are those of the arrays."""
+
+
 @checked(
+    BENCH_OPTIONS,
     **DATASET_OPTIONS,
     **PLAN_OPTIONS,
-    causal=arguments.boolean,
     repeats=arguments.integer(1),
     warm_up=arguments.boolean,
     rows=arguments.integer(1),
@@ -66,8 +72,9 @@ def bench(
     heads: int | None = None,
     kv_heads: int | None = None,
     head_dim: int = 64,
+    keys: int | None = None,
+    value_dim: int | None = None,
     dtype: Dtype = "float16",
-    causal: bool = True,
     device_memory: Size | None = None,
     host_memory: Size | None = None,
     chunks: int | None = None,
@@ -78,41 +85,67 @@ def bench(
     warm_up: bool = True,
     rows: int = 32,
     seed: int = 0,
+    **asked: Any,
 ) -> Generator[Plan | Ceiling | Progress | Table, None, None]:
     """Measure this machine, and compare ways to attend a synthetic dataset.
 
     The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M
-    and 8 with a GPU, 32K and 4 without one; the options from `device_memory` to `checkpoint_interval` are those of
-    `oocattn.plan`. The dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are
+    and 8 with a GPU, 32K and 4 without one, `keys` to `tokens` and `value_dim` to `head_dim`. The options from
+    `device_memory` to `checkpoint_interval`, and what is `asked` of the attention, are as for `oocattn.plan`, but `causal`
+    is True by default. The dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are
     removed at the end. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of `repeats`
-    rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. One that fails has a
-    row that says so. Raises as `oocattn.plan`, and ProblemError where `folder` is no folder or has no room.
+    rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. Raises as `oocattn.plan`,
+    and ProblemError where `folder` is no folder or has no room.
     """
-    default = choose_device(kernel)
-    tokens, heads, where = tokens or TOKENS[default], heads or HEADS[default], output_path(folder, "folder")
-    _check_room(where, tokens * head_dim * 2 * (heads + (kv_heads or heads)), str(dtype))
-    options: dict[str, Any] = {"causal": causal, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
+    default, where = choose_device(kernel), output_path(folder, "folder")
+    sizes = _sizes(tokens or TOKENS[default], heads or HEADS[default], kv_heads, keys, head_dim, value_dim)
+    _check_room(where, _elements(**sizes), str(dtype))
+    options: dict[str, Any] = {**asked, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
     options |= {"checkpoint_interval": checkpoint_interval, "device_memory": device_memory, "host_memory": host_memory}
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=where)))
         client = stack.enter_context(local_client(workers=count_lanes(kernel)))
-        dataset, start = place / "qkv.zarr", time.perf_counter()
-        synthesise(dataset, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, seed=seed)
-        written = Progress("wrote the dataset", time.perf_counter() - start)
+        dataset = place / "qkv.zarr"
+        written = _timed("wrote the dataset", lambda: synthesise(dataset, **sizes, dtype=dtype, seed=seed))
         plan = oocattn.api.plan(dataset, **options, result=place / "out.zarr")
         yield from (plan, written)
-        yield (kernel_ceiling := ceilings.kernel_ceiling(plan))
-        yield from ceilings.other_ceilings(plan, dataset, place)
-        start = time.perf_counter()
-        exact = _exact_rows(plan, dataset, rows, seed)
-        yield Progress(f"recomputed {len(exact)} rows in float64", time.perf_counter() - start)
+        measured, exact = list[Ceiling](), list[ExactRow]()
+        yield from _keep(ceilings.measure_ceilings(plan, dataset, place), measured)
+        yield _timed(f"recomputed {rows} rows in float64", lambda: exact.extend(_exact_rows(plan, dataset, rows, seed)))
         entrants = [_Entrant(competitor, exact) for competitor in competitors(plan, place, client, options, stack)]
         yield from _rounds(entrants, repeats, warm_up)
-        yield Table(plan.problem, tuple(entrant.row for entrant in entrants), kernel_ceiling.rate)
+        yield Table(plan.problem, tuple(entrant.row for entrant in entrants), tuple(measured))
+
+
+def _sizes(
+    tokens: int, heads: int, kv_heads: int | None, keys: int | None, head_dim: int, value_dim: int | None
+) -> dict[str, Any]:
+    """The sizes of a dataset, where those that are not given follow from others."""
+    of_keys = {"kv_heads": kv_heads or heads, "keys": keys or tokens, "value_dim": value_dim or head_dim}
+    return {"tokens": tokens, "heads": heads, "head_dim": head_dim, **of_keys}
+
+
+def _timed(name: str, work: Callable[[], object]) -> Progress:
+    """Do something, and say how long it took."""
+    start = time.perf_counter()
+    work()
+    return Progress(name, time.perf_counter() - start)
+
+
+def _keep(found: Iterator[Ceiling], kept: list[Ceiling]) -> Iterator[Ceiling]:
+    """The ceilings as they come, of which each is also put into a list."""
+    for ceiling in found:
+        kept.append(ceiling)
+        yield ceiling
+
+
+def _elements(tokens: int, heads: int, kv_heads: int, keys: int, head_dim: int, value_dim: int) -> int:
+    """Elements of a dataset and of `out`."""
+    return (head_dim + value_dim) * (heads * tokens + kv_heads * keys)
 
 
 def _exact_rows(plan: Plan, dataset: Path, rows: int, seed: int) -> list[ExactRow]:
-    borders = range(plan.chunk_rows, plan.problem.tokens, plan.chunk_rows)
+    borders = range(plan.chunk_rows, plan.problem.out_rows, plan.chunk_rows)
     return list(recompute_rows(plan.problem, Dataset.open(dataset), borders=borders, rows=rows, seed=seed))
 
 
@@ -128,7 +161,7 @@ def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any]
     inputs = None
     if needed + plan.peak_host <= free:
         inputs = Inputs.load(Dataset.open(dataset), plan.problem, plan.device)
-        found += [ResidentCall(inputs), QueryStationaryLoop(inputs, plan.kernel)]
+        found += [*_resident_calls(inputs), QueryStationaryLoop(inputs, plan.kernel)]
     else:
         reason = f"needs {format_bytes(needed)} of host memory beside oocattn, {format_bytes(free)} are free"
         found += [SkippedCompetitor(RESIDENT, reason), SkippedCompetitor(QueryStationaryLoop.name, reason)]
@@ -140,6 +173,16 @@ def competitors(plan: Plan, place: Path, client: Client, options: dict[str, Any]
         OutOfCore("oocattn, cold disk", dataset, client, options, before=lambda: ceilings.drop_from_cache(files)),
         *_stream_cqsa(inputs),
     ]
+
+
+def _resident_calls(inputs: Inputs) -> list[Competitor]:
+    """The call that a user would make, and FlashAttention-3's where it is installed and the mask is not plain."""
+    try:
+        found = ResidentCall(inputs)
+    except OocattnError as error:
+        return [SkippedCompetitor(RESIDENT, str(error))]
+    plain = inputs.device == "cpu" or found.mask.is_plain or fa3_library() is None
+    return [found] if plain else [found, Fa3Call(inputs)]
 
 
 def _from_memory(plan: Plan, dataset: Path, client: Client, options: dict[str, Any], stack: ExitStack) -> Competitor:
@@ -185,7 +228,8 @@ class _Entrant:
         seconds = time.perf_counter() - start
         peak = max(self.row.device_peak or 0, _device_peak()) or None
         difference = self.competitor.rows(self._places) - self._expected
-        errors = np.linalg.norm(difference, axis=1) / np.linalg.norm(self._expected, axis=1)
+        lengths = np.linalg.norm(self._expected, axis=1)
+        errors = np.linalg.norm(difference, axis=1) / np.where(lengths, lengths, 1.0)  # rows without a key are 0
         rounds = (*self.row.seconds, seconds) if timed else self.row.seconds
         self.row = Row(self.row.name, rounds, peak, float(np.sqrt(np.mean(errors**2))), report=report)
         return seconds

@@ -1,4 +1,7 @@
-"""The ways to compute a problem that a bench compares. A new one is a class here and a line in `competitors`."""
+"""The ways to compute a problem that a bench compares. A new one is a class here and a line in `competitors`.
+
+The calls of libraries are in `resident`.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from distributed import Client
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from oocattn.api import attention
-from oocattn.bench.records import RESIDENT
 from oocattn.errors import OocattnError
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
@@ -29,14 +29,14 @@ from oocattn.operations.tiles import pieces
 from oocattn.pipelines.existing import Result
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.problem.mask import Cover
-from oocattn.problem.problem import Problem
+from oocattn.problem.problem import HeadGroup, Problem
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
-from oocattn.verification.recompute import Array64
+from oocattn.verification.rounding import Array64
 
 TILE = {"cpu": 8192, "cuda": 131_072}  # queries and keys of a tile of the query-stationary loop
 
-RowIndex = tuple[int, int, int]  # batch, query head and token of one row of `out`
+RowIndex = tuple[int, int, int]  # batch, head and row of `out`
 
 
 class Competitor(ABC):
@@ -53,7 +53,7 @@ class Competitor(ABC):
 
     @abstractmethod
     def rows(self, places: Sequence[RowIndex]) -> Array64:
-        """Rows [R, D] of the `out` that was computed last."""
+        """Rows [R, Dv] of the `out` that was computed last."""
 
 
 class SkippedCompetitor(Competitor):
@@ -73,7 +73,11 @@ class SkippedCompetitor(Competitor):
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v and room for `out` in host memory, pinned for a GPU. q and `out` are [B, Hq, N, D], k and v [B, Hkv, N, D]."""
+    """What is attended, and room for `out`, in host memory, pinned for a GPU.
+
+    q [B, Hq, rows, D] and `out` [B, Hq, rows, Dv] have the rows that are asked for; k is [B, Hkv, Nk, D] and v [B, Hkv, Nk,
+    Dv].
+    """
 
     problem: Problem
     device: str
@@ -86,24 +90,24 @@ class Inputs:
     def load(cls, dataset: Dataset, problem: Problem, device: str) -> Inputs:
         """Read a dataset into memory that is allocated here."""
         loaded = {}
-        for name, heads in (("q", problem.query_heads), ("k", problem.kv_heads), ("v", problem.kv_heads)):
-            loaded[name] = _host_tensor(problem, heads, device)
-            for batch in range(problem.batch):
-                for head in range(heads):
-                    rows = loaded[name][batch, head].view(torch.uint8).numpy().view(dataset.arrays[name].dtype)
-                    dataset.arrays[name].read_rows(batch, head, 0, problem.tokens, rows)
-        return cls(problem, device, out=_host_tensor(problem, problem.query_heads, device), **loaded)
+        for name, array in dataset.arrays.items():
+            batch, heads, tokens = array.extents
+            rows = range(*problem.rows_asked) if name == "q" else range(tokens)
+            loaded[name] = _host_tensor((batch, heads, len(rows), *array.row_shape), problem.dtype, device)
+            for entry, head in np.ndindex(batch, heads):
+                there = loaded[name][entry, head].view(torch.uint8).numpy().view(array.dtype)
+                array.read_rows(entry, head, rows.start, rows.stop, there)
+        return cls(problem, device, out=_host_tensor(problem.out_shape, problem.dtype, device), **loaded)
 
     @staticmethod
     def nbytes(problem: Problem) -> int:
         """Bytes that `load` allocates."""
-        rows = 2 * problem.batch * (problem.query_heads + problem.kv_heads) * problem.tokens
-        return rows * problem.head_dim * problem.itemsize
+        rows = problem.rows + problem.batch * problem.kv_heads * problem.keys
+        return rows * (problem.head_dim + problem.value_dim) * problem.itemsize
 
 
-def _host_tensor(problem: Problem, heads: int, device: str) -> torch.Tensor:
-    shape = (problem.batch, heads, problem.tokens, problem.head_dim)
-    return torch.empty(shape, dtype=getattr(torch, problem.dtype), device="cpu", pin_memory=device == "cuda")
+def _host_tensor(shape: tuple[int, ...], dtype: str, device: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu", pin_memory=device == "cuda")
 
 
 class FromHostMemory(Competitor):
@@ -127,41 +131,6 @@ class FromHostMemory(Competitor):
         return torch.stack([self._out[place] for place in places]).double().numpy()
 
 
-class ResidentCall(FromHostMemory):
-    """PyTorch's way: copy q, k and v to the device, one call, copy `out` back.
-
-    On a GPU cuDNN is asked for, as the fastest, and PyTorch's own choice is taken where that refuses.
-    """
-
-    name = RESIDENT
-
-    def __init__(self, inputs: Inputs) -> None:
-        super().__init__(inputs)
-        self._backend = SDPBackend.CUDNN_ATTENTION if inputs.device == "cuda" else None
-
-    def _compute(self) -> None:
-        inputs = self._inputs
-        q, k, v = (tensor.to(inputs.device, non_blocking=True) for tensor in (inputs.q, inputs.k, inputs.v))
-        inputs.out.copy_(self._attend(q, k, v), non_blocking=True)
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if self._backend is not None:
-            try:
-                with sdpa_kernel(self._backend):
-                    return self._call(q, k, v)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                self._backend = None
-        return self._call(q, k, v)
-
-    def _call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        problem = self._inputs.problem
-        return scaled_dot_product_attention(
-            q, k, v, is_causal=problem.mask.triangular, scale=problem.scale, enable_gqa=problem.group_size > 1
-        )
-
-
 class QueryStationaryLoop(FromHostMemory):
     """The loop people write first: over heads, query tiles, and key tiles.
 
@@ -178,33 +147,44 @@ class QueryStationaryLoop(FromHostMemory):
 
     def _compute(self) -> None:
         problem = self._inputs.problem
-        for batch in range(problem.batch):
-            for head in range(problem.query_heads):
-                for start in range(0, problem.tokens, self._tile):
-                    self._attend(batch, head, start)
+        for index in range(problem.head_groups):
+            group = problem.head_group(index)
+            for place in range(len(group.query_heads)):
+                for rows in pieces(range(*problem.rows_asked), self._tile):
+                    self._attend(group, place, rows)
 
-    def _attend(self, batch: int, head: int, start: int) -> None:
-        inputs, problem, kv_head = self._inputs, self._inputs.problem, head // self._inputs.problem.group_size
-        stop = min(start + self._tile, problem.tokens)
-        query = inputs.q[batch, head, start:stop].to(inputs.device, non_blocking=True).unsqueeze(0)  # [1, n, D]
-        state = AttentionState.empty(1, stop - start, problem.head_dim, inputs.device)
-        rows, mask = range(start, stop), problem.mask.entry(batch)
-        for keys in pieces(range(problem.tokens), self._tile):
-            if (cover := mask.cover(rows, keys)) is not Cover.DEAD:
-                there = (kv[batch, kv_head, keys.start : keys.stop] for kv in (inputs.k, inputs.v))
-                key, value = (tensor.to(inputs.device, non_blocking=True) for tensor in there)
-                intervals = None if cover is Cover.FULL else make_intervals(mask, rows, keys)
-                self._kernel.attend(Operands(query, key, value, problem.scores, intervals), state)
-        out, lse = torch.empty_like(query), torch.empty_like(state.den)
-        finalise(state, out, lse)
-        inputs.out[batch, head, start:stop].copy_(out[0], non_blocking=True)
+    def _attend(self, group: HeadGroup, place: int, rows: range) -> None:
+        """Attend a tile of rows of one of the group's heads."""
+        inputs, problem, batch = self._inputs, self._inputs.problem, group.batch
+        slopes, sinks = (found and found[place : place + 1] for found in (problem.slopes(group), problem.sinks(group)))
+        there = (batch, group.outputs[place], slice(rows.start - problem.rows_asked[0], rows.stop - problem.rows_asked[0]))
+        query = inputs.q[there].to(inputs.device, non_blocking=True).unsqueeze(0)  # [1, n, D]
+        state = AttentionState.empty(1, len(rows), problem.value_dim, inputs.device)
+        mask = problem.mask(batch)
+        for live in mask.live_keys(rows):
+            for keys in pieces(live, self._tile):
+                of_keys = (batch, group.kv_head, slice(keys.start, keys.stop))
+                key, value = (kv[of_keys].to(inputs.device, non_blocking=True) for kv in (inputs.k, inputs.v))
+                plain = slopes is None and mask.cover(rows, keys) is Cover.FULL
+                intervals = None if plain else make_intervals(mask, rows, keys)
+                self._kernel.attend(Operands(query, key, value, problem.scores, intervals, slopes), state)
+        out, lse = query.new_empty(1, len(rows), problem.value_dim), torch.empty_like(state.den)
+        finalise(state, out, lse, sinks)
+        inputs.out[there].copy_(out[0], non_blocking=True)
 
 
 class StreamCqsa(FromHostMemory):
-    """The Stream-CQSA package of the method's authors. It streams from host memory, with the least memory."""
+    """The Stream-CQSA package of the method's authors. It streams from host memory, with the least memory.
+
+    Raises OocattnError for anything but full or causal attention of a square.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
+        problem, mask = inputs.problem, inputs.problem.mask()
+        whole = problem.rows_asked == (0, problem.keys) and problem.value_dim == problem.head_dim
+        if not (whole and problem.is_plain and not problem.digests and (mask.is_full or mask.is_triangular)):
+            raise OocattnError("it attends whole squares only, full or causal")
         self._forward = import_module("stream_cqsa").stream_cqsa_forward
         try:
             self.name = f"stream_cqsa {version('stream_cqsa')}"
@@ -214,7 +194,7 @@ class StreamCqsa(FromHostMemory):
     def _compute(self) -> None:
         inputs = self._inputs
         options = {"min_itr": 1, "stream_from_host": True, "low_memory": True, "out_device": "acc"}
-        self._out, _ = self._forward(inputs.q, inputs.k, inputs.v, causal=inputs.problem.mask.triangular, **options)
+        self._out, _ = self._forward(inputs.q, inputs.k, inputs.v, causal=inputs.problem.causal, **options)
 
 
 class OutOfCore(Competitor):

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from oocattn.pipelines.watch.report import RunReport
+from oocattn.problem.arrays import DTYPES
 from oocattn.problem.problem import Problem
 from oocattn.units import format_bytes, format_count, format_seconds
 
@@ -14,6 +15,9 @@ RESIDENT = "resident call"
 
 PAGE_CACHE = "oocattn, page cache"
 """The row whose plan and report are set against the ceilings."""
+
+COLD_READ, WARM_READ, WRITE = "disk read, cold", "disk read, warm", "disk write, with fsync"
+"""Ceilings of the disk."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one problem; `kernel_rate` is the kernel's ceiling, FLOP/s."""
+    """The rows of one problem, and the ceilings that they are set against: the kernel's first."""
 
     problem: Problem
     rows: tuple[Row, ...]
-    kernel_rate: float
+    ceilings: tuple[Ceiling, ...]
 
     def row(self, name: str) -> Row:
         """The row of that name."""
@@ -88,19 +92,28 @@ class Table:
             f"{'':<{width}} {'seconds':>9} {'min to max':>17} {'ratio':>6} {'device peak':>11} {'error':>8}",
         ]
         lines += [self._line(row, reference, width) for row in self.rows]
-        return "\n".join([*lines, *self._against_ceiling(self.row(PAGE_CACHE))])
+        return "\n".join([*lines, *self._against_ceilings(self.row(PAGE_CACHE))])
 
-    def _against_ceiling(self, row: Row) -> list[str]:
-        """Lines that compare a row with its prediction and the kernel's ceiling."""
-        if row.report is None:
+    def _against_ceilings(self, row: Row) -> list[str]:
+        """Lines that compare a row with its prediction, the kernel's ceiling, and reading and writing everything once."""
+        report, problem = row.report, self.problem
+        if report is None:
             return []
-        rate, ceiling = self.problem.flops / row.median, self.kernel_rate * row.report.lanes
-        predicted, took = format_seconds(row.report.predicted_seconds), format_seconds(row.median)
+        rates = {ceiling.name: ceiling.rate for ceiling in self.ceilings}
+        rate, kernel = problem.flops / row.median, self.ceilings[0].rate * report.lanes
+        predicted, took = format_seconds(report.predicted_seconds), format_seconds(row.median)
+        of_q, of_kv, written = bytes_once(problem)
+        once = (of_q + of_kv) / rates[WARM_READ] + written / rates[WRITE]
+        read = report.bytes_read
         return [
             "",
             f"{row.name}: predicted {predicted}, took {took}",
-            f"{format_count(rate)}FLOP/s, {rate / ceiling:.0%} of the kernel's ceiling on {row.report.lanes} "
-            f"lane{'s' * (row.report.lanes > 1)}; compute was busy {row.report.compute_busy:.0%} of the time",
+            f"{format_count(rate)}FLOP/s of attended pairs, {rate / kernel:.0%} of the kernel's ceiling on {report.lanes} "
+            f"lane{'s' * (report.lanes > 1)}; compute was busy {report.compute_busy:.0%} of the time",
+            f"{format_bytes(read)} read, {read / (of_q + of_kv):.2f} of what is attended of q, k and v; k and v at most "
+            f"{(read - of_q) / max(1, of_kv):.2f} times",
+            f"reading it once and writing out and lse take {format_seconds(once)} at the ceilings: it took "
+            f"{row.median / once:.2f} of that",
         ]
 
     def _line(self, row: Row, reference: Row, width: int) -> str:
@@ -111,3 +124,15 @@ class Table:
         error = "-" if row.error is None else f"{row.error:.1e}"
         ratio = row.median / reference.median
         return f"{row.name:<{width}} {row.median:>9.4g} {spread:>17} {ratio:>6.2f} {peak:>11} {error:>8}"
+
+
+def bytes_once(problem: Problem) -> tuple[int, int, int]:
+    """Bytes of what is attended of q, of k, v and key_bias, and of `out` and `lse`."""
+    rows = range(*problem.rows_asked)
+    keys = sum(len(live) for batch in range(problem.batch) for live in problem.mask(batch).live_keys(rows))
+    of_q = problem.rows * problem.head_dim * problem.itemsize
+    return (
+        of_q,
+        keys * problem.entry_groups * problem.kv_row_bytes,
+        problem.rows * (problem.value_dim * DTYPES[problem.out_dtype] + 4),
+    )
