@@ -15,12 +15,10 @@ from random import Random
 from typing import Any
 
 from mutations import dumps, is_json, other_bytes, other_index, other_json, other_value, replace_node
-from support import replanned
+from support import read_again, replanned
 from worlds import DATASETS, RESULTS, World, remove, result_bits
 
 from oocattn import Plan
-from oocattn.kernels.registry import get_kernel
-from oocattn.planning.stored_plan import read_plan
 from oocattn.records import from_json
 from oocattn.storage.files.durable import encode_record
 
@@ -69,16 +67,22 @@ def _other_plan(world: World, random: Random) -> tuple[str, str]:
     plan = replace(from_json(Plan, header["plan"]), device_memory=2**96, host_memory=2**96)
     for _ in range(50):
         with suppress(ValueError, ArithmeticError):  # what the planner would not compute
-            other = read_plan(_random_plan(plan, random).to_json(), lambda kernel, _: get_kernel(kernel).scratch_bytes)
+            other = read_again(_random_plan(plan, random))
             (world.folder / name).write_bytes(encode_record({**header, "plan": other.to_json()}))
             return name, "another plan"
     return name, "the same plan"
 
 
 def _random_plan(plan: Plan, random: Random) -> Plan:
-    kv_heads = 2 ** random.randrange(48)
+    kv_heads, queries = 2 ** random.randrange(48), 2 ** random.randrange(1, 48)
     problem = {
-        "tokens": 2 ** random.randrange(1, 48),
+        "keys": 2 ** random.randrange(1, 48),
+        "window_size": (2 ** random.randrange(48), random.choice((None, 0, 2 ** random.randrange(90)))),
+        "prefix": 2 ** random.randrange(90),
+        "softcap": 10.0 ** random.randrange(-30, 30),
+        "value_dim": random.randrange(1, 1025),
+        "bias_heads": random.choice((1, kv_heads)),
+        "queries": queries,
         "scale": 10.0 ** random.randrange(-300, 300),
         "batch": 2 ** random.randrange(40),
         "causal": random.random() < 0.5,
@@ -87,7 +91,9 @@ def _random_plan(plan: Plan, random: Random) -> Plan:
         "query_heads": kv_heads * 2 ** random.randrange(20),
     }
     fields = random.sample(sorted(problem), random.randrange(len(problem)))
-    posed = replace(plan.problem, **{field: problem[field] for field in fields})
+    without_arrays = replace(plan.problem, digests={})
+    posed = replace(without_arrays, **{field: problem[field] for field in fields})
+    posed = replace(posed, rows_asked=(0, posed.queries))
     strips, chunks = random.random() < 0.5, random.choice((1, 2, 7, 100, 1024, 8192, 9507))
     on_disk = not strips and random.random() < 0.5
     division = {"chunks": chunks, "decomposition": "strips", "span": 2} if strips else {"chunks": chunks, "span": 0}

@@ -2,6 +2,7 @@
 
     python tests/killing.py --moments 200 --partials memory
     python tests/killing.py --moments 200 --partials memory disk --workers
+    python tests/killing.py --moments 50 --mask window
 
 A run that was killed is resumed; one whose worker was killed goes on by itself. Runs are forks of this process, which has
 imported everything and started nothing; workers are two processes that are replaced when they die. It prints a tally, and
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import dask
 import warm  # noqa: F401  worker processes are its forks
@@ -32,6 +34,13 @@ from oocattn import Plan
 from oocattn.pipelines import attempt
 from oocattn.pipelines.engines.dask.local_cluster import NO_PROFILER, local_client
 from oocattn.storage.paths import ResultPaths
+
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"causal": True, "window_size": (60, 0), "sink_tokens": 3, "alibi_slopes": [0.1, 0.05, 0.0, 0.2]},
+    "documents": {"causal": True, "cu_seqlens_q": [0, 70, 70, 71, 190, 330, 400], "learnable_sink": [0.0, 1.0, -2.0, 3.0]},
+}
+"""What is asked, by the name of the mask."""
 
 
 class Tally:
@@ -73,7 +82,8 @@ def parsed(life: str) -> list[tuple[str, tuple[str, ...], float]]:
 
 def plan_of(folder: Path, options: argparse.Namespace) -> Plan:
     lanes = 2 if options.workers else options.lanes
-    plan = plan_for(folder / "dataset.zarr", causal=True, chunks=options.chunks, partials=options.partials, lanes=lanes)
+    choices = {"chunks": options.chunks, "partials": options.partials, "lanes": lanes}
+    plan = plan_for(folder / "dataset.zarr", **MASKS[options.mask], **choices)
     return replanned(plan, checkpoint_seconds=options.interval)
 
 
@@ -197,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--moments", type=int, default=200, help="how many to kill (default: %(default)s)")
     parser.add_argument("--workers", action="store_true", help="kill workers instead of runs")
     parser.add_argument("--partials", choices=("memory", "disk"), nargs="+", default=["disk"], dest="places")
+    parser.add_argument("--mask", choices=MASKS, default="causal", help="what is asked (default: %(default)s)")
     parser.add_argument("--chunks", type=int, default=31)
     parser.add_argument("--interval", type=float, default=0.5, help="checkpoint interval, seconds (default: %(default)s)")
     parser.add_argument("--lanes", type=int, default=1)
@@ -218,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.partials = place
                 kill_runs(folder, options, tally)
     killed = f"{tally.runs - tally.wrong} of {tally.runs} bit-identical after {tally.kills} kills"
-    print(f"{killed}, partials in {' and '.join(options.places)}")
+    print(f"{killed}, {options.mask}, partials in {' and '.join(options.places)}")
     if options.workers:
         return int(bool(tally.wrong))
     print(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 import zarr
 from distributed import Client
 from numpy.typing import NDArray
+from reference import Array64
 
 import oocattn
 from oocattn import Event, Plan, Result
@@ -31,8 +32,11 @@ from oocattn.planning.candidates import make_plan
 from oocattn.planning.cost import recost
 from oocattn.planning.machine import Hardware, Machine
 from oocattn.planning.reading import input_cost
-from oocattn.problem.problem import Problem, make_problem
-from oocattn.storage.inputs.dataset import Dataset
+from oocattn.planning.stored_plan import read_plan
+from oocattn.problem.given import DTYPES, GivenArrays
+from oocattn.problem.options import ProblemOptions
+from oocattn.problem.problem import Problem
+from oocattn.storage.inputs.dataset import Dataset, pose
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.growing import GrowingResult, Layout, RunState
 
@@ -66,13 +70,31 @@ def normal_arrays(
     return q.astype(numpy_type(dtype)), k.astype(numpy_type(dtype)), v.astype(numpy_type(dtype))
 
 
-def write_dataset(path: Path, arrays: Arrays, chunk_rows: int | None = None, **storage: Any) -> Path:
-    """Write q, k and v as a Zarr group: one head to a chunk and uncompressed, unless `storage` says otherwise."""
+def write_dataset(
+    path: Path,
+    arrays: Arrays,
+    chunk_rows: int | None = None,
+    *,
+    key_rows: int | None = None,
+    key_bias: NDArray[np.float32] | None = None,
+    shard_chunks: int = 0,
+    **storage: Any,
+) -> Path:
+    """Write q, k and v as a Zarr group: one head to a chunk and uncompressed, unless `storage` says otherwise.
+
+    `key_rows` are those of a chunk of k and v, as many as of q by default; a shard has `shard_chunks` of them.
+    """
     group = zarr.open_group(path, mode="w", zarr_format=3)
     for name, data in zip("qkv", arrays, strict=True):
-        chunks = (*(1 for _ in data.shape[:-2]), chunk_rows or data.shape[-2], data.shape[-1])
+        rows = (chunk_rows if name == "q" else key_rows or chunk_rows) or data.shape[-2]
+        chunks = (*(1 for _ in data.shape[:-2]), rows, data.shape[-1])
         options = {"chunks": chunks, "compressors": None, "config": {"write_empty_chunks": True}, **storage}
+        if shard_chunks:
+            options["shards"] = (*chunks[:-2], shard_chunks * rows, chunks[-1])
         group.create_array(name, shape=data.shape, dtype=data.dtype, **options)[...] = data
+    if key_bias is not None:
+        options = {"compressors": None, "config": {"write_empty_chunks": True}}
+        group.create_array("key_bias", shape=key_bias.shape, dtype=key_bias.dtype, **options)[...] = key_bias
     return path
 
 
@@ -103,6 +125,16 @@ GPU = Hardware(
 """A GPU that is made up after an H200, with cuDNN's memory."""
 
 
+ASKED = [field.name for kind in (ProblemOptions, GivenArrays) for field in fields(kind) if field.name != "given"]
+"""The arguments that pose a problem."""
+
+
+def problem_options(**asked: Any) -> ProblemOptions:
+    """What a caller asks, arrays as lists."""
+    given = {name: np.asarray(asked.pop(name), DTYPES[name]) for name in DTYPES if asked.get(name) is not None}
+    return ProblemOptions(**asked, given=GivenArrays(**given))
+
+
 def plan_for(
     dataset: Path,
     *,
@@ -113,9 +145,8 @@ def plan_for(
     **options: Any,
 ) -> Plan:
     """Plan without measuring speeds; `partials` overrides where they are kept."""
-    posed = {name: options.pop(name) for name in signature(make_problem).parameters if name in options}
-    opened = Dataset.open(dataset)
-    problem = make_problem(*opened.specs, **posed)
+    opened = Dataset.open(dataset, key_bias=options.get("key_bias", True))
+    problem = pose(opened, problem_options(**{name: options.pop(name) for name in ASKED if name in options}))
     machine = replace(machine, lanes=lanes, threads=threads)
     inputs = replace(input_cost(opened, problem, GENEROUS), decode_rate=1e9)
     budgets = {"device_memory": GENEROUS, "host_memory": GENEROUS}
@@ -125,7 +156,7 @@ def plan_for(
 
 def with_partials(plan: Plan, partials: str) -> Plan:
     """The plan with its partials kept in "memory" or on "disk"."""
-    return replanned(plan, partials=partials, accumulators=plan.chunks if partials == "memory" else 2)
+    return replanned(plan, partials=partials, accumulators=plan.query_chunks if partials == "memory" else 2)
 
 
 def replanned(plan: Plan, **changed: Any) -> Plan:
@@ -134,6 +165,12 @@ def replanned(plan: Plan, **changed: Any) -> Plan:
     of_plan = {name: value for name, value in changed.items() if name not in of_machine}
     changed_plan = replace(plan, machine=replace(plan.machine, **of_machine), **of_plan)
     return recost(changed_plan, get_kernel(changed_plan.kernel).scratch_bytes)
+
+
+def read_again(plan: Plan) -> Plan:
+    """The plan as it is read from JSON, with the arrays of its problem."""
+    content = json.loads(json.dumps(plan.to_json()))
+    return read_plan(content, lambda kernel, _: get_kernel(kernel).scratch_bytes, lambda _: plan.problem.given)
 
 
 def carry_out(
@@ -145,7 +182,8 @@ def carry_out(
     overwrite: bool = False,
 ) -> Result:
     """Run a plan inline or, where Dask is the point, on the workers of a client."""
-    request = Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result), overwrite)
+    opened = Dataset.open(dataset, key_bias=plan.problem.bias_heads > 0)
+    request = Request(plan.problem, opened, ResultPaths.at(result), overwrite)
     engine = InlineEngine() if client == "inline" else DaskEngine(client)
     return run_plan(plan, request, engine, callbacks=callbacks)
 
@@ -159,10 +197,9 @@ def run_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Run:
 def begun(paths: ResultPaths, plan: Plan) -> tuple[RunState, GrowingResult]:
     """The places of a result in the hands of a run, and the result that it has begun."""
     problem = plan.problem
-    shape = (problem.batch, problem.query_heads, problem.tokens, problem.head_dim)
     paths.make_state()
     state = RunState(paths, Unlocked())
-    return state, state.begin(Layout(shape, problem.out_dtype, plan.out_chunk_rows, {}), overwrite=True)
+    return state, state.begin(Layout(problem.out_shape, problem.out_dtype, plan.out_chunk_rows, {}), overwrite=True)
 
 
 class Unlocked:
@@ -178,18 +215,17 @@ def written_bits(lane: Lane, head_group: int = 0) -> list[NDArray[Any]]:
         lane.merge(head_group, chunk)
         lane.write(head_group, chunk)
     group = lane.plan.problem.head_group(head_group)
-    heads = slice(group.query_heads.start, group.query_heads.stop)
+    heads = slice(group.outputs.start, group.outputs.stop)
     found = (np.asarray(array[group.batch, heads]) for array in (lane.result.out, lane.result.lse))
     return [array.reshape(-1).view(np.uint8) for array in found]
 
 
-def a_problem(tokens: int, **fields: Any) -> Problem:
-    """One causal head of 64 float16 dimensions, but for `fields`."""
-    defaults: dict[str, Any] = {
-        "batch": 1, "query_heads": 1, "kv_heads": 1, "tokens": tokens, "head_dim": 64, "dtype": "float16", "causal": True,
-    }  # fmt: skip
-    chosen = {**defaults, **fields}
-    return Problem(**{"out_dtype": chosen["dtype"], "scale": chosen["head_dim"] ** -0.5, **chosen})
+def a_problem(tokens: int, **given: Any) -> Problem:
+    """One causal head of 64 float16 dimensions, but for the fields that are `given`."""
+    dims = {"head_dim": 64, "value_dim": given.get("head_dim", 64), "queries": tokens, "keys": tokens}
+    defaults = {"batch": 1, "query_heads": 1, "kv_heads": 1, "dtype": "float16", "causal": True, **dims, **given}
+    derived = {"out_dtype": defaults["dtype"], "scale": defaults["head_dim"] ** -0.5, "rows_asked": (0, defaults["queries"])}
+    return Problem(**{**derived, **defaults})
 
 
 @dataclass(frozen=True)
@@ -215,6 +251,28 @@ def assert_same_bits(found: Result, expected: Result) -> None:
     """Both have the same `out` and `lse`, bit for bit."""
     for ours, theirs in zip(bits(found), bits(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+TOLERANCE = {"float16": 3e-4, "bfloat16": 2e-3, "float32": 2e-6}
+"""Relative error of the output that is allowed, by the output's dtype: its rounding, with little to spare."""
+
+UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+
+
+def assert_exact(found: NDArray[Any], expected: Array64, dtype: str, largest: float, weights: str = "float32") -> None:
+    """An output in `dtype` is what float64 has, rounded, where the largest value is `largest`.
+
+    `weights` is the dtype to which the kernel rounds softmax weights.
+    """
+    found = found.astype(np.float64)
+    assert found.shape == expected.shape
+    if np.count_nonzero(expected) < 512:  # too few elements for their rounding errors to average out
+        of_weights = 0.0 if weights == "float32" else 2 * UNIT_ROUNDOFF[weights]
+        allowed = UNIT_ROUNDOFF[dtype] * np.abs(expected) + (of_weights + TOLERANCE["float32"]) * largest
+        assert np.all(np.abs(found - expected) <= allowed)
+    else:
+        tolerance = TOLERANCE[dtype] if weights == "float32" else 1.5 * max(TOLERANCE[dtype], TOLERANCE[weights])
+        assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
 
 @dataclass
@@ -252,3 +310,12 @@ def make_event(kind: str, start: float = 0.0, stop: float = 0.0, **given: Any) -
 def amount_of(event: Event) -> int:
     """The bytes or pairs of an event; 0 where it has none."""
     return int(getattr(event, "pairs", getattr(event, "bytes", 0)))
+
+
+def sizes_of(path: Path) -> dict[str, int]:
+    """The lengths of the dimensions of a group, which have one each, as xarray demands."""
+    sizes: dict[str, int] = {}
+    for _, array in zarr.open_group(path, mode="r").arrays():
+        for name, size in zip(array.metadata.dimension_names, array.shape, strict=True):
+            assert sizes.setdefault(name, size) == size, f"{name} of {array.path}"
+    return sizes

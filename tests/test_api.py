@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -52,7 +53,7 @@ def test_the_result_is_plain_zarr_beside_its_report(client: Client, dataset: Pat
     np.testing.assert_array_equal(group["out"][...], result.out[...])
     assert group["out"].dtype == ml_dtypes.bfloat16
     recorded = group.attrs["oocattn"]
-    assert recorded["problem"]["tokens"] == 130
+    assert recorded["problem"]["keys"] == 130
     assert recorded["problem"]["out_dtype"] == "bfloat16"
     assert recorded["dataset"]["location"] == str(dataset)
     assert recorded["versions"]["oocattn"] == oocattn.__version__
@@ -140,7 +141,12 @@ def test_a_run_reads_and_writes_what_its_plan_says(fast_path: Path, dtype: str, 
     dataset = fast_path / "dataset.zarr"
     synthesise(dataset, tokens=2003, heads=4, kv_heads=2, head_dim=24, dtype=dtype)
     strips = {"chunks": 9, "causal": True, "decomposition": "strips"}  # they keep nothing on disk
-    for options in ({"chunks": 13}, {"chunks": 7, "causal": True}, strips if partials == "memory" else {"chunks": 8}):
+    window, documents = (
+        {"chunks": 13, "window_size": (300, 100)},
+        {"chunks": 7, "cu_seqlens_q": [0, 500, 2003], "causal": True},
+    )
+    last = strips if partials == "memory" else {"chunks": 8}
+    for options in ({"chunks": 13}, {"chunks": 7, "causal": True}, window, documents, last):
         plan = plan_for(dataset, partials="disk" if partials == "disk" else None, **options)
         report = carry_out(plan, dataset, fast_path / "result.zarr", overwrite=True).report
         amounts = {link.name: link.amount for link in plan.links}
@@ -168,17 +174,28 @@ def cluster_of(workers: int, threads: int, processes: bool) -> Iterator[Client]:
         yield connected
 
 
+WINDOW = {"causal": True, "window_size": (60, 0), "sink_tokens": 2, "alibi_slopes": [0.1, 0.2, 0.0, 0.3]}
+DOCUMENTS = {"cu_seqlens_q": [0, 90, 90, 110, 301], "learnable_sink": [0.0, 1.0, -1.0, 2.0], "queries": (20, 299)}
+
+
 @pytest.mark.parametrize(
-    ("options", "causal"),
-    [({"chunks": 7}, True), ({"chunks": 8}, False), ({"chunks": 5, "decomposition": "strips"}, True)],
-    ids=str,
+    ("options", "asked"),
+    [
+        ({"chunks": 7}, {"causal": True}),
+        ({"chunks": 8}, {}),
+        ({"chunks": 5, "decomposition": "strips"}, {"causal": True}),
+        ({"chunks": 13, "decomposition": "cqs"}, WINDOW),
+        ({"chunks": 7, "decomposition": "cqs"}, DOCUMENTS),
+        ({"chunks": 6, "decomposition": "strips"}, DOCUMENTS),
+    ],
+    ids=["causal", "full", "causal strips", "window", "documents", "documents strips"],
 )
 def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(
-    clients: dict[tuple[int, int], Client], fast_path: Path, options: dict, causal: bool
+    clients: dict[tuple[int, int], Client], fast_path: Path, options: dict[str, Any], asked: dict[str, Any]
 ) -> None:
     dataset = fast_path / "dataset.zarr"
     synthesise(dataset, tokens=301, heads=4, kv_heads=2, head_dim=40, dtype="bfloat16")
-    plan = plan_for(dataset, causal=causal, **options)
+    plan = plan_for(dataset, **asked, **options)
     plans = [plan] if plan.decomposition == "strips" else [plan, with_partials(plan, "disk")]
     expected = bits(carry_out(plan, dataset, fast_path / "first.zarr"))
     before = torch.get_num_threads()

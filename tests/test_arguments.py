@@ -23,7 +23,7 @@ from oocattn import ProblemError
 from oocattn.arguments import dtype
 from oocattn.bench import bench
 from oocattn.cli.main import main
-from oocattn.problem.problem import DTYPES
+from oocattn.problem.arrays import DTYPES
 
 PUBLIC: dict[Callable[..., Any], tuple[str, ...]] = {
     oocattn.plan: ("no.zarr",),
@@ -37,7 +37,7 @@ PUBLIC: dict[Callable[..., Any], tuple[str, ...]] = {
 """Functions whose keyword arguments are options, and paths for them: nothing is at any."""
 
 LOCATIONS = {"dataset", "result", "client", "q", "k", "v"}
-"""Keyword arguments that are no options."""
+"""Keyword arguments that are no options. Nor is the bias that is imported."""
 
 REQUIRED: dict[Callable[..., Any], dict[str, Any]] = {
     oocattn.synthesise: {"tokens": 8, "heads": 1, "head_dim": 4, "dtype": "float32"},
@@ -47,7 +47,8 @@ REQUIRED: dict[Callable[..., Any], dict[str, Any]] = {
 
 def options_of(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
-    return [found.name for found in parameters if found.kind is found.KEYWORD_ONLY and found.name not in LOCATIONS]
+    others = LOCATIONS | ({"key_bias"} if function is oocattn.import_arrays else set())
+    return [found.name for found in parameters if found.kind is found.KEYWORD_ONLY and found.name not in others]
 
 
 NO_DATA = torch.empty((), device="meta")
@@ -67,7 +68,9 @@ def call(function: Callable[..., Any], **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("function", "name"), EVERY_OPTION)
-@pytest.mark.parametrize("value", [object(), 1j, [[]], b"1", np.zeros(2), NO_DATA], ids=lambda found: type(found).__name__)
+@pytest.mark.parametrize(
+    "value", [object(), 1j, [[]], b"1", np.zeros((1, 1, 2)), NO_DATA], ids=lambda found: type(found).__name__
+)
 def test_an_option_of_no_type_that_it_takes_is_refused_by_name(
     function: Callable[..., Any], name: str, value: object, fast_path: Path
 ) -> None:
@@ -110,7 +113,7 @@ REFUSED: list[tuple[Callable[..., Any], str, list[Any], str]] = [
             *((oocattn.plan, "chunks"), (oocattn.plan, "lanes"), (oocattn.verify, "rows"), (oocattn.verify, "seed")),
             *(
                 (oocattn.synthesise, name)
-                for name in ("tokens", "heads", "kv_heads", "head_dim", "batch", "seed", "workers")
+                for name in ("tokens", "keys", "heads", "kv_heads", "head_dim", "value_dim", "batch", "seed", "workers")
             ),
             *((bench, name) for name in ("tokens", "heads", "kv_heads", "head_dim", "repeats", "rows", "seed")),
         )

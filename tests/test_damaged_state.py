@@ -210,5 +210,5 @@ def test_a_finished_result_with_damaged_metadata_is_named(
     caplog.clear()
     assert oocattn.resume(result).report is None
     status = oocattn.status(result)
-    assert (status.state, status.share, status.tokens_done) == ("finished", 1.0, plan.problem.tokens)
+    assert (status.state, status.share, status.tokens_done) == ("finished", 1.0, plan.problem.queries)
     assert [record.message for record in caplog.records if "the report of the run cannot be read" in record.message]

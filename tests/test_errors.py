@@ -66,7 +66,7 @@ PROBLEMS = {
     "no group": (shutil.rmtree, {}, r"no Zarr group at .*dataset\.zarr"),
     "scale": (None, {"scale": -1.0}, r"scale = -1.0 \(float\): expected a positive finite number"),
     "output dtype": (None, {"dtype": "int8"}, r"dtype = 'int8' \(str\): expected one of float16, bfloat16, float32"),
-    "chunks": (None, {"chunks": 65}, "chunks = 65: expected 1 to 64 for 64 tokens"),
+    "chunks": (None, {"chunks": 65}, "chunks = 65: expected 1 to 64 for 64 keys"),
     "decomposition": (
         None,
         {"decomposition": "rings"},
@@ -253,7 +253,7 @@ def test_the_dataset_is_never_replaced(dataset: Path, fast_path: Path, where: st
         result.symlink_to(dataset)
     with pytest.raises((ProblemError, ResultExistsError)):
         oocattn.attention(dataset, result, engine="inline", overwrite=overwrite)
-    assert oocattn.plan(dataset).problem.tokens == TOKENS
+    assert oocattn.plan(dataset).problem.keys == TOKENS
 
 
 # Locks

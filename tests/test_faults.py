@@ -95,7 +95,7 @@ def flip_a_bit(path: Path) -> None:
 def right(shared_path: Path) -> Result:
     """The result of the `dataset` fixture in 40 chunks, without a fault."""
     dataset = write_dataset(shared_path / "dataset.zarr", normal_arrays(TOKENS), chunk_rows=16)
-    return carry_out(plan_for(dataset, chunks=40, causal=True), dataset, shared_path / "right.zarr")
+    return carry_out(plan_for(dataset, chunks=40, decomposition="cqs", causal=True), dataset, shared_path / "right.zarr")
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_a_damaged_partial_is_computed_again(
     client: Client, dataset: Path, result: Path, right: Result, spoil: Callable[[Path], None]
 ) -> None:
     """Of a chunk whose last partial is not even submitted when the first is done: so it cannot be merged before."""
-    plan = plan_for(dataset, chunks=40, causal=True, partials="disk")
-    contributors = {chunk: plan.division.contributors(chunk) for chunk in range(40) if plan.tokens(chunk)}
+    plan = plan_for(dataset, chunks=40, decomposition="cqs", causal=True, partials="disk")
+    contributors = {chunk: plan.division_of(0).contributors(chunk) for chunk in range(40) if plan.query_rows(chunk)}
     chunk = next(chunk for chunk, these in contributors.items() if these[0] == 0 and these[-1] >= 33)
     partial = ResultPaths.at(result).scratch / f"partial-0-{chunk}-0"
     found = carry_out(plan, dataset, result, client, callbacks=[on_first("attended", lambda: spoil(partial))])
@@ -122,7 +122,7 @@ def test_a_damaged_partial_is_computed_again(
 def test_a_partial_that_cannot_be_read_is_computed_again(
     dataset: Path, result: Path, right: Result, partials: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_for(dataset, chunks=40, causal=True, partials=partials)
+    plan = plan_for(dataset, chunks=40, decomposition="cqs", causal=True, partials=partials)
     recorder = Recorder([])
 
     def stop(event: Event) -> None:

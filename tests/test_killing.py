@@ -6,16 +6,25 @@ import killing
 import pytest
 from warm import WarmProcess
 
+MASKED = ("window", "documents")
+
 
 @pytest.mark.parametrize(
     ("options", "kills"),
     [
         (["--moments", "3", "--chunks", "7"], 6),
+        (["--moments", "2", "--chunks", "7", "--mask", "window"], 4),
+        (["--moments", "2", "--chunks", "7", "--mask", "documents"], 4),
         (["--moments", "1", "--chunks", "13", "--workers"], 2),
         pytest.param(["--moments", "40"], 80, marks=pytest.mark.slow),
+        *(pytest.param(["--moments", "50", "--mask", mask], 100, marks=pytest.mark.slow) for mask in MASKED),
         pytest.param(["--moments", "40", "--workers"], 80, marks=pytest.mark.slow),
     ],
-    ids=["runs", "workers", "runs at many moments", "workers at many moments"],
+    ids=[
+        *("runs", "runs with a window", "runs with documents", "workers", "runs at many moments"),
+        *(f"runs with {mask} at many moments" for mask in MASKED),
+        "workers at many moments",
+    ],
 )
 def test_killed_runs_and_workers_give_the_same_bits(options: list[str], kills: int) -> None:
     """A few of the moments at which `tests/killing.py` can kill a run or a worker, with partials in memory and on disk."""

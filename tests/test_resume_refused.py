@@ -65,7 +65,7 @@ def test_an_unfinished_run_of_another_problem_dataset_or_plan_is_not_touched(
     for asked, options, error, message in refused:
         with pytest.raises(error, match=message):
             oocattn.attention(asked, result, engine="inline", **options)
-    with pytest.raises(ResultExistsError, match=r"another plan \(chunks 13, now 7; chunk rows 14, now 25; .*\)"):
+    with pytest.raises(ResultExistsError, match=r"another plan \(query chunks 13, now 7; .*chunk rows 14, now 25; .*\)"):
         carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result)
     assert oocattn.resume(result, engine="inline").report.pairs_before > 0
 

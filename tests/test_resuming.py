@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,15 @@ from support import (
     carry_out,
     normal_arrays,
     plan_for,
+    read_again,
     write_dataset,
 )
 
 import oocattn
 from oocattn import ProblemError
 from oocattn.cli.main import main
-from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.planning.measure import count_lanes
-from oocattn.planning.stored_plan import read_plan
 from oocattn.storage.paths import ResultPaths
 
 
@@ -60,7 +58,7 @@ def test_a_resumed_run_gives_the_same_bits(
     redone = len(recorder.of("attended"))
     assert recorder.of("started")[0].left == redone
     if kind == "written":
-        assert len(recorder.of("written")) <= len([chunk for chunk in range(13) if plan.tokens(chunk)]) * 2 - count
+        assert len(recorder.of("written")) <= len([chunk for chunk in range(13) if plan.query_rows(chunk)]) * 2 - count
         assert 0 < found.report.pairs_before <= found.report.pairs
         assert "of the pairs were attended before" in str(found.report)
     assert redone <= plan.subproblems - (count if kind == "attended" else 0)
@@ -179,6 +177,8 @@ def test_a_plan_survives_its_journal(dataset: Path) -> None:
     plans = [
         plan_for(dataset, causal=True, **options) for options in ({"chunks": 13}, {"chunks": 5, "decomposition": "strips"})
     ]
+    arrays = {"cu_seqlens_q": [0, 20, 20, TOKENS], "alibi_slopes": [0.5, 0.25, 0.1, 0.0], "learnable_sink": [1.0] * 4}
+    plans.append(plan_for(dataset, window_size=(None, 3), softcap=2.0, heads=(0, 2), queries=(7, 90), **arrays))
     most = oocattn.plan(dataset, host_memory=2**96, device_memory=2**96, checkpoint_interval=1e9, lanes=5000, kernel="cpu")
     for plan in (*plans, most):
-        assert read_plan(json.loads(json.dumps(plan.to_json())), lambda kernel, _: get_kernel(kernel).scratch_bytes) == plan
+        assert read_again(plan) == plan

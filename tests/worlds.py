@@ -20,6 +20,15 @@ DATASETS = ("plain.zarr", "v2.zarr", "sharded.zarr")
 RESULTS = {"memory.zarr": "unfinished", "disk.zarr": "unfinished", "finished.zarr": "finished"}
 
 
+ASKED = {
+    "causal": True,
+    "cu_seqlens_q": [0, 60, 60, 110, 170],
+    "alibi_slopes": [0.5, 0.0, 0.25, 0.1],
+    "learnable_sink": [0.0, 1.0, -2.0, 3.0],
+}
+"""What the results are of: their arrays lie in the result's group."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """A file as it was, its content None for a folder; `mark` changes with each way of changing it."""
@@ -113,11 +122,12 @@ def make_world(folder: Path) -> World:
     world.victim.mkdir()
     (world.victim / "thesis.txt").write_text("precious")
     (world.victim / "data.json").write_text("{}")
-    plan = plan_for(plain, chunks=7, causal=True)
+    asked = {"chunks": 7, "decomposition": "cqs", **ASKED}
+    plan = plan_for(plain, **asked)
     finished = carry_out(plan, plain, folder / "finished.zarr").path
     oocattn.verify(finished)
     for partials in ("memory", "disk"):
-        interrupted(plan_for(plain, chunks=7, causal=True, partials=partials), plain, folder / f"{partials}.zarr")
+        interrupted(plan_for(plain, partials=partials, **asked), plain, folder / f"{partials}.zarr")
     world.right = result_bits(finished)
     world.keep()
     return world

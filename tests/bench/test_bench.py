@@ -15,13 +15,19 @@ import pytest
 import torch
 from support import normal_arrays, write_dataset
 
-import oocattn
 from oocattn import Plan, ProblemError
-from oocattn.bench import Ceiling, Progress, Row, Table, bench, comparison, competitors
+from oocattn.bench import Ceiling, Progress, Row, Table, bench, comparison, competitors, resident
+from oocattn.problem.arrays import ArraySpec
+from oocattn.problem.options import ProblemOptions
 from oocattn.problem.problem import make_problem
 from oocattn.storage.inputs.dataset import Dataset
 
 NAMES = ["resident call", "query-stationary loop", "oocattn, from memory", "oocattn, page cache", "oocattn, cold disk"]
+CEILINGS = (
+    Ceiling("kernel", 1e9, "FLOP/s"),
+    Ceiling("disk read, warm", 1e9, "B/s"),
+    Ceiling("disk write, with fsync", 1e8, "B/s"),
+)
 TINY: dict[str, Any] = {"tokens": 2048, "heads": 2, "head_dim": 16, "kernel": "cpu", "host_memory": "64MiB", "rows": 8}
 
 
@@ -51,6 +57,7 @@ def table_of(records: list[object]) -> Table:
     [
         ({"repeats": 2, "dtype": "float16"}, "causal"),
         ({"repeats": 1, "dtype": "bfloat16", "kv_heads": 1, "causal": False}, "full"),
+        ({"repeats": 1, "dtype": "float16", "cu_seqlens_q": [0, 500, 500, 2048]}, "causal, 3 documents"),
     ],
 )
 def test_every_row_is_timed_and_right_and_nothing_stays(folders: list[Path], options: dict[str, Any], kind: str) -> None:
@@ -75,6 +82,8 @@ def test_every_row_is_timed_and_right_and_nothing_stays(folders: list[Path], opt
     text = str(table)
     assert f"2,048 tokens x D = 16, {options['dtype']}, {kind}: seconds are medians" in text
     assert "of the kernel's ceiling" in text
+    assert "of what is attended of q, k and v; k and v at most 1.00 times" in text
+    assert "reading it once and writing out and lse take" in text
 
 
 def test_rounds_take_turns_after_a_warm_up_that_can_be_left_out(folders: list[Path]) -> None:
@@ -89,7 +98,7 @@ def test_a_competitor_that_fails_says_so_and_the_others_go_on(folders: list[Path
     def refuse(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 1 EiB")
 
-    monkeypatch.setattr(competitors, "scaled_dot_product_attention", refuse)
+    monkeypatch.setattr(resident, "scaled_dot_product_attention", refuse)
     monkeypatch.setattr(comparison, "MEMORY_FOLDER", folders[1] / "nowhere")
     table = table_of(list(bench(folders[0], **TINY, repeats=1)))
     assert {row.name: row.note for row in table.rows if row.note} == {
@@ -103,21 +112,28 @@ def test_a_competitor_that_fails_says_so_and_the_others_go_on(folders: list[Path
     assert left(folders) == []
 
 
+def test_what_no_library_computes_is_said_and_the_others_compute_it(folders: list[Path]) -> None:
+    asked = {"window_size": (99, 0), "sink_tokens": 4, "alibi_slopes": [0.1, 0.2], "keys": 3000, "value_dim": 8}
+    table = table_of(list(bench(folders[0], **TINY, **asked, repeats=1, warm_up=False)))
+    assert table.row("resident call").note == "no call of the library has sink_tokens, alibi_slopes"
+    assert all(row.error < 5e-4 for row in table.rows[1:])  # type: ignore[operator]
+
+
 def test_a_wrong_result_shows(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = competitors.scaled_dot_product_attention
-    monkeypatch.setattr(competitors, "scaled_dot_product_attention", lambda *args, **options: 1.5 * right(*args, **options))
+    right = resident.scaled_dot_product_attention
+    monkeypatch.setattr(resident, "scaled_dot_product_attention", lambda *args, **options: 1.5 * right(*args, **options))
     table = table_of(list(bench(folders[0], **TINY, repeats=1, warm_up=False)))
     assert table.row("resident call").error == pytest.approx(0.5, rel=0.01)
 
 
 def test_the_table_compares_medians_with_the_resident_call() -> None:
-    problem = make_problem(*(oocattn.problem.problem.ArraySpec(name, (1, 100, 8), "float32") for name in "qkv"))
+    problem = make_problem(*(ArraySpec(name, (1, 100, 8), "float32") for name in "qkv"))
     rows = (
         Row("resident call", (2.0, 9.0, 1.0), 3 << 30, 1.2e-3),
         Row("oocattn, page cache", (1.0, 1.0, 1.5), 1 << 30, 3e-4),
         Row("other", note="out of memory"),
     )
-    lines = str(Table(problem, rows, 1e9)).splitlines()
+    lines = str(Table(problem, rows, CEILINGS)).splitlines()
     assert lines[3].split() == ["resident", "call", "2", "1", "to", "9", "1.00", "3", "GiB", "1.2e-03"]
     assert lines[4].split() == ["oocattn,", "page", "cache", "1", "1", "to", "1.5", "0.50", "1", "GiB", "3.0e-04"]
     assert lines[5].split(maxsplit=1) == ["other", "out of memory"]
@@ -126,7 +142,7 @@ def test_the_table_compares_medians_with_the_resident_call() -> None:
 def test_the_package_of_the_authors_is_called_as_it_wants_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = normal_arrays(64, heads=2, kv_heads=2)
     dataset = Dataset.open(write_dataset(tmp_path / "qkv.zarr", (q, k, v)))
-    problem = make_problem(*dataset.specs, causal=True)
+    problem = make_problem(*dataset.specs, ProblemOptions(causal=True))
     asked: dict[str, object] = {}
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> tuple[torch.Tensor, str]:

@@ -12,6 +12,7 @@ from small import SMALL
 from oocattn.bench import Ceiling, Progress
 from oocattn.cli import main as cli
 from oocattn.cli.doctor import Check
+from oocattn.problem_arguments import PROBLEM_OPTIONS
 
 
 def test_from_synth_to_verify(dataset, result, capsys):
@@ -220,7 +221,10 @@ def test_bench_passes_its_options_on_and_prints_results_apart_from_progress(monk
         "--no-warm-up",
     ]
     assert cli.main(["bench", *arguments]) == 0
+    left_out = {name: option.default for name, option in PROBLEM_OPTIONS.items() if name not in ("causal", "dtype")}
+    del left_out["heads"]  # those of the dataset
     assert asked == {
+        **left_out, "keys": None, "value_dim": None,
         "tokens": 2048, "heads": 4, "kv_heads": 2, "head_dim": 32, "dtype": "float32", "causal": False,
         "host_memory": 1 << 30, "device_memory": 1 << 20, "chunks": 7, "decomposition": "cqs", "kernel": "cpu",
         "checkpoint_interval": 90.0, "folder": "/tmp", "repeats": 5, "rows": 9, "seed": 3, "warm_up": False,

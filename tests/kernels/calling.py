@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from oocattn.kernels.intervals import Intervals, make_intervals
 from oocattn.kernels.kernel import Kernel, Operands
 from oocattn.kernels.state import AttentionState
-from oocattn.problem.mask import Causal, Mask, Ramp
+from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
 
 
 def triangle(rows: int) -> Intervals:
     """The intervals of a call in which row i attends keys 0..i."""
-    return make_intervals(Causal(rows, rows), range(rows), range(rows))
-
-
-@dataclass(frozen=True)
-class Windows(Mask):
-    """The keys before `prefix`, and those from `left` before a row's own position to `right` behind it."""
-
-    left: int
-    right: int
-    prefix: int = 0
-
-    @property
-    def ramps(self) -> tuple[Ramp, Ramp, Ramp, Ramp]:
-        offset, end = self.keys - self.queries, Ramp.constant(self.prefix)
-        start, stop = (Ramp(offset + moved, self.prefix, self.keys) for moved in (-self.left, self.right + 1))
-        return Ramp.constant(0), end, start, stop
-
-    def __str__(self) -> str:
-        return f"windows {self.left}, {self.right}, prefix {self.prefix}"
+    return make_intervals(Mask.of(rows, rows, causal=True), range(rows), range(rows))
 
 
 MASKS = (
-    Causal(1000, 1000),
-    Causal(700, 1300),  # every row attends 600 keys and more
-    Causal(1300, 700),  # the first rows attend none
-    Windows(1000, 1000, 50, 0),
-    Windows(900, 1500, 300, 200),
-    Windows(1500, 900, 10, -5),
-    Windows(1000, 1000, 100, 3, 200),
+    Mask.of(1000, 1000, causal=True),
+    Mask.of(700, 1300, causal=True),  # every row attends 600 keys and more
+    Mask.of(1300, 700, causal=True),  # the first rows attend none
+    Mask.of(1000, 1000, causal=True, left=50),
+    Mask.of(900, 1500, left=300, right=200),
+    Mask.of(1500, 900, left=10, right=0),
+    Mask.of(1000, 1000, left=100, right=3, prefix=200),
 )
 """Masks of every kind of interval: an end or both that move, or two intervals; some rows without a key."""
 

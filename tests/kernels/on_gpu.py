@@ -13,9 +13,9 @@ CUDA = torch.device("cuda")
 BOUND = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 2e-6}  # relative error of the output, before it is rounded
 
 
-def kernel_for(name, dtype, head_dim):
+def kernel_for(name, dtype, head_dim, value_dim=None):
     kernel = get_kernel(name)
-    reason = kernel.unsupported_reason(CUDA, dtype, head_dim)
+    reason = kernel.unsupported_reason(CUDA, dtype, head_dim, value_dim or head_dim)
     if reason:
         pytest.skip(reason)
     return kernel

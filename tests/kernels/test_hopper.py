@@ -13,21 +13,47 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds 
 from on_gpu import CUDA, check, exact, finished, kernel_for, operands, poisoned_state
 
 from oocattn.kernels.cuda import launch as attending
-from oocattn.kernels.cuda.launch import PROCESSORS, attend, choose_span, program_for, steps_of_items
-from oocattn.kernels.intervals import Band
+from oocattn.kernels.cuda.items import KEYS_OF_STEP, PROCESSORS, choose_span, split_span, steps_of_items
+from oocattn.kernels.cuda.launch import Variant, program_for
+from oocattn.kernels.intervals import Band, Intervals
+from oocattn.kernels.kernel import Operands
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
+from oocattn.problem.mask import Bounds, Ramps
+from oocattn.problem.scores import Scores
 
 every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
-@every_dtype
-@pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
-def test_the_hopper_kernel_compiles_without_a_gpu_and_without_spills(tmp_path, dtype, head_dim):
-    program = program_for(head_dim, getattr(torch, dtype))
+def of_band(rows, keys, lower, upper):
+    """The intervals of rows that attend keys [i + lower, i + upper)."""
+    zero = np.array([0])
+    stop, resume = (Ramps(np.array([offset]), zero, np.array([keys])) for offset in (upper, lower))
+    return Intervals(rows, keys, Bounds(np.array([0, rows]), zero, stop, zero, resume, zero))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dims", "options", "most_spilled"),
+    [
+        ((8, 8), {}, 0),
+        ((64, 64), {}, 0),
+        ((96, 96), {}, 0),
+        ((128, 128), {}, 0),
+        ((128, 64), {}, 0),
+        ((64, 64), {"split": True}, 0),
+        ((128, 128), {"split": True}, 0),
+        ((64, 64), {"listed": True}, 64),  # where a step is masked
+        ((128, 128), {"listed": True}, 0),
+        ((64, 64), {"listed": True, "softcap": True, "slopes": True, "bias": True}, 64),
+    ],
+)
+def test_the_hopper_kernel_compiles_without_a_gpu_and_keeps_to_its_registers(tmp_path, dtype, dims, options, most_spilled):
+    program = program_for(Variant(*dims, dtype, **options))
     assert program.build("sm_90a", tmp_path).startswith(b"\x7fELF")
     report = program.report("sm_90a")
-    assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert max(map(int, spilled.groups())) <= most_spilled, report
     assert re.search(r"Used (128|168) registers", report), report
     assert "serializ" not in report, report  # products that wait for each other
 
@@ -52,7 +78,7 @@ def test_the_hopper_kernel_compiles_without_a_gpu_and_without_spills(tmp_path, d
 def test_items_cover_every_pair_of_tile_and_step_once_and_in_order(group_size, rows, keys, lower, upper, tile):
     band = Band(lower, upper)
     span = choose_span(group_size, rows, keys, band, tile)
-    assert span % attending.KEYS_OF_STEP == 0
+    assert span % KEYS_OF_STEP == 0
     assert 0 < span <= 16_384
     row, key = np.arange(rows)[:, None], np.arange(keys)
     attended = (row + lower <= key) & (key < row + upper)
@@ -60,8 +86,8 @@ def test_items_cover_every_pair_of_tile_and_step_once_and_in_order(group_size, r
     for first in range(0, keys, span):
         for tile_rows in reversed([attended[row : row + tile] for row in range(0, rows, tile)]):
             blocks = [
-                tile_rows[:, key : min(key + attending.KEYS_OF_STEP, first + span)].any()
-                for key in range(first, min(first + span, keys), attending.KEYS_OF_STEP)
+                tile_rows[:, key : min(key + KEYS_OF_STEP, first + span)].any()
+                for key in range(first, min(first + span, keys), KEYS_OF_STEP)
             ]
             expected += group_size * [sum(blocks)] if any(blocks) else []
     assert steps_of_items(group_size, rows, keys, band, tile, span) == expected
@@ -75,6 +101,18 @@ def test_spans_fill_the_multiprocessors(rows, tile, least):
     span = choose_span(1, rows, 65_536, band, tile)
     items = steps_of_items(1, rows, 65_536, band, tile, span)
     assert sum(items) / (PROCESSORS * math.ceil(len(items) / PROCESSORS) * max(items)) >= least
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "tile"), [(512, 65_536, 128), (512, 65_536, 192), (3, 4096, 192), (1000, 131_072, 128)]
+)
+def test_spans_of_few_rows_fill_the_multiprocessors_once(rows, keys, tile):
+    span = split_span(rows, keys, tile)
+    tiles = math.ceil(rows / tile)
+    assert span % KEYS_OF_STEP == 0
+    assert span <= 16_384
+    assert tiles * math.ceil(keys / span) <= PROCESSORS
+    assert span == KEYS_OF_STEP or tiles * math.ceil(keys / (span - KEYS_OF_STEP)) > PROCESSORS - tiles
 
 
 @pytest.mark.gpu
@@ -102,7 +140,8 @@ def test_a_band_of_keys_may_begin_and_end_anywhere(dtype, head_dim, rows, keys, 
     kernel_for("hopper", dtype, head_dim)
     query, key, value = operands(3, rows, keys, head_dim, dtype)
     state = poisoned_state(3, rows, head_dim)
-    attend(query, key, value, state, scale=0.1, band=Band(lower, upper))
+    operands_of_call = Operands(query, key, value, Scores(0.1), of_band(rows, keys, lower, upper))
+    get_kernel("hopper").attend(operands_of_call, state)
     out, lse = finished(state)
     for row in {0, 1, 99, 191, 192, rows // 3, rows // 2, rows - 200, rows - 1} & set(range(rows)):
         start, stop = (max(0, min(keys, row + bound)) for bound in (lower, upper))
@@ -161,7 +200,7 @@ def test_rows_that_are_not_aligned_are_served():
 def test_what_it_would_misread_is_refused(dtype, head_dim):
     rows = torch.zeros(4, head_dim, dtype=getattr(torch, dtype))
     state = AttentionState.empty(1, 4, head_dim)
-    with pytest.raises(ValueError, match=r"expected float16 or bfloat16, D a multiple of 8 up to 128"):
+    with pytest.raises(ValueError, match=r"expected float16 or bfloat16, multiples of 8 up to 128"):
         call(get_kernel("hopper"), rows.unsqueeze(0), rows, rows, state, scale=1.0, causal=True)
 
 
@@ -185,7 +224,7 @@ def test_a_machine_that_cannot_compile_it_says_so_in_one_line(monkeypatch):
     refusal.cache_clear()
     try:
         assert (
-            get_kernel("hopper").unsupported_reason(CUDA, "float16", 64)
+            get_kernel("hopper").unsupported_reason(CUDA, "float16", 64, 64)
             == "it cannot be compiled or loaded here: no compiler"
         )
     finally:

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from calling import MASKS, Windows, attended, call, triangle
+from calling import MASKS, attended, call, triangle
 from exact import DTYPES, TOLERANCE, attention, operands, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +17,7 @@ from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
+from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
 
 KERNELS = ("cpu", "reference", "torch")
@@ -115,7 +116,7 @@ def test_any_intervals_are_attention(name, mask):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_reach_the_rows_whose_intervals_have_them(name, bad):
-    mask = Windows(400, 400, 20, 5, 30)
+    mask = Mask.of(400, 400, left=20, right=5, prefix=30)
     intervals = make_intervals(mask, range(400), range(400))
     query, key, value = operands(2, 400, 400, 8)
     value[[7, 200]] = bad
@@ -316,13 +317,17 @@ def test_misfits_are_refused(name):
     for misfit, intervals in (
         ((query, key, value[:4]), None),
         ((query[0], key, value), None),
-        ((query, key[:, :7], value[:, :7]), None),
+        ((query, key[:, :7], value), None),
         ((query, key.half(), value), None),
         ((query, key, value), triangle(5)),
         ((query, key, value), triangle(6)),
     ):
         with pytest.raises(ValueError, match=r"expected|fit"):
             Operands(*misfit, Scores(1.0), intervals)
-    with pytest.raises(ValueError, match="fit"):
-        kernel.attend(Operands(query, key, value, Scores(1.0)), state.rows(0, 1))
+    for terms in ({"slopes": (0.5, 0.5)}, {"key_bias": torch.zeros(3, 5)}, {"key_bias": torch.zeros(1, 5).double()}):
+        with pytest.raises(ValueError, match="expected"):
+            Operands(query, key, value, Scores(1.0), **terms)
+    for other in (state.rows(0, 1), AttentionState.empty(2, 6, 7)):
+        with pytest.raises(ValueError, match="expected"):
+            kernel.attend(Operands(query, key, value, Scores(1.0)), other)
     assert state.den.sum() == 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import level_step, make_tiles
+from oocattn.problem.calls import CallSize
 
 MIB = 1 << 20
 
@@ -135,8 +137,19 @@ def test_scratch_holds_the_results_and_little_more(name):
     bound = get_kernel(name).scratch_bytes
     for group_size, rows, head_dim in ((1, 65_536, 128), (4, 32_768, 64), (8, 16_384, 128)):
         results = group_size * rows * (head_dim * 2 + 4)
-        assert 2 * results < bound(group_size, rows, 65_536, head_dim, "bfloat16", 1) <= 2.1 * results + 4 * MIB
-    assert bound(1, 65_536, 10**9, 128, "float16", 1) <= 2 * bound(1, 65_536, 65_536, 128, "float16", 1)
+        size = CallSize(group_size, rows, 65_536, head_dim, head_dim, "bfloat16")
+        assert 2 * results < bound(size) <= 2.1 * results + 4 * MIB
+        assert bound(replace(size, masked=True)) >= get_kernel("torch").scratch_bytes(replace(size, masked=True))
+    size = CallSize(1, 65_536, 65_536, 128, 128, "float16")
+    assert bound(replace(size, keys=10**9)) <= 2 * bound(size)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_scratch_of_the_hopper_kernel_does_not_grow_with_the_keys(plain, masked):
+    bound = get_kernel("hopper").scratch_bytes
+    size = CallSize(8, 65_536, 1 << 20, 128, 128, "float16", plain=plain, masked=masked)
+    assert bound(replace(size, keys=1 << 30)) == bound(size) <= 64 * MIB
 
 
 @pytest.mark.parametrize("ask", ["nothing", "allow_tf32", "fp32_precision"])

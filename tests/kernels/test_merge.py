@@ -9,8 +9,9 @@ from exact import DTYPES, TOLERANCE, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oocattn.kernels.merging import finalise, merge
+from oocattn.kernels.merging import enter, finalise, merge
 from oocattn.kernels.state import AttentionState
+from oocattn.problem.mask import Mask
 
 
 def partial_of(scores, value):
@@ -131,8 +132,78 @@ def test_bits_do_not_depend_on_threads():
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+MASKS = (
+    Mask.of(5000, 3000),
+    Mask.of(5000, 4000, causal=True, left=50, sinks=3),
+    Mask.of(40, 60, left=5, right=2, prefix=9, sinks=11),
+    Mask(np.array([0, 3, 3, 7, 50]), np.array([0, 0, 5, 11, 200]), causal=True, left=20, sinks=2),
+)
+
+
+def ledger_of(mask, rows, keys):
+    """The number of `keys` that each row attends, and the sum of their indices, key by key."""
+    key = np.arange(keys.start, keys.stop)
+    numbers = []
+    for a, b, c, d in mask.bounds(rows, keys).values():
+        attended = key[((a <= key) & (key < b)) | ((c <= key) & (key < d))]
+        numbers.append((len(attended), int(attended.sum())))
+    return np.array(numbers).T
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_entered_keys_are_those_of_the_mask(mask, device):
+    """The numbers and index sums of a part of the keys, twice, and of some that all rows attend."""
+    rows, keys = range(1, mask.queries - 2), range(2, mask.keys - 1)
+    state = AttentionState.empty(1, len(rows), 8, device)
+    bounds = mask.bounds(rows, keys).moved(rows.start, 0)
+    enter(state, bounds, keys=5, key_sum=(1 << 64) - 7)
+    enter(state, bounds)
+    enter(state, None, keys=1, key_sum=2)
+    expected, expected_sum = ledger_of(mask, rows, keys)
+    assert state.keys.tolist() == (2 * expected + 6).tolist()
+    assert state.key_sum.tolist() == (2 * expected_sum - 5).tolist()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_any_number_of_documents_is_entered(device):
+    edges = np.arange(0, 3003, 3)
+    mask = Mask(edges, edges, causal=True)
+    state = AttentionState.empty(1, mask.queries, 8, device)
+    enter(state, mask.bounds(range(mask.queries)))
+    assert state.keys.tolist() == [1, 2, 3] * 1000
+    assert state.key_sum.tolist() == ledger_of(mask, range(mask.queries), range(mask.keys))[1].tolist()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("heads", [2, 513])
+def test_a_learnable_sink_is_one_logit_more_without_a_value(heads, device):
+    random = np.random.default_rng(0)
+    scores, value = random.standard_normal((heads, 7, 9)), random.standard_normal((9, 5))
+    state = partial_of(scores, value)
+    fields = [tensor.to(device) for tensor in (state.num, state.den, state.max, state.keys, state.key_sum)]
+    fields[0][:, 3], fields[1][:, 3], fields[2][:, 3] = 0, 0, -math.inf  # a row without a key
+    state = AttentionState(*fields)
+    sinks = random.uniform(-40, 40, heads).tolist()
+    out, lse = torch.empty(heads, 7, 5, device=device), torch.empty(heads, 7, device=device)
+    before = state.num.clone()
+    finalise(state, out, lse, sinks)
+    extended = np.concatenate([scores, np.broadcast_to(np.array(sinks)[:, None, None], (heads, 7, 1))], -1)
+    extended[:, 3, :-1] = -np.inf
+    weights = np.exp(extended - extended.max(-1, keepdims=True))
+    expected = (weights[..., :-1] @ value) / weights.sum(-1, keepdims=True)
+    assert np.abs(out.cpu().numpy() - expected).max() <= 2e-6
+    assert np.abs(lse.cpu().numpy() - (extended.max(-1) + np.log(weights.sum(-1)))).max() <= 4e-6
+    assert torch.equal(state.num, before)
+    assert not out[:, 3].any()
+
+
 def test_misfits_are_refused():
     state = AttentionState.empty(2, 6, 8)
+    with pytest.raises(ValueError, match="2 sinks"):
+        finalise(AttentionState.empty(1, 6, 8), torch.empty(1, 6, 8), torch.empty(1, 6), [0.0, 0.0])
+    with pytest.raises(ValueError, match="bounds of rows 0 to 5: expected 0 to 6"):
+        enter(state, Mask.of(5, 5).bounds(range(5)))
     with pytest.raises(ValueError, match="cannot merge"):
         merge(state, AttentionState.empty(2, 1, 8))
     with pytest.raises(ValueError, match="cannot write"):

@@ -12,8 +12,8 @@ from oocattn.kernels.cuda.program import CompilationError, Program
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
 
 
-def merging(head_dim=64):
-    return Program("merge.cu", {"HEAD_DIM": head_dim})
+def merging(value_dim=64):
+    return Program("merge.cu", {"VALUE_DIM": value_dim, "MOST_PIECES": 204, "MOST_SINKS": 512})
 
 
 @pytest.fixture
@@ -31,11 +31,16 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("head_dim", [1, 40, 64, 256])
-def test_merging_compiles_for_every_gpu(tmp_path, architecture, head_dim):
-    binary = merging(head_dim).build(architecture, tmp_path)
+@pytest.mark.parametrize("value_dim", [1, 40, 64, 256])
+def test_merging_compiles_for_every_gpu(tmp_path, architecture, value_dim):
+    binary = merging(value_dim).build(architecture, tmp_path)
     assert binary.startswith(b"\x7fELF")
-    for name in (b"merge", *(b"%s_%s" % (what, dtype) for what in (b"fold", b"finalise") for dtype in DTYPES)):
+    for name in (
+        b"merge",
+        b"enter",
+        b"gather",
+        *(b"%s_%s" % (what, dtype) for what in (b"fold", b"finalise") for dtype in DTYPES),
+    ):
         assert name + b"\0" in binary
 
 

@@ -7,6 +7,7 @@ from oocattn.errors import ProblemError
 from oocattn.kernels.cuda.hopper import HopperKernel
 from oocattn.kernels.libraries import fa3 as fa3_module
 from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel
+from oocattn.problem.calls import CallSize
 
 CUDA = torch.device("cuda:0")
 DEVICE_TYPES = {
@@ -26,7 +27,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
         monkeypatch.setattr(fa3_module, "_library", lambda: print if fa3 else None)
-        refusal = lambda device, dtype, head_dim: "" if dtype in fa3 else "the library refuses it: not built"  # noqa: E731
+        refusal = lambda device, dtype, *dims: "" if dtype in fa3 else "the library refuses it: not built"  # noqa: E731
         monkeypatch.setattr(fa3_module.Fa3Kernel, "_refusal", staticmethod(refusal))
         refused = lambda *_: "" if ours else "it does not compile here: no NVRTC"  # noqa: E731
         monkeypatch.setattr(HopperKernel, "_refusal", staticmethod(refused))
@@ -40,7 +41,7 @@ def test_every_kernel_has_its_name_and_bounds():
         kernel = get_kernel(name)
         assert kernel.name == name
         assert 1 <= kernel.max_keys <= 65_536
-        assert kernel.scratch_bytes(2, 1000, 1000, 64, "float16", 1) > 0
+        assert kernel.scratch_bytes(CallSize(2, 1000, 1000, 64, 64, "float16")) > 0
     for call in (get_kernel, device_type):
         with pytest.raises(ProblemError, match="'abacus' is not known: expected one of cpu, reference"):
             call("abacus")
@@ -69,14 +70,14 @@ def test_every_kernel_has_its_name_and_bounds():
 )
 def test_the_default_is_the_fastest_that_can_serve(machine, capability, cudnn, fa3, ours, dtype, head_dim, chosen):
     machine(capability, cudnn, fa3, ours)
-    assert default_kernel("cuda", dtype, head_dim) == chosen
-    assert require_kernel(chosen, CUDA, dtype, head_dim).name == chosen
+    assert default_kernel("cuda", dtype, head_dim, head_dim) == chosen
+    assert require_kernel(chosen, CUDA, dtype, head_dim, head_dim).name == chosen
 
 
 def test_on_the_cpu_the_cpu_kernel_is_the_default():
     for dtype in ("float16", "bfloat16", "float32"):
-        assert default_kernel(torch.device("cpu"), dtype, 33) == "cpu"
-    assert require_kernel("reference", "cpu", "float16", 1).name == "reference"
+        assert default_kernel(torch.device("cpu"), dtype, 33, 1024) == "cpu"
+    assert require_kernel("reference", "cpu", "float16", 1, 7).name == "reference"
 
 
 def test_a_kernel_that_cannot_serve_says_why_and_which_can(machine):
@@ -94,16 +95,16 @@ def test_a_kernel_that_cannot_serve_says_why_and_which_can(machine):
         ("cpu", "float16", 64, "it runs on CPUs; choose one of cudnn, flash, torch or"),
     ):
         with pytest.raises(ProblemError) as error:
-            require_kernel(name, CUDA, dtype, head_dim)
+            require_kernel(name, CUDA, dtype, head_dim, head_dim)
         assert message in str(error.value)
     machine((8, 0), fa3=("float16",))
     with pytest.raises(ProblemError, match=r"it needs compute capability 9.0, the GPU has 8.0"):
-        require_kernel("fa3", CUDA, "float16", 64)
+        require_kernel("fa3", CUDA, "float16", 64, 64)
     with pytest.raises(ProblemError, match="there are 1 GPUs"):
-        require_kernel("flash", "cuda:3", "float16", 64)
+        require_kernel("flash", "cuda:3", "float16", 64, 64)
     machine((12, 0), fa3=("float16",))
     with pytest.raises(ProblemError, match="it runs on Hopper"):
-        require_kernel("fa3", CUDA, "float16", 64)
+        require_kernel("fa3", CUDA, "float16", 64, 64)
 
 
 def test_where_no_kernel_serves_every_reason_is_told(monkeypatch):
@@ -112,10 +113,14 @@ def test_where_no_kernel_serves_every_reason_is_told(monkeypatch):
         ", ".join(name for name in kernel_names() if device_type(name) == device) for device in ("cpu", "cuda")
     )
     with pytest.raises(ProblemError, match=rf"on cuda: {on_cuda}: torch finds no NVIDIA GPU$"):
-        default_kernel("cuda", "float16", 64)
+        default_kernel("cuda", "float16", 64, 64)
     with pytest.raises(ProblemError, match=f"float64 with D = 64 on cpu: {on_cpu}: it attends float16, bfloat16"):
-        default_kernel("cpu", "float64", 64)
+        default_kernel("cpu", "float64", 64, 64)
+    with pytest.raises(ProblemError, match="float64 with D = 64, Dv = 32 on cpu: "):
+        default_kernel("cpu", "float64", 64, 32)
+    with pytest.raises(ProblemError, match="kernel 'cpu' cannot attend float64 with D = 64, Dv = 32 on cpu: it attends"):
+        require_kernel("cpu", "cpu", "float64", 64, 32)
     with pytest.raises(ProblemError, match="'moon:0' is not known"):
-        default_kernel("moon:0", "float32", 64)
+        default_kernel("moon:0", "float32", 64, 64)
     with pytest.raises(ProblemError, match="there are kernels for cpu and cuda"):
-        default_kernel("meta", "float32", 64)
+        default_kernel("meta", "float32", 64, 64)

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from importlib import import_module
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oocattn.kernels.state import AttentionState
 from oocattn.operations import ledger as ledger_module
-from oocattn.operations.ledger import enter_tile, find_wrong_row
+from oocattn.operations.ledger import LedgerChecker, enter_tile
 from oocattn.operations.tiles import Tile
-from oocattn.problem.mask import Causal, Cover, Full, Mask, Ramp
+from oocattn.problem.mask import Cover, Mask
 
 merge_module = import_module("oocattn.kernels.merging")
 
 
-@dataclass(frozen=True)
-class Window(Mask):
+def full(size: int) -> Mask:
+    return Mask.of(size, size)
+
+
+def causal(size: int) -> Mask:
+    return Mask.of(size, size, causal=True)
+
+
+def window(size: int, width: int, behind: int = 0) -> Mask:
     """The `width` keys that end `behind` keys before a row's position."""
+    return Mask.of(size, size - behind, causal=True, left=width - 1)
 
-    width: int
-    behind: int = 0
 
-    @property
-    def ramps(self) -> tuple[Ramp, Ramp, Ramp, Ramp]:
-        stop = 1 - self.behind
-        end = Ramp.constant(self.keys)
-        return Ramp(stop - self.width, 0, self.keys), Ramp(stop, 0, self.keys), end, end
-
-    def __str__(self) -> str:
-        return "window"
+def documents(size: int) -> Mask:
+    """Three of them, with a window and a sink in each."""
+    edges = np.array([0, size // 4, size // 4, size // 2, size])
+    return Mask(edges, edges, causal=True, left=2, sinks=1)
 
 
 def tile_of(mask: Mask, rows: range, keys: range, first: int = 0) -> Tile:
@@ -52,7 +54,7 @@ def add(found: AttentionState, tile: Tile) -> None:
 
 @given(st.data(), st.integers(1, 30), st.integers(1, 9))
 def test_tiles_in_any_cut_add_up_to_what_the_mask_says(data: st.DataObject, size: int, block: int) -> None:
-    mask = data.draw(st.sampled_from([Full(size, size), Causal(size, size), Window(size, size, 3)]))
+    mask = data.draw(st.sampled_from([full(size), causal(size), window(size, 3), documents(size)]))
     cuts = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=4))})
     found = empty(size)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,22 +62,21 @@ def test_tiles_in_any_cut_add_up_to_what_the_mask_says(data: st.DataObject, size
         patch.setattr(merge_module, "_LEDGER_ROWS", block)
         for start, stop in itertools.pairwise(cuts):
             keys = range(start, stop)
-            if (rows := mask.live_rows(range(size), keys)) and mask.cover(rows, keys) is not Cover.DEAD:
-                add(found, tile_of(mask, rows, keys))
-        everything = range(size)
-        assert find_wrong_row(found, everything, lambda rows: (mask.counts(rows), mask.index_sums(rows))) is None
+            if live := mask.live_rows(range(size), [keys]):
+                add(found, tile_of(mask, range(live[0].start, live[-1].stop), keys))
+        assert LedgerChecker().find_wrong_row(found, range(size), mask) is None
 
 
 def test_a_full_tile_may_be_of_several_runs_of_tokens() -> None:
     found = empty(4)
-    add(found, Tile(Full(9, 9), range(1, 3), range(5), range(1, 3), (range(2, 4), range(6, 9)), Cover.FULL))
+    add(found, Tile(full(9), range(1, 3), range(5), range(1, 3), (range(2, 4), range(6, 9)), Cover.FULL))
     assert found.keys.tolist() == [0, 5, 5, 0]
     assert found.key_sum.tolist() == [0, 26, 26, 0]
 
 
 def test_sums_are_modulo_two_to_the_64() -> None:
     keys = range(1 << 46, 1 << 47)
-    mask, found = Full(1 << 47, 1 << 47), empty(1)
+    mask, found = full(1 << 47), empty(1)
     for _ in range(5):
         add(found, tile_of(mask, range(1), keys))
     assert int(found.key_sum[0]) % (1 << 64) == 5 * sum((keys.start, keys.stop - 1)) * len(keys) // 2 % (1 << 64)
@@ -83,20 +84,40 @@ def test_sums_are_modulo_two_to_the_64() -> None:
 
 @pytest.mark.parametrize("behind", [1, -1, 30])
 def test_a_window_that_is_shifted_is_caught_though_it_has_as_many_keys(behind: int) -> None:
-    right, shifted, rows = Window(1000, 1000, 20), Window(1000, 1000, 20, behind), range(500, 600)
+    right, shifted, rows = window(1000, 20), window(1000, 20, behind), range(500, 600)
     found = empty(len(rows))
     add(found, tile_of(shifted, rows, range(1000), rows.start))
-    assert (found.keys.numpy() == right.counts(rows)).all()
-    assert find_wrong_row(found, rows, lambda part: (right.counts(part), right.index_sums(part))) == 0
+    assert found.keys.tolist() == [20] * len(rows)
+    assert LedgerChecker().find_wrong_row(found, rows, right) == 0
 
 
-def test_the_first_wrong_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mask", [full(100), causal(100), window(100, 7), documents(100)], ids=str)
+def test_the_first_wrong_row_is_named(monkeypatch: pytest.MonkeyPatch, mask: Mask) -> None:
+    """Row by row, in memory that is used again, and among several documents."""
     monkeypatch.setattr(ledger_module, "ROWS", 16)
-    mask, found = Causal(100, 100), empty(40)
-    add(found, tile_of(mask, range(60, 100), range(100), 60))
-    expected = lambda rows: (mask.counts(rows), mask.index_sums(rows))  # noqa: E731
-    assert find_wrong_row(found, range(60, 100), expected) is None
+    rows, found, checker = range(30, 100), empty(70), LedgerChecker()
+    add(found, tile_of(mask, rows, range(100), rows.start))
+    assert checker.find_wrong_row(found, rows, mask) is None
     for field in (found.keys, found.key_sum):
-        field[37] += 1
-        assert find_wrong_row(found, range(60, 100), expected) == 37
-        field[37] -= 1
+        for row in (69, 37, 16, 0):
+            for wrong in (1, -1, 1 << 40):
+                field[row] += wrong
+                assert checker.find_wrong_row(found, rows, mask) == row
+                field[row] -= wrong
+    assert checker.find_wrong_row(found, rows, mask) is None
+
+
+@given(st.data(), st.integers(1, 30))
+def test_a_ledger_of_another_mask_is_found_wrong_where_that_differs_first(data: st.DataObject, size: int) -> None:
+    kinds = [full(size), causal(size), window(size, 3), window(size, 4), window(size, 3, -2), documents(size)]
+    right, other = data.draw(st.sampled_from(kinds)), data.draw(st.sampled_from(kinds))
+    found = empty(size)
+    add(found, Tile(other, range(size), range(other.keys), range(size), (range(other.keys),), Cover.PARTIAL))
+    differ = [row for row in range(size) if keys_of(right, row) != keys_of(other, row)]
+    assert LedgerChecker().find_wrong_row(found, range(size), right) == (differ[0] if differ else None)
+
+
+def keys_of(mask: Mask, row: int) -> tuple[int, int]:
+    """The number of keys that a row attends, and the sum of their indices."""
+    keys = [key for part in mask.key_ranges(row) for key in part]
+    return len(keys), sum(keys)

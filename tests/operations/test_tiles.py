@@ -2,74 +2,116 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from masked_plans import KINDS, plans
+from numpy.typing import NDArray
 from support import GENEROUS, GPU, a_problem
 
-from oocattn.division.base import Block
+from oocattn import Plan
+from oocattn.division.base import Block, Subproblem
 from oocattn.operations import make_operation
-from oocattn.operations.tiles import StagedKeys, join_runs, make_tiles, pieces
+from oocattn.operations.staging import StagedRows, stage_rows
+from oocattn.operations.tiles import Tile, make_tiles, pieces
 from oocattn.pipelines.lane.rehearsal import sample_tiles
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.memory import Tiles
-from oocattn.problem.mask import Causal, Cover, Full
+from oocattn.problem.mask import Cover, Mask
 
 
-@given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=5),
-    st.data(),
-    st.integers(1, 50),
-    st.integers(1, 50),
-    st.sampled_from([Full, Causal]),
-)
-def test_every_pair_of_a_block_is_attended_once(
-    lengths: list[int], data: st.DataObject, piece: int, size: int, kind: type[Full | Causal]
+def check_tile(tile: Tile, rows: range, size: int, staged_keys: list[int], matrix: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What every tile of some rows must be; return its pairs, [rows, keys], as kernels get them."""
+    keys = [token for run in tile.key_tokens for token in run]
+    assert 0 < len(keys) <= size
+    assert keys == [staged_keys[place] for place in tile.keys]
+    assert [*tile.row_tokens] == [rows.start + row for row in tile.rows]
+    assert tile.row_tokens.stop <= rows.stop
+    pairs = matrix[np.ix_(tile.row_tokens, keys)]
+    assert tile.cover is (Cover.FULL if pairs.all() else Cover.PARTIAL)
+    assert pairs[0].any()  # no rows that attend nothing at either end
+    assert pairs[-1].any()
+    assert tile.pairs == pairs.sum()
+    added = np.ones(pairs.shape, bool)
+    intervals = tile.intervals()
+    assert (intervals is None) == (tile.cover is Cover.FULL)
+    if intervals is not None:
+        a, b, c, d = np.asarray(intervals.values())[:, :, None].transpose(1, 0, 2)
+        key = np.arange(len(keys))
+        added = ((a <= key) & (key < b)) | ((c <= key) & (key < d))
+    np.testing.assert_array_equal(added, pairs)
+    return added
+
+
+def check_tiles(
+    plan: Plan, matrix: NDArray[np.bool_], head_group: int, part: Subproblem, piece: int, size: int, join: bool
 ) -> None:
-    """Also where keys are staged in gaps: of some chunks alone."""
-    starts = [0, *itertools.accumulate(lengths)]
-    mask = kind(starts[-1], starts[-1])
-    tokens = [range(start, stop) for start, stop in itertools.pairwise(starts)]
-    chunk = data.draw(st.integers(0, len(lengths) - 1))
-    others = data.draw(st.sets(st.sampled_from(range(len(lengths)))).map(lambda found: tuple(sorted(found - {chunk}))))
-    block = Block(chunk, others, diagonal=data.draw(st.booleans()))
-    needed = sorted({*others, *[chunk] * block.diagonal})
-    ends = [0, *itertools.accumulate(len(tokens[key]) for key in needed)]
-    key_rows = {key: range(*span) for key, span in zip(needed, itertools.pairwise(ends), strict=True)}
-    staged = [token for key in needed for token in tokens[key]]
-    attended = np.zeros((starts[-1], starts[-1]), int)
-    for rows in pieces(range(len(tokens[chunk])), piece):
-        for tile in make_tiles(mask, tokens.__getitem__, block, key_rows, rows, size):
-            keys = [token for run in tile.key_tokens for token in run]
-            assert 0 < len(keys) <= size
-            assert keys == [staged[row] for row in tile.keys]
-            assert [*tile.row_tokens] == [tokens[chunk].start + rows.start + row for row in tile.rows]
-            added = np.ones((len(tile.rows), len(keys)), int)
-            if (intervals := tile.intervals()) is not None:
-                assert len(tile.key_tokens) == 1
-                a, b, c, d = intervals.values()[:, :, None].transpose(1, 0, 2)
-                key = np.arange(len(keys))
-                added = ((a <= key) & (key < b)) | ((c <= key) & (key < d))
-            assert added.sum() == tile.pairs > 0
-            attended[np.ix_(tile.row_tokens, keys)] += added
-    expected = np.zeros_like(attended)
-    for key in needed:
-        for row in tokens[chunk]:
-            for run in mask.key_ranges(row):
-                expected[row, max(run.start, tokens[key].start) : min(run.stop, tokens[key].stop)] = 1
-    np.testing.assert_array_equal(attended, expected)
+    """Each pair of a subproblem is in one tile, and no others are."""
+    mask, staged = plan.mask(head_group), stage_rows(plan, head_group, part)
+    staged_keys = [token for runs in staged.keys.values() for run in runs for token in run.rows]
+    expected, attended = np.zeros(matrix.shape, int), np.zeros(matrix.shape, int)
+    for block in part.blocks:
+        queries = plan.query_rows(block.query_chunk)
+        for rows in pieces(queries, piece):
+            for tile in make_tiles(mask, queries, plan.key_rows, block, staged, rows, size, join=join):
+                if not join:
+                    assert len(tile.key_tokens) == 1
+                added = check_tile(tile, rows, size, staged_keys, matrix)
+                attended[np.ix_(tile.row_tokens, [token for run in tile.key_tokens for token in run])] += added
+        for key in block.key_chunks:
+            keys = plan.key_rows(key)
+            expected[queries.start : queries.stop, keys.start : keys.stop] = 1
+    np.testing.assert_array_equal(attended, expected * matrix)
 
 
-def keys_at_a_time(rows: int, tiles: Tiles) -> list[list[range]]:
-    """The runs of keys that each row of a causal chunk attends, a run in one kernel call: this decides its bits."""
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), piece=st.integers(1, 50), size=st.integers(1, 50), join=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_every_pair_of_a_subproblem_is_attended_once(
+    kind: str, data: st.DataObject, piece: int, size: int, join: bool
+) -> None:
+    """In tiles of runs of keys as they are staged, whatever the pieces and tiles."""
+    plan, matrix = data.draw(plans(most=60, kinds=(kind,)))
+    for head_group in range(plan.problem.head_groups):
+        division = plan.division_of(head_group)
+        for index in division.indices:
+            check_tiles(plan, matrix[head_group], head_group, division.subproblem(index), piece, size, join=join)
+
+
+@given(plans(most=60), st.integers(1, 70))
+@settings(max_examples=60, deadline=None)
+def test_tiles_of_an_operation_are_in_runs_of_neighbours_where_heads_have_slopes(
+    made: tuple[Plan, NDArray[np.bool_]], size: int
+) -> None:
+    """For the distance of a key, which ALiBi needs, then follows from its place in the tile."""
+    plan, matrix = made
+    slopes = np.array([0.5, 0.25], np.float32)
+    plan = replace(plan, problem=replace(plan.problem, given=replace(plan.problem.given, alibi_slopes=slopes)))
+    operation, division = make_operation(plan), plan.division_of(1)
+    for index in division.indices:
+        part = division.subproblem(index)
+        staged = stage_rows(plan, 1, part)
+        for block in part.blocks:
+            tiles = [*operation.tiles(1, block, staged, plan.query_rows(block.query_chunk), size)]
+            assert all(len(tile.key_tokens) == 1 for tile in tiles)
+            assert sum(tile.pairs for tile in tiles) == sum(
+                matrix[1][row, plan.key_rows(key).start : plan.key_rows(key).stop].sum()
+                for row in plan.query_rows(block.query_chunk)
+                for key in block.key_chunks
+            )
+
+
+def keys_at_a_time(rows: int, tiles: Tiles, mask: Mask) -> list[list[range]]:
+    """The runs of keys that each row of a chunk attends, a run in one kernel call: this decides its bits."""
     seen: list[list[range]] = [[] for _ in range(rows)]
-    for piece in pieces(range(rows), tiles.query):
-        block = Block(0, (), diagonal=True)
-        for tile in make_tiles(Causal(rows, rows), lambda _: range(rows), block, {0: range(rows)}, piece, tiles.key):
+    plan = make_plan(a_problem(rows), GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=1)
+    everything = range(rows)
+    staged: StagedRows = stage_rows(plan, 0, plan.division_of(0).subproblem(0))
+    for piece in pieces(everything, tiles.query):
+        for tile in make_tiles(mask, everything, lambda _: everything, Block(0, (0,)), staged, piece, tiles.key, join=True):
             for row in tile.row_tokens:
                 seen[row].append(tile.keys)
     return seen
@@ -86,29 +128,15 @@ def test_plans_of_one_digest_attend_the_same_keys_at_a_time(query: int) -> None:
     """Whatever the query tiles, for they follow from the device's budget."""
     made = make_plan(a_problem(4000), GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=1)
     usual, other = (replace(made, tiles=Tiles(rows, 1000)) for rows in (4000, query))
-    assert (usual.digest == other.digest) <= (keys_at_a_time(4000, usual.tiles) == keys_at_a_time(4000, other.tiles))
-
-
-@given(st.lists(st.integers(0, 5), max_size=8), st.lists(st.integers(0, 2), min_size=8, max_size=8))
-def test_runs_join_what_is_staged_side_by_side_and_drop_what_is_empty(lengths: list[int], gaps: list[int]) -> None:
-    staged, at = [], 0
-    for number, (length, gap) in enumerate(zip(lengths, gaps, strict=False)):
-        at += gap
-        staged.append(StagedKeys(range(at, at + length), (range(100 * number, 100 * number + length),)))
-        at += length
-    runs = join_runs(staged)
-    assert [row for run in runs for row in run.rows] == [row for run in staged for row in run.rows]
-    assert [token for run in runs for tokens in run.tokens for token in tokens] == [
-        token for run in staged for tokens in run.tokens for token in tokens
-    ]
-    assert all(run.rows for run in runs)
-    assert all(before.rows.stop < after.rows.start for before, after in itertools.pairwise(runs))
+    mask = Mask.of(4000, 4000, causal=True)
+    same = keys_at_a_time(4000, usual.tiles, mask) == keys_at_a_time(4000, other.tiles, mask)
+    assert (usual.digest == other.digest) <= same
 
 
 @pytest.mark.parametrize(("chunks", "decomposition"), [(1, "cqs"), (7, "cqs"), (8, "cqs"), (8, "strips")])
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_shapes_of_a_plan_are_few_and_within_its_tiles(chunks: int, decomposition: str, causal: bool) -> None:
-    problem = a_problem(tokens=300_000, query_heads=2, kv_heads=1, dtype="float16", causal=causal)
+    problem = a_problem(300_000, query_heads=2, kv_heads=1, dtype="float16", causal=causal)
     options = {"device_memory": GENEROUS, "host_memory": GENEROUS}
     plan = make_plan(problem, GPU, chunks=chunks, decomposition=decomposition, **options)
     shapes = sample_tiles(plan, make_operation(plan))

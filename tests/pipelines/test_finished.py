@@ -17,7 +17,9 @@ from oocattn.storage.results.arrays import WrittenChunk
 
 PROBLEM = a_problem(170, batch=2, query_heads=4, kv_heads=2)
 
-NO_COUNTS = dict.fromkeys(("pairs", "not_finite", "out_not_finite", "out_overflowed", "out_underflowed"), 7)
+NO_COUNTS = dict.fromkeys(
+    ("pairs", "rows_without_keys", "not_finite", "out_not_finite", "out_overflowed", "out_underflowed"), 7
+)
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def digits(batch: int, head: int, part: int, name: str) -> str:
 
 def finish_all(plan: Plan, journal: Journal) -> None:
     for place in reversed([(group, chunk) for group in range(4) for chunk in range(6)]):
-        head_group, tokens = plan.problem.head_group(place[0]), plan.tokens(place[1])
+        head_group, tokens = plan.problem.head_group(place[0]), plan.query_rows(place[1])
         parts = [
             WrittenChunk(1, *(digits(head_group.batch, head, start // 10, name) for name in ("out", "lse")))
             for start in range(tokens.start, tokens.stop, 10)

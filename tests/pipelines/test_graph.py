@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from graphlib import TopologicalSorter
+from typing import Any
 
+import numpy as np
 from dask.task_spec import TaskRef
 from dask.utils import key_split
 from hypothesis import given, settings
@@ -18,14 +20,30 @@ from oocattn.pipelines.graph import STEPS, Graph, Task, TaskId, pieces
 from oocattn.pipelines.schedule import CompletedWork, Schedule
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.memory import STAGING_SLOTS
+from oocattn.problem.given import GivenArrays
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
+    """Of any mask: also of one where head groups have different divisions, and chunks no subproblem."""
     decomposition = draw(st.sampled_from(["cqs", "strips"]))
-    problem = a_problem(
-        draw(st.integers(20, 200)), query_heads=4, kv_heads=draw(st.sampled_from([1, 2, 4])), causal=draw(st.booleans())
-    )
+    tokens = draw(st.integers(20, 200))
+    more: dict[str, Any] = {"causal": draw(st.booleans())}
+    kind = draw(st.sampled_from(["square", "window", "documents", "used"]))
+    if kind != "square":
+        more["keys"] = keys = draw(st.integers(20, 200))
+        more["batch"] = 2
+    if kind == "window":
+        more["window_size"] = draw(st.integers(0, 50)), None if more["causal"] else draw(st.integers(0, 50))
+    elif kind == "documents":
+        edges = [
+            np.array([0, *sorted(draw(st.lists(st.integers(0, end), min_size=3, max_size=3))), end])
+            for end in (tokens, keys)
+        ]
+        more["given"] = GivenArrays(cu_seqlens_q=edges[0], cu_seqlens_k=edges[1])
+    elif kind == "used":
+        more["given"] = GivenArrays(seqused_k=np.array(draw(st.lists(st.integers(0, keys), min_size=2, max_size=2))))
+    problem = a_problem(tokens, query_heads=4, kv_heads=draw(st.sampled_from([1, 2, 4])), **more)
     chunks = draw(st.integers(1, 20 if decomposition == "cqs" else 8))
     options = {"chunks": chunks, "decomposition": decomposition}
     machine = draw(st.sampled_from([MACHINE, GPU]))
@@ -42,7 +60,7 @@ def plans_begun(draw: st.DrawFn) -> tuple[Plan, CompletedWork]:
     chunks = frozenset(place for place in places if chance.random() < share)
     partials = set()
     for place in places:
-        done = [(*place, index) for index in plan.division.contributors(place[1])]
+        done = [(*place, index) for index in plan.division_of(place[0]).contributors(place[1])]
         if plan.partials == "memory":
             partials.update(done[: chance.randint(0, len(done)) if chance.random() < share else 0])
         else:
@@ -51,7 +69,7 @@ def plans_begun(draw: st.DrawFn) -> tuple[Plan, CompletedWork]:
 
 
 def with_tokens(plan: Plan) -> list[int]:
-    return [chunk for chunk in range(plan.chunks) if plan.tokens(chunk)]
+    return [chunk for chunk in range(plan.query_chunks) if plan.query_rows(chunk)]
 
 
 class Lane:
@@ -138,9 +156,11 @@ def test_any_order_that_the_edges_allow_is_safe(
     chunks = len(with_tokens(plan)) * plan.problem.head_groups - len(before.chunks)
     assert done == Counter({"stage": subproblems, "attend": subproblems, "merge": chunks, "write": chunks})
     if not (before.chunks or before.partials):
-        handing_back = [plan.division.subproblem(index).query_chunks for index in range(plan.division.subproblems)]
-        some = sum(any(plan.tokens(chunk) for chunk in chunks) for chunks in handing_back)
-        assert subproblems == some * plan.problem.head_groups
+        parts = (
+            map(division.subproblem, division.indices) for division in map(plan.division_of, range(plan.problem.head_groups))
+        )
+        some = sum(any(map(plan.query_rows, part.query_chunks)) for of_group in parts for part in of_group)
+        assert subproblems == some
     assert not any(lane.slots or lane.held for lane in state)
     for lane in state:
         for place, indices in lane.folded.items():

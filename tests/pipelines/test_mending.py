@@ -221,9 +221,9 @@ def test_what_dask_runs_again_for_a_worker_that_died_is_not_done_again(
     right = uninterrupted(plan, dataset)
     real, staged = Stager._lay_out, Counter[tuple[Stager, int, int]]()
 
-    def lay_out(stager: Stager, slot: Any, head_group: int, subproblem: Any, chunks: Any) -> Any:
+    def lay_out(stager: Stager, slot: Any, head_group: int, subproblem: Any, *rest: Any) -> Any:
         staged[stager, head_group, subproblem.index] += 1  # no id: it may be taken again
-        return real(stager, slot, head_group, subproblem, chunks)
+        return real(stager, slot, head_group, subproblem, *rest)
 
     monkeypatch.setattr(Stager, "_lay_out", lay_out)
     for count in counts:

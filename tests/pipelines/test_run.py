@@ -44,7 +44,7 @@ def test_events_come_in_order_and_are_as_many_as_planned(ran: tuple[Plan, list[E
     kinds = [event.kind for event in events]
     assert kinds[0] == "started"
     assert kinds[-2:] == ["committed", "ended"]
-    chunks = sum(bool(plan.tokens(chunk)) for chunk in range(plan.chunks)) * plan.problem.head_groups
+    chunks = sum(bool(plan.query_rows(chunk)) for chunk in range(plan.chunks)) * plan.problem.head_groups
     assert Counter(kinds) == {
         "started": 1, "staged": plan.subproblems, "attended": plan.subproblems, "merged": chunks, "written": chunks,
         "committed": 1, "ended": 1,
@@ -58,7 +58,7 @@ def test_events_come_in_order_and_are_as_many_as_planned(ran: tuple[Plan, list[E
         elif kind == "written":
             assert place["merged", head_group, index] < number
         elif kind == "merged":
-            contributors = plan.division.contributors(index)
+            contributors = plan.division_of(0).contributors(index)
             assert all(place["attended", head_group, contributor] < number for contributor in contributors)
 
 
@@ -97,7 +97,7 @@ def test_no_more_than_two_subproblems_are_staged_and_no_more_accumulators_held_t
         if kind == "written":
             first = times["merged", head_group, chunk]
             if plan.partials == "memory":
-                first = times["attended", head_group, plan.division.contributors(chunk)[0]]
+                first = times["attended", head_group, plan.division_of(0).contributors(chunk)[0]]
             changes += [(first.stop, 1), (event.start, -1)]
     assert most_at_once(changes) <= plan.accumulators
 

@@ -14,7 +14,7 @@ from support import normal_arrays, write_dataset
 import oocattn
 from oocattn import IntegrityError, ProblemError
 from oocattn.planning.reading import PIECE_BYTES, sample_rate
-from oocattn.problem.problem import ArraySpec
+from oocattn.problem.arrays import ArraySpec
 
 SECONDS = 0.02
 
@@ -40,7 +40,8 @@ class ColdArray:
 
 @pytest.mark.parametrize("names", ["q", "qkv"])
 def test_what_is_not_cached_is_measured_so(names: str) -> None:
-    dataset = SimpleNamespace(arrays={name: ColdArray() for name in names})
+    arrays = {name: ColdArray() if name in names else SimpleNamespace(direct=False) for name in "qkv"}
+    dataset = SimpleNamespace(arrays=arrays)
     rate = sample_rate(dataset)
     assert 0.5 * PIECE_BYTES / SECONDS < rate <= PIECE_BYTES / SECONDS
     assert sample_rate(dataset) > 2 * rate  # now it is cached

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -54,19 +56,57 @@ def test_scratch_on_disk_is_said() -> None:
     assert "partials     merged in files" in str(made)
 
 
-def test_chunks_of_tokens_cover_the_sequence_without_overlap() -> None:
+def test_chunks_cover_rows_and_keys_without_overlap() -> None:
     for tokens in (1, 2, 50, 97, 100):
         for chunks in (1, 7, 21, 50):
             made = plan(a_problem(tokens), chunks=min(chunks, tokens))
-            assert [token for chunk in range(made.chunks) for token in made.tokens(chunk)] == list(range(tokens))
+            for rows in (made.query_rows, made.key_rows, made.out_rows):
+                assert [token for chunk in range(made.chunks) for token in rows(chunk)] == list(range(tokens))
+
+
+@pytest.mark.parametrize("decomposition", ["cqs", "strips"])
+def test_chunks_of_the_rows_that_are_asked_for_are_at_their_place(decomposition: str) -> None:
+    problem = a_problem(100, keys=333, rows_asked=(30, 77))
+    made = plan(problem, chunks=7, decomposition=decomposition)
+    chunks = range(made.query_chunks)
+    assert [row for chunk in chunks for row in made.query_rows(chunk)] == list(range(30, 77))
+    assert [row for chunk in chunks for row in made.out_rows(chunk)] == list(range(47))
+    assert [key for chunk in range(made.chunks) for key in made.key_rows(chunk)] == list(range(333))
+
+
+def test_a_plan_is_sent_without_its_divisions() -> None:
+    made = plan(a_problem(100_000, window_size=(100, None)), chunks=307)
+    sent = pickle.dumps(made)
+    subproblems = made.subproblems
+    assert len(pickle.dumps(made)) == len(sent) < 10_000
+    assert pickle.loads(sent) == made
+    assert pickle.loads(sent).subproblems == subproblems
+
+
+def test_pairs_and_chunks_that_are_left_are_said() -> None:
+    """Of 1,000 rows the last, and 4 keys before each: 14 chunk pairs of 100 are live."""
+    window = a_problem(1000, window_size=(4, None))
+    text = str(plan(window, chunks=10, decomposition="strips"))
+    assert "window of 4 before" in text
+    assert "pairs        4.99 k of queries and keys, 0.499% of all" in text
+    assert plan(window, chunks=10, decomposition="strips").subproblems in (10, 19)
+    cross = a_problem(50, keys=3000, value_dim=32)
+    text = str(plan(cross, chunks=30, decomposition="strips"))
+    assert "50 queries, 3,000 keys x D = 64, Dv = 32, float16, causal" in text
+    assert re.search(
+        r"strips over c = 30 chunks of 100 keys, \d+ key chunks? at a time; .*\nqueries +\d chunks? of \d+ rows$", text, re.M
+    )
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"chunks": 13}, {"chunk_rows": 300}, {"decomposition": "strips", "span": 2},
+        {"chunks": 13}, {"chunk_rows": 300}, {"query_chunks": 13}, {"key_chunk_rows": 300},
+        {"decomposition": "strips", "span": 2},
         {"machine": replace(MACHINE.machine, kernel="reference")},
-        {"problem": a_problem(1000, causal=False)}, {"out_chunk_rows": 1}, {"tiles": Tiles(1000, 500)},
+        {"problem": a_problem(1000, causal=False)}, {"problem": a_problem(1000, window_size=(9, None))},
+        {"problem": a_problem(1000, digests={"learnable_sink": "0" * 32})},
+        {"out_chunk_rows": 1}, {"tiles": Tiles(1000, 500)},
     ],
 )  # fmt: skip
 def test_the_digest_names_what_decides_the_bits(changed: dict) -> None:

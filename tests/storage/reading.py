@@ -42,7 +42,7 @@ def random_data(shape: tuple[int, ...], dtype: str = "float16") -> np.ndarray:
 
 
 def buffer_for(array: InputArray, rows: int) -> np.ndarray:
-    return np.ones((rows, array.spec.four_dimensional[-1]), array.dtype)
+    return np.ones((rows, *array.row_shape), array.dtype)
 
 
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:

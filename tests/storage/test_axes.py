@@ -13,7 +13,8 @@ from support import normal_arrays, write_dataset
 import oocattn
 from oocattn import ProblemError, import_arrays, synthesise
 from oocattn.cli.main import main
-from oocattn.storage.inputs.dataset import Dataset
+from oocattn.problem.options import ProblemOptions
+from oocattn.storage.inputs.dataset import Dataset, pose
 
 
 def write(path: Path, names: dict[str, Any], shape: tuple[int, ...] = (1, 4, 20, 8), zarr_format: int = 3) -> Path:
@@ -175,6 +176,12 @@ def test_more_heads_than_tokens_are_doubted(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize("tokens", [4, 5])
 def test_as_many_heads_as_tokens_are_not_doubted(tmp_path: Path, tokens: int, caplog: pytest.LogCaptureFixture) -> None:
     oocattn.plan(write_dataset(tmp_path, normal_arrays(tokens, heads=4)), kernel="cpu")
+    assert not warnings_of(caplog)
+
+
+def test_few_queries_of_many_keys_are_not_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = normal_arrays(20, heads=8)
+    pose(Dataset.open(write_dataset(tmp_path, (q[:, :, :2], k, v))), ProblemOptions())
     assert not warnings_of(caplog)
 
 

@@ -18,7 +18,8 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.problem.problem import ArraySpec, make_problem
+from oocattn.problem.arrays import ArraySpec
+from oocattn.problem.problem import make_problem
 from oocattn.storage.inputs.dataset import Dataset
 
 SHAPE, CHUNKS = (1, 2, 40, 8), (1, 1, 16, 8)

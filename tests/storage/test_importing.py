@@ -12,9 +12,12 @@ import torch
 import warm
 import zarr
 from safetensors.torch import save_file
-from tensors import AXES, check_dataset, make_tensors, save_npy, save_safetensors, save_torch
+from support import sizes_of
+from tensors import AXES, check_dataset, make_tensors, save_npy, save_safetensors, save_torch, to_torch
 
 from oocattn.errors import ProblemError, ResultExistsError
+from oocattn.problem.options import ProblemOptions
+from oocattn.storage.inputs.dataset import Dataset, pose
 from oocattn.storage.make import create
 from oocattn.storage.make.importing import import_arrays
 
@@ -68,7 +71,8 @@ def shaped(*shape, dtype=np.float32):
     ("spoil", "options", "message"),
     [
         (replace("q", shaped(4, 70, 8)), {}, r"q \(.*q.npy\) has shape \[4, 70, 8\].*--layout"),
-        (replace("k", shaped(2, 2, 71, 8)), {}, r"'q \(|'k \(.*k.npy\)' has shape \[2, 2, 71, 8\]: expected"),
+        (replace("k", shaped(2, 2, 71, 8)), {}, r"v.npy\)' has shape \[2, 2, 70, 8\]: expected \[2, 2, 71, 8\]"),
+        (replace("k", shaped(2, 2, 70, 9)), {}, r"k.npy\)' has shape \[2, 2, 70, 9\]: expected \[2, 2, 70, 8\]"),
         (replace("v", shaped(2, 4, 70, 8)), {}, r"v.npy\)' has shape \[2, 4, 70, 8\]: expected \[2, 2, 70, 8\]"),
         (replace("v", shaped(2, 2, 70, 8, dtype=np.float16)), {}, r"v.npy\)' has dtype float16: expected float32"),
         (replace("q", shaped(2, 4, 70, 8, dtype=np.float64)), {}, r"q.npy\) has dtype float64.*--dtype float32"),
@@ -89,6 +93,68 @@ def test_tensors_that_pose_no_attention_problem_are_refused_by_name(tmp_path, sp
     with pytest.raises(ProblemError, match=message):
         import_arrays(tmp_path / "qkv.zarr", **(files | options))
     assert {file.name for file in tmp_path.iterdir()} <= {"q.npy", "k.npy", "v.npy"}
+
+
+def test_queries_and_values_may_have_other_lengths_and_dimensions(tmp_path):
+    held = make_tensors(heads=4, kv_heads=2)[0]
+    held |= {"q": held["q"][:, :, :30], "v": held["v"][..., :5]}
+    import_arrays(tmp_path / "qkv.zarr", **save_torch(tmp_path, held))
+    check_dataset(tmp_path / "qkv.zarr", held)
+    expected = {"batch": 2, "query_head": 4, "kv_head": 2, "head_dim": 8, "value_dim": 5, "query_token": 30, "key_token": 70}
+    assert sizes_of(tmp_path / "qkv.zarr") == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_key_bias_is_imported_as_float32(tmp_path, monkeypatch, dtype, heads):
+    monkeypatch.setattr(create, "CHUNK_BYTES", 32 * 4)  # several chunks a head
+    monkeypatch.setattr(create, "ROW_MULTIPLE", 1)
+    held, filed = make_tensors(np.float16, layout="bnhd")
+    bias = np.random.default_rng(0).standard_normal((2, heads, 70)).astype(dtype)
+    bias[0, 0, :3] = [-np.inf, np.nan, 0]
+    torch.save(to_torch(bias), tmp_path / "bias.pt")
+    files = save_npy(tmp_path, filed)
+    import_arrays(tmp_path / "qkv.zarr", **files, key_bias=tmp_path / "bias.pt", layout="bnhd")
+    check_dataset(tmp_path / "qkv.zarr", {**held, "key_bias": bias.astype(np.float32)})
+    assert sizes_of(tmp_path / "qkv.zarr").get("bias_head") == (1 if heads == 1 else None)
+    opened = Dataset.open(tmp_path / "qkv.zarr")
+    assert pose(opened, ProblemOptions()).bias_heads == heads
+    assert opened.arrays["key_bias"].direct
+
+
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (4, 70), (1, 4, 70)], ids=str)
+def test_a_key_bias_may_lack_batch_and_heads(tmp_path, shape):
+    files = save_npy(tmp_path, make_tensors(layout="hnd")[1])
+    bias = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    np.save(tmp_path / "bias.npy", bias)
+    import_arrays(tmp_path / "qkv.zarr", **files, key_bias=tmp_path / "bias.npy", layout="hnd")
+    np.testing.assert_array_equal(zarr.open_group(tmp_path / "qkv.zarr")["key_bias"][...], bias.reshape(1, -1, 70))
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (
+            shaped(2, 3, 70),
+            r"'key_bias \(.*bias.npy\)' is float32 \[2, 3, 70\]: expected float32 \[2, 1, 70\] or \[2, 4, 70\]",
+        ),
+        (shaped(70), r"is float32 \[1, 1, 70\]: expected float32 \[2, 1, 70\]"),
+        (shaped(2, 4, 69), r"is float32 \[2, 4, 69\]: expected"),
+        (
+            shaped(2, 1, 4, 70),
+            r"key_bias \(.*bias.npy\) is float32 \[2, 1, 4, 70\]: expected floating-point numbers \[B, H, N\]",
+        ),
+        (shaped(2, 1, 70, dtype=bool), r"key_bias \(.*bias.npy\) is bool \[2, 1, 70\]: expected floating-point numbers"),
+        (np.full((2, 1, 70), 1e300), r"bias.npy holds values too large for float32, head 0, keys 0 to 70"),
+    ],
+    ids=["heads", "batch", "keys", "rank", "dtype", "too large"],
+)
+def test_a_key_bias_that_does_not_fit_is_refused(tmp_path, bias, message):
+    files = save_npy(tmp_path, make_tensors()[1])
+    np.save(tmp_path / "bias.npy", bias)
+    with pytest.raises(ProblemError, match=message):
+        import_arrays(tmp_path / "qkv.zarr", **files, key_bias=tmp_path / "bias.npy")
+    assert not (tmp_path / "qkv.zarr").exists()
 
 
 class Mischief:

@@ -29,12 +29,12 @@ from oocattn.storage.layout import ChunkFiles
 
 
 @st.composite
-def stored_arrays(draw: st.DrawFn, plain: bool) -> tuple[np.ndarray, dict[str, Any]]:
-    """An array of rank 3 or 4 and a way to store it; `plain`: neither encoded nor sharded nor chunked along D."""
-    sizes = [st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 6)][draw(st.integers(0, 1)) :]
-    shape = tuple(draw(size) for size in sizes)
+def stored_arrays(draw: st.DrawFn, plain: bool, row_rank: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """An array with batch or without and a way to store it; `plain`: neither encoded nor sharded nor chunked along D."""
+    sizes = [st.integers(1, 3), st.integers(1, 3), st.integers(1, 40)][draw(st.integers(0, 1)) :]
+    shape = tuple(draw(size) for size in (*sizes, *[st.integers(1, 6)] * row_rank))
     chunks = [draw(st.integers(1, size)) for size in shape]
-    if plain:
+    if plain and row_rank:
         chunks[-1] = shape[-1]
     zarr_format = draw(st.sampled_from([2, 3]))
     data = random_data(shape, draw(st.sampled_from(["float16", "float32", *(["bfloat16"] * (zarr_format == 3))])))
@@ -53,23 +53,24 @@ def stored_arrays(draw: st.DrawFn, plain: bool) -> tuple[np.ndarray, dict[str, A
     return data, storage
 
 
+@pytest.mark.parametrize(("name", "row_rank"), [("q", 1), ("key_bias", 0)])
 @pytest.mark.parametrize("plain", [True, False])
 @settings(max_examples=75, deadline=None)
 @given(choice=st.data())
-def test_every_way_reads_what_plain_zarr_reads(plain: bool, choice: st.DataObject) -> None:
-    data, storage = choice.draw(stored_arrays(plain))
+def test_every_way_reads_what_plain_zarr_reads(name: str, row_rank: int, plain: bool, choice: st.DataObject) -> None:
+    data, storage = choice.draw(stored_arrays(plain, row_rank))
     with tempfile.TemporaryDirectory() as folder:
-        write(folder, data, **storage)
-        array = opened(Path(folder))
-        batches, heads, tokens, _ = array.spec.four_dimensional
+        write(folder, data, name, **storage)
+        array = opened(Path(folder), name)
+        batches, heads, tokens = array.extents
         batch, head = choice.draw(st.integers(0, batches - 1)), choice.draw(st.integers(0, heads - 1))
         start = choice.draw(st.integers(0, tokens - 1))
         stop = choice.draw(st.integers(start + 1, tokens))
-        stored = zarr.open_group(folder, mode="r")["q"][...]
-        expected = stored.reshape(array.spec.four_dimensional)[batch, head, start:stop].astype(array.dtype)
-        ways = [CodecReader(array.array, "dataset").read, array.read_rows]
+        stored = zarr.open_group(folder, mode="r")[name][...]
+        expected = stored.reshape(*array.extents, *array.row_shape)[batch, head, start:stop].astype(array.dtype)
+        ways = [CodecReader(array.array, "dataset", row_rank).read, array.read_rows]
         if array.direct:
-            files = ChunkFiles(array.array, Path(folder), "dataset")
+            files = ChunkFiles(array.array, Path(folder), "dataset", row_rank)
             ways += [partial(read, files) for read in (read_preadv, read_mapped)]
         for read in ways:
             out = buffer_for(array, stop - start)

@@ -17,6 +17,7 @@ import pytest
 import zarr
 
 from oocattn import IntegrityError, LockedError, ProblemError, ResultExistsError
+from oocattn.problem.given import GivenArrays
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.journal.lock import FileLock
@@ -327,3 +328,17 @@ def test_a_run_that_waits_for_the_lock_still_gets_it(paths: ResultPaths, monkeyp
             assert not any(map(Path.exists, abandoned))
         waiting.result().release()
     assert list(paths.state.iterdir()) == []
+
+
+def test_a_growing_result_keeps_what_was_given_and_misses_it(paths: ResultPaths) -> None:
+    layout = Layout(SHAPE, "float16", 20, ATTRIBUTES, GivenArrays(learnable_sink=np.ones(2, np.float32)))
+    paths.make_state()
+    state = RunState(paths, Held())
+    growing = state.begin(layout, overwrite=False)
+    Journal.begin(paths.state, {"result": growing.name}, Held())
+    state.resume(growing, layout)
+    (growing.path / "learnable_sink/c.0").write_bytes(bytes(8))
+    with pytest.raises(IntegrityError, match="learnable_sink is not what the run was given"):
+        state.resume(growing, layout)
+    state.discard(growing)
+    assert not growing.path.exists()

@@ -11,6 +11,7 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import sizes_of
 
 from oocattn.errors import ProblemError, ResultExistsError
 from oocattn.storage.files import renaming
@@ -32,6 +33,28 @@ def test_every_row_of_a_dataset_comes_again_from_the_seed(tmp_path, dtype):
             for head in range(heads):
                 rows = synthetic_rows(7, name, batch, head, 0, 5000, 8, dtype, mean=1.5 if name == "v" else 0.0)
                 np.testing.assert_array_equal(group[name][batch, head], rows)
+
+
+def test_keys_and_values_may_have_another_length_and_dimension(tmp_path):
+    synthesise(tmp_path / "qkv.zarr", tokens=50, keys=70, heads=4, kv_heads=2, head_dim=8, value_dim=5, dtype="float32")
+    group = zarr.open_group(tmp_path / "qkv.zarr", mode="r")
+    assert {name: group[name].shape for name in "qkv"} == {"q": (1, 4, 50, 8), "k": (1, 2, 70, 8), "v": (1, 2, 70, 5)}
+    np.testing.assert_array_equal(group["v"][0, 1], synthetic_rows(0, "v", 0, 1, 0, 70, 5, "float32"))
+    names = {"batch": 1, "query_head": 4, "kv_head": 2, "query_token": 50, "key_token": 70, "head_dim": 8, "value_dim": 5}
+    assert sizes_of(tmp_path / "qkv.zarr") == names
+
+
+def test_a_dataset_of_one_length_is_that_of_earlier_versions(tmp_path):
+    options = {"tokens": 64, "heads": 2, "kv_heads": 1, "head_dim": 8, "dtype": "float16", "seed": 3, "mean": 0.5}
+    contents = []
+    for name, lengths in (("qkv.zarr", {}), ("same.zarr", {"keys": 64, "value_dim": 8})):
+        synthesise(tmp_path / name, **options, **lengths)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        contents.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files})
+    assert contents[0] == contents[1]
+    chunks = b"".join(content for path, content in contents[0].items() if not path.endswith("zarr.json"))
+    assert hashlib.sha256(chunks).hexdigest() == "8d31a4b00380d0ca7fe4f064a7691ae381e9e526691e76f75c5275b32934c217"
+    assert sizes_of(tmp_path / "qkv.zarr") == {"batch": 1, "query_head": 2, "kv_head": 1, "token": 64, "head_dim": 8}
 
 
 @settings(max_examples=30, deadline=None)
@@ -66,7 +89,9 @@ def test_numbers_are_those_of_this_version_of_the_generator():
         ({"tokens": 0}, "at least 1"),
         ({"kv_heads": 3}, "multiple of the KV heads"),
         ({"dtype": "float64"}, "float64"),
-        ({"head_dim": 512}, "512"),
+        ({"head_dim": 1025}, "head_dim = 1025"),
+        ({"value_dim": 1025}, "value_dim = 1025"),
+        ({"keys": 0}, "keys = 0"),
         ({"seed": -1}, "seed = -1"),
     ],
 )

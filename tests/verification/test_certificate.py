@@ -39,12 +39,13 @@ RIGHT = Certificate(
     result="/data/out & more.zarr",
     dataset="/data/qkv.zarr",
     problem=PROBLEM,
+    words=str(PROBLEM),
     asked=64,
     seed=7,
     rows=ROWS,
     arrays=(ArrayCheck("out", "checked", 4, ()), ArrayCheck("lse", "checked", 4, ())),
     digest="ab" * 32,
-    ledger=Ledger(1_001_000, 1_001_000, 0, 0, 0, 0, ""),
+    ledger=Ledger(1_001_000, 1_001_000, 0, 0, 0, 0, 0, ""),
     dataset_recorded="cd" * 32,
     dataset_found="cd" * 32,
     computed_with={"oocattn": "0.1.0", "zarr": "3.1.6"},
@@ -69,7 +70,7 @@ ALL = [RIGHT, WRONG, UNREADABLE, DAMAGED, UNKNOWN, SOME_VAGUE, INCONCLUSIVE, VAG
 
 
 def test_a_verdict_names_the_elements_that_a_narrow_dtype_lost() -> None:
-    lost = replace(RIGHT, ledger=Ledger(1_001_000, 1_001_000, 0, 12, 12, 3456, ""))
+    lost = replace(RIGHT, ledger=Ledger(1_001_000, 1_001_000, 0, 12, 12, 3456, 0, ""))
     assert lost.passed
     assert lost.verdict == (
         "passed, but 12 elements of out are Inf, too large for its dtype, but 3,456 elements of out are 0, too small for "
@@ -172,6 +173,8 @@ def test_the_words_for_a_terminal() -> None:
     assert "not available: the folder of the run is not beside the result" in str(DAMAGED)
     assert "out, batch 0, head 1, tokens 500 to 999: checksum 00000000, written with 12345678" in str(DAMAGED)
     assert "NOT the one that the run read" in str(replace(RIGHT, dataset_found="ef" * 32))
+    without = replace(RIGHT, ledger=Ledger(1_001_000, 1_001_000, 0, 0, 0, 0, 24, ""))
+    assert "exactly those expected; 24 rows without a key; 0 NaN" in str(without)
     many = replace(RIGHT, rows=tuple(row(0, token, "uniform", error=1.0) for token in range(100)))
     assert str(many).count("WRONG") == 20
     assert "and 80 more" in str(many)
@@ -219,16 +222,19 @@ def changed(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         changed("asked", to=0),
         changed("seed", to=-1),
         changed("arrays", 0, "parts", to=-4),
-        changed("problem", "tokens", to=0),
+        changed("problem", "keys", to=0),
         changed("problem", "kv_heads", to=3),
         changed("problem", "dtype", to="float64"),
         changed("problem", "scale", to="nan"),
+        changed("problem", "rows_asked", to=[5, 1001]),
+        changed("problem", "window_size", to=[-1, 0]),
+        changed("words", to=7),
         changed("ledger", "out_not_finite", to=-1),
         changed("inconclusive", to=True),
         changed("rows", 3, "strata", 0, to="chosen"),
         changed("arrays", 0, "state", to="perfect"),
         changed("arrays", 0, "damaged", to=[{"array": "out"}]),
-        changed("problem", "tokens", to=None),
+        changed("problem", "queries", to=None),
         changed("ledger", "counted", to="many"),
         changed("digest", to=5),
         changed("computed_with", "zarr", to=3),

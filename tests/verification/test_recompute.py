@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import tracemalloc
+import warnings
+from typing import Any
 
 import numpy as np
 import pytest
-from support import normal_arrays, numpy_type, write_dataset
+from compositions import World, make_case
+from in_memory import dataset_of, problem_of
+from support import normal_arrays, numpy_type
 
-from oocattn.problem.problem import make_problem
-from oocattn.storage.inputs.dataset import Dataset
-from oocattn.verification.recompute import GROUP_ROWS, error_in_ulps, recompute_rows
+from oocattn.problem.problem import Problem
+from oocattn.verification.attended import AttendedKeys, attended_ranges
+from oocattn.verification.recompute import GROUP_ROWS, ExactRow, compare_row, error_in_ulps, recompute_bytes, recompute_rows
 
 HAND_COMPUTED = [  # found, exact, dtype, error in units of the last place, which at 1 is 2^-10, 2^-7 and 2^-23
     (1.0 + 2**-10, 1.0, "float16", 1.0),
@@ -48,39 +52,114 @@ def test_a_rounded_number_is_at_most_half_a_unit_off(dtype: str) -> None:
     assert ulps.mean() == pytest.approx(0.25, abs=0.01)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_exact_rows_are_the_same_for_any_tile_of_keys(tmp_path: Path, causal: bool) -> None:
-    """Also where K and V hold NaN and Inf, and where there are more rows than are recomputed together."""
+def test_exact_rows_are_the_same_for_any_tile_of_keys() -> None:
+    """Also where K and V hold NaN and Inf, where rows skip keys, and with more rows than are recomputed together."""
     arrays = normal_arrays(TOKENS, heads=4, kv_heads=2, seed=3)
     arrays[1][0, 0, 150, 2], arrays[2][0, 1, 60, 1], arrays[2][0, 1, 90, 3] = np.nan, np.inf, np.nan
-    dataset = Dataset.open(write_dataset(tmp_path / "dataset.zarr", arrays))
-    problem = make_problem(*dataset.specs, causal=causal)
-    options = {"borders": range(30, TOKENS, 30), "rows": 700, "seed": 5}
-    whole = list(recompute_rows(problem, dataset, **options))
-    assert len(whole) > 2 * GROUP_ROWS
-    for key_rows in (1, 7, 64):
-        for row, expected in zip(recompute_rows(problem, dataset, **options, key_rows=key_rows), whole, strict=True):
-            assert (row.head, row.token, row.strata) == (expected.head, expected.token, expected.strata)
-            np.testing.assert_allclose(row.out, expected.out, rtol=1e-12, atol=1e-14)
-            np.testing.assert_allclose(
-                [row.lse, row.size, row.allowed, row.allowed_lse],
-                [expected.lse, expected.size, expected.allowed, expected.allowed_lse],
-                rtol=1e-9,
-            )
+    bias = np.random.default_rng(0).standard_normal((1, 4, TOKENS), np.float32)
+    asked = {"softcap": 5.0, "alibi_slopes": [0.1, 0.0, -0.1, 1.0], "learnable_sink": [-9.0, 0.0, 9.0, 1.0]}
+    masks: list[dict[str, Any]] = [{}, {"causal": True}, {"window_size": (20, 3), "sink_tokens": 4, **asked}]
+    for mask in masks:
+        used = bias if "softcap" in mask else None
+        problem = problem_of(arrays, used, **mask)
+
+        def rows(key_rows: int, problem: Problem = problem, used: Any = used) -> list[ExactRow]:
+            options = {"borders": range(30, TOKENS, 30), "rows": 60 if problem.softcap else 700, "seed": 5}
+            return list(recompute_rows(problem, dataset_of(arrays, used), **options, key_rows=key_rows))
+
+        whole = rows(8192)
+        assert len(whole) > (20 if problem.softcap else 2 * GROUP_ROWS)
+        for key_rows in (1, 7, 64):
+            for row, expected in zip(rows(key_rows), whole, strict=True):
+                assert (row.head, row.token, row.strata) == (expected.head, expected.token, expected.strata)
+                np.testing.assert_allclose(row.out, expected.out, rtol=1e-12, atol=1e-14)
+                np.testing.assert_allclose(
+                    [row.lse, row.size, row.allowed, row.allowed_lse],
+                    [expected.lse, expected.size, expected.allowed, expected.allowed_lse],
+                    rtol=1e-9,
+                )
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_exact_rows_are_those_of_the_formula(tmp_path: Path, causal: bool) -> None:
-    """And so is the size of their values."""
-    q, k, v = normal_arrays(TOKENS, heads=4, kv_heads=2, batch=2)
-    dataset = Dataset.open(write_dataset(tmp_path / "dataset.zarr", (q, k, v)))
-    problem = make_problem(*dataset.specs, causal=causal)
-    for row in recompute_rows(problem, dataset, borders=[100], rows=50, seed=1, key_rows=64):
-        keys = slice(0, row.token + 1 if causal else TOKENS)
-        query = q[row.batch, row.head, row.token].astype(np.float64)
-        key, value = (array[row.batch, row.head // 2, keys].astype(np.float64) for array in (k, v))
-        scores = problem.scale * (key @ query)
-        weights = np.exp(scores) / np.exp(scores).sum()
-        np.testing.assert_allclose(row.out, weights @ value, rtol=1e-11, atol=1e-13)
-        assert row.lse == pytest.approx(np.log(np.exp(scores).sum()), rel=1e-12)
-        assert row.size == pytest.approx(weights @ np.linalg.norm(value, axis=1), rel=1e-12)
+def check_exact_rows(seed: int) -> None:
+    """All kinds of problems, with NaN where no row attends, against the dense definition."""
+    case = make_case(seed)
+    world = World.of(case)
+    problem, dataset = problem_of(world.arrays, world.bias, **case.asked), dataset_of(world.arrays, world.bias)
+    options = {"borders": range(7, problem.out_rows, 7), "rows": 60, "seed": seed, "key_rows": (3, 16, 8192)[seed % 3]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = list(recompute_rows(problem, dataset, **options))
+    for row in rows:
+        place = row.batch, row.head, row.token
+        np.testing.assert_allclose(row.out, world.out[place], rtol=1e-9, atol=1e-12, err_msg=f"{place} of {case}")
+        np.testing.assert_allclose(row.lse, world.lse[place], rtol=1e-11, atol=1e-12, err_msg=f"{place} of {case}")
+        check = compare_row(problem, row, row.out.astype(numpy_type(problem.out_dtype)).astype("f8"), np.float32(row.lse))
+        assert check.passed, f"{place} of {case}: {check}"
+
+
+def test_exact_rows_of_every_kind_of_problem_are_those_of_the_definition() -> None:
+    for seed in range(150):
+        check_exact_rows(seed)
+
+
+@pytest.mark.slow
+def test_exact_rows_of_many_problems_are_those_of_the_definition() -> None:
+    for seed in range(10_000, 20_000):
+        check_exact_rows(seed)
+
+
+def test_the_size_of_a_row_is_that_of_its_values() -> None:
+    arrays = normal_arrays(TOKENS)
+    problem = problem_of(arrays, causal=True)
+    for row in recompute_rows(problem, dataset_of(arrays), borders=[], rows=20, seed=1, key_rows=64):
+        of_heads = (array[0, head] for array, head in zip(arrays, (row.head, 0, 0), strict=True))
+        query, key, value = (array[: row.token + 1].astype(np.float64) for array in of_heads)
+        weights = np.exp(problem.scale * (key @ query[-1]))
+        assert row.size == pytest.approx(weights @ np.linalg.norm(value, axis=1) / weights.sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("asked", "most"),
+    [
+        ({"causal": True, "window_size": (99, None)}, 40 * 100),
+        ({"causal": True, "window_size": (99, None), "sink_tokens": 3}, 40 * 103),
+        ({"cu_seqlens_q": np.arange(0, 30_001, 100)}, 40 * 100),
+        ({"causal": True, "queries": (500, 900)}, 900 + 900 // 2),
+        ({"seqused_k": [1000]}, 1000),
+    ],
+    ids=["window", "sinks", "documents", "rows asked", "keys used"],
+)
+def test_keys_that_no_sampled_row_attends_are_not_read(asked: dict[str, Any], most: int) -> None:
+    q, k, v = normal_arrays(30_000, heads=1)
+    dataset = dataset_of((q, k, v))
+    problem = problem_of((q, k, v), **asked)
+    rows = list(recompute_rows(problem, dataset, borders=[], rows=40, seed=0))
+    ranges = attended_ranges(problem, 0, problem.rows_asked[0] + np.asarray([row.token for row in rows]))
+    attended = AttendedKeys(ranges)
+    for name in "kv":
+        read = {token for part in dataset.arrays[name].read for token in part}
+        assert read == {token for span in attended.spans for token in span}
+        assert sum(map(len, dataset.arrays[name].read)) <= most
+
+
+TERMS = {"softcap": 5.0, "alibi_slopes": [0.1, 0.2, 0.3, 0.4], "learnable_sink": [0.0, 1.0, 2.0, 3.0]}
+
+
+@pytest.mark.parametrize("key_rows", [64, 600])
+@pytest.mark.parametrize("heads", [0, 4])
+@pytest.mark.parametrize(
+    "mask", [{}, {"causal": True, "window_size": (700, None), "sink_tokens": 9}], ids=["full", "window"]
+)
+def test_the_memory_that_is_planned_is_enough(mask: dict[str, Any], heads: int, key_rows: int) -> None:
+    """Without terms, and with all of them and a bias of each head."""
+    arrays = normal_arrays(1500, heads=4, head_dim=32, dtype="float16")
+    bias = np.zeros((1, heads, 1500), np.float32) if heads else None
+    problem, dataset = problem_of(arrays, bias, **mask, **(TERMS if heads else {})), dataset_of(arrays, bias)
+    tracemalloc.start()
+    try:
+        for _ in recompute_rows(problem, dataset, borders=[], rows=GROUP_ROWS, seed=0, key_rows=key_rows):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= recompute_bytes(problem, dataset, GROUP_ROWS, key_rows) + (1 << 20)  # places, and Python's own

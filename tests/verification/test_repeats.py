@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from oocattn.verification.rounding import MOST_SLOTS, Repeats, slots_for
+from oocattn.verification.repeats import MOST_SLOTS, Repeats, slots_for
 
 
 @pytest.mark.parametrize("tile", [1, 7, 1000])

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given as drawn_from
 from hypothesis import strategies as st
 from support import a_problem
 
+from oocattn.problem.given import GivenArrays
+from oocattn.problem.problem import Problem
 from oocattn.verification.sampling import sample_rows, share_bound
 
 PROBLEM = a_problem(1000, batch=2, query_heads=6, kv_heads=3)
 BORDERS = range(100, 1000, 100)
 
 
-@given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 4), st.integers(0, 1000))
+@drawn_from(st.integers(1, 400), st.integers(1, 40), st.integers(1, 4), st.integers(0, 1000))
 def test_a_sample_has_distinct_rows_and_never_more_than_asked(rows: int, tokens: int, heads: int, seed: int) -> None:
     problem = a_problem(tokens, query_heads=heads)
     found = sample_rows(problem, range(7, tokens, 7), rows, seed)
@@ -73,3 +77,63 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
     drawn = [{place.head * 500 + place.token for place in of if "uniform" in place.strata} for of in samples]
     assert {len(of) for of in drawn} == {30}
     assert np.mean([of.isdisjoint(wrong) for of in drawn]) == pytest.approx(0.05, abs=0.015)
+
+
+def tokens_of(problem: Problem, stratum: str, rows: int = 400, borders: range = BORDERS) -> set[int]:
+    """The rows of q that were chosen for a stratum."""
+    found = sample_rows(problem, borders, rows, 1)
+    return {problem.rows_asked[0] + place.token for place in found if stratum in place.strata}
+
+
+MASKS: dict[str, tuple[dict[str, Any], set[int]]] = {
+    "nothing turns": ({"causal": True}, set()),
+    "window": ({"window_size": (99, 9), "causal": False}, {99, 100, 989, 990}),  # row 100 is without key 0, 990 has key 999
+    "sinks": ({"window_size": (99, None), "sink_tokens": 4}, {99, 100, 103, 104}),
+    "prefix": ({"prefix": 250}, {249, 250}),
+    "more keys": ({"keys": 1500, "window_size": (799, None)}, {299, 300}),
+    "fewer keys": ({"keys": 600}, {399, 400}),  # row 400 is the first with a key
+    "rows asked": ({"keys": 600, "window_size": (99, None), "rows_asked": (450, 800)}, {499, 500}),
+}
+
+
+@pytest.mark.parametrize(("asked", "expected"), MASKS.values(), ids=MASKS)
+def test_both_sides_of_the_turns_of_a_mask_are_there(asked: dict[str, Any], expected: set[int]) -> None:
+    assert tokens_of(a_problem(1000, **asked), "mask") == expected
+
+
+def test_first_and_last_rows_of_documents_are_there_also_of_one_without_keys() -> None:
+    edges, edges_k = np.array([0, 10, 10, 300, 640, 1000]), np.array([0, 50, 90, 90, 500, 700])
+    given = GivenArrays(cu_seqlens_q=edges, cu_seqlens_k=edges_k)
+    problem = a_problem(1000, keys=700, given=given)
+    assert tokens_of(problem, "document") == {0, 9, 10, 299, 300, 639, 640, 999}
+    for seed in range(20):
+        found = sample_rows(problem, [], 16, seed)
+        assert {10, 299} <= {place.token for place in found if "document" in place.strata}
+    assert tokens_of(problem, "mask") == {799, 800}  # the first with a key of the last document's 200
+    some = a_problem(1000, keys=700, given=given, rows_asked=(20, 320), causal=False)
+    assert tokens_of(some, "document") == {20, 299, 300, 319}
+
+
+def test_rows_of_every_number_of_used_keys_are_there() -> None:
+    used = np.array([0, 1000, 400])
+    problem = a_problem(1000, batch=3, query_heads=2, given=GivenArrays(seqused_k=used))
+    found = sample_rows(problem, BORDERS, 400, 1)
+    assert {(place.batch, place.token) for place in found if "document" in place.strata} == {
+        (batch, token) for batch in range(3) for token in (0, 999)
+    }
+    assert {(place.batch, place.token) for place in found if "mask" in place.strata} == {(2, 599), (2, 600)}
+
+
+def test_kinds_of_places_share_what_is_not_uniform() -> None:
+    given = GivenArrays(cu_seqlens_q=np.arange(0, 1001, 20))
+    problem = a_problem(1000, window_size=(5, None), sink_tokens=3, given=given)
+    found = sample_rows(problem, BORDERS, 64, 3)
+    counts = {name: sum(name in place.strata for place in found) for name in ("border", "document", "mask", "uniform")}
+    assert counts["uniform"] == 48
+    assert min(counts["border"], counts["document"], counts["mask"]) >= 4
+
+
+def test_heads_and_rows_that_are_asked_for_are_places_of_out() -> None:
+    problem = a_problem(1000, query_heads=8, kv_heads=2, heads=(1, 2, 7), rows_asked=(900, 950))
+    found = sample_rows(problem, range(10, 50, 10), 10_000, 0)
+    assert {(place.head, place.token) for place in found} == {(head, token) for head in range(3) for token in range(50)}

@@ -54,9 +54,9 @@ def store_of(plan: Plan, folder: Path, run: str = "run") -> MemoryPartials:
 
 def fold(store: MemoryPartials, plan: Plan, position: int, ended: bool = True, chunk: int = CHUNK) -> None:
     """Fold the partial of the chunk's contributor at that position, as a lane does."""
-    subproblem = plan.division.contributors(chunk)[position]
+    subproblem = plan.division_of(0).contributors(chunk)[position]
     generator = torch.Generator().manual_seed(100 * chunk + subproblem)
-    rows = len(plan.tokens(chunk))
+    rows = len(plan.query_rows(chunk))
     partial = AttentionState.empty(plan.problem.group_size, rows, plan.problem.head_dim)
     for tensor in (partial.num, partial.den, partial.max):
         tensor.copy_(torch.randn(tensor.shape, generator=generator).abs())
@@ -82,7 +82,7 @@ def folded(folder: Path) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_saved_accumulator_is_continued_to_the_same_bits(tmp_path: Path, count: int) -> None:
     plan = plan_of()
-    everyone = plan.division.contributors(CHUNK)
+    everyone = plan.division_of(0).contributors(CHUNK)
     whole, killed = store_of(plan, tmp_path), store_of(plan, tmp_path)
     for position in range(len(everyone)):
         fold(whole, plan, position)
@@ -109,7 +109,7 @@ def test_a_later_save_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     for position in range(2):
         fold(store, plan, position)
         store.save(patient=False)
-    assert folded(tmp_path) == [plan.division.contributors(CHUNK)[:2]]
+    assert folded(tmp_path) == [plan.division_of(0).contributors(CHUNK)[:2]]
 
 
 @pytest.mark.parametrize("spoil", ["flip", "cut", "remove", "another run", "older"])
@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_is_named_and_removed(tmp_path: Path, spoil: str) -
     resumed = store_of(plan, tmp_path)
     with pytest.raises(DamagedPartialError, match=path.name) as damaged:
         fold(resumed, plan, 2)
-    assert damaged.value.subproblem == plan.division.contributors(CHUNK)[0]
+    assert damaged.value.subproblem == plan.division_of(0).contributors(CHUNK)[0]
     assert not list(tmp_path.iterdir())
     fold(resumed, plan, 0)  # from the beginning, and with the accumulator that was given back
     for _ in range(plan.accumulators - 1):
@@ -160,7 +160,7 @@ def test_nothing_is_folded_into_an_accumulator_being_saved(tmp_path: Path, monke
     may_write.set()
     folding.join(10)
     saving.join(10)
-    assert folded(tmp_path) == [plan.division.contributors(CHUNK)[:1]]
+    assert folded(tmp_path) == [plan.division_of(0).contributors(CHUNK)[:1]]
 
 
 def test_a_save_waits_for_partials_in_flight_or_leaves_them_out(tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_a_save_waits_for_partials_in_flight_or_leaves_them_out(tmp_path: Path) 
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
-    store.end(0, CHUNK, plan.division.contributors(CHUNK)[1])
+    store.end(0, CHUNK, plan.division_of(0).contributors(CHUNK)[1])
     waiting.join(10)
-    assert folded(tmp_path) == [plan.division.contributors(CHUNK)[:2]]
+    assert folded(tmp_path) == [plan.division_of(0).contributors(CHUNK)[:2]]
     fold(store, plan, 2, ended=False)
     waiting = threading.Thread(target=store.save, args=(True,))
     waiting.start()
@@ -186,7 +186,7 @@ def test_a_save_waits_for_partials_in_flight_or_leaves_them_out(tmp_path: Path) 
 
 def test_a_chunk_that_is_never_idle_is_made_so_for_a_save(tmp_path: Path) -> None:
     plan = plan_of()
-    store, first = store_of(plan, tmp_path), plan.division.contributors(CHUNK)[0]
+    store, first = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)[0]
     fold(store, plan, 0, ended=False)
     assert not store.save_pending(0, CHUNK)
     saving = threading.Thread(target=store.save, args=(True,))

@@ -129,7 +129,7 @@ def fail_to_divide(lane: Lane) -> None:
             lane.stage(turn, 0, turn)
             lane.attend(turn)
         if (0, 0) not in lane.finisher._chunks:  # a GPU begins it by itself
-            lane.finisher.begin(0, 0, [len(lane.plan.tokens(0))])
+            lane.finisher.begin(0, 0, [len(lane.plan.query_rows(0))])
         assert isinstance(lane.finisher._chunks[0, 0].exception(), ArithmeticError)
 
 

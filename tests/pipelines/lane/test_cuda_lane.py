@@ -185,7 +185,7 @@ def test_a_damaged_partial_is_computed_again(client: Client, datasets: Datasets,
     dataset = datasets(20_011, heads=2, kv_heads=1, head_dim=64, dtype="float16")
     plan = oocattn.plan(dataset, causal=True, chunks=40, decomposition="cqs", kernel="flash", **BUDGETS)
     plan = with_partials(plan, "disk")
-    contributors = {chunk: plan.division.contributors(chunk) for chunk in range(40) if plan.tokens(chunk)}
+    contributors = {chunk: plan.division_of(0).contributors(chunk) for chunk in range(40) if plan.query_rows(chunk)}
     chunk = next(chunk for chunk, these in contributors.items() if these[0] == 0 and these[-1] >= 33)
     partial = ResultPaths.at(tmp_path / "result.zarr").scratch / f"partial-0-{chunk}-0"
     damaged: list[int] = []

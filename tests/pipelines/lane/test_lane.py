@@ -115,7 +115,7 @@ def test_the_ledger_notices_keys_that_are_lost_or_attended_twice(fast_path: Path
     lane.stage(0, 0, 0)
     lane.attend(0)
     lane.partials.collect(0, 0).state.keys[41] += lie
-    with pytest.raises(IntegrityError, match=rf"head group 0, token 41: {42 + lie} keys were attended, expected 42"):
+    with pytest.raises(IntegrityError, match=rf"head group 0, query 41: {42 + lie} keys were attended, expected 42"):
         lane.merge(0, 0)
 
 

@@ -28,7 +28,7 @@ def plan_of(partials: str, tokens: int = 70, chunks: int = 7) -> Plan:
 
 def partial_of(plan: Plan, chunk: int, subproblem: int) -> AttentionState:
     generator = torch.Generator().manual_seed(100 * chunk + subproblem)
-    rows = len(plan.tokens(chunk))
+    rows = len(plan.query_rows(chunk))
     state = AttentionState.empty(plan.problem.group_size, rows, plan.problem.head_dim)
     for tensor in (state.num, state.den, state.max):
         tensor.copy_(torch.randn(tensor.shape, generator=generator).abs() * 3)
@@ -62,7 +62,7 @@ def fields(state: AttentionState) -> list[torch.Tensor]:
 
 
 def add_all(store: PartialStore, plan: Plan, chunk: int, shuffled: bool = False) -> int:
-    contributors = list(plan.division.contributors(chunk))
+    contributors = list(plan.division_of(0).contributors(chunk))
     if shuffled:
         random.Random(0).shuffle(contributors)
     return sum(add(store, plan, chunk, index) for index in contributors)
@@ -87,14 +87,14 @@ def test_both_stores_merge_to_the_same_bits(tmp_path: Path, tokens: int) -> None
     for chunk in (6, 0, 3):
         for memory, disk in zip(found["memory", chunk], found["disk", chunk], strict=True):
             np.testing.assert_array_equal(memory.view(np.uint8), disk.view(np.uint8))
-        assert found["memory", chunk][3][0] == sum(10 + index for index in plan.division.contributors(chunk))
+        assert found["memory", chunk][3][0] == sum(10 + index for index in plan.division_of(0).contributors(chunk))
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_a_lost_partial_is_noticed(tmp_path: Path, place: str) -> None:
     plan = plan_of(place)
     store = store_of(plan, tmp_path)
-    *most, last = plan.division.contributors(1)
+    *most, last = plan.division_of(0).contributors(1)
     for index in most:
         add(store, plan, 1, index)
     with pytest.raises(
@@ -105,7 +105,7 @@ def test_a_lost_partial_is_noticed(tmp_path: Path, place: str) -> None:
 
 def test_in_memory_partials_come_in_order_and_once(tmp_path: Path) -> None:
     plan = plan_of("memory")
-    first, second, *_ = plan.division.contributors(4)
+    first, second, *_ = plan.division_of(0).contributors(4)
     store = store_of(plan, tmp_path)
     with pytest.raises(IntegrityError, match=f"partial-0-4-{first}: the file is missing"):  # of what came before
         add(store, plan, 4, second)
@@ -121,7 +121,7 @@ def test_a_damaged_partial_on_disk_is_named_and_can_be_replaced(tmp_path: Path) 
     right = copied(store.collect(0, 5).state)
     store.release(0, 5)
     add_all(store, plan, 5)
-    victim = plan.division.contributors(5)[1]
+    victim = plan.division_of(0).contributors(5)[1]
     path = tmp_path / f"partial-0-5-{victim}"
     content = bytearray(path.read_bytes())
     content[-20] ^= 4

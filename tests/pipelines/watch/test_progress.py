@@ -18,7 +18,7 @@ from oocattn.cli.printing import Printing
 from oocattn.log import logger
 from oocattn.pipelines.watch.progress import DRAWING_SECONDS, ProgressBar
 
-PLAN = SimpleNamespace(problem=SimpleNamespace(tokens=1000, batch=2), subproblems=20)
+PLAN = SimpleNamespace(problem=SimpleNamespace(out_rows=1000, batch=2), subproblems=20)
 """A subproblem is 100 tokens."""
 
 

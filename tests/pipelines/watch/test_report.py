@@ -18,12 +18,12 @@ from oocattn.storage.journal.journal import ChunkId
 PROBLEM = a_problem(1000)
 PLAN = replace(make_plan(PROBLEM, GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=7), seconds=1.0)
 
-ADDED = ("out_overflowed", "out_underflowed", "out_elements")
+ADDED = ("rows_without_keys", "out_overflowed", "out_underflowed", "out_elements")
 """Fields that older versions do not write."""
 
 FINISHED = {
-    (0, 0): FinishedChunk(5, 3, 0, 0, 0, bytes=10, out="", lse=""),
-    (0, 1): FinishedChunk(10, 0, 2, 0, 0, bytes=20, out="", lse=""),
+    (0, 0): FinishedChunk(5, 1, 3, 0, 0, 0, bytes=10, out="", lse=""),
+    (0, 1): FinishedChunk(10, 3, 0, 2, 0, 0, bytes=20, out="", lse=""),
 }
 
 
@@ -67,6 +67,8 @@ def test_a_report_in_words() -> None:
     assert "3 elements are NaN or Inf" in text
     assert "resumed" not in text
     assert "out          2 elements are NaN or Inf\n" in f"{text}\n"
+    assert "rows         4 rows attend no key: " in text
+    assert "attend no key" not in str(report_of(EVENTS, {(0, 0): replace(FINISHED[0, 0], rows_without_keys=0)}))
     alone = str(report_of(EVENTS, {(0, 1): FINISHED[0, 1]}))
     assert "\ninputs" not in alone
     assert "2 elements of out are NaN or Inf, and none of the inputs: float32 arithmetic overflowed" in alone
@@ -94,7 +96,7 @@ def test_a_report_names_losses_of_a_narrow_dtype(counts: dict[str, int], found: 
         ("seconds", "fast"),
         ("seconds", -1.0),
         ("seconds", "nan"),
-        ("pairs", 0),
+        ("pairs", -1),
         ("pairs", 1.0),
         ("pairs", True),
         ("lanes", 0),
@@ -122,7 +124,7 @@ def test_a_report_with_other_fields_is_refused() -> None:
 def test_a_report_of_an_older_version_is_read() -> None:
     report = report_of(EVENTS)
     older = {name: value for name, value in report.to_json().items() if name not in ADDED}
-    assert RunReport.from_json(older) == replace(report, out_elements=1)
+    assert RunReport.from_json(older) == replace(report, out_elements=1, rows_without_keys=0)
     assert RunReport.from_json(older).lost == []
 
 
