@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
 from numbers import Real
+from pathlib import Path
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from oocattn.errors import ProblemError
+from oocattn.naming import as_given
+from oocattn.other_names import hint
 from oocattn.problem.scores import LEAST_SCALE, MOST_SCALE, SCALES
 from oocattn.units import parse_duration, parse_size
 
@@ -81,8 +84,10 @@ def checked(shared: Mapping[str, Option] | None = None, /, **checks: Check) -> C
         @wraps(function)
         def checking(*positional: P.args, **options: P.kwargs) -> R:
             for name, value in options.items():
-                if own and name not in defaults:
-                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+                if name not in defaults:
+                    advice = hint(name, defaults)
+                    unexpected = f"{function.__name__}() got an unexpected keyword argument {name!r}"
+                    raise TypeError(f"{unexpected}: {advice}" if advice else unexpected)
                 if name in checks and not (value is None and defaults[name] is None):
                     options[name] = checks[name](name, value)
             for name, option in own.items():
@@ -117,11 +122,12 @@ def integer(least: int, most: int = MOST_COUNT) -> Check:
 
     def check(name: str, value: object) -> int:
         found = _own(value)
+        number = least - 1
         with suppress(TypeError):
             number = least - 1 if isinstance(found, bool) else operator.index(found)  # type: ignore[arg-type]
             if least <= number <= most:
                 return number
-        raise refused(name, value, expected)
+        raise refused(name, value, f"{expected}, and at most 2^48" if number > most == MOST_COUNT else expected)
 
     return check
 
@@ -167,6 +173,14 @@ def text(name: str, value: object) -> str:
     return str.__str__(found)
 
 
+def path(name: str, value: object) -> str | Path:
+    """A path."""
+    found = _own(value)
+    if isinstance(found, str | Path) and str(found):
+        return found
+    raise refused(name, value, "a path")
+
+
 def choice(*allowed: str) -> Check:
     """One of some words."""
 
@@ -210,15 +224,19 @@ def functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
 
 
 def refused(name: str, found: object, expected: str) -> ProblemError:
-    """The error that an option was given what it cannot be."""
-    return ProblemError(f"{name} = {_shown.repr(found)} ({type(found).__name__}): expected {expected}")
+    """The error that an option was given what it cannot be; argparse names an option itself, in the place of `name`."""
+    shown = _shown.repr(found)
+    where = as_given(name, found, f"{shown} ({type(found).__name__})") if name else shown
+    return ProblemError(f"{where}: expected {expected}")
 
 
 def _own(value: object) -> object:
-    """A scalar of NumPy or PyTorch, or an array without dimensions, as Python's own."""
+    """A scalar of NumPy or PyTorch, or an array without dimensions, as Python's own; None for one that is masked."""
     torch, np = sys.modules.get("torch"), sys.modules.get("numpy")
     foreign = (*((np.generic, np.ndarray) if np else ()), *((torch.Tensor,) if torch else ()))
     if isinstance(value, foreign) and value.ndim == 0:
+        if getattr(value, "mask", False):
+            return None
         with suppress(RuntimeError):  # a tensor on the device "meta" holds none
             return value.item()
     return value

@@ -6,18 +6,20 @@ and its check in `PROBLEM_OPTIONS`.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
 
 import numpy as np
 
 from oocattn.arguments import Dtype, Option, boolean, dtype, integer, number, refused, scale
+from oocattn.errors import ProblemError
 from oocattn.problem.given import DTYPES, MOST_ITEMS, Array
 from oocattn.problem.options import Window
 from oocattn.problem.scores import LEAST_SCALE, MOST_SCALE, SOFTCAPS
@@ -82,10 +84,8 @@ class ProblemArguments(TypedDict, total=False):
 def window(name: str, value: object) -> Window:
     """Keys before and after a row's own; None and -1 are no bound."""
     expected = "(left, right), each a whole number of keys, or None or -1 for no bound"
-    sides = _items(name, value, expected, 2)
-    if len(sides) != 2:
-        raise refused(name, value, expected)
     check = integer(-1)
+    sides = _pair(name, value, expected)
     left, right = (None if side is None or check(name, side) == -1 else check(name, side) for side in sides)
     return left, right
 
@@ -98,11 +98,9 @@ def softcap(name: str, value: object) -> float | None:
 
 def span(name: str, value: object) -> tuple[int, int]:
     """The first of a range, and one beyond its last."""
-    expected = "(start, stop), two whole numbers"
-    ends = _items(name, value, expected, 2)
-    if len(ends) != 2:
-        raise refused(name, value, expected)
-    start, stop = (integer(0)(name, end) for end in ends)
+    if isinstance(value, range | slice):
+        value = (value.start, value.stop) if value.step in (None, 1) else ()
+    start, stop = (integer(0)(name, end) for end in _pair(name, value, "(start, stop), two whole numbers"))
     return start, stop
 
 
@@ -114,58 +112,84 @@ def indices(name: str, value: object) -> tuple[int, ...]:
 
 def numbers(name: str, value: object) -> Array | str | Path:
     """The numbers of an array argument, of the dtype that it is kept in; a path or name stays as it is."""
-    if isinstance(value, Sized) and not isinstance(value, str) and _length(value) > MOST_ITEMS:
-        raise refused(name, value, f"at most {MOST_ITEMS:,} numbers")
     if isinstance(value, str | os.PathLike):
         return value if isinstance(value, str) else Path(os.fsdecode(value))
+    if _count(value) > MOST_ITEMS:
+        raise refused(name, value, f"at most {MOST_ITEMS:,} numbers")
+    try:
+        array = _as_array(value)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of an array's own class there may be any
+        raise refused(name, value, f"{_expected(name)}, {_FORMS}") from error
+    if np.ma.is_masked(array):
+        raise refused(name, value, f"{_expected(name)}, none of them masked; fill those that are")
+    return kept_array(name, array, lambda expected: refused(name, value, f"{expected}, {_FORMS}"))
+
+
+def _as_array(value: object) -> Array:
+    """A sequence or an array as one of NumPy's; what is masked stays so. Raises an error of any class for anything else."""
     torch = sys.modules.get("torch")
-    array: Array | None = None
-    with suppress(ValueError, TypeError, OverflowError, RuntimeError):
-        if torch is not None and isinstance(value, torch.Tensor):
-            tensor = value.detach().cpu()
-            array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        else:
-            array = np.asarray(value)
-    if array is None:
-        raise refused(name, value, f"{_expected(name)}, {_FORMS}")
-    return kept_array(name, array, value)
+    if torch is not None and isinstance(value, torch.Tensor):
+        return cast(Array, (value.float() if value.is_floating_point() else value).numpy(force=True))
+    if "dask" in sys.modules and sys.modules["dask"].is_dask_collection(value):
+        return _as_array(value.compute())  # type: ignore[attr-defined] # NumPy would be given it without its mask
+    if not isinstance(value, list | tuple) or all(map(_is_number, {*map(type, value)})):
+        return np.asanyarray(value)
+    items = [_as_array(item) for item in value]
+    if len({item.dtype.kind == "b" for item in items}) > 1:
+        raise TypeError("NumPy would count True as 1 among numbers")
+    return cast(Array, np.ma.stack(items))
 
 
-def kept_array(name: str, array: Array, found: object = None) -> Array:
-    """An array as the argument of that name is kept. Raises ProblemError, which shows what was `found`."""
+def _is_number(kind: type) -> bool:
+    """True for a class of numbers; a bool is none."""
+    return issubclass(kind, int | float | np.integer | np.floating) and kind is not bool
+
+
+def kept_array(name: str, array: Array, refuse: Callable[[str], ProblemError]) -> Array:
+    """An array as the argument of that name is kept. Raises what `refuse` makes of what was expected."""
     whole = DTYPES[name].kind == "i"
     supported = array.dtype.kind in ("iu" if whole else "iuf") or (array.dtype.name == "bfloat16" and not whole)
     if not supported or not array.size or array.ndim not in _RANKS.get(name, (1,)) or (whole and array.max() >= 2**63):
-        shown = f"{array.dtype} {list(array.shape)}" if found is None else found
-        raise refused(name, shown, f"{_expected(name)}, {_FORMS}")
+        raise refuse(_expected(name))
     if array.size > MOST_ITEMS:
-        raise refused(name, f"{array.dtype} {list(array.shape)}", f"at most {MOST_ITEMS:,} numbers")
+        raise refuse(f"at most {MOST_ITEMS:,} numbers")
     with warnings.catch_warnings(action="ignore"), np.errstate(over="ignore"):  # what float32 does not hold is refused later
         kept = np.array(array, DTYPES[name], order="C")
     kept.flags.writeable = False
     return kept
 
 
-def _length(value: Sized) -> int:
-    """Its length; 0 where it has none, as an array without dimensions."""
-    with suppress(TypeError):
-        return len(value)
+def _count(value: Any) -> int:
+    """The numbers that an array or the items that a sequence says it has; 0 where it does not say."""
+    with suppress(Exception):  # of an array's own class there may be any
+        return math.prod(value.shape) if hasattr(value, "shape") else len(value)
     return 0
 
 
 def _expected(name: str) -> str:
-    kind = "whole numbers" if DTYPES[name].kind == "i" else "numbers"
-    return f"{kind} [Hq] or [B, Hq]" if name in _RANKS else f"{kind} in one dimension"
+    if DTYPES[name].kind == "i":
+        return "whole numbers in one dimension, no floats, each below 2^63"
+    return "numbers [Hq] or [B, Hq]" if name in _RANKS else "numbers in one dimension"
 
 
 def _items(name: str, value: object, expected: str, most: int) -> Sequence[Any]:
-    """The items of a sequence that is no text, so many at most."""
-    if not isinstance(value, str | bytes):
+    """The items of what has them in an order and is no text, so many at most."""
+    if not isinstance(value, str | bytes | Mapping | Set):
         with suppress(TypeError, RuntimeError):  # a tensor on the device "meta" has none
             items = list(islice(value, most + 1))  # type: ignore[call-overload]
             if len(items) <= most:
                 return items
     raise refused(name, value, expected)
+
+
+def _pair(name: str, value: object, expected: str) -> Sequence[Any]:
+    """The two items of a sequence."""
+    items = _items(name, value, expected, 2)
+    if len(items) != 2:
+        raise refused(name, value, expected)
+    return items
 
 
 PROBLEM_OPTIONS: dict[str, Option] = {

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 from oocattn.errors import ProblemError
+from oocattn.naming import named, setting
+from oocattn.records import Pattern
 
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}  # supported dtypes and their size in bytes
 
@@ -13,8 +16,13 @@ MAX_HEAD_DIM = 1024
 KEY_BIAS = "key_bias"
 """The name of the array that has a number for each key, where q, k and v have a row for each token."""
 
-OTHER_ORDER = "; if the axes are in another order than [B, H, N, D], import the tensors with --layout"
-"""Advice for a shape that may have another order of axes."""
+ArrayName: TypeAlias = Annotated[str, Pattern(f"q|k|v|{KEY_BIAS}")]
+"""The name of an array of a dataset, in records."""
+
+
+def other_order() -> str:
+    """Advice for a shape that may have another order of axes."""
+    return f"; if the axes are in another order than [B, H, N, D], name it with {named('layout')}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class ArraySpec:
             return batch, heads, tokens, head_dim
         raise ProblemError(
             f"array {self.name!r} has shape {list(self.shape)}: expected [B, H, N, D] or [H, N, D]; "
-            "reshape it, or import it with --layout"
+            f"reshape it, or import it with {named('layout')}"
         )
 
 
@@ -49,7 +57,7 @@ def check_arrays(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
         if spec.dtype != q.dtype:
             raise ProblemError(
                 f"array {spec.name!r} has dtype {spec.dtype}: expected {q.dtype}, the dtype of q: all three have one dtype; "
-                "convert one of them, or import the tensors with --dtype"
+                f"convert one of them, or import the tensors with {named('dtype')}"
             )
 
 
@@ -59,8 +67,8 @@ def heads_of_bias(bias: ArraySpec, batch: int, query_heads: int, keys: int) -> i
     if bias.dtype != "float32" or shape not in ((batch, 1, keys), (batch, query_heads, keys)):
         raise ProblemError(
             f"array {bias.name!r} is {bias.dtype} {list(bias.shape)}: expected float32 [{batch}, 1, {keys}] or "
-            f"[{batch}, {query_heads}, {keys}], a bias for each key; write it again, or leave it out with key_bias=False "
-            "(--no-key-bias)"
+            f"[{batch}, {query_heads}, {keys}], a bias for each key; write it again, or leave it out with "
+            f"{setting('key_bias', False)}"
         )
     return shape[1]
 
@@ -81,5 +89,5 @@ def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
             fitting = expected[name][-len(spec.shape) :] if batch == 1 else expected[name]
             raise ProblemError(
                 f"array {spec.name!r} has shape {list(spec.shape)}: expected {fitting}, with {names[name]} ({shapes}); "
-                f"write the one that is wrong again{OTHER_ORDER}"
+                f"write the one that is wrong again{other_order()}"
             )

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -70,6 +71,16 @@ class Bounds:
         """Number of rows."""
         return int(self.edges[-1] - self.edges[0])
 
+    @cached_property
+    def table(self) -> Int64s:
+        """All numbers of the pieces that have rows: int64 [pieces, 10].
+
+        End of the rows, start; offset, least and most of `stop`; fixed; those of `resume`; position.
+        """
+        columns = (self.edges[1:], self.start, self.stop.offset, self.stop.least, self.stop.most, self.fixed)
+        others = (self.resume.offset, self.resume.least, self.resume.most, self.position)
+        return np.stack((*columns, *others), 1)[self.edges[1:] > self.edges[:-1]]
+
     def clipped(self, keys: range) -> Bounds:
         """The part of `keys` that the rows attend."""
         start, fixed = (_clip(bound, keys.start, keys.stop) for bound in (self.start, self.fixed))
@@ -80,6 +91,27 @@ class Bounds:
         ramps = (ramp.moved(rows, keys) for ramp in (self.stop, self.resume))
         stop, resume = ramps
         return Bounds(self.edges - rows, self.start - keys, stop, self.fixed - keys, resume, self.position + rows - keys)
+
+    def without_others(self, kept: Sequence[range]) -> Bounds:
+        """The same where only the keys of some ascending ranges are counted; no row attends another between them.
+
+        Each bound of a piece moves within one range, for between two no key is attended.
+        """
+        starts, lengths = (np.array([numbers(part) for part in kept]) for numbers in (lambda part: part.start, len))
+        shifts = starts - (np.cumsum(lengths) - lengths)  # of the keys of each range
+
+        def place(key: Int64s) -> Int64s:
+            at = np.maximum(np.searchsorted(starts, key, "right") - 1, 0)
+            return cast(Int64s, np.clip(key, starts[at], starts[at] + lengths[at]) - shifts[at])
+
+        def moved(ramp: Ramps, key: Int64s) -> tuple[Ramps, Int64s]:
+            """A ramp with its shift: that of the range which has a key."""
+            shift = shifts[np.maximum(np.searchsorted(starts, key, "right") - 1, 0)]
+            return Ramps(ramp.offset - shift, place(ramp.least), place(ramp.most)), shift
+
+        stop, shift = moved(self.stop, self.stop.at(self.edges[1:] - 1) - 1)
+        resume, _ = moved(self.resume, self.resume.at(self.edges[:-1]))
+        return Bounds(self.edges, place(self.start), stop, place(self.fixed), resume, self.position - shift)
 
     def part(self, rows: range) -> Bounds:
         """The pieces of some of the rows."""
@@ -138,9 +170,13 @@ class Bounds:
 
     def pairs(self) -> npt.NDArray[Any]:
         """The keys that all rows of a piece attend together: int64 [pieces], or Python's integers where they may be many."""
+        return self.pairs_before(self.edges[1:])
+
+    def pairs_before(self, row: Int64s) -> npt.NDArray[Any]:
+        """The same of the rows of each piece before a row of its own: [pieces]."""
         largest = max(int(abs(numbers).max(initial=0)) for numbers in (self.edges, self.stop.most, self.stop.offset))
-        edges = self.edges.astype(np.int64 if largest <= LARGEST else object)
-        return cast(npt.NDArray[Any], self._pairs_before(edges[1:]) - self._pairs_before(edges[:-1]))
+        first, row = (rows.astype(np.int64 if largest <= LARGEST else object) for rows in (self.edges[:-1], row))
+        return cast(npt.NDArray[Any], self._pairs_before(row) - self._pairs_before(first))
 
     def _pairs_before(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
         always = row * (self.fixed - self.start)
@@ -169,9 +205,8 @@ def without_hole(start: Int64s, stop: Int64s, fixed: Int64s, resume: Int64s) -> 
 def merge_ranges(starts: Int64s, stops: Int64s) -> tuple[Int64s, Int64s]:
     """Join ranges that touch or overlap; empty ones are left out."""
     kept = starts < stops
-    starts, stops = starts[kept], stops[kept]
-    order = np.argsort(starts, kind="stable")
-    starts, stops = starts[order], np.maximum.accumulate(stops[order])
+    # Nothing covers the gap before the next start if as many ranges have ended as have started: no range is followed.
+    starts, stops = np.sort(starts[kept]), np.sort(stops[kept])
     apart, end = starts[1:] > stops[:-1], np.ones(len(starts[:1]), bool)
     return starts[np.concatenate([end, apart])], stops[np.concatenate([apart, end])]
 
@@ -179,6 +214,11 @@ def merge_ranges(starts: Int64s, stops: Int64s) -> tuple[Int64s, Int64s]:
 def as_ranges(starts: Int64s, stops: Int64s) -> list[range]:
     """Ranges as Python's own."""
     return [range(start, stop) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+
+
+def hull(parts: Sequence[range]) -> range:
+    """All from the first to the last of some ascending ranges."""
+    return range(parts[0].start, parts[-1].stop)
 
 
 def join_ranges(parts: Iterable[range]) -> list[range]:

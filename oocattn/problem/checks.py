@@ -6,7 +6,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from oocattn.errors import ProblemError
-from oocattn.problem.arrays import DTYPES, MAX_HEAD_DIM, OTHER_ORDER
+from oocattn.naming import as_given, named
+from oocattn.problem.arrays import DTYPES, MAX_HEAD_DIM, other_order
 from oocattn.problem.given import check_given
 
 if TYPE_CHECKING:
@@ -18,16 +19,16 @@ def check_problem(problem: Problem) -> None:
     if problem.query_heads % problem.kv_heads:
         raise ProblemError(
             f"q has {problem.query_heads} heads and k has {problem.kv_heads}: the query heads must be a multiple of the KV "
-            f"heads; write k and v with one head for each group of query heads{OTHER_ORDER}"
+            f"heads; write k and v with one head for each group of query heads{other_order()}"
         )
     for name, dim in (("q", problem.head_dim), ("v", problem.value_dim)):
         if dim > MAX_HEAD_DIM:
             raise ProblemError(
-                f"head dimension {dim} of {name} is larger than {MAX_HEAD_DIM}, the largest supported{OTHER_ORDER}"
+                f"head dimension {dim} of {name} is larger than {MAX_HEAD_DIM}, the largest supported{other_order()}"
             )
     for name, dtype in (("dtype", problem.dtype), ("out_dtype", problem.out_dtype)):
         if dtype not in DTYPES:
-            raise ProblemError(f"{name} = {dtype!r} (str): expected one of {', '.join(DTYPES)}")
+            raise ProblemError(f"{as_given(name, dtype)}: expected one of {', '.join(DTYPES)}")
     if problem.bias_heads not in (0, 1, problem.query_heads):
         raise ProblemError(f"key_bias has {problem.bias_heads} heads: expected 1 or {problem.query_heads}, those of q")
     problem.options.check()
@@ -36,11 +37,12 @@ def check_problem(problem: Problem) -> None:
     given = problem.given
     sizes = {"batch": problem.batch, "query_heads": problem.query_heads, "queries": problem.queries, "keys": problem.keys}
     if given.cu_seqlens_q is None and given.cu_seqlens_k is not None:
-        raise ProblemError("cu_seqlens_k is given without cu_seqlens_q: expected both, or cu_seqlens_q alone for both")
+        names = named("cu_seqlens_q"), named("cu_seqlens_k")
+        raise ProblemError(f"{names[1]} is given without {names[0]}: expected both, or {names[0]} alone for both")
     if given.cu_seqlens_q is not None and given.cu_seqlens_k is None and problem.queries != problem.keys:
         raise ProblemError(
-            f"cu_seqlens_q is given alone, for {problem.queries:,} queries and {problem.keys:,} keys: expected "
-            "cu_seqlens_k too, the boundaries of the same documents among the keys"
+            f"{named('cu_seqlens_q')} is given alone, for {problem.queries:,} queries and {problem.keys:,} keys: expected "
+            f"{named('cu_seqlens_k')} too, the boundaries of the same documents among the keys"
         )
     check_given(given, **sizes)
     if problem.rows * problem.value_dim >= 1 << 63:
@@ -52,12 +54,11 @@ def _check_asked(problem: Problem) -> None:
     start, stop = problem.rows_asked
     if not 0 <= start < stop <= problem.queries:
         raise ProblemError(
-            f"queries = ({start}, {stop}): expected (start, stop) with 0 <= start < stop <= {problem.queries}, the number "
-            "of queries"
+            f"{as_given('queries', (start, stop))}: expected 0 <= start < stop <= {problem.queries:,}, the number of queries"
         )
     heads = problem.heads
     if heads is not None and not (heads and heads[-1] < problem.query_heads and all(a < b for a, b in pairwise(heads))):
         raise ProblemError(
-            f"heads = {list(heads)!r:.80}: expected ascending indices of query heads, each once, up to "
+            f"{as_given('heads', list(heads)):.100}: expected ascending indices of query heads, each once, up to "
             f"{problem.query_heads - 1}"
         )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -18,6 +19,15 @@ class Ramp(NamedTuple):
     def at(self, row: int) -> int:
         """The bound of a row."""
         return min(max(row + self.offset, self.least), self.most)
+
+    def rises_over(self, rows: range) -> bool:
+        """True if the bound is not the same for all rows."""
+        return self.at(rows.start) < self.at(rows.stop - 1)
+
+    def turns(self, rows: range) -> Iterator[int]:
+        """The rows at which the bound begins and ends to rise."""
+        for limit in (self.least, self.most):
+            yield min(max(limit - self.offset, rows.start), rows.stop)
 
     def sum_over(self, rows: range, keys: range) -> int:
         """The sum of the bounds of some rows, each within a range of keys."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from oocattn.errors import ProblemError
+from oocattn.naming import named
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +53,7 @@ class GivenArrays:
             if array is not None:
                 yield field.name, array
 
-    @property
+    @cached_property
     def digests(self) -> Mapping[str, str]:
         """A digest of each, by name: of its shape and its bytes."""
         return {name: digest_of(array) for name, array in self.items()}
@@ -76,14 +78,14 @@ def check_given(given: GivenArrays, *, batch: int, query_heads: int, queries: in
     edges_q, edges_k = given.cu_seqlens_q, given.cu_seqlens_k
     if edges_q is not None and edges_k is not None and len(edges_q) != len(edges_k):
         raise ProblemError(
-            f"cu_seqlens_q has {len(edges_q) - 1:,} documents and cu_seqlens_k has {len(edges_k) - 1:,}: expected as many "
-            "of both; a document without queries or without keys has two equal boundaries"
+            f"{named('cu_seqlens_q')} has {len(edges_q) - 1:,} documents and {named('cu_seqlens_k')} has "
+            f"{len(edges_k) - 1:,}: expected as many of both; a document without queries or keys has two equal boundaries"
         )
     used = given.seqused_k
     if used is not None and edges_q is not None:
         raise ProblemError(
-            "seqused_k and cu_seqlens_q are both given: expected one of them, for documents say themselves how many keys "
-            "each has; leave seqused_k out"
+            f"{named('seqused_k')} and {named('cu_seqlens_q')} are both given: expected one of them, for documents say "
+            f"themselves how many keys each has; leave {named('seqused_k')} out"
         )
     shapes: dict[str, list[tuple[int, ...]]] = {
         "seqused_k": [(batch,)],
@@ -95,12 +97,13 @@ def check_given(given: GivenArrays, *, batch: int, query_heads: int, queries: in
         if array is not None and array.shape not in allowed:
             expected = " or ".join(str(list(shape)) for shape in allowed)
             each = "batch entry" if name == "seqused_k" else "query head of q"
-            raise ProblemError(f"{name} has shape {list(array.shape)}: expected {expected}, a number for each {each}")
+            raise ProblemError(f"{named(name)} has shape {list(array.shape)}: expected {expected}, a number for each {each}")
         if array is not None and not np.isfinite(array).all():
-            raise ProblemError(f"{name} has values that are not finite in float32: expected finite ones")
+            raise ProblemError(f"{named(name)} has values that are not finite in float32: expected finite ones")
     if used is not None and (used.min() < 0 or used.max() > keys):
         raise ProblemError(
-            f"seqused_k has values from {used.min():,} to {used.max():,}: expected 0 to {keys:,}, the number of keys, each"
+            f"{named('seqused_k')} has values from {used.min():,} to {used.max():,}: expected 0 to {keys:,}, "
+            "the number of keys, each"
         )
 
 
@@ -108,12 +111,12 @@ def _check_boundaries(name: str, edges: Array, end: int) -> None:
     """Raise ProblemError unless these are ascending boundaries from 0 to `end`."""
     tokens = f"{end:,}, the number of {'queries' if name.endswith('q') else 'keys'}"
     if edges.ndim != 1 or len(edges) < 2:
-        raise ProblemError(f"{name} has shape {list(edges.shape)}: expected [documents + 1], from 0 to {tokens}")
+        raise ProblemError(f"{named(name)} has shape {list(edges.shape)}: expected [documents + 1], from 0 to {tokens}")
     falls = np.flatnonzero(edges[1:] < edges[:-1])
     if len(falls):
         at = int(falls[0])
         raise ProblemError(
-            f"{name} falls from {edges[at]:,} to {edges[at + 1]:,} at {at + 1}: expected ascending boundaries"
+            f"{named(name)} falls from {edges[at]:,} to {edges[at + 1]:,} at {at + 1}: expected ascending boundaries"
         )
     if edges[0] != 0 or edges[-1] != end:
-        raise ProblemError(f"{name} runs from {edges[0]:,} to {edges[-1]:,}: expected 0 to {tokens}")
+        raise ProblemError(f"{named(name)} runs from {edges[0]:,} to {edges[-1]:,}: expected 0 to {tokens}")

@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -133,7 +133,9 @@ class Mask:
 
     def pairs_between(self, edges: Int64s) -> list[int]:
         """Pairs of the rows between each two of some ascending `edges`, and all keys."""
-        return [self.pairs(range(start, stop)) for start, stop in pairwise(map(int, edges))]
+        document = np.minimum(np.searchsorted(self.query_edges, edges, "right"), self.documents) - 1
+        before = self._pairs_before[document] + self._of_documents(document).pairs_before(edges)
+        return cast(list[int], np.diff(before).tolist())
 
     def cover(self, rows: range, keys: range) -> Cover:
         """The share of a rectangle that is attended: all, some or none of its pairs."""

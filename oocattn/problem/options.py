@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from oocattn.errors import ProblemError
+from oocattn.naming import as_given, named
 from oocattn.problem.given import GivenArrays
 
 Window = tuple[int | None, int | None]
@@ -33,10 +34,11 @@ class ProblemOptions:
         bounded = left is not None or (right is not None and not self.causal)
         if self.sink_tokens and not bounded:
             raise ProblemError(
-                f"sink_tokens = {self.sink_tokens} without a window that would leave them out: give window_size=(left, "
-                "right), or leave sink_tokens out"
+                f"{as_given('sink_tokens', self.sink_tokens)} without a window that would leave them out: give "
+                f"{named('window_size')}, or leave {named('sink_tokens')} out"
             )
         if self.prefix and not (self.causal or bounded):
             raise ProblemError(
-                f"prefix = {self.prefix} where every row attends all keys: give causal or window_size, or leave prefix out"
+                f"{as_given('prefix', self.prefix)} where every row attends all keys: give {named('causal')} or "
+                f"{named('window_size')}, or leave {named('prefix')} out"
             )

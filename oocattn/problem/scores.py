@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from oocattn.errors import ProblemError
+from oocattn.naming import as_given
 from oocattn.records import Range
 
 LEAST_SCALE, MOST_SCALE = 2.0**-126, (2 - 2**-23) * 2.0**127
@@ -31,6 +32,6 @@ class Scores:
     def check(self) -> None:
         """Raise ProblemError for a term that kernels cannot compute with."""
         if not LEAST_SCALE <= self.scale <= MOST_SCALE:
-            raise ProblemError(f"scale = {self.scale} (float): expected {SCALES}")
+            raise ProblemError(f"{as_given('scale', self.scale)}: expected {SCALES}")
         if self.softcap is not None and not LEAST_SCALE <= self.softcap <= MOST_SCALE:
-            raise ProblemError(f"softcap = {self.softcap} (float): expected {SOFTCAPS}")
+            raise ProblemError(f"{as_given('softcap', self.softcap)}: expected {SOFTCAPS}")
