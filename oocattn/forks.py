@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oocattn.errors import ProblemError
+from oocattn.naming import setting
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -63,7 +64,7 @@ def refuse_lost_gpus() -> None:
     if torch.cuda._is_in_bad_fork():
         raise ProblemError(
             f"this process was forked from one that had used CUDA, which does not work in forks: {REMEDY}, or choose a "
-            "kernel for the CPU (--kernel cpu)"
+            f"kernel for the CPU, {setting('kernel', 'cpu')}"
         )
 
 

@@ -6,7 +6,7 @@ attend, and which `runs` puts together. What it gets wrong is kept away from it:
 
 * Keys and values must have as many columns: the fewer are filled up with zeros.
 * No query or no key kills the process, an innermost stride other than 1 gives wrong numbers, and 16-bit inputs cost
-  accuracy: every tile is first copied, as float32 and contiguous, into scratch.
+  accuracy: what is not float32, contiguous and on a cache line is first copied into scratch that is.
 * Its bits depend on the number of threads, for the matrix products of a single block of rows are divided among them, and on
   operands off a cache line: a call has never fewer than `_ROW_QUANTUM` rows, and every tile starts on a cache line.
 * The log-sum-exp of a row whose scores are all large, as of padding masked by -1e9, has lost how many keys it stands for:
@@ -14,7 +14,8 @@ attend, and which `runs` puts together. What it gets wrong is kept away from it:
 * A row whose scores are all -inf comes back as (out 0, lse 0), and a NaN or Inf in a masked value reaches the rows that
   mask it: calls that may meet them go to the reference.
 * A causal call on one head divides its rows, not its work, among the threads, and computes masked keys too: triangles are
-  halved recursively into rectangles and triangles small enough to be level.
+  halved recursively into rectangles and triangles small enough to be level. Of packed documents, each thread has its own
+  (`shares`), in calls on one core.
 
 Scores with terms, and windows of a few keys, are attended in explicit matrix products (`plain.CachedKernel`).
 """
@@ -22,6 +23,7 @@ Scores with terms, and windows of a few keys, are attended in explicit matrix pr
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -32,6 +34,7 @@ from oocattn.kernels.plain import PRODUCT_BYTES, CachedKernel, ReferenceKernel
 from oocattn.kernels.runs import Limits, Run, make_runs
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.shapes import Part, Shape, Sizes, make_parts, narrowest_window
+from oocattn.kernels.shares import Share, attend_shares, make_shares
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.calls import CallSize
@@ -45,11 +48,12 @@ _ROW_TILE = 4096  # rows of one library call over all heads: blocks enough for 1
 _ROW_TILE_PER_HEAD = 1024  # and at least: below 768 rows the library takes blocks of 64 rows, 6% slower
 _ROW_QUANTUM = 64  # rows are padded to two blocks of 32, the library's smallest, or more
 _TRIANGLE = 512  # rows of the triangles that are left: 8 equal blocks of 64 rows, each of 512 keys, masked or not
-_LARGE_TRIANGLE = 1024  # of several at once: no more masked keys are computed, for the library takes blocks of 256 rows
 _WINDOW_BLOCKS = (64, 128, 256, 512, 1024)  # rows of a block of a window, of more keys: of a window, its largest block
 _LARGEST_LSE = 1024.0  # beyond it, float32 keeps less than 14 bits of what a log-sum-exp says of the number of keys
 _LIBRARY_BLOCK = (256, 512)  # rows and keys of the score block that each thread of the library call allocates
-_SIZES = Sizes(_KEY_TILE, _TRIANGLE, _LARGE_TRIANGLE, _WINDOW_BLOCKS)
+_CACHE_LINE = 64  # bytes
+_SIZES = Sizes(_KEY_TILE, _TRIANGLE, _TRIANGLE, _WINDOW_BLOCKS)
+_SIZES_ON_ONE_CORE = _SIZES._replace(triangle=_ROW_TILE)  # no thread waits for the rows with most keys
 
 
 class CpuKernel(Kernel):
@@ -70,24 +74,33 @@ class CpuKernel(Kernel):
         if not most * max(1.0, scale) < torch.finfo(torch.float32).max:
             ReferenceKernel().attend(operands, state)
             return
-        call = _Call(operands, state, may_be_large=most * scale + math.log(keys) > _LARGEST_LSE)
-        limits = Limits(call.row_tile, _KEY_TILE, _ROW_QUANTUM)
-        for of_rows, runs in make_runs(make_parts(rows, keys, intervals, _SIZES), limits):
-            call.load_rows(of_rows)
-            for run in runs:
-                call.attend(run)
+        may_be_large = most * scale + math.log(keys) > _LARGEST_LSE
+        if intervals is None or len(intervals.bounds.start) == 1:
+            _Call(operands, state, may_be_large).attend_all(_SIZES)
+            return
+
+        def attend_share(share: Share) -> None:
+            own = state.rows(share.rows.start, share.rows.stop)
+            _Call(operands.part(share.rows, share.keys), own, may_be_large).attend_all(_SIZES_ON_ONE_CORE)
+
+        attend_shares(make_shares(intervals, _tile_rows(len(operands.query), rows)), attend_share)
 
     def scratch_bytes(self, call: CallSize) -> int:
         tile_rows, columns = call.group_size * _tile_rows(call.group_size, call.rows), max(call.head_dim, call.value_dim)
         tiles = tile_rows * columns + 2 * min(call.keys, _KEY_TILE) * columns
         result = tile_rows * (columns + 1)
+        at_once = call.threads if call.masked else 1  # shares of documents
         block_rows, block_keys = _LIBRARY_BLOCK
         library = call.threads * (4 * block_rows * (block_keys + columns + 2) + PRODUCT_BYTES)
         others = ReferenceKernel().scratch_bytes(call)
         if call.masked or not call.plain:
-            library += 4 * _TRIANGLE**2  # a mask of upper triangles
+            library += at_once * 4 * _TRIANGLE**2  # a mask of upper triangles
             others = max(others, CachedKernel().scratch_bytes(call))
-        return 4 * tiles + max(4 * result + library + max(SCRATCH_BYTES, 4 * tile_rows), others)
+        beside = max(SCRATCH_BYTES, 4 * tile_rows)
+        if call.masked:  # a share may have to go to the reference, by itself
+            share = replace(call, rows=min(call.rows, _tile_rows(call.group_size, call.rows)), threads=1)
+            beside = max(beside, ReferenceKernel().scratch_bytes(share))
+        return at_once * 4 * tiles + max(library + at_once * (4 * result + beside), others)
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         return "it runs on CPUs" if device.type != "cpu" else unsupported_dtype(dtype, DTYPES)
@@ -96,18 +109,28 @@ class CpuKernel(Kernel):
 class _Call:
     """One call of `attend`, its operands and scratch; rows and keys are the call's."""
 
-    def __init__(self, operands: Operands, state: AttentionState, *, may_be_large: bool) -> None:
+    def __init__(self, operands: Operands, state: AttentionState, may_be_large: bool) -> None:
         (group_size, rows, self.head_dim), device = operands.query.shape, operands.query.device
         self.operands, self.state, self.may_be_large = operands, state, may_be_large
         self.row_tile = _tile_rows(group_size, rows)
         self.value_dim = operands.value.shape[1]
         columns = max(self.head_dim, self.value_dim)
         self.query_tile = torch.zeros((group_size, self.row_tile, columns), dtype=torch.float32, device=device)
-        self.key_tile = torch.zeros((min(operands.keys, _KEY_TILE), columns), dtype=torch.float32, device=device)
-        self.value_tile = torch.zeros_like(self.key_tile)
         self.first_row = 0
-        self.loaded_keys = range(0)
+        if _is_ready(operands.key, columns) and _is_ready(operands.value, columns):
+            self.key_tile, self.value_tile, self.loaded_keys = operands.key, operands.value, range(operands.keys)
+        else:
+            self.key_tile = torch.zeros((min(operands.keys, _KEY_TILE), columns), dtype=torch.float32, device=device)
+            self.value_tile, self.loaded_keys = torch.zeros_like(self.key_tile), range(0)
         self.upper_mask: torch.Tensor | None = None
+
+    def attend_all(self, sizes: Sizes) -> None:
+        """Add what the call is to attend to the state, in parts of these sizes."""
+        operands, limits = self.operands, Limits(self.row_tile, _KEY_TILE, _ROW_QUANTUM)
+        for of_rows, runs in make_runs(make_parts(operands.rows, operands.keys, operands.intervals, sizes), limits):
+            self.load_rows(of_rows)
+            for run in runs:
+                self.attend(run)
 
     def load_rows(self, rows: range) -> None:
         """Make these rows of the call the ones to attend with; those after them are computed and dropped."""
@@ -204,6 +227,12 @@ def _fold(num: torch.Tensor, den: torch.Tensor, maximum: torch.Tensor, out: torc
     num.mul_(kept.unsqueeze(-1)).add_(out.mul_(added.unsqueeze(-1)))
     den.mul_(kept).add_(added)
     maximum.copy_(new)
+
+
+def _is_ready(tensor: torch.Tensor, columns: int) -> bool:
+    """True if the library can take every row [columns] where it lies: float32, side by side, each on a cache line."""
+    aligned = tensor.data_ptr() % _CACHE_LINE == 0 and 4 * columns % _CACHE_LINE == 0
+    return aligned and tensor.dtype == torch.float32 and tensor.shape[1] == columns and tensor.is_contiguous()
 
 
 def _is_narrow(intervals: Intervals | None) -> bool:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from oocattn.problem.bounds import Bounds, Int64s, Ramps
+from oocattn.problem.bounds import Bounds, Int64s, Ramps, hull
 from oocattn.problem.mask import Mask
 
 Int32s = npt.NDArray[np.int32]
+
+_FAR = 1 << 30  # a position beyond any key of a call
 
 
 class Band(NamedTuple):
@@ -39,7 +42,7 @@ class Intervals:
         """True if every row attends every key."""
         return int(self.bounds.pairs().sum()) == self.rows * self.keys
 
-    @property
+    @cached_property
     def band(self) -> Band | None:
         """The band that these are, such as (1 - rows, 1) of a triangle; None where the bounds have another shape."""
         bounds = self.bounds
@@ -59,9 +62,16 @@ class Intervals:
                 return slope
         return None
 
+    @classmethod
+    def of(cls, bounds: Bounds, rows: range, *keys: range) -> Intervals:
+        """The intervals of a call that has these rows and ranges of keys, whose bounds are those of the rows within them."""
+        if len(keys) == 1:
+            return cls(len(rows), len(keys[0]), bounds.moved(rows.start, keys[0].start))
+        return cls(len(rows), sum(map(len, keys)), bounds.moved(rows.start, 0).without_others(keys))
+
     def part(self, rows: range, keys: range) -> Intervals:
         """The intervals of a tile of the call."""
-        return Intervals(len(rows), len(keys), _relative(self.bounds.part(rows), rows, keys))
+        return Intervals.of(self.bounds.part(rows).clipped(keys), rows, keys)
 
     def live_keys(self, rows: range) -> list[range]:
         """The keys of the call that any of some rows attends: ascending ranges that do not touch."""
@@ -74,6 +84,14 @@ class Intervals:
             if first < last:
                 yield range(first, last), self.part(range(first, last), range(self.keys))
 
+    @cached_property
+    def table(self) -> Int64s:
+        """The bounds' table with offsets and positions that 32 bits hold; the bounds stay what they are."""
+        table = self.bounds.table.copy()
+        table[:, 2:7:4] = table[:, 2:7:4].clip(-self.rows, self.keys)
+        table[:, 9] = table[:, 9].clip(-_FAR, _FAR)
+        return table
+
     def values(self) -> Int32s:
         """The bounds a <= b <= c <= d of every row: int32 [rows, 4]."""
         return self.bounds.values().astype(np.int32)
@@ -83,10 +101,9 @@ class Intervals:
         return self.bounds.positions()
 
 
-def make_intervals(mask: Mask, rows: range, keys: range) -> Intervals:
-    """The part of `keys` that consecutive `rows` attend, as kernels take it."""
-    return Intervals(len(rows), len(keys), _relative(mask.bounds(rows), rows, keys))
+def make_intervals(mask: Mask, rows: range, *keys: range) -> Intervals:
+    """What consecutive `rows` attend of some ascending ranges of keys, one after another, as kernels take it.
 
-
-def _relative(bounds: Bounds, rows: range, keys: range) -> Bounds:
-    return bounds.clipped(keys).moved(rows.start, keys.start)
+    No row attends a key between two of the ranges. Positions are right where no document has keys of two.
+    """
+    return Intervals.of(mask.bounds(rows, hull(keys)), rows, *keys)

@@ -69,7 +69,7 @@ class Operands:
     @property
     def keys(self) -> int:
         """Keys, m."""
-        return len(self.key)
+        return self.key.shape[0]
 
     @property
     def is_plain(self) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
 
@@ -16,7 +18,6 @@ from oocattn.kernels.merging import SCRATCH_BYTES, finite_shift, merge
 from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.arrays import DTYPES
-from oocattn.problem.bounds import Int64s
 from oocattn.problem.calls import CallSize
 
 _CUBLAS_WORKSPACE = 32 << 20  # bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others
@@ -67,12 +68,13 @@ class PlainKernel(Kernel):
         intervals = None if tile.intervals is None or tile.intervals.is_full else tile.intervals.values()
         query, key, value = (tensor.to(self.precision) for tensor in (tile.query, tile.key, tile.value))
         scores = self._product(query * tile.scores.scale, key.T)  # [g, rows, keys]
-        _add_terms(scores, tile)
+        less = _add_terms(scores, tile)
         if intervals is not None:
             _hide(scores, intervals)
         maximum = scores.amax(-1)
-        kept = maximum.float()  # as the state holds it
-        weights = self._exp(scores.sub_(_shift(maximum, kept).unsqueeze(-1)))
+        kept = (maximum if less is None else maximum - less).float()  # as the state holds it
+        shift = _shift(maximum, kept if less is None else (kept + less).to(maximum.dtype))
+        weights = self._exp(scores.sub_(shift.unsqueeze(-1)))
         num = self._weighted_sum(weights, value, intervals)
         merge(state, AttentionState.without_ledger(num.float(), weights.sum(-1).float(), kept))
 
@@ -117,7 +119,8 @@ class PlainKernel(Kernel):
         counted = (keys + 1) * columns * 4, *[rows * columns * 4] * 2, 4 * rows * columns, rows * columns * itemsize
         vectors = 8 * group_size * rows * itemsize + rows * 16 * (4 + 1)
         scores = group_size * rows * keys * itemsize
-        terms = () if call.plain else (rows * keys * itemsize, group_size * keys * itemsize)  # distances, biases
+        distances, biases, far = rows * keys * itemsize, group_size * keys * itemsize, 4 * group_size * rows * 8
+        terms = () if call.plain else (distances, biases, far)
         return (scores, *terms, (rows + 1) * keys, *[of_query] * 2, *[of_value] * 3, *counted, vectors, SCRATCH_BYTES)
 
 
@@ -161,20 +164,29 @@ class ReferenceKernel(PlainKernel):
         return sum(self._tile_bytes(call)) + call.threads * PRODUCT_BYTES
 
 
-def _add_terms(scores: torch.Tensor, tile: Operands) -> None:
-    """Apply softcap, slopes and bias to scaled scores [g, rows, keys], in place."""
-    cap = tile.scores.softcap
+def _add_terms(scores: torch.Tensor, tile: Operands) -> torch.Tensor | None:
+    """Apply softcap, slopes and bias to scaled scores [g, rows, keys], in place; return what they are then too high by.
+
+    That is ALiBi's term of the tile's key next to each row, float64 [g, rows], or None. It may be far larger than what tells
+    the row's keys apart, which float32 would lose in the sum.
+    """
+    cap, less = tile.scores.softcap, None
     if cap is not None:
         scores.div_(cap).tanh_().mul_(cap)
     if tile.slopes is not None:
         assert tile.intervals is not None
-        position = _on_device(tile.intervals.positions(), scores.device).to(scores.dtype)
+        position = tile.intervals.positions()
+        nearest = position.clip(0, scores.shape[-1] - 1)
         key = torch.arange(scores.shape[-1], dtype=scores.dtype, device=scores.device)
-        distance = (position.unsqueeze(-1) - key).abs_()
+        distance = (_on_device(nearest, scores.device).to(scores.dtype).unsqueeze(-1) - key).abs_()
         for of_head, slope in zip(scores, tile.slopes, strict=True):
             of_head.sub_(distance, alpha=slope)
+        apart = np.abs(position - nearest)
+        if apart.any():
+            less = _on_device(np.outer(np.array(tile.slopes, np.float64), apart), scores.device)
     if tile.key_bias is not None:
         scores.add_(tile.key_bias.to(scores.dtype).unsqueeze(1))
+    return less
 
 
 def _shift(maximum: torch.Tensor, state_maximum: torch.Tensor) -> torch.Tensor:
@@ -216,7 +228,7 @@ def _sum_not_finite(value: torch.Tensor, intervals: torch.Tensor) -> torch.Tenso
     return total.masked_fill_(nan.logical_or_(above.logical_and_(below)), math.nan)
 
 
-def _on_device(numbers: Int32s | Int64s, device: torch.device) -> torch.Tensor:
+def _on_device(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """Numbers of rows on a device; nothing waits for the copy."""
     tensor = torch.from_numpy(numbers)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from oocattn.errors import ProblemError
+from oocattn.naming import named
 
 if TYPE_CHECKING:  # PyTorch takes seconds, and the names of kernels are known without it
     import torch
@@ -87,7 +88,8 @@ def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: 
     others = [other for other in names if not get_kernel(other).unsupported_reason(*asked)]
     raise ProblemError(
         f"kernel {name!r} cannot attend {_operands(dtype, head_dim, value_dim)} on {device}: {reason}"
-        + (f"; choose one of {', '.join(others)} or leave --kernel out" if others else "; leave --kernel out")
+        + (f"; choose one of {', '.join(others)} or" if others else ";")
+        + f" leave {named('kernel')} out"
     )
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from oocattn.kernels.intervals import Intervals
 from oocattn.kernels.tiles import make_tiles
+from oocattn.problem.document import Ramp
 from oocattn.units import round_up
 
 
@@ -44,39 +45,12 @@ class Part(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The most keys of a part, rows of a triangle, and rows of a block where both ends of a window move.
-
-    Triangles of a document of `large_triangle` rows, twice or more, are that large: several make one run.
-    """
+    """The most keys of a part, rows of a lower and of an upper triangle, and rows of a block where a window moves."""
 
     keys: int
     triangle: int
-    large_triangle: int
+    upper_triangle: int
     blocks: tuple[int, ...]
-
-    def for_rows(self, rows: int) -> Sizes:
-        """The sizes for one of several documents, of so many rows."""
-        return self._replace(triangle=self.large_triangle) if rows >= 2 * self.large_triangle else self
-
-
-class _Ramp(NamedTuple):
-    """A bound of rows: row + offset, between two limits."""
-
-    offset: int
-    least: int
-    most: int
-
-    def at(self, row: int) -> int:
-        return min(max(row + self.offset, self.least), self.most)
-
-    def moves(self, rows: range) -> bool:
-        """True if the bound is not the same for all rows."""
-        return self.at(rows.start) < self.at(rows.stop - 1)
-
-    def cuts(self, rows: range) -> Iterator[int]:
-        """The rows at which the bound begins and ends to move."""
-        for limit in (self.least, self.most):
-            yield min(max(limit - self.offset, rows.start), rows.stop)
 
 
 def narrowest_window(intervals: Intervals) -> int | None:
@@ -92,25 +66,23 @@ def make_parts(rows: int, keys: int, intervals: Intervals | None, sizes: Sizes) 
     A window whose ends both move must have more keys than the smallest block has rows.
     """
     if intervals is None:
-        yield from _below(range(rows), 0, _Ramp(0, keys, keys), sizes)
+        yield from _below(range(rows), 0, Ramp(0, keys, keys), sizes)
         return
-    documents = len(intervals.bounds.start)
     for of_rows, lower, upper in _bands(intervals):
-        if not lower.moves(of_rows):
-            of_document = sizes if documents == 1 else sizes.for_rows(len(of_rows))
-            yield from _below(of_rows, lower.at(of_rows.start), upper, of_document)
+        if not lower.rises_over(of_rows):
+            yield from _below(of_rows, lower.at(of_rows.start), upper, sizes)
             continue
-        for start, stop in pairwise(sorted({of_rows.start, of_rows.stop, *lower.cuts(of_rows), *upper.cuts(of_rows)})):
+        for start, stop in pairwise(sorted({of_rows.start, of_rows.stop, *lower.turns(of_rows), *upper.turns(of_rows)})):
             part = range(start, stop)
-            if not lower.moves(part):
+            if not lower.rises_over(part):
                 yield from _below(part, lower.at(start), upper, sizes)
-            elif not upper.moves(part):
+            elif not upper.rises_over(part):
                 yield from _above(part, lower.offset, upper.at(start), sizes)
             else:
                 yield from _window(part, lower.offset, upper.offset, sizes)
 
 
-def _bands(intervals: Intervals) -> Iterator[tuple[range, _Ramp, _Ramp]]:
+def _bands(intervals: Intervals) -> Iterator[tuple[range, Ramp, Ramp]]:
     """Rows, and two bounds between which they attend the keys: one or two for each document."""
     bounds = intervals.bounds
     ramps = (column for ramp in (bounds.stop, bounds.resume) for column in (ramp.offset, ramp.least, ramp.most))
@@ -118,17 +90,17 @@ def _bands(intervals: Intervals) -> Iterator[tuple[range, _Ramp, _Ramp]]:
     for first, last, start, fixed, *numbers in zip(*(column.tolist() for column in columns), strict=True):
         if first == last:
             continue
-        rows, stop, resume = range(first, last), _Ramp(*numbers[:3]), _Ramp(*numbers[3:])
-        begin = _Ramp(0, start, start)
+        rows, stop, resume = range(first, last), Ramp(*numbers[:3]), Ramp(*numbers[3:])
+        begin = Ramp(0, start, start)
         if resume.at(last - 1) <= fixed:
             yield rows, begin, stop  # no row has a hole
             continue
         if start < fixed:
-            yield rows, begin, _Ramp(stop.offset, min(stop.least, fixed), min(stop.most, fixed))
+            yield rows, begin, Ramp(stop.offset, min(stop.least, fixed), min(stop.most, fixed))
         yield rows, resume, stop
 
 
-def _below(rows: range, start: int, upper: _Ramp, sizes: Sizes) -> Iterator[Part]:
+def _below(rows: range, start: int, upper: Ramp, sizes: Sizes) -> Iterator[Part]:
     """Row i attends the keys from `start` up to its bound."""
     if rows.start + upper.offset < upper.least > start:  # the limit binds: a prefix that all rows attend
         yield from _rectangle(rows, range(start, upper.least), sizes)
@@ -143,7 +115,8 @@ def _below(rows: range, start: int, upper: _Ramp, sizes: Sizes) -> Iterator[Part
 def _above(rows: range, offset: int, stop: int, sizes: Sizes) -> Iterator[Part]:
     """Row i attends keys [i + offset, stop): with rows and keys reversed, those up to a bound."""
     first, last = rows.start + offset, rows.stop - 1
-    for part in _below(range(len(rows)), 0, _Ramp(stop - offset - last, 0, max(0, stop - first)), sizes):
+    sizes = sizes._replace(triangle=sizes.upper_triangle)
+    for part in _below(range(len(rows)), 0, Ramp(stop - offset - last, 0, max(0, stop - first)), sizes):
         row, key = rows.stop - part.row - part.rows, stop - part.key - part.keys
         yield Part(_MIRRORED[part.shape], row, part.rows, key, part.keys)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -14,10 +15,14 @@ from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
 from oocattn.operations.base import Input
 from oocattn.operations.ledger import LedgerChecker, enter_tile
-from oocattn.operations.staging import StagedRows
+from oocattn.operations.staging import MOST_KEPT_DOCUMENTS, StagedRows
 from oocattn.operations.tiles import Tile, make_tiles
 from oocattn.planning.plan import Plan
+from oocattn.problem.mask import Mask
 from oocattn.problem.problem import HeadGroup
+
+KEPT_PIECES = 256  # pieces of query rows whose tiles are kept for the next head group of the same mask
+MOST_KEPT_TILES = 16  # of such a piece: each takes 1 to 5 kilobytes
 
 
 class Forward:
@@ -28,6 +33,7 @@ class Forward:
         self._problem = problem = plan.problem
         self._kernel = get_kernel(plan.kernel)
         self._ledger = LedgerChecker()
+        self._kept_tiles = lru_cache(KEPT_PIECES)(partial(_cut_all, plan))
         dtype = getattr(torch, problem.dtype)
         self.query_inputs = (Input("q", problem.head_dim, dtype),)
         bias = (Input("key_bias", 0, torch.float32),) if problem.bias_heads else ()
@@ -45,12 +51,10 @@ class Forward:
         return not shared or head_group % self._problem.entry_groups == 0
 
     def tiles(self, head_group: int, block: Block, staged: StagedRows, rows: range, size: int) -> Iterator[Tile]:
-        plan, mask = self._plan, self._plan.mask(head_group)
-        join = self._problem.given.alibi_slopes is None  # with slopes, the distance of keys must be that of their places
-        queries = plan.query_rows(block.query_chunk)
-        return make_tiles(
-            mask, queries, lambda chunk: plan.grid.keys(chunk, mask.keys), block, staged, rows, size, join=join
-        )
+        mask = self._plan.mask(head_group)
+        if mask.documents > MOST_KEPT_DOCUMENTS or staged.key_total > MOST_KEPT_TILES * size:
+            return _cut(self._plan, mask, block, staged, rows, size)
+        return iter(self._kept_tiles(mask, block, staged, rows, size))
 
     def compute(
         self, head_group: int, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState
@@ -83,3 +87,14 @@ class Forward:
     def expected(self, head_group: int, row: int) -> tuple[int, int]:
         keys, key_sum = self._plan.mask(head_group).ledger(range(row, row + 1))
         return int(keys[0]), int(key_sum[0])
+
+
+def _cut(plan: Plan, mask: Mask, block: Block, staged: StagedRows, rows: range, size: int) -> Iterator[Tile]:
+    """The tiles of some rows of a block."""
+    join = plan.problem.given.alibi_slopes is None  # with slopes, the distance of keys must be that of their places
+    queries = plan.query_rows(block.query_chunk)
+    return make_tiles(mask, queries, lambda chunk: plan.grid.keys(chunk, mask.keys), block, staged, rows, size, join=join)
+
+
+def _cut_all(plan: Plan, mask: Mask, block: Block, staged: StagedRows, rows: range, size: int) -> tuple[Tile, ...]:
+    return tuple(_cut(plan, mask, block, staged, rows, size))

@@ -28,8 +28,7 @@ def enter_tile(state: AttentionState, tile: Tile) -> None:
         key_sum = sum(len(run) * (run.start + run.stop - 1) // 2 for run in tile.key_tokens)
         enter(state, None, keys=len(tile.keys), key_sum=key_sum)
         return
-    (keys,) = tile.key_tokens
-    enter(state, tile.mask.bounds(tile.row_tokens, keys).moved(tile.row_tokens.start, 0))
+    enter(state, tile.ledger)
 
 
 class LedgerChecker:

@@ -12,6 +12,9 @@ from oocattn.planning.plan import Plan
 from oocattn.problem.bounds import join_ranges
 from oocattn.problem.mask import Mask
 
+MOST_KEPT_DOCUMENTS = 4096
+"""Of a mask whose staged rows and tiles are kept for its next head group: both take 300 bytes for each document."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -31,9 +34,12 @@ class Run:
         return Run(rows, range(start, start + len(rows)), self.counted_for)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StagedRows:
-    """The staged rows of a subproblem, by chunk: ascending runs. `key_total` is the number of keys."""
+    """The staged rows of a subproblem, by chunk: ascending runs. `key_total` is the number of keys.
+
+    Head groups of one mask may share it.
+    """
 
     queries: dict[int, list[Run]]
     keys: dict[int, list[Run]]

@@ -11,6 +11,7 @@ from oocattn.problem.calls import CallSize
 from oocattn.units import ceil_div, round_up
 
 PANEL = 64  # columns that are loaded at a time
+ROWS_OF_CONSUMER = 64  # of a tile, for each group of warps that multiplies
 KEYS_OF_STEP = 128  # `KEYS` of items.cuh
 MOST_SPAN = 16_384  # keys of one accumulation: its error is a third of the weights' (NOTES.md)
 PROCESSORS = 132  # multiprocessors to choose spans for, on any GPU, so that all give the same bits
@@ -37,7 +38,7 @@ class Tuning:
     @property
     def rows(self) -> int:
         """Rows of a tile."""
-        return 64 * self.consumers
+        return ROWS_OF_CONSUMER * self.consumers
 
 
 def tuning_for(value_dim: int, *, plain: bool) -> Tuning:
@@ -112,4 +113,6 @@ def scratch_sizes(call: CallSize) -> tuple[int, ...]:
     if call.masked or not call.plain:
         items = most_listed(heads, call.rows, min(call.keys, MOST_LISTED_KEYS), tile)
         sizes.append(4 * (4 + (not call.plain)) * tiles * tile + 16 * (2 * tiles + items))
+    if not call.plain:
+        sizes += [8 * heads * call.rows] * 5  # of rows that lie far away
     return tuple(sizes)

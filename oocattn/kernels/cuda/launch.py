@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from itertools import pairwise, product
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from cuda.bindings import driver
 
+from oocattn.kernels.cuda.far import brought_near, continued_far_away
 from oocattn.kernels.cuda.items import (
     ITEMS,
     KEYS_OF_STEP,
@@ -120,11 +122,17 @@ def _attend_listed(variant: Variant, operands: Operands, state: AttentionState) 
     """List the items on the GPU, then launch."""
     assert operands.intervals is not None
     query, consumers = operands.query, variant.tuning.consumers
-    listed = list_items(len(query), operands.intervals, consumers, query.device, positions=variant.slopes)
+    intervals = operands.intervals
+    continued: AbstractContextManager[None] = nullcontext()
+    if operands.slopes is not None:
+        intervals, distance = brought_near(intervals)
+        continued = continued_far_away(state, operands.slopes, distance)
+    listed = list_items(len(query), intervals, consumers, query.device, positions=variant.slopes)
     items = _LISTED_OF_TILE * listed.layout.tiles * len(query)
     _check_count(operands, listed.layout.counters, listed.layout.most_items * len(query))
     call = _call(variant, operands, (ceil_div(items, ITEMS), 0, 0), listed.addresses)
-    _launch(variant, operands, state_of(state), items, call)
+    with continued:
+        _launch(variant, operands, state_of(state), items, call)
 
 
 def _attend_split(variant: Variant, operands: Operands, state: AttentionState) -> None:

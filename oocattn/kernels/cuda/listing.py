@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from oocattn.kernels.cuda.items import COUNTERS, FEWEST_STEPS, KEYS_OF_STEP, MOST_SPAN, PROCESSORS, most_listed
-from oocattn.kernels.cuda.pieces import cut, most_pieces, piece_table
+from oocattn.kernels.cuda.items import (
+    COUNTERS,
+    FEWEST_STEPS,
+    KEYS_OF_STEP,
+    MOST_SPAN,
+    PROCESSORS,
+    ROWS_OF_CONSUMER,
+    most_listed,
+)
+from oocattn.kernels.cuda.pieces import cut, most_pieces
 from oocattn.kernels.cuda.program import Program
 from oocattn.kernels.intervals import Intervals
 from oocattn.units import ceil_div
 
 MOST_PIECES = most_pieces(np.int32)
-_FAR = 1 << 30
 
 
 class _Listing(ctypes.Structure):
@@ -42,14 +49,14 @@ class Layout:
     @property
     def tile(self) -> int:
         """Rows of a tile."""
-        return 64 * self.consumers
+        return ROWS_OF_CONSUMER * self.consumers
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         """Tiles of a head."""
         return ceil_div(self.rows, self.tile)
 
-    @property
+    @cached_property
     def most_items(self) -> int:
         """The most items of a head."""
         return most_listed(self.heads, self.rows, self.keys, self.tile)
@@ -59,11 +66,19 @@ class Layout:
         """Numbers that are 0 at first."""
         return COUNTERS + self.heads * self.tiles * self.consumers
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Of the items, walks, wholes, bounds and positions."""
         rows = self.tiles * self.tile
         return 4 * self.most_items, 4 * self.tiles, 4 * self.tiles, 4 * rows, rows if self.positions else 0
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The places, in bytes, at which they begin."""
+        return tuple(accumulate((4 * size for size in self.sizes[:-1]), initial=0))
+
+
+layout_of = lru_cache(1024)(Layout)
 
 
 @dataclass(frozen=True)
@@ -74,12 +89,11 @@ class Listed:
     counters: torch.Tensor
     numbers: torch.Tensor
 
-    @property
+    @cached_property
     def addresses(self) -> tuple[int, ...]:
         """Next item, turns, number of items, items, walks, wholes, bounds, positions."""
-        counters = self.counters.data_ptr()
-        starts = np.cumsum((0, *self.layout.sizes[:-1])).tolist()
-        found = [self.numbers.data_ptr() + 4 * start for start in starts]
+        counters, numbers = self.counters.data_ptr(), self.numbers.data_ptr()
+        found = [numbers + start for start in self.layout.starts]
         return counters, counters + 4 * COUNTERS, counters + 8, *found[:4], found[4] if self.layout.positions else 0
 
     def parts(self) -> tuple[torch.Tensor, ...]:
@@ -91,22 +105,14 @@ class Listed:
 
 def list_items(heads: int, intervals: Intervals, consumers: int, device: torch.device, *, positions: bool) -> Listed:
     """List the items of a call of `intervals`, of MOST_PIECES pieces at most, in one launch."""
-    layout = Layout(heads, intervals.rows, intervals.keys, consumers, positions)
+    layout = layout_of(heads, intervals.rows, intervals.keys, consumers, positions)
     counters = torch.zeros(layout.counters, dtype=torch.int32, device=device)
     listed = Listed(layout, counters, torch.empty(sum(layout.sizes), dtype=torch.int32, device=device))
     start, _, *others = listed.addresses
     listing = _Listing(layout.rows, layout.tiles, heads, start + 4, *others)
-    ((_, pieces),) = cut(_narrowed(intervals), np.int32)
+    ((_, pieces),) = cut(intervals.table, np.int32)
     _program(consumers).launch("list", device, layout.tiles, layout.tile, (pieces, listing))
     return listed
-
-
-def _narrowed(intervals: Intervals) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The pieces, with offsets and positions that 32 bits hold; bounds stay what they are."""
-    table = piece_table(intervals.bounds)
-    table[:, [2, 6]] = table[:, [2, 6]].clip(-intervals.rows, intervals.keys)
-    table[:, 9] = table[:, 9].clip(-_FAR, _FAR)
-    return table
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from oocattn.kernels.cuda.pieces import cut, most_pieces, no_pieces, piece_table
+from oocattn.kernels.cuda.pieces import cut, most_pieces, no_pieces
 from oocattn.kernels.cuda.program import Program
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.bounds import Bounds
@@ -80,7 +80,7 @@ def finalise(state: AttentionState, out: torch.Tensor, lse: torch.Tensor, sinks:
 def enter(state: AttentionState, bounds: Bounds | None, keys: int, key_sum: int) -> None:
     program, device = _program(state.num.shape[-1]), state.num.device
     every = range(len(state.keys))
-    for rows, pieces in [(every, no_pieces(np.int64))] if bounds is None else cut(piece_table(bounds), np.int64):
+    for rows, pieces in [(every, no_pieces(np.int64))] if bounds is None else cut(bounds.table, np.int64):
         numbers = ctypes.c_ulonglong(keys % (1 << 64)), ctypes.c_ulonglong(key_sum % (1 << 64))
         arguments = (state_of(state), *numbers, pieces, ctypes.c_longlong(len(rows)))
         if rows:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from oocattn.problem.bounds import Bounds
 
 COLUMNS = 10  # numbers of a `Piece` of pieces.cuh
 MOST_BYTES = 16_384  # of a launch's pieces; its arguments may have twice as many
@@ -23,16 +22,8 @@ def most_pieces(integer: Integer) -> int:
     return MOST_BYTES // np.dtype(integer).itemsize // COLUMNS
 
 
-def piece_table(bounds: Bounds) -> npt.NDArray[np.int64]:
-    """The pieces that have rows, as in pieces.cuh: int64 [pieces, COLUMNS]."""
-    stop, resume = bounds.stop, bounds.resume
-    columns = (bounds.edges[1:], bounds.start, stop.offset, stop.least, stop.most, bounds.fixed)
-    table = np.stack((*columns, resume.offset, resume.least, resume.most, bounds.position), 1)
-    return table[bounds.edges[1:] > bounds.edges[:-1]]
-
-
 def cut(table: npt.NDArray[np.int64], integer: Integer, first_row: int = 0) -> Iterator[tuple[range, ctypes.Array[Any]]]:
-    """The rows of each launch, and its argument `Pieces`."""
+    """The rows of each launch, and its argument `Pieces`, of `Bounds.table`, whose columns are those of pieces.cuh."""
     most = most_pieces(integer)
     for first in range(0, len(table), most):
         part = table[first : first + most]
@@ -44,6 +35,7 @@ def cut(table: npt.NDArray[np.int64], integer: Integer, first_row: int = 0) -> I
         first_row = stop_row
 
 
+@cache
 def no_pieces(integer: Integer) -> ctypes.Array[Any]:
     """The argument `Pieces` where there are none."""
     return next(cut(np.zeros((1, COLUMNS), np.int64), integer))[1]

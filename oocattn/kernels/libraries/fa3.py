@@ -7,6 +7,7 @@ Shah et al., arXiv 2407.08608. Its official build is the module `flash_attn_inte
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -30,7 +31,7 @@ class Fa3Kernel(LibraryKernel):
         reason = hopper_reason(device) or unsupported_dtype(dtype, HALF_DTYPES)
         if reason:
             return reason
-        if _library() is None:
+        if library_call() is None:
             return f"neither {' nor '.join(_MODULES)} is installed"
         return self._refusal(device, dtype, head_dim, value_dim)
 
@@ -46,7 +47,7 @@ class Fa3Kernel(LibraryKernel):
         return ""
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        attend = _library()
+        attend = library_call()
         assert attend is not None, "`unsupported_reason` was not asked"
         out, lse, *_ = attend(
             query.transpose(0, 1).unsqueeze(0),  # [1, n, g, D]
@@ -60,12 +61,10 @@ class Fa3Kernel(LibraryKernel):
 
 
 @cache
-def _library() -> Callable[..., Any] | None:
-    """The library's attention function, if one is installed and loads."""
-    for name in _MODULES:
-        try:
-            attend: Callable[..., Any] = import_module(name).flash_attn_func
-        except (ImportError, OSError):
-            continue
-        return attend
+def library_call(name: str = "flash_attn_func") -> Callable[..., Any] | None:
+    """The library's function of that name, if a build that has it is installed and loads."""
+    for module in _MODULES:
+        with suppress(ImportError, OSError, AttributeError):
+            found: Callable[..., Any] = getattr(import_module(module), name)
+            return found
     return None
