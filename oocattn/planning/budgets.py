@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 from oocattn.errors import BudgetError
+from oocattn.naming import named, setting
 from oocattn.planning.plan import Plan
 from oocattn.units import ceil_div, format_bytes, format_seconds, round_up
 
@@ -60,13 +61,15 @@ def crowded_warning(plan: Plan, replan: Replan) -> str:
     unpinned = replan(1)
     if unpinned is not None and unpinned.seconds * WORTHWHILE_SPEEDUP < plan.seconds:
         seconds = format_seconds(unpinned.seconds)
-        return f"{found}: leave --chunks and --decomposition to the plan, which then takes {seconds} in all"
+        return (
+            f"{found}: leave {named('chunks')} and {named('decomposition')} to the plan, which then takes {seconds} in all"
+        )
     faster = faster_plans(plan, replan)
     if not faster:
         return f"{found}: no larger budget is much faster"
     best = faster[-1][1]
     budgets = {"device": (best.peak_device, plan.device_memory), "host": (best.peak_host, plan.host_memory)}
-    options = [f"--{name}-memory {_in_mib(peak)}" for name, (peak, budget) in budgets.items() if peak > budget]
+    options = [setting(f"{name}_memory", _in_mib(peak)) for name, (peak, budget) in budgets.items() if peak > budget]
     return f"{found}: {' and '.join(options)} takes {format_seconds(best.seconds)} in all"
 
 
@@ -107,7 +110,7 @@ def _too_small(
     problem = "is too small for any tile of this problem"
     if hopeless is not None:
         problem = f"would take {format_seconds(hopeless.seconds)}, nearly all of it for tasks and files"
-    words = f"--{name}-memory {format_bytes(budget)} {problem}: the smallest that works is {_in_mib(smallest)}"
+    words = f"{named(f'{name}_memory')} {format_bytes(budget)} {problem}: the smallest that works is {_in_mib(smallest)}"
     if least is None:
         return BudgetError(words)
     larger = faster_plans(least, lambda times: plan_with(name, smallest * times))
@@ -128,8 +131,8 @@ def _scratch_error(plans: Sequence[Plan]) -> BudgetError:
     smallest, found = min(plan.scratch_disk for plan in plans), plans[0].machine.scratch_disk
     return BudgetError(
         f"partials need at least {format_bytes(smallest)} of scratch on disk and {format_bytes(found)} is "
-        "free beside the result: make room, do without checkpoints (--checkpoint-interval 0), or leave --decomposition "
-        "and --chunks to the plan"
+        f"free beside the result: make room, do without checkpoints, {setting('checkpoint_interval', 0)}, or leave "
+        f"{named('decomposition')} and {named('chunks')} to the plan"
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from oocattn.division.quorums import candidate_chunk_counts, quorum_size
 from oocattn.errors import BudgetError, ProblemError
+from oocattn.naming import as_given
 from oocattn.planning.budgets import BudgetName, crowded_warning, is_crowded, is_hopeless, refuse
 from oocattn.planning.cost import cost
 from oocattn.planning.layout import Candidate
@@ -60,9 +61,9 @@ def make_plan(
     """
     limit = min(max(problem.out_rows, problem.keys), MAX_CHUNKS)
     if decomposition not in DECOMPOSITIONS:
-        raise ProblemError(f"decomposition {decomposition!r}: expected one of {', '.join(DECOMPOSITIONS)}")
+        raise ProblemError(f"{as_given('decomposition', decomposition)}: expected one of {', '.join(DECOMPOSITIONS)}")
     if chunks is not None and not 1 <= chunks <= limit:
-        raise ProblemError(f"chunks = {chunks}: expected 1 to {limit:,} for {problem.keys:,} keys")
+        raise ProblemError(f"{as_given('chunks', chunks)}: expected 1 to {limit:,} for {problem.keys:,} keys")
     candidates = list(_candidates(problem, hardware.lanes, chunks, decomposition))
 
     def cost_all(device: int, host: int) -> list[Plan]:
@@ -108,15 +109,28 @@ def overhead_warning(plan: Plan, hardware: Hardware) -> str | None:
 
 
 def _cost_all(candidates: Iterable[Candidate], cost_of: Callable[[Candidate], Plan]) -> list[Plan]:
-    """The plan of each candidate, unless a coarser one fits and is fine enough."""
+    """The plan of each candidate that may be the best."""
     plans: list[Plan] = []
-    enough: dict[str, int] = {}  # chunks of each decomposition
+    enough: dict[str, int] = {}  # chunks of each decomposition with which a plan fits and is fine enough
+    settled: Candidate | None = None
     for candidate in candidates:
-        if candidate.chunks <= enough.get(candidate.decomposition, MAX_CHUNKS):
+        division = replace(candidate, partials="memory", accumulators=0)
+        if division != settled and candidate.chunks <= enough.get(candidate.decomposition, MAX_CHUNKS):
             plans.append(plan := cost_of(candidate))
+            settled = division if _is_settled(plan) else settled
             if plan.fits and plan.scratch_fits and plan.subproblem_seconds < FINE_SECONDS and not is_hopeless(plan):
                 enough.setdefault(candidate.decomposition, candidate.chunks)
     return plans
+
+
+def _is_settled(plan: Plan) -> bool:
+    """True if no plan of the same division with other places of partials can be better.
+
+    It keeps them in memory, at no cost. On a GPU those on disk leave more room for tiles; several lanes share them better.
+    """
+    free = plan.partials == "memory" and not plan.link("partials").amount
+    alone = plan.device == "cpu" and plan.lanes == 1
+    return free and alone and plan.fits and plan.scratch_fits and not is_hopeless(plan) and _keeps_to_interval(plan)
 
 
 def _choose(plans: Sequence[Plan]) -> Plan | None:

@@ -20,28 +20,29 @@ from functools import cached_property
 
 import numpy as np
 
-from oocattn.division.base import Division
-from oocattn.division.quorums import CyclicQuorums
+from oocattn.planning.interleaving import choose_holding
 from oocattn.planning.layout import Candidate, Layout, lay_out
-from oocattn.planning.live import keys_needed, keys_of_quorums, row_edges
+from oocattn.planning.live import keys_needed, row_edges, shapes_of_documents
 from oocattn.planning.machine import Hardware, InputCost
 from oocattn.planning.memory import Tiles, partial_file_bytes
-from oocattn.planning.plan import Link, Plan, divide
+from oocattn.planning.plan import Link, Plan
+from oocattn.planning.work import Work, work_of
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.calls import ScratchBytes
-from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.units import ceil_div
 
 PIN_RATE = 10e9  # bytes per second at which host memory is pinned (15e9 with huge pages)
 HALF_RATE_KEYS = 512  # keys of a call at which a GPU's kernel falls to half its rate, for its launch
+LAUNCH_SECONDS = 0.0002  # a call of few keys on a GPU, for the thread that launches: 0.1 to 0.3 ms
 
 # What Python takes for small work on a CPU, of one core's time (Zen 4; a kernel call on 31 rows and 341 keys).
 CALL_SECONDS = 0.00055  # a library call within the kernel: 0.5 to 0.7 ms
 TRIANGLE_ROWS = 512  # a diagonal is halved down to these rows
 PARTIAL_SECONDS = 0.00045  # a partial, besides its calls: tiles, state, merge
 PARTIAL_FILE_SECONDS = 0.001  # a partial on disk, besides its bytes and its sync: written, checked, merged, removed
-READ_SECONDS = 0.000125  # a chunk of an array, besides its bytes
+READ_SECONDS = 0.000125  # a chunk of an array, or each part of one between dead rows, besides its bytes
+DOCUMENT_ROWS = 1024  # documents of one shape within so many rows, or more, are one library call
 
 RUN_SECONDS = 0.04  # any run: lanes are opened and closed, the dataset is checked, the result is committed
 REREAD_FILE_SECONDS = 0.0002  # cost to open, check and remove a small file: 0.2 ms on ext4
@@ -77,7 +78,8 @@ def cost(
 ) -> Plan:
     """Cost one candidate: tiles (unless given), memory, bytes a link and seconds."""
     layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes, tiles)
-    run = _Run(candidate, layout, problem, hardware, inputs, checkpoint_seconds)
+    holding = choose_holding(problem, inputs, hardware.lanes, host_memory // hardware.lanes - layout.host)
+    run = _Run(candidate, layout, problem, hardware, inputs, checkpoint_seconds, holding.factor)
     return Plan(
         problem=problem,
         machine=hardware.machine,
@@ -92,28 +94,13 @@ def cost(
         out_chunk_rows=layout.out_chunk_rows,
         slot_bytes=layout.slot,
         peak_device=layout.device * hardware.lanes,
-        peak_host=layout.host * hardware.lanes,
+        peak_host=(layout.host + holding.nbytes) * hardware.lanes,
         scratch_disk=math.ceil(run.scratch_disk),
         links=run.links,
         seconds=run.seconds,
+        held_groups=holding.groups,
+        read_factor=holding.factor,
     )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What the head groups of one mask take, each: live pairs of a query head, subproblems, and chunks and keys staged."""
-
-    mask: Mask
-    division: Division
-    head_groups: int
-    pairs: int
-    query_chunks: int  # staged, once for each subproblem that needs them: so many partials are handed back
-    key_chunks: int
-    keys: int  # staged
-
-    @property
-    def subproblems(self) -> int:
-        return len(self.division.indices)
 
 
 @dataclass(frozen=True)
@@ -126,6 +113,7 @@ class _Run:
     hardware: Hardware
     inputs: InputCost
     checkpoint_seconds: float
+    read_factor: float
 
     @cached_property
     def links(self) -> tuple[Link, ...]:
@@ -159,23 +147,15 @@ class _Run:
         return (self._held + lanes) * self._partial_file if self.checkpoint_seconds else 0  # one of a lane is replaced
 
     @cached_property
-    def _work(self) -> list[_Work]:
+    def _work(self) -> list[Work]:
         """The head groups by their mask."""
-        grid, candidate = self.layout.grid, self.candidate
-        found = []
-        for mask, entries in self.problem.sampled_masks.items():
-            division = divide(mask, grid, candidate.decomposition, candidate.span)
-            queries, chunks = division.chunk_reads()
-            keys = chunks * grid.key_chunk_rows
-            if not isinstance(division, CyclicQuorums):  # a strip meets one query chunk
-                keys = keys_needed(mask, grid, grid.chunk_rows)[0]
-            elif not division.is_regular:
-                keys = keys_of_quorums(mask, grid, division)
-            pairs = mask.pairs(range(grid.start, grid.stop))
-            found.append(_Work(mask, division, entries * self.problem.entry_groups, pairs, queries, chunks, keys))
-        return found
+        divided = self.layout.grid, self.candidate.decomposition, self.candidate.span
+        return [
+            work_of(mask, entries * self.problem.entry_groups, *divided)
+            for mask, entries in self.problem.sampled_masks.items()
+        ]
 
-    def _total(self, amount: Callable[[_Work], int]) -> int:
+    def _total(self, amount: Callable[[Work], int]) -> int:
         """An amount over all head groups."""
         return sum(work.head_groups * amount(work) for work in self._work)
 
@@ -184,17 +164,21 @@ class _Run:
         """Query heads of a head group, in the mean."""
         return self.problem.out_heads / self.problem.entry_groups
 
-    @property
+    @cached_property
     def _python_seconds(self) -> float:
         """What Python takes within tasks, which on a CPU takes turns with computing."""
         if self.hardware.device == "cuda":
             return 0.0
-        queries, keys = self._handed_back, self._total(lambda work: work.key_chunks)
-        reads = self._group_heads * queries + 2 * keys
+        reads = self._group_heads * self._handed_back + 2 * self._total(lambda work: work.key_chunks) + self._gap_reads
         in_file = PARTIAL_FILE_SECONDS if self.candidate.partials == "disk" else 0.0
         return reads * READ_SECONDS + self._handed_back * (PARTIAL_SECONDS + in_file)
 
     @property
+    def _gap_reads(self) -> float:
+        """Reads that gaps within chunks add."""
+        return self._group_heads * self._total(lambda work: work.query_gaps) + 2 * self._total(lambda work: work.key_gaps)
+
+    @cached_property
     def _task_count(self) -> int:
         return 2 * (self._total(lambda work: work.subproblems) + self.problem.head_groups * self.candidate.query_chunks)
 
@@ -207,7 +191,7 @@ class _Run:
         """Bytes of a row of q over the heads of a head group."""
         return self.problem.head_dim * self.problem.itemsize * self._group_heads
 
-    @property
+    @cached_property
     def _handed_back(self) -> int:
         """Partials of the run."""
         return self._total(lambda work: work.query_chunks)
@@ -247,8 +231,9 @@ class _Run:
         amount = rows * self._query_bytes + keys * problem.kv_row_bytes
         once = problem.head_groups * (problem.out_rows * self._query_bytes + problem.keys * problem.kv_row_bytes)
         once = min(amount, once)
-        seconds = once / self.hardware.read_rate + (amount - once) / self.hardware.reread_rate
-        return Link("read", amount, max(seconds, amount / self.inputs.decode_rate))
+        seconds = once * self.read_factor / self.hardware.read_rate + (amount - once) / self.hardware.reread_rate
+        in_python = self._gap_reads * READ_SECONDS if self.hardware.device == "cuda" else 0.0
+        return Link("read", amount, max(seconds, amount / self.inputs.decode_rate) + in_python)
 
     def _copy(self) -> Link:
         problem, tiles = self.problem, self.layout.tiles
@@ -258,30 +243,33 @@ class _Run:
         amount = keys + queries + 2 * self._handed_back * problem.state_bytes(self.layout.chunk_rows)
         return Link("copy", amount, amount * self._balance / self.hardware.copy_rate)
 
-    def _keys_copied(self, work: _Work, rows: int) -> int:
+    def _keys_copied(self, work: Work, rows: int) -> int:
         """Keys that go to the device for tiles of so many rows: all that any of the rows attends."""
-        if work.mask.is_simple:
-            return ceil_div(work.pairs, rows)
-        return keys_needed(work.mask, self.layout.grid, rows)[0]
+        simple = work.mask.is_simple
+        return ceil_div(work.pairs, rows) if simple else keys_needed(work.mask, self.layout.grid, rows)[0]
 
     @cached_property
     def _compute_seconds(self) -> float:
-        tiles, hardware = self.layout.tiles, self.hardware
-        rows = tiles.query * self.problem.group_size
+        tiles, hardware, rows = self.layout.tiles, self.hardware, self.layout.tiles.query * self.problem.group_size
         rate = hardware.kernel_flops * rows / (rows + hardware.half_rate_rows)
         if hardware.device == "cuda":
-            return self.problem.flops / (rate * tiles.key / (tiles.key + HALF_RATE_KEYS)) * self._balance
+            seconds = self.problem.flops / (rate * tiles.key / (tiles.key + HALF_RATE_KEYS))
+            return (seconds + self._total(self._calls_apart) * LAUNCH_SECONDS) * self._balance
         calls = self._handed_back + self._total(self._edge_calls)
         return (self.problem.flops / rate + calls * CALL_SECONDS) * self._balance
 
-    def _edge_calls(self, work: _Work) -> int:
-        """Library calls on a CPU at both ends of the keys of rows, where these move: triangles, halved down."""
-        mask, problem = work.mask, self.problem
+    def _edge_calls(self, work: Work) -> int:
+        """Library calls on a CPU for documents, and at both ends of the keys of rows, where these move: halved triangles."""
+        mask = work.mask
         ends = (mask.causal or mask.right is not None) + (mask.left is not None)
-        if not ends:
-            return 0
-        pieces = self.candidate.query_chunks + mask.documents - 1
-        return ends * (2 * ceil_div(problem.out_rows, TRIANGLE_ROWS) + pieces)
+        documents = self._calls_apart(work) + (shapes_of_documents(mask, DOCUMENT_ROWS) - 1 if mask.documents > 1 else 0)
+        pieces = 2 * ceil_div(self.problem.out_rows, TRIANGLE_ROWS) + self.candidate.query_chunks + documents
+        return ends * pieces if ends else documents
+
+    def _calls_apart(self, work: Work) -> int:
+        """Calls for a document's keys on both sides of a gap: joined, these would not be at their distances."""
+        apart = self.problem.given.alibi_slopes is not None and (work.mask.sinks or work.mask.prefix)
+        return work.key_gaps if apart else 0
 
     def _compute(self) -> Link:
         return Link("compute", self.problem.flops, self._compute_seconds)

@@ -103,6 +103,22 @@ def keys_needed(mask: Mask, grid: ChunkGrid, step: int) -> tuple[int, int]:
     return int(counts.sum()), int(counts.max(initial=0))
 
 
+@kept_with_mask
+def dead_gaps(mask: Mask, start: int, stop: int) -> tuple[int, int]:
+    """Gaps between those of the rows from `start` to `stop` that attend any key, and between the keys that these attend."""
+    _, starts, stops = mask.live_keys_between(np.array([start, stop]))
+    live = len(mask.live_rows(range(start, stop), [range(mask.keys)])), len(merge_ranges(starts, stops)[0])
+    return max(0, live[0] - 1), max(0, live[1] - 1)
+
+
+@kept_with_mask
+def shapes_of_documents(mask: Mask, rows: int) -> int:
+    """Documents with rows and keys; those of one shape that begin in the same `rows` rows count as one."""
+    first, queries, keys = mask.query_edges[:-1], np.diff(mask.query_edges), np.diff(mask.key_edges)
+    shapes = (first // rows * 1_000_003 + queries) * 1_000_000_007 + keys  # modulo 2^64: few are the same by chance
+    return len(np.unique(shapes[(queries > 0) & (keys > 0)]))
+
+
 def keys_of_quorums(mask: Mask, grid: ChunkGrid, division: CyclicQuorums) -> int:
     """Keys that quorums stage, each of them those that any of its pairs needs, without the pairs one by one."""
     owners, starts, stops = mask.live_keys_between(row_edges(grid, grid.chunk_rows))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Annotated, Literal
 
 from oocattn.problem.calls import ScratchBytes
-from oocattn.records import Count, Positive, Range, Seconds
+from oocattn.records import ADDED, Count, Positive, Range, Seconds
 
 Rate = Annotated[float, Range(1e-3, inf)]
 """Bytes, or floating-point operations, per second."""
@@ -75,10 +76,13 @@ class InputCost:
     """Cost of reading the dataset beyond its bytes.
 
     `decode_bytes` is the transient host memory of one read and `decode_rate` bytes/s, both through Zarr's codecs; chunks
-    of tokens are best aligned to `align_rows`; `notes` say so in words.
+    of tokens are best aligned to `align_rows`; `notes` say so in words. `shared_heads` has the tensors of which other heads
+    are read as soon as one is, and how many; `packed` says that q, k and v lie in one, and are read together.
     """
 
     decode_bytes: Count = 0
     decode_rate: Rate = inf
     align_rows: Positive = 1
     notes: tuple[str, ...] = ()
+    shared_heads: Annotated[Mapping[str, Positive], ADDED] = field(default_factory=dict)
+    packed: Annotated[bool, ADDED] = False

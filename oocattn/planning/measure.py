@@ -204,8 +204,9 @@ class Sample(NamedTuple):
     def operands(self, rows: int, keys: int, where: torch.device) -> Operands:
         """Random operands of one head."""
         dtype = getattr(torch, self.dtype)
-        query = torch.randn(1, rows, self.head_dim, device=where, dtype=dtype)
-        key, value = (torch.randn(keys, dim, device=where, dtype=dtype) for dim in (self.head_dim, self.value_dim))
+        of = {"device": where, "dtype": dtype, "generator": torch.Generator(where)}  # the caller's is left alone
+        query = torch.randn(1, rows, self.head_dim, **of)
+        key, value = (torch.randn(keys, dim, **of) for dim in (self.head_dim, self.value_dim))
         intervals = make_intervals(Mask.of(rows, keys), range(rows), range(keys)) if self.alibi else None
         bias = torch.zeros(1, keys, device=where, dtype=torch.float32) if self.biased else None
         scores = Scores(self.head_dim**-0.5, self.softcap)

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +16,14 @@ from oocattn.division.base import Division
 from oocattn.division.drawing import draw_division
 from oocattn.division.quorums import CyclicQuorums, quorum_size
 from oocattn.division.strips import Strips
+from oocattn.pins import Pins
+from oocattn.planning.interleaving import choose_holding, held_bytes
 from oocattn.planning.live import ChunkGrid, kept_with_mask, live_pairs
 from oocattn.planning.machine import Device, InputCost, Machine
 from oocattn.planning.memory import Buffers, Tiles
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
-from oocattn.records import Count, Positive, Range, Seconds, to_json
+from oocattn.records import ADDED, Count, Positive, Range, Seconds, to_json
 from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
 
@@ -67,6 +70,8 @@ class Plan:
     scratch_disk: Count
     links: tuple[Link, ...]
     seconds: Seconds
+    held_groups: Annotated[Count, ADDED] = 0  # head groups whose interleaved rows a lane holds at a time
+    read_factor: Annotated[float, Range(1.0, inf), ADDED] = 1.0  # how many times over inputs are read, that lie interleaved
 
     @property
     def kernel(self) -> str:
@@ -201,6 +206,17 @@ class Plan:
         }
 
     @property
+    def pins(self) -> Pins:
+        """The arguments with which another run, of as many GPUs or on a CPU, computes the same bits."""
+        return Pins(
+            chunks=self.chunks,
+            decomposition=self.decomposition,
+            kernel=self.kernel,
+            span=self.span,
+            device_memory=None if self.device == "cpu" else self.device_memory,
+        )
+
+    @property
     def digest(self) -> str:
         """Identity of the result's bits: the problem, the division and the kernel."""
         text = json.dumps([to_json(self.problem), [*self.decisions.values()]], sort_keys=True)
@@ -255,6 +271,22 @@ class Plan:
         kept = f"saved every {format_seconds(self.checkpoint_seconds / 2)}" if self.saves else "never saved"
         return f"merged in memory, {kept}"
 
+    def _interleaved(self) -> str:
+        """How heads are read that lie between each other; empty where none do."""
+        if not self.inputs.shared_heads:
+            return ""
+        problem, inputs = self.problem, self.inputs
+        names, times = ", ".join(inputs.shared_heads), f"read {self.read_factor:.3g} times over"
+        best = choose_holding(problem, inputs, self.lanes)
+        if self.read_factor <= best.factor:
+            return (
+                f"interleaved  {names}: all heads are read together, inputs are {'read once' if best.factor == 1 else times}"
+            )
+        more = self.lanes * (best.nbytes - held_bytes(problem, inputs, self.held_groups))
+        least = format_bytes(self.peak_host + more)
+        held = f"{self.held_groups} of {problem.kv_heads} head groups are read together" if self.held_groups else "no room"
+        return f"interleaved  {names}: {held}, inputs are {times}; once with a host memory of {least}"
+
     def _lanes(self) -> str:
         if self.device == "cpu":
             return f"{self.lanes} lane{'s' * (self.lanes > 1)}, {self.threads} threads each"
@@ -273,9 +305,11 @@ class Plan:
             f"division     {division}; {self.subproblems:,} subproblem{'s' * (self.subproblems != 1)}",
             *([] if self._has_same_chunks else [queries]),
             f"kernel       {self.kernel}, {self._lanes()}",
+            *textwrap.wrap(f"same bits    {self.pins}", WIDTH, subsequent_indent=" " * 13),
             f"partials     {self._partials()}, at most {format_bytes(self.scratch_disk)} of scratch on disk",
             f"peak memory  host {format_bytes(self.peak_host)} of {format_bytes(self.host_memory)}, "
             f"device {format_bytes(self.peak_device)} of {format_bytes(self.device_memory)}",
+            *textwrap.wrap(self._interleaved(), WIDTH, subsequent_indent=" " * 13),
             "",
             f"{'link':<12} {'amount':>12} {'seconds':>9}",
         ]

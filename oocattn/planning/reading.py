@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from queue import SimpleQueue
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from oocattn.planning.machine import InputCost
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.inputs.readers import InputArray
+from oocattn.storage.inputs.held import lie_together
+from oocattn.storage.inputs.source import TensorSource
 from oocattn.threads import ThreadPool
 
 SAMPLE_BYTES = 16 << 20  # how much of an array is decoded to measure how fast that is
@@ -20,6 +22,8 @@ SAMPLE_BYTES = 16 << 20  # how much of an array is decoded to measure how fast t
 SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 4, 2 << 20, 4
 """Places of an array that are read as a sample, how much there, and threads that do. Of smaller pieces from the page
 cache, the threads' turns at Python take longer than the reading."""
+
+FEW = 16  # parts of an array whose heads are read together, of which the samples have one at most
 
 ASSUMED_RATE = 1e9  # bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s
 
@@ -34,16 +38,18 @@ def sample_rate(dataset: Dataset) -> float:
     for _ in range(SAMPLE_THREADS):
         buffers.put(np.ones(PIECE_BYTES, np.uint8))  # touched
 
-    def read(sample: tuple[InputArray, float]) -> int:
+    def read(sample: tuple[TensorSource, float]) -> int:
         array, share = sample
         batches, heads, tokens, head_dim = array.spec.four_dimensional
         row_bytes = head_dim * array.dtype.itemsize
-        rows = min(tokens, max(1, PIECE_BYTES // row_bytes))
-        start = int(share * (tokens - rows))
+        together = max(1, min(heads, array.shared_heads, PIECE_BYTES // row_bytes))  # heads, as a run reads them
+        few = tokens if together == 1 else max(1, tokens // (SAMPLES * FEW))
+        rows = min(few, max(1, PIECE_BYTES // (row_bytes * together)))
+        start, first = int(share * (tokens - rows)), int(share * (heads - together + 1))
         buffer = buffers.get()
-        out = buffer[: rows * row_bytes].view(array.dtype).reshape(rows, head_dim)
+        out = buffer[: together * rows * row_bytes].view(array.dtype).reshape(together, rows, head_dim)
         try:
-            array.read_rows(int(share * batches), int(share * heads), start, start + rows, out)
+            array.read_heads(int(share * batches), range(first, first + together), start, start + rows, [*out])
         finally:  # or the other reads would never end
             buffers.put(buffer)
         return out.nbytes
@@ -58,19 +64,20 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
     """Measure what reading costs beyond its bytes; assume it where that takes more than `host_memory`: no plan fits."""
     used = [array for name, array in dataset.arrays.items() if name in ("q", "k", "v") or problem.bias_heads]
     slow = [array for array in used if not array.direct]
+    tensors = [dataset.arrays[name] for name in ("q", "k", "v")]
+    shared = {array.name: array.shared_heads for array in tensors if array.shared_heads > 1}
+    found = InputCost(
+        decode_bytes=max(array.decode_bytes for array in used), shared_heads=shared, packed=lie_together(dataset.arrays)
+    )
     if not slow:
-        return InputCost()
+        return found
     rates = {array.spec.name: read_rate(dataset, array.spec.name, problem, host_memory) for array in slow}
     notes = tuple(
         f"{array.spec.name} is {array.describe()}: that bounds reading to {rates[array.spec.name] / 1e9:.2g} GB/s"
         for array in slow
     )
-    return InputCost(
-        decode_bytes=max(array.decode_bytes for array in slow),
-        decode_rate=min(rates.values()),
-        align_rows=max(array.chunk_rows for array in slow),
-        notes=notes,
-    )
+    align_rows = max(array.chunk_rows for array in slow)
+    return replace(found, decode_rate=min(rates.values()), align_rows=align_rows, notes=notes)
 
 
 def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -> float:
