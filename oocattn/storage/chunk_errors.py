@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from oocattn.errors import IntegrityError
+
+_OF_ROOT = re.compile(r"(c/)?\d+([./]\d+)*|c")  # the key of a chunk, where the array has no name
 
 
 class PageError(IntegrityError):
@@ -54,6 +57,8 @@ def refuse_html(place: str, content: bytes) -> None:
 
 
 def chunk_name(location: str, key: str) -> str:
-    """Name a chunk for messages: array, coordinates and key, which starts with the array's name."""
+    """Name a chunk for messages: array, coordinates and key, which starts with its name, or is of the root."""
+    if _OF_ROOT.fullmatch(key):
+        return f"array {location}: chunk {key!r}"
     array, _, chunk = key.partition("/")
     return f"array {array!r} of {location}: chunk {chunk!r} (key {key!r})"

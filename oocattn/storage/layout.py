@@ -1,7 +1,6 @@
 """Where an array's chunks lie in its store: extents, keys and offsets.
 
-Pure arithmetic over an array's metadata; nothing here opens a file. Arrays are [H, N, D] or [B, H, N, D], with rows of rank
-1, or without D, with rows of rank 0.
+Pure arithmetic over an array's metadata; nothing here opens a file.
 """
 
 from __future__ import annotations
@@ -14,67 +13,73 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zarr
 
+from oocattn.storage.inputs.axes import BHND, Axes
+from oocattn.storage.inputs.parts import ChunkFile, Part, make_part
 from oocattn.units import ceil_div
 
 _OTHER_ORDER = "big" if sys.byteorder == "little" else "little"
 
 
 @dataclass(frozen=True)
-class Part:
-    """The bytes of a request in one chunk file. From `offset` of `file_bytes`, they fill [begin, end) of its buffer."""
-
-    key: str
-    path: Path
-    offset: int
-    file_bytes: int
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
 class ChunkFiles:
-    """The chunk files of a directly readable array under the folder `root`. Messages call it `location`."""
+    """The chunk files of a directly readable array, with its `axes`, under the folder `root`.
+
+    Messages call it `location`.
+    """
 
     array: zarr.Array[Any]
     root: Path
     location: str
-    row_rank: int = 1
+    axes: Axes = BHND
 
-    def parts(self, batch: int, head: int, start: int, stop: int) -> Iterator[Part]:
+    def parts(self, batch: int, head: int, start: int, stop: int) -> list[Part]:
         """Tokens [start, stop) of one head, split at chunk boundaries, in order."""
-        axis = token_axis(self.array, self.row_rank)
-        grouped, rows, row = self._extents[:axis], self._extents[axis], self._extents[axis + 1 :]
-        row_bytes = math.prod(row) * self._itemsize
-        outer: list[int] = []
-        before = 0  # heads that come before this one in the same chunk
-        for position, extent in zip((batch, head)[-axis:], grouped, strict=True):
-            outer.append(position // extent)
-            before = before * extent + position % extent
-        for number in range(start // rows, ceil_div(stop, rows)):
-            low, high = max(start, number * rows), min(stop, (number + 1) * rows)
-            key = chunk_key(self.array, (*outer, number, *(0 for _ in row)))
-            offset = (before * rows + low - number * rows) * row_bytes
-            begin, end = (low - start) * row_bytes, (high - start) * row_bytes
-            yield Part(key, self.root / key, offset, self._file_bytes, begin, end)
+        extents, axis = self._extents, self.axes.token_axis
+        coordinates, shape, inside = [], [], 0
+        selected = self.axes.select(batch, head, slice(start, stop))
+        for span, size, extent, stride in zip(selected, self._shape, extents, self._strides, strict=True):
+            first, last, _ = span.indices(size)
+            coordinates.append(first // extent)
+            shape.append(last - first)
+            inside += first % extent * stride
+        inside -= start % extents[axis] * self._strides[axis]
+        row, parts = math.prod(shape) // shape[axis], []
+        for number in range(start // extents[axis], ceil_div(stop, extents[axis])):
+            low, high = max(start, number * extents[axis]), min(stop, (number + 1) * extents[axis])
+            coordinates[axis], shape[axis] = number, high - low
+            key = chunk_key(self.array, tuple(coordinates))
+            file = ChunkFile(self.root / key, self.location, key, self._file_bytes)
+            offset = inside + (low - number * extents[axis]) * self._strides[axis]
+            parts.append(make_part(file, offset, shape, self._strides, self._dtype, (low - start) * row))
+        return parts
 
     @cached_property
     def _extents(self) -> tuple[int, ...]:
         return self.array.chunks
 
     @cached_property
-    def _itemsize(self) -> int:
-        return self.array.dtype.itemsize
+    def _shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @cached_property
+    def _dtype(self) -> np.dtype[Any]:
+        return stored_dtype(self.array)
+
+    @cached_property
+    def _strides(self) -> tuple[int, ...]:
+        return strides_of(self._extents, self._dtype.itemsize)
 
     @cached_property
     def _file_bytes(self) -> int:
         return chunk_bytes(self.array)
 
 
-def token_axis(array: zarr.Array[Any], row_rank: int) -> int:
-    """The dimension of tokens: after those of the heads, before those of a row."""
-    return array.ndim - 1 - row_rank
+def strides_of(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Bytes between neighbours along each axis, where the last one is contiguous."""
+    return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def chunk_bytes(array: zarr.Array[Any]) -> int:
@@ -125,9 +130,8 @@ def codec_names(array: zarr.Array[Any]) -> list[str]:
     return names
 
 
-def obstacles(array: zarr.Array[Any], row_rank: int = 1) -> list[str]:
-    """Why a chunk file is not plain little-endian rows; empty where it is."""
-    row = token_axis(array, row_rank) + 1
+def obstacles(array: zarr.Array[Any], axes: Axes = BHND) -> list[str]:
+    """Why a chunk file does not hold plain numbers, with whole rows; empty where it does."""
     found = []
     if names := codec_names(array):
         found.append(f"{'+'.join(names)}-compressed")
@@ -135,11 +139,23 @@ def obstacles(array: zarr.Array[Any], row_rank: int = 1) -> list[str]:
         found.append("sharded")
     if array.metadata.zarr_format == 2 and array.order != "C":
         found.append("column-major")
-    if array.chunks[row:] != array.shape[row:]:
+    if axes.row_rank and not _has_whole_rows(array, axes):
         found.append("chunked along D")
-    if (serialized := _serialization(array)) != "little-endian":
+    if not (serialized := _serialization(array)).endswith("-endian"):
         found.append(serialized)
     return found
+
+
+def _has_whole_rows(array: zarr.Array[Any], axes: Axes) -> bool:
+    """Whether no chunk boundary divides what a token of a head has."""
+    extent, size = array.chunks[-1], array.shape[-1]
+    return extent >= size or (axes.order[-1] == "f" and extent % axes.head_dim == 0)
+
+
+def stored_dtype(array: zarr.Array[Any]) -> np.dtype[Any]:
+    """The dtype, as integers, of the elements in a chunk file that has no obstacle."""
+    order = ">" if _serialization(array) == "big-endian" else "<"
+    return np.dtype(f"{order}u{array.dtype.itemsize}")
 
 
 def _serialization(array: zarr.Array[Any]) -> str:

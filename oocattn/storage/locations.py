@@ -16,10 +16,14 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from oocattn.errors import IntegrityError, ProblemError
+from oocattn.naming import named
 from oocattn.text import printable, without_credentials
 
 SCHEMES = ("s3", "gs", "az", "abfs", "http", "https", "memory")
 """Schemes of remote stores. memory:// is fsspec's store within this process, for tests."""
+
+MOST_NAME = 255
+"""Bytes that the name of a file has at most."""
 
 WRAPPERS = ("zip", "simplecache", "filecache", "blockcache")
 """Links that may stand before the last one of a chain such as `zip::s3://bucket/qkv.zip`: they do not interpret bytes as
@@ -72,7 +76,7 @@ def recorded_location(text: object) -> Location:
         return _parse_local(text)
     raise IntegrityError(
         f"the dataset is recorded as {text!r}: only an absolute local path is believed, and nothing is read "
-        "from there; if you trust that place, name it with --dataset (dataset=)"
+        f"from there; if you trust that place, name it with {named('inputs')}"
     )
 
 
@@ -137,6 +141,9 @@ def _parse_local(text: str) -> Location:
         text += "\0"  # no file system can have it, as with a null character
     if "\0" in text:
         raise ProblemError(f"{text!r} is no path: it has characters that a path cannot have")
+    longest = max(len(os.fsencode(part)) for part in text.split("/"))
+    if longest > MOST_NAME:
+        raise ProblemError(f"{text!r:.80}... is no path: it has a name of {longest:,} bytes, more than {MOST_NAME}")
     try:
         path = Path(text).absolute()
     except FileNotFoundError:
@@ -201,7 +208,9 @@ def describe(found: object) -> str:
     module = kind.__module__.partition(".")[0].removeprefix("_")  # as of _io.BytesIO
     name = kind.__name__ if module == "builtins" else f"{module}.{kind.__name__}"
     article = "an" if name[0] in "aeiouAEIO" else "a"
-    shape = getattr(found, "shape", None)
+    shape = None
+    with suppress(Exception):  # of a nested tensor it raises
+        shape = getattr(found, "shape", None)
     if isinstance(shape, tuple):
         return f"{article} {name} {list(shape)}"
     if isinstance(found, int | float | bytes):

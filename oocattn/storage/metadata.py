@@ -19,10 +19,20 @@ from zarr.storage import LocalStore
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import ProblemError, RemoteDeniedError
 from oocattn.storage import nodes
+from oocattn.storage.bounded import read_start
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.codec_chain import chain_of, v2_codecs, v3_codecs
-from oocattn.storage.nodes import MOST_BYTES, Read, attributes_of, damaged_metadata, read_document, read_in_folder, read_node
-from oocattn.storage.zarr_compat import RangeByteRequest, Store, array_at, buffer_prototype, parse_metadata, sync
+from oocattn.storage.nodes import (
+    MOST_BYTES,
+    Read,
+    attributes_of,
+    damaged_metadata,
+    node_name,
+    read_document,
+    read_in_folder,
+    read_node,
+)
+from oocattn.storage.zarr_compat import Store, array_at, parse_metadata, sync
 from oocattn.text import printable
 
 MOST_EXTENT = 1 << 48
@@ -61,7 +71,7 @@ def open_array(store: Store, name: str, location: str) -> zarr.Array[Any] | None
     kind, found = node
     if kind != "array":
         raise ProblemError(f"{name!r} in {location} is a group: expected an array [B, H, N, D] or [H, N, D]")
-    return _array(store, name, found, f"array {name!r} of {location}")
+    return _array(store, name, found, node_name(name, location))
 
 
 def open_consolidated(
@@ -141,12 +151,10 @@ def _reader(store: Store, location: str) -> Read:
 
 
 def _read(store: Store, location: str, key: str) -> bytes | None:
-    found = sync(store.get(key, buffer_prototype, RangeByteRequest(0, MOST_BYTES + 1)))
-    if found is None:
-        return None
-    if len(found) > MOST_BYTES:
+    found = sync(read_start(store, key, MOST_BYTES + 1))
+    if found is not None and len(found) > MOST_BYTES:
         raise damaged_metadata(location, f"{key} has more than {MOST_BYTES:,} bytes")
-    return found.to_bytes()
+    return found
 
 
 def _check_v3(found: Mapping[str, Any], array: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from oocattn.errors import IntegrityError, RemoteDeniedError
 from oocattn.records import Count, Excerpt, from_json, parse_json
@@ -30,10 +30,28 @@ Node = tuple[str, dict[str, Any]]
 """Kind of a node, "group" or "array", and its metadata; of format 2 with its attributes."""
 
 
-def folder_attributes(folder: Path) -> dict[str, Any]:
-    """The attributes of the group in a folder; none where no group is. Raises IntegrityError where it is damaged."""
-    group = read_group(partial(read_in_folder, folder), str(folder))
-    return {} if group is None else attributes_of(group, str(folder))
+class StoredGroup(Protocol):
+    """A group that lies in no folder; `str` is what messages call it."""
+
+    store: Any
+    """The Zarr store that it is in."""
+
+    path: str
+    """Where in that store; "" for its root."""
+
+    def read(self, key: str) -> bytes | None:
+        """The content of an object of the group; None where there is none."""
+
+
+def reader_of(group: Path | StoredGroup) -> Read:
+    """What reads the documents of a group, in a folder or not."""
+    return partial(read_in_folder, group) if isinstance(group, Path) else group.read
+
+
+def group_attributes(group: Path | StoredGroup) -> dict[str, Any]:
+    """The attributes of a group; none where no group is. Raises IntegrityError where it is damaged."""
+    found = read_group(reader_of(group), str(group))
+    return {} if found is None else attributes_of(found, str(group))
 
 
 @dataclass(frozen=True)
@@ -45,17 +63,17 @@ class ArrayNode(Excerpt):
     attributes: Mapping[str, Any]
 
 
-def read_array(folder: Path, name: str) -> ArrayNode:
-    """Read an array of the group in a folder. Raises IntegrityError where it is missing or damaged."""
-    node = read_node(partial(read_in_folder, folder), name, str(folder))
+def read_array(group: Path | StoredGroup, name: str) -> ArrayNode:
+    """Read an array of a group. Raises IntegrityError where it is missing or damaged."""
+    node = read_node(reader_of(group), name, str(group))
     if node is None or node[0] != "array":
-        raise IntegrityError(f"{folder} has no array {name!r}: expected a finished result; copy it again")
+        raise IntegrityError(f"{group} has no array {name!r}: expected a finished result; copy it again")
     kind = node[1].get("data_type", node[1].get("dtype"))
     kind = _V2_NAMES.get(kind[1:], kind) if isinstance(kind, str) else kind
     try:
-        return from_json(ArrayNode, {**node[1], "dtype": kind, "attributes": attributes_of(node[1], str(folder / name))})
+        return from_json(ArrayNode, {**node[1], "dtype": kind, "attributes": attributes_of(node[1], f"{group}/{name}")})
     except ValueError as error:
-        raise damaged_metadata(node_name(name, str(folder)), str(error)) from None
+        raise damaged_metadata(node_name(name, str(group)), str(error)) from None
 
 
 def read_in_folder(folder: Path, key: str) -> bytes | None:

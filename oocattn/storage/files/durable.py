@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
+from oocattn.naming import setting
 from oocattn.records import parse_json
 from oocattn.storage.files.folders import open_folder
 from oocattn.storage.files.operations import UNSUPPORTED, name_failure, warn_once
@@ -156,9 +157,10 @@ def _warn(path: Path, status: os.stat_result, error: OSError) -> None:
     warn_once(
         status.st_dev,
         "sync",
-        "%s: this file system does not sync %s (%s): a power cut may cost what was written last; after one, resume with "
-        "--check-finished, and verify the result",
+        "%s: this file system does not sync %s (%s): a power cut may cost what was written last; after one, resume with %s, "
+        "and verify the result",
         *(path if is_folder else path.parent, "folders" if is_folder else "files", os.strerror(error.errno or 0)),
+        setting("check_finished", True),
     )
 
 

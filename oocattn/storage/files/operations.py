@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from oocattn.naming import named
 from oocattn.text import printable
 
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
@@ -73,7 +74,9 @@ def is_named(error: BaseException) -> bool:
 def words_of(error: BaseException) -> str:
     """Describe an error: what failed, why, and what to do."""
     if isinstance(error, MemoryError):
-        return f"out of memory ({str(error) or 'no more is given'}): lower --host-memory, or {REMEDIES[errno.ENOMEM]}"
+        return (
+            f"out of memory ({str(error) or 'no more is given'}): lower {named('host_memory')}, or {REMEDIES[errno.ENOMEM]}"
+        )
     if not isinstance(error, OSError) or error.errno is None or not error.strerror:
         return str(error) or type(error).__name__
     if is_named(error):

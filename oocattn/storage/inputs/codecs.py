@@ -9,18 +9,21 @@ from __future__ import annotations
 import errno
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.storage import LocalStore, WrapperStore
 
 from oocattn.errors import OocattnError
 from oocattn.storage.chunk_errors import chunk_name, damaged_chunk, missing_chunk, refuse_html, torn_chunk, undecodable_chunk
+from oocattn.storage.inputs.axes import BHND, Axes
 from oocattn.storage.inputs.decoding import array_chain, bounded_metadata
 from oocattn.storage.inputs.shards import check_shard
-from oocattn.storage.layout import chunk_bytes, chunk_key, stored_bytes, token_axis
+from oocattn.storage.layout import chunk_bytes, chunk_key, stored_bytes
 from oocattn.storage.zarr_compat import (
     Buffer,
     BufferPrototype,
@@ -98,59 +101,107 @@ def complete_array(array: zarr.Array[Any], location: str) -> zarr.Array[Any]:
 
 
 class CodecReader:
-    """Reads rows of one array through Zarr. `location` is what messages call the dataset."""
+    """Reads rows of one array, with its `axes`, through Zarr. `location` is what messages call the dataset."""
 
-    def __init__(self, array: zarr.Array[Any], location: str, row_rank: int = 1) -> None:
+    def __init__(self, array: zarr.Array[Any], location: str, axes: Axes = BHND) -> None:
         self._array = complete_array(array, location)
         self._stored = array
         self._location = location
+        self._axes = axes
+        self._heads = math.prod(axes.shape(array.shape)[-2 - axes.row_rank : -1 - axes.row_rank])
         self._chain = array_chain(array)
-        self._axis = axis = token_axis(array, row_rank)
-        self._chunk_rows = array.chunks[axis]
-        row = zip(array.shape[axis + 1 :], array.chunks[axis + 1 :], strict=True)
-        self._columns = math.prod(ceil_div(size, extent) for size, extent in row)
+        self._chunk_rows = array.chunks[axes.token_axis]
+        self._columns = self._count_columns()
         chunks = max(1, min(STEP_CHUNKS, STEP_BYTES // (self._columns * chunk_bytes(array))))
         self._step_rows = self._chunk_rows * chunks
         self._whole_shards: set[str] = set()
 
+    def _count_columns(self) -> int:
+        """The most chunks that what a token of a head has lies in, or that of heads which share a chunk."""
+        size, extent = self._stored.shape[-1], self._stored.chunks[-1]
+        if not self._axes.row_rank:
+            return 1
+        if self._axes.order[-1] == "f":  # heads begin anywhere in a chunk
+            return min(ceil_div(size, extent), ceil_div(self._axes.head_dim, extent) + 1)
+        return ceil_div(size, extent)
+
+    @cached_property
+    def shared_heads(self) -> int:
+        """Heads that a chunk has: to decode it for one takes as long as for all."""
+        return max(len(group) for group in self._groups(range(self._heads)))
+
     @property
     def decode_bytes(self) -> int:
-        """Bound on host memory, in bytes, of one read besides the caller's buffer."""
-        chunks = (
-            min(self._step_rows // self._chunk_rows, ceil_div(self._array.shape[self._axis], self._chunk_rows))
-            * self._columns
-        )
-        return DECODE_COPIES * chunks * self._chain.widest + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
+        """Bound on host memory, in bytes, of one read besides the caller's buffers."""
+        tokens = self._stored.shape[self._axes.token_axis]
+        chunks = min(self._step_rows // self._chunk_rows, ceil_div(tokens, self._chunk_rows)) * self._columns
+        gathered = chunks * chunk_bytes(self._stored) if self.shared_heads > 1 else 0  # the rows of several heads
+        return DECODE_COPIES * chunks * self._chain.widest + gathered + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
-    def read(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Read tokens [start, stop) of one head into `out` [stop - start, D]. Raises as `read_span`."""
-        index = (batch, head)[-self._axis :]
-        for shard in self._shards(index, start, stop):
+    def read(self, batch: int, heads: Sequence[int], start: int, stop: int, outs: Sequence[NDArray[Any]]) -> None:
+        """Read tokens [start, stop) of each of some heads into its buffer, [stop - start, D]. Raises as `read_selection`.
+
+        Heads that share chunks are decoded together.
+        """
+        of_heads = dict(zip(heads, outs, strict=True))
+        for group in self._groups(heads):
+            self._read_together(batch, {head: of_heads[head] for head in group}, start, stop)
+
+    def _groups(self, heads: Iterable[int]) -> list[list[int]]:
+        """Heads by the chunk that they begin in."""
+        groups: dict[int, list[int]] = {}
+        for head in heads:
+            groups.setdefault(self._axes.chunk_of(head, self._stored.chunks), []).append(head)
+        return list(groups.values())
+
+    def _read_together(self, batch: int, outs: Mapping[int, NDArray[Any]], start: int, stop: int) -> None:
+        """Read tokens of heads that share chunks."""
+        heads = range(min(outs), max(outs) + 1)
+        self._check_shards(self._axes.select_heads(batch, heads, slice(start, stop)))
+        for low, high in _spans(start, stop, self._step_rows):
+            selection = self._axes.select_heads(batch, heads, slice(low, high))
+            shape = [len(range(*part.indices(size))) for part, size in zip(selection, self._array.shape, strict=True)]
+            if len(heads) == 1:
+                self._decode(selection, outs[heads[0]][low - start : high - start].reshape(shape))
+                continue
+            found = np.empty(shape, self._stored.dtype.newbyteorder("="))
+            self._decode(selection, found)
+            for head, out in outs.items():
+                part = out[low - start : high - start]
+                part[...] = found[self._axes.among(head - heads[0])].reshape(part.shape)
+
+    def _decode(self, selection: tuple[slice, ...], out: NDArray[Any]) -> None:
+        read_selection(self._array, self._location, selection, out, self._axes.token_axis)
+
+    def _check_shards(self, selection: tuple[slice, ...]) -> None:
+        if self._array.shards is None:
+            return
+        spans = zip(selection, self._array.shape, self._array.shards, strict=True)
+        found = [(part.indices(size), extent) for part, size, extent in spans]
+        for shard in itertools.product(*(range(low // extent, ceil_div(high, extent)) for (low, high, _), extent in found)):
             if (key := chunk_key(self._array, shard)) not in self._whole_shards:
                 check_shard(self._stored, shard, self._location)
                 self._whole_shards.add(key)
-        for low, high in _spans(start, stop, self._step_rows):
-            read_span(self._array, self._location, index, low, out[low - start : high - start])
-
-    def _shards(self, index: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, ...]]:
-        if self._array.shards is None:
-            return iter(())
-        extents, axis = self._array.shards, self._axis
-        outer = [range(at // extent, at // extent + 1) for at, extent in zip(index, extents, strict=False)]
-        tokens = range(start // extents[axis], ceil_div(stop, extents[axis]))
-        row = zip(self._array.shape[axis + 1 :], extents[axis + 1 :], strict=True)
-        return itertools.product(*outer, tokens, *(range(ceil_div(size, extent)) for size, extent in row))
 
 
 def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low: int, out: NDArray[Any]) -> None:
-    """Read rows from `low` on of one head of a `complete_array` into `out`.
+    """Read rows from `low` on of one head of a `complete_array` into `out` [n, ...], as `read_selection` does.
 
-    `out` is [n, ...], of its dtype in native order. `index` is (batch, head), or (head,). Raises IntegrityError for a
-    chunk that is missing or that its codecs refuse, which is named, and OSError as the file system does.
+    `index` is (batch, head), or (head,).
     """
-    high, rows = low + len(out), array.chunks[len(index)]
-    selection = (*(slice(at, at + 1) for at in index), slice(low, high))
-    target: Any = out.reshape(*(1 for _ in index), *out.shape)
+    selection = (*(slice(at, at + 1) for at in index), slice(low, low + len(out)), *(slice(None) for _ in out.shape[1:]))
+    read_selection(array, location, selection, out.reshape(*(1 for _ in index), *out.shape), len(index))
+
+
+def read_selection(
+    array: zarr.Array[Any], location: str, selection: tuple[slice, ...], out: NDArray[Any], axis: int
+) -> None:
+    """Read a selection of a `complete_array` into `out`, of its shape and of its dtype in native order.
+
+    Raises IntegrityError for a chunk that is missing or that its codecs refuse, which is named as far as its place along
+    `axis`, and OSError as the file system does.
+    """
+    target: Any = out
     try:
         array.get_basic_selection(selection, out=NDBuffer.from_ndarray_like(target), prototype=buffer_prototype)
     except (OocattnError, OSError, MemoryError):
@@ -160,10 +211,13 @@ def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low
     except Exception as error:  # each codec has its own: RuntimeError, ValueError, zlib.error, EOFError, ...
         if str(error) == "can't start new thread":  # nor does that say anything of the chunk
             raise OSError(errno.EAGAIN, "cannot start a thread: raise the limit on processes (ulimit -u)") from error
+        low, high, rows = selection[axis].start, selection[axis].stop, array.chunks[axis]
         if low // rows == (high - 1) // rows:
-            raise undecodable_chunk(location, _key(array, index, low), error) from error
+            raise undecodable_chunk(location, _key(array, selection), error) from error
         for first, last in _spans(low, high, rows):  # to find out which chunk it is
-            read_span(array, location, index, first, out[first - low : last - low])
+            within = (*selection[:axis], slice(first, last), *selection[axis + 1 :])
+            place = (*(slice(None) for _ in range(axis)), slice(first - low, last - low))
+            read_selection(array, location, within, out[place], axis)
 
 
 def _first_error(error: BaseException) -> BaseException:
@@ -173,10 +227,9 @@ def _first_error(error: BaseException) -> BaseException:
     return error
 
 
-def _key(array: zarr.Array[Any], index: tuple[int, ...], token: int) -> str:
+def _key(array: zarr.Array[Any], selection: tuple[slice, ...]) -> str:
     extents = array.shards or array.chunks
-    position = (*index, token, *(0 for _ in extents[len(index) + 1 :]))
-    return chunk_key(array, tuple(at // extent for at, extent in zip(position, extents, strict=True)))
+    return chunk_key(array, tuple((part.start or 0) // extent for part, extent in zip(selection, extents, strict=True)))
 
 
 def _spans(start: int, stop: int, rows: int) -> Iterator[tuple[int, int]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,55 +11,60 @@ from typing import Any
 
 import zarr
 
+from oocattn import naming
 from oocattn.errors import ProblemError, RemoteDeniedError
 from oocattn.problem.arrays import KEY_BIAS, ArraySpec
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.problem import Problem, make_problem
-from oocattn.records import differences
-from oocattn.storage.chunk_errors import PageError, missing_chunk, torn_chunk
-from oocattn.storage.inputs.direct import FastestReader
-from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, chunk_files, fingerprints_of, identity
-from oocattn.storage.inputs.meaning import MEANINGFUL, check_axes, refuse_packed, warn_if_transposed
-from oocattn.storage.inputs.readers import InputArray
-from oocattn.storage.inputs.shards import check_shard
-from oocattn.storage.layout import chunk_key, stored_bytes, stored_chunks
-from oocattn.storage.locations import Location, parse_location, recorded_location
-from oocattn.storage.mapped_store import MappedStore
-from oocattn.storage.metadata import array_names, is_array, open_array, open_consolidated, read_group
-from oocattn.storage.remote.store import open_remote
-from oocattn.storage.zarr_compat import Store, sync
+from oocattn.records import differences, to_json
+from oocattn.storage.chunk_errors import PageError
+from oocattn.storage.inputs.axes import Axes
+from oocattn.storage.inputs.direct import DirectReader
+from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, identity
+from oocattn.storage.inputs.meaning import MEANINGFUL, dimension_names, order_by_names, refuse_packed, warn_if_transposed
+from oocattn.storage.inputs.origin import Origin
+from oocattn.storage.inputs.source import TensorSource
+from oocattn.storage.inputs.zarr_nodes import Place, open_node, what_is_at
+from oocattn.storage.inputs.zarr_source import ZarrSource
+from oocattn.storage.locations import parse_location
+from oocattn.storage.metadata import array_names, open_array, open_consolidated, read_group
+from oocattn.storage.remote.options import StorageOptions
+from oocattn.storage.zarr_compat import Store
 from oocattn.text import printable
 
-ASKED = 64  # chunks of a remote array that are asked for at the same time, where they are not listed
 MOST_NAMED = 10  # arrays that the message names where one is missing
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The input of a run: its location, and the arrays "q", "k" and "v", and "key_bias" where there is one and it is used.
+    """The input of a run: the tensors "q", "k" and "v", and "key_bias" where there is one and it is used.
 
-    `location` is an absolute path, or a URL without credentials. Other processes are sent the arrays' metadata alone.
+    They lie in a group, at `location`, or each at its own place (`in_group` is False, `location` names them for messages).
     """
 
     location: str
-    arrays: dict[str, InputArray]
+    arrays: dict[str, TensorSource]
+    in_group: bool = True
 
     @classmethod
-    def open(cls, path_or_url: str | Path | Location, *, key_bias: bool = True) -> Dataset:
-        """Open a Zarr group, v3 or v2, for reading, at a path or a URL, which is checked first.
+    def open(cls, place: Place, *, key_bias: bool = True, storage_options: StorageOptions | None = None) -> Dataset:
+        """Open a Zarr group, v3 or v2, for reading: at a path or a URL, which is checked first, or of a store.
 
-        Without `key_bias` an array of that name is not looked at. Raises ProblemError if there is no group, no array q, k or
-        v in it that can be read, or one whose attributes give its numbers or axes another meaning, and IntegrityError if its
-        metadata is damaged.
+        The `storage_options` are for a URL. Without `key_bias` an array of that name is not looked at. Raises ProblemError
+        if there is no group, no array q, k or v in it that can be read, or one whose attributes give its numbers or axes
+        another meaning, and IntegrityError if its metadata is damaged.
         """
-        location = parse_location(path_or_url)
-        return cls._open_in(_open_store(location), str(location), (KEY_BIAS,) if key_bias else ())
+        try:
+            store, location = open_node(place, storage_options)
+        except FileNotFoundError as error:
+            raise _no_group(str(parse_location(place)), "found nothing") from error
+        return cls._open_in(store, location, (KEY_BIAS,) if key_bias else ())
 
     @classmethod
     def _open_in(cls, store: Store, location: str, optional: Sequence[str]) -> Dataset:
         group = read_group(store, location)
         if group is None:
-            raise _no_group(location, _what_is_at(store, location))
+            raise _no_group(location, what_is_at(store, location))
         required = [name for name in NAMES if name != KEY_BIAS]
         arrays = {name: _array(store, name, location) for name in required}
         consolidated = open_consolidated(store, group, (*required, *optional), location)
@@ -71,41 +75,47 @@ class Dataset:
             _check_consolidated(arrays[name], other, location)
         for array in arrays.values():
             refuse_packed(array, location)
-        check_axes(arrays, location)
-        return cls.of(location, arrays)
+        axes, reading = {name: _axes(name, array, location) for name, array in arrays.items()}, DirectReader()
+        return cls(
+            location, {name: ZarrSource(name, array, location, reading, axes[name]) for name, array in arrays.items()}
+        )
+
+    @classmethod
+    def of(cls, arrays: dict[str, TensorSource]) -> Dataset:
+        """The dataset of tensors that lie apart."""
+        ordered = {name: arrays[name] for name in NAMES if name in arrays}
+        where = ", ".join(f"{name} {source.origin.recorded}" for name, source in ordered.items())
+        return cls(where, ordered, in_group=False)
 
     def reopen(self) -> Dataset:
-        """The dataset as it is now: its metadata is read again. Raises as `open`."""
-        return self._open_in(self.store, self.location, [name for name in self.arrays if name == KEY_BIAS])
-
-    @classmethod
-    def open_recorded(cls, recorded: object, named: str | Path | Location | None, *, key_bias: bool = True) -> Dataset:
-        """Open the dataset of a result or journal: where `named`, else at the `recorded_location`. Raises as both."""
-        if named is not None:
-            return cls.open(named, key_bias=key_bias)
-        try:
-            return cls.open(recorded_location(recorded), key_bias=key_bias)
-        except ProblemError as error:
-            raise ProblemError(f"{error}; if it was moved, say where with dataset= (--dataset)") from error
-
-    @classmethod
-    def of(cls, location: str, arrays: dict[str, zarr.Array[Any]]) -> Dataset:
-        """The dataset of these open arrays, by name."""
-        fastest = FastestReader()
-        return cls(location, {name: InputArray(name, array, location, fastest) for name, array in arrays.items()})
+        """The dataset as it is now: what says how its tensors lie is read again. Raises as `open`."""
+        if self.in_group:
+            return self._open_in(self.store, self.location, [name for name in self.arrays if name == KEY_BIAS])
+        return Dataset(self.location, {name: source.reopen() for name, source in self.arrays.items()}, in_group=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset.of, (self.location, {name: found.array for name, found in self.arrays.items()})
+        return Dataset, (self.location, self.arrays, self.in_group)
 
     @property
     def store(self) -> Store:
-        """The store of the group."""
-        return self.arrays["q"].array.store
+        """The store of the group. Raises ProblemError where the tensors are in none."""
+        found = self.arrays["q"]
+        if not (self.in_group and isinstance(found, ZarrSource)):
+            raise ProblemError(
+                f"the inputs {self.location} are in no group, of which an array could be named: give the array itself, or "
+                "the path of an .npy file"
+            )
+        return found.array.store
 
     @property
-    def folder(self) -> Path | None:
-        """Where the dataset lies, or None where that is no local folder."""
-        return self.store.root if isinstance(self.store, MappedStore) else None
+    def paths(self) -> tuple[Path, ...]:
+        """The local files and folders that the tensors lie in."""
+        return tuple(source.path for source in self.arrays.values() if source.path is not None)
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """Where the tensors lie; empty where they are in a group."""
+        return {} if self.in_group else {name: source.origin.recorded for name, source in self.arrays.items()}
 
     @property
     def specs(self) -> tuple[ArraySpec, ArraySpec, ArraySpec]:
@@ -118,24 +128,18 @@ class Dataset:
         found = self.arrays.get(KEY_BIAS)
         return None if found is None else found.spec
 
-    def check_complete(self) -> None:
-        """Check that every chunk of the arrays is there. Raises IntegrityError naming array, chunk and key.
+    def record(self) -> dict[str, Any]:
+        """What a result keeps of it, as JSON."""
+        return {"location": self.location, "fingerprint": self.as_found.recorded, "tensors": to_json(self.origins)}
 
-        A chunk that is stored as it is (no compressor, no shards) must have its size, where that is told. Elsewhere
-        than in a local folder the keys are listed once, where that is possible, and those not listed are asked for by
-        name. Of a shard the index is read as well (16 bytes a chunk). What chunks decode to is not checked.
-        """
-        for array in (found.array for found in self.arrays.values()):
-            expected = stored_bytes(array)
-            for coordinates, key, size in _sizes(array, self.location):
-                if expected is not None and size is not None and size != expected:
-                    raise torn_chunk(self.location, key, size, expected)
-                if array.shards is not None:
-                    check_shard(array, coordinates, self.location)
+    def check_complete(self) -> None:
+        """Check that all of the tensors is there. Raises IntegrityError naming what is missing."""
+        for source in self.arrays.values():
+            source.check_complete()
 
     def fingerprints(self) -> Fingerprints:
-        """The fingerprints of the dataset as it is now. Raises IntegrityError for a chunk that is found to be missing."""
-        found = [fingerprints_of(name, found.array, self.location) for name, found in self.arrays.items()]
+        """The fingerprints of the dataset as it is now. Raises IntegrityError for a part that is found to be missing."""
+        found = [source.fingerprints() for source in self.arrays.values()]
         return Fingerprints(*("-".join(digests) for digests in zip(*found, strict=True)))
 
     @cached_property
@@ -162,7 +166,7 @@ def check_poses(dataset: Dataset, problem: Problem, whose: str) -> None:
     if posed != problem:
         raise ProblemError(
             f"{dataset.location} poses another problem than the {whose}'s ({differences(problem, posed)}): name the dataset "
-            "that the run read (--dataset)"
+            f"that the run read, with {naming.named('dataset')}"
         )
 
 
@@ -185,47 +189,17 @@ def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], l
             )
 
 
-def _sizes(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
-    """Coordinates, key and size, if it is told, of every chunk. Raises at the first that is missing."""
-    store: Any = array.store
-    if isinstance(store, MappedStore):
-        yield from ((coordinates, key, status.st_size) for coordinates, key, status in chunk_files(array, location))
-        return
-    listed, stored = sync(store.list_sizes(array.path)), stored_chunks(array)
-    while batch := {chunk_key(array, coordinates): coordinates for coordinates in itertools.islice(stored, ASKED)}:
-        found = sync(store.find_sizes([key for key in batch if key not in listed]))
-        for key, coordinates in batch.items():
-            if key not in listed and key not in found:
-                raise missing_chunk(location, key)
-            yield coordinates, key, listed[key] if key in listed else found[key]
-
-
-def _open_store(location: Location) -> Store:
-    """A store at a location that was checked."""
-    if location.path is not None:
-        return MappedStore(location.path, read_only=True)
-    try:
-        return open_remote(location)
-    except FileNotFoundError as error:
-        raise _no_group(str(location), "found nothing") from error
-
-
-def _what_is_at(store: Store, location: str) -> str:
-    """What is at a location where no group is, in a few words."""
-    if is_array(store, location):
-        return "found an array"
-    if "://" in location:
-        return "found neither zarr.json nor .zgroup"
-    path = Path(location)
-    if path.is_dir():
-        return "found a folder without zarr.json or .zgroup"
-    return "found a file" if path.exists() else "found nothing"
+def _axes(name: str, array: zarr.Array[Any], location: str) -> Axes | None:
+    """The axes of an array by its dimension names; None where these say nothing."""
+    label = f"{name} ({location})"
+    order = order_by_names(label, dimension_names(array), bias=name == KEY_BIAS)
+    return None if order is None else Axes(order)
 
 
 def _no_group(location: str, reason: str) -> ProblemError:
     return ProblemError(
         f"no Zarr group at {location} ({reason}): give the path or URL of a group with the arrays q, k and v; "
-        "`oocattn import` makes one from other files"
+        "tensors that lie elsewhere are named one by one (--q --k --v)"
     )
 
 

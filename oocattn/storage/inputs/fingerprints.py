@@ -19,6 +19,8 @@ from oocattn.problem.arrays import KEY_BIAS
 from oocattn.storage.chunk_errors import damaged_chunk, missing_chunk, refuse_missing
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import advise, open_regular, read_exactly
+from oocattn.storage.inputs.axes import Axes
+from oocattn.storage.inputs.given_store import ASKED, GivenStore
 from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks, stored_counts
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
@@ -42,8 +44,9 @@ class Fingerprints:
     """Digests that tell a dataset from another, or from itself once changed.
 
     Each is one of each array, joined by "-". All cover shape, dtype, chunk grid and codecs, both ends of a few stored chunks
-    and, in a local folder, the size of every chunk file. `recorded` covers modification times, too: results keep it, and a
-    copy shares it if times were copied. `within_run` also covers change times, which no copy shares (inodes may change).
+    and, in a local folder, the size of every chunk file. `recorded` covers modification times, too, or what
+    a store tells of contents: results keep it, and a copy shares it if times were copied. `within_run` also covers change
+    times, which no copy shares (inodes may change).
     """
 
     recorded: str
@@ -58,19 +61,44 @@ def changed_arrays(before: str, after: str) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def fingerprints_of(name: str, array: zarr.Array[Any], location: str) -> tuple[str, ...]:
+def fingerprints_of(name: str, array: zarr.Array[Any], location: str, axes: Axes) -> tuple[str, str, str]:
     """Half a SHA-256 for each of `Fingerprints`, in their order, in one walk."""
-    beginning = json.dumps([name, identity(array)], sort_keys=True, default=str).encode()
+    beginning = json.dumps([name, identity(array), *unusual(axes, array.ndim)], sort_keys=True, default=str).encode()
     recorded, within_run, untimed = digests = tuple(hashlib.sha256(beginning) for _ in range(3))
     for _, key, status in chunk_files(array, location):
         state = (status.st_size, status.st_mtime_ns)
         recorded.update(f"\n{key} {state}".encode())
         within_run.update(f"\n{key} {(*state, status.st_ctime_ns)}".encode())
         untimed.update(f"\n{key} {status.st_size}".encode())
+    for version in _versions(array):
+        recorded.update(f"\n{version}".encode())
+        within_run.update(f"\n{version}".encode())
     for content in _sample(array, location):
         for digest in digests:
             digest.update(content)
-    return tuple(digest.hexdigest()[:32] for digest in digests)
+    first, second, third = (digest.hexdigest()[:32] for digest in digests)
+    return first, second, third
+
+
+def unusual(axes: Axes, rank: int) -> list[str]:
+    """What a fingerprint says of the axes: nothing of those that a tensor has where no others are named."""
+    usual = ("bhnd" if axes.row_rank else "bhn")[-rank:]
+    return [] if axes.order == usual else [str(axes)]
+
+
+def _versions(array: zarr.Array[Any]) -> Iterator[str]:
+    """What a store elsewhere than in a local folder says of the stored chunks' content, where it says so."""
+    store: Any = array.store
+    if isinstance(store, MappedStore):
+        return
+    chunks = (chunk_key(array, coordinates) for coordinates in stored_chunks(array))
+    if not isinstance(store, GivenStore):
+        found = sync(store.list_versions(array.path))
+        yield from (f"{key} {found[key]}" for key in chunks if key in found)
+        return
+    object_bytes = math.prod(array.shards or array.chunks) * array.dtype.itemsize
+    while batch := list(itertools.islice(chunks, ASKED)):
+        yield from sync(store.find_versions(batch, object_bytes))
 
 
 def identity(array: zarr.Array[Any]) -> dict[str, Any]:

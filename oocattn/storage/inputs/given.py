@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from oocattn.errors import IntegrityError, ProblemError
+from oocattn.naming import as_given, named
 from oocattn.problem.given import DTYPES, MOST_ITEMS, Array, GivenArrays
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.problem import Problem
@@ -18,21 +19,27 @@ from oocattn.problem_arguments import ProblemArguments, kept_array
 from oocattn.storage.inputs.codecs import complete_array, read_span
 from oocattn.storage.inputs.dataset import Dataset, pose
 from oocattn.storage.inputs.meaning import refuse_packed
+from oocattn.storage.inputs.opening import InputsLike, open_inputs
 from oocattn.storage.inputs.shards import check_shard
+from oocattn.storage.inputs.tensor_files import open_npy
 from oocattn.storage.layout import chunk_bytes, stored_chunks
-from oocattn.storage.locations import Location, parse_location
-from oocattn.storage.make.tensor_files import open_npy
+from oocattn.storage.locations import parse_location
 from oocattn.storage.metadata import array_names, open_array
+from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.zarr_compat import Store
 from oocattn.text import printable
 
 MOST_CHUNK_BYTES = 1 << 28
 """Bytes of a chunk at most, in an array of the dataset that an argument names."""
 
+_MOST_NAME = 255  # bytes of a name, as file systems have it
 
-def open_posed(location: str | Path | Location, asked: ProblemArguments) -> tuple[Dataset, Problem]:
-    """Open a dataset, and pose the problem that is asked. All arguments must be there, checked. Raises ProblemError."""
-    dataset = Dataset.open(location, key_bias=asked["key_bias"])
+
+def open_posed(
+    inputs: InputsLike, asked: ProblemArguments, storage_options: StorageOptions | None = None
+) -> tuple[Dataset, Problem]:
+    """Open the inputs, and pose the problem that is asked. All arguments must be there, checked. Raises ProblemError."""
+    dataset = open_inputs(inputs, key_bias=asked["key_bias"], storage_options=storage_options)
     options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     given = GivenArrays(**{name: _read(dataset, name, options.pop(name)) for name in DTYPES if name in options})
     return dataset, pose(dataset, ProblemOptions(out_dtype=options.pop("dtype", None), given=given, **options))
@@ -43,38 +50,51 @@ def _read(dataset: Dataset, name: str, source: Array | str | Path) -> Array:
     if isinstance(source, np.ndarray):
         return source
     if isinstance(source, Path) or source.endswith(".npy"):
-        return read_npy(name, source)
-    found = read_small(dataset.store, str(source), dataset.location, f"{name} = {source!r}")
-    return kept_array(name, found)
+        found = read_npy(name, source)
+    else:
+        found = read_small(dataset.store, str(source), dataset.location, as_given(name, source))
+    described = f"{as_given(name, source)} ({found.dtype} {list(found.shape)})"
+    return kept_array(name, found, lambda expected: ProblemError(f"{described}: expected {expected}"))
 
 
 def read_npy(name: str, file: str | Path) -> Array:
-    """The array in the .npy file that argument `name` names. Raises ProblemError for one that it cannot be."""
-    path = parse_location(file).path
-    if path is None:
-        raise ProblemError(f"{name}: {file} is a URL: expected the path of an .npy file on this machine; copy it first")
+    """The array in the .npy file that argument `name` names. Raises ProblemError where there is none."""
     try:
-        tensor = open_npy(name, path)
+        path = parse_location(file).path
+    except ProblemError as error:
+        raise ProblemError(f"{named(name)}: {error}") from None
+    if path is None:
+        raise ProblemError(
+            f"{named(name)}: {file} is a URL: expected the path of an .npy file on this machine; copy it first"
+        )
+    try:
+        tensor = open_npy(named(name), path)
         if np.prod(tensor.shape, dtype=object) > MOST_ITEMS:
-            raise ProblemError(f"{name}: {path} has shape {list(tensor.shape)}: expected at most {MOST_ITEMS:,} numbers")
-        return kept_array(name, tensor.read([slice(None)] * len(tensor.shape)))
+            raise ProblemError(
+                f"{named(name)}: {path} has shape {list(tensor.shape)}: expected at most {MOST_ITEMS:,} numbers"
+            )
+        return tensor.read([slice(None)] * len(tensor.shape))
     except (FileNotFoundError, NotADirectoryError):
-        raise ProblemError(f"{name}: there is no file {path}") from None
+        raise ProblemError(f"{named(name)}: there is no file {path}") from None
     except IntegrityError:
-        raise ProblemError(f"{name}: {path} is no regular file: expected an .npy file") from None
+        raise ProblemError(f"{named(name)}: {path} is no regular file: expected an .npy file") from None
 
 
 def read_small(store: Store, name: str, location: str, described: str) -> Array:
     """All of a small array in the root group of a store, of any numbers. Raises ProblemError, calling it `described`."""
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
+    if not _is_name(name):
         raise ProblemError(
             f"{described}: expected the path of an .npy file, which ends so, or the name of an array in {location}"
         )
-    array = open_array(store, name, location)
+    try:
+        array = open_array(store, name, location)
+    except ProblemError as error:
+        raise ProblemError(f"{described}: {error}") from None
     if array is None:
         found = ", ".join(map(printable, array_names(store)[:10]))
         raise ProblemError(
-            f"{described}: found no such array in {location}, only {found}: name one of them, or the path of an .npy file"
+            f"{described}: found no such array in {location}, only {found}: name one of them, or the path of an .npy file, "
+            "or give the numbers themselves"
         )
     if not 1 <= array.ndim <= 2 or np.prod(array.shape, dtype=object) > MOST_ITEMS or chunk_bytes(array) > MOST_CHUNK_BYTES:
         raise ProblemError(
@@ -88,3 +108,12 @@ def read_small(store: Store, name: str, location: str, described: str) -> Array:
     if out.size:
         read_span(complete_array(array, location), location, (), 0, out)
     return cast(Array, out)
+
+
+def _is_name(name: str) -> bool:
+    """True for what an array in a root group may be called."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < length <= _MOST_NAME and name not in (".", "..") and "/" not in name and "\0" not in name

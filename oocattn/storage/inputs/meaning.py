@@ -16,12 +16,13 @@ import logging
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from oocattn.errors import ProblemError
-from oocattn.problem.arrays import KEY_BIAS, ArraySpec
+from oocattn.problem.arrays import ArraySpec
+from oocattn.storage.inputs.axes import LAYOUTS
 from oocattn.text import printable
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("oocattn")
 
-LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
-"""Orders of a tensor's axes that are imported: b batch, h heads, n tokens, d head dimension."""
+DimensionNames: TypeAlias = "list[Any] | tuple[Any, ...]"
+"""What the dimensions of an array are called, in order, from outside: anything, of which texts may be believed."""
 
 _OTHER = {"bhnd": "bnhd", "bnhd": "bhnd", "hnd": "nhd", "nhd": "hnd"}  # the layout that another one is taken for
 _OF = r"(q|k|v|kv|query|key|value|keyvalue|source|src|target|tgt|context|attention|attn)?"
@@ -68,24 +69,32 @@ MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
 """The attributes of an array that say what its numbers and its axes are."""
 
 
-def check_axes(arrays: Mapping[str, zarr.Array[Any]], location: str) -> None:
-    """Raise ProblemError where dimension names give another order of axes.
+def dimension_names(array: zarr.Array[Any]) -> list[DimensionNames]:
+    """The names of an array's dimensions: `dimension_names` of Zarr v3, and xarray's `_ARRAY_DIMENSIONS` of v2."""
+    named = (getattr(array.metadata, "dimension_names", None), array.attrs.get(_NAMED_DIMENSIONS))
+    return [names for names in named if isinstance(names, list | tuple) and len(names) == array.ndim]
 
-    Expected are [B, H, N, D] or [H, N, D], and of key_bias the same without D. The names are `dimension_names` of Zarr v3,
-    and xarray's `_ARRAY_DIMENSIONS` of v2.
+
+def believed_order(names: DimensionNames, *, bias: bool = False) -> str | None:
+    """The only order of axes that dimension names allow: of q, k or v, or of a key bias."""
+    return _order(names, "bhn" if bias else "bhnd")
+
+
+def order_by_names(label: str, named: Sequence[DimensionNames], *, bias: bool = False) -> str | None:
+    """The order of the axes, such as "bnhd", that dimension names give: of q, k or v, or of a key bias.
+
+    None where no names are believed. Raises ProblemError, which calls the tensor `label`, for an order that is not read in
+    place, and for two.
     """
-    axes = {name: "bhn" if name == KEY_BIAS else "bhnd" for name in arrays}
-    named = [(name, names, order) for name, array in arrays.items() for names, order in _named_orders(array, axes[name])]
-    wrong = {order for name, _, order in named if not axes[name].endswith(order)}
-    if not wrong:
-        return
-    told = "; ".join(f"{name} is {_letters(order)} ({', '.join(names)})" for name, names, order in named)
-    layout = min(wrong) if len(wrong) == 1 and wrong <= {*LAYOUTS} else None
-    imported = f", or save its tensors as files and import them with `oocattn import --layout {layout}`" if layout else ""
+    told = {order: names for names in named if (order := believed_order(names, bias=bias))}
+    wrong = [order for order in told if not (bias or order in LAYOUTS)]
+    if not wrong and len(told) < 2:
+        return next(iter(told), None)
+    words = " and ".join(f"{_letters(order)} ({', '.join(map(str, names))})" for order, names in told.items())
+    expected = "[B, H, N] or [H, N]" if bias else f"one of {', '.join(LAYOUTS)} (batch, heads, tokens, dimension)"
     raise ProblemError(
-        f"the dimension names in {location} say that {told}; expected are [B, H, N, D] (batch, head, "
-        f"token, head_dim) or [H, N, D], and key_bias without D: write the array transposed{imported}; if its names are "
-        "wrong, correct them"
+        f"the dimension names of {label} say that it is {words}: expected {expected}; write it transposed, or correct the "
+        "names if they are wrong"
     )
 
 
@@ -98,13 +107,12 @@ def warn_if_transposed(q: ArraySpec, k: ArraySpec, layout: str | None = None) ->
     size, of_keys = (dict(zip(order, spec.shape, strict=True)) for order, spec in zip(orders, (q, k), strict=True))
     if size["h"] <= size["n"] or of_keys["h"] <= of_keys["n"]:
         return
-    taken = orders[0]
-    other = _OTHER[taken]
+    taken, other = orders[0], _OTHER[orders[0]]
     logger.warning(
         "%s",
         f"{q.name} {list(q.shape)} is taken for {_letters(taken)}, {size['h']:,} heads x {size['n']:,} tokens: more heads "
-        f"than tokens; if it is {_letters(other)}, the result is wrong: import its tensors with `oocattn import --layout "
-        f"{other}`, or write it transposed",
+        f"than tokens; if it is {_letters(other)}, the result is wrong: name the tensors one by one, with their layout (--q "
+        f"--k --v --layout {other})",
     )
 
 
@@ -112,14 +120,7 @@ def _letters(order: str) -> str:
     return f"[{', '.join(order.upper())}]"
 
 
-def _named_orders(array: zarr.Array[Any], axes: str) -> Iterator[tuple[list[str], str]]:
-    """Pairs of dimension names that are believed and the order they give of `axes`, the first of which may be left out."""
-    for names in (getattr(array.metadata, "dimension_names", None), array.attrs.get(_NAMED_DIMENSIONS)):
-        if isinstance(names, list | tuple) and len(names) == array.ndim and (order := _order(names, axes)):
-            yield ["unnamed" if name is None else str(name) for name in names], order
-
-
-def _order(names: list[Any] | tuple[Any, ...], axes: str) -> str | None:
+def _order(names: DimensionNames, axes: str) -> str | None:
     """The only order of axes, like "bhnd", that the names allow, or None. An axis without a name, None, may be any."""
     if len(names) not in (len(axes) - 1, len(axes)) or not all(name is None or isinstance(name, str) for name in names):
         return None

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -21,8 +21,10 @@ from zarr.codecs import BytesCodec
 from zarr.storage import LocalStore
 
 from oocattn.errors import OocattnError, ProblemError, ResultExistsError
+from oocattn.naming import setting
+from oocattn.problem.problem import Problem
 from oocattn.storage.bfloat16 import numpy_dtype
-from oocattn.storage.files.durable import PARTIAL, sync, write_durably
+from oocattn.storage.files.durable import PARTIAL, make_durably, sync, write_durably
 from oocattn.storage.files.folders import GROUP, is_folder, is_taken, names_in, pattern_of, refuse_foreign, remove_ours
 from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.files.renaming import rename_new
@@ -35,9 +37,12 @@ from oocattn.threads import ThreadPool
 from oocattn.units import ceil_div
 
 CHUNK_BYTES = 32 * 2**20  # size aimed at for a chunk; 8 to 64 MiB read equally well
-DIMENSIONS = ("batch", "query_head", "token", "head_dim")  # of q, out and lse
+DIMENSIONS = ("batch", "query_head", "token", "head_dim")  # of q
 ROW_MULTIPLE = 4096  # chunks of longer arrays hold a multiple of this many rows, so that they start on page boundaries
 
+
+Separator = Literal[".", "/"]
+"""Between the numbers in the key of a chunk: "." in folders, "/" in stores, of which some take no other."""
 
 logger = logging.getLogger("oocattn")
 
@@ -67,22 +72,27 @@ def create_array(
     dtype: str,
     chunk_rows: int | None = None,
     dimensions: Sequence[str] = DIMENSIONS,
+    separator: Separator = ".",
 ) -> zarr.Array[Any]:
     """Create array `name`, [B, H, N, D] or [B, H, N], of chunks of one head: (1, 1, T, D) or (1, 1, T).
 
-    `chunk_rows` is T, by default `default_chunk_rows`. `dimensions` are named, so that xarray opens the group. Raises zarr's
-    ContainsArrayError where the group has such an array.
+    `chunk_rows` is T, by default `default_chunk_rows`. `dimensions` are named, so that xarray opens the group. `separator`
+    stands between the numbers in a chunk's key. Raises zarr's ContainsArrayError where the group has such an array.
     """
     tokens, row = shape[2], shape[3:]
     numpy_type = numpy_dtype(dtype)
     rows = chunk_rows or default_chunk_rows(tokens, int(np.prod(row)), numpy_type.itemsize)
-    return _create(group, name, shape, numpy_type, (1, 1, rows, *row), dimensions[: len(shape)])
+    return _create(group, name, shape, numpy_type, (1, 1, rows, *row), dimensions[: len(shape)], separator)
 
 
-def write_whole(group: zarr.Group, name: str, data: NDArray[Any], dimensions: Sequence[str]) -> None:
+def write_whole(
+    group: zarr.Group, name: str, data: NDArray[Any], dimensions: Sequence[str], separator: Separator = "."
+) -> None:
     """Write a small array, in a group of a local store, as one chunk; when this returns, that is on disk."""
-    array = _create(group, name, data.shape, data.dtype, data.shape, dimensions)
-    write_durably(chunk_file(array, (0,) * data.ndim), [np.ascontiguousarray(data)])
+    array = _create(group, name, data.shape, data.dtype, data.shape, dimensions, separator)
+    path = chunk_file(array, (0,) * data.ndim)
+    make_durably(path.parent)
+    write_durably(path, [np.ascontiguousarray(data)])
 
 
 def _create(
@@ -92,10 +102,11 @@ def _create(
     dtype: np.dtype[Any],
     chunks: tuple[int, ...],
     dimensions: Sequence[str],
+    separator: Separator,
 ) -> zarr.Array[Any]:
     """Create an array of Zarr v3: uncompressed, little-endian, fill value 0, empty chunks written.
 
-    All chunk files lie in one folder: a durable write then syncs that folder and no others.
+    With "." as the separator all chunk files lie in one folder: a durable write then syncs that folder and no others.
     """
     with name_failure("make", str(group.store_path / name).removeprefix("file://")):
         return group.create_array(
@@ -104,7 +115,7 @@ def _create(
             dtype=dtype,
             chunks=chunks,
             dimension_names=dimensions,
-            chunk_key_encoding={"name": "default", "separator": "."},
+            chunk_key_encoding={"name": "default", "separator": separator},
             serializer=BytesCodec(endian="little"),
             compressors=None,
             filters=None,
@@ -125,6 +136,16 @@ def dimension_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[st
         "v": ("batch", "kv_head", key, value),
         "key_bias": ("batch", "query_head" if bias[1] == q[1] else "bias_head", key),
     }
+
+
+def out_dimensions(problem: Problem) -> tuple[str, ...]:
+    """The names of the dimensions of `out`, and of `lse` without the last: as in the dataset, where all rows are asked."""
+    q = (problem.batch, problem.query_heads, problem.queries, problem.head_dim)
+    names = dimension_names({"q": q, "v": (problem.batch, problem.kv_heads, problem.keys, problem.value_dim)})
+    batch, head, token, _ = names["q"]
+    heads = head if problem.heads is None else "asked_query_head"
+    rows = token if problem.out_rows == problem.queries else "asked_token"
+    return batch, heads, rows, names["v"][-1]
 
 
 def chunk_selection(array: zarr.Array[Any], coords: tuple[int, ...]) -> tuple[slice, ...]:
@@ -243,7 +264,9 @@ def _create_remote(location: Location, attributes: dict[str, Any], overwrite: bo
     except OocattnError:
         raise
     except FileExistsError as error:
-        raise ResultExistsError(f"{url} exists already: choose another path, or overwrite it (--overwrite)") from error
+        raise ResultExistsError(
+            f"{url} exists already: choose another path, or replace it with {setting('overwrite', True)}"
+        ) from error
     except Exception as error:  # each file system has its own
         raise ProblemError(f"{url} cannot be created ({error}): check the URL and its access") from error
 
@@ -262,7 +285,9 @@ def refuse_to_destroy(path: Path, overwrite: bool) -> None:
     if not is_taken(path):
         return
     if not overwrite:
-        raise ResultExistsError(f"{path} exists already: choose another path, or overwrite it (--overwrite)")
+        raise ResultExistsError(
+            f"{path} exists already: choose another path, or replace it with {setting('overwrite', True)}"
+        )
     if not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray")):
         raise ResultExistsError(f"{path} is not a Zarr group: only those are overwritten; remove it or choose another path")
     refuse_foreign(path, GROUP)

@@ -1,17 +1,16 @@
 """Tensors in .npy, .safetensors and .pt files, read in parts.
 
 A file is opened without being loaded and without running what it may carry (.npy and .safetensors hold none, torch's
-weights_only=True keeps it from running). It is read, not mapped: a mapped file that is cut short ends the process. Only
-elements that lie scattered are copied from a map, if there can be one, for the time of one read.
+weights_only=True keeps it from running). What is found is where its numbers lie; direct.py reads them.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import os
+import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,17 @@ from oocattn.errors import OocattnError, ProblemError
 from oocattn.records import Count, Excerpt, from_json, parse_json
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.files.operations import name_failure
-from oocattn.storage.files.regular import map_file, open_regular, read_exactly
+from oocattn.storage.files.regular import open_regular, read_exactly
+from oocattn.storage.inputs.direct import DirectReader
+from oocattn.storage.inputs.parts import Part, TensorFile, make_part
+from oocattn.storage.layout import strides_of
+from oocattn.storage.locations import describe, parse_location
+from oocattn.text import printable
 
 if TYPE_CHECKING:
     import torch
 
-STEP_BYTES = 4 << 20
-"""Bytes of a file that are read at a time, at most, also where most of them lie between those that are wanted."""
-
+_FILE_AND_TENSOR = re.compile(r"(.+\.(?:npy|safetensors|safetensors\.index\.json|pt|pth))(?::(.+))?")
 _MOST_EXTENT = 1 << 48  # of one dimension
 _MOST_HEADER = 100 << 20  # bytes of the header of a safetensors file, as its format has it
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -49,61 +51,79 @@ class _Entry(Excerpt):
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a file: elements at `offset`, `strides` bytes apart. `stamp` is of the file when it was opened."""
+    """A tensor in a file: elements at `offset`, `strides` bytes apart. `stamp` is of the file when it was opened.
+
+    `key` is its name in the file, "" where the file has one tensor without a name.
+    """
 
     path: Path
-    label: str
+    key: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int
     strides: tuple[int, ...]
     stamp: tuple[int, int]
 
-    def read(self, part: Sequence[slice]) -> NDArray[Any]:
-        """A part of it, a slice for each axis. Raises ProblemError where the file is short or was changed."""
-        spans = [range(*each.indices(size)) for each, size in zip(part, self.shape, strict=True)]
-        out = np.empty([len(span) for span in spans], self.dtype)
-        first = [span.start for span in spans]
-        with open_regular(self.path) as descriptor:
-            if not self._copy_mapped(descriptor, out, first):
-                self._read(descriptor, out, first)
-            if _stamp(descriptor, self.path) != self.stamp:
-                raise ProblemError(f"{self.label} was changed while it was read: import it again")
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.path}:{self.key}" if self.key else str(self.path)
+
+    def file(self, label: str) -> TensorFile:
+        """The file that it lies in. Messages call the tensor `label`."""
+        return TensorFile(self.path, label, self.stamp)
+
+    def part(self, selection: Sequence[slice], file: TensorFile) -> Part:
+        """The elements of a selection, a slice for each axis, of which none is empty, in its `file`."""
+        spans = [range(*each.indices(size)) for each, size in zip(selection, self.shape, strict=True)]
+        offset = self.offset + sum(span.start * stride for span, stride in zip(spans, self.strides, strict=True))
+        return make_part(file, offset, [len(span) for span in spans], self.strides, self.dtype)
+
+    def read(self, selection: Sequence[slice]) -> NDArray[Any]:
+        """A selection of it, a slice for each axis, in native byte order.
+
+        Raises IntegrityError where the file is not what it was when it was opened.
+        """
+        shape = [len(range(*each.indices(size))) for each, size in zip(selection, self.shape, strict=True)]
+        out = np.empty(shape, self.dtype.newbyteorder("="))
+        if out.size:
+            DirectReader().read([([self.part(selection, self.file(self.label))], out)])
         return out
 
-    def _span(self, shape: Sequence[int], first: Sequence[int]) -> tuple[int, int]:
-        """Where a part of the tensor begins in the file, and its length in bytes."""
-        begin = self.offset + sum(at * stride for at, stride in zip(first, self.strides, strict=True))
-        last = sum((size - 1) * stride for size, stride in zip(shape, self.strides, strict=True))
-        return begin, last + self.dtype.itemsize
 
-    def _copy_mapped(self, descriptor: int, out: NDArray[Any], first: Sequence[int]) -> bool:
-        """Copy scattered elements from a map; False where that does not apply."""
-        begin, length = self._span(out.shape, first)
-        if length < 2 * out.nbytes or _stamp(descriptor, self.path) != self.stamp:
-            return False
-        slack = begin % mmap.ALLOCATIONGRANULARITY
-        mapped = map_file(descriptor, length + slack, begin - slack)
-        if mapped is None:
-            return False
-        with mapped:
-            out[...] = np.ndarray(out.shape, self.dtype, mapped, slack, self.strides)
-        return True
+def is_tensor_file(text: str) -> bool:
+    """Whether a text names a file that `open_tensor_file` opens."""
+    return _FILE_AND_TENSOR.fullmatch(text) is not None
 
-    def _read(self, descriptor: int, out: NDArray[Any], first: Sequence[int]) -> None:
-        """Read elements: at once where they lie close together, else in halves."""
-        begin, length = self._span(out.shape, first)
-        if out.size > 1 and length > STEP_BYTES:
-            axis = max(range(out.ndim), key=lambda axis: (out.shape[axis] > 1) * self.strides[axis])
-            half = out.shape[axis] // 2
-            for low, high in ((0, half), (half, out.shape[axis])):
-                within = tuple(slice(low, high) if each == axis else slice(None) for each in range(out.ndim))
-                self._read(descriptor, out[within], [at + low * (each == axis) for each, at in enumerate(first)])
-        elif out.size:
-            content = read_exactly(descriptor, length, begin, self.path)
-            if len(content) < length:
-                raise ProblemError(f"{self.label} ends at byte {begin + len(content):,}: it is cut short; copy it again")
-            out[...] = np.ndarray(out.shape, self.dtype, content, strides=self.strides)
+
+def open_tensor_file(name: str, typed: object) -> FileTensor:
+    """Open FILE.npy, FILE.safetensors or FILE.pt, the last two with `:TENSOR`, for array `name`. Raises ProblemError."""
+    if not isinstance(typed, str | os.PathLike):
+        raise ProblemError(
+            f"{name}: found {describe(typed)}, expected the path of a file: save the tensor with torch.save or numpy.save, "
+            "and name FILE.pt, FILE.npy or FILE.safetensors"
+        )
+    file = os.fsdecode(typed)
+    match = _FILE_AND_TENSOR.fullmatch(file)
+    if match is None:
+        raise ProblemError(f"{name}: {file} is not understood: expected FILE.npy, FILE.safetensors or FILE.pt[:TENSOR]")
+    path, tensor = parse_location(match[1]).path, match[2]
+    if path is None:
+        raise ProblemError(f"{name}: {file} is a URL: tensors are read from local files; copy it first")
+    try:
+        if path.suffix == ".json":
+            return open_checkpoint(name, path, tensor)
+        if path.suffix != ".npy":
+            return (open_safetensors if path.suffix == ".safetensors" else open_torch)(name, path, tensor)
+        found = open_npy(name, path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ProblemError(f"{name}: there is no file {path}") from None
+    if found.dtype.str[1:] in ("V2", "u2"):
+        raise ProblemError(
+            f"{name}: {path} has dtype {found.dtype}: .npy cannot say bfloat16, if that is what it holds; "
+            "save it as .safetensors or .pt, or as float32"
+        )
+    return found
 
 
 def open_npy(name: str, path: Path) -> FileTensor:
@@ -129,8 +149,8 @@ def open_npy(name: str, path: Path) -> FileTensor:
         raise ProblemError(
             f"{name}: {path} cannot be mapped to an array of numbers ({error}): save one plain array with numpy.save"
         ) from error
-    strides = _strides(shape[::-1], dtype)[::-1] if columns_first else _strides(shape, dtype)
-    return FileTensor(path, str(path), shape, dtype, offset, strides, stamp)
+    strides = strides_of(shape[::-1], dtype.itemsize)[::-1] if columns_first else strides_of(shape, dtype.itemsize)
+    return FileTensor(path, "", shape, dtype, offset, strides, stamp)
 
 
 def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
@@ -164,7 +184,34 @@ def open_safetensors(name: str, path: Path, tensor: str | None) -> FileTensor:
         raise
     except ValueError as error:
         raise ProblemError(f"{name}: {path} is not a whole safetensors file: {error}") from error
-    return FileTensor(path, f"{path}:{key}", shape, numbers, 8 + length + begin, _strides(shape, numbers), stamp)
+    return FileTensor(path, key, shape, numbers, 8 + length + begin, strides_of(shape, numbers.itemsize), stamp)
+
+
+@dataclass(frozen=True)
+class _Index(Excerpt):
+    """What the index of a checkpoint in several files says: the file of each tensor, beside it."""
+
+    weight_map: Mapping[str, str]
+
+
+def open_checkpoint(name: str, path: Path, tensor: str | None) -> FileTensor:
+    """The tensor of a checkpoint in several .safetensors files, by its index, that is to become array `name`.
+
+    It is called `tensor`, if that is given. The format is that of Hugging Face's libraries: JSON with a `weight_map`. Raises
+    ProblemError for anything else, also for a file that does not lie beside the index.
+    """
+    try:
+        with open_regular(path) as descriptor:
+            files = from_json(_Index, parse_json(read_exactly(descriptor, _MOST_HEADER, 0, path))).weight_map
+    except ValueError as error:
+        raise ProblemError(f"{name}: {path} is not the index of a checkpoint in safetensors: {error}") from error
+    key = _pick(name, path, tensor, list(files))
+    if not files[key].endswith(".safetensors") or "/" in files[key] or "\0" in files[key]:
+        raise ProblemError(
+            f"{name}: {path} says that {key} is in {printable(files[key])!r:.80}: expected the name of a .safetensors file "
+            "beside it"
+        )
+    return open_safetensors(name, path.with_name(files[key]), key)
 
 
 def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
@@ -187,7 +234,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
         raise ProblemError(
             f"{name}: {path} is not a file of plain tensors, as torch.save writes them: save one, or a dict of them"
         ) from error
-    label = str(path)
+    label, key = str(path), ""
     if isinstance(found, dict):
         key = _pick(name, path, tensor, [key for key in found if isinstance(key, str)])
         found, label = found[key], f"{path}:{key}"
@@ -195,7 +242,7 @@ def open_torch(name: str, path: Path, tensor: str | None) -> FileTensor:
         raise ProblemError(f"{name}: {label} is a {type(found).__name__}: expected a dense tensor")
     if found.is_neg():  # torch keeps a negation beside the elements
         raise ProblemError(f"{name}: {label} is the negative of what is stored: save tensor.resolve_neg()")
-    return _torch_tensor(name, path, label, found, stamp)
+    return _torch_tensor(name, path, key, label, found, stamp)
 
 
 def _check_archive(name: str, path: Path, file: IO[bytes]) -> None:
@@ -225,7 +272,7 @@ def _without_data() -> AbstractContextManager[object]:
     return FakeTensorMode()
 
 
-def _torch_tensor(name: str, path: Path, label: str, found: torch.Tensor, stamp: tuple[int, int]) -> FileTensor:
+def _torch_tensor(name: str, path: Path, key: str, label: str, found: torch.Tensor, stamp: tuple[int, int]) -> FileTensor:
     """Where a tensor of torch's lies in its file."""
     begin = getattr(found.untyped_storage(), "_checkpoint_offset", None)
     if begin is None:
@@ -238,7 +285,7 @@ def _torch_tensor(name: str, path: Path, label: str, found: torch.Tensor, stamp:
     numbers = numpy_dtype(dtype).newbyteorder("<")
     strides = tuple(stride * numbers.itemsize for stride in found.stride())
     offset = begin + int(found.storage_offset()) * numbers.itemsize
-    return FileTensor(path, label, tuple(found.shape), numbers, offset, strides, stamp)
+    return FileTensor(path, key, tuple(found.shape), numbers, offset, strides, stamp)
 
 
 def _pick(name: str, path: Path, tensor: str | None, found: list[str]) -> str:
@@ -262,8 +309,3 @@ def _stamp(descriptor: int, path: Path) -> tuple[int, int]:
     with name_failure("look at", path):
         status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns
-
-
-def _strides(shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[int, ...]:
-    """Bytes between neighbours along each axis, where the last one is contiguous."""
-    return tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -1,0 +1,107 @@
+"""Maps of files by NumPy, read as the files that they are."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+from numpy.typing import NDArray
+
+from oocattn.errors import IntegrityError, OocattnError, ProblemError
+from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.storage.inputs.axes import Axes
+from oocattn.storage.inputs.file_source import FileSource
+from oocattn.storage.inputs.origin import Numbers, Origin
+from oocattn.storage.inputs.source import Opened, TensorSource
+from oocattn.storage.inputs.tensor_files import FileTensor, open_npy
+from oocattn.storage.inputs.values import check_dtype
+from oocattn.storage.locations import describe
+from oocattn.storage.remote.options import StorageOptions
+
+
+class RawSource(FileSource):
+    """Numbers in a file that does not say where they lie: a map of NumPy does."""
+
+    def __init__(self, name: str, tensor: FileTensor, axes: Axes) -> None:
+        super().__init__(name, tensor, axes)
+        numbers = Numbers(_dtype_name(tensor.dtype), tensor.offset, tensor.shape, tensor.strides)
+        self.origin = Origin("raw", str(tensor.path), "", axes, numbers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RawSource, (self.name, self._tensor, self.axes)
+
+    def reopen(self) -> TensorSource:
+        """See `TensorSource.reopen`."""
+        return open_raw(self.name, self.origin, self._tensor.path)
+
+
+def open_raw(name: str, origin: Origin, path: Path) -> TensorSource:
+    """The tensor of a record, in the file at `path`. Raises ProblemError where there is none, IntegrityError for a part."""
+    assert origin.numbers is not None
+    try:
+        dtype, status = _dtype_of(origin.numbers.dtype), os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ProblemError(f"{name}: there is no file {path}") from None
+    stamp, numbers = (status.st_size, status.st_mtime_ns), origin.numbers
+    if len(numbers.shape) != len(numbers.strides):
+        raise IntegrityError(f"{name}: its record has shape {numbers.shape} and strides {numbers.strides}: expected as many")
+    last = sum((size - 1) * stride for size, stride in zip(numbers.shape, numbers.strides, strict=True))
+    end = numbers.offset + last + dtype.itemsize
+    if status.st_size < end:
+        raise IntegrityError(f"{name}: {path} has {status.st_size:,} bytes, expected at least {end:,}: it was cut short")
+    return RawSource(name, FileTensor(path, "", numbers.shape, dtype, numbers.offset, numbers.strides, stamp), origin.axes)
+
+
+def open_memmap(name: str, typed: object, _: StorageOptions | None = None) -> Opened | None:
+    """A map of a file; None for anything else, or where what is mapped is not what is in the file."""
+    if not isinstance(typed, np.memmap) or (tensor := _in_file(typed)) is None:
+        return None
+    label = f"{describe(typed)} of {tensor.path}"
+    check_dtype(name, label, typed.dtype)
+    try:
+        whole = open_npy(name, tensor.path) if tensor.path.suffix == ".npy" else None
+    except OocattnError:
+        whole = None
+    kind = FileSource if whole == tensor else RawSource
+    return Opened(label, tensor.shape, lambda own, axes: kind(own, tensor, axes))
+
+
+def _in_file(mapped: np.memmap[Any, Any]) -> FileTensor | None:
+    """Where the elements of a map lie in its file; None where the file has others, or they lie backwards or repeatedly."""
+    name, base = mapped.filename, getattr(mapped, "_mmap", None)
+    if name is None or base is None or mapped.mode == "c" or not mapped.size or any(size <= 0 for size in mapped.strides):
+        return None
+    start = np.frombuffer(base, np.uint8).ctypes.data
+    low, high = byte_bounds(mapped)
+    first = mapped.offset - mapped.offset % mmap.ALLOCATIONGRANULARITY  # of the map, in the file
+    path = Path(os.fsdecode(name)).absolute()
+    try:
+        status = path.stat()
+        if not (start <= low and high <= start + len(base) and first + high - start <= status.st_size):
+            return None
+        stamp = (status.st_size, status.st_mtime_ns)
+        tensor = FileTensor(path, "", mapped.shape, mapped.dtype, first + low - start, mapped.strides, stamp)
+        return tensor if _agree(mapped, tensor) else None
+    except (OSError, OocattnError):
+        return None
+
+
+def _agree(mapped: NDArray[Any], tensor: FileTensor) -> bool:
+    """Whether the file has the first and the last element of the map: it may have been replaced since."""
+    for at in ([0] * mapped.ndim, [size - 1 for size in mapped.shape]):
+        selection = [slice(each, each + 1) for each in at]
+        if tensor.read(selection).tobytes() != mapped[tuple(selection)].astype(tensor.dtype.newbyteorder("=")).tobytes():
+            return False
+    return True
+
+
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    return dtype.name if dtype.name == "bfloat16" else dtype.str
+
+
+def _dtype_of(name: str) -> np.dtype[Any]:
+    return numpy_dtype(name) if name == "bfloat16" else np.dtype(name)

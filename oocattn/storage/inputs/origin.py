@@ -1,0 +1,67 @@
+"""Where a tensor lies, as journals, results and certificates record it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from oocattn.problem.arrays import KEY_BIAS
+from oocattn.records import ADDED, Count, Pattern, Positive
+from oocattn.storage.inputs.axes import BHND, Axes
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Elements of a file that says nothing of them, `strides` bytes apart."""
+
+    dtype: Annotated[str, Pattern("[<>|=]f[248]|bfloat16")]
+    offset: Count
+    shape: tuple[Count, ...]
+    strides: tuple[Positive, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor lies, as journals and results keep it.
+
+    `location` is an absolute path, a URL without credentials, or "" for what only this process has; `tensor` the name in a
+    file or group.
+    """
+
+    kind: str
+    location: str
+    tensor: str = ""
+    axes: Axes = BHND
+    numbers: Annotated[Numbers | None, ADDED] = None
+
+    def __str__(self) -> str:
+        return f"{self.location}:{self.tensor}" if self.tensor else self.location or self._object
+
+    @property
+    def _object(self) -> str:
+        """What it is that only its caller had."""
+        return "a tensor in memory" if self.kind == "memory" else f"a tensor of its caller's ({self.kind})"
+
+    @property
+    def recorded(self) -> Origin:
+        """What is recorded of it: of numbers in memory, neither whose they are nor how they lie."""
+        if self.location:
+            return self
+        return replace(self, kind=self.kind if self.kind.startswith("zarr") else "memory", axes=BHND)
+
+
+def command_options(origins: Mapping[str, Origin]) -> list[str] | None:
+    """The options by which the command line names these tensors; None where one of them has no place to be named."""
+    if not all(origin.location and origin.numbers is None for origin in origins.values()):
+        return None
+    axes = origins["q"].axes
+    if "3" in axes.order or "f" in axes.order:
+        options = ["--qkv", str(origins["q"])]
+        if axes.heads:
+            options += ["--qkv-heads", f"{axes.heads},{origins['k'].axes.heads}"]
+    else:
+        options = [part for name in ("q", "k", "v") for part in (f"--{name}", str(origins[name]))]
+    if KEY_BIAS in origins:
+        options += ["--key-bias", str(origins[KEY_BIAS])]
+    return [*options, "--layout", axes.order]

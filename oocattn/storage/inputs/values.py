@@ -1,0 +1,75 @@
+"""The numbers of tensors that are known by these alone: their dtypes, and a checksum of their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from oocattn.errors import ProblemError
+from oocattn.problem.arrays import DTYPES
+from oocattn.storage.inputs.source import TensorSource
+from oocattn.threads import ThreadPool
+
+CHECKED_BYTES, PIECE_BYTES, CHECK_THREADS = 16 << 20, 256 << 10, 8
+"""Bytes that one checksum is of, bytes that are copied for it at a time, and threads that do, at most."""
+
+
+def check_dtype(name: str, label: str, dtype: np.dtype[Any] | str) -> None:
+    """Raise ProblemError for a dtype that is neither one of a problem nor float64, which `import` converts."""
+    called = dtype if isinstance(dtype, str) else dtype.name
+    if called in (*DTYPES, "float64"):
+        return
+    structured = not isinstance(dtype, str) and dtype.names
+    remedy = "give one field of it" if structured else "convert it first"
+    if called in ("uint16", "int16", "void16"):
+        remedy = "if it holds the bits of bfloat16, give its view of that dtype (ml_dtypes.bfloat16, torch.bfloat16)"
+    raise ProblemError(f"{name} ({label}) has dtype {called}: expected one of {', '.join(DTYPES)}; {remedy}")
+
+
+def checksum(source: TensorSource) -> str:
+    """A digest of shape, dtype and all bytes of a tensor, in the order [B, H, N, D], wherever and however it lies."""
+    digest = hashlib.sha256(f"{source.spec.shape} {source.spec.dtype}".encode())
+    found: dict[tuple[int, int, int], int] = {}
+    if not source.direct or math.prod(source.extents) * source.row_bytes < CHECKED_BYTES:
+        for span in _spans(source):
+            found |= _checksums(source, span)
+    else:
+        with ThreadPool(min(CHECK_THREADS, os.cpu_count() or 1), "oocattn-checksum") as pool:
+            for numbers in pool.map(partial(_checksums, source), _spans(source)):
+                found |= numbers
+    for place in sorted(found):
+        digest.update(found[place].to_bytes(4, "little"))
+    return digest.hexdigest()[:32]
+
+
+_Span = tuple[int, range, int, int]
+
+
+def _spans(source: TensorSource) -> Iterator[_Span]:
+    """Batch, heads that are read together, first and last token: what checksums, one for each head, are of."""
+    batches, heads, tokens = source.extents
+    step, together = max(1, CHECKED_BYTES // max(1, source.row_bytes)), source.shared_heads if not source.direct else 1
+    for batch, head, start in itertools.product(range(batches), range(0, heads, together), range(0, tokens, step)):
+        yield batch, range(head, min(head + together, heads)), start, min(start + step, tokens)
+
+
+def _checksums(source: TensorSource, span: _Span) -> dict[tuple[int, int, int], int]:
+    """The checksums of a span, by batch, head and first token."""
+    batch, heads, start, stop = span
+    step = max(1 if source.direct else source.chunk_rows, PIECE_BYTES // max(1, source.row_bytes * len(heads)))
+    buffers = [np.empty((min(step, stop - start), *source.row_shape), source.dtype) for _ in heads]
+    found = dict.fromkeys(heads, 0)
+    for low in range(start, stop, step):
+        parts = [buffer[: min(step, stop - low)] for buffer in buffers]
+        source.read_heads(batch, heads, low, low + len(parts[0]), parts)
+        for head, part in zip(heads, parts, strict=True):
+            found[head] = zlib.crc32(part.reshape(-1).view(np.uint8).data, found[head])
+    return {(batch, head, start): number for head, number in found.items()}
