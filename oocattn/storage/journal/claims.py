@@ -57,8 +57,11 @@ UNKNOWN_HOLDER = Holder("unknown", 0)
 class Claim(Protocol):
     """What a lock gives to all who work under it; small, and can be sent."""
 
-    def check(self) -> None:
-        """Raise LockedError where the lock is not held any more. Asked before each step that others would see."""
+    def check(self, *, afresh: bool = False) -> None:
+        """Raise LockedError where the lock is not held any more. Asked before each step that others would see.
+
+        `afresh` asks although it was known a moment ago: before a step that would remove what others have written since.
+        """
 
 
 def read_holder(path: Path) -> Holder:

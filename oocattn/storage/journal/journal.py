@@ -12,14 +12,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oocattn.errors import IntegrityError
+from oocattn.naming import setting
 from oocattn.storage.files.durable import encode_record, read_record, sync, write_record
 from oocattn.storage.files.folders import JOURNAL, names_in, remove_ours
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.journal.claims import Claim
 from oocattn.text import printable
+
+if TYPE_CHECKING:
+    from oocattn.storage.remote.mirror import Mirror
 
 HEADER, OTHER_BITS = "plan.json", "other-bits.json"
 
@@ -29,21 +33,30 @@ ChunkId = tuple[int, int]
 
 @dataclass(frozen=True)
 class Journal:
-    """The journal of the run `run`, an identity, in the folder `state`. It is written under a `claim` to the result."""
+    """The journal of the run `run`, an identity, in the folder `state`. It is written under a `claim` to the result.
+
+    Each file is passed to the `mirror` of the folder.
+    """
 
     state: Path
     run: str
     claim: Claim | None = None
+    mirror: Mirror | None = None
 
     @classmethod
-    def begin(cls, state: Path, header: Mapping[str, Any], claim: Claim) -> Journal:
+    def begin(cls, state: Path, header: Mapping[str, Any], claim: Claim, mirror: Mirror | None = None) -> Journal:
         """A new journal of the run that `header` describes; none may be there."""
-        journal = cls(state, identity(header), claim)
+        journal = cls(state, identity(header), claim, mirror)
         with name_failure("make", journal._folder):
             journal._folder.mkdir()
         claim.check()
-        write_record(state / HEADER, header)
+        journal._write(state / HEADER, header)
         return journal
+
+    def _write(self, path: Path, record: Mapping[str, Any]) -> None:
+        write_record(path, record)
+        if self.mirror is not None:
+            self.mirror.push(path)
 
     @property
     def _folder(self) -> Path:
@@ -54,13 +67,13 @@ class Journal:
         if self.claim is None:
             raise ValueError("the journal was opened to be read: expected one under a lock")
         self.claim.check()
-        write_record(self._folder / f"{head_group}-{chunk}.json", {"run": self.run, **record})
+        self._write(self._folder / f"{head_group}-{chunk}.json", {"run": self.run, **record})
 
     def note_other_bits(self, words: str) -> None:
         """Record that from here on something else computes than when the run began."""
         if self.claim is not None:
             self.claim.check()
-        write_record(self.state / OTHER_BITS, {"run": self.run, "words": words})
+        self._write(self.state / OTHER_BITS, {"run": self.run, "words": words})
 
     @property
     def other_bits(self) -> str:
@@ -101,7 +114,7 @@ def read_header(state: Path) -> dict[str, Any] | None:
         return None
     except IntegrityError as error:
         raise IntegrityError(
-            f"{error}, so the unfinished run cannot be resumed: begin again with overwrite=True (--overwrite)"
+            f"{error}, so the unfinished run cannot be resumed: begin again with {setting('overwrite', True)}"
         ) from error
 
 

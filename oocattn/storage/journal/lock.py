@@ -62,8 +62,8 @@ class FileClaim:
     path: Path
     token: str
 
-    def check(self) -> None:
-        """Raise LockedError where the lock is lost, OSError where that is unknown."""
+    def check(self, *, afresh: bool = False) -> None:
+        """Raise LockedError where the lock is lost, OSError where that is unknown. It is asked afresh each time."""
         if self.token in _left_to_parent:
             raise LockedError(
                 f"{self.path.parent}: this process is a fork of {read_holder(self.path)}, and the run goes on there alone"

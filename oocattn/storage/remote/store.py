@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError, RemoteError
 from oocattn.storage.locations import Location, is_chain
-from oocattn.storage.remote.transient import retry
+from oocattn.storage.remote.options import StorageOptions, by_protocol, secrets_of
+from oocattn.storage.remote.transient import retry, status_of
 from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sync
 from oocattn.threads import begin_call
 
 LISTING_PATIENCE = 5.0  # seconds for which a listing is tried again: what cannot be listed is asked for by name
+UPLOAD_BYTES = 8 << 20
+"""Of a file, in memory at a time: S3 takes parts of 5 MiB or more."""
+
 T = TypeVar("T")
 
 
@@ -29,6 +36,10 @@ async def all_of(steps: Iterable[Awaitable[T]]) -> list[T]:
     return found
 
 
+class NoConditionalPutError(ProblemError):
+    """A store cannot create an object only where there is none."""
+
+
 class RemoteStore(FsspecStore):
     """A store that retries requests for a minute after transient failures.
 
@@ -38,13 +49,16 @@ class RemoteStore(FsspecStore):
     location = ""
     """What messages call the store."""
 
+    secrets: tuple[str, ...] = ()
+    """What no message shows."""
+
     def _path_of(self, key: str) -> str:
         """What the file system calls a key."""
         root = self.path.rstrip("/")
         return f"{root}/{key}" if root else key
 
     async def _retry(self, operation: str, key: str, step: Callable[[], Awaitable[T]], **options: float) -> T:
-        return await retry(operation, f"{self.location}/{key}", step, **options)
+        return await retry(operation, f"{self.location}/{key}", step, secrets=self.secrets, **options)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of `key`, or the part of it in `byte_range`; None if there is none."""
@@ -94,17 +108,29 @@ class RemoteStore(FsspecStore):
 
     async def list_sizes(self, prefix: str) -> dict[str, int | None]:
         """The sizes of all objects below `prefix`, by key. None where the store cannot be listed, or does not allow it."""
+        return {key: found.get("size") for key, found in (await self._list(prefix)).items()}
+
+    async def list_versions(self, prefix: str) -> dict[str, str]:
+        """What tells the content of objects below `prefix` from others: an entity tag, or a time; as `list_sizes`."""
+        return {key: _version(found) for key, found in (await self._list(prefix)).items()}
+
+    async def _list(self, prefix: str) -> dict[str, Mapping[str, Any]]:
+        """What the file system tells of all objects below `prefix`, by key."""
         path = self._path_of(prefix)
 
         async def step() -> dict[str, Any]:
-            return await self.fs._find(path, detail=True, withdirs=False) if self.supports_listing else {}
+            if not self.supports_listing:
+                return {}
+            self.fs.invalidate_cache(path)
+            found: dict[str, Any] = await self.fs._find(path, detail=True, withdirs=False)
+            return found
 
         try:
             found = await self._retry("listing", prefix, step, patience=LISTING_PATIENCE)
         except (FileNotFoundError, RemoteError):
             return {}
         root = self.path.rstrip("/")
-        return {name.removeprefix(f"{root}/"): info.get("size") for name, info in found.items()}
+        return {name.removeprefix(f"{root}/"): told for name, told in found.items()}
 
     async def getsize(self, key: str) -> int:
         """Bytes of an object, which is read where its server does not tell. Raises FileNotFoundError."""
@@ -134,6 +160,48 @@ class RemoteStore(FsspecStore):
         write = super().set
         await self._retry("writing", key, lambda: write(key, value, byte_range))
 
+    async def put(self, key: str, content: bytes | bytearray) -> None:
+        """Write a whole object of bytes that are not copied."""
+        path = self._path_of(key)
+        await self._retry("writing", key, lambda: self.fs._pipe_file(path, content))
+
+    async def upload(self, key: str, path: Path) -> None:
+        """Write a file as a whole object, `UPLOAD_BYTES` at a time."""
+        place, write = self._path_of(key), self.fs._put_file
+        options = {"chunksize": UPLOAD_BYTES} if "chunksize" in inspect.signature(write).parameters else {}
+        await self._retry("writing", key, lambda: write(str(path), place, **options))
+
+    async def download(self, key: str, path: Path) -> None:
+        """Write an object into a file, a part at a time. Raises FileNotFoundError."""
+        place = self._path_of(key)
+        await self._retry("reading", key, lambda: self.fs._get_file(place, str(path)))
+
+    async def create(self, key: str, content: bytes | bytearray) -> bool:
+        """Write a whole object unless there is one, by a conditional request; return whether it was written.
+
+        False also where an earlier try wrote it, whose answer was lost. Raises NoConditionalPutError where the file system
+        or its server says that it knows no such request.
+        """
+        path = self._path_of(key)
+
+        async def step() -> bool:
+            try:
+                await self.fs._pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            except Exception as error:  # each file system has its own
+                if isinstance(error, NotImplementedError | TypeError) or status_of(error) == HTTPStatus.NOT_IMPLEMENTED:
+                    raise NoConditionalPutError(f"{self.location}: {error}") from error
+                raise
+            return True
+
+        return await self._retry("writing", key, step)
+
+    async def remove(self, key: str) -> None:
+        """Remove one object. Raises FileNotFoundError as some servers do where there is none."""
+        path = self._path_of(key)
+        await self._retry("removing", key, lambda: self.fs._rm_file(path))
+
     async def _list_keys(self, prefix: str, source: Callable[[str], AsyncIterator[str]]) -> Any:
         async def step() -> Any:
             return [key async for key in source(prefix)]
@@ -141,32 +209,46 @@ class RemoteStore(FsspecStore):
         return await self._retry("listing", prefix, step, patience=LISTING_PATIENCE)
 
 
-def open_remote(location: Location, *, read_only: bool = True) -> RemoteStore:
-    """The store at a URL, or at a chain of them, that was checked.
+def _version(told: Mapping[str, Any]) -> str:
+    """The entity tag of an object, or else its time, of what a file system tells; "" without."""
+    lower = {str(name).lower().replace("_", ""): value for name, value in told.items()}
+    tag = next((lower[name] for name in ("etag", "md5hash", "lastmodified", "mtime", "created") if lower.get(name)), "")
+    return f"{told.get('size')} {tag}"
+
+
+def secrets_of_files(files: Any) -> tuple[str, ...]:
+    """What no message may show of a file system's options, or of those of the one that it wraps."""
+    return secrets_of(getattr(getattr(files, "sync_fs", files), "storage_options", None))
+
+
+def open_remote(location: Location, storage_options: StorageOptions | None = None, *, read_only: bool = True) -> RemoteStore:
+    """The store at a URL, or at a chain of them, that was checked. No message shows a value of the options.
 
     Raises ProblemError where a package is missing, FileNotFoundError where an archive is, and RemoteError as `retry`.
     """
 
     async def step() -> RemoteStore:
-        return await asyncio.wrap_future(begin_call(_open, location.text, read_only))  # an archive's contents are read
+        return await asyncio.wrap_future(begin_call(_open, location.text, options, read_only))  # an archive is read
 
-    store = sync(retry("opening", str(location), step))
-    store.location = str(location)
+    options, secrets = by_protocol(location.text, storage_options), secrets_of(storage_options)
+    store = sync(retry("opening", str(location), step, secrets=secrets))
+    store.location, store.secrets = str(location), secrets
     return store
 
 
-def _open(url: str, read_only: bool) -> RemoteStore:
+def _open(url: str, options: dict[str, Any], read_only: bool) -> RemoteStore:
     chained = is_chain(url)
     scheme = (url.rpartition("::")[2] if chained else url).partition("://")[0]
     try:
         if scheme not in ("http", "https"):
-            return cast(RemoteStore, RemoteStore.from_url(url, read_only=read_only))
+            return cast(RemoteStore, RemoteStore.from_url(url, options, read_only=read_only))
         from oocattn.storage.remote.http_files import HttpFiles, get_client
 
+        own = {**options.get(scheme, {}), "get_client": get_client}
         if chained:
-            options = {scheme: {"get_client": get_client}}
+            options = {**options, scheme: own}
             return cast(RemoteStore, RemoteStore.from_url(url, options, read_only=read_only))
-        store = RemoteStore(HttpFiles(asynchronous=True, get_client=get_client), read_only=read_only, path=url)
+        store = RemoteStore(HttpFiles(**{**own, "asynchronous": True}), read_only=read_only, path=url)
         store.supports_listing = False  # a page with links is no list of what is there
         return store
     except ImportError as error:

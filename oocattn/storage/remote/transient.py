@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from http import HTTPStatus
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from oocattn import clock
 from oocattn.errors import OocattnError, RemoteDeniedError, RemoteError
+from oocattn.storage.remote.options import without_secrets
 
 PATIENCE = 60.0  # seconds after its first failure until which a request is tried again
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 8.0
@@ -36,8 +37,11 @@ _TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529}
 
 _ABSENT, _DENIED = {404, 410}, {401, 403, 407}
 
-_TRANSIENT_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException"}
-"""Error codes of S3; of them RequestTimeout comes with status 400."""
+_TRANSIENT_CODES = {
+    *("InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException"),
+    *("ConditionalRequestConflict", "OperationAborted"),
+}
+"""Error codes of S3; of them RequestTimeout comes with status 400, the last two, of writes at the same time, with 409."""
 
 _TRANSIENT_ERRNO = {
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY),
@@ -79,8 +83,10 @@ class Failure:
     wait: float = 0.0
 
 
-async def retry(operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
-    """Await a repeatable step; retry transient failures for `patience` seconds.
+async def retry(
+    operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE, *, secrets: tuple[str, ...] = ()
+) -> T:
+    """Await a repeatable step; retry transient failures for `patience` seconds. Messages show no `secrets`.
 
     Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, and RemoteError
     for every other failure: with the operation, the URL, what the server said, and how often it was tried.
@@ -94,13 +100,14 @@ async def retry(operation: str, url: str, step: Callable[[], Awaitable[T]], pati
         except (OocattnError, MemoryError):
             raise
         except Exception as error:  # each file system has its own
-            failure, now = classify(error), clock.now()
+            failure, now = _without_secrets(classify(error), secrets), clock.now()
+            cause = error if not secrets else None  # its text may show them
             if failure.kind is Kind.ABSENT:
-                raise FileNotFoundError(errno.ENOENT, "no such object", url) from error
+                raise FileNotFoundError(errno.ENOENT, "no such object", url) from cause
             first = now if first is None else first
             wait = max(pause * random.uniform(0.5, 1.0), failure.wait)
             if failure.kind is not Kind.TRANSIENT or now + wait > first + patience:
-                raise _error(operation, url, failure, tries, now - began) from error
+                raise _error(operation, url, failure, tries, now - began) from cause
             if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
                 _warned = now
                 left = first + patience - now
@@ -119,6 +126,10 @@ def _error(operation: str, url: str, failure: Failure, tries: int, seconds: floa
         )
     kind = RemoteDeniedError if failure.kind is Kind.DENIED else RemoteError
     return kind(f"{operation} {url} failed: {failure.found}; {advice}")
+
+
+def _without_secrets(failure: Failure, secrets: tuple[str, ...]) -> Failure:
+    return replace(failure, found=without_secrets(failure.found, secrets)) if secrets else failure
 
 
 def classify(error: BaseException) -> Failure:
@@ -152,9 +163,21 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = inner if isinstance(inner, BaseException) else error.__cause__ or context
 
 
+def status_of(error: BaseException) -> int | None:
+    """The first HTTP status code in the chain of an exception; None without one."""
+    found = (_status(each, _described(each).get("ResponseMetadata", {})) for each in _causes(error))
+    return next((status for status in found if status is not None), None)
+
+
+def _described(error: BaseException) -> Mapping[str, Any]:
+    """What botocore says of a response; nothing for others."""
+    response: Any = getattr(error, "response", None)
+    return response if isinstance(response, Mapping) else {}
+
+
 def _by_status(error: BaseException) -> Failure | None:
     response: Any = getattr(error, "response", None)
-    described = response if isinstance(response, Mapping) else {}  # botocore's
+    described = _described(error)
     metadata, said = described.get("ResponseMetadata", {}), described.get("Error", {})
     status = _status(error, metadata)
     if status is None:
@@ -220,5 +243,5 @@ def _denial(found: str) -> Failure:
         Kind.DENIED,
         found,
         "not allowed, or missing (servers that do not allow listing, such as S3, answer so): check the URL and the "
-        "credentials in the environment; a public S3 bucket needs FSSPEC_S3='{\"anon\": true}'",
+        "credentials in the environment; a public S3 bucket needs --storage-option anon=true",
     )

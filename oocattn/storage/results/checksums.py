@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from oocattn.errors import IntegrityError
 from oocattn.records import Pattern, Positive, from_json, to_json
-from oocattn.storage.nodes import read_array
+from oocattn.storage.nodes import StoredGroup, read_array
 from oocattn.units import ceil_div
 
 ATTRIBUTE = "checksums"
@@ -58,7 +58,7 @@ class ArrayBits:
     checksums: Checksums | None
 
 
-def read_bits(result: Path) -> dict[str, ArrayBits]:
+def read_bits(result: Path | StoredGroup) -> dict[str, ArrayBits]:
     """Read what metadata say of the bits of `out` and `lse`. Raises IntegrityError where they are missing or damaged."""
     bits = {}
     for name in ("out", "lse"):
@@ -71,7 +71,7 @@ def read_bits(result: Path) -> dict[str, ArrayBits]:
                     raise ValueError(f"{len(checksums.digits)} digits, expected {expected}")
         except (IndexError, ValueError) as error:
             raise IntegrityError(
-                f"{result / name}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(found.shape)} "
+                f"{result}/{name}: its attribute {ATTRIBUTE!r} is not the checksums of an array {list(found.shape)} "
                 f"({error}): it is damaged; copy the result again"
             ) from None
         bits[name] = ArrayBits(found.shape, found.dtype, checksums)

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +22,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.naming import setting
 from oocattn.problem.given import GivenArrays
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.files import folders
@@ -31,40 +32,50 @@ from oocattn.storage.files.renaming import rename_new
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.journal import HEADER, remove_journal
 from oocattn.storage.journal.lock import lock_holder
-from oocattn.storage.make.create import OwnStore, create_array, sync_metadata
-from oocattn.storage.paths import ATTRIBUTES, GROWING_NAME, TRASH_NAME, ResultPaths, identity_at, recorded_attributes
+from oocattn.storage.make.create import DIMENSIONS, OwnStore, Separator, create_array, sync_metadata
+from oocattn.storage.paths import (
+    ATTRIBUTES,
+    CERTIFICATE,
+    CERTIFICATE_PAGE,
+    GROWING_NAME,
+    TRASH_NAME,
+    ResultPaths,
+    identity_at,
+    recorded_attributes,
+)
 from oocattn.storage.results.arguments import read_given, write_given
-from oocattn.storage.results.arrays import ResultArrays
+from oocattn.storage.results.arrays import Chunks, ResultArrays
+from oocattn.storage.results.publishing import LEFT_BESIDE, Publication, chunks_of
 
 _LEFT_BESIDE = re.compile(r"(lock|ready|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
-
-_AGAIN = "begin again with overwrite=True (--overwrite)"
 
 logger = logging.getLogger("oocattn")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape [B, H, N, Dv], dtype and chunk rows of `out`, attributes, and the arrays that are kept beside it."""
+    """Shape [B, H, N, Dv], dtype, chunk rows and dimensions of `out`, attributes, and the arrays that are kept beside it."""
 
     shape: tuple[int, int, int, int]
     dtype: str
     chunk_rows: int
     attributes: Mapping[str, Any]
     given: GivenArrays = field(default_factory=GivenArrays)
+    dimensions: Sequence[str] = DIMENSIONS
 
 
 @dataclass(frozen=True)
 class GrowingResult:
-    """A result that is not complete, and the identity of the one it replaces."""
+    """A result that is not complete, and the identity of the one it replaces. Of one in a store the `chunks` are there."""
 
     path: Path
     replaces: str | None
+    chunks: Chunks | None = None
 
     @cached_property
     def arrays(self) -> ResultArrays:
         """The arrays, open for writing."""
-        return ResultArrays.of(LocalStore(self.path))
+        return ResultArrays.of(LocalStore(self.path), str(self.path), self.chunks)
 
     @property
     def name(self) -> str:
@@ -86,37 +97,54 @@ class RunState:
         ProblemError where it could not be given its name later, and ResultExistsError where a file of somebody else's would
         be removed, now or then.
         """
-        paths = self.paths
+        paths, publication = self.paths, self._publication
         self._check()
-        with name_failure("look at", paths.state):
-            elsewhere = paths.state.stat().st_dev != paths.result.parent.stat().st_dev
-        if elsewhere:
-            raise ProblemError(
-                f"{paths.state} is on another file system than {paths.result.parent}: what grows there cannot be moved to "
-                "its place; choose another path"
-            )
         self._refuse_foreign()
-        if overwrite:
-            folders.refuse_foreign(paths.result, folders.GROUP)
-        remove_journal(paths.state)
-        self._restore()
-        if not overwrite and folders.is_taken(paths.result):
-            raise ResultExistsError(f"{paths.result} exists: choose another path, or replace it (--overwrite)")
+        if publication is None:
+            self._refuse_to_move(overwrite)
+        else:
+            publication.refuse(overwrite=overwrite)
+        self._remove_journal()
+        if publication is None:
+            self._restore()
+            if not overwrite and paths.is_taken():
+                raise ResultExistsError(
+                    f"{paths.result} exists: choose another path, or replace it with {setting('overwrite', True)}"
+                )
         # A result that could not be restored was replaced, by a run that was killed before it removed it.
         self._throw_away(*self._found(GROWING_NAME), paths.scratch, paths.replaced)
         folders.remove_file(paths.status)
-        if not folders.is_taken(paths.result):
+        if publication is not None or not paths.is_taken():
             self._forget_certificate()  # else it is of the result that is there until the commit
         with name_failure("make", paths.scratch):
             paths.scratch.mkdir()
         growing = paths.state / f"result-{uuid.uuid4().hex[:8]}.zarr"
         with name_failure("make", growing):
             group = zarr.create_group(OwnStore(growing), attributes={ATTRIBUTES: dict(layout.attributes)}, zarr_format=3)
-            create_array(group, "out", layout.shape, layout.dtype, layout.chunk_rows)
-            create_array(group, "lse", layout.shape[:3], "float32", layout.chunk_rows)
-            write_given(group, layout.given)
+            separator: Separator = "." if publication is None else "/"
+            names = layout.dimensions
+            create_array(group, "out", layout.shape, layout.dtype, layout.chunk_rows, dimensions=names, separator=separator)
+            create_array(group, "lse", layout.shape[:3], "float32", layout.chunk_rows, dimensions=names, separator=separator)
+            write_given(group, layout.given, separator)
         sync_metadata(growing)
-        return GrowingResult(growing, identity_at(paths.result))
+        if publication is not None:
+            publication.begin(growing)
+        if paths.mirror is not None:
+            paths.mirror.push(growing)
+        return GrowingResult(growing, paths.identity(), chunks_of(paths, self.claim))
+
+    def _refuse_to_move(self, overwrite: bool) -> None:
+        """Raise where what grows in the folder of job state could not be given the result's name."""
+        state, result = self.paths.state, self.paths.folder
+        with name_failure("look at", state):
+            elsewhere = state.stat().st_dev != result.parent.stat().st_dev
+        if elsewhere:
+            raise ProblemError(
+                f"{state} is on another file system than {result.parent}: what grows there cannot be moved to its place; "
+                "choose another path"
+            )
+        if overwrite:
+            folders.refuse_foreign(result, folders.GROUP)
 
     def resume(self, growing: GrowingResult, layout: Layout) -> None:
         """Have a result that has begun to grow ready for more to be written.
@@ -129,7 +157,9 @@ class RunState:
             self.paths.scratch.mkdir()
         for folder in (path, path / "out", path / "lse", self.paths.scratch, self.paths.state / "finished"):
             if not folders.is_folder(folder):
-                raise IntegrityError(f"{folder} is not a folder: the unfinished run is damaged: {_AGAIN}")
+                raise IntegrityError(
+                    f"{folder} is not a folder: the unfinished run is damaged: begin again with {setting('overwrite', True)}"
+                )
         found = {name: (array.shape, array.dtype, array.chunks) for name, array in growing.arrays.by_name.items()}
         out, lse = (1, 1, layout.chunk_rows, layout.shape[3]), (1, 1, layout.chunk_rows)
         dtype, recorded = numpy_dtype(layout.dtype), recorded_attributes(path)
@@ -138,9 +168,12 @@ class RunState:
         differing += [name for name, value in layout.attributes.items() if recorded.get(name) != value]
         if differing:
             raise IntegrityError(
-                f"{path}: the metadata of the unfinished result is damaged ({', '.join(differing)}): {_AGAIN}"
+                f"{path}: the metadata of the unfinished result is damaged ({', '.join(differing)}): "
+                f"begin again with {setting('overwrite', True)}"
             )
         read_given(path, layout.given.digests)
+        if self._publication is not None:
+            self._publication.resume(path)
 
     # The commit, under the lock. It can be repeated from any step at which it failed.
     #   1. Ask whether the lock is still this run's.
@@ -153,8 +186,11 @@ class RunState:
         Raises ResultExistsError where something is there that the run may not replace, LockedError where the lock was
         lost, and OSError as the file system does.
         """
-        result, replaced = self.paths.result, self.paths.replaced
         self._check()
+        if self._publication is not None:
+            self._publication.commit(growing.path)
+            return
+        result, replaced = self.paths.folder, self.paths.replaced
         if folders.is_folder(growing.path):
             found = identity_at(result)
             if found is not None:
@@ -180,17 +216,22 @@ class RunState:
     def tidy(self) -> None:
         """Remove the job state of a complete result, but report and certificate."""
         self._check()
-        remove_journal(self.paths.state)
+        if self._publication is not None:
+            self._publication.tidy()
+        self._remove_journal()
         self._throw_away(self.paths.scratch, self.paths.replaced, *self._found(GROWING_NAME), *self._found(TRASH_NAME))
         folders.remove_file(self.paths.status)
 
     def discard(self, growing: GrowingResult) -> None:
         """Remove what a run has done, for it cannot be trusted."""
         self._check()
-        self._restore()
-        remove_journal(self.paths.state)
+        if self._publication is None:
+            self._restore()
+        self._remove_journal()
         self._throw_away(growing.path, self.paths.scratch)
         folders.remove_file(self.paths.status)
+        if self._publication is not None:
+            self._publication.discard()
 
     def remove_leftovers(self) -> None:
         """Remove what writes that were killed have left in the folders of this run."""
@@ -201,6 +242,17 @@ class RunState:
             if not _is_waiting(path):
                 folders.remove_file(path)
 
+    def _remove_journal(self) -> None:
+        """Remove the journal; with it goes all that this run, or an earlier one, has kept in the store."""
+        remove_journal(self.paths.state)
+        if self.paths.any_mirror is not None:
+            self.paths.any_mirror.clear()
+
+    @property
+    def _publication(self) -> Publication | None:
+        """The result, where it is in a store."""
+        return None if self.paths.stored is None else Publication(self.paths, self.paths.stored)
+
     def _check(self) -> None:
         """Raise where the lock was lost, or the folder is not this user's own."""
         folders.require_own(self.paths.state)
@@ -210,8 +262,8 @@ class RunState:
         """Give a replaced result its name back, unless something has it."""
         if folders.is_folder(self.paths.replaced):
             with suppress(FileExistsError):
-                rename_new(self.paths.replaced, self.paths.result)
-                sync(self.paths.result.parent)
+                rename_new(self.paths.replaced, self.paths.folder)
+                sync(self.paths.folder.parent)
 
     def _refuse_foreign(self) -> None:
         """Raise ResultExistsError where a folder to be removed has foreign files."""
@@ -235,8 +287,7 @@ class RunState:
                 logger.warning("%s was not removed: oocattn did not write it; move it away", foreign)
 
     def _forget_certificate(self) -> None:
-        folders.remove_file(self.paths.certificate)
-        folders.remove_file(self.paths.certificate_page)
+        self.paths.forget(CERTIFICATE, CERTIFICATE_PAGE)
 
 
 def _is_waiting(path: Path) -> bool:
@@ -253,6 +304,10 @@ def _is_waiting(path: Path) -> bool:
 
 def is_untidy(paths: ResultPaths) -> bool:
     """Whether a run was killed between its commit and its tidying up."""
-    if paths.unfinished is not None:
+    if paths.stored is None and paths.unfinished is not None:
+        return False
+    if paths.beside is not None and any(map(LEFT_BESIDE.fullmatch, paths.beside.list())):
+        return True
+    if paths.state_folder is None:
         return False
     return any(map(folders.is_taken, (paths.state / HEADER, paths.scratch, paths.replaced, paths.status, paths.lock)))

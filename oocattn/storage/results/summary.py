@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from oocattn.errors import IntegrityError
+from oocattn.pins import Pins
 from oocattn.problem.problem import Problem, read_problem
 from oocattn.records import ADDED, Excerpt, Positive, from_json
-from oocattn.storage.files.durable import read_json
-from oocattn.storage.files.folders import is_folder
-from oocattn.storage.paths import ResultPaths
+from oocattn.storage.inputs.origin import Origin
+from oocattn.storage.paths import CERTIFICATE, ResultPaths
 from oocattn.storage.results.arguments import read_given
 from oocattn.storage.results.checksums import read_bits, result_digest
 
@@ -26,18 +26,18 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """The dataset of a result: its location and fingerprint at the time."""
+    """The dataset of a result: its location and fingerprint at the time, and where tensors lie that are in no group."""
 
     location: str
     fingerprint: str
+    tensors: Annotated[Mapping[str, Origin], ADDED] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class PlanRecord(Excerpt):
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord(Pins):
     """Some of the plan that a result was computed by."""
 
     chunk_rows: Positive
-    kernel: str
     rounds_weights: Annotated[bool, ADDED] = True  # allows more, where an older version has not recorded it
 
 
@@ -92,7 +92,7 @@ class Summary(Excerpt):
 def read_summary(paths: ResultPaths) -> Summary | None:
     """Read the summary of a result's certificate; None without one. An unreadable one is logged and counts as none."""
     try:
-        content = read_json(paths.certificate) if is_folder(paths.state) else None
+        content = paths.load(CERTIFICATE)
         if content is None:
             return None
         found, recorded = from_json(Summary, content), ResultAttributes.read(paths)

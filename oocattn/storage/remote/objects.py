@@ -1,0 +1,144 @@
+"""Objects of a Zarr store, read and written whole, from any thread: what a run keeps in a store goes through here.
+
+Every request is retried as reads are (`transient`), and names store and key where it fails. An object is whole or not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from oocattn.errors import IntegrityError, ProblemError
+from oocattn.storage.bounded import read_start
+from oocattn.storage.nodes import MOST_BYTES
+from oocattn.storage.remote.store import NoConditionalPutError, RemoteStore
+from oocattn.storage.remote.transient import retry
+from oocattn.storage.zarr_compat import Store, buffer_prototype, sync
+
+T = TypeVar("T")
+
+Content = bytes | bytearray
+
+
+class Objects:
+    """The objects of a store below a path, which messages call `name`."""
+
+    def __init__(self, store: Store, name: str, path: str = "") -> None:
+        self.store = store
+        self.name = name
+        self._below = f"{path}/" if path else ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not isinstance(self.store, RemoteStore):  # a copy would take what is written
+            raise TypeError(f"{self.name} is a store of this process: it cannot be sent to another")
+        return self.__dict__
+
+    def read(self, key: str, most: int = MOST_BYTES) -> bytes | None:
+        """The content of an object of at most `most` bytes; None where there is none. Raises IntegrityError for a larger."""
+        found = self.read_start(key, most + 1)
+        if found is not None and len(found) > most:
+            raise IntegrityError(f"{self.name}/{key} has more than {most:,} bytes: it is damaged or foreign; remove it")
+        return found
+
+    def read_start(self, key: str, nbytes: int) -> bytes | None:
+        """The first bytes of an object; None where there is none."""
+        return self._request("reading", key, lambda place: read_start(self.store, place, nbytes))
+
+    def find_size(self, key: str) -> int | None:
+        """Bytes of an object; None where there is none."""
+        with suppress(FileNotFoundError):
+            return self._request("looking for", key, self.store.getsize)
+        return None
+
+    def list(self) -> list[str]:
+        """The keys of all objects, as the store has them now."""
+
+        async def step(place: str) -> list[str]:
+            if isinstance(self.store, RemoteStore):
+                self.store.fs.invalidate_cache()  # of listings that others have changed meanwhile
+                return [key async for key in self.store.list_prefix("")]
+            return [key.removeprefix(place) async for key in self.store.list() if key.startswith(place)]
+
+        with suppress(FileNotFoundError):
+            return sorted(self._request("listing", "", step))
+        return []
+
+    def list_sizes(self) -> dict[str, int | None] | None:
+        """The bytes of all objects, as the store has them now; None where it does not tell them together."""
+        if not isinstance(self.store, RemoteStore):
+            return None
+        self.store.fs.invalidate_cache()
+        found = sync(self.store.list_sizes(""))
+        return None if not found or None in found.values() else found
+
+    def write(self, key: str, content: Content) -> None:
+        """Write an object, in place of one that is there. Raises ProblemError where there is no such bucket."""
+        store = self.store
+        if not isinstance(store, RemoteStore):
+            value = buffer_prototype.buffer.from_bytes(bytes(content))
+            self._request("writing", key, lambda place: store.set(place, value))
+            return
+        try:
+            sync(store.put(key, content))
+        except FileNotFoundError as error:
+            raise self._no_bucket_error() from error
+
+    def upload(self, key: str, path: Path) -> None:
+        """Write a file as an object, a part at a time."""
+        store = self.store
+        if not isinstance(store, RemoteStore):
+            raise TypeError(f"{self.name} is no remote store")
+        try:
+            sync(store.upload(key, path))
+        except FileNotFoundError as error:
+            raise self._no_bucket_error() from error
+
+    def download(self, key: str, path: Path) -> None:
+        """Write an object into a file, which is empty where there is no such object."""
+        if not isinstance(self.store, RemoteStore):
+            raise TypeError(f"{self.name} is no remote store")
+        path.write_bytes(b"")
+        with suppress(FileNotFoundError):
+            sync(self.store.download(key, path))
+
+    def create(self, key: str, content: Content) -> bool:
+        """Write an object unless there is one, in one step of the server; return whether it was written.
+
+        False may also be said of the caller's own object: a request whose answer was lost is made again. Raises
+        NoConditionalPutError where the store has no such step. That a server disregards the condition is not told.
+        """
+        if not isinstance(self.store, RemoteStore):
+            raise NoConditionalPutError(f"{self.name}: this kind of store has no conditional put")
+        try:
+            return sync(self.store.create(key, content))
+        except FileNotFoundError as error:
+            raise self._no_bucket_error() from error
+
+    def remove(self, key: str) -> None:
+        """Remove an object, if it is there."""
+        with suppress(FileNotFoundError):
+            if isinstance(self.store, RemoteStore):
+                sync(self.store.remove(key))
+            else:
+                self._request("removing", key, self.store.delete)
+
+    def _request(self, operation: str, key: str, step: Callable[[str], Awaitable[T]]) -> T:
+        place = self._below + key
+        if isinstance(self.store, RemoteStore):  # which retries by itself
+            return sync(step(place))  # type: ignore[arg-type, unused-ignore]
+
+        async def named() -> T:
+            try:
+                return await step(place)
+            except KeyError as error:  # Icechunk's, of a node that is not there
+                raise FileNotFoundError(place) from error
+
+        return sync(retry(operation, f"{self.name}/{key}", named))
+
+    def _no_bucket_error(self) -> ProblemError:
+        return ProblemError(f"{self.name}: its server has no such bucket: make it, or choose another URL")

@@ -1,0 +1,98 @@
+"""The lock of a result: that of its folder of job state, and of a result in a store also one beside it there."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from oocattn.errors import IntegrityError, ProblemError
+from oocattn.storage.files.durable import read_json, write_text
+from oocattn.storage.files.folders import remove_file
+from oocattn.storage.journal.claims import Claim
+from oocattn.storage.journal.lock import FileLock
+from oocattn.storage.paths import ResultPaths
+
+FOLDER_ID = "folder.json"
+"""Tells a folder of job state from every other: that a lock or a mark in a store is of this one."""
+
+
+@contextmanager
+def hold_lock(paths: ResultPaths, until: float = math.inf) -> Iterator[Claim]:
+    """Hold the lock of a result, whose folder of job state is there, with what is kept in the store.
+
+    Raises LockedError where another run holds it, ProblemError where its store has no lock and the caller did not say
+    "none".
+    """
+    with FileLock(paths.lock, until) as lock:
+        if paths.stored is None:
+            yield lock.claim
+            return
+        try:
+            with _store_lock(paths, lock.claim, until) as claim:
+                if paths.mirror is not None:
+                    paths.mirror.pull(whole=True)
+                yield claim
+        finally:
+            _leave(paths)
+
+
+@contextmanager
+def _store_lock(paths: ResultPaths, folder: Claim, until: float) -> Iterator[Claim]:
+    """Hold the lock in the store too, unless the caller says that there is none."""
+    if paths.lock_kind == "none":
+        yield folder
+        return
+    from oocattn.storage.journal.store_lock import BothClaims, StoreLock
+
+    if paths.beside is None:
+        raise ProblemError(
+            f"result: {paths.result} has no conditional put, so nothing keeps two runs to it apart: see to that yourself, "
+            "and say so with lock='none' (--lock none)"
+        )
+    with StoreLock(paths.beside, folder_id(paths.state), until) as beside:
+        yield BothClaims(folder, beside.claim)
+
+
+def _leave(paths: ResultPaths) -> None:
+    """Remove what the folder of job state needs no more, while its lock is still held."""
+    with suppress(OSError, IntegrityError):
+        if paths.mirror is not None:
+            paths.mirror.wipe()
+        if paths.unfinished is None:
+            remove_file(paths.state / FOLDER_ID)
+
+
+def fetch_state(paths: ResultPaths) -> None:
+    """Have here what the store says of a run, to be looked at. Raises LockedError where one goes on from here."""
+    if paths.mirror is not None:
+        paths.make_state()
+        with FileLock(paths.lock):
+            paths.mirror.pull(whole=False)
+        remove_state(paths)
+
+
+def remove_state(paths: ResultPaths) -> None:
+    """Remove the folder of job state of a result in a store, if nothing is in it."""
+    if paths.stored is not None and paths.state_folder is not None:
+        with suppress(OSError):
+            paths.state.rmdir()
+
+
+def folder_id(state: Path) -> str:
+    """The identity of a folder of job state, given to it at the first call. The folder's lock is held."""
+    found = known_folder_id(state)
+    if not found:
+        found = uuid.uuid4().hex
+        write_text(state / FOLDER_ID, f'{{"id": "{found}"}}')
+    return found
+
+
+def known_folder_id(state: Path) -> str:
+    """The identity of a folder of job state; "" where it has none."""
+    with suppress(IntegrityError):
+        found = (read_json(state / FOLDER_ID) or {}).get("id")
+        return found if isinstance(found, str) else ""
+    return ""

@@ -1,0 +1,171 @@
+"""A result in a store, from the first look at its place to its publication.
+
+Its metadata and the arrays that it was given grow in the folder of job state, its chunks in the store. A mark beside the
+result says whose those are: nothing is removed but what this run, or an earlier one from the same folder, has put there, and
+with `overwrite` what another run of oocattn has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from oocattn.errors import IntegrityError, ResultExistsError
+from oocattn.naming import named, setting
+from oocattn.problem.given import DTYPES
+from oocattn.records import Excerpt, from_json
+from oocattn.storage.files.regular import read_file
+from oocattn.storage.journal.claims import Claim
+from oocattn.storage.journal.store_lock import LOCK_KEY
+from oocattn.storage.nodes import MOST_BYTES
+from oocattn.storage.paths import STORE, ResultPaths
+from oocattn.storage.remote.mirror import MIRRORED
+from oocattn.storage.results.chunk_objects import ChunkObjects
+from oocattn.storage.results.locking import folder_id
+from oocattn.storage.results.stored import StoredResult
+from oocattn.text import printable
+
+MARK = "run.json"
+
+_METADATA = "zarr.json"
+
+_OURS = re.compile(rf"zarr\.json|(out|lse|{'|'.join(DTYPES)})/(zarr\.json|c(/\d+)*)")
+"""The keys of a result."""
+
+LEFT_BESIDE = re.compile(rf"{re.escape(MARK)}|{LOCK_KEY.pattern}|scratch/({MIRRORED.pattern})")
+"""The keys beside a result that are there while its run is not over."""
+
+
+@dataclass(frozen=True)
+class Mark(Excerpt):
+    """Says whose the objects of an unfinished result are: the run's with this growing result, in a folder of a host."""
+
+    result: str
+    folder: str
+    state: str
+    host: str
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A result in a store, in the hands of the run that holds its lock."""
+
+    paths: ResultPaths
+    stored: StoredResult
+
+    def refuse(self, *, overwrite: bool) -> None:
+        """Raise ResultExistsError where something is there that a new run may not remove."""
+        keys, objects = self.stored.objects.list(), self.stored.objects
+        foreign = next((key for key in keys if not _OURS.fullmatch(key)), None)
+        if foreign is not None:
+            raise ResultExistsError(f"{objects}/{foreign} is there, and oocattn did not write it: choose another place")
+        taken = self.stored.is_taken()
+        if taken and not overwrite:
+            raise ResultExistsError(
+                f"{objects} exists: choose another place, or replace it with {setting('overwrite', True)}"
+            )
+        mark = read_mark(self.paths)
+        if keys and not taken and mark is None:
+            raise ResultExistsError(f"{objects}/{keys[0]} is there, and no run says that it wrote it: choose another place")
+        if mark is not None and not overwrite and not self._is_from_here(mark):
+            raise ResultExistsError(
+                f"{objects}: an unfinished run to it has its job state {describe_mark(mark)}: resume it there, or begin "
+                f"again with {setting('overwrite', True)}"
+            )
+
+    def _is_from_here(self, mark: Mark) -> bool:
+        return mark.folder == folder_id(self.paths.state) or (self.paths.mirrored and mark.state == STORE)
+
+    def begin(self, growing: Path) -> None:
+        """Remove what is there, which `refuse` let pass, and mark the place as that of a run."""
+        objects = self.stored.objects
+        place = STORE if self.paths.mirrored else str(self.paths.state)
+        mark = Mark(growing.name, folder_id(self.paths.state), place, socket.gethostname())
+        self.paths.save({MARK: json.dumps(asdict(mark))})
+        objects.remove(_METADATA)  # half a result is never seen
+        for key in objects.list():
+            objects.remove(key)
+        self._write_arrays(growing)
+
+    def resume(self, growing: Path) -> None:
+        """Have the place ready for more to be written. Raises ResultExistsError where another run has begun there."""
+        mark = read_mark(self.paths)
+        if mark is None or mark.result != growing.name:
+            now = "" if mark is None else f" by one with its job state {describe_mark(mark)}"
+            raise ResultExistsError(
+                f"{self.stored} is not the place of the unfinished run in {self.paths.state}: that is to another one, or "
+                f"was replaced{now}; begin again with {setting('overwrite', True)}, or with another {named('scratch')}"
+            )
+        self._write_arrays(growing)
+
+    def _write_arrays(self, growing: Path) -> None:
+        """Write the metadata of arrays, to a store that takes no chunk without."""
+        if self.stored.needs_arrays_first:
+            for key in _files_in(growing):
+                if key.endswith(f"/{_METADATA}"):
+                    self._write(growing, key)
+
+    def commit(self, growing: Path) -> None:
+        """Write what is in the growing folder, the group's metadata last. Raises ResultExistsError where one is there."""
+        *others, last = _files_in(growing)
+        content = _content(growing, last)
+        found = self.stored.read(last)
+        if found is None:
+            for key in others:
+                self._write(growing, key)
+            if self.paths.lock_kind == "none":
+                self.stored.objects.write(last, content)
+            elif not self.stored.objects.create(last, content):
+                found = self.stored.read(last)
+        if found is not None and found != content:
+            raise ResultExistsError(f"{self.stored} has appeared while the run was under way: move it away and resume")
+
+    def tidy(self) -> None:
+        """Remove the mark of a complete result."""
+        self.paths.forget(MARK)
+
+    def discard(self) -> None:
+        """Remove what the run has written."""
+        for key in self.stored.objects.list():
+            self.stored.objects.remove(key)
+        self.paths.forget(MARK)
+
+    def _write(self, growing: Path, key: str) -> None:
+        self.stored.objects.write(key, _content(growing, key))
+
+
+def _files_in(growing: Path) -> list[str]:
+    """The files in a growing folder, relative to it: the group's metadata is the last, and before it those of arrays."""
+    found = [str((Path(folder) / name).relative_to(growing)) for folder, _, names in os.walk(growing) for name in names]
+    return sorted(found, key=lambda key: (key == _METADATA, key.endswith(_METADATA), key))
+
+
+def _content(growing: Path, key: str) -> bytes:
+    return read_file(growing / key, MOST_BYTES, follow=False)
+
+
+def chunks_of(paths: ResultPaths, claim: Claim | None) -> ChunkObjects | None:
+    """Where the chunks of a growing result are, written under a claim; None for files."""
+    return None if paths.stored is None else ChunkObjects(paths.stored, None if paths.lock_kind == "none" else claim)
+
+
+def read_mark(paths: ResultPaths) -> Mark | None:
+    """The mark beside a result in a store; None where there is none."""
+    if paths.stored is None:
+        return None
+    try:
+        found = paths.load(MARK)
+        return None if found is None else from_json(Mark, found)
+    except (ValueError, IntegrityError):
+        return None
+
+
+def describe_mark(mark: Mark) -> str:
+    """Where the job state of a run is."""
+    if mark.state == STORE:
+        return f"in the store ({setting('scratch', STORE)})"
+    return printable(f"in {mark.state} on host {mark.host} ({named('scratch')})")

@@ -1,0 +1,176 @@
+"""A result that lies in no folder: at a URL, or in a Zarr store of the caller's.
+
+It grows in place: each chunk is one object under its final name. Nobody sees a group until the run is complete, for its
+metadata is written last. Beside a result at a URL, in `RESULT.oocattn/`, are its lock, the mark of the run that it grows by,
+and in the end report and certificate. A store of the caller's holds the result alone: it may be one that takes no other
+objects, as Icechunk's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from zarr.storage import FsspecStore
+
+from oocattn.errors import ProblemError
+from oocattn.storage.locations import Location, describe, parse_location
+from oocattn.storage.remote.objects import Objects
+from oocattn.storage.remote.options import StorageOptions
+from oocattn.storage.remote.store import RemoteStore, open_remote, secrets_of_files
+from oocattn.storage.zarr_compat import Store, StorePath
+
+NODES = ("zarr.json", ".zgroup", ".zarray")
+"""The objects by which something of Zarr's is told at the root of a store."""
+
+_numbers = itertools.count()
+_live: WeakValueDictionary[tuple[int, int], StoredResult] = WeakValueDictionary()
+
+
+class StoredResult:
+    """A result in a store that messages call `name`. It can be sent to workers, unless its store is this process's own."""
+
+    def __init__(self, store: Store, name: str, path: str = "") -> None:
+        self.store = store
+        self.path = path
+        self._name = name
+        self._token = (os.getpid(), next(_numbers))
+        _live[self._token] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self.store, RemoteStore):
+            return StoredResult, (self.store, self._name)
+        return _of_this_process, (self._token, str(self))
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredResult) and self._place == other._place
+
+    def __hash__(self) -> int:
+        return hash(self._place)
+
+    @property
+    def _place(self) -> tuple[Any, str]:
+        return (str(self) if isinstance(self.store, RemoteStore) else id(self.store)), self.path
+
+    @property
+    def name(self) -> str:
+        """The last part of its URL or path; "" where it has none."""
+        place = str(self) if isinstance(self.store, RemoteStore) else self.path
+        return place.rstrip("/").rpartition("/")[2]
+
+    @cached_property
+    def objects(self) -> Objects:
+        """The objects of the group."""
+        return Objects(self.store, str(self), self.path)
+
+    @cached_property
+    def beside(self) -> Objects | None:
+        """The objects beside the group; None where the store holds the result alone."""
+        return self._objects_at(".oocattn")
+
+    @cached_property
+    def scratch(self) -> Objects | None:
+        """The objects of job state beside the group, where it is kept in the store."""
+        return self._objects_at(".oocattn/scratch")
+
+    def _objects_at(self, suffix: str) -> Objects | None:
+        if not isinstance(self.store, RemoteStore):
+            return None
+        found = RemoteStore(self.store.fs, read_only=False, path=self.store.path.rstrip("/") + suffix)
+        found.location, found.secrets = f"{self}{suffix}", self.store.secrets
+        return Objects(found, found.location)
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """Whether no other process can write there."""
+        return not isinstance(self.store, RemoteStore)
+
+    @property
+    def needs_arrays_first(self) -> bool:
+        """Whether the store takes no chunk of an array that it does not know."""
+        return self.beside is None
+
+    def read(self, key: str) -> bytes | None:
+        """The content of an object of the group; None where there is none."""
+        return self.objects.read(key)
+
+    def is_taken(self) -> bool:
+        """Whether a group or an array is there."""
+        return any(self.read(key) is not None for key in NODES)
+
+    def overlaps(self, location: str) -> bool:
+        """Whether the place of that name lies in this one or in what is beside it, or holds it."""
+        theirs = location.rstrip("/") + "/"
+        ours = f"{self}".rstrip("/")
+        return any(f"{each}/".startswith(theirs) or theirs.startswith(f"{each}/") for each in (ours, f"{ours}.oocattn"))
+
+
+def _of_this_process(token: tuple[int, int], name: str) -> StoredResult:
+    found = _live.get(token)
+    if found is None:
+        raise ProblemError(
+            f"result: {name} is an object of process {token[0]}, and this is process {os.getpid()}: workers of a cluster "
+            "write to URLs; give a URL, or run without client="
+        )
+    return found
+
+
+def stored_result(typed: object, options: StorageOptions | None) -> StoredResult:
+    """The result at a URL, or in a Zarr store. Raises ProblemError for a place that cannot be written to."""
+    if isinstance(typed, Store | StorePath):
+        return _in_store(typed)
+    return _at_url(parse_location(typed, "result"), options)
+
+
+def _at_url(location: Location, options: StorageOptions | None) -> StoredResult:
+    text, scheme = location.text.rstrip("/"), location.text.partition("://")[0]
+    if "::" in location.text or scheme in ("http", "https"):
+        raise ProblemError(
+            f"result {location}: archives and web servers are read, not written to: expected a local path, or a URL that "
+            "begins with s3://, gs://, az://, abfs:// or memory://"
+        )
+    path = text.partition("://")[2].lstrip("/")
+    if not path or (scheme != "memory" and "/" not in path):
+        raise ProblemError(f"result {location}: expected a name after the bucket, for the Zarr group; add one")
+    store = open_remote(Location(text, None), options, read_only=False)
+    return StoredResult(store, str(location).rstrip("/"))
+
+
+def _in_store(given: Store | StorePath) -> StoredResult:
+    path = given.path if isinstance(given, StorePath) else ""
+    store = given.store if isinstance(given, StorePath) else given
+    if store.read_only:
+        raise ProblemError(f"result: {describe(store)} is read-only: open it for writing")
+    if not (store.supports_writes and store.supports_deletes and store.supports_listing):
+        raise ProblemError(
+            f"result: {describe(store)} cannot replace, remove or list what is in it: expected a store that can; give a "
+            "path or a URL"
+        )
+    if isinstance(store, FsspecStore):
+        root = "/".join(part for part in (store.path.rstrip("/"), path) if part)
+        remote = RemoteStore(store.fs, read_only=False, path=root)
+        protocol = getattr(store.fs, "sync_fs", store.fs).protocol  # of a wrapper, what it wraps
+        url = f"{protocol if isinstance(protocol, str) else protocol[0]}://{root.lstrip('/')}"
+        remote.location, remote.secrets = str(Location(url, None)), secrets_of_files(store.fs)
+        return StoredResult(remote, remote.location)
+    return StoredResult(store, f"{describe(store)}{f' at {path}' if path else ''}", path)
+
+
+def default_state(stored: StoredResult, mirrored: bool) -> Path | None:
+    """The folder of job state where the caller names none: called after the result, in the current folder.
+
+    A copy of what is in the store has a folder of its own, for it is replaced: no other run's is.
+    """
+    if not stored.name:
+        return None
+    try:
+        return Path.cwd() / f"{stored.name}.oocattn{'-store' if mirrored else ''}"
+    except FileNotFoundError:
+        raise ProblemError("the current folder was removed: change to one that is there, or give scratch=") from None
