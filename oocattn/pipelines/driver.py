@@ -23,7 +23,15 @@ from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.deadline import Deadline
 from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.failing import insist
-from oocattn.pipelines.finished import FinishedChunk, ScanResult, finished_chunks, gather_checksums, scan_completed
+from oocattn.pipelines.finished import (
+    FinishedChunk,
+    ScanResult,
+    finished_chunks,
+    gather_checksums,
+    is_written,
+    scan_completed,
+)
+from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.store import DamagedPartialError
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.schedule import Schedule
@@ -31,10 +39,9 @@ from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Failed, Listeners, Recovered, Started
 from oocattn.pipelines.watch.report import RunReport, Tally
 from oocattn.planning.plan import Plan
-from oocattn.storage.files.durable import write_text
-from oocattn.storage.files.folders import remove_file
 from oocattn.storage.files.operations import describe_error, is_disk_full, words_of
 from oocattn.storage.journal.journal import ChunkId
+from oocattn.storage.paths import REPORT
 
 ATTEMPTS = 3  # after so many failures at one place, or anywhere with nothing done in between, the run ends
 
@@ -75,7 +82,7 @@ def carry_out(
         report = tally.report(plan, finished, seconds=seconds, lanes=lanes, compared=run.compared, other_bits=other_bits)
         insist(COMMIT, lambda: run.result.record(gather_checksums(plan, finished)))
         run.state.claim.check()
-        insist(COMMIT, lambda: write_text(run.paths.report, json.dumps(report.to_json(), indent=1)))
+        insist(COMMIT, lambda: run.paths.save({REPORT: json.dumps(report.to_json(), indent=1)}))
         insist(COMMIT, lambda: run.state.commit(run.growing))
     except BaseException as error:
         try:
@@ -115,6 +122,11 @@ def _all_finished(run: Run) -> dict[ChunkId, FinishedChunk]:
     missing = set(itertools.product(range(plan.problem.head_groups), chunks)) - finished.keys()
     if missing:
         raise OSError(f"{run.paths.state}: the records of {len(missing):,} finished chunks cannot be read; resume")
+    if run.paths.stored is not None:  # where others may write as well
+        listed = run.result.listed()
+        gone = sum(not is_written(plan, listed, *place) for place in finished)
+        if gone:
+            raise OSError(f"{run.paths.result}: {gone:,} finished chunks are not there any more; resume")
     return finished
 
 
@@ -158,8 +170,9 @@ def _look(run: Run, thorough: bool) -> ScanResult:
     """What is done; what serves nothing is removed, also what workers left that died while they wrote."""
     run.state.remove_leftovers()
     found = scan_completed(run.plan, run.journal, run.paths.scratch, run.result, thorough=thorough)
+    files = PartialFiles(run.paths.scratch, run.journal.run, mirror=run.journal.mirror)
     for path in found.useless:
-        remove_file(path)
+        files.discard(path)
     return found
 
 

@@ -6,34 +6,41 @@ It is the finished result, an unfinished run to it, which may be resumed here or
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zarr
 
-from oocattn.errors import BudgetError, IntegrityError, LockedError, ResultExistsError
+from oocattn import naming
+from oocattn.errors import BudgetError, IntegrityError, OocattnError, ResultExistsError
+from oocattn.pipelines.replacing import refuse_to_replace_dataset
 from oocattn.pipelines.run import Run, find_unfinished
-from oocattn.pipelines.watch.report import RunReport
-from oocattn.pipelines.watch.status import read_report
+from oocattn.pipelines.watch.report import RunReport, read_report
 from oocattn.planning.candidates import Choices
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 from oocattn.records import differences, to_json
-from oocattn.storage.files.folders import is_folder, is_taken
+from oocattn.storage.files.folders import is_folder
 from oocattn.storage.inputs.dataset import Dataset, check_poses
 from oocattn.storage.inputs.fingerprints import changed_arrays
-from oocattn.storage.journal.lock import FileLock
-from oocattn.storage.locations import Location
-from oocattn.storage.paths import ResultPaths
+from oocattn.storage.inputs.opening import InputsLike, open_recorded
+from oocattn.storage.paths import ResultLike, ResultPaths
+from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.growing import RunState, is_untidy
+from oocattn.storage.results.locking import hold_lock, remove_state
 from oocattn.storage.results.summary import Summary, read_summary
 from oocattn.units import format_bytes
 from oocattn.version import versions
+
+if TYPE_CHECKING:
+    import dask.array
+    import xarray
 
 logger = logging.getLogger("oocattn")
 
@@ -42,15 +49,42 @@ logger = logging.getLogger("oocattn")
 class Result:
     """A finished result: `out` [B, Hq, N, D] in the output's dtype, `lse` [B, Hq, N] float32, and how it came about.
 
+    `path` is where it is: of a result in a store its URL, or what the store is called.
+
+    NumPy shows bfloat16 as the dtype of ml_dtypes, as it has none of its own; to torch without a copy:
+    `torch.from_numpy(result.out[0].view("uint16")).view(torch.bfloat16)`.
+
     `report` is None for a result that was copied without the folder beside it. `certificate` sums up that of a result that
     was there already, where it was verified: it may have failed.
     """
 
-    path: Path
+    path: Path | str
     out: zarr.Array[Any]
     lse: zarr.Array[Any]
     report: RunReport | None
     certificate: Summary | None = None
+
+    def to_dask(self) -> dict[str, dask.array.Array]:
+        """`out` and `lse` as Dask arrays, a block for each chunk; nothing is read yet."""
+        import dask.array
+
+        return {name: dask.array.from_zarr(array) for name, array in (("out", self.out), ("lse", self.lse))}
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The arrays of the result, also those that the run was given, with named dimensions; nothing is read yet.
+
+        As `xarray.open_zarr(path)`. Raises ModuleNotFoundError without xarray (`pip install 'oocattn[xarray]'`).
+        """
+        try:
+            import xarray
+        except ModuleNotFoundError as error:
+            words = "to_xarray needs xarray, which is not installed: pip install 'oocattn[xarray]'"
+            raise ModuleNotFoundError(words, name="xarray") from error
+        with warnings.catch_warnings():  # xarray leaves a filter behind
+            opened: xarray.Dataset = xarray.open_zarr(
+                self.out.store, group=self.out.path.rpartition("/")[0], consolidated=False
+            )
+        return opened
 
 
 @dataclass(frozen=True)
@@ -93,7 +127,7 @@ def find(request: Request) -> Run | Found:
         if differing := result_differences(finished, describe(problem, dataset)):
             raise ResultExistsError(
                 f"{paths.result} exists and is not the result of this run ({differing}): choose another path, or replace it "
-                "with overwrite=True (--overwrite)"
+                f"with {naming.setting('overwrite', True)}"
             )
         return Found.FINISHED
     run = find_unfinished(paths)
@@ -114,33 +148,29 @@ def finished_result(paths: ResultPaths) -> Result:
             certificate.made,
             certificate.verdict,
         )
-    return replace(open_result(paths.result), certificate=certificate)
+    return replace(result_at(paths), certificate=certificate)
 
 
 def tidy(paths: ResultPaths) -> None:
     """Do what a run that was killed at its very end has left to do; a failure costs nothing but that."""
-    with suppress(LockedError, IntegrityError, OSError):
-        if is_folder(paths.state) and is_untidy(paths):
-            with FileLock(paths.lock) as lock:
-                RunState(paths, lock.claim).tidy()
+    with suppress(OocattnError, OSError):
+        if (paths.stored is not None or is_folder(paths.state)) and is_untidy(paths):
+            paths.make_state()
+            with hold_lock(paths) as claim:
+                RunState(paths, claim).tidy()
+            remove_state(paths)
 
 
-def refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:
-    """Raise ResultExistsError where the result, or the folder of job state, would lie in the dataset or hold it."""
-    if dataset.folder is None:
-        return
-    location = Path(dataset.location).resolve()
-    for place in (paths.result, paths.state):
-        ours = place.resolve()
-        inside = any(ours.is_relative_to(location / name) for name in dataset.arrays)
-        if inside or location.is_relative_to(ours):
-            raise ResultExistsError(f"{place} belongs to the dataset {dataset.location}: choose another path for the result")
-
-
-def open_result(result: str | Path) -> Result:
+def open_result(
+    result: ResultLike, scratch: str | Path | None = None, storage_options: StorageOptions | None = None
+) -> Result:
     """A finished result, its arrays open for reading. Raises IntegrityError where there is none."""
-    paths = ResultPaths.at(result)
-    if not is_taken(paths.result):
+    return result_at(ResultPaths.at(result, scratch, storage_options=storage_options))
+
+
+def result_at(paths: ResultPaths) -> Result:
+    """The finished result at these places. Raises as `open_result`."""
+    if not paths.is_taken():
         raise IntegrityError(f"{paths.result}: no finished result here; `oocattn status` says whether one is under way")
     arrays = ResultArrays.open(paths.result)
     try:
@@ -148,13 +178,15 @@ def open_result(result: str | Path) -> Result:
     except IntegrityError as error:  # the result is worth more
         logger.warning("the report of the run cannot be read: %s", error)
         report = None
-    return Result(paths.result, arrays.out, arrays.lse, report)
+    place = str(paths.result) if paths.stored is not None else paths.folder
+    return Result(place, arrays.out, arrays.lse, report)
 
 
 def check_asked(run: Run, problem: Problem, dataset: Dataset) -> None:
     """ResultExistsError for a run of another problem, dataset or version, IntegrityError where the dataset has changed."""
     _check_same(run, "problem", run.plan.problem, problem)
     _check_same(run, "dataset", run.header.dataset.location, dataset.location)
+    _check_same(run, "dataset", run.header.dataset.tensors, dataset.origins)
     _check_same(run, "oocattn", run.header.versions.get("oocattn"), versions()["oocattn"])
     _check_unchanged(run, dataset, named=False)
 
@@ -176,8 +208,8 @@ def _check_same(run: Run, name: str, found: object, asked: object) -> None:
 def _is_another(run: Run, name: str, differing: str) -> ResultExistsError:
     return ResultExistsError(
         f"{run.journal.state} holds an unfinished run of another {name} ({differing}): finish that one with "
-        "`oocattn resume` (--dataset says where its dataset is now), choose another path, or begin again with "
-        "overwrite=True (--overwrite)"
+        f"resume ({naming.named('inputs')} says where its dataset is now), choose another path, or begin again "
+        f"with {naming.setting('overwrite', True)}"
     )
 
 
@@ -187,15 +219,16 @@ def _check_unchanged(run: Run, dataset: Dataset, named: bool) -> None:
     if changed:
         raise IntegrityError(
             f"{dataset.location}: {changed} of the dataset changed (metadata, size, time or content of chunks) since "
-            f"the run in {run.journal.state} began, so it cannot be resumed: begin again with overwrite=True "
-            "(--overwrite)"
+            f"the run in {run.journal.state} began, so it cannot be resumed: begin again with "
+            f"{naming.setting('overwrite', True)}"
         )
     replaced = "" if named else changed_arrays(run.header.dataset.within_run, dataset.as_found.within_run)
     if replaced:
         raise IntegrityError(
             f"{dataset.location}: files of {replaced} of the dataset were replaced or written (change time) "
             f"since the run in {run.journal.state} began, though size, time and samples are the same: if their content "
-            "is, say so by naming it with `oocattn resume --dataset`; else begin again with overwrite=True (--overwrite)"
+            f"is, say so by naming it with {naming.named('dataset')} of `resume`; else begin again with "
+            f"{naming.setting('overwrite', True)}"
         )
 
 
@@ -210,14 +243,14 @@ def check_chosen(run: Run, choices: Choices) -> None:
         if budget is not None and budget < needed:
             raise BudgetError(
                 f"the unfinished run in {place} takes {format_bytes(needed)} of {name}, more than "
-                f"{format_bytes(budget)}: resume it with so much, or begin again with overwrite=True (--overwrite)"
+                f"{format_bytes(budget)}: resume it with so much, or begin again with {naming.setting('overwrite', True)}"
             )
     for name in ("chunks", "decomposition", "kernel", "checkpoint_seconds"):
         found, chosen = getattr(plan, name), getattr(choices, name)
         if chosen not in (None, "auto", found):
             raise ResultExistsError(
                 f"the unfinished run in {place} has {name.replace('_', ' ')} {found}, not {chosen}: resume it as it is, "
-                "or begin again with overwrite=True (--overwrite)"
+                f"or begin again with {naming.setting('overwrite', True)}"
             )
 
 
@@ -241,19 +274,20 @@ def check_bits(run: Run, computing: Mapping[str, str], accept: bool) -> str:
     if words and not accept:
         raise ResultExistsError(
             f"the unfinished run in {run.journal.state} was begun with {words}: its result would not be the same bit for "
-            "bit; resume it where it began, or accept that with `oocattn resume --accept-other-bits` "
-            "(accept_other_bits=True)"
+            "bit; resume it where it began, or accept that with `resume` and "
+            f"{naming.setting('accept_other_bits', True)}"
         )
     return words
 
 
-def open_dataset(run: Run, named: Location | None) -> Dataset:
+def open_dataset(run: Run, named: InputsLike | None, storage_options: StorageOptions | None = None) -> Dataset:
     """The dataset that it reads, at the place that is named, else where its journal says, if that is a local path.
 
     Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.
     """
     uses_bias = bool(run.plan.problem.bias_heads)
-    dataset = Dataset.open_recorded(run.header.dataset.location, named, key_bias=uses_bias)
+    recorded = run.header.dataset
+    dataset = open_recorded(recorded.location, recorded.tensors, named, key_bias=uses_bias, storage_options=storage_options)
     check_poses(dataset, run.plan.problem, "run")
     _check_same(run, "oocattn", run.header.versions.get("oocattn"), versions()["oocattn"])
     dataset.check_complete()
@@ -271,8 +305,9 @@ def result_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) ->
     found = [f"its problem differs: {problem}"] if problem else []
     source, dataset = recorded.get("dataset"), asked["dataset"]
     source = source if isinstance(source, Mapping) else {}
-    if source.get("location") != dataset["location"]:
-        found.append(f"its dataset differs: {differences(source.get('location'), dataset['location'])}")
+    for field in ("location", "tensors"):
+        if source.get(field) != dataset[field]:
+            found.append(f"its dataset differs: {differences(source.get(field), dataset[field])}")
     changed = changed_arrays(str(source.get("fingerprint")), dataset["fingerprint"])
     if changed:
         found.append(f"its dataset differs: {changed} not the same in metadata, size, time or content of chunks")
@@ -283,5 +318,5 @@ def describe(problem: Problem, dataset: Dataset) -> dict[str, Any]:
     """What a result is the answer to."""
     return {
         "problem": to_json(problem),
-        "dataset": {"location": dataset.location, "fingerprint": dataset.as_found.recorded},
+        "dataset": dataset.record(),
     }

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oocattn.naming import setting
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
 from oocattn.pipelines.schedule import CompletedWork
 from oocattn.planning.plan import Plan
@@ -99,9 +100,9 @@ def compare_finished(
 
     What does not match is removed from the result, so that it is computed again.
     """
-    finished = {
-        place: record for place, record in finished_chunks(plan, journal).items() if is_written(plan, result, *place)
-    }
+    records = finished_chunks(plan, journal)
+    listed = result.listed() if records else result
+    finished = {place: record for place, record in records.items() if is_written(plan, listed, *place)}
     began = time.monotonic()
     compared = damaged = 0
     for place, record in sorted(finished.items(), reverse=True):
@@ -119,9 +120,9 @@ def compare_finished(
                 result.remove(*part)
     if compared < len(finished):
         logger.warning(
-            "the checksums of %d of %d finished chunks were compared in %s; --check-finished compares all, and so does "
+            "the checksums of %d of %d finished chunks were compared in %s; %s compares all, and so does "
             "`oocattn verify` in the end",
-            *(compared, len(finished), format_seconds(time.monotonic() - began)),
+            *(compared, len(finished), format_seconds(time.monotonic() - began), setting("check_finished", True)),
         )
     return Compared(len(finished), compared, damaged)
 
@@ -180,7 +181,10 @@ def scan_completed(
 
     Whether partials are whole shows when they are read, or here if the search is `thorough`.
     """
-    chunks = {place for place in finished_chunks(plan, journal) if result is None or is_written(plan, result, *place)}
+    chunks = set(finished_chunks(plan, journal))
+    if result is not None and chunks:
+        listed = result.listed()
+        chunks = {place for place in chunks if is_written(plan, listed, *place)}
     partials: set[tuple[int, int, int]] = set()
     useless, damaged, torn = [], journal.records - len(chunks), 0
     for path, partial in PartialFiles(scratch, journal.run).scan():

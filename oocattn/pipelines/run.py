@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels.registry import device_type, get_kernel
+from oocattn.naming import setting
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.planning.plan import Plan
 from oocattn.planning.stored_plan import read_plan
 from oocattn.problem.calls import ScratchBytes
 from oocattn.records import Range, Seconds, from_json, to_json
+from oocattn.storage.inputs.origin import Origin
 from oocattn.storage.journal.journal import Journal, identity, read_header
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arguments import read_given
@@ -25,17 +27,21 @@ if TYPE_CHECKING:
     from oocattn.storage.results.arrays import ResultArrays
     from oocattn.storage.results.growing import GrowingResult, RunState
 
-FORMAT = 7
+FORMAT = 8
 """Of the journal and of what lies beside it; another one is not resumed. 3: machine and inputs of the plan, the name of the
 growing result, what computes. 4: what the dtype of `out` made Inf or 0. 5: the sum of the attended keys' indices. 6: the
-cost of small work on a CPU. 7: queries and keys apart, masks and scores of every kind."""
+cost of small work on a CPU. 7: queries and keys apart, masks and scores of every kind. 8: tensors that lie apart."""
 
 
 @dataclass(frozen=True)
 class DatasetIdentity:
-    """Where the dataset of a run is, and its fingerprints when the run began: also that which no copy shares."""
+    """Where the dataset of a run is, and its fingerprints when the run began: also that which no copy shares.
+
+    `tensors` says where each tensor lies, unless all are in the group at `location`.
+    """
 
     location: str
+    tensors: Mapping[str, Origin]
     fingerprint: str
     within_run: str
 
@@ -60,8 +66,11 @@ class Header:
 class Run:
     """A run to a result, from its beginning or as its journal tells: what driver, engine and lanes share.
 
+    `paths` are those of the result and of the job state beside it. `plan` says what is computed and how, `header` what else
+    the journal says of the run, and `journal` records what is finished. `opened` is the dataset, and `compared` says which
+    finished chunks were compared with their checksums as the run was resumed.
+
     It is small, and can be sent to workers. One that is only read has no `opened` dataset, and a journal without a claim.
-    `compared` says which chunks were looked at as it was resumed.
     """
 
     paths: ResultPaths
@@ -82,8 +91,11 @@ class Run:
     def growing(self) -> GrowingResult:
         """The result that is not complete yet."""
         from oocattn.storage.results.growing import GrowingResult
+        from oocattn.storage.results.publishing import chunks_of
 
-        return GrowingResult(self.paths.state / self.header.result, self.header.replaces)
+        return GrowingResult(
+            self.paths.state / self.header.result, self.header.replaces, chunks_of(self.paths, self.journal.claim)
+        )
 
     @property
     def result(self) -> ResultArrays:
@@ -103,9 +115,9 @@ class Run:
 def begin_run(state: RunState, plan: Plan, dataset: Dataset, growing: GrowingResult, computing: Mapping[str, str]) -> Run:
     """Begin the journal of a run that computes with `computing`, into a result that has begun to grow."""
     found = dataset.as_found
-    source = DatasetIdentity(dataset.location, found.recorded, found.within_run)
+    source = DatasetIdentity(dataset.location, dataset.origins, found.recorded, found.within_run)
     header = Header(FORMAT, time.time(), source, {**versions(), **computing}, growing.name, growing.replaces)
-    journal = Journal.begin(state.paths.state, {**to_json(header), "plan": plan.to_json()}, state.claim)
+    journal = Journal.begin(state.paths.state, {**to_json(header), "plan": plan.to_json()}, state.claim, state.paths.mirror)
     return Run(state.paths, plan, header, journal, dataset)
 
 
@@ -128,10 +140,10 @@ def find_unfinished(paths: ResultPaths, *, recost: bool = True) -> Run | None:
         found = from_json(Header, header)
     except (ArithmeticError, ValueError) as error:
         raise IntegrityError(
-            f"{paths.state}: not the journal of a run that can be resumed ({error}): begin again with overwrite=True "
-            "(--overwrite)"
+            f"{paths.state}: not the journal of a run that can be resumed ({error}): begin again with "
+            f"{setting('overwrite', True)}"
         ) from error
-    return Run(paths, plan, found, Journal(paths.state, run))
+    return Run(paths, plan, found, Journal(paths.state, run, mirror=paths.mirror))
 
 
 def _scratch_of(kernel: str, device: str) -> ScratchBytes:

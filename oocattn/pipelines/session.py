@@ -28,13 +28,13 @@ from oocattn.pipelines.existing import (
     find,
     finished_result,
     open_dataset,
-    open_result,
+    result_at,
 )
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
 from oocattn.pipelines.run import Run, begin_run, find_unfinished
 from oocattn.pipelines.signals import Interrupts
 from oocattn.pipelines.watch.events import Callback
-from oocattn.pipelines.watch.status import StatusFile
+from oocattn.pipelines.watch.status_file import StatusFile
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
 from oocattn.planning.measure import plan_here
@@ -42,10 +42,13 @@ from oocattn.planning.plan import Plan
 from oocattn.records import to_json
 from oocattn.storage.files.folders import is_taken
 from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.journal.lock import FileLock
-from oocattn.storage.locations import Location
+from oocattn.storage.inputs.opening import InputsLike
+from oocattn.storage.make.create import out_dimensions
 from oocattn.storage.paths import ResultPaths
+from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.growing import Layout, RunState
+from oocattn.storage.results.locking import fetch_state, hold_lock, remove_state
+from oocattn.storage.results.publishing import describe_mark, read_mark
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
@@ -85,7 +88,7 @@ class _Session:
         """Take up a run that was begun before."""
         plan, source = found.plan, found.header.dataset
         other_bits = check_bits(found, self._enlist(plan, dataset), resuming.accept_other_bits)
-        recorded = {"location": source.location, "fingerprint": source.fingerprint}
+        recorded = {"location": source.location, "fingerprint": source.fingerprint, "tensors": to_json(source.tensors)}
         attributes = {"problem": to_json(plan.problem), "dataset": recorded, "plan": _decided(plan)}
         self.state.resume(found.growing, _layout(plan, attributes))
         run = replace(found, journal=replace(found.journal, claim=self.state.claim), opened=dataset)
@@ -100,7 +103,7 @@ class _Session:
 
         listeners: list[Callback] = [StatusFile(run.paths.status, self.state.claim), *self.callbacks]
         carry_out(run, self.engine, listeners, self.interrupts, self.until)
-        return open_result(run.paths.result)
+        return result_at(run.paths)
 
     def _enlist(self, plan: Plan, dataset: Dataset) -> Mapping[str, str]:
         """Have the workers ready; return what they compute with. Nothing of the run is written yet."""
@@ -113,6 +116,8 @@ class _Session:
 
 def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: Sequence[Callback], until: float) -> Result:
     """Have the result that is asked for: find it, or plan it as is chosen and run it. Raises what `attention` raises."""
+    workplace.check_result(request.paths)
+    fetch_state(request.paths)
     found = find(request)
     if found is Found.FINISHED:
         return finished_result(request.paths)
@@ -149,19 +154,26 @@ def run_plan(
 
 def resume(
     paths: ResultPaths,
-    named: Location | None,
+    named: InputsLike | None,
     resuming: Resuming,
     workplace: Workplace,
     callbacks: Sequence[Callback],
     until: float,
+    storage_options: StorageOptions | None = None,
 ) -> Result:
     """Go on with the unfinished run to a result, over the dataset that is named or that its journal names."""
+    workplace.check_result(paths)
+    fetch_state(paths)
     found = find_unfinished(paths)
     if found is None:
         if paths.attributes():
             return finished_result(paths)
-        raise ProblemError(f"{paths.result}: no run to resume; begin one with `oocattn run` or oocattn.attention()")
-    plan, dataset = found.plan, open_dataset(found, named)
+        mark = read_mark(paths)
+        elsewhere = "" if mark is None else f" from here, but one with its job state {describe_mark(mark)}"
+        raise ProblemError(
+            f"{paths.result}: no run to resume{elsewhere}; begin one with `oocattn run` or oocattn.attention()"
+        )
+    plan, dataset = found.plan, open_dataset(found, named, storage_options)
     with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (engine, _):
         return resume_run(found, dataset, engine, callbacks, until, resuming)
 
@@ -187,9 +199,10 @@ def _locked(paths: ResultPaths, engine: Engine, callbacks: Sequence[Callback], u
     new = not is_taken(paths.state)
     paths.make_state()
     try:
-        with FileLock(paths.lock, until) as lock, Interrupts() as interrupts:
-            yield _Session(RunState(paths, lock.claim), engine, callbacks, interrupts, until)
+        with hold_lock(paths, until) as claim, Interrupts() as interrupts:
+            yield _Session(RunState(paths, claim), engine, callbacks, interrupts, until)
     finally:
+        remove_state(paths)
         if new:
             with suppress(OSError):  # there is something in it
                 paths.state.rmdir()
@@ -198,7 +211,8 @@ def _locked(paths: ResultPaths, engine: Engine, callbacks: Sequence[Callback], u
 def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:
     """Shape, dtype, chunks and attributes of the result."""
     problem = plan.problem
-    return Layout(problem.out_shape, problem.out_dtype, plan.out_chunk_rows, attributes, problem.given)
+    names = out_dimensions(problem)
+    return Layout(problem.out_shape, problem.out_dtype, plan.out_chunk_rows, attributes, problem.given, names)
 
 
 def _decided(plan: Plan) -> dict[str, Any]:
@@ -215,4 +229,4 @@ def _decided(plan: Plan) -> dict[str, Any]:
         "kernel",
         "rounds_weights",
     )
-    return {name: getattr(plan, name) for name in names}
+    return {name: getattr(plan, name) for name in names} | {"device_memory": plan.pins.device_memory}

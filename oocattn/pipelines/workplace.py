@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from oocattn import clock
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
+from oocattn.naming import named, setting
 from oocattn.pipelines.engines import DASHBOARD
 from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.lane.rehearsal import rehearse
@@ -18,6 +19,7 @@ from oocattn.planning.machine import Engine as EngineName
 from oocattn.planning.measure import count_lanes, warm_up
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
+from oocattn.storage.paths import ResultPaths
 from oocattn.threads import ThreadPool
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
@@ -34,15 +36,23 @@ class Workplace:
 
     def __post_init__(self) -> None:
         if self.engine == "inline" and (self.client is not None or self.dashboard_address != DASHBOARD):
-            found = "a client (--scheduler)" if self.client is not None else "a dashboard_address (--dashboard)"
+            found = named("client" if self.client is not None else "dashboard_address")
             raise ProblemError(
-                f"engine = 'inline' with {found}: it runs on threads of this process, which have neither; leave one of both "
-                "out"
+                f"{setting('engine', 'inline')} with {found}: it runs on threads of this process, which have "
+                "neither; leave one of both out"
             )
         if self.client is not None:
             from oocattn.pipelines.engines.dask.connecting import check_client
 
             check_client(self.client)
+
+    def check_result(self, paths: ResultPaths) -> None:
+        """Raise ProblemError where the workers could not write the result."""
+        if self.client is not None and paths.stored is not None and paths.stored.is_of_this_process:
+            raise ProblemError(
+                f"result: {paths.result} is an object of this process, and the workers of {named('client')} cannot write "
+                f"there: expected a path or a URL; give one, or leave {named('client')} out"
+            )
 
     @contextmanager
     def prepare(

@@ -56,7 +56,7 @@ class InlineEngine(Engine):
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
         self._devices = ["cpu"] if plan.device == "cpu" else [f"cuda:{index}" for index in range(plan.lanes)]
         self.lane_count = len(self._devices)
-        return arithmetic_of(plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
+        return arithmetic_of(plan.kernel, plan.problem, plan.device)
 
     def replenish(self, check: Check) -> None:
         check()

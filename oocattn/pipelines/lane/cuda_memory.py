@@ -21,6 +21,7 @@ import torch
 from oocattn.errors import BudgetError
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
+from oocattn.naming import named
 from oocattn.operations.base import Input
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.planning.layout import call_size
@@ -60,7 +61,7 @@ class TileRows:
         if self.count < 2 * SMALLEST_TILE:
             raise BudgetError(
                 f"{self._device} has no memory left even for tiles of {self.count} queries: free some, or lower "
-                "--device-memory"
+                f"{named('device_memory')}"
             ) from error
         self.count //= 2
         self._halvings += 1
@@ -158,8 +159,8 @@ class PinnedMemory:
             region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as refused:
             raise BudgetError(
-                f"{format_bytes(nbytes)} of host memory cannot be allocated ({refused.strerror}): lower --host-memory, or "
-                "raise the limit on address space (ulimit -v)"
+                f"{format_bytes(nbytes)} of host memory cannot be allocated ({refused.strerror}): lower "
+                f"{named('host_memory')}, or raise the limit on address space (ulimit -v)"
             ) from refused
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without huge pages
@@ -169,8 +170,8 @@ class PinnedMemory:
         error = torch.cuda.cudart().cudaHostRegister(content.ctypes.data, len(content), _PORTABLE)
         if error != torch.cuda.cudart().cudaError.success:
             raise BudgetError(
-                f"{format_bytes(nbytes)} of host memory cannot be pinned ({error}): lower --host-memory, or raise the limit "
-                "on locked memory"
+                f"{format_bytes(nbytes)} of host memory cannot be pinned ({error}): lower {named('host_memory')}, or "
+                "raise the limit on locked memory"
             )
         self.tensor = torch.from_numpy(content)
         self.close = weakref.finalize(self, _unregister, content, torch.cuda.current_device())

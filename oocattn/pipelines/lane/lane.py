@@ -40,11 +40,9 @@ class Lane:
     """
 
     def __init__(self, run: Run, device_name: str) -> None:
-        for folder in filter(None, (run.paths.scratch, run.dataset.folder)):
-            if not folder.is_dir():
-                raise ProblemError(
-                    f"no folder {folder} on {socket.gethostname()}: the workers of a run must see the same paths"
-                )
+        for path in (run.paths.scratch, *run.dataset.paths):
+            if not path.exists():
+                raise ProblemError(f"no {path} on {socket.gethostname()}: the workers of a run must see the same paths")
         self.plan = plan = run.plan
         self.result = run.result
         operation, make_device = make_operation(plan), DEVICES[device_name.partition(":")[0]]
@@ -52,7 +50,7 @@ class Lane:
             self._health = health = parts.enter_context(closing(Health()))
             self.device = device = parts.enter_context(closing(make_device(device_name, plan, operation, health)))
             self.memory = memory = parts.enter_context(closing(HostMemory(plan, device.allocate, device.allocator)))
-            files = PartialFiles(run.paths.scratch, run.journal.run, run.journal.claim, health.step)
+            files = PartialFiles(run.paths.scratch, run.journal.run, run.journal.claim, health.step, run.journal.mirror)
             partials = make_partials(plan, files, memory.states, device.merge)
             self.partials = parts.enter_context(closing(partials))
             blocks, finalise, cores = memory.out_blocks, device.finalise, device.cores

@@ -19,16 +19,20 @@ from oocattn import clock
 from oocattn.division.base import Block, Subproblem
 from oocattn.operations import Operation
 from oocattn.operations.base import Input
-from oocattn.operations.staging import Run, StagedRows, stage_rows
+from oocattn.operations.staging import MOST_KEPT_DOCUMENTS, Run, StagedRows, stage_rows
 from oocattn.operations.tiles import pieces
 from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.not_finite import count_not_finite
 from oocattn.pipelines.watch.events import Span, Staged
+from oocattn.planning.interleaving import held_heads, held_tokens
 from oocattn.planning.plan import Plan
+from oocattn.problem.mask import Mask
 from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.inputs.readers import InputArray
+from oocattn.storage.inputs.held import Rows, hold
 from oocattn.threads import ThreadPool
 from oocattn.units import round_up
+
+KEPT_SUBPROBLEMS = 256  # whose rows are kept for the next head group
 
 READ_BYTES = 8 << 20
 """Bytes that one thread reads at a time where several read."""
@@ -95,11 +99,13 @@ class Stager:
     ) -> None:
         self._plan = plan
         self._operation = operation
-        self._dataset = dataset
+        held, tokens = held_heads(plan.problem, plan.inputs, plan.held_groups), held_tokens(plan.problem, plan.inputs)
+        self._arrays = hold(dataset.arrays, held, tokens)
         self._slots = slots
         self._step = step
         self._turns = Turns("stage", len(slots))
         self._staged: dict[int, StagedChunks] = {}
+        self._rows: dict[tuple[Mask, int], StagedRows] = {}
         self._readers = ThreadPool(readers, "oocattn-read")
         self._one_reader = readers == 1
         self._decoding = threading.Lock()
@@ -114,16 +120,25 @@ class Stager:
         start = clock.now()
         slot = self._slots[turn % len(self._slots)].result()
         subproblem = self._plan.division_of(head_group).subproblem(index)
-        rows = stage_rows(self._plan, head_group, subproblem)
+        rows = self._rows_of(head_group, subproblem)
         chunks = [chunk for chunk in subproblem.query_chunks if wanted is None or chunk in wanted]
         self._staged[turn] = staged = self._lay_out(slot, head_group, subproblem, rows, chunks)
         reads = list(self._reads(staged))
+        arrays = set()
         for read, not_finite in zip(reads, self._read_all(reads), strict=True):
-            if read.counted_for is not None:
+            if not_finite and read.counted_for is not None:
                 staged.not_finite[read.counted_for] += not_finite
+                arrays.add(read.array.name)
         stop = clock.now()
-        spans, nbytes = (Span("read", start, stop),), sum(read.out.nbytes for read in reads)
-        return Staged(start=start, stop=stop, head_group=head_group, index=index, bytes=nbytes, spans=spans)
+        return Staged(
+            start=start,
+            stop=stop,
+            head_group=head_group,
+            index=index,
+            bytes=sum(read.out.nbytes for read in reads),
+            spans=(Span("read", start, stop),),
+            not_finite=tuple(sorted(arrays)),
+        )
 
     def take(self, turn: int) -> StagedChunks:
         """Hand over a turn's chunks; the slot is used again when they are attended."""
@@ -133,6 +148,19 @@ class Stager:
         """Let go of what was staged; nothing is read any more."""
         self._readers.shutdown()
         self._staged.clear()
+        self._arrays.clear()
+        self._rows.clear()
+
+    def _rows_of(self, head_group: int, subproblem: Subproblem) -> StagedRows:
+        """The rows of a subproblem, the same for each head group of its mask."""
+        mask = self._plan.mask(head_group)
+        if mask.documents > MOST_KEPT_DOCUMENTS:
+            return stage_rows(self._plan, head_group, subproblem)
+        place = (mask, subproblem.index)
+        rows = self._rows.get(place) or stage_rows(self._plan, head_group, subproblem)
+        if place not in self._rows and len(self._rows) == KEPT_SUBPROBLEMS:
+            self._rows.clear()
+        return self._rows.setdefault(place, rows)
 
     def _lay_out(
         self, slot: torch.Tensor, head_group: int, subproblem: Subproblem, rows: StagedRows, query_chunks: Iterable[int]
@@ -173,7 +201,7 @@ class Stager:
     ) -> Iterator[_Read]:
         """The reads of some runs of a head of an input."""
         group = self._plan.problem.head_group(staged.head_group)
-        array, of_head = self._dataset.arrays[source.name], self._operation.heads(source.name, group)[head]
+        array, of_head = self._arrays[source.name], self._operation.heads(source.name, group)[head]
         counted = self._operation.owns(source.name, staged.head_group)
         out = as_numpy(tensor)[head]
         for run in runs:
@@ -203,7 +231,7 @@ class Stager:
 
 @dataclass(frozen=True)
 class _Read:
-    array: InputArray
+    array: Rows
     batch: int
     head: int
     tokens: range

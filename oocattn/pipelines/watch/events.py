@@ -115,9 +115,13 @@ class TaskEvent(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Staged(TaskEvent):
-    """The chunks of a subproblem were read into host memory."""
+    """The chunks of a subproblem were read into host memory.
+
+    `not_finite` are the arrays in which NaN or Inf were found: of key_bias NaN or +Inf, for -Inf leaves a key out.
+    """
 
     bytes: int
+    not_finite: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from oocattn import clock
 from oocattn.errors import IntegrityError
+from oocattn.naming import setting
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared, FinishedChunk
 from oocattn.pipelines.watch.events import Attended, Event, Merged, Recovered, Saved, Staged, Started, TaskEvent, Written
 from oocattn.pipelines.watch.timeline import busy_seconds
 from oocattn.planning.plan import Plan
-from oocattn.records import ADDED, Count, Positive, Range, Seconds, from_json
+from oocattn.problem.arrays import KEY_BIAS, ArrayName
+from oocattn.records import ADDED, Count, Positive, Range, Seconds, from_json, to_json
 from oocattn.storage.journal.journal import ChunkId
+from oocattn.storage.paths import REPORT, ResultPaths
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
 
+MOST_BYTES = 1 << 20  # of the file
+
 MOST_UNDERFLOWED = 0.01  # share of underflowed elements of `out` that makes the others inaccurate too
+
+logger = logging.getLogger("oocattn")
 
 NO_KEYS = "their out is 0 and their lse -inf, or that of the learnable sink"
 
@@ -32,7 +40,8 @@ class RunReport:
     the seconds spent in each kind of task, over all lanes, `bytes_read`, `bytes_partials` (written to disk) and
     `compute_busy`, the share of the wall time that a lane's compute stream (on a CPU: its kernel) was busy, their mean.
     `pairs` are the query-key pairs that the ledger confirmed, `pairs_before` those attended before the run was resumed;
-    `not_finite` the NaN and Inf found in the inputs, `out_not_finite` those in `out`, `out_overflowed` those of them that
+    `not_finite` the NaN and Inf found in the inputs (of key_bias NaN and +Inf, for -Inf leaves a key out), `not_finite_in`
+    the arrays in which that process found any, `out_not_finite` those in `out`, `out_overflowed` those of them that
     only its dtype made Inf, `out_underflowed` the elements that it made 0, of `out_elements`; `rows_without_keys` the rows
     that attend no key, over all heads (0, 0, 1 and 0 in reports of older versions);
     `recomputed` the partials that were damaged on disk; `retried` the tasks that failed and were tried again,
@@ -67,10 +76,12 @@ class RunReport:
     out_underflowed: Annotated[Count, ADDED] = 0
     out_elements: Annotated[Positive, ADDED] = 1
     rows_without_keys: Annotated[Count, ADDED] = 0
+    not_finite_in: Annotated[tuple[ArrayName, ...], ADDED] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        return asdict(self)
+        content: dict[str, Any] = to_json(self)
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunReport:
@@ -87,7 +98,7 @@ class RunReport:
         if self.out_overflowed:
             lines.append(
                 f"{self.out_overflowed:,} elements of out are Inf because their values are too large for its dtype: "
-                "choose a wider one (--dtype float32)"
+                f"choose a wider one, {setting('dtype', 'float32')}"
             )
         elif self.out_not_finite and not self.not_finite:
             lines.append(
@@ -97,7 +108,7 @@ class RunReport:
         if self.out_underflowed > self.out_elements * MOST_UNDERFLOWED:
             lines.append(
                 f"{self.out_underflowed:,} elements of out are 0 because their values are too small for its dtype: "
-                "choose a wider one (--dtype float32), or make values larger"
+                f"choose a wider one, {setting('dtype', 'float32')}, or make values larger"
             )
         return lines
 
@@ -120,6 +131,7 @@ class RunReport:
         ]
         chunks = f"{self.chunks_before:,} chunk{'s' * (self.chunks_before > 1)}"
         short = f"out of memory {self.out_of_memory} times"
+        found_in = f", found in {' and '.join(self.not_finite_in)}" if self.not_finite_in else ""
         on_occasion = [
             (
                 self.pairs_before,
@@ -128,7 +140,10 @@ class RunReport:
             (self.chunks_before, f"before       {chunks} finished, checksums of {self.chunks_compared:,} compared"),
             (self.other_bits, f"bits         other bits than those of an uninterrupted run: {printable(self.other_bits)}"),
             (self.rows_without_keys, f"rows         {self.rows_without_keys:,} rows attend no key: {NO_KEYS}"),
-            (self.not_finite, f"inputs       {self.not_finite:,} elements are NaN or Inf; rows that attend them may be NaN"),
+            (
+                self.not_finite,
+                f"inputs       {self.not_finite:,} elements are NaN or Inf{found_in}; rows that attend them may be NaN",
+            ),
             (self.out_not_finite, f"out          {self.out_not_finite:,} elements are NaN or Inf"),
             *((True, f"             {line}") for line in self.lost),
             (self.recomputed, f"partials     {self.recomputed} damaged on disk, and computed again"),
@@ -154,6 +169,7 @@ class Tally:
         self.resumed = False
         self.pairs = 0
         self.counts = dict.fromkeys(_COUNTED, 0)
+        self.not_finite_in: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -177,6 +193,10 @@ class Tally:
         self.busy[event.kind] += busy_seconds(event.spans) if bit_by_bit else event.stop - event.start
         if isinstance(event, Staged):
             self._count(bytes_read=event.bytes)
+            for name in {*event.not_finite} - self.not_finite_in:
+                self.not_finite_in.add(name)
+                infinity = "+Inf" if name == KEY_BIAS else "Inf"
+                logger.warning("the array %s has NaN or %s: rows that attend them may be NaN", name, infinity)
         elif isinstance(event, Attended):
             self.pairs += event.pairs
             written = event.partial_bytes + event.checkpoint_bytes
@@ -198,6 +218,7 @@ class Tally:
         return RunReport(
             **totals,
             **self.counts,
+            not_finite_in=tuple(sorted(self.not_finite_in)),
             seconds=seconds,
             predicted_seconds=plan.seconds,
             tokens=plan.problem.out_rows * plan.problem.batch,
@@ -213,3 +234,9 @@ class Tally:
             other_bits=other_bits,
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
+
+
+def read_report(paths: ResultPaths) -> RunReport | None:
+    """The report beside a result, or None; IntegrityError for a damaged one."""
+    found = paths.load(REPORT, MOST_BYTES)
+    return RunReport.from_json(found) if found else None

@@ -1,51 +1,38 @@
-"""Progress of a run for other processes: a small file, its writer, and the public function `status` that reads it."""
+"""How far a run is, as other processes see it: the public function `status`."""
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from oocattn import clock
+from oocattn.arguments import checked, path
 from oocattn.errors import IntegrityError
 from oocattn.pipelines.deadline import NOTICED_SECONDS
 from oocattn.pipelines.finished import scan_completed
 from oocattn.pipelines.run import find_unfinished
 from oocattn.pipelines.schedule import Schedule
-from oocattn.pipelines.watch.events import (
-    Attended,
-    Committed,
-    Ended,
-    Event,
-    Failed,
-    Recovered,
-    Saved,
-    Staged,
-    Stalled,
-    Started,
-    Written,
-)
-from oocattn.pipelines.watch.report import RunReport
+from oocattn.pipelines.watch.elsewhere import run_elsewhere, seen_from_here
+from oocattn.pipelines.watch.report import read_report
 from oocattn.problem.problem import Problem
-from oocattn.records import ADDED, Count, Range, Seconds, from_json, to_json
-from oocattn.storage.files.durable import read_json, write_text
+from oocattn.records import ADDED, Count, Range, Seconds, from_json
+from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
-from oocattn.storage.journal.claims import Claim, Holder
+from oocattn.storage.journal.claims import Holder
 from oocattn.storage.journal.lock import holder_silence, lock_holder
-from oocattn.storage.paths import ResultPaths
+from oocattn.storage.paths import ResultLike, ResultPaths
+from oocattn.storage.remote.options import StorageOptions, parse_options
 from oocattn.storage.results.summary import read_summary
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
 
-MOST_BYTES = 1 << 20  # of the files of status and report
-WRITING_SECONDS = 1.0  # seconds between updates of the file
+MOST_BYTES = 1 << 20  # of the file
 
 logger = logging.getLogger("oocattn")
-
 
 Outcome = Literal["", "passed", "inconclusive", "failed"]
 
@@ -103,16 +90,20 @@ class Status:
 
     def __str__(self) -> str:
         if self.state == "none":
-            return printable(f"none: no run to {self.result or 'this path'} has begun")
+            return printable(
+                f"none: no run to {self.result or 'this path'} has begun; one that was stopped while it planned left "
+                "nothing to resume"
+            )
         if self.state == "finished":
             lines = [f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"]
             lines += [f"certificate of {self.verdict}"] if self.certificate else []
             return "\n".join(map(printable, lines))
         if not self.subproblems:
-            return printable(f"{self.state}: starting; {self.holder}")
+            return printable(f"{self.state}: {self.error or f'starting; {self.holder}'}")
         state = "stalled" if self.stalled else self.state
+        kept = " are on disk" if self.state == "interrupted" else ""
         lines = [
-            f"{state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems, {self.tokens_done:,} of "
+            f"{state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems{kept}, {self.tokens_done:,} of "
             f"{self.tokens:,} tokens ({self.share:.0%})"
         ]
         if self.rate:  # known from the first subproblem on
@@ -120,7 +111,7 @@ class Status:
         if self.bytes_read or self.bytes_saved or self.bytes_written:
             lines.append(
                 f"{format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_saved)} of partials, "
-                f"{format_bytes(self.bytes_written)} written; {self._last_saved()}"
+                f"{format_bytes(self.bytes_written)} written{self._last_saved()}"
             )
         left = "time left not known" if self.seconds_left is None else f"about {format_seconds(self.seconds_left)} left"
         if self.stalled:
@@ -130,96 +121,34 @@ class Status:
         if self.error:
             lines.append(f"it ended: {self.error}")
         if self.state == "interrupted":
-            lines.append(f"{left}; nobody works on it")
+            gone = "" if self.error else "its process was killed, or the machine went down; "
+            lines.append(f"{gone}{left}; no process works on it")
         return "\n".join(map(printable, lines))
 
     def _last_saved(self) -> str:
+        """When something was saved, where that is known: of a run that has ended, the last time may not be."""
         if not self.saved:
-            return "nothing saved since then" if self.subproblems_done else "nothing saved yet"
-        return f"last saved {format_seconds(max(0.0, clock.now() - self.saved))} ago"
+            return "; nothing saved yet" if self.state == "running" and not self.subproblems_done else ""
+        return f"; last saved {format_seconds(max(0.0, clock.now() - self.saved))} ago"
 
 
-class StatusFile:
-    """A listener that writes progress to a file, once a second, under the run's lock."""
-
-    def __init__(self, path: Path, claim: Claim) -> None:
-        self._path = path
-        self._claim = claim
-        self._written = self._start = 0.0
-        self._before = 0
-        self._status = Status("running")
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case Committed() | Ended():
-                return  # the file has been removed
-            case Started() | Recovered():
-                self._begin_attempt(event)
-            case Staged():
-                self._add(bytes_read=event.bytes)
-            case Written():
-                self._add(event.stop, bytes_written=event.bytes)
-            case Saved():
-                self._add(event.stop, bytes_saved=event.bytes)
-            case Attended():
-                saved = event.checkpointed or (event.stop if event.partial_bytes else 0.0)
-                self._add(saved, bytes_saved=event.partial_bytes + event.checkpoint_bytes)
-                self._advance()
-            case Failed():
-                self._status = replace(self._status, error=event.error, stalled="")
-            case Stalled():
-                self._status = replace(self._status, stalled=event.reason, stalled_since=event.start)
-        important = isinstance(event, Started | Recovered | Stalled | Failed)
-        if important or clock.now() - self._written >= WRITING_SECONDS:
-            self._written = clock.now()
-            with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
-                self._claim.check()
-                write_text(self._path, json.dumps(to_json(self._status)), synced=False)
-
-    def _add(self, saved: float = 0.0, **counts: int) -> None:
-        """Add bytes that were read, or brought to disk by the moment `saved`."""
-        totals: dict[str, Any] = {name: getattr(self._status, name) + count for name, count in counts.items()}
-        self._status = replace(self._status, saved=max(self._status.saved, saved), **totals)
-
-    def _begin_attempt(self, event: Started | Recovered) -> None:
-        """Count the subproblems that are left, and those that were done before."""
-        if isinstance(event, Started):
-            plan, left = event.plan, event.left
-            self._status = Status(
-                "running",
-                plan.subproblems,
-                tokens=_tokens(plan.problem),
-                seconds_left=plan.seconds * left / max(1, plan.subproblems),
-                dashboard=event.dashboard,
-            )
-            self._before = plan.subproblems - left
-            self._start = event.start
-        done = self._status.subproblems - event.left
-        self._before = min(self._before, done)
-        self._status = replace(self._status, subproblems_done=done, stalled="")
-
-    def _advance(self) -> None:
-        """One more subproblem is done."""
-        status, seconds = self._status, clock.now() - self._start
-        done = status.subproblems_done + 1
-        here = done - self._before
-        self._status = replace(
-            status,
-            subproblems_done=done,
-            rate=clock.rate(status.tokens * here / status.subproblems, seconds),
-            seconds=seconds,
-            seconds_left=seconds * (status.subproblems - done) / here,
-        )
-
-
-def status(result: str | Path) -> Status:
+@checked(scratch=path, storage_options=parse_options)
+def status(
+    result: ResultLike, *, scratch: str | Path | None = None, storage_options: StorageOptions | None = None
+) -> Status:
     """How far the run to `result` is: from any process, whether or not a run is alive, and at once: it reads JSON alone.
 
-    Of a finished result it says what the certificate beside it says, if that is of this very result. Raises IntegrityError,
-    with what to do, where the run's own files are damaged and no result is there.
+    `scratch` and `storage_options` are those of the run. Without its folder of job state a run to a URL is known by what
+    lies beside the result alone. Of a finished result it says what the certificate beside it says, if that is of this very
+    result. Raises IntegrityError, with what to do, where the run's own files are damaged and no result is there.
     """
-    paths = ResultPaths.at(result)
-    found = _read_status(paths)
+    paths = ResultPaths.at(result, scratch, storage_options=storage_options)
+    with seen_from_here(paths) as (seen, elsewhere):
+        return replace(_status_at(seen, elsewhere), result=str(paths.result))
+
+
+def _status_at(paths: ResultPaths, elsewhere: Holder | None = None) -> Status:
+    found = _read_status(paths, elsewhere)
     if found.state == "finished":
         certificate = read_summary(paths)
         if certificate is None:
@@ -231,17 +160,18 @@ def status(result: str | Path) -> Status:
         return found
     plan, total = begun.plan, begun.plan.subproblems
     left = Schedule(plan, 1, scan_completed(plan, begun.journal, paths.scratch).done).left
-    tokens, share = _tokens(plan.problem), left / max(1, total)
+    tokens, share = tokens_of(plan.problem), left / max(1, total)
     seconds_left = tokens * share / found.rate if found.rate else plan.seconds * share
     return replace(found, subproblems=total, subproblems_done=total - left, tokens=tokens, seconds_left=seconds_left)
 
 
-def _read_status(paths: ResultPaths) -> Status:
+def _read_status(paths: ResultPaths, elsewhere: Holder | None) -> Status:
     """Progress of the run to this result, whether or not it is alive.
 
     Raises IntegrityError for a damaged file, and warns of one where the journal still says how far an interrupted run came.
     """
-    holder = lock_holder(paths.lock) if is_folder(paths.state) else None
+    here = paths.state_folder is not None and is_folder(paths.state)
+    holder = lock_holder(paths.lock) if here and elsewhere is None else elsewhere
     unfinished = _is_unfinished(paths)
     last = None
     if holder is not None or unfinished:  # else it says nothing that the result does not
@@ -258,6 +188,8 @@ def _read_status(paths: ResultPaths) -> Status:
         if "problem" in recorded:
             return replace(_finished(paths, recorded["problem"]), result=str(paths.result))
         last = Status("none" if holder is None else "running")
+        if paths.stored is not None and holder is None:
+            return Status(**run_elsewhere(paths), result=str(paths.result))
     elif holder is not None:
         last = replace(_running_status(last, holder, paths), error="")  # which is of a run before this one
     else:
@@ -280,7 +212,7 @@ def _running_status(last: Status, holder: Holder, paths: ResultPaths) -> Status:
 def _is_unfinished(paths: ResultPaths) -> bool:
     """True if a run has begun and is not complete; IntegrityError for a bad journal."""
     try:
-        return paths.unfinished is not None
+        return paths.unfinished is not None and not paths.is_published()
     except IntegrityError as error:
         if "problem" not in (paths.attributes() or {}):
             raise
@@ -298,7 +230,7 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
     if report is None:
         tokens = 0
         with suppress(ValueError):
-            tokens = _tokens(from_json(Problem, problem))
+            tokens = tokens_of(from_json(Problem, problem))
         return Status("finished", tokens=tokens, seconds_left=0.0)
     saved = 0.0
     with suppress(ValueError):
@@ -318,13 +250,8 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
     )
 
 
-def read_report(paths: ResultPaths) -> RunReport | None:
-    """The report beside a result, or None; IntegrityError for a damaged one."""
-    found = read_json(paths.report, MOST_BYTES) if is_folder(paths.state) else None
-    return RunReport.from_json(found) if found else None
-
-
-def _tokens(problem: Problem) -> int:
+def tokens_of(problem: Problem) -> int:
+    """Tokens of a run: the rows that are asked, of all entries."""
     return problem.out_rows * problem.batch
 
 

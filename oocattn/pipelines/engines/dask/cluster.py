@@ -18,6 +18,7 @@ import torch
 from distributed import Client, fire_and_forget
 
 from oocattn.errors import ProblemError, WorkerLostError
+from oocattn.naming import setting
 from oocattn.pipelines.engines.base import Check
 from oocattn.units import format_seconds
 
@@ -158,7 +159,7 @@ def assign_devices(client: Client, device_type: str, workers: Container[str]) ->
     blind = [address for address in addresses if not visible[address]]
     if blind:
         raise ProblemError(
-            f"worker {', '.join(blind)} sees no GPU: start workers where there is one, or choose --kernel cpu"
+            f"worker {', '.join(blind)} sees no GPU: start workers where there is one, or choose {setting('kernel', 'cpu')}"
         )
     return {address: f"cuda:{index}" for address, index in share_out({name: visible[name] for name in addresses}).items()}
 

@@ -21,9 +21,11 @@ import dask
 from distributed import Status, Worker
 
 from oocattn.errors import LockedError, OocattnError
-from oocattn.kernels.arithmetic import arithmetic_of
+from oocattn.kernels.arithmetic import arithmetic_of, small_problem
+from oocattn.naming import named, setting
 from oocattn.pipelines.engines.dask.tasks import close_stale_lanes
 from oocattn.planning.plan import Plan
+from oocattn.problem.problem import Problem
 from oocattn.storage.files.durable import PARTIAL
 from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.inputs.dataset import Dataset
@@ -90,13 +92,13 @@ class Expectations:
     state: Path
     claim: Claim
     lane_bytes: int
-    call: tuple[str, int, str, str]
+    call: tuple[str, Problem, str]
     computing: Mapping[str, str] | None = None
 
     @classmethod
     def of_run(cls, plan: Plan, dataset: Dataset, state: RunState) -> Expectations:
         """The expectations of a run of this plan."""
-        call = (plan.kernel, plan.problem.head_dim, plan.problem.dtype, plan.device)
+        call = (plan.kernel, small_problem(plan.problem), plan.device)
         lane_bytes = ceil_div(plan.peak_host, plan.lanes)
         return cls(dataset, dataset.as_found, state.paths.state, state.claim, lane_bytes, call)
 
@@ -147,8 +149,8 @@ async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerS
 def _look_at_dataset(dataset: Dataset) -> Fingerprints | str:
     """The fingerprints of the dataset that is there now, or why it cannot be read."""
     try:
-        if dataset.folder is not None:
-            os.stat(dataset.folder)
+        for path in dataset.paths:
+            os.stat(path)
         return dataset.reopen().fingerprints()
     except (OocattnError, OSError) as error:
         return words_of(error)
@@ -220,11 +222,11 @@ def _other_faults(worker: WorkerState, expected: Expectations) -> list[str]:
     elif worker.memory_used + expected.lane_bytes > worker.memory_pause:
         found.append(
             f"has a memory limit of {limit}, of which {used} are in use: a lane takes {format_bytes(expected.lane_bytes)} "
-            "more, and Dask would give it no tasks: restart it with memory_limit=0 or a larger one, or lower host_memory "
-            "(--host-memory)"
+            "more, and Dask would give it no tasks: restart it with memory_limit=0 or a larger one, or lower "
+            f"{named('host_memory')}"
         )
     if worker.computing.get("gpu") == "none":
-        found.append("sees no GPU: start it where there is one, or choose --kernel cpu")
+        found.append(f"sees no GPU: start it where there is one, or choose {setting('kernel', 'cpu')}")
     for name, recorded in (expected.computing or {}).items():
         value = worker.computing.get(name, "none")
         if value not in recorded.split(" | "):

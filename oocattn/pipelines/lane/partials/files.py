@@ -23,6 +23,7 @@ from oocattn.storage.journal.claims import Claim
 
 if TYPE_CHECKING:  # PyTorch takes seconds, and `status` reads what files say of themselves
     from oocattn.kernels.state import AttentionState
+    from oocattn.storage.remote.mirror import Mirror
 
 _NAME = re.compile(r"partial-\d+-\d+-\d+")
 
@@ -40,13 +41,15 @@ class PartialId:
 class PartialFiles:
     """The partials of the run `run` in a folder, one file for a chunk and the first subproblem that is in it.
 
-    They are written and removed under a `claim` to the result's lock. `step` is called for each file written and block read.
+    They are written and removed under a `claim` to the result's lock. `step` is called for each file written and block read,
+    and each file passed to the `mirror` of the folder of job state.
     """
 
     folder: Path
     run: str
     claim: Claim | None = None
     step: Callable[[], None] = lambda: None
+    mirror: Mirror | None = None
 
     def path(self, partial: PartialId) -> Path:
         """The file of a partial."""
@@ -60,6 +63,8 @@ class PartialFiles:
         self._check()
         blocks = [_arrays(rows) for rows in row_blocks(state)]
         written = write_blocks(self.path(partial), blocks, {**self._label(partial), "not_finite": not_finite})
+        if self.mirror is not None:
+            self.mirror.push(self.path(partial))
         self.step()
         return written
 
@@ -81,7 +86,13 @@ class PartialFiles:
     def remove(self, partial: PartialId) -> None:
         """Remove a partial, if it is there."""
         self._check()
-        remove_file(self.path(partial))
+        self.discard(self.path(partial))
+
+    def discard(self, path: Path) -> None:
+        """Remove the file of a partial that serves nothing."""
+        remove_file(path)
+        if self.mirror is not None:
+            self.mirror.drop(path)
 
     def scan(self) -> Iterator[tuple[Path, PartialId | None]]:
         """Yield every file with its partial; None if it is damaged or of another run."""
