@@ -12,8 +12,9 @@ from oocattn.errors import IntegrityError
 from oocattn.problem.checks import check_problem
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Positive, Range, from_json, to_json
+from oocattn.storage.inputs.origin import Origin, command_options
 from oocattn.storage.results.rows import Damage
-from oocattn.storage.results.summary import FORMAT, Outcome
+from oocattn.storage.results.summary import FORMAT, Outcome, PlanRecord
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
 from oocattn.verification.text import certificate_text
@@ -26,11 +27,14 @@ _FOLLOWS = ("passed", "inconclusive", "verdict", "statement", "strata", "error",
 class Certificate:
     """The outcome of `verify`.
 
+    `dataset` says where q, k and v were read, and `tensors` where each was, unless they are in one group.
+
     `words` say what was asked, also without the arrays that the problem was given, such as the boundaries of documents.
     `asked` (the most rows) and `seed` determine the sample. `dataset_recorded` and `dataset_found` are the fingerprints of
     the dataset that the run read and of the one read now; `digest` is the identity of the result's bits as written (None:
     no checksums are recorded); `ledger` is None where the run's report was not beside the result. `computed_with` and
-    `verified_with` are versions, `made` is when. `files` are where it was written.
+    `verified_with` are versions, `made` is when. `plan` is what the result
+    records of its plan (None in certificates of older versions). `files` are where it was written.
     """
 
     result: str
@@ -48,6 +52,8 @@ class Certificate:
     computed_with: Mapping[str, str]
     verified_with: Mapping[str, str]
     made: str = field(compare=False)
+    tensors: Annotated[Mapping[str, Origin], ADDED] = field(default_factory=dict)
+    plan: Annotated[PlanRecord | None, ADDED] = None
     files: Annotated[tuple[str, ...], ADDED] = field(default=(), compare=False)
 
     @property
@@ -180,10 +186,13 @@ class Certificate:
 
     @property
     def again(self) -> str:
-        """The command that checks the same rows again."""
+        """The command that checks the same rows again, or the call where no command can name the inputs."""
+        named = command_options(self.tensors) if self.tensors else ["--dataset", self.dataset]
+        if named is None:
+            return f"oocattn.verify({self.result!r}, inputs=..., rows={self.asked}, seed={self.seed})"
         sample = ["--rows", str(self.asked), "--seed", str(self.seed)]
         without = ["--no-checksums"] if any(array.state == "not checked" for array in self.arrays) else []
-        return shlex.join(["oocattn", "verify", self.result, *sample, "--dataset", self.dataset, *without])
+        return shlex.join(["oocattn", "verify", self.result, *sample, *named, *without])
 
     def to_json(self) -> dict[str, Any]:
         """The certificate as JSON-ready values, with what follows from them."""

@@ -10,19 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import inf, nan
 from operator import attrgetter
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 
-from oocattn.errors import BudgetError, IntegrityError
+from oocattn.errors import BudgetError, IntegrityError, OocattnError
+from oocattn.naming import named
+from oocattn.problem.arrays import ArrayName
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Excerpt, from_json
-from oocattn.storage.files.durable import read_json, write_text
-from oocattn.storage.files.folders import is_folder
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.inputs.dataset import Dataset, check_poses
-from oocattn.storage.paths import ResultPaths, identity_at
+from oocattn.storage.inputs.opening import InputsLike, open_recorded
+from oocattn.storage.paths import CERTIFICATE, CERTIFICATE_PAGE, REPORT, ResultPaths
+from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.checksums import Checksums, read_bits, result_digest
 from oocattn.storage.results.rows import RowReader, find_damage
@@ -60,6 +61,7 @@ class _RunCounts(Excerpt):
     out_overflowed: Annotated[Count, ADDED] = 0
     out_underflowed: Annotated[Count, ADDED] = 0
     rows_without_keys: Annotated[Count, ADDED] = 0
+    not_finite_in: Annotated[tuple[ArrayName, ...], ADDED] = ()
 
 
 def certify(
@@ -68,14 +70,17 @@ def certify(
     *,
     rows: int,
     seed: int,
-    dataset: str | Path | None,
+    inputs: InputsLike | None,
     host_memory: int,
     checksums: bool,
+    storage_options: StorageOptions | None = None,
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
-    recorded, identity = ResultAttributes.read(paths), identity_at(paths.result)
-    problem = recorded.problem
-    opened = Dataset.open_recorded(recorded.dataset.location, dataset, key_bias=bool(problem.bias_heads))
+    recorded, identity = ResultAttributes.read(paths), paths.identity()
+    problem, place = recorded.problem, recorded.dataset
+    opened = open_recorded(
+        place.location, place.tensors, inputs, key_bias=bool(problem.bias_heads), storage_options=storage_options
+    )
     check_poses(opened, problem, "result")
     readers = _readers(problem, arrays, paths)
     bits = read_bits(paths.result)
@@ -95,13 +100,15 @@ def certify(
         arrays=tuple(_check_array(readers[name], bits[name].checksums, steps.get(name)) for name in bits),
         digest=result_digest(bits),
         ledger=_ledger(problem, paths),
-        dataset_recorded=recorded.dataset.fingerprint,
+        dataset_recorded=place.fingerprint,
         dataset_found=opened.fingerprint(),
         computed_with=recorded.versions,
         verified_with=versions(),
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        tensors=opened.origins,
+        plan=recorded.plan,
     )
-    if (ResultAttributes.read(paths), identity_at(paths.result)) != (recorded, identity):
+    if (ResultAttributes.read(paths), paths.identity()) != (recorded, identity):
         raise IntegrityError(f"{paths.result} was replaced while it was verified: verify it again")
     return _write_certificate(certificate, paths)
 
@@ -112,8 +119,7 @@ def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
     Expected are the pairs as the mask's definition counts them, row by row, or for very many rows by its closed forms.
     """
     try:
-        content = read_json(paths.report) if is_folder(paths.state) else None
-        counts = asdict(from_json(_RunCounts, content))
+        counts = asdict(from_json(_RunCounts, paths.load(REPORT)))
     except (IntegrityError, ValueError):
         return None
     expected = count_attended(problem)[0] if problem.batch * problem.out_rows <= MOST_COUNTED else problem.pairs
@@ -162,8 +168,8 @@ def _sizes(
     steps = {name: fit(*_steps(readers[name], checksums.rows), readers[name].nbytes) for name, checksums in compared.items()}
     if max(least) > host_memory:
         raise BudgetError(
-            f"--host-memory {format_bytes(host_memory)} is too small to verify this result: the smallest that works is "
-            f"{ceil_div(max(least), 1 << 20)}MiB"
+            f"{named('host_memory')} {format_bytes(host_memory)} is too small to verify this result: the smallest that "
+            f"works is {ceil_div(max(least), 1 << 20)}MiB"
         )
     return key_rows, steps
 
@@ -197,15 +203,13 @@ def _check_array(reader: RowReader, recorded: Checksums | None, step: int | None
 
 def _write_certificate(certificate: Certificate, paths: ResultPaths) -> Certificate:
     """The certificate, once it is on disk; where that cannot be, a warning says so."""
-    files = {
-        paths.certificate_page: certificate_page(certificate),
-        paths.certificate: json.dumps(certificate.to_json(), indent=1) + "\n",
+    texts = {
+        CERTIFICATE_PAGE: certificate_page(certificate),
+        CERTIFICATE: json.dumps(certificate.to_json(), indent=1) + "\n",
     }
     try:
-        paths.make_state()
-        for path, text in files.items():
-            write_text(path, text)
-    except (OSError, IntegrityError) as error:
+        files = paths.save(texts)
+    except (OSError, OocattnError) as error:
         logger.warning("the certificate was not written: %s; it is printed alone", words_of(error))
         return certificate
-    return replace(certificate, files=tuple(map(str, files)))
+    return replace(certificate, files=files)

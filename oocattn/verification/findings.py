@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from oocattn.records import Count, Range
+from oocattn.problem.arrays import ArrayName
+from oocattn.records import ADDED, Count, Range
 from oocattn.storage.results.rows import Damage
 from oocattn.verification.sampling import StratumName
 
@@ -72,8 +73,8 @@ class ArrayCheck:
 class Ledger:
     """What the run counted; `other_bits` says what computed otherwise, or "".
 
-    Counts are of query-key pairs, of NaN and Inf in inputs and `out`, of elements that only the dtype made Inf or 0, and of
-    rows that attend no key.
+    Counts are of query-key pairs, of NaN and Inf in inputs (in the arrays `not_finite_in`) and `out`, of elements that only
+    the dtype made Inf or 0, and of rows that attend no key.
     """
 
     expected: Count
@@ -84,6 +85,7 @@ class Ledger:
     out_underflowed: Count
     rows_without_keys: Count
     other_bits: str
+    not_finite_in: Annotated[tuple[ArrayName, ...], ADDED] = ()
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def certificate_text(certificate: Certificate) -> str:
         f"lse          within {overall.lse_error:.1e}, {overall.lse_ulps:.3g} ulp of float32",
         f"shown        {certificate.statement}",
         *(f"checksums    {printable(line)}" for line in checksum_lines(certificate)),
+        *([f"same bits    {certificate.plan}"] if certificate.plan else []),
         f"ledger       {ledger_line(certificate)}",
         f"dataset      {printable(certificate.dataset)}, {printable(dataset_line(certificate))}",
         f"seed         {certificate.seed}",
@@ -93,7 +94,8 @@ def ledger_line(certificate: Certificate) -> str:
     narrowed = f", {ledger.out_overflowed:,} of them too large for its dtype" if ledger.out_overflowed else ""
     narrowed += f", and {ledger.out_underflowed:,} zeros too small for it" if ledger.out_underflowed else ""
     without = f"; {ledger.rows_without_keys:,} rows without a key" if ledger.rows_without_keys else ""
-    special = f"{ledger.not_finite:,} NaN or Inf in the inputs, {ledger.out_not_finite:,} in out"
+    arrays = f" ({' and '.join(ledger.not_finite_in)})" if ledger.not_finite_in else ""
+    special = f"{ledger.not_finite:,} NaN or Inf in the inputs{arrays}, {ledger.out_not_finite:,} in out"
     return f"{counted}{without}; {special}{narrowed}{bits}"
 
 
