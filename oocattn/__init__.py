@@ -11,7 +11,10 @@ from oocattn.imports import import_after_zarr, lazy_attributes
 from oocattn.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from oocattn import integrations as integrations
+    from oocattn import nn as nn
     from oocattn.api import attention as attention
+    from oocattn.api import open as open
     from oocattn.api import plan as plan
     from oocattn.api import resume as resume
     from oocattn.api import verify as verify
@@ -47,12 +50,14 @@ if TYPE_CHECKING:
     from oocattn.planning.plan import Plan as Plan
     from oocattn.problem_arguments import ProblemArguments as ProblemArguments
     from oocattn.storage.bfloat16 import BFloat16 as BFloat16
+    from oocattn.storage.inputs.opening import Inputs as Inputs
     from oocattn.storage.make.importing import import_arrays as import_arrays
     from oocattn.storage.make.synth import synthesise as synthesise
     from oocattn.verification.certificate import Certificate as Certificate
 
 _MODULES = {
-    "oocattn.api": ["attention", "plan", "resume", "verify"],
+    "oocattn": ["integrations", "nn"],
+    "oocattn.api": ["attention", "open", "plan", "resume", "verify"],
     "oocattn.errors": [
         "BudgetError",
         "IntegrityError",
@@ -88,6 +93,7 @@ _MODULES = {
     "oocattn.planning.plan": ["Plan"],
     "oocattn.problem_arguments": ["ProblemArguments"],
     "oocattn.storage.bfloat16": ["BFloat16"],
+    "oocattn.storage.inputs.opening": ["Inputs"],
     "oocattn.storage.make.importing": ["import_arrays"],
     "oocattn.storage.make.synth": ["synthesise"],
     "oocattn.verification.certificate": ["Certificate"],

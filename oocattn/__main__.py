@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import sys
 import threading
 
-from oocattn.cli.main import FAILED, main
 from oocattn.cli.printing import keep_descriptors_taken, leave_quietly
 
 LEAVE_SECONDS = 15.0
@@ -16,10 +17,14 @@ LEAVE_SECONDS = 15.0
 def run() -> int:
     """Run the command with the process's arguments; return its exit code."""
     keep_descriptors_taken()
-    code = FAILED
+    code = 1
     try:
+        from oocattn.cli.main import main  # on a busy machine it takes seconds, in which Ctrl-C may come
+
         code = main()
-        return code
+    except KeyboardInterrupt:  # before `main` has taken signals into its hands
+        code = 128 + signal.SIGINT
+        print("oocattn: interrupted", file=sys.stderr)
     finally:
         leave_quietly()
         if threading.active_count() > 1:
@@ -27,6 +32,7 @@ def run() -> int:
             leaving.daemon = True
             leaving.start()
         gc.freeze()  # else all that was imported is searched for garbage at the end: 0.3 s after PyTorch
+    return code
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from oocattn.denormals import keep_denormals
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines import session
 from oocattn.pipelines.engines import DASHBOARD, ENGINES
-from oocattn.pipelines.existing import Request, Result, open_result
+from oocattn.pipelines.existing import Request, Result, open_result, result_at
 from oocattn.pipelines.session import Resuming
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
@@ -27,8 +27,9 @@ from oocattn.planning.options import DECOMPOSITIONS, MAX_CHUNKS
 from oocattn.planning.plan import Plan
 from oocattn.problem_arguments import PROBLEM_OPTIONS, ProblemArguments
 from oocattn.storage.inputs.given import open_posed
-from oocattn.storage.locations import parse_location
-from oocattn.storage.paths import ResultPaths
+from oocattn.storage.inputs.opening import InputsLike, parse_inputs
+from oocattn.storage.paths import LOCKS, ResultLike, ResultPaths
+from oocattn.storage.remote.options import StorageOptions, parse_options
 from oocattn.storage.results.arrays import ResultArrays
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
@@ -51,13 +52,26 @@ RUN_OPTIONS = {
     "engine": arguments.choice(*ENGINES),
     "dashboard_address": arguments.text,
     "callbacks": arguments.functions,
+    "storage_options": parse_options,
 }
 """What the options may be that say how a run is carried out."""
 
+PLACE_OPTIONS = {
+    "scratch": arguments.path,
+    "lock": arguments.choice(*LOCKS),
+}
+"""What the options may be that say where job state is, and how runs keep apart."""
 
-@checked(PROBLEM_OPTIONS, **PLAN_OPTIONS, engine=RUN_OPTIONS["engine"], lanes=arguments.integer(1))
+
+@checked(
+    PROBLEM_OPTIONS,
+    **PLAN_OPTIONS,
+    engine=RUN_OPTIONS["engine"],
+    lanes=arguments.integer(1),
+    storage_options=parse_options,
+)
 def plan(
-    dataset: str | Path,
+    inputs: InputsLike,
     *,
     device_memory: Size | None = None,
     host_memory: Size | None = None,
@@ -67,20 +81,22 @@ def plan(
     checkpoint_interval: Duration | None = None,
     engine: Engine = "dask",
     lanes: int | None = None,
-    result: str | Path | None = None,
+    result: ResultLike | None = None,
+    storage_options: StorageOptions | None = None,
     **asked: Unpack[ProblemArguments],
 ) -> Plan:
-    """Decide everything about a run of exact attention over `dataset`, and predict its bytes, memory and seconds.
+    """Decide everything about a run of exact attention over `inputs`, and predict its bytes, memory and seconds.
 
-    `dataset` is the path or URL of a Zarr group with q [B, Hq, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] (or
-    three-dimensional, as B = 1) in float16, bfloat16 or float32. The arguments from `causal` to `dtype` say what is
+    `inputs` is the path or URL of a Zarr group with q [B, Hq, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] (or
+    three-dimensional, as B = 1) in float16, bfloat16 or float32, or has the three one by one, wherever they lie
+    (`oocattn.Inputs`, or a mapping of its fields). The arguments from `causal` to `dtype` say what is
     computed (`help(oocattn.ProblemArguments)`). `device_memory` and `host_memory` are hard limits in bytes, as numbers or
     like "2GiB", on all that the run allocates (default: half of the free memory). `chunks`
     pins the number of chunks c, `decomposition` is "auto", "cqs" or "strips", `kernel` pins a kernel, and with it the CPU or
     GPUs. `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a minute; 0: no checkpoints, only
     finished query chunks are kept). `engine` is what will run the tasks: they cost more on Dask. `lanes` is the number of
     workers that will share the run (default: one, or one for each GPU); `result` tells on which file system partials would
-    lie.
+    lie. `storage_options` are fsspec's for inputs behind URLs (docs/remote.md), and are recorded nowhere.
 
     Here and elsewhere a path may begin with `~` or `file://`. More heads than tokens are logged as a warning: the axes may
     be in another order.
@@ -88,16 +104,16 @@ def plan(
     Raises ProblemError for input that is no attention problem, and for an option of another type, before anything is opened,
     and BudgetError, with the smallest budget that works.
     """
-    opened, problem = open_posed(dataset, asked)
+    opened, problem = open_posed(inputs, asked, storage_options)
     parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
-    scratch = None if result is None else ResultPaths.at(result).state
+    scratch = None if result is None else ResultPaths.at(result, storage_options=storage_options).state
     return plan_here(opened, problem, Choices(*parsed), lanes, scratch, engine)
 
 
-@checked(PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, overwrite=arguments.boolean)
+@checked(PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, **PLACE_OPTIONS, overwrite=arguments.boolean)
 def attention(
-    dataset: str | Path,
-    result: str | Path,
+    inputs: InputsLike,
+    result: ResultLike,
     *,
     device_memory: Size | None = None,
     host_memory: Size | None = None,
@@ -111,10 +127,17 @@ def attention(
     dashboard_address: str = DASHBOARD,
     callbacks: Sequence[Callback] = (),
     overwrite: bool = False,
+    scratch: str | Path | None = None,
+    lock: str = "auto",
+    storage_options: StorageOptions | None = None,
     **asked: Unpack[ProblemArguments],
 ) -> Result:
-    """Run exact attention over `dataset` and write `out` and `lse` as the Zarr group `result`, a local path.
+    """Run exact attention over `inputs` and write `out` and `lse` as the Zarr group `result`.
 
+    `result` is a path, a URL, or a Zarr store. Journal and partials lie beside a local one. Of another one they are in the
+    folder `scratch` (default: called after the result, in the current folder), or with "store" also in the store itself,
+    so that another machine can resume. `lock` is "none" where the caller sees to it that no other run writes there, for a
+    store without conditional puts (docs/remote.md). `storage_options` are those of `plan`, also for the result.
     What mask, scores and rows may be asked: `help(oocattn.ProblemArguments)`. The arguments up to `checkpoint_interval` are
     those of `plan`. `time_limit` is in seconds from this call, or like "8h"; the run ends before it has passed, with all its
     work on disk. `engine` is "dask", or "inline": threads of this process
@@ -129,17 +152,18 @@ def attention(
     TaskError (a task failed time and again), StalledError (no task made progress for minutes), WorkerLostError and OSError.
     Then nothing has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
-    until, workplace, paths = _end(time_limit), Workplace(engine, client, dashboard_address), ResultPaths.at(result)
-    opened, problem = open_posed(dataset, asked)
+    until, workplace = _end(time_limit), Workplace(engine, client, dashboard_address)
+    paths = ResultPaths.at(result, scratch, lock, storage_options)
+    opened, problem = open_posed(inputs, asked, storage_options)
     parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
     return session.attend(Request(problem, opened, paths, overwrite), Choices(*parsed), workplace, callbacks, until)
 
 
-@checked(**RUN_OPTIONS, accept_other_bits=arguments.boolean, check_finished=arguments.boolean)
+@checked(**RUN_OPTIONS, **PLACE_OPTIONS, accept_other_bits=arguments.boolean, check_finished=arguments.boolean)
 def resume(
-    result: str | Path,
+    result: ResultLike,
     *,
-    dataset: str | Path | None = None,
+    inputs: InputsLike | None = None,
     accept_other_bits: bool = False,
     check_finished: bool = False,
     time_limit: Duration | None = None,
@@ -147,19 +171,25 @@ def resume(
     client: Client | None = None,
     dashboard_address: str = DASHBOARD,
     callbacks: Sequence[Callback] = (),
+    scratch: str | Path | None = None,
+    lock: str = "auto",
+    storage_options: StorageOptions | None = None,
 ) -> Result:
     """Go on with the unfinished run to `result`, with the plan and the dataset that it was begun with.
 
-    `dataset` says where it is now; without it, the journal is believed only if it names a local path. On a processor, GPU or
-    torch that rounds otherwise the run is refused, unless `accept_other_bits` is given; then the report says so. The
+    `inputs` says where they are now; without it, the journal is believed only if it names local paths. On a processor, GPU
+    or torch that rounds otherwise the run is refused, unless `accept_other_bits` is given; then the report says so. The
     checksums of finished chunks are compared for a few seconds, or with `check_finished` all of them. The other options are
-    those of `attention`. A finished result is returned as it is, with a warning where its certificate failed. Raises
-    ProblemError where no run has begun, IntegrityError where the dataset has changed since or the journal is damaged, and
-    what `attention` raises.
+    those of `attention`: `scratch` and `lock` are to be given again. A finished result is returned as it is, with a warning
+    where its certificate failed. Raises ProblemError where no run has begun, IntegrityError where the dataset has changed
+    since or the journal is damaged, and what `attention` raises.
     """
-    until, workplace, paths = _end(time_limit), Workplace(engine, client, dashboard_address), ResultPaths.at(result)
-    named = None if dataset is None else parse_location(dataset)
-    return session.resume(paths, named, Resuming(accept_other_bits, check_finished), workplace, callbacks, until)
+    until, workplace = _end(time_limit), Workplace(engine, client, dashboard_address)
+    paths = ResultPaths.at(result, scratch, lock, storage_options)
+    named = None if inputs is None else parse_inputs(inputs)
+    return session.resume(
+        paths, named, Resuming(accept_other_bits, check_finished), workplace, callbacks, until, storage_options
+    )
 
 
 def _end(time_limit: Duration | None) -> float:
@@ -167,26 +197,42 @@ def _end(time_limit: Duration | None) -> float:
     return math.inf if time_limit is None else clock.now() + cast(float, time_limit)
 
 
+@checked(scratch=arguments.path, storage_options=parse_options)
+def open(result: ResultLike, *, scratch: str | Path | None = None, storage_options: StorageOptions | None = None) -> Result:
+    """Open a finished result, its arrays for reading. Raises IntegrityError where there is none.
+
+    `scratch` and `storage_options` are those of the run: of a result in a Zarr store the report is in `scratch`.
+    """
+    return open_result(result, scratch, storage_options)
+
+
 @checked(
-    rows=arguments.integer(1), seed=arguments.integer(0, MOST_SEED), host_memory=arguments.size, checksums=arguments.boolean
+    rows=arguments.integer(1),
+    seed=arguments.integer(0, MOST_SEED),
+    host_memory=arguments.size,
+    checksums=arguments.boolean,
+    scratch=arguments.path,
+    storage_options=parse_options,
 )
 def verify(
-    result: str | Path,
+    result: ResultLike,
     *,
     rows: int = 64,
     seed: int = 0,
-    dataset: str | Path | None = None,
+    inputs: InputsLike | None = None,
     host_memory: Size | None = None,
     checksums: bool = True,
+    scratch: str | Path | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> Certificate:
     """Recompute sampled rows of a finished result in float64, compare its checksums, and write a certificate beside it.
 
     Of at most `rows` rows up to a quarter are chosen by their place: ends of heads, chunks and documents, and where the mask
     turns. The others are drawn uniformly from all rows, and of those the certificate says what they show. Which they are
     follows from `seed`. The keys that they attend are streamed, and `out` and `lse` read, within `host_memory` bytes
-    (default: half of the free memory); `checksums=False` reads the sampled rows alone. `dataset` names the dataset if it was
-    moved. The certificate is written to certificate.json and certificate.html in the folder RESULT.oocattn; where it cannot
-    be, a warning says so.
+    (default: half of the free memory); `checksums=False` reads the sampled rows alone. `inputs` names them if they were
+    moved. The certificate is written to certificate.json and certificate.html in the folder RESULT.oocattn, or of a Zarr
+    store in `scratch`; where it cannot be, a warning says so.
 
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.
@@ -194,14 +240,17 @@ def verify(
 
     from oocattn.verification.certify import certify  # `plan` does not need it
 
-    found = open_result(result)
+    named = None if inputs is None else parse_inputs(inputs)
+    paths = ResultPaths.at(result, scratch, storage_options=storage_options)
+    found = result_at(paths)
     with keep_denormals():
         return certify(
-            ResultPaths.at(result),
+            paths,
             ResultArrays(found.out, found.lse),
             rows=rows,
             seed=seed,
-            dataset=dataset,
+            inputs=named,
             host_memory=default_host_memory() if host_memory is None else int(host_memory),
             checksums=checksums,
+            storage_options=storage_options,
         )

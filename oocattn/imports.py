@@ -68,7 +68,10 @@ def in_some_folder() -> Iterator[None]:
 def lazy_attributes(
     package: str, modules: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Make `__getattr__` and `__dir__` of a package (PEP 562), of which each module of `modules` holds some names."""
+    """Make `__getattr__` and `__dir__` of a package (PEP 562), of which each module of `modules` holds some names.
+
+    The names that the package itself holds there are those of modules in it.
+    """
     module_of = {name: module for module, names in modules.items() for name in names}
     namespace = vars(sys.modules[package])
 
@@ -76,6 +79,8 @@ def lazy_attributes(
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         with IMPORTING, collection_paused(), in_some_folder():
+            if module_of[name] == package:
+                return import_module(f"{package}.{name}")  # which makes it an attribute
             found = getattr(import_module(module_of[name]), name)
         namespace[name] = found
         return found

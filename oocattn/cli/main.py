@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import threading
@@ -13,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import oocattn
 from oocattn import clock
+from oocattn.cli.inputs import are_apart, are_elsewhere, given_inputs, given_storage_options, moved_inputs
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.imports import in_some_folder
+from oocattn.naming import named, on_command_line, setting
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
-from oocattn.text import printable
+from oocattn.text import printable, without_credentials
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -37,9 +40,11 @@ DONE, FAILED, INCONCLUSIVE, TIME_LIMIT = 0, 1, 3, 75
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 3 inconclusive (`verify`), 75 time limit reached or
     SIGUSR1, 129 hung up, 130 interrupted, 143 terminated; 2 for bad usage."""
-    with Printing() as printing:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with Printing() as printing, on_command_line():
         try:
-            options = make_parser(_COMMANDS).parse_args(arguments)
+            options, unknown = make_parser(_COMMANDS, are_apart(arguments)).parse_known_args(arguments)
+            options.parser.refuse_unknown(unknown)
         except SystemExit as ended:  # it has printed help, the version, or what is wrong
             if not isinstance(_say_lost(printing), BrokenPipeError | None):
                 raise SystemExit(ended.code or FAILED) from None
@@ -116,9 +121,24 @@ class _Signals:
 
 def _how_to_go_on(options: argparse.Namespace) -> str:
     with suppress(OocattnError, OSError):  # how it ended is what is to be told
-        if options.command in (_run, _resume) and oocattn.status(options.result).state == "interrupted":
-            return f"; go on with: oocattn resume {printable(options.result)}"
+        if options.command in (_run, _resume):
+            state = oocattn.status(options.result, scratch=options.scratch, **_storage_options(options)).state
+            if state == "interrupted":
+                return f"; go on with: {_resume_command(options)}"
+            if state == "none":
+                return "; the run had not begun: give the same command again"
     return ""
+
+
+def _resume_command(options: argparse.Namespace) -> str:
+    words = ["oocattn", "resume", without_credentials(options.result)]
+    if options.scratch is not None:
+        words += ["--scratch", options.scratch]
+    if getattr(options, "lock", "auto") != "auto":
+        words += ["--lock", options.lock]
+    again = ["the inputs"] if are_elsewhere(options) else []
+    again += ["each --storage-option"] if options.storage_option else []
+    return printable(shlex.join(words)) + (f" (and give {' and '.join(again)} again)" if again else "")
 
 
 def _synth(options: argparse.Namespace) -> int:
@@ -128,14 +148,17 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    oocattn.import_arrays(options.dataset, **_chosen(options, "q", "k", "v", "key_bias", "layout", "dtype", "overwrite"))
+    names = ("q", "k", "v", "key_bias", "layout", "dtype", "overwrite")
+    oocattn.import_arrays(options.dataset, **_chosen(options, *names), **_storage_options(options))
     return DONE
 
 
 def _plan(options: argparse.Namespace) -> int:
     if options.draw:
         check_drawing(options.draw)  # before the machine is measured, which takes a while
-    plan = oocattn.plan(options.dataset, **_chosen(options, *_PLAN_OPTIONS), engine=options.engine)
+    plan = oocattn.plan(
+        given_inputs(options), **_chosen(options, *_PLAN_OPTIONS), engine=options.engine, **_storage_options(options)
+    )
     print(plan)
     if options.draw:
         plan.visualize(options.draw)
@@ -144,12 +167,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    return _carry_out(options, oocattn.attention, _chosen(options, "dataset", "result", *_PLAN_OPTIONS, "overwrite"))
+    chosen = _chosen(options, "result", *_PLAN_OPTIONS, "overwrite", "scratch", "lock")
+    return _carry_out(options, oocattn.attention, {"inputs": given_inputs(options), **chosen})
 
 
 def _resume(options: argparse.Namespace) -> int:
-    names = ("result", "dataset", "accept_other_bits", "check_finished")
-    return _carry_out(options, oocattn.resume, _chosen(options, *names))
+    chosen = _chosen(options, "result", "accept_other_bits", "check_finished", "scratch", "lock")
+    return _carry_out(options, oocattn.resume, {"inputs": moved_inputs(options), **chosen})
 
 
 def _carry_out(options: argparse.Namespace, function: Callable[..., oocattn.Result], chosen: dict[str, Any]) -> int:
@@ -158,6 +182,7 @@ def _carry_out(options: argparse.Namespace, function: Callable[..., oocattn.Resu
     with _client(options) as client:
         result = function(
             **chosen,
+            **_storage_options(options),
             time_limit=_time_left(options.time_limit),
             engine=options.engine,
             client=client,
@@ -197,7 +222,10 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client | None
     if options.scheduler is None:
         return nullcontext(None)
     if options.engine == "inline":
-        raise ProblemError("--engine inline with --scheduler: it runs on threads of this process; leave one of both out")
+        raise ProblemError(
+            f"{setting('engine', 'inline')} with {named('client')}: it runs on threads of this process; leave one of both "
+            "out"
+        )
     from oocattn.pipelines.engines.dask.connecting import CONNECT_SECONDS, connect
 
     left = _time_left(options.time_limit)
@@ -219,16 +247,16 @@ class _PlanPrinter:
 
 
 def _status(options: argparse.Namespace) -> int:
-    status = oocattn.status(options.result)
+    status = oocattn.status(options.result, scratch=options.scratch, **_storage_options(options))
     print(status)
     if status.state == "interrupted":
-        print(f"go on with: oocattn resume {printable(options.result)}")
+        print(f"go on with: {_resume_command(options)}")
     return FAILED if status.state == "none" or status.certificate == "failed" else DONE
 
 
 def _verify(options: argparse.Namespace) -> int:
-    chosen = _chosen(options, "rows", "seed", "dataset", "host_memory", "checksums")
-    certificate = oocattn.verify(options.result, **chosen)
+    chosen = _chosen(options, "rows", "seed", "host_memory", "checksums")
+    certificate = oocattn.verify(options.result, inputs=moved_inputs(options), **chosen, **_storage_options(options))
     if certificate.files:
         print(f"certificate  {printable(', '.join(certificate.files))}")
     print(certificate)
@@ -259,6 +287,10 @@ def _bench(options: argparse.Namespace) -> int:
         for record in records:
             print(record, file=sys.stderr if isinstance(record, Progress) else sys.stdout, flush=True)
     return DONE
+
+
+def _storage_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {"storage_options": given_storage_options(options)}
 
 
 def _chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:

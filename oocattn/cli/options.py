@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from oocattn import arguments
+from oocattn.cli.inputs import PLACES, add_inputs, add_moved_inputs, add_storage_option
+from oocattn.cli.parser import Parser
+from oocattn.cli.places import add_place, add_scratch
 from oocattn.errors import ProblemError
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import ENGINES
 from oocattn.planning.options import DECOMPOSITIONS
 from oocattn.problem.arrays import DTYPES, MAX_HEAD_DIM
 from oocattn.problem_arguments import softcap
-from oocattn.storage.inputs.meaning import LAYOUTS
-from oocattn.text import printable
+from oocattn.storage.inputs.axes import LAYOUTS
 from oocattn.units import parse_duration, parse_size
 from oocattn.version import __version__
 
@@ -25,9 +27,12 @@ PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kern
 """Options that change the plan and not the problem."""
 
 
-def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """Make the parser of a command line; it puts the chosen one of `commands` in the option `command`."""
-    parser = _Parser(
+def make_parser(commands: Mapping[str, Command], apart: bool = False) -> argparse.ArgumentParser:
+    """Make the parser of a command line; it puts the chosen one of `commands` in the option `command`.
+
+    The inputs are a dataset, or tensors `apart`.
+    """
+    parser = Parser(
         prog="oocattn",
         description="Compute exact attention over Q, K and V in Zarr arrays that may be larger than memory.",
         epilog="Sizes are written 65536, 64K, 1M (binary), 500MB (decimal) or 2GiB. "
@@ -39,7 +44,9 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     added = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (text, add_options) in _COMMANDS.items():
         command = added.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.set_defaults(command=commands[name])
+        command.set_defaults(command=commands[name], parser=command)
+        if name in _READING:
+            _READING[name](command, apart)
         add_options(command)
     return parser
 
@@ -69,14 +76,17 @@ def _parse_side(text: str) -> int | None:
 
 
 def _parse_span(text: str) -> tuple[int, int]:
-    start, colon, stop = text.partition(":")
-    if not colon:
-        raise arguments.refused("queries", text, "START:STOP")
+    start, _, stop = text.partition(":")
+    if not (start and stop):
+        raise arguments.refused("", text, "START:STOP")
     return _parse_count(start), _parse_count(stop)
 
 
 def _parse_indices(text: str) -> list[int]:
-    return [int(each) for each in text.split(",")]
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError:
+        raise arguments.refused("", text, "whole numbers, H,H,...") from None
 
 
 def _parse_numbers(text: str) -> list[float] | str:
@@ -90,18 +100,11 @@ def _parse_numbers(text: str) -> list[float] | str:
 _size, _duration = _reader(parse_size), _reader(parse_duration)
 _count, _side = _reader(_parse_count), _reader(_parse_side)
 _span, _indices, _numbers = _reader(_parse_span), _reader(_parse_indices), _reader(_parse_numbers)
-_DTYPE: dict[str, Any] = {"type": _reader(partial(arguments.dtype, "dtype")), "metavar": f"{{{','.join(DTYPES)}}}"}
-_SEED = _reader(lambda text: arguments.integer(0, arguments.MOST_SEED)("seed", int(text)))
-_SCALE = _reader(lambda text: arguments.scale("scale", float(text)))
-_SOFTCAP = _reader(lambda text: softcap("softcap", float(text)))
-_MEAN = _reader(lambda text: arguments.number()("mean", float(text)))
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that prints what the user typed on one line, with control characters escaped."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+_DTYPE: dict[str, Any] = {"type": _reader(partial(arguments.dtype, "")), "metavar": f"{{{','.join(DTYPES)}}}"}
+_SEED = _reader(lambda text: arguments.integer(0, arguments.MOST_SEED)("", int(text)))
+_SCALE = _reader(lambda text: arguments.scale("", float(text)))
+_SOFTCAP = _reader(lambda text: softcap("", float(text)))
+_MEAN = _reader(lambda text: arguments.number()("", float(text)))
 
 
 def _add_synth(parser: argparse.ArgumentParser) -> None:
@@ -127,11 +130,12 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
             f"--{name}",
             required=True,
             metavar="FILE",
-            help=f"file of {name}: .npy, .safetensors or .pt; FILE.safetensors:TENSOR names a tensor in it",
+            help=f"where {name} is: {PLACES}",
         )
     add("--key-bias", metavar="FILE", help="file of a number that each key adds to its scores, [B, H, N], [H, N] or [N]")
-    add("--layout", choices=LAYOUTS, default="bhnd", help="order of the axes of q, k and v (default: %(default)s)")
+    add("--layout", choices=LAYOUTS, help="order of the axes of q, k and v (default: by their dimension names, or bhnd)")
     add("--dtype", **_DTYPE, help="dtype of the dataset (default: that of the files)")
+    add_storage_option(parser)
 
 
 def _add_new_dataset(parser: argparse.ArgumentParser) -> None:
@@ -151,15 +155,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_problem_options(parser)
     _add_plan_options(parser)
-    add("result", metavar="RESULT", help="local path of the Zarr group to create, with the arrays out and lse")
+    add("result", metavar="RESULT", help="path or URL of the Zarr group to create, with the arrays out and lse")
     add("--overwrite", action="store_true", help="replace RESULT if oocattn wrote it, or restart an unfinished run")
+    add_place(parser)
     _add_watching(parser)
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("result", metavar="RESULT", help="path of the result that the run was given")
-    add("--dataset", metavar="PATH", help="path or URL of the dataset (default: the local path that the run recorded)")
+    add("result", metavar="RESULT", help="path or URL of the result that the run was given")
     add(
         "--accept-other-bits",
         action="store_true",
@@ -170,6 +174,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare the checksums of all finished chunks first (default: for 10 s)",
     )
+    add_place(parser)
     _add_watching(parser)
 
 
@@ -217,7 +222,6 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 def _add_problem_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("dataset", metavar="DATASET", help="path or URL of a Zarr group with the arrays q, k and v")
     add("--causal", action="store_true", help="attend no later keys; the last query is at the last key (default: all keys)")
     add("--dtype", **_DTYPE, help="dtype of out (default: that of q)")
     _add_mask(parser.add_argument_group("mask"))
@@ -277,15 +281,16 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("result", metavar="RESULT", help="path of the result that the run was given")
+    parser.add_argument("result", metavar="RESULT", help="path or URL of the result that the run was given")
+    add_scratch(parser)
+    add_storage_option(parser)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("result", metavar="RESULT", help="path of a finished result")
+    add("result", metavar="RESULT", help="path or URL of a finished result")
     add("--rows", type=_size, default=64, metavar="R", help="number of rows to recompute (default: %(default)s)")
     add("--seed", type=_SEED, default=0, help="seed of the random rows (default: %(default)s)")
-    add("--dataset", metavar="PATH", help="path or URL of the dataset (default: the local path that the run recorded)")
     add("--host-memory", type=_size, metavar="SIZE", help="hard limit on host memory (default: half of the free memory)")
     add("--no-checksums", dest="checksums", action="store_false", help="check rows only; do not compare checksums")
 
@@ -334,3 +339,6 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "bench": ("measure this machine and compare ways to compute the same attention", _add_bench),
 }
 """By name: the description of a command, and the function that adds its options."""
+
+_READING = {"plan": add_inputs, "run": add_inputs, "resume": add_moved_inputs, "verify": add_moved_inputs}
+"""The commands that read inputs, and the function that adds where these are."""

@@ -1,0 +1,130 @@
+"""The inputs of a command: DATASET, or the tensors one by one in its place."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import oocattn
+from oocattn.errors import ProblemError
+from oocattn.records import parse_value
+from oocattn.storage.inputs.axes import LAYOUTS, PACKED_LAYOUTS
+from oocattn.storage.locations import parse_location
+
+TENSORS = ("q", "k", "v", "qkv")
+
+PLACES = "path or URL of a Zarr array, FILE.npy, FILE.safetensors:TENSOR or FILE.pt:TENSOR"
+"""Where a tensor may be."""
+
+
+def are_apart(arguments: Sequence[str]) -> bool:
+    """Whether a command line names tensors one by one, in place of DATASET; argparse cannot find that out by itself."""
+    return any(each.partition("=")[0] in {f"--{name}" for name in TENSORS} for each in arguments)
+
+
+def add_inputs(parser: argparse.ArgumentParser, apart: bool) -> None:
+    """Add what says where the inputs of a run are."""
+    if not apart:
+        parser.add_argument("dataset", metavar="DATASET", help="path or URL of a Zarr group with the arrays q, k and v")
+    _add_tensors(parser.add_argument_group("tensors one by one, in place of DATASET"))
+    add_storage_option(parser)
+
+
+def add_moved_inputs(parser: argparse.ArgumentParser, apart: bool) -> None:
+    """Add what says where the inputs of a run are now."""
+    parser.add_argument("--dataset", metavar="PATH", help="path or URL of the dataset (default: the recorded local path)")
+    _add_tensors(parser.add_argument_group("tensors one by one, in place of --dataset"))
+    add_storage_option(parser)
+
+
+def _add_tensors(group: argparse._ArgumentGroup) -> None:
+    for name in ("q", "k", "v"):
+        group.add_argument(f"--{name}", metavar="FILE", help=f"where {name} is: {PLACES}")
+    group.add_argument("--qkv", metavar="FILE", help="where all three are, in one tensor")
+    group.add_argument(
+        "--key-bias", dest="bias", metavar="FILE", help="where a number for each key is, [B, H, N], [H, N] or [N]"
+    )
+    group.add_argument(
+        "--layout",
+        choices=(*LAYOUTS, *PACKED_LAYOUTS),
+        help="order of the axes: b batch, h heads, n tokens, d head dimension, of --qkv also 3, or f for all features "
+        f"(default: by dimension names, or {LAYOUTS[0]}, of --qkv {PACKED_LAYOUTS[0]})",
+    )
+    group.add_argument("--qkv-heads", type=_parse_heads, metavar="HQ,HKV", help="heads of q and of k, where --layout has f")
+
+
+def _parse_heads(text: str) -> tuple[int, int]:
+    heads, _, kv_heads = text.partition(",")
+    return int(heads), int(kv_heads or heads)
+
+
+def add_storage_option(parser: argparse.ArgumentParser) -> None:
+    """Add the options of stores behind URLs."""
+    parser.add_argument(
+        "--storage-option",
+        action="append",
+        default=[],
+        type=_storage_option,
+        metavar="KEY=VALUE",
+        help="option of fsspec for the stores behind URLs, like anon=true; VALUE is JSON, or else a text; may be repeated",
+    )
+
+
+def _storage_option(text: str) -> tuple[str, Any]:
+    """Key and value. The error shows neither: it may be a password."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError("expected KEY=VALUE")
+    try:
+        return key, parse_value(value)
+    except ValueError:
+        return key, value
+
+
+def given_storage_options(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The options for stores behind URLs; None where none are given. Raises ProblemError for one that is given twice."""
+    found: dict[str, Any] = {}
+    for key, value in options.storage_option:
+        if key in found:
+            raise ProblemError(f"--storage-option {key} is given twice: expected one value")
+        found[key] = value
+    return found or None
+
+
+def given_inputs(options: argparse.Namespace) -> str | oocattn.Inputs:
+    """The inputs of a new run."""
+    tensors = _tensors(options)
+    if tensors is not None:
+        return tensors
+    dataset: str = options.dataset
+    return dataset
+
+
+def moved_inputs(options: argparse.Namespace) -> str | oocattn.Inputs | None:
+    """Where the inputs of a run are now; None where they are not named."""
+    dataset: str | None = options.dataset
+    tensors = _tensors(options)
+    if dataset is not None and tensors is not None:
+        raise ProblemError(f"--dataset {dataset}, and tensors one by one: name either where the inputs are")
+    return dataset if tensors is None else tensors
+
+
+def are_elsewhere(options: argparse.Namespace) -> bool:
+    """Whether some of the inputs that are named are at URLs: a recorded URL is not opened without the caller's word."""
+    found = [getattr(options, name, None) for name in ("dataset", *TENSORS, "bias")]
+    return any(each is not None and parse_location(each).path is None for each in found)
+
+
+def _tensors(options: argparse.Namespace) -> oocattn.Inputs | None:
+    """The tensors that are named one by one; None where none are. What goes with them is refused by itself."""
+    if all(getattr(options, name) is None for name in TENSORS):
+        for name in ("bias", "layout", "qkv_heads"):
+            if getattr(options, name) is not None:
+                option = "--key-bias" if name == "bias" else f"--{name.replace('_', '-')}"
+                raise ProblemError(
+                    f"{option} with a dataset: expected it with tensors that are named one by one (--q --k --v)"
+                )
+        return None
+    heads, kv_heads = options.qkv_heads or (0, 0)
+    return oocattn.Inputs(options.q, options.k, options.v, options.bias, options.qkv, options.layout, heads, kv_heads)
