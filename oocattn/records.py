@@ -65,14 +65,22 @@ def parse_json(content: bytes, not_finite: bool = False) -> dict[str, Any]:
     `not_finite` accepts NaN, Infinity and -Infinity too, which JSON lacks, and which Zarr writes in attributes.
     """
     try:
-        found = json.loads(content.decode("utf-8"), parse_constant=None if not_finite else _refuse_constant)
-    except RecursionError:
-        raise ValueError("not JSON that is believed: it is nested too deeply") from None
-    except ValueError as error:
+        found = parse_value(content.decode("utf-8"), not_finite)
+    except UnicodeDecodeError as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def parse_value(text: str, not_finite: bool = False) -> Any:
+    """Parse JSON of any kind, as `parse_json`."""
+    try:
+        return json.loads(text, parse_constant=None if not_finite else _refuse_constant)
+    except RecursionError:
+        raise ValueError("not JSON that is believed: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

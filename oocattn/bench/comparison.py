@@ -34,6 +34,7 @@ from oocattn.bench.competitors import (
 from oocattn.bench.records import PAGE_CACHE, RESIDENT, Ceiling, Progress, Row, Table
 from oocattn.bench.resident import Fa3Call, ResidentCall, fa3_library
 from oocattn.errors import OocattnError, ProblemError
+from oocattn.naming import named
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.planning.host import free_disk
 from oocattn.planning.measure import choose_device, count_lanes
@@ -275,10 +276,10 @@ def _device_peak() -> int:
 def _check_room(folder: Path, elements: int, dtype: str) -> None:
     """Raise ProblemError unless a dataset and a result fit into `folder`. `elements` counts both."""
     if not folder.is_dir():
-        raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with --folder")
+        raise ProblemError(f"folder {folder}: there is no such folder; make it, or name another with {named('folder')}")
     needed, free = elements * DTYPES[dtype] + ceilings.BYTES, free_disk(folder)
     if needed > free:
         raise ProblemError(
             f"folder {folder}: the dataset and a result take {format_bytes(needed)}, {format_bytes(free)} are free; name "
-            "another with --folder, or lower --tokens"
+            f"another with {named('folder')}, or lower {named('tokens')}"
         )

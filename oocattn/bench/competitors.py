@@ -210,13 +210,13 @@ class OutOfCore(Competitor):
 
     def prepare(self) -> None:
         """Remove the result of the last run, and set the page cache's state."""
-        for path in (self._paths.result, self._paths.state):
+        for path in (self._paths.folder, self._paths.state):
             shutil.rmtree(path, ignore_errors=True)
         self._before()
 
     def run(self) -> RunReport | None:
         """See `Competitor.run`."""
-        self._result = attention(self._dataset, self._paths.result, client=self._client, **self._options)
+        self._result = attention(self._dataset, self._paths.folder, client=self._client, **self._options)
         return self._result.report
 
     def rows(self, places: Sequence[RowIndex]) -> Array64:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -20,9 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from oocattn.bench.competitors import FromHostMemory, Inputs
 from oocattn.bench.records import RESIDENT
 from oocattn.errors import OocattnError
+from oocattn.kernels.libraries.fa3 import library_call
 from oocattn.problem.problem import Problem
-
-FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 
 LEAST_BLOCK, MOST_SCORES = 128, 1 << 26
 """Rows of a block of a band on the CPU at least, and scores of all its heads at most, unless it has fewer rows."""
@@ -190,13 +188,7 @@ class Fa3Call(ResidentCall):
 
 def fa3_library() -> Callable[..., Any] | None:
     """FlashAttention-3's call for packed documents, where it is installed and loads."""
-    for name in FA3_MODULES:
-        try:
-            attend: Callable[..., Any] = import_module(name).flash_attn_varlen_func
-        except (ImportError, OSError, AttributeError):
-            continue
-        return attend
-    return None
+    return library_call("flash_attn_varlen_func")
 
 
 def _packed(mask: LibraryMask, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
