@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,17 @@ from oocattn.pipelines.watch.events import Attended
 STEPS = ("pwrite", "fsync", "replace", "rename", "unlink")
 """Functions of `os` that bring a run's files about; each call is a moment."""
 
+REQUESTS = ("put_object", "delete_object", "delete_objects", "upload_part", "complete_multipart_upload")
+"""Requests that change an S3 store."""
+
 
 class Fuse:
     """Counts the moments of this process, and kills it at the last of them, if that is given.
 
     A moment is a write within `folder`, which is then only half made, a sync, a rename or a removal there, a merge, a
-    division, or the end of a subproblem. What is done is logged in the file `log`, a line each: `begin` and `end` of a
-    subproblem, and `kill`, with the seconds since the epoch.
+    division, the end of a subproblem, or a request that changes a store: before it is sent, and when it is answered. What
+    is done is logged in the file `log`, a line each: `begin` and `end` of a subproblem, and `kill`, with the seconds since
+    the epoch.
     """
 
     def __init__(self, folder: Path, log: Path) -> None:
@@ -35,6 +40,9 @@ class Fuse:
             setattr(os, name, self._counted(name, getattr(os, name)))
         for name in ("merge", "finalise"):
             setattr(forward, name, self._moment(getattr(forward, name)))
+        if "s3fs" in sys.modules:
+            files = sys.modules["s3fs"].S3FileSystem
+            files._call_s3 = self._requested(files._call_s3)
         real = CpuDevice.launch
 
         def launch(device: CpuDevice, staged: StagedChunks, *rest: Any) -> Callable[[], Attended]:
@@ -53,6 +61,20 @@ class Fuse:
             self.burn()
             self.kill_at_the_end()
             return real(*arguments)
+
+        return call
+
+    def _requested(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(files: Any, method: str, *arguments: Any, **options: Any) -> Any:
+            changes = method in REQUESTS
+            if changes:
+                self.burn()
+                self.kill_at_the_end()
+            answer = await real(files, method, *arguments, **options)
+            if changes:
+                self.burn()
+                self.kill_at_the_end()
+            return answer
 
         return call
 

@@ -3,6 +3,8 @@
     python tests/killing.py --moments 200 --partials memory
     python tests/killing.py --moments 200 --partials memory disk --workers
     python tests/killing.py --moments 50 --mask window
+    python tests/killing.py --moments 50 --store            (to S3 on the loopback; it takes moto and s3fs)
+    python tests/killing.py --moments 50 --store --scratch  (each resumed by another machine)
 
 A run that was killed is resumed; one whose worker was killed goes on by itself. Runs are forks of this process, which has
 imported everything and started nothing; workers are two processes that are replaced when they die. It prints a tally, and
@@ -19,20 +21,23 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import dask
 import warm  # noqa: F401  worker processes are its forks
 from distributed import Client, LocalCluster
 from fuse import arm, moments
+from object_store import BUCKET, empty, objects_in, serving_s3_apart
 from support import carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
 from oocattn import Plan
 from oocattn.pipelines import attempt
 from oocattn.pipelines.engines.dask.local_cluster import NO_PROFILER, local_client
+from oocattn.storage.journal import store_lock
 from oocattn.storage.paths import ResultPaths
 
 MASKS: dict[str, dict[str, Any]] = {
@@ -53,8 +58,9 @@ class Tally:
     def check(self, folder: Path, expected: dict[str, bytes], moment: int) -> None:
         """Compare a finished result with what it must be."""
         self.runs += 1
-        left = left_behind(folder / "result.zarr")
-        if left or bits_of(folder / "result.zarr") != expected:
+        place = Place.of(folder)
+        left = place.left_behind()
+        if left or place.bits() != expected:
             self.wrong += 1
             print(f"killed at moment {moment}: {f'left behind: {left}' if left else 'wrong'}", file=sys.stderr)
 
@@ -80,6 +86,79 @@ def parsed(life: str) -> list[tuple[str, tuple[str, ...], float]]:
     return [(what, tuple(place), float(seconds)) for what, *place, seconds in lines]
 
 
+class Place:
+    """Where the result is: a local path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.result = folder, folder / "result.zarr"
+
+    @staticmethod
+    def of(folder: Path) -> Place:
+        return StorePlace(folder) if StorePlace.server else Place(folder)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What says to oocattn where it is."""
+        return {"result": self.result}
+
+    @property
+    def paths(self) -> ResultPaths:
+        return ResultPaths.at(self.result)
+
+    def enter(self) -> None:
+        """What a process does first."""
+
+    def bits(self) -> dict[str, bytes]:
+        """The chunks of a result. (Zarr would start threads, and then nothing may be forked.)"""
+        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in self.result.glob("*/c.*")}
+
+    def left_behind(self) -> set[str]:
+        """What lies beside a finished result that should not, also under temporary names."""
+        beside = {path.name for path in self.paths.state.iterdir()} - {"report.json"}
+        return (
+            beside | {path.name for path in self.folder.glob(".*")} | {path.name for path in self.result.rglob("*.partial")}
+        )
+
+    def clear(self) -> None:
+        for leftover in (self.result, self.paths.state):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+class StorePlace(Place):
+    """Where the result is: a URL of S3. Job state is in a folder, or in the store, for another machine each time."""
+
+    server: ClassVar[dict[str, Any]] = {}
+    scratch: ClassVar[str | None] = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"result": f"s3://{BUCKET}/{self.result.name}", "storage_options": self.server, "scratch": self.scratch}
+
+    @property
+    def paths(self) -> ResultPaths:
+        return ResultPaths.at(f"s3://{BUCKET}/{self.result.name}", self.scratch, storage_options=self.server)
+
+    def enter(self) -> None:
+        machines = self.folder / "result.zarr-machines"
+        machine = machines / (str(len(list(machines.glob("*")))) if self.scratch else "0")
+        machine.mkdir(parents=True, exist_ok=True)
+        os.chdir(machine)
+
+    def bits(self) -> dict[str, bytes]:
+        found = objects_in(self.server, f"{self.result.name}/")
+        chunks = {key.partition("/")[2]: content for key, content in found.items() if "/c/" in key}
+        return chunks if f"{self.result.name}/zarr.json" in found else {}
+
+    def left_behind(self) -> set[str]:
+        beside = set(objects_in(self.server, f"{self.result.name}.oocattn/"))
+        here = set() if self.scratch else {path.name for path in (self.folder / "result.zarr-machines").glob("*/*")}
+        return beside - {f"{self.result.name}.oocattn/report.json"} | here
+
+    def clear(self) -> None:
+        empty(self.server)
+        shutil.rmtree(self.folder / "result.zarr-machines", ignore_errors=True)
+
+
 def plan_of(folder: Path, options: argparse.Namespace) -> Plan:
     lanes = 2 if options.workers else options.lanes
     choices = {"chunks": options.chunks, "partials": options.partials, "lanes": lanes}
@@ -87,18 +166,20 @@ def plan_of(folder: Path, options: argparse.Namespace) -> Plan:
     return replanned(plan, checkpoint_seconds=options.interval)
 
 
-def run(folder: Path, options: argparse.Namespace, client: Client) -> None:
+def run(folder: Path, options: argparse.Namespace, client: Client | None) -> None:
     plan = plan_of(folder, options)
-    carry_out(plan, folder / "dataset.zarr", folder / "result.zarr", client, overwrite=options.overwrite)
+    carry_out(plan, folder / "dataset.zarr", Place.of(folder).paths, client or "inline", overwrite=options.overwrite)
 
 
 def run_or_resume(folder: Path, options: argparse.Namespace) -> None:
     """As a user would: a run that was killed before its journal was there begins anew."""
-    result = folder / "result.zarr"
-    ours = ((ResultPaths.at(result).attributes() or {}).get("problem") or {}).get("causal")  # the one to replace is not
-    with local_client(workers=options.lanes) as client:
-        if ours or oocattn.status(result).state == "interrupted":
-            oocattn.resume(result, client=client)
+    place = Place.of(folder)
+    place.enter()
+    ours = ((place.paths.attributes() or {}).get("problem") or {}).get("causal")  # the one to replace is not
+    engine = nullcontext(None) if options.inline else local_client(workers=options.lanes)
+    with engine as client:
+        if ours or oocattn.status(**place.arguments).state == "interrupted":
+            oocattn.resume(**place.arguments, engine="dask" if client else "inline", client=client)
         else:
             run(folder, options, client)
 
@@ -121,23 +202,10 @@ def fork(work: Callable[[], object], folder: Path, last: int | None = None) -> b
     return os.WIFSIGNALED(status)
 
 
-def bits_of(result: Path) -> dict[str, bytes]:
-    """The chunk files of a result. (Zarr would start threads, and then nothing may be forked.)"""
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in result.glob("*/c.*")}
-
-
-def left_behind(result: Path) -> set[str]:
-    """What lies beside a finished result that should not, also under temporary names."""
-    beside = {path.name for path in ResultPaths.at(result).state.iterdir()} - {"report.json"}
-    return beside | {path.name for path in result.parent.glob(".*")} | {path.name for path in result.rglob("*.partial")}
-
-
 def begin_anew(folder: Path, options: argparse.Namespace) -> None:
-    result = folder / "result.zarr"
-    for leftover in (result, ResultPaths.at(result).state):
-        shutil.rmtree(leftover, ignore_errors=True)
+    Place.of(folder).clear()
     if options.overwrite:
-        shutil.copytree(folder / "other.zarr", result)
+        shutil.copytree(folder / "other.zarr", folder / "result.zarr")
     (folder / "log").write_bytes(b"")
 
 
@@ -156,7 +224,7 @@ def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
     chance = random.Random(options.seed)
     begin_anew(folder, options)
     fork(partial(run_or_resume, folder, options), folder)
-    expected, whole = bits_of(folder / "result.zarr"), int((folder / "moments").read_text())
+    expected, whole = Place.of(folder).bits(), int((folder / "moments").read_text())
     print(f"a run has {whole} moments")
     for number in range(options.moments):
         begin_anew(folder, options)
@@ -189,7 +257,7 @@ def kill_workers_of(client: Client, folder: Path, options: argparse.Namespace, t
     begin_anew(folder, options)
     client.run(arm, result, folder / "log", None)
     run(folder, options, client)
-    expected, whole = bits_of(result), min(client.run(moments, result).values())
+    expected, whole = Place.of(folder).bits(), min(client.run(moments, result).values())
     print(f"a worker has at least {whole} moments")
     for number in range(options.moments):
         begin_anew(folder, options)
@@ -215,9 +283,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", type=float, default=0.5, help="chance that a resumed run is killed too")
     parser.add_argument("--grace", type=float, default=0.0, help="seconds more that may be lost (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", action="store_true", help="write results to S3, on the loopback")
+    parser.add_argument("--inline", action="store_true", help="without Dask: a third of the time")
+    parser.add_argument("--scratch", action="store_const", const="store", help="keep job state there as well")
     options = parser.parse_args(arguments)
     memory, tally = Path("/dev/shm"), Tally()
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
+    server = serving_s3_apart() if options.store else nullcontext({})
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name, server as StorePlace.server:
+        StorePlace.scratch = options.scratch
+        if options.store:
+            import s3fs  # noqa: F401  its requests are moments
+
+            store_lock.BEAT = 0.05  # a stale lock is known by silence
         folder = Path(name)
         fork(lambda: write_dataset(folder / "dataset.zarr", normal_arrays(400, heads=4, kv_heads=2)), folder)
         if options.overwrite:

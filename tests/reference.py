@@ -21,13 +21,6 @@ def attention_by_definition(
     k: NDArray[Any],
     v: NDArray[Any],
     *,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = (None, None),
-    cu_seqlens_q: ArrayLike | None = None,
-    cu_seqlens_k: ArrayLike | None = None,
-    seqused_k: ArrayLike | None = None,
-    prefix: int = 0,
-    sink_tokens: int = 0,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     key_bias: NDArray[Any] | None = None,
@@ -35,15 +28,14 @@ def attention_by_definition(
     scale: float | None = None,
     queries: tuple[int, int] | None = None,
     heads: Sequence[int] | None = None,
+    **mask: Any,
 ) -> tuple[Array64, Array64]:
     """out [B, heads, queries, Dv] and lse [B, heads, queries] of q [B, Hq, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv].
 
-    Slopes and sinks are float32. `cu_seqlens_q` alone holds for the keys, too. Rows without a key have out 0 and lse -inf,
-    or the sink of their head.
+    `mask` has the arguments of `mask_by_definition`. Slopes and sinks are float32. Rows without a key have out 0 and lse
+    -inf, or the sink of their head.
     """
     (batch, query_heads, rows, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
-    documents = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
-    mask = {"causal": causal, "window_size": window_size, "prefix": prefix, "sink_tokens": sink_tokens, **documents}
     attended, distance = mask_by_definition(batch, rows, keys, **mask)
     asked = slice(*queries) if queries is not None else slice(0, rows)
     chosen = range(query_heads) if heads is None else heads
@@ -81,7 +73,10 @@ def mask_by_definition(
     prefix: int = 0,
     sink_tokens: int = 0,
 ) -> tuple[Bools, NDArray[np.int64]]:
-    """Which keys each row attends, and the distance p(i) - j of a row to each key of its document: both [B, Nq, Nk]."""
+    """Which keys each row attends, and the distance p(i) - j of a row to each key of its document: both [B, Nq, Nk].
+
+    `cu_seqlens_q` alone holds for the keys, too.
+    """
     left, right = window_size
     attended = np.zeros((batch, queries, keys), bool)
     distances = np.zeros((batch, queries, keys), np.int64)

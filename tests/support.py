@@ -176,14 +176,15 @@ def read_again(plan: Plan) -> Plan:
 def carry_out(
     plan: Plan,
     dataset: Path,
-    result: Path,
+    result: Path | ResultPaths,
     client: Client | Literal["inline"] = "inline",
     callbacks: Sequence[Callable[[Event], None]] = (),
     overwrite: bool = False,
 ) -> Result:
     """Run a plan inline or, where Dask is the point, on the workers of a client."""
     opened = Dataset.open(dataset, key_bias=plan.problem.bias_heads > 0)
-    request = Request(plan.problem, opened, ResultPaths.at(result), overwrite)
+    paths = result if isinstance(result, ResultPaths) else ResultPaths.at(result)
+    request = Request(plan.problem, opened, paths, overwrite)
     engine = InlineEngine() if client == "inline" else DaskEngine(client)
     return run_plan(plan, request, engine, callbacks=callbacks)
 
@@ -205,7 +206,7 @@ def begun(paths: ResultPaths, plan: Plan) -> tuple[RunState, GrowingResult]:
 class Unlocked:
     """A claim that nobody disputes."""
 
-    def check(self) -> None:
+    def check(self, *, afresh: bool = False) -> None:
         """It is held."""
 
 

@@ -36,7 +36,7 @@ PUBLIC: dict[Callable[..., Any], tuple[str, ...]] = {
 }
 """Functions whose keyword arguments are options, and paths for them: nothing is at any."""
 
-LOCATIONS = {"dataset", "result", "client", "q", "k", "v"}
+LOCATIONS = {"inputs", "storage_options", "result", "client", "q", "k", "v"}
 """Keyword arguments that are no options. Nor is the bias that is imported."""
 
 REQUIRED: dict[Callable[..., Any], dict[str, Any]] = {
@@ -256,4 +256,4 @@ def test_an_option_that_cannot_be_is_bad_usage(dataset: Path, wrong: str, capsys
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(dataset), wrong])
     assert ended.value.code == 2
-    assert f"argument {wrong.partition('=')[0]}: " in capsys.readouterr().err
+    assert f"oocattn plan: {wrong.partition('=')[0]}: " in capsys.readouterr().err

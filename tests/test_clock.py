@@ -76,7 +76,7 @@ def test_a_run_is_right_when_the_clock_is_set_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("oocattn.pipelines.watch.status.WRITING_SECONDS", 0.0)
+    monkeypatch.setattr("oocattn.pipelines.watch.status_file.WRITING_SECONDS", 0.0)
     plan, paths = plan_for(dataset, chunks=7), ResultPaths.at(result)
     recorder, statuses = Recorder([]), []
 

@@ -87,7 +87,7 @@ def test_the_text_is_the_standard_library_without_its_tests(real_text):
 
 
 def test_two_budgets_give_two_plans_and_one_result(real_text, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["real_text.py", str(tmp_path), "--tokens", "2048", "--budgets", "128MiB", "14MiB"])
+    monkeypatch.setattr(sys, "argv", ["real_text.py", str(tmp_path), "--tokens", "1024", "--budgets", "128MiB", "14MiB"])
     assert real_text.main() == 0
     printed = capsys.readouterr().out
     divisions = {line for line in printed.splitlines() if line.startswith("division")}

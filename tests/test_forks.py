@@ -113,6 +113,6 @@ def test_a_fork_refuses_what_would_never_end_and_does_the_rest(client: Client, d
 
 def test_gpus_that_were_used_before_the_fork_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    with pytest.raises(ProblemError, match=r"forked from one that had used CUDA.*spawn.*--kernel cpu"):
+    with pytest.raises(ProblemError, match=r"forked from one that had used CUDA.*spawn.*kernel='cpu'"):
         choose_device("torch")
     assert choose_device("cpu") == "cpu"

@@ -16,6 +16,8 @@ from support import assert_exact, assert_same_bits, normal_arrays, sizes_of, wri
 import oocattn
 from oocattn import IntegrityError, ProblemError, ResultExistsError
 from oocattn.cli.main import main
+from oocattn.problem import given
+from oocattn.problem.given import digest_of
 from oocattn.storage.paths import ResultPaths
 
 TOKENS, HEADS = 150, 4
@@ -36,7 +38,7 @@ def add_bias(bias: np.ndarray = BIAS) -> None:
 
 
 def run(result: str = "out.zarr", **asked: Any) -> oocattn.Result:
-    return oocattn.attention("d.zarr", result, **{"chunks": 7, "engine": "inline", **asked})
+    return oocattn.attention("d.zarr", result, **{"chunks": 7, "decomposition": "cqs", "engine": "inline", **asked})
 
 
 def begin(**asked: Any) -> Path:
@@ -77,7 +79,7 @@ def test_a_run_is_resumed_and_verified_without_the_files_that_it_was_given(case:
     assert oocattn.verify("out.zarr").passed
     kept = {name: value for name, value in asked.items() if isinstance(value, str)}
     assert {name for name, _ in zarr.open_group("out.zarr").arrays()} == {"out", "lse", *kept}
-    assert sizes_of(Path("out.zarr"))["query_head"] == found.out.shape[1]
+    assert sizes_of(Path("out.zarr"))["asked_query_head" if "heads" in asked else "query_head"] == found.out.shape[1]
 
 
 def test_a_part_of_the_rows_is_what_it_is_in_the_whole() -> None:
@@ -99,6 +101,17 @@ def test_a_finished_result_is_of_these_numbers_alone() -> None:
             run(**other)
 
 
+def test_an_array_is_digested_as_it_is_given_and_as_it_is_read_and_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    digested: list[int] = []
+    monkeypatch.setattr(given, "digest_of", lambda array: digest_of(array) if digested.append(len(array)) is None else "")
+    run(cu_seqlens_q=EDGES)
+    assert digested == [len(EDGES)]
+    run(cu_seqlens_q=EDGES)  # the finished result is returned
+    assert digested == [len(EDGES)] * 2
+    oocattn.verify("out.zarr")  # reads them first, and at the end, in case that they have changed
+    assert digested == [len(EDGES)] * 4
+
+
 def test_an_unfinished_run_is_of_these_numbers_alone() -> None:
     begin(learnable_sink=SLOPES)
     with pytest.raises(ResultExistsError, match=r"an unfinished run of another problem \(other learnable_sink"):
@@ -115,7 +128,7 @@ def test_a_damaged_array_of_an_unfinished_run_is_refused_until_it_is_begun_again
     else:
         (growing / "cu_seqlens_q/c.0").write_bytes(np.array([0, 41, 41, 130, TOKENS]).tobytes())
     for again in (lambda: oocattn.resume("out.zarr", engine="inline"), lambda: run(cu_seqlens_q=EDGES)):
-        with pytest.raises(IntegrityError, match=r"cu_seqlens_q.*: .*--overwrite"):
+        with pytest.raises(IntegrityError, match=r"cu_seqlens_q.*: .*overwrite=True"):
             again()
     assert main(["status", "out.zarr"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

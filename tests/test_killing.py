@@ -19,15 +19,19 @@ MASKED = ("window", "documents")
         pytest.param(["--moments", "40"], 80, marks=pytest.mark.slow),
         *(pytest.param(["--moments", "50", "--mask", mask], 100, marks=pytest.mark.slow) for mask in MASKED),
         pytest.param(["--moments", "40", "--workers"], 80, marks=pytest.mark.slow),
+        pytest.param(["--moments", "25", "--chunks", "7", "--store", "--inline"], 50, marks=pytest.mark.slow),
     ],
     ids=[
         *("runs", "runs with a window", "runs with documents", "workers", "runs at many moments"),
         *(f"runs with {mask} at many moments" for mask in MASKED),
         "workers at many moments",
+        "runs to a store at many moments",
     ],
 )
 def test_killed_runs_and_workers_give_the_same_bits(options: list[str], kills: int) -> None:
     """A few of the moments at which `tests/killing.py` can kill a run or a worker, with partials in memory and on disk."""
+    if "--store" in options:
+        pytest.importorskip("moto.server")
     process = WarmProcess(killing.main, [*options, "--partials", "memory", "disk", "--grace", "10"])
     printed, complaints = process.communicate(timeout=500)
     assert process.returncode == 0, complaints

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distributed import Client
 from interrupting import TOKENS, EnoughError, interrupt, interrupted, uninterrupted, write_resuming_dataset
 from support import (
+    a_problem,
     assert_same_bits,
     carry_out,
     normal_arrays,
@@ -30,6 +32,7 @@ from oocattn.kernels.arithmetic import arithmetic_of
 from oocattn.pipelines.engines.inline import InlineEngine
 from oocattn.pipelines.run import find_unfinished
 from oocattn.pipelines.session import Resuming, resume_run
+from oocattn.problem.given import DTYPES, GivenArrays
 from oocattn.storage.files.durable import encode_record
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
@@ -113,9 +116,9 @@ def test_a_chunk_that_was_written_is_noticed_though_size_and_time_are_set_back(
         lambda: oocattn.resume(result, engine="inline"),
         lambda: carry_out(plan, dataset, result),
     ):
-        with pytest.raises(IntegrityError, match=r"zarr: files of k of the dataset were replaced or written .*--dataset"):
+        with pytest.raises(IntegrityError, match=r"zarr: files of k of the dataset were replaced or written .* of `resume`"):
             again()
-    assert_same_bits(oocattn.resume(result, engine="inline", dataset=dataset), right)
+    assert_same_bits(oocattn.resume(result, engine="inline", inputs=dataset), right)
 
 
 def test_a_run_that_another_version_began_is_not_resumed(
@@ -137,7 +140,7 @@ def test_other_bits_are_refused_or_accepted_and_reported(
 ) -> None:
     plan = plan_for(dataset, chunks=13)
     interrupted(plan, dataset, result, client=client)
-    words = rf"was begun with torch {re.escape(versions()['torch'])}, now 99; cpu .*, now AVX99: .*--accept-other-bits"
+    words = rf"was begun with torch {re.escape(versions()['torch'])}, now 99; cpu .*, now AVX99: .*accept_other_bits=True"
     with monkeypatch.context() as patched:
         patched.setattr("oocattn.pipelines.engines.dask.readiness.arithmetic_of", other_arithmetic)
         for again in (
@@ -156,18 +159,56 @@ def test_other_bits_are_refused_or_accepted_and_reported(
 
 def test_arithmetic_differs_where_torch_takes_other_vector_instructions() -> None:
     """The bits of a small call differ where torch takes other vector instructions, and not with the number of threads."""
-    script = "from oocattn.kernels.arithmetic import arithmetic_of; print(arithmetic_of('cpu', 64, 'float32', 'cpu'))"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    script = (
+        "from support import a_problem; from oocattn.kernels.arithmetic import arithmetic_of; "
+        "print(arithmetic_of('cpu', a_problem(9, dtype='float32'), 'cpu'))"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     before, here = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            here.append(f"{arithmetic_of('cpu', 64, 'float32', 'cpu')}\n")
+            here.append(f"{arithmetic_of('cpu', a_problem(9, dtype='float32'), 'cpu')}\n")
     finally:
         torch.set_num_threads(before)
     assert here[0] == here[1]
     assert here[0] != ended.stdout
+
+
+def arithmetic(**options: Any) -> dict[str, str]:
+    """The arithmetic of this process on a problem of many rows."""
+    given = GivenArrays(**{name: options.pop(name) for name in DTYPES if name in options})
+    problem = a_problem(3000, **{"batch": 3, "query_heads": 4, "causal": False, "head_dim": 64, **options}, given=given)
+    return arithmetic_of("cpu", problem, "cpu")
+
+
+ASKED: list[dict[str, Any]] = [
+    {},
+    {"causal": True},
+    {"causal": True, "window_size": (2000, None)},
+    {"causal": True, "window_size": (20, None)},
+    {"window_size": (20, 10)},
+    {"causal": True, "window_size": (20, None), "sink_tokens": 4},
+    {"causal": True, "prefix": 500},
+    {"cu_seqlens_q": np.array([0, 7, 3000])},
+    {"seqused_k": np.array([5, 0, 3000])},
+    {"softcap": 5.0},
+    {"alibi_slopes": np.full((3, 4), 0.1, np.float32)},
+    {"bias_heads": 4},
+    {"learnable_sink": np.zeros(4, np.float32)},
+    {"scale": 0.3},
+    {"value_dim": 40},
+    {"kv_heads": 4},
+    {"dtype": "float32"},
+]
+
+
+def test_arithmetic_is_that_of_the_mask_and_of_every_term() -> None:
+    """A kernel that computes one of them with other bits is noticed: the call that is made has it."""
+    digests = [arithmetic(**asked)["arithmetic"] for asked in ASKED]
+    assert {digest: digests.index(digest) for digest in digests} == {digest: at for at, digest in enumerate(digests)}
+    assert arithmetic(queries=900, keys=1000, batch=1, causal=True)["arithmetic"] == digests[1]  # sizes are not in it
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_a_run_is_resumed_with_the_name_of_a_dataset_that_was_moved(
     moved = dataset.rename(dataset.with_name("moved.zarr"))
     with pytest.raises(ProblemError, match="no Zarr group at"):
         oocattn.resume(result, engine="inline")
-    assert_same_bits(oocattn.resume(result, engine="inline", dataset=moved), right)
+    assert_same_bits(oocattn.resume(result, engine="inline", inputs=moved), right)
 
 
 def test_a_plan_survives_its_journal(dataset: Path) -> None:

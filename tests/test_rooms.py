@@ -25,6 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verification": {"storage", "problem"},
     "root": {"problem"},
     "api": EVERY_ROOM,
+    "nn": EVERY_ROOM,
+    "integrations": EVERY_ROOM | {"nn"},
     "bench": EVERY_ROOM,
     "cli": EVERY_ROOM | {"bench"},
 }

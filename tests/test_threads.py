@@ -37,7 +37,7 @@ HANGING_READS = """
 import os, signal, sys, threading, time
 import oocattn
 from oocattn import threads
-from oocattn.storage.inputs.readers import InputArray
+from oocattn.storage.inputs.zarr_source import ZarrSource
 
 threads.EXIT_SECONDS = 0.5
 
@@ -51,7 +51,7 @@ class HangReads:
 
     def __call__(self, event):
         if isinstance(event, oocattn.Started):
-            InputArray.read_rows = self.hang
+            ZarrSource.read_rows = self.hang
 
     def hang(self, *_):
         if not HangReads.begun:

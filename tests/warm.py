@@ -19,7 +19,7 @@ from distributed.utils import get_mp_context
 
 dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
 get_mp_context().set_forkserver_preload(
-    ["distributed", "oocattn.__main__", "oocattn.pipelines.engines.dask.engine", "oocattn.pipelines.lane.cpu"]
+    ["distributed", "oocattn.cli.main", "oocattn.pipelines.engines.dask.engine", "oocattn.pipelines.lane.cpu"]
 )
 
 

@@ -162,7 +162,7 @@ def test_the_package_of_the_authors_is_called_as_it_wants_to_be(tmp_path: Path, 
     ("options", "says"),
     [
         ({"folder": "nowhere"}, "there is no such folder"),
-        ({"tokens": 1 << 47}, "lower --tokens"),
+        ({"tokens": 1 << 47}, "lower tokens"),
         ({"repeats": 0}, "repeats = 0 .*at least 1"),
         ({"dtype": "float64"}, "float64"),
     ],

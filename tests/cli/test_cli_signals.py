@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from small import SMALL
 
 import oocattn
 from oocattn import clock
@@ -66,6 +67,20 @@ def test_a_signal_has_its_exit_code_before_a_run_and_in_it(dataset, result, numb
     assert cli.main(["resume", result]) == 0
 
 
+def test_what_a_run_in_a_store_goes_on_with_is_told_without_its_values(monkeypatch, capsys):
+    dataset, result = "memory://signals/qkv.zarr", "memory://signals/out.zarr"
+    more = ["--scratch", "store", "--lock", "none", "--storage-option", "password=hunter2"]
+    assert cli.main(["synth", dataset, *SMALL]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(PROGRESS_BAR, lambda: lambda event: event.kind == "staged" and signal.raise_signal(signal.SIGUSR1))
+        assert cli.main(["run", dataset, result, *more, "--chunks", "7", "--engine", "inline", "--progress"]) == 75
+    printed = capsys.readouterr().err
+    command = f"go on with: oocattn resume {result} --scratch store --lock none"
+    assert printed.endswith(f"{command} (and give the inputs and each --storage-option again)\n")
+    assert "hunter2" not in printed
+    assert cli.main(["resume", result, *more, "--dataset", dataset, "--engine", "inline"]) == 0
+
+
 def test_a_warning_that_time_is_short_comes_too_late_for_a_committed_result(dataset, result, monkeypatch):
     monkeypatch.setattr(
         PROGRESS_BAR,
@@ -101,7 +116,7 @@ def test_a_time_limit_ends_a_run_with_its_own_code_and_it_can_be_resumed(dataset
     assert re.search(rf"^oocattn: {done}; go on with: oocattn resume {result}$", printed, re.MULTILINE), printed
     assert 0 < oocattn.status(result).subproblems_done < 62
     assert cli.main(["status", result]) == 0
-    assert re.search(r"interrupted: \d+ of 62 subproblems, .* tokens/s\n.* last saved ", capsys.readouterr().out)
+    assert re.search(r"interrupted: \d+ of 62 subproblems are on disk, .* tokens/s\n.* last saved ", capsys.readouterr().out)
     assert cli.main(["resume", result]) == 0
 
 

@@ -9,7 +9,7 @@ from oocattn.cli import doctor
 from oocattn.kernels.cpu import CpuKernel
 from oocattn.kernels.merging import finalise
 from oocattn.kernels.registry import kernel_names
-from oocattn.planning.measure import kernel_rate
+from oocattn.planning.measure import MOMENT, kernel_rate
 from oocattn.problem.scores import Scores
 
 
@@ -23,7 +23,7 @@ class Biased(CpuKernel):
 @pytest.fixture(autouse=True)
 def only_the_fast_kernel(monkeypatch):
     monkeypatch.setattr(doctor, "kernel_names", lambda: ("cpu",))
-    monkeypatch.setattr("oocattn.planning.measure.MOMENT", {"cpu": 0.0})  # one call
+    monkeypatch.setitem(MOMENT, "cpu", 0.0)  # one call
 
 
 def failed(checks):

@@ -66,7 +66,7 @@ def test_a_command_that_only_prints_has_failed_then(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(oocattn, "status", lambda _: oocattn.Status("finished", seconds=1.0))
+    monkeypatch.setattr(oocattn, "status", lambda _, **__: oocattn.Status("finished", seconds=1.0))
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", make())
         assert cli.main(["status", str(result)]) == 1
@@ -95,7 +95,7 @@ def test_help_that_cannot_be_printed_is_a_failure_unless_its_reader_left(
 
 def test_a_stream_of_the_caller_need_only_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr(oocattn, "status", lambda _: oocattn.Status("finished", seconds=1.0))
+    monkeypatch.setattr(oocattn, "status", lambda _, **__: oocattn.Status("finished", seconds=1.0))
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", SimpleNamespace(write=written.append))
         patched.setattr(sys, "stderr", SimpleNamespace(write=written.append))
@@ -107,7 +107,7 @@ def test_a_stream_of_the_caller_may_raise_anything(monkeypatch: pytest.MonkeyPat
     def refuse(text: str) -> None:
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(oocattn, "status", lambda _: oocattn.Status("finished", seconds=1.0))
+    monkeypatch.setattr(oocattn, "status", lambda _, **__: oocattn.Status("finished", seconds=1.0))
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", SimpleNamespace(write=refuse))
         patched.setattr(sys, "stderr", SimpleNamespace(write=refuse))
@@ -116,7 +116,7 @@ def test_a_stream_of_the_caller_may_raise_anything(monkeypatch: pytest.MonkeyPat
 
 def test_characters_that_an_encoding_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(written := io.BytesIO(), "ascii", write_through=True)
-    monkeypatch.setattr(oocattn, "status", lambda _: oocattn.Status("running", holder="hüst"))
+    monkeypatch.setattr(oocattn, "status", lambda _, **__: oocattn.Status("running", holder="hüst"))
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", stream)
         assert cli.main(["status", "nowhere"]) == 0

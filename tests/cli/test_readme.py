@@ -16,6 +16,7 @@ import pytest
 import oocattn
 from oocattn.cli import main as cli
 from oocattn.cli.options import make_parser
+from oocattn.naming import on_command_line
 from oocattn.storage.files.durable import decode_record, read_record
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +86,8 @@ def test_the_plan_that_is_explained_looks_like_a_real_one(tmp_path):
     oocattn.synthesise(dataset, tokens=16384, heads=8, kv_heads=2, head_dim=64, dtype="bfloat16")
     plan = oocattn.plan(dataset, causal=True, host_memory="48MiB", chunks=7, decomposition="cqs")
     numbers = r"[\d.,]+(e-?\d+)?( ?(m|µ)?s\b| ?[KMGT]?i?(B|FLOP)\b| min\b)?|  <- binds| +"
-    expected = re.sub(numbers, " ", f"{plan}\ndrawn in plan.svg\n")
+    with on_command_line():
+        expected = re.sub(numbers, " ", f"{plan}\ndrawn in plan.svg\n")
     assert re.sub(numbers, " ", shown) == expected
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from on_gpu import CUDA
+from random_masks import random_edges, random_part, scores_of
 
 from oocattn.kernels.intervals import Intervals, make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
-
-
-def random_edges(rng: random.Random, documents: int, total: int) -> np.ndarray:
-    """Ascending edges of documents, of which some may be empty."""
-    inner = sorted(rng.choices(range(total + 1), k=documents - 1))
-    return np.array([0, *inner, total])
 
 
 def random_mask(rng: random.Random, largest: int = 1500) -> Mask:
@@ -41,14 +34,7 @@ def random_mask(rng: random.Random, largest: int = 1500) -> Mask:
 
 def random_intervals(rng: random.Random, mask: Mask) -> Intervals:
     """The intervals of a part of the rows and keys of a mask."""
-
-    def part(total: int) -> range:
-        if rng.random() < 0.4:
-            return range(total)
-        start = rng.randrange(total)
-        return range(start, rng.randint(start + 1, total))
-
-    return make_intervals(mask, part(mask.queries), part(mask.keys))
+    return make_intervals(mask, random_part(rng, mask.queries), random_part(rng, mask.keys))
 
 
 @dataclass(frozen=True)
@@ -88,17 +74,10 @@ def attended(intervals: Intervals) -> torch.Tensor:
 
 def by_dense_mask(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """out [g, n, Dv] and lse [g, n] in float64."""
-    scores = operands.scores.scale * (operands.query.double() @ operands.key.double().T)
-    cap = operands.scores.softcap
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
     intervals = operands.intervals
-    if operands.slopes is not None:
+    if intervals is None:
+        scores = scores_of(operands, torch.ones(operands.rows, operands.keys, dtype=torch.bool, device=CUDA), None)
+    else:
         position = torch.from_numpy(intervals.positions()).to(CUDA).unsqueeze(-1)
-        apart = (position - torch.arange(operands.keys, device=CUDA)).abs().double()
-        scores = scores - torch.tensor(operands.slopes, device=CUDA, dtype=torch.float64)[:, None, None] * apart
-    if operands.key_bias is not None:
-        scores = scores + operands.key_bias.double().unsqueeze(1)
-    if intervals is not None:
-        scores = scores.masked_fill(~attended(intervals), -math.inf)
+        scores = scores_of(operands, attended(intervals), position - torch.arange(operands.keys, device=CUDA))
     return scores.softmax(-1).nan_to_num(0.0) @ operands.value.double(), scores.logsumexp(-1)

@@ -17,6 +17,8 @@ from oocattn.kernels.kernel import Operands
 from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
 
+Pairs = np.ndarray | torch.Tensor
+
 
 def random_edges(random_: random.Random, documents: int, total: int) -> np.ndarray:
     """Boundaries of documents, of which some may be empty."""
@@ -82,14 +84,14 @@ def random_call(random_: random.Random, largest: int = 1200) -> tuple[Operands, 
     return call, scores_of(call, attended[part], distances[part]), call.value.double()
 
 
-def scores_of(call: Operands, attended: Bools, distances: np.ndarray) -> torch.Tensor:
-    """The scores of all pairs in float64, -inf where a row does not attend a key: [g, n, m]."""
+def scores_of(call: Operands, attended: Pairs, distances: Pairs | None) -> torch.Tensor:
+    """The scores of all pairs in float64, -inf where a row does not attend a key: [g, n, m]. Slopes need `distances`."""
     scores = call.scores.scale * (call.query.double() @ call.key.double().T)
     if call.scores.softcap is not None:
         scores = call.scores.softcap * torch.tanh(scores / call.scores.softcap)
     if call.slopes is not None:
-        slopes = torch.tensor(call.slopes, dtype=torch.float64)[:, None, None]
-        scores = scores - slopes * torch.from_numpy(distances).abs()
+        slopes = torch.tensor(call.slopes, dtype=torch.float64, device=scores.device)[:, None, None]
+        scores = scores - slopes * torch.as_tensor(distances, device=scores.device).abs()
     if call.key_bias is not None:
         scores = scores + call.key_bias.double().unsqueeze(1)
-    return scores.masked_fill(~torch.from_numpy(attended), -math.inf)
+    return scores.masked_fill(~torch.as_tensor(attended, device=scores.device), -math.inf)

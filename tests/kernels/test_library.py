@@ -83,7 +83,7 @@ def fa3(query, key, value, *, softmax_scale, causal, return_attn_probs):
 def libraries(monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash)
-    monkeypatch.setattr(fa3_module, "_library", lambda: fa3)
+    monkeypatch.setattr(fa3_module, "library_call", lambda: fa3)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "fa3"])

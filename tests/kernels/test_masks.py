@@ -13,6 +13,7 @@ from exact import operands
 from random_masks import random_call, scores_of
 from reference import mask_by_definition
 
+from oocattn.kernels.cuda.far import brought_near, continued_far_away
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise
@@ -173,3 +174,63 @@ def test_a_narrow_window_has_tiles_near_its_own_keys_only() -> None:
     call = Operands(rows[None], rows, rows, Scores(1.0), make_intervals(mask, range(16_384), range(16_384)))
     pairs = sum(len(rows) * len(keys) for rows, keys in CachedKernel().tiles(call))
     assert mask.pairs() < pairs <= 16_384 * (512 + 4 + 2)
+
+
+def far_call(far: int, before: bool, rows: int, keys: int) -> tuple[Operands, torch.Tensor, torch.Tensor]:
+    """A call of two heads with slopes, rows and keys `far` apart; its scores but for what all keys share; that, by row."""
+    mask, part = (Mask.of(rows, keys + far), range(rows)) if before else (Mask.of(rows + far, keys), range(rows))
+    generator = torch.Generator().manual_seed(far)
+    query, key, value = (torch.randn(shape, generator=generator) for shape in ((2, rows, 16), (keys, 16), (keys, 9)))
+    slopes = 0.125, -0.01
+    call = Operands(query, key, value, Scores(0.25), make_intervals(mask, part, range(keys)), slopes)
+    distance = np.abs((np.arange(rows) + mask.keys - mask.queries)[:, None] - np.arange(keys))
+    near, shared = (torch.from_numpy(part).double() for part in (distance - distance.min(1, keepdims=True), distance.min(1)))
+    weights = torch.tensor(slopes, dtype=torch.float64)[:, None]
+    return call, 0.25 * query.double() @ key.double().T - weights[..., None] * near, weights * shared
+
+
+def check_far(state: AttentionState, call: Operands, scores: torch.Tensor, shared: torch.Tensor, atol: float = 2e-6) -> None:
+    """Compare a state with float64, which would not hold what tells keys apart beside what they share."""
+    out, lse = torch.empty(state.num.shape), torch.empty(state.den.shape)
+    finalise(state, out, lse)
+    torch.testing.assert_close(out.double(), scores.softmax(-1) @ call.value.double(), rtol=0, atol=atol)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1) - shared, rtol=2e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("far", [2**24 + 1, 2**25 + 1, 2**31, 2**40])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", KERNELS)
+def test_distances_tell_keys_apart_that_lie_far_from_their_rows(name: str, before: bool, far: int) -> None:
+    """However far away all keys are. Those of several tiles count alike while float32 holds the maximum to within exp."""
+    call, scores, shared = far_call(far, before, rows=70, keys=600 if far <= 2**31 else 200)
+    for cut in (0, 250 if far <= 2**31 else call.keys):
+        parts = (part for part in (range(cut), range(cut, call.keys)) if part)
+        check_far(attended_by(name, *(call.part(range(call.rows), part) for part in parts)), call, scores, shared)
+
+
+@pytest.mark.parametrize("far", [7, 2**30 + 500, 2**31, 2**40])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_kernel_that_counts_in_32_bits_continues_a_state_far_away(before: bool, far: int) -> None:
+    """The call is brought near, and the state raised meanwhile; rows that attended nearer keys keep what they have."""
+    call, scores, shared = far_call(far, before, rows=70, keys=200)
+    near, distance = brought_near(call.intervals)
+    assert np.abs(near.positions()).max() < 1 << 31
+    assert distance.any() == (far > 1 << 30)
+    assert (np.abs(near.positions()[:, None] - np.arange(200)) + distance[:, None] == distances_of(call)).all()
+    state, before_it = AttentionState.empty(2, 70, 9), AttentionState.empty(2, 70, 9)
+    with continued_far_away(state, call.slopes, distance):
+        get_kernel("torch").attend(replace(call, intervals=near), state)
+    check_far(state, call, scores, shared)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in (before_it.num, before_it.den, before_it.max):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) + 1)
+    kept = replace(before_it, num=before_it.num.clone(), den=before_it.den.clone(), max=before_it.max.clone())
+    with continued_far_away(before_it, (0.5, 0.25), distance):
+        get_kernel("torch").attend(replace(call, intervals=near, slopes=(0.5, 0.25)), before_it)
+    if distance.any():
+        for name in ("num", "den", "max"):
+            torch.testing.assert_close(getattr(before_it, name), getattr(kept, name), rtol=0, atol=0)
+
+
+def distances_of(call: Operands) -> np.ndarray:
+    return np.abs(call.intervals.positions()[:, None] - np.arange(call.keys))

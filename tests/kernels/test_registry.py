@@ -26,7 +26,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-        monkeypatch.setattr(fa3_module, "_library", lambda: print if fa3 else None)
+        monkeypatch.setattr(fa3_module, "library_call", lambda: print if fa3 else None)
         refusal = lambda device, dtype, *dims: "" if dtype in fa3 else "the library refuses it: not built"  # noqa: E731
         monkeypatch.setattr(fa3_module.Fa3Kernel, "_refusal", staticmethod(refusal))
         refused = lambda *_: "" if ours else "it does not compile here: no NVRTC"  # noqa: E731
@@ -88,7 +88,7 @@ def test_a_kernel_that_cannot_serve_says_why_and_which_can(machine):
             "float16",
             64,
             "kernel 'fa3' cannot attend float16 with D = 64 on cuda:0: neither flash_attn_interface nor fa3_fwd_interface "
-            "is installed; choose one of cudnn, flash, torch or leave --kernel out",
+            "is installed; choose one of cudnn, flash, torch or leave kernel out",
         ),
         ("cudnn", "float32", 64, "D = 64 on cuda:0: it attends float16, bfloat16 only; choose one of torch or"),
         ("flash", "float16", 36, "D must be a multiple of 8, 256 at most; choose one of torch or"),

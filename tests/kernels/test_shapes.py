@@ -29,7 +29,7 @@ def any_parts(random_: random.Random) -> tuple[Intervals, Bools, list[Part]]:
         window = narrowest_window(intervals)
         if window is None or window > 1:
             break
-    sizes = Sizes(random_.choice([3, 8, 100]), random_.choice([1, 2, 4]), random_.choice([4, 8]), (1, 2, 4, 8))
+    sizes = Sizes(random_.choice([3, 8, 100]), random_.choice([1, 2, 4, 8]), random_.choice([1, 2, 4]), (1, 2, 4, 8))
     return intervals, attended, list(make_parts(intervals.rows, intervals.keys, intervals, sizes))
 
 

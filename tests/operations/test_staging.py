@@ -35,7 +35,7 @@ def attended_by(plan: Plan, matrix: NDArray[np.bool_], part: Subproblem) -> NDAr
 
 
 @given(plans())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_staged_rows_are_those_of_live_pairs(made: tuple[Plan, NDArray[np.bool_]]) -> None:
     plan, of_entries = made
     for head_group in range(plan.problem.head_groups):
@@ -67,7 +67,7 @@ def test_staged_rows_are_those_of_live_pairs(made: tuple[Plan, NDArray[np.bool_]
 
 
 @given(plans())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_each_live_row_is_counted_once_over_all_subproblems(made: tuple[Plan, NDArray[np.bool_]]) -> None:
     """With the partial of a query chunk that the subproblem hands back."""
     plan, of_entries = made
@@ -88,7 +88,7 @@ def test_each_live_row_is_counted_once_over_all_subproblems(made: tuple[Plan, ND
 
 
 @given(plans())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_slot_holds_what_a_subproblem_stages_and_a_plan_reads_no_less(made: tuple[Plan, NDArray[np.bool_]]) -> None:
     plan, _ = made
     problem = plan.problem

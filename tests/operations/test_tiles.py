@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_plans import KINDS, plans
 from numpy.typing import NDArray
-from support import GENEROUS, GPU, a_problem
+from support import GENEROUS, GPU, MACHINE, a_problem
 
 from oocattn import Plan
 from oocattn.division.base import Block, Subproblem
@@ -20,6 +21,7 @@ from oocattn.operations.tiles import Tile, make_tiles, pieces
 from oocattn.pipelines.lane.rehearsal import sample_tiles
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.memory import Tiles
+from oocattn.problem.given import GivenArrays
 from oocattn.problem.mask import Cover, Mask
 
 
@@ -46,6 +48,17 @@ def check_tile(tile: Tile, rows: range, size: int, staged_keys: list[int], matri
     return added
 
 
+def check_positions(tile: Tile) -> None:
+    """The distance of a key that a row attends follows from its place in the tile."""
+    intervals = tile.intervals(always=True)
+    assert intervals is not None
+    keys = [token for run in tile.key_tokens for token in run]
+    for row, position, (a, b, c, d) in zip(tile.row_tokens, intervals.positions(), intervals.values(), strict=True):
+        expected = tile.mask.bounds(range(row, row + 1)).positions()[0]
+        for place in (*range(a, b), *range(c, d)):
+            assert position - place == expected - keys[place]
+
+
 def check_tiles(
     plan: Plan, matrix: NDArray[np.bool_], head_group: int, part: Subproblem, piece: int, size: int, join: bool
 ) -> None:
@@ -58,7 +71,7 @@ def check_tiles(
         for rows in pieces(queries, piece):
             for tile in make_tiles(mask, queries, plan.key_rows, block, staged, rows, size, join=join):
                 if not join:
-                    assert len(tile.key_tokens) == 1
+                    check_positions(tile)
                 added = check_tile(tile, rows, size, staged_keys, matrix)
                 attended[np.ix_(tile.row_tokens, [token for run in tile.key_tokens for token in run])] += added
         for key in block.key_chunks:
@@ -83,10 +96,10 @@ def test_every_pair_of_a_subproblem_is_attended_once(
 
 @given(plans(most=60), st.integers(1, 70))
 @settings(max_examples=60, deadline=None)
-def test_tiles_of_an_operation_are_in_runs_of_neighbours_where_heads_have_slopes(
+def test_tiles_of_an_operation_keep_distances_where_heads_have_slopes(
     made: tuple[Plan, NDArray[np.bool_]], size: int
 ) -> None:
-    """For the distance of a key, which ALiBi needs, then follows from its place in the tile."""
+    """For ALiBi takes the distance of a key from its place in the tile."""
     plan, matrix = made
     slopes = np.array([0.5, 0.25], np.float32)
     plan = replace(plan, problem=replace(plan.problem, given=replace(plan.problem.given, alibi_slopes=slopes)))
@@ -96,12 +109,62 @@ def test_tiles_of_an_operation_are_in_runs_of_neighbours_where_heads_have_slopes
         staged = stage_rows(plan, 1, part)
         for block in part.blocks:
             tiles = [*operation.tiles(1, block, staged, plan.query_rows(block.query_chunk), size)]
-            assert all(len(tile.key_tokens) == 1 for tile in tiles)
+            for tile in tiles:
+                check_positions(tile)
             assert sum(tile.pairs for tile in tiles) == sum(
                 matrix[1][row, plan.key_rows(key).start : plan.key_rows(key).stop].sum()
                 for row in plan.query_rows(block.query_chunk)
                 for key in block.key_chunks
             )
+
+
+MANY = 300
+
+APART: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "documents without queries": (0, 4, 0, {}),
+    "windows at the ends of longer keys": (3, 9, 9, {"causal": True, "window_size": (2, 0)}),
+    "windows and the first keys": (1, 9, 9, {"causal": True, "window_size": (2, 0), "sink_tokens": 1}),
+}
+"""Queries of every second document, keys of it and of the others, which have 2 queries, and the rest of the mask."""
+
+
+@pytest.mark.parametrize("slopes", [False, True])
+@pytest.mark.parametrize("name", APART)
+def test_keys_that_lie_apart_are_a_few_kernel_calls(name: str, slopes: bool) -> None:
+    """Of many documents, with live keys that others lie between."""
+    queries, keys, others, asked = APART[name]
+    lengths = np.tile([queries, 2], MANY), np.tile([keys, others or keys], MANY)
+    given = {part: np.cumsum([0, *numbers]) for part, numbers in zip(("cu_seqlens_q", "cu_seqlens_k"), lengths, strict=True)}
+    if slopes:
+        given["alibi_slopes"] = np.array([0.5], np.float32)
+    arrays = GivenArrays(**given)
+    total = (int(numbers.sum()) for numbers in lengths)
+    problem = a_problem(next(total), keys=next(total), given=arrays, digests=arrays.digests, **{"causal": False, **asked})
+    plan = make_plan(problem, MACHINE, device_memory=GENEROUS, host_memory=GENEROUS, chunks=1)
+    part = plan.division_of(0).subproblem(0)
+    staged = stage_rows(plan, 0, part)
+    tiles = [*make_operation(plan).tiles(0, part.blocks[0], staged, plan.query_rows(0), staged.key_total)]
+    within_documents = slopes and "sink_tokens" in asked  # whose keys lie apart, so that distances do not follow
+    assert len(tiles) == (2 * MANY + 1 if within_documents else 1)
+    assert sum(tile.pairs for tile in tiles) == problem.pairs
+    assert sum(len(tile.keys) for tile in tiles) == staged.key_total < problem.keys
+
+
+def test_head_groups_of_one_mask_share_their_tiles_and_those_of_others_do_not() -> None:
+    given = GivenArrays(seqused_k=np.array([50, 30, 50], np.int32))
+    problem = a_problem(64, batch=3, query_heads=2, kv_heads=2, given=given)
+    plan = make_plan(problem, GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=1)
+    operation, staged, found = make_operation(plan), {}, []
+    for group in range(6):
+        mask, part = plan.mask(group), plan.division_of(group).subproblem(0)
+        rows = staged.setdefault(mask, stage_rows(plan, group, part))
+        found.append([*operation.tiles(group, part.blocks[0], rows, plan.query_rows(0), 20)])
+        assert sum(tile.pairs for tile in found[-1]) == mask.pairs()
+    for first, tiles in enumerate(found):
+        shared = [
+            all(tile is other for tile, other in zip(tiles, others, strict=len(tiles) == len(others))) for others in found
+        ]
+        assert shared == [plan.mask(group) is plan.mask(first) for group in range(6)]
 
 
 def keys_at_a_time(rows: int, tiles: Tiles, mask: Mask) -> list[list[range]]:

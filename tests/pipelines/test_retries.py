@@ -28,7 +28,7 @@ from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
 from oocattn.pipelines.lane.stager import Stager
 from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.inputs.readers import InputArray
+from oocattn.storage.inputs.zarr_source import ZarrSource
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.growing import RunState
 
@@ -72,7 +72,7 @@ def writing(pattern: str) -> Break:
 
 
 STEPS: dict[str, tuple[Break, str]] = {
-    "the dataset's chunks": (method(InputArray, "read_rows"), "subproblem .* of head group"),
+    "the dataset's chunks": (method(ZarrSource, "read_rows"), "subproblem .* of head group"),
     "staging": (method(Stager, "stage"), "subproblem .* of head group"),
     "attending": (method(CpuDevice, "launch"), "subproblem .* of head group"),
     "the start of attending": (method(Lane, "attend"), "subproblem .* of head group"),

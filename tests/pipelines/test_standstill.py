@@ -188,7 +188,7 @@ def test_a_run_goes_on_when_its_worker_does(
     client: Client, dataset: Path, right: Result, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deadline, "STALLED_SECONDS", 60.0)
-    monkeypatch.setattr("oocattn.pipelines.watch.status.WRITING_SECONDS", 0.0)
+    monkeypatch.setattr("oocattn.pipelines.watch.status_file.WRITING_SECONDS", 0.0)
     told: list[tuple[str, str]] = []
 
     def listen(event: Event) -> None:

@@ -15,6 +15,7 @@ from test_planner import MIB, plan, smallest_named
 
 import oocattn
 from oocattn import BudgetError
+from oocattn.planning import measure
 from oocattn.planning.budgets import is_crowded, is_hopeless
 from oocattn.planning.candidates import overhead_warning
 from oocattn.planning.host import file_seconds
@@ -88,7 +89,7 @@ def test_a_refusal_says_how_long_the_smallest_and_larger_budgets_take(machine: A
 
 def test_a_hopeless_budget_is_refused_with_one_that_is_not() -> None:
     problem = a_problem(1 << 20, query_heads=32, kv_heads=8, head_dim=128, causal=False)
-    expected = r"--host-memory 60 MiB would take \d+ min, nearly all of it for tasks and files"
+    expected = r"host_memory 60 MiB would take \d+ min, nearly all of it for tasks and files"
     with pytest.raises(BudgetError, match=expected) as refused:
         plan(problem, GPU, host_memory=60 * MIB)
     name, smallest = smallest_named(refused.value)
@@ -116,7 +117,7 @@ def test_a_plan_of_mostly_tasks_is_said_with_a_budget_that_is_better() -> None:
     warning = overhead_warning(made, MACHINE)
     assert warning is not None
     assert f"{made.link('tasks').amount:,.0f} tasks" in warning
-    budget, seconds = re.search(r": --host-memory (\d+)MiB takes ([^:]*) in all$", warning).groups()
+    budget, seconds = re.search(r": host_memory='(\d+)MiB' takes ([^:]*) in all$", warning).groups()
     better = plan(problem, host_memory=int(budget) * MIB)
     assert better.seconds * 1.5 < made.seconds
     assert format_seconds(better.seconds) == seconds
@@ -128,11 +129,14 @@ def test_a_plan_of_mostly_computing_has_no_warning() -> None:
             assert overhead_warning(plan(a_problem(tokens), machine), machine) is None
 
 
-def test_a_pinned_division_of_mostly_tasks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pinned_division_of_mostly_tasks_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measure, "describe_hardware", lambda *_, **__: MACHINE)  # whatever else keeps this one busy
     dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(2000))
     oocattn.plan(dataset, causal=True, chunks=553, decomposition="cqs")
     assert "this plan spends" in caplog.text
-    assert "leave --chunks and --decomposition to the plan, which then takes" in caplog.text
+    assert "leave chunks and decomposition to the plan, which then takes" in caplog.text
     caplog.clear()
     oocattn.plan(dataset, causal=True)
     assert not caplog.text

@@ -24,6 +24,7 @@ class ColdArray:
 
     dtype = np.dtype("float16")
     direct = True
+    shared_heads = 1
     spec = ArraySpec("q", (1, 1, 1 << 19, 64), "float16")
 
     disk = threading.Lock()
@@ -31,7 +32,7 @@ class ColdArray:
     def __init__(self) -> None:
         self.read: set[int] = set()
 
-    def read_rows(self, batch: int, head: int, start: int, stop: int, out: np.ndarray) -> None:
+    def read_heads(self, batch: int, heads: range, start: int, stop: int, outs: list[np.ndarray]) -> None:
         with self.disk:
             if start not in self.read:
                 time.sleep(SECONDS)
@@ -49,7 +50,7 @@ def test_what_is_not_cached_is_measured_so(names: str) -> None:
 
 def test_reads_that_all_fail_end_with_their_error() -> None:
     class NoArray(ColdArray):
-        def read_rows(self, batch: int, head: int, start: int, stop: int, out: np.ndarray) -> None:
+        def read_heads(self, batch: int, heads: range, start: int, stop: int, outs: list[np.ndarray]) -> None:
             raise IntegrityError("gone")
 
     with pytest.raises(IntegrityError, match="gone"):

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import GENEROUS, MACHINE, a_problem
+from support import GENEROUS, GPU, MACHINE, a_problem
 
 from oocattn import BudgetError, Plan, ProblemError
 from oocattn.division.quorums import candidate_chunk_counts
+from oocattn.planning import candidates
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.machine import Hardware, InputCost
 from oocattn.problem.calls import CallSize
-from oocattn.problem.given import GivenArrays
+from oocattn.problem.given import Array, GivenArrays
 from oocattn.problem.problem import Problem
 
 MIB = 1 << 20
@@ -31,7 +32,7 @@ def plan(problem: Problem, hardware: Hardware = MACHINE, **options: Any) -> Plan
 
 def smallest_named(error: BudgetError) -> tuple[str, int]:
     """The budget that the message is about, and the smallest that it says works."""
-    match = re.search(r"--(device|host)-memory .* the smallest that works is (\d+)MiB", str(error))
+    match = re.search(r"(device|host)_memory .* the smallest that works is (\d+)MiB", str(error))
     assert match, str(error)
     return f"{match[1]}_memory", int(match[2]) * MIB
 
@@ -106,7 +107,13 @@ machines = st.builds(
     write_rate=st.floats(1e7, 1e11),
     scratch_disk=st.sampled_from([0, 1 << 34, 1 << 60]),
 )
-inputs = st.builds(InputCost, decode_bytes=st.sampled_from([0, 1 << 27]), align_rows=st.sampled_from([1, 1000, 65536]))
+inputs = st.builds(
+    InputCost,
+    decode_bytes=st.sampled_from([0, 1 << 27]),
+    align_rows=st.sampled_from([1, 1000, 65536]),
+    shared_heads=st.sampled_from([{}, {"k": 2}, {"q": 8, "k": 4, "v": 4}]),
+    packed=st.booleans(),
+)
 budgets = st.integers(20, 40).map(lambda power: 1 << power)
 
 
@@ -121,6 +128,7 @@ def test_peaks_stay_within_the_budgets_or_the_smallest_that_works_is_named(
         return
     assert made.peak_device <= device
     assert made.peak_host <= host
+    assert made.read_factor >= 1
     assert made.scratch_disk <= hardware.scratch_disk
     assert made.peak_host >= hardware.lanes * 2 * made.slot_bytes
     assert made.chunk_rows * made.query_chunks >= problem.out_rows
@@ -215,7 +223,7 @@ def test_what_cannot_be_pinned_is_refused() -> None:
     for chunks in (0, -1, 101):
         with pytest.raises(ProblemError, match=rf"chunks = {chunks}: expected 1 to 100 for 100 keys"):
             plan(a_problem(100), chunks=chunks)
-    with pytest.raises(ProblemError, match="decomposition 'rings': expected one of auto, cqs, strips"):
+    with pytest.raises(ProblemError, match="decomposition = 'rings': expected one of auto, cqs, strips"):
         plan(a_problem(100), decomposition="rings")
 
 
@@ -278,3 +286,54 @@ def test_many_lengths_of_keys_are_planned_as_fast_as_a_few() -> None:
     assert time.process_time() - began < 5
     assert found.problem.pairs == int((lengths * (lengths + 1) // 2).sum())
     assert found.subproblems == sum(len(found.division_of(group).indices) for group in range(problem.head_groups))
+
+
+def _documents(queries: list[int], keys: list[int], slopes: Array | None = None, **asked: Any) -> Problem:
+    """Packed documents of so many rows and keys."""
+    given = GivenArrays(np.cumsum([0, *queries]), np.cumsum([0, *keys]), alibi_slopes=slopes)
+    options = {"causal": False, "given": given, "digests": given.digests, **asked}
+    return a_problem(sum(queries), keys=sum(keys), **options)
+
+
+@pytest.mark.parametrize(("hardware", "link"), [(MACHINE, "tasks"), (GPU, "read")], ids=["cpu", "gpu"])
+def test_keys_that_are_read_apart_are_in_the_price(hardware: Hardware, link: str) -> None:
+    """Of the same rows and pairs, in two orders of documents: those without queries lie between others, or behind them."""
+    mixed, sorted_out = _documents([4, 0] * 2000, [4, 4] * 2000), _documents([4] * 2000 + [0] * 2000, [4] * 4000)
+    apart, together = (
+        next(each.seconds for each in plan(problem, hardware, chunks=1).links if each.name == link)
+        for problem in (mixed, sorted_out)
+    )
+    assert 0.1 < apart - together < 10
+
+
+def test_documents_of_many_shapes_cost_a_call_each() -> None:
+    """Those of one shape are attended together."""
+    lengths = [*range(1, 200)] * 2
+    equal, different = (
+        next(each.seconds for each in plan(_documents(rows, rows), chunks=1).links if each.name == "compute")
+        for rows in ([100] * len(lengths), lengths)
+    )
+    assert different > 3 * equal
+
+
+@pytest.mark.parametrize(("hardware", "milliseconds"), [(MACHINE, 0.55), (GPU, 0.2)], ids=["cpu", "gpu"])
+def test_a_kernel_call_for_each_gap_within_a_document_is_in_the_price(hardware: Hardware, milliseconds: float) -> None:
+    """Where heads have slopes: of 500 documents, keys of two lie side by side, but those of one have a gap."""
+    asked = {"causal": True, "window_size": (2, 0), "sink_tokens": 1}
+    joined, apart = (
+        next(each.seconds for each in plan(problem, hardware, chunks=1).links if each.name == "compute")
+        for problem in (_documents([3] * 500, [9] * 500, slopes, **asked) for slopes in (None, np.ones(1, np.float32)))
+    )
+    assert apart - joined > 0.45 * milliseconds
+
+
+@pytest.mark.parametrize("host_memory", [24 * MIB, 48 * MIB])
+@pytest.mark.parametrize("changed", [{}, {"kernel_flops": 1e7}, {"write_rate": 1e4}], ids=str)
+def test_plans_that_are_left_out_are_never_the_best(
+    monkeypatch: pytest.MonkeyPatch, host_memory: int, changed: dict[str, float]
+) -> None:
+    problem, machine = a_problem(8000, query_heads=8, kv_heads=2), replace(MACHINE, **changed)
+    options: dict[str, Any] = {"host_memory": host_memory, "decomposition": "cqs", "checkpoint_seconds": 10.0}
+    found = plan(problem, machine, **options)
+    monkeypatch.setattr(candidates, "_is_settled", lambda plan: False)
+    assert found == plan(problem, machine, **options)

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import GENEROUS, MACHINE, a_problem
+from support import GENEROUS, GPU, MACHINE, a_problem
 from test_planner import problems
 
+from oocattn.naming import on_command_line
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.machine import InputCost
 from oocattn.planning.memory import Tiles
@@ -96,6 +97,26 @@ def test_pairs_and_chunks_that_are_left_are_said() -> None:
     assert re.search(
         r"strips over c = 30 chunks of 100 keys, \d+ key chunks? at a time; .*\nqueries +\d chunks? of \d+ rows$", text, re.M
     )
+
+
+def test_a_plan_says_with_which_arguments_its_bits_are_computed_again() -> None:
+    made = plan(a_problem(1000), chunks=7, decomposition="cqs")
+    assert "\nsame bits    chunks=7, decomposition='cqs', kernel='cpu'\n" in str(made)
+    with on_command_line():
+        assert "\nsame bits    --chunks 7 --decomposition cqs --kernel cpu\n" in str(made)
+    strips = replace(made, decomposition="strips", span=2)
+    assert str(strips.pins).endswith("kernel='cpu', if the plan then takes 2 key chunks at a time again")
+    gpu = make_plan(a_problem(1000), GPU, device_memory=123 << 20, host_memory=GENEROUS)
+    assert f"device_memory={123 << 20}" in str(gpu.pins)
+
+
+@given(problems(), st.sampled_from([5e8, 2e9]))
+@settings(max_examples=30)
+def test_quorums_that_are_pinned_have_the_same_digest_whatever_is_faster(problem: Problem, rate: float) -> None:
+    made = plan(problem, decomposition="cqs")
+    pins = {name: getattr(made.pins, name) for name in ("chunks", "decomposition")}
+    other = replace(MACHINE, kernel_flops=rate, lanes=3)
+    assert make_plan(problem, other, device_memory=GENEROUS, host_memory=2 * GENEROUS, **pins).digest == made.digest
 
 
 @pytest.mark.parametrize(

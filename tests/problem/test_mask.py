@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from reference import Bools, mask_by_definition
 
 from oocattn.kernels.intervals import make_intervals
+from oocattn.problem.bounds import merge_ranges
 from oocattn.problem.mask import Cover, Mask
 
 
@@ -152,6 +153,14 @@ def test_pairs_and_live_keys_between_edges(case: tuple[Mask, Bools], data: st.Da
     for part, start, stop in zip(*mask.live_keys_between(edges), strict=True):
         found[part, start:stop] = True
     np.testing.assert_array_equal(found, [part.any(0) for part in parts])
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=8))
+def test_merged_ranges_hold_the_same_items_and_do_not_touch(ranges: list[tuple[int, int]]) -> None:
+    starts, stops = merge_ranges(*np.array(ranges, np.int64).reshape(-1, 2).T)
+    found = [item for start, stop in zip(starts, stops, strict=True) for item in range(start, stop)]
+    assert found == sorted({item for start, stop in ranges for item in range(start, stop)})
+    assert np.all(starts[1:] > stops[:-1])
 
 
 @given(masks())

@@ -9,7 +9,11 @@ import zarr
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
-from oocattn.storage.inputs.readers import InputArray
+from oocattn.storage.inputs.codecs import CodecReader
+from oocattn.storage.inputs.direct import Reader
+from oocattn.storage.inputs.parts import group_parts
+from oocattn.storage.inputs.zarr_source import ZarrSource
+from oocattn.storage.layout import ChunkFiles
 from oocattn.storage.mapped_store import MappedStore
 
 CODECS = {"none": None, "zstd": ZstdCodec(), "blosc": BloscCodec(), "gzip": GzipCodec(level=1)}
@@ -31,9 +35,20 @@ def write(store: Any, data: np.ndarray, name: str = "q", **storage: Any) -> zarr
     return array
 
 
-def opened(root: Path, name: str = "q") -> InputArray:
+def opened(root: Path, name: str = "q") -> ZarrSource:
     group = zarr.open_group(MappedStore(root, read_only=True), mode="r")
-    return InputArray(name, group[name], str(root))
+    return ZarrSource(name, group[name], str(root))
+
+
+def read_files(read: Reader, array: ZarrSource, batch: int, head: int, start: int, stop: int, out: np.ndarray) -> None:
+    """Read rows of an array from its chunk files."""
+    files = ChunkFiles(array.array, array.array.store.root, "the dataset", array.axes)
+    read(group_parts([(files.parts(batch, head, start, stop), out)]))
+
+
+def decode(array: ZarrSource, batch: int, head: int, start: int, stop: int, out: np.ndarray) -> None:
+    """Read rows of an array through Zarr's codecs."""
+    CodecReader(array.array, "the dataset", array.axes).read(batch, [head], start, stop, [out])
 
 
 def random_data(shape: tuple[int, ...], dtype: str = "float16") -> np.ndarray:
@@ -41,7 +56,7 @@ def random_data(shape: tuple[int, ...], dtype: str = "float16") -> np.ndarray:
     return bits.view(DTYPES[dtype])[..., 0]  # any bits, NaNs among them, but no zero: zero chunks are not written
 
 
-def buffer_for(array: InputArray, rows: int) -> np.ndarray:
+def buffer_for(array: ZarrSource, rows: int) -> np.ndarray:
     return np.ones((rows, *array.row_shape), array.dtype)
 
 

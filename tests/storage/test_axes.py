@@ -1,4 +1,4 @@
-"""Arrays whose axes are in another order are refused where their names say it, and doubted where their sizes do."""
+"""The order of axes is believed where their names say it, and doubted where their sizes do."""
 
 import logging
 import re
@@ -48,20 +48,24 @@ RIGHT = [
     "head head head head",
 ]
 
+OTHERS = [
+    "batch token head head_dim",
+    "b n h d",
+    "B T N H",  # as JAX has it: n heads of h dimensions
+    "b q h d",
+    "b m h k",
+    "batch_size seq_len n_heads head-dim",
+    "N L H E",
+    "batch seqlen_q heads_q dim_qk",
+    "sample source-token attention.heads value_dim",
+    "batch position kv_head channels",
+]
+"""Names of [B, N, H, D]."""
+
 WRONG = {
-    "batch token head head_dim": ("B, N, H, D", "bnhd"),
-    "b n h d": ("B, N, H, D", "bnhd"),
-    "B T N H": ("B, N, H, D", "bnhd"),  # as JAX has it: n heads of h dimensions
-    "b q h d": ("B, N, H, D", "bnhd"),
-    "b m h k": ("B, N, H, D", "bnhd"),
-    "batch_size seq_len n_heads head-dim": ("B, N, H, D", "bnhd"),
-    "N L H E": ("B, N, H, D", "bnhd"),
-    "batch seqlen_q heads_q dim_qk": ("B, N, H, D", "bnhd"),
-    "sample source-token attention.heads value_dim": ("B, N, H, D", "bnhd"),
-    "batch position kv_head channels": ("B, N, H, D", "bnhd"),
-    "sequence batch head dim": ("N, B, H, D", None),
-    "batch head dim token": ("B, H, D, N", None),
-    "head batch time feature": ("H, B, N, D", None),
+    "sequence batch head dim": "N, B, H, D",
+    "batch head dim token": "B, H, D, N",
+    "head batch time feature": "H, B, N, D",
 }
 
 
@@ -72,43 +76,44 @@ def test_names_that_fit_or_are_not_known_are_let_pass(tmp_path: Path, names: str
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-@pytest.mark.parametrize(("names", "order", "layout"), [(names, *found) for names, found in WRONG.items()])
-def test_names_of_another_order_are_refused(
-    tmp_path: Path, names: str, order: str, layout: str | None, zarr_format: int
-) -> None:
+@pytest.mark.parametrize("names", OTHERS)
+def test_names_of_another_layout_are_believed(tmp_path: Path, names: str, zarr_format: int) -> None:
+    dataset = Dataset.open(write(tmp_path, {name: names.split() for name in "qkv"}, zarr_format=zarr_format))
+    assert [spec.shape for spec in dataset.specs] == [(1, 20, 4, 8)] * 3
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(("names", "order"), WRONG.items())
+def test_names_of_an_order_that_is_no_layout_are_refused(tmp_path: Path, names: str, order: str, zarr_format: int) -> None:
     dataset = write(tmp_path, {name: names.split() for name in "qkv"}, zarr_format=zarr_format)
-    said = re.escape(f"q is [{order}] ({names.replace(' ', ', ')}); k is [{order}]")
-    message = rf"{said} .*expected are \[B, H, N, D\] .*write the array transposed"
-    with pytest.raises(ProblemError, match=message) as refused:
-        oocattn.plan(dataset)
-    assert (f"oocattn import --layout {layout}" in str(refused.value)) == (layout is not None)
-    with pytest.raises(ProblemError, match="dimension names"):
+    message = re.escape(f"it is [{order}] ({names.replace(' ', ', ')}): expected one of bhnd, bnhd")
+    with pytest.raises(ProblemError, match=rf"dimension names of q .*{message}.*write it transposed"):
         oocattn.attention(dataset, tmp_path / "result.zarr")
 
 
-def test_names_that_contradict_each_other_are_told(tmp_path: Path) -> None:
-    names = {"q": ["batch", "head", "token", "dim"], "k": ["batch", "token", "head", "dim"], "v": ["x", "y", "z", "w"]}
-    with pytest.raises(
-        ProblemError, match=r"say that q is \[B, H, N, D\] \(.*\); k is \[B, N, H, D\] \(.*\); expected"
-    ) as refused:
-        oocattn.plan(write(tmp_path, names))
-    assert "v is" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("names", "refused"), [("token head dim", True), ("n h d", True), ("h n d", False), ("batch token dim", False)]
-)
-def test_three_dimensions_are_named_as_well(tmp_path: Path, names: str, refused: bool) -> None:
-    dataset = write(tmp_path, {name: names.split() for name in "qkv"}, shape=(4, 20, 8))
-    if refused:
-        with pytest.raises(ProblemError, match=r"q is \[N, H, D\].*\[H, N, D\].*--layout nhd"):
-            oocattn.plan(dataset)
-    else:
+def test_two_kinds_of_names_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    dataset = write(tmp_path, {"q": ["batch", "head", "token", "dim"]})
+    zarr.open_array(dataset / "q", mode="r+").attrs["_ARRAY_DIMENSIONS"] = ["batch", "token", "head", "dim"]
+    with pytest.raises(ProblemError, match=r"say that it is \[B, H, N, D\] .* and \[B, N, H, D\]"):
         Dataset.open(dataset)
 
 
 @pytest.mark.parametrize(
-    ("names", "refused"),
+    ("names", "shape"),
+    [
+        ("token head dim", (20, 4, 8)),
+        ("n h d", (20, 4, 8)),
+        ("h n d", (4, 20, 8)),
+        ("batch token dim", (4, 20, 8)),
+    ],
+)
+def test_three_dimensions_are_named_as_well(tmp_path: Path, names: str, shape: tuple[int, ...]) -> None:
+    dataset = write(tmp_path, {name: names.split() for name in "qkv"}, shape=shape)
+    assert Dataset.open(dataset).specs[0].shape == (4, 20, 8)
+
+
+@pytest.mark.parametrize(
+    ("names", "believed"),
     [
         (["batch", None, "heads", "dim"], True),
         ([None, "token", "heads", "dim"], True),
@@ -117,14 +122,10 @@ def test_three_dimensions_are_named_as_well(tmp_path: Path, names: str, refused:
     ],
 )
 def test_names_of_some_axes_are_believed_where_the_others_follow(
-    tmp_path: Path, names: list[str | None], refused: bool
+    tmp_path: Path, names: list[str | None], believed: bool
 ) -> None:
-    dataset = write(tmp_path, dict.fromkeys("qkv", names))
-    if refused:
-        with pytest.raises(ProblemError, match=r"q is \[B, N, H, D\] \(.*unnamed.*--layout bnhd"):
-            Dataset.open(dataset)
-    else:
-        Dataset.open(dataset)
+    found = Dataset.open(write(tmp_path, dict.fromkeys("qkv", names))).specs[0].shape
+    assert found == ((1, 20, 4, 8) if believed else (1, 4, 20, 8))
 
 
 @pytest.mark.parametrize("names", [7, "bnhd", [], ["batch"], [1, 2, 3, 4], [None] * 4, {"a": 1}, [["b"], "n", "h", "d"]])
@@ -137,7 +138,7 @@ def test_verify_believes_the_names_as_well(tmp_path: Path) -> None:
     oocattn.attention(dataset, result, kernel="cpu")
     for name in "qkv":
         zarr.open_array(dataset / name, mode="r+").attrs["_ARRAY_DIMENSIONS"] = ["batch", "token", "head", "dim"]
-    with pytest.raises(ProblemError, match=r"q is \[B, N, H, D\]"):
+    with pytest.raises(ProblemError, match=r"queries = \(0, 20\)"):
         oocattn.verify(result)
 
 
@@ -155,7 +156,9 @@ MANY_HEADS = r"\[1, 32, 4, 8\] is taken for \[B, H, N, D\], 32 heads x 4 tokens:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    """Those that doubt an order of dimensions; a machine that is busy while it is measured has others."""
+    found = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [text for text in found if "is taken for" in text]
 
 
 def test_more_heads_than_tokens_are_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -207,4 +210,4 @@ def test_an_import_of_more_heads_than_tokens_is_doubted(
     assert len(warned) == (0 if other is None else 2)
     letters = f"[{', '.join(layout.upper())}]"
     assert all(f"q.npy) {list(shape)} is taken for {letters}, 32 heads x 4 tokens" in text for text in warned)
-    assert all(f"oocattn import --layout {other}`" in text for text in warned)
+    assert all(f"--layout {other})" in text for text in warned)

@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_synced_is_said_once(
             write_text(place / "file", "text")
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}/a: this file system does not sync folders ({os.strerror(number)}): a power cut may cost what was "
-        "written last; after one, resume with --check-finished, and verify the result"
+        "written last; after one, resume with check_finished=True, and verify the result"
     ]
 
 

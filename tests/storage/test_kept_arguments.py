@@ -51,7 +51,7 @@ def test_kept_arrays_are_read_to_the_bit(group: Path) -> None:
 def test_plain_zarr_reads_them_and_each_dimension_has_one_length(group: Path) -> None:
     for name, array in GIVEN.items():
         np.testing.assert_array_equal(zarr.open_group(group, mode="r")[name][...], array)
-    assert sizes_of(group) == {"boundary": 4, "batch": 2, "input_query_head": 2}
+    assert sizes_of(group) == {"boundary": 4, "batch": 2, "query_head": 2}
 
 
 def test_only_what_the_problem_names_is_read(group: Path) -> None:

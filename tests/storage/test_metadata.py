@@ -19,7 +19,7 @@ from oocattn import BudgetError, IntegrityError, OocattnError, ProblemError
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import open_array
-from oocattn.storage.nodes import folder_attributes
+from oocattn.storage.nodes import group_attributes
 
 SECONDS = 10
 
@@ -274,7 +274,7 @@ def test_a_chunk_that_the_budget_cannot_hold_is_not_decoded_to_be_measured(
         "oocattn.storage.inputs.codecs.CodecReader.read",
         lambda self, *_: pytest.fail("decoded") if self.decode_bytes > 64 << 20 else None,
     )
-    with pytest.raises(BudgetError, match="--host-memory 64 MiB is too small"):
+    with pytest.raises(BudgetError, match="host_memory 64 MiB is too small"):
         oocattn.plan(dataset, host_memory="64MiB", kernel="cpu")
 
 
@@ -285,7 +285,7 @@ def test_arrays_of_results_are_opened_with_their_attributes(tmp_path: Path) -> N
         written.attrs["checksums"] = ["x"]
         group.create_group("inner")
         store = MappedStore(tmp_path / str(version), read_only=True)
-        assert folder_attributes(store.root) == {"a": {"b": 1}}
+        assert group_attributes(store.root) == {"a": {"b": 1}}
         array = open_array(store, "out", "the result")
         assert array is not None
         np.testing.assert_array_equal(array[...], written[...])
@@ -293,8 +293,8 @@ def test_arrays_of_results_are_opened_with_their_attributes(tmp_path: Path) -> N
         assert open_array(store, "lse", "the result") is None
         with pytest.raises(ProblemError, match="'inner' in the result is a group"):
             open_array(store, "inner", "the result")
-        assert folder_attributes(store.root / "out") == {}
-        assert folder_attributes(tmp_path / "nothing") == {}
+        assert group_attributes(store.root / "out") == {}
+        assert group_attributes(tmp_path / "nothing") == {}
 
 
 @pytest.mark.parametrize(

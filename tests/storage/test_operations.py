@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from oocattn.cli import main as cli
+from oocattn.naming import on_command_line
 from oocattn.storage.files.operations import describe_error, is_disk_full, name_failure, words_of
 
 
@@ -64,7 +65,7 @@ def test_a_path_cannot_forge_a_line() -> None:
         (OSError(errno.EIO, "the disk is on fire"), "[Errno 5] the disk is on fire"),
         (OSError(), "OSError"),
         (ValueError("wrong"), "wrong"),
-        (MemoryError(), "out of memory (no more is given): lower --host-memory, or close other programs, or raise the"),
+        (MemoryError(), "out of memory (no more is given): lower host_memory, or close other programs, or raise the"),
     ],
 )
 def test_other_errors_say_what_they_know(error: Exception, words: str) -> None:
@@ -86,4 +87,5 @@ def test_a_command_ends_with_one_line(
 
     monkeypatch.setattr("oocattn.status", fail)
     assert cli.main(["status", "/a/b"]) == 1
-    assert capsys.readouterr().err == f"oocattn: {words_of(error)}\n"
+    with on_command_line():
+        assert capsys.readouterr().err == f"oocattn: {words_of(error)}\n"

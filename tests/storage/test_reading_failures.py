@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from reading import CODECS, V2_CODECS, buffer_for, opened, random_data, same_bits, write
+from reading import CODECS, V2_CODECS, buffer_for, decode, opened, random_data, read_files, same_bits, write
 from zarr.codecs import ZstdCodec
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import IntegrityError
 from oocattn.storage.inputs import direct
-from oocattn.storage.inputs.codecs import CodecReader
 from oocattn.storage.inputs.direct import Reader, read_mapped, read_preadv
-from oocattn.storage.layout import ChunkFiles
 
 
 def chunk_files(root: Path) -> list[Path]:
@@ -37,10 +35,9 @@ def reading(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         array = opened(tmp_path)
         out = buffer_for(array, stop - start)
         if array.direct:
-            files = ChunkFiles(array.array, tmp_path, "the dataset")
-            (read_preadv if request.param == "preadv" else read_mapped)(files, 0, 0, start, stop, out)
+            read_files(read_preadv if request.param == "preadv" else read_mapped, array, 0, 0, start, stop, out)
         else:
-            CodecReader(array.array, "the dataset").read(0, 0, start, stop, out)
+            decode(array, 0, 0, start, stop, out)
 
     return tmp_path, read
 
@@ -111,7 +108,7 @@ def test_a_chunk_that_shrinks_before_it_is_mapped_is_named(tmp_path: Path, monke
 
     monkeypatch.setattr(direct, "map_file", shrink)
     with pytest.raises(IntegrityError, match=r"chunk 'c/0/0/0'.* has 10 bytes, expected 64"):
-        read_mapped(ChunkFiles(array.array, tmp_path, "dataset"), 0, 0, 0, 8, buffer_for(array, 8))
+        read_files(read_mapped, array, 0, 0, 0, 8, buffer_for(array, 8))
 
 
 @pytest.mark.parametrize("read", [read_preadv, read_mapped])
@@ -127,7 +124,7 @@ def test_a_chunk_that_cannot_be_read_is_no_evidence_of_damage(
     monkeypatch.setattr("mmap.mmap", refuse)
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(OSError, match=rf"cannot read {tmp_path}/q/c/0/0/0: Input/output error; the disk"):
-        read(ChunkFiles(array.array, tmp_path, "dataset"), 0, 0, 0, 8, buffer_for(array, 8))
+        read_files(read, array, 0, 0, 0, 8, buffer_for(array, 8))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])

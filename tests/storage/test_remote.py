@@ -104,7 +104,7 @@ def test_each_request_of_plan_run_and_verify_may_fail_once(
     oocattn.plan(url, kernel="cpu")
     result = carry_out(plan_for(url, chunks=3), url, tmp_path / "result")
     assert_same_bits(result, right)
-    assert oocattn.verify(tmp_path / "result", dataset=url).passed
+    assert oocattn.verify(tmp_path / "result", inputs=url).passed
     assert min(tries for (method, _), tries in server.tries.items() if method == "GET") >= 2
 
 
@@ -326,7 +326,7 @@ def test_a_run_resumes_where_its_server_was_gone(
     with pytest.raises(RemoteError, match=r"reading .*/v/c/.* tries in"):
         carry_out(plan, url, tmp_path / "result")
     server.fault = None
-    assert_same_bits(oocattn.resume(tmp_path / "result", dataset=url, engine="inline"), right)
+    assert_same_bits(oocattn.resume(tmp_path / "result", inputs=url, engine="inline"), right)
 
 
 def test_a_retry_after_beyond_the_minute_ends_it(server: Server) -> None:

@@ -105,7 +105,7 @@ def test_a_wrong_problem_is_refused_before_anything_is_written(tmp_path, change,
 def test_an_existing_path_is_kept_unless_overwriting_is_asked_for(tmp_path):
     path = tmp_path / "qkv.zarr"
     synthesise(path, tokens=10, heads=1, head_dim=8, dtype="float16")
-    with pytest.raises(ResultExistsError, match="--overwrite"):
+    with pytest.raises(ResultExistsError, match="overwrite=True"):
         synthesise(path, tokens=20, heads=1, head_dim=8, dtype="float16")
     assert zarr.open_group(path)["q"].shape[2] == 10
     synthesise(path, tokens=20, heads=1, head_dim=8, dtype="float16", overwrite=True)

@@ -9,17 +9,17 @@ import torch
 from tensors import check_dataset, make_tensors, save_npy, to_torch
 
 from oocattn.errors import ProblemError
-from oocattn.storage.make import tensor_files
+from oocattn.storage.inputs import direct
 from oocattn.storage.make.importing import import_arrays
 
 
-@pytest.mark.parametrize("step", [1, 100, 1 << 20, None])
+@pytest.mark.parametrize("step", [8, 100, 1 << 18, None])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_tensors_are_views_of_others_in_files_of_torch(tmp_path, monkeypatch, step, dtype):
     """Mapped, or read in steps of any size: transposed, every other row, repeated, from the middle of a larger one."""
     if step is not None:
-        monkeypatch.setattr(tensor_files, "STEP_BYTES", step)
-        monkeypatch.setattr(tensor_files, "map_file", lambda *_: None)
+        monkeypatch.setattr(direct, "SCRATCH_BYTES", step)
+        monkeypatch.setattr(direct, "map_file", lambda *_: None)
     held, _ = make_tensors(dtype, heads=2, kv_heads=2, tokens=10)
     whole = to_torch(np.concatenate([held["q"], held["k"]], axis=1))
     views = {

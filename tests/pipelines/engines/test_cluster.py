@@ -155,7 +155,7 @@ def test_workers_that_see_no_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         first, second = worker_addresses(client)
         monkeypatch.setattr(cluster, "_visible_gpus", lambda: [])
-        with pytest.raises(ProblemError, match=f"worker {first}, {second} sees no GPU: start workers where .*--kernel cpu"):
+        with pytest.raises(ProblemError, match=f"worker {first}, {second} sees no GPU: start workers where .*kernel='cpu'"):
             assign_devices(client, "cuda", [first, second])
         seen = iter([["host GPU-7"], []])
         monkeypatch.setattr(client, "run", answering(dict(zip((first, second), seen, strict=True))))

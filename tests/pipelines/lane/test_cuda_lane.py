@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def require(kernel: str, dtype: str, head_dim: int) -> None:
     """Skip the test where the kernel cannot serve."""
-    reason = get_kernel(kernel).unsupported_reason(torch.device("cuda"), dtype, head_dim)
+    reason = get_kernel(kernel).unsupported_reason(torch.device("cuda"), dtype, head_dim, head_dim)
     if reason:
         pytest.skip(f"{kernel}: {reason}")
 

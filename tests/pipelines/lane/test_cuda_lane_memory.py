@@ -92,7 +92,7 @@ def test_a_budget_too_small_for_any_tile_is_refused_with_one_that_works(
     client: Client, datasets: Datasets, tmp_path: Path
 ) -> None:
     dataset = datasets(20_011, heads=2, kv_heads=1, head_dim=64, dtype="float16")
-    with pytest.raises(BudgetError, match=r"--device-memory 1 MiB is too small .* works is (\d+)MiB") as refused:
+    with pytest.raises(BudgetError, match=r"device_memory 1 MiB is too small .* works is (\d+)MiB") as refused:
         oocattn.plan(dataset, kernel="flash", device_memory="1MiB")
     smallest = re.search(r"works is (\d+)MiB", str(refused.value))[1]
     before = reserved_bytes()

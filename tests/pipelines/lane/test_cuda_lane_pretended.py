@@ -172,7 +172,7 @@ def test_out_of_memory_goes_on_with_smaller_tiles(
 def test_no_room_for_the_smallest_tile_is_a_budget_error(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301))
     cramp(monkeypatch, 0)
-    with pytest.raises(BudgetError, match="no memory left even for tiles of 1 queries: free some, or lower --device-memory"):
+    with pytest.raises(BudgetError, match="no memory left even for tiles of 1 queries: free some, or lower device_memory"):
         carry_out(pretend.gpu_plan(dataset, (64, 20), chunks=1), dataset, fast_path / "result.zarr")
     assert not (fast_path / "result.zarr").exists()
 

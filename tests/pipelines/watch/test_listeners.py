@@ -12,7 +12,7 @@ from support import Recorder, carry_out, plan_for
 
 import oocattn
 from oocattn import Event, IntegrityError, WorkerLostError
-from oocattn.pipelines.watch.status import StatusFile
+from oocattn.pipelines.watch.status_file import StatusFile
 
 ERRORS = [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),  # of a log, not of the result

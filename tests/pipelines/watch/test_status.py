@@ -30,7 +30,7 @@ def dataset(fast_path: Path) -> Path:
 def test_from_none_over_running_to_finished(client: Client, dataset: Path, fast_path: Path) -> None:
     result = fast_path / "result.zarr"
     assert oocattn.status(result) == Status("none", result=str(result))
-    assert str(oocattn.status(result)) == f"none: no run to {result} has begun"
+    assert str(oocattn.status(result)).startswith(f"none: no run to {result} has begun;")
     seen: list[tuple[str, Status]] = []
     plan = plan_for(dataset, chunks=13)
     carry_out(plan, dataset, result, client, callbacks=[lambda event: seen.append((event.kind, oocattn.status(result)))])
@@ -48,7 +48,7 @@ def test_from_none_over_running_to_finished(client: Client, dataset: Path, fast_
 
 
 def test_progress_is_written_down(dataset: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oocattn.pipelines.watch.status.WRITING_SECONDS", 0.0)
+    monkeypatch.setattr("oocattn.pipelines.watch.status_file.WRITING_SECONDS", 0.0)
     result = fast_path / "result.zarr"
     seen: list[Status] = []
 
@@ -77,7 +77,16 @@ def test_a_run_that_failed_is_interrupted_and_says_why(dataset: Path, fast_path:
     assert status.state == "interrupted"
     assert status.error == "SystemExit: enough"
     assert "it ended: SystemExit: enough\nabout " in str(status)
-    assert str(status).endswith("left; nobody works on it")
+    assert str(status).endswith("left; no process works on it")
+
+
+def test_a_run_that_was_killed_says_that_its_process_is_gone_and_what_is_on_disk() -> None:
+    killed = Status("interrupted", 10, subproblems_done=4, tokens=1000, bytes_read=5 << 30, seconds_left=90.0)
+    assert str(killed).splitlines() == [
+        "interrupted: 4 of 10 subproblems are on disk, 400 of 1,000 tokens (40%)",
+        "5 GiB read, 0 B of partials, 0 B written",
+        "its process was killed, or the machine went down; about 90 s left; no process works on it",
+    ]
 
 
 def test_before_the_first_subproblem_is_done_the_plan_says_how_long_it_takes(fast_path: Path) -> None:
@@ -272,7 +281,7 @@ def test_a_damaged_journal_is_an_error_that_says_what_to_do(
         carry_out(plan_for(dataset), dataset, paths.result, callbacks=[refuse])
     (paths.state / "plan.json").write_text(content)
     for use in (oocattn.status, oocattn.resume, lambda result: oocattn.attention(dataset, result)):
-        with pytest.raises(IntegrityError, match=r"plan\.json.* cannot be resumed: begin again with .*\(--overwrite\)$"):
+        with pytest.raises(IntegrityError, match=r"plan\.json.* cannot be resumed: begin again with overwrite=True$"):
             use(paths.result)
     assert main(["status", str(paths.result)]) == 1
     assert capsys.readouterr().err.count("\n") == 1

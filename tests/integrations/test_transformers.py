@@ -1,0 +1,202 @@
+"""Models of transformers with random weights: oocattn gives the logits that `sdpa` gives, and records what layers get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+import oocattn
+
+transformers = pytest.importorskip("transformers")
+
+TOKENS, WINDOW = 20, 5
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+STREAMED, SMALL = 1, None  # device_memory
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    """Attention of oocattn is known while a test runs, and gradients are off."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    mappings = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+    found = [dict(mapping) for mapping in mappings]
+    with torch.no_grad():
+        yield
+    for mapping, before in zip(mappings, found, strict=True):
+        mapping.clear()
+        mapping.update(before)
+
+
+def make_model(kind: str = "Llama", **more: Any) -> Any:
+    torch.manual_seed(0)
+    if kind == "Mistral":
+        more["sliding_window"] = WINDOW
+    if kind == "Bert":
+        return transformers.BertModel(transformers.BertConfig(**SHAPE)).eval()
+    config = getattr(transformers, f"{kind}Config")(**SHAPE, **more)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def make_ids() -> torch.Tensor:
+    return torch.randint(1, 64, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def padding(left: int = 0, right: int = 0, hole: int | None = None) -> torch.Tensor:
+    """A mask of two entries, the second with padding at its ends."""
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    mask[1, :left] = 0
+    mask[1, TOKENS - right :] = 0
+    if hole is not None:
+        mask[1, hole] = 0
+    return mask
+
+
+def outputs(model: Any, implementation: str, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    model.set_attn_implementation(implementation)
+    found = model(ids, attention_mask=mask)
+    return found.last_hidden_state if hasattr(found, "last_hidden_state") else found.logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "mask"),
+    [
+        ("Llama", None),
+        ("Llama", padding(left=6)),
+        ("Llama", padding(right=7)),
+        ("Mistral", padding()),
+        ("Mistral", padding(3, 12)),  # rows after the window of the last key
+        ("Bert", padding(3, 12)),
+    ],
+    ids=["Llama", "Llama-left", "Llama-right", "Mistral", "Mistral-both", "Bert-both"],
+)
+def test_streamed_attention_gives_the_logits_of_sdpa(kind: str, mask: torch.Tensor | None) -> None:
+    """Causal, with a window and bidirectional, without padding and with it at either end."""
+    model, ids = make_model(kind), make_ids()
+    expected = outputs(model, "sdpa", ids, mask)
+    oocattn.integrations.transformers.register(device_memory=STREAMED)
+    found = outputs(model, "oocattn", ids, mask)
+    there = padding().bool() if mask is None else mask.bool()
+    torch.testing.assert_close(found[there], expected[there], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, padding(4, 3), padding(hole=9)], ids=["none", "ends", "hole"])
+def test_small_calls_go_to_sdpa_with_its_own_mask(mask: torch.Tensor | None) -> None:
+    model, ids = make_model("Mistral"), make_ids()
+    expected = outputs(model, "sdpa", ids, mask)
+    oocattn.integrations.transformers.register(device_memory=SMALL)
+    assert torch.equal(outputs(model, "oocattn", ids, mask), expected)
+
+
+def test_text_is_generated_from_a_cache_with_padding_at_the_left() -> None:
+    model, ids = make_model("Mistral"), make_ids()
+    oocattn.integrations.transformers.register(device_memory=STREAMED)
+    texts = []
+    for implementation in ("sdpa", "oocattn"):
+        model.set_attn_implementation(implementation)
+        texts.append(model.generate(ids, attention_mask=padding(left=6), max_new_tokens=2, do_sample=False))
+    assert torch.equal(*texts)
+
+
+def test_softcap_and_sinks_of_a_model_are_those_of_its_eager_attention() -> None:
+    torch.manual_seed(0)
+    shape = {**SHAPE, "head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
+    model, ids = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**shape)).eval(), make_ids()
+    expected = outputs(model, "eager", ids, None)
+    oocattn.integrations.transformers.register()
+    torch.testing.assert_close(outputs(model, "oocattn", ids, None), expected, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_streamed_is_refused_by_name() -> None:
+    model, ids = make_model(), make_ids()
+    oocattn.integrations.transformers.register(device_memory=STREAMED)
+    dense = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)
+    with pytest.raises(oocattn.ProblemError, match="padding between other tokens of batch entry 1"):
+        outputs(model, "oocattn", ids, padding(hole=9))
+    with pytest.raises(oocattn.ProblemError, match="attention_mask: a dense mask or bias is not supported"):
+        outputs(model, "oocattn", ids, dense)
+    with pytest.raises(oocattn.ProblemError, match="remap_positions_for_packed_sequence, which is no band"):
+        model(ids, position_ids=torch.arange(TOKENS).remainder(7).expand(2, -1), use_cache=False)  # packed texts
+    with pytest.raises(oocattn.ProblemError, match=r"no dropout; call model.eval\(\)"):
+        make_model(attention_dropout=0.5, attn_implementation="oocattn").train()(ids)
+    with torch.enable_grad(), pytest.raises(oocattn.ProblemError, match=r"torch.no_grad\(\)"):
+        model(ids)
+    with pytest.raises(oocattn.ProblemError, match="device_memory 'much'"):
+        oocattn.integrations.transformers.register(device_memory="much")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "oocattn"])
+def test_a_recorded_layer_is_a_dataset_whose_attention_is_the_layers(fast_path: Path, implementation: str) -> None:
+    oocattn.integrations.transformers.register()
+    model, ids, got = make_model(), make_ids(), []
+    model.set_attn_implementation(implementation)
+    expected = model(ids).logits
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: got.append(inputs[0]))
+    with oocattn.integrations.transformers.capture(model, fast_path / "store.zarr", layers=[1]):
+        assert torch.equal(model(ids).logits, expected)
+    model(ids)  # is not recorded any more
+    assert {path.name for path in (fast_path / "store.zarr").iterdir()} == {"zarr.json", "layer-1"}
+    result = oocattn.attention(fast_path / "store.zarr/layer-1", fast_path / "out.zarr", causal=True, engine="inline")
+    out = np.asarray(result.out[...]).swapaxes(1, 2).reshape(2, TOKENS, -1)  # [B, N, Hq D], as the layer goes on with it
+    np.testing.assert_allclose(out, got[0].numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_recording_needs_no_gradient_to_be_off_and_a_layer_that_failed_is_recorded_anew(
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = make_model(), make_ids()
+    with torch.enable_grad(), oocattn.integrations.transformers.capture(model, fast_path / "store.zarr", layers=[0]):
+        with monkeypatch.context() as patched:
+            patched.setattr("oocattn.integrations.capturing.fill_array", Mock(side_effect=OSError("full")))
+            with pytest.raises(OSError, match="full"):
+                model(ids)
+        assert model(ids).logits.requires_grad
+    assert {path.name for path in (fast_path / "store.zarr").iterdir()} == {"zarr.json", "layer-0"}
+
+
+def test_a_recording_goes_on_where_the_cache_grows(fast_path: Path) -> None:
+    import zarr
+
+    model, ids = make_model(), make_ids()
+    whole, parts = fast_path / "whole.zarr", fast_path / "parts.zarr"
+    with oocattn.integrations.transformers.capture(model, whole):
+        model(ids)
+    with oocattn.integrations.transformers.capture(model, parts):
+        cache = model(ids[:, :12], use_cache=True).past_key_values
+        model(ids[:, 12:], past_key_values=cache)
+    for layer, name in ((layer, name) for layer in (0, 1) for name in "qkv"):
+        one, other = (np.asarray(zarr.open_array(path / f"layer-{layer}/{name}", mode="r")[...]) for path in (whole, parts))
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_a_second_pass_layers_that_are_not_there_and_an_idle_recording_are_named(
+    fast_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    capture, model, ids = oocattn.integrations.transformers.capture, make_model(), make_ids()
+    with pytest.raises(oocattn.ProblemError, match=r"layers = \[5\]: .* has the layers \[0, 1\]"):
+        capture(model, fast_path / "store.zarr", layers=[5])
+    with capture(model, fast_path / "store.zarr"):
+        model(ids)
+        with pytest.raises(oocattn.ProblemError, match="record each pass"):
+            model(ids)
+    with pytest.raises(oocattn.ResultExistsError, match="exists already"):
+        capture(model, fast_path / "store.zarr")
+    with capture(model, fast_path / "store.zarr", overwrite=True):
+        pass
+    assert "none of its layers ran" in caplog.text

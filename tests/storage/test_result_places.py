@@ -1,0 +1,155 @@
+"""Results in stores next to something else: other runs' job state, inputs, runs that lost their lock."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from fsspec.implementations.memory import MemoryFileSystem
+from support import carry_out, plan_for
+
+import oocattn
+from oocattn.errors import LockedError, ProblemError, RemoteError, ResultExistsError
+from oocattn.storage.inputs.zarr_nodes import open_node
+from oocattn.storage.journal.store_lock import StoreLock
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.results.chunk_objects import ChunkObjects
+from oocattn.storage.results.growing import RunState, is_untidy
+from oocattn.storage.results.stored import stored_result
+
+ASKED: dict[str, Any] = {"kernel": "cpu", "engine": "inline", "chunks": 3, "host_memory": "64MiB"}
+
+NUMBERS = itertools.count()
+
+
+class Stop(BaseException):
+    """What ends a run."""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def stop(event: oocattn.Event) -> None:
+    if event.kind == "written":
+        raise Stop
+
+
+def test_a_run_begun_in_a_folder_is_not_removed_by_a_resume_from_the_store(dataset: Path, here: Path) -> None:
+    url = f"memory://places/r{next(NUMBERS)}.zarr"
+    with pytest.raises(Stop):
+        carry_out(plan_for(dataset, chunks=3), dataset, ResultPaths.at(url), callbacks=[stop])
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()}
+    assert before
+    with pytest.raises(ProblemError, match="no run to resume from here"):
+        oocattn.resume(url, scratch="store", engine="inline")
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()} == before
+    oocattn.resume(url, engine="inline")
+
+
+def test_a_late_chunk_of_a_run_that_lost_its_lock_does_not_replace_that_of_the_next() -> None:
+    stored = stored_result(f"memory://places/r{next(NUMBERS)}.zarr", None)
+    array = zarr.create_array({}, name="out", shape=(2,), dtype="uint8", chunks=(2,), compressors=None)
+    assert stored.beside is not None
+    with StoreLock(stored.beside, "here") as lock:
+        chunks = ChunkObjects(stored, lock.claim)
+        for content in (b"ab", b"cd"):
+            chunks.write(array, (0,), np.frombuffer(content, np.uint8))
+            assert stored.read("out/c/0") == content
+        lock.claim.check()
+        stored.beside.write("lock-00000002", b"{}")
+        with pytest.raises(LockedError, match="was lost to"):
+            chunks.write(array, (0,), np.frombuffer(b"ef", np.uint8))
+    assert stored.read("out/c/0") == b"cd"
+
+
+@pytest.mark.parametrize("kind", ["URL", "FsspecStore", "beside", "MemoryStore", "read-only", "wrapped", "local, wrapped"])
+def test_a_result_never_replaces_a_tensor_that_it_is_computed_from(kind: str, fast_path: Path) -> None:
+    numbers = np.ones((1, 1, 8, 4), np.float32)
+    url, held = f"memory://places/r{next(NUMBERS)}.zarr", zarr.storage.MemoryStore()
+    store: Any = held
+    if kind in ("URL", "FsspecStore", "beside"):
+        store = zarr.storage.FsspecStore.from_url(url + (".oocattn" if kind == "beside" else ""))
+    elif kind == "local, wrapped":
+        store = zarr.storage.LoggingStore(zarr.storage.LocalStore(fast_path / "r"))
+    elif kind == "wrapped":
+        store = zarr.storage.LoggingStore(held)
+    q: Any = zarr.create_array(store, name="a/out", data=numbers)
+    if kind == "read-only":
+        q = zarr.open_array(store, path="a/out", mode="r")
+    result: Any = zarr.storage.StorePath(held, "a")
+    if kind in ("URL", "beside"):
+        q, result = f"{url}{'.oocattn' if kind == 'beside' else ''}/a/out", f"{url}/a" if kind == "URL" else url
+    elif kind == "FsspecStore":
+        result = zarr.storage.StorePath(store, "a/out/b")
+    elif kind == "local, wrapped":
+        result = fast_path / "r"
+    place = {} if kind == "local, wrapped" else {"scratch": fast_path / "scratch", "lock": "none"}
+    with pytest.raises(ResultExistsError, match="belongs to the dataset"):
+        oocattn.attention({"q": q, "k": numbers, "v": numbers}, result, overwrite=True, **place, **ASKED)
+    np.testing.assert_array_equal(zarr.open_array(store, path="a/out", mode="r")[...], numbers)
+
+
+def test_a_result_may_lie_beside_its_tensors(fast_path: Path) -> None:
+    numbers, store = np.ones((1, 1, 8, 4), np.float32), zarr.storage.MemoryStore()
+    q = zarr.create_array(store, name="a/q", data=numbers)
+    place = zarr.storage.StorePath(store, "a/qout")
+    asked = {**ASKED, "scratch": fast_path / "scratch", "lock": "none"}
+    found = oocattn.attention({"q": q, "k": numbers, "v": numbers}, place, **asked)
+    np.testing.assert_array_equal(found.out[...], numbers)
+
+
+def test_a_result_within_a_store_is_opened_by_xarray_where_it_is(dataset: Path, fast_path: Path) -> None:
+    pytest.importorskip("xarray")
+    place = zarr.storage.StorePath(zarr.storage.MemoryStore(), "a/b")
+    found = carry_out(plan_for(dataset, chunks=1), dataset, ResultPaths.at(place, fast_path / "scratch", "none"))
+    opened = found.to_xarray()
+    np.testing.assert_array_equal(opened["out"], found.out[...])
+
+
+def test_no_message_shows_the_secrets_of_a_store_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret, options = "a-long-secret-value", {"token": "a-long-secret-value"}
+
+    def refuse(self: Any, path: str, *arguments: Any, **options: Any) -> bytes:
+        raise PermissionError(f"{path}: {secret} is not allowed")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", refuse)
+    store = zarr.storage.FsspecStore.from_url(f"memory://places/r{next(NUMBERS)}", storage_options=options)
+    result = stored_result(store, None)
+    assert result.beside is not None
+    for read in (result.read, result.beside.read, lambda key: zarr.open_group(open_node(store)[0], mode="r", path=key)):
+        with pytest.raises(RemoteError, match=r"\*\*\* is not allowed") as found:
+            read("key")
+        assert secret not in str(found.value)
+    named = zarr.storage.FsspecStore(store.fs, path="/user:password@host/r")
+    assert "password" not in str(stored_result(named, None))
+
+
+def test_what_a_run_left_in_the_store_is_removed_from_any_folder(
+    dataset: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(self: RunState) -> None:
+        raise Stop
+
+    url = f"memory://places/r{next(NUMBERS)}.zarr"
+    with monkeypatch.context() as patched:
+        patched.setattr(RunState, "tidy", end)
+        with pytest.raises(Stop):
+            carry_out(plan_for(dataset, chunks=3), dataset, ResultPaths.at(url, "store"))
+    paths = ResultPaths.at(url)
+    assert paths.beside is not None
+    assert {"run.json", "scratch/plan.json"} <= set(paths.beside.list())
+    paths.beside.write("notes.txt", b"mine")
+    assert is_untidy(paths)
+    oocattn.resume(url, engine="inline")
+    assert paths.beside.list() == ["notes.txt", "report.json"]
+    assert not is_untidy(paths)
