@@ -57,6 +57,15 @@ def result(fast_path: Path) -> Path:
     return fast_path / "result.zarr"
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _process_state_is_left_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a setting of the process changed, and name the setting."""

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
-from zarr.storage import FsspecStore, LocalStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore
 
 from oocattn.errors import ResultExistsError
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.given_store import GivenStore
 from oocattn.storage.inputs.zarr_source import ZarrSource
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.zarr_compat import Store
+from oocattn.storage.remote.store import unwrapped_files
+from oocattn.storage.zarr_compat import Store, unwrapped
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,11 @@ class _Place:
         if isinstance(store, GivenStore):
             path = _join(store.prefix, path)
             store = store.given
-        while isinstance(store, WrapperStore):
-            store = store._store
+        store = unwrapped(store)
         if isinstance(store, LocalStore):
             return cls.of_file(store.root / path)
         if isinstance(store, FsspecStore):
-            files: Any = getattr(store.fs, "sync_fs", store.fs)  # of a wrapper, what it wraps
+            files = unwrapped_files(store.fs)
             path = _join(store.path, path)
             return cls.of_file(Path(f"/{path}")) if isinstance(files, LocalFileSystem) else cls(type(files), path)
         return cls(_content_of(store), path.strip("/"))

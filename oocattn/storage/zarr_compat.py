@@ -17,7 +17,7 @@ from zarr.core.dtype.common import DTypeJSON, HasEndianness, HasItemSize
 from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
 from zarr.core.sync import sync
 from zarr.dtype import ZDType, data_type_registry
-from zarr.storage import StorePath
+from zarr.storage import StorePath, WrapperStore
 
 try:
     from zarr.errors import DataTypeValidationError  # type: ignore[attr-defined, unused-ignore]
@@ -29,6 +29,13 @@ def parse_metadata(document: dict[str, Any]) -> Any:
     """The metadata object of an array's JSON document, of format 2 or 3. Raises whatever Zarr raises."""
     kind: Any = ArrayV3Metadata if document.get("zarr_format") == 3 else ArrayV2Metadata
     return kind.from_dict(document)
+
+
+def unwrapped(store: Store) -> Store:
+    """What is in all wrappers of a store, or the store."""
+    while isinstance(store, WrapperStore):
+        store = store._store
+    return store
 
 
 def array_at(store: Store, path: str, metadata: Any) -> zarr.Array[Any]:

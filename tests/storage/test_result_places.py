@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
+from interrupting import EnoughError, interrupt
 from support import carry_out, plan_for
 
 import oocattn
@@ -25,29 +26,13 @@ ASKED: dict[str, Any] = {"kernel": "cpu", "engine": "inline", "chunks": 3, "host
 
 NUMBERS = itertools.count()
 
-
-class Stop(BaseException):
-    """What ends a run."""
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, empty."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def stop(event: oocattn.Event) -> None:
-    if event.kind == "written":
-        raise Stop
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_a_run_begun_in_a_folder_is_not_removed_by_a_resume_from_the_store(dataset: Path, here: Path) -> None:
     url = f"memory://places/r{next(NUMBERS)}.zarr"
-    with pytest.raises(Stop):
-        carry_out(plan_for(dataset, chunks=3), dataset, ResultPaths.at(url), callbacks=[stop])
+    with pytest.raises(EnoughError):
+        carry_out(plan_for(dataset, chunks=3), dataset, ResultPaths.at(url), callbacks=[interrupt("written", 1)])
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()}
     assert before
     with pytest.raises(ProblemError, match="no run to resume from here"):
@@ -138,12 +123,12 @@ def test_what_a_run_left_in_the_store_is_removed_from_any_folder(
     dataset: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def end(self: RunState) -> None:
-        raise Stop
+        raise EnoughError
 
     url = f"memory://places/r{next(NUMBERS)}.zarr"
     with monkeypatch.context() as patched:
         patched.setattr(RunState, "tidy", end)
-        with pytest.raises(Stop):
+        with pytest.raises(EnoughError):
             carry_out(plan_for(dataset, chunks=3), dataset, ResultPaths.at(url, "store"))
     paths = ResultPaths.at(url)
     assert paths.beside is not None

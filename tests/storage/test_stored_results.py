@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
+from interrupting import EnoughError, interrupt
 from object_store import BUCKET, SECRET, client_of, objects_in, serving_s3
 from support import assert_same_bits, carry_out, plan_for
 
@@ -32,24 +33,13 @@ ARGUMENTS = {"result": None, "scratch": None, "lock": "auto", "storage_options":
 
 NUMBERS = itertools.count()
 
-
-class Stop(BaseException):
-    """What ends a run."""
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, Any]]:
     with serving_s3() as options:
         yield options
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, empty."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.fixture
@@ -94,15 +84,10 @@ def seen(place: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in place.items() if name != "lock"}
 
 
-def stop(event: oocattn.Event) -> None:
-    if event.kind == "written":
-        raise Stop
-
-
 def begin(plan: oocattn.Plan, dataset: Path, place: dict[str, Any]) -> None:
     """A run that ends after its first chunk."""
-    with pytest.raises(Stop):
-        carry_out(plan, dataset, paths_of(place), callbacks=[stop])
+    with pytest.raises(EnoughError):
+        carry_out(plan, dataset, paths_of(place), callbacks=[interrupt("written", 1)])
 
 
 def test_a_result_has_the_same_bits_wherever_it_is(

@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError, OocattnError, ProblemError
-from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.axes import LAYOUTS, Axes
-from oocattn.storage.inputs.kept import keep, recall
+from oocattn.storage.inputs.in_process import InProcessSource
 from oocattn.storage.inputs.meaning import believed_order
-from oocattn.storage.inputs.origin import Origin
 from oocattn.storage.inputs.source import Opened, TensorSource
-from oocattn.storage.inputs.values import check_dtype, checksum
+from oocattn.storage.inputs.values import check_dtype
 from oocattn.storage.locations import describe
 from oocattn.storage.remote.options import StorageOptions
 
@@ -30,24 +27,14 @@ COPIES = 4
 """Bound on the copies of the chunks of one read that live at once. What a graph of Dask needs besides is not known."""
 
 
-class ComputedSource(TensorSource):
+class ComputedSource(InProcessSource):
     """A tensor whose numbers are computed as they are read, in this process, with `chunks` along its stored axes."""
 
     def __init__(
         self, name: str, content: dask.array.Array | xarray.Variable, chunks: Sequence[int], kind: str, axes: Axes
     ) -> None:
-        super().__init__(name, Origin(kind, "", "", axes), tuple(map(int, content.shape)), content.dtype.name)
-        self._content = content
+        super().__init__(name, content, kind, content.shape, content.dtype.name, axes)
         self._chunks = tuple(chunks)
-        self._token = keep(self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return recall, (self._token, self.name)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """See `TensorSource.dtype`."""
-        return numpy_dtype(self.spec.dtype)
 
     @property
     def direct(self) -> bool:
@@ -84,20 +71,9 @@ class ComputedSource(TensorSource):
         """See `TensorSource.describe`."""
         return f"an array of {self.origin.kind}, computed as it is read"
 
-    def check_complete(self) -> None:
-        """What is computed is there."""
-
-    def fingerprints(self) -> tuple[str, str, str]:
-        """A checksum of the bytes, computed when first asked for."""
-        return self._checksum, self._checksum, self._checksum
-
     def reopen(self) -> TensorSource:
         """The same: what it is computed from is not known."""
         return self
-
-    @cached_property
-    def _checksum(self) -> str:
-        return checksum(self)
 
     def _read(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
         self._read_heads(batch, [head], start, stop, [out])

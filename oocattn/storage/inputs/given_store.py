@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zarr.storage import MemoryStore, ObjectStore, WrapperStore, ZipStore
+from zarr.storage import MemoryStore, ObjectStore, ZipStore
 
 from oocattn.storage.inputs.kept import keep, recall
 from oocattn.storage.remote.store import all_of
@@ -22,6 +22,7 @@ from oocattn.storage.zarr_compat import (
     Store,
     SuffixByteRequest,
     buffer_prototype,
+    unwrapped,
 )
 
 ASKED = 64
@@ -45,10 +46,7 @@ class GivenStore(Store):
         self._given = store
         self._prefix = prefix
         self._token = keep(self)
-        inner: Any = store
-        while isinstance(inner, WrapperStore):
-            inner = inner._store
-        self._inner: Store = inner
+        self._inner = inner = unwrapped(store)
         self.location = f"{type(inner).__name__}/{prefix}".rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:

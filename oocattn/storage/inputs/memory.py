@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +11,9 @@ from numpy.typing import NDArray
 from oocattn.errors import ProblemError
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.axes import Axes
-from oocattn.storage.inputs.kept import keep, recall
-from oocattn.storage.inputs.origin import Origin
+from oocattn.storage.inputs.in_process import InProcessSource
 from oocattn.storage.inputs.source import Opened, TensorSource
-from oocattn.storage.inputs.values import check_dtype, checksum
+from oocattn.storage.inputs.values import check_dtype
 from oocattn.storage.locations import describe
 from oocattn.storage.remote.options import StorageOptions
 
@@ -23,23 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 
-class MemorySource(TensorSource):
-    """A tensor in memory. `content` holds its numbers in `axes`; a worker in another process cannot read it."""
+class MemorySource(InProcessSource):
+    """A tensor in memory. `content` holds its numbers in `axes`."""
 
     def __init__(self, name: str, content: NDArray[Any] | torch.Tensor, axes: Axes) -> None:
         kind = "numpy" if isinstance(content, np.ndarray) else "torch"
         dtype = content.dtype.name if isinstance(content, np.ndarray) else str(content.dtype).removeprefix("torch.")
-        super().__init__(name, Origin(kind, "", "", axes), tuple(content.shape), dtype)
-        self._content = content
-        self._token = keep(self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return recall, (self._token, self.name)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """See `TensorSource.dtype`."""
-        return numpy_dtype(self.spec.dtype)
+        super().__init__(name, content, kind, content.shape, dtype, axes)
 
     @property
     def reader(self) -> str:
@@ -50,20 +38,9 @@ class MemorySource(TensorSource):
         """See `TensorSource.describe`."""
         return "in memory, copied"
 
-    def check_complete(self) -> None:
-        """What is in memory is there."""
-
-    def fingerprints(self) -> tuple[str, str, str]:
-        """A checksum of the bytes, as they were when first asked for."""
-        return self._checksum, self._checksum, self._checksum
-
     def reopen(self) -> TensorSource:
         """The same memory, with the numbers that it holds now."""
         return MemorySource(self.name, self._content, self.axes)
-
-    @cached_property
-    def _checksum(self) -> str:
-        return checksum(self)
 
     def _read(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
         found = self._content[self.axes.select(batch, head, slice(start, stop))]

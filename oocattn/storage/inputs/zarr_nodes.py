@@ -19,7 +19,7 @@ from oocattn.storage.locations import Location, parse_location
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import is_array, open_array, read_group
 from oocattn.storage.remote.options import StorageOptions
-from oocattn.storage.remote.store import RemoteStore, open_remote, secrets_of_files
+from oocattn.storage.remote.store import RemoteStore, open_remote, unwrapped_files
 from oocattn.storage.zarr_compat import Store
 
 Place: TypeAlias = "str | Path | Location | zarr.Group | zarr.Array[Any] | Store"
@@ -59,14 +59,12 @@ def _within(store: Store, path: str) -> tuple[Store, str]:
 
 def _remote(store: FsspecStore, path: str) -> tuple[Store, str]:
     root = f"{store.path.rstrip('/')}/{path}".rstrip("/")
-    files: Any = store.fs
-    url = getattr(files, "sync_fs", files).unstrip_protocol(root)
+    url = unwrapped_files(store.fs).unstrip_protocol(root)
     if url.startswith("file://"):
         folder = parse_location(url).path
         assert folder is not None
         return MappedStore(folder, read_only=True), str(folder)
-    ours = RemoteStore(files, read_only=True, path=root, allowed_exceptions=store.allowed_exceptions)
-    ours.location, ours.secrets = str(Location(url, None)), secrets_of_files(files)
+    ours = RemoteStore.of_files(store.fs, root, url, read_only=True, allowed_exceptions=store.allowed_exceptions)
     return ours, ours.location
 
 

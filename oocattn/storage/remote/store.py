@@ -52,6 +52,14 @@ class RemoteStore(FsspecStore):
     secrets: tuple[str, ...] = ()
     """What no message shows."""
 
+    @classmethod
+    def of_files(cls, files: Any, path: str, url: str, **options: Any) -> RemoteStore:
+        """The store at a path of an open file system, which has this URL. No message shows a value of its options."""
+        found = cls(files, path=path, **options)
+        found.location = str(Location(url, None))
+        found.secrets = secrets_of(getattr(unwrapped_files(files), "storage_options", None))
+        return found
+
     def _path_of(self, key: str) -> str:
         """What the file system calls a key."""
         root = self.path.rstrip("/")
@@ -216,9 +224,9 @@ def _version(told: Mapping[str, Any]) -> str:
     return f"{told.get('size')} {tag}"
 
 
-def secrets_of_files(files: Any) -> tuple[str, ...]:
-    """What no message may show of a file system's options, or of those of the one that it wraps."""
-    return secrets_of(getattr(getattr(files, "sync_fs", files), "storage_options", None))
+def unwrapped_files(files: Any) -> Any:
+    """A file system of fsspec, or the one in it that it makes asynchronous."""
+    return getattr(files, "sync_fs", files)
 
 
 def open_remote(location: Location, storage_options: StorageOptions | None = None, *, read_only: bool = True) -> RemoteStore:

@@ -97,8 +97,7 @@ def _is_plain(metadata: Mapping[str, object]) -> bool:
     """Whether metadata say what `write_given` writes: one chunk of little-endian numbers."""
     return (
         metadata.get("chunk_grid") == {"name": "regular", "configuration": {"chunk_shape": metadata.get("shape")}}
-        and metadata.get("chunk_key_encoding")
-        in [{"name": "default", "configuration": {"separator": each}} for each in "./"]
+        and metadata.get("chunk_key_encoding") in _PLAIN_KEYS
         and metadata.get("codecs") == [{"name": "bytes", "configuration": {"endian": "little"}}]
         and not metadata.get("storage_transformers")
     )

@@ -21,7 +21,7 @@ from oocattn.errors import ProblemError
 from oocattn.storage.locations import Location, describe, parse_location
 from oocattn.storage.remote.objects import Objects
 from oocattn.storage.remote.options import StorageOptions
-from oocattn.storage.remote.store import RemoteStore, open_remote, secrets_of_files
+from oocattn.storage.remote.store import RemoteStore, open_remote, unwrapped_files
 from oocattn.storage.zarr_compat import Store, StorePath
 
 NODES = ("zarr.json", ".zgroup", ".zarray")
@@ -155,10 +155,9 @@ def _in_store(given: Store | StorePath) -> StoredResult:
         )
     if isinstance(store, FsspecStore):
         root = "/".join(part for part in (store.path.rstrip("/"), path) if part)
-        remote = RemoteStore(store.fs, read_only=False, path=root)
-        protocol = getattr(store.fs, "sync_fs", store.fs).protocol  # of a wrapper, what it wraps
+        protocol = unwrapped_files(store.fs).protocol
         url = f"{protocol if isinstance(protocol, str) else protocol[0]}://{root.lstrip('/')}"
-        remote.location, remote.secrets = str(Location(url, None)), secrets_of_files(store.fs)
+        remote = RemoteStore.of_files(store.fs, root, url, read_only=False)
         return StoredResult(remote, remote.location)
     return StoredResult(store, f"{describe(store)}{f' at {path}' if path else ''}", path)
 
