@@ -1,6 +1,7 @@
 """The tasks of a run and their edges, as records that every engine runs: stage, attend, merge, write.
 
-    stage(i)   waits for attend(i - s) of its lane, which has s staging slots
+    stage(i)   waits for attend(i - s) of its lane, which has s staging slots. Where heads are held together, it waits for
+               the stages since then that read from others, which are read again if they are needed again
     attend(i)  waits for stage(i). On a CPU it waits for attend(i - 1). On a GPU the lane launches subproblems in their
                order, so it waits for all that the attends in flight before it wait for. With accumulators in memory, it
                waits for the writes that free those which it begins to use
@@ -22,6 +23,7 @@ from typing import Literal
 
 from oocattn.pipelines.failing import place_of
 from oocattn.pipelines.schedule import Schedule
+from oocattn.planning.interleaving import window_of
 from oocattn.planning.memory import STAGING_SLOTS
 
 Step = Literal["stage", "attend", "merge", "write"]
@@ -71,6 +73,7 @@ class _LaneEnd:
     """The last tasks of a lane: those that later ones wait for."""
 
     attends: deque[TaskId]
+    stages: deque[tuple[tuple[int, int], TaskId]]  # with the window of heads that each reads from
     needed: deque[list[TaskId]]  # what each of the attends in flight waits for
     freeing: deque[TaskId]  # the writes that free the lane's accumulators
     merges: deque[TaskId] = field(default_factory=lambda: deque(maxlen=1))
@@ -87,7 +90,12 @@ class Graph:
         self._slots = STAGING_SLOTS[plan.device]
         in_flight = 1 if plan.device == "cpu" else self._slots
         self._ends = [
-            _LaneEnd(deque(maxlen=self._slots), deque(maxlen=in_flight - 1), deque(maxlen=plan.accumulators))
+            _LaneEnd(
+                attends=deque(maxlen=self._slots),
+                stages=deque(maxlen=self._slots - 1),
+                needed=deque(maxlen=in_flight - 1),
+                freeing=deque(maxlen=plan.accumulators),
+            )
             for _ in range(schedule.lanes)
         ]
 
@@ -112,7 +120,9 @@ class Graph:
         end = self._ends[lane]
         stage: TaskId = ("stage", head_group, index)
         attend: TaskId = ("attend", head_group, index)
-        freed = [end.attends[0]] if len(end.attends) == self._slots else []
+        window = window_of(self._plan.problem, self._plan.held_groups, head_group)
+        free = [end.attends[0]] if len(end.attends) == self._slots else []
+        free += [other for others, other in end.stages if others != window]
         needed = [stage]
         if self._plan.partials == "memory":
             for chunk in begun:
@@ -122,10 +132,11 @@ class Graph:
         before = [other for others in end.needed for other in others]
         turn = end.turns
         end.attends.append(attend)
+        end.stages.append((window, stage))
         end.needed.append(needed)
         end.turns += 1
         return (
-            Task(stage, lane, tuple(freed), turn, chunks),
+            Task(stage, lane, tuple(free), turn, chunks),
             Task(attend, lane, tuple(dict.fromkeys(before + needed)), turn),
         )
 

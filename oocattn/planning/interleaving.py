@@ -46,6 +46,14 @@ def held_heads(problem: Problem, inputs: InputCost, groups: int) -> dict[str, in
     return {name: min(heads, groups * (of_group if name == "q" else 1)) for name, heads in most.items()}
 
 
+def window_of(problem: Problem, groups: int, head_group: int) -> tuple[int, int]:
+    """Batch and number of the window of a head group, where `groups` are held at a time; (0, 0) of each where none is."""
+    if not groups:
+        return 0, 0
+    of = problem.head_group(head_group)
+    return of.batch, of.kv_head // groups
+
+
 def held_tokens(problem: Problem, inputs: InputCost) -> dict[str, range]:
     """The rows of each tensor that may be held."""
     found = {name: tokens for name, (_, tokens, _) in _tensors(problem).items()}

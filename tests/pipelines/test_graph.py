@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import replace
 from graphlib import TopologicalSorter
 from typing import Any
 
@@ -169,6 +170,24 @@ def test_any_order_that_the_edges_allow_is_safe(
                 assert tuple(indices) == schedule.contributors(*place)
             else:
                 assert not {(*place, index) for index in indices} & before.partials
+
+
+@given(plans(), st.integers(1, 3), st.integers(0, 4))
+@settings(max_examples=50)
+def test_heads_that_are_held_are_all_used_before_others_take_their_place(plan: Plan, lanes: int, held: int) -> None:
+    """Else the rows of both are read again."""
+    plan = replace(plan, held_groups=held)
+    before: dict[TaskId, set[TaskId]] = {}
+    reading: defaultdict[int, list[TaskId]] = defaultdict(list)
+    for task in Graph(Schedule(plan, lanes)).tasks():
+        before[task.id] = set(task.after).union(*(before[other] for other in task.after))
+        if task.id[0] == "stage":
+            of = plan.problem.head_group(task.id[1])
+            for other in reading[task.lane]:
+                same = plan.problem.head_group(other[1])
+                together = not held or (same.batch, same.kv_head // held) == (of.batch, of.kv_head // held)
+                assert together or other in before[task.id]
+            reading[task.lane].append(task.id)
 
 
 @given(plans(), st.integers(1, 3))
