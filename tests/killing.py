@@ -20,6 +20,7 @@ import random
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -194,6 +195,8 @@ def fork(work: Callable[[], object], folder: Path, last: int | None = None) -> b
             work()
             (folder / "moments").write_text(str(moments(folder / "result.zarr")))
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     _, status = os.waitpid(process, 0)

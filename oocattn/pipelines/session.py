@@ -48,7 +48,7 @@ from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.growing import Layout, RunState
 from oocattn.storage.results.locking import fetch_state, hold_lock, remove_state
-from oocattn.storage.results.publishing import describe_mark, read_mark
+from oocattn.storage.results.marks import describe_mark, mark_of_other
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
@@ -168,7 +168,7 @@ def resume(
     if found is None:
         if paths.attributes():
             return finished_result(paths)
-        mark = read_mark(paths)
+        mark = mark_of_other(paths)
         elsewhere = "" if mark is None else f" from here, but one with its job state {describe_mark(mark)}"
         raise ProblemError(
             f"{paths.result}: no run to resume{elsewhere}; begin one with `oocattn run` or oocattn.attention()"

@@ -16,10 +16,12 @@ from support import carry_out, plan_for
 import oocattn
 from oocattn.errors import LockedError, ProblemError, RemoteError, ResultExistsError
 from oocattn.storage.inputs.zarr_nodes import open_node
+from oocattn.storage.journal.journal import Journal
 from oocattn.storage.journal.store_lock import StoreLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.chunk_objects import ChunkObjects
 from oocattn.storage.results.growing import RunState, is_untidy
+from oocattn.storage.results.marks import read_mark
 from oocattn.storage.results.stored import stored_result
 
 ASKED: dict[str, Any] = {"kernel": "cpu", "engine": "inline", "chunks": 3, "host_memory": "64MiB"}
@@ -39,6 +41,27 @@ def test_a_run_begun_in_a_folder_is_not_removed_by_a_resume_from_the_store(datas
         oocattn.resume(url, scratch="store", engine="inline")
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()} == before
     oocattn.resume(url, engine="inline")
+
+
+@pytest.mark.parametrize("scratch", [None, "store"])
+def test_a_run_that_ended_before_its_journal_was_there_is_begun_anew(
+    dataset: Path, here: Path, scratch: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://places/r{next(NUMBERS)}.zarr"
+
+    def fail(*_: Any) -> None:
+        raise EnoughError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "begin", fail)
+        with pytest.raises(EnoughError):
+            oocattn.attention(dataset, url, scratch=scratch, **ASKED)
+    assert read_mark(ResultPaths.at(url, scratch)) is not None
+    assert oocattn.status(url, scratch=scratch).state == "none"
+    with pytest.raises(ProblemError, match="no run to resume; begin one"):
+        oocattn.resume(url, scratch=scratch, engine="inline")
+    oocattn.attention(dataset, url, scratch=scratch, **ASKED)
+    assert not list(here.iterdir())
 
 
 def test_a_late_chunk_of_a_run_that_lost_its_lock_does_not_replace_that_of_the_next() -> None:

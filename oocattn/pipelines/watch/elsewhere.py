@@ -33,9 +33,9 @@ def seen_from_here(paths: ResultPaths) -> Iterator[tuple[ResultPaths, Holder | N
 
 def run_elsewhere(paths: ResultPaths) -> dict[str, Any]:
     """What is known of a run whose job state is not here: the fields `state`, `holder` and `error` of its status."""
-    from oocattn.storage.results.publishing import describe_mark, read_mark
+    from oocattn.storage.results.marks import describe_mark, mark_of_other
 
-    holder, mark = _holder_in_store(paths), read_mark(paths)
+    holder, mark = _holder_in_store(paths), mark_of_other(paths)
     if holder is not None:
         return {"state": "running", "holder": f"{holder}, unless it has died"}
     if mark is None:
@@ -46,7 +46,7 @@ def run_elsewhere(paths: ResultPaths) -> dict[str, Any]:
 def _holder_in_store(paths: ResultPaths) -> Holder | None:
     """Who holds the lock in the store of a result, or left it behind; None also for a run that died in the folder here."""
     from oocattn.storage.journal.store_lock import store_lock_holder
-    from oocattn.storage.results.locking import known_folder_id
+    from oocattn.storage.results.marks import known_folder_id
 
     if paths.beside is None:
         return None

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
-from oocattn.errors import IntegrityError, ProblemError
-from oocattn.storage.files.durable import read_json, write_text
-from oocattn.storage.files.folders import remove_file
+from oocattn.errors import OocattnError, ProblemError
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
-
-FOLDER_ID = "folder.json"
-"""Tells a folder of job state from every other: that a lock or a mark in a store is of this one."""
+from oocattn.storage.results.marks import folder_id, forget_folder
 
 
 @contextmanager
@@ -58,11 +52,10 @@ def _store_lock(paths: ResultPaths, folder: Claim, until: float) -> Iterator[Cla
 
 def _leave(paths: ResultPaths) -> None:
     """Remove what the folder of job state needs no more, while its lock is still held."""
-    with suppress(OSError, IntegrityError):
+    with suppress(OSError, OocattnError):  # the store may be away
         if paths.mirror is not None:
             paths.mirror.wipe()
-        if paths.unfinished is None:
-            remove_file(paths.state / FOLDER_ID)
+        forget_folder(paths)
 
 
 def fetch_state(paths: ResultPaths) -> None:
@@ -79,20 +72,3 @@ def remove_state(paths: ResultPaths) -> None:
     if paths.stored is not None and paths.state_folder is not None:
         with suppress(OSError):
             paths.state.rmdir()
-
-
-def folder_id(state: Path) -> str:
-    """The identity of a folder of job state, given to it at the first call. The folder's lock is held."""
-    found = known_folder_id(state)
-    if not found:
-        found = uuid.uuid4().hex
-        write_text(state / FOLDER_ID, f'{{"id": "{found}"}}')
-    return found
-
-
-def known_folder_id(state: Path) -> str:
-    """The identity of a folder of job state; "" where it has none."""
-    with suppress(IntegrityError):
-        found = (read_json(state / FOLDER_ID) or {}).get("id")
-        return found if isinstance(found, str) else ""
-    return ""

@@ -7,29 +7,23 @@ with `overwrite` what another run of oocattn has.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from oocattn.errors import IntegrityError, ResultExistsError
+from oocattn.errors import ResultExistsError
 from oocattn.naming import named, setting
 from oocattn.problem.given import DTYPES
-from oocattn.records import Excerpt, from_json
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.store_lock import LOCK_KEY
 from oocattn.storage.nodes import MOST_BYTES
-from oocattn.storage.paths import STORE, ResultPaths
+from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote.mirror import MIRRORED
 from oocattn.storage.results.chunk_objects import ChunkObjects
-from oocattn.storage.results.locking import folder_id
+from oocattn.storage.results.marks import MARK, describe_mark, is_from_here, make_mark, read_mark
 from oocattn.storage.results.stored import StoredResult
-from oocattn.text import printable
-
-MARK = "run.json"
 
 _METADATA = "zarr.json"
 
@@ -38,16 +32,6 @@ _OURS = re.compile(rf"zarr\.json|(out|lse|{'|'.join(DTYPES)})/(zarr\.json|c(/\d+
 
 LEFT_BESIDE = re.compile(rf"{re.escape(MARK)}|{LOCK_KEY.pattern}|scratch/({MIRRORED.pattern})")
 """The keys beside a result that are there while its run is not over."""
-
-
-@dataclass(frozen=True)
-class Mark(Excerpt):
-    """Says whose the objects of an unfinished result are: the run's with this growing result, in a folder of a host."""
-
-    result: str
-    folder: str
-    state: str
-    host: str
 
 
 @dataclass(frozen=True)
@@ -71,21 +55,16 @@ class Publication:
         mark = read_mark(self.paths)
         if keys and not taken and mark is None:
             raise ResultExistsError(f"{objects}/{keys[0]} is there, and no run says that it wrote it: choose another place")
-        if mark is not None and not overwrite and not self._is_from_here(mark):
+        if mark is not None and not overwrite and not is_from_here(self.paths, mark):
             raise ResultExistsError(
                 f"{objects}: an unfinished run to it has its job state {describe_mark(mark)}: resume it there, or begin "
                 f"again with {setting('overwrite', True)}"
             )
 
-    def _is_from_here(self, mark: Mark) -> bool:
-        return mark.folder == folder_id(self.paths.state) or (self.paths.mirrored and mark.state == STORE)
-
     def begin(self, growing: Path) -> None:
         """Remove what is there, which `refuse` let pass, and mark the place as that of a run."""
         objects = self.stored.objects
-        place = STORE if self.paths.mirrored else str(self.paths.state)
-        mark = Mark(growing.name, folder_id(self.paths.state), place, socket.gethostname())
-        self.paths.save({MARK: json.dumps(asdict(mark))})
+        make_mark(self.paths, growing.name)
         objects.remove(_METADATA)  # half a result is never seen
         for key in objects.list():
             objects.remove(key)
@@ -151,21 +130,3 @@ def _content(growing: Path, key: str) -> bytes:
 def chunks_of(paths: ResultPaths, claim: Claim | None) -> ChunkObjects | None:
     """Where the chunks of a growing result are, written under a claim; None for files."""
     return None if paths.stored is None else ChunkObjects(paths.stored, None if paths.lock_kind == "none" else claim)
-
-
-def read_mark(paths: ResultPaths) -> Mark | None:
-    """The mark beside a result in a store; None where there is none."""
-    if paths.stored is None:
-        return None
-    try:
-        found = paths.load(MARK)
-        return None if found is None else from_json(Mark, found)
-    except (ValueError, IntegrityError):
-        return None
-
-
-def describe_mark(mark: Mark) -> str:
-    """Where the job state of a run is."""
-    if mark.state == STORE:
-        return f"in the store ({setting('scratch', STORE)})"
-    return printable(f"in {mark.state} on host {mark.host} ({named('scratch')})")
