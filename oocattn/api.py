@@ -89,14 +89,15 @@ def plan(
 
     `inputs` is the path or URL of a Zarr group with q [B, Hq, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] (or
     three-dimensional, as B = 1) in float16, bfloat16 or float32, or has the three one by one, wherever they lie
-    (`oocattn.Inputs`, or a mapping of its fields). The arguments from `causal` to `dtype` say what is
-    computed (`help(oocattn.ProblemArguments)`). `device_memory` and `host_memory` are hard limits in bytes, as numbers or
-    like "2GiB", on all that the run allocates (default: half of the free memory). `chunks`
-    pins the number of chunks c, `decomposition` is "auto", "cqs" or "strips", `kernel` pins a kernel, and with it the CPU or
-    GPUs. `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a minute; 0: no checkpoints, only
-    finished query chunks are kept). `engine` is what will run the tasks: they cost more on Dask. `lanes` is the number of
-    workers that will share the run (default: one, or one for each GPU); `result` tells on which file system partials would
-    lie. `storage_options` are fsspec's for inputs behind URLs (docs/remote.md), and are recorded nowhere.
+    (`oocattn.Inputs`, or a mapping of its fields). The arguments from `causal` to `dtype` say what is computed
+    (`help(oocattn.ProblemArguments)`). `device_memory` and `host_memory` are hard limits in bytes, as numbers or like
+    "2GiB", on all that the run allocates (default: half of the free memory). `chunks` pins the number of chunks c,
+    `decomposition` is "auto", "cqs" or "strips", `kernel` pins a kernel, and with it the CPU or GPUs.
+    `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a minute; 0: no checkpoints, only
+    finished query chunks are kept). `engine` is what will run the tasks: they cost more on Dask. `lanes` is the number
+    of workers that will share the run (default: one, or one for each GPU); `result` tells on which file system partials
+    would lie, and whether chunks are sent to a store, which takes memory. `storage_options` are fsspec's for inputs
+    behind URLs (docs/remote.md), and are recorded nowhere.
 
     Here and elsewhere a path may begin with `~` or `file://`. More heads than tokens are logged as a warning: the axes may
     be in another order.
@@ -106,8 +107,9 @@ def plan(
     """
     opened, problem = open_posed(inputs, asked, storage_options)
     parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
-    scratch = None if result is None else ResultPaths.at(result, storage_options=storage_options).state
-    return plan_here(opened, problem, Choices(*parsed), lanes, scratch, engine)
+    paths = None if result is None else ResultPaths.at(result, storage_options=storage_options)
+    scratch, to_store = (None, False) if paths is None else (paths.state_folder, paths.stored is not None)
+    return plan_here(opened, problem, Choices(*parsed), lanes, scratch, engine, to_store=to_store)
 
 
 @checked(PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, **PLACE_OPTIONS, overwrite=arguments.boolean)

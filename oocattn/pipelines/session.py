@@ -127,7 +127,8 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
     def decide(lanes: int) -> Plan:
         if isinstance(found, Run):
             return found.plan
-        return plan_here(request.dataset, request.problem, choices, lanes, request.paths.state, workplace.engine)
+        paths, to_store = request.paths, request.paths.stored is not None
+        return plan_here(request.dataset, request.problem, choices, lanes, paths.state, workplace.engine, to_store=to_store)
 
     with workplace.prepare(request.problem, choices.kernel, decide, until) as (engine, plan):
         return run_plan(plan, request, engine, callbacks=callbacks, until=until)

@@ -51,13 +51,14 @@ def make_plan(
     chunks: int | None = None,
     decomposition: str = "auto",
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    to_store: bool = False,
 ) -> Plan:
     """Choose the division, tiles and place of partials that finish soonest.
 
     Budgets are bytes over all lanes. `chunks` pins c and `decomposition` the kind. Where the budgets leave a choice, a kill
-    costs no more than `checkpoint_seconds` (0: whatever it costs). Raises ProblemError for a choice that does not exist and
-    BudgetError, naming the smallest budget that works and what larger ones give, where nothing fits, or only a hopeless plan
-    does and a larger budget has one that is not.
+    costs no more than `checkpoint_seconds` (0: whatever it costs). `to_store` says that the result is sent to a store, which
+    takes memory. Raises ProblemError for a choice that does not exist and BudgetError, naming the smallest budget that works
+    and what larger ones give, where nothing fits, or only a hopeless plan does and a larger budget has one that is not.
     """
     limit = min(max(problem.out_rows, problem.keys), MAX_CHUNKS)
     if decomposition not in DECOMPOSITIONS:
@@ -67,7 +68,8 @@ def make_plan(
     candidates = list(_candidates(problem, hardware.lanes, chunks, decomposition))
 
     def cost_all(device: int, host: int) -> list[Plan]:
-        return _cost_all(candidates, lambda each: cost(each, problem, hardware, inputs, device, host, checkpoint_seconds))
+        given = problem, hardware, inputs, device, host, checkpoint_seconds
+        return _cost_all(candidates, lambda each: cost(each, *given, to_store=to_store))
 
     plans = cost_all(device_memory, host_memory)
     chosen = _choose(plans)
@@ -101,6 +103,7 @@ def overhead_warning(plan: Plan, hardware: Hardware) -> str | None:
                 host_memory=times * plan.host_memory,
                 inputs=plan.inputs,
                 checkpoint_seconds=plan.checkpoint_seconds,
+                to_store=plan.to_store,
             )
         except BudgetError:
             return None

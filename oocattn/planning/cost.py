@@ -24,7 +24,7 @@ from oocattn.planning.interleaving import choose_holding
 from oocattn.planning.layout import Candidate, Layout, lay_out
 from oocattn.planning.live import keys_needed, row_edges, shapes_of_documents
 from oocattn.planning.machine import Hardware, InputCost
-from oocattn.planning.memory import Tiles, partial_file_bytes
+from oocattn.planning.memory import Tiles, partial_file_bytes, sending_bytes
 from oocattn.planning.plan import Link, Plan
 from oocattn.planning.work import Work, work_of
 from oocattn.problem.arrays import DTYPES
@@ -63,7 +63,7 @@ def recost(plan: Plan, scratch_bytes: ScratchBytes) -> Plan:
     chunks = plan.query_chunks, plan.chunks, plan.span
     candidate = Candidate(plan.decomposition, *chunks, plan.partials, plan.accumulators)
     chosen = (hardware, plan.inputs, plan.device_memory, plan.host_memory, plan.checkpoint_seconds)
-    return cost(candidate, plan.problem, *chosen, tiles=plan.tiles)
+    return cost(candidate, plan.problem, *chosen, tiles=plan.tiles, to_store=plan.to_store)
 
 
 def cost(
@@ -75,10 +75,13 @@ def cost(
     host_memory: int,
     checkpoint_seconds: float,
     tiles: Tiles | None = None,
+    *,
+    to_store: bool = False,
 ) -> Plan:
     """Cost one candidate: tiles (unless given), memory, bytes a link and seconds."""
     layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes, tiles)
-    holding = choose_holding(problem, inputs, hardware.lanes, host_memory // hardware.lanes - layout.host)
+    host = layout.host + (sending_bytes(problem, hardware.device, layout.out_chunk_rows) if to_store else 0)
+    holding = choose_holding(problem, inputs, hardware.lanes, host_memory // hardware.lanes - host)
     run = _Run(candidate, layout, problem, hardware, inputs, checkpoint_seconds, holding.factor)
     return Plan(
         problem=problem,
@@ -94,12 +97,13 @@ def cost(
         out_chunk_rows=layout.out_chunk_rows,
         slot_bytes=layout.slot,
         peak_device=layout.device * hardware.lanes,
-        peak_host=(layout.host + holding.nbytes) * hardware.lanes,
+        peak_host=(host + holding.nbytes) * hardware.lanes,
         scratch_disk=math.ceil(run.scratch_disk),
         links=run.links,
         seconds=run.seconds,
         held_groups=holding.groups,
         read_factor=holding.factor,
+        to_store=to_store,
     )
 
 

@@ -124,9 +124,16 @@ def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) ->
 
 
 def plan_here(
-    dataset: Dataset, problem: Problem, choices: Choices, lanes: int | None, scratch: Path | None, engine: Engine
+    dataset: Dataset,
+    problem: Problem,
+    choices: Choices,
+    lanes: int | None,
+    scratch: Path | None,
+    engine: Engine,
+    *,
+    to_store: bool = False,
 ) -> Plan:
-    """Measure this machine and plan for an engine; partials would lie in the folder `scratch`.
+    """Measure this machine and plan for an engine; partials would lie in the folder `scratch`, the result in a store.
 
     Raises ProblemError as `describe_hardware` and BudgetError as `make_plan`.
     """
@@ -146,6 +153,7 @@ def plan_here(
         chunks=choices.chunks,
         decomposition=choices.decomposition,
         checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
+        to_store=to_store,
     )
     warning = overhead_warning(plan, hardware)
     if warning is not None:

@@ -21,6 +21,7 @@ PAGE = 4096  # multiple to which a file's header, before its blocks, is padded
 FINALISED_ROWS = 32768  # rows of one head that a GPU finalises at a time
 WRITERS = {"cpu": 1, "cuda": 4}  # threads that write chunks of `out`: one makes checksums and copies of 0.6 GB/s
 OUT_BLOCKS = {"cpu": 1, "cuda": 5}  # chunks of `out` that a lane holds: on a GPU one is finalised, others are written
+SENT_COPIES = 4  # of a chunk of `out` on its way to a store: ours, and those of the libraries that send it (3.9 with s3fs)
 PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}  # partials on their way to disk: on a GPU one is computed, one written
 MERGE_SCRATCH_BYTES = 2 << 20  # temporaries of one merge and one finalisation, which may run beside the kernel
 LEDGER_SCRATCH_BYTES = 3 << 20  # temporaries of the ledger: some rows are entered while others are checked
@@ -90,6 +91,12 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
         return device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch, host
     working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
     return STAGING_SLOTS["cpu"] * buffers.slot + working, host + working
+
+
+def sending_bytes(problem: Problem, device: str, out_chunk_rows: int) -> int:
+    """Host memory of a lane, in bytes, for chunks of `out` on their way to a store."""
+    row_bytes = problem.value_dim * DTYPES[problem.out_dtype]
+    return SENT_COPIES * WRITERS[device] * out_chunk_rows * row_bytes
 
 
 def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:

@@ -11,7 +11,7 @@ import pytest
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
 from interrupting import EnoughError, interrupt
-from support import carry_out, plan_for
+from support import carry_out, plan_for, replanned
 
 import oocattn
 from oocattn.errors import LockedError, ProblemError, RemoteError, ResultExistsError
@@ -64,6 +64,30 @@ def test_a_run_that_ended_before_its_journal_was_there_is_begun_anew(
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize("scratch", [None, "store"])
+@pytest.mark.parametrize("step", ["_remove_journal", "_throw_away"])
+def test_a_run_that_was_killed_while_it_tidied_up_is_finished(
+    dataset: Path, here: Path, scratch: str | None, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://places/r{next(NUMBERS)}.zarr"
+    before = getattr(RunState, step)
+
+    def fail_once_published(self: RunState, *arguments: Any) -> None:
+        if self.paths.is_taken():
+            raise EnoughError
+        before(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, step, fail_once_published)
+        with pytest.raises(EnoughError):
+            oocattn.attention(dataset, url, scratch=scratch, **ASKED)
+    assert ResultPaths.at(url, scratch).is_taken()
+    assert oocattn.status(url, scratch=scratch).state == "finished"
+    oocattn.resume(url, scratch=scratch, engine="inline")
+    assert not list(here.iterdir())
+    assert not is_untidy(ResultPaths.at(url, scratch))
+
+
 def test_a_late_chunk_of_a_run_that_lost_its_lock_does_not_replace_that_of_the_next() -> None:
     stored = stored_result(f"memory://places/r{next(NUMBERS)}.zarr", None)
     array = zarr.create_array({}, name="out", shape=(2,), dtype="uint8", chunks=(2,), compressors=None)
@@ -105,6 +129,24 @@ def test_a_result_never_replaces_a_tensor_that_it_is_computed_from(kind: str, fa
     with pytest.raises(ResultExistsError, match="belongs to the dataset"):
         oocattn.attention({"q": q, "k": numbers, "v": numbers}, result, overwrite=True, **place, **ASKED)
     np.testing.assert_array_equal(zarr.open_array(store, path="a/out", mode="r")[...], numbers)
+
+
+def test_a_plan_counts_the_copies_of_chunks_on_their_way_to_a_store(dataset: Path, here: Path) -> None:
+    url, plans = f"memory://places/r{next(NUMBERS)}.zarr", list[oocattn.Plan]()
+
+    def keep_plan(event: oocattn.Event) -> None:
+        if event.kind == "started":
+            plans.append(event.plan)
+
+    with pytest.raises(EnoughError):
+        oocattn.attention(dataset, url, **ASKED, callbacks=[keep_plan, interrupt("written", 1)])
+    oocattn.resume(url, engine="inline", callbacks=[keep_plan])
+    plans += [oocattn.plan(dataset, result=result, **ASKED) for result in (url, zarr.storage.MemoryStore())]
+    assert len(plans) == 4
+    for plan in plans:
+        chunk = plan.out_chunk_rows * plan.problem.value_dim * np.dtype(plan.problem.out_dtype).itemsize
+        assert plan.peak_host == replanned(plan, to_store=False).peak_host + 4 * chunk
+    assert not oocattn.plan(dataset, result=here / "result.zarr", **ASKED).to_store
 
 
 def test_a_result_may_lie_beside_its_tensors(fast_path: Path) -> None:

@@ -18,7 +18,7 @@ import zarr
 from oocattn.errors import IntegrityError
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.layout import chunk_bytes
-from oocattn.storage.remote.objects import Objects
+from oocattn.storage.remote.objects import Content, Objects
 from oocattn.storage.results.stored import StoredResult
 
 
@@ -53,12 +53,13 @@ class ChunkObjects:
 
     def write(self, array: zarr.Array[Any], coordinates: tuple[int, ...], data: npt.NDArray[np.generic]) -> None:
         """See `Chunks.write`."""
-        content, key = bytearray(chunk_bytes(array)), _key(array, coordinates)
+        content: Content = bytearray(chunk_bytes(array))
+        key = _key(array, coordinates)
         np.frombuffer(content, data.dtype, data.size)[:] = data.reshape(-1)
         if self._claim is None:
             self._objects.write(key, content)
             return
-        while not self._objects.create(key, content) and self._objects.read(key, len(content)) != bytes(content):
+        while not self._objects.create(key, content) and self._objects.read(key, len(content)) != content:
             self._claim.check(afresh=True)
             self._objects.remove(key)
 

@@ -216,9 +216,9 @@ class RunState:
     def tidy(self) -> None:
         """Remove the job state of a complete result, but report and certificate."""
         self._check()
-        if self._publication is not None:
-            self._publication.tidy()
         self._remove_journal()
+        if self._publication is not None:
+            self._publication.tidy()  # after the journal: a run with one has its mark
         self._throw_away(self.paths.scratch, self.paths.replaced, *self._found(GROWING_NAME), *self._found(TRASH_NAME))
         folders.remove_file(self.paths.status)
 
