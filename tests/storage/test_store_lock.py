@@ -67,6 +67,23 @@ def test_a_put_whose_answer_is_lost_knows_itself(beside: Objects, monkeypatch: p
         held.claim.check()
 
 
+def test_a_release_whose_answer_is_lost_leaves_the_next_ones_lock(beside: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, tries = beside.store.fs, 0
+    remove = files._rm_file
+
+    async def lose_answer(path: str) -> None:
+        nonlocal tries
+        await remove(path)
+        if path.endswith("lock-00000001"):
+            tries += 1
+            await files._pipe_file(path, b"the next one's")
+            raise ConnectionResetError
+
+    with StoreLock(beside, "here"):
+        monkeypatch.setattr(files, "_rm_file", lose_answer)
+    assert (tries, beside.read("lock-00000001")) == (1, b"the next one's")
+
+
 @pytest.mark.parametrize("answer", ["unknown", "disregarded"])
 def test_a_store_without_conditional_puts_needs_the_callers_word(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write = MemoryFileSystem.pipe_file

@@ -100,7 +100,8 @@ class StoreLock(AbstractContextManager["StoreLock"]):
     def __init__(self, objects: Objects, folder: str, until: float = math.inf) -> None:
         self._objects = objects
         holder = Holder.this_process()
-        self.claim = StoreClaim(objects, _acquire(objects, _Text(holder, folder), until), holder.token)
+        self._content = json.dumps(asdict(_Text(holder, folder))).encode()
+        self.claim = StoreClaim(objects, _acquire(objects, self._content, folder, until), holder.token)
         self._released = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="oocattn-store-lock", daemon=True)
         self._beating.start()
@@ -120,7 +121,7 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         try:
             self._objects.remove(_beat_name(self.claim.number))
             self.claim.check()
-            self._objects.remove(_name(self.claim.number))
+            self._objects.remove(_name(self.claim.number), self._content)  # numbers begin again: it may be the next one's
             _checked.pop(self.claim.token, None)
         except (OocattnError, OSError) as failure:
             logger.warning("%s: the lock was not removed (%s); a later run takes it over", self._objects, failure)
@@ -132,16 +133,15 @@ def store_lock_holder(objects: Objects, dead: str = "") -> Holder | None:
     return None if text is None or (dead and text.folder == dead) else text.holder
 
 
-def _acquire(objects: Objects, text: _Text, until: float) -> int:
-    """Take the lock, or take it over; return its number."""
-    content = json.dumps(asdict(text)).encode()
+def _acquire(objects: Objects, content: bytes, folder: str, until: float) -> int:
+    """Take the lock for a folder of job state, or take it over; return its number."""
     while True:
         highest = max(_numbers(objects), default=0)
         if highest:
             before = _read(objects, highest)
             if before is None:
                 continue  # released meanwhile
-            if not (text.folder and before.folder == text.folder):
+            if not (folder and before.folder == folder):
                 _watch(objects, highest, before.holder, until)
             logger.warning("%s: the stale lock of %s is taken over", objects, before.holder)
         if _create(objects, _name(highest + 1), content):

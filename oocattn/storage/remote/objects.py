@@ -119,11 +119,11 @@ class Objects:
         except FileNotFoundError as error:
             raise self._no_bucket_error() from error
 
-    def remove(self, key: str) -> None:
-        """Remove an object, if it is there."""
+    def remove(self, key: str, content: bytes | None = None) -> None:
+        """Remove an object, if it is there; with `content`, of a remote store, only while it has that."""
         with suppress(FileNotFoundError):
             if isinstance(self.store, RemoteStore):
-                sync(self.store.remove(key))
+                sync(self.store.remove(key, content))
             else:
                 self._request("removing", key, self.store.delete)
 

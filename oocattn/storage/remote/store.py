@@ -205,10 +205,18 @@ class RemoteStore(FsspecStore):
 
         return await self._retry("writing", key, step)
 
-    async def remove(self, key: str) -> None:
-        """Remove one object. Raises FileNotFoundError as some servers do where there is none."""
+    async def remove(self, key: str, content: bytes | None = None) -> None:
+        """Remove one object; with `content`, at each try only while it has that, for an earlier one may have removed it.
+
+        Raises FileNotFoundError as some servers do where there is none.
+        """
         path = self._path_of(key)
-        await self._retry("removing", key, lambda: self.fs._rm_file(path))
+
+        async def step() -> None:
+            if content is None or await self.fs._cat_file(path) == content:
+                await self.fs._rm_file(path)
+
+        await self._retry("removing", key, step)
 
     async def _list_keys(self, prefix: str, source: Callable[[str], AsyncIterator[str]]) -> Any:
         async def step() -> Any:
