@@ -22,7 +22,6 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from oocattn import arguments
 from oocattn.arguments import Size
 from oocattn.errors import ProblemError
 from oocattn.integrations.capturing import capture as capture
@@ -44,11 +43,7 @@ def register(
 
     They are those of `oocattn.nn.scaled_dot_product_attention`. Raises ProblemError for one that is not understood.
     """
-    device, host = (
-        None if value is None else arguments.size(name, value)
-        for name, value in (("device_memory", device_memory), ("host_memory", host_memory))
-    )
-    AttentionInterface.register(NAME, partial(_attend, Budgets(device, host, scratch)))
+    AttentionInterface.register(NAME, partial(_attend, Budgets.parse(device_memory, host_memory, scratch)))
     AttentionMaskInterface.register(NAME, DescribedMask.of)
 
 

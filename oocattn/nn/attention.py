@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from oocattn.errors import ProblemError
 from oocattn.nn.alignment import align
 from oocattn.nn.fitting import fits
 from oocattn.nn.streaming import Budgets, stream
+from oocattn.nn.tracing import not_compiled, refuse_traced
 from oocattn.problem.options import ProblemOptions
 
 
@@ -49,16 +49,30 @@ def scaled_dot_product_attention(
     `oocattn.attention` raises.
     """
     _refuse(query, key, value, attn_mask, dropout_p)
-    budget = None if device_memory is None else arguments.size("device_memory", device_memory)
-    if fits(query, key, value, is_causal, budget):
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise arguments.refused(name, flag, "True or False")
+    budgets = Budgets.parse(device_memory, host_memory, scratch)
+    if fits(query, key, value, is_causal, budgets.device_memory):
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    host = None if host_memory is None else arguments.size("host_memory", host_memory)
-    if not isinstance(scratch, str | os.PathLike | None):
-        raise arguments.refused("scratch", scratch, "the path of a folder")
+    return _streamed(query, key, value, is_causal, scale, enable_gqa, budgets)
+
+
+@not_compiled
+def _streamed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    budgets: Budgets,
+) -> torch.Tensor:
+    refuse_traced(query, key, value)
     q, k, v = _four_dimensional(query, key, value, enable_gqa)
-    found = attend_top_left(q, k, v, is_causal, scale, Budgets(budget, host, scratch))
+    found = attend_top_left(q, k, v, is_causal, scale, budgets)
     heads = [found.shape[1]] if max(query.dim(), key.dim(), value.dim()) > 2 else []
     return found.reshape(*_batches(query, key, value), *heads, *found.shape[-2:])
 
@@ -74,8 +88,8 @@ def _refuse(query: object, key: object, value: object, attn_mask: object, dropou
             "is_causal, or oocattn.attention, whose arguments name windows, documents, padding and biases "
             "(help(oocattn.ProblemArguments))"
         )
-    if dropout_p != 0.0:
-        raise ProblemError(f"dropout_p = {dropout_p}: there is no dropout; leave it out (in training, use torch's own call)")
+    if not (isinstance(dropout_p, int | float) and dropout_p == 0):
+        raise arguments.refused("dropout_p", dropout_p, "0.0, for there is no dropout (in training, use torch's own call)")
 
 
 def attend_top_left(

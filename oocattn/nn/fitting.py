@@ -18,7 +18,7 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bo
     Inputs and output count, and the scores where torch would store them. By default the budget is half of what is free
     where the tensors lie; but tensors in host memory are small only up to `SMALL_BYTES` where a GPU could compute them.
     """
-    if min(query.dim(), key.dim(), value.dim()) < 2 or not (query.numel() and key.numel()):
+    if not all(map(_has_numbers, (query, key, value))):
         return True  # torch has an answer, or a refusal
     keys, head_dim = key.shape[-2:]
     rows = max(query.numel() // query.shape[-1], key.numel() // (keys * head_dim) * query.shape[-2])
@@ -29,6 +29,16 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bo
         return True
     limit = _default_limit(query, operands) if device_memory is None else device_memory
     return stored <= limit or (least <= limit and not _stores_scores(query, key, value, causal))
+
+
+def _has_numbers(tensor: torch.Tensor) -> bool:
+    """Whether it is a dense tensor with rows of numbers: no nested, sparse, meta or empty one."""
+    return (
+        tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_meta)
+        and tensor.dim() > 1
+        and bool(tensor.numel())
+    )
 
 
 def _default_limit(query: torch.Tensor, operands: int) -> int:

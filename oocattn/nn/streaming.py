@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from oocattn import arguments
+from oocattn.arguments import Size
 from oocattn.errors import BudgetError, ProblemError
+from oocattn.nn.tracing import not_compiled, refuse_traced
 from oocattn.pipelines.engines import DASHBOARD
 from oocattn.pipelines.existing import Request, Result
 from oocattn.pipelines.session import run_plan
@@ -35,9 +38,10 @@ from oocattn.problem.problem import Problem, make_problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.axes import BHND
 from oocattn.storage.inputs.dataset import Dataset
-from oocattn.storage.inputs.memory import MemorySource
+from oocattn.storage.inputs.memory import MemorySource, plain_tensor
 from oocattn.storage.inputs.source import TensorSource
 from oocattn.storage.inputs.zarr_source import ZarrSource
+from oocattn.storage.locations import output_path
 from oocattn.storage.paths import ResultPaths
 from oocattn.threads import ThreadPool
 
@@ -54,7 +58,16 @@ class Budgets:
 
     device_memory: int | None = None
     host_memory: int | None = None
-    scratch: str | Path | None = None
+    scratch: Path | None = None
+
+    @classmethod
+    def parse(cls, device_memory: Size | None, host_memory: Size | None, scratch: str | Path | None) -> Budgets:
+        """What a caller gives. Raises ProblemError for what is not understood, and for a folder that is not there."""
+        return cls(
+            None if device_memory is None else arguments.size("device_memory", device_memory),
+            None if host_memory is None else arguments.size("host_memory", host_memory),
+            None if scratch is None else _existing_folder(scratch),
+        )
 
 
 class _Operand(MemorySource):
@@ -69,24 +82,30 @@ class _Operand(MemorySource):
         return self
 
 
+@not_compiled
 def stream(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: ProblemOptions, budgets: Budgets
 ) -> torch.Tensor:
-    """Attend q [B, Hq, Nq, D] to k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv]: [B, Hq, Nq, Dv], of q's dtype and device.
+    """Attend q [B, Hq, Nq, D] to k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv]: [B, Hq, Nq, Dv], of q's device and dtype, or
+    autocast's.
 
     Raises ProblemError for tensors that pose no problem or want a gradient, BudgetError with the smallest budget that works,
     and what `attention` raises.
     """
+    refuse_traced(query, key, value)
     _refuse(query, key, value)
+    dtype = _result_dtype(query)
+    options = replace(options, out_dtype=str(dtype).removeprefix("torch."))
     if query.device.type == "cuda":
         torch.cuda.synchronize(query.device)  # lanes have streams of their own
-    sources = {name: _Operand(name, part.detach(), BHND) for name, part in zip("qkv", (query, key, value), strict=True)}
+    named = {"q": ("query", query), "k": ("key", key), "v": ("value", value)}
+    sources = {name: _Operand(name, plain_tensor(*tensor), BHND) for name, tensor in named.items()}
     dataset = Dataset.of({**sources})
     problem = make_problem(*dataset.specs, options)
     host = default_host_memory() if budgets.host_memory is None else budgets.host_memory
     with _folder(budgets.scratch) as on_disk, _folder(IN_MEMORY if os.access(IN_MEMORY, os.W_OK) else on_disk) as in_memory:
         result = _run(problem, dataset, budgets.device_memory, host, on_disk, in_memory)
-        out = _new_output(problem, query.dtype, host, on_disk)
+        out = _new_output(problem, dtype, host, on_disk)
         _read(result, out)
     return out.to(query.device)
 
@@ -99,8 +118,14 @@ def _refuse(*tensors: torch.Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ProblemError(
             "query, key or value wants a gradient (requires_grad), and attention that is streamed has none: call it under "
-            "torch.no_grad(), or give so much device_memory that torch's own call is used"
+            "torch.no_grad(), or give as much device_memory as torch's own call needs"
         )
+
+
+def _result_dtype(query: torch.Tensor) -> torch.dtype:
+    """The query's, or that of autocast, to which torch's own call rounds inputs as well."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def _run(problem: Problem, dataset: Dataset, device_memory: int | None, host: int, on_disk: Path, in_memory: Path) -> Result:
@@ -166,6 +191,15 @@ def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(numpy_dtype("bfloat16"))
     return np.asarray(tensor.numpy())
+
+
+def _existing_folder(typed: object) -> Path:
+    if not isinstance(typed, str | os.PathLike):
+        raise arguments.refused("scratch", typed, "the path of a folder")
+    folder = output_path(typed, "scratch folder")
+    if not os.path.isdir(folder):
+        raise ProblemError(f"scratch: {folder} is no folder: expected one that is there; make it")
+    return folder
 
 
 @contextmanager

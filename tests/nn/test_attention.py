@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 import oocattn
@@ -137,12 +139,19 @@ def test_a_result_for_a_gpu_that_is_beyond_the_host_budget_comes_by_way_of_a_fil
     assert_as_torch(found, q, k, v)
 
 
+def streamed(q: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(q, q, q, **STREAMED)
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "mask": (
         lambda q: scaled_dot_product_attention(q, q, q, torch.ones(20, 20, dtype=torch.bool)),
         "attn_mask: .* is_causal",
     ),
-    "dropout": (lambda q: scaled_dot_product_attention(q, q, q, dropout_p=0.1), r"dropout_p = 0.1: there is no dropout"),
+    "dropout": (
+        lambda q: scaled_dot_product_attention(q, q, q, dropout_p=0.1),
+        r"dropout_p = 0.1 .float.: expected 0.0, for there is no",
+    ),
     "dtype": (lambda q: scaled_dot_product_attention(*[q.double()] * 3, **STREAMED), "'q' has dtype float64: expected"),
     "dtypes": (lambda q: scaled_dot_product_attention(q, q.half(), q.half(), **STREAMED), "'k' has dtype float16: expected"),
     "heads": (lambda q: scaled_dot_product_attention(q, q[:, :3], q[:, :3], **STREAMED), "4 heads .* has 3: expected"),
@@ -151,11 +160,24 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "keys": (lambda q: scaled_dot_product_attention(q, q, q[:, :, :9], **STREAMED), "'v' has shape"),
     "array": (lambda q: scaled_dot_product_attention(q.numpy(), q, q), "query = .* a tensor of PyTorch"),
     "budget": (lambda q: scaled_dot_product_attention(q, q, q, device_memory="few"), "device_memory 'few'"),
-    "scratch": (lambda q: scaled_dot_product_attention(q, q, q, scratch=5, **STREAMED), "scratch = 5 .int.: expected"),
+    "scratch": (lambda q: scaled_dot_product_attention(q, q, q, scratch=5), "scratch = 5 .int.: expected"),
+    "folder": (lambda q: scaled_dot_product_attention(q, q, q, scratch="/etc/passwd"), "/etc/passwd is no folder"),
+    "home": (lambda q: scaled_dot_product_attention(q, q, q, scratch="~/nowhere"), "scratch: /.*/nowhere is no folder"),
+    "no path": (lambda q: scaled_dot_product_attention(q, q, q, scratch="a\0"), "is no path"),
+    "causal": (lambda q: scaled_dot_product_attention(q, q, q, is_causal="x"), "is_causal = 'x' .str.: expected True"),
+    "grouped": (lambda q: scaled_dot_product_attention(q, q, q, enable_gqa=1), "enable_gqa = 1 .int.: expected True"),
+    "dropouts": (lambda q: scaled_dot_product_attention(q, q, q, dropout_p=torch.zeros(2)), "no dropout"),
+    "quantised": (lambda q: streamed(torch.quantize_per_tensor(q, 0.1, 0, torch.qint8)), "query: .* give query.dequantize"),
+    "vmap": (lambda q: torch.vmap(streamed)(q[None]), "within a transform of torch.func"),
+    "jvp": (lambda q: torch.func.jvp(streamed, (q,), (q,)), "within a transform of torch.func"),
+    "traced": (lambda q: torch.jit.trace(streamed, q), "stands for a tensor of a program"),
+    "fake": (lambda q: streamed(FakeTensorMode().from_tensor(q)), "stands for a tensor of a program"),
+    "memory": (lambda q: scaled_dot_product_attention(q, q, q, host_memory="few"), "host_memory 'few'"),
     "host": (lambda q: scaled_dot_product_attention(q, q, q, host_memory=1, **STREAMED), "the smallest that works is"),
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("call", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_computed_is_refused_by_name(call: Callable[..., Any], words: str) -> None:
     (q,) = tensors((2, 4, 20, 8))
@@ -172,6 +194,35 @@ def test_a_gradient_of_streamed_tensors_is_refused_and_none_is_needed_under_no_g
         assert_as_torch(scaled_dot_product_attention(leaf, q, q, **STREAMED), q, q, q)
     scaled_dot_product_attention(leaf, q, q).sum().backward()  # torch's own call
     assert leaf.grad is not None
+
+
+def test_a_tangent_is_not_lost() -> None:
+    (q,) = tensors((1, 2, 20, 8))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, q)
+        with pytest.raises(oocattn.ProblemError, match="has a tangent"):
+            scaled_dot_product_attention(dual, q, q, **STREAMED)
+
+
+def test_tensors_that_torch_alone_knows_go_to_torch() -> None:
+    (q,) = tensors((2, 4, 20, 8))
+    assert scaled_dot_product_attention(*[q.to("meta")] * 3, **STREAMED).is_meta
+    nested = torch.nested.nested_tensor([q[0], q[1, :, :9]], layout=torch.strided)
+    assert scaled_dot_product_attention(nested, nested, nested, **STREAMED).is_nested
+
+
+def test_a_call_within_a_compiled_program_is_streamed_as_it_is() -> None:
+    (q,) = tensors((1, 2, 20, 8))
+    compiled = torch.compile(lambda q: 2 * streamed(q), backend="eager")
+    assert torch.equal(compiled(q), 2 * streamed(q))
+
+
+def test_autocast_gives_the_dtype_that_torch_gives() -> None:
+    (q,) = tensors((1, 2, 20, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = functional.scaled_dot_product_attention(q, q, q), streamed(q)
+    assert found.dtype is expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[torch.bfloat16])
 
 
 def test_a_call_leaves_the_random_numbers_of_torch_alone() -> None:

@@ -28,7 +28,7 @@ from oocattn.storage.zarr_compat import (
 ASKED = 64
 """Objects that are asked for at the same time."""
 
-READ_BYTES = 64 << 20
+READ_BYTES = 16 << 20
 """Bytes of objects that are read whole at the same time, or one that is larger."""
 
 T = TypeVar("T")

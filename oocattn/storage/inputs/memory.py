@@ -55,7 +55,7 @@ def open_memory(name: str, typed: object, _: StorageOptions | None = None) -> Op
     """An array of NumPy or a tensor of PyTorch; None for anything else. Raises ProblemError where it cannot be read."""
     torch = sys.modules.get("torch")  # who passes a tensor has imported it
     if torch is not None and isinstance(typed, torch.Tensor):
-        content: Any = _plain_tensor(name, typed)
+        content: Any = plain_tensor(name, typed)
     elif isinstance(typed, np.ndarray):
         if isinstance(typed, np.ma.MaskedArray):
             raise ProblemError(
@@ -68,7 +68,7 @@ def open_memory(name: str, typed: object, _: StorageOptions | None = None) -> Op
     return Opened(describe(typed), tuple(content.shape), lambda own, axes: MemorySource(own, content, axes))
 
 
-def _plain_tensor(name: str, given: torch.Tensor) -> torch.Tensor:
+def plain_tensor(name: str, given: torch.Tensor) -> torch.Tensor:
     """A tensor without its gradient, of which every number lies in memory. Raises ProblemError for another one."""
     import torch
 
