@@ -18,7 +18,11 @@ import zarr
 
 from oocattn import naming
 from oocattn.errors import BudgetError, IntegrityError, OocattnError, ResultExistsError
-from oocattn.pipelines.replacing import refuse_to_replace_dataset
+from oocattn.pipelines.replacing import (
+    refuse_to_remove_what_is_computed_from,
+    refuse_to_replace_dataset,
+    refuse_within_result,
+)
 from oocattn.pipelines.run import Run, find_unfinished
 from oocattn.pipelines.watch.report import RunReport, read_report
 from oocattn.planning.candidates import Choices
@@ -28,7 +32,7 @@ from oocattn.records import differences, to_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.inputs.dataset import Dataset, check_poses
 from oocattn.storage.inputs.fingerprints import changed_arrays
-from oocattn.storage.inputs.opening import InputsLike, open_recorded
+from oocattn.storage.inputs.opening import InputsLike, open_inputs, open_recorded
 from oocattn.storage.paths import ResultLike, ResultPaths
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
@@ -115,6 +119,8 @@ def find(request: Request) -> Run | Found:
     """
     paths, problem, dataset = request.paths, request.problem, request.dataset
     refuse_to_replace_dataset(paths, dataset)
+    if request.overwrite:
+        refuse_to_remove_what_is_computed_from(paths, dataset)
     finished = paths.attributes()
     if finished is not None and "problem" not in finished:
         raise ResultExistsError(
@@ -132,6 +138,7 @@ def find(request: Request) -> Run | Found:
         return Found.FINISHED
     run = find_unfinished(paths)
     if run is None:
+        refuse_within_result(paths)
         return Found.NOTHING
     check_asked(run, problem, dataset)
     return run
@@ -297,6 +304,22 @@ def open_dataset(run: Run, named: InputsLike | None, storage_options: StorageOpt
 
 def _plan_differences(before: Plan, now: Plan) -> str:
     return differences({**to_json(before.problem), **before.decisions}, {**to_json(now.problem), **now.decisions})
+
+
+def check_inputs(
+    paths: ResultPaths, attributes: Mapping[str, Any], named: InputsLike, storage_options: StorageOptions | None
+) -> None:
+    """Raise IntegrityError where a finished result is not of the inputs that are named."""
+    problem, recorded = attributes.get("problem"), attributes.get("dataset")
+    has_bias = isinstance(problem, Mapping) and bool(problem.get("bias_heads"))
+    dataset = open_inputs(named, key_bias=has_bias, storage_options=storage_options)
+    fingerprint = recorded.get("fingerprint") if isinstance(recorded, Mapping) else None
+    changed = changed_arrays(str(fingerprint), dataset.as_found.recorded)
+    if changed:
+        raise IntegrityError(
+            f"{paths.result} is finished, and not of {dataset.location}: {changed} differ in metadata, size, time or "
+            "content: `oocattn verify` says whether it is right for these"
+        )
 
 
 def result_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 from zarr.storage import FsspecStore, LocalStore
 
-from oocattn.errors import ResultExistsError
+from oocattn.errors import IntegrityError, RemoteError, ResultExistsError
+from oocattn.storage.inputs.computed import ComputedSource
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.given_store import GivenStore
 from oocattn.storage.inputs.zarr_source import ZarrSource
-from oocattn.storage.paths import ResultPaths
+from oocattn.storage.paths import ResultPaths, recorded_attributes
 from oocattn.storage.remote.store import unwrapped_files
 from oocattn.storage.zarr_compat import Store, unwrapped
 
@@ -60,6 +62,31 @@ def refuse_to_replace_dataset(paths: ResultPaths, dataset: Dataset) -> None:
     for name, place in _written(paths):
         if any(place.overlaps(theirs) for theirs in inputs):
             raise _belongs_error(name, dataset)
+
+
+def refuse_to_remove_what_is_computed_from(paths: ResultPaths, dataset: Dataset) -> None:
+    """Raise ResultExistsError where tensors are computed as they are read, perhaps from what a run would remove first.
+
+    A result in a store grows in place of the one that is there. A local one takes its place when the inputs were read.
+    """
+    computed = [name for name, source in dataset.arrays.items() if isinstance(source, ComputedSource)]
+    if computed and paths.stored is not None and paths.stored.objects.list():
+        raise ResultExistsError(
+            f"{paths.result} exists, and {computed[0]} ({dataset.arrays[computed[0]].describe()}) may be computed from it, "
+            "which would be removed first: choose another place, or remove it yourself"
+        )
+
+
+def refuse_within_result(paths: ResultPaths) -> None:
+    """Raise ResultExistsError where the result would lie in another one, or in the job state beside one."""
+    above = paths.folder.parents if paths.stored is None else paths.stored.above()
+    for place in above:
+        inside = f"{paths.result} lies in {place}"
+        if str(place).endswith(".oocattn"):
+            raise ResultExistsError(f"{inside}, the job state of a result: choose a place outside it")
+        with suppress(IntegrityError, RemoteError):  # what cannot be read is no result that is used
+            if recorded_attributes(place):
+                raise ResultExistsError(f"{inside}, which is a result of oocattn: choose a place outside it")
 
 
 def _belongs_error(name: object, dataset: Dataset) -> ResultExistsError:

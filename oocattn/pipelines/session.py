@@ -22,6 +22,7 @@ from oocattn.pipelines.existing import (
     Result,
     check_bits,
     check_chosen,
+    check_inputs,
     check_plan,
     check_run,
     describe,
@@ -167,7 +168,9 @@ def resume(
     fetch_state(paths)
     found = find_unfinished(paths)
     if found is None:
-        if paths.attributes():
+        if attributes := paths.attributes():
+            if named is not None:
+                check_inputs(paths, attributes, named, storage_options)
             return finished_result(paths)
         mark = mark_of_other(paths)
         elsewhere = "" if mark is None else f" from here, but one with its job state {describe_mark(mark)}"

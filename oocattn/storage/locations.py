@@ -106,7 +106,7 @@ def _text(typed: object, what: str) -> str:
         found = os.fspath(typed)  # type: ignore[call-overload]
     if isinstance(found, str):
         return str(found)
-    expected = "a path or a URL" if what == "dataset" else "a local path"
+    expected = {"dataset": "a path or a URL", "result": "a path, a URL or a Zarr store"}.get(what, "a local path")
     raise ProblemError(f"{what}: found {describe(found)}, expected {expected}{_remedy(found, what)}")
 
 

@@ -14,8 +14,9 @@ from interrupting import EnoughError, interrupt
 from support import carry_out, plan_for, replanned
 
 import oocattn
-from oocattn.errors import LockedError, ProblemError, RemoteError, ResultExistsError
+from oocattn.errors import IntegrityError, LockedError, ProblemError, RemoteError, ResultExistsError
 from oocattn.storage.inputs.zarr_nodes import open_node
+from oocattn.storage.journal import store_lock
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.journal.store_lock import StoreLock
 from oocattn.storage.paths import ResultPaths
@@ -23,6 +24,7 @@ from oocattn.storage.results.chunk_objects import ChunkObjects
 from oocattn.storage.results.growing import RunState, is_untidy
 from oocattn.storage.results.marks import read_mark
 from oocattn.storage.results.stored import stored_result
+from oocattn.storage.zarr_compat import StorePath
 
 ASKED: dict[str, Any] = {"kernel": "cpu", "engine": "inline", "chunks": 3, "host_memory": "64MiB"}
 
@@ -88,7 +90,9 @@ def test_a_run_that_was_killed_while_it_tidied_up_is_finished(
     assert not is_untidy(ResultPaths.at(url, scratch))
 
 
-def test_a_late_chunk_of_a_run_that_lost_its_lock_does_not_replace_that_of_the_next() -> None:
+def test_a_late_chunk_of_a_run_that_lost_its_lock_does_not_replace_that_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stored = stored_result(f"memory://places/r{next(NUMBERS)}.zarr", None)
     array = zarr.create_array({}, name="out", shape=(2,), dtype="uint8", chunks=(2,), compressors=None)
     assert stored.beside is not None
@@ -101,7 +105,12 @@ def test_a_late_chunk_of_a_run_that_lost_its_lock_does_not_replace_that_of_the_n
         stored.beside.write("lock-00000002", b"{}")
         with pytest.raises(LockedError, match="was lost to"):
             chunks.write(array, (0,), np.frombuffer(b"ef", np.uint8))
-    assert stored.read("out/c/0") == b"cd"
+        assert stored.read("out/c/0") == b"cd"
+        monkeypatch.setattr(store_lock, "BEAT", 0.0)  # what was known before does not count any more
+        chunks.remove(array, (0,))
+        with pytest.raises(LockedError, match="was lost to"):
+            chunks.write(array, (0,), np.frombuffer(b"ef", np.uint8))
+    assert stored.read("out/c/0") is None
 
 
 @pytest.mark.parametrize("kind", ["URL", "FsspecStore", "beside", "MemoryStore", "read-only", "wrapped", "local, wrapped"])
@@ -156,6 +165,44 @@ def test_a_result_may_lie_beside_its_tensors(fast_path: Path) -> None:
     asked = {**ASKED, "scratch": fast_path / "scratch", "lock": "none"}
     found = oocattn.attention({"q": q, "k": numbers, "v": numbers}, place, **asked)
     np.testing.assert_array_equal(found.out[...], numbers)
+
+
+@pytest.mark.parametrize("where", ["folder", "URL", "store", "beside"])
+def test_a_result_does_not_lie_in_another(dataset: Path, here: Path, where: str) -> None:
+    store = zarr.storage.MemoryStore()
+    outer, inner = {
+        "folder": (here / "r.zarr", here / "r.zarr" / "out" / "x"),
+        "URL": (url := f"memory://places/r{next(NUMBERS)}.zarr", f"{url}/out/x"),
+        "store": (StorePath(store, "a"), StorePath(store, "a/out/x")),
+        "beside": (here / "r.zarr", here / "r.zarr.oocattn" / "x"),
+    }[where]
+    places: dict[str, Any] = {} if isinstance(outer, Path) else {"scratch": here / "scratch"}
+    places |= {"lock": "none"} if where == "store" else {}
+    oocattn.attention(dataset, outer, **places, **ASKED)
+    with pytest.raises(ResultExistsError, match=r"lies in .*: choose a place outside it"):
+        oocattn.attention(dataset, inner, **places, **ASKED)
+    oocattn.attention(dataset, outer, **places, overwrite=True, **ASKED)
+
+
+def test_what_may_be_computed_from_a_result_in_a_store_does_not_replace_it(dataset: Path, here: Path) -> None:
+    arrays = pytest.importorskip("dask.array")
+    url = f"memory://places/r{next(NUMBERS)}.zarr"
+    inputs = {name: zarr.open_array(dataset, path=name, mode="r")[...] for name in "qkv"}
+    before = oocattn.attention(inputs, url, **ASKED).out[...]
+    given = {**inputs, "q": arrays.from_array(inputs["q"])}
+    with pytest.raises(ResultExistsError, match=r"q .* may be computed from it"):
+        oocattn.attention(given, url, overwrite=True, **ASKED)
+    assert np.array_equal(oocattn.attention(inputs, url, **ASKED).out[...], before)
+    for name in ("new", "new"):
+        oocattn.attention(given, here / name, overwrite=True, **ASKED)
+
+
+def test_a_finished_result_is_not_that_of_other_inputs(dataset: Path, here: Path) -> None:
+    inputs = {name: zarr.open_array(dataset, path=name, mode="r")[...] for name in "qkv"}
+    oocattn.attention(inputs, here / "r.zarr", **ASKED)
+    oocattn.resume(here / "r.zarr", inputs=inputs)
+    with pytest.raises(IntegrityError, match=r"r.zarr is finished, and not of .*: v differ"):
+        oocattn.resume(here / "r.zarr", inputs={**inputs, "v": inputs["v"] + 1})
 
 
 def test_a_result_within_a_store_is_opened_by_xarray_where_it_is(dataset: Path, fast_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import pytest
@@ -47,6 +48,19 @@ def test_a_stale_lock_is_taken_over(beside: Objects, monkeypatch: pytest.MonkeyP
             lost.claim.check()
     with pytest.raises(LockedError, match="was removed"):
         lost.claim.check()
+
+
+def test_a_lock_that_is_released_while_another_watches_it_is_no_stale_one(
+    beside: Objects, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store_lock, "BEAT", 0.05)
+    held = StoreLock(beside, "there")
+    held._released.set()  # it beats no more: as in the seconds between two
+    held._beating.join()
+    threading.Timer(0.03, held.__exit__).start()
+    with StoreLock(beside, "here") as found:
+        assert found.claim.number == 1
+    assert "stale" not in caplog.text
 
 
 def test_a_lock_of_the_same_folder_is_taken_over_at_once(beside: Objects, monkeypatch: pytest.MonkeyPatch) -> None:

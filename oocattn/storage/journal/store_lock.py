@@ -141,8 +141,8 @@ def _acquire(objects: Objects, content: bytes, folder: str, until: float) -> int
             before = _read(objects, highest)
             if before is None:
                 continue  # released meanwhile
-            if not (folder and before.folder == folder):
-                _watch(objects, highest, before.holder, until)
+            if not (folder and before.folder == folder) and not _watch(objects, highest, before.holder, until):
+                continue  # released meanwhile
             logger.warning("%s: the stale lock of %s is taken over", objects, before.holder)
         if _create(objects, _name(highest + 1), content):
             for number in _numbers(objects):
@@ -169,8 +169,8 @@ def _create(objects: Objects, key: str, content: bytes) -> bool:
     )
 
 
-def _watch(objects: Objects, number: int, holder: Holder, until: float) -> None:
-    """Return when the holder is silent for too long. Raises LockedError at its first beat."""
+def _watch(objects: Objects, number: int, holder: Holder, until: float) -> bool:
+    """Return True when the holder is silent for too long, False when its lock is gone. LockedError at its first beat."""
     seconds = BEATS_MISSED * BEAT
     logger.warning("%s: watching for %g s whether %s is alive, who holds the lock", objects, seconds, holder)
     last, deadline = objects.read(_beat_name(number), MOST_BYTES), time.monotonic() + seconds
@@ -178,8 +178,11 @@ def _watch(objects: Objects, number: int, holder: Holder, until: float) -> None:
         if clock.now() > until:
             raise TimeLimitError(f"time limit reached before it was known whether {holder} is alive")
         time.sleep(min(LOOK_SECONDS, BEAT))
-        if objects.read(_beat_name(number), MOST_BYTES) != last:
+        if objects.read(_beat_name(number), MOST_BYTES) not in (last, None):  # a release removes it first
             raise LockedError(f"{objects}: the result is being written by {holder}; wait for it to end, or stop it")
+        if objects.read(_name(number), MOST_BYTES) is None:
+            return False
+    return True
 
 
 def _numbers(objects: Objects) -> list[int]:

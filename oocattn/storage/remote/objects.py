@@ -141,4 +141,4 @@ class Objects:
         return sync(retry(operation, f"{self.name}/{key}", named))
 
     def _no_bucket_error(self) -> ProblemError:
-        return ProblemError(f"{self.name}: its server has no such bucket: make it, or choose another URL")
+        return ProblemError(f"{self.name}: there is no such bucket or folder: make it, or choose another place")

@@ -59,6 +59,7 @@ class ChunkObjects:
         if self._claim is None:
             self._objects.write(key, content)
             return
+        self._claim.check()
         while not self._objects.create(key, content) and self._objects.read(key, len(content)) != content:
             self._claim.check(afresh=True)
             self._objects.remove(key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ class StoredResult:
         """Whether a group or an array is there."""
         return any(self.read(key) is not None for key in NODES)
 
+    def above(self) -> Iterator[StoredResult]:
+        """The places that this one lies in, the nearest first; the first part of a remote path is its bucket."""
+        *parts, _ = (self.store.path if isinstance(self.store, RemoteStore) else self.path).strip("/").split("/")
+        for count in range(len(parts), 0, -1):
+            path = "/".join(parts[:count])
+            if not isinstance(self.store, RemoteStore):
+                yield StoredResult(self.store, f"{self.store} at {path}", path)
+            elif count > 1:
+                name = str(self).rsplit("/", len(parts) + 1 - count)[0]
+                store = RemoteStore(self.store.fs, read_only=True, path=path)
+                store.location, store.secrets = name, self.store.secrets
+                yield StoredResult(store, name)
+
     def overlaps(self, location: str) -> bool:
         """Whether the place of that name lies in this one or in what is beside it, or holds it."""
         theirs = location.rstrip("/") + "/"
@@ -156,7 +170,8 @@ def _in_store(given: Store | StorePath) -> StoredResult:
     if isinstance(store, FsspecStore):
         root = "/".join(part for part in (store.path.rstrip("/"), path) if part)
         protocol = unwrapped_files(store.fs).protocol
-        url = f"{protocol if isinstance(protocol, str) else protocol[0]}://{root.lstrip('/')}"
+        scheme = protocol if isinstance(protocol, str) else protocol[0]
+        url = f"{scheme}://{root if scheme in ('file', 'local', 'dir') else root.lstrip('/')}"
         remote = RemoteStore.of_files(store.fs, root, url, read_only=False)
         return StoredResult(remote, remote.location)
     return StoredResult(store, f"{describe(store)}{f' at {path}' if path else ''}", path)
