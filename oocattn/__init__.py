@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from oocattn.errors import TaskError as TaskError
     from oocattn.errors import TimeLimitError as TimeLimitError
     from oocattn.errors import WorkerLostError as WorkerLostError
-    from oocattn.pipelines.existing import Result as Result
+    from oocattn.pipelines.result import Result as Result
     from oocattn.pipelines.watch.events import Attended as Attended
     from oocattn.pipelines.watch.events import Callback as Callback
     from oocattn.pipelines.watch.events import Committed as Committed
@@ -72,7 +72,7 @@ _MODULES = {
         "TimeLimitError",
         "WorkerLostError",
     ],
-    "oocattn.pipelines.existing": ["Result"],
+    "oocattn.pipelines.result": ["Result"],
     "oocattn.pipelines.watch.events": [
         "Attended",
         "Callback",

@@ -15,7 +15,8 @@ from oocattn.denormals import keep_denormals
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines import session
 from oocattn.pipelines.engines import DASHBOARD, ENGINES
-from oocattn.pipelines.existing import Request, Result, open_result, result_at
+from oocattn.pipelines.existing import Request, open_result, result_at
+from oocattn.pipelines.result import Result
 from oocattn.pipelines.session import Resuming
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace

@@ -100,6 +100,11 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def document(number: int, record: Any, *follows: str) -> dict[str, Any]:
+    """Convert a record to a JSON document of this format, with properties that follow from its fields."""
+    return {"format": number, **to_json(record), **{name: to_json(getattr(record, name)) for name in follows}}
+
+
 def from_json(kind: type[T], content: object, name: str = "") -> T:
     """Convert what `to_json` made to the record `kind`; ValueError for anything else.
 

@@ -19,7 +19,7 @@ from support import read_again, replanned
 from worlds import DATASETS, RESULTS, World, remove, result_bits
 
 from oocattn import Plan
-from oocattn.records import from_json
+from oocattn.records import from_json, to_json
 from oocattn.storage.files.durable import encode_record
 
 LIMIT_SECONDS = 10.0
@@ -68,7 +68,7 @@ def _other_plan(world: World, random: Random) -> tuple[str, str]:
     for _ in range(50):
         with suppress(ValueError, ArithmeticError):  # what the planner would not compute
             other = read_again(_random_plan(plan, random))
-            (world.folder / name).write_bytes(encode_record({**header, "plan": other.to_json()}))
+            (world.folder / name).write_bytes(encode_record({**header, "plan": to_json(other)}))
             return name, "another plan"
     return name, "the same plan"
 

@@ -36,6 +36,7 @@ from oocattn.planning.stored_plan import read_plan
 from oocattn.problem.given import DTYPES, GivenArrays
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.problem import Problem
+from oocattn.records import to_json
 from oocattn.storage.inputs.dataset import Dataset, pose
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.growing import GrowingResult, Layout, RunState
@@ -169,7 +170,7 @@ def replanned(plan: Plan, **changed: Any) -> Plan:
 
 def read_again(plan: Plan) -> Plan:
     """The plan as it is read from JSON, with the arrays of its problem."""
-    content = json.loads(json.dumps(plan.to_json()))
+    content = json.loads(json.dumps(to_json(plan)))
     return read_plan(content, lambda kernel, _: get_kernel(kernel).scratch_bytes, lambda _: plan.problem.given)
 
 

@@ -26,7 +26,7 @@ from oocattn.kernels.merging import finalise
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
 from oocattn.operations.tiles import pieces
-from oocattn.pipelines.existing import Result
+from oocattn.pipelines.result import Result
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.problem.mask import Cover
 from oocattn.problem.problem import HeadGroup, Problem

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.problem import Problem
+from oocattn.records import document, to_json
 from oocattn.units import format_bytes, format_count, format_seconds
+
+FORMAT = 1
+"""Of the JSON document."""
 
 RESIDENT = "resident call"
 """The row that the others are compared with, where it could run."""
@@ -82,6 +87,11 @@ class Table:
         """The row that ratios are to: the resident call, or else the fastest."""
         resident = self.row(RESIDENT)
         return resident if resident.seconds else min(self.rows, key=lambda row: row.median)
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as a JSON document, with the medians, and the row that ratios are to (docs/scripts.md)."""
+        rows = [{**to_json(row), "median": to_json(row.median)} for row in self.rows]
+        return {**document(FORMAT, self), "rows": rows, "reference": self.reference.name}
 
     def __str__(self) -> str:
         reference = self.reference

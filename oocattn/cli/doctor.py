@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -36,6 +37,7 @@ from oocattn.planning.measure import Sample, copy_rates, kernel_rate
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
+from oocattn.records import document
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.files.durable import sync_descriptor
 from oocattn.storage.files.operations import describe_error
@@ -43,6 +45,9 @@ from oocattn.storage.files.regular import advise
 from oocattn.units import format_bytes, format_count
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.version import versions
+
+FORMAT = 1
+"""Of the JSON document."""
 
 DISK_BYTES = 64 << 20  # written and read to measure the disk
 ROWS, HEAD_DIM = 1000, 64  # queries, keys and head dimension on which a kernel is compared: no multiple of any tile
@@ -68,6 +73,22 @@ class Check:
 
     def __str__(self) -> str:
         return f"{'ok' if self.passed else 'FAILED':<6}  {self.name:<28}  {self.found}"
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All checks, as far as they were made."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The checks as a JSON document (docs/scripts.md)."""
+        return document(FORMAT, self, "passed")
 
 
 def examine() -> Iterator[Check]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import oocattn
 from oocattn import clock
+from oocattn.cli.documents import document_alone, show
+from oocattn.cli.exit_codes import DONE, FAILED, INCONCLUSIVE, TIME_LIMIT
 from oocattn.cli.inputs import are_apart, are_elsewhere, given_inputs, given_storage_options, moved_inputs
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
@@ -25,6 +27,7 @@ from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
+from oocattn.storage.locations import parse_location
 from oocattn.text import printable, without_credentials
 
 if TYPE_CHECKING:
@@ -32,14 +35,9 @@ if TYPE_CHECKING:
 
 _PLAN_OPTIONS = (*PROBLEM_OPTIONS, *PLAN_CHOICES)
 
-DONE, FAILED, INCONCLUSIVE, TIME_LIMIT = 0, 1, 3, 75
-"""Exit codes; argparse's own for bad usage is 2, and 128 and a signal's number say that it ended the command. 3 says that
-`verify` found nothing wrong, in rows that show nothing. 75 is EX_TEMPFAIL of sysexits.h: not an error, try again later."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 3 inconclusive (`verify`), 75 time limit reached or
-    SIGUSR1, 129 hung up, 130 interrupted, 143 terminated; 2 for bad usage."""
+    """Run one command and return its exit code, one of `EXIT_CODES`. Bad usage raises SystemExit with it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with Printing() as printing, on_command_line():
         try:
@@ -66,7 +64,8 @@ def _run_command(options: argparse.Namespace) -> int:
     """Do what the options ask for; whatever stops it is one line on standard error, and an exit code."""
     with _Signals() as signals:
         try:
-            return options.command(options)  # type: ignore[no-any-return]
+            with document_alone(options):
+                return options.command(options)  # type: ignore[no-any-return]
         except BaseException as error:
             if signals.received == signal.SIGUSR1:  # whatever came of it on its way
                 _say(f"time limit reached (SIGUSR1){_how_to_go_on(options)}")
@@ -144,12 +143,22 @@ def _resume_command(options: argparse.Namespace) -> str:
 def _synth(options: argparse.Namespace) -> int:
     names = ("tokens", "keys", "heads", "kv_heads", "head_dim", "value_dim", "dtype", "batch", "seed", "mean", "overwrite")
     oocattn.synthesise(options.dataset, **_chosen(options, *names))
-    return DONE
+    return _show_dataset(options)
 
 
 def _import(options: argparse.Namespace) -> int:
     names = ("q", "k", "v", "key_bias", "layout", "dtype", "overwrite")
     oocattn.import_arrays(options.dataset, **_chosen(options, *names), **_storage_options(options))
+    return _show_dataset(options)
+
+
+def _show_dataset(options: argparse.Namespace) -> int:
+    """Describe the dataset that was written to whoever asks for it."""
+    if options.json:
+        from oocattn.cli.datasets import WrittenDataset
+        from oocattn.storage.inputs.dataset import Dataset
+
+        show(options, WrittenDataset(Dataset.open(parse_location(options.dataset))))
     return DONE
 
 
@@ -159,7 +168,7 @@ def _plan(options: argparse.Namespace) -> int:
     plan = oocattn.plan(
         given_inputs(options), **_chosen(options, *_PLAN_OPTIONS), engine=options.engine, **_storage_options(options)
     )
-    print(plan)
+    show(options, plan)
     if options.draw:
         plan.visualize(options.draw)
         print(f"drawn in {printable(options.draw)}")
@@ -178,7 +187,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _carry_out(options: argparse.Namespace, function: Callable[..., oocattn.Result], chosen: dict[str, Any]) -> int:
     """Run or resume with what was chosen, and print how it ended."""
-    plan_printer = _PlanPrinter()
+    plan_printer = _PlanPrinter(silent=options.json)
     with _client(options) as client:
         result = function(
             **chosen,
@@ -189,10 +198,12 @@ def _carry_out(options: argparse.Namespace, function: Callable[..., oocattn.Resu
             dashboard_address=options.dashboard,
             callbacks=_listeners(options, plan_printer),
         )
-    if not plan_printer.printed:
+    if not plan_printer.started:
         untimed = f", and {options.timeline} not written" if options.timeline else ""
         print(printable(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}"))
-    if result.report is not None:
+    if options.json:
+        show(options, result)
+    elif result.report is not None:
         print(result.report)
     failed = result.certificate is not None and result.certificate.outcome == "failed"  # a warning has said so
     return FAILED if failed else DONE
@@ -233,23 +244,26 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client | None
 
 
 class _PlanPrinter:
-    """A listener that prints the plan before the run's first task."""
+    """A listener that prints the plan before the run's first task, unless it is `silent`."""
 
-    printed = False
+    def __init__(self, silent: bool) -> None:
+        self.started, self._silent = False, silent
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
+            self.started = True
+            if self._silent:
+                return
             plan, left = event.plan, event.left
             print(plan, end="\n\n", flush=True)
             if event.resumed:
                 print(f"resumed      {left:,} of {plan.subproblems:,} subproblems are left", end="\n\n", flush=True)
-            self.printed = True
 
 
 def _status(options: argparse.Namespace) -> int:
     status = oocattn.status(options.result, scratch=options.scratch, **_storage_options(options))
-    print(status)
-    if status.state == "interrupted":
+    show(options, status)
+    if status.state == "interrupted" and not options.json:
         print(f"go on with: {_resume_command(options)}")
     return FAILED if status.state == "none" or status.certificate == "failed" else DONE
 
@@ -257,9 +271,9 @@ def _status(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     chosen = _chosen(options, "rows", "seed", "host_memory", "checksums")
     certificate = oocattn.verify(options.result, inputs=moved_inputs(options), **chosen, **_storage_options(options))
-    if certificate.files:
+    if certificate.files and not options.json:
         print(f"certificate  {printable(', '.join(certificate.files))}")
-    print(certificate)
+    show(options, certificate)
     if certificate.inconclusive:
         return INCONCLUSIVE
     return DONE if certificate.passed else FAILED
@@ -267,25 +281,32 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     with in_some_folder():
-        from oocattn.cli.doctor import examine
+        from oocattn.cli.doctor import Examination, examine
 
-    passed = True
+    checks = []
     for check in examine():
-        print(printable(check), flush=True)
-        passed &= check.passed
-    return DONE if passed else FAILED
+        checks.append(check)
+        if not options.json:
+            print(printable(check), flush=True)
+    found = Examination(tuple(checks))
+    if options.json:
+        show(options, found)
+    return DONE if found.passed else FAILED
 
 
 def _bench(options: argparse.Namespace) -> int:
     with in_some_folder():
-        from oocattn.bench import Progress, bench
+        from oocattn.bench import Progress, Table, bench
 
     sizes = ("tokens", "heads", "kv_heads", "keys", "head_dim", "value_dim", "dtype")
     asked = [name for name in PROBLEM_OPTIONS if name not in ("causal", *sizes)]
     names = (*sizes, *asked, "repeats", "warm_up", "rows", "seed", *PLAN_CHOICES)
     with closing(bench(options.folder, causal=not options.full, **_chosen(options, *names))) as records:
         for record in records:
-            print(record, file=sys.stderr if isinstance(record, Progress) else sys.stdout, flush=True)
+            if isinstance(record, Table):
+                show(options, record)
+            else:
+                print(record, file=sys.stderr if isinstance(record, Progress) else sys.stdout, flush=True)
     return DONE
 
 

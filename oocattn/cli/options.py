@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 from oocattn import arguments
+from oocattn.cli.documents import add_json
+from oocattn.cli.exit_codes import explain_exit_codes
 from oocattn.cli.inputs import PLACES, add_inputs, add_moved_inputs, add_storage_option
 from oocattn.cli.parser import Parser
 from oocattn.cli.places import add_place, add_scratch
@@ -37,17 +39,19 @@ def make_parser(commands: Mapping[str, Command], apart: bool = False) -> argpars
         description="Compute exact attention over Q, K and V in Zarr arrays that may be larger than memory.",
         epilog="Sizes are written 65536, 64K, 1M (binary), 500MB (decimal) or 2GiB. "
         "Times are written 90, 45s, 10m, 8h or 1h30m. "
-        "Exit codes: 0 done, 1 failed, 2 bad usage, 3 verify is inconclusive, 75 time limit reached or SIGUSR1, "
-        "129 hung up, 130 interrupted, 143 terminated; resume continues a run that ended with 75 or more.",
+        f"{explain_exit_codes()}",
     )
     parser.add_argument("--version", action="version", version=f"oocattn {__version__}")
     added = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (text, add_options) in _COMMANDS.items():
-        command = added.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = added.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=explain_exit_codes()
+        )
         command.set_defaults(command=commands[name], parser=command)
         if name in _READING:
             _READING[name](command, apart)
         add_options(command)
+        add_json(command)
     return parser
 
 

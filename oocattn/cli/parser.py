@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from oocattn.cli.exit_codes import BAD_USAGE
 from oocattn.other_names import hint
 from oocattn.text import printable
-
-BAD_USAGE = 2  # an exit code
 
 
 class Parser(argparse.ArgumentParser):

@@ -26,7 +26,8 @@ from oocattn.arguments import Size
 from oocattn.errors import BudgetError, ProblemError
 from oocattn.nn.tracing import not_compiled, refuse_traced
 from oocattn.pipelines.engines import DASHBOARD
-from oocattn.pipelines.existing import Request, Result
+from oocattn.pipelines.existing import Request
+from oocattn.pipelines.result import Result
 from oocattn.pipelines.session import run_plan
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices

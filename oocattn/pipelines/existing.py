@@ -6,15 +6,12 @@ It is the finished result, an unfinished run to it, which may be resumed here or
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import zarr
+from typing import Any
 
 from oocattn import naming
 from oocattn.errors import BudgetError, IntegrityError, OocattnError, ResultExistsError
@@ -23,8 +20,9 @@ from oocattn.pipelines.replacing import (
     refuse_to_replace_dataset,
     refuse_within_result,
 )
+from oocattn.pipelines.result import Result
 from oocattn.pipelines.run import Run, find_unfinished
-from oocattn.pipelines.watch.report import RunReport, read_report
+from oocattn.pipelines.watch.report import read_report
 from oocattn.planning.candidates import Choices
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
@@ -38,57 +36,11 @@ from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.growing import RunState, is_untidy
 from oocattn.storage.results.locking import hold_lock, remove_state
-from oocattn.storage.results.summary import Summary, read_summary
+from oocattn.storage.results.summary import read_summary
 from oocattn.units import format_bytes
 from oocattn.version import versions
 
-if TYPE_CHECKING:
-    import dask.array
-    import xarray
-
 logger = logging.getLogger("oocattn")
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished result: `out` [B, Hq, N, D] in the output's dtype, `lse` [B, Hq, N] float32, and how it came about.
-
-    `path` is where it is: of a result in a store its URL, or what the store is called.
-
-    NumPy shows bfloat16 as the dtype of ml_dtypes, as it has none of its own; to torch without a copy:
-    `torch.from_numpy(result.out[0].view("uint16")).view(torch.bfloat16)`.
-
-    `report` is None for a result that was copied without the folder beside it. `certificate` sums up that of a result that
-    was there already, where it was verified: it may have failed.
-    """
-
-    path: Path | str
-    out: zarr.Array[Any]
-    lse: zarr.Array[Any]
-    report: RunReport | None
-    certificate: Summary | None = None
-
-    def to_dask(self) -> dict[str, dask.array.Array]:
-        """`out` and `lse` as Dask arrays, a block for each chunk; nothing is read yet."""
-        import dask.array
-
-        return {name: dask.array.from_zarr(array) for name, array in (("out", self.out), ("lse", self.lse))}
-
-    def to_xarray(self) -> xarray.Dataset:
-        """The arrays of the result, also those that the run was given, with named dimensions; nothing is read yet.
-
-        As `xarray.open_zarr(path)`. Raises ModuleNotFoundError without xarray (`pip install 'oocattn[xarray]'`).
-        """
-        try:
-            import xarray
-        except ModuleNotFoundError as error:
-            words = "to_xarray needs xarray, which is not installed: pip install 'oocattn[xarray]'"
-            raise ModuleNotFoundError(words, name="xarray") from error
-        with warnings.catch_warnings():  # xarray leaves a filter behind
-            opened: xarray.Dataset = xarray.open_zarr(
-                self.out.store, group=self.out.path.rpartition("/")[0], consolidated=False
-            )
-        return opened
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def begin_run(state: RunState, plan: Plan, dataset: Dataset, growing: GrowingRes
     found = dataset.as_found
     source = DatasetIdentity(dataset.location, dataset.origins, found.recorded, found.within_run)
     header = Header(FORMAT, time.time(), source, {**versions(), **computing}, growing.name, growing.replaces)
-    journal = Journal.begin(state.paths.state, {**to_json(header), "plan": plan.to_json()}, state.claim, state.paths.mirror)
+    journal = Journal.begin(state.paths.state, {**to_json(header), "plan": to_json(plan)}, state.claim, state.paths.mirror)
     return Run(state.paths, plan, header, journal, dataset)
 
 

@@ -19,7 +19,6 @@ from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.existing import (
     Found,
     Request,
-    Result,
     check_bits,
     check_chosen,
     check_inputs,
@@ -32,6 +31,7 @@ from oocattn.pipelines.existing import (
     result_at,
 )
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
+from oocattn.pipelines.result import Result
 from oocattn.pipelines.run import Run, begin_run, find_unfinished
 from oocattn.pipelines.signals import Interrupts
 from oocattn.pipelines.watch.events import Callback

@@ -23,9 +23,13 @@ from oocattn.planning.machine import Device, InputCost, Machine
 from oocattn.planning.memory import Buffers, Tiles
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
-from oocattn.records import ADDED, Count, Positive, Range, Seconds, to_json
+from oocattn.records import ADDED, Count, Positive, Range, Seconds, document, to_json
+from oocattn.shown import Shown, named_lines
 from oocattn.text import printable
 from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
+
+FORMAT = 1
+"""Of the JSON document."""
 
 WIDTH = 100  # characters of a printed line, of which only a note may have more
 
@@ -41,8 +45,8 @@ class Link:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """Every decision before a run: what is given and chosen, down to `checkpoint_seconds`, and what follows from that.
 
     Seconds are predictions; peaks are upper bounds on what all lanes allocate.
@@ -224,9 +228,8 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-ready values; `stored_plan.read_plan` reads it."""
-        content: dict[str, Any] = to_json(self)
-        return content
+        """The plan as a JSON document, with what follows from its fields (docs/scripts.md)."""
+        return document(FORMAT, self, "subproblems", "binds", "digest", "pins")
 
     def query_rows(self, chunk: int) -> range:
         """The rows of q of a query chunk; those of the last chunks may be few or none."""
@@ -293,6 +296,18 @@ class Plan:
             return f"{self.lanes} lane{'s' * (self.lanes > 1)}, {self.threads} threads each"
         gpus = f"{self.lanes} GPU{'s' * (self.lanes > 1)}"
         return f"{gpus}, tiles of {self.tiles.query:,} queries by {self.tiles.key:,} keys"
+
+    def _line(self) -> str:
+        return (
+            f"{self.decomposition} over c = {self._chunks()}, {self.kernel}, {self._lanes()}, "
+            f"{format_seconds(self.seconds)} predicted"
+        )
+
+    def _table(self) -> list[tuple[str, str]]:
+        decided = named_lines(str(self).partition("\n\n")[0])
+        seconds = ", ".join(f"{link.name} {format_seconds(link.seconds)}" for link in self.links)
+        predicted = [("links", seconds), ("binds", self.binds), ("predicted", format_seconds(self.seconds))]
+        return [*decided, *predicted, *(("note", note) for note in self.inputs.notes)]
 
     def __str__(self) -> str:
         if self.decomposition == "cqs":

@@ -13,7 +13,7 @@ from oocattn.planning.plan import Plan
 from oocattn.problem.calls import ScratchBytes
 from oocattn.problem.given import GivenArrays
 from oocattn.problem.problem import with_given
-from oocattn.records import from_json
+from oocattn.records import from_json, to_json
 from oocattn.units import ceil_div
 
 Digests = Mapping[str, str]  # of arrays, by name
@@ -22,7 +22,7 @@ Digests = Mapping[str, str]  # of arrays, by name
 def read_plan(
     content: object, scratch_of: Callable[[str, str], ScratchBytes] | None, read_given: Callable[[Digests], GivenArrays]
 ) -> Plan:
-    """Read and check the plan that `Plan.to_json` wrote; ValueError for what no plan would be.
+    """Read and check the plan that `to_json` wrote; ValueError for what no plan would be.
 
     `read_given` gives the arrays with the digests that its problem names.
     `scratch_of(kernel, device)` bounds a kernel's allocation; without it the numbers that follow from that are believed.
@@ -31,7 +31,7 @@ def read_plan(
     plan = replace(plan, problem=with_given(plan.problem, read_given(plan.problem.digests)))
     _check_choices(plan)
     recosted = plan if scratch_of is None else recost(plan, scratch_of(plan.kernel, plan.device))
-    found, expected = plan.to_json(), recosted.to_json()
+    found, expected = to_json(plan), to_json(recosted)
     for name, value in expected.items():
         if not _same(value, found[name]):
             raise ValueError(f"its {name.replace('_', ' ')} does not follow from the rest of the plan")

@@ -121,6 +121,11 @@ def _array(store: Store, name: str, found: dict[str, Any], described: str) -> za
         raise ProblemError(f"{described} cannot be opened by zarr {zarr.__version__}: {error}; write it again") from error
 
 
+def describe_array(array: zarr.Array[Any]) -> dict[str, Any]:
+    """What an array is, as JSON-ready values."""
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "chunks": list(array.chunks)}
+
+
 def array_names(store: Store) -> list[str]:
     """Names of some arrays in the root group, for a message. The first thousand entries are looked at."""
     try:

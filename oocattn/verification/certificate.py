@@ -12,19 +12,20 @@ from oocattn.errors import IntegrityError
 from oocattn.problem.checks import check_problem
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Positive, Range, from_json, to_json
+from oocattn.shown import Shown
 from oocattn.storage.inputs.origin import Origin, command_options
 from oocattn.storage.results.rows import Damage
 from oocattn.storage.results.summary import FORMAT, Outcome, PlanRecord
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
-from oocattn.verification.text import certificate_text
+from oocattn.verification.text import certificate_text, checksum_lines, dataset_line, error_line, ledger_line
 
 MOST_SHOWING_NOTHING = 0.1  # the share of rows that show nothing above which a certificate is inconclusive
 _FOLLOWS = ("passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
 
 
-@dataclass(frozen=True)
-class Certificate:
+@dataclass(frozen=True, repr=False)
+class Certificate(Shown):
     """The outcome of `verify`.
 
     `dataset` says where q, k and v were read, and `tensors` where each was, unless they are in one group.
@@ -225,6 +226,23 @@ class Certificate:
         for row in self.rows:
             if any(place >= size for place, size in zip((row.batch, row.head, row.token), sizes, strict=True)):
                 raise ValueError(f"batch {row.batch}, head {row.head}, token {row.token} is no row of its problem")
+
+    def _line(self) -> str:
+        return f"{self.outcome}, {len(self.rows):,} rows, worst error {self.worst_error:.1e}, {self.result}"
+
+    def _table(self) -> list[tuple[str, str]]:
+        return [
+            ("verdict", self.verdict),
+            ("result", self.result),
+            ("problem", self.words),
+            ("rows", f"{len(self.rows):,} recomputed, {len(self.wrong):,} wrong"),
+            ("error", error_line(self)),
+            ("shown", self.statement),
+            ("checksums", "; ".join(checksum_lines(self))),
+            ("ledger", ledger_line(self)),
+            ("dataset", f"{self.dataset}, {dataset_line(self)}"),
+            ("made", self.made),
+        ]
 
     def __str__(self) -> str:
         return certificate_text(self)

@@ -17,11 +17,15 @@ from oocattn.pipelines.watch.events import Attended, Event, Merged, Recovered, S
 from oocattn.pipelines.watch.timeline import busy_seconds
 from oocattn.planning.plan import Plan
 from oocattn.problem.arrays import KEY_BIAS, ArrayName
-from oocattn.records import ADDED, Count, Positive, Range, Seconds, from_json, to_json
+from oocattn.records import ADDED, Count, Positive, Range, Seconds, document, from_json
+from oocattn.shown import Shown, named_lines
 from oocattn.storage.journal.journal import ChunkId
 from oocattn.storage.paths import REPORT, ResultPaths
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_count, format_seconds
+
+FORMAT = 1
+"""Of the JSON document."""
 
 MOST_BYTES = 1 << 20  # of the file
 
@@ -29,11 +33,13 @@ MOST_UNDERFLOWED = 0.01  # share of underflowed elements of `out` that makes the
 
 logger = logging.getLogger("oocattn")
 
+_FOLLOWS = ("rate",)
+
 NO_KEYS = "their out is 0 and their lse -inf, or that of the learnable sink"
 
 
-@dataclass(frozen=True)
-class RunReport:
+@dataclass(frozen=True, repr=False)
+class RunReport(Shown):
     """Figures of one finished run.
 
     `seconds` is wall time from the first task to the committed result, of the process that finished it, as are `busy`,
@@ -79,15 +85,16 @@ class RunReport:
     not_finite_in: Annotated[tuple[ArrayName, ...], ADDED] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        content: dict[str, Any] = to_json(self)
-        return content
+        """The report as a JSON document, with the rate that follows from its fields (docs/scripts.md)."""
+        return document(FORMAT, self, *_FOLLOWS)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunReport:
-        """The report that `to_json` wrote. Raises IntegrityError for anything else."""
+        """The report that `to_json` wrote, here or in an older version. Raises IntegrityError for anything else."""
         try:
-            return from_json(cls, content)
+            if content.get("format", FORMAT) != FORMAT:
+                raise ValueError(f"its format is {content['format']!r:.80}, expected {FORMAT}")
+            return from_json(cls, {name: value for name, value in content.items() if name not in ("format", *_FOLLOWS)})
         except ValueError as error:
             raise IntegrityError(f"not the report of a run: {error}") from None
 
@@ -116,6 +123,13 @@ class RunReport:
     def rate(self) -> float:
         """Tokens/s of the work done since the run was started or resumed."""
         return clock.rate(self.tokens * (1 - self.pairs_before / max(1, self.pairs)), self.seconds)
+
+    def _line(self) -> str:
+        took = f"{format_seconds(self.seconds)} (predicted {format_seconds(self.predicted_seconds)})"
+        return f"{self.tokens:,} tokens in {took}, {self.rate:,.0f} tokens/s"
+
+    def _table(self) -> list[tuple[str, str]]:
+        return named_lines(str(self))
 
     def __str__(self) -> str:
         since = " since it was resumed" if self.pairs_before else ""

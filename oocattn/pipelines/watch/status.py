@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from oocattn import clock
 from oocattn.arguments import checked, path
@@ -19,7 +19,8 @@ from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.watch.elsewhere import run_elsewhere, seen_from_here
 from oocattn.pipelines.watch.report import read_report
 from oocattn.problem.problem import Problem
-from oocattn.records import ADDED, Count, Range, Seconds, from_json
+from oocattn.records import ADDED, Count, Range, Seconds, document, from_json
+from oocattn.shown import Shown
 from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.journal.claims import Holder
@@ -30,6 +31,9 @@ from oocattn.storage.results.summary import read_summary
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
 
+FORMAT = 1
+"""Of the JSON document."""
+
 MOST_BYTES = 1 << 20  # of the file
 
 logger = logging.getLogger("oocattn")
@@ -39,8 +43,8 @@ Outcome = Literal["", "passed", "inconclusive", "failed"]
 State = Literal["none", "running", "interrupted", "finished"]
 
 
-@dataclass(frozen=True)
-class Status:
+@dataclass(frozen=True, repr=False)
+class Status(Shown):
     """Progress of the run to `result`.
 
     `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody works on it) or "finished".
@@ -81,12 +85,24 @@ class Status:
         """Share of the work that is done, 0 to 1, whether the result is there or not."""
         if self.state == "finished":
             return 1.0
-        return self.subproblems_done / self.subproblems if self.subproblems else 0.0
+        return min(1.0, self.subproblems_done / self.subproblems) if self.subproblems else 0.0
 
     @property
     def tokens_done(self) -> int:
         """Tokens in the measure of the work that is done."""
         return int(self.tokens * self.share)
+
+    def to_json(self) -> dict[str, Any]:
+        """The status as a JSON document, with the shares that follow from its fields (docs/scripts.md)."""
+        return document(FORMAT, self, "share", "tokens_done")
+
+    def _line(self) -> str:
+        state = "stalled" if self.stalled else self.state
+        return f"{state}, {self.share:.0%} done, {self.result or 'of no result'}"
+
+    def _table(self) -> list[tuple[str, str]]:
+        first, *others = str(self).splitlines()
+        return [("result", self.result), ("share", f"{self.share:.1%}"), ("status", first), *(("", line) for line in others)]
 
     def __str__(self) -> str:
         if self.state == "none":
