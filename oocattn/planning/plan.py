@@ -300,7 +300,7 @@ class Plan(Shown):
     def _line(self) -> str:
         return (
             f"{self.decomposition} over c = {self._chunks()}, {self.kernel}, {self._lanes()}, "
-            f"{format_seconds(self.seconds)} predicted"
+            f"{format_seconds(self.seconds)} predicted: {self.problem}"
         )
 
     def _table(self) -> list[tuple[str, str]]:
