@@ -124,19 +124,20 @@ class Stager:
         chunks = [chunk for chunk in subproblem.query_chunks if wanted is None or chunk in wanted]
         self._staged[turn] = staged = self._lay_out(slot, head_group, subproblem, rows, chunks)
         reads = list(self._reads(staged))
-        arrays = set()
-        for read, not_finite in zip(reads, self._read_all(reads), strict=True):
+        arrays, found = set(), list(self._read_all(reads))
+        for read, (_, not_finite) in zip(reads, found, strict=True):
             if not_finite and read.counted_for is not None:
                 staged.not_finite[read.counted_for] += not_finite
                 arrays.add(read.array.name)
         stop = clock.now()
+        reading = min((begun for begun, _ in found), default=stop)  # before, it waited for its slot and the readers
         return Staged(
             start=start,
             stop=stop,
             head_group=head_group,
             index=index,
             bytes=sum(read.out.nbytes for read in reads),
-            spans=(Span("read", start, stop),),
+            spans=(Span("read", reading, stop),),
             not_finite=tuple(sorted(arrays)),
         )
 
@@ -211,22 +212,24 @@ class Stager:
                 place = run.part(part).place
                 yield _Read(array, group.batch, of_head, part, out[place.start : place.stop], counted_for)
 
-    def _read_all(self, reads: Sequence[_Read]) -> Iterable[int]:
+    def _read_all(self, reads: Sequence[_Read]) -> Iterable[tuple[float, int]]:
         """Carry out reads, those of one slot after those of another where one thread reads; see `_read`."""
         if self._one_reader:  # to hand over each read takes longer than a small one
             return self._readers.submit(lambda: [self._read(read) for read in reads]).result()
         return self._readers.map(self._read, reads)
 
-    def _read(self, read: _Read) -> int:
-        """Carry a read out; return how many elements are NaN or Inf, if that is counted."""
+    def _read(self, read: _Read) -> tuple[float, int]:
+        """Carry a read out; return when it began, and how many elements are NaN or Inf, if that is counted."""
         # What is decoded is decoded one read at a time: the plan counts the memory of one.
         with nullcontext() if read.array.direct else self._decoding:
+            begun = clock.now()
             read.array.read_rows(read.batch, read.head, read.tokens.start, read.tokens.stop, read.out)
         self._step()
         if read.counted_for is None:
-            return 0
+            return begun, 0
         # A bias of -inf leaves its key out: that is no fault.
-        return count_not_finite(read.out) - (int(np.isneginf(read.out).sum()) if read.array.name == "key_bias" else 0)
+        masked = int(np.isneginf(read.out).sum()) if read.array.name == "key_bias" else 0
+        return begun, count_not_finite(read.out) - masked
 
 
 @dataclass(frozen=True)

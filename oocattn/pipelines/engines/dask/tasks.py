@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from distributed import Worker, WorkerPlugin, get_worker
+from distributed.metrics import time as dask_time
+from distributed.worker_state_machine import StartStop
 
+from oocattn import clock
 from oocattn.pipelines.engines.base import perform
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Task
+from oocattn.pipelines.lane.device_time import join_spans
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.run import Run
-from oocattn.pipelines.watch.events import TaskEvent
+from oocattn.pipelines.watch.events import Attended, Merged, Resource, Staged, TaskEvent, Written
 from oocattn.threads import begin_call
 from oocattn.units import format_seconds
 
@@ -29,12 +33,15 @@ logger = logging.getLogger("oocattn")
 CLOSE_SECONDS = 10.0  # seconds in which a lane closes, or a worker goes on without
 ENDED = ("memory", "error", "rescheduled")  # states that a worker gives a task when it has ended, cancelled or not
 
+WORK: Mapping[type[TaskEvent], Resource] = {Staged: "read", Attended: "compute", Merged: "merge", Written: "write"}
+"""The resource whose spans are the work of a task; otherwise it waits for its turn, for buffers and for other threads."""
+
 
 class LanePlugin(WorkerPlugin):
     """Keeps a worker's lane for a run, whose partials lie in `scratch`, and closes it with the worker.
 
     `executing` are its tasks until the worker has heard of their end: one that is cancelled, and called released at once,
-    still runs to its end.
+    still runs to its end. What the worker tells the scheduler of a task's time is its work alone.
     """
 
     def __init__(self, run: str, scratch: Path, lane: Lane) -> None:
@@ -43,6 +50,11 @@ class LanePlugin(WorkerPlugin):
         self.lane = lane
         self.stopped = False
         self.executing: set[Any] = set()
+        self._worker: Worker | None = None
+
+    def setup(self, worker: Worker) -> None:
+        """Know the worker, whose tasks are followed."""
+        self._worker = worker
 
     def transition(self, key: Any, start: str, finish: str, **options: Any) -> None:
         """Follow a task's state; the worker's event loop calls this."""
@@ -51,6 +63,8 @@ class LanePlugin(WorkerPlugin):
                 self.executing.add(key)
             elif finish in ENDED:
                 self.executing.discard(key)
+                if finish == "memory" and self._worker is not None:
+                    tell_work(self._worker, key)
 
     async def teardown(self, worker: Worker) -> None:
         """Close the lane; one that hangs is left to the end of the process."""
@@ -61,6 +75,18 @@ class LanePlugin(WorkerPlugin):
         else:
             words = "worker %s: its lane did not close in %s and keeps its memory; restart the worker"
             logger.warning(words, worker.name, format_seconds(CLOSE_SECONDS))
+
+
+def tell_work(worker: Worker, key: Any) -> None:
+    """Replace the time that a task held its thread by that of its work, before the scheduler hears of it."""
+    event, task = worker.data.get(key), worker.state.tasks[key]
+    if isinstance(event, TaskEvent):
+        shift = dask_time() - clock.now() + worker.scheduler_delay  # from the lane's clock to the scheduler's
+        work = [span for span in join_spans(event.spans) if span.resource == WORK[type(event)]]
+        if work:  # else nothing was to be done, and Dask needs some time of each task
+            other = [stretch for stretch in task.startstops if stretch["action"] != "compute"]
+            stretches = [StartStop(action="compute", start=span.start + shift, stop=span.stop + shift) for span in work]
+            task.startstops[:] = other + stretches
 
 
 def find_plugin(run: str, worker: Worker) -> LanePlugin | None:

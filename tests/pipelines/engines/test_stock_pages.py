@@ -1,0 +1,47 @@
+"""What Dask's own pages say of a run, read from the data that they show."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from distributed import Client
+from support import Recorder, carry_out, plan_for
+
+from oocattn.pipelines.engines import base
+from oocattn.pipelines.engines.dask.tasks import WORK
+from oocattn.pipelines.lane.device_time import join_spans
+from oocattn.pipelines.lane.lane import Lane
+from oocattn.pipelines.watch.events import TaskEvent
+
+STEPS = {"staged": "stage", "attended": "attend", "merged": "merge", "written": "write"}
+
+
+def test_the_time_of_a_task_is_its_work_and_not_its_wait(
+    dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perform, recorder = base.perform, Recorder([])
+
+    def perform_late(lane: Lane, task: base.Task) -> TaskEvent:
+        time.sleep(0.01)
+        return perform(lane, task)
+
+    monkeypatch.setattr("oocattn.pipelines.engines.dask.tasks.perform", perform_late)
+    client.get_task_stream()  # from now on
+    began = time.time()
+    carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, client, [recorder])
+    shown = {
+        (key[0].partition("-")[0], *key[1:]): [(each["start"], each["stop"]) for each in task["startstops"]]
+        for task in client.get_task_stream(start=began)
+        if isinstance(key := task["key"], tuple)
+    }
+    events = [event for event in recorder.events if isinstance(event, TaskEvent)]
+    assert len(shown) == len(events) >= 28
+    for event in events:
+        work = [(each.start, each.stop) for each in join_spans(event.spans) if each.resource == WORK[type(event)]]
+        for (start, stop), (shown_start, shown_stop) in zip(
+            work, shown[STEPS[event.kind], event.head_group, event.index], strict=True
+        ):
+            assert shown_stop - shown_start == pytest.approx(stop - start, abs=1e-5)
+            assert began - 1 < shown_start <= shown_stop < time.time() + 1
