@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import Client
+from distributed.dashboard.components.scheduler import TaskGroupGraph
 from support import Recorder, carry_out, plan_for
 
 from oocattn.pipelines.engines import base
 from oocattn.pipelines.engines.dask.tasks import WORK
 from oocattn.pipelines.lane.device_time import join_spans
 from oocattn.pipelines.lane.lane import Lane
-from oocattn.pipelines.watch.events import TaskEvent
+from oocattn.pipelines.watch.events import Attended, Event, TaskEvent
 
 STEPS = {"staged": "stage", "attended": "attend", "merged": "merge", "written": "write"}
 
@@ -45,3 +48,39 @@ def test_the_time_of_a_task_is_its_work_and_not_its_wait(
         ):
             assert shown_stop - shown_start == pytest.approx(stop - start, abs=1e-5)
             assert began - 1 < shown_start <= shown_stop < time.time() + 1
+
+
+def test_the_groups_of_a_run_are_its_steps_and_count_what_it_has_done(dataset: Path, result: Path, client: Client) -> None:
+    scheduler: Any = client.cluster.scheduler
+    plan, seen = plan_for(dataset, chunks=7, causal=True), []
+
+    async def look() -> tuple[dict[str, dict[str, int]], dict[str, set[str]]]:
+        page = TaskGroupGraph(scheduler)
+        page.update()  # raises where a group is not found, or in a cycle
+        groups = scheduler.task_groups.values()
+        return {group.prefix.name: dict(group.states) for group in groups}, {
+            group.name: group.dependencies for group in groups
+        }
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Attended):
+            seen.append(client.sync(look))
+
+    carry_out(plan, dataset, result, client, [listen])
+    for number, (states, dependencies) in enumerate(seen):
+        assert set(states) == set(STEPS.values())
+        assert not any(dependencies.values())
+        assert sum(counts["released"] + counts["memory"] for counts in states.values()) >= number
+        assert not any(counts["forgotten"] for counts in states.values())
+    assert len(seen) == plan.subproblems
+    groups = seen[0][1].keys()
+
+    async def wait_until_forgotten() -> None:
+        while groups & scheduler.task_groups.keys():
+            await asyncio.sleep(0.01)
+
+    client.sync(wait_until_forgotten)
+    for name in groups:
+        assert not any(name.partition("-")[2] in plugin for plugin in scheduler.plugins)
+        prefix = scheduler.task_prefixes[name.partition("-")[0]]
+        assert prefix.states["released"] == sum(group.states["released"] for group in prefix.groups)

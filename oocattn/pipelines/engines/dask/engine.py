@@ -47,6 +47,7 @@ from oocattn.pipelines.engines.dask.cluster import (
     warn_of_open_ports,
 )
 from oocattn.pipelines.engines.dask.enlisting import enlist, enlist_again
+from oocattn.pipelines.engines.dask.groups import follow_groups, leave_groups
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.engines.dask.obstacles import Inquiry
 from oocattn.pipelines.engines.dask.readiness import Expectations
@@ -59,7 +60,7 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 
 Key = tuple[str, int, int]
-"""A task's key at the scheduler: layer (step, run and piece), head group, index."""
+"""A task's key at the scheduler: group (step and run), head group, index."""
 
 PAUSE_SECONDS = 0.05  # between two looks at whether tasks still execute
 REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS = 10.0, 120.0  # for a dead worker's, and the last one's: a nanny takes some
@@ -70,8 +71,8 @@ logger = logging.getLogger("oocattn")
 class GraphMaker:
     """Makes Dask graphs of the pieces of a run, a layer a step, with tasks for the workers of its lanes.
 
-    Layers, and with them the task groups of the scheduler, have the number of their piece in their names, so that they
-    never form a cycle.
+    Layers have the number of their piece in their names, so that they never form a cycle. The scheduler's task groups, named
+    by the keys, are one a step (see `groups`).
     """
 
     def __init__(self, run: str, workers: Sequence[str]) -> None:
@@ -84,20 +85,23 @@ class GraphMaker:
     ) -> tuple[HighLevelGraph, list[Key]]:
         """The graph of some pieces, and its keys. An edge to a task of an earlier graph is its `unfinished` future."""
         keys: dict[TaskId, Key] = {}
+        layer_of: dict[Key, str] = {}
         for piece in pieces:
             number = next(self._numbers)
-            keys.update((task.id, (f"{task.id[0]}-{self._run}-{number}", *task.id[1:])) for task in piece)
+            for task in piece:
+                keys[task.id] = key = (f"{task.id[0]}-{self._run}", *task.id[1:])
+                layer_of[key] = f"{key[0]}-{number}"
         layers: dict[str, dict[Key, DaskTask]] = {}
         dependencies: dict[str, set[str]] = {}
         workers: dict[Key, list[str]] = {}
         for task in itertools.chain.from_iterable(pieces):
             key = keys[task.id]
-            name = key[0]
+            name = layer_of[key]
             inside = [keys[other] for other in task.after if other in keys]
             earlier = [unfinished[other] for other in task.after if other in unfinished]
             sent = Task(task.id, task.lane, (), task.turn, task.chunks)
             layers.setdefault(name, {})[key] = DaskTask(key, perform_task, self._run, sent, *map(TaskRef, inside), *earlier)
-            dependencies.setdefault(name, set()).update(other[0] for other in inside if other[0] != name)
+            dependencies.setdefault(name, set()).update({layer_of[other] for other in inside} - {name})
             workers[key] = [self._workers[task.lane]]
         annotations = {"workers": workers.__getitem__}
         graph = {name: MaterializedLayer(layer, annotations=annotations) for name, layer in layers.items()}
@@ -124,7 +128,12 @@ class DaskLanes(Lanes):
 
     def open(self) -> CallFuture[None]:
         asked = (self._name, self._run, self._devices)
-        return begin(self._client, lambda: self._client.run(open_lane, *asked, workers=self.workers))
+
+        async def open_lanes() -> None:
+            await self._client.run_on_scheduler(follow_groups, self._name, self._client.id)
+            await self._client.run(open_lane, *asked, workers=self.workers)
+
+        return begin(self._client, open_lanes)
 
     def submit(self, pieces: Sequence[Sequence[Task]]) -> None:
         graph, keys = self._graphs.make(pieces, self._futures)
@@ -181,7 +190,10 @@ class DaskLanes(Lanes):
         return sum(self._ask_stopped(save, SAVING_SECONDS))
 
     def close(self, seconds: float) -> None:
-        self._ask(close_lane, self._living_workers(seconds), seconds, NOT_CLOSED)
+        self._ask(close_lane, workers := self._living_workers(seconds), seconds, NOT_CLOSED)
+        if workers:
+            with suppress(Exception):  # the scheduler is gone, or silent
+                answer(self._client, lambda: self._client.run_on_scheduler(leave_groups, self._name), seconds)
 
     def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
         """A function's results on the workers that have answered so far."""
