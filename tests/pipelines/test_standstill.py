@@ -154,7 +154,10 @@ def busy(client: Client) -> Iterator[Callback]:
 @pytest.mark.parametrize(
     ("kept", "words"),
     [
-        (paused, r"worker inproc://\S+ is paused by Dask: start workers with memory_limit=0"),
+        (
+            paused,
+            r"worker inproc://\S+ is paused by Dask, at .* of its memory limit of .*: start workers with memory_limit=0",
+        ),
         (without_resources, r"Dask gives subproblem \d+ of head group 0 \(state no-worker\) to no worker: .*resources"),
         (busy, r"worker inproc://\S+ is busy with tasks of others on all of its 8 threads: theirs-\d, .* and 5 more"),
     ],

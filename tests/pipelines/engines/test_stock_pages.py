@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import html
+import re
 import time
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urljoin, urlsplit
+from urllib.request import urlopen
 
+import dask
 import pytest
 from distributed import Client
 from distributed.dashboard.components.scheduler import TaskGroupGraph
+from distributed.system import MEMORY_LIMIT
 from support import Recorder, carry_out, plan_for
 
 from oocattn.pipelines.engines import base
@@ -34,13 +41,15 @@ def test_the_time_of_a_task_is_its_work_and_not_its_wait(
     client.get_task_stream()  # from now on
     began = time.time()
     carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, client, [recorder])
+    stream = client.get_task_stream(start=began)
     shown = {
         (key[0].partition("-")[0], *key[1:]): [(each["start"], each["stop"]) for each in task["startstops"]]
-        for task in client.get_task_stream(start=began)
+        for task in stream
         if isinstance(key := task["key"], tuple)
     }
     events = [event for event in recorder.events if isinstance(event, TaskEvent)]
     assert len(shown) == len(events) >= 28
+    assert {task["thread"] for task in stream} == set(range(4))  # a row of the task stream for each step
     for event in events:
         work = [(each.start, each.stop) for each in join_spans(event.spans) if each.resource == WORK[type(event)]]
         for (start, stop), (shown_start, shown_stop) in zip(
@@ -84,3 +93,44 @@ def test_the_groups_of_a_run_are_its_steps_and_count_what_it_has_done(dataset: P
         assert not any(name.partition("-")[2] in plugin for plugin in scheduler.plugins)
         prefix = scheduler.task_prefixes[name.partition("-")[0]]
         assert prefix.states["released"] == sum(group.states["released"] for group in prefix.groups)
+
+
+def test_the_memory_limit_of_a_worker_is_the_machines_and_nothing_is_done_about_it(client: Client) -> None:
+    scheduler: Any = client.cluster.scheduler
+    (shown,) = scheduler.workers.values()
+    (worker,) = client.cluster.workers.values()
+    assert shown.memory_limit == MEMORY_LIMIT > 0
+    assert type(worker.data) is dict  # which spills nothing
+    assert "memory_monitor" not in worker.periodic_callbacks
+    assert dask.config.get("distributed.worker.memory.pause")
+
+
+LINK = re.compile(r'href="([^"]+)"')
+
+
+def test_links_of_pages_lead_to_pages(client: Client) -> None:
+    status = client.dashboard_link
+    found, left = {status}, [status]
+    while left:
+        with urlopen(left.pop(), timeout=30) as answer:  # which raises for what is no page
+            if "text/html" in answer.headers["Content-Type"]:
+                links = {urljoin(answer.url, html.unescape(link)) for link in LINK.findall(answer.read().decode())}
+                left += [link for link in links - found if urlsplit(link).path.startswith("/info")]
+                found |= links
+    paths = {urlsplit(link).path for link in found}
+    assert {
+        "/groups",
+        "/graph",
+        "/tasks",
+        "/individual-task-stream",
+        "/info",
+        "/info/main/logs.html",
+    } <= paths
+    assert sum(path.startswith(("/info/worker/", "/info/logs/", "/info/call-stacks/")) for path in paths) == 3
+    assert not any("profile" in path or "proxy" in path for path in paths)
+
+
+@pytest.mark.parametrize("page", ["profile", "profile-server", "individual-profile", "individual-profile-server"])
+def test_no_page_of_the_profiler_is_there(client: Client, page: str) -> None:
+    with pytest.raises(HTTPError, match="404: Dask's profiler is off"):
+        urlopen(urljoin(client.dashboard_link, page), timeout=30)

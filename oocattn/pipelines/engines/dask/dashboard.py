@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import psutil
 from distributed import Scheduler
@@ -84,7 +84,8 @@ class DashboardAddress:
             raise ProblemError(f"dashboard address {str(self)!r}: Address already in use: {ADVICE[errno.EADDRINUSE]}")
 
     def restrict(self, dashboard: Application) -> None:
-        """Have a web application answer requests for the hosts of this address alone."""
+        """Have a web application answer requests for the hosts of this address alone, with what there is to show."""
+        dashboard.add_handlers(r".*$", [(r"/(?:individual-)?profile(?:-server)?", _Profile)])
         own = "|".join(map(re.escape, self._hosts))
         dashboard.add_handlers(rf"(?!(?:{own})$).*$", [(r".*", _Elsewhere)])
 
@@ -127,6 +128,7 @@ class DashboardPages(Application):
             for pages in http.applications:
                 pages.websocket_origins.clear()  # of what Dask's configuration allows now
                 pages.websocket_origins.update(self._origins)
+            _leave_out_profile(dashboard.template_variables(self._scheduler))
 
 
 class _FirstRequest(RequestHandler):
@@ -143,6 +145,19 @@ class _FirstRequest(RequestHandler):
 def _import_dashboard() -> ModuleType:
     with IMPORTING, with_some_home():
         return import_module("distributed.dashboard.scheduler")
+
+
+def _leave_out_profile(menu: dict[str, list[Any]]) -> None:
+    """Offer no page of Dask's profiler in the menu of a scheduler's pages: it is off (see `local_cluster`)."""
+    menu["pages"][:] = [page for page in menu["pages"] if page != "profile"]
+    menu["plots"][:] = [plot for plot in menu["plots"] if "profile" not in plot["url"]]
+
+
+class _Profile(RequestHandler):
+    """Refuses the pages of Dask's profiler, which would stay empty."""
+
+    def prepare(self) -> None:
+        raise HTTPError(404, reason="Dask's profiler is off here: it can end the process. Try py-spy, or the timeline")
 
 
 class _Elsewhere(RequestHandler):

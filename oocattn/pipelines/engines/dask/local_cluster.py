@@ -18,10 +18,14 @@ from oocattn.threads import ThreadPool
 with collection_paused():
     import dask
     import distributed.utils
-    from distributed import Client, LocalCluster, Worker
+    from dask.utils import key_split
+    from distributed import Client, LocalCluster, Scheduler, Worker
     from distributed.comm import inproc
+    from distributed.system import MEMORY_LIMIT
+    from distributed.worker_state_machine import StateMachineEvent
 
     from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress, DashboardPages
+    from oocattn.pipelines.graph import STEPS
 
 THREADS = 8  # of a worker, for tasks: up to three attend, others stage, merge and write
 DESCRIPTORS = 24  # files that must be free to be opened: a cluster opens some ten as it starts
@@ -29,6 +33,9 @@ DESCRIPTORS = 24  # files that must be free to be opened: a cluster opens some t
 NO_PROFILER = {"distributed.worker.profile.enabled": False}
 """Dask's profiler walks the frames of running threads every 10 ms, and was seen to end the process with a segmentation
 fault in its `profile.process` (CPython 3.11.7, distributed 2026.8)."""
+
+NO_MEMORY_MANAGER = {f"distributed.worker.memory.{action}": False for action in ("target", "spill", "pause")}
+"""What Dask would do near the memory limit."""
 
 SETTINGS: dict[str, object] = {
     **NO_PROFILER,
@@ -43,8 +50,8 @@ ENCRYPTION = "distributed.comm.require-encryption"
 def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> Iterator[Client]:
     """A client of a new cluster in this process; ProblemError, with the cause, where it cannot start.
 
-    It opens no port but that of the dashboard, which pages of other origins cannot read. Dask's own memory limit is off: it
-    counts mapped pages, and the plan bounds what is allocated.
+    It opens no port but that of the dashboard, which pages of other origins cannot read. The memory limit that Dask shows is
+    this machine's, and Dask does nothing about it: it counts mapped pages, and the plan bounds what is allocated.
     """
     address = DashboardAddress.parse(dashboard_address)
     if is_forked():
@@ -60,7 +67,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
         address.restrict(http)
         http.add_application(DashboardPages(cluster.scheduler, address.origins(port)))
         workers_here = list(cluster.workers.values())
-        cluster.sync(_close_pages, workers_here)
+        cluster.sync(_close_pages, cluster.scheduler, workers_here)
         here.callback(cluster.sync, _close_workers, workers_here)
         yield here.enter_context(Client(cluster))
 
@@ -88,10 +95,10 @@ def _start(address: DashboardAddress, workers: int) -> LocalCluster:
                 n_workers=workers,
                 threads_per_worker=THREADS,
                 processes=False,
-                memory_limit=0,
+                memory_limit=MEMORY_LIMIT,
                 dashboard_address=[(address.host, address.port)],
                 scheduler_kwargs={"dashboard": False},  # its pages come when they are asked for: see DashboardPages
-                worker_class=_PagelessWorker,
+                worker_class=_LocalWorker,
                 worker_dashboard_address=f"{LOOPBACK}:0",  # left out, a worker listens on every interface
             )
     except ProblemError:
@@ -153,11 +160,20 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-class _PagelessWorker(Worker):
-    """A worker without web pages of its own."""
+class _LocalWorker(Worker):
+    """A worker without web pages of its own, and with a row of Dask's task stream for each step of its lane."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{**options, "dashboard": False})
+        with dask.config.set(NO_MEMORY_MANAGER):
+            super().__init__(*arguments, **{**options, "dashboard": False})
+
+    async def execute(self, key: Any, *, stimulus_id: str) -> StateMachineEvent:
+        """Do a task; its row is that of its step, for the thread that took it is any of those that were idle."""
+        ended = await super().execute(key, stimulus_id=stimulus_id)
+        step = key_split(key)
+        if key in self.threads and step in STEPS:
+            self.threads[key] = STEPS.index(step)
+        return ended
 
 
 async def _close_workers(workers: list[Worker]) -> None:
@@ -165,7 +181,8 @@ async def _close_workers(workers: list[Worker]) -> None:
     await asyncio.gather(*(worker.close(executor_wait=False) for worker in workers))
 
 
-async def _close_pages(workers: list[Worker]) -> None:
-    """Stop what workers serve over HTTP: the dashboard shows all of it."""
+async def _close_pages(scheduler: Scheduler, workers: list[Worker]) -> None:
+    """Stop what workers serve over HTTP, and let no page lead there: the dashboard shows all of it."""
     for worker in workers:
         worker.services.pop("dashboard").stop()
+        scheduler.workers[worker.address].services.pop("dashboard", None)

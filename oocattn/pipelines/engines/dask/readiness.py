@@ -129,7 +129,8 @@ async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerS
     await close_stale_lanes(expected.state, dask_worker)
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
-    share = manager.memory_pause_fraction or dask.config.get("distributed.worker.memory.terminate") or math.inf
+    terminate = dask_worker.nanny and dask.config.get("distributed.worker.memory.terminate")  # by its nanny
+    share = manager.memory_pause_fraction or terminate or math.inf
     dataset = await asyncio.wrap_future(begin_call(_look_at_dataset, expected.dataset))  # which may take seconds
     result, probe = await asyncio.wrap_future(begin_call(_look_at_state, expected.state, expected.claim))
     return WorkerState(
