@@ -7,8 +7,8 @@ import shutil
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import psutil
@@ -16,6 +16,7 @@ import psutil
 from oocattn.errors import IntegrityError
 from oocattn.planning.machine import FILE_SECONDS
 from oocattn.planning.memory import PAGE
+from oocattn.planning.timing import undisturbed_seconds
 from oocattn.storage.files.durable import write_durably
 from oocattn.storage.files.operations import name_failure
 
@@ -24,7 +25,7 @@ UNKNOWN_DISK = 1 << 60  # free bytes of a file system that does not say how many
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where Linux says what the control group of this process may use, of version 2 or 1."""
 
-FILE_MOMENT, MOST_FILES = 0.03, 8
+FILE_MOMENT, MOST_FILES = 0.05, 16
 """Seconds after which no more files are written to measure what one costs, and how many at most."""
 
 
@@ -48,13 +49,12 @@ def file_seconds(folder: Path) -> float:
         with tempfile.TemporaryDirectory(prefix=".oocattn-", dir=_existing(folder)) as temporary:
             seconds: list[float] = []
             began = time.perf_counter()
-            while len(seconds) < MOST_FILES and (not seconds or time.perf_counter() - began < FILE_MOMENT):
-                start = time.perf_counter()
-                write_durably(Path(temporary, str(len(seconds))), [np.zeros(PAGE, np.uint8)])
-                seconds.append(time.perf_counter() - start)
+            while len(seconds) < MOST_FILES and (len(seconds) < 4 or time.perf_counter() - began < FILE_MOMENT):
+                path = Path(temporary, str(len(seconds)))
+                seconds.append(undisturbed_seconds(partial(write_durably, path, [np.zeros(PAGE, np.uint8)])))
     except (OSError, IntegrityError):
         return FILE_SECONDS
-    return round_to_power(max(median(seconds), 1e-6))
+    return max(sorted(seconds)[len(seconds) // 4], 1e-6)  # threads of the system that write wait for a core unseen
 
 
 def _existing(folder: Path) -> Path:
@@ -66,7 +66,7 @@ def _existing(folder: Path) -> Path:
 
 
 def round_to_power(found: float) -> float:
-    """What was measured, to a power of two: so that the same conditions make the same plan."""
+    """What was measured, to a power of two."""
     return float(2.0 ** round(math.log2(found)))
 
 

@@ -28,7 +28,7 @@ from oocattn.kernels.registry import default_kernel, device_type, get_kernel, re
 from oocattn.kernels.settings import plain_threads
 from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
-from oocattn.planning.cost import HALF_RATE_KEYS
+from oocattn.planning.cost import HALF_RATE_KEYS, recost
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power
 from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware
 from oocattn.planning.options import CHECKPOINT_SECONDS
@@ -42,8 +42,11 @@ from oocattn.storage.inputs.dataset import Dataset
 
 logger = logging.getLogger("oocattn")
 
-MOMENT = {"cpu": 0.15, "cuda": 0.05}
-"""Seconds for which a kernel is timed: some tens of calls."""
+MOMENT = {"cpu": 0.1, "cuda": 0.05}
+"""Seconds for which a kernel is timed: some tens of calls. On a CPU they are of a core's time."""
+
+PATIENCE = 6
+"""By how much longer that may take where others use the core."""
 
 COPY_BYTES = 64 << 20
 """Copied to and from a GPU to measure how fast that is."""
@@ -84,7 +87,7 @@ def describe_hardware(
     else:
         half_rate_rows = 2048
         flops, measuring_bytes = _gpu_rate(name, problem, half_rate_rows, threads)
-    found = round_to_power(sample_rate(dataset))
+    found = sample_rate(dataset)
     return Hardware(
         kernel=name,
         kernel_flops=flops,
@@ -144,9 +147,9 @@ def plan_here(
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
     host_memory = default_host_memory() if choices.host_memory is None else choices.host_memory
-    plan = make_plan(
+    chosen = make_plan(
         problem,
-        hardware,
+        _round_rates(hardware),
         device_memory=device_memory,
         host_memory=host_memory,
         inputs=input_cost(dataset, problem, host_memory),
@@ -155,10 +158,22 @@ def plan_here(
         checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
         to_store=to_store,
     )
+    plan = recost(replace(chosen, machine=hardware.machine), hardware.scratch_bytes)
     warning = overhead_warning(plan, hardware)
     if warning is not None:
         logger.warning("%s", warning)
     return plan
+
+
+def _round_rates(hardware: Hardware) -> Hardware:
+    """With what was measured to powers of two, for the choice of a plan: the same conditions make the same one."""
+    return replace(
+        hardware,
+        kernel_flops=round_to_power(hardware.kernel_flops),
+        read_rate=round_to_power(hardware.read_rate),
+        reread_rate=round_to_power(hardware.reread_rate),
+        file_seconds=round_to_power(hardware.file_seconds),
+    )
 
 
 def _choose_kernel(problem: Problem, kernel: str | None) -> tuple[Device, str]:
@@ -222,21 +237,27 @@ class Sample(NamedTuple):
 
 
 @lru_cache
-def kernel_rate(name: str, sample: Sample, rows: int = 1024, keys: int = 4096, device: str | None = None) -> float:
+def kernel_rate(name: str, sample: Sample, rows: int = 1024, keys: int = 2048, device: str | None = None) -> float:
     """Floating-point operations per second of a kernel on random data, over the short calls of a moment.
 
-    On the CPU the best call counts; on a GPU the median one, timed there. `device` defaults to the type that the kernel is
-    for.
+    On a CPU each of torch's threads makes calls of its own, and the best of each counts, in time on its core: what else the
+    machine does hardly changes that. On a GPU the median call counts, timed there. `device` defaults to the type that the
+    kernel is for.
     """
     where = torch.device(device or device_type(name))
+    call = name, sample, rows, keys
+    flops = 2.0 * rows * keys * (sample.head_dim + sample.value_dim)
     if where.type == "cpu":
-        with plain_threads(1, "oocattn-time") as thread:
-            return thread.submit(_kernel_rate, name, sample, rows, keys, where).result()
+        cores = torch.get_num_threads()
+        with plain_threads(cores, "oocattn-time", 1) as threads:
+            timed = [threads.submit(_time_calls, *call, where) for _ in range(cores)]
+            return sum(flops / max(min(each.result()), 1e-9) for each in timed)  # a clock may be too coarse
     where = torch.device("cuda", where.index or 0)
-    return launcher(where).submit(_kernel_rate, name, sample, rows, keys, where).result()
+    return flops / max(median(launcher(where).submit(_time_calls, *call, where).result()), 1e-9)
 
 
-def _kernel_rate(name: str, sample: Sample, rows: int, keys: int, where: torch.device) -> float:
+def _time_calls(name: str, sample: Sample, rows: int, keys: int, where: torch.device) -> list[float]:
+    """Seconds of calls of a kernel, one after another, for a moment."""
     kernel, operands = get_kernel(name), sample.operands(rows, keys, where)
     state = AttentionState.empty(1, rows, sample.value_dim, where)
 
@@ -245,11 +266,10 @@ def _kernel_rate(name: str, sample: Sample, rows: int, keys: int, where: torch.d
 
     attend()  # the first call is never the usual one
     seconds: list[float] = []
-    began = time.perf_counter()
-    while not seconds or time.perf_counter() - began < MOMENT[where.type]:
+    moment, began = MOMENT[where.type], time.perf_counter()
+    while not seconds or (sum(seconds) < moment and time.perf_counter() - began < PATIENCE * moment):
         seconds.append(_seconds(attend, where))
-    usual = median(seconds) if where.type == "cuda" else min(seconds)
-    return 2.0 * rows * keys * (sample.head_dim + sample.value_dim) / max(usual, 1e-9)  # a clock may be too coarse
+    return seconds
 
 
 def warm_up(problem: Problem, kernel: str | None) -> None:
@@ -281,11 +301,11 @@ def _launch_everything(name: str, sample: Sample, where: torch.device) -> None:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long `work` takes on `device`; returns when it is done."""
+    """How long `work` takes on `device`, of a CPU on this thread's core; returns when it is done."""
     if device.type == "cpu":
-        start = time.perf_counter()
+        start = time.thread_time()
         work()
-        return time.perf_counter() - start
+        return time.thread_time() - start
     with torch.cuda.device(device):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from queue import SimpleQueue
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.planning.machine import InputCost
+from oocattn.planning.timing import undisturbed_seconds
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.held import lie_together
@@ -23,6 +25,9 @@ SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 4, 2 << 20, 4
 """Places of an array that are read as a sample, how much there, and threads that do. Of smaller pieces from the page
 cache, the threads' turns at Python take longer than the reading."""
 
+ROUNDS, ROUND_SECONDS = 3, 0.1
+"""The most samples of which the fastest counts, each of other places, and seconds after which no more are taken."""
+
 FEW = 16  # parts of an array whose heads are read together, of which the samples have one at most
 
 ASSUMED_RATE = 1e9  # bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s
@@ -33,7 +38,6 @@ def sample_rate(dataset: Dataset) -> float:
     arrays = [dataset.arrays[name] for name in ("q", "k", "v") if dataset.arrays[name].direct]
     if not arrays:
         return ASSUMED_RATE
-    samples = [(array, (number + 0.5) / SAMPLES) for number in range(SAMPLES) for array in arrays]
     buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
     for _ in range(SAMPLE_THREADS):
         buffers.put(np.ones(PIECE_BYTES, np.uint8))  # touched
@@ -55,9 +59,23 @@ def sample_rate(dataset: Dataset) -> float:
         return out.nbytes
 
     with ThreadPool(SAMPLE_THREADS, "oocattn-sample") as pool:
-        began = time.perf_counter()
-        total = sum(pool.map(read, samples))
-        return total / max(time.perf_counter() - began, 1e-6)
+
+        def read_all(part: int) -> int:
+            places = ((number + (part + 0.5) / ROUNDS) / SAMPLES for number in range(SAMPLES))
+            return sum(pool.map(read, [(array, share) for share in places for array in arrays]))
+
+        return _best_rate(read_all, SAMPLE_THREADS)
+
+
+def _best_rate(read: Callable[[int], int], threads: int = 1) -> float:
+    """Bytes per second of the fastest of some rounds, undisturbed; `read` takes a round's number and returns its bytes."""
+    rates: list[float] = []
+    began = time.perf_counter()
+    while not rates or (len(rates) < ROUNDS and time.perf_counter() - began < ROUND_SECONDS):
+        counts: list[int] = []
+        seconds = undisturbed_seconds(lambda: counts.append(read(len(rates))), threads)  # noqa: B023 - called at once
+        rates.append(counts[0] / max(seconds, 1e-6))
+    return max(rates)
 
 
 def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCost:
@@ -81,7 +99,7 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
 
 
 def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -> float:
-    """Bytes per second at which the beginning of an array can be read, whatever is cached, within `host_memory` bytes."""
+    """Bytes per second at which parts of an array can be read, whatever is cached, within `host_memory` bytes."""
     array = dataset.arrays[name]
     row = () if name == "key_bias" else array.spec.shape[-1:]
     row_bytes = math.prod(row) * array.dtype.itemsize
@@ -91,6 +109,10 @@ def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -
     if rows < 1:
         return ASSUMED_RATE
     buffer = np.empty((rows, *row), array.dtype)
-    start = time.perf_counter()
-    array.read_rows(0, 0, 0, len(buffer), buffer)
-    return buffer.nbytes / max(time.perf_counter() - start, 1e-6)
+
+    def read(part: int) -> int:
+        start = part * rows % (tokens - rows + 1)
+        array.read_rows(0, 0, start, start + rows, buffer)
+        return buffer.nbytes
+
+    return _best_rate(read)

@@ -145,7 +145,6 @@ def test_a_pinned_division_of_mostly_tasks_is_logged(
 def test_the_cost_of_a_file_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
     measured = file_seconds(tmp_path / "result.oocattn" / "scratch")
     assert 1e-6 <= measured < 1
-    assert measured in {2.0**power for power in range(-20, 1)}
     assert not list(tmp_path.iterdir())
 
 

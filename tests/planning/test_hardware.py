@@ -44,7 +44,7 @@ def test_what_is_not_cached_is_measured_so(names: str) -> None:
     arrays = {name: ColdArray() if name in names else SimpleNamespace(direct=False) for name in "qkv"}
     dataset = SimpleNamespace(arrays=arrays)
     rate = sample_rate(dataset)
-    assert 0.5 * PIECE_BYTES / SECONDS < rate <= PIECE_BYTES / SECONDS
+    assert 0.5 * PIECE_BYTES / SECONDS < rate <= 1.5 * PIECE_BYTES / SECONDS
     assert sample_rate(dataset) > 2 * rate  # now it is cached
 
 

@@ -1,0 +1,59 @@
+"""What is measured on a busy machine is what work takes by itself."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support import normal_arrays, write_dataset
+
+import oocattn
+from oocattn.planning import measure, timing
+from oocattn.planning.measure import MOMENT, Sample, kernel_rate
+
+
+def test_waiting_for_a_core_does_not_count_and_other_waiting_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_TASKS", tmp_path)
+    (tmp_path / "1").mkdir()
+
+    def wait(of_core: float) -> None:
+        time.sleep(0.05)
+        (tmp_path / "1" / "schedstat").write_text(f"0 {int(of_core * 1e9)} 1\n")
+
+    wait(0.0)
+    assert timing.undisturbed_seconds(lambda: wait(0.0)) >= 0.05
+    assert timing.undisturbed_seconds(lambda: wait(0.04)) < 0.045
+    (tmp_path / "1" / "schedstat").write_text("damaged")
+    assert timing.undisturbed_seconds(lambda: time.sleep(0.001)) >= 0.001
+
+
+def test_work_is_not_faster_than_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "count_cores", lambda: 1)
+    began = time.process_time()
+    seconds = timing.undisturbed_seconds(lambda: sum(range(100_000)))
+    assert 0 < seconds <= time.process_time() - began + 0.01
+
+
+def test_a_kernel_is_timed_on_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MOMENT, "cpu", 0.001)
+    monkeypatch.setattr(measure, "get_kernel", lambda name: SimpleNamespace(attend=lambda *_: time.sleep(0.005)))
+    kernel_rate.cache_clear()
+    try:
+        rate = kernel_rate("cpu", Sample(8, 8, "float32"), 16, 16)
+    finally:
+        kernel_rate.cache_clear()  # that of no kernel
+    assert rate > 2 * 2 * 16 * 16 * 16 / 0.005 * measure.torch.get_num_threads()
+
+
+def test_rates_that_differ_a_little_change_seconds_and_not_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(300))
+    plans = []
+    for share in (0.8, 1.2):
+        monkeypatch.setattr(measure, "kernel_rate", lambda *_, share=share: share * 2.0**37)
+        monkeypatch.setattr(measure, "sample_rate", lambda _, share=share: share * 2.0**30)
+        plans.append(oocattn.plan(dataset))
+    assert plans[0].digest == plans[1].digest
+    assert [plan.machine.read_rate for plan in plans] == [0.8 * 2.0**30, 1.2 * 2.0**30]
+    assert plans[0].seconds > plans[1].seconds
