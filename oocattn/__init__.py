@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from oocattn.pipelines.watch.report import RunReport as RunReport
     from oocattn.pipelines.watch.status import Status as Status
     from oocattn.pipelines.watch.status import status as status
+    from oocattn.planning.ahead import plan_ahead as plan_ahead
     from oocattn.planning.plan import Plan as Plan
     from oocattn.problem_arguments import ProblemArguments as ProblemArguments
     from oocattn.storage.bfloat16 import BFloat16 as BFloat16
@@ -90,6 +91,7 @@ _MODULES = {
     ],
     "oocattn.pipelines.watch.report": ["RunReport"],
     "oocattn.pipelines.watch.status": ["Status", "status"],
+    "oocattn.planning.ahead": ["plan_ahead"],
     "oocattn.planning.plan": ["Plan"],
     "oocattn.problem_arguments": ["ProblemArguments"],
     "oocattn.storage.bfloat16": ["BFloat16"],

@@ -23,6 +23,11 @@ def are_apart(arguments: Sequence[str]) -> bool:
     return any(each.partition("=")[0] in {f"--{name}" for name in TENSORS} for each in arguments)
 
 
+def are_ahead(arguments: Sequence[str]) -> bool:
+    """Whether a command line of `plan` gives the shape of a dataset, in place of one."""
+    return arguments[:1] == ["plan"] and any(each.partition("=")[0] == "--tokens" for each in arguments)
+
+
 def add_inputs(parser: argparse.ArgumentParser, apart: bool) -> None:
     """Add what says where the inputs of a run are."""
     if not apart:

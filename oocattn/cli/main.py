@@ -16,7 +16,7 @@ import oocattn
 from oocattn import clock
 from oocattn.cli.documents import document_alone, show
 from oocattn.cli.exit_codes import DONE, FAILED, INCONCLUSIVE, TIME_LIMIT
-from oocattn.cli.inputs import are_apart, are_elsewhere, given_inputs, given_storage_options, moved_inputs
+from oocattn.cli.inputs import are_ahead, are_apart, are_elsewhere, given_inputs, given_storage_options, moved_inputs
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
@@ -24,6 +24,7 @@ from oocattn.imports import in_some_folder
 from oocattn.naming import named, on_command_line, setting
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
+from oocattn.planning.ahead import AHEAD_OPTIONS
 from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     with Printing() as printing, on_command_line():
         try:
-            options, unknown = make_parser(_COMMANDS, are_apart(arguments)).parse_known_args(arguments)
+            parser = make_parser(_COMMANDS, are_apart(arguments), are_ahead(arguments))
+            options, unknown = parser.parse_known_args(arguments)
             options.parser.refuse_unknown(unknown)
         except SystemExit as ended:  # it has printed help, the version, or what is wrong
             if not isinstance(_say_lost(printing), BrokenPipeError | None):
@@ -165,14 +167,19 @@ def _show_dataset(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     if options.draw:
         check_drawing(options.draw)  # before the machine is measured, which takes a while
-    plan = oocattn.plan(
-        given_inputs(options), **_chosen(options, *_PLAN_OPTIONS), engine=options.engine, **_storage_options(options)
-    )
+    plan = _make_plan(options)
     show(options, plan)
     if options.draw:
         plan.visualize(options.draw)
         print(f"drawn in {printable(options.draw)}")
     return DONE
+
+
+def _make_plan(options: argparse.Namespace) -> oocattn.Plan:
+    if "device" in options:
+        return oocattn.plan_ahead(**_chosen(options, *AHEAD_OPTIONS), engine=options.engine)
+    chosen = _chosen(options, *_PLAN_OPTIONS)
+    return oocattn.plan(given_inputs(options), **chosen, engine=options.engine, **_storage_options(options))
 
 
 def _run(options: argparse.Namespace) -> int:

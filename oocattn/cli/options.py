@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
 
-from oocattn import arguments
 from oocattn.cli.documents import add_json
 from oocattn.cli.exit_codes import explain_exit_codes
 from oocattn.cli.inputs import PLACES, add_inputs, add_moved_inputs, add_storage_option
 from oocattn.cli.parser import Parser
 from oocattn.cli.places import add_place, add_scratch
-from oocattn.errors import ProblemError
+from oocattn.cli.readers import DISK_RATE as _DISK_RATE
+from oocattn.cli.readers import DTYPE as _DTYPE
+from oocattn.cli.readers import MEAN as _MEAN
+from oocattn.cli.readers import SCALE as _SCALE
+from oocattn.cli.readers import SEED as _SEED
+from oocattn.cli.readers import SOFTCAP as _SOFTCAP
+from oocattn.cli.readers import count as _count
+from oocattn.cli.readers import duration as _duration
+from oocattn.cli.readers import indices as _indices
+from oocattn.cli.readers import numbers as _numbers
+from oocattn.cli.readers import side as _side
+from oocattn.cli.readers import size as _size
+from oocattn.cli.readers import span as _span
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import ENGINES
+from oocattn.planning.devices import DEVICES, DISK_RATE
 from oocattn.planning.options import DECOMPOSITIONS
-from oocattn.problem.arrays import DTYPES, MAX_HEAD_DIM
-from oocattn.problem_arguments import softcap
+from oocattn.problem.arrays import MAX_HEAD_DIM
 from oocattn.storage.inputs.axes import LAYOUTS
-from oocattn.units import parse_duration, parse_size
 from oocattn.version import __version__
 
 Command = Callable[[argparse.Namespace], int]  # a command: it takes its options and returns its exit code
@@ -29,10 +37,10 @@ PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kern
 """Options that change the plan and not the problem."""
 
 
-def make_parser(commands: Mapping[str, Command], apart: bool = False) -> argparse.ArgumentParser:
+def make_parser(commands: Mapping[str, Command], apart: bool = False, ahead: bool = False) -> argparse.ArgumentParser:
     """Make the parser of a command line; it puts the chosen one of `commands` in the option `command`.
 
-    The inputs are a dataset, or tensors `apart`.
+    The inputs are a dataset, or tensors `apart`, or for `plan`, `ahead` of them, a shape.
     """
     parser = Parser(
         prog="oocattn",
@@ -48,72 +56,26 @@ def make_parser(commands: Mapping[str, Command], apart: bool = False) -> argpars
             name, help=text, description=text[0].upper() + text[1:] + ".", epilog=explain_exit_codes()
         )
         command.set_defaults(command=commands[name], parser=command)
-        if name in _READING:
+        if name == "plan" and ahead:
+            add_options = _add_plan_ahead
+        elif name in _READING:
             _READING[name](command, apart)
         add_options(command)
         add_json(command)
     return parser
 
 
-def _reader(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Make a function that reads an option's text, for argparse, and checks it as the Python functions do."""
-
-    def read(text: str) -> Any:
-        try:
-            return parse(text)
-        except ProblemError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-    return read
-
-
-def _parse_count(text: str) -> int:
-    if text.strip().startswith("-"):
-        raise ProblemError(f"{text!r}: expected a whole number of at least 0")
-    return 0 if text.strip() == "0" else parse_size(text)
-
-
-def _parse_side(text: str) -> int | None:
-    return None if text in ("-1", "none") else _parse_count(text)
-
-
-def _parse_span(text: str) -> tuple[int, int]:
-    start, _, stop = text.partition(":")
-    if not (start and stop):
-        raise arguments.refused("", text, "START:STOP")
-    return _parse_count(start), _parse_count(stop)
-
-
-def _parse_indices(text: str) -> list[int]:
-    try:
-        return [int(each) for each in text.split(",")]
-    except ValueError:
-        raise arguments.refused("", text, "whole numbers, H,H,...") from None
-
-
-def _parse_numbers(text: str) -> list[float] | str:
-    """Numbers between commas; any other text is the path of a file or the name of an array."""
-    try:
-        return [int(each) if each.strip().lstrip("+-").isdecimal() else float(each) for each in text.split(",")]
-    except ValueError:
-        return text
-
-
-_size, _duration = _reader(parse_size), _reader(parse_duration)
-_count, _side = _reader(_parse_count), _reader(_parse_side)
-_span, _indices, _numbers = _reader(_parse_span), _reader(_parse_indices), _reader(_parse_numbers)
-_DTYPE: dict[str, Any] = {"type": _reader(partial(arguments.dtype, "")), "metavar": f"{{{','.join(DTYPES)}}}"}
-_SEED = _reader(lambda text: arguments.integer(0, arguments.MOST_SEED)("", int(text)))
-_SCALE = _reader(lambda text: arguments.scale("", float(text)))
-_SOFTCAP = _reader(lambda text: softcap("", float(text)))
-_MEAN = _reader(lambda text: arguments.number()("", float(text)))
-
-
 def _add_synth(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_new_dataset(parser)
+    _add_shape(parser)
+    add("--seed", type=_SEED, default=0, help="seed of the random numbers (default: %(default)s)")
+    add("--mean", type=_MEAN, default=0.0, help="constant added to v (default: %(default)s)")
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    """The shape and dtype of a dataset."""
+    add = parser.add_argument
     add("--tokens", type=_size, required=True, metavar="N", help="length of the sequence, like 65536 or 1M")
     add("--keys", type=_size, metavar="NK", help="length of k and v (default: that of the sequence)")
     add("--heads", type=_size, required=True, metavar="HQ", help="query heads")
@@ -122,8 +84,6 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     add("--value-dim", type=_size, metavar="DV", help="head dimension of v (default: D)")
     add("--dtype", **_DTYPE, required=True, help="dtype of q, k and v")
     add("--batch", type=_size, default=1, metavar="B", help="batch size (default: %(default)s)")
-    add("--seed", type=_SEED, default=0, help="seed of the random numbers (default: %(default)s)")
-    add("--mean", type=_MEAN, default=0.0, help="constant added to v (default: %(default)s)")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +113,22 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_plan_options(parser)
     _add_engine(parser)
     parser.add_argument("--draw", metavar="FILE.svg", help="draw which subproblem owns which chunk pair")
+
+
+def _add_plan_ahead(parser: argparse.ArgumentParser) -> None:
+    """The options of `plan` without a dataset."""
+    add = parser.add_argument
+    _add_shape(parser)
+    add("--device", choices=list(DEVICES), required=True, help="the device, of those whose rates are known; cpu is a core")
+    add("--devices", type=_size, default=1, metavar="N", help="how many of them (default: %(default)s)")
+    add("--disk-rate", type=_DISK_RATE, default=DISK_RATE, metavar="RATE", help="of the disk, like 6GB/s (default: 1GB/s)")
+    add("--causal", action="store_true", help="attend no later keys; the last query is at the last key (default: all keys)")
+    _add_mask(parser.add_argument_group("mask"))
+    _add_score(parser.add_argument_group("score"), of_dataset=False)
+    add("--queries", type=_span, metavar="START:STOP", help="compute these queries alone (default: all)")
+    _add_plan_options(parser, of_dataset=False)
+    _add_engine(parser)
+    add("--draw", metavar="FILE.svg", help="draw which subproblem owns which chunk pair")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -252,18 +228,20 @@ def _add_mask(group: argparse._ArgumentGroup) -> None:
     add("--sink-tokens", type=_count, default=0, metavar="S", help="exempt the first S keys of a document from the window")
 
 
-def _add_score(group: argparse._ArgumentGroup) -> None:
+def _add_score(group: argparse._ArgumentGroup, of_dataset: bool = True) -> None:
     add = group.add_argument
     add("--scale", type=_SCALE, help="factor of the scores (default: 1/sqrt(D))")
     add("--softcap", type=_SOFTCAP, metavar="C", help="bound the scores by C tanh(score / C)")
     add("--alibi-slopes", type=_numbers, metavar="ARRAY", help="subtract slope x distance, a slope for each query head")
-    add("--no-key-bias", dest="key_bias", action="store_false", help="leave out the array key_bias of DATASET")
+    if of_dataset:
+        add("--no-key-bias", dest="key_bias", action="store_false", help="leave out the array key_bias of DATASET")
     add("--learnable-sink", type=_numbers, metavar="ARRAY", help="one more score, without a value, for each query head")
 
 
-def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+def _add_plan_options(parser: argparse.ArgumentParser, of_dataset: bool = True) -> None:
+    """What changes the plan; without a dataset the table of devices says what there is."""
     add = parser.add_argument
-    half = "default: half of the free memory"
+    half = "default: half of the free memory" if of_dataset else "default: half of what such a machine has"
     add("--host-memory", type=_size, metavar="SIZE", help=f"hard limit on host memory, like 8GiB ({half})")
     add("--device-memory", type=_size, metavar="SIZE", help=f"hard limit on device memory, like 2GiB ({half})")
     add(
@@ -275,7 +253,8 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="division of the chunk pairs: cyclic quorums (cqs) or strips (default: %(default)s)",
     )
-    add("--kernel", choices=kernel_names(), help="kernel (default: the fastest that serves the device and dtype)")
+    if of_dataset:
+        add("--kernel", choices=kernel_names(), help="kernel (default: the fastest that serves the device and dtype)")
     add(
         "--checkpoint-interval",
         type=_duration,
@@ -328,7 +307,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "synth": ("write a dataset of random normal numbers", _add_synth),
     "import": ("copy q, k and v from .npy, .safetensors or .pt files into a dataset", _add_import),
-    "plan": ("print the plan of a run: memory, bytes, predicted seconds", _add_plan),
+    "plan": (
+        "print the plan of a run: memory, bytes, predicted seconds; without a dataset: plan --tokens N --help",
+        _add_plan,
+    ),
     "run": ("compute exact attention over a dataset; write out and lse", _add_run),
     "resume": ("continue an unfinished run with its plan and dataset", _add_resume),
     "status": ("print how far a run is", _add_status),

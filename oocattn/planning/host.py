@@ -25,7 +25,7 @@ UNKNOWN_DISK = 1 << 60  # free bytes of a file system that does not say how many
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where Linux says what the control group of this process may use, of version 2 or 1."""
 
-FILE_MOMENT, MOST_FILES = 0.05, 16
+FILE_MOMENT, MOST_FILES = 0.1, 16
 """Seconds after which no more files are written to measure what one costs, and how many at most."""
 
 
@@ -54,7 +54,7 @@ def file_seconds(folder: Path) -> float:
                 seconds.append(undisturbed_seconds(partial(write_durably, path, [np.zeros(PAGE, np.uint8)])))
     except (OSError, IntegrityError):
         return FILE_SECONDS
-    return max(sorted(seconds)[len(seconds) // 4], 1e-6)  # threads of the system that write wait for a core unseen
+    return max(sorted(seconds)[len(seconds) // 8], 1e-6)  # threads of the system that write wait for a core unseen
 
 
 def _existing(folder: Path) -> Path:

@@ -25,7 +25,7 @@ SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 4, 2 << 20, 4
 """Places of an array that are read as a sample, how much there, and threads that do. Of smaller pieces from the page
 cache, the threads' turns at Python take longer than the reading."""
 
-ROUNDS, ROUND_SECONDS = 3, 0.1
+ROUNDS, ROUND_SECONDS = 3, 0.3
 """The most samples of which the fastest counts, each of other places, and seconds after which no more are taken."""
 
 FEW = 16  # parts of an array whose heads are read together, of which the samples have one at most

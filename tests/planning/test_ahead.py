@@ -1,0 +1,85 @@
+"""Plans for a dataset and devices that are not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from oocattn import BudgetError, ProblemError, plan_ahead
+from oocattn.cli.main import main
+from oocattn.planning.devices import DEVICES
+
+H100: dict[str, Any] = {"heads": 1, "head_dim": 64, "dtype": "float16", "device": "h100", "causal": True}
+
+
+@pytest.mark.parametrize(("devices", "seconds"), [(1, 73), (2, 38)])
+def test_measured_devices_predict_what_was_measured(devices: int, seconds: float) -> None:
+    """docs/speed.md: 16M causal tokens of one head."""
+    memory = {"device_memory": devices * 2**31, "host_memory": devices * 2**34}
+    plan = plan_ahead(tokens="16M", devices=devices, disk_rate="1.6GB/s", **memory, **H100)
+    assert plan.seconds == pytest.approx(seconds, rel=0.1)
+    assert plan.lanes == devices
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float32", 40), ("float16", 512)])
+def test_every_device_says_where_its_rate_comes_from(device: str, dtype: str, head_dim: int) -> None:
+    plan = plan_ahead(tokens="64K", **{**H100, "device": device, "dtype": dtype, "head_dim": head_dim})
+    (note, of_disk) = plan.inputs.notes
+    assert (": measured, " in note) == (device in ("h100", "h200", "cpu"))
+    assert (": estimate, " in note) == (device not in ("h100", "h200", "cpu"))
+    assert "not measured" in of_disk
+    assert note in str(plan)
+    assert plan.device == ("cpu" if device == "cpu" else "cuda")
+
+
+def test_more_devices_and_faster_disks_take_less_time() -> None:
+    def seconds(**options: Any) -> float:
+        return plan_ahead(tokens="1G", **{**H100, "heads": 8, **options}).seconds
+
+    assert seconds(devices=8) < seconds(devices=2) < seconds()
+    window: dict[str, Any] = {"window_size": (4095, 0)}
+    assert seconds(disk_rate="6GB/s", **window) < seconds(disk_rate=2e9, **window) < seconds(**window)
+
+
+def test_no_library_of_arrays_or_tasks_is_imported() -> None:
+    shape = ["--tokens", "1M", "--heads", "2", "--head-dim", "64", "--dtype", "float32"]
+    words = ["plan", *shape, "--device", "l4", "--queries", "10:20"]
+    imported = "[name for name in ('torch', 'zarr', 'dask', 'distributed') if name in sys.modules]"
+    code = f"import sys; from oocattn.cli.main import main; main({words}); print({imported})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("[]\n")
+    assert "queries 10 to 20" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"device": "h1000"}, "expected one of"),
+        ({"devices": 0}, "devices"),
+        ({"disk_rate": "6GBps"}, "bytes per second"),
+        ({"disk_rate": 0}, "bytes per second"),
+        ({"kv_heads": 3}, "multiple of the KV heads"),
+        ({"cu_seqlens_q": "documents.npy"}, "without a dataset no files are read"),
+        ({"tokens": "many"}, "not understood"),
+        ({"dtype": "int8"}, "expected one of"),
+        ({"queries": (5, 3)}, "start < stop"),
+    ],
+)
+def test_what_is_no_problem_is_refused(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ProblemError, match=expected):
+        plan_ahead(**{"tokens": "1M", **H100, "heads": 8, **options})
+
+
+def test_a_budget_that_is_too_small_names_one_that_works() -> None:
+    with pytest.raises(BudgetError, match="the smallest that works is"):
+        plan_ahead(tokens="1M", host_memory="1MiB", **H100)
+
+
+def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--tokens=1M", "--heads", "8"])
+    assert "the following arguments are required: --head-dim, --dtype, --device" in capsys.readouterr().err
