@@ -21,10 +21,13 @@ from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.imports import in_some_folder
+from oocattn.kernels.registry import get_kernel
 from oocattn.naming import named, on_command_line, setting
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
-from oocattn.planning.ahead import AHEAD_OPTIONS
+from oocattn.planning.ahead import AHEAD_OPTIONS, estimated_scratch
+from oocattn.planning.what_if import table, what_if
+from oocattn.problem.calls import ScratchBytes
 from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
@@ -169,6 +172,11 @@ def _plan(options: argparse.Namespace) -> int:
         check_drawing(options.draw)  # before the machine is measured, which takes a while
     plan = _make_plan(options)
     show(options, plan)
+    if options.budgets:
+        alternatives = what_if(plan, _scratch_of(plan, options))
+        print(f"\n{table(alternatives)}")
+        if options.json:
+            options.document["budgets"] = [each.to_json() for each in alternatives]
     if options.draw:
         plan.visualize(options.draw)
         print(f"drawn in {printable(options.draw)}")
@@ -180,6 +188,11 @@ def _make_plan(options: argparse.Namespace) -> oocattn.Plan:
         return oocattn.plan_ahead(**_chosen(options, *AHEAD_OPTIONS), engine=options.engine)
     chosen = _chosen(options, *_PLAN_OPTIONS)
     return oocattn.plan(given_inputs(options), **chosen, engine=options.engine, **_storage_options(options))
+
+
+def _scratch_of(plan: oocattn.Plan, options: argparse.Namespace) -> ScratchBytes:
+    """A bound on what the kernel of a plan allocates; an estimate where the device need not be here."""
+    return estimated_scratch(plan.device) if "device" in options else get_kernel(plan.kernel).scratch_bytes
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -112,7 +112,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_problem_options(parser)
     _add_plan_options(parser)
     _add_engine(parser)
-    parser.add_argument("--draw", metavar="FILE.svg", help="draw which subproblem owns which chunk pair")
+    _add_plan_printing(parser)
 
 
 def _add_plan_ahead(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +128,13 @@ def _add_plan_ahead(parser: argparse.ArgumentParser) -> None:
     add("--queries", type=_span, metavar="START:STOP", help="compute these queries alone (default: all)")
     _add_plan_options(parser, of_dataset=False)
     _add_engine(parser)
+    _add_plan_printing(parser)
+
+
+def _add_plan_printing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--draw", metavar="FILE.svg", help="draw which subproblem owns which chunk pair")
+    add("--budgets", action="store_true", help="show what other budgets and numbers of GPUs would take")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -128,7 +128,7 @@ def _hardware(problem: Problem, device: str, devices: int, rate: float, engine: 
     hardware = Hardware(
         kernel=found.kernel,
         kernel_flops=found.flops * (devices if on_cpu else 1),
-        scratch_bytes=_scratch_of(kind),
+        scratch_bytes=estimated_scratch(kind),
         device="cpu" if on_cpu else "cuda",
         half_rate_rows=HALF_RATE_ROWS[kind],
         rounds_weights=not on_cpu and found.kernel != "torch",
@@ -144,7 +144,7 @@ def _hardware(problem: Problem, device: str, devices: int, rate: float, engine: 
     return hardware, f"{devices} x {device}: {found.words}, a {each}"
 
 
-def _scratch_of(kind: str) -> Callable[[CallSize], int]:
+def estimated_scratch(kind: str) -> Callable[[CallSize], int]:
     """An estimate of what a kernel allocates in a call; the kernels' own bounds need PyTorch."""
 
     def estimate(call: CallSize) -> int:
