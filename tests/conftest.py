@@ -10,6 +10,7 @@ from pathlib import Path
 # Before torch is imported, here and in processes that tests start. Threads of OpenMP that wait for each other would keep the
 # cores busy: on two cores with two test processes, a test of the kernels took 21 s of CPU time instead of 2.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ["XDG_STATE_HOME"] = os.devnull  # tests keep nothing in the home of who runs them
 
 import dask
 import pytest

@@ -25,6 +25,7 @@ from oocattn.kernels.registry import get_kernel
 from oocattn.naming import named, on_command_line, setting
 from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
+from oocattn.pipelines.watch.history import describe_history
 from oocattn.planning.ahead import AHEAD_OPTIONS, estimated_scratch
 from oocattn.planning.what_if import table, what_if
 from oocattn.problem.calls import ScratchBytes
@@ -172,6 +173,8 @@ def _plan(options: argparse.Namespace) -> int:
         check_drawing(options.draw)  # before the machine is measured, which takes a while
     plan = _make_plan(options)
     show(options, plan)
+    if "device" not in options and (past := describe_history(plan.device)):
+        print(past)
     if options.budgets:
         alternatives = what_if(plan, _scratch_of(plan, options))
         print(f"\n{table(alternatives)}")

@@ -35,6 +35,7 @@ from oocattn.pipelines.result import Result
 from oocattn.pipelines.run import Run, begin_run, find_unfinished
 from oocattn.pipelines.signals import Interrupts
 from oocattn.pipelines.watch.events import Callback
+from oocattn.pipelines.watch.history import keep_run
 from oocattn.pipelines.watch.status_file import StatusFile
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
@@ -132,7 +133,10 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
         return plan_here(request.dataset, request.problem, choices, lanes, paths.state, workplace.engine, to_store=to_store)
 
     with workplace.prepare(request.problem, choices.kernel, decide, until) as (engine, plan):
-        return run_plan(plan, request, engine, callbacks=callbacks, until=until)
+        result = run_plan(plan, request, engine, callbacks=callbacks, until=until)
+    if found is Found.NOTHING and workplace.client is None and result.report is not None:  # all of it, on this machine
+        keep_run(plan.device, result.report.predicted_seconds, result.report.seconds)
+    return result
 
 
 def run_plan(
