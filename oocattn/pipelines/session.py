@@ -34,7 +34,7 @@ from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
 from oocattn.pipelines.result import Result
 from oocattn.pipelines.run import Run, begin_run, find_unfinished
 from oocattn.pipelines.signals import Interrupts
-from oocattn.pipelines.watch.events import Callback
+from oocattn.pipelines.watch.events import Callback, Listeners
 from oocattn.pipelines.watch.history import keep_run
 from oocattn.pipelines.watch.status_file import StatusFile
 from oocattn.pipelines.workplace import Workplace
@@ -103,8 +103,9 @@ class _Session:
         """Do what is left of a run."""
         from oocattn.pipelines.driver import carry_out
 
-        listeners: list[Callback] = [StatusFile(run.paths.status, self.state.claim), *self.callbacks]
-        carry_out(run, self.engine, listeners, self.interrupts, self.until)
+        listeners = Listeners(self.callbacks)
+        with StatusFile(run.paths.status, self.state.claim, lambda: listeners.kept_by) as status_file:
+            carry_out(run, self.engine, [status_file, listeners], self.interrupts, self.until)
         return result_at(run.paths)
 
     def _enlist(self, plan: Plan, dataset: Dataset) -> Mapping[str, str]:

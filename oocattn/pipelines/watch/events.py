@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from traceback import extract_tb
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from oocattn import clock
 from oocattn.log import logger
 
 if TYPE_CHECKING:
@@ -167,16 +168,34 @@ class Listeners:
 
     def __init__(self, listeners: Iterable[Callback]) -> None:
         self._listeners = list(listeners)
+        self._in: tuple[Callback, float] | None = None
+
+    @property
+    def kept_by(self) -> tuple[str, float] | None:
+        """The listener that is at an event now, and since when (seconds since the epoch); None between events."""
+        now_in = self._in
+        return None if now_in is None else (_name(now_in[0]), now_in[1])
 
     def __call__(self, event: Event) -> None:
+        try:
+            self._pass_on(event)
+        finally:
+            self._in = None
+
+    def _pass_on(self, event: Event) -> None:
         for listener in list(self._listeners):
+            self._in = listener, clock.now()
             try:
                 listener(event)
             except Exception as error:
                 self._listeners = [other for other in self._listeners if other is not listener]
-                name = getattr(listener, "__qualname__", type(listener).__qualname__)
                 frame = extract_tb(error.__traceback__)[-1]
                 logger.warning(
                     "a listener failed; the run continues without it: %s raised %s: %s (%s, line %d)",
-                    *(name, type(error).__name__, error, frame.filename, frame.lineno),
+                    *(_name(listener), type(error).__name__, error, frame.filename, frame.lineno),
                 )
+
+
+def _name(listener: Callback) -> str:
+    """What messages call a listener."""
+    return str(getattr(listener, "__qualname__", type(listener).__qualname__))

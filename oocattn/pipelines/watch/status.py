@@ -12,12 +12,11 @@ from typing import Annotated, Any, Literal
 from oocattn import clock
 from oocattn.arguments import checked, path
 from oocattn.errors import IntegrityError
-from oocattn.pipelines.deadline import NOTICED_SECONDS
 from oocattn.pipelines.finished import scan_completed
 from oocattn.pipelines.run import find_unfinished
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.watch.elsewhere import run_elsewhere, seen_from_here
-from oocattn.pipelines.watch.report import read_report
+from oocattn.pipelines.watch.report import RunReport, read_report
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Range, Seconds, document, from_json
 from oocattn.shown import Shown
@@ -36,6 +35,10 @@ FORMAT = 1
 
 MOST_BYTES = 1 << 20  # of the file
 
+SILENT_SECONDS, SILENT_SECONDS_ELSEWHERE = 10.0, 120.0
+"""A run whose process has given no sign of life for so long is stopped: it gives one every second or two. Of another host
+longer, for its clock may differ."""
+
 logger = logging.getLogger("oocattn")
 
 Outcome = Literal["", "passed", "inconclusive", "failed"]
@@ -53,7 +56,8 @@ class Status(Shown):
     resumed. `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and `bytes_read`,
     `bytes_saved` (as partials) and `bytes_written` (to the result) are those since then. `seconds_left` is wall time too, of
     an interrupted run at that rate, or as its plan predicts it; None where there is no plan yet. `saved` is when something
-    was last brought to disk for good, in seconds since the epoch, or 0. A finished result has the figures of its report.
+    was last brought to disk for good, in seconds since the epoch, or 0. A finished result has its `report`, and the figures
+    of that. `beat` is when the run last wrote all this down, in seconds since the epoch: every second while it lives.
 
     `dashboard` is the address of a running run's, `holder` says who works on it, and `error` how an interrupted one ended.
     `certificate` is what `verify` found of this very result, "" where it was not verified, and `verdict` when and in words.
@@ -79,6 +83,8 @@ class Status(Shown):
     verdict: Annotated[str, ADDED] = ""
     stalled: Annotated[str, ADDED] = ""
     stalled_since: Annotated[Seconds, ADDED] = 0.0
+    beat: Annotated[Seconds, ADDED] = 0.0
+    report: Annotated[RunReport | None, ADDED] = None
 
     @property
     def share(self) -> float:
@@ -113,9 +119,11 @@ class Status(Shown):
         if self.state == "finished":
             lines = [f"finished in {format_seconds(self.seconds)}" if self.seconds else "finished"]
             lines += [f"certificate of {self.verdict}"] if self.certificate else []
+            lines += str(self.report).splitlines() if self.report else []
             return "\n".join(map(printable, lines))
         if not self.subproblems:
-            return printable(f"{self.state}: {self.error or f'starting; {self.holder}'}")
+            starting = f"stalled: {self.stalled}" if self.stalled else f"{self.state}: starting; {self.holder}"
+            return printable(f"{self.state}: {self.error}" if self.error else starting)
         state = "stalled" if self.stalled else self.state
         kept = " are on disk" if self.state == "interrupted" else ""
         lines = [
@@ -203,9 +211,9 @@ def _read_status(paths: ResultPaths, elsewhere: Holder | None) -> Status:
         recorded = paths.attributes() or {}
         if "problem" in recorded:
             return replace(_finished(paths, recorded["problem"]), result=str(paths.result))
-        last = Status("none" if holder is None else "running")
         if paths.stored is not None and holder is None:
             return Status(**run_elsewhere(paths), result=str(paths.result))
+        last = Status("none") if holder is None else _running_status(Status("running"), holder, paths)
     elif holder is not None:
         last = replace(_running_status(last, holder, paths), error="")  # which is of a run before this one
     else:
@@ -215,8 +223,12 @@ def _read_status(paths: ResultPaths, elsewhere: Holder | None) -> Status:
 
 def _running_status(last: Status, holder: Holder, paths: ResultPaths) -> Status:
     """The status of a run that is alive; its process may be stopped."""
-    running, silence = replace(last, state="running"), holder_silence(paths.lock)
-    if silence < NOTICED_SECONDS:
+    running = replace(last, state="running")
+    if holder.shares_kernel(Holder.this_process()):
+        silence, most = holder_silence(paths.lock), SILENT_SECONDS
+    else:
+        silence, most = clock.now() - (last.beat or clock.now()), SILENT_SECONDS_ELSEWHERE
+    if silence < most:
         return running
     stopped = (
         f"{holder} is stopped, and its run with it: continue it (kill -CONT {holder.process}); or else {paths.state} is on "
@@ -263,6 +275,7 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
         bytes_saved=report.bytes_partials,
         bytes_written=report.bytes_written,
         saved=saved,
+        report=report,
     )
 
 

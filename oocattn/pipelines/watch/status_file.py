@@ -1,14 +1,18 @@
-"""The file in which a run tells other processes how far it is."""
+"""The file in which a run tells other processes how far it is, and that it lives."""
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import os
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from oocattn import clock
+from oocattn.errors import LockedError
 from oocattn.pipelines.watch.events import (
     Attended,
     Committed,
@@ -25,25 +29,57 @@ from oocattn.pipelines.watch.events import (
 from oocattn.pipelines.watch.status import Status, tokens_of
 from oocattn.records import to_json
 from oocattn.storage.files.durable import write_text
+from oocattn.storage.files.folders import remove_file
 from oocattn.storage.journal.claims import Claim
 
-WRITING_SECONDS = 1.0  # seconds between updates of the file
+WRITING_SECONDS = 1.0  # seconds between updates of the file by events
+BEAT_SECONDS = 1.0  # seconds between heartbeats
+KEPT_SECONDS = 10.0  # after so many seconds in one listener the run is said to stall
 
 
-class StatusFile:
-    """A listener that writes progress to a file, once a second, under the run's lock."""
+class StatusFile(AbstractContextManager["StatusFile"]):
+    """A listener that writes progress to a file under the run's lock, as events come and with each heartbeat.
 
-    def __init__(self, path: Path, claim: Claim) -> None:
+    The heart is a thread that beats from the first event to the last one, or until the `with` ends. It is a daemon: it keeps
+    no interpreter alive. `kept_by` names the listener that keeps the run, and since when, or is None. A fork of the process
+    writes nothing.
+    """
+
+    def __init__(self, path: Path, claim: Claim, kept_by: Callable[[], tuple[str, float] | None] = lambda: None) -> None:
         self._path = path
         self._claim = claim
-        self._written = self._start = 0.0
+        self._kept_by = kept_by
+        self._process = os.getpid()
+        self._changing = threading.Lock()
+        self._ended = threading.Event()
+        self._heart: threading.Thread | None = None
+        self._written = self._start = self._advanced = 0.0
         self._before = 0
         self._status = Status("running")
 
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
     def __call__(self, event: Event) -> None:
+        if os.getpid() != self._process:
+            return
+        with self._changing:
+            if isinstance(event, Committed | Ended):
+                self._end()
+                return
+            self._take(event)
+            important = isinstance(event, Started | Recovered | Stalled | Failed)
+            if important or clock.now() - self._written >= WRITING_SECONDS:
+                self._write()
+            if isinstance(event, Failed):
+                self._ended.set()
+            elif self._heart is None:
+                self._heart = threading.Thread(target=self._beat, name="oocattn-heart", daemon=True)
+                self._heart.start()
+
+    def _take(self, event: Event) -> None:
+        """What an event changes of the status."""
         match event:
-            case Committed() | Ended():
-                return  # the file has been removed
             case Started() | Recovered():
                 self._begin_attempt(event)
             case Staged():
@@ -60,12 +96,37 @@ class StatusFile:
                 self._status = replace(self._status, error=event.error, stalled="")
             case Stalled():
                 self._status = replace(self._status, stalled=event.reason, stalled_since=event.start)
-        important = isinstance(event, Started | Recovered | Stalled | Failed)
-        if important or clock.now() - self._written >= WRITING_SECONDS:
-            self._written = clock.now()
-            with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
-                self._claim.check()
-                write_text(self._path, json.dumps(to_json(self._status)), synced=False)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            with self._changing:
+                if self._ended.is_set():
+                    return
+                try:
+                    self._write()
+                except LockedError:  # another process has taken over: whatever drives the run finds that itself
+                    return
+
+    def _write(self) -> None:
+        """Write the status as it is at this moment."""
+        self._written = now = clock.now()
+        status, kept = self._status, self._kept_by()
+        if self._start:
+            passed = now - max(self._start, self._advanced)
+            left = None if status.seconds_left is None else max(0.0, status.seconds_left - passed)
+            status = replace(status, beat=now, seconds=now - self._start, seconds_left=left)
+        if kept is not None and not status.stalled and now - kept[1] >= KEPT_SECONDS:
+            reason = f"the listener {kept[0]} has not returned: the run waits for it"
+            status = replace(status, stalled=reason, stalled_since=kept[1])
+        with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
+            self._claim.check()
+            write_text(self._path, json.dumps(to_json(status)), synced=False)
+
+    def _end(self) -> None:
+        """The result is there: the file has been removed, unless the heart has written it in that moment."""
+        self._ended.set()
+        with suppress(OSError):
+            remove_file(self._path)
 
     def _add(self, saved: float = 0.0, **counts: int) -> None:
         """Add bytes that were read, or brought to disk by the moment `saved`."""
@@ -84,20 +145,20 @@ class StatusFile:
                 dashboard=event.dashboard,
             )
             self._before = plan.subproblems - left
-            self._start = event.start
+            self._start = self._advanced = event.start
         done = self._status.subproblems - event.left
         self._before = min(self._before, done)
         self._status = replace(self._status, subproblems_done=done, stalled="")
 
     def _advance(self) -> None:
         """One more subproblem is done."""
-        status, seconds = self._status, clock.now() - self._start
+        self._advanced = clock.now()
+        status, seconds = self._status, self._advanced - self._start
         done = status.subproblems_done + 1
         here = done - self._before
         self._status = replace(
             status,
             subproblems_done=done,
             rate=clock.rate(status.tokens * here / status.subproblems, seconds),
-            seconds=seconds,
             seconds_left=seconds * (status.subproblems - done) / here,
         )
