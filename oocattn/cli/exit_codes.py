@@ -9,7 +9,7 @@ EXIT_CODES = {
     FAILED: "failed",
     BAD_USAGE: "bad usage",
     INCONCLUSIVE: "verify is inconclusive",
-    TIME_LIMIT: "time limit reached or SIGUSR1",
+    TIME_LIMIT: "time limit reached or SIGUSR1, or `status --watch` saw the run interrupted",
     HUNG_UP: "hung up",
     INTERRUPTED: "interrupted",
     TERMINATED: "terminated",

@@ -284,10 +284,22 @@ class _PlanPrinter:
 
 
 def _status(options: argparse.Namespace) -> int:
-    status = oocattn.status(options.result, scratch=options.scratch, **_storage_options(options))
-    show(options, status)
-    if status.state == "interrupted" and not options.json:
-        print(f"go on with: {_resume_command(options)}")
+    def look() -> oocattn.Status:
+        return oocattn.status(options.result, scratch=options.scratch, **_storage_options(options))
+
+    if options.watch:
+        from oocattn.cli.watching import LOOKING_SECONDS, LOOKING_SECONDS_ELSEWHERE, watch
+
+        status = watch(look, LOOKING_SECONDS_ELSEWHERE if "://" in options.result else LOOKING_SECONDS)
+    else:
+        status = look()
+    if options.json or not options.watch:
+        show(options, status)
+    if status.state == "interrupted":
+        if not options.json:
+            print(f"go on with: {_resume_command(options)}")
+        if options.watch:
+            return TIME_LIMIT
     return FAILED if status.state == "none" or status.certificate == "failed" else DONE
 
 

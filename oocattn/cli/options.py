@@ -271,6 +271,11 @@ def _add_plan_options(parser: argparse.ArgumentParser, of_dataset: bool = True) 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("result", metavar="RESULT", help="path or URL of the result that the run was given")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="draw it again every second until the run ends: exit code 0 finished, 75 interrupted",
+    )
     add_scratch(parser)
     add_storage_option(parser)
 
@@ -319,7 +324,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     ),
     "run": ("compute exact attention over a dataset; write out and lse", _add_run),
     "resume": ("continue an unfinished run with its plan and dataset", _add_resume),
-    "status": ("print how far a run is", _add_status),
+    "status": ("print how far a run is; exit code 1 if none has begun, or the certificate failed", _add_status),
     "verify": (
         "check a result: sampled rows in float64, all checksums; exit code 1 if it is wrong, 3 if inconclusive",
         _add_verify,
