@@ -6,10 +6,8 @@ import argparse
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import oocattn
@@ -19,11 +17,11 @@ from oocattn.cli.exit_codes import DONE, FAILED, INCONCLUSIVE, TIME_LIMIT
 from oocattn.cli.inputs import are_ahead, are_apart, are_elsewhere, given_inputs, given_storage_options, moved_inputs
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
+from oocattn.cli.signals import Signals
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.imports import in_some_folder
 from oocattn.kernels.registry import get_kernel
 from oocattn.naming import named, on_command_line, setting
-from oocattn.pipelines.signals import SIGNALS, InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.pipelines.watch.history import describe_history
 from oocattn.planning.ahead import AHEAD_OPTIONS, estimated_scratch
@@ -68,7 +66,7 @@ def _say_lost(printing: Printing) -> Exception | None:
 
 def _run_command(options: argparse.Namespace) -> int:
     """Do what the options ask for; whatever stops it is one line on standard error, and an exit code."""
-    with _Signals() as signals:
+    with Signals() as signals:
         try:
             with document_alone(options):
                 return options.command(options)  # type: ignore[no-any-return]
@@ -91,37 +89,6 @@ def _run_command(options: argparse.Namespace) -> int:
 def _say(text: str) -> None:
     """How a command ended: one line on standard error."""
     print(f"oocattn: {printable(text)}", file=sys.stderr)
-
-
-class _Signals:
-    """Signals where no run holds them back: the first one ends the command, the second one the process, at once."""
-
-    received = 0
-
-    def __enter__(self) -> _Signals:
-        in_charge = threading.current_thread() is threading.main_thread()
-        found = {number: signal.getsignal(number) for number in SIGNALS if in_charge}
-        # None: not Python's. Ignored: as nohup has it, and a shell for what runs in the background.
-        self._before = {number: handler for number, handler in found.items() if handler not in (None, signal.SIG_IGN)}
-        for number in self._before:
-            signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
-            if not self.received:
-                self.received = number
-                raise InterruptedRunError
-            return
-        if self.received or Interrupts.held:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = number
-        raise KeyboardInterrupt
 
 
 def _how_to_go_on(options: argparse.Namespace) -> str:
