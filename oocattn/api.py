@@ -53,6 +53,7 @@ RUN_OPTIONS = {
     "engine": arguments.choice(*ENGINES),
     "dashboard_address": arguments.text,
     "callbacks": arguments.functions,
+    "progress": arguments.boolean,
     "storage_options": parse_options,
 }
 """What the options may be that say how a run is carried out."""
@@ -129,6 +130,7 @@ def attention(
     client: Client | None = None,
     dashboard_address: str = DASHBOARD,
     callbacks: Sequence[Callback] = (),
+    progress: bool = False,
     overwrite: bool = False,
     scratch: str | Path | None = None,
     lock: str = "auto",
@@ -146,9 +148,10 @@ def attention(
     work on disk. `engine` is "dask", or "inline": threads of this process
     without a scheduler. With Dask the run uses the workers of `client`, a connected `distributed.Client` that is not
     asynchronous, or a cluster of its own with its dashboard at `dashboard_address`. `callbacks` are called with every
-    `Event`. A finished result of the same problem and dataset is returned as it is, with a warning where its certificate
-    failed, and an unfinished one is resumed with its plan; `overwrite` computes it again. Signals, failing callbacks and
-    waiting for workers: docs/interruptions.md, docs/python.md, docs/clusters.md.
+    `Event`, and `progress` shows a bar on standard error, or in a notebook. A finished result of the same problem and
+    dataset is returned as it is, with a warning where its certificate failed, and an unfinished one is resumed with its
+    plan; `overwrite` computes it again. Signals, failing callbacks and waiting for workers: docs/interruptions.md,
+    docs/python.md, docs/clusters.md.
 
     Raises ProblemError (also where the cluster is not ready), BudgetError, ResultExistsError (something else is at
     `result`), LockedError (another run writes it), IntegrityError (the dataset or a partial is damaged), TimeLimitError,
@@ -159,7 +162,9 @@ def attention(
     paths = ResultPaths.at(result, scratch, lock, storage_options)
     opened, problem = open_posed(inputs, asked, storage_options)
     parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
-    return session.attend(Request(problem, opened, paths, overwrite), Choices(*parsed), workplace, callbacks, until)
+    return session.attend(
+        Request(problem, opened, paths, overwrite), Choices(*parsed), workplace, _listeners(callbacks, progress), until
+    )
 
 
 @checked(**RUN_OPTIONS, **PLACE_OPTIONS, accept_other_bits=arguments.boolean, check_finished=arguments.boolean)
@@ -174,6 +179,7 @@ def resume(
     client: Client | None = None,
     dashboard_address: str = DASHBOARD,
     callbacks: Sequence[Callback] = (),
+    progress: bool = False,
     scratch: str | Path | None = None,
     lock: str = "auto",
     storage_options: StorageOptions | None = None,
@@ -190,9 +196,17 @@ def resume(
     until, workplace = _end(time_limit), Workplace(engine, client, dashboard_address)
     paths = ResultPaths.at(result, scratch, lock, storage_options)
     named = None if inputs is None else parse_inputs(inputs)
-    return session.resume(
-        paths, named, Resuming(accept_other_bits, check_finished), workplace, callbacks, until, storage_options
-    )
+    resuming, listeners = Resuming(accept_other_bits, check_finished), _listeners(callbacks, progress)
+    return session.resume(paths, named, resuming, workplace, listeners, until, storage_options)
+
+
+def _listeners(callbacks: Sequence[Callback], progress: bool) -> list[Callback]:
+    """The caller's listeners, and a progress bar where it is asked for."""
+    if not progress:
+        return list(callbacks)
+    from oocattn.pipelines.watch.progress import ProgressBar
+
+    return [*callbacks, ProgressBar()]
 
 
 def _end(time_limit: Duration | None) -> float:

@@ -177,8 +177,11 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _carry_out(options: argparse.Namespace, function: Callable[..., oocattn.Result], chosen: dict[str, Any]) -> int:
     """Run or resume with what was chosen, and print how it ended."""
+    from oocattn.cli.watching import log_on_standard_error
+
     plan_printer = _PlanPrinter(silent=options.json)
-    with _client(options) as client:
+    unseen = options.progress is None and not sys.stderr.isatty()
+    with log_on_standard_error() if unseen else nullcontext(), _client(options) as client:
         result = function(
             **chosen,
             **_storage_options(options),

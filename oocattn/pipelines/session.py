@@ -36,6 +36,7 @@ from oocattn.pipelines.run import Run, begin_run, find_unfinished
 from oocattn.pipelines.signals import Interrupts
 from oocattn.pipelines.watch.events import Callback, Listeners
 from oocattn.pipelines.watch.history import keep_run
+from oocattn.pipelines.watch.progress_log import ProgressLog
 from oocattn.pipelines.watch.status_file import StatusFile
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
@@ -104,7 +105,8 @@ class _Session:
         from oocattn.pipelines.driver import carry_out
 
         listeners = Listeners(self.callbacks)
-        with StatusFile(run.paths.status, self.state.claim, lambda: listeners.kept_by) as status_file:
+        place = run.paths.status, self.state.claim
+        with StatusFile(*place, lambda: listeners.kept_by, ProgressLog()) as status_file:
             carry_out(run, self.engine, [status_file, listeners], self.interrupts, self.until)
         return result_at(run.paths)
 

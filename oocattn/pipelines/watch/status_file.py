@@ -41,14 +41,21 @@ class StatusFile(AbstractContextManager["StatusFile"]):
     """A listener that writes progress to a file under the run's lock, as events come and with each heartbeat.
 
     The heart is a thread that beats from the first event to the last one, or until the `with` ends. It is a daemon: it keeps
-    no interpreter alive. `kept_by` names the listener that keeps the run, and since when, or is None. A fork of the process
-    writes nothing.
+    no interpreter alive. `kept_by` names the listener that keeps the run, and since when, or is None. `tell` is called with
+    what is written. A fork of the process writes nothing.
     """
 
-    def __init__(self, path: Path, claim: Claim, kept_by: Callable[[], tuple[str, float] | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        claim: Claim,
+        kept_by: Callable[[], tuple[str, float] | None] = lambda: None,
+        tell: Callable[[Status], object] = lambda status: None,
+    ) -> None:
         self._path = path
         self._claim = claim
         self._kept_by = kept_by
+        self._tell = tell
         self._process = os.getpid()
         self._changing = threading.Lock()
         self._ended = threading.Event()
@@ -118,6 +125,7 @@ class StatusFile(AbstractContextManager["StatusFile"]):
         if kept is not None and not status.stalled and now - kept[1] >= KEPT_SECONDS:
             reason = f"the listener {kept[0]} has not returned: the run waits for it"
             status = replace(status, stalled=reason, stalled_since=kept[1])
+        self._tell(status)
         with suppress(OSError):  # a disk that is full stops the run elsewhere, with a better word
             self._claim.check()
             write_text(self._path, json.dumps(to_json(status)), synced=False)

@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from support import make_event
 from oocattn import clock
 from oocattn.cli.printing import Printing
 from oocattn.log import logger
+from oocattn.pipelines.watch import progress
 from oocattn.pipelines.watch.progress import DRAWING_SECONDS, ProgressBar
 
 PLAN = SimpleNamespace(problem=SimpleNamespace(out_rows=1000, batch=2), subproblems=20)
@@ -134,3 +136,19 @@ def test_output_beside_the_bar_begins_on_a_line_of_its_own(bar: Watched, termina
         "the report",
         "",
     ]
+
+
+def test_the_bar_moves_between_events_but_never_past_what_is_in_flight(
+    bar: Watched, terminal: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.002)
+    terminal()
+    bar.begin()
+    bar.see("attended", 10)
+    bar.now += 5
+    until = time.monotonic() + 60
+    while " 15 s," not in bar.lines()[-1]:
+        assert time.monotonic() < until, "the bar does not move by itself"
+        time.sleep(0.002)
+    assert re.match(r"\s*8%.*1/20 subproblems, 15 s", bar.lines()[-1])  # 1.5 of 20
+    assert re.match(r"\s*10%.*1/20 subproblems", bar.see("staged", 1000))
