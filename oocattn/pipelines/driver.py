@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from oocattn import clock
 from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
@@ -152,16 +152,17 @@ def _drive(run: Run, engine: Engine, emit: Callback, start: float, interrupts: I
         limits.note_progress(left - len(found.done.chunks))
         if recovered is None:
             resumed = bool(found.done.chunks or found.done.partials)
-            emit(started(left=left, resumed=resumed, recomputed=found.damaged))
+            emit(started(left=left, resumed=resumed, recomputed=found.damaged, done=found.done))
         else:
-            emit(replace(recovered, left=left, recomputed=recovered.recomputed + found.torn))
+            emit(replace(recovered, left=left, recomputed=recovered.recomputed + found.torn, done=found.done))
         try:
             Attempt(run, engine.lanes(run, deadline), schedule, emit, deadline, interrupts).drive()
             return engine.lane_count
         except (DamagedPartialError, TaskError, WorkerLostError) as error:
             limits.add(error)
             now = clock.now()
-            recovered = Recovered(start=now, stop=now, error=str(error), **{COUNTED_AS[type(error)]: 1})
+            counted: dict[str, Any] = {COUNTED_AS[type(error)]: 1}
+            recovered = Recovered(start=now, stop=now, error=str(error), **counted)
             engine.replenish(lambda: interrupts.check(deadline.seconds_left, WAITED))
             logger.warning("%s; the run continues with the rest", error)
 

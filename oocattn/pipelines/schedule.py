@@ -109,17 +109,23 @@ class Schedule:
     @cached_property
     def left(self) -> int:
         """How many subproblems are left. It takes time for what is done, not for the head groups that nobody has begun."""
+        total = sum(count * len(self._chunks_needing(division)) for division, count in self.plan.divisions.items())
+        return total - sum(self.completed.values())
+
+    @cached_property
+    def completed(self) -> dict[int, int]:
+        """How many subproblems need not be done again, by head group of which something is done."""
         contributed: dict[int, Counter[int]] = defaultdict(Counter)  # by head group: to how many chunks, by subproblem
         for head_group, chunk in filter(lambda place: self.plan.query_rows(place[1]), self.done.chunks):
             contributed[head_group].update(self.plan.division_of(head_group).contributors(chunk))
         for head_group, chunk, index in self.done.partials:
             if (head_group, chunk) not in self.done.chunks:
                 contributed[head_group][index] += 1
-        left = sum(count * len(self._chunks_needing(division)) for division, count in self.plan.divisions.items())
+        completed = {}
         for head_group, counts in contributed.items():
             needed = self._chunks_needing(self.plan.division_of(head_group))
-            left -= sum(needed[index] == count for index, count in counts.items())
-        return left
+            completed[head_group] = sum(needed[index] == count for index, count in counts.items())
+        return completed
 
     def _chunks_needing(self, division: Division) -> Counter[int]:
         """To how many query chunks, that have rows, each subproblem contributes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 from oocattn.errors import ProblemError
 from oocattn.operations import Operation, make_operation
@@ -24,6 +25,7 @@ from oocattn.pipelines.lane.partials.disk import DiskPartials, MergeStates
 from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.memory import MemoryPartials
 from oocattn.pipelines.lane.partials.store import PartialStore
+from oocattn.pipelines.lane.process_memory import MemoryMeter
 from oocattn.pipelines.lane.stager import Stager, Turns
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import Attended
@@ -43,6 +45,7 @@ class Lane:
         for path in (run.paths.scratch, *run.dataset.paths):
             if not path.exists():
                 raise ProblemError(f"no {path} on {socket.gethostname()}: the workers of a run must see the same paths")
+        self._meter = MemoryMeter(device_name)
         self.plan = plan = run.plan
         self.result = run.result
         operation, make_device = make_operation(plan), DEVICES[device_name.partition(":")[0]]
@@ -75,12 +78,12 @@ class Lane:
         """Compute the partials of the subproblem staged for this turn; hand them over.
 
         Subproblems begin in the order of their turns, also those before an early task. The event also has the checkpoints
-        that were made meanwhile. Raises RuntimeError for a turn that was taken before.
+        that were made meanwhile, and the memory that is held. Raises RuntimeError for a turn that was taken before.
         """
         self._attend_turns.take(turn)
         self.device.launcher.submit(self._launch_until, turn).result()
         finish = self._launched.pop(turn)
-        return self._checkpoints.add_to(finish())
+        return replace(self._checkpoints.add_to(finish()), memory=self._meter.read())
 
     def _launch_until(self, turn: int) -> None:
         """Launch what was staged up to this turn, in order."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from oocattn import clock
 from oocattn.log import logger
+from oocattn.pipelines.schedule import NOTHING_COMPLETED, CompletedWork
 
 if TYPE_CHECKING:
     from oocattn.pipelines.watch.report import RunReport
@@ -31,6 +32,19 @@ class Span:
     stop: float
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that lanes hold in a `process` (host and number).
+
+    `host` is anonymous memory, pinned memory included, beyond what the process had when its lane was opened. `device` is
+    what PyTorch has reserved on the lane's GPU.
+    """
+
+    process: str
+    host: int
+    device: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """One step of a run between two moments (epoch seconds); `kind` names its class."""
@@ -47,8 +61,8 @@ class Event:
 class Started(Event):
     """The run started: its plan, and the dashboard's address, "" where there is none.
 
-    `left` subproblems are left to be computed; `resumed` says that some were done before; `recomputed` counts partials and
-    records that were found damaged.
+    `left` subproblems are left to be computed; `resumed` says that some were done before, and `done` which; `recomputed`
+    counts partials and records that were found damaged.
     """
 
     plan: Plan
@@ -56,17 +70,22 @@ class Started(Event):
     left: int
     resumed: bool
     recomputed: int
+    done: CompletedWork = NOTHING_COMPLETED
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered(Event):
-    """A damaged partial (`recomputed`), a failed task or lost workers: the run continues with the `left` subproblems."""
+    """A damaged partial (`recomputed`), a failed task or lost workers: the run continues with the `left` subproblems.
+
+    `done` is what need not be done again.
+    """
 
     error: str
     left: int = 0
     recomputed: int = 0
     retried: int = 0
     workers_lost: int = 0
+    done: CompletedWork = NOTHING_COMPLETED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +150,8 @@ class Attended(TaskEvent):
 
     `pairs` counts query-key pairs of all heads, `partial_bytes` what was written to files of partials, `out_of_memory` how
     often tiles were halved for want of device memory. `checkpoint_bytes` were saved by checkpoints since the event before,
-    the last of which ended at `checkpointed` (seconds since the epoch; 0: there was none).
+    the last of which ended at `checkpointed` (seconds since the epoch; 0: there was none). `memory` is what the lane's
+    process held then; None where that is unknown.
     """
 
     pairs: int
@@ -139,6 +159,7 @@ class Attended(TaskEvent):
     out_of_memory: int = 0
     checkpoint_bytes: int = 0
     checkpointed: float = 0.0
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,7 +209,7 @@ def _picture(rows: dict[tuple[str, str], _Spans], caption: str, start: float, st
             f'<text x="{left - 8}" y="{row + 15}" text-anchor="end">{escape(labels[number])}</text>'
             f'<text x="{left + _WIDTH + 8}" y="{row + 15}">{share:.1%}</text>\n'
         )
-        yield from _bars(_coverage(starts, stops, edges), left, row, colour)
+        yield from _bars(coverage(starts, stops, edges), left, row, colour)
     yield "</svg>\n"
 
 
@@ -217,7 +217,7 @@ def _shorten(name: str) -> str:
     return name if len(name) <= _MOST_NAME else f"{name[: _MOST_NAME // 2]}...{name[-_MOST_NAME // 2 :]}"
 
 
-def _coverage(starts: Floats, stops: Floats, edges: Floats) -> Floats:
+def coverage(starts: Floats, stops: Floats, edges: Floats) -> Floats:
     """The share of each cell between two edges that lies in the union."""
     if not len(starts):
         return np.zeros(len(edges) - 1)

@@ -1,0 +1,133 @@
+"""Which chunk pairs of a run are done, in flight or left: of one head group as a matrix of few cells, of all as a strip."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from oocattn.division.base import Block, Division
+from oocattn.division.live import LivePairs
+from oocattn.pipelines.schedule import NOTHING_COMPLETED, CompletedWork, Schedule
+from oocattn.planning.plan import Plan
+
+MOST_CELLS = 64  # of a side of the matrix, and of the strip
+
+Counts = npt.NDArray[np.int64]
+
+
+class PairProgress:
+    """The subproblems of a plan that are done or in flight, and the chunk pairs that these own.
+
+    In flight is what was read into host memory and is not computed yet.
+    """
+
+    def __init__(self, plan: Plan, done: CompletedWork = NOTHING_COMPLETED) -> None:
+        self._plan = plan
+        self._schedule = Schedule(plan, 1, done)
+        self._attended: defaultdict[int, list[int]] = defaultdict(list)
+        self._in_flight: defaultdict[int, set[int]] = defaultdict(set)
+        self._finished: set[int] = set()
+        self._totals: dict[int, int] = {}  # subproblems of a head group, by batch entry
+        self._shown = -1  # the head group whose cells are kept, and how many of its subproblems are in them
+        self._absorbed = 0
+        self._live = self._cells = np.zeros((0, 0), np.int64)
+        self._live_of: LivePairs | None = None
+
+    def stage(self, head_group: int, index: int) -> None:
+        """A subproblem was read into memory."""
+        self._in_flight[head_group].add(index)
+
+    def attend(self, head_group: int, index: int) -> None:
+        """A subproblem was computed."""
+        self._in_flight[head_group].discard(index)
+        self._attended[head_group].append(index)
+
+    @property
+    def current(self) -> int:
+        """The first head group that was begun and is not finished; else the last that was."""
+        begun = self._attended.keys() | self._in_flight.keys()
+        self._finished.update(group for group in begun - self._finished if self._done(group) >= self._total(group))
+        working = begun - self._finished
+        return min(working) if working else max(begun, default=0)
+
+    def strip(self) -> list[float]:
+        """The share of subproblems that is done, of each head group, or of neighbours together where there are many."""
+        groups = self._plan.problem.head_groups
+        cells = min(groups, MOST_CELLS)
+        totals, counts = np.zeros(cells), np.zeros(cells)
+        for group in range(groups):
+            cell = group * cells // groups
+            totals[cell] += self._total(group)
+            counts[cell] += self._done(group)
+        return [round(float(share), 4) for share in counts / np.maximum(1, totals)]
+
+    def matrix(self) -> dict[str, Any]:
+        """Chunk pairs of the current head group by cell, as rows of query chunks and columns of key chunks."""
+        group = self.current
+        if group != self._shown:
+            self._show(group)
+        division = self._division(group)
+        for index in self._attended[group][self._absorbed :]:
+            self._add(self._cells, division.subproblem(index).blocks, self._schedule.wanted(group, index))
+        self._absorbed = len(self._attended[group])
+        flying = np.zeros_like(self._cells)
+        for index in self._in_flight[group]:
+            self._add(flying, division.subproblem(index).blocks, self._schedule.wanted(group, index))
+        return {
+            "head_group": group,
+            "query_chunks": self._plan.query_chunks,
+            "key_chunks": self._plan.chunks,
+            "live": self._live.tolist(),
+            "done": self._cells.tolist(),
+            "in_flight": flying.tolist(),
+        }
+
+    def _show(self, group: int) -> None:
+        """Begin with the cells of a head group: what was done before this process."""
+        live = self._division(group).live
+        if self._live_of is not live:
+            self._live, self._live_of = live_cells(live), live
+        self._shown, self._absorbed, self._cells = group, 0, np.zeros_like(self._live)
+        done, division = self._schedule.done, self._division(group)
+        for chunk in (chunk for of, chunk in done.chunks if of == group):
+            self._add(self._cells, [Block(chunk, tuple(live.keys(chunk)))])
+        for of, chunk, index in done.partials:
+            if of == group and (group, chunk) not in done.chunks:
+                self._add(self._cells, division.subproblem(index).blocks, (chunk,))
+
+    def _add(self, cells: Counts, blocks: Iterable[Block], chunks: Collection[int] | None = None) -> None:
+        """Count the pairs of blocks, or of those of some query chunks."""
+        (rows, columns), plan = cells.shape, self._plan
+        for block in blocks:
+            if chunks is None or block.query_chunk in chunks:
+                keys = np.asarray(block.key_chunks) * columns // plan.chunks
+                cells[block.query_chunk * rows // plan.query_chunks] += np.bincount(keys, minlength=columns)
+
+    def _division(self, group: int) -> Division:
+        return self._plan.division_of(group)
+
+    def _done(self, group: int) -> int:
+        return self._schedule.completed.get(group, 0) + (len(self._attended[group]) if group in self._attended else 0)
+
+    def _total(self, group: int) -> int:
+        entry = group // self._plan.problem.entry_groups
+        if entry not in self._totals:
+            self._totals[entry] = len(self._division(group).indices)
+        return self._totals[entry]
+
+
+def live_cells(live: LivePairs) -> Counts:
+    """The number of live chunk pairs in each cell of a matrix of at most `MOST_CELLS` rows and columns."""
+    rows, columns = (min(chunks, MOST_CELLS) for chunks in (live.query_chunks, live.key_chunks))
+    edges = -(-np.arange(columns + 1) * live.key_chunks // columns)  # the first key chunk of each column
+    found = np.zeros((rows, columns), np.int64)
+    of = np.repeat(np.arange(live.query_chunks), np.diff(live.first)) * rows // live.query_chunks
+    for row in range(rows):
+        own = slice(*np.searchsorted(of, (row, row + 1)))
+        inside = np.clip(edges[None], live.starts[own, None], live.stops[own, None])
+        found[row] = np.diff(inside, axis=1).sum(axis=0)
+    return found

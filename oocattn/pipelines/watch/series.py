@@ -1,0 +1,95 @@
+"""What a run did over time, in bounded memory: amounts a second, and the intervals in which a resource was busy."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from oocattn.pipelines.watch.timeline import coverage
+
+MOST_BINS = 240  # of a series; when they are used up, each two become one
+FIRST_WIDTH = 0.5  # seconds of a bin, at first
+LEAST_LAST_BIN = 0.5  # share of its width that the last bin must cover to be shown: its rate would be noise
+MOST_INTERVALS = 4096  # of a resource; the older half is dropped then
+
+
+class Rates:
+    """Amounts by name, spread over the seconds in which they were done, in at most `MOST_BINS` bins."""
+
+    def __init__(self, start: float, names: Iterable[str]) -> None:
+        self.width = FIRST_WIDTH
+        self._start = self._reached = start
+        self._bins: dict[str, list[float]] = {name: [] for name in names}
+
+    def add(self, name: str, amount: float, start: float, stop: float) -> None:
+        """Spread an amount evenly from `start` to `stop`; what lies before the series counts at its start."""
+        begin, end = max(0.0, start - self._start), max(0.0, stop - self._start)
+        self._reached = max(self._reached, self._start + end)
+        while end >= MOST_BINS * self.width:
+            self._coarsen()
+        bins, width = self._bins[name], self.width
+        first, last = int(begin / width), int(end / width)
+        if len(bins) <= last:
+            bins.extend([0.0] * (last + 1 - len(bins)))
+        if first >= last:
+            bins[last] += amount
+            return
+        density = amount / (end - begin)
+        for index in range(first, last + 1):
+            bins[index] += density * (min(end, (index + 1) * width) - max(begin, index * width))
+
+    def _coarsen(self) -> None:
+        self.width *= 2
+        for name, bins in self._bins.items():
+            self._bins[name] = [sum(bins[index : index + 2]) for index in range(0, len(bins), 2)]
+
+    def totals(self) -> dict[str, float]:
+        """The sum of all amounts, by name."""
+        return {name: sum(bins) for name, bins in self._bins.items()}
+
+    def rates(self) -> dict[str, list[float]]:
+        """Amounts a second, by name, of each bin up to the last moment that is known of."""
+        whole, part = divmod(self._reached - self._start, self.width)
+        count = int(whole) + (part >= LEAST_LAST_BIN * self.width)
+        found = {}
+        for name, bins in self._bins.items():
+            padded = [*bins, *[0.0] * count][:count]
+            seconds = [self.width] * int(whole) + [part]
+            found[name] = [amount / width for amount, width in zip(padded, seconds, strict=False)]
+        return found
+
+
+class Busy:
+    """The intervals in which a resource was busy: their union, ascending, at most `MOST_INTERVALS`."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+        self.stops: list[float] = []
+
+    def add(self, start: float, stop: float) -> None:
+        """Add an interval, which may overlap others."""
+        starts, stops = self.starts, self.stops
+        if stop <= start:
+            return
+        if not stops or start > stops[-1]:
+            starts.append(start)
+            stops.append(stop)
+        else:
+            first, last = bisect_left(stops, start), bisect_right(starts, stop)
+            if first < last:
+                start, stop = min(start, starts[first]), max(stop, stops[last - 1])
+            starts[first:last], stops[first:last] = [start], [stop]
+        if len(starts) > MOST_INTERVALS:
+            del starts[: MOST_INTERVALS // 2], stops[: MOST_INTERVALS // 2]
+
+    def drop_before(self, moment: float) -> None:
+        """Forget the intervals that ended before a moment."""
+        first = bisect_right(self.stops, moment)
+        del self.starts[:first], self.stops[:first]
+
+    def shares(self, edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The share of each cell between two edges in which the resource was busy."""
+        return coverage(np.asarray(self.starts), np.asarray(self.stops), edges)
