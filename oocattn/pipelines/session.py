@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from oocattn import clock
@@ -34,6 +35,7 @@ from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
 from oocattn.pipelines.result import Result
 from oocattn.pipelines.run import Run, begin_run, find_unfinished
 from oocattn.pipelines.signals import Interrupts
+from oocattn.pipelines.watch.board import Board
 from oocattn.pipelines.watch.events import Callback, Listeners
 from oocattn.pipelines.watch.history import keep_run
 from oocattn.pipelines.watch.progress_log import ProgressLog
@@ -43,7 +45,7 @@ from oocattn.planning.candidates import Choices
 from oocattn.planning.measure import plan_here
 from oocattn.planning.plan import Plan
 from oocattn.records import to_json
-from oocattn.storage.files.folders import is_taken
+from oocattn.storage.files.folders import bytes_in, is_taken
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.opening import InputsLike
 from oocattn.storage.make.create import out_dimensions
@@ -105,9 +107,13 @@ class _Session:
         from oocattn.pipelines.driver import carry_out
 
         listeners = Listeners(self.callbacks)
+        board = Board(str(run.paths.result), partial(bytes_in, run.paths.scratch))
         place = run.paths.status, self.state.claim
-        with StatusFile(*place, lambda: listeners.kept_by, ProgressLog()) as status_file:
-            carry_out(run, self.engine, [status_file, listeners], self.interrupts, self.until)
+        with (
+            StatusFile(*place, lambda: listeners.kept_by, ProgressLog()) as status_file,
+            self.engine.show(board.record),
+        ):
+            carry_out(run, self.engine, [status_file, board, listeners], self.interrupts, self.until)
         return result_at(run.paths)
 
     def _enlist(self, plan: Plan, dataset: Dataset) -> Mapping[str, str]:

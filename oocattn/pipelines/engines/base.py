@@ -13,9 +13,9 @@ import queue
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from oocattn.pipelines.failing import naming
 from oocattn.pipelines.graph import Task
@@ -129,6 +129,10 @@ class Engine(ABC):
     @abstractmethod
     def replenish(self, check: Check) -> None:
         """Have the workers ready again after a failure; WorkerLostError if none is left."""
+
+    def show(self, record: Callable[[], dict[str, Any]]) -> AbstractContextManager[None]:
+        """Have a run watched while inside, in the dashboard, where there is one: `record` tells how far it is."""
+        return nullcontext()
 
     @abstractmethod
     def lanes(self, run: Run, deadline: Deadline) -> Lanes:

@@ -114,6 +114,17 @@ def names_in(path: Path) -> list[str]:
         return []
 
 
+def bytes_in(path: Path) -> int:
+    """The bytes of the regular files in a folder; 0 where it cannot be read, or is not there."""
+    found = 0
+    with suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # it was removed in between
+                status = entry.stat(follow_symlinks=False)
+                found += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return found
+
+
 def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:
     """What the paths of our own files match in full."""
     return re.compile("|".join(f"({each})" for each in ours))

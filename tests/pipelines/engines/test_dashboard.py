@@ -45,11 +45,11 @@ def listening() -> set[tuple[str, int]]:
     }
 
 
-def answer(client: Client, origin: str, host: str = "") -> int:
+def answer(client: Client, origin: str, host: str = "", page: str = "status") -> int:
     """What a dashboard, which the page calls `host`, answers to a web page of this origin that opens a WebSocket."""
     address = urlsplit(client.dashboard_link)
     urlopen(client.dashboard_link, timeout=20).close()  # the first page that is asked for opens them all
-    url = f"ws://{address.netloc}/status/ws"
+    url = f"ws://{address.netloc}/{page}/ws"
     token = generate_jwt_token(generate_session_id())
     headers = {"Origin": origin.format(port=address.port), "Host": host or address.netloc}
     request = HTTPRequest(url, headers=headers, connect_timeout=5)
@@ -78,7 +78,9 @@ def test_a_dashboard_is_read_by_its_own_pages_alone() -> None:
         port = urlsplit(client.dashboard_link).port
         assert client.dashboard_link == f"http://127.0.0.1:{port}/status"
         assert opened == {("127.0.0.1", port)}  # and no page of a worker
-        assert [answer(client, origin) for origin in FOREIGN] == [403] * len(FOREIGN)
+        for page in ("status", "oocattn"):
+            assert [answer(client, origin, page=page) for origin in FOREIGN] == [403] * len(FOREIGN)
+            assert answer(client, f"http://127.0.0.1:{port}", page=page) == 101
         for own, other in itertools.permutations([f"127.0.0.1:{port}", f"localhost:{port}"]):
             assert answer(client, f"http://{own}", host=other) == 101
 

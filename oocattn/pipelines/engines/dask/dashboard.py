@@ -25,6 +25,7 @@ from tornado.web import Application, HTTPError, RequestHandler
 
 from oocattn.errors import ProblemError
 from oocattn.imports import IMPORTING, with_some_home
+from oocattn.pipelines.engines.dask.runs import Runs
 from oocattn.text import printable
 from oocattn.threads import begin_call
 
@@ -86,15 +87,15 @@ class DashboardAddress:
     def restrict(self, dashboard: Application) -> None:
         """Have a web application answer requests for the hosts of this address alone, with what there is to show."""
         dashboard.add_handlers(r".*$", [(r"/(?:individual-)?profile(?:-server)?", _Profile)])
-        own = "|".join(map(re.escape, self._hosts))
+        own = "|".join(map(re.escape, self.hosts))
         dashboard.add_handlers(rf"(?!(?:{own})$).*$", [(r".*", _Elsewhere)])
 
     def origins(self, port: int) -> set[str]:
         """HOST:PORT of pages that may open a WebSocket to a dashboard at `port`."""
-        return {f"{host}:{port}" for host in self._hosts}
+        return {f"{host}:{port}" for host in self.hosts}
 
     @property
-    def _hosts(self) -> set[str]:
+    def hosts(self) -> set[str]:
         """Names of this address in URLs."""
         hosts, ip = {self._in_urls}, _ip_address(self.host)
         if self.host == "localhost" or (ip and (ip.is_loopback or ip.is_unspecified)):
@@ -105,14 +106,15 @@ class DashboardAddress:
 
 
 class DashboardPages(Application):
-    """Dask's pages, imported when the first one is asked for.
+    """Dask's pages and our own, imported when the first one is asked for.
 
     That takes half a second, which most runs would spend for nobody. They replace this application then.
     """
 
-    def __init__(self, scheduler: Scheduler, origins: Iterable[str]) -> None:
+    def __init__(self, scheduler: Scheduler, origins: Iterable[str], runs: Runs) -> None:
         super().__init__([(r".*", _FirstRequest)])
         self._scheduler = scheduler
+        self._runs = runs
         self._origins = frozenset(origins)
         self._opening = asyncio.Lock()
 
@@ -122,8 +124,9 @@ class DashboardPages(Application):
         async with self._opening:
             if self not in http.applications:  # another request has come first
                 return
-            dashboard = await asyncio.wrap_future(begin_call(_import_dashboard))
+            dashboard, own = await asyncio.wrap_future(begin_call(_import_dashboard))
             dashboard.connect(http, self._scheduler.http_server, self._scheduler, prefix="/")
+            own.add_page(self._scheduler, self._runs)
             http.applications.remove(self)
             for pages in http.applications:
                 pages.websocket_origins.clear()  # of what Dask's configuration allows now
@@ -142,9 +145,10 @@ class _FirstRequest(RequestHandler):
         self.redirect("/" + (self.request.uri or "").lstrip("/"))  # here, whatever is asked for
 
 
-def _import_dashboard() -> ModuleType:
+def _import_dashboard() -> tuple[ModuleType, ModuleType]:
+    """The modules of Dask's pages, and of our own."""
     with IMPORTING, with_some_home():
-        return import_module("distributed.dashboard.scheduler")
+        return import_module("distributed.dashboard.scheduler"), import_module("oocattn.pipelines.engines.dask.page")
 
 
 def _leave_out_profile(menu: dict[str, list[Any]]) -> None:

@@ -13,7 +13,7 @@ import uuid
 from asyncio import CancelledError
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future as CallFuture
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -51,6 +51,7 @@ from oocattn.pipelines.engines.dask.groups import follow_groups, leave_groups
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.engines.dask.obstacles import Inquiry
 from oocattn.pipelines.engines.dask.readiness import Expectations
+from oocattn.pipelines.engines.dask.runs import Record, shown
 from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, save, stop
 from oocattn.pipelines.graph import Task, TaskId
 from oocattn.pipelines.run import Run
@@ -251,6 +252,9 @@ class DaskEngine(Engine):
         self.lane_count = len(self._devices)
         if not self._devices:
             raise WorkerLostError("no worker is ready to continue: the work that was done is on disk; start some and resume")
+
+    def show(self, record: Callable[[], Record]) -> AbstractContextManager[None]:
+        return shown(self._client, record)
 
     def lanes(self, run: Run, deadline: Deadline) -> DaskLanes:
         devices = {self._ids[address]: device for address, device in self._devices.items()}

@@ -25,6 +25,8 @@ with collection_paused():
     from distributed.worker_state_machine import StateMachineEvent
 
     from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress, DashboardPages
+    from oocattn.pipelines.engines.dask.kept import keep, release
+    from oocattn.pipelines.engines.dask.runs import PLUGIN, UPDATE_SECONDS, Runs
     from oocattn.pipelines.graph import STEPS
 
 THREADS = 8  # of a worker, for tasks: up to three attend, others stage, merge and write
@@ -61,14 +63,25 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     inproc.global_manager._ip = inproc.global_manager._ip or LOOPBACK
     settings = {**SETTINGS, "distributed.dashboard.link": address.link}
     with dask.config.set(settings), _without_tracebacks(), _here_alone() as here:
+        release()
+        runs, port = Runs(), 0
+
+        def keep_page() -> None:
+            found = runs.find()
+            if found is not None:
+                keep(address.host, port, address.hosts, found[0])
+
+        here.callback(keep_page)  # when the cluster is closed
         cluster = here.enter_context(_start(address, workers))
         http, port = cluster.scheduler.http_application, cluster.scheduler.http_server.port
         address.check_port(port)
         address.restrict(http)
-        http.add_application(DashboardPages(cluster.scheduler, address.origins(port)))
+        cluster.scheduler.add_plugin(runs, name=PLUGIN)
+        http.add_application(DashboardPages(cluster.scheduler, address.origins(port), runs))
         workers_here = list(cluster.workers.values())
         cluster.sync(_close_pages, cluster.scheduler, workers_here)
         here.callback(cluster.sync, _close_workers, workers_here)
+        here.callback(cluster.sync, _show_the_end, runs)
         yield here.enter_context(Client(cluster))
 
 
@@ -179,6 +192,12 @@ class _LocalWorker(Worker):
 async def _close_workers(workers: list[Worker]) -> None:
     """Close workers without waiting for tasks: a run that has ended waits for none, and one may hang."""
     await asyncio.gather(*(worker.close(executor_wait=False) for worker in workers))
+
+
+async def _show_the_end(runs: Runs) -> None:
+    """Let open pages show how the run ended."""
+    if runs.viewers:
+        await asyncio.sleep(2 * UPDATE_SECONDS)
 
 
 async def _close_pages(scheduler: Scheduler, workers: list[Worker]) -> None:

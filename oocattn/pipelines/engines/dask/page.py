@@ -1,0 +1,151 @@
+"""The page `/oocattn` in Dask's dashboard: a document of bokeh that draws the record of a run, twice a second.
+
+This module imports bokeh and Dask's pages: it is imported when the first page is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from bokeh.document import Document
+from bokeh.embed import file_html
+from bokeh.layouts import column, row
+from bokeh.models import ColumnDataSource, CustomJS, LayoutDOM
+from bokeh.models.widgets import Div
+from bokeh.resources import INLINE
+from bokeh.server.tornado import BokehTornado
+from distributed import Scheduler
+from distributed.dashboard.components.scheduler import env
+from distributed.dashboard.core import BokehApplication
+from distributed.dashboard.scheduler import template_variables
+from tornado.ioloop import IOLoop
+
+from oocattn.pipelines.engines.dask import page_words
+from oocattn.pipelines.engines.dask.page_figures import Lanes, Matrix, RateLines
+from oocattn.pipelines.engines.dask.runs import UPDATE_SECONDS, Runs
+from oocattn.pipelines.watch.board import RESOURCES
+
+PAGE = "oocattn"
+
+FULL_WIDTH = ":host .bk-clearfix { display: block; width: 100%; }"  # else a text is as wide as its longest line
+NO_RUN = "<p>No run has told this scheduler of itself yet.</p>"
+
+TEMPLATE = """{% extends "simple.html" %}
+{% block extra_resources %}
+<script>
+  setInterval(function () {
+    var silent = (Date.now() - (window.oocattn_updated || Date.now())) / 1000;
+    var said = document.getElementById("oocattn-silence");
+    said.style.display = silent > 6 ? "block" : "none";
+    said.textContent = "no data for " + Math.round(silent) + " s: the process has ended or is stopped";
+  }, 1000);
+</script>
+{% endblock %}
+{% block content %}
+<div id="oocattn-silence" style="display:none;background:#b3261e;color:white;padding:8px;font-size:15px"></div>
+{{ super() }}
+{% endblock %}
+"""
+
+
+class RunPage:
+    """The layout of a page, and what fills it from a record. `root` is what a document shows."""
+
+    def __init__(self) -> None:
+        self._matrix, self._rates, self._lanes = Matrix(), RateLines(), Lanes(RESOURCES)
+        self._headline, self._legend, self._resources, self._log = map(_text, ("headline", "legend", "resources", "log"))
+        self._headline.text = NO_RUN
+        self._parts: dict[str, object] = {}
+        pairs = column(row(self._matrix.figure, self._matrix.strip), self._legend)
+        rates = column(self._rates.tokens, self._rates.flops, self._rates.bytes, sizing_mode="stretch_width")
+        beside = column(self._lanes.figure, self._resources, sizing_mode="stretch_width")
+        self._body = column(
+            row(pairs, rates, sizing_mode="stretch_width"),
+            beside,
+            Div(text="<b>log</b>"),
+            self._log,
+            sizing_mode="stretch_width",
+            visible=False,
+        )
+        self.root: LayoutDOM = column(self._headline, self._body, sizing_mode="stretch_width", margin=(10, 20, 10, 20))
+
+    def update(self, record: Mapping[str, Any], age: float, others: list[str]) -> None:
+        """Show a record that is `age` seconds old. Only what has changed is sent."""
+        self._headline.text = page_words.headline(record, age, others)
+        if "share" not in record:
+            return
+        drawn = {
+            ("matrix", "strip"): self._matrix.update,
+            ("rates",): self._rates.update,
+            ("lanes",): self._lanes.update,
+        }
+        for names, draw in drawn.items():
+            if any(record[name] != self._parts.get(name) for name in names):
+                draw(record)
+                self._parts.update({name: record[name] for name in names})
+        self._legend.text = page_words.legend(record)
+        self._resources.text = page_words.resources(record)
+        self._log.text = page_words.log(record)
+        self._body.visible = True
+
+
+def _text(name: str) -> Div:
+    return Div(text="", sizing_mode="stretch_width", name=name, stylesheets=[FULL_WIDTH])
+
+
+def make_document(runs: Runs, extra: Mapping[str, Any], document: Document) -> None:
+    """Fill a document that a browser has opened."""
+    page = RunPage()
+    stamp = ColumnDataSource({"count": [0]}, name="stamp")
+    stamp.js_on_change("data", CustomJS(code="window.oocattn_updated = Date.now()"))
+    arguments = cast(Any, document.session_context).request.arguments
+    name = b"".join(arguments.get("run", [])).decode("ascii", "replace")
+
+    def update() -> None:
+        found = runs.find(name)
+        if found is not None:
+            shown = name or next(iter(runs.names))
+            page.update(*found, [other for other in runs.names if other != shown])
+            document.title = f"oocattn {found[0].get('share', 0):.0%}"
+        stamp.data = {"count": [stamp.data["count"][0] + 1]}
+
+    def leave(_: object) -> None:
+        runs.viewers -= 1
+
+    runs.viewers += 1
+    document.on_session_destroyed(leave)
+    document.title = "oocattn"
+    update()
+    document.add_root(page.root)
+    document.add_root(column(Div(text="", tags=[stamp]), visible=False))
+    document.add_periodic_callback(update, round(1000 * UPDATE_SECONDS))
+    document.template = env.from_string(TEMPLATE)
+    document.template_variables.update(extra)
+
+
+def as_file(record: Mapping[str, Any]) -> str:
+    """The page of a run that has ended, in one file that needs nothing else."""
+    page = RunPage()
+    page.update(record, 0.0, [])
+    return file_html(page.root, INLINE, title="oocattn")
+
+
+def add_page(scheduler: Scheduler, runs: Runs) -> str:
+    """Add the page to a scheduler's dashboard, first in its menu; return why that is not possible, or ""."""
+    pages = next((each for each in scheduler.http_application.applications if isinstance(each, BokehTornado)), None)
+    if pages is None:
+        return "the scheduler has no dashboard"
+    variables = template_variables(scheduler)
+    application = BokehApplication(
+        {f"/{PAGE}": lambda _, extra, document: make_document(runs, extra, document)},
+        scheduler,
+        prefix=pages.prefix,
+        template_variables=variables,
+    )
+    scheduler.http_application.add_application(application)
+    application.initialize(IOLoop.current())
+    application.start()
+    if PAGE not in variables["pages"]:
+        variables["pages"].insert(0, PAGE)  # the list that all pages share
+    return ""

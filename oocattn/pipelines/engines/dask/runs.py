@@ -1,0 +1,166 @@
+"""The runs that a scheduler knows of, for the page in its dashboard: a scheduler plugin, and those who tell it.
+
+A run in the scheduler's process is asked for its record. One elsewhere sends it, a few times a second while somebody looks.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distributed import Client, Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from oocattn.pipelines.engines.dask.cluster import answer
+from oocattn.storage.files.operations import words_of
+
+PLUGIN = "oocattn-runs"
+MOST_RUNS = 8  # that a scheduler remembers
+
+UPDATE_SECONDS = 0.5  # between two updates of an open page
+SENDING_SECONDS, IDLE_SECONDS = 0.5, 2.0  # between two records that are sent: while somebody looks, and while nobody does
+ANSWER_SECONDS = 5.0  # in which the scheduler must take a record
+
+NO_PAGE = "the run goes on without its page in Dask's dashboard: %s"
+
+logger = logging.getLogger("oocattn")
+
+Record = dict[str, Any]
+
+
+class Runs(SchedulerPlugin):
+    """The records of the last runs of a scheduler, by name; `viewers` counts the open pages."""
+
+    name = PLUGIN
+
+    def __init__(self) -> None:
+        self.viewers = 0
+        self.refusal: str | None = None  # why there is no page; None before it was opened
+        self._records: dict[str, Record] = {}
+        self._received: dict[str, float] = {}
+        self._sources: dict[str, Callable[[], Record]] = {}
+
+    def take(self, name: str, record: Record) -> None:
+        """Remember the newest record of a run."""
+        self._records[name] = record
+        self._received[name] = time.monotonic()
+        for oldest in list(self._records)[:-MOST_RUNS]:
+            del self._records[oldest], self._received[oldest]
+
+    @contextmanager
+    def following(self, source: Callable[[], Record]) -> Iterator[None]:
+        """Ask this source for the record of a run while inside; then remember the last one."""
+        name = uuid.uuid4().hex[:8]
+        self.take(name, source())
+        self._sources[name] = source
+        try:
+            yield
+        finally:
+            self._sources.pop(name)
+            self.take(name, source())
+
+    @property
+    def names(self) -> list[str]:
+        """The runs that are remembered, the latest first."""
+        return list(reversed(self._records))
+
+    def find(self, name: str = "") -> tuple[Record, float] | None:
+        """The record of a run, or of the latest, and how many seconds old it is; None where there is none."""
+        name = name if name in self._records else next(iter(self.names), "")
+        if name in self._sources:
+            return self._sources[name](), 0.0
+        if name in self._records:
+            return self._records[name], time.monotonic() - self._received[name]
+        return None
+
+
+def find_runs(scheduler: Scheduler) -> Runs | None:
+    """The runs that a scheduler knows of; None where it has no such plugin."""
+    found = scheduler.plugins.get(PLUGIN)
+    return found if isinstance(found, Runs) else None
+
+
+def post(name: str, record: Record, dask_scheduler: Scheduler) -> tuple[int, str]:
+    """Have the scheduler remember a record, and show it; return the number of open pages, or why there is no page."""
+    runs = find_runs(dask_scheduler)
+    if runs is None:
+        runs = Runs()
+        dask_scheduler.add_plugin(runs, name=PLUGIN)
+    if runs.refusal is None:
+        runs.refusal = _open_page(dask_scheduler, runs)
+    if not runs.refusal:
+        runs.take(name, record)
+    return runs.viewers, runs.refusal
+
+
+def _open_page(scheduler: Scheduler, runs: Runs) -> str:
+    """Add the page to the dashboard of a caller's scheduler; return why that is not possible, or ""."""
+    if not getattr(scheduler, "http_application", None) or not scheduler.http_application.applications:
+        return "the scheduler has no dashboard"
+    from oocattn.pipelines.engines.dask.page import add_page
+
+    return add_page(scheduler, runs)
+
+
+@contextmanager
+def shown(client: Client, source: Callable[[], Record]) -> Iterator[None]:
+    """Have the dashboard of the client's cluster show a run while inside; where it cannot, one line says so."""
+    here = getattr(client.cluster, "scheduler", None)
+    runs = find_runs(here) if isinstance(here, Scheduler) else None
+    if runs is not None:  # the cluster is the run's own
+        with runs.following(source):
+            yield
+        return
+    with _Sender(client, source).sending():
+        yield
+
+
+class _Sender:
+    """Sends the record of a run to the scheduler of a client, from a thread of its own."""
+
+    def __init__(self, client: Client, source: Callable[[], Record]) -> None:
+        self._client = client
+        self._source = source
+        self._name = uuid.uuid4().hex[:8]
+        self._ended = threading.Event()
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Send while inside, and once more at the end. Nothing that fails here reaches the run."""
+        if self._send() is None:
+            yield
+            return
+        thread = threading.Thread(target=self._send_repeatedly, name="oocattn-page", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join(ANSWER_SECONDS)
+            if self._client.status == "running":
+                self._send()
+
+    def _send_repeatedly(self) -> None:
+        pause: float | None = SENDING_SECONDS
+        while pause is not None and not self._ended.wait(pause):
+            pause = self._send()
+
+    def _send(self) -> float | None:
+        """Send the record; return the seconds until the next, or None where there is no use in it."""
+        record = self._source()
+        try:
+            viewers, refusal = answer(
+                self._client, lambda: self._client.run_on_scheduler(post, self._name, record), ANSWER_SECONDS
+            )
+        except Exception as error:
+            logger.warning(NO_PAGE, words_of(error) or type(error).__name__)
+            return None
+        if refusal:  # as its owner wants it
+            logger.info(NO_PAGE, refusal)
+            return None
+        return SENDING_SECONDS if viewers else IDLE_SECONDS
