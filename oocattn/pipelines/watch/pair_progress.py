@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -15,6 +17,7 @@ from oocattn.pipelines.schedule import NOTHING_COMPLETED, CompletedWork, Schedul
 from oocattn.planning.plan import Plan
 
 MOST_CELLS = 64  # of a side of the matrix, and of the strip
+ABSORBING_SECONDS = 0.03  # for which a matrix of joined chunks counts: a subproblem of 5,000 chunks takes 5 ms
 
 Counts = npt.NDArray[np.int64]
 
@@ -70,13 +73,13 @@ class PairProgress:
         group = self.current
         if group != self._shown:
             self._show(group)
-        division = self._division(group)
-        for index in self._attended[group][self._absorbed :]:
-            self._add(self._cells, division.subproblem(index).blocks, self._schedule.wanted(group, index))
-        self._absorbed = len(self._attended[group])
+        if self._done(group) >= self._total(group):
+            self._cells = self._live.copy()
+        else:
+            self._absorb(group)
         flying = np.zeros_like(self._cells)
-        for index in self._in_flight[group]:
-            self._add(flying, division.subproblem(index).blocks, self._schedule.wanted(group, index))
+        for index in self._in_flight.get(group, ()):
+            self._add_subproblem(flying, group, index)
         return {
             "head_group": group,
             "query_chunks": self._plan.query_chunks,
@@ -98,6 +101,20 @@ class PairProgress:
         for of, chunk, index in done.partials:
             if of == group and (group, chunk) not in done.chunks:
                 self._add(self._cells, division.subproblem(index).blocks, (chunk,))
+
+    def _absorb(self, group: int) -> None:
+        """Count what was computed since the last time; of thousands of chunks, the rest the next time."""
+        is_exact = max(self._plan.query_chunks, self._plan.chunks) <= MOST_CELLS
+        until = math.inf if is_exact else time.monotonic() + ABSORBING_SECONDS
+        attended = self._attended.get(group, [])
+        while self._absorbed < len(attended) and time.monotonic() < until:
+            self._add_subproblem(self._cells, group, attended[self._absorbed])
+            self._absorbed += 1
+
+    def _add_subproblem(self, cells: Counts, group: int, index: int) -> None:
+        """Count the pairs of a subproblem, without those that were done before."""
+        left = self._schedule.wanted(group, index) if group in self._schedule.completed else None
+        self._add(cells, self._division(group).subproblem(index).blocks, left)
 
     def _add(self, cells: Counts, blocks: Iterable[Block], chunks: Collection[int] | None = None) -> None:
         """Count the pairs of blocks, or of those of some query chunks."""

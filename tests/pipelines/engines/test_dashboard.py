@@ -76,7 +76,7 @@ def started(address: str) -> Iterator[tuple[Client, set[tuple[str, int]]]]:
 def test_a_dashboard_is_read_by_its_own_pages_alone() -> None:
     with started("127.0.0.1:0") as (client, opened):
         port = urlsplit(client.dashboard_link).port
-        assert client.dashboard_link == f"http://127.0.0.1:{port}/status"
+        assert client.dashboard_link == f"http://127.0.0.1:{port}/oocattn"
         assert opened == {("127.0.0.1", port)}  # and no page of a worker
         for page in ("status", "oocattn"):
             assert [answer(client, origin, page=page) for origin in FOREIGN] == [403] * len(FOREIGN)
@@ -94,8 +94,8 @@ from oocattn.pipelines.engines.dask.local_cluster import local_client
 
 with local_client() as client:
     assert "bokeh.server.server" not in sys.modules
-    status = client.dashboard_link
-    paths = (status, status.removesuffix("status"), status.replace("status", "graph"), status.replace("status", "workers"))
+    own = client.dashboard_link
+    paths = [own, *(own.replace("oocattn", page) for page in ("", "status", "graph", "workers"))]
     with ThreadPoolExecutor() as threads:
         pages = list(threads.map(lambda page: urlopen(page, timeout=30).read().decode(), paths))
     assert all("Dask" in page for page in pages), pages
@@ -139,7 +139,7 @@ def test_a_port_alone_is_the_loopbacks() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with started(f":{port}") as (client, opened):
-        assert client.dashboard_link == f"http://127.0.0.1:{port}/status"
+        assert client.dashboard_link == f"http://127.0.0.1:{port}/oocattn"
         assert opened == {("127.0.0.1", port)}
 
 
@@ -151,7 +151,7 @@ def test_the_loopback_of_ipv6() -> None:
         pytest.skip("no IPv6 here")
     with started("[::1]:0") as (client, opened):
         port = urlsplit(client.dashboard_link).port
-        assert client.dashboard_link == f"http://[::1]:{port}/status"
+        assert client.dashboard_link == f"http://[::1]:{port}/oocattn"
         assert opened == {("::1", port)}
         assert answer(client, f"http://[::1]:{port}") == 101
         assert answer(client, "http://[::2]:{port}") == 403

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from bokeh.client import pull_session
 from bokeh.document import Document
+from browser import look_at
 from distributed import Client, LocalCluster
 from support import Recorder, carry_out, make_event, normal_arrays, plan_for, write_dataset
 
@@ -19,6 +21,8 @@ from oocattn import Event, Plan
 from oocattn.pipelines.engines.dask import page_words, runs
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.watch.board import Board
+
+HEADLINE = "(window.Bokeh?.documents[0]?.get_model_by_name('headline')?.text ?? '')"
 
 
 @pytest.fixture
@@ -74,7 +78,7 @@ def test_the_page_of_a_cluster_of_our_own_shows_what_the_events_said(plan: Plan,
         rates = source(document, "rates")
         tokens = np.diff([0.0, *rates["seconds"]]) @ rates["tokens"]
         assert 0 < tokens <= 130 * 1.5  # the last bin may be partly filled
-        menu = urlopen(client.dashboard_link, timeout=30).read().decode()
+        menu = urlopen(client.dashboard_link.replace("oocattn", "status"), timeout=30).read().decode()
         assert menu.index('href="oocattn"') < menu.index('href="status"')
 
 
@@ -130,7 +134,7 @@ def test_the_page_says_when_data_stopped_coming(plan: Plan) -> None:
 
 def test_the_page_of_a_run_that_has_ended_stays_until_the_next_one(plan: Plan, fast_path: Path) -> None:
     with local_client() as client:
-        url = client.dashboard_link.replace("/status", "/oocattn")
+        url = client.dashboard_link
         carry_out(plan, fast_path / "dataset.zarr", fast_path / "result.zarr", client)
     page = urlopen(url, timeout=30).read().decode()
     assert "finished in " in page
@@ -139,3 +143,23 @@ def test_the_page_of_a_run_that_has_ended_stays_until_the_next_one(plan: Plan, f
         urlopen(elsewhere, timeout=30)
     with local_client(), pytest.raises(OSError, match="refused"):
         urlopen(url, timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_a_browser_draws_the_page_at_every_stage(plan: Plan, fast_path: Path, tmp_path: Path) -> None:
+    """At 10%, at 60% and after the end: pictures of which none is blank, and no error of a script."""
+    recorder, pictures = Recorder([]), {name: tmp_path / f"{name}.png" for name in ("early", "late", "ended")}
+
+    def look(event: Event) -> None:
+        recorder(event)
+        stage = {3: "early", 16: "late"}.get(len(recorder.of("attended")), "") if event.kind == "attended" else ""
+        if stage:
+            shown = f"{HEADLINE}.includes('{len(recorder.of('attended'))} of 26')"
+            assert look_at(url, shown, pictures[stage]) == []
+
+    with local_client() as client:
+        url = client.dashboard_link
+        carry_out(plan, fast_path / "dataset.zarr", fast_path / "result.zarr", client, callbacks=[look])
+    assert look_at(url, f"{HEADLINE}.includes('finished in ')", pictures["ended"]) == []
+    assert all(picture.stat().st_size > 20_000 for picture in pictures.values())

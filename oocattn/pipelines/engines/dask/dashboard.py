@@ -64,7 +64,7 @@ class DashboardAddress:
     @property
     def link(self) -> str:
         """The template, as Dask has it, of the address that is printed."""
-        return f"{{scheme}}://{self._in_urls}:{{port}}/status"
+        return f"{{scheme}}://{self._in_urls}:{{port}}/oocattn"
 
     def check_free(self) -> None:
         """ProblemError where nothing can listen here, OSError where no file can be opened."""

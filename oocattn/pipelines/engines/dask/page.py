@@ -31,13 +31,15 @@ PAGE = "oocattn"
 FULL_WIDTH = ":host .bk-clearfix { display: block; width: 100%; }"  # else a text is as wide as its longest line
 NO_RUN = "<p>No run has told this scheduler of itself yet.</p>"
 
+STAMP = "window.oocattn_updated = Date.now(); window.oocattn_over = stamp.data.over[0]"
+
 TEMPLATE = """{% extends "simple.html" %}
 {% block extra_resources %}
 <script>
   setInterval(function () {
     var silent = (Date.now() - (window.oocattn_updated || Date.now())) / 1000;
     var said = document.getElementById("oocattn-silence");
-    said.style.display = silent > 6 ? "block" : "none";
+    said.style.display = silent > 6 && !window.oocattn_over ? "block" : "none";
     said.textContent = "no data for " + Math.round(silent) + " s: the process has ended or is stopped";
   }, 1000);
 </script>
@@ -97,8 +99,8 @@ def _text(name: str) -> Div:
 def make_document(runs: Runs, extra: Mapping[str, Any], document: Document) -> None:
     """Fill a document that a browser has opened."""
     page = RunPage()
-    stamp = ColumnDataSource({"count": [0]}, name="stamp")
-    stamp.js_on_change("data", CustomJS(code="window.oocattn_updated = Date.now()"))
+    stamp = ColumnDataSource({"count": [0], "over": [False]}, name="stamp")
+    stamp.js_on_change("data", CustomJS(code=STAMP, args={"stamp": stamp}))
     arguments = cast(Any, document.session_context).request.arguments
     name = b"".join(arguments.get("run", [])).decode("ascii", "replace")
 
@@ -108,7 +110,8 @@ def make_document(runs: Runs, extra: Mapping[str, Any], document: Document) -> N
             shown = name or next(iter(runs.names))
             page.update(*found, [other for other in runs.names if other != shown])
             document.title = f"oocattn {found[0].get('share', 0):.0%}"
-        stamp.data = {"count": [stamp.data["count"][0] + 1]}
+        over = found is not None and found[0]["state"] in page_words.OVER
+        stamp.data = {"count": [stamp.data["count"][0] + 1], "over": [over]}
 
     def leave(_: object) -> None:
         runs.viewers -= 1

@@ -10,6 +10,7 @@ from typing import Any
 from oocattn.pipelines.watch.board import describe_times
 from oocattn.units import format_bytes, format_seconds
 
+OVER = ("finished", "failed")  # states after which nothing more comes
 SILENT_SECONDS = 6.0  # without a record, after which the page says so
 
 COLOURS = {"done": "#2a6fb0", "in flight": "#f28e2b", "left": "#cbd5e1", "masked": "#f6f6f4"}
@@ -35,7 +36,7 @@ def headline(record: Record, age: float, others: Sequence[str] = ()) -> str:
         lines.append(f"{done:,} of {total:,} subproblems; {escape(describe_times(record))}")
     if record["words"]:
         lines.append(f'<span style="color:{_RED}">{escape(record["words"])}</span>')
-    if age > SILENT_SECONDS and state not in ("finished", "failed"):
+    if age > SILENT_SECONDS and state not in OVER:
         lines.append(
             f'<b style="color:{_RED}">no data for {format_seconds(age)}: {escape(record["process"])} is stopped, gone or '
             "cut off</b>"
