@@ -121,7 +121,7 @@ class PairProgress:
         (rows, columns), plan = cells.shape, self._plan
         for block in blocks:
             if chunks is None or block.query_chunk in chunks:
-                keys = np.asarray(block.key_chunks) * columns // plan.chunks
+                keys = np.asarray(block.key_chunks, np.int64) * columns // plan.chunks
                 cells[block.query_chunk * rows // plan.query_chunks] += np.bincount(keys, minlength=columns)
 
     def _division(self, group: int) -> Division:

@@ -188,3 +188,13 @@ def test_memory_of_a_process_counts_once(plan: Plan) -> None:
     memory = board.record()["memory"]
     assert (memory["host"], memory["device"], memory["processes"]) == (75, 6, 2)
     assert memory["host_peak"] == plan.peak_host
+
+
+def test_a_finished_chunk_that_attends_no_key_has_no_pairs(folder: Path) -> None:
+    plan = plan_for(
+        folder / "dataset.zarr", chunks=13, window_size=(0, 0), cu_seqlens_q=[0, 60, 130], cu_seqlens_k=[0, 130, 130]
+    )
+    last = plan.query_chunks - 1
+    assert not plan.division_of(0).live.keys(last)
+    record = begun(plan, left=plan.subproblems, done=CompletedWork({(0, last)})).record()
+    assert np.sum(record["matrix"]["done"]) == 0

@@ -50,19 +50,28 @@ class Runs(SchedulerPlugin):
         self._records[name] = record
         self._received[name] = time.monotonic()
         for oldest in list(self._records)[:-MOST_RUNS]:
-            del self._records[oldest], self._received[oldest]
+            self._records.pop(oldest, None)
+            self._received.pop(oldest, None)
 
     @contextmanager
     def following(self, source: Callable[[], Record]) -> Iterator[None]:
         """Ask this source for the record of a run while inside; then remember the last one."""
         name = uuid.uuid4().hex[:8]
-        self.take(name, source())
         self._sources[name] = source
+        self._refresh(name)
         try:
             yield
         finally:
-            self._sources.pop(name)
-            self.take(name, source())
+            self._refresh(name)
+            self._sources.pop(name, None)
+
+    def _refresh(self, name: str) -> None:
+        """Ask a source; one that fails is asked no more, and its run goes on."""
+        try:
+            self.take(name, self._sources[name]())
+        except Exception as error:
+            if self._sources.pop(name, None):
+                logger.warning(NO_PAGE, f"{type(error).__name__}: {error}")
 
     @property
     def names(self) -> list[str]:
@@ -73,7 +82,7 @@ class Runs(SchedulerPlugin):
         """The record of a run, or of the latest, and how many seconds old it is; None where there is none."""
         name = name if name in self._records else next(iter(self.names), "")
         if name in self._sources:
-            return self._sources[name](), 0.0
+            self._refresh(name)
         if name in self._records:
             return self._records[name], time.monotonic() - self._received[name]
         return None
@@ -152,8 +161,8 @@ class _Sender:
 
     def _send(self) -> float | None:
         """Send the record; return the seconds until the next, or None where there is no use in it."""
-        record = self._source()
         try:
+            record = self._source()
             viewers, refusal = answer(
                 self._client, lambda: self._client.run_on_scheduler(post, self._name, record), ANSWER_SECONDS
             )
