@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,14 +60,24 @@ class PairProgress:
 
     def strip(self) -> list[float]:
         """The share of subproblems that is done, of each head group, or of neighbours together where there are many."""
-        groups = self._plan.problem.head_groups
-        cells = min(groups, MOST_CELLS)
-        totals, counts = np.zeros(cells), np.zeros(cells)
-        for group in range(groups):
-            cell = group * cells // groups
-            totals[cell] += self._total(group)
-            counts[cell] += self._done(group)
+        groups, totals = self._plan.problem.head_groups, self._cell_totals
+        counts = np.zeros(len(totals))
+        for group in self._attended.keys() | self._schedule.completed.keys():
+            counts[group * len(totals) // groups] += self._done(group)
         return [round(float(share), 4) for share in counts / np.maximum(1, totals)]
+
+    @cached_property
+    def _cell_totals(self) -> npt.NDArray[np.float64]:
+        """Subproblems of the head groups in each cell of the strip; there may be more head groups than can be walked."""
+        problem = self._plan.problem
+        groups, cells = problem.head_groups, min(problem.head_groups, MOST_CELLS)
+        edges = np.array([-(-cell * groups // cells) for cell in range(cells + 1)])
+        if len(self._plan.divisions) == 1:
+            return np.diff(edges) * float(self._total(0))
+        totals, size = np.zeros(cells), problem.entry_groups
+        for first in range(0, groups, size):
+            totals += np.diff(np.clip(edges, first, first + size)) * float(self._total(first))
+        return totals
 
     def matrix(self) -> dict[str, Any]:
         """Chunk pairs of the current head group by cell, as rows of query chunks and columns of key chunks."""

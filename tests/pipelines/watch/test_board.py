@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Recorder, carry_out, make_event, normal_arrays, plan_for, write_dataset
+from support import MACHINE, Recorder, a_problem, carry_out, make_event, normal_arrays, plan_for, write_dataset
 
 from oocattn import Plan
 from oocattn.division.live import LivePairs
@@ -21,6 +21,7 @@ from oocattn.pipelines.watch.events import Memory, Span
 from oocattn.pipelines.watch.pair_progress import MOST_CELLS, PairProgress, live_cells
 from oocattn.pipelines.watch.series import MOST_BINS, MOST_INTERVALS, Busy, Rates
 from oocattn.pipelines.watch.timeline import busy_seconds
+from oocattn.planning.candidates import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +199,22 @@ def test_a_finished_chunk_that_attends_no_key_has_no_pairs(folder: Path) -> None
     assert not plan.division_of(0).live.keys(last)
     record = begun(plan, left=plan.subproblems, done=CompletedWork({(0, last)})).record()
     assert np.sum(record["matrix"]["done"]) == 0
+
+
+def test_the_strip_of_a_billion_head_groups_is_made_at_once() -> None:
+    problem = a_problem(1 << 20, batch=2**20, query_heads=2**10, kv_heads=2**10)
+    budgets = {"device_memory": 2**90, "host_memory": 2**90}
+    progress = PairProgress(make_plan(problem, MACHINE, **budgets, chunks=7, decomposition="cqs"))
+    for index in range(7):
+        progress.attend(2**29, index)
+    assert len(progress.strip()) == MOST_CELLS
+    assert progress.current == 2**29
+
+
+def test_the_strip_counts_each_head_group_by_its_own_mask(folder: Path) -> None:
+    path = write_dataset(folder / "batch.zarr", normal_arrays(130, batch=3, kv_heads=2))
+    plan = plan_for(path, chunks=13, causal=True, seqused_k=[130, 20, 90])
+    progress = PairProgress(plan)
+    for index in plan.division_of(2).indices[:1]:
+        progress.attend(2, index)
+    assert progress.strip() == [0.0, 0.0, round(1 / len(plan.division_of(2).indices), 4), 0.0, 0.0, 0.0]
