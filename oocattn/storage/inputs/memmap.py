@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
-from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError, OocattnError, ProblemError
 from oocattn.storage.bfloat16 import numpy_dtype
@@ -71,7 +70,7 @@ def open_memmap(name: str, typed: object, _: StorageOptions | None = None) -> Op
 
 
 def _in_file(mapped: np.memmap[Any, Any]) -> FileTensor | None:
-    """Where the elements of a map lie in its file; None where the file has others, or they lie backwards or repeatedly."""
+    """Where the elements of a map lie in its file; None where they lie backwards or repeatedly, or in another file now."""
     name, base = mapped.filename, getattr(mapped, "_mmap", None)
     if name is None or base is None or mapped.mode == "c" or not mapped.size or any(size <= 0 for size in mapped.strides):
         return None
@@ -83,20 +82,30 @@ def _in_file(mapped: np.memmap[Any, Any]) -> FileTensor | None:
         status = path.stat()
         if not (start <= low and high <= start + len(base) and first + high - start <= status.st_size):
             return None
-        stamp = (status.st_size, status.st_mtime_ns)
-        tensor = FileTensor(path, "", mapped.shape, mapped.dtype, first + low - start, mapped.strides, stamp)
-        return tensor if _agree(mapped, tensor) else None
-    except (OSError, OocattnError):
+        if not _is_mapped(path, status, low):
+            return None
+    except OSError:
         return None
+    stamp = (status.st_size, status.st_mtime_ns)
+    return FileTensor(path, "", mapped.shape, mapped.dtype, first + low - start, mapped.strides, stamp)
 
 
-def _agree(mapped: NDArray[Any], tensor: FileTensor) -> bool:
-    """Whether the file has the first and the last element of the map: it may have been replaced since."""
-    for at in ([0] * mapped.ndim, [size - 1 for size in mapped.shape]):
-        selection = [slice(each, each + 1) for each in at]
-        if tensor.read(selection).tobytes() != mapped[tuple(selection)].astype(tensor.dtype.newbyteorder("=")).tobytes():
-            return False
-    return True
+def _is_mapped(path: Path, status: os.stat_result, address: int) -> bool:
+    """Whether an address of this process is of the file at `path`, which may have been replaced since it was mapped.
+
+    Linux alone says so, in /proc/self/maps: `low-high permissions offset major:minor inode path`. Some file systems (Btrfs,
+    overlays) have another device there than in `status`: then the path decides, which ends in "(deleted)" once the file is
+    replaced. Raises OSError on other systems.
+    """
+    with open("/proc/self/maps", "rb") as maps:
+        for line in maps:
+            span, _, _, device, inode, *rest = line.rstrip(b"\n").split(maxsplit=5)
+            low, high = (int(end, 16) for end in span.split(b"-"))
+            if low <= address < high:
+                major, minor = (int(number, 16) for number in device.split(b":"))
+                same = os.makedev(major, minor) == status.st_dev or rest == [os.fsencode(path.resolve())]
+                return int(inode) == status.st_ino and same
+    return False
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str:
