@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
 import numpy as np
 
 from oocattn.arguments import Dtype, Option, boolean, dtype, integer, number, refused, scale
+from oocattn.cf_packing import packing_attribute
 from oocattn.errors import ProblemError
 from oocattn.problem.given import DTYPES, MOST_ITEMS, Array
 from oocattn.problem.options import Window
@@ -122,6 +123,9 @@ def numbers(name: str, value: object) -> Array | str | Path:
         raise
     except Exception as error:  # of an array's own class there may be any
         raise refused(name, value, f"{_expected(name)}, {_FORMS}") from error
+    attributes = getattr(value, "attrs", None)  # of arrays of xarray, Zarr and h5py
+    if isinstance(attributes, Mapping) and (packing := packing_attribute(attributes)) is not None:
+        raise refused(name, value, f"{_expected(name)}, not packed or masked by {packing}; give the decoded ones")
     if np.ma.is_masked(array):
         raise refused(name, value, f"{_expected(name)}, none of them masked; fill those that are")
     return kept_array(name, array, lambda expected: refused(name, value, f"{expected}, {_FORMS}"))

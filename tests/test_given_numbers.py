@@ -16,8 +16,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import xarray
 import zarr
 from support import normal_arrays, write_dataset
+from zarr.storage import MemoryStore
 
 import oocattn
 import oocattn.api
@@ -117,6 +119,8 @@ REFUSED: dict[str, Callable[[list[Any]], Any]] = {
     "masked scalar of an array": lambda numbers: [np.ma.masked_array(numbers[0], mask=True), *numbers[1:]],
     "masked by Dask": lambda numbers: dask.array.ma.masked_equal(dask.array.from_array(np.array(numbers)), numbers[0]),
     "masked by another library": lambda numbers: Foreign(lambda: masked(numbers)),
+    "packed in xarray": lambda numbers: xarray.DataArray(np.array(numbers), attrs={"scale_factor": 2.0}),
+    "packed in Zarr": lambda numbers: zarr.create_array(MemoryStore(), data=np.array(numbers), attributes={"add_offset": 1}),
     "NaN": lambda numbers: [float("nan"), *numbers[1:]],
     "Inf": lambda numbers: np.array([*numbers[:-1], np.inf]),
     "NaN in a Zarr array": lambda numbers: zarr.array(np.array([np.nan, *numbers[1:]])),

@@ -11,6 +11,7 @@ import dask.array
 import numpy as np
 import pytest
 import torch
+import xarray
 import zarr
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zarr.storage import MemoryStore
@@ -56,6 +57,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "structured": (lambda: np.zeros(SHAPE, [("a", "f4")]), "has dtype void32.*give one field of it"),
     "objects": (lambda: np.full(SHAPE, None), f"has dtype object: {ANOTHER_DTYPE}"),
     "masked": (lambda: np.ma.masked_array(GOOD, GOOD > 0), r"found a numpy\.MaskedArray .*\.filled"),
+    "array that might be masked": (lambda: np.ma.masked_array(GOOD), r"found a numpy\.MaskedArray \[.*\]: expected plain"),
+    "masked chunks": (lambda: masked_chunks(), r"q: found a dask\.Array .* of masked chunks: .*dask\.array\.ma\.filled"),
+    "masked tensor": (lambda: torch.masked.masked_tensor(TENSOR, TENSOR > 0), r"masked: .*q\.to_tensor\(0\)"),
     "two dimensions": (lambda: GOOD[0, 0], r"has shape \[16, 8\]: layout bhnd has 4 dimensions.*with layout, one of"),
     "five dimensions": (lambda: GOOD[None], r"has shape \[1, 1, 2, 16, 8\]: layout bhnd has 4 dimensions"),
     "no token": (lambda: GOOD[:, :, :0], r"array 'q' is empty"),
@@ -101,7 +105,8 @@ THREE = {"q": GOOD, "k": GOOD, "v": GOOD}
         ({"qkv": GOOD}, "layout bn3hd has 5 dimensions"),
         ({"qkv": GOOD[None]}, "expected 3, q, k and v, along axis 3"),
         ({"qkv": GOOD[0], "layout": "bnf"}, "say how many of each there are with heads= and kv_heads="),
-        ({"qkv": GOOD[0], "layout": "bnf", "heads": "2", "kv_heads": 1}, r"heads = '2' \(str\)"),
+        ({"qkv": GOOD[0], "layout": "bnf", "heads": "2", "kv_heads": 1}, r"heads = '2' \(str\): expected a whole number"),
+        ({"qkv": GOOD[0], "layout": "bnf", "heads": True, "kv_heads": 1}, r"heads = True \(bool\)"),
         ({**THREE, "key_bias": GOOD}, r"key_bias .*expected \[B, H, N\], \[H, N\] or \[N\]"),
     ],
 )
@@ -137,3 +142,76 @@ def test_a_layout_that_dimension_names_contradict_is_refused() -> None:
     q = zarr.create_array(MemoryStore(), data=GOOD, dimension_names=("batch", "head", "token", "dim"))
     with pytest.raises(ProblemError, match=r"layout = 'bnhd', but the dimension names of q .* say bhnd"):
         oocattn.plan({"q": q, "k": GOOD, "v": GOOD, "layout": "bnhd"})
+
+
+FIVE = np.zeros((1, 3, 3, 3, 16), np.float32)
+FEATURES = np.zeros((1, 96, 96), np.float32)
+BNF = {"layout": "bnf", "heads": 2, "kv_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["xarray", "zarr"])
+@pytest.mark.parametrize(
+    ("content", "names", "options", "order"),
+    [
+        (FIVE, "batch head three token dim", {}, "B, H, 3, N, D"),
+        (FIVE, "batch head component token dim", {"layout": "bn3hd"}, "B, H, 3, N, D"),
+        (FIVE, "B QKV H N D", {}, "B, 3, H, N, D"),
+        (FIVE[0], "head projection token dim", {"layout": "n3hd"}, "H, 3, N, D"),
+        (FEATURES, "batch feature token", BNF, "B, F, N"),
+        (FEATURES, "batch qkv_dim seq", BNF, "B, F, N"),
+        (FEATURES[0], "hidden_size seq_len", {**BNF, "layout": "nf"}, "F, N"),
+    ],
+)
+def test_packed_tensors_whose_names_say_another_order_are_refused(
+    kind: str, content: Any, names: str, options: Any, order: str
+) -> None:
+    qkv: Any = xarray.DataArray(content, dims=names.split())
+    if kind == "zarr":
+        qkv = zarr.create_array(MemoryStore(), data=content, dimension_names=names.split())
+    with pytest.raises(ProblemError, match=rf"the dimension names of qkv .* say that it is \[{order}\]"):
+        oocattn.plan({"qkv": qkv, **options}, engine="inline", kernel="cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "options"),
+    [
+        (FIVE, "batch token three head dim", {}),
+        (FIVE, "B N 3 H D", {"layout": "bn3hd"}),
+        (FIVE, "dim_0 dim_1 dim_2 dim_3 dim_4", {}),
+        (FIVE[0], "token qkv head dim", {}),
+        (FEATURES, "batch token feature", {"heads": np.int64(2), "kv_heads": torch.tensor(2)}),
+    ],
+)
+def test_names_of_packed_tensors_give_the_layout(content: Any, names: str, options: Any) -> None:
+    inputs = {"qkv": xarray.DataArray(content, dims=names.split()), **options}
+    assert oocattn.plan(inputs, engine="inline", kernel="cpu").problem.head_dim == 16
+
+
+def masked_chunks() -> Any:
+    return dask.array.ma.masked_greater(dask.array.from_array(GOOD), 0)
+
+
+CF = {"q": {"scale_factor": np.float32(2)}, "k": {"missing_value": np.array([1e20])}, "v": {"_FillValue": -999.0}}
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "qkv", "key_bias"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_arrays_of_xarray_that_are_packed_are_refused(name: str, lazy: bool) -> None:
+    content: Any = {"qkv": FIVE, "key_bias": GOOD[..., 0]}.get(name, GOOD)
+    packed = xarray.DataArray(dask.array.from_array(content) if lazy else content, attrs=CF.get(name, CF["q"]))
+    inputs = {name: packed} if name == "qkv" else {**THREE, name: packed}
+    with pytest.raises(ProblemError, match=rf"^{name}: .*the attribute \w+ = \S+ by which its numbers are packed"):
+        oocattn.plan(inputs, engine="inline", kernel="cpu")
+
+
+def test_attributes_of_xarray_that_change_no_number_are_read() -> None:
+    q = xarray.DataArray(GOOD, attrs={"scale_factor": 1.0, "_FillValue": np.float32("nan"), "units": "m", 1: 2})
+    oocattn.plan({**THREE, "q": q}, engine="inline", kernel="cpu")
+
+
+def test_chunks_that_are_masked_against_what_their_array_says_are_refused(tmp_path: Path) -> None:
+    plain = dask.array.from_array(GOOD)
+    q = dask.array.map_blocks(np.ma.masked_greater, plain, 0, dtype="f4", meta=np.empty((0,) * 4, "f4"))
+    with pytest.raises(oocattn.IntegrityError, match=r"gave a numpy\.MaskedArray"):
+        oocattn.attention({**THREE, "q": q}, tmp_path / "result.zarr", engine="inline", kernel="cpu")
+    assert not list(tmp_path.iterdir())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from oocattn.cf_packing import packing_attribute
 from oocattn.errors import IntegrityError, OocattnError, ProblemError
 from oocattn.storage.inputs.axes import LAYOUTS, Axes
 from oocattn.storage.inputs.in_process import InProcessSource
@@ -101,7 +102,7 @@ class ComputedSource(InProcessSource):
         try:
             part: Any = self._content[selection]
             # Threads of Dask's own would wait for this one's in a worker, or share no bound with it.
-            found = part.compute(scheduler="synchronous") if self.origin.kind == "dask" else part.to_numpy()
+            found: Any = part.compute(scheduler="synchronous") if self.origin.kind == "dask" else part.to_numpy()
         except (OocattnError, MemoryError):
             raise
         except Exception as error:  # whatever the caller's functions, or a backend, raise
@@ -109,12 +110,13 @@ class ComputedSource(InProcessSource):
                 f"{described} could not be computed ({type(error).__name__}: {error}): compute it by itself to see why"
             ) from error
         expected = [len(range(*part.indices(size))) for part, size in zip(selection, self.stored, strict=True)]
-        if not isinstance(found, np.ndarray) or list(found.shape) != expected or found.dtype.name != self.spec.dtype:
+        plain = isinstance(found, np.ndarray) and not isinstance(found, np.ma.MaskedArray)
+        if not plain or list(found.shape) != expected or found.dtype.name != self.spec.dtype:
             raise IntegrityError(
                 f"{described} gave {describe(found)} where its shape and dtype promise {self.spec.dtype} {expected}: give "
                 "an array of NumPy chunks, not persisted on a cluster, with the dtype that its functions return"
             )
-        return found
+        return cast(NDArray[Any], found)
 
 
 def open_computed(name: str, typed: object, _: StorageOptions | None = None) -> Opened | None:
@@ -132,9 +134,13 @@ def open_computed(name: str, typed: object, _: StorageOptions | None = None) -> 
 def _open_data_array(name: str, given: xarray.DataArray) -> Opened:
     """A DataArray, as its dimensions are called; in an order that no layout has it is transposed as it is read."""
     label = f"an xarray.DataArray {list(given.shape)} ({', '.join(map(str, given.dims))})"
-    bias = name == "key_bias"
-    order = believed_order(given.dims, bias=bias)
-    if order is not None and order not in LAYOUTS and not bias:
+    if (packing := packing_attribute(given.attrs)) is not None:
+        raise ProblemError(
+            f"{name}: found {label} with {packing} by which its numbers are packed or masked (CF conventions): expected "
+            "plain numbers; open it with mask_and_scale=True, or decode its dataset with xarray.decode_cf"
+        )
+    order = believed_order(name, given.dims)
+    if name in ("q", "k", "v") and order is not None and order not in LAYOUTS:
         given = given.transpose(*(given.dims[order.index(axis)] for axis in "bhnd" if axis in order))
     names = [tuple(given.dims)]
     if given.chunks is not None:
@@ -154,6 +160,10 @@ def _extent(preferred: Any) -> int:
 def _open_dask(name: str, given: dask.array.Array, label: str) -> Opened:
     if any(math.isnan(size) for size in given.shape):
         raise ProblemError(f"{name}: found {label} of unknown sizes: expected known ones; give ARRAY.compute_chunk_sizes()")
+    if isinstance(given._meta, np.ma.MaskedArray):
+        raise ProblemError(
+            f"{name}: found {label} of masked chunks: expected plain numbers; give dask.array.ma.filled(ARRAY, 0)"
+        )
     if not isinstance(given._meta, np.ndarray):
         raise ProblemError(f"{name}: found {label} of chunks of {describe(given._meta)}: expected arrays of NumPy")
     check_dtype(name, label, given.dtype)

@@ -192,7 +192,7 @@ def _check_consolidated(array: zarr.Array[Any], consolidated: zarr.Array[Any], l
 def _axes(name: str, array: zarr.Array[Any], location: str) -> Axes | None:
     """The axes of an array by its dimension names; None where these say nothing."""
     label = f"{name} ({location})"
-    order = order_by_names(label, dimension_names(array), bias=name == KEY_BIAS)
+    order = order_by_names(name, label, dimension_names(array))
     return None if order is None else Axes(order)
 
 

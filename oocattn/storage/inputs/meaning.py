@@ -3,27 +3,21 @@
 An array whose axes are in another order than [B, H, N, D] has a shape like any other: `[B, N, H, D]` is read as N heads
 of H tokens. Names are believed where each one that is given is known and together they can be read in one way only.
 
-xarray packs or masks arrays by the CF conventions, in attributes that Zarr does not look at. Such an array is refused,
-unless they change no number: xarray writes a `_FillValue` of NaN with every array of floats. `_Unsigned` is about
-integers, which are refused anyway; xarray does not apply `valid_min`, `valid_max` and `valid_range`.
+xarray packs or masks arrays by the CF conventions, in attributes that Zarr does not look at. Such an array is refused.
 """
 
 from __future__ import annotations
 
-import base64
 import itertools
 import logging
-import math
 import re
-import struct
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from oocattn.cf_packing import PACKING, packing_attribute
 from oocattn.errors import ProblemError
-from oocattn.problem.arrays import ArraySpec
-from oocattn.storage.inputs.axes import LAYOUTS
-from oocattn.text import printable
+from oocattn.problem.arrays import KEY_BIAS, ArraySpec
+from oocattn.storage.inputs.axes import LAYOUTS, PACKED_LAYOUTS
 
 if TYPE_CHECKING:
     import zarr
@@ -52,20 +46,15 @@ _WORDS = {
 }
 """What the axes are called, in small letters and digits alone. Of some single letters the others decide: BTNH and BHND."""
 
+_WORDS["f"] = rf"{_WORDS['d']}|[hn]d|hdim"
+_WORDS["3"] = r"3|three|(q|k|v){3}|(kinds?|parts?|components?|channels?|projections?|stack|tensors?|which)"
+
 _KNOWN = {axis: re.compile(words) for axis, words in _WORDS.items()}
 
 _MOST_LETTERS = 40  # of a name that is known
 
-_CHANGES_NOTHING: Mapping[str, Callable[[float], bool]] = {
-    "scale_factor": lambda number: number == 1,
-    "add_offset": lambda number: number == 0,
-    "_FillValue": math.isnan,  # NaN is masked with NaN
-    "missing_value": math.isnan,
-}
-"""The attributes that xarray decodes, and where the decoded numbers are those that are stored."""
-
 _NAMED_DIMENSIONS = "_ARRAY_DIMENSIONS"  # what xarray adds to an array of Zarr v2
-MEANINGFUL = (*_CHANGES_NOTHING, _NAMED_DIMENSIONS)
+MEANINGFUL = (*PACKING, _NAMED_DIMENSIONS)
 """The attributes of an array that say what its numbers and its axes are."""
 
 
@@ -75,23 +64,27 @@ def dimension_names(array: zarr.Array[Any]) -> list[DimensionNames]:
     return [names for names in named if isinstance(names, list | tuple) and len(names) == array.ndim]
 
 
-def believed_order(names: DimensionNames, *, bias: bool = False) -> str | None:
-    """The only order of axes that dimension names allow: of q, k or v, or of a key bias."""
-    return _order(names, "bhn" if bias else "bhnd")
+def believed_order(name: str, names: DimensionNames) -> str | None:
+    """The only order of axes that dimension names allow: of "q", "k" or "v", of "qkv", or of "key_bias"."""
+    if name == "qkv":
+        return _order(names, "bn3hd" if len(names) > 3 else "bnf")
+    return _order(names, "bhn" if name == KEY_BIAS else "bhnd")
 
 
-def order_by_names(label: str, named: Sequence[DimensionNames], *, bias: bool = False) -> str | None:
-    """The order of the axes, such as "bnhd", that dimension names give: of q, k or v, or of a key bias.
+def order_by_names(name: str, label: str, named: Sequence[DimensionNames]) -> str | None:
+    """The order of the axes, such as "bnhd", that dimension names give: of "q", "k" or "v", of "qkv", or of "key_bias".
 
     None where no names are believed. Raises ProblemError, which calls the tensor `label`, for an order that is not read in
     place, and for two.
     """
-    told = {order: names for names in named if (order := believed_order(names, bias=bias))}
-    wrong = [order for order in told if not (bias or order in LAYOUTS)]
+    told = {order: names for names in named if (order := believed_order(name, names))}
+    layouts = PACKED_LAYOUTS if name == "qkv" else LAYOUTS
+    wrong = [order for order in told if not (name == KEY_BIAS or order in layouts)]
     if not wrong and len(told) < 2:
         return next(iter(told), None)
     words = " and ".join(f"{_letters(order)} ({', '.join(map(str, names))})" for order, names in told.items())
-    expected = "[B, H, N] or [H, N]" if bias else f"one of {', '.join(LAYOUTS)} (batch, heads, tokens, dimension)"
+    meant = "batch, tokens, q k v, heads, dimension; features" if name == "qkv" else "batch, heads, tokens, dimension"
+    expected = "[B, H, N] or [H, N]" if name == KEY_BIAS else f"one of {', '.join(layouts)} ({meant})"
     raise ProblemError(
         f"the dimension names of {label} say that it is {words}: expected {expected}; write it transposed, or correct the "
         "names if they are wrong"
@@ -130,43 +123,25 @@ def _order(names: DimensionNames, axes: str) -> str | None:
 
 
 def _axes_called(name: str | None) -> set[str]:
-    """The axes that may be called so."""
+    """The axes that may be called so. Those of packed tensors have no usual name: any that is not known may be theirs."""
     if name is None:
         return {*_KNOWN}
     plain = re.sub("[^a-z0-9]", "", name[: 2 * _MOST_LETTERS].lower())
-    return {axis for axis, words in _KNOWN.items() if len(plain) <= _MOST_LETTERS and words.fullmatch(plain)}
+    found = {axis for axis, words in _KNOWN.items() if len(plain) <= _MOST_LETTERS and words.fullmatch(plain)}
+    return found or {"3", "f"}
 
 
 def refuse_packed(array: zarr.Array[Any], location: str) -> None:
     """Raise ProblemError where an array is packed, naming the attribute."""
-    for name, unchanged in _CHANGES_NOTHING.items():
-        found = array.attrs.get(name)
-        for item in found if isinstance(found, list) else [found]:
-            number = _number(item)
-            if item is not None and (number is None or not unchanged(number)):
-                shown = printable(repr(item if number is None else number))
-                raise _packed_error(array, location, f"the attribute {name} = {shown:.80}")
-    if (filled := _mask_of_v2(array)) is not None:
-        raise _packed_error(array, location, f"the fill_value {filled}, as which xarray keeps _FillValue,")
-
-
-def _packed_error(array: zarr.Array[Any], location: str, found: str) -> ProblemError:
-    return ProblemError(
-        f"array {array.path!r} of {location} has {found} by which its numbers are packed or masked (CF "
-        "conventions): expected plain numbers; write the decoded ones, as with "
-        "xarray.open_zarr(PATH).drop_encoding().astype('float32').to_zarr(NEW), and give NEW"
-    )
-
-
-def _number(found: object) -> float | None:
-    """The number that an attribute holds, or None. It may be a text, or base64 as which xarray writes a `_FillValue`."""
-    if not isinstance(found, int | float | str):
-        return None
-    with suppress(ValueError, OverflowError):
-        return float(found)
-    with suppress(ValueError, TypeError, struct.error):
-        return float(*struct.unpack("<d", base64.b64decode(str(found), validate=True)))
-    return None
+    found = packing_attribute(array.attrs)
+    if found is None and (filled := _mask_of_v2(array)) is not None:
+        found = f"the fill_value {filled}, as which xarray keeps _FillValue,"
+    if found is not None:
+        raise ProblemError(
+            f"array {array.path!r} of {location} has {found} by which its numbers are packed or masked (CF "
+            "conventions): expected plain numbers; write the decoded ones, as with "
+            "xarray.open_zarr(PATH).drop_encoding().astype('float32').to_zarr(NEW), and give NEW"
+        )
 
 
 def _mask_of_v2(array: zarr.Array[Any]) -> Any:

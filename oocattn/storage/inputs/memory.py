@@ -58,9 +58,7 @@ def open_memory(name: str, typed: object, _: StorageOptions | None = None) -> Op
         content: Any = plain_tensor(name, typed)
     elif isinstance(typed, np.ndarray):
         if isinstance(typed, np.ma.MaskedArray):
-            raise ProblemError(
-                f"{name}: found {describe(typed)}, some of it masked: expected plain numbers; give .filled(0)"
-            )
+            raise ProblemError(f"{name}: found {describe(typed)}: expected plain numbers; give .filled(0)")
         check_dtype(name, describe(typed), typed.dtype)
         content = typed
     else:
@@ -78,6 +76,8 @@ def plain_tensor(name: str, given: torch.Tensor) -> torch.Tensor:
     if given.is_nested or given.layout is not torch.strided:
         layout = "nested" if given.is_nested else str(given.layout).removeprefix("torch.")
         raise ProblemError(f"{found}, {layout}: expected a dense tensor; give {name}.to_dense(), or a padded one")
+    if isinstance(given, torch.masked.MaskedTensor):
+        raise ProblemError(f"{found}, masked: expected plain numbers; give {name}.to_tensor(0)")
     if given.is_quantized:
         raise ProblemError(f"{found}, quantised: expected plain numbers; give {name}.dequantize()")
     if given.device.type not in ("cpu", "cuda"):

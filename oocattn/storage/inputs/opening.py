@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import zarr
 
 from oocattn import naming
+from oocattn.arguments import integer
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.problem.arrays import KEY_BIAS
 from oocattn.storage.inputs.axes import LAYOUTS, PACKED_LAYOUTS, Axes, packed_axes, plain_axes
@@ -175,27 +176,21 @@ def bias_source(found: Opened) -> TensorSource:
             f"{KEY_BIAS} ({found.label}) has shape {list(found.shape)}: expected [B, H, N], [H, N] or [N], a number for "
             "each key"
         )
-    named = order_by_names(f"{KEY_BIAS} ({found.label})", found.names, bias=True)
+    named = order_by_names(KEY_BIAS, f"{KEY_BIAS} ({found.label})", found.names)
     return found.source(KEY_BIAS, Axes(named or "bhn"[-len(found.shape) :]))
 
 
 def _apart(inputs: Inputs, opened: Mapping[str, Opened]) -> dict[str, TensorSource]:
     if missing := [name for name in ("q", "k", "v") if name not in opened]:
         raise ProblemError(f"the inputs have no {' and no '.join(missing)}: expected q, k and v, or qkv")
-    if inputs.heads or inputs.kv_heads:
+    if any(_counts_of_heads(inputs)):
         raise ProblemError("heads= and kv_heads= are given for q, k and v apart: expected them with qkv= alone")
     return {name: plain_source(name, found, inputs.layout) for name, found in opened.items()}
 
 
 def plain_source(name: str, found: Opened, layout: str | None) -> TensorSource:
     """The source of q, k or v by itself: its axes are as `layout` says, as its dimensions are called, or [B, H, N, D]."""
-    named = order_by_names(f"{name} ({found.label})", found.names)
-    order = _known_layout(layout or named or LAYOUTS[0], LAYOUTS)
-    if named not in (None, order):
-        raise ProblemError(
-            f"layout = {layout!r}, but the dimension names of {name} ({found.label}) say {named}: expected the same of "
-            "both; leave layout out, or correct the names if they are wrong"
-        )
+    order = _agreed_layout(name, found, layout, LAYOUTS)
     return found.source(name, plain_axes(name, order, found.shape, found.label))
 
 
@@ -203,17 +198,26 @@ def _packed(inputs: Inputs, opened: Mapping[str, Opened]) -> dict[str, TensorSou
     if given := [name for name in ("q", "k", "v") if name in opened]:
         raise ProblemError(f"the inputs have qkv, and {given[0]}: expected one tensor for all, or q, k and v")
     found = opened["qkv"]
-    layout = _known_layout(inputs.layout or PACKED_LAYOUTS[0], PACKED_LAYOUTS)
-    for name in ("heads", "kv_heads"):
-        if type(count := getattr(inputs, name)) is not int or count < 0:
-            raise ProblemError(f"{name} = {count!r:.80} ({type(count).__name__}): expected a number of heads")
-    if (inputs.heads or inputs.kv_heads) and "f" not in layout:
+    layout = _agreed_layout("qkv", found, inputs.layout, PACKED_LAYOUTS)
+    heads, kv_heads = _counts_of_heads(inputs)
+    if (heads or kv_heads) and "f" not in layout:
         raise ProblemError(f"heads= and kv_heads= are given with layout {layout}: expected them with bnf and nf alone")
-    axes = packed_axes(layout, found.shape, inputs.heads, inputs.kv_heads, found.label)
+    axes = packed_axes(layout, found.shape, heads, kv_heads, found.label)
     return {name: found.source(name, own) for name, own in axes.items()}
 
 
-def _known_layout(layout: str, known: Sequence[str]) -> str:
-    if layout in known:
-        return layout
-    raise ProblemError(f"layout = {layout!r:.80}: expected {', '.join(known)}, the order of the axes")
+def _counts_of_heads(inputs: Inputs) -> tuple[int, int]:
+    return integer(0)("heads", inputs.heads), integer(0)("kv_heads", inputs.kv_heads)
+
+
+def _agreed_layout(name: str, found: Opened, layout: str | None, known: Sequence[str]) -> str:
+    """The order of the axes: `layout`, or by dimension names, or the usual one. Raises ProblemError for one of no use."""
+    if layout is not None and not (isinstance(layout, str) and layout in known):
+        raise ProblemError(f"layout = {layout!r:.80}: expected {', '.join(known)}, the order of the axes")
+    named = order_by_names(name, f"{name} ({found.label})", found.names)
+    if layout is not None and named not in (None, layout):
+        raise ProblemError(
+            f"layout = {layout!r}, but the dimension names of {name} ({found.label}) say {named}: expected the same of "
+            "both; leave layout out, or correct the names if they are wrong"
+        )
+    return layout or named or known[0]
