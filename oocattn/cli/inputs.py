@@ -56,12 +56,19 @@ def _add_tensors(group: argparse._ArgumentGroup) -> None:
         help="order of the axes: b batch, h heads, n tokens, d head dimension, of --qkv also 3, or f for all features "
         f"(default: by dimension names, or {LAYOUTS[0]}, of --qkv {PACKED_LAYOUTS[0]})",
     )
-    group.add_argument("--qkv-heads", type=_parse_heads, metavar="HQ,HKV", help="heads of q and of k, where --layout has f")
+    group.add_argument("--qkv-heads", type=_heads, metavar="HQ,HKV", help="heads of q and of k, where --layout has f")
 
 
-def _parse_heads(text: str) -> tuple[int, int]:
-    heads, _, kv_heads = text.partition(",")
-    return int(heads), int(kv_heads or heads)
+def _heads(text: str) -> tuple[int, int]:
+    """Numbers of heads of q, and of k and v; one number is both."""
+    heads, comma, kv_heads = text.partition(",")
+    try:
+        found = int(heads), int(kv_heads if comma else heads)
+    except ValueError:
+        found = (0, 0)
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected HQ,HKV or one number for both, each at least 1")
+    return found
 
 
 def add_storage_option(parser: argparse.ArgumentParser) -> None:

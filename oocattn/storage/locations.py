@@ -80,6 +80,15 @@ def recorded_location(text: object) -> Location:
     )
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a text can be the name of a file in a folder."""
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
+    return 0 < length <= MOST_NAME and name not in (".", "..") and "/" not in name and "\0" not in name
+
+
 def resolve_path(path: Path) -> Path:
     """`path` without symbolic links. Raises ProblemError where they lead nowhere."""
     try:

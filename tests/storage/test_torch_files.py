@@ -71,3 +71,62 @@ def test_a_negation_that_torch_keeps_beside_the_elements_is_refused(tmp_path):
     torch.save(torch._neg_view(torch.ones(2, 2, 70, 8)), tmp_path / "k.pt")
     with pytest.raises(ProblemError, match=r"k.pt is the negative of what is stored: save tensor.resolve_neg"):
         import_arrays(tmp_path / "qkv.zarr", **files)
+
+
+def save_view(path, monkeypatch, offset=0, size=(1, 2, 70, 8), strides=(1120, 560, 8, 1)):
+    """Save a tensor whose file says that it lies otherwise in its storage."""
+    reduce = torch.Tensor.__reduce_ex__
+
+    def reduce_otherwise(self, protocol):
+        function, given, *_ = reduce(self, protocol)
+        return function, (given[0], offset, size, strides, *given[4:])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "__reduce_ex__", reduce_otherwise)
+        torch.save(torch.zeros(1, 2, 70, 8), path)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        {"offset": 1},
+        {"offset": -1},
+        {"size": (1, 2, 71, 8)},
+        {"strides": (1120, 561, 8, 1)},
+        {"offset": 1200, "size": (1, 1, 1, 1)},
+    ],
+)
+def test_a_tensor_that_lies_outside_of_its_storage_is_refused(tmp_path, monkeypatch, view):
+    files = save_npy(tmp_path, make_tensors()[1]) | {"k": f"{tmp_path}/k.pt"}
+    save_view(tmp_path / "k.pt", monkeypatch, **view)
+    with pytest.raises(ProblemError, match=r"^k: .*k\.pt (has 4,480 bytes of numbers|is not a file of plain)"):
+        import_arrays(tmp_path / "qkv.zarr", **files)
+
+
+def test_a_record_that_is_shorter_than_its_storage_is_refused(tmp_path):
+    files = save_npy(tmp_path, make_tensors()[1]) | {"k": f"{tmp_path}/k.pt"}
+    torch.save({"k": torch.zeros(1, 2, 70, 8), "other": torch.ones(9999)}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as before, zipfile.ZipFile(tmp_path / "k.pt", "w") as after:
+        for name in before.namelist():
+            content = before.read(name)
+            after.writestr(name, content[:-4] if len(content) == 4480 else content)
+    with pytest.raises(ProblemError, match=r"^k: .*k\.pt:k has 4,476 bytes of numbers in the file, expected 4,480"):
+        import_arrays(tmp_path / "qkv.zarr", **files)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_files_of_torch_that_are_cut_short_are_refused_at_any_length(tmp_path, archive):
+    files = save_npy(tmp_path, make_tensors()[1]) | {"k": f"{tmp_path}/k.pt"}
+    torch.save(torch.zeros(2, 2, 70, 8), tmp_path / "whole.pt", _use_new_zipfile_serialization=archive)
+    content = (tmp_path / "whole.pt").read_bytes()
+    for length in [*range(0, 1200, 61), *range(1200, len(content), 997), len(content) - 1]:
+        (tmp_path / "k.pt").write_bytes(content[:length])
+        with pytest.raises(ProblemError, match=r"^k: .*k\.pt is (not a |in the format of torch before 1\.6)"):
+            import_arrays(tmp_path / "qkv.zarr", **files)
+
+
+def test_a_tensor_of_the_device_meta_is_refused(tmp_path):
+    files = save_npy(tmp_path, make_tensors()[1]) | {"k": f"{tmp_path}/k.pt"}
+    torch.save(torch.zeros(2, 2, 70, 8, device="meta"), tmp_path / "k.pt")
+    with pytest.raises(ProblemError, match=r"k\.pt was saved from the device meta and has no numbers"):
+        import_arrays(tmp_path / "qkv.zarr", **files)

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from oocattn.storage.files.regular import open_regular, read_exactly
 from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.direct import MOST_THREADS, SCRATCH_BYTES, DirectReader
+from oocattn.storage.inputs.file_tensor import FileTensor
 from oocattn.storage.inputs.fingerprints import unusual
 from oocattn.storage.inputs.origin import Origin
 from oocattn.storage.inputs.parts import Part
 from oocattn.storage.inputs.source import Opened, TensorSource, heads_between
-from oocattn.storage.inputs.tensor_files import FileTensor, is_tensor_file, open_tensor_file
+from oocattn.storage.inputs.tensor_files import named_file, open_tensor_file, open_tensor_in
+from oocattn.storage.locations import parse_location
 from oocattn.storage.remote.options import StorageOptions
 
 SAMPLES, SAMPLED_BYTES = 10, 1 << 16
@@ -97,8 +99,7 @@ class FileSource(TensorSource):
 
     def reopen(self) -> TensorSource:
         """See `TensorSource.reopen`."""
-        name = f"{self._tensor.path}:{self._tensor.key}" if self._tensor.key else str(self._tensor.path)
-        return FileSource(self.name, open_tensor_file(self.name, name), self.axes)
+        return FileSource(self.name, open_tensor_in(self.name, self._tensor.path, self._tensor.key or None), self.axes)
 
     def parts(self, batch: int, head: int, start: int, stop: int) -> Sequence[Part]:
         """See `TensorSource.parts`."""
@@ -112,8 +113,12 @@ class FileSource(TensorSource):
 
 
 def open_file(name: str, typed: object, _: StorageOptions | None = None) -> Opened | None:
-    """The tensor in a file; None for what names none."""
-    if not (isinstance(typed, str | os.PathLike) and is_tensor_file(os.fsdecode(typed))):
+    """The tensor in a file; None for what names none, or a folder: an array of Zarr may be called like a file."""
+    found = named_file(os.fsdecode(typed)) if isinstance(typed, str | os.PathLike) else None
+    if found is None:
+        return None
+    path = parse_location(found[0], name).path
+    if found[1] is None and path is not None and path.is_dir():
         return None
     tensor = open_tensor_file(name, typed)
     return Opened(tensor.label, tensor.shape, lambda own, axes: FileSource(own, tensor, axes))

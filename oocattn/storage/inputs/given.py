@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from oocattn.errors import IntegrityError, ProblemError
+from oocattn.errors import ProblemError
 from oocattn.naming import as_given, named
 from oocattn.problem.given import DTYPES, MOST_ITEMS, Array, GivenArrays
 from oocattn.problem.options import ProblemOptions
@@ -76,8 +76,6 @@ def read_npy(name: str, file: str | Path) -> Array:
         return tensor.read([slice(None)] * len(tensor.shape))
     except (FileNotFoundError, NotADirectoryError):
         raise ProblemError(f"{named(name)}: there is no file {path}") from None
-    except IntegrityError:
-        raise ProblemError(f"{named(name)}: {path} is no regular file: expected an .npy file") from None
 
 
 def read_small(store: Store, name: str, location: str, described: str) -> Array:

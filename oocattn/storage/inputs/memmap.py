@@ -14,9 +14,10 @@ from oocattn.errors import IntegrityError, OocattnError, ProblemError
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.file_source import FileSource
+from oocattn.storage.inputs.file_tensor import FileTensor
 from oocattn.storage.inputs.origin import Numbers, Origin
 from oocattn.storage.inputs.source import Opened, TensorSource
-from oocattn.storage.inputs.tensor_files import FileTensor, open_npy
+from oocattn.storage.inputs.tensor_files import open_npy
 from oocattn.storage.inputs.values import check_dtype
 from oocattn.storage.locations import describe
 from oocattn.storage.remote.options import StorageOptions
