@@ -114,6 +114,14 @@ def test_a_record_that_is_shorter_than_its_storage_is_refused(tmp_path):
         import_arrays(tmp_path / "qkv.zarr", **files)
 
 
+def test_a_tensor_that_lies_backwards_is_refused(tmp_path, monkeypatch):
+    """torch.load refuses it, but without its data makes a tensor without gaps of it."""
+    files = save_npy(tmp_path, make_tensors()[1]) | {"k": f"{tmp_path}/k.pt"}
+    save_view(tmp_path / "k.pt", monkeypatch, strides=(1120, 560, -8, 1))
+    with pytest.raises(ProblemError, match=r"^k: .*k\.pt has a tensor with a negative stride: it is damaged"):
+        import_arrays(tmp_path / "qkv.zarr", **files)
+
+
 @pytest.mark.parametrize("archive", [True, False])
 def test_files_of_torch_that_are_cut_short_are_refused_at_any_length(tmp_path, archive):
     files = save_npy(tmp_path, make_tensors()[1]) | {"k": f"{tmp_path}/k.pt"}

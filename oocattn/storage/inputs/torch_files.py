@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import pickle
 import struct
 import zipfile
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.storage.bfloat16 import numpy_dtype
@@ -84,12 +87,67 @@ def _records(name: str, path: Path, file: IO[bytes]) -> dict[int, int] | None:
                 raise ProblemError(
                     f"{name}: {path} has numbers of another byte order than little-endian: save it again on this machine"
                 )
+            if entry.filename.rpartition("/")[2] == "data.pkl" and _lies_backwards(archive.open(entry)):
+                raise ProblemError(f"{name}: {path} has a tensor with a negative stride: it is damaged; save it again")
             file.seek(entry.header_offset)
             header = file.read(_LOCAL_HEADER)
             lengths = struct.unpack_from("<HH", header, 26) if len(header) == _LOCAL_HEADER else (0, 0)
             found[entry.header_offset + _LOCAL_HEADER + sum(lengths)] = entry.file_size
     file.seek(0)
     return found
+
+
+class _Inert(dict[Any, Any]):
+    """What stands for an object of any class in a file. What it would be made of is kept in `made`."""
+
+    made: ClassVar[list[tuple[object, ...]]]
+
+    def __new__(cls, *arguments: object) -> _Inert:
+        cls.made.append(arguments)
+        return super().__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+
+class _Reader(pickle.Unpickler):
+    """Reads what a file says of its tensors; of what it names nothing is imported or called."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.made: list[tuple[object, ...]] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A class of inert objects, in the place of any other."""
+        return type("_Inert", (_Inert,), {"made": self.made})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Nothing: storages are not read."""
+        return None
+
+
+def _lies_backwards(file: IO[bytes]) -> bool:
+    """Whether a tensor has a negative stride: torch.load refuses it, but to "meta" makes a tensor without gaps of it."""
+    reader = _Reader(file)
+    with suppress(Exception):  # torch says what it does not understand
+        reader.load()
+        return any(
+            extent > 1 and stride < 0
+            for arguments in reader.made
+            for extents, strides in _shapes_with_strides(arguments)
+            for extent, stride in zip(extents, strides, strict=True)
+        )
+    return False
+
+
+def _shapes_with_strides(arguments: tuple[object, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Neighbouring tuples of as many integers, also in tuples among the arguments, as of subclasses of tensors."""
+    tuples = [each if isinstance(each, tuple) else () for each in arguments]
+    for each in tuples:
+        yield from _shapes_with_strides(each)
+    for extents, strides in pairwise(tuples):
+        if len(extents) == len(strides) and all(type(number) is int for number in extents + strides):
+            yield extents, strides
 
 
 def _without_data() -> AbstractContextManager[object]:
