@@ -16,7 +16,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import xarray
 import zarr
 from support import normal_arrays, write_dataset
 from zarr.storage import MemoryStore
@@ -66,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _in_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The machine is not measured."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(oocattn.api, "plan_here", lambda dataset, problem, *_: SimpleNamespace(problem=problem))
+    monkeypatch.setattr(oocattn.api, "plan_here", lambda dataset, problem, *_, **__: SimpleNamespace(problem=problem))
     before = sorted(os.listdir())
     yield
     assert sorted(os.listdir()) == before
@@ -119,7 +118,6 @@ REFUSED: dict[str, Callable[[list[Any]], Any]] = {
     "masked scalar of an array": lambda numbers: [np.ma.masked_array(numbers[0], mask=True), *numbers[1:]],
     "masked by Dask": lambda numbers: dask.array.ma.masked_equal(dask.array.from_array(np.array(numbers)), numbers[0]),
     "masked by another library": lambda numbers: Foreign(lambda: masked(numbers)),
-    "packed in xarray": lambda numbers: xarray.DataArray(np.array(numbers), attrs={"scale_factor": 2.0}),
     "packed in Zarr": lambda numbers: zarr.create_array(MemoryStore(), data=np.array(numbers), attributes={"add_offset": 1}),
     "NaN": lambda numbers: [float("nan"), *numbers[1:]],
     "Inf": lambda numbers: np.array([*numbers[:-1], np.inf]),

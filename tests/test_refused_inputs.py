@@ -11,7 +11,6 @@ import dask.array
 import numpy as np
 import pytest
 import torch
-import xarray
 import zarr
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zarr.storage import MemoryStore
@@ -144,6 +143,10 @@ def test_a_layout_that_dimension_names_contradict_is_refused() -> None:
         oocattn.plan({"q": q, "k": GOOD, "v": GOOD, "layout": "bnhd"})
 
 
+def data_array(*given: Any, **options: Any) -> Any:
+    return pytest.importorskip("xarray").DataArray(*given, **options)
+
+
 FIVE = np.zeros((1, 3, 3, 3, 16), np.float32)
 FEATURES = np.zeros((1, 96, 96), np.float32)
 BNF = {"layout": "bnf", "heads": 2, "kv_heads": 2}
@@ -165,7 +168,7 @@ BNF = {"layout": "bnf", "heads": 2, "kv_heads": 2}
 def test_packed_tensors_whose_names_say_another_order_are_refused(
     kind: str, content: Any, names: str, options: Any, order: str
 ) -> None:
-    qkv: Any = xarray.DataArray(content, dims=names.split())
+    qkv: Any = data_array(content, dims=names.split())
     if kind == "zarr":
         qkv = zarr.create_array(MemoryStore(), data=content, dimension_names=names.split())
     with pytest.raises(ProblemError, match=rf"the dimension names of qkv .* say that it is \[{order}\]"):
@@ -183,7 +186,7 @@ def test_packed_tensors_whose_names_say_another_order_are_refused(
     ],
 )
 def test_names_of_packed_tensors_give_the_layout(content: Any, names: str, options: Any) -> None:
-    inputs = {"qkv": xarray.DataArray(content, dims=names.split()), **options}
+    inputs = {"qkv": data_array(content, dims=names.split()), **options}
     assert oocattn.plan(inputs, engine="inline", kernel="cpu").problem.head_dim == 16
 
 
@@ -198,14 +201,14 @@ CF = {"q": {"scale_factor": np.float32(2)}, "k": {"missing_value": np.array([1e2
 @pytest.mark.parametrize("lazy", [False, True])
 def test_arrays_of_xarray_that_are_packed_are_refused(name: str, lazy: bool) -> None:
     content: Any = {"qkv": FIVE, "key_bias": GOOD[..., 0]}.get(name, GOOD)
-    packed = xarray.DataArray(dask.array.from_array(content) if lazy else content, attrs=CF.get(name, CF["q"]))
+    packed = data_array(dask.array.from_array(content) if lazy else content, attrs=CF.get(name, CF["q"]))
     inputs = {name: packed} if name == "qkv" else {**THREE, name: packed}
     with pytest.raises(ProblemError, match=rf"^{name}: .*the attribute \w+ = \S+ by which its numbers are packed"):
         oocattn.plan(inputs, engine="inline", kernel="cpu")
 
 
 def test_attributes_of_xarray_that_change_no_number_are_read() -> None:
-    q = xarray.DataArray(GOOD, attrs={"scale_factor": 1.0, "_FillValue": np.float32("nan"), "units": "m", 1: 2})
+    q = data_array(GOOD, attrs={"scale_factor": 1.0, "_FillValue": np.float32("nan"), "units": "m", 1: 2})
     oocattn.plan({**THREE, "q": q}, engine="inline", kernel="cpu")
 
 
