@@ -49,7 +49,13 @@ def register(
 
 @dataclass(frozen=True)
 class DescribedMask:
-    """A mask that is not made yet: what transformers says of it. Layers get it in the place of a dense one."""
+    """A mask that is not made yet: what transformers says of it. Layers get it in the place of a dense one.
+
+    `ndim` and `shape` are those of the dense mask. `generate` makes the mask of a static cache itself, and hands it to the
+    model as the attention mask, which must be told from a mask [B, N] of padding.
+    """
+
+    ndim = 4
 
     batch: int
     queries: int
@@ -62,8 +68,15 @@ class DescribedMask:
     def of(
         cls, batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, **asked: Any
     ) -> DescribedMask:
-        """The mask that transformers asks for."""
+        """The mask that transformers asks for; one that was made before is taken as it is, as dense ones are."""
+        if isinstance(made := asked.get("attention_mask"), cls):
+            return made
         return cls(batch_size, q_length, kv_length, int(q_offset), int(kv_offset), asked)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, 1, Nq, Nk]."""
+        return self.batch, 1, self.queries, self.keys
 
     @cached_property
     def dense(self) -> torch.Tensor | None:

@@ -104,14 +104,20 @@ def test_small_calls_go_to_sdpa_with_its_own_mask(mask: torch.Tensor | None) -> 
     assert torch.equal(outputs(model, "oocattn", ids, mask), expected)
 
 
-def test_text_is_generated_from_a_cache_with_padding_at_the_left() -> None:
-    model, ids = make_model("Mistral"), make_ids()
-    oocattn.integrations.transformers.register(device_memory=STREAMED)
-    texts = []
+@pytest.mark.parametrize("memory", [STREAMED, SMALL], ids=["streamed", "small"])
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral"])
+def test_text_is_generated_from_a_cache_with_padding_at_the_left(kind: str, cache: str | None, memory: int | None) -> None:
+    """The mask of a static cache is made before the model gets it."""
+    model, ids = make_model(kind), make_ids()
+    oocattn.integrations.transformers.register(device_memory=memory)
+    options = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": cache, "output_logits": True}
+    found = []
     for implementation in ("sdpa", "oocattn"):
         model.set_attn_implementation(implementation)
-        texts.append(model.generate(ids, attention_mask=padding(left=6), max_new_tokens=2, do_sample=False))
-    assert torch.equal(*texts)
+        made = model.generate(ids, attention_mask=padding(left=6), return_dict_in_generate=True, **options)
+        found.append(torch.stack(made.logits))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
 
 
 def test_softcap_and_sinks_of_a_model_are_those_of_its_eager_attention() -> None:
