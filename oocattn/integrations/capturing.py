@@ -1,7 +1,8 @@
 """Recording what the attention layers of a transformers model get, as datasets, while the model runs.
 
-Every attention function of the library is wrapped while a recording is open; the model and its configuration stay as they
-are. A layer whose keys grow with each call, in a cache, has its new tokens appended.
+Every attention function of the library is wrapped while a recording is open, and the layers have a hook that notes their
+cache; the model and its configuration stay as they are. A layer whose keys grow with each call, in a cache, has its new
+tokens appended.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import zarr
-from numpy.typing import NDArray
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from oocattn import arguments
 from oocattn.errors import ProblemError
-from oocattn.storage.inputs.axes import BHND
-from oocattn.storage.inputs.memory import open_memory
-from oocattn.storage.make.create import create_array, create_dataset, dimension_names, fill_array
+from oocattn.integrations.caches import filled_rows
+from oocattn.integrations.recorded import RecordedLayer, Tensors
+from oocattn.storage.locations import Location, parse_location
+from oocattn.storage.make.create import create_dataset
 
 EAGER = "eager"
 """The implementation that each model has of its own."""
@@ -35,7 +36,7 @@ _changing = threading.RLock()
 
 
 def capture(
-    model: torch.nn.Module, path: str | Path, layers: Sequence[int] | None = None, *, overwrite: bool = False
+    model: torch.nn.Module, path: str | Path, layers: Iterable[int] | None = None, *, overwrite: bool = False
 ) -> Capture:
     """Record q, k and v of a model's attention layers, after positions were applied, in a Zarr group at `path`.
 
@@ -47,30 +48,53 @@ def capture(
             model(ids)
         oocattn.attention("store.zarr/layer-0", "out.zarr", causal=True)
 
+    Of a static cache, the filled part is recorded. A relative `path` is one of the current folder at this call.
+
     Raises ProblemError for layers that the model does not have, and ResultExistsError where something is at `path`, unless
     it is a Zarr group and `overwrite` is given.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise arguments.refused("model", model, "a model of transformers")
     modules = {module: name for name, module in model.named_modules() if isinstance(_index(module), int)}
-    found = sorted({_index(module) for module in modules})
-    if not found or set(layers or ()) - set(found):
-        asked = "all" if layers is None else list(layers)
+    asked, found = _asked_layers(layers), sorted({_index(module) for module in modules})
+    if not found or set(asked or ()) - set(found) or asked == []:
         raise ProblemError(
-            f"layers = {asked}: {type(model).__name__} has the layers {found}, by the attribute layer_idx of its modules; "
-            "name some of them"
+            f"layers = {'all' if asked is None else asked}: {type(model).__name__} has the layers {found}, by the attribute "
+            "layer_idx of its modules; name some of them"
         )
-    with create_dataset(path, attributes={"model": type(model).__name__}, overwrite=overwrite):
+    place = parse_location(path)
+    if any(recording.place == place for recording in _open):
+        raise ProblemError(f"{place}: another recording goes there, and is open: close() it first")
+    with create_dataset(
+        place.path or place.text,
+        attributes={"model": type(model).__name__},
+        overwrite=arguments.boolean("overwrite", overwrite),
+    ):
         pass  # layers come to be in it
-    chosen = {module: name for module, name in modules.items() if layers is None or _index(module) in layers}
-    return Capture(chosen, str(path))
+    return Capture({module: name for module, name in modules.items() if asked is None or _index(module) in asked}, place)
+
+
+def _asked_layers(layers: Iterable[int] | None) -> list[int] | None:
+    """Indices of layers, in the order given; None is all. Raises ProblemError for anything else."""
+    if layers is None:
+        return None
+    try:
+        asked = list(layers)
+    except TypeError:
+        raise arguments.refused("layers", layers, "indices of layers, such as [0, 1]") from None
+    return [arguments.integer(0)("layers", index) for index in asked]
 
 
 class Capture:
     """A recording, open until it is closed; see `capture`."""
 
-    def __init__(self, modules: dict[torch.nn.Module, str], path: str) -> None:
+    def __init__(self, modules: dict[torch.nn.Module, str], place: Location) -> None:
+        self.place = place
         self._modules = modules
-        self._path = path
-        self._names: dict[torch.nn.Module, str] = {}
+        self._layers: dict[torch.nn.Module, RecordedLayer] = {}
+        self._caches: dict[torch.nn.Module, Cache | None] = {}
+        self._recording = threading.RLock()
+        self._hooks = [module.register_forward_pre_hook(self._note_cache, with_kwargs=True) for module in modules]
         with _changing:
             if not _open:
                 _wrap()
@@ -84,9 +108,12 @@ class Capture:
             _open.remove(self)
             if not _open:
                 _unwrap()
-        if not self._names:
+        for hook in self._hooks:
+            hook.remove()
+        self._caches.clear()
+        if not self._layers:
             logger.warning(
-                "%s is empty: none of its layers ran while the recording was open; run the model in between", self._path
+                "%s is empty: none of its layers ran while the recording was open; run the model in between", self.place
             )
 
     def __enter__(self) -> Capture:
@@ -95,53 +122,30 @@ class Capture:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def record(self, module: torch.nn.Module, tensors: dict[str, torch.Tensor], scaling: float | None) -> None:
+    def record(self, module: torch.nn.Module, tensors: Tensors, scale: float | None) -> None:
         """Write what a layer got, q, k and v [B, H, N, D], or append it to what it got before."""
-        if module in self._names:
-            self._append(self._names[module], tensors)
-        elif module in self._modules:
-            name = f"layer-{_index(module)}"
-            if name in self._names.values():
-                name = self._modules[module]
-            self._create(name, tensors, scaling)
-            self._names[module] = name
+        if module not in self._modules:
+            return
+        with self._recording:
+            filled = filled_rows(self._caches.pop(module, None), _index(module), tensors["k"])
+            tensors = {part: tensor if part == "q" else tensor[:, :, :filled] for part, tensor in tensors.items()}
+            if module in self._layers:
+                self._layers[module].append(tensors, scale)
+            else:
+                self._layers[module] = RecordedLayer(self._place_of(module), tensors, scale)
 
-    def _create(self, name: str, tensors: dict[str, torch.Tensor], scaling: float | None) -> None:
-        dimensions = dimension_names({part: tuple(tensor.shape) for part, tensor in tensors.items()})
-        with create_dataset(f"{self._path}/{name}", attributes={} if scaling is None else {"scale": scaling}) as group:
-            for part, tensor in tensors.items():
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                array = create_array(group, part, tuple(tensor.shape), dtype, dimensions=dimensions[part])
-                fill_array(array, _Rows(part, tensor))
+    def _note_cache(self, module: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Remember the cache of a layer that begins to run: its attention function does not get it."""
+        given = (*positional, *named.values())
+        self._caches[module] = next((each for each in given if isinstance(each, Cache)), None)
 
-    def _append(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        group = zarr.open_group(f"{self._path}/{name}", mode="r+")
-        before, new = group["k"].shape[2], tensors["q"].shape[2]  # type: ignore[union-attr]
-        if tensors["k"].shape[2] != before + new:
-            raise ProblemError(
-                f"{name} in {self._path} has {before:,} keys, and its layer ran again with {tensors['k'].shape[2]:,}, of "
-                f"which {new:,} are new: expected one pass, or a cache that grows; record each pass in a store of its own"
-            )
-        for part, tensor in tensors.items():
-            array: Any = group[part]
-            start, rows = array.shape[2], _Rows(part, tensor[:, :, -new:])
-            array.resize((*array.shape[:2], start + new, array.shape[3]))
-            for batch, head in np.ndindex(*array.shape[:2]):
-                array[batch, head, start:] = rows(batch, head, 0, new)
-
-
-class _Rows:
-    """The rows of a tensor, wherever it lies, for `fill_array`."""
-
-    def __init__(self, part: str, tensor: torch.Tensor) -> None:
-        opened = open_memory(part, tensor.detach())
-        assert opened is not None
-        self._source = opened.source(part, BHND)
-
-    def __call__(self, batch: int, head: int, start: int, stop: int) -> NDArray[Any]:
-        out = np.empty((stop - start, *self._source.row_shape), self._source.dtype)
-        self._source.read_rows(batch, head, start, stop, out)
-        return out
+    def _place_of(self, module: torch.nn.Module) -> Location:
+        """Where a layer is recorded: under its index, or under its name where a module of the same index is there."""
+        for name in (f"layer-{_index(module)}", self._modules[module]):
+            place = parse_location(f"{self.place.text.rstrip('/')}/{name}")
+            if all(place != layer.place for layer in self._layers.values()):
+                break
+        return place
 
 
 @dataclass(frozen=True)
