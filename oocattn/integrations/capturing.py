@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import Cache
@@ -92,7 +93,7 @@ class Capture:
         self.place = place
         self._modules = modules
         self._layers: dict[torch.nn.Module, RecordedLayer] = {}
-        self._caches: dict[torch.nn.Module, Cache | None] = {}
+        self._caches: WeakValueDictionary[torch.nn.Module, Cache] = WeakValueDictionary()
         self._recording = threading.RLock()
         self._hooks = [module.register_forward_pre_hook(self._note_cache, with_kwargs=True) for module in modules]
         with _changing:
@@ -110,7 +111,6 @@ class Capture:
                 _unwrap()
         for hook in self._hooks:
             hook.remove()
-        self._caches.clear()
         if not self._layers:
             logger.warning(
                 "%s is empty: none of its layers ran while the recording was open; run the model in between", self.place
@@ -122,22 +122,26 @@ class Capture:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # generate compiles passes of a static cache on a GPU
     def record(self, module: torch.nn.Module, tensors: Tensors, scale: float | None) -> None:
         """Write what a layer got, q, k and v [B, H, N, D], or append it to what it got before."""
         if module not in self._modules:
             return
         with self._recording:
-            filled = filled_rows(self._caches.pop(module, None), _index(module), tensors["k"])
+            filled = filled_rows(self._caches.get(module), _index(module), tensors["k"])
             tensors = {part: tensor if part == "q" else tensor[:, :, :filled] for part, tensor in tensors.items()}
             if module in self._layers:
                 self._layers[module].append(tensors, scale)
             else:
                 self._layers[module] = RecordedLayer(self._place_of(module), tensors, scale)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_cache(self, module: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Remember the cache of a layer that begins to run: its attention function does not get it."""
-        given = (*positional, *named.values())
-        self._caches[module] = next((each for each in given if isinstance(each, Cache)), None)
+        self._caches.pop(module, None)
+        for each in (*positional, *named.values()):
+            if isinstance(each, Cache):
+                self._caches[module] = each
 
     def _place_of(self, module: torch.nn.Module) -> Location:
         """Where a layer is recorded: under its index, or under its name where a module of the same index is there."""

@@ -41,7 +41,8 @@ def register(
 ) -> None:
     """Make `attn_implementation="oocattn"` known to transformers, with these budgets; a second call changes them.
 
-    They are those of `oocattn.nn.scaled_dot_product_attention`. Raises ProblemError for one that is not understood.
+    They are those of `oocattn.nn.scaled_dot_product_attention`; a relative `scratch` is one of the current folder at this
+    call. Raises ProblemError for one that is not understood.
     """
     AttentionInterface.register(NAME, partial(_attend, Budgets.parse(device_memory, host_memory, scratch)))
     AttentionMaskInterface.register(NAME, DescribedMask.of)
@@ -190,6 +191,7 @@ def _is_small(
     return left > 0 and fits(query, key, value, False, None if device_memory is None else left)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator] # generate compiles passes of a static cache on a GPU
 def _stream_entries(
     query: torch.Tensor,
     key: torch.Tensor,
