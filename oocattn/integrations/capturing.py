@@ -142,6 +142,11 @@ class Capture:
         for each in (*positional, *named.values()):
             if isinstance(each, Cache):
                 self._caches[module] = each
+            elif type(each).__name__ == "PagedAttentionCache":
+                raise ProblemError(
+                    f"{self.place}: continuous batching packs several texts into one pass, which is not recorded: run the "
+                    "model itself, or generate, on each of them"
+                )
 
     def _place_of(self, module: torch.nn.Module) -> Location:
         """Where a layer is recorded: under its index, or under its name where a module of the same index is there."""

@@ -339,3 +339,11 @@ def test_layers_are_any_indices_that_one_can_go_through(fast_path: Path, kind: A
         model(make_ids())
     assert {path.name for path in (fast_path / "store.zarr").iterdir()} == {"zarr.json", "layer-0"}
     assert not model.model.layers[0].self_attn._forward_pre_hooks
+
+
+def test_a_pass_of_several_packed_texts_is_not_recorded(fast_path: Path) -> None:
+    """`generate_batch` hands layers a cache of this name."""
+    layer, cache = make_model().model.layers[0].self_attn, type("PagedAttentionCache", (), {})()
+    refused = pytest.raises(oocattn.ProblemError, match="continuous batching packs several texts")
+    with oocattn.integrations.transformers.capture(layer, fast_path / "store.zarr"), refused:
+        layer(torch.ones(1, 3, 32), past_key_values=cache)
