@@ -33,7 +33,7 @@ EDGES_Q, EDGES_K = [0, 10, 10, QUERIES], [0, 0, 30, KEYS]
 def _in_a_folder(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands are run where the dataset is, and the machine is not measured."""
     monkeypatch.chdir(fast_path)
-    monkeypatch.setattr(oocattn.api, "plan_here", lambda dataset, problem, *_: SimpleNamespace(problem=problem))
+    monkeypatch.setattr(oocattn.api, "plan_here", lambda dataset, problem, *_, **__: SimpleNamespace(problem=problem))
     q, k, v = normal_arrays(KEYS, heads=HEADS, batch=2)
     write_dataset(fast_path / "d.zarr", (q[:, :, :QUERIES], k, v))
 
@@ -176,9 +176,9 @@ def test_the_command_takes_every_argument(capsys, monkeypatch):
     np.save("slopes.npy", np.array(SLOPES))
     seen: list[Problem] = []
 
-    def keep(dataset: Any, problem: Problem, *_: Any) -> SimpleNamespace:
+    def keep(dataset: Any, problem: Problem, *_: Any, **__: Any) -> SimpleNamespace:
         seen.append(problem)
-        return SimpleNamespace(problem=problem)
+        return SimpleNamespace(problem=problem, device="cpu")
 
     monkeypatch.setattr(oocattn.api, "plan_here", keep)
     words = "--causal --window-size 3 none --prefix 2 --sink-tokens 1 --softcap 20 --scale 0.5 --alibi-slopes slopes.npy"

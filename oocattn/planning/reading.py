@@ -47,7 +47,7 @@ def sample_rate(dataset: Dataset) -> float:
         batches, heads, tokens, head_dim = array.spec.four_dimensional
         row_bytes = head_dim * array.dtype.itemsize
         together = max(1, min(heads, array.shared_heads, PIECE_BYTES // row_bytes))  # heads, as a run reads them
-        few = tokens if together == 1 else max(1, tokens // (SAMPLES * FEW))
+        few = tokens if together == 1 else max(1, tokens // (SAMPLES * ROUNDS * FEW))
         rows = min(few, max(1, PIECE_BYTES // (row_bytes * together)))
         start, first = int(share * (tokens - rows)), int(share * (heads - together + 1))
         buffer = buffers.get()
