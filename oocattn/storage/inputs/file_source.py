@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import open_regular, read_exactly
 from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.direct import MOST_THREADS, SCRATCH_BYTES, DirectReader
@@ -118,7 +119,9 @@ def open_file(name: str, typed: object, _: StorageOptions | None = None) -> Open
     if found is None:
         return None
     path = parse_location(found[0], name).path
-    if found[1] is None and path is not None and path.is_dir():
-        return None
+    if found[1] is None and path is not None:
+        with name_failure("look at", path):
+            if path.is_dir():
+                return None
     tensor = open_tensor_file(name, typed)
     return Opened(tensor.label, tensor.shape, lambda own, axes: FileSource(own, tensor, axes))

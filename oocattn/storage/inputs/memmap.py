@@ -12,6 +12,7 @@ from numpy.lib.array_utils import byte_bounds
 
 from oocattn.errors import IntegrityError, OocattnError, ProblemError
 from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.file_source import FileSource
 from oocattn.storage.inputs.file_tensor import FileTensor
@@ -43,7 +44,8 @@ def open_raw(name: str, origin: Origin, path: Path) -> TensorSource:
     """The tensor of a record, in the file at `path`. Raises ProblemError where there is none, IntegrityError for a part."""
     assert origin.numbers is not None
     try:
-        dtype, status = _dtype_of(origin.numbers.dtype), os.stat(path)
+        with name_failure("look at", path):
+            dtype, status = _dtype_of(origin.numbers.dtype), os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ProblemError(f"{name}: there is no file {path}") from None
     stamp, numbers = (status.st_size, status.st_mtime_ns), origin.numbers
