@@ -128,6 +128,8 @@ class _Session:
 def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: Sequence[Callback], until: float) -> Result:
     """Have the result that is asked for: find it, or plan it as is chosen and run it. Raises what `attention` raises."""
     workplace.check_result(request.paths)
+    if request.paths.stored is not None:
+        request.paths.stored.check_writable()
     fetch_state(request.paths)
     found = find(request)
     if found is Found.FINISHED:
@@ -190,6 +192,8 @@ def resume(
         raise ProblemError(
             f"{paths.result}: no run to resume{elsewhere}; begin one with `oocattn run` or oocattn.attention()"
         )
+    if paths.stored is not None:
+        paths.stored.check_writable()
     plan, dataset = found.plan, open_dataset(found, named, storage_options)
     with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (engine, _):
         return resume_run(found, dataset, engine, callbacks, until, resuming)

@@ -60,7 +60,7 @@ DEVICES = {
         hopper=True,
         measured={64: 500.0, 128: 635.0, 256: 756.0},
         measured_float32={64: 13.0, 128: 20.0},
-        source=_NOTES,
+        source=f"{_NOTES}; of D = 256 and float32 on an H100",
     ),
     "cpu": DeviceRecord(  # a core; `sheet` is unused
         memory=8 * GIB,

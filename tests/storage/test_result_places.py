@@ -167,6 +167,16 @@ def test_a_result_may_lie_beside_its_tensors(fast_path: Path) -> None:
     np.testing.assert_array_equal(found.out[...], numbers)
 
 
+def test_a_finished_result_is_read_from_a_store_that_is_not_open_for_writing(dataset: Path, here: Path) -> None:
+    store, places = zarr.storage.MemoryStore(), {"scratch": here / "scratch", "lock": "none"}
+    made = oocattn.attention(dataset, StorePath(store, "r"), **places, **ASKED)
+    given = StorePath(store.with_read_only(True), "r")
+    assert np.array_equal(oocattn.open(given).out[...], made.out[...])
+    assert oocattn.status(given).state == "finished"
+    with pytest.raises(ProblemError, match="is read-only: open it for writing"):
+        oocattn.attention(dataset, given, **places, **ASKED)
+
+
 @pytest.mark.parametrize("where", ["folder", "URL", "store", "beside"])
 def test_a_result_does_not_lie_in_another(dataset: Path, here: Path, where: str) -> None:
     store = zarr.storage.MemoryStore()

@@ -310,6 +310,14 @@ def test_the_commit_of_an_icechunk_session_is_the_callers(
     np.testing.assert_array_equal(zarr.open_array(store, path="attention/out", mode="r")[...], right.out[...])
 
 
+def test_a_dataset_is_imported_to_where_storage_options_lead(dataset: Path, s3: dict[str, Any], here: Path) -> None:
+    for name in "qkv":
+        np.save(here / f"{name}.npy", zarr.open_array(dataset, path=name, mode="r")[...])
+    place, files = in_s3(s3), {name: here / f"{name}.npy" for name in "qkv"}
+    oocattn.import_arrays(place["result"], **files, storage_options=place["storage_options"])
+    assert oocattn.plan(place["result"], storage_options=place["storage_options"]).problem == oocattn.plan(dataset).problem
+
+
 def test_a_missing_bucket_is_one_line(dataset: Path, s3: dict[str, Any], here: Path) -> None:
     with pytest.raises(ProblemError, match="no such bucket"):
         oocattn.attention(dataset, "s3://no-such-bucket/r.zarr", storage_options=s3, **ASKED)

@@ -30,6 +30,7 @@ from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.files.renaming import rename_new
 from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.locations import Location, parse_location, resolve_path
+from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.remote.store import RemoteStore, open_remote
 from oocattn.storage.zarr_compat import ArrayV3Metadata, Buffer, DefaultChunkKeyEncoding
 from oocattn.storage.zarr_compat import sync as zarr_sync
@@ -212,7 +213,13 @@ def fill_array(
 
 
 @contextmanager
-def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: bool = False) -> Iterator[zarr.Group]:
+def create_dataset(
+    path: str | Path,
+    *,
+    attributes: dict[str, Any],
+    overwrite: bool = False,
+    storage_options: StorageOptions | None = None,
+) -> Iterator[zarr.Group]:
     """Create a Zarr group, to be filled inside the `with`, at `path` after it.
 
     Until then it grows under a temporary name beside `path`, and an exception removes it. (At a URL other than file://
@@ -221,7 +228,7 @@ def create_dataset(path: str | Path, *, attributes: dict[str, Any], overwrite: b
     """
     location = parse_location(path)
     if location.path is None:
-        yield _create_remote(location, attributes, overwrite)
+        yield _create_remote(location, attributes, overwrite, storage_options)
         return
     local = resolve_path(location.path)
     refuse_to_destroy(local, overwrite)
@@ -251,10 +258,12 @@ def _is_plain(array: zarr.Array[Any]) -> bool:
     )
 
 
-def _create_remote(location: Location, attributes: dict[str, Any], overwrite: bool) -> zarr.Group:
+def _create_remote(
+    location: Location, attributes: dict[str, Any], overwrite: bool, storage_options: StorageOptions | None
+) -> zarr.Group:
     url = str(location)
     try:
-        store = open_remote(location, read_only=False)
+        store = open_remote(location, storage_options, read_only=False)
         foreign = zarr_sync(_foreign_key(store)) if overwrite else None
         if foreign is not None:
             raise ResultExistsError(

@@ -52,9 +52,10 @@ def import_arrays(
     B and H.
 
     A tensor is any that `oocattn.Inputs` takes: files as `FILE.npy`, `FILE.safetensors` or `FILE.pt`, the last two with
-    `:TENSOR` where they hold several tensors and none is called q, k, v or key_bias. `layout` is the order of the axes of q,
-    k and v, as in `oocattn.Inputs`, and `storage_options` are for URLs. float16, bfloat16 and float32 are kept unless
-    `dtype` asks for another of them, by a name or as that of NumPy or PyTorch; float64 is read only with a `dtype`.
+    `:TENSOR` where they hold several tensors and none is called q, k, v or key_bias. `layout` is the order of the axes
+    of q, k and v, as in `oocattn.Inputs`, and `storage_options` are for URLs, also that of the dataset. float16,
+    bfloat16 and float32 are kept unless `dtype` asks for another of them, by a name or as that of NumPy or PyTorch;
+    float64 is read only with a `dtype`.
     Raises ProblemError for a tensor that is missing or not understood and for options, shapes and dtypes that cannot be,
     before anything is written, and for a finite value that overflows `dtype`; ResultExistsError where `path` is taken and
     `overwrite` is not given.
@@ -72,7 +73,8 @@ def import_arrays(
     warn_if_transposed(q_spec, k_spec, sources["q"].axes.order)
     origin = {name: str(source.origin) for name, source in sources.items()}
     dimensions = dimension_names({name: spec.shape for name, spec in specs.items()})
-    with create_dataset(path, attributes={"oocattn": {"imported_from": origin}}, overwrite=overwrite) as group:
+    attributes = {"oocattn": {"imported_from": origin}}
+    with create_dataset(path, attributes=attributes, overwrite=overwrite, storage_options=storage_options) as group:
         for name, spec in specs.items():
             array = create_array(group, name, spec.shape, spec.dtype, dimensions=dimensions[name])
             fill_array(array, partial(_read_rows, sources[name], spec.dtype))

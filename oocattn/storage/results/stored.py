@@ -98,6 +98,17 @@ class StoredResult:
         """Whether the store takes no chunk of an array that it does not know."""
         return self.beside is None
 
+    def check_writable(self) -> None:
+        """Raise ProblemError where a result cannot grow."""
+        store = self.store
+        if store.read_only:
+            raise ProblemError(f"result: {self} is read-only: open it for writing")
+        if not (store.supports_writes and store.supports_deletes and store.supports_listing):
+            raise ProblemError(
+                f"result: {self} cannot replace, remove or list what is in it: expected a store that can; give a path or a "
+                "URL"
+            )
+
     def read(self, key: str) -> bytes | None:
         """The content of an object of the group; None where there is none."""
         return self.objects.read(key)
@@ -160,19 +171,12 @@ def _at_url(location: Location, options: StorageOptions | None) -> StoredResult:
 def _in_store(given: Store | StorePath) -> StoredResult:
     path = given.path if isinstance(given, StorePath) else ""
     store = given.store if isinstance(given, StorePath) else given
-    if store.read_only:
-        raise ProblemError(f"result: {describe(store)} is read-only: open it for writing")
-    if not (store.supports_writes and store.supports_deletes and store.supports_listing):
-        raise ProblemError(
-            f"result: {describe(store)} cannot replace, remove or list what is in it: expected a store that can; give a "
-            "path or a URL"
-        )
     if isinstance(store, FsspecStore):
         root = "/".join(part for part in (store.path.rstrip("/"), path) if part)
         protocol = unwrapped_files(store.fs).protocol
         scheme = protocol if isinstance(protocol, str) else protocol[0]
         url = f"{scheme}://{root if scheme in ('file', 'local', 'dir') else root.lstrip('/')}"
-        remote = RemoteStore.of_files(store.fs, root, url, read_only=False)
+        remote = RemoteStore.of_files(store.fs, root, url, read_only=store.read_only)
         return StoredResult(remote, remote.location)
     return StoredResult(store, f"{describe(store)}{f' at {path}' if path else ''}", path)
 
