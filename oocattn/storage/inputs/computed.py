@@ -15,6 +15,7 @@ from oocattn.errors import IntegrityError, OocattnError, ProblemError
 from oocattn.storage.inputs.axes import LAYOUTS, Axes
 from oocattn.storage.inputs.in_process import InProcessSource
 from oocattn.storage.inputs.meaning import believed_order
+from oocattn.storage.inputs.memory import MemorySource
 from oocattn.storage.inputs.source import Opened, TensorSource
 from oocattn.storage.inputs.values import check_dtype
 from oocattn.storage.locations import describe
@@ -23,6 +24,9 @@ from oocattn.storage.remote.options import StorageOptions
 if TYPE_CHECKING:
     import dask.array
     import xarray
+
+SLICE_ROWS = 1024
+"""Elements along its longest axis that are read at a time of an array whose chunks are not known."""
 
 COPIES = 4
 """Bound on the copies of the chunks of one read that live at once. What a graph of Dask needs besides is not known."""
@@ -147,8 +151,13 @@ def _open_data_array(name: str, given: xarray.DataArray) -> Opened:
         found = _open_dask(name, given.data, label)
         return Opened(label, found.shape, found.source, names)
     check_dtype(name, label, given.dtype)
-    preferred = given.encoding.get("preferred_chunks", {})
-    content, chunks = given.variable, [_extent(preferred.get(dim, 1)) for dim in given.dims]
+    content = given.variable
+    if content._in_memory:  # else it is read by slices, each of which goes through xarray's indexing
+        numbers = given.to_numpy()
+        return Opened(label, given.shape, lambda own, axes: MemorySource(own, numbers, axes), names)
+    preferred, longest = given.encoding.get("preferred_chunks", {}), max(given.shape, default=1)
+    plain = [SLICE_ROWS if size == longest else 1 for size in given.shape]  # most likely of the tokens
+    chunks = [_extent(preferred.get(dim, rows)) for dim, rows in zip(given.dims, plain, strict=True)]
     return Opened(label, given.shape, lambda own, axes: ComputedSource(own, content, chunks, "xarray", axes), names)
 
 
