@@ -186,7 +186,7 @@ def _check_unchanged(run: Run, dataset: Dataset, named: bool) -> None:
         raise IntegrityError(
             f"{dataset.location}: files of {replaced} of the dataset were replaced or written (change time) "
             f"since the run in {run.journal.state} began, though size, time and samples are the same: if their content "
-            f"is, say so by naming it with {naming.named('dataset')} of `resume`; else begin again with "
+            f"is, say so by naming it with {naming.named('inputs')} of `resume`; else begin again with "
             f"{naming.setting('overwrite', True)}"
         )
 
@@ -269,8 +269,8 @@ def check_inputs(
     changed = changed_arrays(str(fingerprint), dataset.as_found.recorded)
     if changed:
         raise IntegrityError(
-            f"{paths.result} is finished, and not of {dataset.location}: {changed} differ in metadata, size, time or "
-            "content: `oocattn verify` says whether it is right for these"
+            f"{paths.result} is finished, and not known to be of {dataset.location}: {changed} differ in metadata, size, "
+            f"time or content: leave {naming.named('inputs')} out, or see with `verify` whether its rows are right for these"
         )
 
 

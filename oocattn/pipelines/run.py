@@ -15,7 +15,7 @@ from oocattn.pipelines.finished import NOTHING_FINISHED, Compared
 from oocattn.planning.plan import Plan
 from oocattn.planning.stored_plan import read_plan
 from oocattn.problem.calls import ScratchBytes
-from oocattn.records import Range, Seconds, from_json, to_json
+from oocattn.records import ADDED, Range, Seconds, from_json, to_json
 from oocattn.storage.inputs.origin import Origin
 from oocattn.storage.journal.journal import Journal, identity, read_header
 from oocattn.storage.paths import ResultPaths
@@ -37,13 +37,14 @@ cost of small work on a CPU. 7: queries and keys apart, masks and scores of ever
 class DatasetIdentity:
     """Where the dataset of a run is, and its fingerprints when the run began: also that which no copy shares.
 
-    `tensors` says where each tensor lies, unless all are in the group at `location`.
+    `tensors` says where each tensor lies, unless all are in the group at `location`. `samples` are of their numbers.
     """
 
     location: str
     tensors: Mapping[str, Origin]
     fingerprint: str
     within_run: str
+    samples: Annotated[str, ADDED] = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Run:
 def begin_run(state: RunState, plan: Plan, dataset: Dataset, growing: GrowingResult, computing: Mapping[str, str]) -> Run:
     """Begin the journal of a run that computes with `computing`, into a result that has begun to grow."""
     found = dataset.as_found
-    source = DatasetIdentity(dataset.location, dataset.origins, found.recorded, found.within_run)
+    source = DatasetIdentity(dataset.location, dataset.origins, found.recorded, found.within_run, dataset.samples)
     header = Header(FORMAT, time.time(), source, {**versions(), **computing}, growing.name, growing.replaces)
     journal = Journal.begin(state.paths.state, {**to_json(header), "plan": to_json(plan)}, state.claim, state.paths.mirror)
     return Run(state.paths, plan, header, journal, dataset)

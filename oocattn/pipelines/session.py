@@ -85,7 +85,9 @@ class _Session:
         """Begin a run."""
         computing = self._enlist(plan, request.dataset)
         made_with = {**versions(), **computing}
-        attributes = {**describe(plan.problem, request.dataset), "plan": _decided(plan), "versions": made_with}
+        described = describe(plan.problem, request.dataset)
+        described["dataset"]["samples"] = request.dataset.samples
+        attributes = {**described, "plan": _decided(plan), "versions": made_with}
         growing = self.state.begin(_layout(plan, attributes), overwrite=request.overwrite)
         return begin_run(self.state, plan, request.dataset, growing, computing)
 
@@ -93,7 +95,7 @@ class _Session:
         """Take up a run that was begun before."""
         plan, source = found.plan, found.header.dataset
         other_bits = check_bits(found, self._enlist(plan, dataset), resuming.accept_other_bits)
-        recorded = {"location": source.location, "fingerprint": source.fingerprint, "tensors": to_json(source.tensors)}
+        recorded = {name: value for name, value in to_json(source).items() if name != "within_run"}
         attributes = {"problem": to_json(plan.problem), "dataset": recorded, "plan": _decided(plan)}
         self.state.resume(found.growing, _layout(plan, attributes))
         run = replace(found, journal=replace(found.journal, claim=self.state.claim), opened=dataset)

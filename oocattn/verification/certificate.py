@@ -163,7 +163,7 @@ class Certificate(Shown):
             )
         reasons = []
         if self.wrong:
-            against = "" if self.dataset_unchanged else ", but the dataset may not be the one that the run read"
+            against = "" if self.dataset_unchanged else ", but the dataset is not known to be the one that the run read"
             reasons.append(f"{len(self.wrong)} of {len(self.rows)} rows are wrong{against}")
         if self.damaged:
             parts = sum(array.parts for array in self.arrays)
@@ -176,7 +176,7 @@ class Certificate(Shown):
         if any(array.state != "checked" for array in self.arrays):
             found.append("the rows alone: not all checksums were compared")
         if not self.dataset_unchanged:
-            found.append("against a dataset that may not be the one that the run read")
+            found.append("against a dataset that is not known to be the one that the run read")
         if self.ledger is not None and self.ledger.counted != self.ledger.expected:
             found.append("but the report beside the result is not that of its run")
         if self.ledger is not None and self.ledger.out_overflowed:

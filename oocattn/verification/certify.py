@@ -32,6 +32,7 @@ from oocattn.units import ceil_div, format_bytes
 from oocattn.verification.attended import count_attended
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
+from oocattn.verification.identity import fingerprint_like
 from oocattn.verification.recompute import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.verification.text import certificate_page
@@ -82,6 +83,7 @@ def certify(
         place.location, place.tensors, inputs, key_bias=bool(problem.bias_heads), storage_options=storage_options
     )
     check_poses(opened, problem, "result")
+    fingerprint = fingerprint_like(opened, place, str(paths.result))
     readers = _readers(problem, arrays, paths)
     bits = read_bits(paths.result)
     compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
@@ -101,7 +103,7 @@ def certify(
         digest=result_digest(bits),
         ledger=_ledger(problem, paths),
         dataset_recorded=place.fingerprint,
-        dataset_found=opened.fingerprint(),
+        dataset_found=fingerprint,
         computed_with=recorded.versions,
         verified_with=versions(),
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -104,7 +104,7 @@ def dataset_line(certificate: Certificate) -> str:
     if certificate.dataset_unchanged:
         return f"unchanged, fingerprint {certificate.dataset_found}"
     changed = changed_arrays(certificate.dataset_recorded, certificate.dataset_found)
-    return f"which is NOT the one that the run read, as far as fingerprints tell: {changed} differ in them"
+    return f"not known to be the one that the run read: place, size or times of {changed} are others"
 
 
 def more_line(count: int) -> list[str]:

@@ -172,7 +172,7 @@ def test_the_words_for_a_terminal() -> None:
     assert max(map(len, text.splitlines())) < 200
     assert "not available: the folder of the run is not beside the result" in str(DAMAGED)
     assert "out, batch 0, head 1, tokens 500 to 999: checksum 00000000, written with 12345678" in str(DAMAGED)
-    assert "NOT the one that the run read" in str(replace(RIGHT, dataset_found="ef" * 32))
+    assert "not known to be the one that the run read" in str(replace(RIGHT, dataset_found="ef" * 32))
     without = replace(RIGHT, ledger=Ledger(1_001_000, 1_001_000, 0, 0, 0, 0, 24, ""))
     assert "exactly those expected; 24 rows without a key; 0 NaN" in str(without)
     many = replace(RIGHT, rows=tuple(row(0, token, "uniform", error=1.0) for token in range(100)))

@@ -21,9 +21,11 @@ from oocattn.storage.chunk_errors import PageError
 from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.direct import DirectReader
 from oocattn.storage.inputs.fingerprints import NAMES, Fingerprints, identity
+from oocattn.storage.inputs.given_store import GivenStore
 from oocattn.storage.inputs.meaning import MEANINGFUL, dimension_names, order_by_names, refuse_packed, warn_if_transposed
 from oocattn.storage.inputs.origin import Origin
 from oocattn.storage.inputs.source import TensorSource
+from oocattn.storage.inputs.values import checksum, sample
 from oocattn.storage.inputs.zarr_nodes import Place, open_node, what_is_at
 from oocattn.storage.inputs.zarr_source import ZarrSource
 from oocattn.storage.locations import parse_location
@@ -129,7 +131,7 @@ class Dataset:
         return None if found is None else found.spec
 
     def record(self) -> dict[str, Any]:
-        """What a result keeps of it, as JSON."""
+        """What a result keeps of it, as JSON, besides `samples`."""
         return {"location": self.location, "fingerprint": self.as_found.recorded, "tensors": to_json(self.origins)}
 
     def check_complete(self) -> None:
@@ -147,10 +149,25 @@ class Dataset:
         """The fingerprints when first asked for: later ones show every change."""
         return self.fingerprints()
 
+    @cached_property
+    def samples(self) -> str:
+        """Digests of the numbers of each tensor, joined by "-": none where its fingerprint is one.
+
+        Of arrays in a store in memory it is "=" and the checksum of all numbers, of others that of a sample.
+        """
+        return "-".join(map(_digest_numbers, self.arrays.values()))
+
     def fingerprint(self, *, within_run: bool = False) -> str:
         """One fingerprint of the dataset as it is now: recorded, or `within_run`."""
         found = self.fingerprints()
         return found.within_run if within_run else found.recorded
+
+
+def _digest_numbers(source: TensorSource) -> str:
+    if source.origin.in_memory:
+        return ""
+    in_store = isinstance(source, ZarrSource) and isinstance(source.array.store, GivenStore) and source.array.store.in_memory
+    return f"={checksum(source)}" if in_store else sample(source)
 
 
 def pose(dataset: Dataset, options: ProblemOptions) -> Problem:
@@ -166,7 +183,7 @@ def check_poses(dataset: Dataset, problem: Problem, whose: str) -> None:
     if posed != problem:
         raise ProblemError(
             f"{dataset.location} poses another problem than the {whose}'s ({differences(problem, posed)}): name the dataset "
-            f"that the run read, with {naming.named('dataset')}"
+            f"that the run read, with {naming.named('inputs')}"
         )
 
 

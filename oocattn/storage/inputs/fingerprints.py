@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,12 @@ class Fingerprints:
 def changed_arrays(before: str, after: str) -> str:
     """Name the arrays that differ between fingerprints: "k", "q, k and v", or ""."""
     pairs = itertools.zip_longest(NAMES, before.split("-"), after.split("-"), fillvalue="")
-    *first, last = [name for name, old, new in pairs if old != new] or [""]
+    return in_words([name for name, old, new in pairs if old != new])
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Names of arrays as a sentence has them: "q, k and v", or ""."""
+    *first, last = names or [""]
     return f"{', '.join(first)} and {last}" if first else last
 
 

@@ -85,6 +85,11 @@ class GivenStore(Store):
         return Path(self._inner.path).absolute() if isinstance(self._inner, ZipStore) else None
 
     @property
+    def in_memory(self) -> bool:
+        """Whether it is in the memory of this process, so that reading all of it costs little."""
+        return isinstance(self._inner, MemoryStore)
+
+    @property
     def supports_listing(self) -> bool:
         """Whether the keys can be listed."""
         return self._given.supports_listing

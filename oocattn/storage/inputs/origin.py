@@ -44,6 +44,11 @@ class Origin:
         return "a tensor in memory" if self.kind == "memory" else f"a tensor of its caller's ({self.kind})"
 
     @property
+    def in_memory(self) -> bool:
+        """Whether its fingerprint is a checksum of all of its numbers."""
+        return not self.location and not self.kind.startswith("zarr")
+
+    @property
     def recorded(self) -> Origin:
         """What is recorded of it: of numbers in memory, neither whose they are nor how they lie."""
         if self.location:

@@ -1,4 +1,4 @@
-"""The numbers of tensors that are known by these alone: their dtypes, and a checksum of their bytes."""
+"""The numbers of tensors: their dtypes, a checksum of all of them, and a digest of some."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,9 @@ from oocattn.errors import ProblemError
 from oocattn.problem.arrays import DTYPES
 from oocattn.storage.inputs.source import TensorSource
 from oocattn.threads import ThreadPool
+
+SAMPLED_SPANS, MOST_SPANS, SPAN_BYTES = 5, 64, 128 << 10
+"""Spans of rows that a sample has, of as many bytes at most; where heads are smaller, up to `MOST_SPANS`."""
 
 CHECKED_BYTES, PIECE_BYTES, CHECK_THREADS = 16 << 20, 256 << 10, 8
 """Bytes that one checksum is of, bytes that are copied for it at a time, and threads that do, at most."""
@@ -36,7 +39,45 @@ def check_dtype(name: str, label: str, dtype: np.dtype[Any] | str) -> None:
 
 def checksum(source: TensorSource) -> str:
     """A digest of shape, dtype and all bytes of a tensor, in the order [B, H, N, D], wherever and however it lies."""
-    digest = hashlib.sha256(f"{source.spec.shape} {source.spec.dtype}".encode())
+    return _digest(source.spec.shape, source.spec.dtype, _all_checksums(source))
+
+
+def checksum_like(source: TensorSource, recorded: str) -> str:
+    """The `recorded` checksum where it is of these numbers, with or without axes of size 1 before them; else their own."""
+    numbers, full = _all_checksums(source), (*source.extents, *source.row_shape)
+    shapes = [full[first:] for first in range(4) if set(full[:first]) <= {1}]
+    found = [_digest(shape, source.spec.dtype, numbers) for shape in (source.spec.shape, *shapes)]
+    return recorded if recorded in found else found[0]
+
+
+def sample(source: TensorSource) -> str:
+    """A digest of some of the numbers, the same wherever and however they lie.
+
+    A few spans of rows, from the first to the last: what makes it known that tensors differ, never that they are the same.
+    """
+    batches, heads, tokens = source.extents
+    digest = hashlib.sha256(f"{source.extents} {source.row_shape} {source.spec.dtype}".encode())
+    rows = min(tokens, max(1, SPAN_BYTES // max(1, source.row_bytes)))
+    spans = min(MOST_SPANS, max(SAMPLED_SPANS, SAMPLED_SPANS * SPAN_BYTES // max(1, rows * source.row_bytes)))
+    last = batches * heads * tokens - rows
+    buffer = np.empty((rows, *source.row_shape), source.dtype)
+    for first in sorted({place * last // (spans - 1) for place in range(spans)}):
+        head, start = divmod(first, tokens)
+        start = min(start, tokens - rows)
+        source.read_rows(*divmod(head, heads), start, start + rows, buffer)
+        digest.update(buffer.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:32]
+
+
+def _digest(shape: Sequence[int], dtype: str, checksums: Mapping[tuple[int, int, int], int]) -> str:
+    digest = hashlib.sha256(f"{tuple(shape)} {dtype}".encode())
+    for place in sorted(checksums):
+        digest.update(checksums[place].to_bytes(4, "little"))
+    return digest.hexdigest()[:32]
+
+
+def _all_checksums(source: TensorSource) -> dict[tuple[int, int, int], int]:
+    """The checksums of all spans, by batch, head and first token."""
     found: dict[tuple[int, int, int], int] = {}
     if not source.direct or math.prod(source.extents) * source.row_bytes < CHECKED_BYTES:
         for span in _spans(source):
@@ -45,9 +86,7 @@ def checksum(source: TensorSource) -> str:
         with ThreadPool(min(CHECK_THREADS, os.cpu_count() or 1), "oocattn-checksum") as pool:
             for numbers in pool.map(partial(_checksums, source), _spans(source)):
                 found |= numbers
-    for place in sorted(found):
-        digest.update(found[place].to_bytes(4, "little"))
-    return digest.hexdigest()[:32]
+    return found
 
 
 _Span = tuple[int, range, int, int]

@@ -26,11 +26,15 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """The dataset of a result: its location and fingerprint at the time, and where tensors lie that are in no group."""
+    """The dataset of a result: its location and fingerprint at the time, and where tensors lie that are in no group.
+
+    `samples` are digests of some of the numbers; "" in results of older versions.
+    """
 
     location: str
     fingerprint: str
     tensors: Annotated[Mapping[str, Origin], ADDED] = field(default_factory=dict)
+    samples: Annotated[str, ADDED] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
