@@ -29,6 +29,11 @@ def on_command_line() -> Iterator[None]:
         _faces.pop()
 
 
+def is_command() -> bool:
+    """Whether messages are for a user of the command, not for a caller of Python."""
+    return _faces[-1] == "command"
+
+
 def named(argument: str) -> str:
     """The name of an argument: `host_memory`, or `--host-memory`."""
     if _faces[-1] == "Python":

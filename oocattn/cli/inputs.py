@@ -10,7 +10,6 @@ import oocattn
 from oocattn.errors import ProblemError
 from oocattn.records import parse_value
 from oocattn.storage.inputs.axes import LAYOUTS, PACKED_LAYOUTS
-from oocattn.storage.locations import parse_location
 
 TENSORS = ("q", "k", "v", "qkv")
 
@@ -120,12 +119,6 @@ def moved_inputs(options: argparse.Namespace) -> str | oocattn.Inputs | None:
     if dataset is not None and tensors is not None:
         raise ProblemError(f"--dataset {dataset}, and tensors one by one: name either where the inputs are")
     return dataset if tensors is None else tensors
-
-
-def are_elsewhere(options: argparse.Namespace) -> bool:
-    """Whether some of the inputs that are named are at URLs: a recorded URL is not opened without the caller's word."""
-    found = [getattr(options, name, None) for name in ("dataset", *TENSORS, "bias")]
-    return any(each is not None and parse_location(each).path is None for each in found)
 
 
 def _tensors(options: argparse.Namespace) -> oocattn.Inputs | None:

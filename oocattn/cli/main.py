@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import oocattn
 from oocattn import clock
 from oocattn.cli.documents import document_alone, show
 from oocattn.cli.exit_codes import DONE, FAILED, INCONCLUSIVE, TIME_LIMIT
-from oocattn.cli.inputs import are_ahead, are_apart, are_elsewhere, given_inputs, given_storage_options, moved_inputs
+from oocattn.cli.inputs import are_ahead, are_apart, given_inputs, given_storage_options, moved_inputs
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.cli.signals import Signals
@@ -31,7 +30,7 @@ from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
 from oocattn.storage.locations import parse_location
-from oocattn.text import printable, without_credentials
+from oocattn.text import printable
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -94,23 +93,12 @@ def _say(text: str) -> None:
 def _how_to_go_on(options: argparse.Namespace) -> str:
     with suppress(OocattnError, OSError):  # how it ended is what is to be told
         if options.command in (_run, _resume):
-            state = oocattn.status(options.result, scratch=options.scratch, **_storage_options(options)).state
-            if state == "interrupted":
-                return f"; go on with: {_resume_command(options)}"
-            if state == "none":
+            found = oocattn.status(options.result, scratch=options.scratch, **_storage_options(options))
+            if found.state == "interrupted":
+                return f"; go on with: {found.resume}"
+            if found.state == "none":
                 return "; the run had not begun: give the same command again"
     return ""
-
-
-def _resume_command(options: argparse.Namespace) -> str:
-    words = ["oocattn", "resume", without_credentials(options.result)]
-    if options.scratch is not None:
-        words += ["--scratch", options.scratch]
-    if getattr(options, "lock", "auto") != "auto":
-        words += ["--lock", options.lock]
-    again = ["the inputs"] if are_elsewhere(options) else []
-    again += ["each --storage-option"] if options.storage_option else []
-    return printable(shlex.join(words)) + (f" (and give {' and '.join(again)} again)" if again else "")
 
 
 def _synth(options: argparse.Namespace) -> int:
@@ -265,11 +253,10 @@ def _status(options: argparse.Namespace) -> int:
         status = look()
     if options.json or not options.watch:
         show(options, status)
-    if status.state == "interrupted":
+    if status.state == "interrupted" and options.watch:
         if not options.json:
-            print(f"go on with: {_resume_command(options)}")
-        if options.watch:
-            return TIME_LIMIT
+            print(f"go on with: {status.resume}")
+        return TIME_LIMIT
     return FAILED if status.state == "none" or status.certificate == "failed" else DONE
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TextIO
 
 from oocattn import clock
@@ -20,7 +21,8 @@ LOOKING_SECONDS, LOOKING_SECONDS_ELSEWHERE = 1.0, 5.0  # between two looks at a 
 def watch(look: Callable[[], Status], seconds: float) -> Status:
     """Draw the status every so many seconds while the run is alive; return the last one, which is drawn too.
 
-    On what is no terminal the last one alone is printed. It ends as well where nobody reads it any more.
+    On what is no terminal the last one alone is printed. What goes on with the run is left out: a line that is broken to
+    fit is no command. It ends as well where nobody reads it any more.
     """
     from rich.console import Console
     from rich.live import Live
@@ -30,7 +32,7 @@ def watch(look: Callable[[], Status], seconds: float) -> Status:
     with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
         while True:
             status = look()
-            live.update(Text(str(status)), refresh=console.is_terminal)
+            live.update(Text(str(replace(status, resume=""))), refresh=console.is_terminal)
             if status.state != "running" or getattr(sys.stdout, "lost", None) is not None:
                 return status
             time.sleep(seconds)

@@ -188,7 +188,8 @@ class Certificate(Shown):
     @property
     def again(self) -> str:
         """The command that checks the same rows again, or the call where no command can name the inputs."""
-        named = command_options(self.tensors) if self.tensors else ["--dataset", self.dataset]
+        is_place = self.dataset.startswith("/") or "://" in self.dataset
+        named = command_options(self.tensors) if self.tensors else ["--dataset", self.dataset] if is_place else None
         if named is None:
             return f"oocattn.verify({self.result!r}, inputs=..., rows={self.asked}, seed={self.seed})"
         sample = ["--rows", str(self.asked), "--seed", str(self.seed)]

@@ -75,8 +75,8 @@ def test_what_a_run_in_a_store_goes_on_with_is_told_without_its_values(monkeypat
         patched.setattr(PROGRESS_BAR, lambda: lambda event: event.kind == "staged" and signal.raise_signal(signal.SIGUSR1))
         assert cli.main(["run", dataset, result, *more, "--chunks", "7", "--engine", "inline", "--progress"]) == 75
     printed = capsys.readouterr().err
-    command = f"go on with: oocattn resume {result} --scratch store --lock none"
-    assert printed.endswith(f"{command} (and give the inputs and each --storage-option again)\n")
+    command = f"go on with: oocattn resume {result} --dataset {dataset} --scratch store --lock none"
+    assert printed.endswith(f"{command} --storage-option password=... (with the values of the storage options)\n")
     assert "hunter2" not in printed
     assert cli.main(["resume", result, *more, "--dataset", dataset, "--engine", "inline"]) == 0
 

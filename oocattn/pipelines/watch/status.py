@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 from oocattn import clock
 from oocattn.arguments import checked, path
 from oocattn.errors import IntegrityError
+from oocattn.pipelines.again import how_to_resume
 from oocattn.pipelines.finished import scan_completed
-from oocattn.pipelines.run import find_unfinished
+from oocattn.pipelines.run import Run, find_unfinished
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.watch.elsewhere import run_elsewhere, seen_from_here
 from oocattn.pipelines.watch.report import RunReport, read_report
 from oocattn.problem.problem import Problem
-from oocattn.records import ADDED, Count, Range, Seconds, document, from_json
+from oocattn.records import ADDED, Count, Positive, Range, Seconds, document, from_json
 from oocattn.shown import Shown
 from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
@@ -51,16 +52,18 @@ class Status(Shown):
     """Progress of the run to `result`.
 
     `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody works on it) or "finished".
-    `subproblems` and `tokens` are those of the whole run, 0 where they are not known: before a run has planned, and
-    `subproblems` of a result without its report. `subproblems_done` need not be done again when an interrupted run is
-    resumed. `rate` is in tokens/s of the work done since the run was started or resumed, `seconds` ago, and `bytes_read`,
-    `bytes_saved` (as partials) and `bytes_written` (to the result) are those since then. `seconds_left` is wall time too, of
-    an interrupted run at that rate, or as its plan predicts it; None where there is no plan yet. `saved` is when something
-    was last brought to disk for good, in seconds since the epoch, or 0. A finished result has its `report`, and the figures
-    of that. `beat` is when the run last wrote all this down, in seconds since the epoch: every second while it lives.
+    `subproblems` and `tokens` are those of the whole run, the tokens of the queries of all `batch` entries; 0 where they
+    are not known: before a run has planned, and `subproblems` of a result without its report. `subproblems_done` need
+    not be done again when an interrupted run is resumed. `rate` is in tokens/s of the work done since the run was
+    started or resumed, `seconds` ago, and `bytes_read`, `bytes_saved` (as partials) and `bytes_written` (to the result)
+    are those since then. `seconds_left` is wall time too, of an interrupted run at that rate, or as its plan predicts
+    it; None where there is no plan yet. `saved` is when something was last brought to disk for good, in seconds since
+    the epoch, or 0. A finished result has its `report`, and the figures of that. `beat` is when the run last wrote all
+    this down, in seconds since the epoch: every second while it lives.
 
     `dashboard` is the address of a running run's, `holder` says who works on it, and `error` how an interrupted one ended.
     `certificate` is what `verify` found of this very result, "" where it was not verified, and `verdict` when and in words.
+    `resume` is the command, or the call, that goes on with an interrupted run.
     `stalled` says why a run that is alive has not gone on since `stalled_since`, and what to do; or it is "".
     """
 
@@ -85,6 +88,8 @@ class Status(Shown):
     stalled_since: Annotated[Seconds, ADDED] = 0.0
     beat: Annotated[Seconds, ADDED] = 0.0
     report: Annotated[RunReport | None, ADDED] = None
+    resume: Annotated[str, ADDED] = ""
+    batch: Annotated[Positive, ADDED] = 1
 
     @property
     def share(self) -> float:
@@ -123,12 +128,14 @@ class Status(Shown):
             return "\n".join(map(printable, lines))
         if not self.subproblems:
             starting = f"stalled: {self.stalled}" if self.stalled else f"{self.state}: starting; {self.holder}"
-            return printable(f"{self.state}: {self.error}" if self.error else starting)
+            lines = [f"{self.state}: {self.error}" if self.error else starting, *self._next()]
+            return "\n".join(map(printable, lines))
         state = "stalled" if self.stalled else self.state
+        entries = f" in {self.batch:,} batch entries" if self.batch > 1 else ""
         kept = " are on disk" if self.state == "interrupted" else ""
         lines = [
             f"{state}: {self.subproblems_done:,} of {self.subproblems:,} subproblems{kept}, {self.tokens_done:,} of "
-            f"{self.tokens:,} tokens ({self.share:.0%})"
+            f"{self.tokens:,} tokens{entries} ({self.share:.0%})"
         ]
         if self.rate:  # known from the first subproblem on
             lines[0] += f" after {format_seconds(self.seconds)}, {self.rate:,.0f} tokens/s"
@@ -146,8 +153,12 @@ class Status(Shown):
             lines.append(f"it ended: {self.error}")
         if self.state == "interrupted":
             gone = "" if self.error else "its process was killed, or the machine went down; "
-            lines.append(f"{gone}{left}; no process works on it")
+            lines += [f"{gone}{left}; no process works on it", *self._next()]
         return "\n".join(map(printable, lines))
+
+    def _next(self) -> list[str]:
+        """The line on what goes on with it."""
+        return [f"go on with: {self.resume}"] if self.resume else []
 
     def _last_saved(self) -> str:
         """When something was saved, where that is known: of a run that has ended, the last time may not be."""
@@ -168,25 +179,34 @@ def status(
     """
     paths = ResultPaths.at(result, scratch, storage_options=storage_options)
     with seen_from_here(paths) as (seen, elsewhere):
-        return replace(_status_at(seen, elsewhere), result=str(paths.result))
+        found, run = _status_at(seen, elsewhere)
+        resume = (
+            how_to_resume(paths, None if run is None else run.header.dataset, storage_options)
+            if found.state == "interrupted"
+            else ""
+        )
+        return replace(found, result=str(paths.result), resume=resume)
 
 
-def _status_at(paths: ResultPaths, elsewhere: Holder | None = None) -> Status:
+def _status_at(paths: ResultPaths, elsewhere: Holder | None = None) -> tuple[Status, Run | None]:
+    """Progress of the run to this result, and its record if it is unfinished and was looked at."""
     found = _read_status(paths, elsewhere)
     if found.state == "finished":
         certificate = read_summary(paths)
         if certificate is None:
-            return found
-        return replace(found, certificate=certificate.outcome, verdict=f"{certificate.made}: {certificate.verdict}")
+            return found, None
+        verdict = f"{certificate.made}: {certificate.verdict}"
+        return replace(found, certificate=certificate.outcome, verdict=verdict), None
     known = found.state == "none" or (found.state == "running" and found.subproblems)
     begun = None if known else find_unfinished(paths, recost=False)
     if begun is None:
-        return found
+        return found, None
     plan, total = begun.plan, begun.plan.subproblems
     left = Schedule(plan, 1, scan_completed(plan, begun.journal, paths.scratch).done).left
     tokens, share = tokens_of(plan.problem), left / max(1, total)
     seconds_left = tokens * share / found.rate if found.rate else plan.seconds * share
-    return replace(found, subproblems=total, subproblems_done=total - left, tokens=tokens, seconds_left=seconds_left)
+    counted = replace(found, subproblems=total, subproblems_done=total - left, tokens=tokens, batch=plan.problem.batch)
+    return replace(counted, seconds_left=seconds_left), begun
 
 
 def _read_status(paths: ResultPaths, elsewhere: Holder | None) -> Status:
@@ -256,10 +276,11 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
         logger.warning("the report of the run cannot be read: %s", error)
         report = None
     if report is None:
-        tokens = 0
+        tokens, batch = 0, 1
         with suppress(ValueError):
-            tokens = tokens_of(from_json(Problem, problem))
-        return Status("finished", tokens=tokens, seconds_left=0.0)
+            found = from_json(Problem, problem)
+            tokens, batch = tokens_of(found), found.batch
+        return Status("finished", tokens=tokens, batch=batch, seconds_left=0.0)
     saved = 0.0
     with suppress(ValueError):
         saved = max(0.0, datetime.fromisoformat(report.finished).timestamp())
@@ -280,7 +301,7 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
 
 
 def tokens_of(problem: Problem) -> int:
-    """Tokens of a run: the rows that are asked, of all entries."""
+    """Tokens of a run: those of the queries that are asked, of all batch entries."""
     return problem.out_rows * problem.batch
 
 

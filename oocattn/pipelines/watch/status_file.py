@@ -149,6 +149,7 @@ class StatusFile(AbstractContextManager["StatusFile"]):
                 "running",
                 plan.subproblems,
                 tokens=tokens_of(plan.problem),
+                batch=plan.problem.batch,
                 seconds_left=plan.seconds * left / max(1, plan.subproblems),
                 dashboard=event.dashboard,
             )

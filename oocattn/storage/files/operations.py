@@ -87,7 +87,10 @@ def words_of(error: BaseException) -> str:
 
 def describe_error(error: BaseException) -> str:
     """Describe an error with its type, unless it names what failed."""
-    return words_of(error) if is_named(error) else f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted by Ctrl-C or another signal{f': {error}' if str(error) else ''}"
+    name = type(error).__name__
+    return words_of(error) if is_named(error) else f"{name}: {error}" if str(error) else name
 
 
 def is_disk_full(error: BaseException) -> bool:

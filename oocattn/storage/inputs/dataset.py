@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import zarr
 
 from oocattn import naming
-from oocattn.errors import ProblemError, RemoteDeniedError
+from oocattn.errors import IntegrityError, ProblemError, RemoteDeniedError
 from oocattn.problem.arrays import KEY_BIAS, ArraySpec
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.problem import Problem, make_problem
@@ -153,7 +154,8 @@ class Dataset:
     def samples(self) -> str:
         """Digests of the numbers of each tensor, joined by "-": none where its fingerprint is one.
 
-        Of arrays in a store in memory it is "=" and the checksum of all numbers, of others that of a sample.
+        Of arrays in a store in memory it is "=" and the checksum of all numbers, of others that of a sample; none where
+        these cannot be read, which the run will find.
         """
         return "-".join(map(_digest_numbers, self.arrays.values()))
 
@@ -167,7 +169,9 @@ def _digest_numbers(source: TensorSource) -> str:
     if source.origin.in_memory:
         return ""
     in_store = isinstance(source, ZarrSource) and isinstance(source.array.store, GivenStore) and source.array.store.in_memory
-    return f"={checksum(source)}" if in_store else sample(source)
+    with suppress(IntegrityError):
+        return f"={checksum(source)}" if in_store else sample(source)
+    return ""
 
 
 def pose(dataset: Dataset, options: ProblemOptions) -> Problem:

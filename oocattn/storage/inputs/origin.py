@@ -56,6 +56,19 @@ class Origin:
         return replace(self, kind=self.kind if self.kind.startswith("zarr") else "memory", axes=BHND)
 
 
+def recorded_inputs(location: str, origins: Mapping[str, Origin]) -> list[str] | None:
+    """The options by which the command line names the inputs of a record again, none where it finds them by itself.
+
+    None where no option can name them: they were a caller's own.
+    """
+    places = [origin.location for origin in origins.values()] or [location]
+    if all(place.startswith("/") for place in places):
+        return []
+    if origins:
+        return command_options(origins)
+    return ["--dataset", location] if "://" in location else None
+
+
 def command_options(origins: Mapping[str, Origin]) -> list[str] | None:
     """The options by which the command line names these tensors; None where one of them has no place to be named."""
     if not all(origin.location and origin.numbers is None for origin in origins.values()):

@@ -44,6 +44,15 @@ def by_protocol(url: str, options: StorageOptions | None) -> dict[str, Any]:
     return found
 
 
+def shown_options(options: StorageOptions | None) -> dict[str, Any]:
+    """The options as messages may show them: `...` in the place of every value that may be a secret."""
+    return {key: ... if _may_be_secret(value) else value for key, value in (options or {}).items()}
+
+
+def _may_be_secret(value: object) -> bool:
+    return not (value is None or isinstance(value, bool)) and not (isinstance(value, str) and _is_place(value))
+
+
 def secrets_of(options: object) -> tuple[str, ...]:
     """The texts in options that no message may show. Places without credentials are not among them."""
     found = {text for text in _texts(options) if len(text) >= LEAST_SECRET and not _is_place(text)}

@@ -8,10 +8,11 @@ import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from oocattn.errors import IntegrityError
 from oocattn.naming import named, setting
-from oocattn.records import Excerpt, from_json
+from oocattn.records import ADDED, Excerpt, from_json
 from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder, remove_file
 from oocattn.storage.paths import STORE, ResultPaths
@@ -25,18 +26,22 @@ FOLDER_ID = "folder.json"
 
 @dataclass(frozen=True)
 class Mark(Excerpt):
-    """Says whose the objects of an unfinished result are: the run's with this growing result, in a folder of a host."""
+    """Says whose the objects of an unfinished result are: the run's with this growing result, in a folder of a host.
+
+    `lock` is how that run is kept apart from others.
+    """
 
     result: str
     folder: str
     state: str
     host: str
+    lock: Annotated[str, ADDED] = "auto"
 
 
 def make_mark(paths: ResultPaths, growing: str) -> None:
     """Mark the place of a result as that of the run with this growing result."""
     place = STORE if paths.mirrored else str(paths.state)
-    mark = Mark(growing, folder_id(paths.state), place, socket.gethostname())
+    mark = Mark(growing, folder_id(paths.state), place, socket.gethostname(), paths.lock_kind)
     paths.save({MARK: json.dumps(asdict(mark))})
 
 

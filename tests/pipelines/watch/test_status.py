@@ -77,7 +77,7 @@ def test_a_run_that_failed_is_interrupted_and_says_why(dataset: Path, fast_path:
     assert status.state == "interrupted"
     assert status.error == "SystemExit: enough"
     assert "it ended: SystemExit: enough\nabout " in str(status)
-    assert str(status).endswith("left; no process works on it")
+    assert str(status).endswith(f"left; no process works on it\ngo on with: oocattn.resume({str(result)!r})")
 
 
 def test_a_run_that_was_killed_says_that_its_process_is_gone_and_what_is_on_disk() -> None:

@@ -1,0 +1,78 @@
+"""How to go on with an unfinished run: the command, or the call, as it works from any folder of this machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from oocattn.naming import is_command
+from oocattn.pipelines.run import DatasetIdentity
+from oocattn.storage.inputs.origin import recorded_inputs
+from oocattn.storage.paths import STORE, ResultPaths
+from oocattn.storage.remote.options import StorageOptions, shown_options
+from oocattn.text import printable
+
+
+def how_to_resume(paths: ResultPaths, dataset: DatasetIdentity | None, given: StorageOptions | None) -> str:
+    """The command that resumes a run to `paths` over its `dataset`; to a caller of Python, the call.
+
+    It names the inputs where they are not found again without it, and the job state of a result in a store. Of storage
+    options, whose names are those of `given`, it shows no value that may be a secret. Where something is not known, a
+    remark says so.
+    """
+    place, remarks = _place(paths)
+    options, inputs = shown_options(given), [] if dataset is None else recorded_inputs(dataset.location, dataset.tensors)
+    if dataset is None:
+        remarks.append("with the inputs, unless they are local paths")
+    if ... in options.values():
+        remarks.append("with the values of the storage options")
+    elif not options and any("://" in text and "memory://" not in text for text in (str(paths.result), *(inputs or ()))):
+        remarks.append("with the storage options of the run, if it had any")
+    result = str(paths.result) if paths.stored is None or "://" in str(paths.result) else ...
+    if is_command() and result is not ... and inputs is not None:
+        words = _command(str(result), [*inputs, *(word for name in place for word in (f"--{name}", place[name]))], options)
+    else:
+        named = {"inputs": inputs[1] if inputs and inputs[0] == "--dataset" else ...} if inputs != [] else {}
+        words = _call(result, {**named, **place}, options)
+    return printable(words + (f" ({', and '.join(remarks)})" if remarks else ""))
+
+
+def _place(paths: ResultPaths) -> tuple[dict[str, str], list[str]]:
+    """What says where the job state of a result in a store is, and which lock it has; and on which other host."""
+    from oocattn.storage.results.marks import read_mark
+
+    if paths.stored is None:
+        return {}, []
+    mark = read_mark(paths)
+    state = STORE if paths.mirrored else "" if paths.state_folder is None else str(paths.state_folder)
+    found = {"scratch": state if mark is None else mark.state}
+    if mark is not None and mark.lock != "auto":
+        found["lock"] = mark.lock
+    away = mark is not None and mark.state != STORE and mark.host != socket.gethostname()
+    return {name: value for name, value in found.items() if value}, [f"on host {mark.host}"] if mark and away else []
+
+
+def _command(result: str, words: Sequence[str], options: Mapping[str, Any]) -> str:
+    words = ["oocattn", "resume", result, *words]
+    for key, value in options.items():
+        words += ["--storage-option", f"{key}={'...' if value is ... else _option_text(value)}"]
+    return shlex.join(words)
+
+
+def _option_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _call(result: object, named: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    given = {**named, **({"storage_options": dict(options)} if options else {})}
+    written = [_python(result), *(f"{name}={_python(value)}" for name, value in given.items())]
+    return f"oocattn.resume({', '.join(written)})"
+
+
+def _python(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_python(key)}: {_python(each)}' for key, each in value.items())}}}"
+    return "..." if value is ... else repr(value)
