@@ -12,7 +12,12 @@ from contextlib import contextmanager
 _faces = ["Python"]
 """The faces that are in use, the last one now. Workers on a user's own cluster always have Python's."""
 
-_COMMAND_NAMES = {"client": "scheduler", "dashboard_address": "dashboard", "inputs": "dataset, or --q --k --v"}
+_COMMAND_NAMES = {
+    "client": "scheduler",
+    "dashboard_address": "dashboard",
+    "inputs": "dataset, or --q --k --v",
+    "storage_options": "storage-option",
+}
 """Arguments that have another name on the command line."""
 
 _JOINTS = {"queries": ":", "window_size": " "}
@@ -32,6 +37,11 @@ def on_command_line() -> Iterator[None]:
 def is_command() -> bool:
     """Whether messages are for a user of the command, not for a caller of Python."""
     return _faces[-1] == "command"
+
+
+def by_face(python: str, command: str) -> str:
+    """What a caller of Python reads, or a user of the command."""
+    return command if is_command() else python
 
 
 def named(argument: str) -> str:

@@ -45,7 +45,7 @@ def numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
 
 
 PROBLEMS = {
-    "missing": (replace_array("v", None), {}, r"no array 'v' in .*: found \['k', 'q'\].*oocattn import"),
+    "missing": (replace_array("v", None), {}, r"no array 'v' in .*: found \['k', 'q'\].*oocattn.import_arrays"),
     "rank": (replace_array("k", numbers(TOKENS, 8)), {}, r"array 'k' has shape \[64, 8\]: expected \[B, H, N, D\]"),
     "tokens": (
         replace_array("v", numbers(1, 1, 65, 8)),

@@ -297,7 +297,7 @@ def test_words_of_the_command_that_cannot_be_are_bad_usage(words, capsys):
     assert f"oocattn plan: {words[0]}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["--cu-seqlens-q no.npy", "--cu-seqlens-q docs", "--heads 0,9", "--sink-tokens 1"])
+@pytest.mark.parametrize("words", ["--cu-seqlens-q no.npy", "--cu-seqlens-q docs", "--heads 0,9"])
 def test_an_argument_that_cannot_be_is_one_line_of_the_command(words, capsys):
     assert main(["run", "d.zarr", "out.zarr", *words.split()]) == 1
     assert re.fullmatch(r"oocattn: [^\n]+\n", capsys.readouterr().err)

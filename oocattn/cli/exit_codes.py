@@ -1,4 +1,8 @@
-"""The exit codes of the `oocattn` command."""
+"""The exit codes of the `oocattn` command.
+
+Bad usage is what the words of a command show by themselves: an option that there is not, a value that it cannot have, or
+options that exclude or need each other. What is found in what they name, and all else, is a failure.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def given_storage_options(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def given_inputs(options: argparse.Namespace) -> str | oocattn.Inputs:
     """The inputs of a new run."""
-    tensors = _tensors(options)
+    tensors = named_tensors(options)
     if tensors is not None:
         return tensors
     dataset: str = options.dataset
@@ -115,13 +115,11 @@ def given_inputs(options: argparse.Namespace) -> str | oocattn.Inputs:
 def moved_inputs(options: argparse.Namespace) -> str | oocattn.Inputs | None:
     """Where the inputs of a run are now; None where they are not named."""
     dataset: str | None = options.dataset
-    tensors = _tensors(options)
-    if dataset is not None and tensors is not None:
-        raise ProblemError(f"--dataset {dataset}, and tensors one by one: name either where the inputs are")
+    tensors = named_tensors(options)
     return dataset if tensors is None else tensors
 
 
-def _tensors(options: argparse.Namespace) -> oocattn.Inputs | None:
+def named_tensors(options: argparse.Namespace) -> oocattn.Inputs | None:
     """The tensors that are named one by one; None where none are. What goes with them is refused by itself."""
     if all(getattr(options, name) is None for name in TENSORS):
         for name in ("bias", "layout", "qkv_heads"):
@@ -131,5 +129,8 @@ def _tensors(options: argparse.Namespace) -> oocattn.Inputs | None:
                     f"{option} with a dataset: expected it with tensors that are named one by one (--q --k --v)"
                 )
         return None
+    dataset = getattr(options, "dataset", None)
+    if dataset is not None:
+        raise ProblemError(f"--dataset {dataset}, and tensors one by one: name either where the inputs are")
     heads, kv_heads = options.qkv_heads or (0, 0)
     return oocattn.Inputs(options.q, options.k, options.v, options.bias, options.qkv, options.layout, heads, kv_heads)

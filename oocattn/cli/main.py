@@ -17,10 +17,11 @@ from oocattn.cli.inputs import are_ahead, are_apart, given_inputs, given_storage
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.cli.signals import Signals
+from oocattn.cli.usage import check_words
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.imports import in_some_folder
 from oocattn.kernels.registry import get_kernel
-from oocattn.naming import named, on_command_line, setting
+from oocattn.naming import on_command_line
 from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.pipelines.watch.history import describe_history
 from oocattn.planning.ahead import AHEAD_OPTIONS, estimated_scratch
@@ -45,7 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             parser = make_parser(_COMMANDS, are_apart(arguments), are_ahead(arguments))
             options, unknown = parser.parse_known_args(arguments)
+            if are_apart(arguments) and unknown and options.command in (_plan, _run) and not unknown[0].startswith("-"):
+                options.parser.error(
+                    f"{unknown[0]} is not expected: DATASET and --q --k --v are both given; name one of them"
+                )
             options.parser.refuse_unknown(unknown)
+            try:
+                check_words(options)
+            except ProblemError as error:
+                options.parser.error(str(error))
         except SystemExit as ended:  # it has printed help, the version, or what is wrong
             if not isinstance(_say_lost(printing), BrokenPipeError | None):
                 raise SystemExit(ended.code or FAILED) from None
@@ -213,11 +222,6 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client | None
     """Of the scheduler at the address that is given, which must answer within the time limit; None where none is given."""
     if options.scheduler is None:
         return nullcontext(None)
-    if options.engine == "inline":
-        raise ProblemError(
-            f"{setting('engine', 'inline')} with {named('client')}: it runs on threads of this process; leave one of both "
-            "out"
-        )
     from oocattn.pipelines.engines.dask.connecting import CONNECT_SECONDS, connect
 
     left = _time_left(options.time_limit)

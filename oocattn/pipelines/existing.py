@@ -102,10 +102,8 @@ def finished_result(paths: ResultPaths) -> Result:
     certificate = read_summary(paths)
     if certificate is not None and certificate.outcome == "failed":
         logger.warning(
-            "%s is there, but its certificate of %s says %s; `oocattn verify` checks it again",
-            paths.result,
-            certificate.made,
-            certificate.verdict,
+            "%s is there, but its certificate of %s says %s; %s checks it again",
+            *(paths.result, certificate.made, certificate.verdict, naming.by_face("oocattn.verify", "`oocattn verify`")),
         )
     return replace(result_at(paths), certificate=certificate)
 
@@ -130,7 +128,8 @@ def open_result(
 def result_at(paths: ResultPaths) -> Result:
     """The finished result at these places. Raises as `open_result`."""
     if not paths.is_taken():
-        raise IntegrityError(f"{paths.result}: no finished result here; `oocattn status` says whether one is under way")
+        asked = naming.by_face("oocattn.status", "`oocattn status`")
+        raise IntegrityError(f"{paths.result}: no finished result here; {asked} says whether one is under way")
     arrays = ResultArrays.open(paths.result)
     try:
         report = read_report(paths)

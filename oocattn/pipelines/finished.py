@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oocattn.naming import setting
+from oocattn.naming import by_face, setting
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
 from oocattn.pipelines.schedule import CompletedWork
 from oocattn.planning.plan import Plan
@@ -120,9 +120,9 @@ def compare_finished(
                 result.remove(*part)
     if compared < len(finished):
         logger.warning(
-            "the checksums of %d of %d finished chunks were compared in %s; %s compares all, and so does "
-            "`oocattn verify` in the end",
+            "the checksums of %d of %d finished chunks were compared in %s; %s compares all, and so does %s in the end",
             *(compared, len(finished), format_seconds(time.monotonic() - began), setting("check_finished", True)),
+            by_face("oocattn.verify", "`oocattn verify`"),
         )
     return Compared(len(finished), compared, damaged)
 

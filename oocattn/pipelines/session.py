@@ -16,6 +16,7 @@ from typing import Any
 
 from oocattn import clock
 from oocattn.errors import ProblemError
+from oocattn.naming import by_face
 from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.existing import (
     Found,
@@ -192,7 +193,7 @@ def resume(
         mark = mark_of_other(paths)
         elsewhere = "" if mark is None else f" from here, but one with its job state {describe_mark(mark)}"
         raise ProblemError(
-            f"{paths.result}: no run to resume{elsewhere}; begin one with `oocattn run` or oocattn.attention()"
+            f"{paths.result}: no run to resume{elsewhere}; begin one with {by_face('oocattn.attention', '`oocattn run`')}"
         )
     if paths.stored is not None:
         paths.stored.check_writable()

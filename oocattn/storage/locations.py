@@ -10,13 +10,13 @@ import os
 import re
 import unicodedata
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from oocattn.errors import IntegrityError, ProblemError
-from oocattn.naming import named
+from oocattn.naming import by_face, named
 from oocattn.text import printable, without_credentials
 
 SCHEMES = ("s3", "gs", "az", "abfs", "http", "https", "memory")
@@ -43,7 +43,7 @@ _TENSORS = (
 class Location:
     """A place that may be opened: an absolute path, or a URL (`path` is None). As a str it is without credentials."""
 
-    text: str
+    text: str = field(repr=False)
     path: Path | None
 
     def __str__(self) -> str:
@@ -175,7 +175,22 @@ def _parse_url(text: str) -> Location:
         )
     if not _is_printable(text):
         raise ProblemError(f"{text} has control characters: expected a URL without any")
+    _refuse_credentials(scheme, text[found.end() :])
     return Location(f"{scheme}://{text[found.end() :]}", None)
+
+
+def _refuse_credentials(scheme: str, rest: str) -> None:
+    """Raise ProblemError for a URL that has credentials where its scheme has the name of a bucket."""
+    if scheme in ("http", "https"):  # basic authentication
+        return
+    authority = rest.partition("/")[0]
+    user, at, _ = authority.rpartition("@")
+    is_container = scheme in ("az", "abfs") and ":" not in user  # CONTAINER@ACCOUNT
+    if (at and not is_container) or (":" in authority and "@" in rest and not authority.startswith("arn:")):
+        raise ProblemError(
+            f"a URL of {scheme}:// has credentials before an @, where the name of its bucket is expected: give them with "
+            f"{by_face('storage_options', '--storage-option KEY=VALUE')}, or in the environment, and the URL without them"
+        )
 
 
 def _parse_file_url(text: str) -> Location:

@@ -108,7 +108,7 @@ class ResultPaths:
         """The folder of job state. Raises ProblemError where there is none."""
         if self.state_folder is None:
             raise ProblemError(
-                f"result: {self.result} has no name: say with scratch= in which folder the job state is to be"
+                f"result: {self.result} has no name: say with {named('scratch')} in which folder the job state is to be"
             )
         return self.state_folder
 

@@ -89,13 +89,13 @@ def test_names_are_printed_on_one_line_without_control_characters(tmp_path, caps
 
 @pytest.mark.parametrize("arguments", [["plan", "--draw", "{}"], ["run", "{result}", "--timeline", "{}"]])
 def test_a_foreign_file_is_not_drawn_over(dataset, result, tmp_path, arguments, capsys):
-    drawing = tmp_path / "mine.json"
+    drawing = tmp_path / ("mine.svg" if "--draw" in arguments else "mine.json")
     drawing.write_text("mine")
     command, *options = (argument.format(drawing, result=result) for argument in arguments)
     assert cli.main([command, dataset, *options]) == 1
     assert f"{drawing} exists and was not written by oocattn" in capsys.readouterr().err
     assert drawing.read_text() == "mine"
-    assert {path.name for path in tmp_path.iterdir()} == {"qkv.zarr", "mine.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"qkv.zarr", drawing.name}
 
 
 def test_plan_draws_the_division(dataset, tmp_path, capsys):
@@ -117,6 +117,24 @@ def test_plan_draws_the_division(dataset, tmp_path, capsys):
         (["run", "x.zarr", "y.zarr", "--decomposition", "magic"], "'magic'"),
         (["run", "x.zarr", "y.zarr", "--scheduler", "tcp://a:1", "--dashboard", "a:2"], "not allowed with"),
         (["synth", "x.zarr", "--tokens", "1.5"], "whole number"),
+        (["run", "x.zarr", "y.zarr", "--scheduler", "tcp://a:1", "--engine", "inline"], "leave one of both out"),
+        (["run", "--q=q", "--k=k", "--v=v", "x.zarr", "y.zarr"], "DATASET and --q --k --v are both given; name one"),
+        (["plan", "--q=q", "--k=k", "--v=v", "x.zarr"], "x.zarr is not expected: DATASET and --q --k --v are both"),
+        (["run", "--q=q", "--k=k", "y.zarr"], "the inputs have no --v: expected --q, --k and --v, or --qkv"),
+        (["run", "--qkv=q", "--k=k", "y.zarr"], "the inputs have --qkv, and --k"),
+        (["run", "--q=q", "--k=k", "--v=v", "y.zarr", "--qkv-heads", "2"], "--qkv-heads is given for q, k and v apart"),
+        (["run", "x.zarr", "y.zarr", "--layout", "bnhd"], "--layout with a dataset"),
+        (["resume", "y.zarr", "--dataset", "x", "--q=q", "--k=k", "--v=v"], "name either where the inputs are"),
+        (["verify", "y.zarr", "--dataset", "s3://KEY:secret@bucket/x"], "--storage-option KEY=VALUE"),
+        (["run", "x.zarr", "ftp://y"], "has the scheme 'ftp'"),
+        (["status", "y.zarr", "--scratch", "z"], "y.zarr is a local path, and --scratch is given"),
+        (["resume", "y.zarr", "--lock", "none"], "y.zarr is a local path, and --lock is given"),
+        (["run", "x.zarr", "s3://y", "--scratch", "s3://z"], "scratch folder"),
+        (["run", "x.zarr", "y.zarr", "--sink-tokens", "4"], "--sink-tokens 4 without a window"),
+        (["plan", "x.zarr", "--prefix", "4"], "--prefix 4 where every row attends all keys"),
+        (["plan", "x.zarr", "--chunks", "1M"], "whole number, 1 to"),
+        (["plan", "x.zarr", "--draw", "x.png"], "ends in .svg"),
+        (["run", "x.zarr", "y.zarr", "--timeline", "x.svg"], "ends in .json"),
     ],
 )
 def test_bad_usage_exits_with_2_and_says_why(arguments, says, capsys):

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,7 @@ from support import normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import IntegrityError, ProblemError, synthesise
+from oocattn.naming import on_command_line
 from oocattn.pipelines.watch.timeline import Timeline
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.locations import parse_location, recorded_location
@@ -277,17 +279,38 @@ def test_an_object_that_is_no_path_is_refused_with_its_type(
     assert set(os.listdir(tmp_path)) == there
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("s3://KEY:secret@bucket/x", "s3://KEY:se cret@bucket/x", "s3://KEY:se/cret@bucket/x", "s3://secret@bucket/x"),
+        *("gs://me:secret@bucket/x", "az://me:secret@container/x", "abfs://me:secret@account.host/x"),
+        "simplecache::s3://KEY:secret@bucket/x",
+        "zip::s3://KEY:secret@bucket/x.zip",
+        "memory://me:secret@place",
+    ],
+)
+@pytest.mark.parametrize("command", [False, True], ids=["Python", "command"])
+def test_credentials_in_the_place_of_a_bucket_are_refused_and_not_shown(url: str, command: bool) -> None:
+    with on_command_line() if command else nullcontext(), pytest.raises(ProblemError) as refused:
+        parse_location(url)
+    assert f"give them with {'--storage-option KEY=VALUE' if command else 'storage_options'}, or in" in str(refused.value)
+    assert "cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["s3://arn:aws:s3:us-west-2:123456789012:accesspoint/mine/x", "s3://bucket/x@y:z@"])
+def test_a_bucket_and_a_key_may_have_colons_and_ats(url: str) -> None:
+    assert parse_location(url).text == str(parse_location(url)) == url
+
+
 def test_a_location_is_shown_without_credentials() -> None:
     for typed, shown in {
         "https://me:secret@host/x": "https://host/x",
         "https://me:se cr et@host/x": "https://host/x",
-        "s3://key:se cret@bucket/x": "s3://bucket/x",
         "http://[::1]:80/x": "http://[::1]:80/x",
         "http://me:secret@[::1]/x": "http://[::1]/x",
         "https://token@host:80/x@y": "https://host:80/x@y",
         "https://host:80/x@y": "https://host:80/x@y",
         "zip::https://me:se@cret@host/x.zip": "zip::https://host/x.zip",
-        "s3://key:secret@bucket/x": "s3://bucket/x",
         "abfs://container@account.host/x": "abfs://container@account.host/x",
         "https://host/x.zip?X-Amz-Signature=secret&part=1": "https://host/x.zip?X-Amz-Signature=***&part=1",
         "https://host/x?sv=1&sig=secret": "https://host/x?sv=1&sig=***",

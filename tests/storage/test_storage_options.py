@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from http_server import Handler, serving
 from interrupting import EnoughError, interrupt
 from support import write_dataset
 
@@ -119,9 +122,9 @@ def test_options_of_a_command_are_json_or_text(capsys: pytest.CaptureFixture[str
     parser = make_parser(dict.fromkeys(_COMMANDS, lambda _: 0))
     found = given_storage_options(parser.parse_args(typed))
     assert found == {"anon": True, "key": "abc=", "client_kwargs": {"region_name": "x"}, "number": "NaN", "empty": ""}
-    assert main(["plan", "DATASET", "--storage-option=a=hunter2", "--storage-option=a=hunter3"]) == 1
-    with pytest.raises(SystemExit):
-        main(["plan", "DATASET", "--storage-option", "hunter2"])
+    for words in (["--storage-option=a=hunter2", "--storage-option=a=hunter3"], ["--storage-option", "hunter2"]):
+        with pytest.raises(SystemExit):
+            main(["plan", "DATASET", *words])
     said = capsys.readouterr().err
     assert "given twice" in said
     assert "expected KEY=VALUE" in said
@@ -146,3 +149,41 @@ def test_http_options_do_not_replace_the_checks_of_redirects() -> None:
     store = open_remote(parse_location("http://127.0.0.1:9/x"), {"headers": {"X-Key": PASSWORD}, "get_client": None})
     assert store.fs.kwargs["headers"] == {"X-Key": PASSWORD}
     assert store.fs.get_client.__module__ == "oocattn.storage.remote.http_files"
+
+
+def test_user_and_password_of_a_url_open_it_and_are_shown_and_recorded_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG, "oocattn")
+    (tmp_path / "served").mkdir()
+    write_dataset(tmp_path / "served" / "qkv.zarr", tuple(NUMBERS))
+    expected = f"Basic {base64.b64encode(f'me:{PASSWORD}'.encode()).decode()}"
+
+    def refuse(request: Handler) -> bool:
+        if allowed := request.headers.get("Authorization") == expected:
+            return False
+        request.answer(401)
+        return not allowed
+
+    with serving(tmp_path / "served") as server:
+        server.fault = refuse
+        url = server.url.replace("://", f"://me:{PASSWORD}@") + "/qkv.zarr"
+        asked: dict[str, Any] = {"host_memory": "64MiB", "kernel": "cpu", "engine": "inline"}
+        result = tmp_path / "results" / "out.zarr"
+        with suppress(KeyboardInterrupt):
+            oocattn.attention(url, result, callbacks=[_stop], **asked)
+        assert main(["status", str(result)]) == 0
+        assert f"--dataset {server.url}/qkv.zarr (with" in capsys.readouterr().out
+        assert main(["resume", str(result), "--dataset", url, "--engine", "inline"]) == 0
+        assert main(["verify", str(result), "--dataset", url, "--rows", "2"]) == 0
+        apart = {name: f"{url}/{name}" for name in "qkv"}
+        print(oocattn.attention(apart, tmp_path / "results" / "apart.zarr", **asked).report)
+        server.fault = lambda request: request.answer(403) or True
+        assert main(["plan", url]) == 1
+    printed = "".join(capsys.readouterr())
+    assert "not allowed" in printed
+    assert PASSWORD not in everything_in(result.parent) + caplog.text + printed
+
+
+def _stop(event: oocattn.Event) -> None:
+    raise KeyboardInterrupt

@@ -109,6 +109,6 @@ def test_a_store_without_conditional_puts_needs_the_callers_word(answer: str, mo
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
     objects = new_objects()
-    with pytest.raises(ProblemError, match=r"--lock none"):
+    with pytest.raises(ProblemError, match=r"lock='none'"):
         StoreLock(objects, "here")
     assert objects.list() == []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from oocattn.errors import ProblemError
-from oocattn.naming import named
+from oocattn.naming import by_face, named
 from oocattn.records import Count, Pattern, Range
 
 LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
@@ -122,9 +122,10 @@ def packed_axes(layout: str, stored: Sequence[int], heads: int, kv_heads: int, l
         return {name: Axes(layout, part=part) for part, name in enumerate(("q", "k", "v"))}
     packed = heads + 2 * kv_heads
     if not (heads and kv_heads) or size["f"] % packed:
+        counts = by_face("heads and kv_heads", "--qkv-heads HQ,HKV")
         raise ProblemError(
             f"qkv ({label}) has {size['f']:,} features for {heads} query heads and {kv_heads} K/V heads: expected a "
-            "multiple of heads + 2 kv_heads; say how many of each there are with heads= and kv_heads="
+            f"multiple of query heads + 2 K/V heads; say how many of each there are with {counts}"
         )
     q = Axes(layout, heads=heads, head_dim=size["f"] // packed)
     k = replace(q, first_head=heads, heads=kv_heads)

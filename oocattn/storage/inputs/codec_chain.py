@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from oocattn.errors import ProblemError
+from oocattn.naming import by_face
 from oocattn.text import printable
 from oocattn.units import ceil_div
 
@@ -171,7 +172,7 @@ def _check_codec(found: object, name: str, config: object, array: str, allowed: 
         raise ProblemError(
             f"{array} has the codec {shown:.80}: only compressors, checksums and filters of numbers are decoded "
             f"({', '.join((*COMPRESSORS, *CHECKSUMS, *FILTERS))}, shards); write the array again with these, or import its "
-            "tensors with `oocattn import`"
+            f"tensors with {by_face('oocattn.import_arrays', '`oocattn import`')}"
         )
     if not isinstance(config, Mapping):
         raise ProblemError(f"{array} has the codec {name} with the configuration {config!r:.80}: expected an object")

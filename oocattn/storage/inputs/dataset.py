@@ -218,9 +218,10 @@ def _axes(name: str, array: zarr.Array[Any], location: str) -> Axes | None:
 
 
 def _no_group(location: str, reason: str) -> ProblemError:
+    apart = naming.by_face("oocattn.Inputs(q=..., k=..., v=...)", "--q --k --v")
     return ProblemError(
         f"no Zarr group at {location} ({reason}): give the path or URL of a group with the arrays q, k and v; "
-        "tensors that lie elsewhere are named one by one (--q --k --v)"
+        f"tensors that lie elsewhere are named one by one ({apart})"
     )
 
 
@@ -251,5 +252,5 @@ def _array(store: Store, name: str, location: str) -> zarr.Array[Any]:
         shown = "its server does not list what is there"
     raise ProblemError(
         f"no array {name!r} in {location}: {shown}; a dataset has the arrays q, k and v: rename the "
-        "array, or import the tensors with `oocattn import`"
+        f"array, or import the tensors with {naming.by_face('oocattn.import_arrays', '`oocattn import`')}"
     )

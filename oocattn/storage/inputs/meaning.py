@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from oocattn.cf_packing import PACKING, packing_attribute
 from oocattn.errors import ProblemError
+from oocattn.naming import by_face
 from oocattn.problem.arrays import KEY_BIAS, ArraySpec
 from oocattn.storage.inputs.axes import LAYOUTS, PACKED_LAYOUTS
 
@@ -104,8 +105,8 @@ def warn_if_transposed(q: ArraySpec, k: ArraySpec, layout: str | None = None) ->
     logger.warning(
         "%s",
         f"{q.name} {list(q.shape)} is taken for {_letters(taken)}, {size['h']:,} heads x {size['n']:,} tokens: more heads "
-        f"than tokens; if it is {_letters(other)}, the result is wrong: name the tensors one by one, with their layout (--q "
-        f"--k --v --layout {other})",
+        f"than tokens; if it is {_letters(other)}, the result is wrong: name the tensors one by one, with their layout "
+        f"({by_face(f'oocattn.Inputs(q=..., k=..., v=..., layout={other!r})', f'--q --k --v --layout {other}')})",
     )
 
 

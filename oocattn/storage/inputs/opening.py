@@ -156,7 +156,25 @@ def _from_mapping(given: Mapping[str, Any]) -> Inputs:
     return Inputs(**given)
 
 
+def check_named(inputs: Inputs) -> None:
+    """Raise ProblemError where tensors are missing, or named twice. Nothing is opened."""
+    named, counts = naming.named, naming.by_face("heads and kv_heads are", "--qkv-heads is")
+    given = [name for name in ("q", "k", "v") if getattr(inputs, name) is not None]
+    if inputs.qkv is not None:
+        if given:
+            raise ProblemError(
+                f"the inputs have {named('qkv')}, and {named(given[0])}: expected one tensor for all, or q, k and v"
+            )
+        return
+    if missing := [named(name) for name in ("q", "k", "v") if name not in given]:
+        expected = naming.by_face("q, k and v, or qkv", "--q, --k and --v, or --qkv")
+        raise ProblemError(f"the inputs have no {' and no '.join(missing)}: expected {expected}")
+    if any(_counts_of_heads(inputs)):
+        raise ProblemError(f"{counts} given for q, k and v apart: expected with {named('qkv')} alone")
+
+
 def _open_tensors(inputs: Inputs, key_bias: bool, storage_options: StorageOptions | None) -> Dataset:
+    check_named(inputs)
     opened = {
         name: open_tensor(name, typed, storage_options)
         for name in ("q", "k", "v", "qkv", KEY_BIAS)
@@ -181,10 +199,6 @@ def bias_source(found: Opened) -> TensorSource:
 
 
 def _apart(inputs: Inputs, opened: Mapping[str, Opened]) -> dict[str, TensorSource]:
-    if missing := [name for name in ("q", "k", "v") if name not in opened]:
-        raise ProblemError(f"the inputs have no {' and no '.join(missing)}: expected q, k and v, or qkv")
-    if any(_counts_of_heads(inputs)):
-        raise ProblemError("heads= and kv_heads= are given for q, k and v apart: expected them with qkv= alone")
     return {name: plain_source(name, found, inputs.layout) for name, found in opened.items()}
 
 
@@ -195,13 +209,12 @@ def plain_source(name: str, found: Opened, layout: str | None) -> TensorSource:
 
 
 def _packed(inputs: Inputs, opened: Mapping[str, Opened]) -> dict[str, TensorSource]:
-    if given := [name for name in ("q", "k", "v") if name in opened]:
-        raise ProblemError(f"the inputs have qkv, and {given[0]}: expected one tensor for all, or q, k and v")
     found = opened["qkv"]
     layout = _agreed_layout("qkv", found, inputs.layout, PACKED_LAYOUTS)
     heads, kv_heads = _counts_of_heads(inputs)
     if (heads or kv_heads) and "f" not in layout:
-        raise ProblemError(f"heads= and kv_heads= are given with layout {layout}: expected them with bnf and nf alone")
+        counts = naming.by_face("heads and kv_heads are", "--qkv-heads is")
+        raise ProblemError(f"{counts} given with layout {layout}: expected with layouts bnf and nf alone")
     axes = packed_axes(layout, found.shape, heads, kv_heads, found.label)
     return {name: found.source(name, own) for name, own in axes.items()}
 
@@ -217,7 +230,7 @@ def _agreed_layout(name: str, found: Opened, layout: str | None, known: Sequence
     named = order_by_names(name, f"{name} ({found.label})", found.names)
     if layout is not None and named not in (None, layout):
         raise ProblemError(
-            f"layout = {layout!r}, but the dimension names of {name} ({found.label}) say {named}: expected the same of "
-            "both; leave layout out, or correct the names if they are wrong"
+            f"{naming.as_given('layout', layout)}, but the dimension names of {name} ({found.label}) say {named}: expected "
+            f"the same of both; leave {naming.named('layout')} out, or correct the names if they are wrong"
         )
     return layout or named or known[0]

@@ -24,6 +24,7 @@ from typing import Annotated
 
 from oocattn import clock
 from oocattn.errors import IntegrityError, LockedError, OocattnError, ProblemError, TimeLimitError
+from oocattn.naming import setting
 from oocattn.records import ADDED, from_json, parse_json
 from oocattn.storage.journal.claims import MOST_BYTES, UNKNOWN_HOLDER, Claim, Holder
 from oocattn.storage.remote.objects import Objects
@@ -164,8 +165,8 @@ def _create(objects: Objects, key: str, content: bytes) -> bool:
     except NoConditionalPutError as error:
         found = str(error)
     raise ProblemError(
-        f"{found}, so nothing keeps two runs to one result apart: see to that yourself, and say so with lock='none' "
-        "(--lock none)"
+        f"{found}, so nothing keeps two runs to one result apart: see to that yourself, and say so with "
+        f"{setting('lock', 'none')}"
     )
 
 

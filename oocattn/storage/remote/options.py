@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 from oocattn.errors import ProblemError
 from oocattn.storage.locations import SCHEMES, WRAPPERS
@@ -51,6 +53,13 @@ def shown_options(options: StorageOptions | None) -> dict[str, Any]:
 
 def _may_be_secret(value: object) -> bool:
     return not (value is None or isinstance(value, bool)) and not (isinstance(value, str) and _is_place(value))
+
+
+def secrets_in(url: str) -> tuple[str, ...]:
+    """The user and password of a URL or chain, as they stand there and decoded: texts that no message may show."""
+    found = re.findall(r"://([^/?#\s]*)@", url)
+    parts = {part for user in found for part in (user, user.partition(":")[2])}
+    return secrets_of([*parts, *map(unquote, parts)])
 
 
 def secrets_of(options: object) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError, RemoteError
 from oocattn.storage.locations import Location, is_chain
-from oocattn.storage.remote.options import StorageOptions, by_protocol, secrets_of
+from oocattn.storage.remote.options import StorageOptions, by_protocol, secrets_in, secrets_of
 from oocattn.storage.remote.transient import retry, status_of
 from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sync
 from oocattn.threads import begin_call
@@ -246,7 +246,8 @@ def open_remote(location: Location, storage_options: StorageOptions | None = Non
     async def step() -> RemoteStore:
         return await asyncio.wrap_future(begin_call(_open, location.text, options, read_only))  # an archive is read
 
-    options, secrets = by_protocol(location.text, storage_options), secrets_of(storage_options)
+    options = by_protocol(location.text, storage_options)
+    secrets = (*secrets_of(storage_options), *secrets_in(location.text))
     store = sync(retry("opening", str(location), step, secrets=secrets))
     store.location, store.secrets = str(location), secrets
     return store

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from oocattn import clock
 from oocattn.errors import OocattnError, RemoteDeniedError, RemoteError
+from oocattn.naming import by_face
 from oocattn.storage.remote.options import without_secrets
 
 PATIENCE = 60.0  # seconds after its first failure until which a request is tried again
@@ -121,8 +122,8 @@ def _error(operation: str, url: str, failure: Failure, tries: int, seconds: floa
     if failure.kind is Kind.TRANSIENT:
         asked = f"; it asks to wait {failure.wait:.0f} s" if failure.wait else ""
         advice = (
-            f"{tries} tries in {seconds:.0f} s{asked}; check the server and the network, then run the command again "
-            "(`oocattn resume` for a run)"
+            f"{tries} tries in {seconds:.0f} s{asked}; check the server and the network, then try again "
+            f"({by_face('oocattn.resume', '`oocattn resume`')} for a run)"
         )
     kind = RemoteDeniedError if failure.kind is Kind.DENIED else RemoteError
     return kind(f"{operation} {url} failed: {failure.found}; {advice}")
@@ -243,5 +244,6 @@ def _denial(found: str) -> Failure:
         Kind.DENIED,
         found,
         "not allowed, or missing (servers that do not allow listing, such as S3, answer so): check the URL and the "
-        "credentials in the environment; a public S3 bucket needs --storage-option anon=true",
+        "credentials in the environment; a public S3 bucket needs "
+        + by_face("storage_options={'anon': True}", "--storage-option anon=true"),
     )

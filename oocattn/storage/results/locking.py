@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from oocattn.errors import OocattnError, ProblemError
+from oocattn.naming import setting
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
@@ -44,7 +45,7 @@ def _store_lock(paths: ResultPaths, folder: Claim, until: float) -> Iterator[Cla
     if paths.beside is None:
         raise ProblemError(
             f"result: {paths.result} has no conditional put, so nothing keeps two runs to it apart: see to that yourself, "
-            "and say so with lock='none' (--lock none)"
+            f"and say so with {setting('lock', 'none')}"
         )
     with StoreLock(paths.beside, folder_id(paths.state), until) as beside:
         yield BothClaims(folder, beside.claim)

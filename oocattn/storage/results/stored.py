@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError
+from oocattn.naming import named
 from oocattn.storage.locations import Location, describe, parse_location
 from oocattn.storage.remote.objects import Objects
 from oocattn.storage.remote.options import StorageOptions
@@ -191,4 +192,6 @@ def default_state(stored: StoredResult, mirrored: bool) -> Path | None:
     try:
         return Path.cwd() / f"{stored.name}.oocattn{'-store' if mirrored else ''}"
     except FileNotFoundError:
-        raise ProblemError("the current folder was removed: change to one that is there, or give scratch=") from None
+        raise ProblemError(
+            f"the current folder was removed: change to one that is there, or give {named('scratch')}"
+        ) from None
