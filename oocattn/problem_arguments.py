@@ -61,11 +61,14 @@ class ProblemArguments(TypedDict, total=False):
       dataset has one (default: True);
     * `learnable_sink` [Hq]: the softmax's denominator and `lse` have one more score, without a value.
 
+    Of a dataset that `oocattn.integrations.transformers.capture` wrote, `scale`, `softcap`, `causal`, `window_size` and
+    `learnable_sink` are those of the model's layer where they are None, unless `recorded` is False (default: True).
+
     `queries=(start, stop)` and `heads` (query heads, ascending) compute a part of the rows, at the same positions. `dtype`
     is that of `out` (default: that of q): a name ("bfloat16", "bf16") or a dtype of NumPy or PyTorch.
     """
 
-    causal: bool
+    causal: bool | None
     window_size: Window | Sequence[int | None] | None
     cu_seqlens_q: Numbers | None
     cu_seqlens_k: Numbers | None
@@ -76,10 +79,16 @@ class ProblemArguments(TypedDict, total=False):
     softcap: float | None
     alibi_slopes: Numbers | None
     key_bias: bool
+    recorded: bool
     learnable_sink: Numbers | None
     queries: Sequence[int] | None
     heads: Sequence[int] | None
     dtype: Dtype | None
+
+
+def stated(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are not left out: not None, nor a softcap of 0."""
+    return {name: value for name, value in asked.items() if value is not None and (name, value) != ("softcap", 0.0)}
 
 
 def window(name: str, value: object) -> Window:
@@ -91,10 +100,10 @@ def window(name: str, value: object) -> Window:
     return left, right
 
 
-def softcap(name: str, value: object) -> float | None:
-    """A positive number, or None; 0, which is FlashAttention's default, is none, too."""
-    found = number(0.0, MOST_SCALE, SOFTCAPS)(name, value)
-    return number(LEAST_SCALE, MOST_SCALE, SOFTCAPS)(name, value) if found else None
+def softcap(name: str, value: object) -> float:
+    """A positive number; 0, which is FlashAttention's default, is no softcap."""
+    found: float = number(0.0, MOST_SCALE, SOFTCAPS)(name, value)
+    return cast(float, number(LEAST_SCALE, MOST_SCALE, SOFTCAPS)(name, value)) if found else 0.0
 
 
 def span(name: str, value: object) -> tuple[int, int]:
@@ -197,7 +206,7 @@ def _pair(name: str, value: object, expected: str) -> Sequence[Any]:
 
 
 PROBLEM_OPTIONS: dict[str, Option] = {
-    "causal": Option(False, boolean),
+    "causal": Option(None, boolean),
     "window_size": Option(None, window),
     "cu_seqlens_q": Option(None, numbers),
     "cu_seqlens_k": Option(None, numbers),
@@ -208,6 +217,7 @@ PROBLEM_OPTIONS: dict[str, Option] = {
     "softcap": Option(None, softcap),
     "alibi_slopes": Option(None, numbers),
     "key_bias": Option(True, boolean),
+    "recorded": Option(True, boolean),
     "learnable_sink": Option(None, numbers),
     "queries": Option(None, span),
     "heads": Option(None, indices),

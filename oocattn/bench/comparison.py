@@ -53,7 +53,7 @@ MEMORY_FOLDER = Path("/dev/shm")  # where Linux has a file system in memory
 _PREFIX = f"oocattn-bench-{os.getpid()}-"
 
 
-BENCH_OPTIONS = {name: option for name, option in PROBLEM_OPTIONS.items() if name not in ("heads", "dtype")}
+BENCH_OPTIONS = {name: option for name, option in PROBLEM_OPTIONS.items() if name not in ("heads", "dtype", "recorded")}
 BENCH_OPTIONS["causal"] = Option(True, arguments.boolean)
 """What may be asked: what a run may be asked, but `heads` and `dtype` are those of the arrays."""
 

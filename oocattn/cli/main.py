@@ -295,7 +295,7 @@ def _bench(options: argparse.Namespace) -> int:
         from oocattn.bench import Progress, Table, bench
 
     sizes = ("tokens", "heads", "kv_heads", "keys", "head_dim", "value_dim", "dtype")
-    asked = [name for name in PROBLEM_OPTIONS if name not in ("causal", *sizes)]
+    asked = [name for name in PROBLEM_OPTIONS if name not in ("causal", "recorded", *sizes)]
     names = (*sizes, *asked, "repeats", "warm_up", "rows", "seed", *PLAN_CHOICES)
     with closing(bench(options.folder, causal=not options.full, **_chosen(options, *names))) as records:
         for record in records:

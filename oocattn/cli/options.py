@@ -208,7 +208,10 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 def _add_problem_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--causal", action="store_true", help="attend no later keys; the last query is at the last key (default: all keys)")
+    either = argparse.BooleanOptionalAction
+    add("--causal", action=either, help="attend no later keys; the last query is at the last key (default: all keys)")
+    omitted = "leave out what the model of a captured layer asked (default: its scale, mask and the like, where not given)"
+    add("--no-recorded", dest="recorded", action="store_false", help=omitted)
     add("--dtype", **_DTYPE, help="dtype of out (default: that of q)")
     _add_mask(parser.add_argument_group("mask"))
     _add_score(parser.add_argument_group("score"))

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from oocattn import arguments
 from oocattn.errors import ProblemError
+from oocattn.integrations.asked import asked_of
 from oocattn.integrations.caches import filled_rows
 from oocattn.integrations.recorded import RecordedLayer, Tensors
 from oocattn.storage.locations import Location, parse_location
@@ -42,12 +43,13 @@ def capture(
     """Record q, k and v of a model's attention layers, after positions were applied, in a Zarr group at `path`.
 
     `model` is one of transformers, of any attention implementation. From this call on each of `layers` (default: all)
-    writes a dataset `layer-INDEX` as it runs: q [B, Hq, Nq, D], k and v [B, Hkv, Nk, D], with the factor of its scores as
-    attribute `scale`. Where keys are cached, later calls append to it. End it with `close()`, or as a context manager:
+    writes a dataset `layer-INDEX` as it runs: q [B, Hq, Nq, D], k and v [B, Hkv, Nk, D], and what the layer asked: scale,
+    softcap, mask and sinks, which `oocattn.attention` takes from there. Where keys are cached, later calls append to it.
+    End it with `close()`, or as a context manager:
 
         with capture(model, "store.zarr", layers=[0, 1]):
             model(ids)
-        oocattn.attention("store.zarr/layer-0", "out.zarr", causal=True)
+        oocattn.attention("store.zarr/layer-0", "out.zarr")
 
     Of a static cache, the filled part is recorded. A relative `path` is one of the current folder at this call.
 
@@ -123,17 +125,28 @@ class Capture:
         self.close()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator] # generate compiles passes of a static cache on a GPU
-    def record(self, module: torch.nn.Module, tensors: Tensors, scale: float | None) -> None:
-        """Write what a layer got, q, k and v [B, H, N, D], or append it to what it got before."""
+    def record(
+        self, implementation: str, module: torch.nn.Module, tensors: Tensors, mask: object, options: dict[str, Any]
+    ) -> None:
+        """Write what a layer got, q, k and v [B, H, N, D], or append it to what it got before; and what it asked."""
         if module not in self._modules:
             return
         with self._recording:
             filled = filled_rows(self._caches.get(module), _index(module), tensors["k"])
             tensors = {part: tensor if part == "q" else tensor[:, :, :filled] for part, tensor in tensors.items()}
-            if module in self._layers:
-                self._layers[module].append(tensors, scale)
-            else:
-                self._layers[module] = RecordedLayer(self._place_of(module), tensors, scale)
+            earlier = self._layers.get(module)
+            before = None if earlier is None else earlier.call
+            call = asked_of(implementation, module, tensors["q"], filled, mask, options, before)
+            if earlier is not None:
+                earlier.append(tensors, call)
+                return
+            layer = self._layers[module] = RecordedLayer(self._place_of(module), tensors, call, options.get("s_aux"))
+            if call.causal is None:
+                logger.warning(
+                    "%s: the mask of its model is not recorded, for it is no band of keys (padding, packed texts or a "
+                    "bias); attention over it needs arguments that say which keys are attended",
+                    layer.place,
+                )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_cache(self, module: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -173,8 +186,9 @@ class _Recorder:
         *rest: Any,
         **options: Any,
     ) -> Any:
+        mask = rest[0] if rest else options.get("attention_mask")
         for recording in tuple(_open):
-            recording.record(module, {"q": query, "k": key, "v": value}, options.get("scaling"))
+            recording.record(self.name, module, {"q": query, "k": key, "v": value}, mask, options)
         function = self.own or AttentionInterface._global_mapping.get(self.name)
         if function is None:
             function = sys.modules[type(module).__module__].eager_attention_forward

@@ -17,6 +17,8 @@ import zarr
 from numpy.typing import NDArray
 
 from oocattn.errors import ProblemError
+from oocattn.problem.recorded import LEARNABLE_SINK, RecordedCall
+from oocattn.records import differences
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.inputs.axes import BHND
 from oocattn.storage.inputs.memory import open_memory
@@ -38,19 +40,21 @@ Rows = Callable[[int, int, int, int], NDArray[Any]]
 class RecordedLayer:
     """The dataset of a layer, made of its first tensors."""
 
-    def __init__(self, place: Location, tensors: Tensors, scale: float | None) -> None:
+    def __init__(self, place: Location, tensors: Tensors, call: RecordedCall, sinks: torch.Tensor | None = None) -> None:
         self.place = place
-        self._scale = scale
+        self.call = call
         self._checksums: dict[str, list[int]] = {}
         dimensions = dimension_names({part: tuple(tensor.shape) for part, tensor in tensors.items()})
-        with create_dataset(place.path or place.text, attributes={} if scale is None else {"scale": scale}) as group:
+        with create_dataset(place.path or place.text, attributes=call.attributes()) as group:
             for part, tensor in tensors.items():
                 array = create_array(group, part, tuple(tensor.shape), _dtype(tensor), dimensions=dimensions[part])
                 fill_array(array, _rows(part, tensor))
+            if sinks is not None:
+                group.create_array(LEARNABLE_SINK, data=sinks.detach().float().numpy(force=True))
 
-    def append(self, tensors: Tensors, scale: float | None) -> None:
+    def append(self, tensors: Tensors, call: RecordedCall) -> None:
         """Append the new tokens of a call. Raises ProblemError, and writes nothing, where they do not go on from here."""
-        self._check_form(tensors, scale)
+        self._check_form(tensors, call)
         checksums = self._check_earlier(tensors)
         new = tensors["q"].shape[2]
         with name_failure("write", self.place):
@@ -67,16 +71,16 @@ class RecordedLayer:
         group = zarr.open_group(store, mode="r+")
         return {part: group[part] for part in PARTS}
 
-    def _check_form(self, tensors: Tensors, scale: float | None) -> None:
-        """Refuse other batch entries, heads, dimensions and dtypes than those recorded, another scale, and other lengths."""
+    def _check_form(self, tensors: Tensors, call: RecordedCall) -> None:
+        """Refuse other batch entries, heads, dimensions and dtypes than those recorded, another call, and other lengths."""
         new = tensors["q"].shape[2]
         for part, array in self._arrays.items():
             found = f"{list(tensors[part].shape)} {_dtype(tensors[part])}"
             expected = f"{list(_shape(array, new + (part != 'q' and array.shape[2])))} {array.dtype}"
             if found != expected:
                 raise self._refused(f"{part} {list(array.shape)}", f"{new:,} new tokens and {part} {found}", expected)
-        if scale != self._scale:
-            raise self._refused(f"scale {self._scale}", f"scale {scale}", "the same")
+        if call != self.call:
+            raise self._refused("recorded another call", differences(self.call, call), "the same")
 
     def _check_earlier(self, tensors: Tensors) -> dict[str, list[int]]:
         """The checksums of all keys and values of a call. Raises ProblemError where the earlier ones are not recorded."""

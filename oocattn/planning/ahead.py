@@ -21,14 +21,14 @@ from oocattn.problem.calls import CallSize
 from oocattn.problem.given import DTYPES, GivenArrays
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.problem import Problem, make_problem
-from oocattn.problem_arguments import PROBLEM_OPTIONS
+from oocattn.problem_arguments import PROBLEM_OPTIONS, stated
 
 Rate: TypeAlias = "Size"
 """Bytes per second, as a number or like "6GB/s"."""
 
 HALF_RATE_ROWS = {"cpu": 256, "cuda": 2048}
 
-ASKED = {name: option for name, option in PROBLEM_OPTIONS.items() if name not in ("heads", "dtype", "key_bias")}
+ASKED = {name: option for name, option in PROBLEM_OPTIONS.items() if name not in ("heads", "dtype", "key_bias", "recorded")}
 """What may be asked of a dataset that is not there, besides its shape."""
 
 
@@ -106,7 +106,7 @@ def plan_ahead(
 
 def _problem(shape: dict[str, Any], asked: dict[str, Any]) -> Problem:
     """The problem of a dataset of that shape."""
-    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    options = stated(asked)
     given: dict[str, Any] = {name: options.pop(name) for name in DTYPES if name in options}
     for name, value in given.items():
         if isinstance(value, str | Path):

@@ -87,15 +87,16 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
     found = InputCost(
         decode_bytes=max(array.decode_bytes for array in used), shared_heads=shared, packed=lie_together(dataset.arrays)
     )
+    recorded = tuple(filter(None, [dataset.words(problem)]))
     if not slow:
-        return found
+        return replace(found, notes=recorded)
     rates = {array.spec.name: read_rate(dataset, array.spec.name, problem, host_memory) for array in slow}
-    notes = tuple(
+    decoded = tuple(
         f"{array.spec.name} is {array.describe()}: that bounds reading to {rates[array.spec.name] / 1e9:.2g} GB/s"
         for array in slow
     )
     align_rows = max(array.chunk_rows for array in slow)
-    return replace(found, decode_rate=min(rates.values()), align_rows=align_rows, notes=notes)
+    return replace(found, decode_rate=min(rates.values()), align_rows=align_rows, notes=recorded + decoded)
 
 
 def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -> float:

@@ -192,6 +192,11 @@ class Problem:
         return None if found is None else tuple(float(found[head]) for head in group.query_heads)
 
     @property
+    def has_default_scale(self) -> bool:
+        """True if the scale is 1/sqrt(D), up to rounding."""
+        return math.isclose(self.scale, 1.0 / math.sqrt(self.head_dim), rel_tol=1e-12)
+
+    @property
     def is_plain(self) -> bool:
         """True if scores have no term but the scale."""
         return self.softcap is None and self.given.alibi_slopes is None and not self.bias_heads
@@ -217,6 +222,8 @@ class Problem:
             yield f"{used.min():,} to {used.max():,} keys used" if used.min() < used.max() else f"{used[0]:,} keys used"
         names = {"alibi_slopes": "ALiBi", "learnable_sink": "learnable sinks"}
         yield from (word for name, word in names.items() if name in self.digests)
+        if not self.has_default_scale:
+            yield f"scale {self.scale:g}"
         if self.softcap is not None:
             yield f"softcap {self.softcap:g}"
         if self.bias_heads:

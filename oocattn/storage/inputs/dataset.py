@@ -17,6 +17,7 @@ from oocattn.errors import IntegrityError, ProblemError, RemoteDeniedError
 from oocattn.problem.arrays import KEY_BIAS, ArraySpec
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.problem import Problem, make_problem
+from oocattn.problem.recorded import RecordedCall
 from oocattn.records import differences, to_json
 from oocattn.storage.chunk_errors import PageError
 from oocattn.storage.inputs.axes import Axes
@@ -31,6 +32,7 @@ from oocattn.storage.inputs.zarr_nodes import Place, open_node, what_is_at
 from oocattn.storage.inputs.zarr_source import ZarrSource
 from oocattn.storage.locations import parse_location
 from oocattn.storage.metadata import array_names, open_array, open_consolidated, read_group
+from oocattn.storage.nodes import attributes_of
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.zarr_compat import Store
 from oocattn.text import printable
@@ -43,17 +45,27 @@ class Dataset:
     """The input of a run: the tensors "q", "k" and "v", and "key_bias" where there is one and it is used.
 
     They lie in a group, at `location`, or each at its own place (`in_group` is False, `location` names them for messages).
+    `recorded` is what the model asked whose layer it holds; None where that is not known, or not to be used.
     """
 
     location: str
     arrays: dict[str, TensorSource]
     in_group: bool = True
+    recorded: RecordedCall | None = None
 
     @classmethod
-    def open(cls, place: Place, *, key_bias: bool = True, storage_options: StorageOptions | None = None) -> Dataset:
+    def open(
+        cls,
+        place: Place,
+        *,
+        key_bias: bool = True,
+        recorded: bool = False,
+        storage_options: StorageOptions | None = None,
+    ) -> Dataset:
         """Open a Zarr group, v3 or v2, for reading: at a path or a URL, which is checked first, or of a store.
 
-        The `storage_options` are for a URL. Without `key_bias` an array of that name is not looked at. Raises ProblemError
+        The `storage_options` are for a URL. Without `key_bias` an array of that name is not looked at; what its model asked
+        is read where it is to be `recorded`. Raises ProblemError
         if there is no group, no array q, k or v in it that can be read, or one whose attributes give its numbers or axes
         another meaning, and IntegrityError if its metadata is damaged.
         """
@@ -61,10 +73,10 @@ class Dataset:
             store, location = open_node(place, storage_options)
         except FileNotFoundError as error:
             raise _no_group(str(parse_location(place)), "found nothing") from error
-        return cls._open_in(store, location, (KEY_BIAS,) if key_bias else ())
+        return cls._open_in(store, location, (KEY_BIAS,) if key_bias else (), recorded)
 
     @classmethod
-    def _open_in(cls, store: Store, location: str, optional: Sequence[str]) -> Dataset:
+    def _open_in(cls, store: Store, location: str, optional: Sequence[str], recorded: bool = False) -> Dataset:
         group = read_group(store, location)
         if group is None:
             raise _no_group(location, what_is_at(store, location))
@@ -79,9 +91,9 @@ class Dataset:
         for array in arrays.values():
             refuse_packed(array, location)
         axes, reading = {name: _axes(name, array, location) for name, array in arrays.items()}, DirectReader()
-        return cls(
-            location, {name: ZarrSource(name, array, location, reading, axes[name]) for name, array in arrays.items()}
-        )
+        sources = {name: ZarrSource(name, array, location, reading, axes[name]) for name, array in arrays.items()}
+        attributes = attributes_of(group, location) if recorded else {}
+        return cls(location, {**sources}, recorded=RecordedCall.read(attributes, location))
 
     @classmethod
     def of(cls, arrays: dict[str, TensorSource]) -> Dataset:
@@ -93,11 +105,12 @@ class Dataset:
     def reopen(self) -> Dataset:
         """The dataset as it is now: what says how its tensors lie is read again. Raises as `open`."""
         if self.in_group:
-            return self._open_in(self.store, self.location, [name for name in self.arrays if name == KEY_BIAS])
+            optional = [name for name in self.arrays if name == KEY_BIAS]
+            return self._open_in(self.store, self.location, optional, self.recorded is not None)
         return Dataset(self.location, {name: source.reopen() for name, source in self.arrays.items()}, in_group=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset, (self.location, self.arrays, self.in_group)
+        return Dataset, (self.location, self.arrays, self.in_group, self.recorded)
 
     @property
     def store(self) -> Store:
@@ -130,6 +143,11 @@ class Dataset:
         """Name, shape and dtype of key_bias; None where there is none, or none is used."""
         found = self.arrays.get(KEY_BIAS)
         return None if found is None else found.spec
+
+    def words(self, problem: Problem) -> str:
+        """What a problem asks because it is recorded here; "" for nothing."""
+        found = ", ".join(self.recorded.words(problem)) if self.recorded is not None else ""
+        return f"{found}, of the dataset" if found else ""
 
     def record(self) -> dict[str, Any]:
         """What a result keeps of it, as JSON, besides `samples`."""

@@ -5,17 +5,18 @@ Nothing is unpickled, and nothing is read before its shape is checked.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from oocattn.errors import ProblemError
-from oocattn.naming import as_given, named
+from oocattn.naming import as_given, named, setting
 from oocattn.problem.given import DTYPES, MOST_ITEMS, Array, GivenArrays
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.problem import Problem
-from oocattn.problem_arguments import ProblemArguments, kept_array
+from oocattn.problem_arguments import ProblemArguments, kept_array, stated
 from oocattn.storage.inputs.codecs import complete_array, read_span
 from oocattn.storage.inputs.dataset import Dataset, pose
 from oocattn.storage.inputs.meaning import refuse_packed
@@ -29,6 +30,8 @@ from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.zarr_compat import Store
 from oocattn.text import printable
 
+logger = logging.getLogger("oocattn")
+
 MOST_CHUNK_BYTES = 1 << 28
 """Bytes of a chunk at most, in an array of the dataset that an argument names."""
 
@@ -39,10 +42,17 @@ def open_posed(
     inputs: InputsLike, asked: ProblemArguments, storage_options: StorageOptions | None = None
 ) -> tuple[Dataset, Problem]:
     """Open the inputs, and pose the problem that is asked. All arguments must be there, checked. Raises ProblemError."""
-    dataset = open_inputs(inputs, key_bias=asked["key_bias"], storage_options=storage_options)
-    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    asks: dict[str, Any] = {**asked}
+    recorded = asks.pop("recorded")
+    dataset = open_inputs(inputs, key_bias=asks["key_bias"], recorded=recorded, storage_options=storage_options)
+    if dataset.recorded is not None:
+        asks = dataset.recorded.complete(asks, dataset.location)
+    options = stated(asks)
     given = GivenArrays(**{name: _read(dataset, name, options.pop(name)) for name in DTYPES if name in options})
-    return dataset, pose(dataset, ProblemOptions(out_dtype=options.pop("dtype", None), given=given, **options))
+    problem = pose(dataset, ProblemOptions(out_dtype=options.pop("dtype", None), given=given, **options))
+    if words := dataset.words(problem):
+        logger.info("%s: %s (%s leaves that out)", dataset.location, words, setting("recorded", False))
+    return dataset, problem
 
 
 def _read(dataset: Dataset, name: str, source: Array | str | Path) -> Array:

@@ -82,12 +82,14 @@ ACCEPTED = (
 """What a tensor may be, for messages."""
 
 
-def open_inputs(inputs: InputsLike, *, key_bias: bool = True, storage_options: StorageOptions | None = None) -> Dataset:
-    """Open the inputs of a run. Without `key_bias` one that is there is not looked at. Raises as `Dataset.open`."""
+def open_inputs(
+    inputs: InputsLike, *, key_bias: bool = True, recorded: bool = False, storage_options: StorageOptions | None = None
+) -> Dataset:
+    """Open the inputs of a run. What they are and raise without `key_bias`, and with `recorded`: see `Dataset.open`."""
     parsed = parse_inputs(inputs)
     if isinstance(parsed, Inputs):
         return _open_tensors(parsed, key_bias, storage_options)
-    return Dataset.open(parsed, key_bias=key_bias, storage_options=storage_options)
+    return Dataset.open(parsed, key_bias=key_bias, recorded=recorded, storage_options=storage_options)
 
 
 def parse_inputs(inputs: InputsLike) -> Inputs | Location | zarr.Group | Store:
