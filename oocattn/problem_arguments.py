@@ -57,8 +57,8 @@ class ProblemArguments(TypedDict, total=False):
 
     * `softcap`: softcap * tanh(s / softcap);
     * `alibi_slopes` [Hq] or [B, Hq]: minus slope * abs(p - j);
-    * `key_bias`: plus the number that the dataset's array of that name, float32 [B, 1 or Hq, Nk], has for the key, where the
-      dataset has one (default: True);
+    * `key_bias`: plus the number that the dataset's array of that name, float32 [1 or B, 1 or Hq, Nk], [1 or Hq, Nk] or
+      [Nk], has for the key, where the dataset has one (default: True);
     * `learnable_sink` [Hq]: the softmax's denominator and `lse` have one more score, without a value.
 
     Of a dataset that `oocattn.integrations.transformers.capture` wrote, `scale`, `softcap`, `causal`, `window_size` and

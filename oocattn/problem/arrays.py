@@ -62,15 +62,20 @@ def check_arrays(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
 
 
 def heads_of_bias(bias: ArraySpec, batch: int, query_heads: int, keys: int) -> int:
-    """The heads of a key bias; ProblemError where it does not fit."""
-    shape = bias.shape if len(bias.shape) != 2 else (1, *bias.shape)  # without B, as q, k and v may be
-    if bias.dtype != "float32" or shape not in ((batch, 1, keys), (batch, query_heads, keys)):
+    """The heads of a key bias [B, H, N], [H, N] or [N], whose H and B may be 1; ProblemError where it does not fit."""
+    shape = (1, 1, *bias.shape)[-3:]
+    fits = len(bias.shape) in (1, 2, 3) and shape[0] in (1, batch) and shape[1] in (1, query_heads) and shape[2] == keys
+    if bias.dtype != "float32" or not fits:
         raise ProblemError(
-            f"array {bias.name!r} is {bias.dtype} {list(bias.shape)}: expected float32 [{batch}, 1, {keys}] or "
-            f"[{batch}, {query_heads}, {keys}], a bias for each key; write it again, or leave it out with "
-            f"{setting('key_bias', False)}"
+            f"array {bias.name!r} is {bias.dtype} {list(bias.shape)}: expected float32 [{_or_one(batch)}, "
+            f"{_or_one(query_heads)}, {keys}], a bias for each key, of which the first axes may be left out; write it "
+            f"again, or leave it out with {setting('key_bias', False)}"
         )
     return shape[1]
+
+
+def _or_one(count: int) -> str:
+    return "1" if count == 1 else f"1 or {count}"
 
 
 def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:

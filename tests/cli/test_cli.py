@@ -240,7 +240,7 @@ def test_bench_passes_its_options_on_and_prints_results_apart_from_progress(monk
     ]
     assert cli.main(["bench", *arguments]) == 0
     left_out = {name: option.default for name, option in PROBLEM_OPTIONS.items() if name not in ("causal", "dtype")}
-    del left_out["heads"]  # those of the dataset
+    del left_out["heads"], left_out["recorded"]  # those of the dataset
     assert asked == {
         **left_out, "keys": None, "value_dim": None,
         "tokens": 2048, "heads": 4, "kv_heads": 2, "head_dim": 32, "dtype": "float32", "causal": False,

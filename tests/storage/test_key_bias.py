@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import zarr
 from http_server import Handler, serving
+from reference import attention_by_definition
 from support import normal_arrays, write_dataset
 from zarr.codecs import ZstdCodec
 
+import oocattn
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.problem.options import ProblemOptions
 from oocattn.storage.inputs.dataset import Dataset, check_poses, pose
 from oocattn.storage.inputs.fingerprints import changed_arrays
+from oocattn.storage.inputs.opening import open_inputs
+from oocattn.storage.make.importing import import_arrays
 
 TOKENS, HEADS = 40, 4
 
@@ -66,20 +70,54 @@ def test_a_key_bias_is_read_to_the_bit(tmp_path: Path, heads: int, kind: str) ->
             np.testing.assert_array_equal(read(opened, batch, head, 5, 35), bias[batch, head, 5:35])
 
 
-@pytest.mark.parametrize("shape", [(1, TOKENS), (HEADS, TOKENS), (1, 1, TOKENS), (1, HEADS, TOKENS)], ids=str)
-def test_a_key_bias_of_one_batch_may_lack_it(tmp_path: Path, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(TOKENS,), (1, TOKENS), (HEADS, TOKENS), (1, 1, TOKENS), (1, HEADS, TOKENS), (2, 1, TOKENS)], ids=str
+)
+@pytest.mark.parametrize("kind", ["dataset", "array", "imported"])
+def test_axes_of_a_key_bias_that_are_left_out_or_1_are_shared(
+    tmp_path: Path, shape: tuple[int, ...], batch: int, kind: str
+) -> None:
+    """As NumPy and PyTorch broadcast it."""
+    if len(shape) == 3 and shape[0] > batch:
+        return
     bias = numbers(*shape)
-    dataset = Dataset.open(write(tmp_path, bias))
+    dataset = Dataset.open(write(tmp_path / "d", bias if kind == "dataset" else None, batch))
+    if kind == "array":
+        dataset = open_inputs({**{name: tmp_path / "d" / name for name in "qkv"}, "key_bias": bias})
+    if kind == "imported":
+        import_arrays(tmp_path / "i", **{name: tmp_path / "d" / name for name in "qkv"}, key_bias=bias)
+        dataset = Dataset.open(tmp_path / "i")
+        written = [array for _, array in zarr.open_group(tmp_path / "i").arrays()]
+        named = {pair for array in written for pair in zip(array.metadata.dimension_names, array.shape, strict=True)}
+        assert len(dict(named)) == len(named)  # one size to a name, as xarray wants it
     problem = pose(dataset, ProblemOptions())
-    assert problem.bias_heads == shape[-2]
+    whole = np.broadcast_to(bias, (batch, problem.bias_heads, TOKENS))
     assert "key bias" in str(problem)
-    np.testing.assert_array_equal(read(dataset, 0, shape[-2] - 1, 0, 10), bias.reshape(-1, TOKENS)[-1, :10])
+    for entry, head in np.ndindex(whole.shape[:2]):
+        np.testing.assert_array_equal(read(dataset, entry, head, 5, 35), whole[entry, head, 5:35])
+
+
+def test_a_key_bias_that_batch_entries_share_is_computed_counted_and_verified_once(fast_path: Path) -> None:
+    arrays, bias = normal_arrays(TOKENS, heads=HEADS, kv_heads=2, batch=2), numbers(TOKENS)
+    bias[5] = 0
+    given = {**dict(zip("qkv", arrays, strict=True)), "key_bias": bias}
+    result = oocattn.attention(given, fast_path / "out", engine="inline")
+    out, _ = attention_by_definition(*arrays, key_bias=np.broadcast_to(bias, (2, 1, TOKENS)))
+    np.testing.assert_allclose(result.out[...], out, rtol=0, atol=1e-5)
+    assert oocattn.verify(fast_path / "out", inputs=given).passed
+    bias[7] = np.nan
+    result = oocattn.attention(given, fast_path / "other", engine="inline")
+    assert result.report.not_finite == 1
 
 
 @pytest.mark.parametrize(
     ("bias", "words"),
     [
-        (numbers(1, 2, TOKENS), r"'key_bias' is float32 \[1, 2, 40\]: expected float32 \[1, 1, 40\] or \[1, 4, 40\]"),
+        (
+            numbers(1, 2, TOKENS),
+            r"'key_bias' is float32 \[1, 2, 40\]: expected float32 \[1, 1 or 4, 40\], a bias",
+        ),
         (numbers(2, 1, TOKENS), r"'key_bias' is float32 \[2, 1, 40\]"),
         (numbers(1, 1, TOKENS - 1), r"'key_bias' is float32 \[1, 1, 39\]"),
         (numbers(1, HEADS, TOKENS, 8), r"'key_bias' is float32 \[1, 4, 40, 8\]"),

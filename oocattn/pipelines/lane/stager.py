@@ -203,7 +203,7 @@ class Stager:
         """The reads of some runs of a head of an input."""
         group = self._plan.problem.head_group(staged.head_group)
         array, of_head = self._arrays[source.name], self._operation.heads(source.name, group)[head]
-        counted = self._operation.owns(source.name, staged.head_group)
+        counted = self._operation.owns(source.name, staged.head_group) and not (group.batch and array.of_all_batches)
         out = as_numpy(tensor)[head]
         for run in runs:
             step = max(1, READ_BYTES // out[:1].nbytes) if array.direct and run.rows else max(1, len(run.rows))

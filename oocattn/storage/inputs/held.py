@@ -29,6 +29,10 @@ class Rows(Protocol):
     def direct(self) -> bool:
         """See `TensorSource.direct`."""
 
+    @property
+    def of_all_batches(self) -> bool:
+        """See `TensorSource.of_all_batches`."""
+
     def read_rows(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
         """See `TensorSource.read_rows`."""
 
@@ -69,6 +73,11 @@ class HeldRows:
     def direct(self) -> bool:
         """See `Rows.direct`."""
         return self.source.direct
+
+    @property
+    def of_all_batches(self) -> bool:
+        """See `Rows.of_all_batches`."""
+        return self.source.of_all_batches
 
     def read_rows(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
         """See `TensorSource.read_rows`."""

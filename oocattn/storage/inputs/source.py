@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oocattn.problem.arrays import ArraySpec
+from oocattn.problem.arrays import KEY_BIAS, ArraySpec
 from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.origin import Origin
 from oocattn.storage.inputs.parts import Part
@@ -49,6 +49,11 @@ class TensorSource(ABC):
         shape = self.spec.shape[:-1] if self.axes.row_rank else self.spec.shape
         batch, heads, tokens = (1, 1, *shape)[-3:]
         return batch, heads, tokens
+
+    @property
+    def of_all_batches(self) -> bool:
+        """Whether each batch entry reads the rows of the only one: of a key_bias that is shared."""
+        return self.name == KEY_BIAS and self.extents[0] == 1
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -115,8 +120,9 @@ class TensorSource(ABC):
         `out` is C-contiguous, of dtype `dtype`. Raises ValueError for rows that the tensor has not or a buffer that does not
         fit, and IntegrityError for a part that is missing, of the wrong size or undecodable; `out` is then undefined.
         """
-        self._check(batch, head, start, stop, out)
-        self._read(batch, head, start, stop, out)
+        entry = 0 if self.of_all_batches else batch
+        self._check(entry, head, start, stop, out)
+        self._read(entry, head, start, stop, out)
 
     def read_heads(self, batch: int, heads: Sequence[int], start: int, stop: int, outs: Sequence[NDArray[Any]]) -> None:
         """Read the same tokens of several heads, each into its own of `outs`: what they share is decoded once.

@@ -135,7 +135,7 @@ def dimension_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[st
         "q": ("batch", "query_head", query, "head_dim"),
         "k": ("batch", "kv_head", key, "head_dim"),
         "v": ("batch", "kv_head", key, value),
-        "key_bias": ("batch", "query_head" if bias[1] == q[1] else "bias_head", key),
+        "key_bias": ("batch" if bias[0] == q[0] else "bias_batch", "query_head" if bias[1] == q[1] else "bias_head", key),
     }
 
 
