@@ -2,4 +2,6 @@
 
 from oocattn.imports import lazy_attributes
 
-__getattr__, __dir__ = lazy_attributes(__name__, {__name__: ["transformers"]})
+__all__ = ["transformers"]
+
+__getattr__, __dir__ = lazy_attributes(__name__, {__name__: __all__})

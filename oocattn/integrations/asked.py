@@ -17,7 +17,7 @@ from oocattn.integrations.described import DescribedMask
 from oocattn.problem.options import Window
 from oocattn.problem.recorded import RecordedCall
 
-_BEYOND = ("position_bias", "indices", "block_indices", "sinks")
+BEYOND = ("position_bias", "indices", "block_indices", "sinks")
 """Arguments of a call that make it another function than any we have."""
 
 _BLOCK = 1 << 24  # elements of a dense mask that are compared at a time
@@ -58,7 +58,7 @@ def _window_of(
     before: RecordedCall | None,
 ) -> Window | None:
     """How many keys before and after its own each row attends; None where the mask is no such band."""
-    if any(options.get(name) is not None for name in _BEYOND) or (before is not None and before.causal is None):
+    if any(options.get(name) is not None for name in BEYOND) or (before is not None and before.causal is None):
         return None
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)

@@ -6,6 +6,7 @@ other calls are streamed. Where the library would make a dense mask, it gets a d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from oocattn.arguments import Size
 from oocattn.errors import ProblemError
-from oocattn.integrations.capturing import capture as capture
+from oocattn.integrations.asked import BEYOND
+from oocattn.integrations.capturing import Capture, capture
 from oocattn.integrations.composition import Band, Span
 from oocattn.integrations.described import DescribedMask
 from oocattn.nn.alignment import align
@@ -26,6 +28,8 @@ from oocattn.nn.streaming import Budgets, stream
 from oocattn.problem.given import GivenArrays
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem_arguments import kept_array
+
+__all__ = ["Capture", "capture", "register"]
 
 NAME = "oocattn"
 
@@ -67,15 +71,23 @@ def _attend(
             module, query, key, value, dense, scaling=scaling, is_causal=bool(causal), **others
         )
         return found
-    biased = others.get("position_bias") is not None
-    if biased or not isinstance(mask, DescribedMask):
-        raise ProblemError(
-            f"{'position_bias' if biased else 'attention_mask'}: a dense mask or bias is not supported where attention is "
-            "streamed: expected an attention_mask [B, N] of padding at the ends; use "
-            'attn_implementation="sdpa", or give more device_memory'
-        )
+    _refuse_beyond(mask, others)
     terms = {"scale": scaling, "softcap": softcap or None, "given": _sinks(s_aux)}
     return _stream_entries(query, key, value, mask, terms, budgets).transpose(1, 2).contiguous(), None
+
+
+def _refuse_beyond(mask: DescribedMask | torch.Tensor, others: Mapping[str, Any]) -> None:
+    """Raise ProblemError for what streamed attention does not have, by the name of the argument that asks for it."""
+    remedy = 'use attn_implementation="sdpa", or give more device_memory'
+    if others.get("position_bias") is not None or not isinstance(mask, DescribedMask):
+        name = "attention_mask" if others.get("position_bias") is None else "position_bias"
+        raise ProblemError(
+            f"{name}: a dense mask or bias is not supported where attention is streamed: expected an attention_mask [B, N] "
+            f"of padding at the ends; {remedy}"
+        )
+    for name in (*BEYOND, "cu_seq_lens_q", "head_mask"):
+        if others.get(name) is not None:
+            raise ProblemError(f"{name}: this argument of the model is not supported where attention is streamed; {remedy}")
 
 
 def _sinks(given: torch.Tensor | None) -> GivenArrays:

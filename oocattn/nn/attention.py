@@ -127,7 +127,7 @@ def _four_dimensional(
             f"key {list(key.shape)} has {key_heads} heads and value {list(value.shape)} has {value_heads}: expected as "
             "many, or 1 of either"
         )
-    if heads != kv_heads and 1 not in (heads, kv_heads) and not (enable_gqa and heads % kv_heads == 0):
+    if heads % kv_heads if enable_gqa else heads != kv_heads and 1 not in (heads, kv_heads):
         raise ProblemError(
             f"query {list(query.shape)} has {heads} heads and key {list(key.shape)} has {key_heads}: expected as many, or "
             "with enable_gqa=True a multiple"

@@ -96,6 +96,8 @@ def stream(
     refuse_traced(query, key, value)
     _refuse(query, key, value)
     dtype = _result_dtype(query)
+    if torch.is_autocast_enabled(query.device.type) and len({each.dtype for each in (query, key, value)}) > 1:
+        query, key, value = (each.to(dtype) for each in (query, key, value))  # as torch's own call does, with all
     options = replace(options, out_dtype=str(dtype).removeprefix("torch."))
     if query.device.type == "cuda":
         torch.cuda.synchronize(query.device)  # lanes have streams of their own

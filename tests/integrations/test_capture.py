@@ -9,34 +9,30 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from random_models import TOKENS, WINDOW, make_ids, make_model, padding, transformers
+from random_models import TOKENS, make_ids, make_model, padding, transformers
 
 import oocattn
 
 
 @pytest.mark.parametrize(
-    ("kind", "implementation", "asked"),
+    ("kind", "implementation"),
     [
-        ("Llama", "sdpa", {}),
-        ("Llama", "eager", {}),
-        ("Llama", "oocattn", {}),
-        ("Granite", "sdpa", {"attention_multiplier": 0.7}),
-        ("Mistral", "sdpa", {}),
-        ("Gemma2", "eager", {"sliding_window": WINDOW, "query_pre_attn_scalar": 6, "attn_logit_softcapping": 0.3}),
-        ("GptOss", "oocattn", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": WINDOW}),
+        ("Llama", "sdpa"),
+        ("Llama", "eager"),
+        ("Llama", "oocattn"),
+        ("Granite", "sdpa"),
+        ("Mistral", "sdpa"),
+        ("Gemma2", "eager"),
+        ("GptOss", "oocattn"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_recorded_layer_is_a_dataset_whose_attention_is_the_layers(
-    fast_path: Path, kind: str, implementation: str, asked: dict[str, Any]
+    fast_path: Path, kind: str, implementation: str
 ) -> None:
     """Its scale, softcap, mask and sinks are recorded, and taken from there."""
     oocattn.integrations.transformers.register()
-    model, ids, got = make_model(kind, **({} if kind in ("Llama", "Mistral") else {"head_dim": 8, **asked})), make_ids(), []
+    model, ids, got = make_model(kind), make_ids(), []
     model.set_attn_implementation(implementation)
-    for name, parameter in model.named_parameters():
-        if "sinks" in name:
-            parameter.normal_()
     expected = model(ids).logits
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: got.append(inputs[0]))
     with oocattn.integrations.transformers.capture(model, fast_path / "store.zarr", layers=[0]):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pydoc
+from typing import Any
+
 import pytest
 import torch
-from random_models import SHAPE, TOKENS, WINDOW, make_ids, make_model, outputs, padding, transformers
+from random_models import TOKENS, make_ids, make_model, outputs, padding
 
 import oocattn
 
@@ -33,6 +36,34 @@ def test_streamed_attention_gives_the_logits_of_sdpa(kind: str, mask: torch.Tens
     torch.testing.assert_close(found[there], expected[there], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "GptOss", "ModernBert", "ViT"])
+def test_streamed_models_give_what_their_own_attention_gives(kind: str) -> None:
+    """Windows on one or both sides in some layers, softcaps, sinks, scales and encoders, with padding."""
+    model, ids, mask = make_model(kind), make_ids(), padding(right=7)
+    there = slice(None) if kind == "ViT" else mask.bool()
+    expected = outputs(model, "eager", ids, mask)[there]
+    oocattn.integrations.transformers.register(device_memory=STREAMED)
+    torch.testing.assert_close(outputs(model, "oocattn", ids, mask)[there], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "words"),
+    [
+        ("T5", {}, "^position_bias: a dense mask or bias is not supported where attention is streamed"),
+        ("Llama4Text", {}, "mask has chunked_overlay, which is no band of keys"),
+        ("Llama", {"cu_seq_lens_q": torch.tensor([0, 9, TOKENS])}, "^cu_seq_lens_q: this argument of the model is not"),
+        ("Llama", {"indices": torch.tensor([0])}, "^indices: this argument of the model is not supported"),
+    ],
+    ids=["position bias", "chunks", "packed", "sparse"],
+)
+def test_models_that_ask_for_another_function_are_refused_by_name(kind: str, asked: dict[str, Any], words: str) -> None:
+    model, ids = make_model(kind), make_ids()
+    oocattn.integrations.transformers.register(device_memory=STREAMED)
+    model.set_attn_implementation("oocattn")
+    with pytest.raises(oocattn.ProblemError, match=words):
+        model(ids, **({"decoder_input_ids": ids} if kind == "T5" else {}), **asked)
+
+
 @pytest.mark.parametrize("mask", [None, padding(4, 3), padding(hole=9)], ids=["none", "ends", "hole"])
 def test_small_calls_go_to_sdpa_with_its_own_mask(mask: torch.Tensor | None) -> None:
     model, ids = make_model("Mistral"), make_ids()
@@ -57,15 +88,6 @@ def test_text_is_generated_from_a_cache_with_padding_at_the_left(kind: str, cach
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
 
 
-def test_softcap_and_sinks_of_a_model_are_those_of_its_eager_attention() -> None:
-    torch.manual_seed(0)
-    shape = {**SHAPE, "head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
-    model, ids = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**shape)).eval(), make_ids()
-    expected = outputs(model, "eager", ids, None)
-    oocattn.integrations.transformers.register()
-    torch.testing.assert_close(outputs(model, "oocattn", ids, None), expected, rtol=0, atol=1e-5)
-
-
 def test_what_cannot_be_streamed_is_refused_by_name() -> None:
     model, ids = make_model(), make_ids()
     oocattn.integrations.transformers.register(device_memory=STREAMED)
@@ -84,3 +106,12 @@ def test_what_cannot_be_streamed_is_refused_by_name() -> None:
         oocattn.integrations.transformers.register(device_memory="much")
     with pytest.raises(oocattn.ProblemError, match=r"s3://bucket/x: .* a local path, not to a URL"):
         oocattn.integrations.transformers.register(scratch="s3://bucket/x")
+
+
+def test_what_integrations_offer_is_in_their_help() -> None:
+    for module in (oocattn.integrations, oocattn.integrations.transformers, oocattn.nn):
+        page = pydoc.plain(pydoc.render_doc(module))
+        for name in module.__all__:
+            assert getattr(module, name).__doc__
+            assert name in dir(module)
+            assert name in page

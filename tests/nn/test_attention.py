@@ -225,6 +225,14 @@ def test_autocast_gives_the_dtype_that_torch_gives() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[torch.bfloat16])
 
 
+def test_autocast_takes_tensors_of_two_dtypes_as_torch_does() -> None:
+    (q,) = tensors((1, 2, 20, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scaled_dot_product_attention(q, q, q.bfloat16(), **STREAMED)
+        expected = functional.scaled_dot_product_attention(q, q, q.bfloat16())
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[torch.bfloat16])
+
+
 def test_a_call_leaves_the_random_numbers_of_torch_alone() -> None:
     q, k, v = tensors((1, 1, 20, 24), (1, 1, 30, 24), (1, 1, 30, 24))  # a shape whose kernel was not timed yet
     before = torch.get_rng_state()
