@@ -64,6 +64,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no token": (lambda: GOOD[:, :, :0], r"array 'q' is empty"),
     "no head dimension": (lambda: TENSOR[..., :0], r"array 'q' is empty"),
     "another head dimension": (lambda: GOOD[..., :7], r"'k' has shape .*: expected \[1, 2, 16, 7\]"),
+    "delayed": (lambda: dask.delayed(GOOD), r"found a dask\.Delayed\w*, .*dask\.array\.from_delayed"),
     "unknown sizes": (
         lambda: dask.array.from_array(GOOD)[:, :, dask.array.ones(16) > 0],
         r"unknown sizes: .*compute_chunk_sizes",

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from oocattn.errors import ProblemError
+from oocattn.naming import named
 
 _live: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
@@ -20,23 +21,32 @@ def keep(found: Any) -> str:
     return token
 
 
+class ElsewhereError(ProblemError):
+    """An object lies in the memory of another process. The message says what to do."""
+
+
 class Elsewhere:
-    """What stands for an object in another process than its own: any use raises ProblemError, which calls it `label`."""
+    """What stands for an object in another process than its own: any use raises ElsewhereError, which calls it `label`."""
 
     def __init__(self, token: str, label: str) -> None:
         host, pid, _ = token.rsplit(":", 2)
         self._why = (
-            f"{label} lies in the memory of process {pid} on {host}, and this is process {os.getpid()}: workers of a "
-            "cluster read files and stores; write it to one, or run without client="
+            f"{label} is an object of process {pid} on {host}, and this is process {os.getpid()}: save it where all workers "
+            f"can read it (numpy.save; of an array of Dask, .to_zarr) and give the path, or leave {named('client')} out"
         )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # what copies and compares looks for
             raise AttributeError(name)
-        raise ProblemError(self._why)
+        raise ElsewhereError(self._why)
 
 
 def recall(token: str, label: str) -> Any:
     """The object of a token, which messages call `label`, or what stands for it here."""
-    found = _live.get(token)
+    found = find(token)
     return Elsewhere(token, label) if found is None else found
+
+
+def find(token: str) -> Any:
+    """The object of a token, or None in another process than its own."""
+    return _live.get(token)

@@ -15,7 +15,8 @@ from oocattn.arguments import integer
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.problem.arrays import KEY_BIAS
 from oocattn.storage.inputs.axes import LAYOUTS, PACKED_LAYOUTS, Axes, packed_axes, plain_axes
-from oocattn.storage.inputs.computed import open_computed
+from oocattn.storage.inputs.dask_arrays import open_dask
+from oocattn.storage.inputs.data_arrays import open_data_array
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.file_source import open_file
 from oocattn.storage.inputs.meaning import order_by_names
@@ -72,7 +73,7 @@ Opener = Callable[[str, object, StorageOptions | None], Opened | None]
 
 Raises ProblemError."""
 
-KINDS: tuple[Opener, ...] = (open_memmap, open_memory, open_computed, open_file, open_zarr_array)
+KINDS: tuple[Opener, ...] = (open_memmap, open_memory, open_dask, open_data_array, open_file, open_zarr_array)
 """The kinds of tensors, in the order in which they are tried. To add one: a class of `TensorSource`, and its opener here."""
 
 ACCEPTED = (

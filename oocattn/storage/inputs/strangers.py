@@ -21,6 +21,8 @@ _REMEDIES = {
     "sparse": "give its .todense()",
     "safetensors": "give FILE.safetensors:TENSOR",
     "zarr": "give a zarr.Array",
+    "distributed": "give its .result()",
+    "dask": "give an array of it (dask.array.from_delayed, .to_dask_array)",
 }
 
 

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask.array
 import pytest
 from distributed import Client
 from support import Recorder, assert_same_bits, carry_out, damage, normal_arrays, plan_for, write_dataset
@@ -113,6 +115,27 @@ def test_workers_that_see_the_same_files_share_a_run(elsewhere: Elsewhere, resul
     dataset = elsewhere.folder / "old.zarr"
     found = oocattn.attention(dataset, elsewhere.folder / "whole.zarr", client=elsewhere.client, kernel="cpu", chunks=7)
     assert_same_bits(found, oocattn.attention(dataset, result, client=client, kernel="cpu", chunks=7))
+
+
+def test_arrays_of_dask_are_computed_by_workers_in_other_processes(elsewhere: Elsewhere, result: Path) -> None:
+    arrays = dict(zip("qkv", normal_arrays(170, heads=2), strict=True))
+    lazy = {name: dask.array.from_array(each, chunks=(1, 2, 64, 8)) for name, each in arrays.items()}
+    found = oocattn.attention(lazy, elsewhere.folder / "dask.zarr", client=elsewhere.client, kernel="cpu", chunks=7)
+    assert_same_bits(found, oocattn.attention(arrays, result, engine="inline", kernel="cpu", chunks=7))
+
+
+def test_what_only_this_process_has_is_refused_with_what_helps(elsewhere: Elsewhere, result: Path) -> None:
+    q, *_ = normal_arrays(170, heads=2)
+    persisted = elsewhere.client.persist(dask.array.from_array(q, chunks=(1, 2, 64, 8)))
+    unsendable = dask.array.from_array(q).map_blocks(lambda block, _: block, threading.Lock(), dtype=q.dtype)
+    for given in (q, persisted, unsendable):
+        inputs = {"q": given, "k": given, "v": given}
+        with pytest.raises(ProblemError, match=r"q is an object of process .*\.to_zarr.* or leave client out") as refused:
+            oocattn.attention(inputs, elsewhere.folder / "memory.zarr", client=elsewhere.client, kernel="cpu")
+        assert "rsync" not in str(refused.value)
+        assert (
+            oocattn.attention(inputs, result, engine="inline", kernel="cpu", chunks=7, overwrite=True).out.shape == q.shape
+        )
 
 
 def test_a_worker_that_comes_later_and_sees_other_data_takes_no_part(

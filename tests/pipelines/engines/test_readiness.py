@@ -55,7 +55,7 @@ HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu
     ("changed", "words"),
     [
         ({}, []),
-        ({"dataset": "no such folder"}, ["cannot read the dataset /d.zarr as it can be read here (no such folder): mount"]),
+        ({"dataset": "no such folder"}, ["cannot read the dataset /d.zarr as it can be read here: no such folder"]),
         ({"dataset": Fingerprints("q2-k1-v1", "", "q2-k-v")}, ["sees other data in q of the dataset /d.zarr than is here"]),
         (
             {"dataset": Fingerprints("q1-k2-v2", "", "q-k-v")},

@@ -30,6 +30,7 @@ from oocattn.storage.files.durable import PARTIAL
 from oocattn.storage.files.operations import name_failure, words_of
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import Fingerprints, changed_arrays
+from oocattn.storage.inputs.kept import ElsewhereError
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.results.growing import RunState
 from oocattn.threads import begin_call
@@ -153,10 +154,12 @@ def _look_at_dataset(dataset: Dataset) -> Fingerprints | str:
         for path in dataset.paths:
             os.stat(path)
         return dataset.reopen().fingerprints()
-    except (OocattnError, OSError) as error:
+    except ElsewhereError as error:
         return words_of(error)
+    except (OocattnError, OSError) as error:
+        return f"{words_of(error)}; {SAME_DATA}"
     except Exception as error:  # a remote file system has its own
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}; {SAME_DATA}"
 
 
 def _look_at_state(state: Path, claim: Claim) -> tuple[str, str]:
@@ -192,7 +195,7 @@ def find_faults(worker: WorkerState, expected: Expectations, written: bool) -> l
 def _dataset_faults(worker: WorkerState, expected: Expectations) -> list[str]:
     place, here = f"the dataset {expected.dataset.location}", expected.fingerprints
     if isinstance(worker.dataset, str):
-        return [f"cannot read {place} as it can be read here ({worker.dataset}): {SAME_DATA}"]
+        return [f"cannot read {place} as it can be read here: {worker.dataset}"]
     if changed := changed_arrays(here.untimed, worker.dataset.untimed):
         return [f"sees other data in {changed} of {place} than is here (metadata, sizes or content of chunks): {SAME_DATA}"]
     if changed := changed_arrays(here.recorded, worker.dataset.recorded):
