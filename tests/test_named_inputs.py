@@ -23,7 +23,7 @@ from oocattn import IntegrityError, ProblemError, Result
 from oocattn.cli.main import main
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.storage.inputs.opening import open_inputs, open_recorded
-from oocattn.storage.inputs.origin import Numbers, Origin
+from oocattn.storage.inputs.origin import Numbers, Origin, command_options
 
 PINNED: dict[str, Any] = {"chunks": 3, "decomposition": "cqs", "kernel": "cpu", "host_memory": "64MiB", "engine": "inline"}
 
@@ -103,6 +103,43 @@ def test_tensors_in_memory_are_the_same_whoever_holds_them(fast_path: Path, expe
     np.testing.assert_array_equal(found.out[...], expected.out[...])
     again = oocattn.attention(KINDS["dask"](TENSORS), result, **PINNED)
     assert again.path == found.path
+
+
+@pytest.mark.parametrize("layout", [{"q": "bnhd", "v": "bnhd"}, {"q": "bnhd", "k": "bhnd", "v": "bnhd"}])
+def test_each_tensor_may_have_a_layout_of_its_own(layout: Any, fast_path: Path, expected: Result) -> None:
+    given = {name: each.transpose(0, 2, 1, 3) if name in "qv" else each for name, each in TENSORS.items()}
+    found = oocattn.attention({**given, "layout": layout}, fast_path / "result.zarr", **PINNED)
+    np.testing.assert_array_equal(found.out[...], expected.out[...])
+
+
+def test_the_command_takes_and_shows_a_layout_for_each_tensor(fast_path: Path, expected: Result) -> None:
+    options = ["--layout", "q=bnhd,k=bhnd,v=bnhd"]
+    for name in "qkv":
+        np.save(fast_path / f"{name}.npy", TENSORS[name].transpose(0, 2, 1, 3) if name in "qv" else TENSORS[name])
+        options += [f"--{name}", str(fast_path / f"{name}.npy")]
+    result = fast_path / "result.zarr"
+    pinned = ["--chunks", "3", "--decomposition", "cqs", "--kernel", "cpu", "--host-memory", "64MiB", "--engine", "inline"]
+    assert main(["run", str(result), *options, *pinned]) == 0
+    np.testing.assert_array_equal(oocattn.open(result).out[...], expected.out[...])
+    shown = command_options(oocattn.verify(result, rows=4).tensors)
+    assert shown == [*options[2:], *options[:2]]
+    assert main(["import", str(fast_path / "dataset.zarr"), *options]) == 0
+    for name in "qkv":
+        np.testing.assert_array_equal(zarr.open_array(fast_path / "dataset.zarr", path=name)[...], TENSORS[name])
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", *options[2:], "--layout", "q=bnhd,k=abcd"])
+
+
+@pytest.mark.parametrize("order", ["bhnd", "bnhd", "nbhd"])
+def test_dimension_names_decide_for_their_own_tensor_alone(order: str, fast_path: Path, expected: Result) -> None:
+    names = dict(zip("bhnd", ("batch", "head", "token", "dim"), strict=True))
+    axes = ["bhnd".index(axis) for axis in order]
+    q = pytest.importorskip("xarray").DataArray(TENSORS["q"].transpose(axes), dims=[names[axis] for axis in order])
+    for layout, other in ((None, "bhnd"), ("bhnd", "bhnd"), ("bnhd", "bnhd")):
+        others = {name: TENSORS[name].transpose(["bhnd".index(axis) for axis in other]) for name in "kv"}
+        inputs = oocattn.Inputs(q=q, **others, layout=layout)
+        found = oocattn.attention(inputs, fast_path / f"{layout}.zarr", **PINNED)
+        np.testing.assert_array_equal(found.out[...], expected.out[...])
 
 
 def test_arrays_of_xarray_are_read_as_what_they_hold(fast_path: Path, expected: Result) -> None:

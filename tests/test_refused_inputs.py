@@ -96,9 +96,12 @@ THREE = {"q": GOOD, "k": GOOD, "v": GOOD}
         ({}, "the inputs have no q and no k and no v"),
         ({"q": GOOD, "v": GOOD}, "the inputs have no k: expected q, k and v"),
         ({**THREE, "w": GOOD}, "the inputs have the key 'w': expected q, k, v, key_bias"),
-        ({**THREE, "layout": "bdhn"}, "layout = 'bdhn': expected bhnd, bnhd, hnd, nhd"),
-        ({**THREE, "layout": "bn3hd"}, "layout = 'bn3hd': expected bhnd"),
+        ({**THREE, "layout": "bdhn"}, r"layout = 'bdhn' .*: expected one of bhnd, bnhd, hnd, nhd"),
+        ({**THREE, "layout": "bn3hd"}, r"layout = 'bn3hd' .*: expected one of bhnd"),
         ({**THREE, "layout": 5}, "layout = 5"),
+        ({**THREE, "layout": {"k": "bdhn"}}, r"layout of k = 'bdhn' .*: expected one of bhnd"),
+        ({**THREE, "layout": {"w": "bhnd"}}, "layout has the key 'w': expected q, k, v"),
+        ({**THREE, "layout": {"k": "hnd"}}, r"k \(.*layout hnd has 3 dimensions.*or one for each tensor"),
         ({**THREE, "layout": "hnd"}, "layout hnd has 3 dimensions"),
         ({**THREE, "heads": 2}, "expected with qkv alone"),
         ({**THREE, "qkv": GOOD}, "the inputs have qkv, and q"),
@@ -140,8 +143,9 @@ def test_parameters_are_read_where_no_gradient_is_asked() -> None:
 
 def test_a_layout_that_dimension_names_contradict_is_refused() -> None:
     q = zarr.create_array(MemoryStore(), data=GOOD, dimension_names=("batch", "head", "token", "dim"))
-    with pytest.raises(ProblemError, match=r"layout = 'bnhd', but the dimension names of q .* say bhnd"):
-        oocattn.plan({"q": q, "k": GOOD, "v": GOOD, "layout": "bnhd"})
+    for given in ({"q": q, "k": q, "v": q, "layout": "bnhd"}, {"q": q, "k": GOOD, "v": GOOD, "layout": {"q": "bnhd"}}):
+        with pytest.raises(ProblemError, match=r"layout = 'bnhd', but the dimension names of q .* say bhnd"):
+            oocattn.plan(given)
 
 
 def data_array(*given: Any, **options: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import oocattn
@@ -49,13 +50,29 @@ def _add_tensors(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--key-bias", dest="bias", metavar="FILE", help="where a number for each key is, [B, H, N], [H, N] or [N]"
     )
-    group.add_argument(
-        "--layout",
-        choices=(*LAYOUTS, *PACKED_LAYOUTS),
-        help="order of the axes: b batch, h heads, n tokens, d head dimension, of --qkv also 3, or f for all features "
-        f"(default: by dimension names, or {LAYOUTS[0]}, of --qkv {PACKED_LAYOUTS[0]})",
-    )
+    add_layout(group.add_argument, *PACKED_LAYOUTS)
     group.add_argument("--qkv-heads", type=_heads, metavar="HQ,HKV", help="heads of q and of k, where --layout has f")
+
+
+def add_layout(add: Callable[..., Any], *more: str) -> None:
+    """Add the order of the axes of tensors; `more` are those of packed ones, where there may be any."""
+    packed = f"; of --qkv {', '.join(more)}, with f for all features" if more else ""
+    add(
+        "--layout",
+        type=partial(_layout, (*LAYOUTS, *more)),
+        metavar="LAYOUT",
+        help="order of the axes of tensors whose dimensions have no names: b batch, h heads, n tokens, d head dimension, "
+        f"{', '.join(LAYOUTS)}{packed}; where tensors differ, q=bnhd,k=bhnd (default: the first of these)",
+    )
+
+
+def _layout(known: Sequence[str], text: str) -> str | dict[str, str]:
+    """The order of axes for all tensors, or of each."""
+    found = dict(each.partition("=")[::2] for each in text.split(",")) if "=" in text else {"": text}
+    for name, order in found.items():
+        if name not in ("", *TENSORS) or order not in known:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(known)}, or such as q=bnhd,k=bhnd")
+    return found.get("", found)
 
 
 def _heads(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from oocattn.cli.documents import add_json
 from oocattn.cli.exit_codes import explain_exit_codes
-from oocattn.cli.inputs import PLACES, add_inputs, add_moved_inputs, add_storage_option
+from oocattn.cli.inputs import PLACES, add_inputs, add_layout, add_moved_inputs, add_storage_option
 from oocattn.cli.parser import Parser
 from oocattn.cli.places import add_place, add_scratch
 from oocattn.cli.readers import DISK_RATE as _DISK_RATE
@@ -28,7 +28,6 @@ from oocattn.pipelines.engines import ENGINES
 from oocattn.planning.devices import DEVICES, DISK_RATE
 from oocattn.planning.options import DECOMPOSITIONS
 from oocattn.problem.arrays import MAX_HEAD_DIM
-from oocattn.storage.inputs.axes import LAYOUTS
 from oocattn.version import __version__
 
 Command = Callable[[argparse.Namespace], int]  # a command: it takes its options and returns its exit code
@@ -97,7 +96,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
             help=f"where {name} is: {PLACES}",
         )
     add("--key-bias", metavar="FILE", help="file of a number that each key adds to its scores, [B, H, N], [H, N] or [N]")
-    add("--layout", choices=LAYOUTS, help="order of the axes of q, k and v (default: by their dimension names, or bhnd)")
+    add_layout(add)
     add("--dtype", **_DTYPE, help="dtype of the dataset (default: that of the files)")
     add_storage_option(parser)
 

@@ -101,7 +101,7 @@ def plain_axes(name: str, layout: str, stored: Sequence[int], label: str) -> Axe
     if len(layout) != len(stored):
         raise ProblemError(
             f"{name} ({label}) has shape {list(stored)}: layout {layout} has {len(layout)} dimensions; name the order of "
-            f"its axes with {named('layout')}, one of {', '.join(LAYOUTS)}"
+            f"its axes with {named('layout')}, one of {', '.join(LAYOUTS)}, or one for each tensor"
         )
     return Axes(layout)
 

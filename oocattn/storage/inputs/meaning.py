@@ -92,12 +92,12 @@ def order_by_names(name: str, label: str, named: Sequence[DimensionNames]) -> st
     )
 
 
-def warn_if_transposed(q: ArraySpec, k: ArraySpec, layout: str | None = None) -> None:
-    """Warn where q and k, in the order `layout` (default: [B, H, N, D]), have more heads than tokens.
+def warn_if_transposed(q: ArraySpec, k: ArraySpec, orders: Sequence[str] | None = None) -> None:
+    """Warn where q and k, whose axes are in these orders (default: [B, H, N, D]), have more heads than tokens.
 
     In a decode step q alone has.
     """
-    orders = [layout or "bhnd"[4 - len(spec.shape) :] for spec in (q, k)]
+    orders = orders or ["bhnd"[4 - len(spec.shape) :] for spec in (q, k)]
     size, of_keys = (dict(zip(order, spec.shape, strict=True)) for order, spec in zip(orders, (q, k), strict=True))
     if size["h"] <= size["n"] or of_keys["h"] <= of_keys["n"]:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,7 @@ from oocattn.storage.inputs.dask_arrays import open_dask
 from oocattn.storage.inputs.data_arrays import open_data_array
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.file_source import open_file
+from oocattn.storage.inputs.layouts import LayoutLike, agreed_layouts
 from oocattn.storage.inputs.meaning import order_by_names
 from oocattn.storage.inputs.memmap import open_memmap, open_raw
 from oocattn.storage.inputs.memory import open_memory
@@ -50,8 +51,9 @@ class Inputs:
     `FILE.safetensors.index.json:NAME`), `FILE.pt:NAME`, or an array of NumPy (`numpy.memmap` too), PyTorch, Dask or xarray.
 
     `layout` is the order of their axes: one of "bhnd", "bnhd", "hnd" and "nhd", or for `qkv` "bn3hd", "n3hd", or "bnf" and
-    "nf" for features [(Hq + 2 Hkv) D], which take `heads` and `kv_heads`. Without it dimension names decide, where there
-    are any, and else it is "bhnd", or "bn3hd".
+    "nf" for features [(Hq + 2 Hkv) D], which take `heads` and `kv_heads`. Tensors of different orders have a mapping, such
+    as {"q": "bnhd", "k": "bhnd"}. Of a tensor whose dimensions have names these decide; of one without either it is "bhnd",
+    or "bn3hd".
     """
 
     q: Tensor | None = None
@@ -59,7 +61,7 @@ class Inputs:
     v: Tensor | None = None
     key_bias: Tensor | None = None
     qkv: Tensor | None = None
-    layout: str | None = None
+    layout: LayoutLike = None
     heads: int = 0
     kv_heads: int = 0
 
@@ -202,18 +204,20 @@ def bias_source(found: Opened) -> TensorSource:
 
 
 def _apart(inputs: Inputs, opened: Mapping[str, Opened]) -> dict[str, TensorSource]:
-    return {name: plain_source(name, found, inputs.layout) for name, found in opened.items()}
+    return plain_sources(opened, inputs.layout)
 
 
-def plain_source(name: str, found: Opened, layout: str | None) -> TensorSource:
-    """The source of q, k or v by itself: its axes are as `layout` says, as its dimensions are called, or [B, H, N, D]."""
-    order = _agreed_layout(name, found, layout, LAYOUTS)
-    return found.source(name, plain_axes(name, order, found.shape, found.label))
+def plain_sources(opened: Mapping[str, Opened], layout: LayoutLike) -> dict[str, TensorSource]:
+    """The sources of q, k and v: axes are as dimensions are called, as `layout` says, or [B, H, N, D]."""
+    orders = agreed_layouts(opened, layout, LAYOUTS)
+    return {
+        name: found.source(name, plain_axes(name, orders[name], found.shape, found.label)) for name, found in opened.items()
+    }
 
 
 def _packed(inputs: Inputs, opened: Mapping[str, Opened]) -> dict[str, TensorSource]:
     found = opened["qkv"]
-    layout = _agreed_layout("qkv", found, inputs.layout, PACKED_LAYOUTS)
+    layout = agreed_layouts(opened, inputs.layout, PACKED_LAYOUTS)["qkv"]
     heads, kv_heads = _counts_of_heads(inputs)
     if (heads or kv_heads) and "f" not in layout:
         counts = naming.by_face("heads and kv_heads are", "--qkv-heads is")
@@ -224,16 +228,3 @@ def _packed(inputs: Inputs, opened: Mapping[str, Opened]) -> dict[str, TensorSou
 
 def _counts_of_heads(inputs: Inputs) -> tuple[int, int]:
     return integer(0)("heads", inputs.heads), integer(0)("kv_heads", inputs.kv_heads)
-
-
-def _agreed_layout(name: str, found: Opened, layout: str | None, known: Sequence[str]) -> str:
-    """The order of the axes: `layout`, or by dimension names, or the usual one. Raises ProblemError for one of no use."""
-    if layout is not None and not (isinstance(layout, str) and layout in known):
-        raise ProblemError(f"layout = {layout!r:.80}: expected {', '.join(known)}, the order of the axes")
-    named = order_by_names(name, f"{name} ({found.label})", found.names)
-    if layout is not None and named not in (None, layout):
-        raise ProblemError(
-            f"{naming.as_given('layout', layout)}, but the dimension names of {name} ({found.label}) say {named}: expected "
-            f"the same of both; leave {naming.named('layout')} out, or correct the names if they are wrong"
-        )
-    return layout or named or known[0]

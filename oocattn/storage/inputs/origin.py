@@ -9,6 +9,7 @@ from typing import Annotated
 from oocattn.problem.arrays import KEY_BIAS
 from oocattn.records import ADDED, Count, Pattern, Positive
 from oocattn.storage.inputs.axes import BHND, Axes
+from oocattn.storage.inputs.layouts import show_layout
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def command_options(origins: Mapping[str, Origin]) -> list[str] | None:
     if not all(origin.location and origin.numbers is None for origin in origins.values()):
         return None
     axes = origins["q"].axes
-    if "3" in axes.order or "f" in axes.order:
+    orders = {name: origins[name].axes.order for name in (("q",) if axes.packed else ("q", "k", "v"))}
+    if axes.packed:
         options = ["--qkv", str(origins["q"])]
         if axes.heads:
             options += ["--qkv-heads", f"{axes.heads},{origins['k'].axes.heads}"]
@@ -82,4 +84,4 @@ def command_options(origins: Mapping[str, Origin]) -> list[str] | None:
         options = [part for name in ("q", "k", "v") for part in (f"--{name}", str(origins[name]))]
     if KEY_BIAS in origins:
         options += ["--key-bias", str(origins[KEY_BIAS])]
-    return [*options, "--layout", axes.order]
+    return [*options, "--layout", show_layout(orders)]

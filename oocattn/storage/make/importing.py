@@ -19,8 +19,9 @@ from oocattn.problem.arrays import DTYPES, KEY_BIAS, ArraySpec
 from oocattn.problem.problem import make_problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.axes import LAYOUTS
+from oocattn.storage.inputs.layouts import LayoutLike, check_layout
 from oocattn.storage.inputs.meaning import warn_if_transposed
-from oocattn.storage.inputs.opening import Tensor, bias_source, open_tensor, plain_source
+from oocattn.storage.inputs.opening import Tensor, bias_source, open_tensor, plain_sources
 from oocattn.storage.inputs.source import TensorSource
 from oocattn.storage.make.create import create_array, create_dataset, dimension_names, fill_array
 from oocattn.storage.remote.options import StorageOptions, parse_options
@@ -30,7 +31,10 @@ RANKS = {"q": 4, "k": 4, "v": 4, KEY_BIAS: 3}
 
 
 @checked(
-    layout=arguments.choice(*LAYOUTS), dtype=arguments.dtype, overwrite=arguments.boolean, storage_options=parse_options
+    layout=partial(check_layout, known=LAYOUTS, tensors=("q", "k", "v")),
+    dtype=arguments.dtype,
+    overwrite=arguments.boolean,
+    storage_options=parse_options,
 )
 @keep_denormals()
 def import_arrays(
@@ -40,7 +44,7 @@ def import_arrays(
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None = None,
-    layout: str | None = None,
+    layout: LayoutLike = None,
     dtype: Dtype | None = None,
     overwrite: bool = False,
     storage_options: StorageOptions | None = None,
@@ -62,7 +66,7 @@ def import_arrays(
     """
     converted = None if dtype is None else str(dtype)
     opened = {name: open_tensor(name, tensor, storage_options) for name, tensor in (("q", q), ("k", k), ("v", v))}
-    sources = {name: plain_source(name, each, layout) for name, each in opened.items()}
+    sources = plain_sources(opened, layout)
     dtypes = {name: _dtype(source, converted) for name, source in sources.items()}
     if key_bias is not None:
         sources[KEY_BIAS] = bias_source(open_tensor(KEY_BIAS, key_bias, storage_options))
@@ -70,7 +74,7 @@ def import_arrays(
     specs = {name: _spec(source, dtypes[name]) for name, source in sources.items()}
     make_problem(specs["q"], specs["k"], specs["v"], key_bias=specs.get(KEY_BIAS))
     q_spec, k_spec = (replace(specs[name], shape=opened[name].shape) for name in ("q", "k"))
-    warn_if_transposed(q_spec, k_spec, sources["q"].axes.order)
+    warn_if_transposed(q_spec, k_spec, [sources[name].axes.order for name in ("q", "k")])
     origin = {name: str(source.origin) for name, source in sources.items()}
     dimensions = dimension_names({name: spec.shape for name, spec in specs.items()})
     attributes = {"oocattn": {"imported_from": origin}}
