@@ -30,6 +30,7 @@ from oocattn.problem_arguments import PROBLEM_OPTIONS, ProblemArguments
 from oocattn.storage.inputs.given import open_posed
 from oocattn.storage.inputs.opening import InputsLike, parse_inputs
 from oocattn.storage.paths import LOCKS, ResultLike, ResultPaths
+from oocattn.storage.remote.limits import limited
 from oocattn.storage.remote.options import StorageOptions, parse_options
 from oocattn.storage.results.arrays import ResultArrays
 
@@ -159,12 +160,12 @@ def attention(
     Then nothing has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
     until, workplace = _end(time_limit), Workplace(engine, client, dashboard_address)
-    paths = ResultPaths.at(result, scratch, lock, storage_options)
-    opened, problem = open_posed(inputs, asked, storage_options)
-    parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
-    return session.attend(
-        Request(problem, opened, paths, overwrite), Choices(*parsed), workplace, _listeners(callbacks, progress), until
-    )
+    listeners = _listeners(callbacks, progress)
+    with limited(until):
+        paths = ResultPaths.at(result, scratch, lock, storage_options)
+        opened, problem = open_posed(inputs, asked, storage_options)
+        parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
+        return session.attend(Request(problem, opened, paths, overwrite), Choices(*parsed), workplace, listeners, until)
 
 
 @checked(**RUN_OPTIONS, **PLACE_OPTIONS, accept_other_bits=arguments.boolean, check_finished=arguments.boolean)
@@ -194,10 +195,11 @@ def resume(
     since or the journal is damaged, and what `attention` raises.
     """
     until, workplace = _end(time_limit), Workplace(engine, client, dashboard_address)
-    paths = ResultPaths.at(result, scratch, lock, storage_options)
     named = None if inputs is None else parse_inputs(inputs)
     resuming, listeners = Resuming(accept_other_bits, check_finished), _listeners(callbacks, progress)
-    return session.resume(paths, named, resuming, workplace, listeners, until, storage_options)
+    with limited(until):
+        paths = ResultPaths.at(result, scratch, lock, storage_options)
+        return session.resume(paths, named, resuming, workplace, listeners, until, storage_options)
 
 
 def _listeners(callbacks: Sequence[Callback], progress: bool) -> list[Callback]:

@@ -30,6 +30,7 @@ from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.watch.events import Attended, Callback, Saved, Staged, TaskEvent
 from oocattn.planning.cost import MOST_UNFINISHED, PIECE, WINDOW
 from oocattn.storage.inputs.fingerprints import changed_arrays
+from oocattn.storage.remote.limits import current_limit
 from oocattn.units import format_seconds
 
 WORKER_CHECK_SECONDS = 5.0  # seconds after which it is checked again whether the workers still live
@@ -231,6 +232,8 @@ class Attempt:
         if not self._attended:
             words += f", none of them since the start: one takes about {format_seconds(plan.subproblem_seconds)}"
             words += f", so allow {format_seconds(self._deadline.least_seconds)} and what it takes to start"
+        if failing := current_limit().failing:
+            words += f"; {failing}: check that server and the network"
         return words
 
 

@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from oocattn.errors import TimeLimitError
+from oocattn.storage.remote.limits import current_limit
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -69,6 +70,7 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:
             self._signal = number
+            current_limit().stop()
             Interrupts.held += 1
             self.tell()
         elif number != signal.SIGUSR1:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from zarr.storage import MemoryStore, ObjectStore, ZipStore
 
 from oocattn.storage.inputs.kept import keep, recall
+from oocattn.storage.remote.limits import current_limit
 from oocattn.storage.remote.store import all_of
 from oocattn.storage.remote.transient import retry
 from oocattn.storage.zarr_compat import (
@@ -45,6 +46,7 @@ class GivenStore(Store):
         self._is_open = True
         self._given = store
         self._prefix = prefix
+        self._limit = current_limit()
         self._token = keep(self)
         self._inner = inner = unwrapped(store)
         self.location = f"{type(inner).__name__}/{prefix}".rstrip("/")
@@ -98,7 +100,7 @@ class GivenStore(Store):
         return f"{self._prefix}/{key}".strip("/")
 
     async def _retry(self, operation: str, key: str, step: Callable[[], Awaitable[T]]) -> T:
-        return await retry(operation, f"{self.location}/{key}", step)
+        return await retry(operation, f"{self.location}/{key}", step, limit=self._limit)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None

@@ -14,6 +14,7 @@ from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError, RemoteError
 from oocattn.storage.locations import Location, is_chain
+from oocattn.storage.remote.limits import current_limit
 from oocattn.storage.remote.options import StorageOptions, by_protocol, secrets_in, secrets_of
 from oocattn.storage.remote.transient import retry, status_of
 from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sync
@@ -52,6 +53,10 @@ class RemoteStore(FsspecStore):
     secrets: tuple[str, ...] = ()
     """What no message shows."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._limit = current_limit()
+
     @classmethod
     def of_files(cls, files: Any, path: str, url: str, **options: Any) -> RemoteStore:
         """The store at a path of an open file system, which has this URL. No message shows a value of its options."""
@@ -66,7 +71,8 @@ class RemoteStore(FsspecStore):
         return f"{root}/{key}" if root else key
 
     async def _retry(self, operation: str, key: str, step: Callable[[], Awaitable[T]], **options: float) -> T:
-        return await retry(operation, f"{self.location}/{key}", step, secrets=self.secrets, **options)
+        url, of_call = f"{self.location}/{key}", {"secrets": self.secrets, "limit": self._limit}
+        return await retry(operation, url, step, **of_call, **options)  # type: ignore[arg-type]
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of `key`, or the part of it in `byte_range`; None if there is none."""
@@ -246,10 +252,10 @@ def open_remote(location: Location, storage_options: StorageOptions | None = Non
     async def step() -> RemoteStore:
         return await asyncio.wrap_future(begin_call(_open, location.text, options, read_only))  # an archive is read
 
-    options = by_protocol(location.text, storage_options)
+    options, limit = by_protocol(location.text, storage_options), current_limit()
     secrets = (*secrets_of(storage_options), *secrets_in(location.text))
-    store = sync(retry("opening", str(location), step, secrets=secrets))
-    store.location, store.secrets = str(location), secrets
+    store = sync(retry("opening", str(location), step, secrets=secrets, limit=limit))
+    store.location, store.secrets, store._limit = str(location), secrets, limit
     return store
 
 

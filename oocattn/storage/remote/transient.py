@@ -6,7 +6,6 @@ type; none of their packages is imported.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import random
@@ -21,8 +20,9 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 
 from oocattn import clock
-from oocattn.errors import OocattnError, RemoteDeniedError, RemoteError
+from oocattn.errors import OocattnError, RemoteDeniedError, RemoteError, TimeLimitError
 from oocattn.naming import by_face
+from oocattn.storage.remote.limits import Limit, current_limit
 from oocattn.storage.remote.options import without_secrets
 
 PATIENCE = 60.0  # seconds after its first failure until which a request is tried again
@@ -85,19 +85,30 @@ class Failure:
 
 
 async def retry(
-    operation: str, url: str, step: Callable[[], Awaitable[T]], patience: float = PATIENCE, *, secrets: tuple[str, ...] = ()
+    operation: str,
+    url: str,
+    step: Callable[[], Awaitable[T]],
+    patience: float = PATIENCE,
+    *,
+    secrets: tuple[str, ...] = (),
+    limit: Limit | None = None,
 ) -> T:
     """Await a repeatable step; retry transient failures for `patience` seconds. Messages show no `secrets`.
 
-    Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, and RemoteError
-    for every other failure: with the operation, the URL, what the server said, and how often it was tried.
+    Raises FileNotFoundError where the object does not exist, RemoteDeniedError where that is not said, TimeLimitError where
+    `limit` (default: that of the call) is over, and RemoteError for every other failure: with the operation, the URL, what
+    the server said, and how often it was tried.
     """
     global _warned
+    limit, label = limit or current_limit(), f"{operation} {url}"
     began, first, pause, tries = clock.now(), None, FIRST_PAUSE, 0
     while True:
         tries += 1
         try:
-            return await asyncio.wait_for(step(), TRY_SECONDS)
+            found = await limit.wait(step, TRY_SECONDS, label)
+            if limit.failing.startswith(label):
+                limit.failing = ""
+            return found
         except (OocattnError, MemoryError):
             raise
         except Exception as error:  # each file system has its own
@@ -107,13 +118,19 @@ async def retry(
                 raise FileNotFoundError(errno.ENOENT, "no such object", url) from cause
             first = now if first is None else first
             wait = max(pause * random.uniform(0.5, 1.0), failure.wait)
+            limit.failing = f"{label}: {failure.found}"
+            if failure.kind is Kind.TRANSIENT and limit.is_over:
+                raise TimeLimitError(
+                    f"time limit reached, or interrupted: {label} failed: {failure.found}; {tries} tries in "
+                    f"{now - began:.0f} s; check the server and the network, then go on (`oocattn resume` for a run)"
+                ) from cause
             if failure.kind is not Kind.TRANSIENT or now + wait > first + patience:
                 raise _error(operation, url, failure, tries, now - began) from cause
             if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
                 _warned = now
                 left = first + patience - now
                 logger.warning("%s %s failed: %s; retrying for %.0f s", operation, url, failure.found, left)
-        await asyncio.sleep(wait)
+        await limit.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 

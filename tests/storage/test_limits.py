@@ -1,0 +1,62 @@
+"""Requests to a server that does not serve end with their call: at its time limit, or when it is interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from oocattn import TimeLimitError, clock
+from oocattn.storage.remote import limits
+from oocattn.storage.remote.limits import Limit, current_limit, limited
+from oocattn.storage.remote.transient import retry
+
+URL = "s3://bucket/q/zarr.json"
+
+
+async def silent() -> None:
+    await asyncio.sleep(600)
+
+
+async def refused() -> None:
+    raise ConnectionRefusedError("nobody listens")
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("END_SECONDS", "LAST_SECONDS", "LOOK_SECONDS"):
+        monkeypatch.setattr(limits, name, 0.01)
+
+
+@pytest.mark.parametrize("step", [silent, refused])
+def test_a_request_ends_at_the_time_limit_and_names_its_server(step: Callable[[], Awaitable[None]]) -> None:
+    with limited(clock.now() + 0.05) as limit, pytest.raises(TimeLimitError, match=f"time limit .* reading {URL} failed"):
+        asyncio.run(retry("reading", URL, step))
+    assert limit.failing.startswith(f"reading {URL}: ")
+
+
+@pytest.mark.parametrize("step", [silent, refused])
+def test_a_request_ends_where_its_call_is_interrupted_from_another_thread(step: Callable[[], Awaitable[None]]) -> None:
+    with limited(float("inf")) as limit:
+        threading.Timer(0.05, limit.stop).start()
+        with pytest.raises(TimeLimitError, match=f"interrupted: reading {URL} failed"):
+            asyncio.run(retry("reading", URL, step))
+
+
+def test_a_request_that_is_answered_after_the_limit_still_counts() -> None:
+    async def late() -> str:
+        return "released"
+
+    with limited(clock.now() - 10):
+        assert asyncio.run(retry("removing", URL, late)) == "released"
+
+
+def test_a_limit_is_the_same_wherever_it_is_sent_in_its_process() -> None:
+    with limited(clock.now()) as limit:
+        assert current_limit() is limit
+        assert pickle.loads(pickle.dumps(limit)) is limit
+    assert not current_limit().is_over
+    assert not Limit().is_over
