@@ -13,7 +13,7 @@ from oocattn.naming import as_given
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.devices import DEVICES, DISK_RATE, device_rate
 from oocattn.planning.devices import disk_rate as parse_rate
-from oocattn.planning.machine import MAX_LANES, TASK_SECONDS, Engine, Hardware, InputCost
+from oocattn.planning.machine import MAX_LANES, TASK_SECONDS, Engine, Hardware, InputCost, reread_rate
 from oocattn.planning.options import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS
 from oocattn.planning.plan import Plan
 from oocattn.problem.arrays import ArraySpec
@@ -91,7 +91,8 @@ def plan_ahead(
     problem = _problem(shape, asked)
     record = DEVICES[device]
     hardware, note = _hardware(problem, device, devices, float(cast(float, disk_rate)), engine)
-    notes = (note, f"disk: {float(cast(float, disk_rate)) / 1e9:.3g} GB/s, not measured")
+    again = "; what was read before comes from the page cache" if hardware.reread_rate > hardware.read_rate else ""
+    notes = (note, f"disk: {hardware.read_rate / 1e9:.3g} GB/s, not measured{again}")
     return make_plan(
         problem,
         hardware,
@@ -136,7 +137,7 @@ def _hardware(problem: Problem, device: str, devices: int, rate: float, engine: 
         threads=devices if on_cpu else 1,
         copy_rate=record.copy_rate,
         read_rate=rate,
-        reread_rate=rate,
+        reread_rate=reread_rate(problem.input_bytes, record.host_memory * (1 if on_cpu else devices), rate),
         write_rate=rate,
         task_seconds=TASK_SECONDS[engine],
     )

@@ -233,8 +233,7 @@ class _Run:
         rows = self._handed_back * self.layout.chunk_rows
         keys = self._total(lambda work: work.keys)
         amount = rows * self._query_bytes + keys * problem.kv_row_bytes
-        once = problem.head_groups * (problem.out_rows * self._query_bytes + problem.keys * problem.kv_row_bytes)
-        once = min(amount, once)
+        once = min(amount, problem.input_bytes)
         seconds = once * self.read_factor / self.hardware.read_rate + (amount - once) / self.hardware.reread_rate
         in_python = self._gap_reads * READ_SECONDS if self.hardware.device == "cuda" else 0.0
         return Link("read", amount, max(seconds, amount / self.inputs.decode_rate) + in_python)

@@ -25,8 +25,16 @@ MAX_LANES = 1024
 TASK_SECONDS: dict[Engine, float] = {"dask": 0.0035, "inline": 0.0006}
 """Processor seconds of a task, besides reads and kernel calls: 2 cores, a task of nothing takes 1.9 and 0.06 ms."""
 
+CACHE_RATE = 5e9
+"""Bytes per second at least from the page cache; one thread reads 6 to 7 GB/s."""
+
 FILE_SECONDS = 0.002
 """Seconds to write and sync a small file (ext4, SSD: 0.6 to 2.6 ms; tmpfs: 0.07)."""
+
+
+def reread_rate(inputs: int, memory: int, read_rate: float) -> float:
+    """Bytes per second of what was read before: from the page cache, if `inputs` bytes stay in half of the free `memory`."""
+    return max(read_rate, CACHE_RATE) if inputs < memory // 2 else read_rate
 
 
 @dataclass(frozen=True, kw_only=True)

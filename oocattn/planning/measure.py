@@ -30,7 +30,7 @@ from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.cost import HALF_RATE_KEYS, recost
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power
-from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware
+from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, reread_rate
 from oocattn.planning.options import CHECKPOINT_SECONDS
 from oocattn.planning.plan import Plan
 from oocattn.planning.reading import input_cost, sample_rate
@@ -53,9 +53,6 @@ COPY_BYTES = 64 << 20
 
 SEGMENTS = 40 << 20
 """By how much torch's allocator may take more than it was asked for while a kernel is timed."""
-
-CACHE_RATE = 5e9
-"""Bytes per second at least from the page cache; one thread reads 6 to 7 GB/s."""
 
 CUDA_SAMPLE = (32_768, 32_768)
 """Rows and keys on which a kernel is timed on a GPU: enough to fill it, in little memory."""
@@ -99,7 +96,7 @@ def describe_hardware(
         lanes=lanes,
         threads=threads,
         read_rate=found,
-        reread_rate=max(found, CACHE_RATE) if _fits_page_cache(problem) else found,
+        reread_rate=reread_rate(problem.input_bytes, int(psutil.virtual_memory().available), found),
         task_seconds=TASK_SECONDS[engine],
         file_seconds=FILE_SECONDS if scratch is None else file_seconds(scratch),
         measuring_bytes=measuring_bytes,
@@ -199,13 +196,6 @@ def choose_device(kernel: str | None) -> Device:
 def count_lanes(kernel: str | None) -> int:
     """Lanes that a run of its own has on this machine: one for each GPU, or one for the CPU."""
     return max(1, torch.cuda.device_count()) if choose_device(kernel) == "cuda" else 1
-
-
-def _fits_page_cache(problem: Problem) -> bool:
-    """Whether the dataset, once read, may be expected to stay in the page cache."""
-    queries = problem.out_rows * problem.out_heads * problem.batch * problem.head_dim * problem.itemsize
-    keys = problem.keys * problem.head_groups * problem.kv_row_bytes
-    return queries + keys < int(psutil.virtual_memory().available) // 2
 
 
 class Sample(NamedTuple):

@@ -152,10 +152,7 @@ class Plan(Shown):
     @property
     def work_seconds(self) -> float:
         """Predicted time of what every plan does: the longer of computing, and reading inputs once and writing results."""
-        problem = self.problem
-        rows = problem.rows * problem.head_dim * problem.itemsize
-        inputs = rows + problem.head_groups * problem.keys * problem.kv_row_bytes
-        read = min(inputs, self.link("read").amount) / self.machine.read_rate
+        read = min(self.problem.input_bytes, self.link("read").amount) / self.machine.read_rate
         return max(self.link("compute").seconds, read + self.link("write").seconds)
 
     @property
@@ -334,9 +331,14 @@ class Plan(Shown):
             if link.name in (*COUNTED_LINKS, "compute"):
                 amount = f"{format_count(link.amount)}{'FLOP' if link.name == 'compute' else ''}".rstrip()
             mark = "  <- binds" if link.name == self.binds else ""
-            lines.append(f"{link.name:<12} {amount:>12} {link.seconds:>9.3g}{mark}")
-        lines.append(f"{'predicted':<12} {'':>12} {self.seconds:>9.3g}  ({format_seconds(self.seconds)})")
+            lines.append(f"{link.name:<12} {amount:>12} {_seconds(link.seconds):>9}{mark}")
+        lines.append(f"{'predicted':<12} {'':>12} {_seconds(self.seconds):>9}  ({format_seconds(self.seconds)})")
         return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in self.inputs.notes)]))
+
+
+def _seconds(seconds: float) -> str:
+    """Seconds in a table, to three digits."""
+    return f"{seconds:.3g}" if seconds < 999.5 else f"{seconds:,.0f}"
 
 
 @kept_with_mask

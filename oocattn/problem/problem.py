@@ -126,6 +126,11 @@ class Problem:
         of_bias = 4 * min(self.bias_heads, self.group_size)
         return (self.head_dim + self.value_dim) * self.itemsize + of_bias
 
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of all inputs, each of them once."""
+        return self.rows * self.head_dim * self.itemsize + self.head_groups * self.keys * self.kv_row_bytes
+
     def mask(self, batch: int = 0) -> Mask:
         """The mask of a batch entry: which keys each row attends."""
         used = self.keys if self.given.seqused_k is None else int(self.given.seqused_k[batch])
