@@ -137,7 +137,7 @@ def _plan(options: argparse.Namespace) -> int:
         check_drawing(options.draw)  # before the machine is measured, which takes a while
     plan = _make_plan(options)
     show(options, plan)
-    if "device" not in options and (past := describe_history(plan.device)):
+    if "device" not in options and (past := describe_history(plan)):
         print(past)
     if options.budgets:
         alternatives = what_if(plan, _scratch_of(plan, options))

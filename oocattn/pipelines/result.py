@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import zarr
 
 from oocattn.pipelines.watch.report import RunReport
+from oocattn.planning.plan import Plan
 from oocattn.shown import Shown
 from oocattn.storage.metadata import describe_array
 from oocattn.storage.results.summary import Summary
@@ -32,7 +33,8 @@ class Result(Shown):
     `torch.from_numpy(result.out[0].view("uint16")).view(torch.bfloat16)`.
 
     `report` is None for a result that was copied without the folder beside it. `certificate` sums up that of a result that
-    was there already, where it was verified: it may have failed.
+    was there already, where it was verified: it may have failed. `plan` is what was carried out; None where the result was
+    there already.
     """
 
     path: Path | str
@@ -40,15 +42,17 @@ class Result(Shown):
     lse: zarr.Array[Any]
     report: RunReport | None
     certificate: Summary | None = None
+    plan: Plan | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Where the result is, its arrays, report and certificate, as a JSON document (docs/scripts.md)."""
+        """Where the result is, its arrays, plan, report and certificate, as a JSON document (docs/scripts.md)."""
         names = ("outcome", "verdict", "made", "digest")
         return {
             "format": FORMAT,
             "path": str(self.path),
             "out": describe_array(self.out),
             "lse": describe_array(self.lse),
+            "plan": None if self.plan is None else self.plan.to_json(),
             "report": None if self.report is None else self.report.to_json(),
             "certificate": None if self.certificate is None else {name: getattr(self.certificate, name) for name in names},
         }

@@ -117,7 +117,7 @@ class _Session:
             self.engine.show(board.record),
         ):
             carry_out(run, self.engine, [status_file, board, listeners], self.interrupts, self.until)
-        return result_at(run.paths)
+        return replace(result_at(run.paths), plan=run.plan)
 
     def _enlist(self, plan: Plan, dataset: Dataset) -> Mapping[str, str]:
         """Have the workers ready; return what they compute with. Nothing of the run is written yet."""
@@ -131,8 +131,6 @@ class _Session:
 def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: Sequence[Callback], until: float) -> Result:
     """Have the result that is asked for: find it, or plan it as is chosen and run it. Raises what `attention` raises."""
     workplace.check_result(request.paths)
-    if request.paths.stored is not None:
-        request.paths.stored.check_writable()
     fetch_state(request.paths)
     found = find(request)
     if found is Found.FINISHED:
@@ -149,7 +147,7 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
     with workplace.prepare(request.problem, choices.kernel, decide, until) as (engine, plan):
         result = run_plan(plan, request, engine, callbacks=callbacks, until=until)
     if found is Found.NOTHING and workplace.client is None and result.report is not None:  # all of it, on this machine
-        keep_run(plan.device, result.report.predicted_seconds, result.report.seconds)
+        keep_run(plan, result.report.seconds - result.report.waited)
     return result
 
 
@@ -195,8 +193,6 @@ def resume(
         raise ProblemError(
             f"{paths.result}: no run to resume{elsewhere}; begin one with {by_face('oocattn.attention', '`oocattn run`')}"
         )
-    if paths.stored is not None:
-        paths.stored.check_writable()
     plan, dataset = found.plan, open_dataset(found, named, storage_options)
     with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (engine, _):
         return resume_run(found, dataset, engine, callbacks, until, resuming)

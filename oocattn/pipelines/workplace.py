@@ -48,7 +48,10 @@ class Workplace:
 
     def check_result(self, paths: ResultPaths) -> None:
         """Raise ProblemError where the workers could not write the result."""
-        if self.client is not None and paths.stored is not None and paths.stored.is_of_this_process:
+        if paths.stored is None:
+            return
+        paths.stored.check_writable()
+        if self.client is not None and paths.stored.is_of_this_process:
             raise ProblemError(
                 f"result: {paths.result} is an object of this process, and the workers of {named('client')} cannot write "
                 f"there: expected a path or a URL; give one, or leave {named('client')} out"

@@ -69,6 +69,8 @@ def test_from_synth_to_status(tmp_path, monkeypatch, run_json) -> None:
     assert result["path"] == str(tmp_path / "out.zarr")
     assert result["out"] == {"shape": [1, 2, 64, 8], "dtype": "bfloat16", "chunks": [1, 1, 64, 8]}
     assert result["report"]["pairs"] == 2 * 64 * 65 // 2
+    assert result["plan"].keys() == documented("plan")
+    assert result["plan"]["seconds"] == result["report"]["predicted_seconds"]
     assert json.loads((tmp_path / "out.zarr.oocattn" / "report.json").read_text()) == result["report"]
     assert run_json("verify", "out.zarr", "--rows", "4") == (0, kept["verify"].to_json(), "")
     code, status, _ = run_json("status", "out.zarr")
@@ -77,6 +79,7 @@ def test_from_synth_to_status(tmp_path, monkeypatch, run_json) -> None:
     code, again, error = run_json("run", "qkv.zarr", "out.zarr", "--causal", "--engine", "inline")
     assert code == 0
     assert again["report"] == result["report"]
+    assert again["plan"] is None
     assert again["certificate"]["outcome"] == "passed"
     assert error.count("nothing was run") == len(error.splitlines()) == 1
     assert made.keys() == documented("synth and import")

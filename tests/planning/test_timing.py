@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,52 @@ def test_waiting_for_a_core_does_not_count_and_other_waiting_does(tmp_path: Path
     assert timing.undisturbed_seconds(lambda: wait(0.04)) < time.perf_counter() - began - 0.015
     (tmp_path / "1" / "schedstat").write_text("damaged")
     assert timing.undisturbed_seconds(lambda: time.sleep(0.001)) >= 0.001
+
+
+def test_threads_that_come_and_go_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_TASKS", tmp_path)
+    monkeypatch.setattr(timing, "count_cores", lambda: 1_000_000)
+
+    def have_waited(**threads: float) -> None:
+        for thread in tmp_path.iterdir():
+            (thread / "schedstat").unlink()
+            thread.rmdir()
+        for name, seconds in threads.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "schedstat").write_text(f"0 {round(seconds * 1e9)} 1\n")
+
+    have_waited(a=10.0)
+    clock = timing.CoreClock()
+    have_waited(a=10.01, b=0.02)
+    clock.read()
+    have_waited(b=0.01)  # another thread of that number
+    clock.read()
+    have_waited(b=99.0)
+    clock.note()  # too early
+    time.sleep(0.05)
+    wall, waited = clock.seconds(threads=2)
+    assert waited == pytest.approx(0.04 / 2)
+    assert wall >= 0.05
+
+
+def test_the_report_of_a_run_says_how_long_it_waited_for_cores(
+    dataset: Path, result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "_TASKS", tmp_path)
+    monkeypatch.setattr(timing, "READING_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "count_cores", lambda: 1_000_000)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "schedstat").write_text("0 0 1\n")
+
+    def wait(event: oocattn.Event) -> None:
+        if isinstance(event, oocattn.Attended):
+            (tmp_path / "1" / "schedstat").write_text("0 1000000000000 1\n")
+
+    report = oocattn.attention(dataset, result, engine="inline", chunks=3, callbacks=[wait]).report
+    assert report is not None
+    assert report.waited > 0.8 * report.seconds
+    assert "cores        others had them for " in str(report)
+    assert "others had them" not in str(replace(report, waited=0.0))
 
 
 def test_work_is_not_faster_than_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

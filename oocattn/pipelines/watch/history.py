@@ -1,39 +1,48 @@
 """How well plans predicted the runs of this user on this machine: the last of them, in a small file of the user's state.
 
-Nothing depends on it. What is damaged is as if it was not there, and where it cannot be written nothing is kept.
+Nothing depends on it: plans are not corrected by it. What is damaged is as if it was not there, and where it cannot be
+written nothing is kept.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
-from contextlib import suppress
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 from oocattn.errors import OocattnError
 from oocattn.planning.machine import Device
+from oocattn.planning.plan import Plan
 from oocattn.records import Range, from_json, parse_json, to_json
 from oocattn.storage.files.durable import write_text
 from oocattn.storage.files.regular import read_file
 
 MOST_RUNS, MOST_BYTES = 64, 1 << 16
 
-LEAST_SECONDS = 1.0
+LEAST_SECONDS = 5.0
 """Seconds of a run that is kept: a shorter one is mostly its start."""
+
+PATIENCE = 1.0
+"""Seconds to wait for another process that adds a run of its own."""
 
 Time = Annotated[float, Range(1e-9, 1e12)]
 
 
 @dataclass(frozen=True)
 class PastRun:
-    """The seconds that a run on a host was predicted to take, and took."""
+    """The seconds that a run on a host with a kernel was predicted to take, and took without its waiting for cores."""
 
     host: str
     device: Device
+    kernel: str
     predicted: Time
     seconds: Time
 
@@ -54,15 +63,35 @@ def history_file() -> Path | None:
         return None
 
 
-def keep_run(device: Device, predicted: float, seconds: float) -> None:
+def keep_run(plan: Plan, seconds: float) -> None:
     """Add a run to the history, if it took long enough to tell."""
     path = history_file()
     if path is None or seconds < LEAST_SECONDS:
         return
+    run = PastRun(platform.node(), plan.device, plan.kernel, plan.seconds, seconds)
     with suppress(OSError, OocattnError, ValueError):
-        runs = (*read_history(path).runs, PastRun(platform.node(), device, predicted, seconds))[-MOST_RUNS:]
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_text(path, json.dumps(to_json(History(runs))), synced=False)
+        with _locked(path.parent):
+            runs = (*read_history(path).runs, run)[-MOST_RUNS:]
+            write_text(path, json.dumps(to_json(History(runs))), synced=False)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold other processes that add a run back. Raises BlockingIOError where one does not end."""
+    descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_history(path: Path) -> History:
@@ -72,13 +101,22 @@ def read_history(path: Path) -> History:
     return History()
 
 
-def describe_history(device: Device) -> str:
-    """Say how the seconds of past plans for a device compare with what their runs took; "" where no run is known."""
+def describe_history(plan: Plan) -> str:
+    """Say how past plans with a plan's kernel compare with what their runs took; "" where no run is known."""
     path = history_file()
-    here = (platform.node(), device)  # a home may be that of several hosts
-    runs = [] if path is None else [run for run in read_history(path).runs if (run.host, run.device) == here]
+    here = (platform.node(), plan.device, plan.kernel)  # a home may be that of several hosts
+    kept = () if path is None else read_history(path).runs
+    runs = [run for run in kept if (run.host, run.device, run.kernel) == here]
     if not runs:
         return ""
-    percent = round(100 * (median(run.predicted / run.seconds for run in runs) - 1))
+    percent = round(100 * (_weighted_median((run.predicted / run.seconds, run.seconds) for run in runs) - 1))
     found = f"{abs(percent)}% {'high' if percent > 0 else 'low'}" if percent else "right"
     return f"plans here were {found} over {len(runs)} run{'s' * (len(runs) > 1)}"
+
+
+def _weighted_median(weighted: Iterable[tuple[float, float]]) -> float:
+    """The value up to which values have half of all weight: many short runs count no more than a long one."""
+    ascending = sorted(weighted)
+    sums = accumulate(weight for _, weight in ascending)
+    half = sum(weight for _, weight in ascending) / 2
+    return next(value for (value, _), reached in zip(ascending, sums, strict=True) if reached >= half)

@@ -16,6 +16,7 @@ from oocattn.pipelines.finished import NOTHING_FINISHED, Compared, FinishedChunk
 from oocattn.pipelines.watch.events import Attended, Event, Merged, Recovered, Saved, Staged, Started, TaskEvent, Written
 from oocattn.pipelines.watch.timeline import busy_seconds
 from oocattn.planning.plan import Plan
+from oocattn.planning.timing import CoreClock
 from oocattn.problem.arrays import KEY_BIAS, ArrayName
 from oocattn.records import ADDED, Count, Positive, Range, Seconds, document, from_json
 from oocattn.shown import Shown, named_lines
@@ -30,6 +31,8 @@ FORMAT = 1
 MOST_BYTES = 1 << 20  # of the file
 
 MOST_UNDERFLOWED = 0.01  # share of underflowed elements of `out` that makes the others inaccurate too
+
+NOTICED_WAITING = 0.05  # share of a run for which it waited for cores
 
 logger = logging.getLogger("oocattn")
 
@@ -53,7 +56,9 @@ class RunReport(Shown):
     `recomputed` the partials that were damaged on disk; `retried` the tasks that failed and were tried again,
     `workers_lost` how often workers died; `out_of_memory` how often the run continued with smaller tiles on a GPU;
     `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them whose checksums
-    were compared then; `other_bits` what has computed otherwise than when the run began, so that bits differ.
+    were compared then; `other_bits` what has computed otherwise than when the run began, so that bits differ;
+    `waited` the part of `seconds` for which a run on a CPU waited for cores that other processes had, as far as its driver's
+    process knows.
     """
 
     seconds: Seconds
@@ -83,6 +88,7 @@ class RunReport(Shown):
     out_elements: Annotated[Positive, ADDED] = 1
     rows_without_keys: Annotated[Count, ADDED] = 0
     not_finite_in: Annotated[tuple[ArrayName, ...], ADDED] = ()
+    waited: Annotated[Seconds, ADDED] = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, with the rate that follows from its fields (docs/scripts.md)."""
@@ -143,6 +149,11 @@ class RunReport(Shown):
             "busy         " + ", ".join(f"{kind} {format_seconds(seconds)}" for kind, seconds in self.busy.items()),
             f"compute      busy {self.compute_busy:.1%} of the time",
         ]
+        if self.waited > NOTICED_WAITING * self.seconds:
+            alone = format_seconds(self.seconds - self.waited)
+            lines.append(
+                f"cores        others had them for {format_seconds(self.waited)}; alone the run takes about {alone}"
+            )
         chunks = f"{self.chunks_before:,} chunk{'s' * (self.chunks_before > 1)}"
         short = f"out of memory {self.out_of_memory} times"
         found_in = f", found in {' and '.join(self.not_finite_in)}" if self.not_finite_in else ""
@@ -184,8 +195,10 @@ class Tally:
         self.pairs = 0
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.not_finite_in: set[str] = set()
+        self.clock = CoreClock()
 
     def __call__(self, event: Event) -> None:
+        self.clock.note()
         match event:
             case Started():
                 self.resumed = event.resumed
@@ -246,6 +259,7 @@ class Tally:
             chunks_before=compared.finished,
             chunks_compared=compared.compared,
             other_bits=other_bits,
+            waited=min(seconds, self.clock.seconds(plan.threads)[1]) if plan.device == "cpu" else 0.0,
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
 
