@@ -6,15 +6,17 @@ what is measured on a busy machine is too slow.
 
 from __future__ import annotations
 
+import heapq
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
 
-READING_SECONDS = 0.5
+READING_SECONDS = 0.25
 """How often threads are looked at, which takes a millisecond; one that ends leaves no trace of its waiting."""
 
 
@@ -23,7 +25,9 @@ class CoreClock:
 
     def __init__(self) -> None:
         self._start, self._start_busy = time.perf_counter(), time.process_time()
-        self._read, self._waited, self._threads = self._start, 0.0, _read_waiting()
+        self._read, self._last = self._start, _read_threads()
+        self._ran: defaultdict[str, float] = defaultdict(float)
+        self._waited: defaultdict[str, float] = defaultdict(float)
 
     def note(self) -> None:
         """Look at the threads, unless that was done just now."""
@@ -32,24 +36,30 @@ class CoreClock:
 
     def read(self) -> None:
         """Look at the threads that there are."""
-        found = _read_waiting()
-        for thread, seconds in found.items():
-            before = self._threads.get(thread, 0.0)
-            self._waited += seconds - before if seconds >= before else seconds  # else its number went to another thread
-        self._read, self._threads = time.perf_counter(), found
+        found = _read_threads()
+        for thread, (ran, waited) in found.items():
+            before = self._last.get(thread, (0.0, 0.0))
+            if ran < before[0] or waited < before[1]:  # its number went to another thread
+                before = 0.0, 0.0
+            self._ran[thread] += ran - before[0]
+            self._waited[thread] += waited - before[1]
+        self._read, self._last = time.perf_counter(), found
 
     def seconds(self, threads: int = 1) -> tuple[float, float]:
-        """The seconds until now, and how many of them work on so many threads or more has waited for cores.
+        """The seconds until now, and how many of them work on so many threads has waited for cores.
 
-        Threads that work at the same time wait at the same time, and no work is done faster than all cores do it.
+        Those are the threads that ran longest. Others that wait, of Python, hold nothing up. Of several threads that are
+        ready at the same time each takes its share of the work. And no work is done faster than all cores do it.
         """
         wall, busy = time.perf_counter() - self._start, time.process_time() - self._start_busy
-        at_once = max(threads, (busy + self._waited) / max(wall, 1e-9))
-        return wall, wall - min(wall, max(wall - self._waited / at_once, busy / count_cores(), 1e-9))
+        longest = heapq.nlargest(threads, ((self._ran[thread], waited) for thread, waited in self._waited.items()))
+        ran, waited = (sum(column) for column in zip((0.0, 0.0), *longest, strict=True))
+        at_once = max(1.0, (ran + waited) / max(wall, 1e-9))
+        return wall, wall - min(wall, max(wall - waited / at_once, busy / count_cores(), 1e-9))
 
 
 def undisturbed_seconds(work: Callable[[], object], threads: int = 1) -> float:
-    """How long `work`, on so many threads of this process or more, takes where no other process wants a core."""
+    """How long `work`, on so many threads of this process, takes where no other process wants a core."""
     clock = CoreClock()
     work()
     clock.read()
@@ -63,11 +73,12 @@ def count_cores() -> int:
     return found or 1
 
 
-def _read_waiting() -> dict[str, float]:
-    """Seconds for which each thread of this process has stood ready without a core."""
-    waited: dict[str, float] = {}
+def _read_threads() -> dict[str, tuple[float, float]]:
+    """Seconds for which each thread of this process has run, and for which it has stood ready without a core."""
+    found: dict[str, tuple[float, float]] = {}
     with suppress(OSError):
         for thread in _TASKS.iterdir():
-            with suppress(OSError, ValueError, IndexError):  # it has ended, or the system keeps no such times
-                waited[thread.name] = int((thread / "schedstat").read_text().split()[1]) / 1e9
-    return waited
+            with suppress(OSError, ValueError):  # it has ended, or the system keeps no such times
+                ran, waited, *_ = map(int, (thread / "schedstat").read_text().split())
+                found[thread.name] = ran / 1e9, waited / 1e9
+    return found

@@ -124,11 +124,54 @@ def test_bench_prints_its_progress_on_standard_error(monkeypatch, run_json) -> N
     assert found.keys() == documented("bench")
 
 
-@pytest.mark.parametrize("arguments", [["plan", "none.zarr"], ["verify", "none.zarr"], ["resume", "none.zarr"]])
-def test_an_error_is_a_line_on_standard_error_and_no_document(arguments, run_json) -> None:
-    code, document, error = run_json(*arguments)
+FAILING = {
+    "synth": "qkv.zarr --tokens 8 --heads 3 --kv-heads 2 --head-dim 8 --dtype float32",
+    "import": "qkv.zarr --q none.npy --k none.npy --v none.npy",
+    "plan": "none.zarr",
+    "run": "none.zarr out.zarr",
+    "resume": "none.zarr",
+    "status": "unknown://none.zarr",
+    "verify": "none.zarr",
+    "doctor": "",
+    "bench": "--heads 3 --kv-heads 2",
+}
+"""Arguments with which a command fails; `doctor` has the disk refuse."""
+
+
+@pytest.mark.parametrize("command", cli._COMMANDS)
+def test_an_error_is_a_line_on_standard_error_and_no_document(command, here, run_json, monkeypatch) -> None:
+    def refuse() -> None:
+        raise OSError("the disk refuses")
+
+    monkeypatch.setattr("oocattn.cli.doctor.examine", refuse)
+    code, document, error = run_json(command, *FAILING[command].split())
     assert (code, document) == (1, None)
     assert re.fullmatch(r"oocattn: .*\n", error)
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("command", cli._COMMANDS)
+def test_bad_usage_prints_nothing_on_standard_output(command, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, *FAILING[command].split(), "--json", "--no-such-option"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_goes_to_standard_error(dataset, result, run_json) -> None:
+    code, found, error = run_json("run", str(dataset), str(result), "--engine", "inline", "--progress")
+    assert (code, found["report"]["tokens"]) == (0, 1024)
+    assert "subproblem" in error
+
+
+def test_budgets_are_rows_of_documented_keys(run_json) -> None:
+    shape = "--tokens 64K --heads 1 --head-dim 64 --dtype float16 --device l4 --budgets"
+    code, found, _ = run_json("plan", *shape.split())
+    assert code == 0
+    assert len(found["budgets"]) == 20
+    for row in found["budgets"]:
+        assert row.keys() == {"host_memory", "devices", "seconds", "read", "scratch_disk", "binds"}
+        assert all(f"`{key}`" in PAGE for key in row)
 
 
 def test_what_others_print_does_not_come_between(monkeypatch, run_json) -> None:

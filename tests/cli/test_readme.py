@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def blocks(page: Path, *languages: str) -> Iterator[tuple[str, str, int]]:
 def test_every_command_and_example_of_the_readme_and_docs_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
+    printed = ""
     for page in PAGES:
         for language, block, line in blocks(page, "console", "python"):
             place = f"{page.name}:{line}"
@@ -52,10 +55,14 @@ def test_every_command_and_example_of_the_readme_and_docs_runs(tmp_path, monkeyp
                 continue
             for command in re.findall(r"^\$ (.*)$", block, re.MULTILINE):
                 if not command.startswith(NOT_RUN):
+                    command, *piped = command.split(" | ", 1)
                     program, *options = shlex.split(command)
                     assert program == "oocattn", f"{place}: {command}: say how it is tested"
+                    printed += capsys.readouterr().out
                     assert cli.main(options) == 0, f"{place}: {command}"
-    printed = capsys.readouterr().out
+                    if piped and shutil.which(shlex.split(piped[0])[0]):
+                        subprocess.run(shlex.split(piped[0]), input=capsys.readouterr().out, text=True, check=True)
+    printed += capsys.readouterr().out
     verified = re.findall("^passed", printed, re.MULTILINE)
     assert len(verified) == 3  # README, docs/command-line.md and docs/certificates.md verify a result
     assert printed.count("interrupted: ") == 2  # docs/interruptions.md

@@ -53,7 +53,8 @@ def test_threads_that_come_and_go_are_counted(tmp_path: Path, monkeypatch: pytes
     clock.note()  # too early
     time.sleep(0.05)
     wall, waited = clock.seconds(threads=2)
-    assert waited == pytest.approx(0.04 / 2)
+    assert waited == pytest.approx(0.04)
+    assert clock.seconds(threads=1)[1] == pytest.approx(0.03)
     assert wall >= 0.05
 
 
