@@ -262,12 +262,15 @@ class _Run:
         return (self.problem.flops / rate + calls * CALL_SECONDS) * self._balance
 
     def _edge_calls(self, work: Work) -> int:
-        """Library calls on a CPU for documents, and at both ends of the keys of rows, where these move: halved triangles."""
+        """Library calls on a CPU for documents, and at the ends of the keys of rows, where these move: halved triangles.
+
+        A window has two ends, whose equal parts are joined into half as many calls.
+        """
         mask = work.mask
-        ends = (mask.causal or mask.right is not None) + (mask.left is not None)
+        moves = mask.causal or mask.right is not None or mask.left is not None
         documents = self._calls_apart(work) + (shapes_of_documents(mask, DOCUMENT_ROWS) - 1 if mask.documents > 1 else 0)
         pieces = 2 * ceil_div(self.problem.out_rows, TRIANGLE_ROWS) + self.candidate.query_chunks + documents
-        return ends * pieces if ends else documents
+        return pieces if moves else documents
 
     def _calls_apart(self, work: Work) -> int:
         """Calls for a document's keys on both sides of a gap: joined, these would not be at their distances."""
