@@ -11,6 +11,7 @@ import pytest
 from support import normal_arrays, write_dataset
 
 import oocattn
+from oocattn.pipelines.watch import report as report_module
 from oocattn.planning import measure, timing
 from oocattn.planning.measure import MOMENT, Sample, kernel_rate
 
@@ -76,6 +77,10 @@ def test_the_report_of_a_run_says_how_long_it_waited_for_cores(
     assert report.waited > 0.8 * report.seconds
     assert "cores        others had them for " in str(report)
     assert "others had them" not in str(replace(report, waited=0.0))
+    monkeypatch.setattr(report_module, "name_process", lambda: "elsewhere 1")  # the workers are other processes
+    again = oocattn.attention(dataset, result, engine="inline", chunks=3, callbacks=[wait], overwrite=True).report
+    assert again is not None
+    assert again.waited == 0.0
 
 
 def test_work_is_not_faster_than_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

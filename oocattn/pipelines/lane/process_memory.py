@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from oocattn.pipelines.watch.events import Memory
+from oocattn.pipelines.watch.events import Memory, name_process
 
 _ANONYMOUS = re.compile(r"RssAnon:\s+(\d+) kB")
 
@@ -20,7 +18,7 @@ class MemoryMeter:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._process = f"{socket.gethostname()} {os.getpid()}"
+        self._process = name_process()
         self._before = _anonymous_bytes()
 
     def read(self) -> Memory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from traceback import extract_tb
@@ -30,6 +32,11 @@ class Span:
     resource: Resource
     start: float
     stop: float
+
+
+def name_process() -> str:
+    """This process, as events name it: host and number."""
+    return f"{socket.gethostname()} {os.getpid()}"
 
 
 @dataclass(frozen=True)

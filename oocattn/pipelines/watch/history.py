@@ -78,20 +78,27 @@ def keep_run(plan: Plan, seconds: float) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold other processes that add a run back. Raises BlockingIOError where one does not end."""
+    """Hold other processes that add a run back. Raises TimeoutError where one does not end."""
     descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.01)
+        while not _lock(descriptor):
+            if time.monotonic() > until:
+                raise TimeoutError(f"another process holds {folder}")
+            time.sleep(0.01)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open folder; False where another process has. A network file system may have no locks of folders."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def read_history(path: Path) -> History:

@@ -13,7 +13,18 @@ from oocattn import clock
 from oocattn.errors import IntegrityError
 from oocattn.naming import setting
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared, FinishedChunk
-from oocattn.pipelines.watch.events import Attended, Event, Merged, Recovered, Saved, Staged, Started, TaskEvent, Written
+from oocattn.pipelines.watch.events import (
+    Attended,
+    Event,
+    Merged,
+    Recovered,
+    Saved,
+    Staged,
+    Started,
+    TaskEvent,
+    Written,
+    name_process,
+)
 from oocattn.pipelines.watch.timeline import busy_seconds
 from oocattn.planning.plan import Plan
 from oocattn.planning.timing import CoreClock
@@ -57,8 +68,8 @@ class RunReport(Shown):
     `workers_lost` how often workers died; `out_of_memory` how often the run continued with smaller tiles on a GPU;
     `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them whose checksums
     were compared then; `other_bits` what has computed otherwise than when the run began, so that bits differ;
-    `waited` the part of `seconds` for which a run on a CPU waited for cores that other processes had, as far as its driver's
-    process knows.
+    `waited` the part of `seconds` for which a run on a CPU waited for cores that other processes had (0 where its lanes are
+    in other processes than its driver).
     """
 
     seconds: Seconds
@@ -195,7 +206,7 @@ class Tally:
         self.pairs = 0
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.not_finite_in: set[str] = set()
-        self.clock = CoreClock()
+        self.clock, self.computes_here, self._process = CoreClock(), False, name_process()
 
     def __call__(self, event: Event) -> None:
         self.clock.note()
@@ -228,6 +239,8 @@ class Tally:
             self.pairs += event.pairs
             written = event.partial_bytes + event.checkpoint_bytes
             self._count(bytes_partials=written, out_of_memory=event.out_of_memory)
+            if event.memory is not None and not event.memory.device:
+                self.computes_here |= event.memory.process == self._process
 
     def report(
         self,
@@ -259,7 +272,7 @@ class Tally:
             chunks_before=compared.finished,
             chunks_compared=compared.compared,
             other_bits=other_bits,
-            waited=min(seconds, self.clock.seconds(plan.threads)[1]) if plan.device == "cpu" else 0.0,
+            waited=min(seconds, self.clock.seconds(plan.threads * lanes)[1]) if self.computes_here else 0.0,
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
 

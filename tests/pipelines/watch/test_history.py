@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,15 @@ def test_runs_that_end_at_the_same_time_are_all_kept(kept: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: keep_run(predicting(1.0 + number), 10.0), range(40)))
     assert {run.predicted for run in read_history(kept).runs} == {1.0 + number for number in range(40)}
+
+
+def test_a_file_system_without_locks_keeps_runs(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # as NFS does for a folder
+
+    monkeypatch.setattr(history.fcntl, "flock", refuse)
+    keep_run(predicting(9.0), 6.0)
+    assert describe_history(PLAN) == "plans here were 50% high over 1 run"
 
 
 def test_another_process_that_does_not_end_holds_nobody_up(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
