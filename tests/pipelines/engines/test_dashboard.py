@@ -33,6 +33,7 @@ from oocattn import ProblemError
 from oocattn.pipelines.engines.dask.dashboard import DashboardAddress
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 
+PAGES = ("/status", "/json/identity.json", "/metrics", "/sitemap.json", "/individual-plots.json")
 FOREIGN = ("http://evil.example", "http://127.0.0.1:1", "http://127.0.0.1.evil.example:{port}", "null")
 
 
@@ -127,7 +128,7 @@ def test_a_name_that_is_made_to_point_at_the_loopback_reads_nothing() -> None:
         evil = f"evil.example:{address.port}"
         assert answer(client, f"http://{evil}", host=evil) == 403
         statuses = {evil: 403, f"localhost.{evil}": 403, address.netloc: 200, f"localhost:{address.port}": 200}
-        for (host, status), page in itertools.product(statuses.items(), ("/status", "/json/identity.json", "/metrics")):
+        for (host, status), page in itertools.product(statuses.items(), PAGES):
             connection = HTTPConnection("127.0.0.1", address.port, timeout=10)
             connection.request("GET", page, headers={"Host": host})
             assert connection.getresponse().status == status, (host, page)

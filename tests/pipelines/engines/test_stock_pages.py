@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import html
+import json
 import re
 import time
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 from urllib.request import urlopen
 
 import dask
@@ -20,6 +21,8 @@ from distributed.system import MEMORY_LIMIT
 from support import Recorder, carry_out, plan_for
 
 from oocattn.pipelines.engines import base
+from oocattn.pipelines.engines.dask.local_cluster import local_client
+from oocattn.pipelines.engines.dask.routes import LEFT_OUT
 from oocattn.pipelines.engines.dask.tasks import WORK
 from oocattn.pipelines.lane.device_time import join_spans
 from oocattn.pipelines.lane.lane import Lane
@@ -127,10 +130,75 @@ def test_links_of_pages_lead_to_pages(client: Client) -> None:
         "/info/main/logs.html",
     } <= paths
     assert sum(path.startswith(("/info/worker/", "/info/logs/", "/info/call-stacks/")) for path in paths) == 3
-    assert not any("profile" in path or "proxy" in path for path in paths)
+    assert not any(any(word in path for word in (*LEFT_OUT, "proxy")) for path in paths)
 
 
-@pytest.mark.parametrize("page", ["profile", "profile-server", "individual-profile", "individual-profile-server"])
-def test_no_page_of_the_profiler_is_there(client: Client, page: str) -> None:
-    with pytest.raises(HTTPError, match="404: Dask's profiler is off"):
+@pytest.mark.parametrize(
+    "page", [*LEFT_OUT, *(f"individual-{name}" for name in LEFT_OUT), "profile/", "profile/autoload.js"]
+)
+def test_no_page_is_there_that_shows_nothing_true_or_holds_up_a_run(client: Client, page: str) -> None:
+    with pytest.raises(HTTPError, match=r"404: Dask('s profiler is off| counts its own threads| would measure)"):
         urlopen(urljoin(client.dashboard_link, page), timeout=30)
+
+
+def routes(scheduler: Any, task: object, worker: str) -> set[str]:
+    """Every path that a scheduler's dashboard serves, but for files and WebSockets; those of tasks and workers for these."""
+    http, found = scheduler.http_application, set()
+    for pages in http.applications:
+        found |= {each for path in pages.app_paths for each in (path, f"{path}/metadata", path + AUTOLOADED)}
+    for pattern in (rule.matcher.regex.pattern.rstrip("$") for rule in http.wildcard_router.rules):
+        argument = task if pattern.startswith(("/info/task/", "/info/call-stack/")) else worker
+        found.add(pattern.replace("(.*)", quote(str(argument), safe="")))
+    return found - {"/eventstream"} - {path for path in found if path.startswith(("/proxy/", "/statics/"))}
+
+
+AUTOLOADED = "/autoload.js?bokeh-autoload-element=1"  # of a page that is shown within another
+
+
+def failing(client: Client, paths: set[str]) -> dict[str, object]:
+    """What those of some paths answer that do not answer 200."""
+    found: dict[str, object] = {}
+    for path in sorted(paths):
+        try:
+            urlopen(urljoin(client.dashboard_link, path), timeout=30).close()
+        except OSError as error:
+            found[path] = error
+    return found
+
+
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_route_of_the_dashboard_answers_during_a_run_and_after_it(
+    dataset: Path, result: Path, everything: bool
+) -> None:
+    during: list[tuple[set[str], dict[str, object]]] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, Attended) and not during:
+            tasks, (worker,) = list(scheduler.tasks), scheduler.workers
+            paths = routes(scheduler, tasks[0], worker)
+            if not everything:
+                paths = {path for path in paths if "/individual-" not in path and not path.endswith(AUTOLOADED)}
+            during.append((paths, failing(client, paths)))
+
+    with local_client() as client:
+        scheduler: Any = client.cluster.scheduler
+        plots = read_json(client, "/individual-plots.json")  # the first request, which opens all pages
+        carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, client, [look])
+        ((paths, failed),) = during
+        assert failed == {}
+        listed = set(read_json(client, "/sitemap.json")["paths"])
+        assert {"/oocattn", "/status", "/individual-progress", "/json/counts.json", "/health"} <= listed
+        assert set(plots.values()) <= listed | {"/statics/individual-cluster-map.html"}
+        assert failing(client, paths & listed | {"/sitemap.json"}) == {}
+
+
+def read_json(client: Client, path: str) -> Any:
+    with urlopen(urljoin(client.dashboard_link, path), timeout=30) as answer:
+        return json.load(answer)
+
+
+def test_a_request_for_events_without_a_socket_leaves_nothing_behind(client: Client) -> None:
+    before = set(client.cluster.scheduler.plugins)
+    with pytest.raises(HTTPError, match="400"):
+        urlopen(urljoin(client.dashboard_link, "/eventstream"), timeout=30)
+    assert set(client.cluster.scheduler.plugins) == before

@@ -7,27 +7,15 @@ WebSockets of pages that come from there.
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import re
 import socket
-from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from types import ModuleType
-from typing import Any, cast
 
 import psutil
-from distributed import Scheduler
 from tornado.netutil import bind_sockets
-from tornado.web import Application, HTTPError, RequestHandler
 
 from oocattn.errors import ProblemError
-from oocattn.imports import IMPORTING, with_some_home
-from oocattn.pipelines.engines.dask.runs import Runs
-from oocattn.text import printable
-from oocattn.threads import begin_call
 
 LOOPBACK = "127.0.0.1"
 
@@ -84,12 +72,6 @@ class DashboardAddress:
         if self.port not in (0, port):
             raise ProblemError(f"dashboard address {str(self)!r}: Address already in use: {ADVICE[errno.EADDRINUSE]}")
 
-    def restrict(self, dashboard: Application) -> None:
-        """Have a web application answer requests for the hosts of this address alone, with what there is to show."""
-        dashboard.add_handlers(r".*$", [(r"/(?:individual-)?profile(?:-server)?", _Profile)])
-        own = "|".join(map(re.escape, self.hosts))
-        dashboard.add_handlers(rf"(?!(?:{own})$).*$", [(r".*", _Elsewhere)])
-
     def origins(self, port: int) -> set[str]:
         """HOST:PORT of pages that may open a WebSocket to a dashboard at `port`."""
         return {f"{host}:{port}" for host in self.hosts}
@@ -103,72 +85,6 @@ class DashboardAddress:
         if ip and ip.is_unspecified:
             hosts |= {socket.gethostname().lower(), *_own_addresses()}
         return hosts
-
-
-class DashboardPages(Application):
-    """Dask's pages and our own, imported when the first one is asked for.
-
-    That takes half a second, which most runs would spend for nobody. They replace this application then.
-    """
-
-    def __init__(self, scheduler: Scheduler, origins: Iterable[str], runs: Runs) -> None:
-        super().__init__([(r".*", _FirstRequest)])
-        self._scheduler = scheduler
-        self._runs = runs
-        self._origins = frozenset(origins)
-        self._opening = asyncio.Lock()
-
-    async def open(self) -> None:
-        """Have the pages served, to their own origins. Raises ImportError where they cannot be imported."""
-        http = self._scheduler.http_application
-        async with self._opening:
-            if self not in http.applications:  # another request has come first
-                return
-            dashboard, own = await asyncio.wrap_future(begin_call(_import_dashboard))
-            dashboard.connect(http, self._scheduler.http_server, self._scheduler, prefix="/")
-            own.add_page(self._scheduler, self._runs)
-            http.applications.remove(self)
-            for pages in http.applications:
-                pages.websocket_origins.clear()  # of what Dask's configuration allows now
-                pages.websocket_origins.update(self._origins)
-            _leave_out_profile(dashboard.template_variables(self._scheduler))
-
-
-class _FirstRequest(RequestHandler):
-    """Has the pages opened, and sends the browser to the one that it asked for."""
-
-    async def prepare(self) -> None:
-        try:
-            await cast(DashboardPages, self.application).open()
-        except ImportError as error:
-            raise HTTPError(503, reason=printable(f"Dask's dashboard cannot be imported: {error}")) from error
-        self.redirect("/" + (self.request.uri or "").lstrip("/"))  # here, whatever is asked for
-
-
-def _import_dashboard() -> tuple[ModuleType, ModuleType]:
-    """The modules of Dask's pages, and of our own."""
-    with IMPORTING, with_some_home():
-        return import_module("distributed.dashboard.scheduler"), import_module("oocattn.pipelines.engines.dask.page")
-
-
-def _leave_out_profile(menu: dict[str, list[Any]]) -> None:
-    """Offer no page of Dask's profiler in the menu of a scheduler's pages: it is off (see `local_cluster`)."""
-    menu["pages"][:] = [page for page in menu["pages"] if page != "profile"]
-    menu["plots"][:] = [plot for plot in menu["plots"] if "profile" not in plot["url"]]
-
-
-class _Profile(RequestHandler):
-    """Refuses the pages of Dask's profiler, which would stay empty."""
-
-    def prepare(self) -> None:
-        raise HTTPError(404, reason="Dask's profiler is off here: it can end the process. Try py-spy, or the timeline")
-
-
-class _Elsewhere(RequestHandler):
-    """Refuses a request for another host."""
-
-    def prepare(self) -> None:
-        raise HTTPError(403, reason="Open the dashboard at the address that was printed")
 
 
 def _ip_address(host: str) -> IPv4Address | IPv6Address | None:

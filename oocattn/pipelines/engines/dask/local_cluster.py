@@ -24,8 +24,9 @@ with collection_paused():
     from distributed.system import MEMORY_LIMIT
     from distributed.worker_state_machine import StateMachineEvent
 
-    from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress, DashboardPages
+    from oocattn.pipelines.engines.dask.dashboard import LOOPBACK, DashboardAddress
     from oocattn.pipelines.engines.dask.kept import keep, release
+    from oocattn.pipelines.engines.dask.routes import DashboardPages, restrict
     from oocattn.pipelines.engines.dask.runs import PLUGIN, UPDATE_SECONDS, Runs
     from oocattn.pipelines.graph import STEPS
 
@@ -75,7 +76,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
         cluster = here.enter_context(_start(address, workers))
         http, port = cluster.scheduler.http_application, cluster.scheduler.http_server.port
         address.check_port(port)
-        address.restrict(http)
+        restrict(cluster.scheduler, address.hosts)
         cluster.scheduler.add_plugin(runs, name=PLUGIN)
         http.add_application(DashboardPages(cluster.scheduler, address.origins(port), runs))
         workers_here = list(cluster.workers.values())

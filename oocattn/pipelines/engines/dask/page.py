@@ -5,7 +5,7 @@ This module imports bokeh and Dask's pages: it is imported when the first page i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from bokeh.document import Document
@@ -18,8 +18,9 @@ from bokeh.server.tornado import BokehTornado
 from distributed import Scheduler
 from distributed.dashboard.components.scheduler import env
 from distributed.dashboard.core import BokehApplication
-from distributed.dashboard.scheduler import template_variables
+from distributed.dashboard.scheduler import applications, template_variables
 from tornado.ioloop import IOLoop
+from tornado.web import RedirectHandler
 
 from oocattn.pipelines.engines.dask import page_words
 from oocattn.pipelines.engines.dask.page_figures import Lanes, Matrix, RateLines
@@ -134,21 +135,34 @@ def as_file(record: Mapping[str, Any]) -> str:
     return file_html(page.root, INLINE, title="oocattn")
 
 
+def add_pages(scheduler: Scheduler, runs: Runs, is_left_out: Callable[[str], bool]) -> None:
+    """Add Dask's pages, but for some, and our own to a scheduler whose dashboard has none."""
+    menu = template_variables(scheduler)  # the one that all pages share
+    menu["pages"][:] = [page for page in menu["pages"] if not is_left_out(page)]
+    menu["plots"][:] = [plot for plot in menu["plots"] if not is_left_out(plot["url"])]
+    documents = {path: make for path, make in applications.items() if not is_left_out(path)}
+    pages = _serve(scheduler, documents, "/")
+    pages.add_handlers(r".*", [(r"/", RedirectHandler, {"url": "status"})])
+    add_page(scheduler, runs)
+
+
 def add_page(scheduler: Scheduler, runs: Runs) -> str:
     """Add the page to a scheduler's dashboard, first in its menu; return why that is not possible, or ""."""
     pages = next((each for each in scheduler.http_application.applications if isinstance(each, BokehTornado)), None)
     if pages is None:
         return "the scheduler has no dashboard"
-    variables = template_variables(scheduler)
-    application = BokehApplication(
-        {f"/{PAGE}": lambda _, extra, document: make_document(runs, extra, document)},
-        scheduler,
-        prefix=pages.prefix,
-        template_variables=variables,
-    )
-    scheduler.http_application.add_application(application)
-    application.initialize(IOLoop.current())
-    application.start()
-    if PAGE not in variables["pages"]:
-        variables["pages"].insert(0, PAGE)  # the list that all pages share
+    _serve(scheduler, {f"/{PAGE}": lambda _, extra, document: make_document(runs, extra, document)}, pages.prefix)
+    menu = template_variables(scheduler)["pages"]
+    if PAGE not in menu:
+        menu.insert(0, PAGE)
     return ""
+
+
+def _serve(scheduler: Scheduler, documents: Mapping[str, Callable[..., object]], prefix: str) -> BokehTornado:
+    """Serve documents of bokeh by their paths."""
+    variables = template_variables(scheduler)
+    pages: BokehTornado = BokehApplication(documents, scheduler, prefix=prefix, template_variables=variables)
+    scheduler.http_application.add_application(pages)
+    pages.initialize(IOLoop.current())
+    pages.start()
+    return pages
