@@ -208,7 +208,9 @@ class Board:
         if self._stop:
             seconds_left = 0.0
         elif here > 0:
-            seconds_left = max(0.0, (self._advanced - self._start) * left / here - (now - self._advanced))
+            at_that_rate = (self._advanced - self._start) * left / here - (now - self._advanced)
+            where_late = seconds * (left - 1) / (here + 1)  # for the next subproblem would have ended
+            seconds_left = max(0.0, at_that_rate, where_late)
         else:
             seconds_left = max(0.0, predicted - seconds)
         return {"seconds_left": seconds_left, "predicted_seconds": predicted, "expected_seconds": seconds + seconds_left}
