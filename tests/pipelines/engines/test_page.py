@@ -7,9 +7,9 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -18,16 +18,22 @@ import pytest
 from bokeh.client import pull_session
 from bokeh.document import Document
 from bokeh.models import LinearAxis
+from bokeh.protocol.messages.patch_doc import patch_doc
 from browser import look_at
 from distributed import Client, LocalCluster
-from support import Recorder, carry_out, make_event, normal_arrays, plan_for, write_dataset
+from support import MACHINE, Recorder, a_problem, carry_out, make_event, normal_arrays, plan_for, write_dataset
 
+import oocattn
 from oocattn import Attended, Event, Plan, Recovered, Saved, Staged, Started, Written, clock
 from oocattn.pipelines.engines.dask import page_words, runs
 from oocattn.pipelines.engines.dask.local_cluster import local_client
+from oocattn.pipelines.engines.dask.page import RunPage
+from oocattn.pipelines.engines.dask.runs import UPDATE_SECONDS
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.watch.board import RESOURCES, Board
+from oocattn.pipelines.watch.events import Resource, Span
 from oocattn.pipelines.watch.timeline import busy_seconds
+from oocattn.planning.candidates import make_plan
 from oocattn.storage.paths import ResultPaths
 from oocattn.units import format_bytes
 
@@ -277,6 +283,46 @@ def test_the_page_of_a_run_that_has_ended_stays_until_the_next_one(plan: Plan, f
         urlopen(elsewhere, timeout=30)
     with local_client(), pytest.raises(OSError, match="refused"):
         urlopen(url, timeout=30)
+
+
+@pytest.mark.parametrize(("decomposition", "asked"), [("cqs", {}), ("strips", {"window_size": (1_000, 0)})])
+def test_updates_of_the_page_of_ten_thousand_subproblems_stay_small(decomposition: str, asked: dict[str, Any]) -> None:
+    problem, budgets = a_problem(1 << 24, **asked), {"device_memory": 1 << 60, "host_memory": 1 << 60}
+    plan = make_plan(problem, MACHINE, **budgets, chunks=9_507, decomposition=decomposition)
+    assert 9_000 < plan.subproblems < 11_000
+    board, page, document, changes = Board("result.zarr"), RunPage(), Document(), Changes()
+    document.add_root(page.root)
+    document.on_change_dispatch_to(changes)
+    board(make_event("started", 0, 0, plan=plan, left=plan.subproblems))
+    for number, index in enumerate(plan.division_of(0).indices, 1):
+        task = {"index": index, "worker": str(number % 20), "bytes": 1 << 20, "pairs": 1 << 20}
+        for kind, resource in (("staged", "read"), ("attended", "compute"), ("written", "write")):
+            start = number + 0.1 * len(resource)
+            spans = (Span(cast(Resource, resource), start, start + 0.3),)
+            names = {field.name for field in fields(getattr(oocattn, kind.capitalize()))}
+            board(make_event(kind, start, start + 0.3, spans=spans, **{k: v for k, v in task.items() if k in names}))
+        if number % 1_000 == 0:
+            board(make_event("stalled", number, number, reason="slow " * 100))
+            page.update(board.record(), 0.0, [])
+            assert 1_000 < changes.take_bytes() <= 200_000
+    assert 1 / UPDATE_SECONDS <= 4
+
+
+class Changes:
+    """What a document sends to a browser."""
+
+    def __init__(self) -> None:
+        self._events: list[Any] = []
+
+    def _document_patched(self, event: Any) -> None:
+        self._events.append(event)
+
+    def take_bytes(self) -> int:
+        """The bytes of a message with the changes since the last one."""
+        message = patch_doc.create(self._events)
+        self._events.clear()
+        texts = len(message.header_json) + len(message.metadata_json) + len(message.content_json)
+        return texts + sum(len(each.to_bytes()) for each in message.buffers)
 
 
 @pytest.mark.slow
