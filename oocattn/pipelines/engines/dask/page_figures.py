@@ -141,8 +141,8 @@ class RateLines:
             "flops": np.array(series["flops"]),
             **{name: np.array(series.get(name, [0.0] * count)) for name in LINES},
         }
-        for name, line in self._lines.items():
-            line.visible = name in series
+        for item, (name, line) in zip(self.bytes.legend[0].items, self._lines.items(), strict=True):
+            item.visible = line.visible = name in series
         last = {name: values[-1] if values else 0.0 for name, values in series.items()}
         self.tokens.title.text = f"tokens/s: {last['tokens']:,.0f}"
         share = last["flops"] / ceiling
