@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from oocattn.pipelines.watch.events import Event as Event
     from oocattn.pipelines.watch.events import Failed as Failed
     from oocattn.pipelines.watch.events import Merged as Merged
+    from oocattn.pipelines.watch.events import Progressed as Progressed
     from oocattn.pipelines.watch.events import Recovered as Recovered
     from oocattn.pipelines.watch.events import Saved as Saved
     from oocattn.pipelines.watch.events import Staged as Staged
@@ -82,6 +83,7 @@ _MODULES = {
         "Event",
         "Failed",
         "Merged",
+        "Progressed",
         "Recovered",
         "Saved",
         "Staged",

@@ -82,6 +82,8 @@ class CpuKernel(Kernel):
         def attend_share(share: Share) -> None:
             own = state.rows(share.rows.start, share.rows.stop)
             _Call(operands.part(share.rows, share.keys), own, may_be_large).attend_all(_SIZES_ON_ONE_CORE)
+            if operands.attended is not None:
+                operands.attended(share.pairs)
 
         attend_shares(make_shares(intervals, _tile_rows(len(operands.query), rows)), attend_share)
 
@@ -131,6 +133,8 @@ class _Call:
             self.load_rows(of_rows)
             for run in runs:
                 self.attend(run)
+                if operands.attended is not None:
+                    operands.attended(run.pairs)
 
     def load_rows(self, rows: range) -> None:
         """Make these rows of the call the ones to attend with; those after them are computed and dropped."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,8 @@ class Operands:
     contiguous but for the heads of `query`, which may lie apart, on one device. `intervals`: the keys of each row,
     relative to the first (`make_intervals`); None: all. n and m may be 0: then there is nothing to attend. `slopes`: one
     of each head, for ALiBi; then `intervals` are given, for the rows' positions. `key_bias` [g, m] or [1, m], float32, is
-    added to the scores.
+    added to the scores. `attended`: called by kernels of the CPU, from any thread, with the pairs of a head that they have
+    attended since they called it; about as many as there are.
     """
 
     query: torch.Tensor
@@ -35,6 +36,7 @@ class Operands:
     intervals: Intervals | None = None
     slopes: tuple[float, ...] | None = None
     key_bias: torch.Tensor | None = None
+    attended: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
         query, key, value, intervals = self.query, self.key, self.value, self.intervals
@@ -82,7 +84,10 @@ class Operands:
         return Band(-self.rows, self.keys) if self.intervals is None else self.intervals.band
 
     def part(self, rows: range, keys: range) -> Operands:
-        """A tile of the call, as views; without intervals where its rows attend all its keys and need no positions."""
+        """A tile of the call, as views; without intervals where its rows attend all its keys and need no positions.
+
+        It does not tell what is attended.
+        """
         intervals = self.intervals and self.intervals.part(rows, keys)
         if intervals is not None and self.slopes is None and intervals.is_full:
             intervals = None
@@ -90,6 +95,12 @@ class Operands:
         bias = None if self.key_bias is None else self.key_bias[:, of_keys]
         tensors = self.query[:, of_rows], self.key[of_keys], self.value[of_keys]
         return Operands(*tensors, self.scores, intervals, self.slopes, bias)
+
+    def tell_rows(self, rows: range) -> None:
+        """Say that all pairs of some rows are attended."""
+        if self.attended is not None and rows:
+            of_rows = None if self.intervals is None else self.intervals.bounds.part(rows)
+            self.attended(len(rows) * self.keys if of_rows is None else int(of_rows.pairs().sum()))
 
     def check(self, state: AttentionState) -> None:
         """Raise ValueError for the state of other rows, heads or columns."""

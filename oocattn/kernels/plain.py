@@ -49,7 +49,11 @@ class PlainKernel(Kernel):
     def attend(self, operands: Operands, state: AttentionState) -> None:
         operands.check(state)
         with full_precision(operands.query.device):
+            before = range(0)
             for rows, keys in self.tiles(operands):
+                if rows != before:
+                    operands.tell_rows(before)
+                    before = rows
                 self._attend_tile(operands.part(rows, keys), state.rows(rows.start, rows.stop))
 
     def tiles(self, operands: Operands) -> Iterator[tuple[range, range]]:

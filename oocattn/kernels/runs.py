@@ -29,6 +29,13 @@ class Run:
         return first._replace(row=first.row + index * self.row_step, key=first.key + index * self.key_step)
 
     @property
+    def pairs(self) -> int:
+        """Query-key pairs of a head that are attended."""
+        first = self.first
+        of_row = 2 * first.keys if first.shape is Shape.FULL else first.keys + 1
+        return self.count * first.rows * of_row // 2
+
+    @property
     def rows(self) -> range:
         """From the first row to the last of all parts."""
         return range(self.first.row, self.first.row + (self.count - 1) * self.row_step + self.first.rows)

@@ -88,6 +88,11 @@ class AttentionState:
         """The state of one head as views, with g = 1."""
         return self.heads(index, index + 1)
 
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.nbytes_for(*self.num.shape)
+
     @staticmethod
     def nbytes_for(group_size: int, rows: int, value_dim: int) -> int:
         """Bytes of a state: Dv + 2 float32 per head and row, two int64 per row."""

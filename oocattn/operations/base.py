@@ -6,7 +6,7 @@ states, and has finished ones turned into results. What these are is the operati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,9 +54,17 @@ class Operation(Protocol):
         """Cut the pairs of some rows of a block, given as the problem counts them, into tiles of at most `size` keys."""
 
     def compute(
-        self, head_group: int, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState
+        self,
+        head_group: int,
+        tile: Tile,
+        query: Sequence[Tensor],
+        key: Sequence[Tensor],
+        state: AttentionState,
+        attended: Callable[[int], object] | None = None,
     ) -> None:
         """Compute a tile, add the result to `state`, and enter the pairs in its ledger.
+
+        On a CPU `attended` is called meanwhile, from any thread, with about so many pairs of a head.
 
         `query` and `state` are of the rows that the tile was cut for, `key` of the tile's keys: [heads, n, ...] all. On a
         GPU the work is launched on torch's current stream, and nothing waits for it.

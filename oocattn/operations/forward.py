@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -57,7 +57,13 @@ class Forward:
         return iter(self._kept_tiles(mask, block, staged, rows, size))
 
     def compute(
-        self, head_group: int, tile: Tile, query: Sequence[Tensor], key: Sequence[Tensor], state: AttentionState
+        self,
+        head_group: int,
+        tile: Tile,
+        query: Sequence[Tensor],
+        key: Sequence[Tensor],
+        state: AttentionState,
+        attended: Callable[[int], object] | None = None,
     ) -> None:
         (q,), (k, v, *bias) = query, key
         part = state.rows(tile.rows.start, tile.rows.stop)
@@ -70,6 +76,7 @@ class Forward:
             tile.intervals(always=slopes is not None),
             slopes,
             bias[0] if bias else None,
+            attended,
         )
         self._kernel.attend(operands, part)
         enter_tile(part, tile)

@@ -10,7 +10,7 @@ import itertools
 import logging
 import queue
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -27,12 +27,13 @@ from oocattn.pipelines.run import Run
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.standstill import Standstill
-from oocattn.pipelines.watch.events import Attended, Callback, Saved, Staged, TaskEvent
+from oocattn.pipelines.watch.events import Attended, Callback, Progressed, Saved, Staged, TaskEvent
 from oocattn.planning.cost import MOST_UNFINISHED, PIECE, WINDOW
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.storage.remote.limits import current_limit
 from oocattn.units import format_seconds
 
+PROGRESS_SECONDS = 1.0  # seconds between two looks at how far subproblems in flight are
 WORKER_CHECK_SECONDS = 5.0  # seconds after which it is checked again whether the workers still live
 AT_ONCE = 1.0  # seconds in which lanes close after a second signal, or are left
 
@@ -59,6 +60,9 @@ class Attempt:
         self._checked = time.monotonic()
         self._standstill = Standstill(lanes.workers, self._pending, lanes.look, emit, deadline)
         self._dataset_checked = False
+        self._pairs_ended: Counter[str] = Counter()  # by worker: of subproblems that have ended
+        self._pairs_told: dict[str, int] = {}
+        self._looked = time.monotonic()
 
     def drive(self) -> None:
         """Open the lanes, run every task to completion, and close the lanes, however it ends.
@@ -128,7 +132,9 @@ class Attempt:
         """Wait until tasks have ended. Raises InterruptedRunError, TimeLimitError, and StalledError when none ends."""
         ended: list[Outcome] = []
         while not ended:
-            seconds = self._check_time()
+            seconds = min(PROGRESS_SECONDS, self._check_time())
+            if time.monotonic() - self._looked >= PROGRESS_SECONDS:
+                self._look_at_lanes()
             if time.monotonic() - self._checked > WORKER_CHECK_SECONDS:
                 self._check_workers()
             with suppress(queue.Empty):
@@ -139,6 +145,18 @@ class Attempt:
                         ended.append(outcome)
                     outcome = self._lanes.outcomes.get_nowait()
         return ended
+
+    def _look_at_lanes(self) -> None:
+        """Pass on how far subproblems in flight are."""
+        self._looked = time.monotonic()
+        for worker, lane in self._lanes.progress().items():
+            self._standstill.step(worker, clock.now() - lane.stepped)
+            in_flight = max(0, lane.pairs - self._pairs_ended[worker])
+            if in_flight and lane.pairs != self._pairs_told.get(worker):
+                self._pairs_told[worker] = lane.pairs
+                now = clock.now()
+                self._emit(Progressed(start=now, stop=now, worker=lane.worker, pairs=in_flight))
+        self._standstill.note_silent(self._lanes.silent())
 
     def _finish(self, task: Task, outcome: TaskEvent | BaseException) -> None:
         """Pass on what a task did, or raise its error."""
@@ -152,6 +170,7 @@ class Attempt:
         self._emit(outcome)
         self._deadline.learn(outcome)
         if isinstance(outcome, Attended):
+            self._pairs_ended[self._lanes.workers[task.lane]] += outcome.pairs
             self._attending -= 1
             self._attended += 1
             self._to_attend -= 1

@@ -148,13 +148,14 @@ def _drive(run: Run, engine: Engine, emit: Callback, start: float, interrupts: I
         thorough = recovered is not None and recovered.recomputed > 0
         found = insist("the search for finished work", partial(_look, run, thorough))
         schedule = Schedule(run.plan, engine.lane_count, found.done)
-        left = schedule.left
+        left, pairs = schedule.left, schedule.pairs_left
         limits.note_progress(left - len(found.done.chunks))
         if recovered is None:
             resumed = bool(found.done.chunks or found.done.partials)
-            emit(started(left=left, resumed=resumed, recomputed=found.damaged, done=found.done))
+            emit(started(left=left, pairs_left=pairs, resumed=resumed, recomputed=found.damaged, done=found.done))
         else:
-            emit(replace(recovered, left=left, recomputed=recovered.recomputed + found.torn, done=found.done))
+            recomputed = recovered.recomputed + found.torn
+            emit(replace(recovered, left=left, pairs_left=pairs, recomputed=recomputed, done=found.done))
         try:
             Attempt(run, engine.lanes(run, deadline), schedule, emit, deadline, interrupts).drive()
             return engine.lane_count

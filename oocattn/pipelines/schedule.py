@@ -16,6 +16,8 @@ from functools import cached_property
 from oocattn.division.base import Division, Subproblem
 from oocattn.planning.plan import Plan
 
+MOST_COUNTED_CHUNKS = 256  # of whose partials each is counted; of more, that takes seconds
+
 
 @dataclass(frozen=True)
 class CompletedWork:
@@ -111,6 +113,47 @@ class Schedule:
         """How many subproblems are left. It takes time for what is done, not for the head groups that nobody has begun."""
         total = sum(count * len(self._chunks_needing(division)) for division, count in self.plan.divisions.items())
         return total - sum(self.completed.values())
+
+    @cached_property
+    def pairs_left(self) -> int:
+        """How many query-key pairs are left, of all heads. Of many chunks it is an estimate."""
+        partials = (place for place in self.done.partials if place[:2] not in self.done.chunks)
+        problem, done = self.plan.problem, 0
+        for count, places in ((self._pairs_of_chunk, self.done.chunks), (self._pairs_of_partial, partials)):
+            done += sum(count(*place) * len(problem.head_group(place[0]).query_heads) for place in places)
+        return max(0, problem.pairs - done)
+
+    def _pairs_of_chunk(self, head_group: int, chunk: int) -> int:
+        """The pairs of a query chunk and one head."""
+        place = (head_group // self.plan.problem.entry_groups, chunk)
+        if place not in self._chunk_pairs:
+            rows = self.plan.query_rows(chunk)
+            self._chunk_pairs[place] = self.plan.mask(head_group).pairs(rows)
+        return self._chunk_pairs[place]
+
+    def _pairs_of_partial(self, head_group: int, chunk: int, index: int) -> int:
+        """The pairs of a partial and one head: counted, or of many chunks its share of the query chunk's chunk pairs."""
+        plan = self.plan
+        place = (head_group // plan.problem.entry_groups, chunk, index)
+        if place not in self._partial_pairs:
+            block = next(each for each in self._subproblem(head_group, index).blocks if each.query_chunk == chunk)
+            if plan.chunks > MOST_COUNTED_CHUNKS:
+                live = int(plan.division_of(head_group).live.counts[chunk])
+                pairs = self._pairs_of_chunk(head_group, chunk) * len(block.key_chunks) // live
+            else:
+                rows, mask = plan.query_rows(chunk), plan.mask(head_group)
+                keys = (plan.grid.keys(each, mask.keys) for each in block.key_chunks)
+                pairs = sum(mask.pairs(rows, each) for each in keys)
+            self._partial_pairs[place] = pairs
+        return self._partial_pairs[place]
+
+    @cached_property
+    def _chunk_pairs(self) -> dict[tuple[int, int], int]:
+        return {}
+
+    @cached_property
+    def _partial_pairs(self) -> dict[tuple[int, int, int], int]:
+        return {}
 
     @cached_property
     def completed(self) -> dict[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from oocattn import clock
 from oocattn.errors import StalledError
@@ -42,12 +42,29 @@ class Standstill:
         self._waited = self._looked = self._progressed = 0.0
         self._ended = dict.fromkeys(workers, 0.0)  # how long was waited in all when a task of each last ended
         self._obstacles: Mapping[str, Obstacle] = {}
+        self._silent: frozenset[str] = frozenset()
 
     def progress(self, worker: str) -> None:
         """A task of this worker's lane ended."""
         self._progressed = self._ended[worker] = self._waited
         if worker in self._obstacles or "" in self._obstacles:
             self._tell({})
+
+    def step(self, worker: str, seconds_ago: float) -> None:
+        """The lane of this worker last did a piece of a task so many seconds ago."""
+        moment = self._waited - seconds_ago
+        if moment > self._ended[worker]:
+            self._ended[worker] = moment
+            self._progressed = max(self._progressed, moment)
+            if "" in self._obstacles:
+                self._tell({})
+
+    def note_silent(self, workers: Collection[str]) -> None:
+        """These workers give no sign of life: they are asked at once, and again when they give one."""
+        before, self._silent = self._silent, frozenset(workers)
+        if asked := before ^ self._silent:
+            others = {name: obstacle for name, obstacle in self._obstacles.items() if name not in asked}
+            self._tell({**others, **self._look(self._pending(), sorted(asked))})
 
     def begin(self) -> None:
         """Lanes are made: their tasks can begin."""

@@ -44,6 +44,9 @@ ATTRIBUTES = "oocattn"
 REPORT, CERTIFICATE, CERTIFICATE_PAGE = "report.json", "certificate.json", "certificate.html"
 """What stays beside a result."""
 
+LOCK, STATUS = "lock", "status.json"
+"""In the folder of job state: who works on the result, and how far the run is."""
+
 GROWING_NAME = re.compile(r"result-[0-9a-f]{8}\.zarr")
 TRASH_NAME = re.compile(r"trash-[0-9a-f]{8}")
 
@@ -164,11 +167,11 @@ class ResultPaths:
 
     @property
     def lock(self) -> Path:
-        return self.state / "lock"
+        return self.state / LOCK
 
     @property
     def status(self) -> Path:
-        return self.state / "status.json"
+        return self.state / STATUS
 
     @property
     def report(self) -> Path:
@@ -246,6 +249,32 @@ class ResultPaths:
     def beside(self) -> Objects | None:
         """The objects beside a result in a store; None where report and certificate are in the folder of job state."""
         return None if isinstance(self.result, Path) else self.result.beside
+
+
+def folder_beside_caller(name: str, mirrored: bool) -> Path:
+    """The folder of job state of a result that is in no folder, where the caller names none: in the current one.
+
+    A copy of what is in the store has a folder of its own, for it is replaced: no other run's is.
+    """
+    try:
+        return Path.cwd() / f"{name}.oocattn{'-store' if mirrored else ''}"
+    except FileNotFoundError:
+        raise ProblemError(
+            f"the current folder was removed: change to one that is there, or give {named('scratch')}"
+        ) from None
+
+
+def state_of_url(typed: object, scratch: str | Path | None) -> tuple[str, Path] | None:
+    """What messages call the result at a URL, and the folder here of its job state; without a look at the store.
+
+    None for what is no URL.
+    """
+    if not isinstance(typed, str) or (location := parse_location(typed, "result")).path is not None:
+        return None
+    name = str(location).rstrip("/")
+    if scratch is None or scratch == STORE:
+        return name, resolve_path(folder_beside_caller(name.rpartition("/")[2], scratch == STORE))
+    return name, resolve_path(output_path(scratch, "scratch folder"))
 
 
 def recorded_attributes(group: Path | StoredResult) -> dict[str, Any]:

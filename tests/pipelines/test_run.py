@@ -41,7 +41,7 @@ def ran(
 
 def test_events_come_in_order_and_are_as_many_as_planned(ran: tuple[Plan, list[Event]]) -> None:
     plan, events = ran
-    kinds = [event.kind for event in events]
+    kinds = [event.kind for event in events if event.kind != "progressed"]  # which a busy machine has, and others have not
     assert kinds[0] == "started"
     assert kinds[-2:] == ["committed", "ended"]
     chunks = sum(bool(plan.query_rows(chunk)) for chunk in range(plan.chunks)) * plan.problem.head_groups

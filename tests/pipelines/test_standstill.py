@@ -218,7 +218,7 @@ def test_a_task_may_take_longer_than_planned_while_its_lane_works(
         for _ in range(30 if staged.index == 3 else 0):
             time.sleep(deadline.NOTICED_SECONDS / 4)
             if works:
-                device._step()
+                device._health.step()
         return launch(device, staged, *rest)
 
     monkeypatch.setattr(CpuDevice, "launch", launch_slowly)

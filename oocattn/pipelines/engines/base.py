@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 SAVING_SECONDS = 600.0
 """The longest time for lanes to save their work as a run ends."""
 
+SILENT_SECONDS = 6.0
+"""Seconds without a sign of life after which a worker is asked for one."""
+
 NOT_STOPPED = "some tasks did not stop in time; their work is not saved"
 NOT_SAVED = "what it held in memory may be lost, and is computed again"
 NOT_CLOSED = "its lane may not be closed, and keep its memory"
@@ -54,6 +57,15 @@ class Obstacle:
 
     fault: str
     remedy: str
+
+
+@dataclass(frozen=True)
+class LaneProgress:
+    """How far the lane of a worker, named as in its events, is: pairs attended, and the moment of its last step."""
+
+    worker: str
+    pairs: int
+    stepped: float
 
 
 class Lanes(ABC):
@@ -96,6 +108,14 @@ class Lanes(ABC):
 
         `pending` are the unfinished tasks of each worker; it is empty while lanes are made.
         """
+
+    @abstractmethod
+    def progress(self) -> Mapping[str, LaneProgress]:
+        """What is known of how far lanes are, by worker; at once."""
+
+    def silent(self) -> Collection[str]:
+        """The workers that have told nothing of themselves for `SILENT_SECONDS`, though they do so all the time."""
+        return ()
 
     @abstractmethod
     def stop(self, seconds: float) -> None:

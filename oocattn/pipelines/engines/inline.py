@@ -25,6 +25,7 @@ from oocattn.pipelines.engines.base import (
     SAVING_SECONDS,
     Check,
     Engine,
+    LaneProgress,
     Lanes,
     Obstacle,
     collect_answers,
@@ -152,6 +153,10 @@ class InlineLanes(Lanes):
     ) -> tuple[dict[str, Obstacle], dict[str, float]]:
         lanes = dict(zip(self.workers, self._lanes, strict=False))
         return {}, {name: clock.now() - lanes[name].stepped for name in workers if name in lanes}
+
+    def progress(self) -> Mapping[str, LaneProgress]:
+        lanes = zip(self.workers, list(self._lanes), strict=False)
+        return {name: LaneProgress(name, lane.pairs, lane.stepped) for name, lane in lanes}
 
     def stop(self, seconds: float) -> None:
         if not self.is_here:  # a listener has forked

@@ -29,7 +29,7 @@ class CpuDevice:
         problem = plan.problem
         self._plan = plan
         self._operation = operation
-        self._step = health.step
+        self._health = health
         self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.value_dim)
         self.cores: int | None = plan.threads
         self.allocator = ThreadPool(1, "oocattn-allocate")
@@ -44,7 +44,7 @@ class CpuDevice:
 
     def finalise(self, head_group: int, head: int, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
         self._operation.finalise(head_group, head, state, out, lse)
-        self._step()
+        self._health.step()
 
     def close(self) -> None:
         self.allocator.shutdown()
@@ -79,9 +79,10 @@ class CpuDevice:
         state.reset()
         for tile in operation.tiles(staged.head_group, block, staged.rows, rows, max(1, staged.rows.key_total)):
             keys = [tensor[:, tile.keys.start : tile.keys.stop] for tensor in staged.keys]
-            operation.compute(staged.head_group, tile, query, keys, state)
-            pairs += tile.pairs * heads
-            self._step()
+            before, of_tile = self._health.pairs, tile.pairs * heads
+            operation.compute(staged.head_group, tile, query, keys, state, lambda more: self._health.attended(more * heads))
+            self._health.attended(before + of_tile - self._health.pairs)
+            pairs += of_tile
         if destination.merged:
             self._operation.merge(destination.state, state)
         return pairs

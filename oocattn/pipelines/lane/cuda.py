@@ -81,7 +81,8 @@ class CudaDevice:
             self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
             self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows, operation.key_inputs)
             self._clock = DeviceClock(self._compute)
-        self._ahead: deque[torch.cuda.Event] = deque()
+        self._ahead: deque[tuple[torch.cuda.Event, int]] = deque()
+        """The end of each key tile that is ahead, and its pairs of all heads."""
         self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event]] = deque()
         """Query chunks in flight, and the event after which each is on the host."""
         self._handing_over = threading.Lock()
@@ -102,6 +103,7 @@ class CudaDevice:
             copy_state(into, first)
             done = record_event(self._merge_stream)
         done.synchronize()
+        self._health.copied(into.nbytes + state.nbytes, into.nbytes)
 
     def finalise(self, head_group: int, head: int, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
         buffers = self._buffers
@@ -116,6 +118,7 @@ class CudaDevice:
                 lse[0, rows].copy_(on_device_lse[0], non_blocking=True)
             done = record_event(self._merge_stream)
         done.synchronize()
+        self._health.copied(state.nbytes, out.nbytes + lse.nbytes)
         self._health.step()
 
     def close(self) -> None:
@@ -236,12 +239,15 @@ class CudaDevice:
         with torch.cuda.stream(self._copy), self._timed(launch, "copy in", self._copy):
             for on_device, staged in copies:
                 on_device.copy_(staged, non_blocking=True)
+                self._health.copied(to_device=staged.nbytes)
         return launch.stretches[-1].stop
 
     def _attend_keys(self, launch: _Launch, query: torch.Tensor, tile: Tile, state: AttentionState) -> None:
         """Enqueue the copy of a key tile and the kernel's call on it."""
         if len(self._ahead) == AHEAD:
-            self._ahead.popleft().synchronize()
+            ended, attended = self._ahead.popleft()
+            ended.synchronize()
+            self._health.attended(attended)
         slot = self._buffers.keys.acquire(self._copy)
         staged = [tensor[:, tile.keys.start : tile.keys.stop] for tensor in launch.staged.keys]
         keys = [buffer[: tensor.numel()].view(tensor.shape) for buffer, tensor in zip(slot.buffer, staged, strict=True)]
@@ -253,7 +259,7 @@ class CudaDevice:
                 self._operation.compute(launch.staged.head_group, tile, (query,), keys, state)
         finally:
             slot.freed = done = record_event(self._compute)
-            self._ahead.append(done)
+            self._ahead.append((done, tile.pairs * len(query)))
 
     def _bring_back(
         self, launch: _Launch, state: AttentionState, destination: Destination, attended: torch.cuda.Event
@@ -265,12 +271,14 @@ class CudaDevice:
                 source = self._buffers.merged[0].heads(0, len(host.num)).rows(0, len(host.keys))
                 with self._timed(launch, "copy in", self._back):
                     copy_state(source, host)
+                    self._health.copied(to_device=host.nbytes)
             self._back.wait_event(attended)
             if destination.merged:
                 with self._timed(launch, "merge", self._back):
                     self._operation.merge(source, state)
             with self._timed(launch, "copy out", self._back):
                 copy_state(host, source)
+                self._health.copied(from_device=host.nbytes)
         return launch.stretches[-1].stop
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -23,11 +24,28 @@ class Health:
     def __init__(self) -> None:
         self.stepped = clock.now()
         """Time of the last step: a tile, a read, a written block, a file of partials."""
+        self.pairs = 0
+        """Query-key pairs, of all heads, that the lane has attended, with those of a subproblem in flight."""
+        self.copied_in = self.copied_out = 0
+        """Bytes that were copied to the device, and from it."""
+        self._counting = threading.Lock()
         self._error: BaseException | None = None
 
     def step(self) -> None:
         """Note that a piece of a long task is done."""
         self.stepped = clock.now()
+
+    def attended(self, pairs: int) -> None:
+        """Note that so many more pairs, of all heads, are attended."""
+        with self._counting:
+            self.pairs += pairs
+        self.step()
+
+    def copied(self, to_device: int = 0, from_device: int = 0) -> None:
+        """Note that so many bytes are copied, or on their way."""
+        with self._counting:
+            self.copied_in += to_device
+            self.copied_out += from_device
 
     def fail(self, error: BaseException) -> None:
         """Stop the lane with this error, unless another one has stopped it before."""

@@ -8,9 +8,11 @@ for two things at once, is the graph's business.
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from typing import TypeVar
 
 from oocattn.errors import ProblemError
 from oocattn.operations import Operation, make_operation
@@ -28,8 +30,10 @@ from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.lane.process_memory import MemoryMeter
 from oocattn.pipelines.lane.stager import Stager, Turns
 from oocattn.pipelines.run import Run
-from oocattn.pipelines.watch.events import Attended
+from oocattn.pipelines.watch.events import Attended, Merged, TaskEvent, Written
 from oocattn.planning.plan import Plan
+
+E = TypeVar("E", bound=TaskEvent)
 
 DEVICES: Mapping[str, Callable[[str, Plan, Operation, Health], Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
 """Devices by the kind of a name like "cuda:1"; a new kind is one new line here."""
@@ -38,7 +42,7 @@ DEVICES: Mapping[str, Callable[[str, Plan, Operation, Health], Device]] = {"cpu"
 class Lane:
     """The lane of a run on a device, called from several tasks of a worker at a time.
 
-    Its `stage` is that of `Stager`, its `merge` and `write` are those of `Finisher`.
+    Its `stage` is that of `Stager`.
     """
 
     def __init__(self, run: Run, device_name: str) -> None:
@@ -61,9 +65,11 @@ class Lane:
             self.finisher = parts.enter_context(closing(finisher))
             stager = Stager(plan, operation, run.dataset, memory.slots, device.readers, health.step)
             self._stager = parts.enter_context(closing(stager))
-            self.stage, self.merge, self.write = stager.stage, finisher.merge, finisher.write
+            self.stage = stager.stage
             self._attend_turns = Turns("attend", len(memory.slots))
             self._next_turn = 0
+            self._told_copied = (0, 0)
+            self._telling = threading.Lock()
             self._launched: dict[int, Callable[[], Attended]] = {}
             seconds = plan.checkpoint_seconds if plan.saves else 0.0
             self._checkpoints = parts.enter_context(closing(Checkpoints(partials, seconds, health.fail)))
@@ -74,6 +80,11 @@ class Lane:
         """Time of the last step of a task, in seconds since the epoch."""
         return self._health.stepped
 
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that were attended so far, tile by tile."""
+        return self._health.pairs
+
     def attend(self, turn: int) -> Attended:
         """Compute the partials of the subproblem staged for this turn; hand them over.
 
@@ -83,7 +94,22 @@ class Lane:
         self._attend_turns.take(turn)
         self.device.launcher.submit(self._launch_until, turn).result()
         finish = self._launched.pop(turn)
-        return replace(self._checkpoints.add_to(finish()), memory=self._meter.read())
+        return self._with_copied(replace(self._checkpoints.add_to(finish()), memory=self._meter.read()))
+
+    def merge(self, head_group: int, chunk: int) -> Merged:
+        """Merge the partials of a query chunk (`Finisher`)."""
+        return self._with_copied(self.finisher.merge(head_group, chunk))
+
+    def write(self, head_group: int, chunk: int) -> Written:
+        """Write a query chunk to the result (`Finisher`)."""
+        return self._with_copied(self.finisher.write(head_group, chunk))
+
+    def _with_copied(self, event: E) -> E:
+        """The event with the bytes that were copied since the one before."""
+        with self._telling:
+            before, self._told_copied = self._told_copied, (self._health.copied_in, self._health.copied_out)
+            copied_in, copied_out = self._told_copied
+        return replace(event, copied_in=copied_in - before[0], copied_out=copied_out - before[1])
 
     def _launch_until(self, turn: int) -> None:
         """Launch what was staged up to this turn, in order."""

@@ -31,6 +31,7 @@ from oocattn.pipelines.watch.events import (
     TaskEvent,
     Written,
 )
+from oocattn.pipelines.watch.pace import Pace
 from oocattn.pipelines.watch.pair_progress import PairProgress
 from oocattn.pipelines.watch.series import Busy, Rates
 from oocattn.planning.plan import Plan
@@ -47,7 +48,7 @@ MOST_WORDS = 300  # characters of a line
 SCRATCH_SECONDS = 2.0  # between two looks at the disk
 
 RESOURCES: tuple[Resource, ...] = get_args(Resource)
-AMOUNTS = ("pairs", "subproblems", "read", "written", "saved")
+AMOUNTS = ("pairs", "read", "copied in", "copied out", "written", "saved")
 
 
 class Board:
@@ -62,12 +63,13 @@ class Board:
         self._log: deque[dict[str, Any]] = deque(maxlen=MOST_LINES)
         self._state = "starting"
         self._words = ""
-        self._before = 0
         self._saved = 0.0
 
     def __call__(self, event: Event) -> None:
         with self._lock:
             self._event = event.stop
+            if self._plan is not None:
+                self._pace(event)
             match event:
                 case Started():
                     self._begin(event)
@@ -75,8 +77,6 @@ class Board:
                     self._add_task(event)
                 case Recovered():
                     self._pairs = PairProgress(self._planned, event.done)
-                    self._done = self._planned.subproblems - event.left
-                    self._before = min(self._before, self._done)
                     self._set("running")
                     self._note(event.stop, f"recovered: {event.error}")
                 case Stalled():
@@ -97,10 +97,8 @@ class Board:
 
     def _begin(self, event: Started) -> None:
         plan = self._plan = event.plan
-        self._start, self._stop, self._advanced = event.start, 0.0, event.start
+        self._start, self._stop, self._pace = event.start, 0.0, Pace(event)
         self._pairs = PairProgress(plan, event.done)
-        self._done = self._before = plan.subproblems - event.left
-        self._left = event.left
         self._rates = Rates(event.start, AMOUNTS)
         self._busy: dict[str, dict[str, Busy]] = {}
         self._memory: dict[str, Memory] = {}
@@ -122,6 +120,8 @@ class Board:
             start, stop = min(start, span.start), max(stop, span.stop)
         if not event.spans:
             start, stop = event.start, event.stop
+        self._rates.add("copied in", event.copied_in, start, stop)
+        self._rates.add("copied out", event.copied_out, start, stop)
         match event:
             case Staged():
                 self._pairs.stage(event.head_group, event.index)
@@ -137,10 +137,7 @@ class Board:
 
     def _attend(self, event: Attended, start: float, stop: float) -> None:
         self._pairs.attend(event.head_group, event.index)
-        self._done += 1
-        self._advanced = event.stop
         self._rates.add("pairs", event.pairs, start, stop)
-        self._rates.add("subproblems", 1, start, stop)
         if event.partial_bytes or event.checkpoint_bytes:
             self._rates.add("saved", event.partial_bytes + event.checkpoint_bytes, event.stop, event.stop)
             self._saved = max(self._saved, event.checkpointed or event.stop)
@@ -179,6 +176,7 @@ class Board:
             return found
 
     def _progress(self, plan: Plan, now: float) -> dict[str, Any]:
+        found = self._pace.at(now)
         return {
             "problem": printable(plan.problem),
             "kernel": plan.kernel,
@@ -186,10 +184,15 @@ class Board:
             "seconds": now - self._start,
             "last_event": self._event,
             "subproblems": plan.subproblems,
-            "subproblems_done": self._done,
-            "subproblems_before": self._before,
-            "share": 1.0 if self._state == "finished" else self._done / max(1, plan.subproblems),
-            **self._times(plan, now),
+            "subproblems_done": found.subproblems_done,
+            "subproblems_before": found.subproblems_before,
+            "share": 1.0 if self._state == "finished" else found.share,
+            "pairs": found.pairs,
+            "pairs_done": found.pairs_done,
+            "pairs_in_flight": found.in_flight,
+            "seconds_left": found.seconds_left,
+            "predicted_seconds": found.predicted_seconds,
+            "expected_seconds": found.expected_seconds,
             "matrix": self._pairs.matrix(),
             "head_groups": plan.problem.head_groups,
             "strip": self._pairs.strip(),
@@ -201,20 +204,6 @@ class Board:
             "checkpoint_seconds": plan.checkpoint_seconds if plan.saves else 0.0,
         }
 
-    def _times(self, plan: Plan, now: float) -> dict[str, float]:
-        """Time left, what the plan predicts for what this process has to do, and what it will take."""
-        seconds, here, left = now - self._start, self._done - self._before, plan.subproblems - self._done
-        predicted = plan.seconds * self._left / max(1, plan.subproblems)
-        if self._stop:
-            seconds_left = 0.0
-        elif here > 0:
-            at_that_rate = (self._advanced - self._start) * left / here - (now - self._advanced)
-            where_late = seconds * (left - 1) / (here + 1)  # for the next subproblem would have ended
-            seconds_left = max(0.0, at_that_rate, where_late)
-        else:
-            seconds_left = max(0.0, predicted - seconds)
-        return {"seconds_left": seconds_left, "predicted_seconds": predicted, "expected_seconds": seconds + seconds_left}
-
     def _rates_now(self, plan: Plan) -> dict[str, Any]:
         problem, found = plan.problem, self._rates.rates()
         pairs = max(1, problem.pairs)
@@ -223,9 +212,8 @@ class Board:
             "flops": problem.flops / pairs,
         }
         series = {name: [each * factor for each in found["pairs"]] for name, factor in of_pairs.items()}
-        copied = plan.link("copy").amount / max(1, plan.subproblems)
-        series |= {"copied": [each * copied for each in found["subproblems"]]} if copied else {}
-        series |= {name: found[name] for name in ("read", "written", "saved")}
+        copied = ("copied in", "copied out") if plan.device == "cuda" else ()  # a CPU computes where chunks were read
+        series |= {name: found[name] for name in ("read", *copied, "written", "saved")}
         return {
             "width": self._rates.width,
             "ceiling": plan.machine.kernel_flops * plan.lanes,

@@ -68,8 +68,8 @@ class Event:
 class Started(Event):
     """The run started: its plan, and the dashboard's address, "" where there is none.
 
-    `left` subproblems are left to be computed; `resumed` says that some were done before, and `done` which; `recomputed`
-    counts partials and records that were found damaged.
+    `left` subproblems with `pairs_left` query-key pairs are left to be computed; `resumed` says that some were done before,
+    and `done` which; `recomputed` counts partials and records that were found damaged.
     """
 
     plan: Plan
@@ -78,13 +78,14 @@ class Started(Event):
     resumed: bool
     recomputed: int
     done: CompletedWork = NOTHING_COMPLETED
+    pairs_left: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered(Event):
     """A damaged partial (`recomputed`), a failed task or lost workers: the run continues with the `left` subproblems.
 
-    `done` is what need not be done again.
+    These have `pairs_left`. `done` is what need not be done again.
     """
 
     error: str
@@ -93,6 +94,7 @@ class Recovered(Event):
     retried: int = 0
     workers_lost: int = 0
     done: CompletedWork = NOTHING_COMPLETED
+    pairs_left: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,14 @@ class Saved(Event):
     """The state that lanes held in memory was saved as they stopped."""
 
     bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progressed(Event):
+    """The lane of `worker` has attended `pairs` of its subproblems in flight so far: at most once a second."""
+
+    worker: str
+    pairs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +142,18 @@ class Ended(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvent(Event):
-    """A task of `worker` ended; `index` counts subproblems or query chunks within `head_group`."""
+    """A task of `worker` ended; `index` counts subproblems or query chunks within `head_group`.
+
+    `copied_in` and `copied_out` are bytes that the lane copied to its GPU and from it since the event before; 0 on a CPU,
+    which computes where chunks were read.
+    """
 
     head_group: int
     index: int
     worker: str = ""
     spans: tuple[Span, ...] = ()
+    copied_in: int = 0
+    copied_out: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.journal.claims import Holder
 from oocattn.storage.journal.lock import holder_silence, lock_holder
-from oocattn.storage.paths import ResultLike, ResultPaths
+from oocattn.storage.paths import LOCK, STATUS, ResultLike, ResultPaths, state_of_url
 from oocattn.storage.remote.options import StorageOptions, parse_options
 from oocattn.storage.results.summary import read_summary
 from oocattn.text import printable
@@ -54,7 +54,8 @@ class Status(Shown):
     `state` is "none" (no run has begun), "running", "interrupted" (unfinished, and nobody works on it) or "finished".
     `subproblems` and `tokens` are those of the whole run, the tokens of the queries of all `batch` entries; 0 where they
     are not known: before a run has planned, and `subproblems` of a result without its report. `subproblems_done` need
-    not be done again when an interrupted run is resumed. `rate` is in tokens/s of the work done since the run was
+    not be done again when an interrupted run is resumed. `pairs` and `pairs_done` are query-key pairs, of subproblems in
+    flight too: they move tile by tile, and `share` with them. `rate` is in tokens/s of the work done since the run was
     started or resumed, `seconds` ago, and `bytes_read`, `bytes_saved` (as partials) and `bytes_written` (to the result)
     are those since then. `seconds_left` is wall time too, of an interrupted run at that rate, or as its plan predicts
     it; None where there is no plan yet. `saved` is when something was last brought to disk for good, in seconds since
@@ -90,13 +91,16 @@ class Status(Shown):
     report: Annotated[RunReport | None, ADDED] = None
     resume: Annotated[str, ADDED] = ""
     batch: Annotated[Positive, ADDED] = 1
+    pairs: Annotated[Count, ADDED] = 0
+    pairs_done: Annotated[Count, ADDED] = 0
 
     @property
     def share(self) -> float:
         """Share of the work that is done, 0 to 1, whether the result is there or not."""
         if self.state == "finished":
             return 1.0
-        return min(1.0, self.subproblems_done / self.subproblems) if self.subproblems else 0.0
+        done, total = (self.pairs_done, self.pairs) if self.pairs else (self.subproblems_done, self.subproblems)
+        return min(1.0, done / total) if total else 0.0
 
     @property
     def tokens_done(self) -> int:
@@ -177,6 +181,9 @@ def status(
     lies beside the result alone. Of a finished result it says what the certificate beside it says, if that is of this very
     result. Raises IntegrityError, with what to do, where the run's own files are damaged and no result is there.
     """
+    running = _running_here(result, scratch)
+    if running is not None:
+        return running
     paths = ResultPaths.at(result, scratch, storage_options=storage_options)
     with seen_from_here(paths) as (seen, elsewhere):
         found, run = _status_at(seen, elsewhere)
@@ -186,6 +193,18 @@ def status(
             else ""
         )
         return replace(found, result=str(paths.result), resume=resume)
+
+
+def _running_here(result: ResultLike, scratch: str | Path | None) -> Status | None:
+    """The status of a live run to a URL whose job state is here: its store need not be asked, nor Zarr imported."""
+    found = state_of_url(result, scratch)
+    if found is None or not is_folder(found[1]):
+        return None
+    name, state = found
+    holder, last = lock_holder(state / LOCK), _last_written(state / STATUS)
+    if holder is None or last is None or not last.subproblems:
+        return None
+    return replace(_running_status(last, holder, state), error="", holder=str(holder), result=name)
 
 
 def _status_at(paths: ResultPaths, elsewhere: Holder | None = None) -> tuple[Status, Run | None]:
@@ -201,12 +220,21 @@ def _status_at(paths: ResultPaths, elsewhere: Holder | None = None) -> tuple[Sta
     begun = None if known else find_unfinished(paths, recost=False)
     if begun is None:
         return found, None
-    plan, total = begun.plan, begun.plan.subproblems
-    left = Schedule(plan, 1, scan_completed(plan, begun.journal, paths.scratch).done).left
-    tokens, share = tokens_of(plan.problem), left / max(1, total)
-    seconds_left = tokens * share / found.rate if found.rate else plan.seconds * share
-    counted = replace(found, subproblems=total, subproblems_done=total - left, tokens=tokens, batch=plan.problem.batch)
-    return replace(counted, seconds_left=seconds_left), begun
+    plan, tokens = begun.plan, tokens_of(begun.plan.problem)
+    schedule = Schedule(plan, 1, scan_completed(plan, begun.journal, paths.scratch).done)
+    total, pairs = plan.subproblems, plan.problem.pairs
+    share = schedule.pairs_left / max(1, pairs)
+    counted = replace(
+        found,
+        subproblems=total,
+        subproblems_done=total - schedule.left,
+        pairs=pairs,
+        pairs_done=pairs - schedule.pairs_left,
+        tokens=tokens,
+        batch=plan.problem.batch,
+        seconds_left=tokens * share / found.rate if found.rate else plan.seconds * share,
+    )
+    return counted, begun
 
 
 def _read_status(paths: ResultPaths, elsewhere: Holder | None) -> Status:
@@ -233,25 +261,25 @@ def _read_status(paths: ResultPaths, elsewhere: Holder | None) -> Status:
             return replace(_finished(paths, recorded["problem"]), result=str(paths.result))
         if paths.stored is not None and holder is None:
             return Status(**run_elsewhere(paths), result=str(paths.result))
-        last = Status("none") if holder is None else _running_status(Status("running"), holder, paths)
+        last = Status("none") if holder is None else _running_status(Status("running"), holder, paths.state)
     elif holder is not None:
-        last = replace(_running_status(last, holder, paths), error="")  # which is of a run before this one
+        last = replace(_running_status(last, holder, paths.state), error="")  # which is of a run before this one
     else:
         last = replace(last, state="interrupted", dashboard="", stalled="")
     return replace(last, holder="" if holder is None else str(holder), result=str(paths.result))
 
 
-def _running_status(last: Status, holder: Holder, paths: ResultPaths) -> Status:
+def _running_status(last: Status, holder: Holder, state: Path) -> Status:
     """The status of a run that is alive; its process may be stopped."""
     running = replace(last, state="running")
     if holder.shares_kernel(Holder.this_process()):
-        silence, most = holder_silence(paths.lock), SILENT_SECONDS
+        silence, most = holder_silence(state / LOCK), SILENT_SECONDS
     else:
         silence, most = clock.now() - (last.beat or clock.now()), SILENT_SECONDS_ELSEWHERE
     if silence < most:
         return running
     stopped = (
-        f"{holder} is stopped, and its run with it: continue it (kill -CONT {holder.process}); or else {paths.state} is on "
+        f"{holder} is stopped, and its run with it: continue it (kill -CONT {holder.process}); or else {state} is on "
         "a file system that does not answer it"
     )
     return replace(running, stalled=stopped, stalled_since=clock.now() - silence)

@@ -26,6 +26,7 @@ from oocattn.pipelines.watch.events import (
     Started,
     Written,
 )
+from oocattn.pipelines.watch.pace import Pace
 from oocattn.pipelines.watch.status import Status, tokens_of
 from oocattn.records import to_json
 from oocattn.storage.files.durable import write_text
@@ -60,8 +61,8 @@ class StatusFile(AbstractContextManager["StatusFile"]):
         self._changing = threading.Lock()
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
-        self._written = self._start = self._advanced = 0.0
-        self._before = 0
+        self._written = 0.0
+        self._pace: Pace | None = None
         self._status = Status("running")
 
     def __exit__(self, *_: object) -> None:
@@ -86,9 +87,15 @@ class StatusFile(AbstractContextManager["StatusFile"]):
 
     def _take(self, event: Event) -> None:
         """What an event changes of the status."""
+        if self._pace is not None:
+            self._pace(event)
         match event:
-            case Started() | Recovered():
-                self._begin_attempt(event)
+            case Started():
+                self._pace = Pace(event)
+                problem = event.plan.problem
+                self._status = Status("running", tokens=tokens_of(problem), batch=problem.batch, dashboard=event.dashboard)
+            case Recovered():
+                self._status = replace(self._status, stalled="")
             case Staged():
                 self._add(bytes_read=event.bytes)
             case Written():
@@ -98,7 +105,6 @@ class StatusFile(AbstractContextManager["StatusFile"]):
             case Attended():
                 saved = event.checkpointed or (event.stop if event.partial_bytes else 0.0)
                 self._add(saved, bytes_saved=event.partial_bytes + event.checkpoint_bytes)
-                self._advance()
             case Failed():
                 self._status = replace(self._status, error=event.error, stalled="")
             case Stalled():
@@ -118,10 +124,14 @@ class StatusFile(AbstractContextManager["StatusFile"]):
         """Write the status as it is at this moment."""
         self._written = now = clock.now()
         status, kept = self._status, self._kept_by()
-        if self._start:
-            passed = now - max(self._start, self._advanced)
-            left = None if status.seconds_left is None else max(0.0, status.seconds_left - passed)
-            status = replace(status, beat=now, seconds=now - self._start, seconds_left=left)
+        if self._pace is not None:
+            found = self._pace.at(now)
+            status = replace(
+                status,
+                beat=now,
+                **{name: getattr(found, name) for name in ("subproblems", "subproblems_done", "pairs", "pairs_done")},
+                **{name: getattr(found, name) for name in ("rate", "seconds", "seconds_left")},
+            )
         if kept is not None and not status.stalled and now - kept[1] >= KEPT_SECONDS:
             reason = f"the listener {kept[0]} has not returned: the run waits for it"
             status = replace(status, stalled=reason, stalled_since=kept[1])
@@ -140,34 +150,3 @@ class StatusFile(AbstractContextManager["StatusFile"]):
         """Add bytes that were read, or brought to disk by the moment `saved`."""
         totals: dict[str, Any] = {name: getattr(self._status, name) + count for name, count in counts.items()}
         self._status = replace(self._status, saved=max(self._status.saved, saved), **totals)
-
-    def _begin_attempt(self, event: Started | Recovered) -> None:
-        """Count the subproblems that are left, and those that were done before."""
-        if isinstance(event, Started):
-            plan, left = event.plan, event.left
-            self._status = Status(
-                "running",
-                plan.subproblems,
-                tokens=tokens_of(plan.problem),
-                batch=plan.problem.batch,
-                seconds_left=plan.seconds * left / max(1, plan.subproblems),
-                dashboard=event.dashboard,
-            )
-            self._before = plan.subproblems - left
-            self._start = self._advanced = event.start
-        done = self._status.subproblems - event.left
-        self._before = min(self._before, done)
-        self._status = replace(self._status, subproblems_done=done, stalled="")
-
-    def _advance(self) -> None:
-        """One more subproblem is done."""
-        self._advanced = clock.now()
-        status, seconds = self._status, self._advanced - self._start
-        done = status.subproblems_done + 1
-        here = done - self._before
-        self._status = replace(
-            status,
-            subproblems_done=done,
-            rate=clock.rate(status.tokens * here / status.subproblems, seconds),
-            seconds_left=seconds * (status.subproblems - done) / here,
-        )

@@ -19,8 +19,8 @@ from weakref import WeakValueDictionary
 from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError
-from oocattn.naming import named
 from oocattn.storage.locations import Location, describe, parse_location
+from oocattn.storage.paths import folder_beside_caller
 from oocattn.storage.remote.objects import Objects
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.remote.store import RemoteStore, open_remote, unwrapped_files
@@ -183,15 +183,5 @@ def _in_store(given: Store | StorePath) -> StoredResult:
 
 
 def default_state(stored: StoredResult, mirrored: bool) -> Path | None:
-    """The folder of job state where the caller names none: called after the result, in the current folder.
-
-    A copy of what is in the store has a folder of its own, for it is replaced: no other run's is.
-    """
-    if not stored.name:
-        return None
-    try:
-        return Path.cwd() / f"{stored.name}.oocattn{'-store' if mirrored else ''}"
-    except FileNotFoundError:
-        raise ProblemError(
-            f"the current folder was removed: change to one that is there, or give {named('scratch')}"
-        ) from None
+    """The folder of job state where the caller names none: called after the result, in the current folder."""
+    return folder_beside_caller(stored.name, mirrored) if stored.name else None

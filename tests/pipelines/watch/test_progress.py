@@ -20,8 +20,8 @@ from oocattn.log import logger
 from oocattn.pipelines.watch import progress
 from oocattn.pipelines.watch.progress import DRAWING_SECONDS, ProgressBar
 
-PLAN = SimpleNamespace(problem=SimpleNamespace(out_rows=1000, batch=2), subproblems=20)
-"""A subproblem is 100 tokens."""
+PLAN = SimpleNamespace(problem=SimpleNamespace(out_rows=1000, batch=2, pairs=2000), subproblems=20, seconds=200.0)
+"""A subproblem is 100 tokens, 100 pairs and, as planned, 10 s."""
 
 
 class Watched:
@@ -36,7 +36,8 @@ class Watched:
     def see(self, kind: Any, at: float, **detail: object) -> str:
         """What is on the line after an event at so many seconds."""
         self.now = 1e9 + at
-        self._bar(make_event(kind, self.now, self.now, **detail))
+        of_kind = {"pairs": 100} if kind == "attended" else {}
+        self._bar(make_event(kind, self.now, self.now, **of_kind, **detail))
         return self.lines()[-1]
 
     def lines(self) -> list[str]:
@@ -45,7 +46,7 @@ class Watched:
         return [next((part for part in reversed(line.split("\r")) if part.strip()), "").rstrip() for line in lines]
 
     def begin(self, left: int = 20) -> str:
-        return self.see("started", 0, plan=PLAN, left=left, dashboard="")
+        return self.see("started", 0, plan=PLAN, left=left, pairs_left=100 * left, dashboard="")
 
     def end(self) -> None:
         """tqdm counts bars that are not closed."""
@@ -65,20 +66,13 @@ def terminal(bar: Watched, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None
     return lambda: monkeypatch.setattr(sys, "stderr", bar.written)
 
 
-def test_every_subproblem_that_ended_counts_in_the_rate(bar: Watched, terminal: Callable[[], None]) -> None:
+def test_the_bar_says_what_is_done_and_the_time_left(bar: Watched, terminal: Callable[[], None]) -> None:
     terminal()
     assert "0/20 subproblems" in bar.begin()
     assert bar.see("attended", 10).endswith("1/20 subproblems, 10 s, 10 tokens/s, about 3 min left")
-    assert bar.see("attended", 10 + DRAWING_SECONDS / 2).endswith("2/20 subproblems, 10 s, 20 tokens/s, about 90.4 s left")
-    assert bar.see("attended", 30).endswith("3/20 subproblems, 30 s, 10 tokens/s, about 3 min left")
-
-
-def test_time_goes_on_while_a_subproblem_is_computed(bar: Watched, terminal: Callable[[], None]) -> None:
-    terminal()
-    bar.begin()
-    bar.see("attended", 10)
-    assert bar.see("staged", 15).endswith("1/20 subproblems, 15 s, 10 tokens/s, about 3 min left")
-    assert bar.see("staged", 500).endswith("1/20 subproblems, 8 min, 0.4 tokens/s, about 71 min left")
+    assert "5%" in bar.lines()[-1]
+    assert bar.see("progressed", 15, worker="a", pairs=50).endswith("1/20 subproblems, 15 s, 10 tokens/s, about 3 min left")
+    assert re.match(r"\s*8%", bar.lines()[-1])  # 1.5 of 20
 
 
 def test_the_rate_of_a_resumed_run_is_that_of_this_process(bar: Watched, terminal: Callable[[], None]) -> None:
@@ -91,8 +85,8 @@ def test_work_that_was_lost_is_counted_when_it_is_done_again(bar: Watched, termi
     terminal()
     bar.begin(left=5)
     bar.see("attended", 10)
-    assert "10/20 subproblems, 12 s" in bar.see("recovered", 12, left=10)
-    assert bar.see("attended", 20).endswith("11/20 subproblems, 20 s, 5.0 tokens/s, about 3 min left")
+    assert "10/20 subproblems, 12 s" in bar.see("recovered", 12, left=10, pairs_left=1000)
+    assert bar.see("attended", 20).endswith("11/20 subproblems, 20 s, 10 tokens/s, about 90 s left")
 
 
 def test_fast_subproblems_are_not_all_drawn_but_the_last_one_is(bar: Watched, terminal: Callable[[], None]) -> None:
@@ -138,7 +132,7 @@ def test_output_beside_the_bar_begins_on_a_line_of_its_own(bar: Watched, termina
     ]
 
 
-def test_the_bar_moves_between_events_but_never_past_what_is_in_flight(
+def test_the_bar_is_drawn_between_events_too(
     bar: Watched, terminal: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "TICK_SECONDS", 0.002)
@@ -150,5 +144,3 @@ def test_the_bar_moves_between_events_but_never_past_what_is_in_flight(
     while " 15 s," not in bar.lines()[-1]:
         assert time.monotonic() < until, "the bar does not move by itself"
         time.sleep(0.002)
-    assert re.match(r"\s*8%.*1/20 subproblems, 15 s", bar.lines()[-1])  # 1.5 of 20
-    assert re.match(r"\s*10%.*1/20 subproblems", bar.see("staged", 1000))

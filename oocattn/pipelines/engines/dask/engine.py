@@ -13,7 +13,7 @@ import uuid
 from asyncio import CancelledError
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future as CallFuture
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -31,11 +31,13 @@ from oocattn.pipelines.engines.base import (
     SAVING_SECONDS,
     Check,
     Engine,
+    LaneProgress,
     Lanes,
     Obstacle,
     collect_answers,
     warn_of_failure,
 )
+from oocattn.pipelines.engines.dask.beats import LaneBeats
 from oocattn.pipelines.engines.dask.cluster import (
     answer,
     assign_devices,
@@ -51,8 +53,8 @@ from oocattn.pipelines.engines.dask.groups import follow_groups, leave_groups
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.engines.dask.obstacles import Inquiry
 from oocattn.pipelines.engines.dask.readiness import Expectations
-from oocattn.pipelines.engines.dask.runs import Record, shown
-from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, save, stop
+from oocattn.pipelines.engines.dask.runs import PAGE, Record, shown
+from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, plugin_name, save, stop
 from oocattn.pipelines.graph import Task, TaskId
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
@@ -126,8 +128,10 @@ class DaskLanes(Lanes):
         self._futures: dict[TaskId, Future[TaskEvent | None]] = {}
         self._inquiry = Inquiry(self._name, client)
         self._answering: list[str] = []  # as the run ends
+        self._beats = LaneBeats()
 
     def open(self) -> CallFuture[None]:
+        self._client.subscribe_topic(plugin_name(self._name), self._beats)
         asked = (self._name, self._run, self._devices)
 
         async def open_lanes() -> None:
@@ -175,6 +179,12 @@ class DaskLanes(Lanes):
         by_key = {name: {self._futures[task.id].key: task for task in tasks} for name, tasks in pending.items()}
         return self._inquiry.look(by_key, workers)
 
+    def progress(self) -> Mapping[str, LaneProgress]:
+        return dict(self._beats.progress)
+
+    def silent(self) -> Collection[str]:
+        return self._beats.silent()
+
     def stop(self, seconds: float) -> None:
         silence = self._deadline.silence_seconds
         self._answering = self._living_workers(silence)
@@ -198,6 +208,8 @@ class DaskLanes(Lanes):
         if workers:
             with suppress(Exception):  # the scheduler is gone, or silent
                 answer(self._client, lambda: self._client.run_on_scheduler(leave_groups, self._name), seconds)
+        with suppress(Exception):  # the client is closed
+            self._client.unsubscribe_topic(plugin_name(self._name))
 
     def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
         """A function's results on the workers that have answered so far."""
@@ -256,8 +268,12 @@ class DaskEngine(Engine):
         if not self._devices:
             raise WorkerLostError("no worker is ready to continue: the work that was done is on disk; start some and resume")
 
-    def show(self, record: Callable[[], Record]) -> AbstractContextManager[None]:
-        return shown(self._client, record)
+    @contextmanager
+    def show(self, record: Callable[[], Record]) -> Iterator[None]:
+        with shown(self._client, record) as taken:
+            if taken and self.dashboard.endswith("/status"):
+                self.dashboard = f"{self.dashboard.removesuffix('status')}{PAGE}"
+            yield
 
     def lanes(self, run: Run, deadline: Deadline) -> DaskLanes:
         devices = {self._ids[address]: device for address, device in self._devices.items()}

@@ -24,10 +24,8 @@ from tornado.web import RedirectHandler
 
 from oocattn.pipelines.engines.dask import page_words
 from oocattn.pipelines.engines.dask.page_figures import Lanes, Matrix, RateLines
-from oocattn.pipelines.engines.dask.runs import UPDATE_SECONDS, Runs
+from oocattn.pipelines.engines.dask.runs import PAGE, UPDATE_SECONDS, Runs
 from oocattn.pipelines.watch.board import RESOURCES
-
-PAGE = "oocattn"
 
 FULL_WIDTH = ":host .bk-clearfix { display: block; width: 100%; }"  # else a text is as wide as its longest line
 NO_RUN = "<p>No run has told this scheduler of itself yet.</p>"

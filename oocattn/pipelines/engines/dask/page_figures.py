@@ -14,7 +14,7 @@ from oocattn.pipelines.engines.dask.page_words import COLOURS
 from oocattn.units import format_bytes, format_count
 
 LANE_COLOURS = ("#4e79a7", "#76b7b2", "#e15759", "#f28e2b", "#b07aa1", "#edc948", "#59a14f")  # as the timeline's
-LINES = {"read": "#4e79a7", "copied": "#76b7b2", "written": "#59a14f", "saved": "#b07aa1"}
+LINES = {"read": "#4e79a7", "copied in": "#76b7b2", "copied out": "#f28e2b", "written": "#59a14f", "saved": "#b07aa1"}
 
 _PREFIXED = """
 const step = base == 10 ? 1000 : 1024;

@@ -33,7 +33,10 @@ def headline(record: Record, age: float, others: Sequence[str] = ()) -> str:
             '<div style="background:#e4e8ee;height:10px;border-radius:5px;margin:6px 0;overflow:hidden">'
             f'<div style="background:{_STATES[state]};height:10px;width:{share:.2f}%"></div></div>'
         )
-        lines.append(f"{done:,} of {total:,} subproblems; {escape(describe_times(record))}")
+        begun = (
+            f", and {record['pairs_in_flight'] / record['pairs']:.1%} of all in flight" if record["pairs_in_flight"] else ""
+        )
+        lines.append(f"{done:,} of {total:,} subproblems{begun}; {escape(describe_times(record))}")
     if record["words"]:
         lines.append(f'<span style="color:{_RED}">{escape(record["words"])}</span>')
     if age > SILENT_SECONDS and state not in OVER:

@@ -5,12 +5,15 @@ A run in the scheduler's process is asked for its record. One elsewhere sends it
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 from distributed import Client, Scheduler
@@ -18,8 +21,10 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from oocattn.pipelines.engines.dask.cluster import answer
 from oocattn.storage.files.operations import words_of
+from oocattn.threads import begin_call
 
 PLUGIN = "oocattn-runs"
+PAGE = "oocattn"  # in the dashboard
 MOST_RUNS = 8  # that a scheduler remembers
 
 UPDATE_SECONDS = 0.5  # between two updates of an open page
@@ -41,6 +46,7 @@ class Runs(SchedulerPlugin):
     def __init__(self) -> None:
         self.viewers = 0
         self.refusal: str | None = None  # why there is no page; None before it was opened
+        self.opening = False
         self._records: dict[str, Record] = {}
         self._received: dict[str, float] = {}
         self._sources: dict[str, Callable[[], Record]] = {}
@@ -94,39 +100,49 @@ def find_runs(scheduler: Scheduler) -> Runs | None:
     return found if isinstance(found, Runs) else None
 
 
-def post(name: str, record: Record, dask_scheduler: Scheduler) -> tuple[int, str]:
-    """Have the scheduler remember a record, and show it; return the number of open pages, or why there is no page."""
+async def post(name: str, record: Record, dask_scheduler: Scheduler) -> tuple[int, str]:
+    """Have the scheduler remember a record, and show it; return the number of open pages, or why there is no page.
+
+    The first call opens the page, which may take longer than its caller waits.
+    """
     runs = find_runs(dask_scheduler)
     if runs is None:
         runs = Runs()
         dask_scheduler.add_plugin(runs, name=PLUGIN)
-    if runs.refusal is None:
-        runs.refusal = _open_page(dask_scheduler, runs)
     if not runs.refusal:
         runs.take(name, record)
-    return runs.viewers, runs.refusal
+    if runs.refusal is None and not runs.opening:
+        runs.opening = True
+        try:
+            runs.refusal = await _open_page(dask_scheduler, runs)
+        finally:
+            runs.opening = False
+    return runs.viewers, runs.refusal or ""
 
 
-def _open_page(scheduler: Scheduler, runs: Runs) -> str:
+async def _open_page(scheduler: Scheduler, runs: Runs) -> str:
     """Add the page to the dashboard of a caller's scheduler; return why that is not possible, or ""."""
     if not getattr(scheduler, "http_application", None) or not scheduler.http_application.applications:
         return "the scheduler has no dashboard"
-    from oocattn.pipelines.engines.dask.page import add_page
-
-    return add_page(scheduler, runs)
+    # In a thread: the scheduler has other things to do meanwhile.
+    page = await asyncio.wrap_future(begin_call(partial(import_module, "oocattn.pipelines.engines.dask.page")))
+    return str(page.add_page(scheduler, runs))
 
 
 @contextmanager
-def shown(client: Client, source: Callable[[], Record]) -> Iterator[None]:
-    """Have the dashboard of the client's cluster show a run while inside; where it cannot, one line says so."""
+def shown(client: Client, source: Callable[[], Record]) -> Iterator[bool]:
+    """Have the dashboard of the client's cluster show a run while inside; where it cannot, one line says so.
+
+    Gives whether the dashboard takes it, as far as that is known at the beginning.
+    """
     here = getattr(client.cluster, "scheduler", None)
     runs = find_runs(here) if isinstance(here, Scheduler) else None
     if runs is not None:  # the cluster is the run's own
         with runs.following(source):
-            yield
+            yield True
         return
-    with _Sender(client, source).sending():
-        yield
+    with _Sender(client, source).sending() as taken:
+        yield taken
 
 
 class _Sender:
@@ -139,15 +155,15 @@ class _Sender:
         self._ended = threading.Event()
 
     @contextmanager
-    def sending(self) -> Iterator[None]:
+    def sending(self) -> Iterator[bool]:
         """Send while inside, and once more at the end. Nothing that fails here reaches the run."""
         if self._send() is None:
-            yield
+            yield False
             return
         thread = threading.Thread(target=self._send_repeatedly, name="oocattn-page", daemon=True)
         thread.start()
         try:
-            yield
+            yield True
         finally:
             self._ended.set()
             thread.join(ANSWER_SECONDS)
@@ -166,6 +182,8 @@ class _Sender:
             viewers, refusal = answer(
                 self._client, lambda: self._client.run_on_scheduler(post, self._name, record), ANSWER_SECONDS
             )
+        except TimeoutError:  # it has much to do, or opens its pages: the next record is newer
+            return IDLE_SECONDS
         except Exception as error:
             logger.warning(NO_PAGE, words_of(error) or type(error).__name__)
             return None

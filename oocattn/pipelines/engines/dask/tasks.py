@@ -16,6 +16,7 @@ from typing import Any
 from distributed import Worker, WorkerPlugin, get_worker
 from distributed.metrics import time as dask_time
 from distributed.worker_state_machine import StartStop
+from tornado.ioloop import PeriodicCallback
 
 from oocattn import clock
 from oocattn.pipelines.engines.base import perform
@@ -30,6 +31,7 @@ from oocattn.units import format_seconds
 
 logger = logging.getLogger("oocattn")
 
+BEAT_SECONDS = 1.0  # between two signs of life of a lane
 CLOSE_SECONDS = 10.0  # seconds in which a lane closes, or a worker goes on without
 ENDED = ("memory", "error", "rescheduled")  # states that a worker gives a task when it has ended, cancelled or not
 
@@ -39,6 +41,8 @@ WORK: Mapping[type[TaskEvent], Resource] = {Staged: "read", Attended: "compute",
 
 class LanePlugin(WorkerPlugin):
     """Keeps a worker's lane for a run, whose partials lie in `scratch`, and closes it with the worker.
+
+    Meanwhile the worker's event loop tells the driver, through the scheduler, how far the lane is, every second.
 
     `executing` are its tasks until the worker has heard of their end: one that is cancelled, and called released at once,
     still runs to its end. What the worker tells the scheduler of a task's time is its work alone.
@@ -51,10 +55,20 @@ class LanePlugin(WorkerPlugin):
         self.stopped = False
         self.executing: set[Any] = set()
         self._worker: Worker | None = None
+        self._beating = PeriodicCallback(self._beat, 1000 * BEAT_SECONDS)
 
     def setup(self, worker: Worker) -> None:
         """Know the worker, whose tasks are followed."""
         self._worker = worker
+        self._beat()
+        self._beating.start()
+
+    def _beat(self) -> None:
+        """Tell how far the lane is."""
+        worker, lane = self._worker, self.lane
+        if worker is not None:
+            since_step = clock.now() - lane.stepped  # clocks of hosts may differ
+            worker.log_event(plugin_name(self.run), [worker.address, str(worker.name), lane.pairs, since_step])
 
     def transition(self, key: Any, start: str, finish: str, **options: Any) -> None:
         """Follow a task's state; the worker's event loop calls this."""
@@ -68,6 +82,7 @@ class LanePlugin(WorkerPlugin):
 
     async def teardown(self, worker: Worker) -> None:
         """Close the lane; one that hangs is left to the end of the process."""
+        self._beating.stop()
         closing = asyncio.wrap_future(begin_call(self.lane.close))
         await asyncio.wait([closing], timeout=CLOSE_SECONDS)
         if closing.done():
