@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
+import time
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +19,7 @@ from browser import look_at
 from distributed import Client, LocalCluster
 from looking import Changes, FailingOnce, Look, headline, opened, shown
 from support import MACHINE, Recorder, a_problem, carry_out, make_event, normal_arrays, plan_for, write_dataset
+from worker_processes import command, start
 
 import oocattn
 from oocattn import Event, Plan
@@ -118,6 +122,33 @@ def test_updates_of_the_page_of_ten_thousand_subproblems_stay_small(decompositio
             page.update(board.record(), 0.0, [])
             assert 1_000 < changes.take_bytes() <= 200_000
     assert 1 / UPDATE_SECONDS <= 4
+
+
+@pytest.mark.slow
+def test_the_page_of_a_scheduler_in_another_process_shows_the_run(plan: Plan, fast_path: Path) -> None:
+    """Nothing is given to the scheduler but the software of the run: no preload, no configuration."""
+    file = fast_path / "scheduler.json"
+    address = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file)]
+    with ExitStack() as ending:
+        start(ending, [sys.executable, "-m", "distributed.cli.dask_scheduler", *address])
+        until = time.monotonic() + 60
+        while not file.exists():
+            assert time.monotonic() < until, "the scheduler does not start"
+            time.sleep(0.1)
+        with Client(scheduler_file=str(file), set_as_default=False) as client:
+            start(ending, command(client.scheduler.address))
+            client.wait_for_workers(1, timeout=60)
+            recorder = Recorder([])
+
+            def look(event: Event) -> None:
+                recorder(event)
+                until = time.monotonic() + 60
+                while len(recorder.of("attended")) == 5 and "5 of 26 subproblems" not in headline(opened(client)):
+                    assert time.monotonic() < until, headline(opened(client))
+
+            carry_out(plan, fast_path / "dataset.zarr", fast_path / "result.zarr", client, callbacks=[look])
+            assert recorder.of("started")[0].dashboard == client.dashboard_link.replace("/status", "/oocattn")
+            assert "finished in " in headline(opened(client))
 
 
 @pytest.mark.slow
