@@ -153,7 +153,8 @@ class RunReport(Shown):
         lines = [
             f"finished     {self.finished} in {format_seconds(self.seconds)}{since} "
             f"(predicted {format_seconds(self.predicted_seconds)}), {self.rate:,.0f} tokens/s",
-            f"work         {self.subproblems:,} subproblems on {self.lanes} lane{'s' * (self.lanes > 1)}, "
+            f"work         {self.subproblems:,} subproblem{'s' * (self.subproblems != 1)} on {self.lanes} "
+            f"lane{'s' * (self.lanes > 1)}, "
             f"{format_count(self.pairs)}pairs, every one counted",
             f"bytes        {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_partials)} of partials{since}, "
             f"{format_bytes(self.bytes_written)} written in all",

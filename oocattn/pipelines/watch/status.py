@@ -20,7 +20,7 @@ from oocattn.pipelines.watch.elsewhere import run_elsewhere, seen_from_here
 from oocattn.pipelines.watch.report import RunReport, read_report
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Positive, Range, Seconds, document, from_json
-from oocattn.shown import Shown
+from oocattn.shown import Shown, named_lines
 from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.journal.claims import Holder
@@ -116,8 +116,10 @@ class Status(Shown):
         return f"{state}, {self.share:.0%} done, {self.result or 'of no result'}"
 
     def _table(self) -> list[tuple[str, str]]:
-        first, *others = str(self).splitlines()
-        return [("result", self.result), ("share", f"{self.share:.1%}"), ("status", first), *(("", line) for line in others)]
+        report = named_lines(str(self.report)) if self.report else []
+        first, *others = str(replace(self, report=None)).splitlines()
+        rows = [("result", self.result), ("share", f"{self.share:.1%}"), ("status", first)]
+        return [*rows, *(("", line) for line in others), *report]
 
     def __str__(self) -> str:
         if self.state == "none":
