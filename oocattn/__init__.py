@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     from oocattn.pipelines.watch.events import Stalled as Stalled
     from oocattn.pipelines.watch.events import Started as Started
     from oocattn.pipelines.watch.events import Written as Written
+    from oocattn.pipelines.watch.full_report import FullReport as FullReport
+    from oocattn.pipelines.watch.full_report import report as report
     from oocattn.pipelines.watch.report import RunReport as RunReport
-    from oocattn.pipelines.watch.status import Status as Status
     from oocattn.pipelines.watch.status import status as status
+    from oocattn.pipelines.watch.status_record import Status as Status
     from oocattn.planning.ahead import plan_ahead as plan_ahead
     from oocattn.planning.plan import Plan as Plan
     from oocattn.problem_arguments import ProblemArguments as ProblemArguments
@@ -91,8 +93,10 @@ _MODULES = {
         "Started",
         "Written",
     ],
+    "oocattn.pipelines.watch.full_report": ["FullReport", "report"],
     "oocattn.pipelines.watch.report": ["RunReport"],
-    "oocattn.pipelines.watch.status": ["Status", "status"],
+    "oocattn.pipelines.watch.status": ["status"],
+    "oocattn.pipelines.watch.status_record": ["Status"],
     "oocattn.planning.ahead": ["plan_ahead"],
     "oocattn.planning.plan": ["Plan"],
     "oocattn.problem_arguments": ["ProblemArguments"],

@@ -132,7 +132,16 @@ def _choose_target(world: World, random: Random, turn: int) -> str:
     if kind == "planted":
         result = random.choice(list(RESULTS))
         state, digits = f"{result}.oocattn", "9" * random.choice((1, 20, 100))
-        names = ("lock", "lock", "other-bits.json", "plan.json", "status.json", "report.json", "certificate.json")
+        names = (
+            "lock",
+            "lock",
+            "other-bits.json",
+            "plan.json",
+            "status.json",
+            "report.json",
+            "attempts.json",
+            "certificate.json",
+        )
         names += ("replaced.zarr", "trash-01234567", "result-00000000.zarr", "partials", "finished")
         inside = (f"partials/partial-0-0-{digits}", f"partials/partial-{digits}-0-0", "partials/partial-\u0660-0-0")
         inside += ("finished/0-0.json", f"finished/{digits}-0.json", "finished/-.json", "finished/\u0660-\u0661.json")

@@ -32,7 +32,7 @@ import warm  # noqa: F401  worker processes are its forks
 from distributed import Client, LocalCluster
 from fuse import arm, moments
 from object_store import BUCKET, empty, objects_in, serving_s3_apart
-from support import carry_out, normal_arrays, plan_for, replanned, write_dataset
+from support import BESIDE, carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
 from oocattn import Plan
@@ -115,7 +115,7 @@ class Place:
 
     def left_behind(self) -> set[str]:
         """What lies beside a finished result that should not, also under temporary names."""
-        beside = {path.name for path in self.paths.state.iterdir()} - {"report.json"}
+        beside = {path.name for path in self.paths.state.iterdir()} - BESIDE
         return (
             beside | {path.name for path in self.folder.glob(".*")} | {path.name for path in self.result.rglob("*.partial")}
         )
@@ -153,7 +153,7 @@ class StorePlace(Place):
     def left_behind(self) -> set[str]:
         beside = set(objects_in(self.server, f"{self.result.name}.oocattn/"))
         here = set() if self.scratch else {path.name for path in (self.folder / "result.zarr-machines").glob("*/*")}
-        return beside - {f"{self.result.name}.oocattn/report.json"} | here
+        return beside - {f"{self.result.name}.oocattn/{name}" for name in BESIDE} | here
 
     def clear(self) -> None:
         empty(self.server)

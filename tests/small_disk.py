@@ -41,7 +41,7 @@ def main(folder: Path, cases: list[tuple[str, int]]) -> None:
         print(oocattn.status(result))
         mount(disk, 64 * kibibytes, "remount")
         assert_same_bits(oocattn.resume(result, engine="inline"), right)
-        print(f"beside it: {[path.name for path in state.iterdir()]}")
+        print(f"beside it: {sorted(path.name for path in state.iterdir())}")
         print("bit-identical\n=")
 
 

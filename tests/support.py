@@ -45,6 +45,9 @@ Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 GENEROUS = 1 << 40
 
+BESIDE = {"report.json", "attempts.json", "full-report.json", "report.html"}
+"""The files beside a finished result."""
+
 TOKENS = 64
 """Tokens of the `dataset` fixture."""
 

@@ -13,7 +13,7 @@ import pytest
 import zarr
 from distributed import Client
 from interrupting import EnoughError, interrupt, interrupted, uninterrupted
-from support import Recorder, assert_same_bits, bits, carry_out, normal_arrays, plan_for, write_dataset
+from support import BESIDE, Recorder, assert_same_bits, bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import Event, IntegrityError, LockedError, ResultExistsError
@@ -157,7 +157,7 @@ def test_an_error_while_tidying_up_is_no_failure(
     assert "is complete, but not everything beside it was removed: [Errno 5] Input/output error" in caplog.text
     assert oocattn.status(result).state == "finished"
     assert oocattn.resume(result).path == found.path
-    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
+    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == BESIDE
 
 
 PLANTED = ["lock", "plan.json", "status.json", "report.json", "partials", "finished", "GROWING", "GROWING/out/zarr.json"]

@@ -11,6 +11,7 @@ import pytest
 from distributed import Client
 from interrupting import TOKENS, EnoughError, interrupt, interrupted, uninterrupted, write_resuming_dataset
 from support import (
+    BESIDE,
     Recorder,
     assert_same_bits,
     carry_out,
@@ -62,7 +63,7 @@ def test_a_resumed_run_gives_the_same_bits(
         assert 0 < found.report.pairs_before <= found.report.pairs
         assert "of the pairs were attended before" in str(found.report)
     assert redone <= plan.subproblems - (count if kind == "attended" else 0)
-    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
+    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == BESIDE
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])

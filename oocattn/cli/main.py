@@ -16,6 +16,7 @@ from oocattn.cli.exit_codes import DONE, FAILED, INCONCLUSIVE, TIME_LIMIT
 from oocattn.cli.inputs import are_ahead, are_apart, given_inputs, given_storage_options, moved_inputs
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
+from oocattn.cli.reporting import report
 from oocattn.cli.signals import Signals
 from oocattn.cli.usage import check_words
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
@@ -321,10 +322,11 @@ _COMMANDS: dict[str, Command] = {
     "run": _run,
     "resume": _resume,
     "status": _status,
+    "report": report,
     "verify": _verify,
     "doctor": _doctor,
     "bench": _bench,
 }
 
-_PRINTERS = (_plan, _status, _verify, _doctor, _bench)
+_PRINTERS = (_plan, _status, report, _verify, _doctor, _bench)
 """Commands whose work is what they print: where that cannot be written, they have failed."""

@@ -23,6 +23,7 @@ from oocattn.cli.readers import numbers as _numbers
 from oocattn.cli.readers import side as _side
 from oocattn.cli.readers import size as _size
 from oocattn.cli.readers import span as _span
+from oocattn.cli.reporting import DESCRIPTION, add_report
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import ENGINES
 from oocattn.planning.devices import DEVICES, DISK_RATE
@@ -327,6 +328,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "run": ("compute exact attention over a dataset; write out and lse", _add_run),
     "resume": ("continue an unfinished run with its plan and dataset", _add_resume),
     "status": ("print how far a run is; exit code 1 if none has begun, or the certificate failed", _add_status),
+    "report": (DESCRIPTION, add_report),
     "verify": (
         "check a result: sampled rows in float64, all checksums; exit code 1 if it is wrong, 3 if inconclusive",
         _add_verify,

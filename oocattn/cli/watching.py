@@ -13,7 +13,7 @@ from typing import TextIO
 from oocattn import clock
 from oocattn.log import logger
 from oocattn.pipelines.watch import progress_log
-from oocattn.pipelines.watch.status import Status
+from oocattn.pipelines.watch.status_record import Status
 
 LOOKING_SECONDS, LOOKING_SECONDS_ELSEWHERE = 1.0, 5.0  # between two looks at a result here, and at one behind a URL
 

@@ -87,7 +87,8 @@ def carry_out(
     except BaseException as error:
         try:
             said = isinstance(error, InterruptedRunError | TimeLimitError)
-            emit(Failed(start=start, stop=clock.now(), error=str(error) if said else describe_error(error)))
+            words, stopped = str(error) if said else describe_error(error), said or isinstance(error, KeyboardInterrupt)
+            emit(Failed(start=start, stop=clock.now(), error=words, stopped=stopped))
         finally:
             if isinstance(error, TaintedError):
                 run.state.discard(run.growing)

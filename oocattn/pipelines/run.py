@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +69,7 @@ class Run:
 
     `paths` are those of the result and of the job state beside it. `plan` says what is computed and how, `header` what else
     the journal says of the run, and `journal` records what is finished. `opened` is the dataset, and `compared` says which
-    finished chunks were compared with their checksums as the run was resumed.
+    finished chunks were compared with their checksums as the run was resumed. `computing` is what its workers compute with.
 
     It is small, and can be sent to workers. One that is only read has no `opened` dataset, and a journal without a claim.
     """
@@ -80,6 +80,7 @@ class Run:
     journal: Journal
     opened: Dataset | None = None
     compared: Compared = NOTHING_FINISHED
+    computing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dataset(self) -> Dataset:
@@ -119,7 +120,7 @@ def begin_run(state: RunState, plan: Plan, dataset: Dataset, growing: GrowingRes
     source = DatasetIdentity(dataset.location, dataset.origins, found.recorded, found.within_run, dataset.samples)
     header = Header(FORMAT, time.time(), source, {**versions(), **computing}, growing.name, growing.replaces)
     journal = Journal.begin(state.paths.state, {**to_json(header), "plan": to_json(plan)}, state.claim, state.paths.mirror)
-    return Run(state.paths, plan, header, journal, dataset)
+    return Run(state.paths, plan, header, journal, dataset, computing=computing)
 
 
 def find_unfinished(paths: ResultPaths, *, recost: bool = True) -> Run | None:

@@ -36,8 +36,10 @@ from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
 from oocattn.pipelines.result import Result
 from oocattn.pipelines.run import Run, begin_run, find_unfinished
 from oocattn.pipelines.signals import Interrupts
+from oocattn.pipelines.watch.attempt_log import AttemptLog
 from oocattn.pipelines.watch.board import Board
 from oocattn.pipelines.watch.events import Callback, Listeners
+from oocattn.pipelines.watch.full_report import keep_full_report
 from oocattn.pipelines.watch.history import keep_run
 from oocattn.pipelines.watch.progress_log import ProgressLog
 from oocattn.pipelines.watch.status_file import StatusFile
@@ -95,11 +97,12 @@ class _Session:
     def resume(self, found: Run, dataset: Dataset, resuming: Resuming) -> Run:
         """Take up a run that was begun before."""
         plan, source = found.plan, found.header.dataset
-        other_bits = check_bits(found, self._enlist(plan, dataset), resuming.accept_other_bits)
+        computing = self._enlist(plan, dataset)
+        other_bits = check_bits(found, computing, resuming.accept_other_bits)
         recorded = {name: value for name, value in to_json(source).items() if name != "within_run"}
         attributes = {"problem": to_json(plan.problem), "dataset": recorded, "plan": _decided(plan)}
         self.state.resume(found.growing, _layout(plan, attributes))
-        run = replace(found, journal=replace(found.journal, claim=self.state.claim), opened=dataset)
+        run = replace(found, journal=replace(found.journal, claim=self.state.claim), opened=dataset, computing=computing)
         if other_bits:
             run.journal.note_other_bits(other_bits)
         seconds = math.inf if resuming.check_finished else COMPARE_SECONDS
@@ -116,7 +119,9 @@ class _Session:
             StatusFile(*place, lambda: listeners.kept_by, ProgressLog()) as status_file,
             self.engine.show(board.record),
         ):
-            carry_out(run, self.engine, [status_file, board, listeners], self.interrupts, self.until)
+            watching: list[Callback] = [AttemptLog(run), status_file, board, listeners]
+            carry_out(run, self.engine, watching, self.interrupts, self.until)
+        keep_full_report(run.paths)
         return replace(result_at(run.paths), plan=run.plan)
 
     def _enlist(self, plan: Plan, dataset: Dataset) -> Mapping[str, str]:

@@ -24,7 +24,7 @@ from oocattn.records import parse_json
 from oocattn.storage.files.durable import MOST_RECORD, make_durably, read_json, write_text
 from oocattn.storage.files.folders import is_folder, is_taken, remove_file, require_own, status_of
 from oocattn.storage.files.operations import name_failure
-from oocattn.storage.files.regular import read_file
+from oocattn.storage.files.regular import open_regular, read_exactly, read_file
 from oocattn.storage.journal.journal import read_header
 from oocattn.storage.locations import output_path, parse_location, resolve_path
 from oocattn.storage.nodes import group_attributes
@@ -42,6 +42,7 @@ ATTRIBUTES = "oocattn"
 """The one attribute of a result group: what it is the answer to."""
 
 REPORT, CERTIFICATE, CERTIFICATE_PAGE = "report.json", "certificate.json", "certificate.html"
+ATTEMPTS, REPORT_PAGE, FULL_REPORT = "attempts.json", "report.html", "full-report.json"
 """What stays beside a result."""
 
 LOCK, STATUS = "lock", "status.json"
@@ -224,6 +225,18 @@ class ResultPaths:
             return None if content is None else parse_json(content)
         except ValueError as error:
             raise IntegrityError(f"{objects}/{name}: {error}") from None
+
+    def head(self, name: str, count: int) -> bytes | None:
+        """The first bytes of what has that name beside the result, none of what is no file; None where there is nothing."""
+        if self.beside is not None:
+            return self.beside.read_start(name, count)
+        if self.state_folder is None or not is_taken(self.state / name):
+            return None
+        try:
+            with open_regular(self.state / name, follow=False) as descriptor:
+                return read_exactly(descriptor, count, 0, self.state / name)
+        except IntegrityError:
+            return b""
 
     def save(self, texts: Mapping[str, str]) -> tuple[str, ...]:
         """Write texts of these names beside the result, durably; return where they are."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
+from oocattn.pages import render_page
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.text import printable
 from oocattn.units import format_count
@@ -114,17 +111,8 @@ def more_line(count: int) -> list[str]:
 
 def certificate_page(certificate: Certificate) -> str:
     """Render the page as HTML, names escaped and hidden characters shown."""
-    environment = Environment(
-        loader=PackageLoader("oocattn", "verification"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
-    )
-    environment.filters.update(
-        sentence=lambda text: f"{text[:1].upper()}{text[1:]}.", thousands="{:,}".format, versions=_versions
-    )
-    return environment.get_template("page.html.jinja").render(
+    return render_page(
+        "verification/page.html.jinja",
         certificate=certificate,
         worst=sorted(certificate.rows, key=lambda row: (row.passed, row.shows, -row.of_allowed))[:WORST],
         checksum_lines=checksum_lines(certificate),
@@ -132,7 +120,3 @@ def certificate_page(certificate: Certificate) -> str:
         error_line=error_line(certificate),
         ledger_line=ledger_line(certificate),
     )
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in versions.items()) or "unknown"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from distributed import Client
 from interrupting import interrupted
-from support import Recorder, carry_out, plan_for, run_of
+from support import BESIDE, Recorder, carry_out, plan_for, run_of
 
 from oocattn import ResultExistsError
 from oocattn.pipelines.existing import Found, Request, find
@@ -44,7 +44,7 @@ def test_a_result_that_another_process_finished_meanwhile_is_not_computed_again(
     second = carry_out(plan_for(dataset), dataset, result, client, callbacks=[recorder])
     assert second.report == first.report
     assert recorder.events == []
-    assert [path.name for path in ResultPaths.at(result).state.iterdir()] == ["report.json"]
+    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == BESIDE
 
 
 def test_the_record_of_a_run_is_sent_to_workers_whole_and_small(dataset: Path, fast_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster
 from interrupting import kill_at, uninterrupted
-from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from support import BESIDE, Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import Event, TaskError, WorkerLostError
@@ -175,7 +175,7 @@ def test_a_worker_that_dies_is_replaced(
     (mended,) = recorder.of("recovered")
     assert f"worker {next(iter(before))} is gone" in str(mended.error)
     assert len(workers.run(os.getpid).keys() - before.keys()) == 1
-    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
+    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == BESIDE
 
 
 def test_workers_that_die_while_chunks_are_merged_do_not_end_a_run_that_gets_on(

@@ -16,7 +16,7 @@ import zarr
 from distributed import Client
 from interrupting import EnoughError, interrupt
 from object_store import BUCKET, SECRET, client_of, objects_in, serving_s3
-from support import assert_same_bits, carry_out, plan_for
+from support import BESIDE, assert_same_bits, carry_out, plan_for
 
 import oocattn
 from oocattn.cli.main import main
@@ -193,7 +193,7 @@ def test_a_server_that_fails_and_loses_answers_costs_time_alone(
     place = in_s3(s3)
     assert_same_bits(carry_out(plan, dataset, paths_of(place)), right)
     beside = place["result"].partition(f"{BUCKET}/")[2] + ".oocattn/"
-    assert set(objects_in(s3, beside)) == {f"{beside}report.json"}
+    assert set(objects_in(s3, beside)) == {f"{beside}{name}" for name in BESIDE}
 
 
 def test_a_chunk_that_others_removed_is_noticed_and_computed_again(
@@ -236,7 +236,7 @@ def test_another_machine_resumes_from_the_store(
     monkeypatch.setattr(store_lock, "BEAT", 0.01)
     oocattn.resume(**place, engine="inline")
     beside = {key.partition(".oocattn/")[2] for key in objects_in(s3, f"{name}.oocattn")}
-    assert beside == {"report.json"}
+    assert beside == BESIDE
     assert not list(here.iterdir())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from support import carry_out, damage, normal_arrays, plan_for, write_dataset
+from support import BESIDE, carry_out, damage, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import Certificate, IntegrityError
@@ -289,7 +289,7 @@ def test_a_run_keeps_the_certificate_of_its_result_and_removes_that_of_another(r
     oocattn.verify(result)
     carry_out(plan, dataset, result)  # is there already
     state, certificate = ResultPaths.at(result).state, ResultPaths.at(result).certificate
-    assert {path.name for path in state.iterdir()} == {"report.json", "certificate.json", "certificate.html"}
+    assert {path.name for path in state.iterdir()} == {*BESIDE, "certificate.json", "certificate.html"}
 
     def verify_meanwhile(event: oocattn.Event) -> None:
         if event.kind == "merged":
@@ -302,9 +302,9 @@ def test_a_run_keeps_the_certificate_of_its_result_and_removes_that_of_another(r
 
     carry_out(causal, dataset, result, overwrite=True, callbacks=[look])
     assert (there["started"], there["written"], there["committed"]) == (True, True, False)  # as its result is
-    assert {path.name for path in state.iterdir()} == {"report.json"}
+    assert {path.name for path in state.iterdir()} == BESIDE
     carry_out(plan, dataset, result, overwrite=True, callbacks=[verify_meanwhile])
-    assert {path.name for path in state.iterdir()} == {"report.json"}
+    assert {path.name for path in state.iterdir()} == BESIDE
 
 
 def test_a_certificate_that_cannot_be_written_is_returned_all_the_same(

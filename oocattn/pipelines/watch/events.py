@@ -128,9 +128,10 @@ class Committed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """The run failed, or was told to stop."""
+    """The run failed, or was told to stop (`stopped`)."""
 
     error: str
+    stopped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from oocattn import clock
-from oocattn.pipelines.watch.status import Status
+from oocattn.pipelines.watch.status_record import Status
 from oocattn.units import format_seconds
 
 LOG_SECONDS = 60.0  # seconds between two lines

@@ -6,11 +6,12 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from oocattn import clock
-from oocattn.errors import IntegrityError
+from oocattn.errors import IntegrityError, ProblemError
 from oocattn.naming import setting
 from oocattn.pipelines.finished import NOTHING_FINISHED, Compared, FinishedChunk
 from oocattn.pipelines.watch.events import (
@@ -29,7 +30,7 @@ from oocattn.pipelines.watch.timeline import busy_seconds
 from oocattn.planning.plan import Plan
 from oocattn.planning.timing import CoreClock
 from oocattn.problem.arrays import KEY_BIAS, ArrayName
-from oocattn.records import ADDED, Count, Positive, Range, Seconds, document, from_json
+from oocattn.records import ADDED, UNRECORDED, Count, Positive, Range, Seconds, document, from_json
 from oocattn.shown import Shown, named_lines
 from oocattn.storage.journal.journal import ChunkId
 from oocattn.storage.paths import REPORT, ResultPaths
@@ -69,7 +70,7 @@ class RunReport(Shown):
     `chunks_before` the chunks that were finished before it was resumed, `chunks_compared` those of them whose checksums
     were compared then; `other_bits` what has computed otherwise than when the run began, so that bits differ;
     `waited` the part of `seconds` for which a run on a CPU waited for cores that other processes had (0 where its lanes are
-    in other processes than its driver).
+    in other processes than its driver). `place` is where its result is, None where no result has it yet.
     """
 
     seconds: Seconds
@@ -100,10 +101,22 @@ class RunReport(Shown):
     rows_without_keys: Annotated[Count, ADDED] = 0
     not_finite_in: Annotated[tuple[ArrayName, ...], ADDED] = ()
     waited: Annotated[Seconds, ADDED] = 0.0
+    place: Annotated[ResultPaths | None, UNRECORDED] = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, with the rate that follows from its fields (docs/scripts.md)."""
         return document(FORMAT, self, *_FOLLOWS)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the page of `oocattn.report`, on all that is known of the run, as a file; return its path.
+
+        Raises ProblemError for the report of an event, whose result is not there yet, and as `FullReport.to_html`.
+        """
+        from oocattn.pipelines.watch.full_report import full_report
+
+        if self.place is None:
+            raise ProblemError("this report does not know its result: expected that of a Result; use oocattn.report(RESULT)")
+        return full_report(self.place).to_html(path)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunReport:
@@ -255,10 +268,11 @@ class Tally:
     ) -> RunReport:
         """The figures of a run: the journal has those of all its finished chunks."""
         records = finished.values()
-        totals = {name: sum(getattr(record, name) for record in records) for name in _OF_CHUNKS}
+        counts: dict[str, Any] = self.counts
+        totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in _OF_CHUNKS}
         return RunReport(
             **totals,
-            **self.counts,
+            **counts,
             not_finite_in=tuple(sorted(self.not_finite_in)),
             seconds=seconds,
             predicted_seconds=plan.seconds,
@@ -281,4 +295,4 @@ class Tally:
 def read_report(paths: ResultPaths) -> RunReport | None:
     """The report beside a result, or None; IntegrityError for a damaged one."""
     found = paths.load(REPORT, MOST_BYTES)
-    return RunReport.from_json(found) if found else None
+    return replace(RunReport.from_json(found), place=paths) if found else None

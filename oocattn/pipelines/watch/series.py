@@ -19,10 +19,14 @@ MOST_INTERVALS = 4096  # of a resource; the older half is dropped then
 class Rates:
     """Amounts by name, spread over the seconds in which they were done, in at most `MOST_BINS` bins."""
 
-    def __init__(self, start: float, names: Iterable[str]) -> None:
-        self.width = FIRST_WIDTH
+    def __init__(self, start: float, names: Iterable[str], width: float = FIRST_WIDTH) -> None:
+        self.width = width
         self._start = self._reached = start
         self._bins: dict[str, list[float]] = {name: [] for name in names}
+
+    def track(self, name: str) -> None:
+        """Add a name, of which nothing is done yet."""
+        self._bins[name] = []
 
     def add(self, name: str, amount: float, start: float, stop: float) -> None:
         """Spread an amount evenly from `start` to `stop`; what lies before the series counts at its start."""
@@ -40,6 +44,11 @@ class Rates:
         density = amount / (end - begin)
         for index in range(first, last + 1):
             bins[index] += density * (min(end, (index + 1) * width) - max(begin, index * width))
+
+    def coarsen_to(self, width: float) -> None:
+        """Make bins wider, until they have a width that is a power of two of what they had."""
+        while self.width < width:
+            self._coarsen()
 
     def _coarsen(self) -> None:
         self.width *= 2
@@ -93,3 +102,68 @@ class Busy:
     def shares(self, edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The share of each cell between two edges in which the resource was busy."""
         return coverage(np.asarray(self.starts), np.asarray(self.stops), edges)
+
+
+class Covered:
+    """The seconds in which resources were busy, by name, as rates of the same bins as other amounts.
+
+    Of each resource the last intervals are kept, as they may grow together; the older ones are spread over the bins.
+    """
+
+    MOST_KEPT = 256
+
+    def __init__(self, rates: Rates) -> None:
+        self._rates = rates
+        self._kept: dict[str, Busy] = {}
+        self.seconds: dict[str, float] = {}
+
+    def add(self, name: str, start: float, stop: float) -> None:
+        """Add an interval in which the resource was busy."""
+        if name not in self._kept:
+            self._kept[name], self.seconds[name] = Busy(), 0.0
+            self._rates.track(name)
+        busy = self._kept[name]
+        busy.add(start, stop)
+        if len(busy.starts) > self.MOST_KEPT:
+            self._spread(name, self.MOST_KEPT // 2)
+
+    def settle(self) -> None:
+        """Spread all intervals that are kept."""
+        for name, busy in self._kept.items():
+            self._spread(name, len(busy.starts))
+
+    def _spread(self, name: str, count: int) -> None:
+        busy = self._kept[name]
+        for start, stop in zip(busy.starts[:count], busy.stops[:count], strict=True):
+            self._rates.add(name, stop - start, start, stop)
+            self.seconds[name] += stop - start
+        del busy.starts[:count], busy.stops[:count]
+
+
+class Highest:
+    """The highest value in each bin, in at most `MOST_BINS` bins."""
+
+    def __init__(self, start: float, width: float = FIRST_WIDTH) -> None:
+        self.width = width
+        self._start = start
+        self._bins: list[int] = []
+
+    def add(self, value: int, moment: float) -> None:
+        """Take a value in; bins that had none since the last one have that."""
+        while moment - self._start >= MOST_BINS * self.width:
+            self.coarsen()
+        last = max(0, int((moment - self._start) / self.width))
+        if len(self._bins) <= last:
+            self._bins.extend([self._bins[-1] if self._bins else 0] * (last + 1 - len(self._bins)))
+        self._bins[last] = max(self._bins[last], value)
+
+    def coarsen(self) -> None:
+        """Join each two bins to one."""
+        self.width *= 2
+        self._bins = [max(self._bins[index : index + 2]) for index in range(0, len(self._bins), 2)]
+
+    def values(self, width: float) -> tuple[int, ...]:
+        """The values in bins of a width that is a power of two of this one's."""
+        while self.width < width:
+            self.coarsen()
+        return tuple(self._bins)

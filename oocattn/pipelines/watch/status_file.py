@@ -27,7 +27,7 @@ from oocattn.pipelines.watch.events import (
     Written,
 )
 from oocattn.pipelines.watch.pace import Pace
-from oocattn.pipelines.watch.status import Status, tokens_of
+from oocattn.pipelines.watch.status_record import Status, tokens_of
 from oocattn.records import to_json
 from oocattn.storage.files.durable import write_text
 from oocattn.storage.files.folders import remove_file

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
+from oocattn.pages import HTML_MARK
 from oocattn.storage.files.durable import replacement
 from oocattn.storage.files.folders import is_taken
 from oocattn.storage.files.regular import open_regular, read_exactly
@@ -72,4 +73,4 @@ def _is_ours(path: Path) -> bool:
             head = read_exactly(descriptor, _HEAD, 0, path).decode("utf-8", "replace")
     except IntegrityError:  # no regular file
         return False
-    return head.startswith(JSON_MARK) or (head.startswith("<svg ") and SVG_MARK in head)
+    return head.startswith((JSON_MARK, HTML_MARK)) or (head.startswith("<svg ") and SVG_MARK in head)

@@ -21,7 +21,7 @@ LABEL_BYTES = 64 << 10  # of a partial: enough for what it says of itself
 
 _PARTIAL = rf"partials/{CHECKPOINTS[0]}"
 MIRRORED = re.compile(
-    "|".join((re.escape(HEADER), r"other-bits\.json", rf"finished/{JOURNAL[0]}", _PARTIAL))
+    "|".join((re.escape(HEADER), r"(other-bits|attempts)\.json", rf"finished/{JOURNAL[0]}", _PARTIAL))
     + "".join(rf"|result-[0-9a-f]{{8}}\.zarr/({pattern})" for pattern in GROUP[:2])
 )
 """The keys of job state. A server may list any other, with `..` in it."""
@@ -55,7 +55,7 @@ class Mirror:
         for name in names_in(self.folder):
             if is_folder(self.folder / name):
                 remove_ours(self.folder / name, (*GROUP, *CHECKPOINTS, *JOURNAL))
-        remove_ours(self.folder, (r"(other-bits|status)\.json",), keep_folders=True)
+        remove_ours(self.folder, (r"(other-bits|status|attempts)\.json",), keep_folders=True)
 
     def pull(self, *, whole: bool) -> None:
         """Have here what is in the store, and nothing else. Unless `whole`, partials say no more than what they are."""

@@ -34,6 +34,7 @@ from oocattn.storage.journal.journal import HEADER, remove_journal
 from oocattn.storage.journal.lock import lock_holder
 from oocattn.storage.make.create import DIMENSIONS, OwnStore, Separator, create_array, sync_metadata
 from oocattn.storage.paths import (
+    ATTEMPTS,
     ATTRIBUTES,
     CERTIFICATE,
     CERTIFICATE_PAGE,
@@ -47,7 +48,9 @@ from oocattn.storage.results.arguments import read_given, write_given
 from oocattn.storage.results.arrays import Chunks, ResultArrays
 from oocattn.storage.results.publishing import LEFT_BESIDE, Publication, chunks_of
 
-_LEFT_BESIDE = re.compile(r"(lock|ready|(plan|status|report|other-bits)\.json)\.[0-9a-f]{32}\.partial")
+_LEFT_BESIDE = re.compile(
+    r"(lock|ready|report\.html|(plan|status|report|full-report|attempts|other-bits)\.json)\.[0-9a-f]{32}\.partial"
+)
 
 logger = logging.getLogger("oocattn")
 
@@ -219,8 +222,10 @@ class RunState:
         self._remove_journal()
         if self._publication is not None:
             self._publication.tidy()  # after the journal: a run with one has its mark
+            self._publication.keep_attempts()
         self._throw_away(self.paths.scratch, self.paths.replaced, *self._found(GROWING_NAME), *self._found(TRASH_NAME))
         folders.remove_file(self.paths.status)
+        self._remove_partials()
 
     def discard(self, growing: GrowingResult) -> None:
         """Remove what a run has done, for it cannot be trusted."""
@@ -229,7 +234,8 @@ class RunState:
             self._restore()
         self._remove_journal()
         self._throw_away(growing.path, self.paths.scratch)
-        folders.remove_file(self.paths.status)
+        for path in (self.paths.status, self.paths.state / ATTEMPTS):
+            folders.remove_file(path)
         if self._publication is not None:
             self._publication.discard()
 
@@ -238,6 +244,10 @@ class RunState:
         self._check()
         for folder in (*self._found(GROWING_NAME), self.paths.scratch, self.paths.state / "finished"):
             folders.remove_ours(folder, folders.LEFTOVERS, keep_folders=True)
+        self._remove_partials()
+
+    def _remove_partials(self) -> None:
+        """Remove what writes that were killed have left in the folder of job state."""
         for path in self._found(_LEFT_BESIDE):
             if not _is_waiting(path):
                 folders.remove_file(path)
@@ -287,6 +297,7 @@ class RunState:
                 logger.warning("%s was not removed: oocattn did not write it; move it away", foreign)
 
     def _forget_certificate(self) -> None:
+        """Remove what is said of another result."""
         self.paths.forget(CERTIFICATE, CERTIFICATE_PAGE)
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from oocattn.errors import ResultExistsError
 from oocattn.naming import named, setting
 from oocattn.problem.given import DTYPES
+from oocattn.storage.files.folders import is_taken, remove_file
 from oocattn.storage.files.regular import read_file
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.journal.store_lock import LOCK_KEY
 from oocattn.storage.nodes import MOST_BYTES
-from oocattn.storage.paths import ResultPaths
+from oocattn.storage.paths import ATTEMPTS, ResultPaths
 from oocattn.storage.remote.mirror import MIRRORED
 from oocattn.storage.results.chunk_objects import ChunkObjects
 from oocattn.storage.results.marks import MARK, describe_mark, is_from_here, make_mark, read_mark
@@ -106,6 +107,13 @@ class Publication:
     def tidy(self) -> None:
         """Remove the mark of a complete result."""
         self.paths.forget(MARK)
+
+    def keep_attempts(self) -> None:
+        """Have the attempts at a complete result beside it, and not in the folder of job state."""
+        path, beside = self.paths.state / ATTEMPTS, self.paths.beside
+        if beside is not None and is_taken(path):
+            beside.write(ATTEMPTS, read_file(path, MOST_BYTES, follow=False))
+            remove_file(path)
 
     def discard(self) -> None:
         """Remove what the run has written."""

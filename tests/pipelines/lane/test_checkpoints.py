@@ -13,6 +13,7 @@ import pytest
 import torch
 from interrupting import uninterrupted
 from support import (
+    BESIDE,
     GENEROUS,
     MACHINE,
     Recorder,
@@ -243,7 +244,7 @@ def test_checkpoints_are_made_at_the_interval_and_reported(dataset: Path, result
     assert 0 < most[0] <= plan.scratch_disk
     assert found.report.bytes_partials == sum(event.checkpoint_bytes for event in told)
     assert all(any(span.resource == "save" for span in event.spans) for event in told)
-    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == {"report.json"}
+    assert {path.name for path in ResultPaths.at(result).state.iterdir()} == BESIDE
 
 
 def test_without_checkpoints_nothing_is_saved(dataset: Path, result: Path) -> None:

@@ -17,8 +17,8 @@ from oocattn.pipelines.watch.board import Board
 from oocattn.pipelines.watch.events import Event
 from oocattn.pipelines.watch.pace import Estimate, Pace
 from oocattn.pipelines.watch.progress import ProgressBar
-from oocattn.pipelines.watch.status import Status
 from oocattn.pipelines.watch.status_file import StatusFile
+from oocattn.pipelines.watch.status_record import Status
 from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 
