@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.naming import named
+from oocattn.pages import HTML_MARK
 from oocattn.records import parse_json
 from oocattn.storage.files.durable import MOST_RECORD, make_durably, read_json, write_text
 from oocattn.storage.files.folders import is_folder, is_taken, remove_file, require_own, status_of
@@ -44,6 +45,9 @@ ATTRIBUTES = "oocattn"
 REPORT, CERTIFICATE, CERTIFICATE_PAGE = "report.json", "certificate.json", "certificate.html"
 ATTEMPTS, REPORT_PAGE, FULL_REPORT = "attempts.json", "report.html", "full-report.json"
 """What stays beside a result."""
+
+MARKS = {REPORT_PAGE: HTML_MARK, FULL_REPORT: '{\n "format": 1,\n "producer": "oocattn",'}
+"""How the full report begins, by which ours is told from what somebody else has put there."""
 
 LOCK, STATUS = "lock", "status.json"
 """In the folder of job state: who works on the result, and how far the run is."""
@@ -226,17 +230,18 @@ class ResultPaths:
         except ValueError as error:
             raise IntegrityError(f"{objects}/{name}: {error}") from None
 
-    def head(self, name: str, count: int) -> bytes | None:
-        """The first bytes of what has that name beside the result, none of what is no file; None where there is nothing."""
+    def is_foreign(self, name: str) -> bool:
+        """Whether what has the name of a part of the full report, beside the result, was not written by oocattn."""
+        mark = MARKS[name].encode()
         if self.beside is not None:
-            return self.beside.read_start(name, count)
+            return self.beside.read_start(name, len(mark)) not in (None, mark)
         if self.state_folder is None or not is_taken(self.state / name):
-            return None
+            return False
         try:
             with open_regular(self.state / name, follow=False) as descriptor:
-                return read_exactly(descriptor, count, 0, self.state / name)
-        except IntegrityError:
-            return b""
+                return read_exactly(descriptor, len(mark), 0, self.state / name) != mark
+        except IntegrityError:  # no regular file
+            return True
 
     def save(self, texts: Mapping[str, str]) -> tuple[str, ...]:
         """Write texts of these names beside the result, durably; return where they are."""

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from oocattn.arguments import checked, path
 from oocattn.errors import IntegrityError, OocattnError, ResultExistsError
-from oocattn.pages import HTML_MARK
 from oocattn.pipelines.run import find_unfinished
 from oocattn.pipelines.watch.attempts import Attempt, Attempts, Planned, read_attempts, with_heartbeat
 from oocattn.pipelines.watch.elsewhere import seen_from_here
@@ -36,9 +35,6 @@ from oocattn.units import format_bytes, format_seconds
 
 FORMAT = 1
 """Of the JSON document."""
-
-JSON_MARK = '{\n "format": 1,\n "producer": "oocattn",'
-"""The beginning of the file."""
 
 _FOLLOWS = ("links", "seconds", "headline")
 
@@ -313,9 +309,8 @@ def write_full_report(report: FullReport, paths: ResultPaths) -> FullReport:
     Raises ResultExistsError where something has a name of theirs that oocattn has not written.
     """
     texts = {FULL_REPORT: json.dumps(report.to_json(), indent=1) + "\n", REPORT_PAGE: report.page()}
-    for name, mark in ((FULL_REPORT, JSON_MARK), (REPORT_PAGE, HTML_MARK)):
-        head = paths.head(name, len(mark))
-        if head is not None and head != mark.encode():
+    for name in texts:
+        if paths.is_foreign(name):
             raise ResultExistsError(
                 f"{name} beside {paths.result} was not written by oocattn, which replaces only its own files: move it away"
             )

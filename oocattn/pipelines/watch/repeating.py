@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 from oocattn.pins import Pins
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.attempts import Planned
+from oocattn.problem.arrays import KEY_BIAS
 from oocattn.problem.problem import Problem
+from oocattn.storage.files.folders import is_taken
 from oocattn.storage.inputs.origin import Origin, command_options
 from oocattn.text import printable
 
-MOST_NUMBERS = 64
+MOST_NUMBERS = 32
 """Numbers of an array argument that are written out; of a longer one the command says where to take it from."""
 
 
@@ -25,9 +28,13 @@ def command_again(
     words = (
         ["oocattn", "run", *(inputs or ["INPUTS"]), result] if not tensors else ["oocattn", "run", result, *(inputs or [])]
     )
-    words += _asked(problem) + _pinned(pins)
+    words += _asked(problem)
+    words += ["--no-key-bias"] if not problem.bias_heads and not tensors and _may_have_bias(location) else []
+    words += _pinned(pins)
     words += ["--host-memory", str(host_memory)] if host_memory else []
     notes = ["its inputs were tensors of the caller, which no command names: give them again"] if inputs is None else []
+    if pins.span:
+        notes.append(f"the same bits if the plan then takes {pins.span} key chunks at a time again")
     longer = [name for name in problem.digests if not _is_short(problem, name)]
     if longer:
         arrays = "arrays" if len(longer) > 1 else "an array"
@@ -61,6 +68,11 @@ def _asked(problem: Problem) -> list[str]:
             numbers = ",".join(f"{number:.9g}" if array.dtype.kind == "f" else str(number) for number in array.tolist())
             words.append(f"--{name.replace('_', '-')}={numbers}")
     return words
+
+
+def _may_have_bias(location: str) -> bool:
+    """Whether a dataset has, or may have, a bias that the problem leaves out."""
+    return "://" in location or is_taken(Path(location) / KEY_BIAS)
 
 
 def _is_short(problem: Problem, name: str) -> bool:

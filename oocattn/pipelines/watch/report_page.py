@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from oocattn.pages import render_page
-from oocattn.pipelines.watch.attempts import Attempt, OverTime, Planned
+from oocattn.pipelines.watch.attempts import MOST_NAMES, Attempt, OverTime, Planned
 from oocattn.pipelines.watch.full_report import FullReport, LinkOutcome
 from oocattn.pipelines.watch.report_charts import busy_strip, chart, gauge, time_ticks
 from oocattn.units import format_bytes, format_count, format_seconds
@@ -220,6 +220,8 @@ def _made_with(report: FullReport) -> list[tuple[str, str]]:
     for each in report.attempts:
         versions = ", ".join(f"{name} {number}" for name, number in each.versions.items())
         for name, value in [("process", each.process), *each.hardware.items(), ("versions", versions)]:
+            if name not in found and len(found) >= MOST_NAMES:
+                continue
             values = found.setdefault(name, [])
             if value not in values and len(values) < 8:
                 values.append(value)

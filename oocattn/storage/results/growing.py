@@ -39,6 +39,7 @@ from oocattn.storage.paths import (
     CERTIFICATE,
     CERTIFICATE_PAGE,
     GROWING_NAME,
+    MARKS,
     TRASH_NAME,
     ResultPaths,
     identity_at,
@@ -298,7 +299,8 @@ class RunState:
 
     def _forget_certificate(self) -> None:
         """Remove what is said of another result."""
-        self.paths.forget(CERTIFICATE, CERTIFICATE_PAGE)
+        reports = (name for name in MARKS if not self.paths.is_foreign(name))
+        self.paths.forget(CERTIFICATE, CERTIFICATE_PAGE, *reports)
 
 
 def _is_waiting(path: Path) -> bool:

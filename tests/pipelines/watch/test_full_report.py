@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,16 +12,21 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import BESIDE, carry_out, make_event, normal_arrays, plan_for, run_of, write_dataset
 
 import oocattn
 from oocattn import FullReport, IntegrityError, ProblemError, ResultExistsError
+from oocattn.cli.main import _COMMANDS as COMMANDS
 from oocattn.cli.main import main
+from oocattn.cli.options import make_parser
 from oocattn.pipelines.watch.attempt_log import AttemptLog
 from oocattn.pipelines.watch.attempts import MOST_ATTEMPTS, MOST_DETAILED, MOST_ROWS, Attempts, BusyRow, read_attempts
 from oocattn.pipelines.watch.events import Memory, Span
+from oocattn.pipelines.watch.repeating import planned_of
 from oocattn.pipelines.watch.series import MOST_BINS
+from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.records import from_json
 from oocattn.storage.paths import ResultPaths
 from oocattn.units import format_bytes
@@ -56,7 +62,8 @@ def page_text(page: str) -> str:
 
 
 def test_a_finished_run_has_its_page_and_json_beside_it(dataset: Path, result: Path) -> None:
-    found = carry_out(plan_for(dataset, chunks=13), dataset, result).report
+    plan = plan_for(dataset, chunks=13)
+    found = carry_out(plan, dataset, result).report
     assert {path.name for path in state_of(result).iterdir()} == BESIDE
     report = oocattn.report(result)
     kept = json.loads((state_of(result) / "full-report.json").read_text())
@@ -69,6 +76,10 @@ def test_a_finished_run_has_its_page_and_json_beside_it(dataset: Path, result: P
     assert attempt["busy"]["compute"] == pytest.approx(found.compute_busy * found.seconds, rel=0.05, abs=0.005)
     shown = page_text((state_of(result) / "report.html").read_text())
     link = {link["name"]: link for link in kept["links"]}
+    assert [link[name]["amount"] for name in ("read", "write")] == [found.bytes_read, found.bytes_written]
+    assert {name: link[name]["predicted"] for name in ("read", "compute")} == {
+        name: plan.link(name).amount for name in ("read", "compute")
+    }
     for words in (
         kept["headline"], kept["problem"], kept["command"], attempt["process"], str(result),
         format_bytes(link["read"]["amount"]), format_bytes(link["read"]["predicted"]), format_bytes(link["write"]["amount"]),
@@ -285,3 +296,41 @@ def test_a_run_of_ten_thousand_subproblems_on_many_lanes_has_a_small_page(datase
     report = oocattn.report(run.paths.folder)
     assert report.left_out == found.left_out
     assert len(report.page()) < 1 << 20
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"causal": True, "window_size": (40, None), "sink_tokens": 3},
+        {"key_bias": False},
+        {"window_size": (None, 7), "prefix": 9, "softcap": 30.0, "scale": 0.1},
+        {"queries": (20, 100), "heads": (1,), "out_dtype": "float16"},
+        {"cu_seqlens_q": [0, 50, 130], "alibi_slopes": [-0.25, 0.1], "learnable_sink": [-1.0, 0.5]},
+    ],
+    ids=str,
+)
+def test_the_command_of_a_report_poses_the_same_problem(dataset: Path, fast_path: Path, asked: dict[str, Any]) -> None:
+    write_dataset(dataset, normal_arrays(130), key_bias=np.zeros((1, 2, 130), np.float32))
+    run = run_of(fast_path, plan_for(dataset, chunks=7, **asked))
+    words = shlex.split(planned_of(run).command, comments=True)[1:]
+    options = vars(make_parser(COMMANDS).parse_args(words))
+    given = {name: options[name] for name in (*PROBLEM_OPTIONS, "chunks", "decomposition", "host_memory")}
+    again = oocattn.plan(options["dataset"], **given, kernel=options["kernel"], engine="inline")
+    assert again.problem == run.plan.problem
+    assert replace(again.pins, span=run.plan.span) == run.plan.pins  # which no option pins
+    assert (options["dataset"], options["result"]) == (str(dataset), str(run.paths.result))
+
+
+def test_the_page_of_another_result_is_removed_but_no_page_of_others(dataset: Path, result: Path) -> None:
+    def stop(event: oocattn.Event) -> None:
+        if event.kind == "started":
+            raise KeyboardInterrupt
+
+    carry_out(plan_for(dataset, chunks=3), dataset, result)
+    shutil.rmtree(result)
+    (state_of(result) / "full-report.json").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan_for(dataset, chunks=7), dataset, result, callbacks=[stop])
+    assert not (state_of(result) / "report.html").exists()
+    assert (state_of(result) / "full-report.json").read_text() == "mine"
