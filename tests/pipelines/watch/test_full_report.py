@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import look_at
 from support import BESIDE, carry_out, make_event, normal_arrays, plan_for, run_of, write_dataset
 
 import oocattn
@@ -334,3 +335,15 @@ def test_the_page_of_another_result_is_removed_but_no_page_of_others(dataset: Pa
         carry_out(plan_for(dataset, chunks=7), dataset, result, callbacks=[stop])
     assert not (state_of(result) / "report.html").exists()
     assert (state_of(result) / "full-report.json").read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_a_browser_draws_the_page_and_says_more_on_hover(dataset: Path, result: Path, tmp_path: Path) -> None:
+    carry_out(plan_for(dataset, chunks=13), dataset, result)
+    page = oocattn.report(result).to_html(tmp_path / "page.html")
+    hovered = (
+        "(strip => { strip.dispatchEvent(new PointerEvent('pointermove', {clientX: strip.getBoundingClientRect().x + 5}));"
+        "return /busy \\d+%/.test(tip.textContent) })(document.querySelector('svg.busy'))"
+    )
+    assert look_at(page.as_uri(), hovered, tmp_path / "page.png") == []
