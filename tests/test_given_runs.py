@@ -104,12 +104,12 @@ def test_a_finished_result_is_of_these_numbers_alone() -> None:
 def test_an_array_is_digested_as_it_is_given_and_as_it_is_read_and_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
     digested: list[int] = []
     monkeypatch.setattr(given, "digest_of", lambda array: digest_of(array) if digested.append(len(array)) is None else "")
-    run(cu_seqlens_q=EDGES)
-    assert digested == [len(EDGES)]
-    run(cu_seqlens_q=EDGES)  # the finished result is returned
+    run(cu_seqlens_q=EDGES)  # the report at its end reads them, as it does all of the result's record
     assert digested == [len(EDGES)] * 2
+    run(cu_seqlens_q=EDGES)  # the finished result is returned
+    assert digested == [len(EDGES)] * 3
     oocattn.verify("out.zarr")  # reads them first, and at the end, in case that they have changed
-    assert digested == [len(EDGES)] * 4
+    assert digested == [len(EDGES)] * 5
 
 
 def test_an_unfinished_run_is_of_these_numbers_alone() -> None:

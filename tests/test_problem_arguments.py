@@ -178,7 +178,7 @@ def test_the_command_takes_every_argument(capsys, monkeypatch):
 
     def keep(dataset: Any, problem: Problem, *_: Any, **__: Any) -> SimpleNamespace:
         seen.append(problem)
-        return SimpleNamespace(problem=problem, device="cpu")
+        return SimpleNamespace(problem=problem, device="cpu", kernel="cpu")
 
     monkeypatch.setattr(oocattn.api, "plan_here", keep)
     words = "--causal --window-size 3 none --prefix 2 --sink-tokens 1 --softcap 20 --scale 0.5 --alibi-slopes slopes.npy"

@@ -28,7 +28,7 @@ cache, the threads' turns at Python take longer than the reading."""
 ROUNDS, ROUND_SECONDS = 3, 0.3
 """The most samples of which the fastest counts, each of other places, and seconds after which no more are taken."""
 
-FEW = 16  # parts of an array whose heads are read together, of which the samples have one at most
+FEW = 16  # parts of a file whose heads are read together, of which the samples have one at most
 
 ASSUMED_RATE = 1e9  # bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s
 
@@ -38,6 +38,7 @@ def sample_rate(dataset: Dataset) -> float:
     arrays = [dataset.arrays[name] for name in ("q", "k", "v") if dataset.arrays[name].direct]
     if not arrays:
         return ASSUMED_RATE
+    parts = SAMPLES * ROUNDS * FEW * (len(arrays) if lie_together(dataset.arrays) else 1)
     buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
     for _ in range(SAMPLE_THREADS):
         buffers.put(np.ones(PIECE_BYTES, np.uint8))  # touched
@@ -47,7 +48,7 @@ def sample_rate(dataset: Dataset) -> float:
         batches, heads, tokens, head_dim = array.spec.four_dimensional
         row_bytes = head_dim * array.dtype.itemsize
         together = max(1, min(heads, array.shared_heads, PIECE_BYTES // row_bytes))  # heads, as a run reads them
-        few = tokens if together == 1 else max(1, tokens // (SAMPLES * ROUNDS * FEW))
+        few = tokens if together == 1 else max(1, tokens // parts)
         rows = min(few, max(1, PIECE_BYTES // (row_bytes * together)))
         start, first = int(share * (tokens - rows)), int(share * (heads - together + 1))
         buffer = buffers.get()

@@ -130,20 +130,22 @@ FAILING = {
     "plan": "none.zarr",
     "run": "none.zarr out.zarr",
     "resume": "none.zarr",
-    "status": "unknown://none.zarr",
+    "report": "none.zarr",
+    "status": "none.zarr",
     "verify": "none.zarr",
     "doctor": "",
     "bench": "--heads 3 --kv-heads 2",
 }
-"""Arguments with which a command fails; `doctor` has the disk refuse."""
+"""Arguments with which a command fails; `doctor` and `status` have the disk refuse."""
 
 
 @pytest.mark.parametrize("command", cli._COMMANDS)
 def test_an_error_is_a_line_on_standard_error_and_no_document(command, here, run_json, monkeypatch) -> None:
-    def refuse() -> None:
+    def refuse(*_: object) -> None:
         raise OSError("the disk refuses")
 
     monkeypatch.setattr("oocattn.cli.doctor.examine", refuse)
+    monkeypatch.setattr("oocattn.pipelines.watch.status.seen_from_here", refuse)
     code, document, error = run_json(command, *FAILING[command].split())
     assert (code, document) == (1, None)
     assert re.fullmatch(r"oocattn: .*\n", error)

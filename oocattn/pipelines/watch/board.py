@@ -40,6 +40,7 @@ from oocattn.units import format_bytes, format_seconds
 
 VERSION = 1  # of the record
 
+FIRST_WIDTH = 0.5  # seconds of a bin of rates, at first
 WINDOW_SECONDS = 60.0  # over which the board says how busy lanes are
 CELLS = 60  # into which it divides them
 MOST_LANES = 16  # that are shown one by one
@@ -99,7 +100,7 @@ class Board:
         plan = self._plan = event.plan
         self._start, self._stop, self._pace = event.start, 0.0, Pace(event)
         self._pairs = PairProgress(plan, event.done)
-        self._rates = Rates(event.start, AMOUNTS)
+        self._rates = Rates(event.start, AMOUNTS, FIRST_WIDTH)
         self._busy: dict[str, dict[str, Busy]] = {}
         self._memory: dict[str, Memory] = {}
         self._not_finite: set[str] = set()

@@ -11,15 +11,14 @@ import numpy.typing as npt
 from oocattn.pipelines.watch.timeline import coverage
 
 MOST_BINS = 240  # of a series; when they are used up, each two become one
-FIRST_WIDTH = 0.5  # seconds of a bin, at first
 LEAST_LAST_BIN = 0.5  # share of its width that the last bin must cover to be shown: its rate would be noise
 MOST_INTERVALS = 4096  # of a resource; the older half is dropped then
 
 
 class Rates:
-    """Amounts by name, spread over the seconds in which they were done, in at most `MOST_BINS` bins."""
+    """Amounts by name, spread over the seconds they took, in at most `MOST_BINS` bins, at first of `width` seconds."""
 
-    def __init__(self, start: float, names: Iterable[str], width: float = FIRST_WIDTH) -> None:
+    def __init__(self, start: float, names: Iterable[str], width: float) -> None:
         self.width = width
         self._start = self._reached = start
         self._bins: dict[str, list[float]] = {name: [] for name in names}
@@ -143,7 +142,7 @@ class Covered:
 class Highest:
     """The highest value in each bin, in at most `MOST_BINS` bins."""
 
-    def __init__(self, start: float, width: float = FIRST_WIDTH) -> None:
+    def __init__(self, start: float, width: float) -> None:
         self.width = width
         self._start = start
         self._bins: list[int] = []

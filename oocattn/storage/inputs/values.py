@@ -18,8 +18,9 @@ from oocattn.problem.arrays import DTYPES
 from oocattn.storage.inputs.source import TensorSource
 from oocattn.threads import ThreadPool
 
-SAMPLED_SPANS, MOST_SPANS, SPAN_BYTES = 5, 64, 128 << 10
-"""Spans of rows that a sample has, of as many bytes at most; where heads are smaller, up to `MOST_SPANS`."""
+SAMPLED_WHOLE, SAMPLED_SPANS, SPAN_BYTES = 640 << 10, 3, 4 << 10
+"""Bytes up to which a sample is of all numbers, and the spans of a larger tensor's, of as many bytes: to read one, rows of
+all heads are read where they lie between, or a chunk is decoded."""
 
 CHECKED_BYTES, PIECE_BYTES, CHECK_THREADS = 16 << 20, 256 << 10, 8
 """Bytes that one checksum is of, bytes that are copied for it at a time, and threads that do, at most."""
@@ -57,11 +58,13 @@ def sample(source: TensorSource) -> str:
     """
     batches, heads, tokens = source.extents
     digest = hashlib.sha256(f"{source.extents} {source.row_shape} {source.spec.dtype}".encode())
-    rows = min(tokens, max(1, SPAN_BYTES // max(1, source.row_bytes)))
-    spans = min(MOST_SPANS, max(SAMPLED_SPANS, SAMPLED_SPANS * SPAN_BYTES // max(1, rows * source.row_bytes)))
-    last = batches * heads * tokens - rows
+    rows, starts = tokens, [tokens * head for head in range(batches * heads)]
+    if batches * heads * tokens * source.row_bytes > SAMPLED_WHOLE:
+        rows = min(tokens, max(1, SPAN_BYTES // max(1, source.row_bytes)))
+        last = batches * heads * tokens - rows
+        starts = [place * last // (SAMPLED_SPANS - 1) for place in range(SAMPLED_SPANS)]
     buffer = np.empty((rows, *source.row_shape), source.dtype)
-    for first in sorted({place * last // (spans - 1) for place in range(spans)}):
+    for first in starts:
         head, start = divmod(first, tokens)
         start = min(start, tokens - rows)
         source.read_rows(*divmod(head, heads), start, start + rows, buffer)

@@ -6,7 +6,6 @@ only the time limit holds.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +49,8 @@ class Limit:
 
     async def wait(self, step: Callable[[], Awaitable[T]], most: float, label: str) -> T:
         """Await one try of a request. Raises TimeoutError after `most` seconds, or where the time is over."""
+        import asyncio  # which commands that ask no server do without
+
         began, task = clock.now(), asyncio.ensure_future(step())
         least = LAST_SECONDS if self._given_up else END_SECONDS
         try:
@@ -66,6 +67,8 @@ class Limit:
 
     async def sleep(self, seconds: float) -> None:
         """Pause, until the time is over."""
+        import asyncio
+
         until = clock.now() + seconds
         while not self.is_over and (left := until - clock.now()) > 0:
             await asyncio.sleep(min(LOOK_SECONDS, left))

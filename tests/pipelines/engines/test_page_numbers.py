@@ -32,7 +32,7 @@ def looks(plan: Plan, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     recorder, seen, failing = Recorder([]), list[Look](), FailingOnce(9)
     scratch = ResultPaths.at(fast_path / "result.zarr").scratch
     monkeypatch.setattr("oocattn.pipelines.session.bytes_in", lambda path: 12345 if path == scratch else 0)
-    monkeypatch.setattr("oocattn.pipelines.watch.series.FIRST_WIDTH", 0.002)  # so that a short run has many
+    monkeypatch.setattr("oocattn.pipelines.watch.board.FIRST_WIDTH", 0.002)  # so that a short run has many
     monkeypatch.setattr(Lane, "attend", lambda lane, turn: failing(lane, turn))
 
     def look(event: Event) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import MACHINE, Recorder, a_problem, carry_out, make_event, normal_arrays, plan_for, write_dataset
 
-from oocattn import Plan, clock
+from oocattn import Plan
 from oocattn.division.live import LivePairs
 from oocattn.pipelines.schedule import CompletedWork
 from oocattn.pipelines.watch.board import MOST_LANES, MOST_LINES, Board
@@ -129,7 +129,7 @@ def test_cells_have_all_live_pairs(queries: int, keys: int, random: Any) -> None
 
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 500)), max_size=60))
 def test_rates_keep_every_amount_in_bounded_memory(stretches: list[tuple[float, float]]) -> None:
-    rates = Rates(100.0, ["read"])
+    rates = Rates(100.0, ["read"], 0.5)
     for start, seconds in stretches:
         rates.add("read", 7, 100 + start, 100 + start + seconds)
     assert rates.totals()["read"] == pytest.approx(7 * len(stretches))
@@ -181,15 +181,6 @@ def test_faults_are_in_the_log_and_change_the_state(plan: Plan) -> None:
         "recovered: worker 2 is gone",
         "failed: no space left",
     ]
-
-
-@pytest.mark.parametrize(("ago", "left"), [(0.0, 24 * 7.5), (5.0, 24 * 7.5 - 5), (85.0, 23 * 100 / 3)])
-def test_the_time_left_counts_down_and_grows_where_the_next_subproblem_is_late(plan: Plan, ago: float, left: float) -> None:
-    now, board = clock.now(), Board("result.zarr")
-    board(make_event("started", now - ago - 15, now - ago - 15, plan=plan, left=26))
-    for end in (15, 0):
-        board(make_event("attended", now - ago - end, now - ago - end))
-    assert board.record()["seconds_left"] == pytest.approx(left, rel=0.01)
 
 
 def test_memory_of_a_process_counts_once(plan: Plan) -> None:

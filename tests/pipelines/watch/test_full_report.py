@@ -117,7 +117,7 @@ def test_an_attempt_says_why_it_ended(dataset: Path, result: Path) -> None:
             carry_out(plan_for(dataset, chunks=13), dataset, result, callbacks=[lambda event, e=error: refuse(e, event)])
     report = oocattn.report(result)
     assert [(each.end, each.words) for each in report.attempts] == [
-        ("stopped", "KeyboardInterrupt"),
+        ("stopped", "interrupted by Ctrl-C or another signal"),
         ("failed", "SystemExit: enough"),
     ]
     assert "SystemExit: enough" in page_text(report.page())
