@@ -56,6 +56,9 @@ class Division(Protocol):
     def subproblem(self, index: int) -> Subproblem:
         """Everything that subproblem `index` owns and needs."""
 
+    def pairs(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Query chunk and key chunk of each pair of subproblem `index`, in any order: quick with thousands of chunks."""
+
     def contributors(self, chunk: int) -> tuple[int, ...]:
         """Ascending indices of the subproblems with a partial for this query chunk."""
 

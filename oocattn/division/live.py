@@ -84,6 +84,15 @@ class LivePairs:
         """True if a pair is live."""
         return any(key_chunk in part for part in self.ranges(query_chunk))
 
+    def are_live(self, query_chunks: Int64s, key_chunks: Int64s) -> npt.NDArray[np.bool_]:
+        """Which of these pairs are live: of each query chunk and key chunk one bool."""
+        apart = self.key_chunks + 1
+        owners = np.repeat(np.arange(self.query_chunks), np.diff(self.first))
+        places = query_chunks * apart + key_chunks
+        last = np.searchsorted(owners * apart + self.starts, places, "right") - 1  # the range that begins last before each
+        stops = np.concatenate([owners * apart + self.stops, [0]])  # the 0 is before all: no range begins there
+        return places < stops[last]
+
     def matrix(self) -> npt.NDArray[np.bool_]:
         """Which pairs are live: [query chunks, key chunks]."""
         steps = np.zeros((self.query_chunks, self.key_chunks + 1), np.int8)

@@ -149,6 +149,15 @@ class CyclicQuorums:
                 blocks.append(Block(query_chunk, found))
         return Subproblem.of(index, sorted(blocks, key=lambda block: block.query_chunk))
 
+    def pairs(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """See `Division.pairs`: those of quorum 0, translated."""
+        require_index(index, self.chunks, "subproblem")
+        query, key = ((each + index) % self.chunks for each in self._first_pairs)
+        if not self.live.is_full:
+            live = key <= query if self.live.is_triangular else self.live.are_live(query, key)
+            query, key = query[live], key[live]
+        return query, key
+
     def contributors(self, chunk: int) -> tuple[int, ...]:
         """The quorums with a live pair whose query chunk is `chunk`, ascending."""
         require_index(chunk, self.chunks, "query chunk")
@@ -193,6 +202,12 @@ class CyclicQuorums:
     def is_regular(self) -> bool:
         """True if all pairs are live, or those up to the diagonal."""
         return self.live.is_full or self.live.is_triangular
+
+    @cached_property
+    def _first_pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Query chunks and key chunks of quorum 0, live or not: one pair for each difference."""
+        query = np.asarray(_pattern(self.chunks).query_offset, np.int64)
+        return query, query + np.arange(self.chunks)
 
     def _live_of(self, query_chunk: int, keys: set[int]) -> Iterable[int]:
         """Those of some key chunks that a query chunk attends."""

@@ -47,10 +47,13 @@ class Strips:
 
     def subproblem(self, index: int) -> Subproblem:
         """The one block of strip `index`."""
-        require_index(index, len(self.indices), "subproblem")
-        query_chunk = int(np.searchsorted(self._first, index, "right")) - 1
-        start = (index - int(self._first[query_chunk])) * self.span
-        return Subproblem.of(index, [Block(query_chunk, tuple(self._keys(query_chunk, start, start + self.span)))])
+        query_chunk, keys = self._strip(index)
+        return Subproblem.of(index, [Block(query_chunk, tuple(keys))])
+
+    def pairs(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Those of strip `index`."""
+        query_chunk, keys = self._strip(index)
+        return np.full(len(keys), query_chunk, np.int64), np.asarray(keys, np.int64)
 
     def contributors(self, chunk: int) -> tuple[int, ...]:
         """All strips of query chunk `chunk`."""
@@ -75,6 +78,13 @@ class Strips:
     def _first(self) -> NDArray[np.int64]:
         """The first strip of each query chunk, and the end."""
         return np.concatenate([[0], np.cumsum(-(-self.live.counts // self.span))])
+
+    def _strip(self, index: int) -> tuple[int, list[int]]:
+        """The query chunk of strip `index`, and its key chunks."""
+        require_index(index, len(self.indices), "subproblem")
+        query_chunk = int(np.searchsorted(self._first, index, "right")) - 1
+        start = (index - int(self._first[query_chunk])) * self.span
+        return query_chunk, self._keys(query_chunk, start, start + self.span)
 
     def _keys(self, query_chunk: int, start: int, stop: int) -> list[int]:
         """Some of the key chunks that a query chunk attends, counted from the first."""

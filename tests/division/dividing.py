@@ -54,6 +54,7 @@ def check_division(division: Division) -> None:
         assert pairs
         assert not owners.keys() & set(pairs)
         assert len(pairs) == len(set(pairs))
+        assert sorted(zip(*(each.tolist() for each in division.pairs(part.index)), strict=True)) == pairs
         owners.update(dict.fromkeys(pairs, part.index))
         assert part.query_chunks == tuple(sorted({query for query, _ in pairs}))
         assert part.query_chunks == tuple(block.query_chunk for block in part.blocks)

@@ -74,6 +74,26 @@ def test_a_scheduler_remembers_the_last_runs_alone() -> None:
     assert found[0] == {"number": 29}
 
 
+def test_several_pages_show_one_record() -> None:
+    known, made = runs.Runs(), list[int]()
+
+    def source() -> dict[str, Any]:
+        made.append(len(made))
+        return {"number": made[-1]}
+
+    with known.following(source):
+        assert [known.find(most_age=60.0) for _ in range(3)] == [({"number": 0}, pytest.approx(0, abs=60))] * 3
+        assert known.find() == ({"number": 1}, pytest.approx(0, abs=60))
+    assert made == [0, 1, 2]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-4, 3e-3, 0.1, 7.0])
+def test_updates_take_a_small_share_of_the_time_however_long_one_takes(seconds: float) -> None:
+    pause = runs.pause_after(seconds, UPDATE_SECONDS)
+    assert pause >= UPDATE_SECONDS
+    assert runs.SENDING_COSTS * seconds <= 0.005 * pause
+
+
 def test_the_page_says_when_data_stopped_coming(plan: Plan) -> None:
     board = Board("<result>.zarr")
     board(make_event("started", plan=plan, left=26))
@@ -102,7 +122,9 @@ def test_the_page_of_a_run_that_has_ended_stays_until_the_next_one(plan: Plan, f
 
 
 @pytest.mark.parametrize(("decomposition", "asked"), [("cqs", {}), ("strips", {"window_size": (1_000, 0)})])
-def test_updates_of_the_page_of_ten_thousand_subproblems_stay_small(decomposition: str, asked: dict[str, Any]) -> None:
+def test_updates_of_the_page_of_ten_thousand_subproblems_stay_small(
+    decomposition: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem, budgets = a_problem(1 << 24, **asked), {"device_memory": 1 << 60, "host_memory": 1 << 60}
     plan = make_plan(problem, MACHINE, **budgets, chunks=9_507, decomposition=decomposition)
     assert 9_000 < plan.subproblems < 11_000
@@ -120,6 +142,7 @@ def test_updates_of_the_page_of_ten_thousand_subproblems_stay_small(decompositio
         if number % 1_000 == 0:
             board(make_event("stalled", number, number, reason="slow " * 100))
             page.update(board.record(), 0.0, [])
+            monkeypatch.setattr(document.models, "recompute", pytest.fail)  # a walk through the document: 8 of 10 ms
             assert 1_000 < changes.take_bytes() <= 200_000
     assert 1 / UPDATE_SECONDS <= 4
 

@@ -197,7 +197,9 @@ async def _close_workers(workers: list[Worker]) -> None:
 
 async def _show_the_end(runs: Runs) -> None:
     """Let open pages show how the run ended."""
-    if runs.viewers:
+    for page in runs.pages:
+        page.show_now()
+    if runs.pages:
         await asyncio.sleep(2 * UPDATE_SECONDS)
 
 

@@ -1,10 +1,14 @@
-"""The page `/oocattn` in Dask's dashboard: a document of bokeh that draws the record of a run, twice a second.
+"""The page `/oocattn` in Dask's dashboard: a document of bokeh that draws the record of a run, at most twice a second.
+
+An update sends what has changed. bokeh walks through the whole document, which takes longer than all the rest, whenever a
+model of it is replaced: updates change plain properties and the data of sources alone.
 
 This module imports bokeh and Dask's pages: it is imported when the first page is asked for.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -24,13 +28,17 @@ from tornado.web import RedirectHandler
 
 from oocattn.pipelines.engines.dask import page_words
 from oocattn.pipelines.engines.dask.page_figures import Lanes, Matrix, RateLines
-from oocattn.pipelines.engines.dask.runs import PAGE, UPDATE_SECONDS, Runs
+from oocattn.pipelines.engines.dask.runs import PAGE, UPDATE_SECONDS, Runs, pause_after
 from oocattn.pipelines.watch.board import RESOURCES
 
 FULL_WIDTH = ":host .bk-clearfix { display: block; width: 100%; }"  # else a text is as wide as its longest line
 NO_RUN = "<p>No run has told this scheduler of itself yet.</p>"
 
-STAMP = "window.oocattn_updated = Date.now(); window.oocattn_over = stamp.data.over[0]"
+STAMP = """
+window.oocattn_updated = Date.now();
+window.oocattn_pause = stamp.data.pause[0];
+window.oocattn_over = stamp.data.over[0]
+"""
 
 TEMPLATE = """{% extends "simple.html" %}
 {% block extra_resources %}
@@ -38,7 +46,7 @@ TEMPLATE = """{% extends "simple.html" %}
   setInterval(function () {
     var silent = (Date.now() - (window.oocattn_updated || Date.now())) / 1000;
     var said = document.getElementById("oocattn-silence");
-    said.style.display = silent > 6 && !window.oocattn_over ? "block" : "none";
+    said.style.display = silent > 6 + (window.oocattn_pause || 0) && !window.oocattn_over ? "block" : "none";
     said.textContent = "no data for " + Math.round(silent) + " s: the process has ended or is stopped";
   }, 1000);
 </script>
@@ -95,33 +103,52 @@ def _text(name: str) -> Div:
     return Div(text="", sizing_mode="stretch_width", name=name, stylesheets=[FULL_WIDTH])
 
 
+class OpenPage:
+    """The page in a document that a browser has opened; it updates itself, in a small share of the time."""
+
+    def __init__(self, runs: Runs, document: Document) -> None:
+        self._runs, self._document, self._page = runs, document, RunPage()
+        self._stamp = ColumnDataSource({"count": [0], "over": [False], "pause": [0.0]}, name="stamp")
+        self._stamp.js_on_change("data", CustomJS(code=STAMP, args={"stamp": self._stamp}))
+        arguments = cast(Any, document.session_context).request.arguments
+        self._name = b"".join(arguments.get("run", [])).decode("ascii", "replace")
+        runs.pages.add(self)
+        document.on_session_destroyed(lambda _: runs.pages.discard(self))
+        document.title = "oocattn"
+        self._update_repeatedly(0.0)
+        document.add_root(self._page.root)
+        document.add_root(column(Div(text="", tags=[self._stamp]), visible=False))
+
+    def show_now(self) -> None:
+        """Show the newest record as soon as the document can be changed."""
+        self._document.add_next_tick_callback(self._update)
+
+    def _update_repeatedly(self, most_age: float = UPDATE_SECONDS / 2) -> None:
+        """Update; the next time is so late that updates take a small share of the time."""
+        began = time.thread_time()
+        try:
+            self._update(most_age)
+        finally:
+            pause = pause_after(self._runs.viewers * (time.thread_time() - began), UPDATE_SECONDS)
+            self._stamp.data = {**self._stamp.data, "count": [self._stamp.data["count"][0] + 1], "pause": [pause]}
+            self._document.add_timeout_callback(self._update_repeatedly, round(1000 * pause))
+
+    def _update(self, most_age: float = 0.0) -> None:
+        """Show the record of the run, a new one unless the last is that young."""
+        found = self._runs.find(self._name, most_age)
+        if found is None:
+            return
+        shown = self._name or next(iter(self._runs.names))
+        self._page.update(*found, [other for other in self._runs.names if other != shown])
+        self._document.title = f"oocattn {found[0].get('share', 0):.0%}"
+        over = [found[0]["state"] in page_words.OVER]
+        if over != self._stamp.data["over"]:
+            self._stamp.data = {**self._stamp.data, "over": over}
+
+
 def make_document(runs: Runs, extra: Mapping[str, Any], document: Document) -> None:
     """Fill a document that a browser has opened."""
-    page = RunPage()
-    stamp = ColumnDataSource({"count": [0], "over": [False]}, name="stamp")
-    stamp.js_on_change("data", CustomJS(code=STAMP, args={"stamp": stamp}))
-    arguments = cast(Any, document.session_context).request.arguments
-    name = b"".join(arguments.get("run", [])).decode("ascii", "replace")
-
-    def update() -> None:
-        found = runs.find(name)
-        if found is not None:
-            shown = name or next(iter(runs.names))
-            page.update(*found, [other for other in runs.names if other != shown])
-            document.title = f"oocattn {found[0].get('share', 0):.0%}"
-        over = found is not None and found[0]["state"] in page_words.OVER
-        stamp.data = {"count": [stamp.data["count"][0] + 1], "over": [over]}
-
-    def leave(_: object) -> None:
-        runs.viewers -= 1
-
-    runs.viewers += 1
-    document.on_session_destroyed(leave)
-    document.title = "oocattn"
-    update()
-    document.add_root(page.root)
-    document.add_root(column(Div(text="", tags=[stamp]), visible=False))
-    document.add_periodic_callback(update, round(1000 * UPDATE_SECONDS))
+    OpenPage(runs, document)
     document.template = env.from_string(TEMPLATE)
     document.template_variables.update(extra)
 

@@ -163,11 +163,13 @@ class Lanes:
         self.figure.add_tools(HoverTool(tooltips=[("busy", "@busy{0%}")]))
         self.figure.grid.visible = False
         self.figure.y_range.flipped = True
+        self._ticker = FixedTicker(ticks=[])
+        self.figure.yaxis.ticker = self._ticker
         for span in (self.figure.x_range, self.figure.y_range):
             span.range_padding = 0
 
     def update(self, record: Record) -> None:
-        """Draw the last minute."""
+        """Draw the last minute. No model is replaced: bokeh would walk through all of the document."""
         lanes = record["lanes"]
         rows, seconds = lanes["rows"], lanes["seconds"]
         busy = np.array([row["cells"] for row in rows]) if rows else np.zeros((1, 1))
@@ -182,7 +184,7 @@ class Lanes:
             "busy": [busy],
         }
         labels = {index + 0.5: f"{row['lane']}: {row['resource']} {row['share']:.0%}" for index, row in enumerate(rows)}
-        self.figure.yaxis.ticker = FixedTicker(ticks=list(labels))
+        self._ticker.ticks = list(labels)
         self.figure.yaxis.major_label_overrides = labels
         self.figure.height = 70 + 22 * max(1, len(rows))
         self.figure.title.text = f"lanes: busy over {seconds:.3g} s up to the last task that ended"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 from distributed import Client, Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -27,8 +27,10 @@ PLUGIN = "oocattn-runs"
 PAGE = "oocattn"  # in the dashboard
 MOST_RUNS = 8  # that a scheduler remembers
 
-UPDATE_SECONDS = 0.5  # between two updates of an open page
+UPDATE_SECONDS = 0.5  # between two updates of an open page, at least
 SENDING_SECONDS, IDLE_SECONDS = 0.5, 2.0  # between two records that are sent: while somebody looks, and while nobody does
+MOST_SHARE = 0.005  # of the time of a core, that all updates take, or all records that are sent
+SENDING_COSTS = 2.0  # times what making an update takes, with what bokeh and the socket do of it afterwards
 ANSWER_SECONDS = 5.0  # in which the scheduler must take a record
 
 NO_PAGE = "the run goes on without its page in Dask's dashboard: %s"
@@ -38,13 +40,20 @@ logger = logging.getLogger("oocattn")
 Record = dict[str, Any]
 
 
+class Page(Protocol):
+    """A page that somebody looks at."""
+
+    def show_now(self) -> None:
+        """Show the newest record as soon as possible."""
+
+
 class Runs(SchedulerPlugin):
-    """The records of the last runs of a scheduler, by name; `viewers` counts the open pages."""
+    """The records of the last runs of a scheduler, by name, and the open `pages`."""
 
     name = PLUGIN
 
     def __init__(self) -> None:
-        self.viewers = 0
+        self.pages: set[Page] = set()
         self.refusal: str | None = None  # why there is no page; None before it was opened
         self.opening = False
         self._records: dict[str, Record] = {}
@@ -80,18 +89,31 @@ class Runs(SchedulerPlugin):
                 logger.warning(NO_PAGE, f"{type(error).__name__}: {error}")
 
     @property
+    def viewers(self) -> int:
+        """How many pages are open."""
+        return len(self.pages)
+
+    @property
     def names(self) -> list[str]:
         """The runs that are remembered, the latest first."""
         return list(reversed(self._records))
 
-    def find(self, name: str = "") -> tuple[Record, float] | None:
-        """The record of a run, or of the latest, and how many seconds old it is; None where there is none."""
+    def find(self, name: str = "", most_age: float = 0.0) -> tuple[Record, float] | None:
+        """The record of a run, or of the latest, and how many seconds old it is; None where there is none.
+
+        One that is not older than `most_age` seconds is not made again: several pages show it.
+        """
         name = name if name in self._records else next(iter(self.names), "")
-        if name in self._sources:
+        if name in self._sources and time.monotonic() - self._received[name] > most_age:
             self._refresh(name)
         if name in self._records:
             return self._records[name], time.monotonic() - self._received[name]
         return None
+
+
+def pause_after(seconds: float, least: float) -> float:
+    """Seconds from now to the next update or record, where this one took so much processor time to make."""
+    return max(least, SENDING_COSTS * seconds / MOST_SHARE)
 
 
 def find_runs(scheduler: Scheduler) -> Runs | None:
@@ -178,7 +200,9 @@ class _Sender:
     def _send(self) -> float | None:
         """Send the record; return the seconds until the next, or None where there is no use in it."""
         try:
+            began = time.thread_time()
             record = self._source()
+            took = time.thread_time() - began
             viewers, refusal = answer(
                 self._client, lambda: self._client.run_on_scheduler(post, self._name, record), ANSWER_SECONDS
             )
@@ -190,4 +214,4 @@ class _Sender:
         if refusal:  # as its owner wants it
             logger.info(NO_PAGE, refusal)
             return None
-        return SENDING_SECONDS if viewers else IDLE_SECONDS
+        return pause_after(took, SENDING_SECONDS if viewers else IDLE_SECONDS)
