@@ -60,7 +60,7 @@ MOST_SHARE = 0.002  # of the time of a run, that records of it take
 
 FIRST_WIDTH = 2.0**-4  # seconds of a bin, at first
 MOST_LANES = 16  # whose resources are recorded one by one
-AMOUNTS = ("pairs", "read", "written", "saved")
+AMOUNTS = ("pairs", "read", "copied_in", "copied_out", "written", "saved")
 _WORDS = 500  # characters of a line
 
 logger = logging.getLogger("oocattn")
@@ -122,6 +122,8 @@ class AttemptLog:
         stop = max([event.start, *(span.stop for span in event.spans)])
         for span in event.spans:
             self._covered.add(f"{span.resource}/{event.worker}", span.start, span.stop)
+        self._add("copied_in", event.copied_in, start, stop)
+        self._add("copied_out", event.copied_out, start, stop)
         match event:
             case Staged():
                 self._add("read", event.bytes, start, stop)
@@ -167,7 +169,7 @@ class AttemptLog:
         busy: defaultdict[str, float] = defaultdict(float)
         for name, seconds in self._covered.seconds.items():
             busy[name.partition("/")[0]] += seconds
-        counted: dict[str, Any] = {f"bytes_{name}": self._totals[name] for name in ("read", "written", "saved")}
+        counted: dict[str, Any] = {f"bytes_{name}": self._totals[name] for name in AMOUNTS if name != "pairs"}
         counted |= {name: self._counts[name] for name in ("recomputed", "retried", "workers_lost", "out_of_memory")}
         now = replace(
             self._attempt,
@@ -197,7 +199,7 @@ class AttemptLog:
         ]
         return OverTime(
             width=width,
-            rates={name: tuple(float(f"{rate:.4g}") for rate in rates[name]) for name in AMOUNTS},
+            rates={name: tuple(float(f"{rate:.4g}") for rate in rates[name]) for name in AMOUNTS if any(rates[name])},
             host=self._host.values(width),
             device=self._device.values(width),
             busy=tuple(rows if len(self._lanes) <= MOST_LANES else _means(rows, len(self._lanes))),
@@ -266,6 +268,8 @@ def _new_attempt(run: Run, event: Started) -> Attempt:
         bytes_read=0,
         bytes_written=0,
         bytes_saved=0,
+        bytes_copied_in=0,
+        bytes_copied_out=0,
         peak_host=0,
         peak_device=0,
         recomputed=0,

@@ -142,7 +142,7 @@ class Attempt:
     `end` is "" while nothing says how it ended: it is running, or was killed. Then `seen` is its last heartbeat, and the
     counts are those written down before it. `words` say why it ended. `subproblems` are those that it did, after
     `subproblems_before`. `busy` are the seconds of each resource over all its lanes, `peak_host` and `peak_device` the most
-    bytes that its lanes held.
+    bytes that its lanes held. Of what was copied to GPUs and from them a CPU has none.
     """
 
     started: Seconds
@@ -159,6 +159,8 @@ class Attempt:
     bytes_read: Count
     bytes_written: Count
     bytes_saved: Count
+    bytes_copied_in: Count
+    bytes_copied_out: Count
     peak_host: Count
     peak_device: Count
     recomputed: Count

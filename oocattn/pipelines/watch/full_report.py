@@ -123,7 +123,7 @@ class FullReport(Shown):
         return tuple(found)
 
     def _amounts(self) -> dict[str, float]:
-        """What was read, copied, computed, saved and written; the copied bytes follow from the plan's."""
+        """What was read, copied, computed, saved and written."""
         if not self.attempts:
             report = self.status.report
             if report is None:
@@ -131,13 +131,12 @@ class FullReport(Shown):
             return {"read": report.bytes_read, "partials": report.bytes_partials, "write": report.bytes_written}
         total = {
             name: sum(getattr(attempt, name) for attempt in self.attempts)
-            for name in ("bytes_read", "bytes_saved", "bytes_written", "pairs", "subproblems")
+            for name in ("bytes_read", "bytes_saved", "bytes_written", "bytes_copied_in", "bytes_copied_out", "pairs")
         }
         found = {"read": total["bytes_read"], "partials": total["bytes_saved"], "write": total["bytes_written"]}
+        found["copy"] = total["bytes_copied_in"] + total["bytes_copied_out"]
         if self.plan is None:
             return found
-        copied = sum(link.amount for link in self.plan.links if link.name == "copy")
-        found["copy"] = copied * total["subproblems"] / max(1, self.plan.subproblems)
         return {**found, "compute": self.plan.flops * total["pairs"] / max(1, self.plan.pairs)}
 
     def to_json(self) -> dict[str, Any]:

@@ -75,10 +75,10 @@ def chart(
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{label}</text>')
         parts.append(f'<path class="grid" d="M{x:.1f} {HEIGHT - BOTTOM}v4"/>')
     for name, values in series.items():
-        parts.append(f'<path class="line {name.partition(" ")[0]}" d="{_steps(values, seconds / width, most, inside)}"/>')
-    for name, level in lines.items():
+        parts.append(f'<path class="line {name.replace(" ", "-")}" d="{_steps(values, seconds / width, most, inside)}"/>')
+    for level in lines.values():
         y = TOP + inside[1] * (1 - level / most)
-        parts.append(f'<path class="level {name.partition(" ")[0]}" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
     return Markup("".join([*parts, "</svg>"]))
 
 

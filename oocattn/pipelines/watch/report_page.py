@@ -192,7 +192,11 @@ def _charts(over_time: OverTime, plan: Planned | None) -> Iterator[tuple[str, li
         computed = {"computed": [rate * plan.flops / plan.pairs for rate in rates["pairs"]]}
         level = {"the kernel's rate": plan.kernel_flops * plan.lanes} if plan.kernel_flops else {}
         yield "computed", [*computed], [*level], chart("computed over time", "FLOP/s", width, computed, level)
-    moved = {name: rates[name] for name in ("read", "written", "saved") if any(rates.get(name, ()))}
+    moved = {
+        name.replace("_", " "): rates[name]
+        for name in ("read", "copied_in", "copied_out", "written", "saved")
+        if any(rates.get(name, ()))
+    }
     if moved:
         yield "bytes", [*moved], [], chart("bytes over time", "B/s", width, moved)
     for name, values, bound in (

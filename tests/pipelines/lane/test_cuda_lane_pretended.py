@@ -43,6 +43,7 @@ from oocattn.planning.memory import (
     Tiles,
 )
 from oocattn.problem.mask import Cover
+from oocattn.units import format_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,28 @@ def test_sampled_tiles_have_the_shapes_of_every_kernel_call(
     assert made == {
         (shape.rows, shape.keys, shape.cover is Cover.FULL) for shape in sample_tiles(plan, make_operation(plan))
     }
+
+
+@pytest.mark.parametrize(("partials", "merges"), [("memory", 0), ("disk", 1)])
+def test_a_report_has_the_bytes_that_were_copied(fast_path: Path, partials: str, merges: int) -> None:
+    """100 queries in tiles of 40 against 60 keys: 2 query heads, 1 KV head of 8 float16; all rows attend all keys."""
+    q, k, v = normal_arrays(100, dtype="float16")
+    dataset, result = write_dataset(fast_path / "dataset.zarr", (q, k[:, :, :60], v[:, :, :60])), fast_path / "result.zarr"
+    recorder = Recorder([])
+    carry_out(pretend.gpu_plan(dataset, (40, 60), partials, chunks=1), dataset, result, callbacks=[recorder])
+    ledger = 100 * (8 + 8)
+    state = 2 * 100 * (8 + 1 + 1) * 4 + ledger  # num, den and max of both heads
+    divided = state + ledger  # head by head, each with the ledger
+    copied_in = 100 * 2 * 8 * 2 + 3 * 60 * (8 + 8) * 2 + merges * 2 * state + divided  # q; k and v for each tile of q
+    copied_out = state + merges * state + 100 * 2 * (8 * 2 + 4)  # at last out and lse
+    (attempt,) = oocattn.report(result).attempts
+    assert (attempt.bytes_copied_in, attempt.bytes_copied_out) == (copied_in, copied_out)
+    assert [sum(getattr(event, name) for event in recorder.events if isinstance(event, TaskEvent)) for name in (
+        "copied_in", "copied_out",
+    )] == [copied_in, copied_out]  # fmt: skip
+    link = {link.name: link for link in oocattn.report(result).links}
+    assert link["copy"].amount == copied_in + copied_out
+    assert format_bytes(copied_in + copied_out) in oocattn.report(result).page()
 
 
 @contextmanager
