@@ -251,19 +251,20 @@ def verify(
     follows from `seed`. The keys that they attend are streamed, and `out` and `lse` read, within `host_memory` bytes
     (default: half of the free memory); `checksums=False` reads the sampled rows alone. `inputs` names them if they were
     moved. The certificate is written to certificate.json and certificate.html in the folder RESULT.oocattn, or of a Zarr
-    store in `scratch`; where it cannot be, a warning says so.
+    store in `scratch`; where it cannot be, a warning says so. A full report that the run wrote there is made again with it.
 
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.
     """
 
+    from oocattn.pipelines.watch.full_report import renew_full_report
     from oocattn.verification.certify import certify  # `plan` does not need it
 
     named = None if inputs is None else parse_inputs(inputs)
     paths = ResultPaths.at(result, scratch, storage_options=storage_options)
     found = result_at(paths)
     with keep_denormals():
-        return certify(
+        certificate = certify(
             paths,
             ResultArrays(found.out, found.lse),
             rows=rows,
@@ -273,3 +274,6 @@ def verify(
             checksums=checksums,
             storage_options=storage_options,
         )
+    if certificate.files:
+        renew_full_report(paths)
+    return certificate

@@ -230,18 +230,19 @@ class ResultPaths:
         except ValueError as error:
             raise IntegrityError(f"{objects}/{name}: {error}") from None
 
-    def is_foreign(self, name: str) -> bool:
-        """Whether what has the name of a part of the full report, beside the result, was not written by oocattn."""
+    def is_ours(self, name: str) -> bool | None:
+        """Whether oocattn wrote what has the name of a part of the full report beside the result; None: nothing has."""
         mark = MARKS[name].encode()
         if self.beside is not None:
-            return self.beside.read_start(name, len(mark)) not in (None, mark)
+            start = self.beside.read_start(name, len(mark))
+            return None if start is None else start == mark
         if self.state_folder is None or not is_taken(self.state / name):
-            return False
+            return None
         try:
             with open_regular(self.state / name, follow=False) as descriptor:
-                return read_exactly(descriptor, len(mark), 0, self.state / name) != mark
+                return read_exactly(descriptor, len(mark), 0, self.state / name) == mark
         except IntegrityError:  # no regular file
-            return True
+            return False
 
     def save(self, texts: Mapping[str, str]) -> tuple[str, ...]:
         """Write texts of these names beside the result, durably; return where they are."""

@@ -309,7 +309,7 @@ def write_full_report(report: FullReport, paths: ResultPaths) -> FullReport:
     """
     texts = {FULL_REPORT: json.dumps(report.to_json(), indent=1) + "\n", REPORT_PAGE: report.page()}
     for name in texts:
-        if paths.is_foreign(name):
+        if paths.is_ours(name) is False:
             raise ResultExistsError(
                 f"{name} beside {paths.result} was not written by oocattn, which replaces only its own files: move it away"
             )
@@ -319,9 +319,21 @@ def write_full_report(report: FullReport, paths: ResultPaths) -> FullReport:
 def write_report(
     result: ResultLike, *, scratch: str | Path | None = None, storage_options: StorageOptions | None = None
 ) -> FullReport:
-    """As `report`; page and JSON are written beside the result."""
+    """As `report`; page and JSON are written beside the result.
+
+    A run that ends meanwhile writes its own, which these may have replaced: the files that stay say how it ended.
+    """
     paths = ResultPaths.at(result, scratch, storage_options=storage_options)
-    return write_full_report(full_report(paths), paths)
+    written = write_full_report(full_report(paths), paths)
+    if written.status.state != "finished" and (now := full_report(paths)).status.state == "finished":
+        return write_full_report(now, paths)
+    return written
+
+
+def renew_full_report(paths: ResultPaths) -> None:
+    """Write the report again, now that there is a certificate, unless the files that the run wrote are there no more."""
+    if all(paths.is_ours(name) for name in (FULL_REPORT, REPORT_PAGE)):
+        keep_full_report(paths)
 
 
 def keep_full_report(paths: ResultPaths) -> None:

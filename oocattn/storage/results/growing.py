@@ -299,7 +299,7 @@ class RunState:
 
     def _forget_certificate(self) -> None:
         """Remove what is said of another result."""
-        reports = (name for name in MARKS if not self.paths.is_foreign(name))
+        reports = (name for name in MARKS if self.paths.is_ours(name) is not False)
         self.paths.forget(CERTIFICATE, CERTIFICATE_PAGE, *reports)
 
 
