@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from bokeh.core.properties import value
 from bokeh.models import BasicTicker, ColumnDataSource, CustomJSTickFormatter, FixedTicker, HoverTool
 from bokeh.plotting import figure
 
@@ -120,14 +121,16 @@ class RateLines:
             for name, colour in LINES.items()
         }
         self.bytes.add_layout(self.bytes.legend[0], "right")
-        self.bytes.legend.label_text_font_size = "11px"
+        for name, chosen in {"label_text_font_size": "11px", "spacing": 0, "padding": 2, "glyph_height": 14}.items():
+            setattr(self.bytes.legend, name, chosen)
+        self.bytes.legend.label_height = 14
         for drawn, base in ((self.tokens, 10), (self.flops, 10), (self.bytes, 1024)):
             drawn.yaxis.formatter = CustomJSTickFormatter(code=_PREFIXED, args={"base": base})
             drawn.yaxis.ticker = BasicTicker(base=base, mantissas=_MANTISSAS[base])
             drawn.min_border_left = 60
             drawn.y_range.start = 0
             drawn.x_range.range_padding = 0
-        self.bytes.xaxis.axis_label = "seconds since the run started or was resumed"
+        self.bytes.xaxis.axis_label = "seconds since start or resume"
 
     def update(self, record: Record) -> None:
         """Draw the rates up to now."""
@@ -141,13 +144,13 @@ class RateLines:
             "flops": np.array(series["flops"]),
             **{name: np.array(series.get(name, [0.0] * count)) for name in LINES},
         }
+        last = {name: values[-1] if values else 0.0 for name, values in series.items()}
         for item, (name, line) in zip(self.bytes.legend[0].items, self._lines.items(), strict=True):
             item.visible = line.visible = name in series
-        last = {name: values[-1] if values else 0.0 for name, values in series.items()}
+            item.label = value(f"{name} {format_bytes(last.get(name, 0.0))}/s")
         self.tokens.title.text = f"tokens/s: {last['tokens']:,.0f}"
         share = last["flops"] / ceiling
-        self.flops.title.text = f"{format_count(last['flops'])}FLOP/s: {share:.0%} of the kernel's rate in the plan (dashed)"
-        self.bytes.title.text = ", ".join(f"{name} {format_bytes(last[name])}/s" for name in LINES if name in last)
+        self.flops.title.text = f"{format_count(last['flops'])}FLOP/s: {share:.0%} of the kernel's rate (dashed)"
 
 
 class Lanes:
