@@ -20,7 +20,9 @@ from oocattn.pipelines.lane.lane import Lane
 
 def opened(client: Client, query: str = "") -> Document:
     """The document of the page, as a browser that opens it now has it."""
-    url = client.dashboard_link.replace("/status", "/oocattn")
+    url = re.sub(
+        r"//[^/]*:(\d+)/\w+$", r"//127.0.0.1:\1/oocattn", client.dashboard_link
+    )  # Dask names the host, not where it listens
     urlopen(url, timeout=30).close()  # the first page that is asked for opens them all
     arguments = {"run": query} if query else {}
     with pull_session(url=url, arguments=arguments) as session:

@@ -150,7 +150,7 @@ class RateLines:
             item.label = value(f"{name} {format_bytes(last.get(name, 0.0))}/s")
         self.tokens.title.text = f"tokens/s: {last['tokens']:,.0f}"
         share = last["flops"] / ceiling
-        self.flops.title.text = f"{format_count(last['flops'])}FLOP/s: {share:.0%} of the kernel's rate (dashed)"
+        self.flops.title.text = f"{format_count(last['flops'])}FLOP/s: {share:.0%} of the kernel's rate"
 
 
 class Lanes:
