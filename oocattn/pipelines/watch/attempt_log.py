@@ -118,10 +118,13 @@ class AttemptLog:
 
     def _add_task(self, event: TaskEvent) -> None:
         self._lanes.add(event.worker)
-        start = min([event.stop, *(span.start for span in event.spans)])
-        stop = max([event.start, *(span.stop for span in event.spans)])
+        start, stop = event.stop, event.start
         for span in event.spans:
             self._covered.add(f"{span.resource}/{event.worker}", span.start, span.stop)
+            if span.start < start:
+                start = span.start
+            if span.stop > stop:
+                stop = span.stop
         self._add("copied_in", event.copied_in, start, stop)
         self._add("copied_out", event.copied_out, start, stop)
         match event:

@@ -29,8 +29,11 @@ class Rates:
 
     def add(self, name: str, amount: float, start: float, stop: float) -> None:
         """Spread an amount evenly from `start` to `stop`; what lies before the series counts at its start."""
-        begin, end = max(0.0, start - self._start), max(0.0, stop - self._start)
-        self._reached = max(self._reached, self._start + end)
+        begin, end = start - self._start, stop - self._start
+        begin = begin if begin > 0.0 else 0.0  # no call of max: this is called for each span of each task
+        end = end if end > 0.0 else 0.0
+        if stop > self._reached:
+            self._reached = stop
         while end >= MOST_BINS * self.width:
             self._coarsen()
         bins, width = self._bins[name], self.width
