@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.files.outputs import check_drawing
 from oocattn.storage.locations import parse_location
+from oocattn.storage.remote.limits import Limit, limited
 from oocattn.text import printable
 
 if TYPE_CHECKING:
@@ -75,16 +77,16 @@ def _say_lost(printing: Printing) -> Exception | None:
 
 def _run_command(options: argparse.Namespace) -> int:
     """Do what the options ask for; whatever stops it is one line on standard error, and an exit code."""
-    with Signals() as signals:
+    with Signals() as signals, limited(math.inf) as requests:
         try:
             with document_alone(options):
                 return options.command(options)  # type: ignore[no-any-return]
         except BaseException as error:
             if signals.received == signal.SIGUSR1:  # whatever came of it on its way
-                _say(f"time limit reached (SIGUSR1){_how_to_go_on(options)}")
+                _say(f"time limit reached (SIGUSR1){_failing(requests)}{_how_to_go_on(options)}")
                 return TIME_LIMIT
             if signals.received or isinstance(error, KeyboardInterrupt):
-                _say(f"interrupted{_how_to_go_on(options)}")
+                _say(f"interrupted{_failing(requests)}{_how_to_go_on(options)}")
                 return 128 + (signals.received or signal.SIGINT)
             if isinstance(error, TimeLimitError):
                 _say(f"{error}{_how_to_go_on(options)}")
@@ -100,8 +102,14 @@ def _say(text: str) -> None:
     print(f"oocattn: {printable(text)}", file=sys.stderr)
 
 
+def _failing(requests: Limit) -> str:
+    """The server that did not answer in the end."""
+    return f"; {requests.failing}: check that server and the network" if requests.failing else ""
+
+
 def _how_to_go_on(options: argparse.Namespace) -> str:
-    with suppress(OocattnError, OSError):  # how it ended is what is to be told
+    """What to do next, where the store of a result answers at once: how it ended is what is to be told."""
+    with limited(clock.now()), suppress(OocattnError, OSError):
         if options.command in (_run, _resume):
             found = oocattn.status(options.result, scratch=options.scratch, **_storage_options(options))
             if found.state == "interrupted":

@@ -80,6 +80,8 @@ class Attempt:
             except BaseException as error:
                 self._stop(error)  # unless a second signal ends it
                 patience = self._deadline.silence_seconds
+                if isinstance(error, InterruptedRunError | TimeLimitError) and (failing := current_limit().failing):
+                    raise type(error)(f"{error}; {failing}: check that server and the network") from None
                 raise
             finally:
                 self._lanes.close(patience)
@@ -251,8 +253,6 @@ class Attempt:
         if not self._attended:
             words += f", none of them since the start: one takes about {format_seconds(plan.subproblem_seconds)}"
             words += f", so allow {format_seconds(self._deadline.least_seconds)} and what it takes to start"
-        if failing := current_limit().failing:
-            words += f"; {failing}: check that server and the network"
         return words
 
 

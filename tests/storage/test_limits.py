@@ -60,3 +60,24 @@ def test_a_limit_is_the_same_wherever_it_is_sent_in_its_process() -> None:
         assert pickle.loads(pickle.dumps(limit)) is limit
     assert not current_limit().is_over
     assert not Limit().is_over
+
+
+def test_what_a_call_found_of_a_server_counts_for_the_call_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with limited(float("inf")) as outer:
+        with limited(clock.now()), pytest.raises(TimeLimitError):
+            asyncio.run(retry("reading", URL, silent))
+        assert outer.failing.startswith(f"reading {URL}: no answer in time")
+        with limited(clock.now()) as last:
+            monkeypatch.setattr(limits, "END_SECONDS", 600)  # what a first request has
+            with pytest.raises(TimeLimitError):
+                asyncio.run(retry("reading", URL, silent, limit=last))
+
+
+def test_a_request_that_is_answered_names_no_server() -> None:
+    async def answered() -> None:
+        pass
+
+    with limited(float("inf")) as outer, limited(float("inf")) as inner:
+        inner.failing = f"reading {URL}: 503"
+        asyncio.run(retry("reading", URL, answered))
+        assert not outer.failing

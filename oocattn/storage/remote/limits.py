@@ -21,22 +21,40 @@ END_SECONDS = 1.0
 LAST_SECONDS = 0.2  # that a request has after others were given up: the lock is to be released, if the server lives
 LOOK_SECONDS = 0.25  # between two looks whether a request must end
 
-SILENT_SECONDS = 3.0
+SILENT_SECONDS = 1.0
 """Seconds without an answer after which a request is named where the time is over."""
 
 T = TypeVar("T")
 
 
 class Limit:
-    """The end of the requests of a call, a moment of `clock.now`. `failing` says which failed last, and how."""
+    """The end of the requests of a call, a moment of `clock.now`; what is found of servers counts for an `outer` one too."""
 
-    def __init__(self, until: float = math.inf) -> None:
-        self.failing = ""
+    def __init__(self, until: float = math.inf, outer: Limit | None = None) -> None:
         self._until = until - END_SECONDS
-        self._given_up = False
+        self._outer = outer
+        self._failing = ""
+        self._given_up: bool = outer is not None and outer._given_up
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _recall, (keep(self), self._until + END_SECONDS)
+
+    @property
+    def failing(self) -> str:
+        """Which request failed last, and how; empty where it was answered since."""
+        return self._failing
+
+    @failing.setter
+    def failing(self, words: str) -> None:
+        self._failing = words
+        if self._outer is not None:
+            self._outer.failing = words
+
+    def _give_up(self) -> None:
+        """Give other requests less time, also those that an outer call makes in the end."""
+        self._given_up = True
+        if self._outer is not None:
+            self._outer._give_up()
 
     @property
     def is_over(self) -> bool:
@@ -59,8 +77,9 @@ class Limit:
                 if waited > min(SILENT_SECONDS, most):
                     self.failing = f"{label}: no answer for {waited:.0f} s"
                 if waited >= most or (self.is_over and waited >= least):
-                    self._given_up = self._given_up or self.is_over
-                    raise TimeoutError(f"{waited:.0f} s")
+                    if self.is_over:
+                        self._give_up()
+                    raise TimeoutError(f"{waited:.1f} s")
             return task.result()
         finally:
             task.cancel()
@@ -80,7 +99,7 @@ _current: ContextVar[Limit | None] = ContextVar("oocattn-limit", default=None)
 @contextmanager
 def limited(until: float) -> Iterator[Limit]:
     """Hold the requests of stores that are opened inside to a limit."""
-    token = _current.set(limit := Limit(until))
+    token = _current.set(limit := Limit(until, _current.get()))
     try:
         yield limit
     finally:
