@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,11 +117,32 @@ def plugin_name(run: str) -> str:
     return f"oocattn-{run}"
 
 
+@contextmanager
+def sendable_errors() -> Iterator[None]:
+    """Raise errors without the causes that cannot be sent to the driver: of the whole, Dask would send but the words."""
+    try:
+        yield
+    except Exception as error:
+        _drop_unsendable_causes(error)
+        raise
+
+
+def _drop_unsendable_causes(error: BaseException) -> None:
+    for name in ("__cause__", "__context__"):
+        inner = getattr(error, name)
+        if inner is not None:
+            _drop_unsendable_causes(inner)
+            try:
+                pickle.dumps(inner)
+            except Exception:  # of whatever kind: aiohttp's errors hold headers, for one
+                setattr(error, name, None)
+
+
 async def open_lane(name: str, run: Run, devices: Mapping[str, str], dask_worker: Worker) -> None:
     """Make the lane of this worker on its device, unless it was restarted since it was enlisted."""
     device = devices.get(dask_worker.id)
     if device is not None:
-        with naming(SET_UP):
+        with sendable_errors(), naming(SET_UP):
             lane = Lane(run, device)
         await dask_worker.plugin_add(LanePlugin(name, run.paths.scratch, lane), plugin_name(name))
 
@@ -152,7 +175,10 @@ def stop(run: str, dask_worker: Worker) -> int:
 async def save(run: str, dask_worker: Worker) -> int:
     """Save what a stopped run's lane here holds in memory alone; return the bytes."""
     plugin = find_plugin(run, dask_worker)
-    return 0 if plugin is None else await asyncio.wrap_future(begin_call(plugin.lane.save))
+    if plugin is None:
+        return 0
+    with sendable_errors():
+        return await asyncio.wrap_future(begin_call(plugin.lane.save))
 
 
 def perform_task(run: str, task: Task, *after: TaskEvent) -> TaskEvent | None:
@@ -161,4 +187,5 @@ def perform_task(run: str, task: Task, *after: TaskEvent) -> TaskEvent | None:
     plugin = find_plugin(run, worker)
     if plugin is None or plugin.stopped:  # an error would be logged, and nobody may wait for it
         return None
-    return replace(perform(plugin.lane, task), worker=str(worker.name))
+    with sendable_errors():
+        return replace(perform(plugin.lane, task), worker=str(worker.name))
