@@ -20,7 +20,8 @@ from functools import cached_property
 
 import numpy as np
 
-from oocattn.planning.interleaving import choose_holding
+from oocattn.planning.decoding import times_decoded
+from oocattn.planning.interleaving import Holding, choose_holding
 from oocattn.planning.layout import Candidate, Layout, lay_out
 from oocattn.planning.live import keys_needed, row_edges, shapes_of_documents
 from oocattn.planning.machine import Hardware, InputCost
@@ -82,7 +83,7 @@ def cost(
     layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes, tiles)
     host = layout.host + (sending_bytes(problem, hardware.device, layout.out_chunk_rows) if to_store else 0)
     holding = choose_holding(problem, inputs, hardware.lanes, host_memory // hardware.lanes - host)
-    run = _Run(candidate, layout, problem, hardware, inputs, checkpoint_seconds, holding.factor)
+    run = _Run(candidate, layout, problem, hardware, inputs, checkpoint_seconds, holding)
     return Plan(
         problem=problem,
         machine=hardware.machine,
@@ -117,7 +118,7 @@ class _Run:
     hardware: Hardware
     inputs: InputCost
     checkpoint_seconds: float
-    read_factor: float
+    holding: Holding
 
     @cached_property
     def links(self) -> tuple[Link, ...]:
@@ -230,13 +231,20 @@ class _Run:
 
     def _read(self) -> Link:
         problem = self.problem
-        rows = self._handed_back * self.layout.chunk_rows
-        keys = self._total(lambda work: work.keys)
-        amount = rows * self._query_bytes + keys * problem.kv_row_bytes
+        queries = self._handed_back * self.layout.chunk_rows * self._query_bytes
+        keys = self._total(lambda work: work.keys) * problem.kv_row_bytes
+        amount = queries + keys
         once = min(amount, problem.input_bytes)
-        seconds = once * self.read_factor / self.hardware.read_rate + (amount - once) / self.hardware.reread_rate
-        in_python = self._gap_reads * READ_SECONDS if self.hardware.device == "cuda" else 0.0
-        return Link("read", amount, max(seconds, amount / self.inputs.decode_rate) + in_python)
+        factor, hardware = self.holding.factor, self.hardware
+        seconds = once * factor / hardware.read_rate + (amount - once) / hardware.reread_rate
+        if self.holding.groups:  # decoded in whole chunks, all heads at once
+            decoded = once * factor / choose_holding(problem, self.inputs, 1, 0).factor
+        else:
+            unit = self.inputs.align_rows
+            decoded = queries * times_decoded(problem.queries, self.layout.chunk_rows, unit)
+            decoded += keys * times_decoded(problem.keys, self.layout.grid.key_chunk_rows, unit)
+        in_python = self._gap_reads * READ_SECONDS if hardware.device == "cuda" else 0.0
+        return Link("read", amount, max(seconds, decoded / self.inputs.decode_rate) + in_python)
 
     def _copy(self) -> Link:
         problem, tiles = self.problem, self.layout.tiles

@@ -12,7 +12,7 @@ from math import inf
 
 from oocattn.planning.machine import InputCost
 from oocattn.problem.problem import Problem
-from oocattn.units import ceil_div
+from oocattn.units import ceil_div, format_bytes
 
 MOST_WINDOWS = 64  # into which the head groups are divided, unless each is one: more are hardly better
 
@@ -89,3 +89,19 @@ def _factor(problem: Problem, inputs: InputCost, lanes: int, groups: int) -> flo
             times = max(1.0, ceil_div(heads, held[name]) * times / (packed if inputs.packed else heads))
         read += times * sizes[name]
     return read / sum(sizes.values()) * (min(lanes, groups) if groups else 1)
+
+
+def describe_interleaving(
+    problem: Problem, inputs: InputCost, lanes: int, groups: int, factor: float, peak_host: int
+) -> str:
+    """A plan's line on how heads are read that lie between each other; empty where none do."""
+    if not inputs.shared_heads:
+        return ""
+    names, times = ", ".join(inputs.shared_heads), f"read {factor:.3g} times over"
+    best = choose_holding(problem, inputs, lanes)
+    if factor <= best.factor:
+        return f"interleaved  {names}: all heads are read together, inputs are {'read once' if best.factor == 1 else times}"
+    least = format_bytes(peak_host + lanes * (best.nbytes - held_bytes(problem, inputs, groups)))
+    held = f"{groups} of {problem.kv_heads} head groups are read together" if groups else "no room"
+    fewest = "once" if best.factor == 1 else f"{best.factor:.3g} times"
+    return f"interleaved  {names}: {held}, inputs are {times}; {fewest} with a host memory of {least}"

@@ -17,7 +17,8 @@ from oocattn.division.drawing import draw_division
 from oocattn.division.quorums import CyclicQuorums, quorum_size
 from oocattn.division.strips import Strips
 from oocattn.pins import Pins
-from oocattn.planning.interleaving import choose_holding, held_bytes
+from oocattn.planning.decoding import describe_decoding, times_decoded
+from oocattn.planning.interleaving import describe_interleaving
 from oocattn.planning.live import ChunkGrid, kept_with_mask, live_pairs
 from oocattn.planning.machine import Device, InputCost, Machine
 from oocattn.planning.memory import Buffers, Tiles
@@ -272,21 +273,11 @@ class Plan(Shown):
         kept = f"saved every {format_seconds(self.checkpoint_seconds / 2)}" if self.saves else "never saved"
         return f"merged in memory, {kept}"
 
-    def _interleaved(self) -> str:
-        """How heads are read that lie between each other; empty where none do."""
-        if not self.inputs.shared_heads:
-            return ""
-        problem, inputs = self.problem, self.inputs
-        names, times = ", ".join(inputs.shared_heads), f"read {self.read_factor:.3g} times over"
-        best = choose_holding(problem, inputs, self.lanes)
-        if self.read_factor <= best.factor:
-            return (
-                f"interleaved  {names}: all heads are read together, inputs are {'read once' if best.factor == 1 else times}"
-            )
-        more = self.lanes * (best.nbytes - held_bytes(problem, inputs, self.held_groups))
-        least = format_bytes(self.peak_host + more)
-        held = f"{self.held_groups} of {problem.kv_heads} head groups are read together" if self.held_groups else "no room"
-        return f"interleaved  {names}: {held}, inputs are {times}; once with a host memory of {least}"
+    def _reading(self) -> list[str]:
+        """How often heads are read that lie between each other's, and chunks decoded that lie across the plan's."""
+        times = 1.0 if self.held_groups else times_decoded(self.problem.keys, self.key_chunk_rows, self.inputs.align_rows)
+        about = self.problem, self.inputs, self.lanes, self.held_groups, self.read_factor, self.peak_host
+        return [describe_interleaving(*about), describe_decoding(times, self.inputs.align_rows, self.key_chunk_rows)]
 
     def _lanes(self) -> str:
         if self.device == "cpu":
@@ -322,7 +313,7 @@ class Plan(Shown):
             f"partials     {self._partials()}, at most {format_bytes(self.scratch_disk)} of scratch on disk",
             f"peak memory  host {format_bytes(self.peak_host)} of {format_bytes(self.host_memory)}, "
             f"device {format_bytes(self.peak_device)} of {format_bytes(self.device_memory)}",
-            *textwrap.wrap(self._interleaved(), WIDTH, subsequent_indent=" " * 13),
+            *(line for text in self._reading() for line in textwrap.wrap(text, WIDTH, subsequent_indent=" " * 13)),
             "",
             f"{'link':<12} {'amount':>12} {'seconds':>9}",
         ]

@@ -14,6 +14,7 @@ from typing import Annotated
 from oocattn.errors import ProblemError
 from oocattn.naming import by_face, named
 from oocattn.records import Count, Pattern, Range
+from oocattn.units import ceil_div
 
 LAYOUTS = ("bhnd", "bnhd", "hnd", "nhd")
 """Orders of a tensor's axes. Those of a key bias are the same without d; its heads and batch may be left out."""
@@ -86,6 +87,13 @@ class Axes:
         if "f" in self.order:
             return (self.first_head + head) * self.head_dim // chunks[self.order.index("f")]
         return head // chunks[self.order.index("h")] if "h" in self.order else 0
+
+    def heads_in(self, chunks: Sequence[int], stored: Sequence[int]) -> int:
+        """How many heads a chunk has, of all tensors that are packed in it."""
+        size = {axis: min(pair) for axis, *pair in zip(self.order, chunks, stored, strict=True)}
+        if "f" in size:
+            return ceil_div(size["f"], self.head_dim)
+        return size.get("h", 1) * size.get("3", 1)
 
     @property
     def token_axis(self) -> int:

@@ -127,15 +127,16 @@ class CodecReader:
 
     @cached_property
     def shared_heads(self) -> int:
-        """Heads that a chunk has: to decode it for one takes as long as for all."""
-        return max(len(group) for group in self._groups(range(self._heads)))
+        """Heads that a chunk has, of all tensors in it: to decode it for one takes as long as for all."""
+        return self._axes.heads_in(self._stored.chunks, self._stored.shape)
 
     @property
     def decode_bytes(self) -> int:
         """Bound on host memory, in bytes, of one read besides the caller's buffers."""
         tokens = self._stored.shape[self._axes.token_axis]
         chunks = min(self._step_rows // self._chunk_rows, ceil_div(tokens, self._chunk_rows)) * self._columns
-        gathered = chunks * chunk_bytes(self._stored) if self.shared_heads > 1 else 0  # the rows of several heads
+        several = max(map(len, self._groups(range(self._heads)))) > 1  # heads whose rows are gathered
+        gathered = chunks * chunk_bytes(self._stored) if several else 0
         return DECODE_COPIES * chunks * self._chain.widest + gathered + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
     def read(self, batch: int, heads: Sequence[int], start: int, stop: int, outs: Sequence[NDArray[Any]]) -> None:

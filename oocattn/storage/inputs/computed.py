@@ -42,9 +42,7 @@ class ComputedSource(InProcessSource):
     @property
     def shared_heads(self) -> int:
         """See `TensorSource.shared_heads`."""
-        last = self._chunks[-1] // self.axes.head_dim if "f" in self.axes.order else 1
-        along = self._chunks[self.axes.order.index("h")] if "h" in self.axes.order else last
-        return min(self.extents[1], max(1, along))
+        return self.axes.heads_in(self._chunks, self.stored)
 
     @property
     def decode_bytes(self) -> int:
