@@ -6,10 +6,13 @@ import asyncio
 import pickle
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
+import oocattn
 from oocattn import TimeLimitError, clock
+from oocattn.cli.main import main
 from oocattn.storage.remote import limits
 from oocattn.storage.remote.limits import Limit, current_limit, limited
 from oocattn.storage.remote.transient import retry
@@ -81,3 +84,24 @@ def test_a_request_that_is_answered_names_no_server() -> None:
         inner.failing = f"reading {URL}: 503"
         asyncio.run(retry("reading", URL, answered))
         assert not outer.failing
+
+
+def test_an_interrupted_command_asks_a_dead_store_how_to_go_on_for_a_moment(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        current_limit().failing = f"writing {URL}: 503"
+        raise KeyboardInterrupt
+
+    asked: list[str] = []
+
+    def status(*_: object, **__: object) -> None:
+        asked.append("status")
+        asyncio.run(retry("reading", URL, refused))  # for a minute, were it not for the limit
+
+    monkeypatch.setattr(oocattn, "attention", interrupted)
+    monkeypatch.setattr(oocattn, "status", status)
+    monkeypatch.setattr("oocattn.storage.remote.transient.FIRST_PAUSE", 600)
+    assert main(["run", str(dataset), "s3://bucket/out.zarr"]) == 130
+    assert asked == ["status"]
+    assert capfd.readouterr().err == f"oocattn: interrupted; writing {URL}: 503: check that server and the network\n"
