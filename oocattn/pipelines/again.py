@@ -10,7 +10,7 @@ from typing import Any
 
 from oocattn.naming import is_command
 from oocattn.pipelines.run import DatasetIdentity
-from oocattn.storage.inputs.origin import recorded_inputs
+from oocattn.storage.inputs.origin import is_place, recorded_inputs
 from oocattn.storage.paths import STORE, ResultPaths
 from oocattn.storage.remote.options import StorageOptions, shown_options
 from oocattn.text import printable
@@ -31,7 +31,7 @@ def how_to_resume(paths: ResultPaths, dataset: DatasetIdentity | None, given: St
         remarks.append("with the values of the storage options")
     elif not options and any("://" in text and "memory://" not in text for text in (str(paths.result), *(inputs or ()))):
         remarks.append("with the storage options of the run, if it had any")
-    result = str(paths.result) if paths.stored is None or "://" in str(paths.result) else ...
+    result = str(paths.result) if is_place(str(paths.result)) else ...
     if is_command() and result is not ... and inputs is not None:
         words = _command(str(result), [*inputs, *(word for name in place for word in (f"--{name}", place[name]))], options)
     else:

@@ -13,7 +13,7 @@ from oocattn.problem.checks import check_problem
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Positive, Range, from_json, to_json
 from oocattn.shown import Shown
-from oocattn.storage.inputs.origin import Origin, command_options
+from oocattn.storage.inputs.origin import Origin, named_inputs
 from oocattn.storage.results.rows import Damage
 from oocattn.storage.results.summary import FORMAT, Outcome, PlanRecord
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
@@ -188,8 +188,7 @@ class Certificate(Shown):
     @property
     def again(self) -> str:
         """The command that checks the same rows again, or the call where no command can name the inputs."""
-        is_place = self.dataset.startswith("/") or "://" in self.dataset
-        named = command_options(self.tensors) if self.tensors else ["--dataset", self.dataset] if is_place else None
+        named = named_inputs(self.dataset, self.tensors)
         if named is None:
             return f"oocattn.verify({self.result!r}, inputs=..., rows={self.asked}, seed={self.seed})"
         sample = ["--rows", str(self.asked), "--seed", str(self.seed)]

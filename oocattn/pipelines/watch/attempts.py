@@ -27,10 +27,11 @@ MOST_DETAILED = 8  # of them that keep what they did over time: the last ones
 MOST_ROWS = 112  # of a timeline: seven resources of sixteen lanes
 MOST_LINES = 50  # of the log of an attempt
 MOST_NAMES = 64  # of anything that has names
+MOST_TEXT, MOST_PLAN = 2000, 20_000  # characters of a text, and of the words of a plan
 
 Amount = Annotated[float, Range(0.0, 1e30)]
 Percents = Annotated[str, Pattern(rf"([0-9][0-9]){{0,{MOST_BINS}}}")]
-Text = Annotated[str, Pattern(r"(?s).{0,2000}")]
+Text = Annotated[str, Pattern(rf"(?s).{{0,{MOST_TEXT}}}")]
 
 End = Literal["", "finished", "stopped", "failed", "killed"]
 
@@ -51,7 +52,7 @@ class Planned:
     problem: Text
     dataset: Text
     command: Text
-    plan: Annotated[str, Pattern(r"(?s).{0,20000}")]
+    plan: Annotated[str, Pattern(rf"(?s).{{0,{MOST_PLAN}}}")]
     digest: Text
     device: Text
     kernel: Text
@@ -74,10 +75,10 @@ class Planned:
         """The record of a plan over the dataset of that name."""
         on_gpu = plan.device == "cuda"
         return cls(
-            problem=str(plan.problem)[:2000],
-            dataset=dataset[:2000],
-            command=command[:2000],
-            plan=str(plan)[:20000],
+            problem=_shortened(str(plan.problem), MOST_TEXT),
+            dataset=_shortened(dataset, MOST_TEXT),
+            command=_shortened(command, MOST_TEXT),
+            plan=_shortened(str(plan), MOST_PLAN),
             digest=plan.digest,
             device=plan.device,
             kernel=plan.kernel,
@@ -229,6 +230,11 @@ def with_heartbeat(attempt: Attempt, last: Status) -> Attempt:
         bytes_written=max(attempt.bytes_written, last.bytes_written),
         bytes_saved=max(attempt.bytes_saved, last.bytes_saved),
     )
+
+
+def _shortened(text: str, most: int) -> str:
+    """A text of so many characters at most, which shows where it was cut."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _load(paths: ResultPaths) -> dict[str, Any] | None:

@@ -5,34 +5,40 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from oocattn.errors import OocattnError
 from oocattn.pins import Pins
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.attempts import Planned
 from oocattn.problem.arrays import KEY_BIAS
 from oocattn.problem.problem import Problem
+from oocattn.problem.recorded import RecordedCall
 from oocattn.storage.files.folders import is_taken
-from oocattn.storage.inputs.origin import Origin, command_options
+from oocattn.storage.inputs.origin import Origin, is_place, named_inputs
+from oocattn.storage.nodes import group_attributes
 from oocattn.text import printable
 
 MOST_NUMBERS = 32
 """Numbers of an array argument that are written out; of a longer one the command says where to take it from."""
+
+UNNAMED = "its inputs were of the caller's process, and no command names them: give them again"
 
 
 def command_again(
     problem: Problem, location: str, tensors: Mapping[str, Origin], result: str, pins: Pins, host_memory: int | None = None
 ) -> str:
     """The command of a run over the dataset at a location, or over tensors one by one, to `result`."""
-    inputs = command_options(tensors) if tensors else [location]
-    words = (
-        ["oocattn", "run", *(inputs or ["INPUTS"]), result] if not tensors else ["oocattn", "run", result, *(inputs or [])]
-    )
+    inputs, place = named_inputs(location, tensors), result if is_place(result) else "RESULT"
+    words = ["oocattn", "run", location, place] if inputs and not tensors else ["oocattn", "run", place, *(inputs or ())]
     words += _asked(problem)
-    words += ["--no-key-bias"] if not problem.bias_heads and not tensors and _may_have_bias(location) else []
+    if inputs and not tensors:
+        words += ["--no-key-bias"] if not problem.bias_heads and _may_have_bias(location) else []
+        words += ["--no-recorded"] if _may_have_record(location) else []  # all that was asked is said here
     words += _pinned(pins)
     words += ["--host-memory", str(host_memory)] if host_memory else []
-    notes = ["its inputs were tensors of the caller, which no command names: give them again"] if inputs is None else []
+    notes = [] if inputs else [UNNAMED]
     if pins.span:
         notes.append(f"the same bits if the plan then takes {pins.span} key chunks at a time again")
     longer = [name for name in problem.digests if not _is_short(problem, name)]
@@ -73,6 +79,15 @@ def _asked(problem: Problem) -> list[str]:
 def _may_have_bias(location: str) -> bool:
     """Whether a dataset has, or may have, a bias that the problem leaves out."""
     return "://" in location or is_taken(Path(location) / KEY_BIAS)
+
+
+def _may_have_record(location: str) -> bool:
+    """Whether a dataset says, or may say, what its model asked."""
+    if "://" in location:
+        return True
+    with suppress(OocattnError, OSError):
+        return RecordedCall.read(group_attributes(Path(location)), location) is not None
+    return True
 
 
 def _is_short(problem: Problem, name: str) -> bool:

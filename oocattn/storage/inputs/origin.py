@@ -60,14 +60,22 @@ class Origin:
 def recorded_inputs(location: str, origins: Mapping[str, Origin]) -> list[str] | None:
     """The options by which the command line names the inputs of a record again, none where it finds them by itself.
 
-    None where no option can name them: they were a caller's own.
+    None where no option can name them.
     """
     places = [origin.location for origin in origins.values()] or [location]
-    if all(place.startswith("/") for place in places):
-        return []
+    return [] if all(place.startswith("/") for place in places) else named_inputs(location, origins)
+
+
+def named_inputs(location: str, origins: Mapping[str, Origin]) -> list[str] | None:
+    """The options by which the command line names the inputs of a record; None where they were a caller's own."""
     if origins:
         return command_options(origins)
-    return ["--dataset", location] if "://" in location else None
+    return ["--dataset", location] if is_place(location) else None
+
+
+def is_place(recorded: str) -> bool:
+    """Whether a record names a path or URL, and not a store that only its caller had."""
+    return recorded.startswith("/") or "://" in recorded
 
 
 def command_options(origins: Mapping[str, Origin]) -> list[str] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,22 +11,26 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from browser import look_at
 from support import BESIDE, carry_out, make_event, normal_arrays, plan_for, run_of, write_dataset
 
 import oocattn
 from oocattn import FullReport, IntegrityError, ProblemError, ResultExistsError
-from oocattn.cli.main import _COMMANDS as COMMANDS
 from oocattn.cli.main import main
-from oocattn.cli.options import make_parser
 from oocattn.pipelines.watch.attempt_log import AttemptLog
-from oocattn.pipelines.watch.attempts import MOST_ATTEMPTS, MOST_DETAILED, MOST_ROWS, Attempts, BusyRow, read_attempts
+from oocattn.pipelines.watch.attempts import (
+    MOST_ATTEMPTS,
+    MOST_DETAILED,
+    MOST_ROWS,
+    MOST_TEXT,
+    Attempts,
+    BusyRow,
+    Planned,
+    read_attempts,
+)
 from oocattn.pipelines.watch.events import Memory, Span
-from oocattn.pipelines.watch.repeating import planned_of
 from oocattn.pipelines.watch.series import MOST_BINS
-from oocattn.problem_arguments import PROBLEM_OPTIONS
 from oocattn.records import from_json
 from oocattn.storage.paths import ResultPaths
 from oocattn.units import format_bytes
@@ -299,28 +302,10 @@ def test_a_run_of_ten_thousand_subproblems_on_many_lanes_has_a_small_page(datase
     assert len(report.page()) < 1 << 20
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {},
-        {"causal": True, "window_size": (40, None), "sink_tokens": 3},
-        {"key_bias": False},
-        {"window_size": (None, 7), "prefix": 9, "softcap": 30.0, "scale": 0.1},
-        {"queries": (20, 100), "heads": (1,), "out_dtype": "float16"},
-        {"cu_seqlens_q": [0, 50, 130], "alibi_slopes": [-0.25, 0.1], "learnable_sink": [-1.0, 0.5]},
-    ],
-    ids=str,
-)
-def test_the_command_of_a_report_poses_the_same_problem(dataset: Path, fast_path: Path, asked: dict[str, Any]) -> None:
-    write_dataset(dataset, normal_arrays(130), key_bias=np.zeros((1, 2, 130), np.float32))
-    run = run_of(fast_path, plan_for(dataset, chunks=7, **asked))
-    words = shlex.split(planned_of(run).command, comments=True)[1:]
-    options = vars(make_parser(COMMANDS).parse_args(words))
-    given = {name: options[name] for name in (*PROBLEM_OPTIONS, "chunks", "decomposition", "host_memory")}
-    again = oocattn.plan(options["dataset"], **given, kernel=options["kernel"], engine="inline")
-    assert again.problem == run.plan.problem
-    assert replace(again.pins, span=run.plan.span) == run.plan.pins  # which no option pins
-    assert (options["dataset"], options["result"]) == (str(dataset), str(run.paths.result))
+def test_a_text_that_is_too_long_for_the_record_shows_that_it_was_cut(dataset: Path) -> None:
+    plan = plan_for(dataset, chunks=3)
+    found = Planned.of(plan, "d" * 3000, "c" * MOST_TEXT)
+    assert (len(found.dataset), found.dataset[-4:], found.command) == (MOST_TEXT, "d...", "c" * MOST_TEXT)
 
 
 def test_the_page_of_another_result_is_removed_but_no_page_of_others(dataset: Path, result: Path) -> None:
