@@ -30,6 +30,8 @@ def printable(text: object) -> str:
     """
     found = without_credentials(str(text))
     cut = found if len(found) <= MOST_SHOWN else f"{found[:MOST_SHOWN]}..."
+    if cut.isprintable():  # as nearly all are; it is quick to see
+        return cut
     return "".join(_escaped(character) if unicodedata.category(character) in _HIDDEN else character for character in cut)
 
 

@@ -28,5 +28,11 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "zarr": zarr.__version__,
         "numpy": np.__version__,
-        "dask": version("dask"),
+        "dask": _installed("dask"),
     }
+
+
+@cache
+def _installed(package: str) -> str:
+    """The version of a package, which need not be imported for it; its metadata is searched once."""
+    return version(package)

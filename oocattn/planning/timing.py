@@ -77,8 +77,8 @@ def _read_threads() -> dict[str, tuple[float, float]]:
     """Seconds for which each thread of this process has run, and for which it has stood ready without a core."""
     found: dict[str, tuple[float, float]] = {}
     with suppress(OSError):
-        for thread in _TASKS.iterdir():
-            with suppress(OSError, ValueError):  # it has ended, or the system keeps no such times
-                ran, waited, *_ = map(int, (thread / "schedstat").read_text().split())
-                found[thread.name] = ran / 1e9, waited / 1e9
+        for thread in os.listdir(_TASKS):
+            with suppress(OSError, ValueError), open(f"{_TASKS}/{thread}/schedstat", "rb") as file:
+                ran, waited, *_ = map(int, file.read().split())  # none if it has ended, or the system keeps no such times
+                found[thread] = ran / 1e9, waited / 1e9
     return found
