@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -14,27 +13,21 @@ from typing import Annotated, Any, Literal
 
 from oocattn.division.base import Division
 from oocattn.division.drawing import draw_division
-from oocattn.division.quorums import CyclicQuorums, quorum_size
+from oocattn.division.quorums import CyclicQuorums
 from oocattn.division.strips import Strips
 from oocattn.pins import Pins
-from oocattn.planning.decoding import describe_decoding, times_decoded
-from oocattn.planning.interleaving import describe_interleaving
 from oocattn.planning.live import ChunkGrid, kept_with_mask, live_pairs
 from oocattn.planning.machine import Device, InputCost, Machine
 from oocattn.planning.memory import Buffers, Tiles
+from oocattn.planning.plan_text import plan_line, plan_text
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Positive, Range, Seconds, document, to_json
 from oocattn.shown import Shown, named_lines
-from oocattn.text import printable
-from oocattn.units import MOST_SECONDS, format_bytes, format_count, format_seconds
+from oocattn.units import MOST_SECONDS, format_seconds
 
 FORMAT = 1
 """Of the JSON document."""
-
-WIDTH = 100  # characters of a printed line, of which only a note may have more
-
-COUNTED_LINKS = ("files", "tasks")  # links whose amount is a number; of `compute` it is FLOP, of others bytes
 
 
 @dataclass(frozen=True)
@@ -252,44 +245,8 @@ class Plan(Shown):
 
         return write_drawing(path, draw_division(self.division_of(0), str(self.mask(0))))
 
-    def _chunks(self) -> str:
-        """Number and size of chunks; where those of queries are others, only of keys."""
-        tokens = "tokens" if self._has_same_chunks else "keys"
-        return f"{self.chunks} chunk{'s' * (self.chunks > 1)} of {self.key_chunk_rows:,} {tokens}"
-
-    @property
-    def _has_same_chunks(self) -> bool:
-        return (self.query_chunks, self.chunk_rows) == (self.chunks, self.key_chunk_rows)
-
-    def _pairs(self) -> str:
-        """The live pairs, and their share of all."""
-        problem = self.problem
-        share = problem.pairs / (problem.rows * problem.keys)
-        return f"{format_count(problem.pairs).strip()} of queries and keys, {100 * share:.3g}% of all"
-
-    def _partials(self) -> str:
-        if self.partials == "disk":
-            return "merged in files"
-        kept = f"saved every {format_seconds(self.checkpoint_seconds / 2)}" if self.saves else "never saved"
-        return f"merged in memory, {kept}"
-
-    def _reading(self) -> list[str]:
-        """How often heads are read that lie between each other's, and chunks decoded that lie across the plan's."""
-        times = 1.0 if self.held_groups else times_decoded(self.problem.keys, self.key_chunk_rows, self.inputs.align_rows)
-        about = self.problem, self.inputs, self.lanes, self.held_groups, self.read_factor, self.peak_host
-        return [describe_interleaving(*about), describe_decoding(times, self.inputs.align_rows, self.key_chunk_rows)]
-
-    def _lanes(self) -> str:
-        if self.device == "cpu":
-            return f"{self.lanes} lane{'s' * (self.lanes > 1)}, {self.threads} threads each"
-        gpus = f"{self.lanes} GPU{'s' * (self.lanes > 1)}"
-        return f"{gpus}, tiles of {self.tiles.query:,} queries by {self.tiles.key:,} keys"
-
     def _line(self) -> str:
-        return (
-            f"{self.decomposition} over c = {self._chunks()}, {self.kernel}, {self._lanes()}, "
-            f"{format_seconds(self.seconds)} predicted: {self.problem}"
-        )
+        return plan_line(self)
 
     def _table(self) -> list[tuple[str, str]]:
         decided = named_lines(str(self).partition("\n\n")[0])
@@ -298,38 +255,7 @@ class Plan(Shown):
         return [*decided, *predicted, *(("note", note) for note in self.inputs.notes)]
 
     def __str__(self) -> str:
-        if self.decomposition == "cqs":
-            division = f"cyclic quorums over c = {self._chunks()}, k = {quorum_size(self.chunks)}"
-        else:
-            division = f"strips over c = {self._chunks()}, {self.span} key chunk{'s' * (self.span > 1)} at a time"
-        queries = f"queries      {self.query_chunks} chunk{'s' * (self.query_chunks > 1)} of {self.chunk_rows:,} rows"
-        lines = [
-            *textwrap.wrap(f"problem      {self.problem}", WIDTH, subsequent_indent=" " * 13),
-            f"pairs        {self._pairs()}",
-            f"division     {division}; {self.subproblems:,} subproblem{'s' * (self.subproblems != 1)}",
-            *([] if self._has_same_chunks else [queries]),
-            f"kernel       {self.kernel}, {self._lanes()}",
-            *textwrap.wrap(f"same bits    {self.pins}", WIDTH, subsequent_indent=" " * 13),
-            f"partials     {self._partials()}, at most {format_bytes(self.scratch_disk)} of scratch on disk",
-            f"peak memory  host {format_bytes(self.peak_host)} of {format_bytes(self.host_memory)}, "
-            f"device {format_bytes(self.peak_device)} of {format_bytes(self.device_memory)}",
-            *(line for text in self._reading() for line in textwrap.wrap(text, WIDTH, subsequent_indent=" " * 13)),
-            "",
-            f"{'link':<12} {'amount':>12} {'seconds':>9}",
-        ]
-        for link in self.links:
-            amount = format_bytes(link.amount)
-            if link.name in (*COUNTED_LINKS, "compute"):
-                amount = f"{format_count(link.amount)}{'FLOP' if link.name == 'compute' else ''}".rstrip()
-            mark = "  <- binds" if link.name == self.binds else ""
-            lines.append(f"{link.name:<12} {amount:>12} {_seconds(link.seconds):>9}{mark}")
-        lines.append(f"{'predicted':<12} {'':>12} {_seconds(self.seconds):>9}  ({format_seconds(self.seconds)})")
-        return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in self.inputs.notes)]))
-
-
-def _seconds(seconds: float) -> str:
-    """Seconds in a table, to three digits."""
-    return f"{seconds:.3g}" if seconds < 999.5 else f"{seconds:,.0f}"
+        return plan_text(self)
 
 
 @kept_with_mask

@@ -19,7 +19,7 @@ from zarr.codecs import BytesCodec, ZstdCodec
 import oocattn
 import oocattn.storage.bfloat16
 from oocattn import Inputs
-from oocattn.planning.plan import WIDTH
+from oocattn.planning.plan_text import WIDTH
 from oocattn.storage.inputs import direct
 from oocattn.storage.inputs.axes import Axes, packed_axes
 from oocattn.storage.inputs.direct import read_mapped, read_preadv
