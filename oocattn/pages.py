@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,11 @@ def render_page(template: str, **values: Any) -> str:
     return HTML_MARK + _environment().get_template(template).render(values)
 
 
+def name_versions(versions: Mapping[str, str]) -> str:
+    """Names with their versions, in a line."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items()) or "unknown"
+
+
 @cache
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -34,6 +40,6 @@ def _environment() -> Environment:
     environment.filters.update(
         sentence=lambda text: f"{text[:1].upper()}{text[1:]}.",
         thousands="{:,}".format,
-        versions=lambda versions: ", ".join(f"{name} {number}" for name, number in versions.items()) or "unknown",
+        versions=name_versions,
     )
     return environment

@@ -177,6 +177,21 @@ class Attempt:
         """How long it is known to have worked."""
         return max(0.0, self.seen - self.started)
 
+    @property
+    def state(self) -> str:
+        """How it ended, or that it is running."""
+        return self.end or "running"
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """How often something went wrong that it recovered from, in words."""
+        return {
+            "tasks retried": self.retried,
+            "workers lost": self.workers_lost,
+            "partials computed again": self.recomputed,
+            "times out of device memory": self.out_of_memory,
+        }
+
 
 @dataclass(frozen=True)
 class Attempts:

@@ -179,18 +179,12 @@ class FullReport(Shown):
 
 def describe_attempt(attempt: Attempt) -> str:
     """An attempt in a line."""
-    faults = [
-        (attempt.retried, "tasks retried"),
-        (attempt.workers_lost, "workers lost"),
-        (attempt.recomputed, "partials computed again"),
-        (attempt.out_of_memory, "times out of device memory"),
-    ]
     words = f": {attempt.words}" if attempt.words else ""
     return ", ".join(
         [
-            f"{attempt.end or 'running'} after {format_seconds(attempt.seconds)}{words}",
+            f"{attempt.state} after {format_seconds(attempt.seconds)}{words}",
             f"{attempt.subproblems:,} subproblems, {format_bytes(attempt.bytes_read)} read",
-            *(f"{count} {what}" for count, what in faults if count),
+            *(f"{count:,} {what}" for what, count in attempt.faults.items() if count),
             attempt.process,
         ]
     )
@@ -217,7 +211,7 @@ def full_report(paths: ResultPaths) -> FullReport:
         notes: list[str] = []
         known = _recorded(seen, status, notes)
         attempts = _attempts_at(seen, known, notes)
-        tried = () if attempts is None else _told(attempts, status, seen)
+        tried = () if attempts is None else _with_last_end(attempts, status, seen)
     if attempts is not None:
         known = replace(known, plan=attempts.planned)
     asked = known if known.plan is None else known.plan
@@ -263,7 +257,7 @@ def _attempts_at(paths: ResultPaths, known: _Known, notes: list[str]) -> Attempt
     return attempts
 
 
-def _told(attempts: Attempts, status: Status, paths: ResultPaths) -> tuple[Attempt, ...]:
+def _with_last_end(attempts: Attempts, status: Status, paths: ResultPaths) -> tuple[Attempt, ...]:
     """The attempts, the last of which may not have said how it ended."""
     if not attempts.attempts or attempts.attempts[-1].end:
         return attempts.attempts

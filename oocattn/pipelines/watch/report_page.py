@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from oocattn.pages import render_page
+from oocattn.pages import name_versions, render_page
 from oocattn.pipelines.watch.attempts import MOST_NAMES, Attempt, OverTime, Planned
 from oocattn.pipelines.watch.full_report import FullReport, LinkOutcome
 from oocattn.pipelines.watch.report_charts import busy_strip, chart, gauge, time_ticks
@@ -25,7 +25,6 @@ _LINKS = {
     "merge": "merged",
     "write": "written to the result",
 }
-_ENDS = {"": "running", "finished": "finished", "stopped": "stopped", "failed": "failed", "killed": "killed"}
 _STYLES = {"finished": "passed", "running": "running", "interrupted": "inconclusive"}
 
 
@@ -82,7 +81,7 @@ def _figures(report: FullReport) -> list[tuple[str, str, str]]:
 
 
 def _faults_in_all(report: FullReport) -> str:
-    faults = sum(each.retried + each.workers_lost + each.recomputed + each.out_of_memory for each in report.attempts)
+    faults = sum(sum(each.faults.values()) for each in report.attempts)
     return f"{faults:,} fault{'s' * (faults != 1)}"
 
 
@@ -127,19 +126,18 @@ def _memory_rows(report: FullReport) -> Iterator[dict[str, Any]]:
 
 def _attempt_row(number: int, attempt: Attempt) -> dict[str, Any]:
     known = " at least" if attempt.end in ("", "killed") else ""
-    counts = ("retried", "workers_lost", "recomputed", "out_of_memory")
     return {
         "number": number,
         "started": _moment(attempt.started),
         "seconds": f"{format_seconds(attempt.seconds)}{known}",
-        "end": _ENDS[attempt.end],
+        "end": attempt.state,
         "before": f"{attempt.subproblems_before:,}",
         "subproblems": f"{attempt.subproblems:,}",
         "read": format_bytes(attempt.bytes_read),
         "saved": format_bytes(attempt.bytes_saved),
         "written": format_bytes(attempt.bytes_written),
         "host": format_bytes(attempt.peak_host) if attempt.peak_host else "-",
-        "faults": f"{sum(getattr(attempt, name) for name in counts):,}",
+        "faults": f"{sum(attempt.faults.values()):,}",
     }
 
 
@@ -162,7 +160,7 @@ def _details(report: FullReport) -> list[dict[str, Any]]:
         found.append(
             {
                 "number": number,
-                "end": _ENDS[attempt.end],
+                "end": attempt.state,
                 "seconds": format_seconds(attempt.seconds),
                 "process": attempt.process,
                 "ticks": [(100 * moment / seconds, label) for moment, label in time_ticks(seconds)],
@@ -211,7 +209,7 @@ def _charts(over_time: OverTime, plan: Planned | None) -> Iterator[tuple[str, li
 def _log(report: FullReport) -> list[tuple[str, int, str]]:
     lines = [(line.moment, number, line.words) for number, each in _numbered(report) for line in each.log]
     lines += [
-        (each.seen, number, f"{_ENDS[each.end]}{f': {each.words}' if each.words else ''}")
+        (each.seen, number, f"{each.state}{f': {each.words}' if each.words else ''}")
         for number, each in _numbered(report)
         if each.end not in ("", "finished") or each.words
     ]
@@ -222,13 +220,12 @@ def _made_with(report: FullReport) -> list[tuple[str, str]]:
     """Versions and hardware, those of the last attempt; where attempts differ, all of them."""
     found: dict[str, list[str]] = {}
     for each in report.attempts:
-        versions = ", ".join(f"{name} {number}" for name, number in each.versions.items())
-        for name, value in [("process", each.process), *each.hardware.items(), ("versions", versions)]:
+        for name, value in [("process", each.process), *each.hardware.items(), ("versions", name_versions(each.versions))]:
             if name not in found and len(found) >= MOST_NAMES:
                 continue
             values = found.setdefault(name, [])
             if value not in values and len(values) < 8:
                 values.append(value)
     if not found:
-        found["versions"] = [", ".join(f"{name} {number}" for name, number in report.versions.items()) or "unknown"]
+        found["versions"] = [name_versions(report.versions)]
     return [(name, "; then ".join(values)) for name, values in found.items()]

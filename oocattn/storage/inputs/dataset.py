@@ -64,10 +64,11 @@ class Dataset:
     ) -> Dataset:
         """Open a Zarr group, v3 or v2, for reading: at a path or a URL, which is checked first, or of a store.
 
-        The `storage_options` are for a URL. Without `key_bias` an array of that name is not looked at; what its model asked
-        is read where it is to be `recorded`. Raises ProblemError
-        if there is no group, no array q, k or v in it that can be read, or one whose attributes give its numbers or axes
-        another meaning, and IntegrityError if its metadata is damaged.
+        The `storage_options` are for a URL. Without `key_bias` an array of that name is not looked at. What its model asked
+        is read where it is to be `recorded`.
+
+        Raises ProblemError if there is no group, no array q, k or v in it that can be read, or one whose attributes give its
+        numbers or axes another meaning, and IntegrityError if its metadata is damaged.
         """
         try:
             store, location = open_node(place, storage_options)
