@@ -22,9 +22,9 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A result of 16 MiB and a dataset of 24 MiB, in chunks of 4 MiB."""
+    """A result of 8 MiB and a dataset of 16 MiB, in chunks of 4 MiB."""
     folder = tmp_path_factory.mktemp("large")
-    synthesise(folder / "dataset.zarr", tokens=16384, heads=4, kv_heads=1, head_dim=64, dtype="float32", mean=1)
+    synthesise(folder / "dataset.zarr", tokens=16384, heads=2, kv_heads=1, head_dim=64, dtype="float32", mean=1)
     dataset = folder / "dataset.zarr"
     plan = plan_for(dataset, chunks=1, causal=True, machine=MACHINE)
     assert plan.out_chunk_rows == 16384
