@@ -21,21 +21,28 @@ LOOKING_SECONDS, LOOKING_SECONDS_ELSEWHERE = 1.0, 5.0  # between two looks at a 
 def watch(look: Callable[[], Status], seconds: float) -> Status:
     """Draw the status every so many seconds while the run is alive; return the last one, which is drawn too.
 
-    On what is no terminal the last one alone is printed. What goes on with the run is left out: a line that is broken to
-    fit is no command. It ends as well where nobody reads it any more.
+    On what is no terminal the last one alone is printed, its lines as they are. What goes on with the run is left out: a
+    line that is broken to fit a terminal is no command. It ends as well where nobody reads it any more.
     """
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
-    console = Console(file=sys.stdout, highlight=False)
-    with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
+    def look_until_it_ends(draw: Callable[[str], None]) -> Status:
         while True:
             status = look()
-            live.update(Text(str(replace(status, resume=""))), refresh=console.is_terminal)
+            draw(str(replace(status, resume="")))
             if status.state != "running" or getattr(sys.stdout, "lost", None) is not None:
                 return status
             time.sleep(seconds)
+
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        status = look_until_it_ends(lambda words: None)
+        print(replace(status, resume=""))
+        return status
+    with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
+        return look_until_it_ends(lambda words: live.update(Text(words), refresh=True))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from dataclasses import asdict
 from json import dumps
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from support import carry_out, normal_arrays, plan_for, write_dataset
 
+import oocattn
 from oocattn import Event, Status
 from oocattn.cli.main import main
 from oocattn.cli.printing import Printing
@@ -68,7 +70,11 @@ def test_the_exit_code_says_how_the_run_ended(
         with pytest.raises(KeyboardInterrupt):
             carry_out(plan_for(dataset, chunks=7), dataset, result, callbacks=[stop])
     assert main(["status", str(result), "--watch"]) == code
-    assert capsys.readouterr().out.startswith(ending)
+    out = capsys.readouterr().out
+    assert out.startswith(ending)
+    moment_or_call = r"last saved .* ago|go on with: .*"
+    lines = (re.sub(moment_or_call, "", text) for text in (out, f"{oocattn.status(result)}\n"))
+    assert next(lines) == next(lines)  # no line is broken
 
 
 def test_the_status_of_a_terminal_has_no_markup_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
