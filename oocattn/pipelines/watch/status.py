@@ -188,6 +188,8 @@ def _finished(paths: ResultPaths, problem: object) -> Status:
         report.subproblems,
         report.subproblems,
         report.tokens,
+        pairs=report.pairs,
+        pairs_done=report.pairs,
         rate=report.rate,
         seconds=report.seconds,
         seconds_left=0.0,

@@ -205,6 +205,8 @@ def test_a_finished_run_has_share_one_and_the_counts_of_its_report(dataset: Path
     assert (status.share, status.subproblems, status.subproblems_done) == (1.0, 13, 13)
     assert (status.tokens, status.tokens_done, status.seconds_left) == (130, 130, 0.0)
     assert (status.seconds, status.rate) == (report.seconds, report.rate)
+    assert (status.pairs, status.pairs_done) == (report.pairs, report.pairs)
+    assert report.pairs > 0
     found = (status.bytes_read, status.bytes_saved, status.bytes_written)
     assert found == (report.bytes_read, report.bytes_partials, report.bytes_written)
     assert abs(clock.now() - status.saved) < 60
