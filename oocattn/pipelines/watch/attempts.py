@@ -141,9 +141,9 @@ class Attempt:
     """A process that worked on the run: `started`, and `seen` at work last (seconds since the epoch).
 
     `end` is "" while nothing says how it ended: it is running, or was killed. Then `seen` is its last heartbeat, and the
-    counts are those written down before it. `words` say why it ended. `subproblems` are those that it did, after
-    `subproblems_before`. `busy` are the seconds of each resource over all its lanes, `peak_host` and `peak_device` the most
-    bytes that its lanes held. Of what was copied to GPUs and from them a CPU has none.
+    counts are those written down before it. `words` say why it ended. `subproblems` and `pairs` are those that it did, after
+    `subproblems_before` and `pairs_before`. `busy` are the seconds of each resource over all its lanes, `peak_host` and
+    `peak_device` the most bytes that its lanes held. Of what was copied to GPUs and from them a CPU has none.
     """
 
     started: Seconds
@@ -155,6 +155,7 @@ class Attempt:
     versions: Mapping[str, Text]
     lanes: Count
     subproblems_before: Count
+    pairs_before: Count
     subproblems: Count
     pairs: Count
     bytes_read: Count
@@ -241,6 +242,7 @@ def with_heartbeat(attempt: Attempt, last: Status) -> Attempt:
         attempt,
         seen=last.beat,
         subproblems=max(attempt.subproblems, last.subproblems_done - attempt.subproblems_before),
+        pairs=max(attempt.pairs, last.pairs_done - attempt.pairs_before),
         bytes_read=max(attempt.bytes_read, last.bytes_read),
         bytes_written=max(attempt.bytes_written, last.bytes_written),
         bytes_saved=max(attempt.bytes_saved, last.bytes_saved),

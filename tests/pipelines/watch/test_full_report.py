@@ -106,6 +106,7 @@ def test_a_run_that_was_killed_and_resumed_twice_shows_three_attempts(dataset: P
     before = [each.subproblems_before for each in report.attempts]
     assert before[0] == 0 < before[1] < before[2]
     assert report.attempts[-1].subproblems == 13 - before[2]
+    assert report.attempts[-1].pairs == plan.problem.pairs - report.attempts[-1].pairs_before
     assert "within 3 attempts" in report.headline
     assert page_text(report.page()).count(" killed ") >= 4  # in the table, and above the timelines or in the log
 

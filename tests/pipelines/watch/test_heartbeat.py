@@ -16,6 +16,7 @@ from support import carry_out, normal_arrays, plan_for, write_dataset
 import oocattn
 from oocattn import Event, Status, clock
 from oocattn.pipelines.watch import status_file
+from oocattn.pipelines.watch.attempts import with_heartbeat
 from oocattn.pipelines.watch.events import Committed, Failed, Started
 from oocattn.pipelines.watch.status_file import StatusFile
 from oocattn.storage.journal import lock
@@ -201,3 +202,12 @@ def test_the_status_of_a_live_run_to_a_url_is_told_without_its_store(
         assert f"process {os.getpid()} on host" in found.holder
     with pytest.raises(AssertionError, match="the store was asked"):
         oocattn.status("s3://bucket/folder/out.zarr", scratch=scratch)
+
+
+def test_the_last_heartbeat_of_a_killed_attempt_counts_its_pairs(dataset: Path, fast_path: Path) -> None:
+    carry_out(plan_for(dataset, chunks=7), dataset, fast_path / "result.zarr")
+    (attempt,) = oocattn.report(fast_path / "result.zarr").attempts
+    recorded = replace(attempt, end="", pairs=50, pairs_before=100)
+    beaten = Status("running", pairs=1000, pairs_done=400, beat=attempt.seen + 1)
+    assert with_heartbeat(recorded, beaten).pairs == 300
+    assert with_heartbeat(recorded, replace(beaten, pairs_done=120)).pairs == 50
