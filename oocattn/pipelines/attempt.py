@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import queue
 import time
 from collections import Counter, defaultdict
@@ -27,7 +28,7 @@ from oocattn.pipelines.run import Run
 from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.standstill import Standstill
-from oocattn.pipelines.watch.events import Attended, Callback, Progressed, Saved, Staged, TaskEvent
+from oocattn.pipelines.watch.events import Attended, Callback, Progressed, Saved, Staged, Stalled, TaskEvent
 from oocattn.planning.cost import MOST_UNFINISHED, PIECE, WINDOW
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.storage.remote.limits import current_limit
@@ -35,6 +36,7 @@ from oocattn.units import format_seconds
 
 PROGRESS_SECONDS = 1.0  # seconds between two looks at how far subproblems in flight are
 WORKER_CHECK_SECONDS = 5.0  # seconds after which it is checked again whether the workers still live
+STOPPED_SECONDS = 5.0  # that a wait lasts too long, without work in this process, where it was stopped
 AT_ONCE = 1.0  # seconds in which lanes close after a second signal, or are left
 
 logger = logging.getLogger("oocattn")
@@ -225,11 +227,23 @@ class Attempt:
     @contextmanager
     def _waiting(self, most: float) -> Iterator[None]:
         """Count what is inside as waiting for tasks or workers; StalledError where nothing has ended for too long."""
-        start = time.monotonic()  # which goes on while this process is stopped: so no more than `most` seconds count
+        start, ran = time.monotonic(), time.process_time()
         try:
             yield
         finally:
-            self._standstill.add(min(most, time.monotonic() - start))
+            waited = time.monotonic() - start
+            stopped = waited - most - (time.process_time() - ran)  # the clock goes on while this process is stopped
+            if stopped >= STOPPED_SECONDS and self._lanes.in_process:
+                self._tell_stopped(stopped)
+            self._standstill.add(min(most, waited))
+
+    def _tell_stopped(self, seconds: float) -> None:
+        """Pass on that this process, and its lanes with it, was stopped for so long until now."""
+        now = clock.now()
+        reason = f"process {os.getpid()} was stopped for {format_seconds(seconds)}, and its run with it"
+        logger.warning("%s; the run continues", reason)
+        self._emit(Stalled(start=now - seconds, stop=now, reason=reason))
+        self._emit(Stalled(start=now, stop=now, reason=""))
 
     def _check_time(self) -> float:
         """Seconds until it is to be asked again; InterruptedRunError or TimeLimitError where the run must end."""

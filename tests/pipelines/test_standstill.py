@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import queue
 import re
 import threading
 import time
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import dask
 import pytest
@@ -75,6 +77,35 @@ def test_what_keeps_a_worker(found: Occupation | None, words: str) -> None:
     else:
         assert obstacle is not None
         assert re.search(words, f"{obstacle.fault};{obstacle.remedy}")
+
+
+class LateQueue(queue.SimpleQueue[Any]):
+    """A queue whose reader is once woken half a second late, as in a process that was stopped."""
+
+    late: ClassVar[list[float]] = []
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        if timeout is not None and self.late:
+            time.sleep(self.late.pop() + timeout)
+        return super().get(block, timeout)
+
+
+@pytest.mark.parametrize("engine", ["inline", "dask"])
+def test_time_in_which_the_process_was_stopped_is_told_as_a_stall(
+    client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setattr(LateQueue, "late", [0.5])
+    monkeypatch.setattr("oocattn.pipelines.engines.base.queue.SimpleQueue", LateQueue)
+    monkeypatch.setattr(attempt, "STOPPED_SECONDS", 0.2)
+    monkeypatch.setattr("oocattn.pipelines.attempt.time.process_time", lambda: 0.0)
+    recorder = Recorder([])
+    given = [client] if engine == "dask" else []
+    carry_out(plan_for(dataset, chunks=13), dataset, result, *given, callbacks=[recorder])
+    stalled, continued = recorder.of("stalled")
+    assert f"process {os.getpid()} was stopped for " in stalled.reason
+    assert stalled.stop - stalled.start == pytest.approx(0.5, abs=0.25)
+    assert continued.reason == ""
+    assert "was stopped for" in oocattn.report(result).attempts[-1].log[0].words
 
 
 def test_one_of_two_workers_that_stands_still_is_told_while_the_other_works() -> None:

@@ -84,6 +84,11 @@ class Lanes(ABC):
         """True in the process that made the lanes, False in its forks."""
         return os.getpid() == self._process
 
+    @property
+    def in_process(self) -> bool:
+        """True if the lanes work in this process, and stop with it."""
+        return True
+
     @abstractmethod
     def open(self) -> Future[None]:
         """Make the lanes. The future has the error of the first that cannot be made."""

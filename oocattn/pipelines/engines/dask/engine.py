@@ -130,6 +130,10 @@ class DaskLanes(Lanes):
         self._answering: list[str] = []  # as the run ends
         self._beats = LaneBeats()
 
+    @property
+    def in_process(self) -> bool:
+        return all(address.startswith("inproc://") for address in self.workers)
+
     def open(self) -> CallFuture[None]:
         self._client.subscribe_topic(plugin_name(self._name), self._beats)
         asked = (self._name, self._run, self._devices)
