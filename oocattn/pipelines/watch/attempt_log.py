@@ -266,7 +266,6 @@ def _new_attempt(run: Run, event: Started) -> Attempt:
         versions={"oocattn": "", **versions(), "python": platform.python_version()},
         lanes=0,
         subproblems_before=event.plan.subproblems - event.left,
-        pairs_before=event.plan.problem.pairs - event.pairs_left,
         subproblems=0,
         pairs=0,
         bytes_read=0,
@@ -283,6 +282,7 @@ def _new_attempt(run: Run, event: Started) -> Attempt:
         busy={},
         log=(),
         over_time=None,
+        pairs_before=event.plan.problem.pairs - event.pairs_left,
     )
 
 
