@@ -97,6 +97,8 @@ class FullReport(Shown):
         status, tries = self.status, len(self.attempts) + self.left_out
         within = f" within {tries} attempts" if tries > 1 else ""
         if status.state == "finished":
+            if not self.attempts and status.report and status.report.pairs_before:
+                within = " since it was resumed"
             took = f" in {format_seconds(self.seconds)}{within}" if self.seconds else ""
             predicted = f" (predicted {format_seconds(self.plan.seconds)})" if self.plan else ""
             return f"finished{took}{predicted if took else ''}"

@@ -40,7 +40,7 @@ def command_again(
     words += ["--host-memory", str(host_memory)] if host_memory else []
     notes = [] if inputs else [UNNAMED]
     if pins.span:
-        notes.append(f"the same bits if the plan then takes {pins.span} key chunks at a time again")
+        notes.append(f"the same bits if the plan then takes {pins.span} key chunk{'s' * (pins.span > 1)} at a time again")
     longer = [name for name in problem.digests if not _is_short(problem, name)]
     if longer:
         arrays = "arrays" if len(longer) > 1 else "an array"

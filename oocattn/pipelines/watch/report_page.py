@@ -121,6 +121,7 @@ def _memory_rows(report: FullReport) -> Iterator[dict[str, Any]]:
                 "planned": format_bytes(planned),
                 "budget": format_bytes(budget),
                 "gauge": gauge(used, planned, budget),
+                "above": kind == "peak_host" and used > planned,
             }
 
 

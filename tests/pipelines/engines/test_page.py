@@ -108,6 +108,16 @@ def test_the_page_says_when_data_stopped_coming(plan: Plan) -> None:
     assert "<result>" not in said
 
 
+def test_memory_above_the_plan_says_that_the_page_itself_is_counted(plan: Plan) -> None:
+    board = Board("result.zarr")
+    board(make_event("started", 0, 1, plan=plan, left=13))
+    record = board.record()
+    besides = "with what its processes do besides, such as this page"
+    for host in (record["memory"]["host_peak"], record["memory"]["host_peak"] + 1):
+        said = page_words.resources({**record, "memory": {**record["memory"], "host": host}})
+        assert (besides in said) == (host > record["memory"]["host_peak"])
+
+
 def test_the_page_of_a_run_that_has_ended_stays_until_the_next_one(plan: Plan, fast_path: Path) -> None:
     with local_client() as client:
         url = client.dashboard_link

@@ -89,18 +89,19 @@ def pair_counts(matrix: Record) -> dict[str, int]:
 def resources(record: Record) -> str:
     """Memory against budget and plan, scratch against plan, and the age of the last checkpoint."""
     memory, scratch = record["memory"], record["scratch"]
-    bars = [_bar("host memory", memory["host"], memory["host_peak"], memory["host_budget"])]
+    besides = "; with what its processes do besides, such as this page" if memory["host"] > memory["host_peak"] else ""
+    bars = [_bar("host memory", memory["host"], memory["host_peak"], memory["host_budget"], besides)]
     if memory["device_budget"]:
         bars.append(_bar("device memory", memory["device"], memory["device_peak"], memory["device_budget"]))
     bars.append(_bar("scratch on disk", scratch["bytes"], scratch["most"], 0))
     return f'<div style="font-size:13px;width:100%">{"".join(bars)}<div>{escape(_saved(record))}</div></div>'
 
 
-def _bar(name: str, used: float, peak: float, budget: float) -> str:
+def _bar(name: str, used: float, peak: float, budget: float, remark: str = "") -> str:
     """A bar of what is used, with a line at the plan's peak; its end is the budget, or the most that is planned."""
     most = max(used, peak, budget, 1)
     words = f"{name}: {format_bytes(used)}, planned peak {format_bytes(peak)}"
-    words += f", budget {format_bytes(budget)}" if budget else ""
+    words += (f", budget {format_bytes(budget)}" if budget else "") + remark
     colour = _RED if budget and used > budget else COLOURS["done"]
     return (
         f'<div>{words}</div><div style="position:relative;background:#e4e8ee;height:14px;margin:2px 0 10px">'
