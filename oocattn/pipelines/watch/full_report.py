@@ -91,6 +91,10 @@ class FullReport(Shown):
         """Wall time of all attempts, or else of the one that finished the run."""
         return sum(attempt.seconds for attempt in self.attempts) if self.attempts else self.status.seconds
 
+    def numbered(self) -> list[tuple[int, Attempt]]:
+        """The attempts, each with its number among all, also those that are left out."""
+        return [(number + (self.left_out if number > 1 else 0), each) for number, each in enumerate(self.attempts, 1)]
+
     @property
     def headline(self) -> str:
         """How far the run is, in a line."""
@@ -169,7 +173,7 @@ class FullReport(Shown):
     def _table(self) -> list[tuple[str, str]]:
         names = ("result", "problem", "dataset", "command", "made")
         rows = [("run", self.headline), *((name, str(getattr(self, name))) for name in names)]
-        rows += [(f"attempt {number}", describe_attempt(each)) for number, each in enumerate(self.attempts, 1)]
+        rows += [(f"attempt {number}", describe_attempt(each)) for number, each in self.numbered()]
         rows += [("certificate", self.status.verdict)]
         return rows + [("note", note) for note in self.notes]
 
@@ -216,6 +220,8 @@ def full_report(paths: ResultPaths) -> FullReport:
         tried = () if attempts is None else _with_last_end(attempts, status, seen)
     if attempts is not None:
         known = replace(known, plan=attempts.planned)
+        if attempts.left_out:
+            notes.append(f"{attempts.left_out:,} attempts after the first are not kept, nor in times and amounts")
     asked = known if known.plan is None else known.plan
     return FullReport(
         result=printable(paths.result),

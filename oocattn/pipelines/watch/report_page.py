@@ -40,18 +40,13 @@ def report_page(report: FullReport) -> str:
         links=[_link_row(link) for link in report.links],
         total=(_seconds(report.plan.seconds if report.plan else None), _seconds(report.seconds)),
         memory=list(_memory_rows(report)),
-        attempts=[_attempt_row(number, each) for number, each in _numbered(report)],
+        attempts=[_attempt_row(number, each) for number, each in report.numbered()],
         details=_details(report),
         log=_log(report)[-MOST_LINES:],
         finished=str(status.report).splitlines() if status.report else [],
         plan=report.plan.plan.splitlines() if report.plan else [],
         made_with=_made_with(report),
     )
-
-
-def _numbered(report: FullReport) -> list[tuple[int, Attempt]]:
-    """The attempts, each with its number among all, also those that are left out."""
-    return [(number + (report.left_out if number > 1 else 0), each) for number, each in enumerate(report.attempts, 1)]
 
 
 def _figures(report: FullReport) -> list[tuple[str, str, str]]:
@@ -152,7 +147,7 @@ def _moment(seconds: float) -> str:
 def _details(report: FullReport) -> list[dict[str, Any]]:
     """Timeline and charts of the attempts that have any; of very many rows the last ones are drawn."""
     rows, found = 0, []
-    for number, attempt in reversed(_numbered(report)):
+    for number, attempt in reversed(report.numbered()):
         over_time = attempt.over_time
         if over_time is None or not any(over_time.rates.values()):
             continue
@@ -208,10 +203,10 @@ def _charts(over_time: OverTime, plan: Planned | None) -> Iterator[tuple[str, li
 
 
 def _log(report: FullReport) -> list[tuple[str, int, str]]:
-    lines = [(line.moment, number, line.words) for number, each in _numbered(report) for line in each.log]
+    lines = [(line.moment, number, line.words) for number, each in report.numbered() for line in each.log]
     lines += [
         (each.seen, number, f"{each.state}{f': {each.words}' if each.words else ''}")
-        for number, each in _numbered(report)
+        for number, each in report.numbered()
         if each.end not in ("", "finished") or each.words
     ]
     return [(_moment(moment), number, words) for moment, number, words in sorted(lines)]
