@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that move a cursor, break a line or show nothing."""
@@ -35,6 +36,11 @@ def printable(text: object) -> str:
     return "".join(_escaped(character) if unicodedata.category(character) in _HIDDEN else character for character in cut)
 
 
+def shell_command(words: Iterable[str]) -> str:
+    """The words as a line for a shell, on which `printable` finds nothing to escape: it names the same files once pasted."""
+    return " ".join(shlex.quote(word) if _is_plain(word) else _quoted_bytes(word) for word in words)
+
+
 def some_of(names: Sequence[str], most: int) -> str:
     """The first of the names, fit to print, and how many there are more."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -44,6 +50,22 @@ def some_of(names: Sequence[str], most: int) -> str:
 def display_width(text: str) -> int:
     """Columns of a text in a font of one width, where wide characters take two."""
     return sum(1 + (unicodedata.east_asian_width(character) in ("W", "F")) for character in text)
+
+
+def _is_plain(word: str) -> bool:
+    return not any(unicodedata.category(character) in _HIDDEN for character in word)
+
+
+def _quoted_bytes(word: str) -> str:
+    """A word in the quotes of bash, zsh and POSIX 2024 that know escapes, with hidden characters as the bytes of a path."""
+    parts = []
+    for character in word:
+        if unicodedata.category(character) in _HIDDEN:
+            errors = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
+            parts.append("".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", errors)))
+        else:
+            parts.append(f"\\{character}" if character in "\\'" else character)
+    return f"$'{''.join(parts)}'"
 
 
 def _escaped(character: str) -> str:

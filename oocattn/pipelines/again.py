@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from oocattn.pipelines.run import DatasetIdentity
 from oocattn.storage.inputs.origin import is_place, recorded_inputs
 from oocattn.storage.paths import STORE, ResultPaths
 from oocattn.storage.remote.options import StorageOptions, shown_options
-from oocattn.text import printable
+from oocattn.text import printable, shell_command
 
 
 def how_to_resume(paths: ResultPaths, dataset: DatasetIdentity | None, given: StorageOptions | None) -> str:
@@ -59,7 +58,7 @@ def _command(result: str, words: Sequence[str], options: Mapping[str, Any]) -> s
     words = ["oocattn", "resume", result, *words]
     for key, value in options.items():
         words += ["--storage-option", f"{key}={'...' if value is ... else _option_text(value)}"]
-    return shlex.join(words)
+    return shell_command(words)
 
 
 def _option_text(value: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from oocattn.shown import Shown
 from oocattn.storage.inputs.origin import Origin, named_inputs
 from oocattn.storage.results.rows import Damage
 from oocattn.storage.results.summary import FORMAT, Outcome, PlanRecord
+from oocattn.text import shell_command
 from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
 from oocattn.verification.text import certificate_text, checksum_lines, dataset_line, error_line, ledger_line
@@ -193,7 +193,7 @@ class Certificate(Shown):
             return f"oocattn.verify({self.result!r}, inputs=..., rows={self.asked}, seed={self.seed})"
         sample = ["--rows", str(self.asked), "--seed", str(self.seed)]
         without = ["--no-checksums"] if any(array.state == "not checked" for array in self.arrays) else []
-        return shlex.join(["oocattn", "verify", self.result, *sample, *named, *without])
+        return shell_command(["oocattn", "verify", self.result, *sample, *named, *without])
 
     def to_json(self) -> dict[str, Any]:
         """The certificate as JSON-ready values, with what follows from them."""

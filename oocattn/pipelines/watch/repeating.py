@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from oocattn.problem.recorded import RecordedCall
 from oocattn.storage.files.folders import is_taken
 from oocattn.storage.inputs.origin import Origin, is_place, named_inputs
 from oocattn.storage.nodes import group_attributes
-from oocattn.text import printable
+from oocattn.text import printable, shell_command
 
 MOST_NUMBERS = 32
 """Numbers of an array argument that are written out; of a longer one the command says where to take it from."""
@@ -45,7 +44,7 @@ def command_again(
     if longer:
         arrays = "arrays" if len(longer) > 1 else "an array"
         notes.append(f"--{' and --'.join(longer).replace('_', '-')}: {arrays} of the result's group, by the same name")
-    return printable("  # ".join([shlex.join(words), *(["; ".join(notes)] if notes else [])]))
+    return printable("  # ".join([shell_command(words), *(["; ".join(notes)] if notes else [])]))
 
 
 def planned_of(run: Run) -> Planned:
