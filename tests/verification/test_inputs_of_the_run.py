@@ -19,6 +19,7 @@ import oocattn
 from oocattn.cli.main import main
 from oocattn.errors import IntegrityError
 from oocattn.storage.inputs.opening import open_inputs
+from oocattn.storage.inputs.values import sample
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.summary import ResultAttributes
 from oocattn.verification.identity import fingerprint_like
@@ -84,6 +85,19 @@ def test_tensors_from_memory_are_known_in_files_also_without_an_axis_of_one_batc
         "passed, the rows alone: not all checksums were compared",
         True,
     )
+
+
+def test_every_row_of_a_small_tensor_is_compared_however_many_heads_it_has(tmp_path: Path) -> None:
+    q, k, v = normal_arrays(1, heads=256, kv_heads=256, dtype="float32", seed=4)
+    names = {name: tmp_path / f"{name}.npy" for name in "qkv"}
+    for name, each in zip("qkv", (q, k, v), strict=True):
+        np.save(names[name], each)
+    recorded = sample(open_inputs(names).arrays["q"])
+    for head in range(256):
+        other = q.copy()
+        other[0, head, 0, 3] += np.float32(1e-6)
+        assert sample(open_inputs({"q": other, "k": k, "v": v}).arrays["q"]) != recorded, f"head {head}"
+    assert sample(open_inputs({"q": q, "k": k, "v": v}).arrays["q"]) == recorded
 
 
 def touch(dataset: Path) -> None:
