@@ -50,7 +50,8 @@ class RecordedLayer:
                 array = create_array(group, part, tuple(tensor.shape), _dtype(tensor), dimensions=dimensions[part])
                 fill_array(array, _rows(part, tensor))
             if sinks is not None:
-                group.create_array(LEARNABLE_SINK, data=sinks.detach().float().numpy(force=True))
+                numbers = sinks.detach().float().numpy(force=True)
+                group.create_array(LEARNABLE_SINK, data=numbers, config={"write_empty_chunks": True})  # also zeros alone
 
     def append(self, tensors: Tensors, call: RecordedCall) -> None:
         """Append the new tokens of a call. Raises ProblemError, and writes nothing, where they do not go on from here."""

@@ -60,6 +60,15 @@ def test_a_mask_that_is_no_band_is_not_recorded_and_a_warning_says_so(
     assert oocattn.plan(fast_path / "store.zarr/layer-0", seqused_k=[TOKENS, TOKENS - 7]).problem.pairs
 
 
+def test_sinks_that_are_all_zero_are_recorded(fast_path: Path) -> None:
+    model = make_model("GptOss")
+    model.set_attn_implementation("eager")
+    model.model.layers[0].self_attn.sinks.data.zero_()
+    with oocattn.integrations.transformers.capture(model, fast_path / "store.zarr", layers=[0]):
+        model(make_ids())
+    assert "learnable sinks, of the dataset" in str(oocattn.plan(fast_path / "store.zarr/layer-0"))
+
+
 def test_a_recording_needs_no_gradient_to_be_off_and_a_layer_that_failed_is_recorded_anew(
     fast_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
