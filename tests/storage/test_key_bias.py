@@ -98,6 +98,19 @@ def test_axes_of_a_key_bias_that_are_left_out_or_1_are_shared(
         np.testing.assert_array_equal(read(dataset, entry, head, 5, 35), whole[entry, head, 5:35])
 
 
+@pytest.mark.parametrize("batch", [2, HEADS])
+def test_a_key_bias_that_all_heads_share_is_known_by_its_dimension_names(tmp_path: Path, batch: int) -> None:
+    """Also where there are as many batch entries as heads, and nothing but the names tells."""
+    bias = numbers(batch, TOKENS)
+    path = write(tmp_path / "d", batch=batch)
+    zarr.create_array(path, name="key_bias", data=bias, dimension_names=("batch", "key_token"))
+    for given in (path, {name: path / name for name in ("q", "k", "v", "key_bias")}):
+        dataset = open_inputs(given)
+        assert pose(dataset, ProblemOptions()).bias_heads == 1
+        for entry in range(batch):
+            np.testing.assert_array_equal(read(dataset, entry, 0, 5, 35), bias[entry, 5:35])
+
+
 def test_a_key_bias_that_batch_entries_share_is_computed_counted_and_verified_once(fast_path: Path) -> None:
     arrays, bias = normal_arrays(TOKENS, heads=HEADS, kv_heads=2, batch=2), numbers(TOKENS)
     bias[5] = 0

@@ -69,7 +69,9 @@ def believed_order(name: str, names: DimensionNames) -> str | None:
     """The only order of axes that dimension names allow: of "q", "k" or "v", of "qkv", or of "key_bias"."""
     if name == "qkv":
         return _order(names, "bn3hd" if len(names) > 3 else "bnf")
-    return _order(names, "bhn" if name == KEY_BIAS else "bhnd")
+    if name == KEY_BIAS:
+        return _order(names, "bhn") or _order(names, "bn")  # all heads may share it
+    return _order(names, "bhnd")
 
 
 def order_by_names(name: str, label: str, named: Sequence[DimensionNames]) -> str | None:
@@ -85,7 +87,7 @@ def order_by_names(name: str, label: str, named: Sequence[DimensionNames]) -> st
         return next(iter(told), None)
     words = " and ".join(f"{_letters(order)} ({', '.join(map(str, names))})" for order, names in told.items())
     meant = "batch, tokens, q k v, heads, dimension; features" if name == "qkv" else "batch, heads, tokens, dimension"
-    expected = "[B, H, N] or [H, N]" if name == KEY_BIAS else f"one of {', '.join(layouts)} ({meant})"
+    expected = "[B, H, N], [H, N] or [B, N]" if name == KEY_BIAS else f"one of {', '.join(layouts)} ({meant})"
     raise ProblemError(
         f"the dimension names of {label} say that it is {words}: expected {expected}; write it transposed, or correct the "
         "names if they are wrong"
