@@ -21,9 +21,13 @@ from zarr.storage import FsspecStore, LoggingStore, MemoryStore, ZipStore
 import oocattn
 from oocattn import IntegrityError, ProblemError, Result
 from oocattn.cli.main import main
+from oocattn.pipelines.run import DatasetIdentity
+from oocattn.records import from_json, to_json
+from oocattn.storage.inputs.axes import BHND, Axes
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.storage.inputs.opening import open_inputs, open_recorded
 from oocattn.storage.inputs.origin import Numbers, Origin, command_options
+from oocattn.storage.results.summary import DatasetRecord
 
 PINNED: dict[str, Any] = {"chunks": 3, "decomposition": "cqs", "kernel": "cpu", "host_memory": "64MiB", "engine": "inline"}
 
@@ -232,14 +236,45 @@ def test_maps_of_files_resume_by_themselves(fast_path: Path, expected: Result) -
         (Numbers("<f4", 1, (1, 1, 4, 2), (32, 32, 8, 4)), "has 32 bytes, expected at least 33: it was cut short"),
         (Numbers("<f4", 0, (1, 1, 4, 2), (32, 32, 16, 4)), "has 32 bytes, expected at least 56: it was cut short"),
         (Numbers("<f4", 0, (1, 1, 4, 2), (32, 8, 4)), "expected as many"),
+        (Numbers("<f4", 0, (1, 4, 2), (32, 8, 4)), "expected as many"),
     ],
-    ids=["offset", "strides", "rank"],
+    ids=["offset", "strides", "rank", "axes"],
 )
 def test_a_record_of_more_than_a_file_has_is_refused(fast_path: Path, numbers: Numbers, words: str) -> None:
     (fast_path / "k.bin").write_bytes(bytes(32))
     origins = {"k": Origin("raw", str(fast_path / "k.bin"), numbers=numbers)}
     with pytest.raises(IntegrityError, match=words):
         open_recorded("", origins, None)
+
+
+def test_a_file_of_another_rank_than_the_run_read_is_refused(fast_path: Path) -> None:
+    np.save(fast_path / "k.npy", np.zeros((4, 2), "float32"))
+    origins = {"k": Origin("npy", str(fast_path / "k.npy"))}
+    with pytest.raises(IntegrityError, match=r"^k .*k\.npy\) has shape \[4, 2\] now: expected the axes bhnd"):
+        open_recorded("", origins, None)
+
+
+@pytest.mark.parametrize("names", ["kv", "qkvx", "x"])
+@pytest.mark.parametrize("record", [DatasetRecord, DatasetIdentity])
+def test_a_record_of_other_tensors_than_q_k_and_v_is_not_believed(record: type[Any], names: str) -> None:
+    origin = {"kind": "npy", "location": "/k.npy", "tensor": "", "axes": to_json(BHND)}
+    content = {"location": "/", "fingerprint": "", "within_run": "", "tensors": dict.fromkeys(names, origin)}
+    content = {name: each for name, each in content.items() if name in record.__dataclass_fields__}
+    with pytest.raises(ValueError, match="expected q, k and v, and perhaps key_bias"):
+        from_json(record, content)
+    assert from_json(record, {**content, "tensors": dict.fromkeys("qkv", origin)}).tensors.keys() == {*"qkv"}
+
+
+@pytest.mark.parametrize("order", ["bhhd", "bhd", "dddd"])
+def test_axes_that_are_recorded_twice_or_without_tokens_are_not_believed(order: str) -> None:
+    with pytest.raises(ValueError, match=f"the order of axes is {order}: expected n, and each letter once"):
+        from_json(Axes, {**to_json(BHND), "order": order})
+
+
+def test_a_dataset_of_another_length_is_not_the_results(fast_path: Path, expected: Result) -> None:
+    shorter = {name: each[:, :, :-1] for name, each in TENSORS.items()}
+    with pytest.raises(ProblemError, match=r"poses another problem than the result's \(queries \d+, now \d+"):
+        oocattn.verify(expected.path, inputs=shorter)
 
 
 def test_numbers_that_change_while_they_are_read_are_noticed(fast_path: Path) -> None:

@@ -16,7 +16,7 @@ from oocattn.planning.plan import Plan
 from oocattn.planning.stored_plan import read_plan
 from oocattn.problem.calls import ScratchBytes
 from oocattn.records import ADDED, Range, Seconds, from_json, to_json
-from oocattn.storage.inputs.origin import Origin
+from oocattn.storage.inputs.origin import Origin, check_origins
 from oocattn.storage.journal.journal import Journal, identity, read_header
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arguments import read_given
@@ -45,6 +45,9 @@ class DatasetIdentity:
     fingerprint: str
     within_run: str
     samples: Annotated[str, ADDED] = ""
+
+    def __post_init__(self) -> None:
+        check_origins(self.tensors)
 
 
 @dataclass(frozen=True)

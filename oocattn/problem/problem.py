@@ -267,7 +267,7 @@ class Problem:
             prefix=self.prefix,
             sink_tokens=self.sink_tokens,
             softcap=self.softcap,
-            queries=self.rows_asked,
+            queries=None if self.rows_asked == (0, self.queries) else self.rows_asked,
             heads=self.heads,
             key_bias=bool(self.bias_heads),
             given=self.given,

@@ -37,6 +37,10 @@ class Axes:
     heads: Count = 0
     head_dim: Count = 0
 
+    def __post_init__(self) -> None:
+        if "n" not in self.order or len({*self.order}) != len(self.order):
+            raise ValueError(f"the order of axes is {self.order}: expected n, and each letter once")
+
     @property
     def row_rank(self) -> int:
         """The rank of what one token of a head has: 1, or 0 of a key bias."""

@@ -202,11 +202,14 @@ def pose(dataset: Dataset, options: ProblemOptions) -> Problem:
 
 def check_poses(dataset: Dataset, problem: Problem, whose: str) -> None:
     """Raise ProblemError where a dataset poses another problem than `problem`, of a "run" or a "result" (`whose`)."""
-    posed = pose(dataset, problem.options)
+    advice = f"name the dataset that the run read, with {naming.named('inputs')}"
+    try:
+        posed = pose(dataset, problem.options)
+    except ProblemError as error:
+        raise ProblemError(f"{dataset.location} does not pose the {whose}'s problem: {advice} ({error})") from None
     if posed != problem:
         raise ProblemError(
-            f"{dataset.location} poses another problem than the {whose}'s ({differences(problem, posed)}): name the dataset "
-            f"that the run read, with {naming.named('inputs')}"
+            f"{dataset.location} poses another problem than the {whose}'s ({differences(problem, posed)}): {advice}"
         )
 
 

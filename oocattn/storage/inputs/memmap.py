@@ -49,8 +49,11 @@ def open_raw(name: str, origin: Origin, path: Path) -> TensorSource:
     except (FileNotFoundError, NotADirectoryError):
         raise ProblemError(f"{name}: there is no file {path}") from None
     stamp, numbers = (status.st_size, status.st_mtime_ns), origin.numbers
-    if len(numbers.shape) != len(numbers.strides):
-        raise IntegrityError(f"{name}: its record has shape {numbers.shape} and strides {numbers.strides}: expected as many")
+    if not len(numbers.shape) == len(numbers.strides) == len(origin.axes.order):
+        raise IntegrityError(
+            f"{name}: its record has shape {numbers.shape}, strides {numbers.strides} and the axes {origin.axes.order}: "
+            "expected as many of each"
+        )
     last = sum((size - 1) * stride for size, stride in zip(numbers.shape, numbers.strides, strict=True))
     end = numbers.offset + last + dtype.itemsize
     if status.st_size < end:

@@ -140,10 +140,16 @@ def open_recorded(
 
 
 def _open_origin(name: str, place: Location, origin: Origin) -> TensorSource:
-    """The tensor of a record, at its local path."""
+    """The tensor of a record, at its local path. Raises IntegrityError where it has other axes now."""
     if origin.numbers is not None:
         return open_raw(name, origin, Path(str(place)))
-    return open_tensor(name, f"{place}:{origin.tensor}" if origin.tensor else str(place)).source(name, origin.axes)
+    found = open_tensor(name, f"{place}:{origin.tensor}" if origin.tensor else str(place))
+    if len(found.shape) != len(origin.axes.order):
+        raise IntegrityError(
+            f"{name} ({found.label}) has shape {list(found.shape)} now: expected the axes {origin.axes.order}, as the run "
+            f"read it; if it was moved, say where with {naming.named('inputs')}"
+        )
+    return found.source(name, origin.axes)
 
 
 def open_tensor(name: str, typed: object, storage_options: StorageOptions | None = None) -> Opened:

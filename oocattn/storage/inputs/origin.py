@@ -57,6 +57,12 @@ class Origin:
         return replace(self, kind=self.kind if self.kind.startswith("zarr") else "memory", axes=BHND)
 
 
+def check_origins(origins: Mapping[str, Origin]) -> None:
+    """Raise ValueError where a record names tensors one by one, but not q, k and v, and perhaps a key bias."""
+    if origins and origins.keys() | {KEY_BIAS} != {"q", "k", "v", KEY_BIAS}:
+        raise ValueError(f"tensors are {sorted(origins)!s:.80}, expected q, k and v, and perhaps {KEY_BIAS}")
+
+
 def recorded_inputs(location: str, origins: Mapping[str, Origin]) -> list[str] | None:
     """The options by which the command line names the inputs of a record again, none where it finds them by itself.
 

@@ -11,7 +11,7 @@ from oocattn.errors import IntegrityError
 from oocattn.pins import Pins
 from oocattn.problem.problem import Problem, read_problem
 from oocattn.records import ADDED, Excerpt, Positive, from_json
-from oocattn.storage.inputs.origin import Origin
+from oocattn.storage.inputs.origin import Origin, check_origins
 from oocattn.storage.paths import CERTIFICATE, ResultPaths
 from oocattn.storage.results.arguments import read_given
 from oocattn.storage.results.checksums import read_bits, result_digest
@@ -35,6 +35,9 @@ class DatasetRecord:
     fingerprint: str
     tensors: Annotated[Mapping[str, Origin], ADDED] = field(default_factory=dict)
     samples: Annotated[str, ADDED] = ""
+
+    def __post_init__(self) -> None:
+        check_origins(self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
