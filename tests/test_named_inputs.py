@@ -130,8 +130,9 @@ def test_the_command_takes_and_shows_a_layout_for_each_tensor(fast_path: Path, e
     assert main(["import", str(fast_path / "dataset.zarr"), *options]) == 0
     for name in "qkv":
         np.testing.assert_array_equal(zarr.open_array(fast_path / "dataset.zarr", path=name)[...], TENSORS[name])
-    with pytest.raises(SystemExit, match="2"):
-        main(["plan", *options[2:], "--layout", "q=bnhd,k=abcd"])
+    for wrong in ("q=bnhd,k=abcd", "q=bnhd,q=bhnd", "q=bnhd,bhnd"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", *options[2:], "--layout", wrong])
 
 
 @pytest.mark.parametrize("order", ["bhnd", "bnhd", "nbhd"])

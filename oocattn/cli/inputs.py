@@ -68,9 +68,10 @@ def add_layout(add: Callable[..., Any], *more: str) -> None:
 
 def _layout(known: Sequence[str], text: str) -> str | dict[str, str]:
     """The order of axes for all tensors, or of each."""
-    found = dict(each.partition("=")[::2] for each in text.split(",")) if "=" in text else {"": text}
-    for name, order in found.items():
-        if name not in ("", *TENSORS) or order not in known:
+    parts = [each.partition("=")[::2] for each in text.split(",")] if "=" in text else [("", text)]
+    found = dict(parts)
+    for name, order in parts:
+        if name not in ("", *TENSORS) or order not in known or len(found) < len(parts):
             raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(known)}, or such as q=bnhd,k=bhnd")
     return found.get("", found)
 
