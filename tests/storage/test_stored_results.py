@@ -23,6 +23,7 @@ from oocattn.cli.main import main
 from oocattn.errors import IntegrityError, LockedError, ProblemError, ResultExistsError, TaskError
 from oocattn.pipelines import failing
 from oocattn.storage.journal import store_lock
+from oocattn.storage.journal.store_lock import StoreLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote import transient
 from oocattn.storage.results.stored import stored_result
@@ -166,6 +167,11 @@ def test_a_run_of_another_folder_is_refused_unless_it_is_to_be_replaced(
     assert not list(elsewhere.iterdir())
     found = oocattn.status(**place)
     assert (found.state, str(here) in found.error) == ("interrupted", True)
+    beside = paths_of(place).beside
+    assert beside is not None
+    with StoreLock(beside, "there"):
+        found = oocattn.status(**place)
+        assert (found.state, str(here) in found.holder) == ("running", True)
     assert_same_bits(carry_out(plan, dataset, paths_of(place), overwrite=True), right)
     monkeypatch.chdir(here)
     with pytest.raises(ResultExistsError, match="is not the place of the unfinished run in"):

@@ -37,7 +37,8 @@ def run_elsewhere(paths: ResultPaths) -> dict[str, Any]:
 
     holder, mark = _holder_in_store(paths), mark_of_other(paths)
     if holder is not None:
-        return {"state": "running", "holder": f"{holder}, unless it has died"}
+        where = "" if mark is None else f", with its job state {describe_mark(mark)}"
+        return {"state": "running", "holder": f"{holder}, unless it has died{where}"}
     if mark is None:
         return {"state": "none"}
     return {"state": "interrupted", "error": f"its job state is {describe_mark(mark)}"}
