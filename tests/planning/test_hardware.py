@@ -15,6 +15,7 @@ import oocattn
 from oocattn import IntegrityError, ProblemError
 from oocattn.planning.reading import PIECE_BYTES, sample_rate
 from oocattn.problem.arrays import ArraySpec
+from oocattn.storage.inputs.axes import Axes
 
 SECONDS = 0.02
 
@@ -25,6 +26,7 @@ class ColdArray:
     dtype = np.dtype("float16")
     direct = True
     shared_heads = 1
+    axes = Axes("bhnd")
     spec = ArraySpec("q", (1, 1, 1 << 19, 64), "float16")
 
     disk = threading.Lock()
@@ -41,7 +43,7 @@ class ColdArray:
 
 @pytest.mark.parametrize("names", ["q", "qkv"])
 def test_what_is_not_cached_is_measured_so(names: str) -> None:
-    arrays = {name: ColdArray() if name in names else SimpleNamespace(direct=False) for name in "qkv"}
+    arrays = {name: ColdArray() if name in names else SimpleNamespace(direct=False, axes=Axes("bhnd")) for name in "qkv"}
     dataset = SimpleNamespace(arrays=arrays)
     rate = sample_rate(dataset)
     assert 0.5 * PIECE_BYTES / SECONDS < rate <= 1.5 * PIECE_BYTES / SECONDS
