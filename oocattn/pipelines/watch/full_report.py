@@ -273,11 +273,14 @@ def _with_last_end(attempts: Attempts, status: Status, paths: ResultPaths) -> tu
     if status.state == "finished":
         words = "its process was killed as it had finished, before it said so"
         return (*others, replace(newest, end="finished", words=words))
-    last = status if status.state == "running" else None
+    running = status.state == "running"
+    if running and status.holder not in ("", newest.process):  # another process goes on, and has not written of itself yet
+        return (*others, replace(newest, end="killed"))
+    last = status if running else None
     with suppress(IntegrityError, OSError):
         last = last or last_written(paths.status)
     newest = newest if last is None else with_heartbeat(newest, last)
-    return (*others, newest if status.state == "running" else replace(newest, end="killed"))
+    return (*others, newest if running else replace(newest, end="killed"))
 
 
 def _recorded(paths: ResultPaths, status: Status, notes: list[str]) -> _Known:

@@ -241,6 +241,8 @@ def _by_type(error: BaseException) -> Failure | None:
     names = _names(error)
     if "aiohttp.TooManyRedirects" in names:
         return Failure(Kind.PERMANENT, "it redirects again and again", "check the URL")
+    if isinstance(error, TypeError) and "keyword argument" in str(error):
+        return Failure(Kind.PERMANENT, str(error), "check the names of the storage options")
     if isinstance(error, TimeoutError):
         return Failure(Kind.TRANSIENT, f"no answer in time ({error or type(error).__name__})")
     transient = isinstance(error, OSError) and (error.errno in _TRANSIENT_ERRNO or isinstance(error, socket.gaierror))

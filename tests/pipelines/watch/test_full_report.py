@@ -255,7 +255,9 @@ def test_the_report_of_an_event_has_no_result_yet(dataset: Path, result: Path) -
 def test_the_json_of_the_command_is_that_of_python(dataset: Path, result: Path, capsys: pytest.CaptureFixture[str]) -> None:
     carry_out(plan_for(dataset, chunks=3), dataset, result)
     capsys.readouterr()
+    kept = (state_of(result) / "full-report.json").stat().st_mtime_ns
     assert main(["report", str(result), "--json"]) == 0
+    assert (state_of(result) / "full-report.json").stat().st_mtime_ns == kept
     printed = json.loads(capsys.readouterr().out)
     assert printed == {**oocattn.report(result).to_json(), "made": printed["made"]}
     assert printed == json.loads((state_of(result) / "full-report.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -61,3 +62,18 @@ def test_a_run_that_ends_while_its_report_is_written_has_the_last_word(
     assert main(["report", str(result)]) == 0
     assert "finished in" in (state_of(result) / "report.html").read_text()
     assert json.loads((state_of(result) / "full-report.json").read_text())["status"]["state"] == "finished"
+
+
+def test_a_page_that_cannot_lie_beside_its_result_is_written_elsewhere(
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    carry_out(plan_for(dataset, chunks=3), dataset, result)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(result))
+
+    monkeypatch.setattr("oocattn.pipelines.watch.full_report.write_full_report", refuse)
+    assert main(["report", str(result)]) == 1
+    assert "--output FILE.html writes the page elsewhere" in capsys.readouterr().err
+    assert main(["report", str(result), "--output", str(result.with_name("page.html"))]) == 0
+    assert main(["report", str(result), "--json"]) == 0
