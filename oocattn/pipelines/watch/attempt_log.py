@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import socket
 import time
@@ -46,8 +45,10 @@ from oocattn.pipelines.watch.repeating import planned_of
 from oocattn.pipelines.watch.series import Covered, Highest, Rates
 from oocattn.pipelines.watch.status import last_written
 from oocattn.pipelines.watch.timeline import RESOURCES
+from oocattn.planning.timing import count_cores
 from oocattn.storage.files.durable import write_text
 from oocattn.storage.files.folders import remove_file
+from oocattn.storage.journal.claims import Holder
 from oocattn.storage.paths import ATTEMPTS
 from oocattn.text import printable
 from oocattn.units import format_bytes
@@ -118,13 +119,9 @@ class AttemptLog:
 
     def _add_task(self, event: TaskEvent) -> None:
         self._lanes.add(event.worker)
-        start, stop = event.stop, event.start
         for span in event.spans:
             self._covered.add(f"{span.resource}/{event.worker}", span.start, span.stop)
-            if span.start < start:
-                start = span.start
-            if span.stop > stop:
-                stop = span.stop
+        start, stop = event.extent
         self._add("copied_in", event.copied_in, start, stop)
         self._add("copied_out", event.copied_out, start, stop)
         match event:
@@ -152,7 +149,7 @@ class AttemptLog:
     def _add(self, name: str, amount: int, start: float, stop: float) -> None:
         if amount:
             self._totals[name] += amount
-            self._rates.add(name, amount, min(start, stop), max(start, stop))
+            self._rates.add(name, amount, start, stop)
 
     def _count(self, **more: int) -> None:
         self._counts.update({name: number for name, number in more.items() if number})
@@ -261,7 +258,7 @@ def _new_attempt(run: Run, event: Started) -> Attempt:
         seen=event.stop,
         end="",
         words="",
-        process=printable(f"process {os.getpid()} on host {socket.gethostname()}")[:_WORDS],
+        process=str(Holder.this_process())[:_WORDS],
         hardware=_hardware(run.computing),
         versions={"oocattn": "", **versions(), "python": platform.python_version()},
         lanes=0,
@@ -294,7 +291,7 @@ def _hardware(computing: Mapping[str, str]) -> dict[str, str]:
         "host": socket.gethostname(),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "processor": _processor(),
-        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
+        "cores": str(count_cores()),
         "memory": format_bytes(psutil.virtual_memory().total),
         **{name: value for name, value in computing.items() if name not in ("torch", "arithmetic")},
     }

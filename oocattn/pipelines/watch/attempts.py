@@ -16,6 +16,8 @@ from oocattn.pipelines.watch.series import MOST_BINS
 from oocattn.pipelines.watch.status_record import Status
 from oocattn.planning.plan import Plan
 from oocattn.records import ADDED, Count, Pattern, Positive, Range, Seconds, from_json, to_json
+from oocattn.storage.files.durable import read_json
+from oocattn.storage.files.folders import is_folder
 from oocattn.storage.paths import ATTEMPTS, ResultPaths
 
 FORMAT = 1
@@ -257,9 +259,6 @@ def _shortened(text: str, most: int) -> str:
 
 def _load(paths: ResultPaths) -> dict[str, Any] | None:
     """What is recorded: of a run to a store that is not over, in the folder of job state; else beside the result."""
-    from oocattn.storage.files.durable import read_json
-    from oocattn.storage.files.folders import is_folder
-
     here = paths.state_folder
     if paths.beside is not None and here is not None and is_folder(here):
         found = read_json(here / ATTEMPTS, MOST_BYTES)

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from oocattn.pipelines.watch.events import (
 from oocattn.pipelines.watch.pace import Pace
 from oocattn.pipelines.watch.pair_progress import PairProgress
 from oocattn.pipelines.watch.series import Busy, Rates
+from oocattn.pipelines.watch.timeline import RESOURCES
 from oocattn.planning.plan import Plan
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
@@ -48,7 +49,6 @@ MOST_LINES = 100  # of the log
 MOST_WORDS = 300  # characters of a line
 SCRATCH_SECONDS = 2.0  # between two looks at the disk
 
-RESOURCES: tuple[Resource, ...] = get_args(Resource)
 AMOUNTS = ("pairs", "read", "copied in", "copied out", "written", "saved")
 
 
@@ -113,14 +113,11 @@ class Board:
 
     def _add_task(self, event: TaskEvent) -> None:
         lane = self._busy.setdefault(event.worker, {})
-        start, stop = event.stop, event.start
         for span in event.spans:
             if span.resource not in lane:
                 lane[span.resource] = Busy()
             lane[span.resource].add(span.start, span.stop)
-            start, stop = min(start, span.start), max(stop, span.stop)
-        if not event.spans:
-            start, stop = event.start, event.stop
+        start, stop = event.extent
         self._rates.add("copied in", event.copied_in, start, stop)
         self._rates.add("copied out", event.copied_out, start, stop)
         match event:

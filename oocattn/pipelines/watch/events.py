@@ -156,6 +156,14 @@ class TaskEvent(Event):
     copied_in: int = 0
     copied_out: int = 0
 
+    @property
+    def extent(self) -> tuple[float, float]:
+        """When its work began and ended: the first and the last of its spans, or the task where it has none."""
+        if not self.spans:
+            return self.start, self.stop
+        starts, stops = [span.start for span in self.spans], [span.stop for span in self.spans]
+        return min(self.stop, *starts), max(self.start, *stops)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Staged(TaskEvent):

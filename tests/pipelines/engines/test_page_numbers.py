@@ -15,8 +15,7 @@ from support import Recorder, carry_out, normal_arrays, plan_for, write_dataset
 from oocattn import Event, Plan, clock
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.lane.lane import Lane
-from oocattn.pipelines.watch.board import RESOURCES
-from oocattn.pipelines.watch.timeline import busy_seconds
+from oocattn.pipelines.watch.timeline import RESOURCES, busy_seconds
 from oocattn.storage.paths import ResultPaths
 from oocattn.units import format_bytes
 

@@ -29,7 +29,7 @@ from tornado.web import RedirectHandler
 from oocattn.pipelines.engines.dask import page_words
 from oocattn.pipelines.engines.dask.page_figures import Lanes, Matrix, RateLines
 from oocattn.pipelines.engines.dask.runs import PAGE, UPDATE_SECONDS, Runs, pause_after
-from oocattn.pipelines.watch.board import RESOURCES
+from oocattn.pipelines.watch.timeline import RESOURCES
 
 FULL_WIDTH = ":host .bk-clearfix { display: block; width: 100%; }"  # else a text is as wide as its longest line
 NO_RUN = "<p>No run has told this scheduler of itself yet.</p>"
