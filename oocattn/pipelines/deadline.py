@@ -87,5 +87,5 @@ class Deadline:
 
     @property
     def silence_seconds(self) -> float:
-        """Seconds for which to wait for a worker that does not answer: there are two such waits as a run ends."""
+        """Seconds for which to wait for workers to answer as a run ends; one that did not is not waited for again."""
         return max(LEAST_SILENCE_SECONDS, min(SILENCE_SECONDS, (self._at - clock.now()) / 2))

@@ -199,7 +199,7 @@ class AttemptLog:
         ]
         return OverTime(
             width=width,
-            rates={name: tuple(float(f"{rate:.4g}") for rate in rates[name]) for name in AMOUNTS if any(rates[name])},
+            rates={name: tuple(float(f"{rate:.4g}") for rate in rates[name]) for name in AMOUNTS},
             host=self._host.values(width),
             device=self._device.values(width),
             busy=tuple(rows if len(self._lanes) <= MOST_LANES else _means(rows, len(self._lanes))),
@@ -263,6 +263,7 @@ def _new_attempt(run: Run, event: Started) -> Attempt:
         versions={"oocattn": "", **versions(), "python": platform.python_version()},
         lanes=0,
         subproblems_before=event.plan.subproblems - event.left,
+        pairs_before=event.plan.problem.pairs - event.pairs_left,
         subproblems=0,
         pairs=0,
         bytes_read=0,
@@ -279,7 +280,6 @@ def _new_attempt(run: Run, event: Started) -> Attempt:
         busy={},
         log=(),
         over_time=None,
-        pairs_before=event.plan.problem.pairs - event.pairs_left,
     )
 
 

@@ -15,7 +15,7 @@ from oocattn.pipelines.watch.events import Resource
 from oocattn.pipelines.watch.series import MOST_BINS
 from oocattn.pipelines.watch.status_record import Status
 from oocattn.planning.plan import Plan
-from oocattn.records import ADDED, Count, Pattern, Positive, Range, Seconds, from_json, to_json
+from oocattn.records import Count, Pattern, Positive, Range, Seconds, from_json, to_json
 from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.paths import ATTEMPTS, ResultPaths
@@ -157,6 +157,7 @@ class Attempt:
     versions: Mapping[str, Text]
     lanes: Count
     subproblems_before: Count
+    pairs_before: Count
     subproblems: Count
     pairs: Count
     bytes_read: Count
@@ -173,7 +174,6 @@ class Attempt:
     busy: Mapping[str, Seconds]
     log: tuple[LogLine, ...]
     over_time: OverTime | None
-    pairs_before: Annotated[Count | None, ADDED] = None
 
     @property
     def seconds(self) -> float:
@@ -240,12 +240,11 @@ def with_heartbeat(attempt: Attempt, last: Status) -> Attempt:
     """An attempt whose end nobody has recorded, with what its process wrote last into the file of its status."""
     if last.beat < attempt.seen:
         return attempt
-    before = attempt.pairs_before  # None of an older version
     return replace(
         attempt,
         seen=last.beat,
         subproblems=max(attempt.subproblems, last.subproblems_done - attempt.subproblems_before),
-        pairs=attempt.pairs if before is None else max(attempt.pairs, last.pairs_done - before),
+        pairs=max(attempt.pairs, last.pairs_done - attempt.pairs_before),
         bytes_read=max(attempt.bytes_read, last.bytes_read),
         bytes_written=max(attempt.bytes_written, last.bytes_written),
         bytes_saved=max(attempt.bytes_saved, last.bytes_saved),

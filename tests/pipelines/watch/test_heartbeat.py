@@ -211,4 +211,3 @@ def test_the_last_heartbeat_of_a_killed_attempt_counts_its_pairs(dataset: Path, 
     beaten = Status("running", pairs=1000, pairs_done=400, beat=attempt.seen + 1)
     assert with_heartbeat(recorded, beaten).pairs == 300
     assert with_heartbeat(recorded, replace(beaten, pairs_done=120)).pairs == 50
-    assert with_heartbeat(replace(recorded, pairs_before=None), beaten).pairs == 50  # of an older version

@@ -127,7 +127,8 @@ class DaskLanes(Lanes):
         self._graphs = GraphMaker(self._name, self.workers)
         self._futures: dict[TaskId, Future[TaskEvent | None]] = {}
         self._inquiry = Inquiry(self._name, client)
-        self._answering: list[str] = []  # as the run ends
+        self._stopping: list[str] = []  # as the run ends
+        self._silent: set[str] = set()  # those that did not answer then
         self._beats = LaneBeats()
 
     @property
@@ -191,46 +192,47 @@ class DaskLanes(Lanes):
 
     def stop(self, seconds: float) -> None:
         silence = self._deadline.silence_seconds
-        self._answering = self._living_workers(silence)
-        if not self._answering:
+        self._stopping = self._living_workers(silence)
+        if not self._stopping:
             return
         with warn_of_failure("some tasks may still run"):
             futures = list(self._futures.values())
             answer(self._client, lambda: self._client.cancel(futures, force=True, reason="the run has ended"), silence)
         until = time.monotonic() + seconds
-        while any(self._ask_stopped(stop, silence)):
+        while any(self._ask_again(stop, silence)):
             if time.monotonic() > until:
                 logger.warning(NOT_STOPPED)
                 break
             time.sleep(PAUSE_SECONDS)
 
     def save(self) -> int:
-        return sum(self._ask_stopped(save, SAVING_SECONDS))
+        return sum(self._ask_again(save, SAVING_SECONDS))
 
     def close(self, seconds: float) -> None:
-        self._ask(close_lane, workers := self._living_workers(seconds), seconds, NOT_CLOSED)
+        workers = self._living_workers(seconds)
+        self._ask(close_lane, workers, seconds, NOT_CLOSED)
         if workers:
             with suppress(Exception):  # the scheduler is gone, or silent
                 answer(self._client, lambda: self._client.run_on_scheduler(leave_groups, self._name), seconds)
         with suppress(Exception):  # the client is closed
             self._client.unsubscribe_topic(plugin_name(self._name))
 
-    def _ask_stopped(self, function: Callable[..., object], seconds: float) -> list[int]:
+    def _ask_again(self, function: Callable[..., object], seconds: float) -> list[int]:
         """A function's results on the workers that have answered so far."""
-        found = self._ask(function, self._answering, seconds, NOT_SAVED)
-        self._answering = list(found)
-        return list(found.values())
+        answering = [address for address in self._stopping if address not in self._silent]
+        return self._ask(function, answering, seconds, NOT_SAVED)
 
-    def _ask(
-        self, function: Callable[..., object], workers: Collection[str], seconds: float, consequence: str
-    ) -> dict[str, int]:
-        """A function's results by worker."""
+    def _ask(self, function: Callable[..., object], workers: Collection[str], seconds: float, consequence: str) -> list[int]:
+        """A function's results; a worker that was silent before is told, but not waited for."""
 
         async def ask(address: str) -> int:
             return int((await self._client.run(function, self._name, workers=[address]))[address])
 
         calls = {address: begin(self._client, partial(ask, address)) for address in workers}
-        return collect_answers(calls, seconds, consequence)
+        expected_calls = {address: call for address, call in calls.items() if address not in self._silent}
+        found = collect_answers(expected_calls, seconds, consequence)
+        self._silent |= calls.keys() - found.keys()
+        return list(found.values())
 
     def _living_workers(self, seconds: float) -> list[str]:
         """The workers still there; none without a scheduler, or in a fork."""
