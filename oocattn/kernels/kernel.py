@@ -26,7 +26,9 @@ class Operands:
     relative to the first (`make_intervals`); None: all. n and m may be 0: then there is nothing to attend. `slopes`: one
     of each head, for ALiBi; then `intervals` are given, for the rows' positions. `key_bias` [g, m] or [1, m], float32, is
     added to the scores. `attended`: called by kernels of the CPU, from any thread, with the pairs of a head that they have
-    attended since they called it; about as many as there are.
+    attended since they called it; about as many as there are. `shift` [g, n] and `projection` [Dv, W], float32, are of a
+    second pass: scores are taken less the row's shift, with 0 as the state's maximum, and values times the projection, which
+    the state has W columns for. They are for kernels that take `shifted` scores.
     """
 
     query: torch.Tensor
@@ -37,6 +39,8 @@ class Operands:
     slopes: tuple[float, ...] | None = None
     key_bias: torch.Tensor | None = None
     attended: Callable[[int], object] | None = None
+    shift: torch.Tensor | None = None
+    projection: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         query, key, value, intervals = self.query, self.key, self.value, self.intervals
@@ -94,7 +98,8 @@ class Operands:
         of_rows, of_keys = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
         bias = None if self.key_bias is None else self.key_bias[:, of_keys]
         tensors = self.query[:, of_rows], self.key[of_keys], self.value[of_keys]
-        return Operands(*tensors, self.scores, intervals, self.slopes, bias)
+        shift = None if self.shift is None else self.shift[:, of_rows]
+        return Operands(*tensors, self.scores, intervals, self.slopes, bias, None, shift, self.projection)
 
     def tell_rows(self, rows: range) -> None:
         """Say that all pairs of some rows are attended."""
@@ -104,7 +109,8 @@ class Operands:
 
     def check(self, state: AttentionState) -> None:
         """Raise ValueError for the state of other rows, heads or columns."""
-        expected = (*self.query.shape[:2], self.value.shape[1])
+        columns = self.value if self.projection is None else self.projection
+        expected = (*self.query.shape[:2], columns.shape[1])
         if state.num.shape != expected:
             raise ValueError(f"state of {list(state.num.shape)}: expected {list(expected)}")
 
@@ -123,6 +129,9 @@ class Kernel(ABC):
 
     plans_shapes = False
     """True if the first call of each shape takes far longer than the next."""
+
+    shifted = False
+    """True if it is one for second passes: operands have a shift and a projection."""
 
     rounds_weights = False
     """True if softmax weights are rounded to the inputs' dtype; `verify` allows more."""
