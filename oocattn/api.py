@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -17,6 +18,7 @@ from oocattn.pipelines import session
 from oocattn.pipelines.engines import DASHBOARD, ENGINES
 from oocattn.pipelines.existing import Request, open_result, result_at
 from oocattn.pipelines.result import Result
+from oocattn.pipelines.second_pass import FirstPass, PassResult, second_pass
 from oocattn.pipelines.session import Resuming
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
@@ -230,8 +232,9 @@ def open(result: ResultLike, *, scratch: str | Path | None = None, storage_optio
     seed=arguments.integer(0, MOST_SEED),
     host_memory=arguments.size,
     checksums=arguments.boolean,
+    all_rows=arguments.boolean,
     scratch=arguments.path,
-    storage_options=parse_options,
+    **RUN_OPTIONS,
 )
 def verify(
     result: ResultLike,
@@ -241,6 +244,13 @@ def verify(
     inputs: InputsLike | None = None,
     host_memory: Size | None = None,
     checksums: bool = True,
+    all_rows: bool = False,
+    time_limit: Duration | None = None,
+    engine: Engine = "dask",
+    client: Client | None = None,
+    dashboard_address: str = DASHBOARD,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = False,
     scratch: str | Path | None = None,
     storage_options: StorageOptions | None = None,
 ) -> Certificate:
@@ -250,8 +260,11 @@ def verify(
     turns. The others are drawn uniformly from all rows, and of those the certificate says what they show. Which they are
     follows from `seed`. The keys that they attend are streamed, and `out` and `lse` read, within `host_memory` bytes
     (default: half of the free memory); `checksums=False` reads the sampled rows alone. `inputs` names them if they were
-    moved. The certificate is written to certificate.json and certificate.html in the folder RESULT.oocattn, or of a Zarr
-    store in `scratch`; where it cannot be, a warning says so. A full report that the run wrote there is made again with it.
+    moved. `all_rows` checks every row: a second pass over all pairs, on the CPU, computes the sum of each row's weights and
+    the products of `out` with random sign vectors of `seed`, and rows that seem wrong are recomputed in float64. The options
+    from `time_limit` to `progress` are those of `attention` for that pass, which goes on where it was cut off. The
+    certificate is written to certificate.json and certificate.html in the folder RESULT.oocattn, or of a Zarr store in
+    `scratch`; where it cannot be, a warning says so. A full report that the run wrote there is made again with it.
 
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.
@@ -261,19 +274,19 @@ def verify(
     from oocattn.verification.certify import certify  # `plan` does not need it
 
     named = None if inputs is None else parse_inputs(inputs)
-    paths = ResultPaths.at(result, scratch, storage_options=storage_options)
-    found = result_at(paths)
-    with keep_denormals():
-        certificate = certify(
-            paths,
-            ResultArrays(found.out, found.lse),
-            rows=rows,
-            seed=seed,
-            inputs=named,
-            host_memory=default_host_memory() if host_memory is None else int(host_memory),
-            checksums=checksums,
-            storage_options=storage_options,
-        )
+    until, workplace = _end(time_limit), Workplace(engine, client, dashboard_address)
+    budget = default_host_memory() if host_memory is None else int(host_memory)
+    chosen: Any = {"rows": rows, "seed": seed, "checksums": checksums, "storage_options": storage_options}
+    with limited(until):
+        paths = ResultPaths.at(result, scratch, storage_options=storage_options)
+        found = result_at(paths)
+        arrays = ResultArrays(found.out, found.lse)
+        passed: AbstractContextManager[PassResult | None] = nullcontext()
+        if all_rows:
+            first, listeners = FirstPass.open(paths, arrays, named, storage_options), _listeners(callbacks, progress)
+            passed = second_pass(first, seed, budget, workplace, listeners, until)
+        with passed as of_all_rows, keep_denormals():
+            certificate = certify(paths, arrays, inputs=named, host_memory=budget, all_rows=of_all_rows, **chosen)
     if certificate.files:
         renew_full_report(paths)
     return certificate

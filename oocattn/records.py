@@ -38,6 +38,10 @@ ADDED = object()
 """The annotation of a field that older versions did not write: where it is missing, it has its default."""
 
 
+OMITTED = object()
+"""The annotation of a field that is written only where it is not None: records without it are those of older versions."""
+
+
 UNRECORDED = object()
 """The annotation of a field that is not written to JSON: what is read has its default."""
 
@@ -90,7 +94,8 @@ def _refuse_constant(name: str) -> NoReturn:
 def to_json(value: Any) -> Any:
     """Convert a value to JSON-ready ones."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: to_json(getattr(value, name)) for name in _hints(type(value))[0]}
+        found = {name: (getattr(value, name), hint) for name, hint in _hints(type(value))[0].items()}
+        return {name: to_json(item) for name, (item, hint) in found.items() if item is not None or not _is(OMITTED, hint)}
     if isinstance(value, Mapping):
         return {str(name): to_json(item) for name, item in value.items()}
     if isinstance(value, tuple):
@@ -126,8 +131,13 @@ def _hints(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
     """A record's field types by name, and the names of required fields."""
     hints = get_type_hints(kind, include_extras=True)
     own: dict[str, Any] = {field.name: hints[field.name] for field in fields(kind)}
-    own = {name: hint for name, hint in own.items() if UNRECORDED not in get_args(hint)}
-    return own, frozenset(name for name, hint in own.items() if ADDED not in get_args(hint))
+    own = {name: hint for name, hint in own.items() if not _is(UNRECORDED, hint)}
+    return own, frozenset(name for name, hint in own.items() if not (_is(ADDED, hint) or _is(OMITTED, hint)))
+
+
+def _is(annotation: object, hint: Any) -> bool:
+    """Whether a field has this annotation."""
+    return annotation in get_args(hint)
 
 
 def differences(before: object, now: object) -> str:

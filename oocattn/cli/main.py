@@ -7,24 +7,25 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import oocattn
 from oocattn import clock
+from oocattn.cli.carrying_out import PlanPrinter, carrying_out
 from oocattn.cli.documents import document_alone, show
-from oocattn.cli.exit_codes import DONE, FAILED, INCONCLUSIVE, TIME_LIMIT
+from oocattn.cli.exit_codes import DONE, FAILED, TIME_LIMIT
 from oocattn.cli.inputs import are_ahead, are_apart, given_inputs, given_storage_options, moved_inputs
 from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.cli.reporting import report
 from oocattn.cli.signals import Signals
 from oocattn.cli.usage import check_words
+from oocattn.cli.verifying import verify
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
 from oocattn.imports import in_some_folder
 from oocattn.kernels.registry import get_kernel
 from oocattn.naming import on_command_line
-from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.pipelines.watch.history import describe_history
 from oocattn.planning.ahead import AHEAD_OPTIONS, estimated_scratch
 from oocattn.planning.what_if import table, what_if
@@ -37,7 +38,7 @@ from oocattn.storage.remote.limits import Limit, limited
 from oocattn.text import printable
 
 if TYPE_CHECKING:
-    from distributed import Client
+    pass
 
 _PLAN_OPTIONS = (*PROBLEM_OPTIONS, *PLAN_CHOICES)
 
@@ -116,6 +117,8 @@ def _how_to_go_on(options: argparse.Namespace) -> str:
                 return f"; go on with: {found.resume}"
             if found.state == "none":
                 return "; the run had not begun: give the same command again"
+        if options.command is verify and options.all_rows:
+            return "; what is done is kept: give the same command again"
     return ""
 
 
@@ -183,20 +186,9 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _carry_out(options: argparse.Namespace, function: Callable[..., oocattn.Result], chosen: dict[str, Any]) -> int:
     """Run or resume with what was chosen, and print how it ended."""
-    from oocattn.cli.watching import log_on_standard_error
-
-    plan_printer = _PlanPrinter(silent=options.json)
-    unseen = options.progress is None and not sys.stderr.isatty()
-    with log_on_standard_error() if unseen else nullcontext(), _client(options) as client:
-        result = function(
-            **chosen,
-            **_storage_options(options),
-            time_limit=_time_left(options.time_limit),
-            engine=options.engine,
-            client=client,
-            dashboard_address=options.dashboard,
-            callbacks=_listeners(options, plan_printer),
-        )
+    plan_printer = PlanPrinter(silent=options.json)
+    with carrying_out(options, plan_printer) as how:
+        result = function(**chosen, **_storage_options(options), **how)
     if not plan_printer.started:
         untimed = f", and {options.timeline} not written" if options.timeline else ""
         print(printable(f"{result.path} is there already, of the same dataset and problem; nothing was run{untimed}"))
@@ -206,52 +198,6 @@ def _carry_out(options: argparse.Namespace, function: Callable[..., oocattn.Resu
         print(result.report)
     failed = result.certificate is not None and result.certificate.outcome == "failed"  # a warning has said so
     return FAILED if failed else DONE
-
-
-def _time_left(limit: float | None) -> float | None:
-    """What is left of a time limit that began with this process."""
-    return None if limit is None else max(0.0, limit - clock.process_age())
-
-
-def _listeners(options: argparse.Namespace, plan_printer: _PlanPrinter) -> list[Callback]:
-    """Those that a command line asks for."""
-    listeners: list[Callback] = [plan_printer]
-    if sys.stderr.isatty() if options.progress is None else options.progress:
-        from oocattn.pipelines.watch.progress import ProgressBar
-
-        listeners.append(ProgressBar())
-    if options.timeline:
-        from oocattn.pipelines.watch.timeline import Timeline
-
-        listeners.append(Timeline(options.timeline))
-    return listeners
-
-
-def _client(options: argparse.Namespace) -> AbstractContextManager[Client | None]:
-    """Of the scheduler at the address that is given, which must answer within the time limit; None where none is given."""
-    if options.scheduler is None:
-        return nullcontext(None)
-    from oocattn.pipelines.engines.dask.connecting import CONNECT_SECONDS, connect
-
-    left = _time_left(options.time_limit)
-    return connect(options.scheduler, CONNECT_SECONDS if left is None else min(CONNECT_SECONDS, left))
-
-
-class _PlanPrinter:
-    """A listener that prints the plan before the run's first task, unless it is `silent`."""
-
-    def __init__(self, silent: bool) -> None:
-        self.started, self._silent = False, silent
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Started):
-            self.started = True
-            if self._silent:
-                return
-            plan, left = event.plan, event.left
-            print(plan, end="\n\n", flush=True)
-            if event.resumed:
-                print(f"resumed      {left:,} of {plan.subproblems:,} subproblems are left", end="\n\n", flush=True)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -271,17 +217,6 @@ def _status(options: argparse.Namespace) -> int:
             print(f"go on with: {status.resume}")
         return TIME_LIMIT
     return FAILED if status.state == "none" or status.certificate == "failed" else DONE
-
-
-def _verify(options: argparse.Namespace) -> int:
-    chosen = _chosen(options, "rows", "seed", "host_memory", "checksums")
-    certificate = oocattn.verify(options.result, inputs=moved_inputs(options), **chosen, **_storage_options(options))
-    if certificate.files and not options.json:
-        print(f"certificate  {printable(', '.join(certificate.files))}")
-    show(options, certificate)
-    if certificate.inconclusive:
-        return INCONCLUSIVE
-    return DONE if certificate.passed else FAILED
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -331,10 +266,10 @@ _COMMANDS: dict[str, Command] = {
     "resume": _resume,
     "status": _status,
     "report": report,
-    "verify": _verify,
+    "verify": verify,
     "doctor": _doctor,
     "bench": _bench,
 }
 
-_PRINTERS = (_plan, _status, report, _verify, _doctor, _bench)
+_PRINTERS = (_plan, _status, report, verify, _doctor, _bench)
 """Commands whose work is what they print: where that cannot be written, they have failed."""

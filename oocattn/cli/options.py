@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 
+from oocattn.cli.carrying_out import add_engine, add_watching
 from oocattn.cli.documents import add_json
 from oocattn.cli.exit_codes import explain_exit_codes
 from oocattn.cli.inputs import PLACES, add_inputs, add_layout, add_moved_inputs, add_storage_option
@@ -24,8 +25,8 @@ from oocattn.cli.readers import side as _side
 from oocattn.cli.readers import size as _size
 from oocattn.cli.readers import span as _span
 from oocattn.cli.reporting import DESCRIPTION, add_report
+from oocattn.cli.verifying import add_verify
 from oocattn.kernels.registry import kernel_names
-from oocattn.pipelines.engines import ENGINES
 from oocattn.planning.devices import DEVICES, DISK_RATE
 from oocattn.planning.options import DECOMPOSITIONS
 from oocattn.problem.arrays import MAX_HEAD_DIM
@@ -111,7 +112,7 @@ def _add_new_dataset(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_problem_options(parser)
     _add_plan_options(parser)
-    _add_engine(parser)
+    add_engine(parser)
     _add_plan_printing(parser)
 
 
@@ -127,7 +128,7 @@ def _add_plan_ahead(parser: argparse.ArgumentParser) -> None:
     _add_score(parser.add_argument_group("score"), of_dataset=False)
     add("--queries", type=_span, metavar="START:STOP", help="compute these queries alone (default: all)")
     _add_plan_options(parser, of_dataset=False)
-    _add_engine(parser)
+    add_engine(parser)
     _add_plan_printing(parser)
 
 
@@ -144,7 +145,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("result", metavar="RESULT", help="path or URL of the Zarr group to create, with the arrays out and lse")
     add("--overwrite", action="store_true", help="replace RESULT if oocattn wrote it, or restart an unfinished run")
     add_place(parser)
-    _add_watching(parser)
+    add_watching(parser)
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:
@@ -161,49 +162,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
         help="compare the checksums of all finished chunks first (default: for 10 s)",
     )
     add_place(parser)
-    _add_watching(parser)
-
-
-def _add_watching(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--progress",
-        action=argparse.BooleanOptionalAction,
-        help="show a progress bar and the dashboard address (default: only if standard error is a terminal)",
-    )
-    add(
-        "--timeline",
-        metavar="FILE.json",
-        help="record which resource was busy when: FILE.json for https://ui.perfetto.dev, and a picture, FILE.svg",
-    )
-    add(
-        "--time-limit",
-        type=_duration,
-        metavar="TIME",
-        help="end before this time has passed since the start of the command, with all work saved and exit code 75",
-    )
-    _add_engine(parser)
-    cluster = parser.add_mutually_exclusive_group()
-    cluster.add_argument(
-        "--scheduler",
-        metavar="tcp://HOST:PORT",
-        help="Dask scheduler to run on, tried for 30 s (default: workers in this process)",
-    )
-    cluster.add_argument(
-        "--dashboard",
-        metavar="HOST:PORT",
-        default="127.0.0.1:0",
-        help="address of the dashboard; port 0 is any free port (default: %(default)s)",
-    )
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="dask",
-        help="what runs the tasks: Dask, or threads of this process alone (default: %(default)s)",
-    )
+    add_watching(parser)
 
 
 def _add_problem_options(parser: argparse.ArgumentParser) -> None:
@@ -283,15 +242,6 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
     add_storage_option(parser)
 
 
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("result", metavar="RESULT", help="path or URL of a finished result")
-    add("--rows", type=_size, default=64, metavar="R", help="number of rows to recompute (default: %(default)s)")
-    add("--seed", type=_SEED, default=0, help="seed of the random rows (default: %(default)s)")
-    add("--host-memory", type=_size, metavar="SIZE", help="hard limit on host memory (default: half of the free memory)")
-    add("--no-checksums", dest="checksums", action="store_false", help="check rows only; do not compare checksums")
-
-
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tokens", type=_size, metavar="N", help="length of the sequence (default: 1M; 32K without a GPU)")
@@ -330,8 +280,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "status": ("print how far a run is; exit code 1 if none has begun, or the certificate failed", _add_status),
     "report": (DESCRIPTION, add_report),
     "verify": (
-        "check a result: sampled rows in float64, all checksums; exit code 1 if it is wrong, 3 if inconclusive",
-        _add_verify,
+        "check a result: some rows in float64 or all, and all checksums; exit code 1 if it is wrong, 3 if inconclusive",
+        add_verify,
     ),
     "doctor": (
         "check this machine: kernels against float64, rates, memory, disk, dashboard; exit code 1 if a check fails",

@@ -27,6 +27,10 @@ def check_words(options: argparse.Namespace) -> None:
             f"{setting('engine', 'inline')} with {named('client')}: it runs on threads of this process; leave one of both "
             "out"
         )
+    if given.get("all_rows") is False:
+        for name in ("time_limit", "timeline", "scheduler", "progress"):
+            if given[name] is not None:
+                raise ProblemError(f"{named(name)} is of a pass over all pairs: give {setting('all_rows', True)} too")
     if given.get("chunks") is not None:
         integer(1, MAX_CHUNKS)("chunks", given["chunks"])
     if "sink_tokens" in given:

@@ -7,6 +7,7 @@ small problem like the one that is run: with its kind of mask, its terms of a sc
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.given import Array, GivenArrays
 from oocattn.problem.problem import Problem
+from oocattn.problem.second_pass import sign_vectors
 
 ROWS, KEYS = 64, 512  # size of the problem whose bits are hashed: every vector width, some milliseconds
 FIRST_KEYS = 320  # of its first call, to whose state the second one adds
@@ -102,7 +104,10 @@ def _bits(kernel: str, problem: Problem) -> str:
         problem.slopes(group),
         bias.float() if problem.bias_heads else None,
     )
-    state = AttentionState.empty(heads, ROWS, problem.value_dim, "cpu")
+    if (asked := problem.second_pass) is not None:
+        shift = torch.full((heads, ROWS), math.log(KEYS), dtype=torch.float32, device="cpu")
+        operands = replace(operands, shift=shift, projection=torch.from_numpy(sign_vectors(asked.seed, problem.value_dim)))
+    state = AttentionState.empty(heads, ROWS, problem.columns, "cpu")
     for keys in (range(FIRST_KEYS), range(FIRST_KEYS, KEYS)):
         get_kernel(kernel).attend(operands.part(range(ROWS), keys), state)
     out, lse = torch.empty_like(state.num), torch.empty_like(state.den)

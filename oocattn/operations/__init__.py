@@ -2,6 +2,7 @@
 
 from oocattn.operations.base import Operation
 from oocattn.operations.forward import Forward
+from oocattn.operations.second_pass import SecondPass
 from oocattn.planning.plan import Plan
 
 __all__ = ["Operation", "make_operation"]
@@ -9,4 +10,4 @@ __all__ = ["Operation", "make_operation"]
 
 def make_operation(plan: Plan) -> Operation:
     """The operation of a plan; a new one is registered here."""
-    return Forward(plan)
+    return Forward(plan) if plan.problem.second_pass is None else SecondPass(plan)

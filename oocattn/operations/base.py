@@ -22,11 +22,15 @@ from oocattn.problem.problem import HeadGroup
 
 @dataclass(frozen=True)
 class Input:
-    """An array of the dataset of which chunks stage rows: [heads, n, width], or [heads, n] where the width is 0."""
+    """An array of the dataset of which chunks stage rows: [heads, n, width], or [heads, n] where the width is 0.
+
+    `first` is the token, as the problem counts them, that its first row is of.
+    """
 
     name: str
     width: int
     dtype: torch.dtype
+    first: int = 0
 
     def shape(self, heads: int, rows: int) -> tuple[int, ...]:
         """The shape of so many staged rows."""

@@ -35,7 +35,7 @@ class Forward:
         self._ledger = LedgerChecker()
         self._kept_tiles = lru_cache(KEPT_PIECES)(partial(_cut_all, plan))
         dtype = getattr(torch, problem.dtype)
-        self.query_inputs = (Input("q", problem.head_dim, dtype),)
+        self.query_inputs: tuple[Input, ...] = (Input("q", problem.head_dim, dtype),)
         bias = (Input("key_bias", 0, torch.float32),) if problem.bias_heads else ()
         self.key_inputs = (Input("k", problem.head_dim, dtype), Input("v", problem.value_dim, dtype), *bias)
 
@@ -65,10 +65,21 @@ class Forward:
         state: AttentionState,
         attended: Callable[[int], object] | None = None,
     ) -> None:
-        (q,), (k, v, *bias) = query, key
         part = state.rows(tile.rows.start, tile.rows.stop)
+        self._kernel.attend(self._operands(head_group, tile, query, key, attended), part)
+        enter_tile(part, tile)
+
+    def _operands(
+        self,
+        head_group: int,
+        tile: Tile,
+        query: Sequence[Tensor],
+        key: Sequence[Tensor],
+        attended: Callable[[int], object] | None,
+    ) -> Operands:
+        (q, *_), (k, v, *bias) = query, key
         slopes = self._problem.slopes(self._problem.head_group(head_group))
-        operands = Operands(
+        return Operands(
             q[:, tile.rows.start : tile.rows.stop],
             k[0],
             v[0],
@@ -78,8 +89,6 @@ class Forward:
             bias[0] if bias else None,
             attended,
         )
-        self._kernel.attend(operands, part)
-        enter_tile(part, tile)
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         merge(into, other)

@@ -198,6 +198,11 @@ def resume(
         raise ProblemError(
             f"{paths.result}: no run to resume{elsewhere}; begin one with {by_face('oocattn.attention', '`oocattn run`')}"
         )
+    if found.plan.problem.second_pass is not None:
+        again = by_face("oocattn.verify with all_rows=True", "`oocattn verify --all-rows`")
+        raise ProblemError(
+            f"{paths.result} is the pass of a verification: {again} goes on with it; verify that result again"
+        )
     plan, dataset = found.plan, open_dataset(found, named, storage_options)
     with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (engine, _):
         return resume_run(found, dataset, engine, callbacks, until, resuming)

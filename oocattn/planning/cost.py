@@ -194,7 +194,7 @@ class _Run:
     @property
     def _query_bytes(self) -> float:
         """Bytes of a row of q over the heads of a head group."""
-        return self.problem.head_dim * self.problem.itemsize * self._group_heads
+        return self.problem.query_row_bytes * self._group_heads
 
     @cached_property
     def _handed_back(self) -> int:
@@ -305,7 +305,7 @@ class _Run:
 
     def _write(self) -> Link:
         problem = self.problem
-        written = problem.rows * (problem.value_dim * DTYPES[problem.out_dtype] + 4)  # of out and lse
+        written = problem.rows * (problem.columns * DTYPES[problem.out_dtype] + 4)  # of out and lse
         return Link("write", written, written / self.hardware.write_rate)
 
     def _files(self) -> Link:

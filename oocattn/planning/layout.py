@@ -106,7 +106,7 @@ def _key_chunk_rows(problem: Problem, candidate: Candidate, chunk_rows: int, har
 def _whole_blocks(problem: Problem, rows: int, unit: int) -> tuple[int, int]:
     """`rows` in whole chunks of `out`, and the rows of such a chunk in whole units."""
     blocks = ceil_div(rows, unit)
-    out_bytes = rows * problem.value_dim * DTYPES[problem.out_dtype]
+    out_bytes = rows * problem.columns * DTYPES[problem.out_dtype]
     blocks_per_out_chunk = ceil_div(blocks, max(1, round(out_bytes / OUT_CHUNK_BYTES)))
     out_chunk_rows = blocks_per_out_chunk * unit
     return ceil_div(blocks, blocks_per_out_chunk) * out_chunk_rows, out_chunk_rows
@@ -142,6 +142,6 @@ def _most_staged(candidate: Candidate, problem: Problem, grid: ChunkGrid) -> tup
     triangular = all(live_pairs(mask, grid).is_triangular for mask in problem.sampled_masks)
     query_chunks, key_chunks = k, k
     if triangular and k * (k - 1) + 1 == candidate.chunks and k > 1:
-        query_row_bytes = problem.group_size * problem.head_dim * problem.itemsize
+        query_row_bytes = problem.group_size * problem.query_row_bytes
         query_chunks, key_chunks = (k, k - 1) if query_row_bytes >= problem.kv_row_bytes else (k - 1, k)
     return query_chunks, key_chunks * grid.key_chunk_rows

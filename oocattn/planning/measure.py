@@ -7,6 +7,7 @@ is assumed.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -207,12 +208,19 @@ class Sample(NamedTuple):
     softcap: float | None = None
     alibi: bool = False
     biased: bool = False
+    projected: int = 0  # columns of a second pass
 
     @classmethod
     def of(cls, problem: Problem) -> Sample:
         """That of a problem's tiles."""
         alibi, biased = problem.given.alibi_slopes is not None, bool(problem.bias_heads)
-        return cls(problem.head_dim, problem.value_dim, problem.dtype, problem.softcap, alibi, biased)
+        projected = 0 if problem.second_pass is None else problem.columns
+        return cls(problem.head_dim, problem.value_dim, problem.dtype, problem.softcap, alibi, biased, projected)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a state."""
+        return self.projected or self.value_dim
 
     def operands(self, rows: int, keys: int, where: torch.device) -> Operands:
         """Random operands of one head."""
@@ -223,7 +231,12 @@ class Sample(NamedTuple):
         intervals = make_intervals(Mask.of(rows, keys), range(rows), range(keys)) if self.alibi else None
         bias = torch.zeros(1, keys, device=where, dtype=torch.float32) if self.biased else None
         scores = Scores(self.head_dim**-0.5, self.softcap)
-        return Operands(query, key, value, scores, intervals, (0.01,) if self.alibi else None, bias)
+        found = Operands(query, key, value, scores, intervals, (0.01,) if self.alibi else None, bias)
+        if not self.projected:
+            return found
+        shift = torch.full((1, rows), math.log(keys), device=where, dtype=torch.float32)
+        projection = torch.ones(self.value_dim, self.projected, device=where, dtype=torch.float32)
+        return replace(found, shift=shift, projection=projection)
 
 
 @lru_cache
@@ -236,7 +249,7 @@ def kernel_rate(name: str, sample: Sample, rows: int = 1024, keys: int = 2048, d
     """
     where = torch.device(device or device_type(name))
     call = name, sample, rows, keys
-    flops = 2.0 * rows * keys * (sample.head_dim + sample.value_dim)
+    flops = 2.0 * rows * keys * (sample.head_dim + sample.columns)
     if where.type == "cpu":
         cores = torch.get_num_threads()
         with plain_threads(cores, "oocattn-time", 1) as threads:
@@ -249,7 +262,7 @@ def kernel_rate(name: str, sample: Sample, rows: int = 1024, keys: int = 2048, d
 def _time_calls(name: str, sample: Sample, rows: int, keys: int, where: torch.device) -> list[float]:
     """Seconds of calls of a kernel, one after another, for a moment."""
     kernel, operands = get_kernel(name), sample.operands(rows, keys, where)
-    state = AttentionState.empty(1, rows, sample.value_dim, where)
+    state = AttentionState.empty(1, rows, sample.columns, where)
 
     def attend() -> None:
         kernel.attend(operands, state)

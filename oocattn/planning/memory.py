@@ -62,7 +62,7 @@ class Buffers:
 
     def out_bytes(self, problem: Problem) -> int:
         """Bytes of the allocation of a chunk of `out` and `lse`."""
-        return self.out_chunk_rows * (problem.value_dim * DTYPES[problem.out_dtype] + 4) + 2 * ALIGNMENT
+        return self.out_chunk_rows * (problem.columns * DTYPES[problem.out_dtype] + 4) + 2 * ALIGNMENT
 
     def nbytes(self, problem: Problem) -> int:
         """Bytes of all, as they are allocated."""
@@ -79,8 +79,8 @@ def partial_file_bytes(problem: Problem, rows: int) -> int:
 
 def slot_bytes(problem: Problem, queries: int, keys: int) -> int:
     """Bytes of a staging slot for rows of so many queries and keys."""
-    of_query = problem.head_dim * problem.itemsize * problem.group_size
-    padding = 4 * ALIGNMENT if problem.bias_heads else 0  # of biases, which are float32
+    of_query = problem.query_row_bytes * problem.group_size
+    padding = 4 * ALIGNMENT if problem.bias_heads or problem.second_pass else 0  # of what is float32
     return queries * of_query + keys * problem.kv_row_bytes + padding
 
 
@@ -95,7 +95,7 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
 
 def sending_bytes(problem: Problem, device: str, out_chunk_rows: int) -> int:
     """Host memory of a lane, in bytes, for chunks of `out` on their way to a store."""
-    row_bytes = problem.value_dim * DTYPES[problem.out_dtype]
+    row_bytes = problem.columns * DTYPES[problem.out_dtype]
     return SENT_COPIES * WRITERS[device] * out_chunk_rows * row_bytes
 
 

@@ -16,7 +16,8 @@ from oocattn.problem.given import NOTHING_GIVEN, GivenArrays
 from oocattn.problem.mask import Mask
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.scores import Scale, Scores
-from oocattn.records import UNRECORDED, Range, from_json
+from oocattn.problem.second_pass import SecondPass
+from oocattn.records import OMITTED, UNRECORDED, Range, from_json
 
 Extent = Annotated[int, Range(1, 2**48)]  # the size of one dimension
 Place = Annotated[int, Range(0, 2**48)]  # a place in one, or a number of places
@@ -45,6 +46,7 @@ class Problem:
     value_dim]. `dtype` is that of the inputs, `out_dtype` that of the output; the log-sum-exp is always float32. Of the
     queries those from `rows_asked[0]` up to `rows_asked[1]` are computed, of `heads` (None: all). `bias_heads` are the heads
     of the dataset's key_bias, 0 where none is used. `digests` are those of the arrays in `given`.
+    With a `second_pass` the result is that of a pass over the pairs of another result, whose log-sum-exp is an input.
     """
 
     batch: Extent
@@ -67,6 +69,7 @@ class Problem:
     heads: tuple[Place, ...] | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     given: Annotated[GivenArrays, UNRECORDED] = field(default_factory=GivenArrays, compare=False, repr=False)
+    second_pass: Annotated[SecondPass | None, OMITTED] = None
 
     @cached_property
     def _chosen_groups(self) -> tuple[HeadGroup, ...]:
@@ -113,7 +116,12 @@ class Problem:
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
         """The shape of `out`."""
-        return self.batch, self.out_heads, self.out_rows, self.value_dim
+        return self.batch, self.out_heads, self.out_rows, self.columns
+
+    @property
+    def columns(self) -> int:
+        """Columns of `out`, and of a state's numerator."""
+        return self.value_dim if self.second_pass is None else self.second_pass.columns
 
     @property
     def itemsize(self) -> int:
@@ -127,9 +135,14 @@ class Problem:
         return (self.head_dim + self.value_dim) * self.itemsize + of_bias
 
     @property
+    def query_row_bytes(self) -> int:
+        """Bytes of a query of one head, and of its log-sum-exp where a second pass reads that."""
+        return self.head_dim * self.itemsize + (0 if self.second_pass is None else 4)
+
+    @property
     def input_bytes(self) -> int:
         """Bytes of all inputs, each of them once."""
-        return self.rows * self.head_dim * self.itemsize + self.head_groups * self.keys * self.kv_row_bytes
+        return self.rows * self.query_row_bytes + self.head_groups * self.keys * self.kv_row_bytes
 
     def mask(self, batch: int = 0) -> Mask:
         """The mask of a batch entry: which keys each row attends."""
@@ -208,7 +221,7 @@ class Problem:
 
     def state_bytes(self, rows: int) -> int:
         """Bytes of a state of `rows` rows: num, den and max in float32, two int64."""
-        return self.group_size * rows * (self.value_dim + 2) * 4 + rows * 16
+        return self.group_size * rows * (self.columns + 2) * 4 + rows * 16
 
     def __str__(self) -> str:
         shared = "" if self.query_heads == self.kv_heads else f"/{self.kv_heads}"
@@ -246,7 +259,7 @@ class Problem:
     @property
     def flops(self) -> int:
         """Floating-point operations of both products: 2 (D + Dv) a pair."""
-        return 2 * (self.head_dim + self.value_dim) * self.pairs
+        return 2 * (self.head_dim + self.columns) * self.pairs
 
     def head_group(self, index: int) -> HeadGroup:
         """Head group `index`, counted over the batch and then over the KV heads."""

@@ -9,17 +9,20 @@ import numpy.typing as npt
 
 from oocattn.records import Count
 
+LSE = "lse"
+"""The name of the input that has the log-sum-exp of each row that is asked for."""
+
 VECTORS = 8
 """Sign vectors of a proof. A difference of `out` that is as large as the noise escapes one with a probability of 68%."""
 
 
 @dataclass(frozen=True)
 class SecondPass:
-    """Attention once more, where the log-sum-exp of each row is known: of scores s - lse, over values v R.
+    """The weights of a result, P_ij = exp(s_ij - lse_i), once more, where the log-sum-exp of each row is known.
 
-    R [value_dim, VECTORS] has a random sign vector in each column (`sign_vectors` of `seed`). So `out` is what the first
-    result's `out` times R must be, and the new log-sum-exp is log(sum_j P_ij), which must be 0. Source: Freivalds, "Fast
-    probabilistic algorithms", MFCS 1979.
+    Its `out` is P (V R), which the first result's `out` times R must be, with a random sign vector in each column of R
+    [value_dim, VECTORS] (`sign_vectors` of `seed`). Its `lse` is log(sum_j P_ij), which must be 0, or with a learnable sink
+    log(1 - exp(sink - lse_i)). Source: Freivalds, "Fast probabilistic algorithms", MFCS 1979.
     """
 
     seed: Count

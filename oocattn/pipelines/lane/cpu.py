@@ -30,7 +30,7 @@ class CpuDevice:
         self._plan = plan
         self._operation = operation
         self._health = health
-        self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.value_dim)
+        self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.columns)
         self.cores: int | None = plan.threads
         self.allocator = ThreadPool(1, "oocattn-allocate")
         # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.

@@ -125,7 +125,7 @@ class HostMemory:
         for _ in range(OUT_BLOCKS[plan.device]):
             arena = Arena(self._take(buffers.out_bytes(plan.problem)))
             # At the beginning of a page, where memory is pinned: so it can be written to disk directly.
-            out = arena.take((1, plan.out_chunk_rows, plan.problem.value_dim), getattr(torch, plan.problem.out_dtype))
+            out = arena.take((1, plan.out_chunk_rows, plan.problem.columns), getattr(torch, plan.problem.out_dtype))
             self.out_blocks.put((out, arena.take((1, plan.out_chunk_rows), torch.float32)))
         while waiting:
             self._add_state(*waiting.pop())
@@ -133,7 +133,7 @@ class HostMemory:
     def _add_state(self, name: str, rows: int) -> None:
         problem = self._plan.problem
         arena = Arena(self._take(self._plan.buffers.state_bytes(problem, rows)))
-        self.states[name].put(arena.state(problem.group_size, rows, problem.value_dim))
+        self.states[name].put(arena.state(problem.group_size, rows, problem.columns))
 
     def _take(self, nbytes: int) -> torch.Tensor:
         if self._stopped:

@@ -210,7 +210,8 @@ class Stager:
             counted_for = run.counted_for if run.counted_for in staged.queries and counted else None
             for part in pieces(run.rows, step):
                 place = run.part(part).place
-                yield _Read(array, group.batch, of_head, part, out[place.start : place.stop], counted_for)
+                tokens = range(part.start - source.first, part.stop - source.first)
+                yield _Read(array, group.batch, of_head, tokens, out[place.start : place.stop], counted_for)
 
     def _read_all(self, reads: Sequence[_Read]) -> Iterable[tuple[float, int]]:
         """Carry out reads, those of one slot after those of another where one thread reads; see `_read`."""

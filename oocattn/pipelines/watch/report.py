@@ -281,7 +281,7 @@ class Tally:
             lanes=lanes,
             pairs_before=max(0, totals["pairs"] - self.pairs) if self.resumed else 0,
             bytes_written=sum(record.bytes for record in records),
-            out_elements=plan.problem.rows * plan.problem.value_dim,
+            out_elements=plan.problem.rows * plan.problem.columns,
             busy={kind: round(self.busy[kind], 3) for kind in ("staged", "attended", "merged", "written")},
             compute_busy=clock.rate(self.computing, seconds * lanes),
             chunks_before=compared.finished,

@@ -18,6 +18,7 @@ from oocattn.problem.arrays import KEY_BIAS, ArraySpec
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.problem import Problem, make_problem
 from oocattn.problem.recorded import RecordedCall
+from oocattn.problem.second_pass import LSE
 from oocattn.records import differences, to_json
 from oocattn.storage.chunk_errors import PageError
 from oocattn.storage.inputs.axes import Axes
@@ -81,7 +82,7 @@ class Dataset:
         group = read_group(store, location)
         if group is None:
             raise _no_group(location, what_is_at(store, location))
-        required = [name for name in NAMES if name != KEY_BIAS]
+        required = NAMES[:3]
         arrays = {name: _array(store, name, location) for name in required}
         consolidated = open_consolidated(store, group, (*required, *optional), location)
         for name in optional:
@@ -102,6 +103,10 @@ class Dataset:
         ordered = {name: arrays[name] for name in NAMES if name in arrays}
         where = ", ".join(f"{name} {source.origin.recorded}" for name, source in ordered.items())
         return cls(where, ordered, in_group=False)
+
+    def with_lse(self, lse: zarr.Array[Any], location: str) -> Dataset:
+        """The same for a second pass: with the log-sum-exp of its result, which messages call `location`."""
+        return Dataset.of({**self.arrays, LSE: ZarrSource(LSE, lse, location, axes=Axes("bhn"))})
 
     def reopen(self) -> Dataset:
         """The dataset as it is now: what says how its tensors lie is read again. Raises as `open`."""
@@ -161,8 +166,10 @@ class Dataset:
 
     def fingerprints(self) -> Fingerprints:
         """The fingerprints of the dataset as it is now. Raises IntegrityError for a part that is found to be missing."""
-        found = [source.fingerprints() for source in self.arrays.values()]
-        return Fingerprints(*("-".join(digests) for digests in zip(*found, strict=True)))
+        found = {name: source.fingerprints() for name, source in self.arrays.items()}
+        last = max(map(NAMES.index, found))
+        in_order = [found.get(name, ("", "", "")) for name in NAMES[: last + 1]]
+        return Fingerprints(*("-".join(digests) for digests in zip(*in_order, strict=True)))
 
     @cached_property
     def as_found(self) -> Fingerprints:

@@ -16,6 +16,7 @@ from typing import Any
 import zarr
 
 from oocattn.problem.arrays import KEY_BIAS
+from oocattn.problem.second_pass import LSE
 from oocattn.storage.chunk_errors import damaged_chunk, missing_chunk, refuse_missing
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import advise, open_regular, read_exactly
@@ -26,8 +27,8 @@ from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
 from oocattn.storage.zarr_compat import ByteRequest, RangeByteRequest, SuffixByteRequest, buffer_prototype, sync
 
-NAMES = ("q", "k", "v", KEY_BIAS)
-"""The arrays of a dataset, in the order of their fingerprints. Only the last may be missing."""
+NAMES = ("q", "k", "v", KEY_BIAS, LSE)
+"""The arrays of a dataset, in the order of their fingerprints. Only the first three are always there."""
 
 SAMPLED_CHUNKS, SAMPLED_BYTES = 5, 1 << 16
 """Stored chunks of an array whose content is part of the fingerprint, and how much at each end of them."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from oocattn.problem.arrays import KEY_BIAS
+from oocattn.problem.second_pass import LSE
 from oocattn.records import ADDED, Count, Pattern, Positive
 from oocattn.storage.inputs.axes import BHND, Axes
 from oocattn.storage.inputs.layouts import show_layout
@@ -58,9 +59,9 @@ class Origin:
 
 
 def check_origins(origins: Mapping[str, Origin]) -> None:
-    """Raise ValueError where a record names tensors one by one, but not q, k and v, and perhaps a key bias."""
-    if origins and origins.keys() | {KEY_BIAS} != {"q", "k", "v", KEY_BIAS}:
-        raise ValueError(f"tensors are {sorted(origins)!s:.80}, expected q, k and v, and perhaps {KEY_BIAS}")
+    """Raise ValueError where a record names tensors one by one, but not q, k and v, and perhaps what else a run reads."""
+    if origins and origins.keys() - {KEY_BIAS, LSE} != {"q", "k", "v"}:
+        raise ValueError(f"tensors are {sorted(origins)!s:.80}, expected q, k and v, and perhaps {KEY_BIAS} or {LSE}")
 
 
 def recorded_inputs(location: str, origins: Mapping[str, Origin]) -> list[str] | None:

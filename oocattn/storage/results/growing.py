@@ -40,6 +40,8 @@ from oocattn.storage.paths import (
     CERTIFICATE_PAGE,
     GROWING_NAME,
     MARKS,
+    REPORT,
+    STATUS,
     TRASH_NAME,
     ResultPaths,
     identity_at,
@@ -239,6 +241,14 @@ class RunState:
             folders.remove_file(path)
         if self._publication is not None:
             self._publication.discard()
+
+    def remove(self) -> None:
+        """Remove a finished local result, and what its run left beside it."""
+        self._check()
+        self._forget_certificate()
+        self._throw_away(self.paths.folder)
+        for name in (REPORT, ATTEMPTS, STATUS):
+            folders.remove_file(self.paths.state / name)
 
     def remove_leftovers(self) -> None:
         """Remove what writes that were killed have left in the folders of this run."""
