@@ -66,6 +66,10 @@ class Operands:
             raise ValueError(
                 f"key_bias {bias.dtype} {list(bias.shape)}: expected float32 [1, {len(key)}] or [{len(query)}, {len(key)}]"
             )
+        if self.shift is not None and self.shift.shape != query.shape[:2]:
+            raise ValueError(f"shift {list(self.shift.shape)}: expected {list(query.shape[:2])}")
+        if self.projection is not None and (self.projection.dim() != 2 or len(self.projection) != value.shape[1]):
+            raise ValueError(f"projection {list(self.projection.shape)}: expected [{value.shape[1]}, W]")
 
     @property
     def rows(self) -> int:

@@ -72,7 +72,7 @@ class PlainKernel(Kernel):
         intervals = None if tile.intervals is None or tile.intervals.is_full else tile.intervals.values()
         query, key, value = (tensor.to(self.precision) for tensor in (tile.query, tile.key, tile.value))
         scores = self._product(query * tile.scores.scale, key.T)  # [g, rows, keys]
-        less = _add_terms(scores, tile)
+        less = add_terms(scores, tile)
         if intervals is not None:
             _hide(scores, intervals)
         maximum = scores.amax(-1)
@@ -101,7 +101,7 @@ class PlainKernel(Kernel):
         if intervals is None or (value.device.type == "cpu" and math.isfinite(float(value.sum()))):
             return self._product(weights, value)
         finite = value.nan_to_num(0.0, 0.0, 0.0)  # a hidden key's weight is 0, and 0 times NaN or Inf would be NaN
-        return self._product(weights, finite).add_(_sum_not_finite(value, _on_device(intervals, value.device).long()))
+        return self._product(weights, finite).add_(sum_not_finite(value, _on_device(intervals, value.device).long()))
 
     def _steps(self, group_size: int, masked: bool, columns: int) -> tuple[int, int]:
         """Rows and keys of a tile, over all heads as many scores as score_bytes holds."""
@@ -168,7 +168,7 @@ class ReferenceKernel(PlainKernel):
         return sum(self._tile_bytes(call)) + call.threads * PRODUCT_BYTES
 
 
-def _add_terms(scores: torch.Tensor, tile: Operands) -> torch.Tensor | None:
+def add_terms(scores: torch.Tensor, tile: Operands) -> torch.Tensor | None:
     """Apply softcap, slopes and bias to scaled scores [g, rows, keys], in place; return what they are then too high by.
 
     That is ALiBi's term of the tile's key next to each row, float64 [g, rows], or None. It may be far larger than what tells
@@ -217,7 +217,7 @@ def _hide(scores: torch.Tensor, intervals: Int32s) -> None:
         scores.masked_fill_(key >= d, -math.inf)
 
 
-def _sum_not_finite(value: torch.Tensor, intervals: torch.Tensor) -> torch.Tensor:
+def sum_not_finite(value: torch.Tensor, intervals: torch.Tensor) -> torch.Tensor:
     """The sum of the NaN and Inf that each row attends: [rows, D], else 0."""
 
     def met(kind: torch.Tensor) -> torch.Tensor:

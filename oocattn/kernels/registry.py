@@ -17,17 +17,19 @@ DeviceType = Literal["cpu", "cuda"]
 
 
 class _Registration(NamedTuple):
-    """A kernel's code, its type of device, and whether it may be the default there."""
+    """A kernel's code, its type of device, whether it may be the default there, and whether it is for second passes."""
 
     module: str
     class_name: str
     device_type: DeviceType
     default: bool = True
+    shifted: bool = False
 
 
 _KERNELS = {  # of those that can serve, the first of its device type is the default: measured, hopper before cudnn
     "cpu": _Registration("oocattn.kernels.cpu", "CpuKernel", "cpu"),
     "reference": _Registration("oocattn.kernels.plain", "ReferenceKernel", "cpu", default=False),
+    "weights": _Registration("oocattn.kernels.weights", "WeightsKernel", "cpu", default=False, shifted=True),
     "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda"),
     "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda"),
     "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda"),
@@ -36,9 +38,9 @@ _KERNELS = {  # of those that can serve, the first of its device type is the def
 }
 
 
-def kernel_names() -> tuple[str, ...]:
-    """The names that `get_kernel` knows."""
-    return tuple(_KERNELS)
+def kernel_names(*, shifted: bool = False) -> tuple[str, ...]:
+    """The names that `get_kernel` knows: of kernels that attend, or of those for second passes (`Kernel.shifted`)."""
+    return tuple(name for name, entry in _KERNELS.items() if entry.shifted == shifted)
 
 
 def get_kernel(name: str) -> Kernel:
@@ -84,7 +86,7 @@ def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: 
     reason = kernel.unsupported_reason(*asked)
     if not reason:
         return kernel
-    names = _names_for(device.type)
+    names = _names_for(device.type, shifted=kernel.shifted)
     others = [other for other in names if not get_kernel(other).unsupported_reason(*asked)]
     raise ProblemError(
         f"kernel {name!r} cannot attend {_operands(dtype, head_dim, value_dim)} on {device}: {reason}"
@@ -99,12 +101,12 @@ def _operands(dtype: str, head_dim: int, value_dim: int) -> str:
 
 def _registration(name: str) -> _Registration:
     if name not in _KERNELS:
-        raise ProblemError(f"kernel {name!r} is not known: expected one of {', '.join(_KERNELS)}")
+        raise ProblemError(f"kernel {name!r} is not known: expected one of {', '.join(kernel_names())}")
     return _KERNELS[name]
 
 
-def _names_for(device_type: str) -> list[str]:
-    return [name for name, entry in _KERNELS.items() if entry.device_type == device_type]
+def _names_for(device_type: str, *, shifted: bool = False) -> list[str]:
+    return [name for name in kernel_names(shifted=shifted) if _KERNELS[name].device_type == device_type]
 
 
 def _known_device(device: torch.device | str) -> torch.device:

@@ -38,10 +38,14 @@ def make_shares(intervals: Intervals, most_rows: int) -> list[Share]:
     return sorted(shares, key=lambda share: -share.pairs)
 
 
-def attend_shares(shares: list[Share], attend: Callable[[Share], None]) -> None:
-    """Have shares attended by as many threads as torch uses here, each on one core."""
-    count = min(torch.get_num_threads(), len(shares))
-    if count <= 1:
+def attend_shares(shares: list[Share], attend: Callable[[Share], None], *, one_core: bool = False) -> None:
+    """Have shares attended by as many threads as torch uses here, each on one core.
+
+    A single share has all of torch's threads, unless it is for `one_core` as well.
+    """
+    cores = torch.get_num_threads()
+    count = min(cores, len(shares))
+    if count <= 1 and not (one_core and cores > 1 and shares):
         for share in shares:
             attend(share)
         return

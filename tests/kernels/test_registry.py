@@ -14,7 +14,9 @@ DEVICE_TYPES = {
     **dict.fromkeys(("cpu", "reference"), "cpu"),
     **dict.fromkeys(("hopper", "fa3", "cudnn", "flash", "torch"), "cuda"),
 }
-"""Every kernel, and where it runs."""
+"""Every kernel that attends, and where it runs."""
+SHIFTED_DEVICE_TYPES = {"weights": "cpu"}
+"""Every kernel for second passes."""
 
 
 @pytest.fixture
@@ -36,12 +38,15 @@ def machine(monkeypatch):
 
 
 def test_every_kernel_has_its_name_and_bounds():
-    assert {name: device_type(name) for name in kernel_names()} == DEVICE_TYPES
-    for name in kernel_names():
-        kernel = get_kernel(name)
-        assert kernel.name == name
-        assert 1 <= kernel.max_keys <= 65_536
-        assert kernel.scratch_bytes(CallSize(2, 1000, 1000, 64, 64, "float16")) > 0
+    for shifted, device_types in ((False, DEVICE_TYPES), (True, SHIFTED_DEVICE_TYPES)):
+        names = kernel_names(shifted=shifted)
+        assert {name: device_type(name) for name in names} == device_types
+        for name in names:
+            kernel = get_kernel(name)
+            assert kernel.name == name
+            assert kernel.shifted == shifted
+            assert 1 <= kernel.max_keys <= 65_536
+            assert kernel.scratch_bytes(CallSize(2, 1000, 1000, 64, 64, "float16")) > 0
     for call in (get_kernel, device_type):
         with pytest.raises(ProblemError, match="'abacus' is not known: expected one of cpu, reference"):
             call("abacus")
@@ -78,6 +83,15 @@ def test_on_the_cpu_the_cpu_kernel_is_the_default():
     for dtype in ("float16", "bfloat16", "float32"):
         assert default_kernel(torch.device("cpu"), dtype, 33, 1024) == "cpu"
     assert require_kernel("reference", "cpu", "float16", 1, 7).name == "reference"
+
+
+def test_a_kernel_for_second_passes_serves_every_dtype_of_a_cpu_and_is_no_choice_for_others():
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert require_kernel("weights", "cpu", dtype, 33, 1024).name == "weights"
+    with pytest.raises(ProblemError, match=r"on cuda:0: it runs on CPUs; leave kernel out$"):
+        require_kernel("weights", CUDA, "float16", 64, 64)
+    with pytest.raises(ProblemError, match=r"float64 with D = 1 on cpu: it attends float16, bfloat16, float32 only; leave"):
+        require_kernel("weights", "cpu", "float64", 1, 1)
 
 
 def test_a_kernel_that_cannot_serve_says_why_and_which_can(machine):
