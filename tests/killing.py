@@ -5,6 +5,7 @@
     python tests/killing.py --moments 50 --mask window
     python tests/killing.py --moments 50 --store            (to S3 on the loopback; it takes moto and s3fs)
     python tests/killing.py --moments 50 --store --scratch  (each resumed by another machine)
+    python tests/killing.py --moments 50 --all-rows         (second passes over a result, which go on)
 
 A run that was killed is resumed; one whose worker was killed goes on by itself. Runs are forks of this process, which has
 imported everything and started nothing; workers are two processes that are replaced when they die. It prints a tally, and
@@ -25,21 +26,21 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import dask
 import warm  # noqa: F401  worker processes are its forks
 from distributed import Client, LocalCluster
 from fuse import arm, moments
-from object_store import BUCKET, empty, objects_in, serving_s3_apart
-from support import BESIDE, carry_out, normal_arrays, plan_for, replanned, write_dataset
+from killing_places import PassPlace, Place, StorePlace
+from object_store import serving_s3_apart
+from support import carry_out, normal_arrays, plan_for, replanned, write_dataset
 
 import oocattn
 from oocattn import Plan
 from oocattn.pipelines import attempt
 from oocattn.pipelines.engines.dask.local_cluster import NO_PROFILER, local_client
 from oocattn.storage.journal import store_lock
-from oocattn.storage.paths import ResultPaths
 
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
@@ -56,10 +57,9 @@ class Tally:
         self.runs = self.kills = self.wrong = self.again = 0
         self.most_lost = 0.0
 
-    def check(self, folder: Path, expected: dict[str, bytes], moment: int) -> None:
+    def check(self, place: Place, expected: dict[str, bytes], moment: int) -> None:
         """Compare a finished result with what it must be."""
         self.runs += 1
-        place = Place.of(folder)
         left = place.left_behind()
         if left or place.bits() != expected:
             self.wrong += 1
@@ -87,77 +87,8 @@ def parsed(life: str) -> list[tuple[str, tuple[str, ...], float]]:
     return [(what, tuple(place), float(seconds)) for what, *place, seconds in lines]
 
 
-class Place:
-    """Where the result is: a local path."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.result = folder, folder / "result.zarr"
-
-    @staticmethod
-    def of(folder: Path) -> Place:
-        return StorePlace(folder) if StorePlace.server else Place(folder)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What says to oocattn where it is."""
-        return {"result": self.result}
-
-    @property
-    def paths(self) -> ResultPaths:
-        return ResultPaths.at(self.result)
-
-    def enter(self) -> None:
-        """What a process does first."""
-
-    def bits(self) -> dict[str, bytes]:
-        """The chunks of a result. (Zarr would start threads, and then nothing may be forked.)"""
-        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in self.result.glob("*/c.*")}
-
-    def left_behind(self) -> set[str]:
-        """What lies beside a finished result that should not, also under temporary names."""
-        beside = {path.name for path in self.paths.state.iterdir()} - BESIDE
-        return (
-            beside | {path.name for path in self.folder.glob(".*")} | {path.name for path in self.result.rglob("*.partial")}
-        )
-
-    def clear(self) -> None:
-        for leftover in (self.result, self.paths.state):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-class StorePlace(Place):
-    """Where the result is: a URL of S3. Job state is in a folder, or in the store, for another machine each time."""
-
-    server: ClassVar[dict[str, Any]] = {}
-    scratch: ClassVar[str | None] = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"result": f"s3://{BUCKET}/{self.result.name}", "storage_options": self.server, "scratch": self.scratch}
-
-    @property
-    def paths(self) -> ResultPaths:
-        return ResultPaths.at(f"s3://{BUCKET}/{self.result.name}", self.scratch, storage_options=self.server)
-
-    def enter(self) -> None:
-        machines = self.folder / "result.zarr-machines"
-        machine = machines / (str(len(list(machines.glob("*")))) if self.scratch else "0")
-        machine.mkdir(parents=True, exist_ok=True)
-        os.chdir(machine)
-
-    def bits(self) -> dict[str, bytes]:
-        found = objects_in(self.server, f"{self.result.name}/")
-        chunks = {key.partition("/")[2]: content for key, content in found.items() if "/c/" in key}
-        return chunks if f"{self.result.name}/zarr.json" in found else {}
-
-    def left_behind(self) -> set[str]:
-        beside = set(objects_in(self.server, f"{self.result.name}.oocattn/"))
-        here = set() if self.scratch else {path.name for path in (self.folder / "result.zarr-machines").glob("*/*")}
-        return beside - {f"{self.result.name}.oocattn/{name}" for name in BESIDE} | here
-
-    def clear(self) -> None:
-        empty(self.server)
-        shutil.rmtree(self.folder / "result.zarr-machines", ignore_errors=True)
+def place_of(folder: Path, options: argparse.Namespace) -> Place:
+    return (PassPlace if options.all_rows else StorePlace if options.store else Place)(folder)
 
 
 def plan_of(folder: Path, options: argparse.Namespace) -> Plan:
@@ -169,12 +100,17 @@ def plan_of(folder: Path, options: argparse.Namespace) -> Plan:
 
 def run(folder: Path, options: argparse.Namespace, client: Client | None) -> None:
     plan = plan_of(folder, options)
-    carry_out(plan, folder / "dataset.zarr", Place.of(folder).paths, client or "inline", overwrite=options.overwrite)
+    carry_out(
+        plan, folder / "dataset.zarr", place_of(folder, options).paths, client or "inline", overwrite=options.overwrite
+    )
 
 
 def run_or_resume(folder: Path, options: argparse.Namespace) -> None:
     """As a user would: a run that was killed before its journal was there begins anew."""
-    place = Place.of(folder)
+    if options.all_rows:
+        PassPlace(folder).compute()
+        return
+    place = place_of(folder, options)
     place.enter()
     ours = ((place.paths.attributes() or {}).get("problem") or {}).get("causal")  # the one to replace is not
     engine = nullcontext(None) if options.inline else local_client(workers=options.lanes)
@@ -206,7 +142,7 @@ def fork(work: Callable[[], object], folder: Path, last: int | None = None) -> b
 
 
 def begin_anew(folder: Path, options: argparse.Namespace) -> None:
-    Place.of(folder).clear()
+    place_of(folder, options).clear()
     if options.overwrite:
         shutil.copytree(folder / "other.zarr", folder / "result.zarr")
     (folder / "log").write_bytes(b"")
@@ -227,7 +163,7 @@ def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
     chance = random.Random(options.seed)
     begin_anew(folder, options)
     fork(partial(run_or_resume, folder, options), folder)
-    expected, whole = Place.of(folder).bits(), int((folder / "moments").read_text())
+    expected, whole = place_of(folder, options).bits(), int((folder / "moments").read_text())
     print(f"a run has {whole} moments")
     for number in range(options.moments):
         begin_anew(folder, options)
@@ -239,7 +175,7 @@ def kill_runs(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
             again = chance.randrange(1, whole // 2) if chance.random() < options.again else None
             killed = fork(partial(run_or_resume, folder, options), folder, again)
         tally.count_lost((folder / "log").read_text())
-        tally.check(folder, expected, last)
+        tally.check(place_of(folder, options), expected, last)
 
 
 def kill_workers(folder: Path, options: argparse.Namespace, tally: Tally) -> None:
@@ -260,7 +196,7 @@ def kill_workers_of(client: Client, folder: Path, options: argparse.Namespace, t
     begin_anew(folder, options)
     client.run(arm, result, folder / "log", None)
     run(folder, options, client)
-    expected, whole = Place.of(folder).bits(), min(client.run(moments, result).values())
+    expected, whole = place_of(folder, options).bits(), min(client.run(moments, result).values())
     print(f"a worker has at least {whole} moments")
     for number in range(options.moments):
         begin_anew(folder, options)
@@ -270,7 +206,7 @@ def kill_workers_of(client: Client, folder: Path, options: argparse.Namespace, t
         client.run(arm, result, folder / "log", last, workers=[victim])
         run(folder, options, client)
         tally.kills += (folder / "log").read_text().count("kill")
-        tally.check(folder, expected, last)
+        tally.check(place_of(folder, options), expected, last)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -288,6 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", action="store_true", help="write results to S3, on the loopback")
     parser.add_argument("--inline", action="store_true", help="without Dask: a third of the time")
+    parser.add_argument("--all-rows", action="store_true", help="kill second passes over a result instead of runs")
     parser.add_argument("--scratch", action="store_const", const="store", help="keep job state there as well")
     options = parser.parse_args(arguments)
     memory, tally = Path("/dev/shm"), Tally()
@@ -302,6 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
         fork(lambda: write_dataset(folder / "dataset.zarr", normal_arrays(400, heads=4, kv_heads=2)), folder)
         if options.overwrite:
             fork(lambda: write_other(folder), folder)
+        if options.all_rows:
+            options.partials = options.places[0]
+            fork(lambda: run(folder, options, None), folder)
         if options.workers:
             kill_workers(folder, options, tally)
         else:

@@ -16,16 +16,20 @@ MASKED = ("window", "documents")
         (["--moments", "2", "--chunks", "7", "--mask", "window"], 4),
         (["--moments", "2", "--chunks", "7", "--mask", "documents"], 4),
         (["--moments", "1", "--chunks", "13", "--workers"], 2),
+        (["--moments", "2", "--chunks", "7", "--all-rows", "--mask", "window"], 4),
         pytest.param(["--moments", "40"], 80, marks=pytest.mark.slow),
         *(pytest.param(["--moments", "50", "--mask", mask], 100, marks=pytest.mark.slow) for mask in MASKED),
         pytest.param(["--moments", "40", "--workers"], 80, marks=pytest.mark.slow),
         pytest.param(["--moments", "25", "--chunks", "7", "--store", "--inline"], 50, marks=pytest.mark.slow),
+        pytest.param(["--moments", "25", "--all-rows", "--mask", "documents"], 50, marks=pytest.mark.slow),
     ],
     ids=[
-        *("runs", "runs with a window", "runs with documents", "workers", "runs at many moments"),
+        *("runs", "runs with a window", "runs with documents", "workers"),
+        *("second passes", "runs at many moments"),
         *(f"runs with {mask} at many moments" for mask in MASKED),
         "workers at many moments",
         "runs to a store at many moments",
+        "second passes at many moments",
     ],
 )
 def test_killed_runs_and_workers_give_the_same_bits(options: list[str], kills: int) -> None:
