@@ -13,6 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -34,7 +35,7 @@ from oocattn.pipelines.finished import (
 from oocattn.pipelines.lane.partials.files import PartialFiles
 from oocattn.pipelines.lane.partials.store import DamagedPartialError
 from oocattn.pipelines.run import Run
-from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.schedule import NOTHING_COMPLETED, Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Failed, Listeners, Recovered, Started
 from oocattn.pipelines.watch.report import RunReport, Tally
@@ -86,9 +87,7 @@ def carry_out(
         insist(COMMIT, lambda: run.state.commit(run.growing))
     except BaseException as error:
         try:
-            said = isinstance(error, InterruptedRunError | TimeLimitError)
-            words, stopped = str(error) if said else describe_error(error), said or isinstance(error, KeyboardInterrupt)
-            emit(Failed(start=start, stop=clock.now(), error=words, stopped=stopped))
+            emit(_failed(run, error, start))
         finally:
             if isinstance(error, TaintedError):
                 run.state.discard(run.growing)
@@ -105,6 +104,19 @@ def carry_out(
     emit(Committed(start=now, stop=now, path=str(run.paths.result)))
     emit(Ended(start=start, stop=now, report=report))
     return report
+
+
+def _failed(run: Run, error: BaseException, start: float) -> Failed:
+    """What ended the run, and what is on disk then: nothing after an error that has it discarded."""
+    said = isinstance(error, InterruptedRunError | TimeLimitError)
+    words, stopped = str(error) if said else describe_error(error), said or isinstance(error, KeyboardInterrupt)
+    found: dict[str, Any] = {}
+    with suppress(OocattnError, OSError):
+        tainted, plan = isinstance(error, TaintedError), run.plan
+        done = NOTHING_COMPLETED if tainted else scan_completed(plan, run.journal, run.paths.scratch).done
+        schedule = Schedule(plan, 1, done)
+        found = {"done": done, "left": schedule.left, "pairs_left": schedule.pairs_left}
+    return Failed(start=start, stop=clock.now(), error=words, stopped=stopped, **found)
 
 
 def _no_space(error: OSError, run: Run) -> OSError:

@@ -41,6 +41,7 @@ from oocattn.pipelines.watch.events import (
     TaskEvent,
     Written,
 )
+from oocattn.pipelines.watch.pace import Pace
 from oocattn.pipelines.watch.repeating import planned_of
 from oocattn.pipelines.watch.series import Covered, Highest, Rates
 from oocattn.pipelines.watch.status import last_written
@@ -82,6 +83,8 @@ class AttemptLog:
             self._write()
             return
         self._seen = max(self._seen, event.stop)
+        if self._attempt is not None:
+            self._pace(event)
         match event:
             case TaskEvent():
                 self._add_task(event)
@@ -101,17 +104,18 @@ class AttemptLog:
             self._write()
 
     def _begin(self, event: Started) -> None:
-        self._seen = event.stop
+        self._seen, self._pace = event.stop, Pace(event)
         self._rates = Rates(event.start, AMOUNTS, FIRST_WIDTH)
         self._covered = Covered(self._rates)
         self._host, self._device = (Highest(event.start, FIRST_WIDTH) for _ in range(2))
         self._memory: dict[str, Memory] = {}
         self._peak_host = self._peak_device = 0
-        self._totals = dict.fromkeys(("subproblems", *AMOUNTS), 0)
+        self._totals = dict.fromkeys(AMOUNTS, 0)
         self._counts: Counter[str] = Counter()
         self._lanes: set[str] = set()
         self._log: deque[LogLine] = deque(maxlen=MOST_LINES)
-        self._before = _earlier_attempts(self._run)  # before the file of its status is that of this attempt
+        done = event.plan.subproblems - event.left
+        self._before = _earlier_attempts(self._run, done)  # before the file of its status is that of this attempt
         self._attempt = _new_attempt(self._run, event)
         if event.recomputed:
             self._count(recomputed=event.recomputed)
@@ -130,7 +134,6 @@ class AttemptLog:
             case Written():
                 self._add("written", event.bytes, start, stop)
             case Attended():
-                self._totals["subproblems"] += 1
                 self._add("pairs", event.pairs, start, stop)
                 self._add("saved", event.partial_bytes + event.checkpoint_bytes, event.stop, event.stop)
                 self._count(out_of_memory=event.out_of_memory)
@@ -171,11 +174,12 @@ class AttemptLog:
             busy[name.partition("/")[0]] += seconds
         counted: dict[str, Any] = {f"bytes_{name}": self._totals[name] for name in AMOUNTS if name != "pairs"}
         counted |= {name: self._counts[name] for name in ("recomputed", "retried", "workers_lost", "out_of_memory")}
+        reached = self._pace.at(clock.now())
         now = replace(
             self._attempt,
             seen=max(self._seen, clock.now()) if self._attempt.end == "" else self._seen,
             lanes=len(self._lanes),
-            subproblems=self._totals["subproblems"],
+            subproblems=max(0, reached.subproblems_done - self._attempt.subproblems_before),
             pairs=self._totals["pairs"],
             peak_host=max(0, self._peak_host),
             peak_device=self._peak_device,
@@ -233,8 +237,11 @@ class AttemptLog:
             mirror.push(path)
 
 
-def _earlier_attempts(run: Run) -> Attempts:
-    """The attempts at this run before this one, the last of them with what its last heartbeat said."""
+def _earlier_attempts(run: Run, done: int) -> Attempts:
+    """The attempts at this run before this one, which left so many subproblems `done`.
+
+    The last of them is with what its last heartbeat said.
+    """
     found = None
     try:
         found = read_attempts(run.paths)
@@ -242,14 +249,14 @@ def _earlier_attempts(run: Run) -> Attempts:
         logger.warning("%s; the report says nothing of attempts before this one", error)
     if found is None or found.run != run.journal.run:
         return Attempts(FORMAT, run.journal.run, planned_of(run), 0, ())
+    if not found.attempts or found.attempts[-1].end:
+        return found
     last = None
     with suppress(IntegrityError, OSError):
         last = last_written(run.paths.status)
-    *others, newest = found.attempts or (None,)
-    if newest is not None and newest.end == "":
-        others.append(replace(newest if last is None else with_heartbeat(newest, last), end="killed"))
-        return replace(found, attempts=tuple(each for each in others if each is not None))
-    return found
+    *others, newest = found.attempts
+    newest = newest if last is None else with_heartbeat(newest, last)
+    return replace(found, attempts=(*others, replace(newest.having_saved(done), end="killed")))
 
 
 def _new_attempt(run: Run, event: Started) -> Attempt:

@@ -143,9 +143,10 @@ class Attempt:
     """A process that worked on the run: `started`, and `seen` at work last (seconds since the epoch).
 
     `end` is "" while nothing says how it ended: it is running, or was killed. Then `seen` is its last heartbeat, and the
-    counts are those written down before it. `words` say why it ended. `subproblems` and `pairs` are those that it did, after
-    `subproblems_before` and `pairs_before`. `busy` are the seconds of each resource over all its lanes, `peak_host` and
-    `peak_device` the most bytes that its lanes held. Of what was copied to GPUs and from them a CPU has none.
+    counts are those written down before it. `words` say why it ended. `subproblems` are those that it did after
+    `subproblems_before`, and once it has ended those that are on disk; `pairs`, after `pairs_before`, count all its work.
+    `busy` are the seconds of each resource over all its lanes, `peak_host` and `peak_device` the most bytes that its lanes
+    held. Of what was copied to GPUs and from them a CPU has none.
     """
 
     started: Seconds
@@ -184,6 +185,10 @@ class Attempt:
     def state(self) -> str:
         """How it ended, or that it is running."""
         return self.end or "running"
+
+    def having_saved(self, done: int) -> Attempt:
+        """The same of an attempt after which so many subproblems are on disk: a kill costs what was not saved."""
+        return replace(self, subproblems=max(0, done - self.subproblems_before))
 
     @property
     def faults(self) -> dict[str, int]:
@@ -234,6 +239,24 @@ def read_attempts(paths: ResultPaths) -> Attempts | None:
     except ValueError as error:
         raise IntegrityError(f"the attempts beside {paths.result} are not those of a run: {error!s:.500}") from None
     return found
+
+
+def with_end(attempt: Attempt, status: Status, last: Status | None) -> Attempt:
+    """The last attempt at a run of that status, with how it ended where nobody has recorded it, and what it left on disk.
+
+    `last` is what was written last into the file of its status.
+    """
+    if attempt.end == "":
+        if status.state == "finished":
+            return replace(attempt, end="finished", words="its process was killed as it had finished, before it said so")
+        running = status.state == "running"
+        if running and status.holder not in ("", attempt.process):  # another one goes on, and has not written of itself yet
+            return replace(attempt, end="killed")
+        last = status if running else last
+        attempt = attempt if last is None else with_heartbeat(attempt, last)
+        attempt = attempt if running else replace(attempt, end="killed")
+    known = status.state == "interrupted" and status.subproblems
+    return attempt.having_saved(status.subproblems_done) if known else attempt
 
 
 def with_heartbeat(attempt: Attempt, last: Status) -> Attempt:

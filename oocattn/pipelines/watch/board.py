@@ -87,6 +87,8 @@ class Board:
                     self._saved = max(self._saved, event.stop)
                     self._note(event.stop, f"{format_bytes(event.bytes)} saved as lanes stopped")
                 case Failed():
+                    if event.done is not None and self._plan is not None:
+                        self._pairs = PairProgress(self._plan, event.done)
                     self._end(event.stop, "failed", event.error)
                 case Ended():
                     self._end(event.stop, "finished", "")

@@ -128,10 +128,17 @@ class Committed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """The run failed, or was told to stop (`stopped`)."""
+    """The run failed, or was told to stop (`stopped`).
+
+    `done` is what is on disk then, as the next process will find it, and the `left` subproblems have `pairs_left`: tasks end
+    while lanes stop, and not everything that was attended may have been saved. None where the disk does not say.
+    """
 
     error: str
     stopped: bool = False
+    left: int = 0
+    done: CompletedWork | None = None
+    pairs_left: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

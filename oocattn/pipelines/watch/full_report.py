@@ -17,7 +17,7 @@ from typing import Any, Literal
 from oocattn.arguments import checked, path
 from oocattn.errors import IntegrityError, OocattnError, ResultExistsError
 from oocattn.pipelines.run import find_unfinished
-from oocattn.pipelines.watch.attempts import Attempt, Attempts, Planned, read_attempts, with_heartbeat
+from oocattn.pipelines.watch.attempts import Attempt, Attempts, Planned, read_attempts, with_end
 from oocattn.pipelines.watch.elsewhere import seen_from_here
 from oocattn.pipelines.watch.repeating import command_again, planned_of
 from oocattn.pipelines.watch.status import last_written, status_at
@@ -266,21 +266,14 @@ def _attempts_at(paths: ResultPaths, known: _Known, notes: list[str]) -> Attempt
 
 
 def _with_last_end(attempts: Attempts, status: Status, paths: ResultPaths) -> tuple[Attempt, ...]:
-    """The attempts, the last of which may not have said how it ended."""
-    if not attempts.attempts or attempts.attempts[-1].end:
-        return attempts.attempts
+    """The attempts, the last of which may not have said how it ended, nor what it left on disk."""
+    if not attempts.attempts:
+        return ()
     *others, newest = attempts.attempts
-    if status.state == "finished":
-        words = "its process was killed as it had finished, before it said so"
-        return (*others, replace(newest, end="finished", words=words))
-    running = status.state == "running"
-    if running and status.holder not in ("", newest.process):  # another process goes on, and has not written of itself yet
-        return (*others, replace(newest, end="killed"))
-    last = status if running else None
+    last = None
     with suppress(IntegrityError, OSError):
-        last = last or last_written(paths.status)
-    newest = newest if last is None else with_heartbeat(newest, last)
-    return (*others, newest if running else replace(newest, end="killed"))
+        last = last_written(paths.status)
+    return (*others, with_end(newest, status, last))
 
 
 def _recorded(paths: ResultPaths, status: Status, notes: list[str]) -> _Known:

@@ -68,11 +68,7 @@ class Pace:
     def __call__(self, event: Event) -> None:
         match event:
             case Recovered():
-                self._done = self._subproblems - event.left
-                self._before = min(self._before, self._done)
-                self._earlier, self._ended, self._left = self._earlier + self._ended, 0, event.pairs_left
-                self._flying.clear()
-                self._reached = self._earlier
+                self._begin_again(event)
             case Staged() if self._begun is None:
                 self._begun = self._advanced = min(event.stop, clock.now())
             case Progressed():
@@ -85,8 +81,20 @@ class Pace:
                 self._advance(event)
             case Stalled():
                 self._stall(event)
-            case Ended() | Failed():
+            case Failed():
+                if event.done is not None:
+                    self._begin_again(event)
                 self._stop = event.stop
+            case Ended():
+                self._stop = event.stop
+
+    def _begin_again(self, event: Recovered | Failed) -> None:
+        """Take what is left by what is on disk: of what was attended since, not everything may be."""
+        self._done = self._subproblems - event.left
+        self._before = min(self._before, self._done)
+        self._earlier, self._ended, self._left = self._earlier + self._ended, 0, event.pairs_left
+        self._flying.clear()
+        self._reached = self._earlier
 
     def _advance(self, event: Event) -> None:
         if self._attended > self._reached:
