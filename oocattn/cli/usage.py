@@ -8,7 +8,8 @@ from pathlib import PurePath
 from oocattn.arguments import integer
 from oocattn.cli.inputs import TENSORS, given_storage_options, named_tensors
 from oocattn.errors import ProblemError
-from oocattn.naming import named, setting
+from oocattn.naming import named
+from oocattn.pipelines.engines import check_engine
 from oocattn.planning.options import MAX_CHUNKS
 from oocattn.problem.options import ProblemOptions
 from oocattn.storage.locations import output_path, parse_location
@@ -22,11 +23,8 @@ def check_words(options: argparse.Namespace) -> None:
         given_storage_options(options)
     _check_inputs(options)
     _check_result(options)
-    if given.get("engine") == "inline" and given.get("scheduler") is not None:
-        raise ProblemError(
-            f"{setting('engine', 'inline')} with {named('client')}: it runs on threads of this process; leave one of both "
-            "out"
-        )
+    if "scheduler" in given:
+        check_engine(options.engine, has_client=options.scheduler is not None, dashboard_address=options.dashboard)
     if given.get("all_rows") is False:
         for name in ("time_limit", "timeline", "scheduler", "progress"):
             if given[name] is not None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from oocattn import clock
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
-from oocattn.naming import named, setting
-from oocattn.pipelines.engines import DASHBOARD
+from oocattn.naming import named
+from oocattn.pipelines.engines import check_engine
 from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.lane.rehearsal import rehearse
 from oocattn.planning.machine import Engine as EngineName
@@ -35,12 +35,7 @@ class Workplace:
     dashboard_address: str
 
     def __post_init__(self) -> None:
-        if self.engine == "inline" and (self.client is not None or self.dashboard_address != DASHBOARD):
-            found = named("client" if self.client is not None else "dashboard_address")
-            raise ProblemError(
-                f"{setting('engine', 'inline')} with {found}: it runs on threads of this process, which have "
-                "neither; leave one of both out"
-            )
+        check_engine(self.engine, has_client=self.client is not None, dashboard_address=self.dashboard_address)
         if self.client is not None:
             from oocattn.pipelines.engines.dask.connecting import check_client
 

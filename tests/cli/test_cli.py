@@ -118,6 +118,7 @@ def test_plan_draws_the_division(dataset, tmp_path, capsys):
         (["run", "x.zarr", "y.zarr", "--scheduler", "tcp://a:1", "--dashboard", "a:2"], "not allowed with"),
         (["synth", "x.zarr", "--tokens", "1.5"], "whole number"),
         (["run", "x.zarr", "y.zarr", "--scheduler", "tcp://a:1", "--engine", "inline"], "leave one of both out"),
+        (["resume", "y.zarr", "--dashboard", "a:2", "--engine", "inline"], "--engine inline with --dashboard: it runs on"),
         (["run", "--q=q", "--k=k", "--v=v", "x.zarr", "y.zarr"], "DATASET and --q --k --v are both given; name one"),
         (["plan", "--q=q", "--k=k", "--v=v", "x.zarr"], "x.zarr is not expected: DATASET and --q --k --v are both"),
         (["run", "--q=q", "--k=k", "y.zarr"], "the inputs have no --v: expected --q, --k and --v, or --qkv"),

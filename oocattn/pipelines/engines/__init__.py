@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from typing import get_args
 
+from oocattn.errors import ProblemError
+from oocattn.naming import named, setting
 from oocattn.planning.machine import Engine as EngineName
 
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 DASHBOARD = "127.0.0.1:0"
 """Default address of the dashboard: on the loopback, at any free port."""
+
+
+def check_engine(engine: EngineName, *, has_client: bool, dashboard_address: str) -> None:
+    """Raise ProblemError for an engine that has no use for a client, or a dashboard, that is given."""
+    if engine == "inline" and (has_client or dashboard_address != DASHBOARD):
+        found = named("client" if has_client else "dashboard_address")
+        raise ProblemError(
+            f"{setting('engine', 'inline')} with {found}: it runs on threads of this process, which have neither; leave one "
+            "of both out"
+        )

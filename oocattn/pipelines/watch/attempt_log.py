@@ -10,7 +10,9 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from oocattn import clock
 from oocattn.errors import IntegrityError, LockedError, OocattnError
@@ -34,6 +36,7 @@ from oocattn.pipelines.watch.events import (
     Failed,
     Memory,
     Recovered,
+    Resource,
     Saved,
     Staged,
     Stalled,
@@ -41,6 +44,7 @@ from oocattn.pipelines.watch.events import (
     TaskEvent,
     Written,
 )
+from oocattn.pipelines.watch.lanes import Floats, LaneMemory, rows_of_lanes
 from oocattn.pipelines.watch.pace import Pace
 from oocattn.pipelines.watch.repeating import planned_of
 from oocattn.pipelines.watch.series import Covered, Highest, Rates
@@ -61,7 +65,6 @@ WRITING_SECONDS, MIRRORING_SECONDS = 5.0, 60.0
 MOST_SHARE = 0.002  # of the time of a run, that records of it take
 
 FIRST_WIDTH = 2.0**-4  # seconds of a bin, at first
-MOST_LANES = 16  # whose resources are recorded one by one
 AMOUNTS = ("pairs", "read", "copied_in", "copied_out", "written", "saved")
 _WORDS = 500  # characters of a line
 
@@ -108,7 +111,7 @@ class AttemptLog:
         self._rates = Rates(event.start, AMOUNTS, FIRST_WIDTH)
         self._covered = Covered(self._rates)
         self._host, self._device = (Highest(event.start, FIRST_WIDTH) for _ in range(2))
-        self._memory: dict[str, Memory] = {}
+        self._memory = LaneMemory()
         self._peak_host = self._peak_device = 0
         self._totals = dict.fromkeys(AMOUNTS, 0)
         self._counts: Counter[str] = Counter()
@@ -143,10 +146,10 @@ class AttemptLog:
                     self._note(event.stop, f"lane {event.worker}: out of device memory; it continues with smaller tiles")
 
     def _take_memory(self, memory: Memory, moment: float) -> None:
-        self._memory[memory.process] = memory
-        host, device = (sum(getattr(each, name) for each in self._memory.values()) for name in ("host", "device"))
+        self._memory.add(memory)
+        host, device = self._memory.host, self._memory.device
         self._peak_host, self._peak_device = max(self._peak_host, host), max(self._peak_device, device)
-        self._host.add(max(0, host), moment)
+        self._host.add(host, moment)
         self._device.add(device, moment)
 
     def _add(self, name: str, amount: int, start: float, stop: float) -> None:
@@ -181,7 +184,7 @@ class AttemptLog:
             lanes=len(self._lanes),
             subproblems=max(0, reached.subproblems_done - self._attempt.subproblems_before),
             pairs=self._totals["pairs"],
-            peak_host=max(0, self._peak_host),
+            peak_host=self._peak_host,
             peak_device=self._peak_device,
             **counted,
             busy={name: round(busy[name], 4) for name in RESOURCES if name in busy},
@@ -194,19 +197,20 @@ class AttemptLog:
         width = max(self._rates.width, self._host.width, self._device.width)
         self._rates.coarsen_to(width)
         rates = self._rates.rates()
-        seconds = self._covered.seconds
+        lanes: dict[str, dict[str, Floats]] = {lane: {} for lane in self._lanes}
+        for name, seconds in self._covered.seconds.items():
+            resource, _, lane = name.partition("/")
+            lanes[lane][resource] = np.array([seconds, *rates[name]])
         rows = [
-            BusyRow(printable(lane)[:100], resource, round(seconds[name], 4), _percent(rates[name]))
-            for lane in sorted(self._lanes, key=lambda lane: (len(lane), lane))
-            for resource in RESOURCES
-            if (name := f"{resource}/{lane}") in seconds
+            BusyRow(printable(lane)[:100], cast(Resource, resource), round(float(seconds), 4), _percent(shares))
+            for lane, resource, (seconds, *shares) in rows_of_lanes(lanes)
         ]
         return OverTime(
             width=width,
             rates={name: tuple(float(f"{rate:.4g}") for rate in rates[name]) for name in AMOUNTS},
             host=self._host.values(width),
             device=self._device.values(width),
-            busy=tuple(rows if len(self._lanes) <= MOST_LANES else _means(rows, len(self._lanes))),
+            busy=tuple(rows),
         )
 
     def _write(self) -> None:
@@ -317,15 +321,3 @@ def _processor() -> str:
 
 def _percent(shares: Iterable[float]) -> str:
     return "".join(f"{min(99, round(100 * share)):02}" for share in shares)
-
-
-def _means(rows: list[BusyRow], lanes: int) -> list[BusyRow]:
-    """The mean of all lanes for each resource, where there are too many to keep."""
-    found = []
-    for resource in RESOURCES:
-        same = [row for row in rows if row.resource == resource]
-        if same:
-            shares = (sum(each) / lanes / 100 for each in zip(*(row.percentages for row in same), strict=True))
-            seconds = round(sum(row.seconds for row in same) / lanes, 4)
-            found.append(BusyRow(f"mean of {lanes:,} lanes", resource, seconds, _percent(shares)))
-    return found

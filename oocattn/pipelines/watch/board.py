@@ -21,9 +21,7 @@ from oocattn.pipelines.watch.events import (
     Ended,
     Event,
     Failed,
-    Memory,
     Recovered,
-    Resource,
     Saved,
     Staged,
     Stalled,
@@ -31,10 +29,10 @@ from oocattn.pipelines.watch.events import (
     TaskEvent,
     Written,
 )
+from oocattn.pipelines.watch.lanes import LaneMemory, rows_of_lanes
 from oocattn.pipelines.watch.pace import Pace
 from oocattn.pipelines.watch.pair_progress import PairProgress
 from oocattn.pipelines.watch.series import Busy, Rates
-from oocattn.pipelines.watch.timeline import RESOURCES
 from oocattn.planning.plan import Plan
 from oocattn.text import printable
 from oocattn.units import format_bytes, format_seconds
@@ -44,7 +42,6 @@ VERSION = 1  # of the record
 FIRST_WIDTH = 0.5  # seconds of a bin of rates, at first
 WINDOW_SECONDS = 60.0  # over which the board says how busy lanes are
 CELLS = 60  # into which it divides them
-MOST_LANES = 16  # that are shown one by one
 MOST_LINES = 100  # of the log
 MOST_WORDS = 300  # characters of a line
 SCRATCH_SECONDS = 2.0  # between two looks at the disk
@@ -104,7 +101,7 @@ class Board:
         self._pairs = PairProgress(plan, event.done)
         self._rates = Rates(event.start, AMOUNTS, FIRST_WIDTH)
         self._busy: dict[str, dict[str, Busy]] = {}
-        self._memory: dict[str, Memory] = {}
+        self._memory = LaneMemory()
         self._not_finite: set[str] = set()
         self._saved = 0.0
         self._set("running")
@@ -142,7 +139,7 @@ class Board:
             self._rates.add("saved", event.partial_bytes + event.checkpoint_bytes, event.stop, event.stop)
             self._saved = max(self._saved, event.checkpointed or event.stop)
         if event.memory:
-            self._memory[event.memory.process] = event.memory
+            self._memory.add(event.memory)
         if event.out_of_memory:
             self._note(event.stop, f"lane {event.worker}: out of device memory; it continues with smaller tiles")
 
@@ -229,51 +226,32 @@ class Board:
         for busy in everyone:
             busy.drop_before(until - WINDOW_SECONDS)
         edges = np.linspace(until - seconds, until, CELLS + 1)
-        rows = []
-        for lane, resources in sorted(self._busy.items(), key=lambda item: (len(item[0]), item[0])):
-            for name in RESOURCES:
-                if name in resources:
-                    cells = resources[name].shares(edges)
-                    rows.append((printable(lane)[:MOST_WORDS], name, cells))
-        count = len(self._busy)
-        if count > MOST_LANES:
-            rows = _means(rows, count)
+        shares = {lane: {name: busy.shares(edges) for name, busy in found.items()} for lane, found in self._busy.items()}
         return {
             "until": until,
             "seconds": seconds,
-            "count": count,
+            "count": len(self._busy),
             "rows": [
                 {
-                    "lane": lane,
+                    "lane": printable(lane)[:MOST_WORDS],
                     "resource": resource,
                     "share": round(float(cells.mean()), 4),
                     "cells": [round(float(cell), 2) for cell in cells],
                 }
-                for lane, resource, cells in rows
+                for lane, resource, cells in rows_of_lanes(shares)
             ],
         }
 
     def _memory_now(self, plan: Plan) -> dict[str, Any]:
-        known = self._memory.values()
         return {
-            "host": max(0, sum(each.host for each in known)),
+            "host": self._memory.host,
             "host_peak": plan.peak_host,
             "host_budget": plan.host_memory,
-            "device": sum(each.device for each in known),
+            "device": self._memory.device,
             "device_peak": plan.peak_device if plan.device == "cuda" else 0,
             "device_budget": plan.device_memory if plan.device == "cuda" else 0,
-            "processes": len(known),
+            "processes": self._memory.processes,
         }
-
-
-def _means(rows: list[tuple[str, Resource, Any]], lanes: int) -> list[tuple[str, Resource, Any]]:
-    """The mean of all lanes for each resource, where there are too many to show."""
-    found = []
-    for name in RESOURCES:
-        cells = [each for _, resource, each in rows if resource == name]
-        if cells:
-            found.append((f"mean of {lanes:,} lanes", name, np.sum(cells, axis=0) / lanes))
-    return found
 
 
 def describe_times(record: Mapping[str, Any]) -> str:

@@ -16,8 +16,9 @@ from support import MACHINE, Recorder, a_problem, carry_out, make_event, normal_
 from oocattn import Plan
 from oocattn.division.live import LivePairs
 from oocattn.pipelines.schedule import CompletedWork
-from oocattn.pipelines.watch.board import MOST_LANES, MOST_LINES, Board
+from oocattn.pipelines.watch.board import MOST_LINES, Board
 from oocattn.pipelines.watch.events import Memory, Span
+from oocattn.pipelines.watch.lanes import MOST_LANES
 from oocattn.pipelines.watch.pair_progress import MOST_CELLS, PairProgress, live_cells
 from oocattn.pipelines.watch.series import MOST_BINS, MOST_INTERVALS, Busy, Rates
 from oocattn.pipelines.watch.timeline import busy_seconds
