@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Protocol
 
 from oocattn.errors import IntegrityError
-from oocattn.records import ADDED, Range, from_json, parse_json
+from oocattn.records import ADDED, Count, Range, from_json, parse_json
 from oocattn.storage.files.regular import read_file
 from oocattn.text import printable
 
@@ -27,6 +28,8 @@ class Holder:
     kernel: str = ""  # of which boot of which machine, as far as that is known
     token: str = field(default="", compare=False)
     flocked: Annotated[bool, ADDED] = field(default=True, compare=False)  # whether the kernel's lock is held too
+    started: Annotated[Count, ADDED] = field(default=0, compare=False)  # in the kernel's ticks since its boot; 0: unknown
+    pids: Annotated[str, ADDED] = field(default="", compare=False)  # the namespace of process numbers; "" where unknown
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -35,7 +38,10 @@ class Holder:
             kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
             kernel = ""
-        return cls(socket.gethostname(), os.getpid(), kernel, uuid.uuid4().hex)
+        pids, started = "", 0
+        with suppress(OSError):
+            pids, started = os.readlink("/proc/self/ns/pid"), _start_of(os.getpid()) or 0
+        return cls(socket.gethostname(), os.getpid(), kernel, uuid.uuid4().hex, started=started, pids=pids)
 
     def shares_kernel(self, other: Holder) -> bool:
         """Whether both see the same kernel's locks."""
@@ -46,8 +52,36 @@ class Holder:
         """Whether this kernel's locks tell if this holder is alive."""
         return self.flocked and self.shares_kernel(Holder.this_process())
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether this kernel tells that the process has ended, its number reused or not; False where that is unknown."""
+        here = Holder.this_process()
+        if not (self.kernel and self.started and self.pids) or (self.kernel, self.pids) != (here.kernel, here.pids):
+            return False
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):  # another user's, whose /proc may be hidden
+            pass
+        try:
+            return _start_of(self.process) != self.started
+        except OSError:
+            return False
+
     def __str__(self) -> str:
         return f"process {self.process} on host {printable(self.host)}"
+
+
+def _start_of(process: int) -> int | None:
+    """When a process was started, in ticks since the boot; None for one that has ended and waits for its parent.
+
+    Raises OSError where the kernel does not tell.
+    """
+    state, *fields = (
+        Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+    )  # proc_pid_stat(5), from the third
+    return None if state in (b"Z", b"X") else int(fields[18])
 
 
 UNKNOWN_HOLDER = Holder("unknown", 0)

@@ -289,7 +289,7 @@ def lock_holder(path: Path) -> Holder | None:
         return None
     except BlockingIOError:
         return read_holder(path)
-    if flocked and holder.is_told_by_kernel:
+    if (flocked and holder.is_told_by_kernel) or holder.has_ended:
         return None
     return holder if time.time() - touched < BEATS_MISSED * BEAT else None
 

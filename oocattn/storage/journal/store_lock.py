@@ -129,9 +129,15 @@ class StoreLock(AbstractContextManager["StoreLock"]):
 
 
 def store_lock_holder(objects: Objects, dead: str = "") -> Holder | None:
-    """Who holds the lock, or left it behind; None where there is none, or one from the folder `dead`, whose lock is free."""
+    """Who holds the lock, or left it behind on another host.
+
+    None where there is none, or one from the folder `dead`, whose lock is free, or of a process here that has ended. Workers
+    of that one may go on for a moment: taking its lock over takes longer.
+    """
     text = _highest(objects)
-    return None if text is None or (dead and text.folder == dead) else text.holder
+    if text is None or (dead and text.folder == dead) or text.holder.has_ended:
+        return None
+    return text.holder
 
 
 def _acquire(objects: Objects, content: bytes, folder: str, until: float) -> int:
