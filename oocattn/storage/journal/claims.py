@@ -78,9 +78,8 @@ def _start_of(process: int) -> int | None:
 
     Raises OSError where the kernel does not tell.
     """
-    state, *fields = (
-        Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
-    )  # proc_pid_stat(5), from the third
+    content = Path(f"/proc/{process}/stat").read_bytes()
+    state, *fields = content.rpartition(b")")[2].split()  # proc_pid_stat(5), from its third field on
     return None if state in (b"Z", b"X") else int(fields[18])
 
 
