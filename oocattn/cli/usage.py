@@ -8,7 +8,7 @@ from pathlib import PurePath
 from oocattn.arguments import integer
 from oocattn.cli.inputs import TENSORS, given_storage_options, named_tensors
 from oocattn.errors import ProblemError
-from oocattn.naming import named
+from oocattn.naming import named, setting
 from oocattn.pipelines.engines import check_engine
 from oocattn.planning.options import MAX_CHUNKS
 from oocattn.problem.options import ProblemOptions
