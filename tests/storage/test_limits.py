@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ async def refused() -> None:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("END_SECONDS", "LAST_SECONDS", "LOOK_SECONDS"):
+    for name in ("END_SECONDS", "LOOK_SECONDS", "LAST_LOOK_SECONDS"):
         monkeypatch.setattr(limits, name, 0.01)
 
 
@@ -61,19 +63,57 @@ def test_a_limit_is_the_same_wherever_it_is_sent_in_its_process() -> None:
     with limited(clock.now()) as limit:
         assert current_limit() is limit
         assert pickle.loads(pickle.dumps(limit)) is limit
-    assert not current_limit().is_over
-    assert not Limit().is_over
+    assert current_limit().over_since == Limit().over_since == math.inf
 
 
-def test_what_a_call_found_of_a_server_counts_for_the_call_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with limited(float("inf")) as outer:
+def test_what_a_call_found_of_a_server_counts_for_the_call_around_it() -> None:
+    asked: list[str] = []
+
+    async def answered() -> None:
+        asked.append("a server")
+
+    with limited(math.inf) as outer:
         with limited(clock.now()), pytest.raises(TimeLimitError):
             asyncio.run(retry("reading", URL, silent))
         assert outer.failing.startswith(f"reading {URL}: no answer in time")
-        with limited(clock.now()) as last:
-            monkeypatch.setattr(limits, "END_SECONDS", 600)  # what a first request has
+        with limited(clock.now()):
+            with pytest.raises(TimeLimitError, match="nor was there one before"):
+                asyncio.run(retry("writing", f"{URL}.2", answered))
+            assert not asked
+            assert outer.failing.startswith(f"reading {URL}: no answer in time")  # of the one that was made
+            asyncio.run(retry("writing", "s3://another/q", answered))
+            assert asked
+
+
+@pytest.mark.parametrize("step", [silent, refused])
+def test_requests_that_follow_an_interruption_share_one_bound(
+    step: Callable[[], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[int] = set()
+
+    async def made(number: int) -> None:
+        asked.add(number)
+        await step()
+
+    monkeypatch.setattr(limits, "END_SECONDS", 0.2)
+    with limited(math.inf) as limit:
+        limit.stop()
+        for number in range(40):
             with pytest.raises(TimeLimitError):
-                asyncio.run(retry("reading", URL, silent, limit=last))
+                asyncio.run(retry("removing", f"{URL}.{number}", partial(made, number)))
+    assert 1 <= len(asked) <= 2  # the bound of the first one ends a moment before that of its server
+
+
+def test_a_server_that_answers_has_its_time_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slow() -> str:
+        await asyncio.sleep(0.3)
+        return "released"
+
+    monkeypatch.setattr(limits, "END_SECONDS", 1.0)
+    with limited(math.inf) as limit:
+        limit.stop()
+        for number in range(5):
+            assert asyncio.run(retry("removing", f"{URL}.{number}", slow)) == "released"
 
 
 def test_a_request_that_is_answered_names_no_server() -> None:

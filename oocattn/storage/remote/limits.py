@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from oocattn import clock
 from oocattn.storage.inputs.kept import find, keep
 
-END_SECONDS = 1.0
-"""Seconds before a time limit at which requests end, and that one in flight has after an interruption."""
+END_SECONDS = 0.75
+"""Seconds before a time limit at which requests begin to end; what all requests to a server that answers none then share."""
 
-LAST_SECONDS = 0.2  # that a request has after others were given up: the lock is to be released, if the server lives
-LOOK_SECONDS = 0.25  # between two looks whether a request must end
+LOOK_SECONDS, LAST_LOOK_SECONDS = 0.25, 0.05
+"""Seconds between two looks whether a request must end, and between those once the time is over."""
 
 SILENT_SECONDS = 1.0
 """Seconds without an answer after which a request is named where the time is over."""
@@ -27,14 +27,31 @@ SILENT_SECONDS = 1.0
 T = TypeVar("T")
 
 
+class _Server:
+    """How long requests that must end have waited for a server since its last answer: what overlaps counts once."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self._counted = -math.inf
+
+    def count(self, since: float, now: float) -> None:
+        """Add the time from a moment until now, unless it was counted."""
+        self.waited += max(0.0, now - max(since, self._counted))
+        self._counted = now
+
+
 class Limit:
-    """The end of the requests of a call, a moment of `clock.now`; what is found of servers counts for an `outer` one too."""
+    """The end of the requests of a call, a moment of `clock.now`; what is found of servers counts for an `outer` one too.
+
+    Once the time is over, a request has `END_SECONDS`, and so have all of them together that a server does not answer: a
+    run makes many at its end, one after another. Later ones to that server are not made.
+    """
 
     def __init__(self, until: float = math.inf, outer: Limit | None = None) -> None:
         self._until = until - END_SECONDS
         self._outer = outer
         self._failing = ""
-        self._given_up: bool = outer is not None and outer._given_up
+        self._servers: dict[str, _Server] = {} if outer is None else outer._servers
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _recall, (keep(self), self._until + END_SECONDS)
@@ -50,47 +67,84 @@ class Limit:
         if self._outer is not None:
             self._outer.failing = words
 
-    def _give_up(self) -> None:
-        """Give other requests less time, also those that an outer call makes in the end."""
-        self._given_up = True
-        if self._outer is not None:
-            self._outer._give_up()
-
     @property
-    def is_over(self) -> bool:
-        """Whether no request is tried again."""
-        return clock.now() >= self._until
+    def over_since(self) -> float:
+        """The moment from which requests must end."""
+        return self._until
 
     def stop(self) -> None:
         """End requests now; a signal's handler may call this."""
-        self._until = min(self._until, clock.now() + END_SECONDS)
+        self._until = min(self._until, clock.now())
 
-    async def wait(self, step: Callable[[], Awaitable[T]], most: float, label: str) -> T:
-        """Await one try of a request. Raises TimeoutError after `most` seconds, or where the time is over."""
+    def server(self, url: str) -> _Server:
+        """What is known of the server, or bucket, of a URL."""
+        return self._servers.setdefault("/".join(url.split("/", 3)[:3]), _Server())
+
+
+class Request:
+    """A request under a limit, with all its tries, which messages call `label`."""
+
+    def __init__(self, limit: Limit, label: str, url: str) -> None:
+        self.began = clock.now()
+        self._limit = limit
+        self._label = label
+        self._server = limit.server(url)
+        self._tried = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is not tried again."""
+        now = clock.now()
+        late = now - max(self.began, self._limit.over_since)
+        return late >= 0 and (late >= END_SECONDS or self._server.waited >= END_SECONDS)
+
+    def answered(self, words: str = "") -> None:
+        """Note that its server lives; `words` are of an answer that is a failure."""
+        self._server.waited = 0.0
+        if words or self._limit.failing.startswith(self._label):
+            self._limit.failing = words and f"{self._label}: {words}"
+
+    def failed(self, words: str) -> None:
+        """Note how a try failed, unless none was made."""
+        if self._tried:
+            self._limit.failing = f"{self._label}: {words}"
+
+    async def wait(self, step: Callable[[], Awaitable[T]], most: float) -> T:
+        """Await one try. Raises TimeoutError after `most` seconds, or where the time is over."""
         import asyncio  # which commands that ask no server do without
 
-        began, task = clock.now(), asyncio.ensure_future(step())
-        least = LAST_SECONDS if self._given_up else END_SECONDS
+        if self.is_over:
+            raise TimeoutError("nor was there one before")
+        self._tried, began, task = True, clock.now(), asyncio.ensure_future(step())
         try:
-            while not (await asyncio.wait([task], timeout=LOOK_SECONDS))[0]:
+            while not (await asyncio.wait([task], timeout=self._look_seconds))[0]:
                 waited = clock.now() - began
                 if waited > min(SILENT_SECONDS, most):
-                    self.failing = f"{label}: no answer for {waited:.0f} s"
-                if waited >= most or (self.is_over and waited >= least):
-                    if self.is_over:
-                        self._give_up()
+                    self.failed(f"no answer for {waited:.0f} s")
+                self._count(began)
+                if waited >= most or self.is_over:
                     raise TimeoutError(f"{waited:.1f} s")
             return task.result()
         finally:
             task.cancel()
 
     async def sleep(self, seconds: float) -> None:
-        """Pause, until the time is over."""
+        """Pause between two tries, until the time is over."""
         import asyncio
 
-        until = clock.now() + seconds
-        while not self.is_over and (left := until - clock.now()) > 0:
-            await asyncio.sleep(min(LOOK_SECONDS, left))
+        began = clock.now()
+        while not self.is_over and (left := began + seconds - clock.now()) > 0:
+            await asyncio.sleep(min(self._look_seconds, left))
+            self._count(began)
+
+    @property
+    def _look_seconds(self) -> float:
+        return LOOK_SECONDS if clock.now() < self._limit.over_since else LAST_LOOK_SECONDS
+
+    def _count(self, began: float) -> None:
+        since, now = max(began, self._limit.over_since), clock.now()
+        if now > since:
+            self._server.count(since, now)
 
 
 _current: ContextVar[Limit | None] = ContextVar("oocattn-limit", default=None)

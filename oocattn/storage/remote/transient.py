@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from oocattn import clock
 from oocattn.errors import OocattnError, RemoteDeniedError, RemoteError, TimeLimitError
 from oocattn.naming import by_face
-from oocattn.storage.remote.limits import Limit, current_limit
+from oocattn.storage.remote.limits import Limit, Request, current_limit
 from oocattn.storage.remote.options import without_secrets
 
 PATIENCE = 60.0  # seconds after its first failure until which a request is tried again
@@ -100,14 +100,14 @@ async def retry(
     the server said, and how often it was tried.
     """
     global _warned
-    limit, label = limit or current_limit(), f"{operation} {url}"
-    began, first, pause, tries = clock.now(), None, FIRST_PAUSE, 0
+    label = f"{operation} {url}"
+    request = Request(limit or current_limit(), label, url)
+    first, pause, tries = None, FIRST_PAUSE, 0
     while True:
         tries += 1
         try:
-            found = await limit.wait(step, TRY_SECONDS, label)
-            if limit.failing.startswith(label):
-                limit.failing = ""
+            found = await request.wait(step, TRY_SECONDS)
+            request.answered()
             return found
         except (OocattnError, MemoryError):
             raise
@@ -115,22 +115,26 @@ async def retry(
             failure, now = _without_secrets(classify(error), secrets), clock.now()
             cause = error if not secrets else None  # its text may show them
             if failure.kind is Kind.ABSENT:
+                request.answered()
                 raise FileNotFoundError(errno.ENOENT, "no such object", url) from cause
+            if failure.kind is not Kind.TRANSIENT:
+                request.answered(failure.found)
+                raise _error(operation, url, failure, tries, now - request.began) from cause
             first = now if first is None else first
             wait = max(pause * random.uniform(0.5, 1.0), failure.wait)
-            limit.failing = f"{label}: {failure.found}"
-            if failure.kind is Kind.TRANSIENT and limit.is_over:
+            request.failed(failure.found)
+            if request.is_over:
                 raise TimeLimitError(
                     f"time limit reached, or interrupted: {label} failed: {failure.found}; {tries} tries in "
-                    f"{now - began:.0f} s; check the server and the network, then go on (`oocattn resume` for a run)"
+                    f"{now - request.began:.0f} s; check the server and the network, then go on (`oocattn resume` for a run)"
                 ) from cause
-            if failure.kind is not Kind.TRANSIENT or now + wait > first + patience:
-                raise _error(operation, url, failure, tries, now - began) from cause
+            if now + wait > first + patience:
+                raise _error(operation, url, failure, tries, now - request.began) from cause
             if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
                 _warned = now
                 left = first + patience - now
                 logger.warning("%s %s failed: %s; retrying for %.0f s", operation, url, failure.found, left)
-        await limit.sleep(wait)
+        await request.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
