@@ -81,6 +81,11 @@ class Axes:
         }
         return tuple(parts[axis] for axis in self.order)
 
+    def select_all(self, batch: int, tokens: slice) -> tuple[slice, ...]:
+        """The part of the stored tensor that is all of some tokens."""
+        parts = {"b": slice(batch, batch + 1), "n": tokens}
+        return tuple(parts.get(axis, slice(None)) for axis in self.order)
+
     def among(self, head: int) -> tuple[slice, ...]:
         """The part of what `select_heads` selects that is its head number `head`."""
         parts = {"h": slice(head, head + 1), "f": slice(head * self.head_dim, (head + 1) * self.head_dim)}

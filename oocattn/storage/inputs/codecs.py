@@ -131,12 +131,18 @@ class CodecReader:
         return self._axes.heads_in(self._stored.chunks, self._stored.shape)
 
     @property
+    def has_all_packed(self) -> bool:
+        """Whether a chunk has q, k and v of its tokens, with all their heads."""
+        spans = zip(self._axes.order, self._stored.chunks, self._stored.shape, strict=True)
+        return self._axes.packed and all(extent >= size for axis, extent, size in spans if axis not in "bn")
+
+    @property
     def decode_bytes(self) -> int:
         """Bound on host memory, in bytes, of one read besides the caller's buffers."""
         tokens = self._stored.shape[self._axes.token_axis]
         chunks = min(self._step_rows // self._chunk_rows, ceil_div(tokens, self._chunk_rows)) * self._columns
         several = max(map(len, self._groups(range(self._heads)))) > 1  # heads whose rows are gathered
-        gathered = chunks * chunk_bytes(self._stored) if several else 0
+        gathered = chunks * chunk_bytes(self._stored) if several or self.has_all_packed else 0
         return DECODE_COPIES * chunks * self._chain.widest + gathered + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
 
     def read(self, batch: int, heads: Sequence[int], start: int, stop: int, outs: Sequence[NDArray[Any]]) -> None:
@@ -147,6 +153,16 @@ class CodecReader:
         of_heads = dict(zip(heads, outs, strict=True))
         for group in self._groups(heads):
             self._read_together(batch, {head: of_heads[head] for head in group}, start, stop)
+
+    def read_packed(self, batch: int, start: int, stop: int, wanted: Iterable[tuple[Axes, int, NDArray[Any]]]) -> None:
+        """Read tokens of heads of all tensors that are packed, by the axes of each. Each chunk is decoded once."""
+        wanted = list(wanted)
+        self._check_shards(self._axes.select_all(batch, slice(start, stop)))
+        for low, high in _spans(start, stop, self._step_rows):
+            found = self._decode_new(self._axes.select_all(batch, slice(low, high)))
+            for axes, head, out in wanted:
+                part = out[low - start : high - start]
+                part[...] = found[axes.select(0, head, slice(None))].reshape(part.shape)
 
     def _groups(self, heads: Iterable[int]) -> list[list[int]]:
         """Heads by the chunk that they begin in."""
@@ -161,15 +177,21 @@ class CodecReader:
         self._check_shards(self._axes.select_heads(batch, heads, slice(start, stop)))
         for low, high in _spans(start, stop, self._step_rows):
             selection = self._axes.select_heads(batch, heads, slice(low, high))
-            shape = [len(range(*part.indices(size))) for part, size in zip(selection, self._array.shape, strict=True)]
             if len(heads) == 1:
-                self._decode(selection, outs[heads[0]][low - start : high - start].reshape(shape))
+                self._decode(selection, outs[heads[0]][low - start : high - start].reshape(self._shape(selection)))
                 continue
-            found = np.empty(shape, self._stored.dtype.newbyteorder("="))
-            self._decode(selection, found)
+            found = self._decode_new(selection)
             for head, out in outs.items():
                 part = out[low - start : high - start]
                 part[...] = found[self._axes.among(head - heads[0])].reshape(part.shape)
+
+    def _shape(self, selection: tuple[slice, ...]) -> list[int]:
+        return [len(range(*part.indices(size))) for part, size in zip(selection, self._array.shape, strict=True)]
+
+    def _decode_new(self, selection: tuple[slice, ...]) -> NDArray[Any]:
+        found: NDArray[Any] = np.empty(self._shape(selection), self._stored.dtype.newbyteorder("="))
+        self._decode(selection, found)
+        return found
 
     def _decode(self, selection: tuple[slice, ...], out: NDArray[Any]) -> None:
         read_selection(self._array, self._location, selection, out, self._axes.token_axis)

@@ -38,9 +38,9 @@ class Rows(Protocol):
 
 
 def lie_together(sources: Mapping[str, TensorSource]) -> bool:
-    """Whether q, k and v are packed in one tensor, in files, so that their rows are read together."""
+    """Whether q, k and v are packed in one tensor, in files or in the same encoded chunks: their rows are read together."""
     packed = [sources[name] for name in ("q", "k", "v")]
-    return all(source.axes.packed and source.parts(0, 0, 0, 1) is not None for source in packed)
+    return all(source.axes.packed and (source.decodes_packed or source.parts(0, 0, 0, 1) is not None) for source in packed)
 
 
 def hold(sources: Mapping[str, TensorSource], heads: Mapping[str, int], tokens: Mapping[str, range]) -> dict[str, Rows]:
@@ -117,15 +117,19 @@ class _Window:
     def _fill(self, block: int, batch: int, number: int) -> None:
         """Read the rows of a block, of all heads of a window."""
         rows = range(max(self._tokens.start, block * self._block), min(self._tokens.stop, (block + 1) * self._block))
-        requests = []
+        requests, packed = [], []
         for name, source in self._sources.items():
             first = number * self._heads[name]
             heads = range(first, min(first + self._heads[name], source.extents[1]))
             outs = [*self._memory[name][: len(heads), self._places(rows)]]
             parts = [source.parts(batch, head, rows.start, rows.stop) for head in heads]
-            if None in parts:
+            if source.decodes_packed:
+                packed += [(source.axes, head, out) for head, out in zip(heads, outs, strict=True)]
+            elif None in parts:
                 source.read_heads(batch, heads, rows.start, rows.stop, outs)
             requests += [(each, out) for each, out in zip(parts, outs, strict=True) if each is not None]
+        if packed:
+            source.read_packed(batch, rows.start, rows.stop, packed)
         if requests:
             self._reading.read(requests)
 

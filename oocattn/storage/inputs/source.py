@@ -89,6 +89,11 @@ class TensorSource(ABC):
         return 1
 
     @property
+    def decodes_packed(self) -> bool:
+        """Whether what is decoded for some tokens has all of q, k and v: `read_packed` serves."""
+        return False
+
+    @property
     def decode_bytes(self) -> int:
         """Bound on host memory, in bytes, of one read besides the caller's buffer."""
         return 0
@@ -132,6 +137,10 @@ class TensorSource(ABC):
         for head, out in zip(heads, outs, strict=True):
             self._check(batch, head, start, stop, out)
         self._read_heads(batch, heads, start, stop, outs)
+
+    def read_packed(self, batch: int, start: int, stop: int, wanted: Sequence[tuple[Axes, int, NDArray[Any]]]) -> None:
+        """Read the same tokens of heads of q, k and v that are packed, each by its axes into its buffer, as `read_heads`."""
+        raise NotImplementedError
 
     def _check(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
         """Raise ValueError for rows that the tensor has not, or a buffer that does not fit."""

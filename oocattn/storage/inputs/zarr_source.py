@@ -101,6 +101,11 @@ class ZarrSource(TensorSource):
         return self._codec_reader.decode_bytes
 
     @property
+    def decodes_packed(self) -> bool:
+        """See `TensorSource.decodes_packed`."""
+        return not self.direct and self._codec_reader.has_all_packed
+
+    @property
     def reader(self) -> str:
         """How rows are read: "preadv" or "map", as was measured, or "zarr"."""
         return self._reading.name(self.shared_heads) if self.direct else "zarr"
@@ -144,6 +149,10 @@ class ZarrSource(TensorSource):
     def parts(self, batch: int, head: int, start: int, stop: int) -> Sequence[Part] | None:
         """See `TensorSource.parts`."""
         return None if self._files is None else self._files.parts(batch, head, start, stop)
+
+    def read_packed(self, batch: int, start: int, stop: int, wanted: Sequence[tuple[Axes, int, NDArray[Any]]]) -> None:
+        """See `TensorSource.read_packed`."""
+        self._codec_reader.read_packed(batch, start, stop, wanted)
 
     def _read(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
         self._read_heads(batch, [head], start, stop, [out])
