@@ -6,16 +6,18 @@ document, and long where other processes use the cores too. Documents have no ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from oocattn.kernels.intervals import Intervals
 from oocattn.kernels.settings import plain_threads
 from oocattn.units import ceil_div, round_up
+
+S = TypeVar("S")
 
 _QUANTUM = 256  # rows of a part of a long document: a multiple of them, as the library's largest blocks
 
@@ -38,7 +40,7 @@ def make_shares(intervals: Intervals, most_rows: int) -> list[Share]:
     return sorted(shares, key=lambda share: -share.pairs)
 
 
-def attend_shares(shares: list[Share], attend: Callable[[Share], None], *, one_core: bool = False) -> None:
+def attend_shares(shares: Sequence[S], attend: Callable[[S], None], *, one_core: bool = False) -> None:
     """Have shares attended by as many threads as torch uses here, each on one core.
 
     A single share has all of torch's threads, unless it is for `one_core` as well.

@@ -15,18 +15,19 @@ a pair at D = 64: the products 1.45 and 0.40, exp2 0.56 (exp: 1.4); torch's flas
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from oocattn.denormals import flush_denormals
+from oocattn.kernels.blocks import Block, make_blocks
 from oocattn.kernels.intervals import Int32s
 from oocattn.kernels.kernel import Kernel, Operands, unsupported_dtype
 from oocattn.kernels.merging import merge
 from oocattn.kernels.plain import PRODUCT_BYTES, add_terms, sum_not_finite
 from oocattn.kernels.settings import full_precision
-from oocattn.kernels.shares import Share, attend_shares
+from oocattn.kernels.shares import attend_shares
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.bounds import hull
@@ -39,15 +40,16 @@ _KEYS = 1024  # keys of a tile: its weights, 1 MiB
 _BLOCKS = 16  # blocks of a share at most: each tile of keys is made ready once for them
 _SHARES = 4  # for each thread, where there are rows enough: under a causal mask some have far more keys than others
 _ROW_QUANTUM = 8  # rows of a block are a multiple of it, if more
+_WORTH = 32768  # pairs of all heads that take as long as a block does besides its pairs: 0.1 ms
 _LOG2_E = math.log2(math.e)
 
 
 class WeightsKernel(Kernel):
     """Sums of exp(score - shift), and of these weights times projected values, in float32.
 
-    The error of a weight is that of its score, some 2^-24 of the score's size: 1e-6 where scores are a few tens, 1e-3 where
-    they are 1e4. Its bits do not depend on the number of threads that torch gives the calling one. A row whose shift is
-    -inf has weights of 0.
+    A weight is as exact as its score is in float32: to sqrt(D) 2^-25 times the score's size (standard deviation, at most),
+    measured at D = 64: 1.6e-6 where scores reach 30, and 1.3e-3 where they are 1e4. Its bits do not depend on
+    the number of threads that torch gives the calling one. A row whose shift is -inf has weights of 0.
     """
 
     name = "weights"
@@ -61,7 +63,7 @@ class WeightsKernel(Kernel):
         if operands.rows == 0 or operands.keys == 0:
             return
 
-        def attend_share(share: Share) -> None:
+        def attend_share(share: _Share) -> None:
             own = state.rows(share.rows.start, share.rows.stop)
             with flush_denormals():
                 _ShareCall(operands, share, own).attend()
@@ -84,193 +86,186 @@ class WeightsKernel(Kernel):
         return "it runs on CPUs" if device.type != "cpu" else unsupported_dtype(dtype, DTYPES)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows that have their tiles in common, and their sums so far.
+class _Sums(NamedTuple):
+    """A block's query [g rows, D + 1], scaled, the last column added to scores; and its sums so far [W + 1, g rows]."""
 
-    `bounds` [rows, 4] are the keys that each attends (None: all), `live` those that any does, and each of `whole` has keys
-    that all do. `query` [D + 1, g rows] is scaled, its last row added to the scores; `total` is [W + 1, g rows].
-    """
-
-    rows: range
-    bounds: Int32s | None
-    live: list[range]
-    whole: list[range]
+    block: Block
     query: torch.Tensor
     total: torch.Tensor
 
-    def parts(self, keys: range) -> list[range]:
-        """The keys of a tile that any row attends."""
-        return [part for run in self.live if (part := _common(run, keys))]
 
-    def unlike(self, keys: range) -> list[range]:
-        """Those of some keys that not every row may attend: at either end."""
-        whole = max((_common(run, keys) for run in self.whole), key=len)
-        ends = [range(keys.start, whole.start), range(whole.stop, keys.stop)] if whole else [keys]
-        return [end for end in ends if end]
+class _Loaded(NamedTuple):
+    """Keys of a tile and what is made of them: key [m, D + 1], and the values' projections with a row of ones [W + 1, m]."""
 
-    def bounds_within(self, keys: range) -> Int32s:
-        """The bounds [rows, 4] relative to the first of some keys."""
-        found = np.array([[0, len(keys), 0, 0]], np.int32) if self.bounds is None else self.bounds - np.int32(keys.start)
-        return found.clip(0, len(keys)).repeat(len(self.rows) // len(found), 0)
+    keys: range
+    key: torch.Tensor
+    projected: torch.Tensor
+    is_finite: bool
+
+    def part(self, keys: range) -> _Loaded:
+        """That of some of the keys."""
+        if keys == self.keys:
+            return self
+        of_keys = slice(keys.start - self.keys.start, keys.stop - self.keys.start)
+        return _Loaded(keys, self.key[of_keys], self.projected[:, of_keys], self.is_finite)
 
 
 class _ShareCall:
     """Rows of a call that one thread attends: each tile of keys is made ready once, and met by one block after another."""
 
-    def __init__(self, operands: Operands, share: Share, state: AttentionState) -> None:
+    def __init__(self, operands: Operands, share: _Share, state: AttentionState) -> None:
         assert operands.projection is not None
-        self.operands, self.share, self.state = operands, share, state
+        self.operands, self.share = operands.part(share.rows, range(operands.keys)), share
+        self.told, self.state, self.is_plain = operands.attended, state, operands.is_plain
         self.group_size, _, self.head_dim = operands.query.shape
         self.projection = operands.projection.T.clone()
-        step, most = _block_rows(self.group_size), min(operands.keys, _KEYS)
-        self.weights = _empty(most * self.group_size * min(step, len(share.rows)))
+        most = min(operands.keys, _KEYS)
+        self.weights = _empty(most * self.group_size * max(map(len, share.blocks)))
         self.key = _empty(most, self.head_dim + 1)
-        self.key[:, self.head_dim] = 1.0  # times the last row of a block's query
+        self.key[:, self.head_dim] = 1.0  # times the last column of a block's query
         self.value = _empty(most, operands.value.shape[1])
         self.projected = _empty(len(self.projection) + 1, most)
         self.projected[-1] = 1.0  # for the denominators
-        rows = share.rows
-        self.blocks = [self._block(range(row, min(row + step, rows.stop))) for row in rows[::step]]
+        self.unit = _LOG2_E if self.is_plain else 1.0  # plain scores are exponents of 2 from the first
+        self.masked, self.mask = np.empty((0, 4), np.int32), torch.empty(0, dtype=torch.int32, device="cpu")
+        intervals = self.operands.intervals
+        self.bounds = None if intervals is None else intervals.values()
+        self.added = self._added()
+        first = share.rows.start
+        self.sums = [self._sums(range(rows.start - first, rows.stop - first)) for rows in share.blocks]
 
     def attend(self) -> None:
         """Add what the rows attend to their state."""
-        keys, told = self.share.keys, self.operands.attended
-        for first in range(keys.start - keys.start % _KEYS, keys.stop, _KEYS):  # tiles that do not depend on the share
-            tile = range(first, min(first + _KEYS, self.operands.keys))
-            parts = [(block, part) for block in self.blocks for part in block.parts(tile)]
+        live = [run for sums in self.sums for run in sums.block.live]
+        first, stop = min((run.start for run in live), default=0), max((run.stop for run in live), default=0)
+        for start in range(first - first % _KEYS, stop, _KEYS):  # tiles that do not depend on the share
+            tile = range(start, min(start + _KEYS, self.operands.keys))
+            parts = [(sums, part) for sums in self.sums for part in sums.block.live_within(tile)]
             if not parts:
                 continue
-            is_finite = self._load(tile)
-            pairs = sum(self._attend(block, part, part.start - first, is_finite) for block, part in parts)
-            if told is not None:
-                told(pairs)
-        for block in self.blocks:
-            self._finish(block)
+            self._load(tile)
+            pairs = sum(self._attend(sums, part) for sums, part in parts)
+            if self.told is not None:
+                self.told(pairs)
+        self._finish()
 
-    def _block(self, rows: range) -> _Block:
-        operands, columns = self.operands, self.group_size * len(rows)
+    def _sums(self, rows: range) -> _Sums:
+        operands, of_rows = self.operands, slice(rows.start, rows.stop)
+        columns = self.group_size * len(rows)
         total = torch.zeros((len(self.projected), columns), dtype=torch.float32, device="cpu")
-        query = _empty(self.head_dim + 1, columns)
-        scaled = operands.query[:, rows.start : rows.stop].double()  # a factor rounded to float32 would move all scores
-        scaled.mul_(operands.scores.scale * self._unit)
-        query[:-1].view(self.head_dim, *scaled.shape[:2]).copy_(scaled.movedim(2, 0))
-        query[-1] = self._added(rows).flatten()
-        if operands.intervals is None:
-            every = [range(operands.keys)]
-            return _Block(rows, None, every, every, query, total)
-        bounds = operands.intervals.bounds.part(rows).values().astype(np.int32)
-        most, least = bounds.max(0).tolist(), bounds.min(0).tolist()
-        whole = [range(most[0], least[1]), range(most[2], least[3])]
-        return _Block(rows, bounds, operands.intervals.live_keys(rows), whole, query, total)
+        query = _empty(columns, self.head_dim + 1)
+        of_heads = query.unflatten(0, (self.group_size, -1))
+        scaled = operands.query[:, of_rows].double()  # a factor rounded to float32 would move all scores
+        of_heads[:, :, :-1].copy_(scaled.mul_(operands.scores.scale * self.unit))
+        of_heads[:, :, -1].copy_(self.added[:, of_rows])
+        bounds = None if self.bounds is None else self.bounds[of_rows]
+        return _Sums(Block.of(rows, operands.keys, bounds), query, total)
 
-    @property
-    def _unit(self) -> float:
-        """The factor that makes plain scores exponents of 2; those with terms get it last."""
-        return _LOG2_E if self.operands.is_plain else 1.0
-
-    def _added(self, rows: range) -> torch.Tensor:
-        """What is added to the scores of rows so that they are shifted: float64 [g, rows]."""
+    def _added(self) -> torch.Tensor:
+        """What is added to scores so that they are shifted: float64 [g, rows]."""
         assert self.operands.shift is not None
-        shift = self.operands.shift[:, rows.start : rows.stop].double()
-        return shift.masked_fill_(shift == -math.inf, math.inf).mul_(-self._unit)  # without keys, weights are 0
+        shift = self.operands.shift.double()
+        return shift.masked_fill_(shift == -math.inf, math.inf).mul_(-self.unit)  # without keys, weights are 0
 
-    def _load(self, tile: range) -> bool:
-        """Make keys and values of a tile ready; return whether the projected values are finite."""
+    def _load(self, tile: range) -> None:
+        """Make keys and values of a tile ready."""
         of_keys, count = slice(tile.start, tile.stop), len(tile)
-        self.key[:count, :-1].copy_(self.operands.key[of_keys])
-        self.value[:count].copy_(self.operands.value[of_keys])
-        projected = self.projected[:-1, :count]
-        torch.mm(self.projection, self.value[:count].T, out=projected)
-        return math.isfinite(float(projected.sum()))
+        key, value, projected = self.key[:count], self.value[:count], self.projected[:, :count]
+        key[:, :-1].copy_(self.operands.key[of_keys])
+        value.copy_(self.operands.value[of_keys])
+        torch.mm(self.projection, value.T, out=projected[:-1])
+        self.loaded = _Loaded(tile, key, projected, math.isfinite(float(projected[:-1].sum())))
 
-    def _attend(self, block: _Block, keys: range, first: int, is_finite: bool) -> int:
-        """Add keys, of the tile from `first` on, to the sums of a block; return the pairs that it attends."""
-        weights, projected = self._weights(block, keys, first), self.projected[:, first : first + len(keys)]
+    def _attend(self, sums: _Sums, keys: range) -> int:
+        """Add some keys of the tile to the sums of a block; return the pairs that it attends."""
+        (block, query, total), (_, key, projected, is_finite) = sums, self.loaded.part(keys)
+        weights = (
+            self._plain_weights(query, key) if self.is_plain else self._weights_with_terms(query, key, block.rows, keys)
+        )
         pairs = len(block.rows) * len(keys)
-        for part in block.unlike(keys):
+        for part in block.partial(keys):
             bounds = block.bounds_within(part)
-            of_heads = weights[part.start - keys.start : part.stop - keys.start].unflatten(1, (self.group_size, -1))
-            _clear_hidden(of_heads, bounds)
+            self._clear_hidden(weights[part.start - keys.start : part.stop - keys.start], bounds)
             pairs -= len(block.rows) * len(part) - int((bounds[:, 1::2] - bounds[:, ::2]).sum())
         if not is_finite:
             met = sum_not_finite(projected[:-1].T, torch.from_numpy(block.bounds_within(keys)).long())  # [rows, W]
-            block.total[:-1].unflatten(1, (self.group_size, -1)).add_(met.T.unsqueeze(1))
+            total[:-1].unflatten(1, (self.group_size, -1)).add_(met.T.unsqueeze(1))
             projected = projected.nan_to_num(0.0, 0.0, 0.0)
-        block.total.addmm_(projected, weights)
+        total.addmm_(projected, weights)
         return pairs
 
-    def _weights(self, block: _Block, keys: range, first: int) -> torch.Tensor:
-        """Weights [keys, g rows] as if every row attended all of some keys, of the tile from `first` on."""
-        key, shape = self.key[first : first + len(keys)], (self.group_size, len(block.rows), len(keys))
-        taken = self.weights[: math.prod(shape)]
-        if self.operands.is_plain:
-            weights = taken.view(len(keys), -1)
-            return torch.mm(key, block.query, out=weights).exp2_()
-        scores = taken.view(shape)
-        torch.mm(block.query[:-1].T, key[:, :-1].T, out=taken.view(-1, len(keys)))
-        less = add_terms(scores, self.operands.part(block.rows, keys))
-        added = self._added(block.rows)
+    def _plain_weights(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Weights [keys, g rows] as if every row attended all of some keys."""
+        shape = len(key), len(query)
+        weights: torch.Tensor = torch.mm(key, query.T, out=self.weights.as_strided(shape, (len(query), 1)))
+        return weights.exp2_()
+
+    def _weights_with_terms(self, query: torch.Tensor, key: torch.Tensor, rows: range, keys: range) -> torch.Tensor:
+        """The same of scores with terms; beside these it does not matter that the narrow product is slower."""
+        products = self.weights.as_strided((len(query), len(key)), (len(key), 1))
+        scores: torch.Tensor = torch.mm(query[:, :-1], key[:, :-1].T, out=products).unflatten(0, (self.group_size, -1))
+        less = add_terms(scores, self.operands.part(rows, keys))
+        added = self.added[:, rows.start : rows.stop]
         scores.add_((added if less is None else added - less).float().unsqueeze(-1))
-        return scores.mul_(_LOG2_E).exp2_().view(-1, len(keys)).T
+        return scores.mul_(_LOG2_E).exp2_().flatten(0, 1).T
 
-    def _finish(self, block: _Block) -> None:
-        """Add the sums of a block to the state."""
-        added = self._added(block.rows)
-        rounding = (added - added.float()).nan_to_num_(0.0)
-        factor = torch.exp2(rounding).float()  # what the shift has lost in float32
-        total = block.total.unflatten(1, (self.group_size, -1)).mul_(factor)  # [W + 1, g, rows]
-        maximum = torch.zeros_like(factor)
-        if block.bounds is not None:
-            counts = torch.from_numpy((block.bounds[:, 1::2] - block.bounds[:, ::2]).sum(1))
+    def _clear_hidden(self, weights: torch.Tensor, bounds: Int32s) -> None:
+        """Set weights [keys, g rows] of keys that a row does not attend to 0, in place."""
+        if len(weights) != len(self.mask) or not np.array_equal(bounds, self.masked):  # along a diagonal they are the same
+            self.masked, self.mask = bounds, _bit_mask(len(weights), bounds)
+        bits = weights.view(torch.int32).unflatten(1, (self.group_size, -1))
+        bits.bitwise_and_(self.mask.unsqueeze(1))
+
+    def _finish(self) -> None:
+        """Add the sums of all blocks to the state."""
+        total = torch.cat([sums.total.unflatten(1, (self.group_size, -1)) for sums in self.sums], 2)
+        lost = (self.added - self.added.float()).nan_to_num_(0.0)  # of the shifts, in float32
+        total.mul_(torch.exp2(lost).float())  # [W + 1, g, rows]
+        maximum = torch.zeros_like(total[-1])
+        if self.bounds is not None:
+            counts = torch.from_numpy((self.bounds[:, 1::2] - self.bounds[:, ::2]).sum(1))
             maximum.masked_fill_(counts == 0, -math.inf)
-        first = self.share.rows.start
-        state = self.state.rows(block.rows.start - first, block.rows.stop - first)
-        merge(state, AttentionState.without_ledger(total[:-1].movedim(0, 2), total[-1], maximum))
+        merge(self.state, AttentionState.without_ledger(total[:-1].movedim(0, 2), total[-1], maximum))
 
 
-def _clear_hidden(weights: torch.Tensor, bounds: Int32s) -> None:
-    """Set weights [keys, g, rows] of keys that a row does not attend to 0, in place."""
-    key = torch.arange(len(weights), dtype=torch.int32, device="cpu").unsqueeze(-1)
-    a, b, c, d = torch.from_numpy(np.ascontiguousarray(bounds.T))
+def _bit_mask(keys: int, bounds: Int32s) -> torch.Tensor:
+    """All bits of keys that a row attends, none of others: int32 [keys, rows]."""
+    key = torch.arange(keys, dtype=torch.int32, device="cpu").unsqueeze(-1)
 
-    def within(start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-        """Negative where a key is: int32 [keys, rows]."""
-        found = key - stop
-        return found.bitwise_and_((start - 1) - key) if start.any() else found
+    def within(start: Int32s, stop: Int32s) -> torch.Tensor:
+        """Negative where a key is."""
+        found = key - torch.from_numpy(stop)
+        return found.bitwise_and_(torch.from_numpy(start - 1) - key) if start.any() else found
 
+    a, b, c, d = bounds.T.copy()
     attended = within(c, d)
     if (a < b).any():
         attended.bitwise_or_(within(a, b))
-    weights.view(torch.int32).bitwise_and_(attended.bitwise_right_shift_(31).unsqueeze(1))  # all bits, or none
+    return attended.bitwise_right_shift_(31)
 
 
-def _make_shares(operands: Operands, threads: int) -> list[Share]:
-    """Blocks of rows that are attended together; those with most work come first."""
-    step = _block_rows(len(operands.query))
-    blocks = ceil_div(operands.rows, step)
-    step *= min(_BLOCKS, max(1, blocks // (threads * _SHARES)) if threads > 1 else blocks)
-    shares = [_share(operands, range(row, min(row + step, operands.rows))) for row in range(0, operands.rows, step)]
-    return sorted(shares, key=lambda share: -share.pairs)
+class _Share(NamedTuple):
+    """Consecutive blocks of rows that a thread attends."""
+
+    blocks: list[range]
+
+    @property
+    def rows(self) -> range:
+        return hull(self.blocks)
 
 
-def _share(operands: Operands, rows: range) -> Share:
-    if operands.intervals is None:
-        return Share(rows, range(operands.keys), len(rows) * operands.keys)
-    bounds = operands.intervals.bounds.part(rows)
-    live = bounds.live_keys()
-    return Share(rows, hull(live) if live else range(0), int(bounds.pairs().sum()))
+def _make_shares(operands: Operands, threads: int) -> list[_Share]:
+    """The shares of a call; the last rows, which attend most keys under a causal mask, come first."""
+    group_size = len(operands.query)
+    blocks = make_blocks(operands.rows, operands.intervals, _block_rows(group_size), _WORTH // group_size)
+    most = _BLOCKS if threads == 1 else min(_BLOCKS, max(1, len(blocks) // (threads * _SHARES)))
+    return [_Share(blocks[first : first + most]) for first in range(0, len(blocks), most)][::-1]
 
 
 def _block_rows(group_size: int) -> int:
     """Rows of a block."""
     rows = max(1, _BLOCK // group_size)
     return rows - rows % _ROW_QUANTUM if rows > _ROW_QUANTUM else rows
-
-
-def _common(left: range, right: range) -> range:
-    """The numbers of both ranges."""
-    return range(max(left.start, right.start), min(left.stop, right.stop))
 
 
 def _empty(*shape: int) -> torch.Tensor:

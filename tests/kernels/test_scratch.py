@@ -18,6 +18,7 @@ from oocattn.problem.calls import CallSize
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
+from oocattn.problem.second_pass import VECTORS, sign_vectors
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
@@ -30,11 +31,15 @@ kernel, documents = get_kernel(name), options.pop("documents", 1)
 def call(rows, keys):
     shapes = (group_size, rows, head_dim), (keys, head_dim), (keys, value_dim)
     tensors = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape in shapes]
-    state = AttentionState.empty(group_size, rows, value_dim)
+    given, columns = {}, value_dim
+    if kernel.shifted:
+        given = {"shift": torch.zeros(group_size, rows), "projection": torch.from_numpy(sign_vectors(0, value_dim))}
+        columns = VECTORS
+    state = AttentionState.empty(group_size, rows, columns)
     mask = Mask(*(numpy.linspace(0, size, documents + 1, dtype=int) for size in (rows, keys)), **options)
     intervals = make_intervals(mask, range(rows), range(keys)) if options else None
     slopes, bias = (0.1,) * group_size if terms else None, torch.zeros(group_size, keys) if terms else None
-    return Operands(*tensors, Scores(0.1, 2.0 if terms else None), intervals, slopes, bias), state
+    return Operands(*tensors, Scores(0.1, 2.0 if terms else None), intervals, slopes, bias, **given), state
 
 kernel.attend(*call(64, 64))  # loads the code
 operands, state = call(rows, keys)
@@ -65,6 +70,10 @@ DOCUMENTS = {"causal": True, "documents": 3}
         ("reference", "float32", WINDOW, True, (2, 900, 900, 64, 64)),
         ("torch", "bfloat16", CAUSAL, False, (2, 5000, 5000, 64, 64)),
         ("torch", "bfloat16", WINDOW, True, (2, 5000, 5000, 64, 256)),
+        ("weights", "float16", {}, False, (1, 9000, 9000, 64, 64)),
+        ("weights", "float32", CAUSAL, False, (4, 4000, 4000, 128, 128)),
+        ("weights", "float16", DOCUMENTS, False, (1, 9000, 9000, 256, 64)),
+        ("weights", "float16", WINDOW, True, (2, 4000, 4000, 64, 200)),
     ],
 )
 def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, mask, terms, shape):
@@ -76,7 +85,7 @@ def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, mask
 
 @pytest.mark.parametrize("terms", [{}, {"plain": False}, {"masked": True}, {"plain": False, "masked": True}], ids=str)
 def test_scratch_does_not_grow_with_the_call(terms):
-    for name, most in (("cpu", 40 << 20), ("reference", 32 << 20), ("torch", 240 << 20)):
+    for name, most in (("cpu", 40 << 20), ("reference", 32 << 20), ("torch", 240 << 20), ("weights", 24 << 20)):
         bounds = [get_kernel(name).scratch_bytes(CallSize(1, n, n, 64, 64, "float32", 2, **terms)) for n in (10**6, 10**9)]
         assert bounds[0] == bounds[1] < most
 
