@@ -170,12 +170,35 @@ def test_what_is_not_finite_reaches_the_rows_that_attend_it(name: str, options: 
 def test_weights_too_small_for_float32_are_0_and_the_callers_setting_stays(name: str) -> None:
     query, key, value = operands(1, 50, 60, 4)
     call = Operands(query * 0, key, value, Scores(1.0))
-    small = torch.full((10,), 1e-40)
-    state = attend(name, second_pass(call, torch.full((1, 50), 90.0)))
+    small, before = torch.full((10,), 1e-40), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # all is computed in this thread
+        state = attend(name, second_pass(call, torch.full((1, 50), 90.0)))
+    finally:
+        torch.set_num_threads(before)
+    assert (small + small).all()
     assert not state.den.any()
     assert not state.num.any()
-    assert (small + small).all()
-    assert (attend(name, second_pass(call, torch.full((1, 50), 80.0))).den > 60e-36).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_shifts_lose_nothing_in_float32(name: str) -> None:
+    query, key, value = operands(1, 50, 60, 4)
+    call = second_pass(Operands(query * 0, key, value, Scores(1.0)), torch.linspace(0.1, 80, 50)[None])
+    expected = 60 * (-call.shift.double()).exp()
+    assert ((attend(name, call).den - expected).abs() <= 2.0**-21 * expected).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_rows_whose_every_key_has_a_bias_of_minus_infinity_weigh_nothing(name: str) -> None:
+    bias = torch.zeros(1, 300)
+    bias[:, :70] = -math.inf
+    call = Operands(*operands(2, 300, 300, 8), Scores(0.2), triangle(300), key_bias=bias)
+    call, scores = exact_call(call)
+    state = attend(name, call)
+    check(state, call, scores)
+    assert not state.den[:, :70].any()
+    assert not state.max.any()
 
 
 def documents(edges: list[int], **options: object) -> Operands:
