@@ -124,10 +124,7 @@ async def retry(
             wait = max(pause * random.uniform(0.5, 1.0), failure.wait)
             request.failed(failure.found)
             if request.is_over:
-                raise TimeLimitError(
-                    f"time limit reached, or interrupted: {label} failed: {failure.found}; {tries} tries in "
-                    f"{now - request.began:.0f} s; check the server and the network, then go on (`oocattn resume` for a run)"
-                ) from cause
+                raise _over_error(label, failure, tries, now - request.began) from cause
             if now + wait > first + patience:
                 raise _error(operation, url, failure, tries, now - request.began) from cause
             if now + wait > max(first + WARNING_SECONDS, _warned + SILENT_SECONDS):
@@ -136,6 +133,13 @@ async def retry(
                 logger.warning("%s %s failed: %s; retrying for %.0f s", operation, url, failure.found, left)
         await request.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _over_error(label: str, failure: Failure, tries: int, seconds: float) -> TimeLimitError:
+    return TimeLimitError(
+        f"time limit reached, or interrupted: {label} failed: {failure.found}; {tries} tries in {seconds:.0f} s; check the "
+        "server and the network, then go on (`oocattn resume` for a run)"
+    )
 
 
 def _error(operation: str, url: str, failure: Failure, tries: int, seconds: float) -> RemoteError:
