@@ -2,13 +2,14 @@
 
 Seconds of a run. Links that work at the same time do not add up, the longest counts:
 
-    compute   on a GPU its own; on a CPU it takes turns with Python, some scheduling, and partials that its thread writes
+    compute   on a GPU its own; on a CPU it takes turns with Python, some of what bytes and scheduling take of the cores, and
+              partials that its thread writes
     copy      between host and device
     disk      read, partials and write share it, and add up
     files     written one after another: each is waited for until it is on disk, while the disk has room for others' bytes
     tasks     one scheduler serves all lanes; on a CPU, with what Python takes within them
 
-and then what nothing overlaps with: the first staging before, and the last writing after.
+and then what nothing overlaps with: the first staging before, and after it the last writing, its files, and the commit's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,23 @@ from oocattn.planning.interleaving import Holding, choose_holding
 from oocattn.planning.layout import Candidate, Layout, lay_out
 from oocattn.planning.live import keys_needed, row_edges, shapes_of_documents
 from oocattn.planning.machine import Hardware, InputCost
+from oocattn.planning.measured import (
+    CALL_SECONDS,
+    CORE_READ_RATE,
+    CORE_WRITE_RATE,
+    DOCUMENT_ROWS,
+    HALF_RATE_KEYS,
+    LAUNCH_SECONDS,
+    PARTIAL_FILE_SECONDS,
+    PARTIAL_SECONDS,
+    PIN_RATE,
+    READ_SECONDS,
+    REREAD_FILE_SECONDS,
+    RUN_FILES,
+    RUN_SECONDS,
+    TASK_SHARE,
+    TRIANGLE_ROWS,
+)
 from oocattn.planning.memory import Tiles, partial_file_bytes, sending_bytes
 from oocattn.planning.plan import Link, Plan
 from oocattn.planning.work import Work, work_of
@@ -32,25 +50,6 @@ from oocattn.problem.arrays import DTYPES
 from oocattn.problem.calls import ScratchBytes
 from oocattn.problem.problem import Problem
 from oocattn.units import ceil_div
-
-PIN_RATE = 10e9  # bytes per second at which host memory is pinned (15e9 with huge pages)
-HALF_RATE_KEYS = 512  # keys of a call at which a GPU's kernel falls to half its rate, for its launch
-LAUNCH_SECONDS = 0.0002  # a call of few keys on a GPU, for the thread that launches: 0.1 to 0.3 ms
-
-# What Python takes for small work on a CPU, of one core's time (Zen 4; a kernel call on 31 rows and 341 keys).
-CALL_SECONDS = 0.00055  # a library call within the kernel: 0.5 to 0.7 ms
-TRIANGLE_ROWS = 512  # a diagonal is halved down to these rows
-PARTIAL_SECONDS = 0.00045  # a partial, besides its calls: tiles, state, merge
-PARTIAL_FILE_SECONDS = 0.001  # a partial on disk, besides its bytes and its sync: written, checked, merged, removed
-READ_SECONDS = 0.000125  # a chunk of an array, or each part of one between dead rows, besides its bytes
-DOCUMENT_ROWS = 1024  # documents of one shape within so many rows, or more, are one library call
-
-RUN_SECONDS = 0.04  # any run: lanes are opened and closed, the dataset is checked, the result is committed
-REREAD_FILE_SECONDS = 0.0002  # cost to open, check and remove a small file: 0.2 ms on ext4
-RUN_FILES = 9  # durable files of any run: lock, journal, metadata, report, and the commit
-
-TASK_SHARE = 0.5
-"""Share of the cost of tasks that adds to computing on a CPU: 1 / cores at least, 1 at most, as the system divides them."""
 
 LAST_TASKS = 4  # tasks one after another: the first stage and attend, the last merge and write
 PIECE = 16  # subproblems of a lane, with a chunk each, whose tasks are submitted to the scheduler together
@@ -134,11 +133,13 @@ class _Run:
         compute = seconds["compute"]
         if self.hardware.device == "cpu":
             written = self._handed_back if self.candidate.partials == "disk" else 0  # by the thread that attends
-            waiting = TASK_SHARE * self._scheduling_seconds + self._python_seconds + written * self.hardware.file_seconds
-            compute += waiting / self.hardware.lanes
-        longest = max(compute, disk, seconds.get("copy", 0.0), seconds["tasks"], seconds["write"] + seconds["files"])
-        before_and_after = self._fill() + self._drain(seconds["write"]) + LAST_TASKS * self.hardware.task_seconds
-        return RUN_SECONDS + longest + before_and_after
+            waiting = TASK_SHARE * (self._scheduling_seconds + self._byte_seconds) + self._python_seconds
+            compute += (waiting + written * self.hardware.file_seconds) / self.hardware.lanes
+        last_files = (self._last_share * self._chunk_files + RUN_FILES) * self.hardware.file_seconds
+        files = seconds["write"] + seconds["files"] - last_files  # that are written while others compute
+        longest = max(compute, disk, seconds.get("copy", 0.0), seconds["tasks"], files)
+        before_and_after = self._fill() + self._last_share * seconds["write"] + last_files
+        return RUN_SECONDS + longest + before_and_after + LAST_TASKS * self.hardware.task_seconds
 
     @property
     def scratch_disk(self) -> float:
@@ -177,6 +178,12 @@ class _Run:
         reads = self._group_heads * self._handed_back + 2 * self._total(lambda work: work.key_chunks) + self._gap_reads
         in_file = PARTIAL_FILE_SECONDS if self.candidate.partials == "disk" else 0.0
         return reads * READ_SECONDS + self._handed_back * (PARTIAL_SECONDS + in_file)
+
+    @property
+    def _byte_seconds(self) -> float:
+        """What bytes that are read and written take of a core."""
+        amount = {link.name: link.amount for link in self.links}
+        return amount["read"] / CORE_READ_RATE + amount["write"] / CORE_WRITE_RATE
 
     @property
     def _gap_reads(self) -> float:
@@ -310,12 +317,16 @@ class _Run:
 
     def _files(self) -> Link:
         """Durable files: partials or checkpoints, `out` and `lse`, and journal entries."""
+        reread = self._handed_back if self.candidate.partials == "disk" else 0
+        files = RUN_FILES + self._chunk_files + self._saves * self._held + reread
+        return Link("files", files, files * self.hardware.file_seconds + reread * REREAD_FILE_SECONDS)
+
+    @property
+    def _chunk_files(self) -> int:
+        """Files of finished query chunks: `out`, `lse` and an entry of the journal."""
         problem, layout = self.problem, self.layout
         chunks = problem.head_groups * ceil_div(problem.out_rows, layout.chunk_rows)
-        out_chunks = problem.batch * problem.out_heads * ceil_div(problem.out_rows, layout.out_chunk_rows)
-        reread = self._handed_back if self.candidate.partials == "disk" else 0
-        files = RUN_FILES + chunks + 2 * out_chunks + self._saves * self._held + reread
-        return Link("files", files, files * self.hardware.file_seconds + reread * REREAD_FILE_SECONDS)
+        return chunks + 2 * problem.batch * problem.out_heads * ceil_div(problem.out_rows, layout.out_chunk_rows)
 
     def _tasks(self) -> Link:
         return Link("tasks", self._task_count, self._scheduling_seconds + self._python_seconds)
@@ -326,12 +337,13 @@ class _Run:
         pinned = slot / PIN_RATE if hardware.device == "cuda" else 0.0
         return pinned + max(hardware.lanes * slot / hardware.read_rate, slot / self.inputs.decode_rate)
 
-    def _drain(self, write_seconds: float) -> float:
-        """Seconds of writing after the last computing; on a GPU of the last tiles only."""
+    @cached_property
+    def _last_share(self) -> float:
+        """The share of all rows that is written after the last computing; on a GPU that of the last tiles only."""
         layout, lanes = self.layout, self.hardware.lanes
         last = layout.query_chunks * layout.chunk_rows
         if self.hardware.device == "cuda" and self.candidate.partials == "memory":
             tile = layout.chunk_rows % layout.tiles.query or layout.tiles.query  # the last one
             last = layout.chunk_rows - (layout.chunk_rows - tile) // layout.out_chunk_rows * layout.out_chunk_rows
         rows = self.candidate.query_chunks * layout.chunk_rows * self.problem.head_groups
-        return write_seconds * min(1.0, lanes * last / rows)
+        return min(1.0, lanes * last / rows)

@@ -29,9 +29,10 @@ from oocattn.kernels.registry import default_kernel, device_type, get_kernel, re
 from oocattn.kernels.settings import plain_threads
 from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
-from oocattn.planning.cost import HALF_RATE_KEYS, recost
+from oocattn.planning.cost import recost
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power
 from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, reread_rate
+from oocattn.planning.measured import HALF_RATE_KEYS
 from oocattn.planning.options import CHECKPOINT_SECONDS
 from oocattn.planning.plan import Plan
 from oocattn.planning.reading import input_cost, sample_rate
