@@ -19,6 +19,7 @@ from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.calls import CallSize
+from oocattn.units import round_up
 
 _CUBLAS_WORKSPACE = 32 << 20  # bytes that torch keeps for cuBLAS: 32 MiB on Hopper, less on others
 PRODUCT_BYTES = 3 << 20  # bytes of the CPU's matrix products per thread; measured: 1.7 to 2.8 MiB (MKL)
@@ -27,6 +28,7 @@ _MOST_APART = 40.0  # the most that a row's shift may lie from its maximum: weig
 _LEAST_EXPONENT, _LEAST_WEIGHT = -87.0, 1.7e-38  # exp of the first is 1.65e-38, still a normal float32
 
 _PRODUCTS = 8  # matrix products at once; with 2 bits still depended on the number of threads where D = 1,024
+_LEAST_ROWS = 2  # of a product: on some processors the bits of a single row depend on where its operands lie
 _QUANTUM = 64  # steps above it are cut to a multiple, which suits the matrix products
 _MASKED_ROWS = 512  # rows of a tile where a mask is no triangle: keys up to so far from those of a row are computed
 
@@ -145,7 +147,8 @@ class CachedKernel(PlainKernel):
     def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         group_size, rows, inner = left.shape
         count = group_size * rows
-        filled = pad(left.reshape(count, inner), (0, 0, 0, -count % _PRODUCTS)) if count % _PRODUCTS else left
+        padded = max(_LEAST_ROWS * _PRODUCTS, round_up(count, _PRODUCTS))
+        filled = pad(left.reshape(count, inner), (0, 0, 0, padded - count)) if padded > count else left
         found = torch.bmm(filled.reshape(_PRODUCTS, -1, inner), right.expand(_PRODUCTS, -1, -1))
         return found.view(-1, right.shape[1])[:count].view(group_size, rows, -1)
 
