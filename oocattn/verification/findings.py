@@ -6,16 +6,25 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Annotated, Literal
 
 from oocattn.problem.arrays import ArrayName
-from oocattn.records import ADDED, Count, Range
+from oocattn.problem.problem import Problem
+from oocattn.records import ADDED, Count, Positive, Range
 from oocattn.storage.results.rows import Damage
+from oocattn.verification.noise import SUSPICIOUS
 from oocattn.verification.sampling import StratumName
 
 MOST_OPEN = 0.01
 """Of `out` (relative) and of lse (absolute: so much is a share of the sum of weights). A row of which more may be lost
 shows nothing."""
+
+CERTAIN = 0.999
+"""The probability with which errors are found that a certificate says are found."""
+
+MOST_ESCAPING = 0.1
+"""Of `out`: a second pass in which half of the rows may have errors as large, and they are not found, shows nothing."""
 
 Limit = Annotated[float, Range(0.0, math.inf)]  # what is not negative, and may be Inf
 
@@ -86,6 +95,89 @@ class Ledger:
     rows_without_keys: Count
     other_bits: str
     not_finite_in: Annotated[tuple[ArrayName, ...], ADDED] = ()
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """Every row, compared with a second pass over its pairs: `vectors` numbers of each, by sign vectors of `seed`, and lse.
+
+    `suspected` rows differ from it by more than rounding explains; the worst were `recomputed`, as a `RowCheck` each, and
+    `wrong_rows` of these are wrong; `wrong` has the worst of them. `worst` is the largest difference of all other rows, in
+    standard deviations of the noise. `noise` is such a deviation relative to the norm of the row: half of the rows have
+    less, and of 100 rows 99 have less than `most_noise`; `lse_noise` is that of lse, absolute. `computed_by` has the kernel
+    and the division of the pass, and `other` is True if these are other than the run's.
+    """
+
+    rows: Positive
+    vectors: Positive
+    seed: Count
+    suspected: Count
+    recomputed: Count
+    wrong_rows: Count
+    wrong: tuple[RowCheck, ...]
+    worst: Limit
+    noise: Limit
+    most_noise: Limit
+    lse_noise: Limit
+    computed_by: str
+    other: bool
+
+    @property
+    def undecided(self) -> int:
+        """Suspected rows that were not recomputed."""
+        return self.suspected - self.recomputed
+
+    @property
+    def vague(self) -> bool:
+        """Whether so much noise is allowed that an error of a tenth of a row may escape."""
+        return self.found(self.noise) > MOST_ESCAPING
+
+    @property
+    def inconclusive(self) -> bool:
+        """Whether no row is wrong, but not all of them were decided, or errors may escape."""
+        return not self.wrong_rows and (self.undecided > 0 or self.vague)
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError where it is of no result of this problem, or its numbers contradict each other."""
+        check_places(problem, self.wrong)
+        counts = self.wrong_rows <= self.recomputed <= self.suspected <= self.rows == problem.rows
+        kept = len(self.wrong) <= self.wrong_rows and bool(self.wrong) == (self.wrong_rows > 0)
+        if not (counts and kept) or any(row.passed for row in self.wrong):
+            raise ValueError("what it says of all rows contradicts itself")
+
+    def found(self, noise: float) -> float:
+        """The smallest error that is found with a probability of 99.9%, relative like `noise`.
+
+        An error of norm e moves each number of the pass by a normal one of deviation e. Noise of its own is left out: it
+        makes more of them large.
+        """
+        escapes = (1 - CERTAIN) ** (1 / self.vectors)  # of one vector alone
+        return SUSPICIOUS * noise / NormalDist().inv_cdf((1 + escapes) / 2)
+
+    @property
+    def statement(self) -> str:
+        """What is known of every row."""
+        every = f"every one of {self.rows:,} rows was compared with a second pass over its pairs"
+        if self.wrong_rows:
+            return f"{every}: {self.wrong_rows:,} of {self.recomputed:,} that differ from it and were recomputed are wrong"
+        if self.undecided:
+            return f"{every}: {self.suspected:,} differ from it, of which {self.recomputed:,} were recomputed and are right"
+        right = f"; {self.suspected:,} that differ from it were recomputed and are right" if self.suspected else ""
+        lse = (SUSPICIOUS + NormalDist().inv_cdf(CERTAIN)) * self.lse_noise
+        of_most = f"in 99 of 100 rows, one of {self.found(self.most_noise):.2g} of out"
+        return (
+            f"{every}, and none is known to be wrong{right}. By the noise of this result, an error of "
+            f"{self.found(self.noise):.2g} of out in one row (norm, spread over its elements) is found with a probability "
+            f"of {CERTAIN:.1%}, and so is one of {lse:.1g} in lse; {of_most}"
+        )
+
+
+def check_places(problem: Problem, rows: Sequence[RowCheck]) -> None:
+    """Raise ValueError for rows that no result of the problem has."""
+    sizes = problem.out_shape[:3]
+    for row in rows:
+        if any(place >= size for place, size in zip((row.batch, row.head, row.token), sizes, strict=True)):
+            raise ValueError(f"batch {row.batch}, head {row.head}, token {row.token} is no row of its problem")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sampled rows of a result in float64, with K and V streamed.
+"""Rows of a result in float64, with K and V streamed.
 
 Nothing of a run is reused here: no kernel, no merge, no division; the formula of attention alone, in numpy.
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, nan
 from operator import attrgetter
 from typing import Literal
 
 import numpy as np
 
+from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.results.rows import RowReader
 from oocattn.verification.attended import AttendedKeys, Int64s, attended_ranges, groups_of, key_positions
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.repeats import slots_for
@@ -33,7 +36,7 @@ GROUP_ROWS = 256
 
 @dataclass(frozen=True)
 class ExactRow(SampledRow):
-    """A sampled row in float64: out [Dv] and lse.
+    """A row in float64: out [Dv] and lse.
 
     `size` is the sum of weight times |value|; `allowed` and `allowed_lse` are what float32 may lose of out (norm) and lse.
     """
@@ -76,6 +79,18 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
     )
 
 
+def check_row(problem: Problem, exact: ExactRow, readers: Mapping[str, RowReader]) -> RowCheck:
+    """The check of a row as it is stored; one that cannot be read is wrong, whatever it should be."""
+    found = {name: np.empty((1, *reader.shape[3:]), reader.dtype) for name, reader in readers.items()}
+    try:
+        for name, reader in readers.items():
+            reader.read(exact.batch, exact.head, exact.token, found[name])
+    except IntegrityError:
+        as_if = compare_row(problem, exact, exact.out, exact.lse)
+        return replace(as_if, error=nan, lse_error=nan, ulps=inf, mean_ulps=inf, lse_ulps=inf)
+    return compare_row(problem, exact, found["out"][0].astype(np.float64), float(found["lse"][0]))
+
+
 def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
     """|found - exact| in units of the last place of `exact` in `dtype`.
 
@@ -116,19 +131,32 @@ def recompute_rows(
     key_rows: int = KEY_ROWS,
     weight_roundoff: float = UNIT_ROUNDOFF["float32"],
 ) -> Iterator[ExactRow]:
-    """Recompute the rows of `sample_rows` in float64, `key_rows` keys at a time; rows that share keys come together.
+    """Recompute the rows of `sample_rows`, as `recompute_places`."""
+    places = sample_rows(problem, borders, rows, seed)
+    return recompute_places(problem, dataset, places, key_rows, GROUP_ROWS, weight_roundoff)
+
+
+def recompute_places(
+    problem: Problem,
+    dataset: Dataset,
+    places: Iterable[SampledRow],
+    key_rows: int,
+    group_rows: int,
+    weight_roundoff: float,
+) -> Iterator[ExactRow]:
+    """Recompute rows in float64, `key_rows` keys and at most `group_rows` rows at a time; those that share keys together.
 
     What is allowed counts softmax weights as rounded to `weight_roundoff`.
     """
     groups = defaultdict(list)
-    for place in sample_rows(problem, borders, rows, seed):
+    for place in places:
         groups[place.batch, query_head(problem, place) // (problem.query_heads // problem.kv_heads)].append(place)
-    for (batch, kv_head), places in groups.items():
-        places.sort(key=attrgetter("token", "head"))
-        ranges = attended_ranges(problem, batch, query_tokens(problem, places))
-        for part in groups_of(ranges, GROUP_ROWS):
+    for (batch, kv_head), members in groups.items():
+        members.sort(key=attrgetter("token", "head"))
+        ranges = attended_ranges(problem, batch, query_tokens(problem, members))
+        for part in groups_of(ranges, group_rows):
             read = _Reader(problem, dataset, batch, kv_head, min(key_rows, problem.keys))
-            yield from _recompute(problem, read, places[part], AttendedKeys(ranges[part]), weight_roundoff)
+            yield from _recompute(problem, read, members[part], AttendedKeys(ranges[part]), weight_roundoff)
 
 
 def query_head(problem: Problem, place: SampledRow) -> int:

@@ -1,0 +1,125 @@
+"""How far a right result and a second pass over its pairs may differ, row by row, as standard deviations of rounding.
+
+A row of the result has `out` and lse; the pass has p_k for out . r_k, with sign vectors r_k, and the sum S of the weights
+exp(s_j - lse). Both lose something: the result rounds `out` to its dtype, and weights where its kernel does, and both have
+scores and sums in float32. Signs are random: errors of the elements of `out` add up as squares. A row is looked at again
+where the two differ by more than `SUSPICIOUS` deviations, so that these need not be bounds as those of `rounding.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from oocattn.problem.problem import Problem
+from oocattn.verification.attended import Int64s
+from oocattn.verification.rounding import SMALLEST, TANH, UNIT, UNIT_ROUNDOFF, VARIANCE
+
+Array64 = npt.NDArray[np.float64]
+
+SUSPICIOUS = 6.0
+"""Standard deviations beyond which a row is looked at again: of a billion normal numbers, two are beyond."""
+
+APPROXIMATE = 2.0**-20  # relative: what matrix units lose besides, which truncate sums and approximate powers of two
+_NO_WEIGHT = 20.0  # below the log-sum-exp, and by the logarithm of the number of keys: such scores weigh nothing
+
+_FIELDS = {"float16": (10, 5), "bfloat16": (7, 8), "float32": (23, 8)}  # bits of the mantissa and of the exponent
+
+
+@dataclass(frozen=True)
+class KeyTerms:
+    """Of the keys that a head attends: the norm of the longest, and the largest size of a bias.
+
+    `shut` counts the keys before each, and before the end, whose bias is -inf: int64 [keys + 1]; None where no bias is.
+    """
+
+    longest: float
+    bias: float
+    shut: Int64s | None
+
+
+@dataclass(frozen=True)
+class QueryTerms:
+    """Of some rows of a head, all [rows]: the norm of q, lse, and the size of the largest ALiBi bias."""
+
+    norm: Array64
+    lse: Array64
+    alibi: Array64
+
+
+@dataclass(frozen=True)
+class WeightNoise:
+    """What rounding of softmax weights adds: to the variance of `out`, relative, and to the deviation of their sum."""
+
+    variance: float
+    relative: float
+
+    @classmethod
+    def of(cls, problem: Problem, rounding: int) -> WeightNoise:
+        """Where so many computations (of the result's and the pass's) round weights to the dtype of the inputs."""
+        return cls(rounding * VARIANCE * UNIT_ROUNDOFF[problem.dtype] ** 2, rounding * APPROXIMATE)
+
+
+def relative_noise(problem: Problem, rows: QueryTerms, keys: KeyTerms) -> Array64:
+    """The deviation of a sum of weights by the arithmetic of float32, relative: [rows].
+
+    A score errs by some roundings of a product of norms and of its terms, and lse by its own. Biases count up to where the
+    score weighs nothing, however small it is.
+    """
+    products = problem.scale * rows.norm * keys.longest
+    size = products
+    lse = np.abs(rows.lse)
+    if problem.softcap is not None:
+        capped = np.minimum(products, problem.softcap)
+        size = products + TANH * capped
+        products = capped
+    bias = rows.alibi + keys.bias
+    size = size + np.minimum(bias, products + lse + math.log(problem.keys) + _NO_WEIGHT)
+    found: Array64 = UNIT * (4 + 2 * lse + size)
+    return found
+
+
+def rounding_variance(out: npt.NDArray[np.generic]) -> Array64:
+    """The variance of the errors by which `out` [rows, Dv] is rounded to its dtype, summed over elements: [rows]."""
+    mantissa, exponent = _FIELDS[out.dtype.name]
+    fields = out.view(f"u{out.itemsize}") >> mantissa
+    fields &= (1 << exponent) - 1
+    found: Array64 = _variances(out.dtype.name)[fields].sum(axis=1)
+    return found
+
+
+@cache
+def _variances(dtype: str) -> Array64:
+    """The variance of the rounding error of a number, by the field of its exponent; subnormal numbers have field 0."""
+    fields = np.arange(1 << _FIELDS[dtype][1])
+    spacing = SMALLEST[dtype] * 2.0 ** (np.maximum(fields, 1) - 1)
+    found: Array64 = spacing**2 / 12
+    return found
+
+
+class Quantiles:
+    """Quantiles of many positive numbers, counted by size: an upper bound at most a tenth too large."""
+
+    _STEPS = 8  # of a factor of two
+    _LEAST, _MOST = -60, 60  # powers of two
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((self._MOST - self._LEAST) * self._STEPS + 1, np.int64)
+
+    def add(self, numbers: Array64) -> None:
+        """Count numbers, which are 0 or more, or Inf."""
+        with np.errstate(divide="ignore"):
+            places = np.ceil((np.log2(numbers) - self._LEAST) * self._STEPS)
+        self._counts += np.bincount(places.clip(0, len(self._counts) - 1).astype(np.int64), minlength=len(self._counts))
+
+    def at(self, share: float) -> float:
+        """A number that this share of all is not larger than; 0 where there are none."""
+        total = int(self._counts.sum())
+        if not total:
+            return 0.0
+        place = int(np.searchsorted(np.cumsum(self._counts), share * total))
+        return 2.0 ** (self._LEAST + place / self._STEPS) if place < len(self._counts) - 1 else math.inf
