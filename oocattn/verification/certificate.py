@@ -16,9 +16,9 @@ from oocattn.storage.inputs.origin import Origin, named_inputs
 from oocattn.storage.results.rows import Damage
 from oocattn.storage.results.summary import FORMAT, Outcome, PlanRecord
 from oocattn.text import shell_command
-from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck, Stratum, largest, stratum_of
+from oocattn.verification.findings import AllRows, ArrayCheck, Ledger, RowCheck, Stratum, check_places, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
-from oocattn.verification.text import certificate_text, checksum_lines, dataset_line, error_line, ledger_line
+from oocattn.verification.text import all_rows_line, certificate_text, checksum_lines, dataset_line, error_line, ledger_line
 
 MOST_SHOWING_NOTHING = 0.1  # the share of rows that show nothing above which a certificate is inconclusive
 _FOLLOWS = ("passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
@@ -34,8 +34,9 @@ class Certificate(Shown):
     `asked` (the most rows) and `seed` determine the sample. `dataset_recorded` and `dataset_found` are the fingerprints of
     the dataset that the run read and of the one read now; `digest` is the identity of the result's bits as written (None:
     no checksums are recorded); `ledger` is None where the run's report was not beside the result. `computed_with` and
-    `verified_with` are versions, `made` is when. `plan` is what the result
-    records of its plan (None in certificates of older versions). `files` are where it was written.
+    `verified_with` are versions, `made` is when. `plan` is what the result records of its plan (None in
+    certificates of older versions). `all_rows` is what a second pass showed, None where none was asked for. `files` are
+    where it was written.
     """
 
     result: str
@@ -55,6 +56,7 @@ class Certificate(Shown):
     made: str = field(compare=False)
     tensors: Annotated[Mapping[str, Origin], ADDED] = field(default_factory=dict)
     plan: Annotated[PlanRecord | None, ADDED] = None
+    all_rows: Annotated[AllRows | None, ADDED] = None
     files: Annotated[tuple[str, ...], ADDED] = field(default=(), compare=False)
 
     @property
@@ -64,13 +66,17 @@ class Certificate(Shown):
 
     @property
     def failed(self) -> bool:
-        """Whether a sampled row is wrong, or a part of the result is damaged."""
-        return bool(self.wrong or self.damaged)
+        """Whether a recomputed row is wrong, or a part of the result is damaged."""
+        return bool(self.wrong or self.damaged or (self.all_rows is not None and self.all_rows.wrong_rows))
 
     @property
     def inconclusive(self) -> bool:
-        """Whether nothing is wrong, but over a tenth of the rows show nothing."""
-        return not self.failed and len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
+        """Whether nothing is wrong, but over a tenth of the rows show nothing, or a second pass left rows open."""
+        return not self.failed and (self._mostly_vague or (self.all_rows is not None and self.all_rows.inconclusive))
+
+    @property
+    def _mostly_vague(self) -> bool:
+        return len(self.showing_nothing) > MOST_SHOWING_NOTHING * len(self.rows)
 
     @property
     def outcome(self) -> Outcome:
@@ -79,8 +85,15 @@ class Certificate(Shown):
 
     @property
     def wrong(self) -> list[RowCheck]:
-        """The rows that are not right."""
+        """The sampled rows that are not right."""
         return [row for row in self.rows if not row.passed]
+
+    @property
+    def named_wrong(self) -> list[RowCheck]:
+        """The wrong rows of the sample, and of those that a second pass found."""
+        sampled = {(row.batch, row.head, row.token) for row in self.wrong}
+        found = self.all_rows.wrong if self.all_rows is not None else ()
+        return [*self.wrong, *(row for row in found if (row.batch, row.head, row.token) not in sampled)]
 
     @property
     def showing_nothing(self) -> list[RowCheck]:
@@ -124,11 +137,18 @@ class Certificate(Shown):
 
     @property
     def statement(self) -> str:
-        """What the rows show of all the others."""
+        """What is known of all rows: by a second pass where there was one, and by the sample."""
+        if self.all_rows is None or self.wrong:
+            return self._of_sample
+        return self.all_rows.statement if self.failed else f"{self.all_rows.statement}; {self._of_sample}"
+
+    @property
+    def _of_sample(self) -> str:
+        """What the sampled rows show of all the others."""
         drawn, rows, left_out = self.conclusive, self.problem.rows, len(self.showing_nothing)
         if self.wrong:
             return f"{len(self.wrong)} of {len(self.rows)} recomputed rows exceed their tolerance: the result is wrong"
-        if not drawn or left_out > MOST_SHOWING_NOTHING * len(self.rows):
+        if not drawn or self._mostly_vague:
             return (
                 f"{left_out:,} of {len(self.rows):,} recomputed rows show nothing, because float32 arithmetic may lose more "
                 "than 1% of them: nothing is claimed of the other rows"
@@ -157,18 +177,36 @@ class Certificate(Shown):
         if self.passed:
             return ", ".join(["passed", *self._left_open()])
         if self.inconclusive:
-            return (
-                f"inconclusive: {len(self.showing_nothing)} of {len(self.rows)} rows show nothing, because their scores or "
-                "values are so large, or cancel so far, that float32 arithmetic may lose more than 1% of them"
-            )
+            return f"inconclusive: {', and '.join(self._open())}"
         reasons = []
+        against = "" if self.dataset_unchanged else ", but the dataset is not known to be the one that the run read"
         if self.wrong:
-            against = "" if self.dataset_unchanged else ", but the dataset is not known to be the one that the run read"
             reasons.append(f"{len(self.wrong)} of {len(self.rows)} rows are wrong{against}")
+        if self.all_rows is not None and self.all_rows.wrong_rows:
+            reasons.append(
+                f"{self.all_rows.wrong_rows:,} of {self.problem.rows:,} rows, found by a second pass, are wrong{against}"
+            )
         if self.damaged:
             parts = sum(array.parts for array in self.arrays)
             reasons.append(f"{len(self.damaged)} of {parts:,} parts are not as they were written")
         return f"FAILED: {', and '.join(reasons)}; compute it again with `oocattn run --overwrite`, or take another copy"
+
+    def _open(self) -> list[str]:
+        """Why a certificate is inconclusive."""
+        found = []
+        if self._mostly_vague:
+            found.append(
+                f"{len(self.showing_nothing)} of {len(self.rows)} rows show nothing, because their scores or "
+                "values are so large, or cancel so far, that float32 arithmetic may lose more than 1% of them"
+            )
+        if self.all_rows is not None and self.all_rows.undecided:
+            found.append(
+                f"{self.all_rows.suspected:,} rows differ from a second pass, and only {self.all_rows.recomputed:,} of them "
+                "were recomputed, which are right"
+            )
+        elif self.all_rows is not None and self.all_rows.vague:
+            found.append("arithmetic may lose so much of half of the rows that a second pass does not show errors of 10%")
+        return found
 
     def _left_open(self) -> list[str]:
         """What would have to be known besides the rows."""
@@ -190,8 +228,10 @@ class Certificate(Shown):
         """The command that checks the same rows again, or the call where no command can name the inputs."""
         named = named_inputs(self.dataset, self.tensors)
         if named is None:
-            return f"oocattn.verify({self.result!r}, inputs=..., rows={self.asked}, seed={self.seed})"
+            every = ", all_rows=True" if self.all_rows is not None else ""
+            return f"oocattn.verify({self.result!r}, inputs=..., rows={self.asked}, seed={self.seed}{every})"
         sample = ["--rows", str(self.asked), "--seed", str(self.seed)]
+        sample += ["--all-rows"] if self.all_rows is not None else []
         without = ["--no-checksums"] if any(array.state == "not checked" for array in self.arrays) else []
         return shell_command(["oocattn", "verify", self.result, *sample, *named, *without])
 
@@ -222,10 +262,9 @@ class Certificate(Shown):
         """Raise ValueError for rows that no sample of the problem has."""
         if not self.drawn:
             raise ValueError("none of its rows was drawn at random")
-        sizes = self.problem.out_shape[:3]
-        for row in self.rows:
-            if any(place >= size for place, size in zip((row.batch, row.head, row.token), sizes, strict=True)):
-                raise ValueError(f"batch {row.batch}, head {row.head}, token {row.token} is no row of its problem")
+        check_places(self.problem, self.rows)
+        if self.all_rows is not None:
+            self.all_rows.check(self.problem)
 
     def _line(self) -> str:
         return f"{self.outcome}, {len(self.rows):,} rows, worst error {self.worst_error:.1e}, {self.result}"
@@ -236,6 +275,7 @@ class Certificate(Shown):
             ("result", self.result),
             ("problem", self.words),
             ("rows", f"{len(self.rows):,} recomputed, {len(self.wrong):,} wrong"),
+            *([("all rows", all_rows_line(self.all_rows))] if self.all_rows is not None else []),
             ("error", error_line(self)),
             ("shown", self.statement),
             ("checksums", "; ".join(checksum_lines(self))),

@@ -8,11 +8,8 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import inf, nan
 from operator import attrgetter
 from typing import Annotated
-
-import numpy as np
 
 from oocattn.errors import BudgetError, IntegrityError, OocattnError
 from oocattn.naming import named
@@ -29,12 +26,14 @@ from oocattn.storage.results.checksums import Checksums, read_bits, result_diges
 from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
 from oocattn.units import ceil_div, format_bytes
+from oocattn.verification.all_rows import MOST_KEPT, MOST_RECOMPUTED, AllRowsArrays, Sizes, check_all_rows
 from oocattn.verification.attended import count_attended
 from oocattn.verification.certificate import Certificate
-from oocattn.verification.findings import ArrayCheck, Ledger, RowCheck
+from oocattn.verification.findings import ArrayCheck, Ledger
 from oocattn.verification.identity import fingerprint_like
-from oocattn.verification.recompute import KEY_ROWS, ExactRow, compare_row, recompute_bytes, recompute_rows
+from oocattn.verification.recompute import GROUP_ROWS, KEY_ROWS, check_row, recompute_bytes, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
+from oocattn.verification.scan import LEAST_ROWS, Compared
 from oocattn.verification.text import certificate_page
 from oocattn.version import versions
 
@@ -48,6 +47,7 @@ STEP_BYTES = 8 << 20
 LEAST_STEP_BYTES = 64 << 10  # the same, at least: below it, calls take longer than bytes
 BASE_BYTES = 4 << 20  # for what does not grow with tiles and steps: Zarr's and Python's own
 ROW_BYTES = 8 << 10  # for a row in the sample, in the certificate and on its page
+PLACE_BYTES = 1 << 10  # for a suspected row, while it waits to be recomputed
 PART_BYTES = 128  # for the checksum of a part, as it is read and parsed
 
 
@@ -75,21 +75,22 @@ def certify(
     host_memory: int,
     checksums: bool,
     storage_options: StorageOptions | None = None,
+    all_rows: AllRowsArrays | None = None,
 ) -> Certificate:
-    """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`."""
+    """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`.
+
+    `all_rows` is what a second pass over its pairs left: then every row is compared with that.
+    """
     recorded, identity = ResultAttributes.read(paths), paths.identity()
     problem, place = recorded.problem, recorded.dataset
-    opened = open_recorded(
-        place.location, place.tensors, inputs, key_bias=bool(problem.bias_heads), storage_options=storage_options
-    )
-    check_poses(opened, problem, "result")
-    fingerprint = fingerprint_like(opened, place, str(paths.result))
+    opened, fingerprint = _open_inputs(recorded, paths, inputs, storage_options)
     readers = _readers(problem, arrays, paths)
     bits = read_bits(paths.result)
     compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
-    key_rows, steps = _sizes(problem, opened, readers, compared, rows, host_memory)
+    second = None if all_rows is None else _compared(problem, opened, readers, all_rows, recorded.plan.rounds_weights)
+    sizes = _sizes(problem, opened, readers, compared, rows, host_memory, second)
     roundoff = UNIT_ROUNDOFF[problem.dtype if recorded.plan.rounds_weights else "float32"]  # matrix units of GPUs: 16 bits
-    options = {"rows": rows, "seed": seed, "key_rows": key_rows}
+    options = {"rows": rows, "seed": seed, "key_rows": sizes.of_rows.key_rows}
     exact = recompute_rows(problem, opened, borders=recorded.borders, weight_roundoff=roundoff, **options)
     certificate = Certificate(
         str(paths.result),
@@ -98,8 +99,8 @@ def certify(
         str(problem),
         rows,
         seed,
-        rows=tuple(sorted((_check_row(problem, row, readers) for row in exact), key=attrgetter("batch", "head", "token"))),
-        arrays=tuple(_check_array(readers[name], bits[name].checksums, steps.get(name)) for name in bits),
+        rows=tuple(sorted((check_row(problem, row, readers) for row in exact), key=attrgetter("batch", "head", "token"))),
+        arrays=tuple(_check_array(readers[name], bits[name].checksums, sizes.steps.get(name)) for name in bits),
         digest=result_digest(bits),
         ledger=_ledger(problem, paths),
         dataset_recorded=place.fingerprint,
@@ -109,10 +110,23 @@ def certify(
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         tensors=opened.origins,
         plan=recorded.plan,
+        all_rows=check_all_rows(second, all_rows, sizes.of_rows, roundoff) if second and all_rows else None,
     )
     if (ResultAttributes.read(paths), paths.identity()) != (recorded, identity):
         raise IntegrityError(f"{paths.result} was replaced while it was verified: verify it again")
     return _write_certificate(certificate, paths)
+
+
+def _open_inputs(
+    recorded: ResultAttributes, paths: ResultPaths, inputs: InputsLike | None, storage_options: StorageOptions | None
+) -> tuple[Dataset, str]:
+    """The dataset that a result is verified with, and its fingerprint."""
+    problem, place = recorded.problem, recorded.dataset
+    opened = open_recorded(
+        place.location, place.tensors, inputs, key_bias=bool(problem.bias_heads), storage_options=storage_options
+    )
+    check_poses(opened, problem, "result")
+    return opened, fingerprint_like(opened, place, str(paths.result))
 
 
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
@@ -142,6 +156,22 @@ def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict
     return {name: RowReader(name, array, str(paths.result)) for name, array in arrays.by_name.items()}
 
 
+def _compared(
+    problem: Problem, dataset: Dataset, readers: Mapping[str, RowReader], all_rows: AllRowsArrays, rounds_weights: bool
+) -> Compared:
+    """A result beside a second pass. Raises IntegrityError where that is none over it."""
+    rounding = rounds_weights + all_rows.rounds_weights
+    return Compared(problem, dataset, readers, all_rows.readers(problem), all_rows.seed, rounding)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What is read at a time: of rows, and of each array for checksums."""
+
+    of_rows: Sizes
+    steps: Mapping[str, int]
+
+
 def _sizes(
     problem: Problem,
     dataset: Dataset,
@@ -149,13 +179,12 @@ def _sizes(
     compared: Mapping[str, Checksums],
     rows: int,
     host_memory: int,
-) -> tuple[int, Mapping[str, int]]:
-    """Keys, and rows of arrays for checksums, to read at a time within the budget.
-
-    Raises BudgetError where the fewest do not.
-    """
+    second: Compared | None,
+) -> _Sizes:
+    """What to read at a time within the budget. Raises BudgetError where the least does not fit."""
     rows = min(rows, problem.rows)
     always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(checksums) for checksums in compared.values())
+    always += ROW_BYTES * MOST_KEPT + PLACE_BYTES * MOST_RECOMPUTED if second is not None else 0
     one_row = max(reader.nbytes(1) for reader in readers.values())
     least: list[int] = []
 
@@ -168,12 +197,16 @@ def _sizes(
 
     key_rows = fit(KEY_ROWS, LEAST_KEYS, lambda keys: one_row + recompute_bytes(problem, dataset, rows, keys))
     steps = {name: fit(*_steps(readers[name], checksums.rows), readers[name].nbytes) for name, checksums in compared.items()}
+    block_rows = group_rows = 0
+    if second is not None:
+        block_rows = fit(second.most_rows, LEAST_ROWS, second.nbytes)
+        group_rows = fit(GROUP_ROWS, 1, lambda rows: one_row + recompute_bytes(problem, dataset, rows, key_rows))
     if max(least) > host_memory:
         raise BudgetError(
             f"{named('host_memory')} {format_bytes(host_memory)} is too small to verify this result: the smallest that "
             f"works is {ceil_div(max(least), 1 << 20)}MiB"
         )
-    return key_rows, steps
+    return _Sizes(Sizes(block_rows, key_rows, group_rows), steps)
 
 
 def _steps(reader: RowReader, part: int) -> tuple[int, int]:
@@ -181,18 +214,6 @@ def _steps(reader: RowReader, part: int) -> tuple[int, int]:
     row = math.prod(reader.shape[3:]) * reader.dtype.itemsize
     most = min(part, reader.shape[2], max(1, STEP_BYTES // row) if reader.mapped else part)
     return most, min(most, max(1, LEAST_STEP_BYTES // row))
-
-
-def _check_row(problem: Problem, exact: ExactRow, readers: Mapping[str, RowReader]) -> RowCheck:
-    """The check of a row; one that cannot be read is wrong, whatever it should be."""
-    found = {name: np.empty((1, *reader.shape[3:]), reader.dtype) for name, reader in readers.items()}
-    try:
-        for name, reader in readers.items():
-            reader.read(exact.batch, exact.head, exact.token, found[name])
-    except IntegrityError:
-        as_if = compare_row(problem, exact, exact.out, exact.lse)
-        return replace(as_if, error=nan, lse_error=nan, ulps=inf, mean_ulps=inf, lse_ulps=inf)
-    return compare_row(problem, exact, found["out"][0].astype(np.float64), float(found["lse"][0]))
 
 
 def _check_array(reader: RowReader, recorded: Checksums | None, step: int | None) -> ArrayCheck:

@@ -8,9 +8,11 @@ from oocattn.pages import render_page
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.text import printable
 from oocattn.units import format_count
+from oocattn.verification.noise import SUSPICIOUS
 
 if TYPE_CHECKING:
     from oocattn.verification.certificate import Certificate
+    from oocattn.verification.findings import AllRows
 
 MOST_SHOWN = 20
 """Wrong rows, and damaged parts, that are listed for reading; the JSON has all."""
@@ -21,7 +23,7 @@ WORST = 10  # rows that are shown one by one: the worst
 def certificate_text(certificate: Certificate) -> str:
     """The certificate for a terminal."""
     lines = [f"result       {printable(certificate.result)}", f"problem      {printable(certificate.words)}"]
-    lines += [*_wrong_rows(certificate), ""] if certificate.wrong else [""]
+    lines += [*_wrong_rows(certificate), ""] if certificate.named_wrong else [""]
     lines += [f"{'rows':<12} {'':>5} {'wrong':>6} {'error':>9} {'of allowed':>11} {'largest ulp':>12} {'mean ulp':>9}"]
     lines += [
         f"{each.name:<12} {each.rows:>5,} {each.wrong:>6,} {each.error:>9.1e} {each.of_allowed:>11.2f} {each.ulps:>12.3g} "
@@ -33,6 +35,7 @@ def certificate_text(certificate: Certificate) -> str:
         "",
         f"out          {error_line(certificate)}; an ulp is a unit in the last place of {certificate.problem.out_dtype}",
         f"lse          within {overall.lse_error:.1e}, {overall.lse_ulps:.3g} ulp of float32",
+        *([f"all rows     {printable(all_rows_line(certificate.all_rows))}"] if certificate.all_rows else []),
         f"shown        {certificate.statement}",
         *(f"checksums    {printable(line)}" for line in checksum_lines(certificate)),
         *([f"same bits    {certificate.plan}"] if certificate.plan else []),
@@ -49,15 +52,27 @@ def _wrong_rows(certificate: Certificate) -> list[str]:
     lines += [
         f"{row.batch:>5} {row.head:>5} {row.token:>12,} {row.error:>9.1e} {row.allowed:>9.1e} {row.lse_error:>9.1e} "
         f"{row.allowed_lse:>9.1e}  WRONG"
-        for row in certificate.wrong[:MOST_SHOWN]
+        for row in certificate.named_wrong[:MOST_SHOWN]
     ]
-    return lines + more_line(len(certificate.wrong))
+    return lines + more_line(len(certificate.named_wrong))
 
 
 def error_line(certificate: Certificate) -> str:
     """How far `out` is off."""
     worst = f"{certificate.worst_error:.1e} in the worst row"
     return f"relative error {certificate.error:.1e} (root mean square over rows), {worst}"
+
+
+def all_rows_line(found: AllRows) -> str:
+    """What a second pass found, and what computed it."""
+    recomputed = f" (the {found.recomputed:,} worst)" if found.undecided else ""
+    wrong = f", {found.suspected:,} differ and were recomputed{recomputed}, {found.wrong_rows:,} are wrong"
+    code = "other than those of the run" if found.other else "as in the run"
+    return (
+        f"{found.rows:,} compared in lse and {found.vectors} sums of out with random signs, by {found.computed_by} ({code})"
+        f"{wrong if found.suspected else ', none differs'}; the largest difference of the others is {found.worst:.1f} "
+        f"standard deviations of rounding, of {SUSPICIOUS:.0f} that are allowed"
+    )
 
 
 def checksum_lines(certificate: Certificate) -> list[str]:
@@ -114,7 +129,11 @@ def certificate_page(certificate: Certificate) -> str:
     return render_page(
         "verification/page.html.jinja",
         certificate=certificate,
-        worst=sorted(certificate.rows, key=lambda row: (row.passed, row.shows, -row.of_allowed))[:WORST],
+        worst=sorted(
+            [*certificate.named_wrong[len(certificate.wrong) :], *certificate.rows],
+            key=lambda row: (row.passed, row.shows, -row.of_allowed),
+        )[:WORST],
+        all_rows_line=all_rows_line(certificate.all_rows) if certificate.all_rows else "",
         checksum_lines=checksum_lines(certificate),
         dataset_line=dataset_line(certificate),
         error_line=error_line(certificate),
