@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -18,7 +18,7 @@ from oocattn.pipelines import session
 from oocattn.pipelines.engines import DASHBOARD, ENGINES
 from oocattn.pipelines.existing import Request, open_result, result_at
 from oocattn.pipelines.result import Result
-from oocattn.pipelines.second_pass import FirstPass, PassResult, second_pass
+from oocattn.pipelines.second_pass import FirstPass, second_pass
 from oocattn.pipelines.session import Resuming
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
@@ -271,6 +271,7 @@ def verify(
     """
 
     from oocattn.pipelines.watch.full_report import renew_full_report
+    from oocattn.verification.all_rows import AllRowsArrays
     from oocattn.verification.certify import certify  # `plan` does not need it
 
     named = None if inputs is None else parse_inputs(inputs)
@@ -281,12 +282,14 @@ def verify(
         paths = ResultPaths.at(result, scratch, storage_options=storage_options)
         found = result_at(paths)
         arrays = ResultArrays(found.out, found.lse)
-        passed: AbstractContextManager[PassResult | None] = nullcontext()
-        if all_rows:
-            first, listeners = FirstPass.open(paths, arrays, named, storage_options), _listeners(callbacks, progress)
-            passed = second_pass(first, seed, budget, workplace, listeners, until)
-        with passed as of_all_rows, keep_denormals():
-            certificate = certify(paths, arrays, inputs=named, host_memory=budget, all_rows=of_all_rows, **chosen)
+        with ExitStack() as stack:
+            compared = None
+            if all_rows:
+                first, listeners = FirstPass.open(paths, arrays, named, storage_options), _listeners(callbacks, progress)
+                second = stack.enter_context(second_pass(first, seed, budget, workplace, listeners, until))
+                compared = AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first))
+            with keep_denormals():
+                certificate = certify(paths, arrays, inputs=named, host_memory=budget, all_rows=compared, **chosen)
     if certificate.files:
         renew_full_report(paths)
     return certificate

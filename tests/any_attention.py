@@ -96,8 +96,10 @@ def check_resuming(case: Case, folder: Path) -> None:
     if plan.subproblems:
         interrupted(plan, dataset, folder / "resumed.zarr", "attended", 1 + case.seed % plan.subproblems)
         assert_same_bits(oocattn.resume(folder / "resumed.zarr", engine="inline"), right)
-    certificate = oocattn.verify(right.path, rows=24)
+    certificate = oocattn.verify(right.path, rows=24, all_rows=True, engine="inline")
     assert not certificate.failed, certificate
+    assert certificate.all_rows is not None
+    assert certificate.all_rows.rows == right.lse.size
 
 
 def check_answer(case: Case, world: World, out: NDArray[Any], lse: NDArray[Any]) -> None:

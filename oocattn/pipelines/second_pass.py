@@ -60,11 +60,20 @@ class FirstPass:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass leaves: its arrays, and the kernel and division that computed them."""
+    """What a pass leaves: its arrays, where they are, and the division by which they were computed."""
 
     arrays: ResultArrays
-    kernel: str
+    location: str
     decomposition: str
+
+    @property
+    def computed_by(self) -> str:
+        """Kernel and division, in words."""
+        return f"kernel {KERNEL}, {self.decomposition}"
+
+    def is_other(self, first: FirstPass) -> bool:
+        """Whether kernel and division are both others than those of the first pass."""
+        return first.plan.kernel != KERNEL and self.decomposition != first.plan.decomposition
 
 
 @contextmanager
@@ -91,7 +100,7 @@ def second_pass(
         choices = replace(choices, decomposition="auto")
         result = session.attend(request, choices, workplace, callbacks, until)
     arrays = ResultArrays(result.out, result.lse)
-    yield PassResult(arrays, KERNEL, ResultAttributes.read(paths).plan.decomposition)
+    yield PassResult(arrays, str(paths.result), ResultAttributes.read(paths).plan.decomposition)
     with hold_lock(paths, until) as claim:
         RunState(paths, claim).remove()
     with suppress(OSError):  # there is something of others in it

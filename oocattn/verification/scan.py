@@ -132,8 +132,6 @@ class Scan:
         ranges = attended_ranges(self._problem, batch, asked)
         lse, total = stored["lse"].astype(np.float64), np.exp(second["lse"].astype(np.float64))
         passed = second["out"].astype(np.float64)
-        if sinks is not None:
-            passed *= total[:, np.newaxis]  # of `out` the sink has the rest
         rows = QueryTerms(self._query_norms(batch, query_head, asked), lse, self._alibi(batch, query_head, asked, ranges))
         relative = relative_noise(self._problem, rows, keys) + self._weights.relative
         out = stored["out"].astype(np.float64)

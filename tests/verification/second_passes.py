@@ -105,6 +105,7 @@ def second_pass(
     out, sums = attention_by_definition(q, k, projected, **{**asked, "learnable_sink": None})
     with np.errstate(all="ignore"):
         sums = np.where(np.isneginf(sums), sums, sums - lse)
+        out = out * np.exp(sums)[..., np.newaxis]
     return out.astype(np.float32), sums.astype(np.float32)
 
 
