@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import islice
@@ -21,6 +20,7 @@ import numpy as np
 from oocattn.arguments import Dtype, Option, boolean, dtype, integer, number, refused, scale
 from oocattn.cf_packing import packing_attribute
 from oocattn.errors import ProblemError
+from oocattn.filters import no_warnings
 from oocattn.problem.given import DTYPES, MOST_ITEMS, Array
 from oocattn.problem.options import Window
 from oocattn.problem.scores import LEAST_SCALE, MOST_SCALE, SOFTCAPS
@@ -168,7 +168,7 @@ def kept_array(name: str, array: Array, refuse: Callable[[str], ProblemError]) -
         raise refuse(_expected(name))
     if array.size > MOST_ITEMS:
         raise refuse(f"at most {MOST_ITEMS:,} numbers")
-    with warnings.catch_warnings(action="ignore"), np.errstate(over="ignore"):  # what float32 does not hold is refused later
+    with no_warnings(), np.errstate(over="ignore"):  # what float32 does not hold is refused later
         kept = np.array(array, DTYPES[name], order="C")
     kept.flags.writeable = False
     return kept

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from zarr.storage import LocalStore
 
 import oocattn.storage.bfloat16  # noqa: F401  registers the data type
 from oocattn.errors import ProblemError, RemoteDeniedError
+from oocattn.filters import no_warnings
 from oocattn.storage import nodes
 from oocattn.storage.bounded import read_start
 from oocattn.storage.files.operations import name_failure
@@ -113,7 +113,7 @@ def _array(store: Store, name: str, found: dict[str, Any], described: str) -> za
     attributes_of(found, described)
     (_check_v3 if found.get("zarr_format") == 3 else _check_v2)(found, described)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of codecs outside the specification, of a fill value that overflows
+        with no_warnings():  # of codecs outside the specification, of a fill value that overflows
             return array_at(store, name, parse_metadata(found))
     except MemoryError:
         raise
