@@ -22,7 +22,7 @@ import oocattn
 from oocattn import Event, Plan, Result
 
 TOKENS = 170
-"""Tokens of the datasets in tests of resuming: 13 chunks of 14 rows, the last of 2."""
+"""Tokens of the datasets in tests of resuming: 7 chunks of 25 rows, the last of 20."""
 
 
 def write_resuming_dataset(folder: Path) -> Path:

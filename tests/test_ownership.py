@@ -123,7 +123,7 @@ def whole_files(state: Path) -> set[str]:
 def test_a_run_that_has_lost_its_lock_ends_and_leaves_everything(
     client: Client, dataset: Path, result: Path, kind: str, partials: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_for(dataset, chunks=13, partials=partials)
+    plan = plan_for(dataset, chunks=7, partials=partials)
     right = uninterrupted(plan, dataset)
     interrupted(plan, dataset, result, "written", 3)
     state = ResultPaths.at(result).state
@@ -199,7 +199,7 @@ def test_what_was_computed_is_not_discarded_by_whoever_lost_the_lock(dataset: Pa
         content = chunk.read_bytes()
         chunk.write_bytes(bytes(len(content)))
 
-    plan = plan_for(dataset, chunks=13)
+    plan = plan_for(dataset, chunks=7)
     with pytest.raises((LockedError, IntegrityError)):
         carry_out(plan, dataset, result, callbacks=[at_first("attended", change)])
     state = ResultPaths.at(result).state

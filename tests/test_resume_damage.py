@@ -50,7 +50,7 @@ def test_a_record_without_its_checksums_counts_for_nothing(
     result: Path,
     garble: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
-    plan = plan_for(dataset, chunks=13)
+    plan = plan_for(dataset, chunks=7)
     right = uninterrupted(plan, dataset)
     interrupted(plan, dataset, result)
     records = sorted((ResultPaths.at(result).state / "finished").iterdir())
@@ -90,7 +90,7 @@ def test_checksums_of_finished_chunks_are_compared(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     right = uninterrupted(plan, dataset)
     interrupted(plan, dataset, result, "written", 8)
     unfinished = ResultPaths.at(result).unfinished
@@ -111,7 +111,7 @@ def test_checksums_of_finished_chunks_are_compared(
 def test_comparing_checksums_of_finished_chunks_ends_with_the_time_limit(
     dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted(plan_for(dataset, chunks=13), dataset, result, "written", 8)
+    interrupted(plan_for(dataset, chunks=7), dataset, result, "written", 8)
     compared = []
 
     def slowly(*_: object) -> bool:
@@ -128,7 +128,7 @@ def test_comparing_checksums_of_finished_chunks_ends_with_the_time_limit(
 @pytest.mark.parametrize("flips", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_recovered_or_refused(dataset: Path, result: Path, partials: str, flips: int) -> None:
     """In any place of the journal, the partials and the checkpoints: never a wrong result."""
-    plan, chance = plan_for(dataset, chunks=13, causal=True, partials=partials), random.Random(0)
+    plan, chance = plan_for(dataset, chunks=7, causal=True, partials=partials), random.Random(0)
     paths, recovered = ResultPaths.at(result), 0
     interrupted(plan, dataset, result, "written", 8)
     kept = paths.state.rename(paths.state.with_name("kept"))

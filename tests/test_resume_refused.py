@@ -54,13 +54,13 @@ def test_resume_is_refused_without_an_unfinished_run(dataset: Path, result: Path
 def test_an_unfinished_run_of_another_problem_dataset_or_plan_is_not_touched(
     dataset: Path, result: Path, fast_path: Path
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     interrupted(plan, dataset, result)
     other = write_dataset(fast_path / "other.zarr", normal_arrays(TOKENS, heads=4, kv_heads=2, seed=1))
     refused: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
         (dataset, {}, ResultExistsError, r"unfinished run of another problem \(causal True, now False\)"),
         (other, {"causal": True}, ResultExistsError, rf"unfinished run of another dataset \({dataset}, now {other}\)"),
-        (dataset, {"causal": True, "chunks": 7}, ResultExistsError, "has chunks 13, not 7"),
+        (dataset, {"causal": True, "chunks": 5}, ResultExistsError, "has chunks 7, not 5"),
         (dataset, {"causal": True, "decomposition": "strips"}, ResultExistsError, "has decomposition cqs, not strips"),
         (dataset, {"causal": True, "kernel": "reference"}, ResultExistsError, "has kernel cpu, not reference"),
         (dataset, {"causal": True, "host_memory": 1000}, BudgetError, "takes .* of host memory, more than 1000 B"),
@@ -68,14 +68,14 @@ def test_an_unfinished_run_of_another_problem_dataset_or_plan_is_not_touched(
     for asked, options, error, message in refused:
         with pytest.raises(error, match=message):
             oocattn.attention(asked, result, engine="inline", **options)
-    with pytest.raises(ResultExistsError, match=r"another plan \(query chunks 13, now 7; .*chunk rows 14, now 25; .*\)"):
-        carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result)
+    with pytest.raises(ResultExistsError, match=r"another plan \(query chunks 7, now 5; .*chunk rows 25, now 34; .*\)"):
+        carry_out(plan_for(dataset, chunks=5, causal=True), dataset, result)
     assert oocattn.resume(result, engine="inline").report.pairs_before > 0
 
 
 def test_another_run_than_was_asked_for_is_not_resumed(dataset: Path, result: Path) -> None:
     """It has begun in the seconds in which a cluster starts."""
-    plan, causal = plan_for(dataset, chunks=13), plan_for(dataset, chunks=13, causal=True)
+    plan, causal = plan_for(dataset, chunks=7), plan_for(dataset, chunks=7, causal=True)
     interrupted(plan, dataset, result)
     paths = ResultPaths.at(result)
     asked = find_unfinished(paths)
@@ -87,7 +87,7 @@ def test_another_run_than_was_asked_for_is_not_resumed(dataset: Path, result: Pa
 
 
 def test_a_run_is_not_resumed_where_its_dataset_changed(dataset: Path, result: Path) -> None:
-    plan = plan_for(dataset, chunks=13)
+    plan = plan_for(dataset, chunks=7)
     interrupted(plan, dataset, result)
     for name in "kv":
         os.utime(dataset / name / "c/0/0/0/0", ns=(1, 1))
@@ -105,7 +105,7 @@ def test_a_chunk_that_was_written_is_noticed_though_size_and_time_are_set_back(
     result: Path,
 ) -> None:
     """A copy, or files that were only touched, are named by who knows that they are the same."""
-    plan = plan_for(dataset, chunks=13)
+    plan = plan_for(dataset, chunks=7)
     right = uninterrupted(plan, dataset)
     interrupted(plan, dataset, result)
     chunk = dataset / "k/c/0/0/0/0"
@@ -124,7 +124,7 @@ def test_a_chunk_that_was_written_is_noticed_though_size_and_time_are_set_back(
 def test_a_run_that_another_version_began_is_not_resumed(
     dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted(plan_for(dataset, chunks=13), dataset, result)
+    interrupted(plan_for(dataset, chunks=7), dataset, result)
     monkeypatch.setattr("oocattn.pipelines.existing.versions", lambda: {"oocattn": "99"})
     with pytest.raises(ResultExistsError, match=r"unfinished run of another oocattn \(0\.1\.0, now 99\)"):
         oocattn.resume(result, engine="inline")
@@ -138,7 +138,7 @@ def other_arithmetic(*arguments: Any) -> dict[str, str]:
 def test_other_bits_are_refused_or_accepted_and_reported(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_for(dataset, chunks=13)
+    plan = plan_for(dataset, chunks=7)
     interrupted(plan, dataset, result, client=client)
     words = rf"was begun with torch {re.escape(versions()['torch'])}, now 99; cpu .*, now AVX99: .*accept_other_bits=True"
     with monkeypatch.context() as patched:
@@ -215,7 +215,7 @@ def test_arithmetic_is_that_of_the_mask_and_of_every_term() -> None:
     "change",
     [
         lambda header: {**header, "format": 99},
-        lambda header: {**header, "plan": {**header["plan"], "chunks": 7}},
+        lambda header: {**header, "plan": {**header["plan"], "chunks": 5}},
         lambda header: {**header, "plan": {**header["plan"], "chunk_rows": 1}},
         lambda header: {name: header[name] for name in ("format", "plan")},
         lambda header: {**header, "plan": {}},
@@ -225,7 +225,7 @@ def test_arithmetic_is_that_of_the_mask_and_of_every_term() -> None:
 def test_a_journal_that_cannot_be_ours_is_refused(
     dataset: Path, result: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    plan = plan_for(dataset, chunks=13)
+    plan = plan_for(dataset, chunks=7)
     interrupted(plan, dataset, result)
     path = ResultPaths.at(result).state / "plan.json"
     header = json.loads(path.read_bytes().partition(b" ")[2])

@@ -40,7 +40,7 @@ def dataset(fast_path: Path) -> Path:
 def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
     dataset: Path, result: Path, partials: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
+    plan = plan_for(dataset, chunks=7, causal=True, partials=partials)
     right = uninterrupted(plan, dataset)
     paths, done, runs = ResultPaths.at(result), 0, 0
     for _ in range(40):
@@ -71,7 +71,7 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
 
 
 def test_time_for_what_is_in_flight_is_kept(dataset: Path) -> None:
-    plan = replace(plan_for(dataset, chunks=13, partials="memory"), scratch_disk=3_000_000_000)
+    plan = replace(plan_for(dataset, chunks=7, partials="memory"), scratch_disk=3_000_000_000)
     assert Deadline(math.inf, plan).seconds_left == math.inf
     deadline = Deadline(clock.now() + 100, plan)
     assert deadline.seconds_left == pytest.approx(100 - MARGIN_SECONDS - 3 - 2 * plan.subproblem_seconds, abs=0.5)
@@ -88,7 +88,7 @@ def test_time_for_what_is_in_flight_is_kept(dataset: Path) -> None:
 
 
 def test_a_run_stalls_after_three_minutes_or_where_the_plan_predicts_longer_steps_later(dataset: Path) -> None:
-    short = plan_for(dataset, chunks=13, partials="memory")
+    short = plan_for(dataset, chunks=7, partials="memory")
     deadline = Deadline(math.inf, short)
     assert (deadline.noticed_seconds, deadline.stalled_seconds) == (30, 180)
     for seconds in (0.1, 0.2, 170.0):  # the last was stopped for a while

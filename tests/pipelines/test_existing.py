@@ -20,7 +20,7 @@ from oocattn.storage.paths import ResultPaths
 
 
 def test_nothing_an_unfinished_run_and_a_finished_result_are_told_apart(client: Client, dataset: Path, result: Path) -> None:
-    plan = plan_for(dataset, chunks=13)
+    plan = plan_for(dataset, chunks=7)
     request = Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result))
     again = replace(request, overwrite=True)
     assert find(request) is Found.NOTHING
@@ -56,7 +56,7 @@ def test_the_record_of_a_run_is_sent_to_workers_whole_and_small(dataset: Path, f
 
 
 def test_a_run_that_was_only_read_has_neither_dataset_nor_lock(client: Client, dataset: Path, result: Path) -> None:
-    plan = plan_for(dataset, chunks=13)
+    plan = plan_for(dataset, chunks=7)
     interrupted(plan, dataset, result, "attended", 1)
     found = find(Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result)))
     assert isinstance(found, Run)

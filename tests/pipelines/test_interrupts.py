@@ -126,7 +126,7 @@ def test_an_interrupted_run_leaves_what_was_in_flight_on_disk(
 ) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=4, kv_heads=2))
     result = fast_path / "result.zarr"
-    plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
+    plan = plan_for(dataset, chunks=7, causal=True, partials=partials)
     right = uninterrupted(plan, dataset)
     recorder, seen = Recorder([]), []
 

@@ -83,7 +83,7 @@ def test_a_task_that_fails_is_tried_again(
     work: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True, partials=partials)
+    plan = plan_for(dataset, chunks=7, causal=True, partials=partials)
     right = uninterrupted(plan, dataset)
     failing = Failing(monkeypatch, owner, name, {(1, 5): 2, (0, 9): 1})
     recorder = Recorder([])
@@ -103,7 +103,7 @@ def test_a_task_that_raises_a_key_error_is_tried_again(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where Dask runs a task again, whose lane has done away with what it needs."""
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     right = uninterrupted(plan, dataset)
     real, calls = Lane.attend, Counter[int]()
 
@@ -125,7 +125,7 @@ def test_a_task_whose_result_is_lost_is_tried_again(
     client: Client, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then Dask runs it again as well: that fails, and so does the gathering of its result."""
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     right = uninterrupted(plan, dataset)
     real, lost = Client.gather, []
 
@@ -146,7 +146,7 @@ def test_a_task_whose_result_is_lost_is_tried_again(
 def test_a_task_that_fails_time_and_again_is_reported_and_the_run_can_be_resumed(
     client: Client, dataset: Path, result: Path, owner: type, name: str, work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     right = uninterrupted(plan, dataset)
     with monkeypatch.context() as patched:
         failing = Failing(patched, owner, name, {(1, 5): 99})
@@ -163,7 +163,7 @@ def test_a_task_that_fails_time_and_again_is_reported_and_the_run_can_be_resumed
 def test_a_worker_that_dies_is_replaced(
     workers: Client, dataset: Path, result: Path, partials: str | None, decomposition: str
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True, partials=partials, decomposition=decomposition, lanes=2)
+    plan = plan_for(dataset, chunks=7, causal=True, partials=partials, decomposition=decomposition, lanes=2)
     right = uninterrupted(plan, dataset)
     before = workers.run(os.getpid)
     recorder = Recorder([])
@@ -242,7 +242,7 @@ def test_what_a_worker_did_that_is_not_replaced_moves_on(
     dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.REPLACEMENT_SECONDS", 0.5)
-    plan = plan_for(dataset, chunks=13, causal=True, lanes=2)
+    plan = plan_for(dataset, chunks=7, causal=True, lanes=2)
     right = uninterrupted(plan, dataset)
     with (
         LocalCluster(n_workers=2, processes=False, memory_limit=0, dashboard_address=None) as cluster,
@@ -262,7 +262,7 @@ def test_a_run_that_loses_all_workers_or_its_scheduler_can_be_resumed(
     dataset: Path, fast_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oocattn.pipelines.engines.dask.engine.LAST_REPLACEMENT_SECONDS", 0.5)
-    plan = plan_for(dataset, chunks=13, causal=True, partials="disk")
+    plan = plan_for(dataset, chunks=7, causal=True, partials="disk")
     right = uninterrupted(plan, dataset)
     for lost, words in (("workers", "all workers are gone"), ("scheduler", "the scheduler is gone")):
         result = fast_path / f"{lost}.zarr"

@@ -46,7 +46,7 @@ def dataset(fast_path: Path) -> Path:
 
 @pytest.fixture
 def right(client: Client, dataset: Path, fast_path: Path) -> Result:
-    return carry_out(plan_for(dataset, chunks=13), dataset, fast_path / "right.zarr", client)
+    return carry_out(plan_for(dataset, chunks=7), dataset, fast_path / "right.zarr", client)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_time_in_which_the_process_was_stopped_is_told_as_a_stall(
     monkeypatch.setattr("oocattn.pipelines.attempt.time.process_time", lambda: 0.0)
     recorder = Recorder([])
     given = [client] if engine == "dask" else []
-    carry_out(plan_for(dataset, chunks=13), dataset, result, *given, callbacks=[recorder])
+    carry_out(plan_for(dataset, chunks=7), dataset, result, *given, callbacks=[recorder])
     stalled, continued = recorder.of("stalled")
     assert f"process {os.getpid()} was stopped for " in stalled.reason
     assert stalled.stop - stalled.start == pytest.approx(0.5, abs=0.25)
@@ -206,10 +206,10 @@ def test_a_run_that_stands_still_from_the_start_ends(
     caplog.set_level(logging.WARNING, "oocattn")
     ends = pytest.raises(StalledError, match=rf"nothing has ended for .*: ({words}).*on disk: resume")
     with kept(client) as keep, ends:
-        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[keep, look])
+        carry_out(plan_for(dataset, chunks=7), dataset, result, client, callbacks=[keep, look])
     assert "the run stalls: " in caplog.text
     assert {status.state for status in told} == {"running"}
-    assert str(told[0]).startswith("stalled: 0 of 13 subproblems")
+    assert str(told[0]).startswith("stalled: 0 of 7 subproblems")
     assert "no progress for" in str(told[0])
     assert " left" not in str(told[0])
     after = oocattn.status(result)
@@ -232,7 +232,7 @@ def test_a_run_goes_on_when_its_worker_does(
             told.append((str(event.reason), oocattn.status(result).stalled))
             client.run(set_status, Status.running)
 
-    found = carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[listen])
+    found = carry_out(plan_for(dataset, chunks=7), dataset, result, client, callbacks=[listen])
     (first, told_first), (last, told_last) = told
     assert "is paused by Dask" in first
     assert (told_first, last, told_last) == (first, "", "")
@@ -253,7 +253,7 @@ def test_a_task_may_take_longer_than_planned_while_its_lane_works(
         return launch(device, staged, *rest)
 
     monkeypatch.setattr(CpuDevice, "launch", launch_slowly)
-    plan = plan_for(dataset, chunks=13)
+    plan = plan_for(dataset, chunks=7)
     if works:
         assert_same_bits(carry_out(plan, dataset, result, client, callbacks=[recorder]), right)
         assert not recorder.of("stalled")
@@ -273,7 +273,7 @@ def test_a_scheduler_that_does_not_answer_is_named(
             client.loop.add_callback(threading.Event().wait, 1.5)
 
     with pytest.raises(StalledError, match="the scheduler does not answer: continue it"):
-        carry_out(plan_for(dataset, chunks=13), dataset, result, client, callbacks=[freeze])
+        carry_out(plan_for(dataset, chunks=7), dataset, result, client, callbacks=[freeze])
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def one_thread() -> Iterator[Client]:
 def test_a_task_cannot_start_a_run_that_waits_for_its_own_thread(
     one_thread: Client, dataset: Path, right: Result, result: Path
 ) -> None:
-    options = {"chunks": 13, "kernel": "cpu"}
+    options = {"chunks": 7, "kernel": "cpu"}
 
     def start(beside: bool) -> None:
         if beside:
