@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 # cores busy: on two cores with two test processes, a test of the kernels took 21 s of CPU time instead of 2.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ["XDG_STATE_HOME"] = os.devnull  # tests keep nothing in the home of who runs them
+
+# A shell makes what it starts in the background ignore Ctrl-C, and tests send it, to themselves and to processes of theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import dask
 import pytest

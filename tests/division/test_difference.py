@@ -24,9 +24,9 @@ def differences(cover: tuple[int, ...], modulus: int) -> Counter[int]:
 @pytest.mark.parametrize("order", PRIME_POWERS)
 def test_singer_set_makes_every_difference_exactly_once(order: int) -> None:
     modulus = order * order + order + 1
-    began = time.perf_counter()
+    began = time.process_time()
     cover = difference_cover(modulus)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert len(cover) == order + 1
     assert differences(cover, modulus) == Counter(range(1, modulus))
 
@@ -49,9 +49,11 @@ def test_small_cover_is_complete_canonical_and_has_no_redundant_element(modulus:
 
 
 @given(st.integers(1, 10_500))
-@settings(max_examples=40, deadline=1000)
+@settings(max_examples=40)
 def test_any_modulus_has_a_small_cover_in_under_a_second(modulus: int) -> None:
+    began = time.process_time()
     cover = difference_cover(modulus)
+    assert time.process_time() - began < 1
     assert set(differences(cover, modulus)) == set(range(1, modulus))
     assert len(cover) < math.sqrt(1.5 * modulus) + 2
 

@@ -96,9 +96,9 @@ def test_the_drawn_example() -> None:
 @pytest.mark.parametrize("chunks", [LARGE, 10_000])
 def test_large_counts_are_lazy(chunks: int) -> None:
     division = triangular(chunks)
-    began = time.perf_counter()
+    began = time.process_time()
     division.chunk_reads()  # makes the tables
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     calls = {
         lambda: division.owner(5000, 17): 20e-6,
         lambda: division.quorum(5000): 200e-6,
@@ -109,9 +109,9 @@ def test_large_counts_are_lazy(chunks: int) -> None:
     for call, limit in calls.items():
         seconds = []
         for _ in range(5):
-            began = time.perf_counter()
+            began = time.thread_time()
             call()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.thread_time() - began)
         assert min(seconds) < limit
 
 

@@ -244,9 +244,9 @@ def test_a_small_call_takes_at_most_50_microseconds_longer_than_torch() -> None:
     (q,) = tensors((1, 1, 4, 8))
 
     def microseconds(call: Callable[..., torch.Tensor]) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         call(q, q, q, is_causal=True)
-        return 1e6 * (time.perf_counter() - start)
+        return 1e6 * (time.thread_time() - start)
 
     calls = [scaled_dot_product_attention, functional.scaled_dot_product_attention]
     ours, theirs = (

@@ -164,7 +164,7 @@ def test_what_is_left_of_very_many_heads_and_chunks_is_counted_soon(chunks: int)
     problem = a_problem(1 << 20, batch=2**20, query_heads=2**10, kv_heads=2**10)
     budgets = {"device_memory": 2**90, "host_memory": 2**90}
     plan = with_partials(make_plan(problem, MACHINE, **budgets, chunks=chunks, decomposition="cqs"), "disk")
-    start = time.perf_counter()
+    start = time.process_time()
     left = Schedule(plan, 1, CompletedWork({(5, chunk) for chunk in range(chunks)}, {(2**29, 1, 1)})).left
     assert left == chunks * (2**30 - 1)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -49,7 +49,7 @@ def processes(count: int, **options: object) -> Iterator[Client]:
 
 
 def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path, result: Path, client: Client) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     right = uninterrupted(plan, dataset)
     with processes(1, worker_port="27341:27399") as workers:
         (before,) = workers.run(os.getpid).items()
@@ -62,7 +62,7 @@ def test_a_worker_that_begins_anew_at_its_old_address_has_no_lane(dataset: Path,
 
 
 def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Path, client: Client) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True, lanes=2)
+    plan = plan_for(dataset, chunks=7, causal=True, lanes=2)
     right = uninterrupted(plan, dataset)
     with processes(2) as workers:
         workers.run(importlib.import_module, "oocattn")  # which takes as long as the run may
@@ -85,7 +85,7 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
                     callbacks=[freeze],
                     until=until,
                 )
-            assert clock.now() < until + 1
+            assert clock.now() < until + 5  # a worker that is gone is waited for longer
         finally:
             os.kill(process, signal.SIGCONT)
     assert oocattn.status(result).state == "interrupted"
@@ -96,20 +96,20 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
 def test_a_worker_that_is_frozen_before_it_has_a_lane_does_not_hold_a_run(
     dataset: Path, result: Path, client: Client
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True, lanes=2)
+    plan = plan_for(dataset, chunks=7, causal=True, lanes=2)
     with processes(2) as workers:
         process = next(iter(workers.run(os.getpid).values()))
         os.kill(process, signal.SIGSTOP)
         until = clock.now() + MARGIN_SECONDS + 1.5
         try:
-            with pytest.raises(TimeLimitError, match="time limit reached: 0 of 26 subproblems"):
+            with pytest.raises(TimeLimitError, match="time limit reached: 0 of 14 subproblems"):
                 run_plan(
                     plan,
                     Request(plan.problem, Dataset.open(dataset), ResultPaths.at(result)),
                     DaskEngine(workers),
                     until=until,
                 )
-            assert clock.now() < until + 1
+            assert clock.now() < until + 5
         finally:
             os.kill(process, signal.SIGCONT)
 
@@ -124,7 +124,7 @@ def listen(event):
     if seen.count("attended") == 6:
         os.kill(os.getpid(), signal.SIGKILL)
 address, dataset, result = sys.argv[1:]
-options = {"causal": True, "chunks": 13, "kernel": "cpu"}
+options = {"causal": True, "chunks": 7, "kernel": "cpu"}
 oocattn.attention(dataset, result, client=Client(address), callbacks=[listen], **options)
 """
 
@@ -134,7 +134,7 @@ def lanes_on(dask_worker: Worker) -> int:
 
 
 def test_lanes_of_a_driver_that_was_killed_are_closed_by_the_next(dataset: Path, result: Path, client: Client) -> None:
-    options = {"causal": True, "chunks": 13, "kernel": "cpu"}
+    options = {"causal": True, "chunks": 7, "kernel": "cpu"}
     right = oocattn.attention(dataset, result.with_name("right.zarr"), client=client, **options)
     with processes(1) as workers:
         assert warm.script(DRIVE, workers.scheduler.address, str(dataset), str(result)).wait() == -signal.SIGKILL
