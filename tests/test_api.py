@@ -179,32 +179,35 @@ DOCUMENTS = {"cu_seqlens_q": [0, 90, 90, 110, 301], "learnable_sink": [0.0, 1.0,
 
 
 @pytest.mark.parametrize(
-    ("options", "asked"),
+    ("options", "asked", "places"),
     [
-        ({"chunks": 7}, {"causal": True}),
-        ({"chunks": 8}, {}),
-        ({"chunks": 5, "decomposition": "strips"}, {"causal": True}),
-        ({"chunks": 13, "decomposition": "cqs"}, WINDOW),
-        ({"chunks": 7, "decomposition": "cqs"}, DOCUMENTS),
-        ({"chunks": 6, "decomposition": "strips"}, DOCUMENTS),
+        ({"chunks": 7}, {"causal": True}, ("memory", "disk", "memory")),
+        ({"chunks": 8}, {}, ("disk", "memory", "disk")),
+        ({"chunks": 5, "decomposition": "strips"}, {"causal": True}, (None, None, None)),
+        ({"chunks": 13, "decomposition": "cqs"}, WINDOW, ("memory", "disk", "memory")),
+        ({"chunks": 7, "decomposition": "cqs"}, DOCUMENTS, ("disk", "memory", "disk")),
+        ({"chunks": 6, "decomposition": "strips"}, DOCUMENTS, (None, None, None)),
     ],
     ids=["causal", "full", "causal strips", "window", "documents", "documents strips"],
 )
 def test_bits_do_not_depend_on_workers_threads_or_the_place_of_partials(
-    clients: dict[tuple[int, int], Client], fast_path: Path, options: dict[str, Any], asked: dict[str, Any]
+    clients: dict[tuple[int, int], Client],
+    fast_path: Path,
+    options: dict[str, Any],
+    asked: dict[str, Any],
+    places: tuple[str | None, ...],
 ) -> None:
+    """On each cluster with partials in one place: over the cases, in both."""
     dataset = fast_path / "dataset.zarr"
     synthesise(dataset, tokens=301, heads=4, kv_heads=2, head_dim=40, dtype="bfloat16")
     plan = plan_for(dataset, **asked, **options)
-    plans = [plan] if plan.decomposition == "strips" else [plan, with_partials(plan, "disk")]
     expected = bits(carry_out(plan, dataset, fast_path / "first.zarr"))
     before = torch.get_num_threads()
-    for (workers, threads), connected in clients.items():
-        for same in plans:
-            alone = replanned(same, threads=threads, lanes=workers)
-            found = bits(carry_out(alone, dataset, fast_path / "result.zarr", connected, overwrite=True))
-            np.testing.assert_array_equal(found[0], expected[0])
-            np.testing.assert_array_equal(found[1], expected[1])
+    for ((workers, threads), connected), place in zip(clients.items(), places, strict=True):
+        same = replanned(with_partials(plan, place) if place else plan, threads=threads, lanes=workers)
+        found = bits(carry_out(same, dataset, fast_path / "result.zarr", connected, overwrite=True))
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
     torch.set_num_threads(before)
 
 

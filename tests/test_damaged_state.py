@@ -48,7 +48,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_a_growing_result_with_other_metadata_is_refused(
     dataset: Path, result: Path, where: str, change: Callable[[dict[str, Any]], object] | None
 ) -> None:
-    interrupted(plan_for(dataset, chunks=13, causal=True), dataset, result, "written", 8)
+    interrupted(plan_for(dataset, chunks=7, causal=True), dataset, result, "written", 8)
     paths = ResultPaths.at(result)
     metadata = paths.unfinished / where / "zarr.json"
     if change is None:
@@ -65,7 +65,7 @@ def test_a_growing_result_with_other_metadata_is_refused(
 def test_a_finished_chunk_whose_file_is_not_there_is_computed_again(
     dataset: Path, result: Path, array: str, spoil: Callable[[bytes], bytes | None]
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     right = uninterrupted(plan, dataset)
     interrupted(plan, dataset, result, "written", 8)
     paths = ResultPaths.at(result)
@@ -77,7 +77,7 @@ def test_a_finished_chunk_whose_file_is_not_there_is_computed_again(
 
 @pytest.mark.parametrize("array", ["out", "lse"])
 def test_a_folder_in_the_place_of_a_chunk_is_named(dataset: Path, result: Path, array: str) -> None:
-    interrupted(plan_for(dataset, chunks=13, causal=True), dataset, result, "written", 8)
+    interrupted(plan_for(dataset, chunks=7, causal=True), dataset, result, "written", 8)
     chunk = sorted((ResultPaths.at(result).unfinished / array).glob("c.*"))[0]
     chunk.unlink()
     chunk.mkdir()
@@ -104,7 +104,7 @@ def test_many_partials_of_one_subproblem_may_be_damaged(fast_path: Path, result:
 
 
 def test_what_is_counted_as_damaged_is_counted_once(dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     interrupted(plan, dataset, result, "written", 8)
     paths = ResultPaths.at(result)
     record = sorted((paths.state / "finished").iterdir())[0]
@@ -125,7 +125,7 @@ def test_what_is_counted_as_damaged_is_counted_once(dataset: Path, result: Path,
 def test_a_record_that_cannot_be_read_counts_for_nothing(
     dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     right = uninterrupted(plan, dataset)
     interrupted(plan, dataset, result, "written", 8)
     paths = ResultPaths.at(result)
@@ -159,7 +159,7 @@ def carry_out_or_resume(resumed: bool, plan: Plan, dataset: Path, result: Path, 
 def test_what_has_appeared_at_the_path_meanwhile_is_not_touched(
     dataset: Path, result: Path, resumed: bool, kind: str
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
 
     def appear(event: Event | None = None) -> None:
         if kind == "file":
@@ -182,7 +182,7 @@ def test_what_has_appeared_at_the_path_meanwhile_is_not_touched(
 
 def test_a_result_that_was_being_replaced_comes_back_if_another_run_begins(dataset: Path, result: Path) -> None:
     """A run was killed between two renames, and then the dataset changed."""
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     old = carry_out(plan, dataset, result).out[...]
     paths = ResultPaths.at(result)
     result.rename(paths.replaced)
@@ -195,12 +195,12 @@ def test_a_result_that_was_being_replaced_comes_back_if_another_run_begins(datas
 def test_a_finished_result_with_damaged_metadata_is_named(
     dataset: Path, result: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = plan_for(dataset, chunks=13, causal=True)
+    plan = plan_for(dataset, chunks=7, causal=True)
     carry_out(plan, dataset, result)
     for name in ("zarr.json", "out/zarr.json"):
         path = result / name
         whole = path.read_bytes()
-        for place in range(0, len(whole), 97):
+        for place in range(0, len(whole), 193):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
             for use in (oocattn.verify, oocattn.resume):
                 with suppress(IntegrityError, oocattn.ProblemError):

@@ -74,12 +74,12 @@ def test_every_element_that_is_not_finite_is_counted_once(fast_path: Path) -> No
     for array in arrays:
         array.reshape(-1)[random.choice(array.size, 37, replace=False)] = random.choice([np.nan, np.inf, -np.inf], 37)
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
-    for options in ({"chunks": 7}, {"chunks": 3, "decomposition": "strips"}, {"chunks": 6}):
-        for causal in (False, True):
-            plan = plan_for(dataset, causal=causal, **options)
-            result = carry_out(plan, dataset, fast_path / "result.zarr", overwrite=True)
-            assert result.report.not_finite == 3 * 37
-            assert "111 elements are NaN or Inf" in str(result.report)
+    strips = {"chunks": 3, "decomposition": "strips"}
+    for options in ({"chunks": 7}, {**strips, "causal": True}, {"chunks": 6, "causal": True}, strips):
+        plan = plan_for(dataset, **options)
+        result = carry_out(plan, dataset, fast_path / "result.zarr", overwrite=True)
+        assert result.report.not_finite == 3 * 37
+        assert "111 elements are NaN or Inf" in str(result.report)
 
 
 @pytest.mark.parametrize(("size", "out_dtype"), [(3.3e38, "float32"), (7e4, "float16"), (1e6, "float16")])

@@ -185,9 +185,9 @@ def test_closing_a_bench_early_removes_everything(folders: list[Path]) -> None:
 
 
 def test_ctrl_c_removes_everything(folders: list[Path]) -> None:
-    command = [sys.executable, "-m", "oocattn", "bench", "--tokens", "16K", "--heads", "2", "--kernel", "cpu"]
+    options = ["--tokens", "8K", "--heads", "2", "--kernel", "cpu", "--repeats", "50", "--folder", str(folders[0])]
     process = subprocess.Popen(
-        [*command, "--folder", str(folders[0])],
+        [sys.executable, "-m", "oocattn", "bench", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

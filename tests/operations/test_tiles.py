@@ -82,7 +82,7 @@ def check_tiles(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data(), piece=st.integers(1, 50), size=st.integers(1, 50), join=st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_every_pair_of_a_subproblem_is_attended_once(
     kind: str, data: st.DataObject, piece: int, size: int, join: bool
 ) -> None:

@@ -63,8 +63,15 @@ def test_live_rows_are_counted_once_and_dead_ones_not(fast_path: Path, name: str
     assert report.rows_without_keys == HEADS * (plan.problem.batch * plan.problem.out_rows - rows)
 
 
-@pytest.mark.parametrize("division", DIVISIONS, ids=str)
-@pytest.mark.parametrize("name", [name for name in MASKS if name not in ("full", "causal")])
+@pytest.mark.parametrize(
+    ("name", "division"),
+    [
+        pytest.param(name, division, marks=[] if (number + other) % 2 else pytest.mark.slow)
+        for number, name in enumerate(name for name in MASKS if name not in ("full", "causal"))
+        for other, division in enumerate(DIVISIONS)
+    ],
+    ids=str,
+)
 def test_what_no_live_pair_needs_may_be_anything(fast_path: Path, name: str, division: dict[str, Any]) -> None:
     """The bits are those of the same run without NaN in dead rows, and nothing is counted or said."""
     matrix = attended_by(MASKS[name])

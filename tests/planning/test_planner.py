@@ -118,7 +118,7 @@ budgets = st.integers(20, 40).map(lambda power: 1 << power)
 
 
 @given(problems(), machines, inputs, budgets, budgets)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_peaks_stay_within_the_budgets_or_the_smallest_that_works_is_named(
     problem: Problem, hardware: Hardware, cost: InputCost, device: int, host: int
 ) -> None:

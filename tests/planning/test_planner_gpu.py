@@ -62,7 +62,7 @@ budgets = st.integers(26, 37).map(lambda power: 1 << power)
 
 
 @given(problems(), gpus, budgets, budgets, st.sampled_from(["auto", "cqs", "strips"]))
-@settings(max_examples=120)
+@settings(max_examples=60)
 def test_peaks_stay_within_the_budgets(problem: Problem, gpu: Hardware, device: int, host: int, decomposition: str) -> None:
     try:
         made = plan(problem, gpu, device_memory=device, host_memory=host, decomposition=decomposition)

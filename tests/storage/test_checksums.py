@@ -66,11 +66,11 @@ def written(folder: Path, dtype: str = "float16", **storage: Any) -> tuple[RowRe
         {"serializer": {"name": "bytes", "configuration": {"endian": "big"}}},
     ],
 )
-@pytest.mark.parametrize("step", [1, 8, 1000])
-def test_the_same_elements_are_as_they_were_written(tmp_path: Path, dtype: str, storage: dict[str, Any], step: int) -> None:
+def test_the_same_elements_are_as_they_were_written(tmp_path: Path, dtype: str, storage: dict[str, Any]) -> None:
     reader, recorded, _ = written(tmp_path, dtype, **storage)
     assert len(recorded) == 18
-    assert list(find_damage(reader, recorded, step)) == []
+    for step in (1, 8, 1000):
+        assert list(find_damage(reader, recorded, step)) == []
 
 
 def test_a_part_that_changed_is_named(tmp_path: Path) -> None:

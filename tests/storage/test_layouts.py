@@ -171,7 +171,7 @@ def write_inputs(folder: Path, layout: str, tokens: int) -> tuple[Inputs, int]:
 def test_interleaved_heads_are_read_once_where_the_budget_holds_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    inputs, size = write_inputs(tmp_path, layout, 32768)
+    inputs, size = write_inputs(tmp_path, layout, 16384)
     options: dict[str, Any] = {"engine": "inline", "kernel": "cpu", "chunks": 1, "window_size": (16, 0)}
     plan = oocattn.plan(inputs, **options)
     assert (plan.read_factor, plan.held_groups) == (1, 8)

@@ -278,7 +278,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
 
 @pytest.mark.parametrize(("partials", "chunks"), [("memory", 1), ("memory", 7), ("memory", 31), ("disk", 7), ("disk", 31)])
 def test_scratch_stays_below_what_the_plan_says(fast_path: Path, result: Path, partials: str, chunks: int) -> None:
-    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(6000, head_dim=64))
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(3000, head_dim=64))
     plan = plan_for(dataset, chunks=chunks, decomposition="cqs", partials=partials)
     most = [0]
 
