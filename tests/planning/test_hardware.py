@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from support import normal_arrays, write_dataset
+from zarr.codecs import ZstdCodec
 
 import oocattn
 from oocattn import IntegrityError, ProblemError
-from oocattn.planning.reading import PIECE_BYTES, sample_rate
+from oocattn.planning.reading import ASSUMED_RATE, PIECE_BYTES, input_cost, sample_rate
 from oocattn.problem.arrays import ArraySpec
+from oocattn.problem.options import ProblemOptions
 from oocattn.storage.inputs.axes import Axes
+from oocattn.storage.inputs.dataset import Dataset, pose
+from oocattn.storage.inputs.source import TensorSource
 
 SECONDS = 0.02
 
@@ -65,3 +71,25 @@ def test_an_address_that_is_none_is_refused(fast_path: Path, address: str) -> No
     with pytest.raises(ProblemError, match=r"expected HOST:PORT, such as 127\.0\.0\.1:8787"):
         oocattn.attention(dataset, fast_path / "out.zarr", dashboard_address=address)
     assert [path.name for path in fast_path.iterdir()] == ["dataset.zarr"]
+
+
+def test_decoding_is_measured_by_decoding_and_assumed_where_no_budget_holds_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = write_dataset(tmp_path / "dataset.zarr", normal_arrays(64), 16, compressors=ZstdCodec())
+    dataset = Dataset.open(stored)
+    problem, read, rows_read = pose(dataset, ProblemOptions()), TensorSource.read_rows, []
+
+    def note(source: TensorSource, *given: Any) -> None:
+        rows_read.append((source.name, given[3] - given[2]))
+        read(source, *given)
+
+    monkeypatch.setattr(TensorSource, "read_rows", note)
+    assert input_cost(dataset, problem, host_memory=0).decode_rate == ASSUMED_RATE
+    assert not rows_read
+    found = input_cost(dataset, problem, host_memory=1 << 30)
+    assert set(rows_read) == {(name, 64) for name in "qkv"}
+    assert 0 < found.decode_rate != ASSUMED_RATE
+    assert found.align_rows == 16
+    assert all(re.search(r": that bounds reading to [\d.e+-]+ GB/s$", note) for note in found.notes)
+    assert len(found.notes) == 3
