@@ -16,6 +16,7 @@ from zarr.codecs import ZstdCodec
 
 import oocattn
 from oocattn import IntegrityError, ProblemError
+from oocattn.planning import timing
 from oocattn.planning.reading import ASSUMED_RATE, PIECE_BYTES, input_cost, sample_rate
 from oocattn.problem.arrays import ArraySpec
 from oocattn.problem.options import ProblemOptions
@@ -48,7 +49,8 @@ class ColdArray:
 
 
 @pytest.mark.parametrize("names", ["q", "qkv"])
-def test_what_is_not_cached_is_measured_so(names: str) -> None:
+def test_what_is_not_cached_is_measured_so(names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_TASKS", tmp_path)  # where threads wait for cores is the subject of test_timing
     arrays = {name: ColdArray() if name in names else SimpleNamespace(direct=False, axes=Axes("bhnd")) for name in "qkv"}
     dataset = SimpleNamespace(arrays=arrays)
     rate = sample_rate(dataset)
