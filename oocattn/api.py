@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -15,7 +15,7 @@ from oocattn.arguments import MOST_SEED, Duration, Size, checked
 from oocattn.denormals import keep_denormals
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines import session
-from oocattn.pipelines.engines import DASHBOARD, ENGINES
+from oocattn.pipelines.engines import DASHBOARD, ENGINES, refuse_without_pass
 from oocattn.pipelines.existing import Request, open_result, result_at
 from oocattn.pipelines.result import Result
 from oocattn.pipelines.second_pass import FirstPass, second_pass
@@ -39,6 +39,7 @@ from oocattn.storage.results.arrays import ResultArrays
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
 
+    from oocattn.verification.all_rows import AllRowsArrays
     from oocattn.verification.certificate import Certificate
 
 PLAN_OPTIONS = {
@@ -256,40 +257,48 @@ def verify(
 ) -> Certificate:
     """Recompute sampled rows of a finished result in float64, compare its checksums, and write a certificate beside it.
 
-    Of at most `rows` rows up to a quarter are chosen by their place: ends of heads, chunks and documents, and where the mask
-    turns. The others are drawn uniformly from all rows, and of those the certificate says what they show. Which they are
-    follows from `seed`. The keys that they attend are streamed, and `out` and `lse` read, within `host_memory` bytes
-    (default: half of the free memory); `checksums=False` reads the sampled rows alone. `inputs` names them if they were
-    moved. `all_rows` checks every row: a second pass over all pairs, on the CPU, computes the sum of each row's weights and
-    the products of `out` with random sign vectors of `seed`, and rows that seem wrong are recomputed in float64. The options
-    from `time_limit` to `progress` are those of `attention` for that pass, which goes on where it was cut off. The
-    certificate is written to certificate.json and certificate.html in the folder RESULT.oocattn, or of a Zarr store in
-    `scratch`; where it cannot be, a warning says so. A full report that the run wrote there is made again with it.
+    Of at most `rows` rows up to a quarter are chosen by their place, the others drawn uniformly, by `seed`. `host_memory`
+    bounds what is held, in bytes (default: half of the free memory); `checksums=False` reads the sampled rows alone.
+    `inputs` names them if they were moved. `all_rows` checks every row by a second pass over all pairs, on the CPU, which
+    goes on where it was cut off; the options from `time_limit` to `progress` are its own, as of `attention`. The certificate
+    is kept in the folder RESULT.oocattn, or of a Zarr store in `scratch`; where it cannot be, a warning says so.
 
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.
     """
-
     from oocattn.pipelines.watch.full_report import renew_full_report
-    from oocattn.verification.all_rows import AllRowsArrays
     from oocattn.verification.certify import certify  # `plan` does not need it
 
-    named = None if inputs is None else parse_inputs(inputs)
-    until, workplace = _end(time_limit), Workplace(engine, client, dashboard_address)
-    budget = default_host_memory() if host_memory is None else int(host_memory)
+    if not all_rows:
+        how = {"time_limit": time_limit, "engine": engine, "client": client, "dashboard_address": dashboard_address}
+        refuse_without_pass({**how, "callbacks": [*callbacks], "progress": progress})
+    named, until = None if inputs is None else parse_inputs(inputs), _end(time_limit)
+    carrying_out = Workplace(engine, client, dashboard_address), _listeners(callbacks, progress), until
     chosen: Any = {"rows": rows, "seed": seed, "checksums": checksums, "storage_options": storage_options}
+    chosen["host_memory"] = default_host_memory() if host_memory is None else host_memory
     with limited(until):
         paths = ResultPaths.at(result, scratch, storage_options=storage_options)
         found = result_at(paths)
         arrays = ResultArrays(found.out, found.lse)
-        with ExitStack() as stack:
-            compared = None
-            if all_rows:
-                first, listeners = FirstPass.open(paths, arrays, named, storage_options), _listeners(callbacks, progress)
-                second = stack.enter_context(second_pass(first, seed, budget, workplace, listeners, until))
-                compared = AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first))
-            with keep_denormals():
-                certificate = certify(paths, arrays, inputs=named, host_memory=budget, all_rows=compared, **chosen)
+        asked = (paths, arrays, named, storage_options), seed, cast("int | None", host_memory)
+        every = _every_row(*asked, carrying_out) if all_rows else nullcontext()
+        with every as compared, keep_denormals():
+            certificate = certify(paths, arrays, inputs=named, all_rows=compared, **chosen)
     if certificate.files:
         renew_full_report(paths)
     return certificate
+
+
+@contextmanager
+def _every_row(
+    place: tuple[ResultPaths, ResultArrays, InputsLike | None, StorageOptions | None],
+    seed: int,
+    host_memory: int | None,
+    carrying_out: tuple[Workplace, Sequence[Callback], float],
+) -> Iterator[AllRowsArrays]:
+    """What a second pass over a result leaves, to be judged while inside."""
+    from oocattn.verification.all_rows import AllRowsArrays
+
+    first = FirstPass.open(*place)
+    with second_pass(first, seed, host_memory, *carrying_out) as second:
+        yield AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first))

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_changing = threading.Lock()
+_changing = threading.RLock()  # a thread may open one array while it opens another
+
+
+def _begin_anew() -> None:
+    global _changing
+    _changing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)  # another thread may have held it
 
 
 @contextmanager

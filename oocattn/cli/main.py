@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import oocattn
 from oocattn import clock
@@ -36,9 +36,6 @@ from oocattn.storage.files.outputs import check_drawing
 from oocattn.storage.locations import parse_location
 from oocattn.storage.remote.limits import Limit, limited
 from oocattn.text import printable
-
-if TYPE_CHECKING:
-    pass
 
 _PLAN_OPTIONS = (*PROBLEM_OPTIONS, *PLAN_CHOICES)
 

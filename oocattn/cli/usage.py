@@ -8,8 +8,8 @@ from pathlib import PurePath
 from oocattn.arguments import integer
 from oocattn.cli.inputs import TENSORS, given_storage_options, named_tensors
 from oocattn.errors import ProblemError
-from oocattn.naming import named, setting
-from oocattn.pipelines.engines import check_engine
+from oocattn.naming import named
+from oocattn.pipelines.engines import check_engine, refuse_without_pass
 from oocattn.planning.options import MAX_CHUNKS
 from oocattn.problem.options import ProblemOptions
 from oocattn.storage.locations import output_path, parse_location
@@ -26,9 +26,9 @@ def check_words(options: argparse.Namespace) -> None:
     if "scheduler" in given:
         check_engine(options.engine, has_client=options.scheduler is not None, dashboard_address=options.dashboard)
     if given.get("all_rows") is False:
-        for name in ("time_limit", "timeline", "scheduler", "progress"):
-            if given[name] is not None:
-                raise ProblemError(f"{named(name)} is of a pass over all pairs: give {setting('all_rows', True)} too")
+        names = {"scheduler": "client", "dashboard": "dashboard_address"}
+        of_pass = ("time_limit", "timeline", "progress", "engine", *names)
+        refuse_without_pass({names.get(name, name): given[name] for name in of_pass})
     if given.get("chunks") is not None:
         integer(1, MAX_CHUNKS)("chunks", given["chunks"])
     if "sink_tokens" in given:

@@ -39,6 +39,16 @@ def how_to_resume(paths: ResultPaths, dataset: DatasetIdentity | None, given: St
     return printable(words + (f" ({', and '.join(remarks)})" if remarks else ""))
 
 
+def how_to_verify(paths: ResultPaths) -> str:
+    """The command, or the call, that goes on with the second pass at `paths`, in the folder of job state of its result."""
+    folder = paths.folder.parent
+    beside = folder.name.endswith(".oocattn")
+    result = str(folder.with_name(folder.name.removesuffix(".oocattn"))) if beside else ...
+    if is_command() and result is not ...:
+        return printable(shell_command(["oocattn", "verify", str(result), "--all-rows"]))
+    return printable(f"oocattn.verify({_python(result)}, all_rows=True)")
+
+
 def _place(paths: ResultPaths) -> tuple[dict[str, str], list[str]]:
     """What says where the job state of a result in a store is, and which lock it has; and on which other host."""
     from oocattn.storage.results.marks import read_mark

@@ -111,7 +111,7 @@ def _failed(run: Run, error: BaseException, start: float) -> Failed:
     said = isinstance(error, InterruptedRunError | TimeLimitError)
     words, stopped = str(error) if said else describe_error(error), said or isinstance(error, KeyboardInterrupt)
     found: dict[str, Any] = {}
-    with suppress(OocattnError, OSError):
+    with suppress(Exception):  # what ended the run is to be told
         tainted, plan = isinstance(error, TaintedError), run.plan
         done = NOTHING_COMPLETED if tainted else scan_completed(plan, run.journal, run.paths.scratch).done
         schedule = Schedule(plan, 1, done)

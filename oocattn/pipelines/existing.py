@@ -90,7 +90,8 @@ def find(request: Request) -> Run | Found:
         return Found.FINISHED
     run = find_unfinished(paths)
     if run is None:
-        refuse_within_result(paths)
+        if problem.second_pass is None:  # whose result is job state of another
+            refuse_within_result(paths)
         return Found.NOTHING
     check_asked(run, problem, dataset)
     return run

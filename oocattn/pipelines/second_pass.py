@@ -5,57 +5,71 @@ A pass that was cut off goes on where it is asked for again. What it leaves is r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from oocattn.errors import BudgetError, IntegrityError, ResultExistsError
+from oocattn.naming import as_given, named
 from oocattn.pipelines import session
-from oocattn.pipelines.existing import Request, check_chosen, find
+from oocattn.pipelines.engines.base import warn_of_failure
+from oocattn.pipelines.existing import Found, Request, find
+from oocattn.pipelines.result import Result
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
 from oocattn.problem.problem import Problem
 from oocattn.problem.second_pass import SecondPass
+from oocattn.storage.files.operations import words_of
 from oocattn.storage.inputs.dataset import Dataset, check_poses
 from oocattn.storage.inputs.opening import InputsLike, open_recorded
+from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.growing import RunState
 from oocattn.storage.results.locking import hold_lock
 from oocattn.storage.results.summary import PlanRecord, ResultAttributes
+from oocattn.units import format_bytes
 
 NAME = "all-rows.zarr"
 """Of its result, in the folder of job state of the result that it is of."""
+
+JUDGING = "judging"
+"""The lock, in its folder of job state, of the process that has it computed and compares."""
 
 KERNEL = "weights"
 
 _OTHER_DIVISION = {"cqs": "strips", "strips": "cqs"}
 
 
+logger = logging.getLogger("oocattn")
+
+
 @dataclass(frozen=True)
 class FirstPass:
-    """A finished result, its arrays, problem and dataset, and what it records of its plan."""
+    """A finished result, its arrays, problem and dataset, what it records of its plan, and its identity at the time."""
 
     paths: ResultPaths
     arrays: ResultArrays
     problem: Problem
     dataset: Dataset
     plan: PlanRecord
+    identity: str | None
 
     @classmethod
     def open(
         cls, paths: ResultPaths, arrays: ResultArrays, inputs: InputsLike | None, storage_options: StorageOptions | None
     ) -> FirstPass:
         """What a result records, with its dataset. Raises as `open_recorded` and `check_poses`."""
-        recorded = ResultAttributes.read(paths)
+        recorded, identity = ResultAttributes.read(paths), paths.identity()
         problem, place = recorded.problem, recorded.dataset
         biased = bool(problem.bias_heads)
         dataset = open_recorded(place.location, place.tensors, inputs, key_bias=biased, storage_options=storage_options)
         check_poses(dataset, problem, "result")
-        return cls(paths, arrays, problem, dataset, recorded.plan)
+        return cls(paths, arrays, problem, dataset, recorded.plan, identity)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class PassResult:
     @property
     def computed_by(self) -> str:
         """Kernel and division, in words."""
-        return f"kernel {KERNEL}, {self.decomposition}"
+        return f"{KERNEL}, {self.decomposition}"
 
     def is_other(self, first: FirstPass) -> bool:
         """Whether kernel and division are both others than those of the first pass."""
@@ -80,39 +94,58 @@ class PassResult:
 def second_pass(
     first: FirstPass,
     seed: int,
-    host_memory: int,
+    host_memory: int | None,
     workplace: Workplace,
     callbacks: Sequence[Callback],
     until: float,
 ) -> Iterator[PassResult]:
     """Compute a second pass, with sign vectors of a seed, or find it; it is removed where what is inside has ended well.
 
-    `host_memory` is its budget in bytes. Raises what `attention` raises.
+    `host_memory` is its budget in bytes. Raises what `attention` raises, LockedError where another process verifies every
+    row of the result, and IntegrityError where the result was replaced meanwhile.
     """
-    asked = replace(first.problem, out_dtype="float32", second_pass=SecondPass(seed))
     paths = ResultPaths.at(first.paths.state / NAME)
-    dataset = first.dataset.with_lse(first.arrays.lse, str(first.paths.result))
-    choices = Choices(host_memory=host_memory, decomposition=_OTHER_DIVISION[first.plan.decomposition], kernel=KERNEL)
-    request = _request(Request(asked, dataset, paths), choices)
-    try:
-        result = session.attend(request, choices, workplace, callbacks, until)
-    except BudgetError:  # the other division may take more memory
-        choices = replace(choices, decomposition="auto")
-        result = session.attend(request, choices, workplace, callbacks, until)
-    arrays = ResultArrays(result.out, result.lse)
-    yield PassResult(arrays, str(paths.result), ResultAttributes.read(paths).plan.decomposition)
-    with hold_lock(paths, until) as claim:
-        RunState(paths, claim).remove()
+    first.paths.make_state()
+    paths.make_state()
+    with FileLock(paths.state / JUDGING, until):
+        asked = replace(first.problem, out_dtype="float32", second_pass=SecondPass(seed))
+        request = Request(asked, first.dataset.with_lse(first.arrays.lse), paths)
+        result = _compute(request, first, Choices(host_memory=host_memory, kernel=KERNEL), workplace, callbacks, until)
+        if first.paths.identity() != first.identity:
+            raise IntegrityError(f"{first.paths.result} was replaced while it was verified: verify it again")
+        decomposition = ResultAttributes.read(paths).plan.decomposition
+        yield PassResult(ResultArrays(result.out, result.lse), str(paths.result), decomposition)
+        with warn_of_failure(f"{paths.result} was not removed"), hold_lock(paths, until) as claim:
+            RunState(paths, claim).remove()
     with suppress(OSError):  # there is something of others in it
         paths.state.rmdir()
 
 
-def _request(request: Request, choices: Choices) -> Request:
-    """What is asked for: what is there of another pass, or with other budgets, is replaced."""
+def _compute(
+    request: Request,
+    first: FirstPass,
+    choices: Choices,
+    workplace: Workplace,
+    callbacks: Sequence[Callback],
+    until: float,
+) -> Result:
+    """Go on with a pass that is there, or begin one, by the other division than the first pass's if the budget allows."""
     try:
         found = find(request)
-        if isinstance(found, Run):
-            check_chosen(found, choices)
-    except (BudgetError, IntegrityError, ResultExistsError):
-        return replace(request, overwrite=True)
-    return request
+    except (IntegrityError, ResultExistsError) as error:
+        logger.warning("a second pass that was begun cannot go on, and begins again (%s)", words_of(error))
+        request = replace(request, overwrite=True)
+        found = Found.NOTHING
+    if isinstance(found, Run):
+        needed, budget = found.plan.peak_host, choices.host_memory
+        if budget is not None and budget < needed:
+            raise BudgetError(
+                f"{as_given('host_memory', format_bytes(budget))}: the second pass that was begun takes "
+                f"{format_bytes(needed)}; give that, or begin again with another {named('seed')}"
+            )
+        return session.attend(request, Choices(kernel=KERNEL), workplace, callbacks, until)
+    try:
+        other = replace(choices, decomposition=_OTHER_DIVISION[first.plan.decomposition])
+        return session.attend(request, other, workplace, callbacks, until)
+    except BudgetError:
+        return session.attend(request, choices, workplace, callbacks, until)

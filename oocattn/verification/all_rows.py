@@ -33,7 +33,7 @@ class AllRowsArrays:
     """What a second pass left: its `out` [B, H, N, W] and lse [B, H, N], where, the `seed` of its sign vectors, and words.
 
     `computed_by` says which kernel and division computed it; `other` is True if these are other than the result's.
-    `rounds_weights` is that of its kernel.
+    Its kernel rounds no weights.
     """
 
     arrays: ResultArrays
@@ -41,7 +41,6 @@ class AllRowsArrays:
     seed: int
     computed_by: str
     other: bool
-    rounds_weights: bool = False
 
     def readers(self, problem: Problem) -> dict[str, RowReader]:
         """The readers of both. Raises IntegrityError where they are not the arrays of a pass over such a result."""
@@ -91,6 +90,7 @@ def check_all_rows(given: Compared, about: AllRowsArrays, sizes: Sizes, weight_r
         recomputed=len(places),
         wrong_rows=wrong_rows,
         wrong=tuple(sorted(wrong, key=lambda row: (row.batch, row.head, row.token))),
+        open=scan.open,
         worst=scan.worst,
         noise=scan.noise.at(0.5),
         most_noise=scan.noise.at(0.99),

@@ -138,9 +138,9 @@ class Certificate(Shown):
     @property
     def statement(self) -> str:
         """What is known of all rows: by a second pass where there was one, and by the sample."""
-        if self.all_rows is None or self.wrong:
+        if self.all_rows is None:
             return self._of_sample
-        return self.all_rows.statement if self.failed else f"{self.all_rows.statement}; {self._of_sample}"
+        return f"{self._of_sample}; {self.all_rows.statement}" if self.wrong else self.all_rows.statement
 
     @property
     def _of_sample(self) -> str:
@@ -183,9 +183,11 @@ class Certificate(Shown):
         if self.wrong:
             reasons.append(f"{len(self.wrong)} of {len(self.rows)} rows are wrong{against}")
         if self.all_rows is not None and self.all_rows.wrong_rows:
-            reasons.append(
-                f"{self.all_rows.wrong_rows:,} of {self.problem.rows:,} rows, found by a second pass, are wrong{against}"
-            )
+            found = self.all_rows
+            least = f"at least {found.wrong_rows:,}" if found.undecided else f"{found.wrong_rows:,}"
+            worst = f" (of {found.suspected:,} that differ, the {found.recomputed:,} worst were recomputed)"
+            are = f"{'is' if found.wrong_rows == 1 else 'are'} wrong{worst if found.undecided else ''}{against}"
+            reasons.append(f"{least} of {found.rows:,} rows, found by a second pass, {are}")
         if self.damaged:
             parts = sum(array.parts for array in self.arrays)
             reasons.append(f"{len(self.damaged)} of {parts:,} parts are not as they were written")
@@ -205,7 +207,9 @@ class Certificate(Shown):
                 "were recomputed, which are right"
             )
         elif self.all_rows is not None and self.all_rows.vague:
-            found.append("arithmetic may lose so much of half of the rows that a second pass does not show errors of 10%")
+            found.append(
+                f"arithmetic may lose so much of {self.all_rows.open:,} rows that a second pass does not show errors of 10%"
+            )
         return found
 
     def _left_open(self) -> list[str]:

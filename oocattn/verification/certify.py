@@ -160,8 +160,7 @@ def _compared(
     problem: Problem, dataset: Dataset, readers: Mapping[str, RowReader], all_rows: AllRowsArrays, rounds_weights: bool
 ) -> Compared:
     """A result beside a second pass. Raises IntegrityError where that is none over it."""
-    rounding = rounds_weights + all_rows.rounds_weights
-    return Compared(problem, dataset, readers, all_rows.readers(problem), all_rows.seed, rounding)
+    return Compared(problem, dataset, readers, all_rows.readers(problem), all_rows.seed, rounds_weights)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ CERTAIN = 0.999
 """The probability with which errors are found that a certificate says are found."""
 
 MOST_ESCAPING = 0.1
-"""Of `out`: a second pass in which half of the rows may have errors as large, and they are not found, shows nothing."""
+"""Of a row of `out`: an error that a second pass must not let escape."""
+
+MOST_VAGUE = 0.1  # the share of rows of which it may, above which nothing is concluded
 
 Limit = Annotated[float, Range(0.0, math.inf)]  # what is not negative, and may be Inf
 
@@ -97,15 +99,26 @@ class Ledger:
     not_finite_in: Annotated[tuple[ArrayName, ...], ADDED] = ()
 
 
+def error_found(noise: float, vectors: int) -> float:
+    """The smallest error of a row that `vectors` sums find with a probability of 99.9%, in the unit of the noise of each.
+
+    An error of norm e moves each number of the pass by a normal one of deviation e. Noise of its own is left out: it makes
+    more of them large.
+    """
+    escapes = (1 - CERTAIN) ** (1 / vectors)  # of one vector alone
+    return SUSPICIOUS * noise / NormalDist().inv_cdf((1 + escapes) / 2)
+
+
 @dataclass(frozen=True)
 class AllRows:
     """Every row, compared with a second pass over its pairs: `vectors` numbers of each, by sign vectors of `seed`, and lse.
 
     `suspected` rows differ from it by more than rounding explains; the worst were `recomputed`, as a `RowCheck` each, and
-    `wrong_rows` of these are wrong; `wrong` has the worst of them. `worst` is the largest difference of all other rows, in
-    standard deviations of the noise. `noise` is such a deviation relative to the norm of the row: half of the rows have
-    less, and of 100 rows 99 have less than `most_noise`; `lse_noise` is that of lse, absolute. `computed_by` has the kernel
-    and the division of the pass, and `other` is True if these are other than the run's.
+    `wrong_rows` of these are wrong; `wrong` has the worst of them. Of `open` rows so much noise is allowed that an error of
+    a tenth may escape. `worst` is the largest difference of the rows that are not suspected, in standard deviations of the
+    noise. `noise` is such a deviation relative to the norm of the row: half of the rows have less, and of 100 rows 99 have
+    less than `most_noise`; `lse_noise` is that of lse, absolute. `computed_by` has the kernel and the division of the pass,
+    and `other` is True if these are other than the run's.
     """
 
     rows: Positive
@@ -115,6 +128,7 @@ class AllRows:
     recomputed: Count
     wrong_rows: Count
     wrong: tuple[RowCheck, ...]
+    open: Count
     worst: Limit
     noise: Limit
     most_noise: Limit
@@ -129,8 +143,8 @@ class AllRows:
 
     @property
     def vague(self) -> bool:
-        """Whether so much noise is allowed that an error of a tenth of a row may escape."""
-        return self.found(self.noise) > MOST_ESCAPING
+        """Whether of more than a tenth of the rows an error of a tenth may escape."""
+        return self.open > MOST_VAGUE * self.rows
 
     @property
     def inconclusive(self) -> bool:
@@ -146,29 +160,26 @@ class AllRows:
             raise ValueError("what it says of all rows contradicts itself")
 
     def found(self, noise: float) -> float:
-        """The smallest error that is found with a probability of 99.9%, relative like `noise`.
-
-        An error of norm e moves each number of the pass by a normal one of deviation e. Noise of its own is left out: it
-        makes more of them large.
-        """
-        escapes = (1 - CERTAIN) ** (1 / self.vectors)  # of one vector alone
-        return SUSPICIOUS * noise / NormalDist().inv_cdf((1 + escapes) / 2)
+        """The smallest error that is found with a probability of 99.9%, relative like `noise`."""
+        return error_found(noise, self.vectors)
 
     @property
     def statement(self) -> str:
         """What is known of every row."""
         every = f"every one of {self.rows:,} rows was compared with a second pass over its pairs"
         if self.wrong_rows:
-            return f"{every}: {self.wrong_rows:,} of {self.recomputed:,} that differ from it and were recomputed are wrong"
+            wrong = f"{self.wrong_rows:,} of {self.recomputed:,} that were recomputed"
+            return f"{every}, from which {self.suspected:,} differ: {wrong} {'is' if self.wrong_rows == 1 else 'are'} wrong"
         if self.undecided:
             return f"{every}: {self.suspected:,} differ from it, of which {self.recomputed:,} were recomputed and are right"
-        right = f"; {self.suspected:,} that differ from it were recomputed and are right" if self.suspected else ""
+        right = f" ({self.suspected:,} differed, and are right in float64)" if self.suspected else ""
         lse = (SUSPICIOUS + NormalDist().inv_cdf(CERTAIN)) * self.lse_noise
-        of_most = f"in 99 of 100 rows, one of {self.found(self.most_noise):.2g} of out"
+        open_rows = f"; of {self.open:,} rows arithmetic may lose so much that errors of 10% escape" if self.open else ""
+        half, most = (f"{100 * self.found(noise):.2g}%" for noise in (self.noise, self.most_noise))
         return (
-            f"{every}, and none is known to be wrong{right}. By the noise of this result, an error of "
-            f"{self.found(self.noise):.2g} of out in one row (norm, spread over its elements) is found with a probability "
-            f"of {CERTAIN:.1%}, and so is one of {lse:.1g} in lse; {of_most}"
+            f"{every}, and none is known to be wrong{right}. An error of {half} of a row of out, spread over its elements, "
+            f"is found with a probability of {CERTAIN:.1%} in half of the rows, one of {most} in 99 of 100 rows, and one of "
+            f"{lse:.1g} in lse{open_rows}"
         )
 
 

@@ -32,23 +32,28 @@ _FIELDS = {"float16": (10, 5), "bfloat16": (7, 8), "float32": (23, 8)}  # bits o
 
 @dataclass(frozen=True)
 class KeyTerms:
-    """Of the keys that a head attends: the norm of the longest, and the largest size of a bias.
+    """Of the keys that a head attends: the norm of the longest, the largest size of a bias, the mean square of a value.
 
     `shut` counts the keys before each, and before the end, whose bias is -inf: int64 [keys + 1]; None where no bias is.
     """
 
     longest: float
+    value_square: float
     bias: float
     shut: Int64s | None
 
 
 @dataclass(frozen=True)
 class QueryTerms:
-    """Of some rows of a head, all [rows]: the norm of q, lse, and the size of the largest ALiBi bias."""
+    """Of some rows of a head, all [rows]: the norm of q, lse, and the size of the largest ALiBi bias.
+
+    `sink` is the size of the head's learnable sink, 0 where it has none.
+    """
 
     norm: Array64
     lse: Array64
     alibi: Array64
+    sink: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ class WeightNoise:
     relative: float
 
     @classmethod
-    def of(cls, problem: Problem, rounding: int) -> WeightNoise:
-        """Where so many computations (of the result's and the pass's) round weights to the dtype of the inputs."""
+    def of(cls, problem: Problem, rounding: bool) -> WeightNoise:
+        """Of a result whose kernel rounds weights to the dtype of the inputs, or does not."""
         return cls(rounding * VARIANCE * UNIT_ROUNDOFF[problem.dtype] ** 2, rounding * APPROXIMATE)
 
 
@@ -72,12 +77,14 @@ def relative_noise(problem: Problem, rows: QueryTerms, keys: KeyTerms) -> Array6
     """
     products = problem.scale * rows.norm * keys.longest
     size = products
-    lse = np.abs(rows.lse)
     if problem.softcap is not None:
         capped = np.minimum(products, problem.softcap)
         size = products + TANH * capped
         products = capped
     bias = rows.alibi + keys.bias
+    # The lse that the result says may be anything: no more of it counts than the row can have.
+    largest = np.maximum(products + bias + math.log(problem.keys), rows.sink)
+    lse = np.minimum(np.abs(rows.lse), largest)
     size = size + np.minimum(bias, products + lse + math.log(problem.keys) + _NO_WEIGHT)
     found: Array64 = UNIT * (4 + 2 * lse + size)
     return found

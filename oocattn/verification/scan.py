@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.rows import RowReader
 from oocattn.verification.attended import Int64s, attended_ranges, key_positions
+from oocattn.verification.findings import MOST_ESCAPING, error_found
 from oocattn.verification.noise import (
     SUSPICIOUS,
     Array64,
@@ -45,7 +46,7 @@ Stored = Mapping[str, npt.NDArray[Any]]  # some rows of `out` and lse
 class Compared:
     """A result, its problem and dataset, and the second pass over it, whose sign vectors are those of `seed`.
 
-    `rounding` counts the computations, of these two, that round softmax weights.
+    `rounding` says whether the kernel of the result rounds softmax weights.
     """
 
     problem: Problem
@@ -53,7 +54,7 @@ class Compared:
     result: Mapping[str, RowReader]
     second: Mapping[str, RowReader]
     seed: int
-    rounding: int
+    rounding: bool
 
     @property
     def most_rows(self) -> int:
@@ -65,7 +66,7 @@ class Compared:
         problem = self.problem
         tile, rows = min(rows, max(problem.out_rows, problem.keys)), min(rows, problem.out_rows)
         of_out = problem.value_dim * (3 * 8 + 8)  # in float64; variances and their places
-        of_query = problem.head_dim * (problem.itemsize + 2 * 8)
+        of_query = max(problem.head_dim, problem.value_dim) * (problem.itemsize + 2 * 8)
         columns = 8 * (6 * VECTORS + 60)  # of the pass, numbers of each row, and the keys that they attend
         decoding = max(array.decode_bytes for array in self.dataset.arrays.values())
         of_bias = 13 * problem.keys if problem.bias_heads else 0
@@ -93,9 +94,10 @@ class Scan:
         self._weights = WeightNoise.of(problem, given.rounding)
         self._worst_of = np.empty(0)
         self.worst_rows: Int64s = np.empty(0, np.int64)
-        self.suspected, self.worst = 0, 0.0
+        self.suspected, self.open, self.worst = 0, 0, 0.0
+        self._most_noise = MOST_ESCAPING / error_found(1.0, VECTORS)
         self.noise, self.lse_noise = Quantiles(), Quantiles()
-        self._longest: tuple[tuple[int, int], float] = ((-1, -1), 0.0)
+        self._longest: tuple[tuple[int, int], float, float] = ((-1, -1), 0.0, 0.0)
 
     def compare_head(self, batch: int, head: int) -> None:
         """Compare the rows of a head of `out`. Raises IntegrityError where the pass cannot be read."""
@@ -132,11 +134,14 @@ class Scan:
         ranges = attended_ranges(self._problem, batch, asked)
         lse, total = stored["lse"].astype(np.float64), np.exp(second["lse"].astype(np.float64))
         passed = second["out"].astype(np.float64)
-        rows = QueryTerms(self._query_norms(batch, query_head, asked), lse, self._alibi(batch, query_head, asked, ranges))
+        alibi = self._alibi(batch, query_head, asked, ranges)
+        rows = QueryTerms(self._query_norms(batch, query_head, asked), lse, alibi, abs(sink) if sinks is not None else 0.0)
         relative = relative_noise(self._problem, rows, keys) + self._weights.relative
         out = stored["out"].astype(np.float64)
         projected = out @ self._signs
         squares = np.maximum(np.einsum("nd,nd->n", out, out), np.einsum("nk,nk->n", passed, passed) / VECTORS)
+        attended = (ranges[..., 1] - ranges[..., 0]).sum(axis=1)
+        squares = np.maximum(squares, keys.value_square / np.maximum(attended, 1))  # by chance a row of few columns is small
         nothing = (stored["out"] == 0).all(axis=1) & (passed == 0).all(axis=1) & (total == 0) & (lse == sink)
         del out
         variance = rounding_variance(stored["out"]) + (self._weights.variance + relative**2) * squares
@@ -150,7 +155,9 @@ class Scan:
         sigmas[empty] = np.where(nothing, 0.0, np.inf)[empty]
         self.lse_noise.add(relative[comparable & ~empty])
         counted = comparable & ~empty & (squares > 0)
-        self.noise.add(np.sqrt(variance[counted] / squares[counted]))
+        of_rows = np.sqrt(variance[counted] / squares[counted])
+        self.noise.add(of_rows)
+        self.open += int((of_rows > self._most_noise).sum())
         return sigmas
 
     def _key_terms(self, batch: int, query_head: int) -> KeyTerms:
@@ -158,7 +165,7 @@ class Scan:
         problem = self._problem
         place = batch, query_head // (problem.query_heads // problem.kv_heads)
         if self._longest[0] != place:
-            self._longest = place, self._longest_key(*place)
+            self._longest = place, *self._key_and_value(*place)
         largest, shut = 0.0, None
         if problem.bias_heads:
             bias = np.empty(problem.keys, np.float32)
@@ -167,19 +174,28 @@ class Scan:
             closed = np.isneginf(bias)
             del bias
             shut = np.concatenate([[0], np.cumsum(closed)]) if closed.any() else None
-        return KeyTerms(self._longest[1], largest, shut)
+        return KeyTerms(*self._longest[1:], largest, shut)
 
-    def _longest_key(self, batch: int, kv_head: int) -> float:
-        """The norm of the longest key of a head, of those that are finite."""
-        problem, key_rows = self._problem, min(self._block_rows, self._problem.keys)
-        raw = np.empty((key_rows, problem.head_dim), numpy_dtype(problem.dtype))
-        longest = 0.0
-        for start in range(0, problem.keys, key_rows):
-            tile = raw[: min(key_rows, problem.keys - start)]
-            self._given.dataset.arrays["k"].read_rows(batch, kv_head, start, start + len(tile), tile)
-            norms = _norms(tile.astype(np.float64))
-            longest = max(longest, float(np.max(norms, initial=0.0, where=np.isfinite(norms))))
-        return longest
+    def _key_and_value(self, batch: int, kv_head: int) -> tuple[float, float]:
+        """The norm of the longest key of a head, and the mean square of the norms of values, of those that are finite."""
+        keys = self._norms_of("k", batch, kv_head, self._problem.head_dim)
+        values = self._norms_of("v", batch, kv_head, self._problem.value_dim)
+        longest = max(float(np.max(norms, initial=0.0)) for norms in keys)
+        square = count = 0.0
+        for norms in values:
+            square, count = square + float(norms @ norms), count + len(norms)
+        return longest, square / max(1.0, count)
+
+    def _norms_of(self, name: str, batch: int, kv_head: int, columns: int) -> Iterator[Array64]:
+        """The norms of the rows of k or v that are finite, block by block."""
+        problem, rows = self._problem, min(self._block_rows, self._problem.keys)
+        raw = np.empty((rows, columns), numpy_dtype(problem.dtype))
+        for start in range(0, problem.keys, rows):
+            tile = raw[: min(rows, problem.keys - start)]
+            self._given.dataset.arrays[name].read_rows(batch, kv_head, start, start + len(tile), tile)
+            with np.errstate(all="ignore"):
+                norms = _norms(tile.astype(np.float64))
+            yield norms[np.isfinite(norms)]
 
     def _query_norms(self, batch: int, query_head: int, asked: Int64s) -> Array64:
         problem = self._problem

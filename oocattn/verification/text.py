@@ -59,20 +59,27 @@ def _wrong_rows(certificate: Certificate) -> list[str]:
 
 def error_line(certificate: Certificate) -> str:
     """How far `out` is off."""
-    worst = f"{certificate.worst_error:.1e} in the worst row"
+    of_sample = "" if certificate.all_rows is None else " of the sample"
+    worst = f"{certificate.worst_error:.1e} in the worst row{of_sample}"
     return f"relative error {certificate.error:.1e} (root mean square over rows), {worst}"
 
 
 def all_rows_line(found: AllRows) -> str:
     """What a second pass found, and what computed it."""
     recomputed = f" (the {found.recomputed:,} worst)" if found.undecided else ""
-    wrong = f", {found.suspected:,} differ and were recomputed{recomputed}, {found.wrong_rows:,} are wrong"
-    code = "other than those of the run" if found.other else "as in the run"
+    differ = f"{_count(found.suspected, 'differs and was', 'differ and were')} recomputed{recomputed}, "
+    differ += _count(found.wrong_rows, "is wrong", "are wrong")
+    others = "another kernel and division than the run's" if found.other else "a kernel or division of the run's"
+    of_others = " of the other rows" if found.suspected else ""
     return (
-        f"{found.rows:,} compared in lse and {found.vectors} sums of out with random signs, by {found.computed_by} ({code})"
-        f"{wrong if found.suspected else ', none differs'}; the largest difference of the others is {found.worst:.1f} "
-        f"standard deviations of rounding, of {SUSPICIOUS:.0f} that are allowed"
+        f"{found.rows:,} compared in lse and {found.vectors} sums of out with random signs, by {others} "
+        f"({found.computed_by}); {differ if found.suspected else 'none differs'}; the largest difference{of_others} is "
+        f"{found.worst:.1f} standard deviations of rounding, of {SUSPICIOUS:.0f} that are allowed"
     )
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
 
 
 def checksum_lines(certificate: Certificate) -> list[str]:

@@ -18,15 +18,15 @@ from oocattn.verification.noise import SUSPICIOUS
 from oocattn.verification.text import certificate_page
 
 FOUND = AllRows(
-    rows=2000, vectors=8, seed=7, suspected=0, recomputed=0, wrong_rows=0, wrong=(), worst=4.25, noise=2e-4, most_noise=3e-4,
-    lse_noise=1e-6, computed_by="kernel weights, strips", other=True,
+    rows=2000, vectors=8, seed=7, suspected=0, recomputed=0, wrong_rows=0, wrong=(), open=0, worst=4.25,
+    noise=2e-4, most_noise=3e-4, lse_noise=1e-6, computed_by="weights, strips", other=True,
 )  # fmt: skip
 ALL_ROWS = replace(RIGHT, all_rows=FOUND)
 CLEARED = replace(RIGHT, all_rows=replace(FOUND, suspected=3, recomputed=3))
 SPOILT_ROWS = tuple(row(1, token, error=1e-2) for token in (4, 900))
 SPOILT = replace(RIGHT, all_rows=replace(FOUND, suspected=5, recomputed=5, wrong_rows=2, wrong=SPOILT_ROWS))
 OPEN = replace(RIGHT, all_rows=replace(FOUND, suspected=1500, recomputed=1024))
-NOISY = replace(RIGHT, all_rows=replace(FOUND, noise=0.02, most_noise=math.inf))
+NOISY = replace(RIGHT, all_rows=replace(FOUND, open=201, noise=0.02, most_noise=math.inf))
 ALL = [ALL_ROWS, CLEARED, SPOILT, OPEN, NOISY, replace(WRONG, all_rows=FOUND), replace(DAMAGED, all_rows=FOUND)]
 
 
@@ -38,7 +38,7 @@ def test_the_verdict_follows_from_all_rows_too() -> None:
     assert OPEN.verdict.startswith(
         "inconclusive: 1,500 rows differ from a second pass, and only 1,024 of them were recomputed"
     )
-    assert NOISY.verdict.endswith("of half of the rows that a second pass does not show errors of 10%")
+    assert NOISY.verdict.endswith("of 201 rows that a second pass does not show errors of 10%")
     both = replace(INCONCLUSIVE, all_rows=OPEN.all_rows).verdict
     assert both.startswith("inconclusive: 3 of 28 rows show nothing")
     assert "and 1,500 rows differ" in both
@@ -47,14 +47,14 @@ def test_the_verdict_follows_from_all_rows_too() -> None:
 
 def test_the_statement_is_of_every_row_and_of_the_sample() -> None:
     assert ALL_ROWS.statement == (
-        "every one of 2,000 rows was compared with a second pass over its pairs, and none is known to be wrong. By the "
-        "noise of this result, an error of 0.0022 of out in one row (norm, spread over its elements) is found with a "
-        "probability of 99.9%, and so is one of 9e-06 in lse; in 99 of 100 rows, one of 0.0032 of out; " + RIGHT.statement
+        "every one of 2,000 rows was compared with a second pass over its pairs, and none is known to be wrong. An error of "
+        "0.22% of a row of out, spread over its elements, is found with a probability of 99.9% in half of the rows, one of "
+        "0.32% in 99 of 100 rows, and one of 9e-06 in lse"
     )
-    assert "3 that differ from it were recomputed and are right" in CLEARED.statement
-    assert SPOILT.statement.endswith("2 of 5 that differ from it and were recomputed are wrong")
+    assert "(3 differed, and are right in float64)" in CLEARED.statement
+    assert SPOILT.statement.endswith("from which 5 differ: 2 of 5 that were recomputed are wrong")
     assert "1,500 differ from it, of which 1,024 were recomputed and are right" in OPEN.statement
-    assert replace(WRONG, all_rows=FOUND).statement == WRONG.statement
+    assert replace(WRONG, all_rows=FOUND).statement == f"{WRONG.statement}; {ALL_ROWS.statement}"
 
 
 @pytest.mark.parametrize("noise", [1e-6, 3e-3])
@@ -87,7 +87,7 @@ def test_a_certificate_of_all_rows_survives_json(certificate: Certificate) -> No
 @pytest.mark.parametrize("certificate", ALL)
 def test_page_and_words_say_what_was_compared(certificate: Certificate) -> None:
     page = Text(certificate_page(certificate))
-    for said in (certificate.verdict, certificate.statement[1:], "by kernel weights, strips (other than those of the run)"):
+    for said in (certificate.verdict, certificate.statement[1:], "(weights, strips)"):
         assert said in page.said
         assert said in str(certificate)
     assert certificate.again in page.said

@@ -37,11 +37,11 @@ def test_the_variance_of_rounding_is_what_is_measured(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "keys", "alibi", "expected"),
     [
-        ({}, KeyTerms(4.0, 0.0, None), 0.0, 4 + 14 + 6),  # 3 * 4 / 2, and 2 |lse|
-        ({"softcap": 5.0}, KeyTerms(4.0, 0.0, None), 0.0, 4 + 14 + 6 + 15),
-        ({"softcap": 50.0}, KeyTerms(4.0, 0.0, None), 0.0, 4 + 14 + 6 + 18),
-        ({}, KeyTerms(4.0, 2.0, None), 1.5, 4 + 14 + 6 + 3.5),
-        ({}, KeyTerms(4.0, 1e9, None), 1e9, 4 + 14 + 6 + 6 + 7 + np.log(1000) + 20),  # what weighs nothing is left out
+        ({}, KeyTerms(4.0, 1.0, 0.0, None), 0.0, 4 + 14 + 6),  # 3 * 4 / 2, and 2 |lse|
+        ({"softcap": 5.0}, KeyTerms(4.0, 1.0, 0.0, None), 0.0, 4 + 14 + 6 + 15),
+        ({"softcap": 50.0}, KeyTerms(4.0, 1.0, 0.0, None), 0.0, 4 + 14 + 6 + 18),
+        ({}, KeyTerms(4.0, 1.0, 2.0, None), 1.5, 4 + 14 + 6 + 3.5),
+        ({}, KeyTerms(4.0, 1.0, 1e9, None), 1e9, 4 + 14 + 6 + 6 + 7 + np.log(1000) + 20),  # what weighs nothing is left out
     ],
 )
 def test_the_noise_of_a_score_follows_from_its_terms(

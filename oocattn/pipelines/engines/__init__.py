@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import get_args
 
 from oocattn.errors import ProblemError
@@ -22,3 +23,11 @@ def check_engine(engine: EngineName, *, has_client: bool, dashboard_address: str
             f"{setting('engine', 'inline')} with {found}: it runs on threads of this process, which have neither; leave one "
             "of both out"
         )
+
+
+def refuse_without_pass(given: Mapping[str, object]) -> None:
+    """Raise ProblemError for options of a pass that are given where none is asked for."""
+    usual = {"engine": "dask", "dashboard_address": DASHBOARD, "progress": False, "callbacks": []}
+    for name, value in given.items():
+        if value is not None and value != usual.get(name):
+            raise ProblemError(f"{named(name)} is of a second pass: give {setting('all_rows', True)} too, or leave it out")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from oocattn.errors import OocattnError
 from oocattn.pins import Pins
+from oocattn.pipelines.again import how_to_verify
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.attempts import Planned
 from oocattn.problem.arrays import KEY_BIAS
@@ -51,7 +52,10 @@ def planned_of(run: Run) -> Planned:
     """What a run was to do, with the command that repeats it."""
     plan, source = run.plan, run.header.dataset
     inputs = source.location, source.tensors
-    command = command_again(plan.problem, *inputs, str(run.paths.result), plan.pins, plan.host_memory)
+    if plan.problem.second_pass is not None:
+        command = how_to_verify(run.paths)
+    else:
+        command = command_again(plan.problem, *inputs, str(run.paths.result), plan.pins, plan.host_memory)
     return Planned.of(plan, printable(source.location), command)
 
 

@@ -29,7 +29,7 @@ from oocattn.storage.inputs.meaning import MEANINGFUL, dimension_names, order_by
 from oocattn.storage.inputs.origin import Origin
 from oocattn.storage.inputs.source import TensorSource
 from oocattn.storage.inputs.values import checksum, sample
-from oocattn.storage.inputs.zarr_nodes import Place, open_node, what_is_at
+from oocattn.storage.inputs.zarr_nodes import Place, open_node, open_zarr_array, what_is_at
 from oocattn.storage.inputs.zarr_source import ZarrSource
 from oocattn.storage.locations import parse_location
 from oocattn.storage.metadata import array_names, open_array, open_consolidated, read_group
@@ -104,9 +104,11 @@ class Dataset:
         where = ", ".join(f"{name} {source.origin.recorded}" for name, source in ordered.items())
         return cls(where, ordered, in_group=False)
 
-    def with_lse(self, lse: zarr.Array[Any], location: str) -> Dataset:
-        """The same for a second pass: with the log-sum-exp of its result, which messages call `location`."""
-        return Dataset.of({**self.arrays, LSE: ZarrSource(LSE, lse, location, axes=Axes("bhn"))})
+    def with_lse(self, lse: zarr.Array[Any]) -> Dataset:
+        """The same for a second pass: with the log-sum-exp of its result."""
+        opened = open_zarr_array(LSE, lse)
+        assert opened is not None
+        return Dataset.of({**self.arrays, LSE: opened.source(LSE, Axes("bhn"))})
 
     def reopen(self) -> Dataset:
         """The dataset as it is now: what says how its tensors lie is read again. Raises as `open`."""

@@ -52,7 +52,7 @@ from oocattn.storage.results.arrays import Chunks, ResultArrays
 from oocattn.storage.results.publishing import LEFT_BESIDE, Publication, chunks_of
 
 _LEFT_BESIDE = re.compile(
-    r"(lock|ready|report\.html|(plan|status|report|full-report|attempts|other-bits)\.json)\.[0-9a-f]{32}\.partial"
+    r"(lock|judging|ready|report\.html|(plan|status|report|full-report|attempts|other-bits)\.json)\.[0-9a-f]{32}\.partial"
 )
 
 logger = logging.getLogger("oocattn")
@@ -249,6 +249,7 @@ class RunState:
         self._throw_away(self.paths.folder)
         for name in (REPORT, ATTEMPTS, STATUS):
             folders.remove_file(self.paths.state / name)
+        self._remove_partials()
 
     def remove_leftovers(self) -> None:
         """Remove what writes that were killed have left in the folders of this run."""
@@ -315,7 +316,7 @@ class RunState:
 
 def _is_waiting(path: Path) -> bool:
     """Whether this is the file by which a live process waits for the lock."""
-    if not path.name.startswith("lock."):
+    if not path.name.startswith(("lock.", "judging.")):
         return False
     try:
         return lock_holder(path) is not None

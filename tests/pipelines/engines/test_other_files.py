@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dask.array
 import pytest
@@ -25,6 +26,9 @@ from oocattn.pipelines.engines.dask.enlisting import Roll, call_roll
 from oocattn.pipelines.engines.dask.readiness import (
     Expectations,
 )
+
+PINNED: Any = {"kernel": "cpu", "chunks": 7, "decomposition": "cqs"}
+"""What gives the same bits: for two workers a plan may choose another division than for one."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +117,20 @@ def test_a_worker_that_sees_other_files_is_named_before_anything_is_written(
 
 def test_workers_that_see_the_same_files_share_a_run(elsewhere: Elsewhere, result: Path, client: Client) -> None:
     dataset = elsewhere.folder / "old.zarr"
-    found = oocattn.attention(dataset, elsewhere.folder / "whole.zarr", client=elsewhere.client, kernel="cpu", chunks=7)
-    assert_same_bits(found, oocattn.attention(dataset, result, client=client, kernel="cpu", chunks=7))
+    pinned: Any = {
+        "kernel": "cpu",
+        "chunks": 7,
+        "decomposition": "cqs",
+    }  # for two workers a plan may choose another division
+    found = oocattn.attention(dataset, elsewhere.folder / "whole.zarr", client=elsewhere.client, **PINNED)
+    assert_same_bits(found, oocattn.attention(dataset, result, client=client, **PINNED))
 
 
 def test_arrays_of_dask_are_computed_by_workers_in_other_processes(elsewhere: Elsewhere, result: Path) -> None:
     arrays = dict(zip("qkv", normal_arrays(170, heads=2), strict=True))
     lazy = {name: dask.array.from_array(each, chunks=(1, 2, 64, 8)) for name, each in arrays.items()}
-    found = oocattn.attention(lazy, elsewhere.folder / "dask.zarr", client=elsewhere.client, kernel="cpu", chunks=7)
-    assert_same_bits(found, oocattn.attention(arrays, result, engine="inline", kernel="cpu", chunks=7))
+    found = oocattn.attention(lazy, elsewhere.folder / "dask.zarr", client=elsewhere.client, **PINNED)
+    assert_same_bits(found, oocattn.attention(arrays, result, engine="inline", **PINNED))
 
 
 def test_what_only_this_process_has_is_refused_with_what_helps(elsewhere: Elsewhere, result: Path) -> None:
