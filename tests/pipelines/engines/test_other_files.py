@@ -117,11 +117,6 @@ def test_a_worker_that_sees_other_files_is_named_before_anything_is_written(
 
 def test_workers_that_see_the_same_files_share_a_run(elsewhere: Elsewhere, result: Path, client: Client) -> None:
     dataset = elsewhere.folder / "old.zarr"
-    pinned: Any = {
-        "kernel": "cpu",
-        "chunks": 7,
-        "decomposition": "cqs",
-    }  # for two workers a plan may choose another division
     found = oocattn.attention(dataset, elsewhere.folder / "whole.zarr", client=elsewhere.client, **PINNED)
     assert_same_bits(found, oocattn.attention(dataset, result, client=client, **PINNED))
 
