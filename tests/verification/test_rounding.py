@@ -83,15 +83,15 @@ def test_no_run_is_called_wrong_in_many_problems(first: int, fast_path: Path) ->
         check_a_run(seed, fast_path, 3000)
 
 
-@pytest.mark.parametrize(("tokens", "head_dim"), [(300, 64), (1500, 64), (1500, 128), (700, 256)])
+@pytest.mark.parametrize(("tokens", "head_dim", "most"), [(300, 64, 10), (1500, 64, 10), (1500, 128, 10), (700, 256, 11)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_unit_normal_rows_are_allowed_little(tokens: int, head_dim: int, causal: bool) -> None:
-    """The median allowance is about ten times the median error of torch's float32, which depends on the processor's sums."""
+def test_unit_normal_rows_are_allowed_little(tokens: int, head_dim: int, most: int, causal: bool) -> None:
+    """The median allowance is at most ten times the median error of torch's float32; of D = 256 on some processors 10.7."""
     case = Case("normal", "normal", normal_arrays(tokens, heads=1, head_dim=head_dim), causal, head_dim**-0.5)
     problem, exact = exact_rows(case, 200)
     for _, out, lse in in_float32(case):
         found = checks(problem, exact, out, lse)
-        assert np.median([row.allowed for row in found]) < 11 * np.median([row.error for row in found])
+        assert np.median([row.allowed for row in found]) < most * np.median([row.error for row in found])
         if lse is not None:
             assert np.median([row.allowed_lse for row in found]) < 12 * np.median([row.lse_error for row in found])
 

@@ -123,7 +123,7 @@ def test_an_address_that_cannot_be_a_schedulers_is_refused_at_once(
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
     assert "give the address of a Dask scheduler, like tcp://HOST:8786" in line
-    assert time.monotonic() - began < 20  # what might be one is tried for 30
+    assert time.monotonic() - began < 5
 
 
 def test_an_address_where_nobody_listens_is_tried_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_what_is_no_scheduler_is_told_in_time(
             ProblemError, match=f"what listens at tcp://127.0.0.1:{port} does not answer as a Dask scheduler"
         ):
             connect(f"tcp://127.0.0.1:{port}", 0.3)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 5
 
 
 def test_a_worker_is_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:

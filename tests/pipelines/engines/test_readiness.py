@@ -246,7 +246,7 @@ def test_a_run_does_not_wait_for_workers_beyond_its_time_limit(dataset: Path, re
         pytest.raises(TimeLimitError, match="time limit reached while it waited for a first worker: nothing was begun"),
     ):
         oocattn.attention(dataset, result, client=client, time_limit=0.2)
-    assert time.monotonic() - began < 30  # without a limit it waits for 60
+    assert time.monotonic() - began < 10
     assert not os.path.lexists(ResultPaths.at(result).state)
 
 

@@ -85,7 +85,7 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
                     callbacks=[freeze],
                     until=until,
                 )
-            assert clock.now() < until + 5  # a worker that is gone is waited for longer
+            assert clock.now() < until + 1
         finally:
             os.kill(process, signal.SIGCONT)
     assert oocattn.status(result).state == "interrupted"
@@ -109,7 +109,7 @@ def test_a_worker_that_is_frozen_before_it_has_a_lane_does_not_hold_a_run(
                     DaskEngine(workers),
                     until=until,
                 )
-            assert clock.now() < until + 5
+            assert clock.now() < until + 1
         finally:
             os.kill(process, signal.SIGCONT)
 
