@@ -11,12 +11,12 @@ from contextlib import contextmanager
 _changing = threading.RLock()  # a thread may open one array while it opens another
 
 
-def _begin_anew() -> None:
+def _replace_lock() -> None:
     global _changing
     _changing = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_begin_anew)  # another thread may have held it
+os.register_at_fork(after_in_child=_replace_lock)  # another thread may have held it
 
 
 @contextmanager

@@ -34,6 +34,7 @@ class Forward:
         self._kernel = get_kernel(plan.kernel)
         self._ledger = LedgerChecker()
         self._kept_tiles = lru_cache(KEPT_PIECES)(partial(_cut_all, plan))
+        self._projection: Tensor | None = None  # of values
         dtype = getattr(torch, problem.dtype)
         self.query_inputs: tuple[Input, ...] = (Input("q", problem.head_dim, dtype),)
         bias = (Input("key_bias", 0, torch.float32),) if problem.bias_heads else ()
@@ -65,22 +66,11 @@ class Forward:
         state: AttentionState,
         attended: Callable[[int], object] | None = None,
     ) -> None:
+        (q, *shift), (k, v, *bias) = (tensor[:, tile.rows.start : tile.rows.stop] for tensor in query), key
         part = state.rows(tile.rows.start, tile.rows.stop)
-        self._kernel.attend(self._operands(head_group, tile, query, key, attended), part)
-        enter_tile(part, tile)
-
-    def _operands(
-        self,
-        head_group: int,
-        tile: Tile,
-        query: Sequence[Tensor],
-        key: Sequence[Tensor],
-        attended: Callable[[int], object] | None,
-    ) -> Operands:
-        (q, *_), (k, v, *bias) = query, key
         slopes = self._problem.slopes(self._problem.head_group(head_group))
-        return Operands(
-            q[:, tile.rows.start : tile.rows.stop],
+        operands = Operands(
+            q,
             k[0],
             v[0],
             self._problem.scores,
@@ -88,7 +78,11 @@ class Forward:
             slopes,
             bias[0] if bias else None,
             attended,
+            shift[0] if shift else None,
+            self._projection,
         )
+        self._kernel.attend(operands, part)
+        enter_tile(part, tile)
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         merge(into, other)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from oocattn.kernels.kernel import Operands
 from oocattn.kernels.state import AttentionState
 from oocattn.operations.base import Input
 from oocattn.operations.forward import Forward
-from oocattn.operations.tiles import Tile
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import HeadGroup
 from oocattn.problem.second_pass import LSE, sign_vectors
@@ -38,14 +33,3 @@ class SecondPass(Forward):
         """Write the sums of weighted values to `out`, and the logarithm of the sum of the weights to `lse`."""
         out.copy_(state.num)
         torch.log(state.den, out=lse)
-
-    def _operands(
-        self,
-        head_group: int,
-        tile: Tile,
-        query: Sequence[Tensor],
-        key: Sequence[Tensor],
-        attended: Callable[[int], object] | None,
-    ) -> Operands:
-        found, rows = super()._operands(head_group, tile, query, key, attended), tile.rows
-        return replace(found, shift=query[1][:, rows.start : rows.stop], projection=self._projection)

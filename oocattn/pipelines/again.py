@@ -8,20 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oocattn.naming import is_command
-from oocattn.pipelines.run import DatasetIdentity
+from oocattn.pipelines.run import Run
 from oocattn.storage.inputs.origin import is_place, recorded_inputs
 from oocattn.storage.paths import STORE, ResultPaths
 from oocattn.storage.remote.options import StorageOptions, shown_options
 from oocattn.text import printable, shell_command
 
 
-def how_to_resume(paths: ResultPaths, dataset: DatasetIdentity | None, given: StorageOptions | None) -> str:
-    """The command that resumes a run to `paths` over its `dataset`; to a caller of Python, the call.
+def how_to_resume(paths: ResultPaths, run: Run | None, given: StorageOptions | None) -> str:
+    """The command that resumes a run to `paths`; to a caller of Python, the call. A second pass has `how_to_verify`.
 
     It names the inputs where they are not found again without it, and the job state of a result in a store. Of storage
     options, whose names are those of `given`, it shows no value that may be a secret. Where something is not known, a
     remark says so.
     """
+    if run is not None and run.plan.problem.second_pass is not None:
+        return how_to_verify(paths)
+    dataset = None if run is None else run.header.dataset
     place, remarks = _place(paths)
     options, inputs = shown_options(given), [] if dataset is None else recorded_inputs(dataset.location, dataset.tensors)
     if dataset is None:

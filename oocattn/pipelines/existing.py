@@ -28,9 +28,9 @@ from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 from oocattn.records import differences, to_json
 from oocattn.storage.files.folders import is_folder
-from oocattn.storage.inputs.dataset import Dataset, check_poses
+from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import changed_arrays
-from oocattn.storage.inputs.opening import InputsLike, open_inputs, open_recorded
+from oocattn.storage.inputs.opening import InputsLike, open_again, open_inputs
 from oocattn.storage.paths import ResultLike, ResultPaths
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
@@ -244,10 +244,7 @@ def open_dataset(run: Run, named: InputsLike | None, storage_options: StorageOpt
 
     Raises IntegrityError where it is elsewhere, or has changed since, and ProblemError where it is not there.
     """
-    uses_bias = bool(run.plan.problem.bias_heads)
-    recorded = run.header.dataset
-    dataset = open_recorded(recorded.location, recorded.tensors, named, key_bias=uses_bias, storage_options=storage_options)
-    check_poses(dataset, run.plan.problem, "run")
+    dataset = open_again(run.header.dataset, run.plan.problem, "run", named, storage_options)
     _check_same(run, "oocattn", run.header.versions.get("oocattn"), versions()["oocattn"])
     dataset.check_complete()
     _check_unchanged(run, dataset, named is not None)

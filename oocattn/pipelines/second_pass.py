@@ -23,8 +23,8 @@ from oocattn.planning.candidates import Choices
 from oocattn.problem.problem import Problem
 from oocattn.problem.second_pass import SecondPass
 from oocattn.storage.files.operations import words_of
-from oocattn.storage.inputs.dataset import Dataset, check_poses
-from oocattn.storage.inputs.opening import InputsLike, open_recorded
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.inputs.opening import InputsLike, open_again
 from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote.options import StorageOptions
@@ -44,7 +44,6 @@ KERNEL = "weights"
 
 _OTHER_DIVISION = {"cqs": "strips", "strips": "cqs"}
 
-
 logger = logging.getLogger("oocattn")
 
 
@@ -63,13 +62,10 @@ class FirstPass:
     def open(
         cls, paths: ResultPaths, arrays: ResultArrays, inputs: InputsLike | None, storage_options: StorageOptions | None
     ) -> FirstPass:
-        """What a result records, with its dataset. Raises as `open_recorded` and `check_poses`."""
+        """What a result records, with its dataset. Raises as `open_again`."""
         recorded, identity = ResultAttributes.read(paths), paths.identity()
-        problem, place = recorded.problem, recorded.dataset
-        biased = bool(problem.bias_heads)
-        dataset = open_recorded(place.location, place.tensors, inputs, key_bias=biased, storage_options=storage_options)
-        check_poses(dataset, problem, "result")
-        return cls(paths, arrays, problem, dataset, recorded.plan, identity)
+        dataset = open_again(recorded.dataset, recorded.problem, "result", inputs, storage_options)
+        return cls(paths, arrays, recorded.problem, dataset, recorded.plan, identity)
 
 
 @dataclass(frozen=True)

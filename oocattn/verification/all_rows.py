@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem
 from oocattn.problem.second_pass import VECTORS
+from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.rows import RowReader
 from oocattn.verification.findings import AllRows, RowCheck
@@ -41,6 +43,10 @@ class AllRowsArrays:
     seed: int
     computed_by: str
     other: bool
+
+    def beside(self, problem: Problem, dataset: Dataset, result: Mapping[str, RowReader], rounds_weights: bool) -> Compared:
+        """A result beside it. Raises IntegrityError where it is no pass over such a result."""
+        return Compared(problem, dataset, result, self.readers(problem), self.seed, rounds_weights)
 
     def readers(self, problem: Problem) -> dict[str, RowReader]:
         """The readers of both. Raises IntegrityError where they are not the arrays of a pass over such a result."""

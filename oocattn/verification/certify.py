@@ -17,8 +17,8 @@ from oocattn.problem.arrays import ArrayName
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Excerpt, from_json
 from oocattn.storage.files.operations import words_of
-from oocattn.storage.inputs.dataset import Dataset, check_poses
-from oocattn.storage.inputs.opening import InputsLike, open_recorded
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.inputs.opening import InputsLike, open_again
 from oocattn.storage.paths import CERTIFICATE, CERTIFICATE_PAGE, REPORT, ResultPaths
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
@@ -83,11 +83,11 @@ def certify(
     """
     recorded, identity = ResultAttributes.read(paths), paths.identity()
     problem, place = recorded.problem, recorded.dataset
-    opened, fingerprint = _open_inputs(recorded, paths, inputs, storage_options)
-    readers = _readers(problem, arrays, paths)
+    opened = open_again(place, problem, "result", inputs, storage_options)
+    fingerprint, readers = fingerprint_like(opened, place, str(paths.result)), _readers(problem, arrays, paths)
     bits = read_bits(paths.result)
     compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
-    second = None if all_rows is None else _compared(problem, opened, readers, all_rows, recorded.plan.rounds_weights)
+    second = None if all_rows is None else all_rows.beside(problem, opened, readers, recorded.plan.rounds_weights)
     sizes = _sizes(problem, opened, readers, compared, rows, host_memory, second)
     roundoff = UNIT_ROUNDOFF[problem.dtype if recorded.plan.rounds_weights else "float32"]  # matrix units of GPUs: 16 bits
     options = {"rows": rows, "seed": seed, "key_rows": sizes.of_rows.key_rows}
@@ -117,18 +117,6 @@ def certify(
     return _write_certificate(certificate, paths)
 
 
-def _open_inputs(
-    recorded: ResultAttributes, paths: ResultPaths, inputs: InputsLike | None, storage_options: StorageOptions | None
-) -> tuple[Dataset, str]:
-    """The dataset that a result is verified with, and its fingerprint."""
-    problem, place = recorded.problem, recorded.dataset
-    opened = open_recorded(
-        place.location, place.tensors, inputs, key_bias=bool(problem.bias_heads), storage_options=storage_options
-    )
-    check_poses(opened, problem, "result")
-    return opened, fingerprint_like(opened, place, str(paths.result))
-
-
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
     """The totals in the report beside a result; None where there is no whole one.
 
@@ -154,13 +142,6 @@ def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict
                 f"{list(expected[name][0])}, as its attributes say"
             )
     return {name: RowReader(name, array, str(paths.result)) for name, array in arrays.by_name.items()}
-
-
-def _compared(
-    problem: Problem, dataset: Dataset, readers: Mapping[str, RowReader], all_rows: AllRowsArrays, rounds_weights: bool
-) -> Compared:
-    """A result beside a second pass. Raises IntegrityError where that is none over it."""
-    return Compared(problem, dataset, readers, all_rows.readers(problem), all_rows.seed, rounds_weights)
 
 
 @dataclass(frozen=True)

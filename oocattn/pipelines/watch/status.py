@@ -11,7 +11,7 @@ from pathlib import Path
 from oocattn import clock
 from oocattn.arguments import checked, path
 from oocattn.errors import IntegrityError
-from oocattn.pipelines.again import how_to_resume, how_to_verify
+from oocattn.pipelines.again import how_to_resume
 from oocattn.pipelines.finished import scan_completed
 from oocattn.pipelines.run import Run, find_unfinished
 from oocattn.pipelines.schedule import Schedule
@@ -62,12 +62,7 @@ def status_at(
     found, run = _status_at(seen, elsewhere)
     resume = ""
     if found.state == "interrupted":
-        is_pass = run is not None and run.plan.problem.second_pass is not None
-        resume = (
-            how_to_verify(paths)
-            if is_pass
-            else how_to_resume(paths, None if run is None else run.header.dataset, storage_options)
-        )
+        resume = how_to_resume(paths, run, storage_options)
     return replace(found, result=str(paths.result), resume=resume)
 
 

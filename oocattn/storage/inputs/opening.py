@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import zarr
 
@@ -14,10 +14,11 @@ from oocattn import naming
 from oocattn.arguments import integer
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.problem.arrays import KEY_BIAS
+from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.axes import LAYOUTS, PACKED_LAYOUTS, Axes, packed_axes, plain_axes
 from oocattn.storage.inputs.dask_arrays import open_dask
 from oocattn.storage.inputs.data_arrays import open_data_array
-from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.inputs.dataset import Dataset, check_poses
 from oocattn.storage.inputs.file_source import open_file
 from oocattn.storage.inputs.layouts import LayoutLike, agreed_layouts
 from oocattn.storage.inputs.meaning import order_by_names
@@ -137,6 +138,26 @@ def open_recorded(
         return Dataset.open(recorded_location(location), key_bias=key_bias)
     except ProblemError as error:
         raise ProblemError(f"{error}; if it was moved, say where with {naming.named('inputs')}") from error
+
+
+def open_again(
+    place: RecordedInputs, problem: Problem, whose: str, named: InputsLike | None, storage_options: StorageOptions | None
+) -> Dataset:
+    """Open the inputs of a "run" or a "result" (`whose`), as `open_recorded`, and check that they pose its problem."""
+    biased = bool(problem.bias_heads)
+    opened = open_recorded(place.location, place.tensors, named, key_bias=biased, storage_options=storage_options)
+    check_poses(opened, problem, whose)
+    return opened
+
+
+class RecordedInputs(Protocol):
+    """Where the inputs of a run or a result were."""
+
+    @property
+    def location(self) -> str: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Origin]: ...
 
 
 def _open_origin(name: str, place: Location, origin: Origin) -> TensorSource:
