@@ -45,6 +45,7 @@ from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.growing import GrowingResult, Layout, RunState
 
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+MakeLane = Callable[..., Lane]  # makes one from a plan, and the name of its result
 
 GENEROUS = 1 << 40
 

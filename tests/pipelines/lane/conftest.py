@@ -1,19 +1,31 @@
-"""Fixtures of the tests of lanes: datasets for whole runs on a GPU."""
+"""Fixtures of the tests of lanes: lanes that are closed, and datasets for whole runs on a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cuda_datasets import BUDGETS, TOKENS, Datasets
-from support import (
-    normal_arrays,
-    write_dataset,
-)
+from support import MakeLane, normal_arrays, run_of, write_dataset
 
 import oocattn
 from oocattn import Plan
+from oocattn.pipelines.lane.lane import Lane
+
+
+@pytest.fixture
+def make_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLane]:
+    """Makes a lane on `fast_path`/dataset.zarr; it is closed before its folder goes: its threads may still write there."""
+    with ExitStack() as lanes:
+
+        def make(plan: Plan, result: str = "result.zarr") -> Lane:
+            device = "cpu" if plan.device == "cpu" else "cuda:0"
+            return lanes.enter_context(closing(Lane(run_of(fast_path, plan, result), device)))
+
+        yield make
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +17,13 @@ import pretend
 import pytest
 import torch
 from support import (
+    MakeLane,
     normal_arrays,
-    run_of,
     write_dataset,
     written_bits,
 )
 
-from oocattn import Plan
 from oocattn.pipelines.lane import cuda, cuda_memory
-from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.partials.store import Destination
@@ -48,22 +46,9 @@ def _pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_memory, "SMALLEST_TILE", 1)
 
 
-MADE: list[Lane] = []
-
-
-@pytest.fixture(autouse=True)
-def _lanes_are_closed(_pretended: None) -> Iterator[None]:
-    yield
-    while MADE:
-        MADE.pop().close()
-
-
-def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
-    MADE.append(Lane(run_of(folder, plan, result), "cuda:0"))
-    return MADE[-1]
-
-
-def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_is_written_while_its_last_tiles_are_computed(
+    fast_path: Path, make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(80, heads=1))
     made = replace(pretend.gpu_plan(dataset, (20, 10), causal=True, chunks=1), out_chunk_rows=20)
     last, waits = threading.Event(), []
@@ -74,7 +59,7 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, m
             assert len(waits) < 5 or last.wait(20)  # twice for a tile: until it is back, and until it is divided
 
     monkeypatch.setattr(pretend.Event, "synchronize", synchronize)
-    lane = lane_of(fast_path, made)
+    lane = make_lane(made)
     lane.stage(0, 0, 0)
     lane.attend(0)
     folder = ResultPaths.at(fast_path / "result.zarr").unfinished / "out"
@@ -90,9 +75,11 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(fast_path: Path, m
 
 
 @pytest.mark.parametrize("awaited", [False, True])
-def test_partials_that_a_save_waits_for_come_back_before_more_are_begun(fast_path: Path, awaited: bool) -> None:
+def test_partials_that_a_save_waits_for_come_back_before_more_are_begun(
+    fast_path: Path, make_lane: MakeLane, awaited: bool
+) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
-    lane = lane_of(fast_path, pretend.gpu_plan(dataset, (6, 4), "memory", chunks=3))
+    lane = make_lane(pretend.gpu_plan(dataset, (6, 4), "memory", chunks=3))
     on_their_way: list[int] = []
     begin = lane.partials.begin
 
@@ -110,11 +97,11 @@ def test_partials_that_a_save_waits_for_come_back_before_more_are_begun(fast_pat
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, partials: str) -> None:
+def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, make_lane: MakeLane, partials: str) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
     made = pretend.gpu_plan(dataset, (6, 4), partials, causal=True, chunks=7)
     made = replace(made, accumulators=7)
-    in_order, shuffled = (lane_of(fast_path, made, name) for name in ("first.zarr", "second.zarr"))
+    in_order, shuffled = (make_lane(made, name) for name in ("first.zarr", "second.zarr"))
     events, slots = {}, STAGING_SLOTS["cuda"]
     for first in range(0, 7, slots):
         turns = range(first, min(first + slots, 7))
@@ -151,7 +138,12 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, pa
 )
 @pytest.mark.parametrize("tiles", [(1, 1), (129, 128), (20_000, 9000)])
 def test_a_gpu_lane_allocates_exactly_what_was_planned(
-    fast_path: Path, monkeypatch: pytest.MonkeyPatch, partials: str, problem: dict, tiles: tuple[int, int]
+    fast_path: Path,
+    make_lane: MakeLane,
+    monkeypatch: pytest.MonkeyPatch,
+    partials: str,
+    problem: dict,
+    tiles: tuple[int, int],
 ) -> None:
     """Memory of exactly the planned size is enough for all that is taken of it, and not much is left."""
     left: list[int] = []
@@ -172,7 +164,7 @@ def test_a_gpu_lane_allocates_exactly_what_was_planned(
     monkeypatch.setattr(cuda, "PinnedMemory", Counted)
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(301, **problem))
     made = pretend.gpu_plan(dataset, tiles, partials, chunks=3)
-    lane = lane_of(fast_path, made)
+    lane = make_lane(made)
     lane.memory._allocated.result()
     lane.close()
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
@@ -182,11 +174,11 @@ def test_a_gpu_lane_allocates_exactly_what_was_planned(
 
 @pytest.mark.parametrize("heard", [(0, 1), (1, 0)], ids=str)
 def test_every_task_raises_the_error_that_stopped_the_lane(
-    fast_path: Path, monkeypatch: pytest.MonkeyPatch, heard: tuple[int, int]
+    fast_path: Path, make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch, heard: tuple[int, int]
 ) -> None:
     """Two tasks attend on a lane at a time, and either may be heard first: so both must name what went wrong."""
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
-    made = lane_of(fast_path, pretend.gpu_plan(dataset, (6, 4), "disk", chunks=7))
+    made = make_lane(pretend.gpu_plan(dataset, (6, 4), "disk", chunks=7))
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -199,10 +191,12 @@ def test_every_task_raises_the_error_that_stopped_the_lane(
             made.attend(turn)
 
 
-def test_a_waiting_task_raises_the_error_that_stops_the_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiting_task_raises_the_error_that_stops_the_lane(
+    fast_path: Path, make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second subproblem is enqueued as soon as a partial of the first is on disk; instead, the disk is full."""
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(70))
-    made = lane_of(fast_path, pretend.gpu_plan(dataset, (6, 4), "disk", chunks=3))
+    made = make_lane(pretend.gpu_plan(dataset, (6, 4), "disk", chunks=3))
     writing, waits = threading.Event(), threading.Event()
 
     def full(*_: object) -> int:

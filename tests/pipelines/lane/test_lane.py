@@ -16,9 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import attention64, relative_error
-from support import normal_arrays, plan_for, run_of, write_dataset, written_bits
+from support import MakeLane, normal_arrays, plan_for, run_of, write_dataset, written_bits
 
-from oocattn import IntegrityError, Plan, ProblemError
+from oocattn import IntegrityError, ProblemError
 from oocattn.operations import forward
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import as_numpy
@@ -28,17 +28,15 @@ from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
 
 
-def lane_of(folder: Path, plan: Plan, result: str = "result.zarr") -> Lane:
-    return Lane(run_of(folder, plan, result), "cpu")
-
-
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_stage_attend_merge_and_write_are_attention(fast_path: Path, causal: bool, partials: str) -> None:
+def test_stage_attend_merge_and_write_are_attention(
+    fast_path: Path, make_lane: MakeLane, causal: bool, partials: str
+) -> None:
     arrays = normal_arrays(75, heads=2, kv_heads=1, head_dim=8)
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
     plan = plan_for(dataset, causal=causal, chunks=7, partials=partials)
-    lane = lane_of(fast_path, plan)
+    lane = make_lane(plan)
     pairs = 0
     for index in range(7):
         assert lane.stage(index, 0, index).bytes <= plan.slot_bytes
@@ -54,10 +52,10 @@ def test_stage_attend_merge_and_write_are_attention(fast_path: Path, causal: boo
 
 
 @pytest.mark.parametrize("partials", ["memory", "disk"])
-def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, partials: str) -> None:
+def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, make_lane: MakeLane, partials: str) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75, heads=2, kv_heads=1))
     plan = replace(plan_for(dataset, causal=True, chunks=7, partials=partials), accumulators=7)
-    in_order, swapped = (lane_of(fast_path, plan, name) for name in ("first.zarr", "second.zarr"))
+    in_order, swapped = (make_lane(plan, name) for name in ("first.zarr", "second.zarr"))
     expected, found = [], {}
     for turns in ((0, 1), (2, 3), (4, 5), (6,)):
         for turn in turns:
@@ -74,12 +72,12 @@ def test_turns_are_taken_in_order_whichever_task_comes_first(fast_path: Path, pa
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_turn_is_staged_and_attended_only_once(fast_path: Path) -> None:
+def test_a_turn_is_staged_and_attended_only_once(fast_path: Path, make_lane: MakeLane) -> None:
     """Dask would, for a task on this lane whose result is needed again where another worker died."""
     arrays = normal_arrays(75, heads=2, kv_heads=1, head_dim=8)
     dataset = write_dataset(fast_path / "dataset.zarr", arrays)
     plan = plan_for(dataset, chunks=7, partials="disk")
-    lane = lane_of(fast_path, plan)
+    lane = make_lane(plan)
     for index in range(7):
         lane.stage(index, 0, index)
         if index > 1:  # would be staged over the one that waits
@@ -92,10 +90,12 @@ def test_a_turn_is_staged_and_attended_only_once(fast_path: Path) -> None:
     assert relative_error(lane.result.out[...], attention64(*arrays, False, plan.problem.scale)[0]) < 2e-6
 
 
-def test_every_task_raises_the_error_that_stopped_the_lane(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_task_raises_the_error_that_stopped_the_lane(
+    fast_path: Path, make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two tasks attend on a lane at a time, and either may be heard first: so both must name what went wrong."""
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
-    lane = lane_of(fast_path, plan_for(dataset, chunks=7, partials="disk"))
+    lane = make_lane(plan_for(dataset, chunks=7, partials="disk"))
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -109,9 +109,9 @@ def test_every_task_raises_the_error_that_stopped_the_lane(fast_path: Path, monk
 
 
 @pytest.mark.parametrize("lie", [-1, 1])
-def test_the_ledger_notices_keys_that_are_lost_or_attended_twice(fast_path: Path, lie: int) -> None:
+def test_the_ledger_notices_keys_that_are_lost_or_attended_twice(fast_path: Path, make_lane: MakeLane, lie: int) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
-    lane = lane_of(fast_path, plan_for(dataset, causal=True, chunks=1))
+    lane = make_lane(plan_for(dataset, causal=True, chunks=1))
     lane.stage(0, 0, 0)
     lane.attend(0)
     lane.partials.collect(0, 0).state.keys[41] += lie
@@ -119,10 +119,10 @@ def test_the_ledger_notices_keys_that_are_lost_or_attended_twice(fast_path: Path
         lane.merge(0, 0)
 
 
-def test_a_chunk_is_written_part_by_part_as_its_rows_come_back(fast_path: Path) -> None:
+def test_a_chunk_is_written_part_by_part_as_its_rows_come_back(fast_path: Path, make_lane: MakeLane) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
     plan = replace(plan_for(dataset, causal=True, chunks=1), out_chunk_rows=25)
-    lane = lane_of(fast_path, plan)
+    lane = make_lane(plan)
     lane.stage(0, 0, 0)
     lane.attend(0)
     folder = ResultPaths.at(fast_path / "result.zarr").unfinished / "lse"
@@ -142,9 +142,9 @@ def test_a_chunk_is_written_part_by_part_as_its_rows_come_back(fast_path: Path) 
     assert found == [1, 1, 3]
 
 
-def test_a_chunk_that_comes_back_in_part_is_not_taken_for_whole(fast_path: Path) -> None:
+def test_a_chunk_that_comes_back_in_part_is_not_taken_for_whole(fast_path: Path, make_lane: MakeLane) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
-    lane = lane_of(fast_path, replace(plan_for(dataset, causal=True, chunks=1), out_chunk_rows=25))
+    lane = make_lane(replace(plan_for(dataset, causal=True, chunks=1), out_chunk_rows=25))
     lane.stage(0, 0, 0)
     lane.attend(0)
     lane.finisher.begin(0, 0, [30])
@@ -153,10 +153,12 @@ def test_a_chunk_that_comes_back_in_part_is_not_taken_for_whole(fast_path: Path)
     lane.close()  # the first rows are on their way to disk
 
 
-def test_a_failure_in_one_chunk_lets_the_next_be_finished(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_one_chunk_lets_the_next_be_finished(
+    fast_path: Path, make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They share the memory that they are divided into."""
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
-    lane = lane_of(fast_path, plan_for(dataset, causal=True, chunks=3))
+    lane = make_lane(plan_for(dataset, causal=True, chunks=3))
     for turn in range(3):
         lane.stage(turn, 0, turn)
         lane.attend(turn)
@@ -173,9 +175,11 @@ def test_a_failure_in_one_chunk_lets_the_next_be_finished(fast_path: Path, monke
     assert lane.write(0, 1).kind == "written"
 
 
-def test_partials_on_disk_stay_until_what_replaces_them_is_written(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partials_on_disk_stay_until_what_replaces_them_is_written(
+    fast_path: Path, make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(75))
-    lane = lane_of(fast_path, plan_for(dataset, chunks=3, partials="disk"))
+    lane = make_lane(plan_for(dataset, chunks=3, partials="disk"))
     for turn in range(3):
         lane.stage(turn, 0, turn)
         lane.attend(turn)
