@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
 
 from oocattn.errors import IntegrityError, ProblemError, ResultExistsError
 from oocattn.pages import HTML_MARK
@@ -19,6 +19,11 @@ SVG_MARK = "<!-- written by oocattn, which may replace this file -->"
 
 JSON_MARK = '{"otherData": {"producer": "oocattn"}, '
 """The beginning of a trace."""
+
+PNG_MARK = "written by oocattn, which may replace this file"
+"""The comment of a picture of pixels."""
+
+_PNG = b"\x89PNG\r\n\x1a\n".decode("utf-8", "replace")
 
 _HEAD = 512  # bytes at the beginning of a file within which its mark lies
 
@@ -39,8 +44,11 @@ def check_output(path: Path) -> None:
         )
 
 
-def write_output(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Have `write` fill the file `path`, atomically. Raises as `check_output`, before and after writing."""
+def write_output(path: Path, write: Callable[[TextIOWrapper], object]) -> None:
+    """Have `write` fill the file `path`, atomically, with text, or with bytes through its `buffer`.
+
+    Raises as `check_output`, before and after writing.
+    """
     check_output(path)
     with replacement(path.parent.resolve() / path.name, synced=False) as descriptor:
         with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
@@ -73,4 +81,5 @@ def _is_ours(path: Path) -> bool:
             head = read_exactly(descriptor, _HEAD, 0, path).decode("utf-8", "replace")
     except IntegrityError:  # no regular file
         return False
-    return head.startswith((JSON_MARK, HTML_MARK)) or (head.startswith("<svg ") and SVG_MARK in head)
+    drawings = (("<svg ", SVG_MARK), (_PNG, PNG_MARK))
+    return head.startswith((JSON_MARK, HTML_MARK)) or any(head.startswith(tag) and mark in head for tag, mark in drawings)

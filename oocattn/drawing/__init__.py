@@ -1,0 +1,1 @@
+"""Pictures of what attention looked at, drawn with matplotlib."""
